@@ -155,14 +155,14 @@ class LocksSection(Struct, frozen=True, forbid_unknown_fields=True):
 
     ttl: Duration = Duration(15 * MINUTE_MS)
     """Lifetime of a lock, unless the worker requests another. Progress reports and extensions renew it."""
-    max_processing: Duration = Duration(30 * MINUTE_MS)
+    progress_timeout: Duration = Duration(30 * MINUTE_MS)
     """Progress timeout: without a progress report, a lock ends after this time even if it is extended. `"0"`: none.
 
-    `max_processing_ms` of a job or a grant overrides it. `Worker` and `jobctl run` request no timeout.
+    `progress_timeout_ms` of a job or a grant overrides it. `Worker` and `jobctl run` request no timeout.
     """
 
 
-class StuckSection(Struct, frozen=True, forbid_unknown_fields=True):
+class StallSection(Struct, frozen=True, forbid_unknown_fields=True):
     """What happens to a job whose worker has stopped reporting."""
 
     after: Duration = Duration(10 * MINUTE_MS)
@@ -255,7 +255,7 @@ class LimitsSection(Struct, frozen=True, forbid_unknown_fields=True):
     event_streams: Positive = 100
     """Open event streams of both APIs and the dashboard together; beyond that `503 overloaded`."""
     downloads: Positive = 20
-    """Downloads of stored results at the same time; beyond that `503 overloaded`."""
+    """Downloads of artifacts at the same time; beyond that `503 overloaded`."""
     live_jobs: Positive = 5_000_000
     """Unfinished jobs; beyond that `507 too_many_jobs`."""
     queues: Positive = 10_000
@@ -271,13 +271,13 @@ class LimitsSection(Struct, frozen=True, forbid_unknown_fields=True):
 class AlertsSection(Struct, frozen=True, forbid_unknown_fields=True):
     """Alert thresholds. An alert fires above its threshold unless noted otherwise."""
 
-    stuck_jobs: NotNegative = 5
+    stalled_jobs: NotNegative = 5
     """Jobs that are stalled now or were recovered in the last 10 minutes."""
     processing_jobs: NotNegative = 20
     """Jobs in `processing`."""
     average_processing: Duration = Duration(10 * MINUTE_MS)
     """Average duration of the jobs completed in the last hour and of those that are processing."""
-    pass_issues: NotNegative = 10
+    cleanup_issues: NotNegative = 10
     """Issues found by one cleanup run."""
     granted_twice: NotNegative = 0
     """Jobs granted again in the last hour while the previous worker's lock had time left."""
@@ -311,13 +311,13 @@ class AlertsSection(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class ArtifactsSection(Struct, frozen=True, forbid_unknown_fields=True):
-    """Where the stored results of jobs are."""
+    """Where the artifacts of jobs are."""
 
     url: str = ""
     """Store of the objects that `storage_key` names: `file:///DIRECTORY` or `s3://BUCKET/PREFIX`. Empty: none.
 
     An object is deleted with its job. `s3` URLs need the extra `s3`; see
-    [stored results](operations.md#stored-results).
+    [artifacts](operations.md#artifacts).
     """
 
 
@@ -339,7 +339,7 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
     journal: JournalSection = JournalSection()
     node: NodeSection = NodeSection()
     locks: LocksSection = LocksSection()
-    stuck: StuckSection = StuckSection()
+    stall: StallSection = StallSection()
     cleanup: CleanupSection = CleanupSection()
     retention: RetentionSection = RetentionSection()
     validation: ValidationSection = ValidationSection()
@@ -353,10 +353,10 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
         """Return the settings that the rules use."""
         return Policy(
             lock_ttl_ms=int(self.locks.ttl),
-            max_processing_ms=int(self.locks.max_processing),
-            stuck_after_ms=int(self.stuck.after),
-            max_stalls=self.stuck.max_stalls,
-            on_stall=self.stuck.on_stall,
+            progress_timeout_ms=int(self.locks.progress_timeout),
+            stall_after_ms=int(self.stall.after),
+            max_stalls=self.stall.max_stalls,
+            on_stall=self.stall.on_stall,
             keep_completed_ms=int(self.retention.completed),
             keep_failed_ms=int(self.retention.failed),
             keep_cancelled_ms=int(self.retention.cancelled),

@@ -266,10 +266,10 @@ def _doubtful_settings(config: Config, sources: Mapping[str, str]) -> tuple[str,
             f"{shown('cleanup.interval')} is below {shown('cleanup.min_interval')}, which takes precedence: cleanup "
             f"runs every {show_duration(config.cleanup.min_interval)}. Lower cleanup.min_interval too."
         )
-    if 0 < config.locks.max_processing < config.locks.ttl:
+    if 0 < config.locks.progress_timeout < config.locks.ttl:
         warnings.append(
-            f"{shown('locks.ttl')} is above {shown('locks.max_processing')}, which takes precedence: locks are "
-            "shortened to it, unless their job has a max_processing_ms. Raise locks.max_processing too."
+            f"{shown('locks.ttl')} is above {shown('locks.progress_timeout')}, which takes precedence: locks are "
+            "shortened to it, unless their job has a progress_timeout_ms. Raise locks.progress_timeout too."
         )
     if config.journal.url and not config.node.advertise:
         warnings.append(

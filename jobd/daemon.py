@@ -23,8 +23,8 @@ import msgspec
 import structlog
 
 from jobd import config, logging, systemd
-from jobd.api import admin as admin_api
-from jobd.api import worker as worker_api
+from jobd.api import admin_routes as admin_api
+from jobd.api import worker_routes as worker_api
 from jobd.cluster.advertised import advertised_problem
 from jobd.cluster.hand_over import hand_over_if_full
 from jobd.cluster.leadership import Leadership

@@ -130,7 +130,7 @@ async def _opened(
     for fault in opened.faults:
         log.error("store_fault", message=fault)
     if opened.full and (space := await store.measure_space()) is not None:
-        log.error("disk_full", refused="creates", reserve=opened.has_reserve, **msgspec.structs.asdict(space))
+        log.error("disk_full", rejected="creates", reserve=opened.has_reserve, **msgspec.structs.asdict(space))
     elif not opened.has_reserve:
         log.warning("reserve_file_missing", message="on a full disk, running jobs may not be able to end")
     if opened.epoch_warning is not None:

@@ -28,12 +28,12 @@ from jobd.engine.idempotency import IdempotencyStore
 from jobd.http.app import App
 from jobd.maintenance.artifact_sweeper import ArtifactSweeper, SweepStats
 from jobd.maintenance.backups import Backups
-from jobd.maintenance.cleanup_pass import CleanupSchedule
+from jobd.maintenance.cleanup_run import CleanupSchedule
 from jobd.maintenance.clock_monitor import ClockMonitor
 from jobd.maintenance.due_jobs import DueJobs
-from jobd.maintenance.held_locks import SLICE, extend_held_locks
 from jobd.maintenance.maintainer import Maintainer, read_extra, read_stats
-from jobd.maintenance.plans import Planner
+from jobd.maintenance.plan_runner import Planner
+from jobd.maintenance.restart_grace import SLICE, extend_held_locks
 from jobd.maintenance.scrubber import Scrubber
 from jobd.model.commands import EndGrants, Ping
 from jobd.model.errors import ApiError, not_leader_error
@@ -261,7 +261,7 @@ class Serving:
         """
         if not self._opened.marked:
             # A lock that was live at the last commit stays so, however long the start takes.
-            extend_held_locks(self.actor, self.clock.moment().lease, since=self._opened.numbers.lease_ms)
+            extend_held_locks(self.actor, self.clock.moment().lock_ms, since=self._opened.numbers.lock_ms)
             return
         ids = list(self.actor.state.processing)
         slices = [ids[first : first + SLICE] for first in range(0, len(ids), SLICE)]
@@ -272,7 +272,7 @@ class Serving:
     def _on_pause(self, pause_ms: int, since: int) -> None:
         """Extend locks after a time in which the process was stopped, or its machine was suspended or overloaded."""
         log.warning("was_away", away_ms=pause_ms, processing=len(self.actor.state.processing))
-        extend_held_locks(self.actor, self.clock.moment().lease, since)
+        extend_held_locks(self.actor, self.clock.moment().lock_ms, since)
 
     def _on_set_back(self, back_ms: int, until: int) -> None:
         log.warning("clock_set_back", back_ms=back_ms)

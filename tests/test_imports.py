@@ -36,7 +36,7 @@ ARROWS: Final[dict[str, set[str]]] = {
     "dashboard": {"model", "core", "engine", "http", "webhooks", "maintenance", "monitoring", "api"},
     "client": {"model"},
     "cli": {"model", "client"},
-    "cli.files": {"storage"},  # refuses to overwrite the files of a running daemon
+    "cli.files": {"storage"},  # rejects to overwrite the files of a running daemon
     "cli.daemon": {
         "model",
         "client",
@@ -177,7 +177,7 @@ OWN: Final = {"self", "cls", "super()"}
 # Private names of other objects of jobd. An object that is not listed may be a library's, with the same private name.
 OTHER_OBJECTS: Final = {
     "client._retry", "client._tls", "journal._leader", "program._watch", "state._counts_of", "state._enter_all",
-    "state._lease", "state._now", "twin._reset_connections",
+    "state._lock_ms", "state._now", "twin._reset_connections",
 }  # fmt: skip
 
 

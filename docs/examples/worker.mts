@@ -146,9 +146,9 @@ process.on("SIGINT", () => (stopping = true));
 
 while (!stopping) {
   try {
-    // stuck_after_ms 0: this worker extends its locks, so an expired lock means that it is dead.
-    // max_processing_ms 0: no progress timeout, so work without progress reports can take long.
-    const ask = { worker, lock_ttl_ms: 60_000, stuck_after_ms: 0, max_processing_ms: 0, wait_ms: 5_000 };
+    // stall_after_ms 0: this worker extends its locks, so an expired lock means that it is dead.
+    // progress_timeout_ms 0: no progress timeout, so work without progress reports can take long.
+    const ask = { worker, lock_ttl_ms: 60_000, stall_after_ms: 0, progress_timeout_ms: 0, wait_ms: 5_000 };
     const { grants } = await call<{ grants: Grant[] }>("/v1/claim", ask, { "idempotency-key": key });
     key = randomUUID();
     for (const grant of grants) await run(grant);

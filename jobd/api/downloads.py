@@ -1,4 +1,4 @@
-"""Send stored results and backups piece by piece, as fast as the client reads.
+"""Send artifacts and backups piece by piece, as fast as the client reads.
 
 Artifacts may contain anything, so their headers prevent browsers from rendering them.
 """
@@ -72,7 +72,7 @@ async def _key(app: App[Services], ctx: RequestContext, request: ArtifactRequest
                 f"{subject} does not exist or was deleted. List the late results of the job: jobctl late {request.id}"
             )
             return ApiError("late_result_not_found", message, {"job_id": request.id})
-    return view.storage_key or ApiError("not_found", f"{subject} has no stored result: its storage_key is not set.")
+    return view.storage_key or ApiError("not_found", f"{subject} has no artifact: its storage_key is not set.")
 
 
 async def _send_pieces(download: Download, ctx: RequestContext) -> None:

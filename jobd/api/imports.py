@@ -187,8 +187,8 @@ class _ImportPreviewer(Importer):
         return self._app.actor.ask(ImportCheck(**structs.asdict(command)), by=self._by, admin=True, size=size)
 
     def _reject(self, line: int, job_id: str | None, reason: str) -> None:
-        self._preview.would_refuse += 1
-        self._show(PreviewedLine(line, job_id, "refuse", None, reason))
+        self._preview.would_reject += 1
+        self._show(PreviewedLine(line, job_id, "reject", None, reason))
 
     def _handle_response(self, line: PendingLine, response: Response | ApiError) -> None:
         if self._stop is not None:

@@ -72,7 +72,7 @@ async def deliver_all_again(
     webhooks = app.services.webhooks
     count = await _change_outbox(app, webhook, lambda: webhooks.redeliver_all(webhook, upto))
     log.info("webhook_all_sent_again", webhook=webhook, count=count)
-    await audit_action(app, operator, "resend-given-up", {"webhook": webhook, "resent": count}, reason)
+    await audit_action(app, operator, "resend-dead-lettered", {"webhook": webhook, "resent": count}, reason)
     return Resent(count)
 
 
@@ -95,4 +95,4 @@ async def _change_outbox(app: App[Services], webhook: str, change: Callable[[], 
     except CannotWrite:
         await services.health.space()
         message = "the outbox of the webhook cannot be written. Free some space; jobd tries again every second."
-        raise ApiException(services.actor.full_disk.refusal(message)) from None
+        raise ApiException(services.actor.full_disk.rejection(message)) from None

@@ -17,7 +17,7 @@ from jobd.engine.clock import Clock
 from jobd.engine.event_feed import EventFeed
 from jobd.maintenance.backups import Backups
 from jobd.maintenance.maintainer import Maintainer
-from jobd.maintenance.plans import Planner
+from jobd.maintenance.plan_runner import Planner
 from jobd.maintenance.scrubber import Scrubber
 from jobd.model.commands import MakePlan, Tick
 from jobd.model.errors import ApiError
@@ -90,7 +90,7 @@ class Services(Struct, kw_only=True):
 
     async def accept_clock(self) -> ClockView | ApiError:
         """Accept the wall clock, and commit that before the response, so that the next start trusts the clock too."""
-        if (error := self.actor.full_disk.refuse(Tick())) is not None:
+        if (error := self.actor.full_disk.reject(Tick())) is not None:
             return error
         waiter: asyncio.Future[Response | ApiError] = asyncio.get_running_loop().create_future()
         if isinstance(envelope := self.actor.send(Tick(), waiter, by="daemon"), ApiError):

@@ -285,8 +285,8 @@ def locks(views: Sequence[LockedJob]) -> None:
             lock.worker if lock.live else f"{lock.worker} (silent)",
             "live" if lock.live else "expired",
             terminal.age(lock.expires_at),
-            terminal.age(lock.stuck_at),
-            terminal.age(lock.ceiling_at) if lock.ceiling_at is not None else "none",
+            terminal.age(lock.stalled_at),
+            terminal.age(lock.progress_due_at) if lock.progress_due_at is not None else "none",
             lock.progress,
             lock.fencing_token,
         )
@@ -311,8 +311,8 @@ def late_results(views: Sequence[LateResultView]) -> None:
     columns = [">RESULT", "TIME", "WORKER", ">TOKEN", "LOCATION", "METADATA"]
     terminal.table(columns, rows, empty="No late results.")
     for late in views:
-        if late.refusal is not None:
-            terminal.emit(late.refusal.message)
+        if late.rejection is not None:
+            terminal.emit(late.rejection.message)
 
 
 def audit(views: Sequence[AuditView]) -> None:
@@ -346,7 +346,7 @@ def _outcome(entry: AuditView) -> str:
     before, after = entry.details.get("from"), entry.details.get("to")
     if times := entry.details.get("times"):
         return f"{entry.outcome}, {times} times"
-    if undone := (entry.details.get("changed_meanwhile") or 0) + (entry.details.get("refused") or 0):
+    if undone := (entry.details.get("changed_meanwhile") or 0) + (entry.details.get("rejected") or 0):
         return f"{entry.outcome}, {undone} not changed"
     if entry.outcome != "done" or before is None:
         return entry.outcome
@@ -387,7 +387,7 @@ def webhooks(views: Sequence[WebhookView]) -> None:
             view.waiting,
             view.lag,
             view.delivered,
-            view.given_up,
+            view.dead_lettered,
             terminal.age(view.last_success_at) if view.last_success_at is not None else "-",
             view.last_error or "-",
         )
@@ -404,7 +404,7 @@ def deliveries(page: DeliveryPage) -> None:
             each.id,
             each.type,
             each.subject,
-            "dead-lettered" if each.state == "given_up" else each.state,
+            "dead-lettered" if each.state == "dead-lettered" else each.state,
             each.tries,
             terminal.instant(each.at),
             terminal.age(each.due_at) if each.due_at is not None else terminal.age(each.ended_at or each.at),

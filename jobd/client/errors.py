@@ -23,7 +23,6 @@ __all__ = [
     "JobdError",
     "LateResultNotFound",
     "LockLost",
-    "MaxProcessingTimeExceeded",
     "MethodNotAllowed",
     "NoStandby",
     "NotDue",
@@ -32,6 +31,7 @@ __all__ = [
     "OutcomeUnknown",
     "Overloaded",
     "PlanNotFound",
+    "ProgressTimeout",
     "QueuePaused",
     "RequestTimeout",
     "ShuttingDown",
@@ -176,8 +176,8 @@ class LockLost(JobdError, code="lock_lost"):
         return self.details.get("cancel_requested") is True
 
 
-class MaxProcessingTimeExceeded(JobdError, code="max_processing_time_exceeded"):
-    """No progress was reported within `max_processing_ms`: the lock cannot be extended any further."""
+class ProgressTimeout(JobdError, code="progress_timeout"):
+    """No progress was reported within `progress_timeout_ms`: the lock cannot be extended any further."""
 
 
 class JobQuarantined(JobdError, code="job_quarantined"):

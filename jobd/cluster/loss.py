@@ -246,7 +246,7 @@ def _ending(warm: WarmState, epoch: int, loss: Loss, policy: Policy) -> Batch:
     state.next_event += JUMP
     gone_to = state.next_event - 1  # for clients that have seen lost events
     decider = Decider(
-        state, IdempotencyStore([], 1), WaitingClaims(state.presence), refuse=lambda _: None, loop_time=time.monotonic
+        state, IdempotencyStore([], 1), WaitingClaims(state.presence), reject=lambda _: None, loop_time=time.monotonic
     )
     command = EndGrants(ids=list(state.processing), last=False, cause=CAUSE)
     envelope = Envelope(command, by="daemon", seed=os.urandom(16))

@@ -50,7 +50,7 @@ class WarmState:
         self._store = store
         self._unwritten: list[Record] = []  # applied, and not in the store yet
         self._decoded: list[Decoded] = []  # the same, decoded
-        self._opened = replace(opened, jobs=[], compact_jobs=[], keys=[], unvalidated={})
+        self._opened = replace(opened, jobs=[], packed_jobs=[], keys=[], unvalidated={})
         self._keys = {row.digest: row for row in opened.keys}
 
     def expect_tombstones(self, count: int) -> None:
@@ -115,7 +115,7 @@ class WarmState:
         return replace(
             self._opened,
             jobs=[state.jobs[job_id] for job_id in state.jobs.touched() - state.processing.keys()],
-            numbers=state.numbers(presence.lease, presence.now, state.clock),
+            numbers=state.numbers(presence.lock_ms, presence.now, state.clock),
             queues={name: state.queue_row(name) for name in state.queue_names},
             keys=keys,
             quarantined=dict(state.quarantined),

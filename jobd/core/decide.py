@@ -9,7 +9,7 @@ from jobd.core import queries
 from jobd.core.rules import late_results as late_result_rules
 from jobd.core.rules import maintenance as maintenance_rules
 from jobd.core.rules import operator as operator_rules
-from jobd.core.rules import plans as plan_rules
+from jobd.core.rules import plan_rules
 from jobd.core.rules import worker as worker_rules
 from jobd.core.transaction import Transaction
 from jobd.model import commands

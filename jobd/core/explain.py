@@ -18,7 +18,7 @@ from jobd.core.transitions import in_words, is_overdue
 from jobd.core.worker_presence import ClaimSet, WorkerPresence, WorkerSeen
 from jobd.model.commands import NO_REASON, Moment
 from jobd.model.events import Event, QueuePause, describe_author
-from jobd.model.job import DELAYED_FROM, HOUR_MS, SECOND_MS, Grant, Job, LateResult, Lease, Policy
+from jobd.model.job import DELAYED_FROM, HOUR_MS, SECOND_MS, Grant, Job, LateResult, LockDeadlines, Policy
 from jobd.model.responses import NextEvent, WhyView
 
 MAX_NAMED: Final = 3  # workers or kinds that a sentence lists
@@ -164,7 +164,7 @@ def _outlook(job: Job, state: State, at: Moment) -> _Outlook:
     if fitting:
         last = max(claims.claimed for claims in fitting)
         who = next((f", by {name}, which is gone" for name, each in workers if each.claimed == last), "")
-        clause = f"no worker claims such jobs now; the last claim was {in_words(presence.lease - last)} ago{who}"
+        clause = f"no worker claims such jobs now; the last claim was {in_words(presence.lock_ms - last)} ago{who}"
         return _Outlook(clause, offered, "no worker", [see, start])
     if sets and (others := _others(sets, presence)):
         clause = f"{others}; no worker has claimed {_of_kind(kind)} of this queue {_since(presence, at)}"
@@ -176,7 +176,7 @@ def _outlook(job: Job, state: State, at: Moment) -> _Outlook:
 def _idle(idle: list[tuple[str, WorkerSeen]], busy: list[tuple[str, WorkerSeen]], state: State, at: Moment) -> str:
     """Describe the live busy workers first: a worker that stopped counts as idle until it is gone."""
     name, latest = max(idle, key=lambda each: each[1].claimed)
-    last = f"{name} claimed this queue {in_words(state.presence.lease - latest.claimed)} ago"
+    last = f"{name} claimed this queue {in_words(state.presence.lock_ms - latest.claimed)} ago"
     others = "" if len(idle) == 1 else f"; {len(idle) - 1} more {'is' if len(idle) == 2 else 'are'} idle"
     live = [each for each in busy if not each[1].expired]
     if not live:
@@ -260,34 +260,36 @@ def _released(job: Job, when: str = "") -> str:
 
 
 def _processing(job: Job, state: State, at: Moment) -> WhyView:
-    grant, lease = job.grant, job.lease
-    if grant is None or lease is None:
+    grant, deadlines = job.grant, job.deadlines
+    if grant is None or deadlines is None:
         because = "Its status is processing, but no worker holds it. Such rows come from imports or manual edits."
         soon = NextEvent("The next cleanup run treats it as stalled.", _cleanup_at(state, at), "validation")
         return WhyView("processing", because, soon, None, ["Start a cleanup run: jobctl cleanup"])
     since = in_words(at.now - grant.acquired_at)
     because = f"Worker {grant.worker} has held it for {since}, at {job.progress:g} %."
-    if lease.is_live(at.lease):
-        until = in_words(lease.expires - at.lease)
+    if deadlines.is_live(at.lock_ms):
+        until = in_words(deadlines.expires - at.lock_ms)
         because += f" Its lock is live for another {until}."
-    elif lease.is_past_ceiling(at.lease):
+    elif deadlines.is_past_progress_due(at.lock_ms):
         because += (
             " Its lock has expired: the worker is silent. It can no longer report progress, but may still end the job."
         )
     else:
         because += " Its lock has expired: the worker is silent. It may still end the job or report."
-    because += _ceiling(grant, lease, at) + _released(job, " before this grant" if job.progress == 0 else "")
-    return WhyView("processing", because, _next_of(grant, lease, state, at), None, _advice(job, grant, lease, at))
+    because += _progress_due(grant, deadlines, at) + _released(job, " before this grant" if job.progress == 0 else "")
+    return WhyView(
+        "processing", because, _next_of(grant, deadlines, state, at), None, _advice(job, grant, deadlines, at)
+    )
 
 
-def _ceiling(grant: Grant, lease: Lease, at: Moment) -> str:
-    """Return a sentence about the ceiling of this grant; empty once it has passed."""
-    if lease.ceiling is None:
-        return " This grant has no progress timeout (max_processing_ms 0)."
-    left = lease.ceiling - at.lease
+def _progress_due(grant: Grant, deadlines: LockDeadlines, at: Moment) -> str:
+    """Return a sentence about the progress_due of this grant; empty once it has passed."""
+    if deadlines.progress_due is None:
+        return " This grant has no progress timeout (progress_timeout_ms 0)."
+    left = deadlines.progress_due - at.lock_ms
     if left <= 0:
         return ""
-    return f" Its progress timeout ends in {in_words(left)} (max_processing_ms {grant.max_processing_ms})."
+    return f" Its progress timeout ends in {in_words(left)} (progress_timeout_ms {grant.progress_timeout_ms})."
 
 
 def _cleanup_at(state: State, at: Moment) -> int:
@@ -295,27 +297,29 @@ def _cleanup_at(state: State, at: Moment) -> int:
     return max(state.next_cleanup_at or 0, at.now)
 
 
-def _next_of(grant: Grant, lease: Lease, state: State, at: Moment) -> NextEvent:
-    if at.lease >= lease.stuck:
+def _next_of(grant: Grant, deadlines: LockDeadlines, state: State, at: Moment) -> NextEvent:
+    if at.lock_ms >= deadlines.stalled_at:
         if state.next_cleanup_at is not None:
             what = "The next cleanup run (recover_every is 0) ends its grant. Its on_stall decides whether it is "
             what += "requeued or fails."
             return NextEvent(what, _cleanup_at(state, at), "cleanup")
         what = "Recovery ends its grant. Its on_stall decides whether it is requeued or fails."
         return NextEvent(what, at.now, "recovery")
-    if lease.is_live(at.lease) and lease.expires < lease.stuck:
+    if deadlines.is_live(at.lock_ms) and deadlines.expires < deadlines.stalled_at:
         what = f"Its lock expires unless worker {grant.worker} extends it or reports progress."
-        return NextEvent(what, at.wall(lease.expires), "lock expiry")
+        return NextEvent(what, at.wall(deadlines.expires), "lock expiry")
     by = "" if state.next_cleanup_at is None else " by the next cleanup run after that"
     what = f"It counts as stalled and is recovered{by}, unless worker {grant.worker}"
-    if lease.ceiling is not None and lease.stuck == lease.ceiling:  # an extension does not move it
-        return NextEvent(f"{what} reports progress or ends it.", at.wall(lease.stuck), "max_processing")
-    return NextEvent(f"{what} reports, extends or ends it.", at.wall(lease.stuck), "stuck_after")
+    if (
+        deadlines.progress_due is not None and deadlines.stalled_at == deadlines.progress_due
+    ):  # an extension does not move it
+        return NextEvent(f"{what} reports progress or ends it.", at.wall(deadlines.stalled_at), "progress_timeout")
+    return NextEvent(f"{what} reports, extends or ends it.", at.wall(deadlines.stalled_at), "stall_after")
 
 
-def _advice(job: Job, grant: Grant, lease: Lease, at: Moment) -> list[str]:
+def _advice(job: Job, grant: Grant, deadlines: LockDeadlines, at: Moment) -> list[str]:
     do = [f"Check whether worker {grant.worker} is alive."]
-    if not lease.is_live(at.lease):
+    if not deadlines.is_live(at.lock_ms):
         do.append(f"Take back its jobs with expired locks: jobctl take-back {quote(grant.worker)}")
     again = f"jobctl force-fail {job.id}, and to run it again: jobctl retry {job.id}"
     return [*do, f"If it is dead and you cannot wait: {again}"]

@@ -9,9 +9,9 @@ from typing import assert_never
 
 from jobd.core import transitions, views
 from jobd.core.explain import explain
-from jobd.core.rules import plans as plan_rules
+from jobd.core.row_checks import validate
+from jobd.core.rules import plan_rules
 from jobd.core.transaction import Transaction
-from jobd.core.validation import validate
 from jobd.model.commands import (
     AuditLog,
     Export,

@@ -46,7 +46,7 @@ from itertools import chain, islice, takewhile
 from operator import attrgetter, itemgetter
 from typing import Final, Generic, TypeVar
 
-from jobd.model.job import CompactJob, Job
+from jobd.model.job import Job, PackedJob
 
 Entry = TypeVar("Entry", bound=tuple[object, ...])
 Item = TypeVar("Item", "DueEntry", "TimeEntry", str)
@@ -65,7 +65,7 @@ _LONG_AGO: Final = -1
 _GONE_AT_ONCE: Final = 4096  # removed jobs at the front of a Fifo at which they are dropped
 
 _run_at: Callable[[DueEntry], int] = itemgetter(1)
-_created_at: Callable[[CompactJob], int] = attrgetter("created_at")
+_created_at: Callable[[PackedJob], int] = attrgetter("created_at")
 _expires_at: Callable[[DueEntry], int] = itemgetter(4)
 _due_since: Callable[[DueEntry | Head], tuple[int, int]] = itemgetter(1, 2)
 
@@ -75,8 +75,8 @@ def entry_of(job: Job) -> DueEntry:
     return (job.options.priority, job.run_at, job.seq, job.id, NEVER if job.expires_at is None else job.expires_at)
 
 
-def compact_entry(job: CompactJob) -> DueEntry:
-    """Return the position of a compact job, which is due since its creation."""
+def compact_entry(job: PackedJob) -> DueEntry:
+    """Return the position of a packed job, which is due since its creation."""
     return (job.options.priority, job.created_at, job.seq, job.id, NEVER)
 
 
@@ -268,7 +268,7 @@ def _latest(block: list[DueEntry]) -> int:
 
 
 class Fifo:
-    """Compact jobs in order of creation, with 8 bytes each; an entry takes 100.
+    """Packed jobs in order of creation, with 8 bytes each; an entry takes 100.
 
     Jobs are appended in order. Removed jobs stay until they reach the front or `trim` finds too many of them. The jobs
     begin at `_first`; the places before it are dropped together. It is a list, because a deque has slow random access.
@@ -277,29 +277,29 @@ class Fifo:
     __slots__ = ("_first", "_jobs")
 
     def __init__(self) -> None:
-        self._jobs: list[CompactJob] = []
+        self._jobs: list[PackedJob] = []
         self._first = 0
 
     def __len__(self) -> int:
         return len(self._jobs) - self._first
 
-    def __iter__(self) -> Iterator[CompactJob]:
+    def __iter__(self) -> Iterator[PackedJob]:
         return self._from(self._first)
 
-    def takes(self, job: CompactJob) -> bool:
+    def takes(self, job: PackedJob) -> bool:
         """Return whether `job` belongs after all others."""
         if self._first >= len(self._jobs):
             return True
         last = self._jobs[-1]
         return last.created_at <= job.created_at and last.seq < job.seq
 
-    def append(self, job: CompactJob) -> None:
+    def append(self, job: PackedJob) -> None:
         self._jobs.append(job)
 
-    def extend(self, jobs: Iterable[CompactJob]) -> None:
+    def extend(self, jobs: Iterable[PackedJob]) -> None:
         self._jobs.extend(jobs)
 
-    def first(self, waits: Callable[[CompactJob], bool]) -> CompactJob | None:
+    def first(self, waits: Callable[[PackedJob], bool]) -> PackedJob | None:
         """Return the first job that is still waiting. Drops those before it."""
         jobs, first = self._jobs, self._first
         while first < len(jobs) and not waits(jobs[first]):
@@ -314,23 +314,23 @@ class Fifo:
         """Return whether all jobs were created at or before `now`."""
         return self._first >= len(self._jobs) or self._jobs[-1].created_at <= now
 
-    def not_due(self, now: int, waits: Callable[[CompactJob], bool]) -> Iterator[CompactJob]:
+    def not_due(self, now: int, waits: Callable[[PackedJob], bool]) -> Iterator[PackedJob]:
         """Iterate over the jobs that were created after `now` and still wait."""
         if self.ends_by(now):
             return iter(())
         return filter(waits, self._from(bisect_right(self._jobs, now, self._first, key=_created_at)))
 
-    def trim(self, live: int, waits: Callable[[CompactJob], bool]) -> None:
+    def trim(self, live: int, waits: Callable[[PackedJob], bool]) -> None:
         """Drop removed jobs if they outnumber the `live` ones."""
         if len(self._jobs) - self._first > 2 * live + SLACK:
             self._jobs, self._first = list(filter(waits, self)), 0
 
-    def _from(self, place: int) -> Iterator[CompactJob]:
+    def _from(self, place: int) -> Iterator[PackedJob]:
         return map(self._jobs.__getitem__, range(place, len(self._jobs)))
 
 
 class PriorityBucket:
-    """The queued jobs of one queue, kind and priority: compact ones in a Fifo, others sorted. `live` counts them.
+    """The queued jobs of one queue, kind and priority: packed ones in a Fifo, others sorted. `live` counts them.
 
     Both are ordered by `run_at`, so jobs that are not due yet come last. `wakes_at` is the time at which
     the next of them becomes due, or earlier. `due_at` is when a job of the bucket last became due.
@@ -338,7 +338,7 @@ class PriorityBucket:
 
     __slots__ = ("due_at", "fifo", "live", "name", "others", "waits", "wakes_at")
 
-    def __init__(self, name: BucketName, waits: Callable[[CompactJob], bool]) -> None:
+    def __init__(self, name: BucketName, waits: Callable[[PackedJob], bool]) -> None:
         self.name = name
         self.fifo = Fifo()
         self.others = BucketEntries()
@@ -357,7 +357,7 @@ class PriorityBucket:
 
     def eligible(self, now: int) -> Iterator[DueEntry]:
         """Iterate over jobs that are due and not overdue, in order. Nothing may change meanwhile."""
-        waiting: Iterator[CompactJob] = filter(self.waits, self.fifo)
+        waiting: Iterator[PackedJob] = filter(self.waits, self.fifo)
         if not self.fifo.ends_by(now):
             waiting = takewhile(lambda job: job.created_at <= now, waiting)
         entries = map(compact_entry, waiting)
@@ -379,12 +379,12 @@ class QueuedJobs:
 
     There is one bucket for each kind and priority. `heads` orders the buckets with due jobs by their first job, so that
     the cost of a claim does not grow with their number. It is empty if there is only one bucket. `waits` says which
-    compact jobs are still waiting.
+    packed jobs are still waiting.
     """
 
     __slots__ = ("_count", "_name", "_only", "_waits", "buckets", "heads")
 
-    def __init__(self, name: str, waits: Callable[[CompactJob], bool]) -> None:
+    def __init__(self, name: str, waits: Callable[[PackedJob], bool]) -> None:
         self.buckets: dict[str, dict[int, PriorityBucket]] = {}  # kind -> priority -> bucket
         self.heads: LazyHeap[Head] = LazyHeap()
         self._count = 0  # of buckets
@@ -393,7 +393,7 @@ class QueuedJobs:
         self._waits = waits
 
     def add(self, kind: str, entry: DueEntry, now: int) -> PriorityBucket:
-        """Add a job of this kind, compact or not."""
+        """Add a job of this kind, packed or not."""
         bucket = self._bucket(kind, entry[0], now)
         bucket.live += 1
         bucket.others.add(entry)
@@ -401,8 +401,8 @@ class QueuedJobs:
             self.offer(bucket, now)
         return bucket
 
-    def join(self, job: CompactJob, now: int) -> PriorityBucket:
-        """Add a compact job."""
+    def join(self, job: PackedJob, now: int) -> PriorityBucket:
+        """Add a packed job."""
         kind = job.options.kind
         bucket = self._bucket(kind, job.options.priority, now)
         if not bucket.fifo.takes(job):
@@ -413,7 +413,7 @@ class QueuedJobs:
             self.offer(bucket, now)
         return bucket
 
-    def join_all(self, kind: str, priority: int, jobs: Iterable[CompactJob], now: int) -> PriorityBucket:
+    def join_all(self, kind: str, priority: int, jobs: Iterable[PackedJob], now: int) -> PriorityBucket:
         """Add the first jobs of a bucket, all at once, in any order."""
         bucket = self._bucket(kind, priority, now)
         assert not bucket.live, "only the first jobs of a bucket come all at once"
@@ -423,13 +423,13 @@ class QueuedJobs:
         return bucket
 
     def remove(self, kind: str, entry: DueEntry, now: int) -> PriorityBucket | None:
-        """Remove a job that is not compact. Return its bucket if that is now empty."""
+        """Remove a job that is not packed. Return its bucket if that is now empty."""
         bucket = self.buckets[kind][entry[0]]
         bucket.others.remove(entry)
         return self._removed(bucket, now)
 
-    def remove_compact(self, job: Job | CompactJob, now: int) -> PriorityBucket | None:
-        """Remove a job that was compact and no longer waits. Return its bucket if that is now empty."""
+    def remove_packed(self, job: Job | PackedJob, now: int) -> PriorityBucket | None:
+        """Remove a job that was packed and no longer waits. Return its bucket if that is now empty."""
         bucket = self.buckets[job.options.kind][job.options.priority]
         if bucket.others:
             bucket.others.remove((job.options.priority, job.created_at, job.seq, job.id, NEVER))
@@ -477,7 +477,7 @@ class QueuedJobs:
             if entry is not None:
                 heapq.heappush(frontier, (entry, following))
 
-    def first_in_fifo(self, now: int) -> CompactJob | None:
+    def first_in_fifo(self, now: int) -> PackedJob | None:
         """Return the first due job if all jobs are in one Fifo; None if orders must be merged or no job is due."""
         only = self._only
         if only is None or only.others:
@@ -485,7 +485,7 @@ class QueuedJobs:
         first = only.fifo.first(self._waits)
         return first if first is not None and first.created_at <= now else None
 
-    def due_in_fifo(self, now: int) -> Iterator[CompactJob] | None:
+    def due_in_fifo(self, now: int) -> Iterator[PackedJob] | None:
         """Return the due jobs in order if all are in one Fifo; None if orders must be merged."""
         only = self._only
         if only is None or only.others or not only.fifo.ends_by(now):

@@ -34,7 +34,7 @@ def apply(state: State, batch: Batch, loaded: Iterable[Job] = ()) -> None:
     for job in loaded:
         state.keep_finished(job)
     numbers = batch.numbers
-    state.advance(numbers.wall_ms, numbers.lease_ms)
+    state.advance(numbers.wall_ms, numbers.lock_ms)
     for change in batch.changes:
         if change.event.job_seq:
             _apply_change(state, change)
@@ -74,10 +74,10 @@ def _apply_change(state: State, change: Change) -> None:
 def finish(state: State) -> None:
     """Make the state equal to one that was just opened: it knows workers that hold jobs, and grants are in order."""
     presence = state.presence
-    state.presence = presence = WorkerPresence(presence.now, presence.lease)
+    state.presence = presence = WorkerPresence(presence.now, presence.lock_ms)
     for job_id, job in state.processing.items():
-        if job.grant is not None and job.lease is not None:
+        if job.grant is not None and job.deadlines is not None:
             presence.add_job(job.grant.worker, job_id, job.updated_at)
-            if not job.lease.is_live(presence.lease):
+            if not job.deadlines.is_live(presence.lock_ms):
                 presence.set_expired(job.grant.worker, job_id, True)
     state.order_processing()

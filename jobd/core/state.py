@@ -72,11 +72,11 @@ from jobd.model.job import (
     FINISHED,
     LOOP_FROM,
     STATUSES,
-    CompactJob,
     Job,
     Options,
-    compact,
+    PackedJob,
     is_release_loop,
+    packed,
 )
 from jobd.model.storage import Numbers, OpenedStore, QueueRow
 
@@ -91,12 +91,45 @@ class State:
     """All live jobs. `reindex` is the only way to change a row, so that every order and counter stays consistent."""
 
     __slots__ = (
-        "_buckets", "_deadline_of", "_deadlines", "_expiries", "_finished_bytes", "_late_calls", "_late_results",
-        "_lease", "_not_live", "_now", "_options", "_queued", "_wakes", "clock", "counters", "counts", "epoch",
-        "expired_locks", "finished", "jobs", "late", "next_cleanup_at", "next_event", "next_job",
-        "next_token", "noted_expired", "on_due", "paused", "presence", "processing", "quarantined",
-        "queue_names", "release_loops", "started_sum", "stuck", "totals", "unmoved",
-        "unvalidated", "without_lease",
+        "_buckets",
+        "_deadline_of",
+        "_deadlines",
+        "_expiries",
+        "_finished_bytes",
+        "_late_calls",
+        "_late_results",
+        "_lock_ms",
+        "_not_live",
+        "_now",
+        "_options",
+        "_queued",
+        "_wakes",
+        "clock",
+        "counters",
+        "counts",
+        "epoch",
+        "expired_locks",
+        "finished",
+        "jobs",
+        "late",
+        "next_cleanup_at",
+        "next_event",
+        "next_job",
+        "next_token",
+        "noted_expired",
+        "on_due",
+        "paused",
+        "presence",
+        "processing",
+        "quarantined",
+        "queue_names",
+        "release_loops",
+        "stalled",
+        "started_sum",
+        "totals",
+        "unmoved",
+        "unvalidated",
+        "without_deadlines",
     )  # fmt: skip
 
     def __init__(self, numbers: Numbers | None = None) -> None:
@@ -123,13 +156,13 @@ class State:
         self.processing: dict[str, Job] = {}  # in the order of their grants
         self.started_sum = 0  # sum of started_at over all processing jobs
         # Processing rows without a grant, which come from manual edits. A cleanup run repairs them.
-        self.without_lease: dict[str, None] = {}
-        self.presence = WorkerPresence(numbers.wall_ms, numbers.lease_ms)
+        self.without_deadlines: dict[str, None] = {}
+        self.presence = WorkerPresence(numbers.wall_ms, numbers.lock_ms)
         self.next_cleanup_at: int | None = None  # wall time of the next cleanup run, if only cleanup runs recover jobs
         self.unvalidated: dict[int, str] = {}  # seq -> id of imported or accepted rows that were not validated yet
         self.expired_locks: dict[str, None] = {}  # expired, not yet recorded by recovery
         self.noted_expired: dict[str, None] = {}  # expired and recorded; the holder can still revive them
-        self.stuck: dict[str, None] = {}
+        self.stalled: dict[str, None] = {}
         self._not_live: dict[str, dict[str, None]] = {}  # id -> which of these four it is in
         self.release_loops: dict[str, int] = {}  # id -> releases of live jobs for which is_release_loop is true
         self.on_due: Callable[[str, str], None] = lambda queue, kind: None  # called for each job that becomes due
@@ -138,16 +171,16 @@ class State:
         self._wakes: LazyHeap[tuple[int, BucketName]] = LazyHeap()  # run_at of the next delayed job of each bucket
         self._expiries: Sorted[TimeEntry] = Sorted()  # expires_at of queued jobs
         self._deadlines: LazyHeap[TimeEntry] = LazyHeap()
-        self._deadline_of: dict[str, int] = {}  # id -> lease time of its one valid entry
+        self._deadline_of: dict[str, int] = {}  # id -> lock time of its one valid entry
         self._now = 0
-        self._lease = 0
+        self._lock_ms = 0
         self._options: dict[Options, Options] = {}
 
     @classmethod
     def opened(cls, found: OpenedStore) -> State:
         """Return the state at start: live jobs, and the stored counts of finished ones."""
         state = cls(found.numbers)
-        state._now, state._lease = found.numbers.wall_ms, found.numbers.lease_ms
+        state._now, state._lock_ms = found.numbers.wall_ms, found.numbers.lock_ms
         for name, row in found.queues.items():
             kept = {"completed": row.completed, "failed": row.failed, "cancelled": row.cancelled}
             for status, count in kept.items():
@@ -156,7 +189,7 @@ class State:
                     state.totals[status] += count
             if row.pause is not None:
                 state.set_paused(name, row.pause)
-        state._enter_all(found.compact_jobs)
+        state._enter_all(found.packed_jobs)
         for job in found.jobs:
             state.reindex(None, job)
         state.order_processing()
@@ -184,7 +217,7 @@ class State:
             self._queued[queue] for queue in dict.fromkeys(queues) if queue in self._queued and queue not in self.paused
         ]
         if len(named) == 1 and kinds is None and (line := named[0].due_in_fifo(now)) is not None:
-            return map(CompactJob.expand, line)  # the common case
+            return map(PackedJob.expand, line)  # the common case
         orders = [queued.eligible(kinds, now) for queued in named]
         entries = orders[0] if len(orders) == 1 else merge(*orders)
         return (self.jobs[entry[3]] for entry in entries)
@@ -245,7 +278,7 @@ class State:
         return None
 
     def next_deadline(self) -> int | None:
-        """Return the lease time at which the next lock expires or the next job stalls."""
+        """Return the lock time at which the next lock expires or the next job stalls."""
         entry = self._deadlines.first(self._is_deadline)
         return None if entry is None else entry[0]
 
@@ -274,10 +307,10 @@ class State:
         described = (None,) * 4 if pause is None else astuple(pause)
         return QueueRow(pause is not None, completed, failed, cancelled, *described)
 
-    def numbers(self, lease_ms: int, wall_ms: int, clock: ClockTrust) -> Numbers:
+    def numbers(self, lock_ms: int, wall_ms: int, clock: ClockTrust) -> Numbers:
         """Return the numbers to persist with a commit."""
         marks = (self.epoch, self.next_token, self.next_job, self.next_event)
-        return Numbers(*marks, lease_ms, wall_ms, *astuple(clock))
+        return Numbers(*marks, lock_ms, wall_ms, *astuple(clock))
 
     def shared(self, options: Options) -> Options:
         """Return one shared value for equal options, to save memory."""
@@ -335,7 +368,7 @@ class State:
                 self.release_loops.pop(before.id, None)
         if after is not None:
             if after.status == "queued":
-                self._enter_queue(after, compact(after) if before is None else None)
+                self._enter_queue(after, packed(after) if before is None else None)
             elif after.status == "processing":
                 self._begin_processing(after)
             else:
@@ -349,7 +382,7 @@ class State:
         if tokens != sorted(tokens):
             by_token = sorted(zip(tokens, self.processing.items(), strict=True), key=itemgetter(0))
             self.processing = dict(item for _, item in by_token)
-        not_live = (self.expired_locks, self.noted_expired, self.stuck)
+        not_live = (self.expired_locks, self.noted_expired, self.stalled)
         expired = (worker.expired for worker in self.presence.workers.values())
         if to_sort := [ids for ids in (*not_live, *expired) if len(ids) > 1]:
             place = {job_id: number for number, job_id in enumerate(self.processing)}
@@ -414,19 +447,19 @@ class State:
             self.unmoved[job_id] = (before.options.queue, before.status) if before is not None and is_counted else None
             self._count_as(self.unmoved[job_id], +1)
 
-    def advance(self, now: int, lease: int) -> None:
+    def advance(self, now: int, lock_ms: int) -> None:
         """Apply the time: delayed jobs become due, locks expire, jobs stall.
 
         Overdue queued jobs need no work here, because every order skips them by time.
         """
         if now < self._now:
             self._rewind(now)
-        self._now, self._lease = now, lease
-        self.presence.set_time(now, lease)
+        self._now, self._lock_ms = now, lock_ms
+        self.presence.set_time(now, lock_ms)
         for wake in self._wakes.pop_until(now):
             if self._is_wake(wake):
                 self._wake(self._bucket(wake[1]))
-        for entry in self._deadlines.pop_until(lease):
+        for entry in self._deadlines.pop_until(lock_ms):
             if self._is_deadline(entry):
                 job = self.processing[entry[2]]
                 self._unsort(job)
@@ -436,7 +469,7 @@ class State:
 
     def _renew(self, before: Job, job: Job) -> None:
         """Replace the row of a processing job that has the same grant."""
-        job_id, lease = job.id, job.lease
+        job_id, deadlines = job.id, job.deadlines
         self.jobs.keep(job)
         self.processing[job_id] = job
         if before.releases >= LOOP_FROM or job.releases >= LOOP_FROM:
@@ -445,19 +478,23 @@ class State:
                 self.release_loops[job_id] = job.releases
         if before.started_at != job.started_at:  # repaired
             self.started_sum += (job.started_at or job.created_at) - (before.started_at or before.created_at)
-        assert lease is not None
+        assert deadlines is not None
         # An entry that is too early is checked again when it comes up, so moving a deadline costs nothing here.
         # Deadlines move back only if they are undone.
         known = self._deadline_of.get(job_id)
-        is_late = known is None or known > lease.expires or (lease.ceiling is not None and known > lease.ceiling)
+        is_late = (
+            known is None
+            or known > deadlines.expires
+            or (deadlines.progress_due is not None and known > deadlines.progress_due)
+        )
         if is_late or job_id in self.expired_locks or job_id in self.noted_expired:
             self._unsort(job)
             self._schedule(job)
 
-    def _enter_all(self, jobs: Iterable[CompactJob]) -> None:
-        """Add compact jobs to an empty state, at a quarter of the cost of single ones."""
-        groups: defaultdict[int, list[CompactJob]] = defaultdict(list)
-        buckets: defaultdict[tuple[str, str, int], list[CompactJob]] = defaultdict(list)
+    def _enter_all(self, jobs: Iterable[PackedJob]) -> None:
+        """Add packed jobs to an empty state, at a quarter of the cost of single ones."""
+        groups: defaultdict[int, list[PackedJob]] = defaultdict(list)
+        buckets: defaultdict[tuple[str, str, int], list[PackedJob]] = defaultdict(list)
         for job in jobs:
             groups[id(job.options)].append(job)  # by identity, because comparing values is slower
         for group in groups.values():
@@ -465,20 +502,20 @@ class State:
             buckets[(options.queue, options.kind, options.priority)] += group
             self._counts_of(options.queue)["queued"] += len(group)
             self.totals["queued"] += len(group)
-            self.jobs.keep_all_compact(group)
+            self.jobs.keep_all_packed(group)
         for (queue, kind, priority), group in buckets.items():
             bucket = self._queued_of(queue).join_all(kind, priority, group, self._now)
             self._became_due(bucket)
             self._wake_at(bucket, bucket.next_run_at(self._now))  # the clock can have been set back
 
-    def _enter_queue(self, job: Job, short: CompactJob | None) -> None:
+    def _enter_queue(self, job: Job, short: PackedJob | None) -> None:
         options, now = job.options, self._now
         queued = self._queued_of(options.queue)
         if short is None:
             self.jobs.keep(job)
             bucket = queued.add(options.kind, entry_of(job), now)
         else:
-            self.jobs.keep_compact(short)
+            self.jobs.keep_packed(short)
             bucket = queued.join(short, now)
         if job.run_at <= now:
             self._became_due(bucket)
@@ -508,7 +545,7 @@ class State:
         options, now = job.options, self._now
         queued = self._queued[options.queue]
         if self.jobs.drop(job.id):
-            ended = queued.remove_compact(job, now)
+            ended = queued.remove_packed(job, now)
         else:
             ended = queued.remove(options.kind, entry_of(job), now)
         if ended is not None:
@@ -541,8 +578,8 @@ class State:
         self.jobs.keep(job)
         self.processing[job_id] = job
         self.started_sum += job.started_at or job.created_at
-        if grant is None or job.lease is None:
-            self._sort(job_id, self.without_lease)  # an invalid row; validation reports it
+        if grant is None or job.deadlines is None:
+            self._sort(job_id, self.without_deadlines)  # an invalid row; validation reports it
             return
         self.presence.add_job(grant.worker, job_id, job.updated_at)
         self._schedule(job)
@@ -562,17 +599,19 @@ class State:
 
     def _schedule(self, job: Job) -> None:
         """Sort a processing job into live, expired or stalled, and set its next deadline."""
-        job_id, grant, lease, now = job.id, job.grant, job.lease, self._lease
-        assert grant is not None and lease is not None
-        if now < lease.expires and not lease.cleared:
-            deadline = lease.expires if lease.ceiling is None else min(lease.expires, lease.ceiling)
+        job_id, grant, deadlines, now = job.id, job.grant, job.deadlines, self._lock_ms
+        assert grant is not None and deadlines is not None
+        if now < deadlines.expires and not deadlines.cleared:
+            deadline = (
+                deadlines.expires if deadlines.progress_due is None else min(deadlines.expires, deadlines.progress_due)
+            )
         else:
-            deadline = lease.stuck
+            deadline = deadlines.stalled_at
             self.presence.set_expired(grant.worker, job_id, True)
             if now < deadline:
-                self._sort(job_id, self.noted_expired if lease.cleared else self.expired_locks)
+                self._sort(job_id, self.noted_expired if deadlines.cleared else self.expired_locks)
         if now >= deadline:
-            self._sort(job_id, self.stuck)
+            self._sort(job_id, self.stalled)
             self._deadline_of.pop(job_id, None)
             return
         self._deadline_of[job_id] = deadline
@@ -680,7 +719,7 @@ def _call_of(event: Event) -> tuple[int, int, str]:
 
 
 def _is_same_grant(before: Job, after: Job) -> bool:
-    if before.status != "processing" or before.lease is None or after.lease is None:
+    if before.status != "processing" or before.deadlines is None or after.deadlines is None:
         return False
     return before.grant is not None and after.grant is not None and before.grant.lock_id == after.grant.lock_id
 
@@ -693,53 +732,53 @@ def _metadata_bytes(job: Job) -> int:
 class LiveJobs(Mapping[str, Job]):
     """Live jobs by id. Compact ones are expanded on each access: the values are equal, but not identical."""
 
-    __slots__ = ("_compact", "_full")
+    __slots__ = ("_full", "_packed")
 
     def __init__(self) -> None:
-        self._compact: dict[str, CompactJob] = {}
+        self._packed: dict[str, PackedJob] = {}
         self._full: dict[str, Job] = {}
 
     def __getitem__(self, job_id: str) -> Job:
-        short = self._compact.get(job_id)
+        short = self._packed.get(job_id)
         return self._full[job_id] if short is None else short.expand()
 
     def __contains__(self, job_id: object) -> bool:
-        return job_id in self._compact or job_id in self._full
+        return job_id in self._packed or job_id in self._full
 
     def __iter__(self) -> Iterator[str]:
-        return chain(self._compact, self._full)
+        return chain(self._packed, self._full)
 
     def __len__(self) -> int:
-        return len(self._compact) + len(self._full)
+        return len(self._packed) + len(self._full)
 
     def find(self, job_id: str) -> Job | None:
         """Return the job or None. Three times as fast as `get`."""
-        short = self._compact.get(job_id)
+        short = self._packed.get(job_id)
         return self._full.get(job_id) if short is None else short.expand()
 
     def touched(self) -> KeysView[str]:
-        """Return the ids of the jobs that are not compact."""
+        """Return the ids of the jobs that are not packed."""
         return self._full.keys()
 
-    def waits(self, short: CompactJob) -> bool:
+    def waits(self, short: PackedJob) -> bool:
         """Return whether the job is still stored as `short`, that is, unchanged."""
-        return self._compact.get(short.id) is short
+        return self._packed.get(short.id) is short
 
     def keep(self, job: Job) -> None:
-        self._compact.pop(job.id, None)
+        self._packed.pop(job.id, None)
         self._full[job.id] = job
 
-    def keep_compact(self, job: CompactJob) -> None:
+    def keep_packed(self, job: PackedJob) -> None:
         self._full.pop(job.id, None)
-        self._compact[job.id] = job
+        self._packed[job.id] = job
 
-    def keep_all_compact(self, jobs: Iterable[CompactJob]) -> None:
-        """Add compact jobs that are not present yet."""
-        self._compact.update({job.id: job for job in jobs})
+    def keep_all_packed(self, jobs: Iterable[PackedJob]) -> None:
+        """Add packed jobs that are not present yet."""
+        self._packed.update({job.id: job for job in jobs})
 
     def drop(self, job_id: str) -> bool:
-        """Remove the job if it is present. Return whether it was compact."""
-        if self._compact.pop(job_id, None) is not None:
+        """Remove the job if it is present. Return whether it was packed."""
+        if self._packed.pop(job_id, None) is not None:
             return True
         self._full.pop(job_id, None)
         return False

@@ -12,7 +12,7 @@ from typing import Final, TypeVar
 from msgspec import Struct, field
 
 from jobd.model.events import Change, Event
-from jobd.model.job import HOUR_MS, MINUTE_MS, SECOND_MS, Grant, Lease
+from jobd.model.job import HOUR_MS, MINUTE_MS, SECOND_MS, Grant, LockDeadlines
 
 T = TypeVar("T")
 
@@ -23,7 +23,7 @@ TAKE_BACK: Final = "take-back"  # the rule that ended such a grant
 
 
 class EndedGrant(Struct, frozen=True):
-    """A grant that ended without its worker. `until` is the lease time until which its lock would have been live."""
+    """A grant that ended without its worker. `until` is the lock time until which its lock would have been live."""
 
     until: int
     fencing_token: int
@@ -41,9 +41,9 @@ class DoubleGrant(Struct, frozen=True):
 class DoubleGrants(Struct):
     """Double grants, and the grants that could become one.
 
-    After an ordinary stall there is none, because the lock expires before the next grant. A grant that ended at its
-    ceiling or by a restored backup counts: its worker may still be at work. A grant that an operator ended does not,
-    nor one whose worker has received `lock_lost`.
+    After an ordinary stall there is none, because the lock expires before the next grant. A grant that ended by its
+    progress timeout or by a restored backup counts: its worker may still be at work. A grant that an operator ended
+    does not, nor one whose worker has received `lock_lost`.
     """
 
     ended_grants: dict[int, EndedGrant] = field(name="taken", default_factory=dict)  # job seq -> its last grant
@@ -55,16 +55,16 @@ class DoubleGrants(Struct):
         """Record that a job stalled or was taken back."""
         before, after = change.before, change.after
         assert before is not None and after is not None  # a stall does not delete the job
-        if before.grant is None or before.lease is None:
+        if before.grant is None or before.deadlines is None:
             return
         if after.ended is not None and after.ended.rule == TAKE_BACK:
             return
         made = before.grant
-        self.ended_grants[before.seq] = EndedGrant(lock_end(made, before.lease), made.fencing_token, made.worker)
+        self.ended_grants[before.seq] = EndedGrant(lock_end(made, before.deadlines), made.fencing_token, made.worker)
         if len(self.ended_grants) > ENDED_GRANTS_KEPT:
             del self.ended_grants[next(iter(self.ended_grants))]
 
-    def refused(self, event: Event) -> None:
+    def rejected(self, event: Event) -> None:
         """Record that a worker received `lock_lost` for its ended grant."""
         ended = self.ended_grants.get(event.job_seq)
         if ended is not None and (event.details or {}).get("fencing_token") == ended.fencing_token:
@@ -76,9 +76,9 @@ class DoubleGrants(Struct):
         if ended is None:
             return
         after = change.after
-        assert after is not None and after.grant is not None and after.lease is not None  # it was granted
+        assert after is not None and after.grant is not None and after.deadlines is not None  # it was granted
         made = after.grant
-        if after.lease.silent - made.stuck_after_ms >= ended.until:  # the lease time of the grant
+        if after.deadlines.stall_due - made.stall_after_ms >= ended.until:  # the lock time of the grant
             return
         minute = change.event.at // MINUTE_MS
         self.minutes[minute] = self.minutes.get(minute, 0) + 1
@@ -91,14 +91,14 @@ class DoubleGrants(Struct):
         return sum(_latest(self.minutes, now // MINUTE_MS, 60).values())
 
 
-def lock_end(made: Grant, lease: Lease) -> int:
-    """Return the lease time until which the lock would have been live without its ceiling.
+def lock_end(made: Grant, deadlines: LockDeadlines) -> int:
+    """Return the lock time until which the lock would have been live without its progress timeout.
 
-    For a lock that was cut to its ceiling, that is one TTL after the last report.
+    For a lock that was cut to its progress timeout, that is one TTL after the last report.
     """
-    if lease.ceiling is None or lease.expires < lease.ceiling:
-        return lease.expires
-    return max(lease.expires, lease.silent - made.stuck_after_ms + made.ttl_ms)
+    if deadlines.progress_due is None or deadlines.expires < deadlines.progress_due:
+        return deadlines.expires
+    return max(deadlines.expires, deadlines.stall_due - made.stall_after_ms + made.ttl_ms)
 
 
 # -- duration baseline: the 95th percentile of the last hour of each kind of job, and its usual value ------------------
@@ -314,9 +314,9 @@ class Counters(Struct):
                 self.double_grants.ended(change)
             case "late_result":
                 self.late_kept += 1
-                self.double_grants.refused(event)
+                self.double_grants.rejected(event)
             case "late_call":
-                self.double_grants.refused(event)
+                self.double_grants.rejected(event)
             case "adopted":
                 self.late_adopted += 1
             case "lock_expired":

@@ -24,7 +24,7 @@ from jobd.model.job import (
     Failure,
     Grant,
     Job,
-    Lease,
+    LockDeadlines,
     Options,
     Policy,
     PreviousGrant,
@@ -149,8 +149,8 @@ def requested_options(tx: Transaction, request: Create | Import) -> Options:
         request.backoff,
         policy.max_stalls if request.max_stalls is None else request.max_stalls,
         request.on_stall or policy.on_stall,
-        request.stuck_after_ms,
-        request.max_processing_ms,
+        request.stall_after_ms,
+        request.progress_timeout_ms,
     )
     return tx.state.shared(options)
 
@@ -163,23 +163,23 @@ def normalize_number(progress: float) -> int | float:
 def grant(tx: Transaction, job: Job, request: Start | Claim) -> Job:
     """Grant a queued job to the worker of the request: a new lock, a new fencing token, one more attempt.
 
-    The stall time of the request takes precedence over that of the job. The ceiling of the job takes precedence over
-    that of the request, so that a worker cannot raise it.
+    The stall time of the request takes precedence over that of the job. The progress timeout of the job takes
+    precedence over that of the request, so that a worker cannot raise it.
     """
     worker = request.worker
-    policy, options, now, lease = tx.policy, job.options, tx.now, tx.at.lease
+    policy, options, now, lock_ms = tx.policy, job.options, tx.now, tx.at.lock_ms
     token = tx.token()
-    stuck_after_ms = request.stuck_after_ms
-    if stuck_after_ms is None:
-        stuck_after_ms = default_if_none(options.stuck_after_ms, policy.stuck_after_ms)
-    max_processing_ms = options.max_processing_ms
-    if max_processing_ms is None:
-        max_processing_ms = default_if_none(request.max_processing_ms, policy.max_processing_ms)
+    stall_after_ms = request.stall_after_ms
+    if stall_after_ms is None:
+        stall_after_ms = default_if_none(options.stall_after_ms, policy.stall_after_ms)
+    progress_timeout_ms = options.progress_timeout_ms
+    if progress_timeout_ms is None:
+        progress_timeout_ms = default_if_none(request.progress_timeout_ms, policy.progress_timeout_ms)
     ttl_ms = request.lock_ttl_ms or policy.lock_ttl_ms
-    expires, ceiling = lease + ttl_ms, None
-    if max_processing_ms:
-        ceiling = lease + max_processing_ms
-        expires = expires if expires < ceiling else ceiling
+    expires, progress_due = lock_ms + ttl_ms, None
+    if progress_timeout_ms:
+        progress_due = lock_ms + progress_timeout_ms
+        expires = expires if expires < progress_due else progress_due
     attempt = job.attempt + 1
     fields = {
         "status": "processing",
@@ -187,30 +187,32 @@ def grant(tx: Transaction, job: Job, request: Start | Claim) -> Job:
         "progress": 0,
         "progress_message": None,
         "attempt": attempt,
-        "grant": Grant(tx.secret(token), token, worker, now, ttl_ms, stuck_after_ms, max_processing_ms),
-        "lease": Lease(expires, lease + stuck_after_ms, ceiling),
+        "grant": Grant(tx.secret(token), token, worker, now, ttl_ms, stall_after_ms, progress_timeout_ms),
+        "deadlines": LockDeadlines(expires, lock_ms + stall_after_ms, progress_due),
     }
     details = {"worker": worker, "fencing_token": token, "attempt": attempt, "ttl_ms": ttl_ms}
     # `by` instead of `worker`, because `note_request` has already recorded the worker.
     return tx.update(job, "granted", fields, by=f"worker:{worker}", details=details)
 
 
-def keep_alive(made: Grant, lease: Lease, now: int, additional_ms: int, *, progressed: bool) -> Lease:
-    """Return the lease after a report at lease time `now`: at least `additional_ms` from now, never shorter.
+def keep_alive(
+    made: Grant, deadlines: LockDeadlines, now: int, additional_ms: int, *, progressed: bool
+) -> LockDeadlines:
+    """Return the deadlines after a report at lock time `now`: at least `additional_ms` from now, never shorter.
 
-    Only progress moves the ceiling; an extension is cut to it. No deadline moves back: after a start of the daemon, a
-    deadline can be later than the grant alone would allow, and a report must not lose that.
+    Only progress moves `progress_due`; an extension is cut to it. No deadline moves back: after a start of the daemon,
+    a deadline can be later than the grant alone would allow, and a report must not lose that.
     """
-    expires, silent, ceiling = now + additional_ms, now + made.stuck_after_ms, lease.ceiling
-    if progressed and made.max_processing_ms:
-        limit = now + made.max_processing_ms
-        ceiling = limit if ceiling is None or ceiling < limit else ceiling
-    if ceiling is not None and ceiling < expires:
-        expires = ceiling
-    return Lease(
-        expires if expires > lease.expires else lease.expires,
-        silent if silent > lease.silent else lease.silent,
-        ceiling,
+    expires, stall_due, progress_due = now + additional_ms, now + made.stall_after_ms, deadlines.progress_due
+    if progressed and made.progress_timeout_ms:
+        limit = now + made.progress_timeout_ms
+        progress_due = limit if progress_due is None or progress_due < limit else progress_due
+    if progress_due is not None and progress_due < expires:
+        expires = progress_due
+    return LockDeadlines(
+        expires if expires > deadlines.expires else deadlines.expires,
+        stall_due if stall_due > deadlines.stall_due else deadlines.stall_due,
+        progress_due,
     )
 
 
@@ -326,14 +328,14 @@ def stall(tx: Transaction, job: Job, cause: str, *, rule: str = "recovery", why:
 
 def stall_reason(tx: Transaction, job: Job) -> str:
     """Return a sentence for operators that says why the job is stalled."""
-    made, lease = job.grant, job.lease
-    if made is None or lease is None:
+    made, deadlines = job.grant, job.deadlines
+    if made is None or deadlines is None:
         return "The job was processing, but no worker held it."
     where = f"at {job.progress:g} % (attempt {job.attempt} of {job.options.max_attempts})"
-    if lease.is_past_ceiling(tx.at.lease):
-        limit = in_words(made.max_processing_ms)
-        return f"Worker {made.worker} reported no progress for {limit} (max_processing_ms) {where}."
-    silent_ms = tx.at.lease - (lease.silent - made.stuck_after_ms)
+    if deadlines.is_past_progress_due(tx.at.lock_ms):
+        limit = in_words(made.progress_timeout_ms)
+        return f"Worker {made.worker} reported no progress for {limit} (progress_timeout_ms) {where}."
+    silent_ms = tx.at.lock_ms - (deadlines.stall_due - made.stall_after_ms)
     return f"No update from worker {made.worker} for {in_words(silent_ms)} {where}. The lock had expired."
 
 
@@ -370,9 +372,11 @@ def is_overdue(job: Job, now: int) -> bool:
     return job.status == "queued" and job.expires_at is not None and job.expires_at <= now
 
 
-def is_stuck(job: Job, lease_ms: int) -> bool:
-    """Return whether the job is processing and stalled at lease time `lease_ms`. Without a grant it always is."""
-    return job.status == "processing" and (job.lease is None or job.grant is None or lease_ms >= job.lease.stuck)
+def is_stalled(job: Job, lock_ms: int) -> bool:
+    """Return whether the job is processing and stalled at lock time `lock_ms`. Without a grant it always is."""
+    return job.status == "processing" and (
+        job.deadlines is None or job.grant is None or lock_ms >= job.deadlines.stalled_at
+    )
 
 
 def in_words(ms: int) -> str:
@@ -390,7 +394,7 @@ def in_words(ms: int) -> str:
 
 
 def _end_grant(fields: dict[str, Any], job: Job, ended: PreviousGrant | None) -> None:
-    if job.grant is not None or job.lease is not None:
-        fields["grant"] = fields["lease"] = None
+    if job.grant is not None or job.deadlines is not None:
+        fields["grant"] = fields["deadlines"] = None
     if ended != job.ended:
         fields["ended"] = ended

@@ -16,7 +16,7 @@ from jobd.core.stats import Counters
 from jobd.core.worker_presence import WorkerPresence, WorkerSeen
 from jobd.model.commands import Import, Locks, Moment, Queues, Workers, WorkerState
 from jobd.model.events import QueuePause
-from jobd.model.job import STATUSES, Failure, Grant, Job, LateResult, Lease, Policy, Result, Status
+from jobd.model.job import STATUSES, Failure, Grant, Job, LateResult, LockDeadlines, Policy, Result, Status
 from jobd.model.responses import (
     ErrorView,
     GrantView,
@@ -43,14 +43,14 @@ NO_ERROR = Failure(None)
 
 def lock_view(job: Job, at: Moment, *, admin: bool = False) -> LockView | None:
     """Return the lock of `job`; None if its expiry was recorded or the job is not processing."""
-    if job.grant is None or job.lease is None or job.lease.cleared:
+    if job.grant is None or job.deadlines is None or job.deadlines.cleared:
         return None
     grant = job.grant
     return LockView(
         grant.worker,
         grant.fencing_token,
         grant.acquired_at,
-        at.wall(job.lease.expires),
+        at.wall(job.deadlines.expires),
         grant.lock_id if admin else UNSET,
     )
 
@@ -58,13 +58,13 @@ def lock_view(job: Job, at: Moment, *, admin: bool = False) -> LockView | None:
 def job_view(job: Job, at: Moment, policy: Policy, *, admin: bool = False, payload: Raw | UnsetType = UNSET) -> JobView:
     """Return the view of `job`. Durations that the creator did not set are shown as they apply now."""
     options, grant, result, error = job.options, job.grant, job.result or NO_RESULT, job.error or NO_ERROR
-    stuck_after_ms, max_processing_ms = options.stuck_after_ms, options.max_processing_ms
+    stall_after_ms, progress_timeout_ms = options.stall_after_ms, options.progress_timeout_ms
     if grant is not None:
-        stuck_after_ms, max_processing_ms = grant.stuck_after_ms, grant.max_processing_ms
-    if stuck_after_ms is None:
-        stuck_after_ms = policy.stuck_after_ms
-    if max_processing_ms is None:
-        max_processing_ms = policy.max_processing_ms
+        stall_after_ms, progress_timeout_ms = grant.stall_after_ms, grant.progress_timeout_ms
+    if stall_after_ms is None:
+        stall_after_ms = policy.stall_after_ms
+    if progress_timeout_ms is None:
+        progress_timeout_ms = policy.progress_timeout_ms
     # By position: a claim makes up to a hundred of these, and keyword arguments take six times as long.
     return JobView(
         job.id,
@@ -81,8 +81,8 @@ def job_view(job: Job, at: Moment, policy: Policy, *, admin: bool = False, paylo
         job.stalls,
         options.max_stalls,
         options.on_stall,
-        stuck_after_ms,
-        max_processing_ms,
+        stall_after_ms,
+        progress_timeout_ms,
         job.created_at,
         job.updated_at,
         job.run_at,
@@ -96,7 +96,7 @@ def job_view(job: Job, at: Moment, policy: Policy, *, admin: bool = False, paylo
         result.metadata,
         error.message,
         error.code,
-        grant.worker if grant is not None and job.lease is not None and job.lease.cleared else UNSET,
+        grant.worker if grant is not None and job.deadlines is not None and job.deadlines.cleared else UNSET,
     )
 
 
@@ -118,8 +118,8 @@ def as_import(job: Job, payload: Raw) -> Import:
         stalls=job.stalls,
         max_stalls=options.max_stalls,
         on_stall=options.on_stall,
-        stuck_after_ms=options.stuck_after_ms,
-        max_processing_ms=options.max_processing_ms,
+        stall_after_ms=options.stall_after_ms,
+        progress_timeout_ms=options.progress_timeout_ms,
         created_at=job.created_at,
         updated_at=job.updated_at,
         run_at=job.run_at,
@@ -153,20 +153,25 @@ def late_view(late: LateResult, not_adoptable: str | None = None) -> LateResultV
     )
 
 
-def ceiling_at(lease: Lease, at: Moment) -> int | None:
-    return None if lease.ceiling is None else at.wall(lease.ceiling)
+def progress_due_at(deadlines: LockDeadlines, at: Moment) -> int | None:
+    return None if deadlines.progress_due is None else at.wall(deadlines.progress_due)
 
 
-def lock_state(grant: Grant, lease: Lease, at: Moment, extended: bool | UnsetType = UNSET) -> LockState:
-    return LockState(at.wall(lease.expires), grant.ttl_ms, ceiling_at(lease, at), extended=extended)
+def lock_state(grant: Grant, deadlines: LockDeadlines, at: Moment, extended: bool | UnsetType = UNSET) -> LockState:
+    return LockState(at.wall(deadlines.expires), grant.ttl_ms, progress_due_at(deadlines, at), extended=extended)
 
 
 def grant_view(job: Job, at: Moment, view: JobView) -> GrantView:
     """Return the current grant of `job`, for its holder."""
-    assert job.grant is not None and job.lease is not None
-    grant, lease = job.grant, job.lease
+    assert job.grant is not None and job.deadlines is not None
+    grant, deadlines = job.grant, job.deadlines
     return GrantView(
-        view, grant.lock_id, grant.fencing_token, at.wall(lease.expires), grant.ttl_ms, ceiling_at(lease, at)
+        view,
+        grant.lock_id,
+        grant.fencing_token,
+        at.wall(deadlines.expires),
+        grant.ttl_ms,
+        progress_due_at(deadlines, at),
     )
 
 
@@ -261,14 +266,14 @@ def _worker(presence: WorkerPresence, name: str, seen: WorkerSeen) -> WorkerView
 def locks(state: State, at: Moment, command: Locks, *, admin: bool) -> LockList:
     """Return current grants after the cursor (a fencing token), oldest first."""
     after = int(command.cursor or 0)
-    held = ((job, job.grant, job.lease) for job in state.processing.values() if job.grant and job.lease)
+    held = ((job, job.grant, job.deadlines) for job in state.processing.values() if job.grant and job.deadlines)
     selected = (each for each in held if each[1].fencing_token > after) if after else held
     shown = [_locked(*each, at, admin) for each in islice(selected, command.limit)]
     is_last = command.limit is None or len(shown) < command.limit or next(selected, None) is None
     return LockList(shown, None if is_last else str(shown[-1].fencing_token))
 
 
-def _locked(job: Job, grant: Grant, lease: Lease, at: Moment, admin: bool) -> LockedJob:
+def _locked(job: Job, grant: Grant, deadlines: LockDeadlines, at: Moment, admin: bool) -> LockedJob:
     return LockedJob(
         id=job.id,
         queue=job.options.queue,
@@ -277,10 +282,10 @@ def _locked(job: Job, grant: Grant, lease: Lease, at: Moment, admin: bool) -> Lo
         lock_id=grant.lock_id if admin else UNSET,
         fencing_token=grant.fencing_token,
         acquired_at=grant.acquired_at,
-        expires_at=at.wall(lease.expires),
-        live=lease.is_live(at.lease),
-        ceiling_at=ceiling_at(lease, at),
-        stuck_at=at.wall(lease.stuck),
+        expires_at=at.wall(deadlines.expires),
+        live=deadlines.is_live(at.lock_ms),
+        progress_due_at=progress_due_at(deadlines, at),
+        stalled_at=at.wall(deadlines.stalled_at),
         progress=job.progress,
     )
 
@@ -291,7 +296,7 @@ def stats(state: State, counters: Counters, at: Moment) -> StatsView:
     return StatsView(
         total_jobs=state.total(),
         by_status={status: state.totals[status] for status in STATUSES},
-        stuck_jobs=len(state.stuck),
+        stuck_jobs=len(state.stalled),
         locked_jobs=state.live_locks(),
         average_processing_time=average_processing_s(state, counters, at),
         oldest_processing_job=shown,

@@ -1,6 +1,6 @@
 """Presence of workers: for each, when it was last seen, its latest claim, its jobs, and its description of itself.
 
-In memory only: after a start, only the holders of jobs are known. Ages are in lease time, so that a step of the wall
+In memory only: after a start, only the holders of jobs are known. Ages are in lock time, so that a step of the wall
 clock does not make a worker gone.
 """
 
@@ -25,7 +25,7 @@ SetKey = tuple[tuple[str, ...], tuple[str, ...] | None]
 class ClaimSet:
     """Queues and kinds (None: all) that at least one worker has claimed. Workers with equal sets share one.
 
-    `queues` and `kinds` are as they were first sent. `claimed` is the lease time of the latest claim, `waiting` the
+    `queues` and `kinds` are as they were first sent. `claimed` is the lock time of the latest claim, `waiting` the
     number of claims that wait for a job now.
     """
 
@@ -56,7 +56,7 @@ class ClaimSet:
 class WorkerSeen:
     """One worker. `jobs` are the jobs that it holds, `expired` those of them whose lock has expired.
 
-    `last_seen_at` (wall time) and `heard` (lease time) are when it was last seen, `claimed` is the lease time of its
+    `last_seen_at` (wall time) and `heard` (lock time) are when it was last seen, `claimed` is the lock time of its
     latest claim. `claims` is None if no claim is remembered. `waiting` is the number of its claims that wait now.
     """
 
@@ -81,17 +81,17 @@ class WorkerSeen:
 class WorkerPresence:
     """All workers that are remembered, and the claim sets by queue.
 
-    `started_at` is the wall time of the start, None before the first `set_time`. All claims after `since` (lease time)
+    `started_at` is the wall time of the start, None before the first `set_time`. All claims after `since` (lock time)
     are remembered. It is the start, unless claim sets had to be forgotten (`has_forgotten`).
     """
 
-    def __init__(self, now: int = 0, lease: int = 0) -> None:
+    def __init__(self, now: int = 0, lock_ms: int = 0) -> None:
         self.workers: OrderedDict[str, WorkerSeen] = OrderedDict()  # roughly by when they were last seen
         self.started_at: int | None = None
-        self.since = lease
+        self.since = lock_ms
         self.has_forgotten = False
         self.now = now
-        self.lease = lease
+        self.lock_ms = lock_ms
         self._sets: dict[SetKey, ClaimSet] = {}
         self._of_queue: dict[str, dict[ClaimSet, None]] = {}
         self._names = 0
@@ -104,11 +104,11 @@ class WorkerPresence:
             return "silent"
         if worker.jobs:
             return "busy"
-        return "idle" if worker.waiting or self.lease - worker.heard < GONE_AFTER_MS else "gone"
+        return "idle" if worker.waiting or self.lock_ms - worker.heard < GONE_AFTER_MS else "gone"
 
     def remembered(self) -> Iterator[tuple[str, WorkerSeen]]:
         """Iterate over names and workers, without those that have been gone for a day."""
-        oldest = self.lease - FORGOTTEN_AFTER_MS
+        oldest = self.lock_ms - FORGOTTEN_AFTER_MS
         return (each for each in self.workers.items() if each[1].heard > oldest or not each[1].is_resting)
 
     def heard_at(self, worker: WorkerSeen) -> int:
@@ -119,8 +119,8 @@ class WorkerPresence:
         """Iterate over the sets that contain this queue."""
         return iter(self._of_queue.get(queue, ()))
 
-    def unclaimed_ms(self, queue: str, kind: str, lease: int) -> int:
-        """Return for how long, at lease time `lease`, no worker has claimed this queue and kind.
+    def unclaimed_ms(self, queue: str, kind: str, lock_ms: int) -> int:
+        """Return for how long, at lock time `lock_ms`, no worker has claimed this queue and kind.
 
         0 while a claim waits. Without a remembered claim it counts from `since`. The cost grows with the number of sets
         that contain this queue.
@@ -128,12 +128,12 @@ class WorkerPresence:
         fitting = [claims for claims in self.claim_sets(queue) if claims.takes(kind)]
         if any(claims.waiting for claims in fitting):
             return 0
-        return max(lease - max((claims.claimed for claims in fitting), default=self.since), 0)
+        return max(lock_ms - max((claims.claimed for claims in fitting), default=self.since), 0)
 
     # -- changing -----------------------------------------------------------------------------------------------------
 
-    def set_time(self, now: int, lease: int) -> None:
-        self.now, self.lease = now, lease
+    def set_time(self, now: int, lock_ms: int) -> None:
+        self.now, self.lock_ms = now, lock_ms
         if self.started_at is None:
             self.started_at = now
 
@@ -146,7 +146,7 @@ class WorkerPresence:
         else:
             self.workers.move_to_end(name)
         worker.last_seen_at = at
-        worker.heard = self.lease - (self.now - at)
+        worker.heard = self.lock_ms - (self.now - at)
         return worker
 
     def note_request(self, command: Start | Claim) -> WorkerSeen:
@@ -159,7 +159,7 @@ class WorkerPresence:
             if claims is None or claims.queues != command.queues or claims.kinds != command.kinds:
                 claims = self._set_of(command)
                 self._assign(command.worker, worker, claims)
-            claims.claimed = worker.claimed = self.lease
+            claims.claimed = worker.claimed = self.lock_ms
         return worker
 
     def begin_wait(self, command: Claim) -> ClaimSet:
@@ -176,7 +176,7 @@ class WorkerPresence:
         worker = self.note_seen(name, self.now)
         worker.waiting -= 1
         claims.waiting -= 1
-        claims.claimed = worker.claimed = self.lease
+        claims.claimed = worker.claimed = self.lock_ms
 
     def add_job(self, name: str, job_id: str, at: int) -> None:
         """Record that a worker holds a job. An unknown worker was last seen at wall time `at`."""
@@ -205,7 +205,7 @@ class WorkerPresence:
 
         A worker at the front that has a job or waits for one moves to the end, so that it is not inspected each time.
         """
-        oldest = self.lease - FORGOTTEN_AFTER_MS
+        oldest = self.lock_ms - FORGOTTEN_AFTER_MS
         for _ in range(EVICTION_SCAN):
             name, worker = next(iter(self.workers.items()))
             if worker.heard > oldest and len(self.workers) <= WORKERS_KEPT:

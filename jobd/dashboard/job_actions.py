@@ -7,7 +7,7 @@ from typing import Any, Final, Literal
 import msgspec
 from msgspec import UNSET, Struct
 
-from jobd.api.admin import ROUTES
+from jobd.api.admin_routes import ROUTES
 from jobd.dashboard.urls import curl_prefix
 from jobd.model import commands
 from jobd.model.commands import JobCommand

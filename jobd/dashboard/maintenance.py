@@ -64,7 +64,7 @@ async def confirm_cleanup(viewer: Viewer, confirmation: CleanupConfirmQuery) -> 
         "requeued": len(preview.recover) - failed,
         "has_changes": bool(preview.recover or preview.expired_locks or by_cleanup),
         "destructive": bool(failed or by_cleanup),
-        "more_stuck": len(preview.recover) >= PREVIEW_LIMIT,
+        "more_stalled": len(preview.recover) >= PREVIEW_LIMIT,
         "max_listed": MAX_LISTED,
         "preview_limit": PREVIEW_LIMIT,
         "clock": services.clock_view(),

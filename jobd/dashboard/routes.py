@@ -14,7 +14,7 @@ from msgspec.structs import replace
 from jobd.api.downloads import send_artifact
 from jobd.api.operator_actions import step_down
 from jobd.api.services import Services
-from jobd.dashboard import cluster, maintenance, pages, plans, urls, webhooks
+from jobd.dashboard import cluster_page, maintenance, pages, plan_pages, urls, webhook_pages
 from jobd.dashboard.assets import Assets
 from jobd.dashboard.context import (
     AUTHORIZATION,
@@ -97,7 +97,7 @@ PAGES: Final = (
         "/jobs", JobsPageQuery, "jobs", "Jobs", pages.jobs,
         interval_s=5, redirect_to=job_redirect, subscription=jobs_subscription,
     ),
-    PageSpec("/plans/{plan_id}", PlanCommand, "plan", "Plan", plans.plan_page),
+    PageSpec("/plans/{plan_id}", PlanCommand, "plan", "Plan", plan_pages.plan_page),
     PageSpec("/failures", NoFields, "failures", "Failures", pages.failures),
     PageSpec("/workers", pages.WorkersPageQuery, "workers", "Workers", pages.workers),
     PageSpec(
@@ -110,28 +110,39 @@ PAGES: Final = (
         changes=True,
     ),
     PageSpec("/alerts", NoFields, "alerts", "Alerts", pages.alerts, interval_s=5),
-    PageSpec("/webhooks", NoFields, "webhooks", "Webhooks", webhooks.webhook_list, interval_s=5),
+    PageSpec("/webhooks", NoFields, "webhooks", "Webhooks", webhook_pages.webhook_list, interval_s=5),
     PageSpec(
-        "/webhooks/{name}", webhooks.WebhookPageQuery, "webhook", "Webhook", webhooks.webhook_detail, interval_s=5
+        "/webhooks/{name}",
+        webhook_pages.WebhookPageQuery,
+        "webhook",
+        "Webhook",
+        webhook_pages.webhook_detail,
+        interval_s=5,
     ),
     PageSpec(
-        "/webhooks/{name}/retry-failed", webhooks.RetryFailedQuery, "webhook_retry", "Retry failed deliveries",
-        webhooks.confirm_retry_failed, changes=True,
+        "/webhooks/{name}/retry-failed", webhook_pages.RetryFailedQuery, "webhook_retry", "Retry failed deliveries",
+        webhook_pages.confirm_retry_failed, changes=True,
     ),
     PageSpec(
-        CLUSTER, cluster.ClusterPageQuery, "cluster", "Cluster", cluster.cluster_page, on_standby=True, has_stream=False
+        CLUSTER,
+        cluster_page.ClusterPageQuery,
+        "cluster",
+        "Cluster",
+        cluster_page.cluster_page,
+        on_standby=True,
+        has_stream=False,
     ),
     PageSpec(
-        "/cluster/step-down", NoFields, "step_down", "Cluster", cluster.confirm_step_down, changes=True
+        "/cluster/step-down", NoFields, "step_down", "Cluster", cluster_page.confirm_step_down, changes=True
     ),
     PageSpec("/audit", pages.AuditPageQuery, "audit", "Audit", pages.audit, interval_s=5),
     PageSpec("/clock", NoFields, "clock", "Clock", maintenance.confirm_clock),
 )  # fmt: skip
 
 FORMS: Final[tuple[tuple[str, type[Command], HandleForm], ...]] = (
-    ("/plans", plans.PlanForm, plans.create_plan),
-    ("/plans/{plan_id}/apply", plans.PlanIdForm, plans.apply_plan),
-    ("/plans/{plan_id}/next", plans.PlanIdForm, plans.create_next_plan),
+    ("/plans", plan_pages.PlanForm, plan_pages.create_plan),
+    ("/plans/{plan_id}/apply", plan_pages.PlanIdForm, plan_pages.apply_plan),
+    ("/plans/{plan_id}/next", plan_pages.PlanIdForm, plan_pages.create_next_plan),
     ("/queues/pause", maintenance.QueueForm, maintenance.pause_queue),
     ("/queues/resume", maintenance.QueueForm, maintenance.resume_queue),
     ("/queues/{name}/pause", maintenance.QueueForm, maintenance.pause_queue),  # for programs, like the next one
@@ -140,9 +151,9 @@ FORMS: Final[tuple[tuple[str, type[Command], HandleForm], ...]] = (
     ("/cleanup/run", ReasonForm, maintenance.run_cleanup),
     ("/cleanup/recover", ReasonForm, maintenance.recover_stuck),
     ("/clock/accept", ReasonForm, maintenance.accept_clock),
-    ("/webhooks/{name}/test", webhooks.TestWebhookForm, webhooks.send_test),
-    ("/webhooks/{name}/resend", webhooks.ResendForm, webhooks.resend),
-    ("/webhooks/{name}/resend-given-up", webhooks.RetryFailedForm, webhooks.retry_failed),
+    ("/webhooks/{name}/test", webhook_pages.TestWebhookForm, webhook_pages.send_test),
+    ("/webhooks/{name}/resend", webhook_pages.ResendForm, webhook_pages.resend),
+    ("/webhooks/{name}/resend-dead-lettered", webhook_pages.RetryFailedForm, webhook_pages.retry_failed),
 )
 
 
@@ -180,7 +191,7 @@ class Dashboard:
             public("GET", "/sign-in", SignInQuery, sign_in.page, on_standby=True),
             public("POST", "/sign-in", SignInForm, sign_in.sign_in, on_standby=True),
             form("/sign-out", Form, sign_in.sign_out, for_read_only=True, on_standby=True),
-            form("/cluster/step-down", cluster.StepDownForm, self._step_down),
+            form("/cluster/step-down", cluster_page.StepDownForm, self._step_down),
             public("GET", "/static/{name}", StaticFileQuery, self._static, on_standby=True),
             public("GET", "/docs", NoFields, partial(self._docs, "/openapi.json")),
             public("GET", "/docs/worker", NoFields, partial(self._docs, "/docs/worker.json")),
@@ -344,7 +355,7 @@ class Dashboard:
     async def _artifact(
         self, app: App[Services], context: RequestContext, query: ArtifactRequest
     ) -> Response | ApiError | None:
-        """Send the stored result of a job, as the API does."""
+        """Send the artifact of a job, as the API does."""
         viewer = find_viewer(app, context, self.sessions)
         if viewer is None:
             return redirect_to_sign_in(context)
@@ -385,7 +396,7 @@ class Dashboard:
             f"{action.label}: done. {job.status} \u2192 {action.command.leads_to or job.status}",
         )
 
-    async def _step_down(self, viewer: Viewer, form: cluster.StepDownForm) -> Response:
+    async def _step_down(self, viewer: Viewer, form: cluster_page.StepDownForm) -> Response:
         """Make this node step down. Its process ends too, so the page does not redirect to it."""
         view = await step_down(viewer.app, viewer.context.operator, form.reason_or_none, force=bool(form.force))
         return Response(await self._render("stepped_down.html", viewer, title="Cluster", name="cluster", cluster=view))

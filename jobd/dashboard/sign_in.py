@@ -85,7 +85,7 @@ class SignInPages:
         failure = self._throttle.record_failure(operator.address)
         app.error_counts["unauthorized"] += 1
         if failure.is_audited:
-            log.info("sign_in_refused", address=operator.address, times=failure.count)
+            log.info("sign_in_rejected", address=operator.address, times=failure.count)
             entry = RecordAction(what="sign-in", details={"times": failure.count}, outcome="unauthorized")
             await app.actor.ask(entry, operator=replace(operator, part_of=f"sign-in {failure.window}"))
         if failure.delay_s and self._delayed >= MAX_DELAYED:

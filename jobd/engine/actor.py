@@ -167,7 +167,7 @@ class Actor:
         self._under_way: DecidedBatch | None = None  # decided, and perhaps not committed yet
         self._lost_disk: Exception | None = None
         disk.on_quarantined = self._note_quarantined
-        self._decider = Decider(state, keys, self.waiting_claims, refuse=self.full_disk.refuse, loop_time=loop_time)
+        self._decider = Decider(state, keys, self.waiting_claims, reject=self.full_disk.reject, loop_time=loop_time)
         self._history = HistoryReader(disk, clock.moment)
 
     # -- asking -------------------------------------------------------------------------------------------------------
@@ -219,9 +219,9 @@ class Actor:
 
         `ordered`: the command is decided after the earlier ones of its sender.
         """
-        refusal = self._refuse_entry(command, size)
-        if refusal is not None:
-            return refusal
+        rejection = self._reject_entry(command, size)
+        if rejection is not None:
+            return rejection
         seed = self._random(16)
         envelope = Envelope(command, by, seed, admin, operator, expected, key, size, [waiter], ordered)
         self._put(envelope)
@@ -278,7 +278,7 @@ class Actor:
         """The number of commands in the mailbox and of reads of history in progress."""
         return len(self._mailbox) + len(self._history.reads)
 
-    def _refuse_entry(self, command: AnyCommand, size: int) -> ApiError | None:
+    def _reject_entry(self, command: AnyCommand, size: int) -> ApiError | None:
         if self._stopping:
             return self._rejection
         room, bounds = SHARES[command.admission], self.bounds
@@ -346,7 +346,7 @@ class Actor:
             if timer is not None:
                 timer.cancel()
                 at = self._clock.moment()
-                self.state.advance(at.now, at.lease)
+                self.state.advance(at.now, at.lock_ms)
         self._wake.clear()
 
     async def _drain_sockets(self) -> None:

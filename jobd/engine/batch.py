@@ -136,7 +136,7 @@ class DecidedBatch(Struct):
 
 
 class Decider:
-    """Decides batches over one state. `refuse` returns why a command may not be written now (a full disk), or None."""
+    """Decides batches over one state. `reject` returns why a command may not be written now (a full disk), or None."""
 
     def __init__(
         self,
@@ -144,7 +144,7 @@ class Decider:
         keys: IdempotencyStore,
         waiting_claims: WaitingClaims,
         *,
-        refuse: Callable[[Command], ApiError | None],
+        reject: Callable[[Command], ApiError | None],
         loop_time: Callable[[], float],
     ) -> None:
         self.state = state
@@ -152,7 +152,7 @@ class Decider:
         self.waiting_claims = waiting_claims
         self.may_wait = True  # off once the daemon stops
         self.served: list[Envelope] = []  # the waiting claims that the latest batch serves
-        self._refuse = refuse
+        self._reject = reject
         self._loop_time = loop_time
         self._became_due: dict[tuple[str, str], None] = {}
         # Lock id -> connections that have received or await the response to its keyed request. A response that was sent
@@ -170,10 +170,10 @@ class Decider:
     ) -> DecidedBatch:
         """Decide a batch. Without `serves`, waiting claims get the jobs that became due in the next batch."""
         decided = DecidedBatch(at, known, Transaction(self.state, at, policy, known.requests, known.late))
-        if at.suspect != self.state.clock.suspect and self._refuse(Create()) is None:
+        if at.suspect != self.state.clock.suspect and self._reject(Create()) is None:
             decided.tick = True  # the suspicion is written at once; on a full disk with the next batch
         self.served = decided.served
-        self.state.advance(at.now, at.lease)
+        self.state.advance(at.now, at.lock_ms)
         if serves:
             self._serve_waiting(decided)
         for envelope in envelopes:
@@ -194,7 +194,7 @@ class Decider:
         queues = {event.queue for event in events if event.after not in LIVE or event.before not in _LIVE_OR_NEW}
         return Batch(
             changes=decided.changes,
-            numbers=self.state.numbers(decided.at.lease, decided.at.believed, decided.at.clock),
+            numbers=self.state.numbers(decided.at.lock_ms, decided.at.believed, decided.at.clock),
             queues={queue: self.state.queue_row(queue) for queue in queues},
             keys=keys,
             forget_keys=forgotten,
@@ -268,13 +268,13 @@ class Decider:
             known = self._stored_response(decided, envelope, key)
             if known is not None:
                 return known  # on a full disk too
-        refusal = self._refuse(command)
-        if refusal is not None and not (type(command) is Complete and late_result_rules.is_late(self.state, command)):
-            return refusal  # a late complete gets lock_lost on a full disk too, because it writes nothing
+        rejection = self._reject(command)
+        if rejection is not None and not (type(command) is Complete and late_result_rules.is_late(self.state, command)):
+            return rejection  # a late complete gets lock_lost on a full disk too, because it writes nothing
         if type(command) is Claim or type(command) is Start:
             self.state.presence.note_request(command)
-        elif type(command) in _NOTED and (refusal := self._note(decided, command)) is not None:
-            return refusal
+        elif type(command) in _NOTED and (rejection := self._note(decided, command)) is not None:
+            return rejection
         response = self._decided(decided, envelope)
         if type(command) is Claim and self._waits(command, response):
             envelope.deadline = self._loop_time() + command.wait_ms / 1000
@@ -321,7 +321,7 @@ class Decider:
         audited = audit.entry(call, response, changes, decided.at.now)
         if audited is None:
             return
-        if audit_share(audited.what, audited.outcome) == "changes" or self._refuse(Create()) is None:
+        if audit_share(audited.what, audited.outcome) == "changes" or self._reject(Create()) is None:
             decided.audit.append(audited)
 
     # -- waiting claims ------------------------------------------------------------------------------------------------
@@ -349,7 +349,7 @@ class Decider:
                 return
             ticket, queue, kind = heappop(waiting)
             envelope = self.waiting_claims.first(queue, kind)
-            if envelope is not None and self._refuse(envelope.command) is not None:
+            if envelope is not None and self._reject(envelope.command) is not None:
                 # The jobs stay due for the claims until the disk has room.
                 self._became_due = dict.fromkeys([(queue, kind), *((queue, kind) for _, queue, kind in waiting)])
                 return

@@ -1,4 +1,4 @@
-"""One clock: wall time for people, lease time for locks, which no step of the wall clock moves.
+"""One clock: wall time for people, lock time for locks, which no step of the wall clock moves.
 
 It also keeps the expected wall time: the latest trusted wall time, and the boot time since then. The wall clock is
 suspect while it is too far ahead of it; the rules decide what follows. Invariants:
@@ -77,7 +77,7 @@ def is_synchronised() -> bool:
 
 
 class Clock:
-    """Lease time continues from the last value that was persisted: downtime does not age locks.
+    """LockDeadlines time continues from the last value that was persisted: downtime does not age locks.
 
     `numbers` were persisted (`wall_ms` 0: a new store). `keep_ms` is the shortest retention in force. The clock is
     suspect if wall time is ahead of its expected value: at the start by more than half of `keep_ms`, while running by
@@ -98,10 +98,10 @@ class Clock:
         self._wall = wall
         self._boot = boot
         self._synchronised = synchronised
-        self._lease = numbers.lease_ms
-        self._seen = boot()  # the boot time at which lease time was `_lease`
+        self._lock_ms = numbers.lock_ms
+        self._seen = boot()  # the boot time at which lock time was `_lock_ms`
         now = wall()
-        self._offset = now - self._lease
+        self._offset = now - self._lock_ms
         self._held = False
         self._stopped = False
         self._expected = numbers.expected_ms or numbers.wall_ms or now
@@ -123,17 +123,17 @@ class Clock:
     def moment(self) -> Moment:
         """Return the time now, with a suspect clock already detected, so that a batch decides nothing by a wrong time.
 
-        `offset` changes only when the wall clock has moved against lease time.
+        `offset` changes only when the wall clock has moved against lock time.
         """
-        now, lease = self._wall(), self._advance()
-        if abs(now - lease - self._offset) > _FLICKER_MS:
-            now, lease = self._read_together()
-            if abs(now - lease - self._offset) > _FLICKER_MS:
-                self._offset = now - lease
+        now, lock_ms = self._wall(), self._advance()
+        if abs(now - lock_ms - self._offset) > _FLICKER_MS:
+            now, lock_ms = self._read_together()
+            if abs(now - lock_ms - self._offset) > _FLICKER_MS:
+                self._offset = now - lock_ms
         self._judge(now)
         trusted = None if self._step is None else self._expected
         ahead = self._ahead if abs(self._ahead) > _FLICKER_MS else 0
-        return Moment(now, lease, self._offset, trusted, ahead, self._step)
+        return Moment(now, lock_ms, self._offset, trusted, ahead, self._step)
 
     @property
     def suspect(self) -> bool:
@@ -160,22 +160,22 @@ class Clock:
         self._follow(self._wall())
 
     def hold(self) -> None:
-        """Stop lease time, because workers cannot report while the disk rejects writes. Repeating it is harmless."""
+        """Stop lock time, because workers cannot report while the disk rejects writes. Repeating it is harmless."""
         self._advance()
         self._held = True
 
     def resume(self) -> None:
-        """Continue lease time from where it was held."""
+        """Continue lock time from where it was held."""
         self._advance()
         self._held = False
 
     def stop(self) -> None:
-        """Stop lease time permanently, because the listeners close and workers can no longer report."""
+        """Stop lock time permanently, because the listeners close and workers can no longer report."""
         self._advance()
         self._stopped = True
 
     def boot_ms(self) -> int:
-        """Return the boot time, which never stands still, unlike lease time."""
+        """Return the boot time, which never stands still, unlike lock time."""
         return self._boot()
 
     @property
@@ -187,18 +187,18 @@ class Clock:
         if seen > self._seen:
             self._expected += seen - self._seen
             if not (self._held or self._stopped):
-                self._lease += seen - self._seen
+                self._lock_ms += seen - self._seen
         self._seen = seen  # a clock that went back adds nothing, and continues from its new value
-        return self._lease
+        return self._lock_ms
 
     def _read_together(self) -> tuple[int, int]:
-        """Return wall and lease time of the same millisecond, if the process is not paused each time between them."""
+        """Return wall and lock time of the same millisecond, if the process is not paused each time between them."""
         for _ in range(_READS):
             seen = self._seen
-            now, lease = self._wall(), self._advance()
+            now, lock_ms = self._wall(), self._advance()
             if self._seen == seen:
                 break
-        return now, lease
+        return now, lock_ms
 
     def _judge_start(self, now: int, latest: int) -> None:
         """Judge a wall clock that was trusted when it showed `latest`, an unknown time ago."""

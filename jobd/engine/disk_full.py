@@ -1,7 +1,7 @@
 """Reject writes on a full disk, in steps, and probe when they can be accepted again.
 
 Creates are rejected first. If that is not enough, all writes but endings and deletions are rejected, the reserve file
-is released, and lease time stands still, because reports of workers cannot be written. At worst, every write is
+is released, and lock time stands still, because reports of workers cannot be written. At worst, every write is
 rejected. Reads are always accepted.
 """
 
@@ -79,7 +79,7 @@ class FullDisk:
         """The loop time of the next probe; None if no probe is needed."""
         return self.next_probe if self.write_limit or self._needs_reserve else None
 
-    def refuse(self, command: Command) -> ApiError | None:
+    def reject(self, command: Command) -> ApiError | None:
         """Return why `command` may not be written now; None if it may."""
         if not self.write_limit or command.admission in ("read", "ping"):
             return None
@@ -87,9 +87,9 @@ class FullDisk:
             return None
         if self.write_limit == WriteLimit.ALL_BUT_ENDINGS and command.admission == "ending":
             return None
-        return self.refusal("nothing was changed. Free some space; jobd tries again every second.")
+        return self.rejection("nothing was changed. Free some space; jobd tries again every second.")
 
-    def refusal(self, what: str) -> ApiError:
+    def rejection(self, what: str) -> ApiError:
         """Return a `storage_full` error that names the path and the free bytes, followed by `what`."""
         return ApiError("storage_full", f"{self.described()}; {what}", self._figures())
 
@@ -132,8 +132,8 @@ class FullDisk:
         if self.write_limit > self._logged:
             self._logged = self.write_limit
             disk = "journal" if self._is_remote else "store"
-            refused = self.write_limit.name.lower()
-            log.error("disk_full", disk=disk, refused=refused, reserve=self.has_reserve, **self._figures())
+            rejected = self.write_limit.name.lower()
+            log.error("disk_full", disk=disk, rejected=rejected, reserve=self.has_reserve, **self._figures())
 
     async def probe(self) -> None:
         """Accept writes again and rebuild the reserve file if there is room. Once a second while one of them is due.

@@ -453,7 +453,7 @@ class App(Generic[S]):
             return
         path = None if route is None else route.path
         more = {"left_out": suppressed} if suppressed else {}
-        log.info("refused", method=method, path=path, code=error.code, by=by, job_id=job_id, **more)
+        log.info("rejected", method=method, path=path, code=error.code, by=by, job_id=job_id, **more)
 
     def log_internal_error(self, ctx: RequestContext, bug: Exception) -> ApiError:
         """Log the type and location of a bug. Its message may contain a secret."""

@@ -99,7 +99,7 @@ def thin(events: list[Event]) -> list[Event]:
     return _without(events, gone)
 
 
-def compact(events: list[Event]) -> list[Event]:
+def shorten(events: list[Event]) -> list[Event]:
     """Return a part of the timeline of a job without events of grants that were given back.
 
     Events before the first grant and the last grant are kept. Folding gives the same row as before, as in `thin`.

@@ -23,7 +23,7 @@ SET_AHEAD_MS: Final = 10 * SECOND_MS  # the same; no decision depends on these s
 class ClockMonitor:
     """Report pauses and steps of the wall clock.
 
-    `on_pause` gets the ms of the pause and the lease time at which it began; `on_set_back` the ms of the step and the
+    `on_pause` gets the ms of the pause and the lock time at which it began; `on_set_back` the ms of the step and the
     wall time that it would be now without the step, as far as the clock was trusted; `on_set_ahead` the ms of a step
     after which the clock is still trusted. `run` checks every second until `stop`. The actor also calls `check` before
     it decides commands.
@@ -51,12 +51,12 @@ class ClockMonitor:
     def check(self) -> None:
         boot, at, seen = self._boot(), self._moment(), self._seen
         pause_ms, back_ms = boot - self._boot_seen, seen.offset - at.offset
-        ahead_ms = at.now - seen.now - pause_ms  # not by lease time, which a full disk holds
+        ahead_ms = at.now - seen.now - pause_ms  # not by lock time, which a full disk holds
         self._boot_seen, self._seen = boot, at
         if pause_ms > PAUSED_AFTER_MS:
-            self._on_pause(pause_ms, seen.lease)
+            self._on_pause(pause_ms, seen.lock_ms)
         if back_ms >= SET_BACK_MS:
-            self._on_set_back(back_ms, seen.believed + at.lease - seen.lease)
+            self._on_set_back(back_ms, seen.believed + at.lock_ms - seen.lock_ms)
         if ahead_ms >= SET_AHEAD_MS and not at.suspect:
             self._on_set_ahead(ahead_ms)
 

@@ -18,7 +18,7 @@ from msgspec.structs import astuple, replace
 from jobd.core.stats import Counters
 from jobd.engine.actor import Actor
 from jobd.engine.clock import Clock
-from jobd.maintenance.cleanup_pass import CleanupRun, CleanupSchedule, CommandRejected, MaintenanceContext, Unfinished
+from jobd.maintenance.cleanup_run import CleanupRun, CleanupSchedule, CommandRejected, MaintenanceContext, Unfinished
 from jobd.maintenance.preview import SCAN_S, preview
 from jobd.model.commands import EndPauses, Operator, Report, TakeBack, Tick
 from jobd.model.errors import ApiError
@@ -199,10 +199,10 @@ class Maintainer:
 
     def _has_expired(self) -> bool:
         """Return whether a lock has expired or a job has stalled. Takes constant time."""
-        if self._state.stuck or self._state.expired_locks:
+        if self._state.stalled or self._state.expired_locks:
             return True
         deadline = self._state.next_deadline()
-        return deadline is not None and deadline <= self._clock.moment().lease
+        return deadline is not None and deadline <= self._clock.moment().lock_ms
 
     def _has_overdue(self) -> bool:
         """Return whether a queued job is past its `expires_at`. While the wall clock is suspect, none counts."""
@@ -218,7 +218,7 @@ class Maintainer:
         await self._actor.ask(EndPauses(), by="daemon")
 
     async def _tick(self) -> None:
-        """Persist lease time while a job is processing, and changes of a suspect clock.
+        """Persist lock time while a job is processing, and changes of a suspect clock.
 
         This is how an idle daemon detects that its clock has stepped or is trusted again.
         """
@@ -226,7 +226,7 @@ class Maintainer:
         # unless the shortest retention is about as short as the interval between runs.
         is_short = self._clock.keep_ms < 4 * self.schedule.interval_ms
         if self._state.processing or is_short or self._clock.moment().suspect or self._state.clock.suspect:
-            # An error is harmless: on a full disk lease time stands still.
+            # An error is harmless: on a full disk lock time stands still.
             await self._actor.ask(Tick(), by="daemon")
 
     # -- cleanup runs --------------------------------------------------------------------------------------------------
@@ -260,7 +260,7 @@ class Maintainer:
         try:
             report = await self._run_steps()
         except Exception as error:
-            log.exception("cleanup_pass_failed")
+            log.exception("cleanup_run_failed")
             report = self._report_without_run(f"run: {error}")
         finally:
             self.is_running, self._last_end = False, loop_time()
@@ -339,7 +339,7 @@ class Maintainer:
         try:
             await work()
         except (CommandRejected, Unfinished, LeadershipLost, JournalOutcomeUnknown, FormatNotRead) as rejected:
-            log.warning("cleanup_refused", what=what, error=str(rejected))
+            log.warning("cleanup_rejected", what=what, error=str(rejected))
         except Exception:
             log.exception("cleanup_failed", what=what)
 

@@ -10,7 +10,7 @@ from typing import Final
 from msgspec.structs import asdict
 
 from jobd.core import transitions
-from jobd.core.rules import plans as plan_rules
+from jobd.core.rules import plan_rules
 from jobd.engine.actor import Actor
 from jobd.engine.clock import Clock
 from jobd.model.commands import (
@@ -97,7 +97,7 @@ class PlanBuilder:
         if isinstance(response, ApiError):
             return response
         until_s = asyncio.get_running_loop().time() + MAX_PLANNING_S
-        await self._add_live(self._state.stuck, lambda job: job.id in self._state.stuck, until_s)
+        await self._add_live(self._state.stalled, lambda job: job.id in self._state.stalled, until_s)
         at = self._clock.moment()
         if self._request.action == "cleanup" and not at.suspect:
             await self._add_live(self._state.overdue(), lambda job: job.status == "queued", until_s)

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from itertools import islice
 from typing import Final
 
-from jobd.maintenance.cleanup_pass import SCAN, MaintenanceContext
+from jobd.maintenance.cleanup_run import SCAN, MaintenanceContext
 from jobd.model.commands import Preview
 from jobd.model.job import Job
 from jobd.model.responses import PreviewResult, PreviewView

@@ -224,7 +224,7 @@ class AdminEventCalls(CallGroup, tag="Events", base=ADMIN, auth="admin"):
     deliveries = ApiCall(Deliveries, responses.DeliveryPage, "GET", "/webhooks/{name}/deliveries")
     deliver_again = ApiCall(DeliverAgain, responses.DeliveryView, "POST", "/webhooks/{name}/resend", repeatable=False)
     deliver_all_again = ApiCall(
-        DeliverAllAgain, responses.Resent, "POST", "/webhooks/{name}/resend-given-up", repeatable=False
+        DeliverAllAgain, responses.Resent, "POST", "/webhooks/{name}/resend-dead-lettered", repeatable=False
     ).then(lambda view: view.resent)
     test_webhook = ApiCall(TestWebhook, responses.DeliveryView, "POST", "/webhooks/{name}/test", repeatable=False)
 

@@ -28,15 +28,14 @@ from jobd.model.fields import (
     FilePath,
     FinishedSince,
     FinishedUntil,
-    GrantMaxProcessingMs,
-    GrantStuckAfterMs,
+    GrantProgressTimeoutMs,
+    GrantStallAfterMs,
     JobId,
     Kind,
     KindFilter,
     LockId,
     LockTtlMs,
     MaxAttempts,
-    MaxProcessingMs,
     MaxStalls,
     Metadata,
     MomentMs,
@@ -49,14 +48,15 @@ from jobd.model.fields import (
     Percent,
     PlanCursor,
     Priority,
+    ProgressTimeoutMs,
     QueueFilter,
     QueueName,
     Reason,
     SearchText,
     Since,
+    StallAfterMs,
     StatusFilter,
     StorageKey,
-    StuckAfterMs,
     Text,
     UnixMs,
     Until,
@@ -127,8 +127,8 @@ class Create(Command, frozen=True, kw_only=True):
     backoff: Annotated[Backoff, Meta(description="Wait between a failed attempt and the next one.")] = Backoff()
     max_stalls: MaxStalls | None = None
     on_stall: Annotated[OnStall | None, Meta(description="What happens to the job when it stalls.")] = None
-    stuck_after_ms: StuckAfterMs | None = None
-    max_processing_ms: MaxProcessingMs | None = None
+    stall_after_ms: StallAfterMs | None = None
+    progress_timeout_ms: ProgressTimeoutMs | None = None
     run_at: DueAt | None = None
     delay_ms: Annotated[DelayMs | None, Meta(description="Time from now until the job is due, in ms.")] = None
     expires_at: Annotated[
@@ -275,8 +275,8 @@ class Start(_StartByWorker, frozen=True, kw_only=True):
     stores_job = False
 
     lock_ttl_ms: LockTtlMs | None = None
-    stuck_after_ms: GrantStuckAfterMs | None = None
-    max_processing_ms: GrantMaxProcessingMs | None = None
+    stall_after_ms: GrantStallAfterMs | None = None
+    progress_timeout_ms: GrantProgressTimeoutMs | None = None
     about: Annotated[About | None, Meta(description="The worker's description of itself, for display only.")] = None
 
 
@@ -300,8 +300,8 @@ class Claim(Command, frozen=True, kw_only=True):
     limit: Annotated[int, Meta(ge=1, le=MAX_CLAIM, description="Maximum number of jobs, or 8 MiB of payloads.")] = 1
     wait_ms: Annotated[int, Meta(ge=0, le=MAX_WAIT_MS, description="How long to wait for a job, in ms.")] = 0
     lock_ttl_ms: LockTtlMs | None = None
-    stuck_after_ms: GrantStuckAfterMs | None = None
-    max_processing_ms: GrantMaxProcessingMs | None = None
+    stall_after_ms: GrantStallAfterMs | None = None
+    progress_timeout_ms: GrantProgressTimeoutMs | None = None
     about: Annotated[About | None, Meta(description="The worker's description of itself, for display only.")] = None
 
     def sender(self) -> str | None:
@@ -315,7 +315,7 @@ class Progress(JobCommand, frozen=True, kw_only=True):
     """Report progress and renew the lock."""
 
     admission = "change"
-    errors = ("lock_lost", "invalid_transition", "max_processing_time_exceeded")
+    errors = ("lock_lost", "invalid_transition", "progress_timeout")
     is_of_holder = True
 
     lock_id: LockId
@@ -527,7 +527,7 @@ class ExtendLock(NamedJobCommand, frozen=True):
 
     admission = "change"
     audit_name = "extend-lock"
-    errors = ("lock_lost", "invalid_transition", "max_processing_time_exceeded")
+    errors = ("lock_lost", "invalid_transition", "progress_timeout")
     allowed_from = ("processing",)
 
     lock_id: LockId = field(name="lockId")
@@ -682,8 +682,8 @@ class Import(Command, frozen=True, kw_only=True):
     stalls: Annotated[Count, Meta(description="Number of times the job has stalled.")] = 0
     max_stalls: MaxStalls | None = None
     on_stall: Annotated[OnStall | None, Meta(description="What happens to the job when it stalls.")] = None
-    stuck_after_ms: StuckAfterMs | None = None
-    max_processing_ms: MaxProcessingMs | None = None
+    stall_after_ms: StallAfterMs | None = None
+    progress_timeout_ms: ProgressTimeoutMs | None = None
     created_at: Annotated[UnixMs | None, Meta(description="When the job was created, in Unix ms.")] = None
     updated_at: Annotated[UnixMs | None, Meta(description="When the job last changed, in Unix ms.")] = None
     run_at: DueAt | None = None
@@ -873,7 +873,7 @@ class Undelivered(JobCommand, frozen=True, kw_only=True):
 class ExtendAfterPause(Command, frozen=True, kw_only=True):
     """Extend the deadlines of the processing jobs `ids` by `grace_ms` after a time in which the daemon did not run.
 
-    `since` is the lease time at which the daemon runs again (None: now). A lock that was live then is not lost while
+    `since` is the lock time at which the daemon runs again (None: now). A lock that was live then is not lost while
     this command waits for a slow disk.
     """
 
@@ -970,7 +970,7 @@ RecordedAction = Literal[
     "accept-clock",
     "step-down",
     "resend-delivery",
-    "resend-given-up",
+    "resend-dead-lettered",
     "test-webhook",
     "backup",
     "export",
@@ -1002,7 +1002,7 @@ class EndPauses(Command, frozen=True, kw_only=True):
 
 
 class Tick(Command, frozen=True, kw_only=True):
-    """Persist the lease time. Changes no job."""
+    """Persist the lock time. Changes no job."""
 
     admission = "change"
 
@@ -1069,11 +1069,11 @@ class ClockTrust(Struct, frozen=True, gc=False):
 
 
 class Moment(Struct, frozen=True, gc=False):
-    """The time at which a batch is decided: wall time, lease time and their difference, in ms."""
+    """The time at which a batch is decided: wall time, lock time and their difference, in ms."""
 
     now: int
-    lease: int
-    offset: int  # wall time minus lease time; constant between steps of the wall clock, so displayed times are stable
+    lock_ms: int
+    offset: int  # wall time minus lock time; constant between steps of the wall clock, so displayed times are stable
     trusted: int | None = None  # the expected wall time while the clock is suspect, else None
     ahead: int = 0  # wall time minus its expected value
     step: ClockStep | None = None  # while the clock is suspect
@@ -1109,9 +1109,9 @@ class Moment(Struct, frozen=True, gc=False):
             return ClockTrust(self.suspect, self.expected)
         return ClockTrust(self.suspect, self.expected, self.step.since, self.step.ahead_ms)
 
-    def wall(self, lease_ms: int) -> int:
-        """Return the wall time at which lease time will be `lease_ms`."""
-        return lease_ms + self.offset
+    def wall(self, lock_ms: int) -> int:
+        """Return the wall time at which lock time will be `lock_ms`."""
+        return lock_ms + self.offset
 
 
 AnyCommand = (

@@ -26,7 +26,7 @@ ERROR_CODES: Final[dict[str, ErrorCode]] = {
         "the token is read-only; or, over TCP, the `Host` is not a name of this daemon or the `Origin` is another site",
     ),
     "not_found": ErrorCode(
-        404, "the path, webhook or delivery does not exist; or the job has no stored result, or the result was deleted"
+        404, "the path, webhook or delivery does not exist; or the job has no artifact, or the result was deleted"
     ),
     "job_not_found": ErrorCode(404, "no job has this id: it was never created, or was deleted"),
     "late_result_not_found": ErrorCode(404, "the job has no late result, or none with this `seq`"),
@@ -42,7 +42,7 @@ ERROR_CODES: Final[dict[str, ErrorCode]] = {
     "queue_paused": ErrorCode(409, "an operator paused the queue"),
     "invalid_transition": ErrorCode(409, "the status of the job does not allow this; nothing was changed"),
     "lock_lost": ErrorCode(409, "the lock is not that of the current grant; stop working on the job"),
-    "max_processing_time_exceeded": ErrorCode(409, "no progress report within `max_processing_ms`"),
+    "progress_timeout": ErrorCode(409, "no progress report within `progress_timeout_ms`"),
     "job_quarantined": ErrorCode(409, "the stored row of the job is damaged"),
     "worker_not_silent": ErrorCode(409, "the worker holds no job whose lock has expired; nothing was changed"),
     "no_standby": ErrorCode(409, "no standby of the cluster is ready to take over; nothing was changed"),

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Final, Literal
 from msgspec import UNSET, Meta, Struct, UnsetType
 from msgspec.structs import astuple
 
-from jobd.model.job import Failure, Grant, Job, LateResult, Lease, Options, PreviousGrant, Result
+from jobd.model.job import Failure, Grant, Job, LateResult, LockDeadlines, Options, PreviousGrant, Result
 
 EventType = Literal[
     "created",
@@ -77,7 +77,7 @@ class Changes(Struct, frozen=True, gc=False, omit_defaults=True):
     finished_at: int | None | UnsetType = UNSET
     expires_at: int | None | UnsetType = UNSET
     grant: Grant | None | UnsetType = UNSET
-    lease: Lease | None | UnsetType = UNSET
+    deadlines: LockDeadlines | None | UnsetType = UNSET
     ended: PreviousGrant | None | UnsetType = UNSET
     result: Result | None | UnsetType = UNSET
     error: Failure | None | UnsetType = UNSET
@@ -232,7 +232,7 @@ def fold(job: Job | None, event: Event) -> Job | None:
         job.finished_at if new.finished_at is UNSET else new.finished_at,
         job.expires_at if new.expires_at is UNSET else new.expires_at,
         job.grant if new.grant is UNSET else new.grant,
-        job.lease if new.lease is UNSET else new.lease,
+        job.deadlines if new.deadlines is UNSET else new.deadlines,
         job.ended if new.ended is UNSET else new.ended,
         job.result if new.result is UNSET else new.result,
         job.error if new.error is UNSET else new.error,

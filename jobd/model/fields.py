@@ -84,7 +84,7 @@ AdditionalMs = Annotated[
         description="How long the lock lasts from now on, at least, in ms. Default: the TTL of the grant.",
     ),
 ]
-StuckAfterMs = Annotated[
+StallAfterMs = Annotated[
     int,
     Meta(
         ge=0,
@@ -92,7 +92,7 @@ StuckAfterMs = Annotated[
         description="A job without a live lock is stalled this long after its latest report, in ms.",
     ),
 ]
-MaxProcessingMs = Annotated[
+ProgressTimeoutMs = Annotated[
     int,
     Meta(
         ge=0,
@@ -111,7 +111,7 @@ Location = Annotated[  # URL or path of the caller
 ]
 DownloadUrl = Annotated[Location, Meta(description="Where the result can be downloaded.")]
 FilePath = Annotated[Location, Meta(description="Where the result is stored.")]
-StorageKey = Annotated[Location, Meta(description="Key of the stored result: relative, without a `..` segment.")]
+StorageKey = Annotated[Location, Meta(description="Key of the artifact: relative, without a `..` segment.")]
 FailureCode = Annotated[_PlainText, Meta(description="A code for the failure.")]
 
 Fingerprint = Annotated[
@@ -154,15 +154,15 @@ DryRun = Annotated[bool, Meta(description="Change nothing. The response is that 
 NamedJobId = Annotated[JobId, Meta(description="Id of the job.")]
 ErrorMessage = Annotated[str, Meta(min_length=1, max_length=4096, description="A human-readable error message.")]
 DueAt = Annotated[UnixMs, Meta(description="When the job is due, in Unix ms.")]
-GrantStuckAfterMs = Annotated[
-    StuckAfterMs,
+GrantStallAfterMs = Annotated[
+    StallAfterMs,
     Meta(
         description="A job without a live lock is stalled this long after its latest report, in ms. Default: that "
         "of the job."
     ),
 ]
-GrantMaxProcessingMs = Annotated[
-    MaxProcessingMs,
+GrantProgressTimeoutMs = Annotated[
+    ProgressTimeoutMs,
     Meta(
         description="Progress timeout of this grant, in ms: without a progress report, the lock ends after this time "
         "even if it is extended. 0: no timeout. A timeout of the job takes precedence."

@@ -186,7 +186,7 @@ class Backoff(Struct, frozen=True, gc=False, forbid_unknown_fields=True):
 class Options(Struct, frozen=True, gc=False, array_like=True):
     """The options of a job, as its creator set them. Jobs with equal options share one value in memory.
 
-    `stuck_after_ms` and `max_processing_ms` are None if the daemon's configuration applies.
+    `stall_after_ms` and `progress_timeout_ms` are None if the daemon's configuration applies.
     """
 
     queue: str = "default"
@@ -196,15 +196,15 @@ class Options(Struct, frozen=True, gc=False, array_like=True):
     backoff: Backoff = Backoff()
     max_stalls: int = 3
     on_stall: OnStall = "auto"
-    stuck_after_ms: int | None = None
-    max_processing_ms: int | None = None
+    stall_after_ms: int | None = None
+    progress_timeout_ms: int | None = None
 
 
 class Grant(Struct, frozen=True, gc=False, array_like=True):
     """A grant: the worker of a job, the secret of its lock and its fencing token.
 
     The durations are fixed when the grant is made; later changes of the configuration do not affect them.
-    `max_processing_ms` 0 means no progress timeout.
+    `progress_timeout_ms` 0 means no progress timeout.
     """
 
     lock_id: str
@@ -212,35 +212,35 @@ class Grant(Struct, frozen=True, gc=False, array_like=True):
     worker: str
     acquired_at: int
     ttl_ms: int
-    stuck_after_ms: int
-    max_processing_ms: int
+    stall_after_ms: int
+    progress_timeout_ms: int
 
 
-class Lease(Struct, frozen=True, gc=False, array_like=True):
-    """The deadlines of a grant, in lease time (engine/clock.py), in ms.
+class LockDeadlines(Struct, frozen=True, gc=False, array_like=True):
+    """The deadlines of a grant, in lock time (engine/clock.py), in ms.
 
-    `expires`: the lock expires. `silent`: stuck_after_ms after the latest grant, progress or extend. `ceiling`: the
-    progress timeout, max_processing_ms after the latest grant or progress; None without one. `cleared`: recovery has
-    recorded the expiry; the next extend or progress resets it.
+    `expires`: the lock expires. `stall_due`: stall_after_ms after the latest grant, progress or extend.
+    `progress_due`: progress_timeout_ms after the latest grant or progress; None without a progress timeout.
+    `cleared`: recovery has recorded the expiry; the next extend or progress resets it.
     """
 
     expires: int
-    silent: int
-    ceiling: int | None
+    stall_due: int
+    progress_due: int | None
     cleared: bool = False
 
-    def is_live(self, lease_ms: int) -> bool:
+    def is_live(self, lock_ms: int) -> bool:
         """Return whether the lock is live. It is not at `expires`."""
-        return not self.cleared and lease_ms < self.expires
+        return not self.cleared and lock_ms < self.expires
 
-    def is_past_ceiling(self, lease_ms: int) -> bool:
-        return self.ceiling is not None and lease_ms >= self.ceiling
+    def is_past_progress_due(self, lock_ms: int) -> bool:
+        return self.progress_due is not None and lock_ms >= self.progress_due
 
     @property
-    def stuck(self) -> int:
-        """The lease time from which the job is stalled."""
-        silent = max(self.expires, self.silent)
-        return silent if self.ceiling is None else min(silent, self.ceiling)
+    def stalled_at(self) -> int:
+        """The lock time from which the job is stalled."""
+        due = max(self.expires, self.stall_due)
+        return due if self.progress_due is None else min(due, self.progress_due)
 
 
 class PreviousGrant(Struct, frozen=True, gc=False, array_like=True):
@@ -316,7 +316,7 @@ class Job(Struct, frozen=True, gc=False):
     finished_at: int | None = None
     expires_at: int | None = None
     grant: Grant | None = None
-    lease: Lease | None = None
+    deadlines: LockDeadlines | None = None
     ended: PreviousGrant | None = None
     result: Result | None = None
     error: Failure | None = None
@@ -328,10 +328,10 @@ class Job(Struct, frozen=True, gc=False):
         return max(self.run_at, min(self.created_at if self.ended is None else self.ended.at, now))
 
 
-class CompactJob(Struct, frozen=True, gc=False):
+class PackedJob(Struct, frozen=True, gc=False):
     """A queued job with a small payload that was due when it was created and has not changed since.
 
-    Nearly all waiting jobs are like this. A CompactJob takes 48 bytes in memory, a Job 176 (state.LiveJobs).
+    Nearly all waiting jobs are like this. A PackedJob takes 48 bytes in memory, a Job 176 (state.LiveJobs).
     """
 
     seq: int
@@ -344,9 +344,9 @@ class CompactJob(Struct, frozen=True, gc=False):
         return Job(self.seq, self.id, self.options, "queued", self.created_at, self.created_at, self.created_at)
 
 
-def compact(job: Job) -> CompactJob | None:
-    """Return the compact form of `job`, None if that would lose a field. A job without an id or queue is invalid."""
-    short = CompactJob(job.seq, job.id, job.options, job.created_at)
+def packed(job: Job) -> PackedJob | None:
+    """Return the packed form of `job`, None if that would lose a field. A job without an id or queue is invalid."""
+    short = PackedJob(job.seq, job.id, job.options, job.created_at)
     return short if job.id and job.options.queue and short.expand() == job else None
 
 
@@ -354,8 +354,8 @@ class Policy(Struct, frozen=True):
     """The settings that the rules use: defaults, retention, limits. Times are in ms, sizes in bytes."""
 
     lock_ttl_ms: int = 15 * MINUTE_MS
-    max_processing_ms: int = 30 * MINUTE_MS
-    stuck_after_ms: int = 10 * MINUTE_MS
+    progress_timeout_ms: int = 30 * MINUTE_MS
+    stall_after_ms: int = 10 * MINUTE_MS
     max_stalls: int = 3
     on_stall: OnStall = "auto"
     keep_completed_ms: int = 7 * DAY_MS

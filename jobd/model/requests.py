@@ -127,7 +127,7 @@ class EventsRequest(Command, frozen=True, kw_only=True):
 
 
 class ArtifactRequest(JobCommand, frozen=True, kw_only=True):
-    """Download the stored result of a job, or of one of its late results, as a file."""
+    """Download the artifact of a job, or of one of its late results, as a file."""
 
     errors = ("not_found", "storage_unavailable", "late_result_not_found")
 

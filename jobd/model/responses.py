@@ -33,14 +33,14 @@ FencingToken = Annotated[
 LockSecret = Annotated[str, Meta(description="Secret of the grant. The worker sends it with every call about the job.")]
 LockExpiresAt = Annotated[int, Meta(description="When the lock expires unless it is renewed, in Unix ms.")]
 TtlMs = Annotated[int, Meta(description="How long the lock lasts after each progress report, in ms.")]
-CeilingAt = Annotated[
+ProgressDueAt = Annotated[
     int | None,
     Meta(description="When the progress timeout ends the lock, in Unix ms. Null: no timeout."),
 ]
 ProgressPercent = Annotated[int | float, Meta(description="Progress in percent, 0 to 100.")]
 ResultUrl = Annotated[str | None, Meta(description="Where the result can be downloaded, as the worker gave it.")]
 ResultPath = Annotated[str | None, Meta(description="Where the result is stored, as the worker gave it.")]
-ResultKey = Annotated[str | None, Meta(description="Key of the stored result: relative, without a `..` segment.")]
+ResultKey = Annotated[str | None, Meta(description="Key of the artifact: relative, without a `..` segment.")]
 NextCursor = Annotated[str | None, Meta(description="Cursor of the next page. Null on the last page.")]
 PausedAt = Annotated[int | None, Meta(description="When the queue was paused, in Unix ms, or null.")]
 PausedBy = Annotated[str | None, Meta(description="The operator who paused the queue, as in `by` of events, or null.")]
@@ -96,11 +96,11 @@ class JobView(Struct, gc=False):
     stalls: Annotated[int, Meta(description="Number of times the job has stalled.")]
     max_stalls: Annotated[int, Meta(description="A job that stalls more often fails.")]
     on_stall: Annotated[str, Meta(description="What happens to the job when it stalls.")]
-    stuck_after_ms: Annotated[
+    stall_after_ms: Annotated[
         int,
         Meta(description="A job without a live lock is stalled this long after its latest report, in ms."),
     ]
-    max_processing_ms: Annotated[
+    progress_timeout_ms: Annotated[
         int,
         Meta(
             description="Progress timeout, in ms: without a progress report, the lock ends after this time even if "
@@ -209,7 +209,7 @@ class LateResultView(Struct, frozen=True):
     storage_key: ResultKey
     metadata: Metadata
     expires_at: Annotated[int | None, Meta(description="Deletion time that the worker requested, in Unix ms, or null.")]
-    refusal: Annotated[
+    rejection: Annotated[
         ErrorView | None,
         Meta(
             description="The error with which the current configuration rejects its adoption, whatever the status of "
@@ -232,7 +232,7 @@ class GrantView(Struct, gc=False):
     fencing_token: FencingToken
     lock_expires_at: LockExpiresAt
     ttl_ms: TtlMs
-    ceiling_at: CeilingAt
+    progress_due_at: ProgressDueAt
 
 
 class Grants(Struct, gc=False):
@@ -246,7 +246,7 @@ class LockState(Struct, gc=False, repr_omit_defaults=True):
 
     lock_expires_at: LockExpiresAt
     ttl_ms: TtlMs
-    ceiling_at: CeilingAt
+    progress_due_at: ProgressDueAt
     cancel_requested: Annotated[bool, Meta(description="Whether the worker should stop working on the job.")] = False
     extended: Annotated[
         bool | UnsetType, Meta(description="Only in responses to an extension. False if it changed nothing.")
@@ -363,8 +363,8 @@ class LockedJob(Struct, frozen=True, kw_only=True, repr_omit_defaults=True):
     acquired_at: Annotated[int, Meta(description="When the lock was granted, in Unix ms.")]
     expires_at: LockExpiresAt
     live: Annotated[bool, Meta(description="False if the lock has expired.")]
-    ceiling_at: CeilingAt
-    stuck_at: Annotated[int, Meta(description="When the job is stalled if the worker sends no report, in Unix ms.")]
+    progress_due_at: ProgressDueAt
+    stalled_at: Annotated[int, Meta(description="When the job is stalled if the worker sends no report, in Unix ms.")]
     progress: ProgressPercent
 
 
@@ -442,7 +442,7 @@ class AdminLockView(Struct, frozen=True, rename="camel"):
     status: StatusText
     lock: Annotated[LockView | None, Meta(description="The lock, or null.")]
     lock_expires_at: Annotated[int | None, Meta(description="When the lock expires, in Unix ms, or null.")]
-    ceiling_at: CeilingAt
+    progress_due_at: ProgressDueAt
     extended: Annotated[bool, Meta(description="False if the extension changed nothing.")]
     timestamp: Timestamp
 
@@ -538,7 +538,7 @@ class PreviewedLine(Struct, frozen=True):
 
     line: Annotated[int, Meta(description="Number of the line, from 1.")]
     id: Annotated[str | None, Meta(description="Id of the job. Null if the line has none.")]
-    what: Annotated[Literal["create", "skip", "refuse"], Meta(description="What an import would do with the line.")]
+    what: Annotated[Literal["create", "skip", "reject"], Meta(description="What an import would do with the line.")]
     status: Annotated[str | None, Meta(description="Status of the job afterwards, or null.")]
     reason: Annotated[str | None, Meta(description="Why, or null.")]
 
@@ -550,7 +550,7 @@ class ImportPreview(Struct, rename="camel"):
     would_skip: Annotated[
         int, Meta(description="How many lines have the id of an existing job or of an earlier line.")
     ] = 0
-    would_refuse: Annotated[int, Meta(description="How many lines would be rejected.")] = 0
+    would_reject: Annotated[int, Meta(description="How many lines would be rejected.")] = 0
     lines: Annotated[list[PreviewedLine], Meta(description="The first 10,000 lines.")] = []
     more: Annotated[bool, Meta(description="Whether there are more lines than are shown.")] = False
     stops_at: Annotated[int | None, Meta(description="The line at which the import would stop early, or null.")] = None
@@ -694,7 +694,7 @@ class WebhookView(Struct, frozen=True):
     waiting: Annotated[int, Meta(description="How many deliveries are waiting.")]
     delivered: Annotated[int, Meta(description="How many deliveries succeeded.")]
     failed: Annotated[int, Meta(description="How many attempts failed.")]
-    given_up: Annotated[int, Meta(description="How many deliveries were dead-lettered.")]
+    dead_lettered: Annotated[int, Meta(description="How many deliveries were dead-lettered.")]
     last_success_at: Annotated[int | None, Meta(description="When a delivery last succeeded, in Unix ms, or null.")]
     last_error: Annotated[str | None, Meta(description="The error of the last attempt that failed, or null.")]
     last_error_at: Annotated[int | None, Meta(description="When that attempt failed, in Unix ms, or null.")]
@@ -706,14 +706,14 @@ class WebhookList(Struct):
     webhooks: Annotated[list[WebhookView], Meta(description="The webhooks.")]
 
 
-DeliveryState = Literal["waiting", "delivered", "given_up"]
+DeliveryState = Literal["waiting", "delivered", "dead-lettered"]
 
 
 class DeliveryView(Struct, frozen=True):
     """A delivery: one message to one webhook."""
 
     id: Annotated[int, Meta(description="Number of the delivery.")]
-    state: Annotated[DeliveryState, Meta(description="`waiting`, `delivered` or `given_up` (dead-lettered).")]
+    state: Annotated[DeliveryState, Meta(description="`waiting`, `delivered` or `dead-lettered`.")]
     type: Annotated[str, Meta(description="Type of the message.")]
     subject: Annotated[str, Meta(description="What it is about: `jobs/ID`, `queues/NAME`, `alerts/NAME`.")]
     event_id: Annotated[str, Meta(description="Id of the message: its header `webhook-id`.")]
@@ -852,7 +852,7 @@ class PlanResult(Struct, frozen=True):
     action: Annotated[str, Meta(description="The action of the plan.")]
     applied: Annotated[int, Meta(description="How many jobs the plan changed.")]
     changed: Annotated[list[ChangedJob], Meta(description="The jobs that had changed since the plan was made.")]
-    refused: Annotated[list[ChangedJob], Meta(description="The jobs that a rule rejected.")]
+    rejected: Annotated[list[ChangedJob], Meta(description="The jobs that a rule rejected.")]
     applied_at: Annotated[int, Meta(description="When the last job was changed, in Unix ms.")]
     repeated: Annotated[
         bool, Meta(description="Whether the plan had been applied before, so that this request changed nothing.")
@@ -956,7 +956,7 @@ class PlanSlice(Struct):
 
     applied: int
     changed: list[ChangedJob]
-    refused: list[ChangedJob]
+    rejected: list[ChangedJob]
 
 
 class PreviewResult(Struct, frozen=True):

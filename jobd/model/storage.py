@@ -10,7 +10,7 @@ from msgspec.structs import replace
 
 from jobd.model.commands import ClockTrust
 from jobd.model.events import Change, Event, QueuePause
-from jobd.model.job import HOUR_MS, CompactJob, Grant, Job, LateResult
+from jobd.model.job import HOUR_MS, Grant, Job, LateResult, PackedJob
 from jobd.model.responses import CheckedRows, DeliveryState
 from jobd.model.webhooks import Delivery, Outbox, WebhookCursor
 
@@ -84,7 +84,7 @@ class Numbers(Struct, frozen=True, gc=False):
     next_token: int = 1  # the counter of the next fencing token, 2^24 if the counter is full (see job.py)
     next_job: int = 1
     next_event: int = 1
-    lease_ms: int = 0
+    lock_ms: int = 0
     wall_ms: int = 0
     clock_suspect: bool = False  # then wall_ms is the expected time, not the time of the clock
     expected_ms: int = 0  # the expected wall time; 0: `wall_ms`
@@ -417,7 +417,7 @@ class OpenedStore(Struct):
 
     numbers: Numbers
     jobs: list[Job] = []
-    compact_jobs: list[CompactJob] = []  # the other live jobs
+    packed_jobs: list[PackedJob] = []  # the other live jobs
     queues: dict[str, QueueRow] = {}
     keys: list[StoredResponse] = []
     quarantined: dict[str, str] = {}
@@ -433,7 +433,7 @@ class OpenedStore(Struct):
 
     def live(self) -> list[Job]:
         """Return all live jobs."""
-        return [*(job.expand() for job in self.compact_jobs), *self.jobs]
+        return [*(job.expand() for job in self.packed_jobs), *self.jobs]
 
 
 class EventStorage(Protocol):

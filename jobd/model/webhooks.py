@@ -156,7 +156,7 @@ class WebhookMetrics(Struct, frozen=True):
 
     delivered: int
     failed: int
-    given_up: int
+    dead_lettered: int
     gaps: int
     waiting: int
     lag: int

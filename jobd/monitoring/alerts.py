@@ -31,10 +31,10 @@ from jobd.monitoring.health import Health
 log = structlog.get_logger("jobd.alerts")
 
 SEVERITIES: Final[dict[str, AlertSeverity]] = {
-    "stuck_jobs": "warning",
+    "stalled_jobs": "warning",
     "processing_jobs": "notice",
     "average_processing": "warning",
-    "pass_issues": "warning",
+    "cleanup_issues": "warning",
     "granted_twice": "critical",
     "slower_than_usual": "warning",
     "database": "critical",
@@ -70,10 +70,10 @@ RESOLVE_RATIO: Final = 0.9  # a ratio resolves at this part of its threshold, so
 class Thresholds(Struct, frozen=True):
     """Thresholds of the alerts. Unless noted, an alert fires above its threshold, not at it."""
 
-    stuck_jobs: int = 5
+    stalled_jobs: int = 5
     processing_jobs: int = 20
     average_processing_ms: int = 10 * MINUTE_MS
-    pass_issues: int = 10
+    cleanup_issues: int = 10
     granted_twice: int = 0  # jobs in the last hour
     slower_than_usual: float = 2.0  # ratio to the usual duration
     webhook_failing_ms: int = 5 * MINUTE_MS
@@ -183,18 +183,18 @@ class Alerts:
             count, entry = state.oldest_of_kind(queue, kind, now)
             if entry is not None:
                 for_ms = now - state.jobs[entry[3]].waits_since(now)
-                self._compare(self._scan, WaitingJob(for_ms, queue, kind, entry[3]), at.lease)
+                self._compare(self._scan, WaitingJob(for_ms, queue, kind, entry[3]), at.lock_ms)
             buckets += count + 1
             if buckets >= PAIRS_PER_SLICE:
                 return False
         self._waiting, self._scan = self._scan, None
         return True
 
-    def _compare(self, found: QueueScan, waits: WaitingJob, lease: int) -> None:
+    def _compare(self, found: QueueScan, waits: WaitingJob, lock_ms: int) -> None:
         if waits.for_ms > found.oldest.for_ms and waits.queue not in self._state.paused:
             found.oldest = waits
         if waits.for_ms > found.unclaimed.for_ms:
-            unclaimed_ms = self._state.presence.unclaimed_ms(waits.queue, waits.kind, lease)
+            unclaimed_ms = self._state.presence.unclaimed_ms(waits.queue, waits.kind, lock_ms)
             if unclaimed_ms > found.unclaimed.for_ms:
                 found.unclaimed = replace(waits, for_ms=min(waits.for_ms, unclaimed_ms))
 
@@ -228,7 +228,7 @@ class Alerts:
     def _evaluate(self, condition: Condition, now: int, boot_ms: int) -> AlertView:
         """Update an alert from its condition, and log if it fires or resolves.
 
-        Boot time decides how long the condition has held, because lease time stands still on a full disk.
+        Boot time decides how long the condition has held, because lock time stands still on a full disk.
         """
         name, limit = condition.name, condition.threshold
         if name in self._since and condition.resolve_at is not None:
@@ -255,7 +255,7 @@ class Alerts:
         yield self._stuck(at)
         yield self._processing()
         yield self._average(at)
-        yield self._pass_issues()
+        yield self._cleanup_issues()
         yield self._granted_twice(at)
         yield self._slower(at)
         yield from self._unhealthy()
@@ -274,11 +274,11 @@ class Alerts:
         )
 
     def _stuck(self, at: Moment) -> Condition:
-        stuck, recovered = len(self._state.stuck), self._state.counters.recovered_lately(at.now)
-        stalled = f"{stuck} {'job has' if stuck == 1 else 'jobs have'} stalled"
+        count, recovered = len(self._state.stalled), self._state.counters.recovered_lately(at.now)
+        stalled = f"{count} {'job has' if count == 1 else 'jobs have'} stalled"
         quiet = f"{stalled}, and {recovered} {'was' if recovered == 1 else 'were'} recovered in the last 10 minutes."
         hint = f"{quiet} Check for workers that crash or hang: jobctl workers, jobctl timeline ID"
-        return Condition("stuck_jobs", stuck + recovered, self.thresholds.stuck_jobs, hint, quiet)
+        return Condition("stalled_jobs", count + recovered, self.thresholds.stalled_jobs, hint, quiet)
 
     def _processing(self) -> Condition:
         hint = "More jobs than expected are processing. Compare with your workers: jobctl workers, jobctl locks"
@@ -296,7 +296,7 @@ class Alerts:
             quiet = f"Jobs take no longer than expected: {value:g} s on average (last hour, and those processing)."
         return Condition("average_processing", value, threshold, hint, quiet)
 
-    def _pass_issues(self) -> Condition:
+    def _cleanup_issues(self) -> Condition:
         report = self._cleanup.last_report
         value, quiet = 0, "No cleanup run has finished yet."
         where = "The log names them. Inspect one with: jobctl validate ID"
@@ -305,7 +305,7 @@ class Alerts:
         if value:
             quiet = f"The latest cleanup run found few invalid rows (issues: {value}). {where}"
         hint = f"The latest cleanup run found many invalid rows. {where}"
-        return Condition("pass_issues", value, self.thresholds.pass_issues, hint, quiet)
+        return Condition("cleanup_issues", value, self.thresholds.cleanup_issues, hint, quiet)
 
     def _granted_twice(self, at: Moment) -> Condition:
         double_grants = self._state.counters.double_grants

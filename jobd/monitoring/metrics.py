@@ -42,7 +42,7 @@ MAX_BUCKETS_SCANNED: Final = 2_000  # pairs of kind and priority scanned for the
 LAG_EVERY_S: Final = 1.0
 COMMITS_KEPT: Final = 300  # seconds of commits that `vitals` covers
 LAGS_KEPT: Final = 20  # the worst is exported, so that a scrape every 15 s misses none
-FOUND_KINDS: Final = ("stuck", "expired_locks", "expired", "deleted", "issues")
+FOUND_KINDS: Final = ("stalled", "expired_locks", "expired", "deleted", "issues")
 ISSUE_TYPES: Final = ("error", "critical")  # cleanup runs do not count warnings
 
 # Makes a metric from copied values, in another thread.
@@ -140,14 +140,16 @@ class Metrics:
         help_ = "How long the oldest due job has been waiting, by queue."
         oldest = oldest_due_s(state, self._clock.moment().now)
         yield _gauges("queue_oldest_due_seconds", help_, ["queue"], oldest.items())
-        yield _gauge("stuck_jobs", "Jobs whose worker has stalled.", len(state.stuck))
+        yield _gauge("stalled_jobs", "Jobs whose worker has stalled.", len(state.stalled))
         yield _gauge("locked_jobs", "Jobs with a live lock.", state.live_locks())
         yield _counters("grants", "Jobs granted to workers, by queue.", ["queue"], stats.grants.items())
         events = ((kind, stats.events.get(kind, 0)) for kind in get_args(EventType))
         yield _counters("events", "Committed events, by type.", ["type"], events)
         errors = sum((listener.error_counts for listener in self._listeners), Counter[str]())
-        refusals = ((code, errors[code]) for code in ERROR_STATUS)
-        yield _counters("refusals", "Error responses, by code; already_locked is lock contention.", ["code"], refusals)
+        rejections = ((code, errors[code]) for code in ERROR_STATUS)
+        yield _counters(
+            "rejections", "Error responses, by code; already_locked is lock contention.", ["code"], rejections
+        )
         yield _counter("stalls", "Grants that ended because the worker stalled.", stats.stalls)
         recovered = {"reset": stats.reset, "failed": stats.failed}
         help_ = "Stalled jobs recovered: reset to queued, or failed."
@@ -165,7 +167,7 @@ class Metrics:
     def _cleanup(self) -> Iterator[MakeMetric]:
         maintainer, sweeps = self._maintainer, self._sweeps
         totals, report = maintainer.totals, maintainer.last_success
-        yield _counter("cleanup_passes", "Cleanup runs since the start.", totals.runs)
+        yield _counter("cleanup_runs", "Cleanup runs since the start.", totals.runs)
         found = ((kind, totals.found[kind]) for kind in FOUND_KINDS)
         help_ = "Jobs that recovery and cleanup runs acted on since the start."
         yield _counters("cleanup_found", help_, ["kind"], found)
@@ -173,7 +175,7 @@ class Metrics:
         help_ = "End of the latest successful cleanup run (Unix time)."
         yield _gauges("cleanup_last_timestamp_seconds", help_, [], last)
         help_ = "Cleanup runs with errors since the last successful one."
-        yield _gauge("cleanup_failed_passes", help_, maintainer.state().failed_since_last_success)
+        yield _gauge("cleanup_failed_runs", help_, maintainer.state().failed_since_last_success)
         issues = ((kind, totals.issues[kind]) for kind in ISSUE_TYPES)
         help_ = "Issues that cleanup runs found since the start, by type."
         yield _counters("validation_issues", help_, ["type"], issues)
@@ -268,7 +270,7 @@ def _outcomes(webhooks: Mapping[str, WebhookMetrics]) -> Iterator[tuple[str, str
     for name, each in webhooks.items():
         yield name, "delivered", each.delivered
         yield name, "failed", each.failed
-        yield name, "given_up", each.given_up
+        yield name, "dead-lettered", each.dead_lettered
         yield name, "gap", each.gaps
 
 

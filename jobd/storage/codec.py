@@ -16,16 +16,16 @@ from msgspec.structs import astuple
 from jobd.model.job import (
     HOUR_MS,
     Backoff,
-    CompactJob,
     Failure,
     Grant,
     Job,
     LateResult,
-    Lease,
+    LockDeadlines,
     Options,
+    PackedJob,
     PreviousGrant,
     Result,
-    compact,
+    packed,
 )
 from jobd.model.storage import AuditEntry, Numbers, QueueRow, StoredResponse, Tombstone
 
@@ -53,7 +53,7 @@ _CREATED: Final = JOB_COLUMNS.index("created_at")
 _AS_NEW: Final = ("queued", *(None,) * 6)  # status to error_code of a job that has not changed since its creation
 _RESULT_COLUMNS: Final = Result.__struct_fields__
 
-KEY_COLUMNS: Final = ("digest", "body_hash", "at", "status", "grants", "answer_crc")
+KEY_COLUMNS: Final = ("digest", "body_hash", "at", "status", "grants", "response_crc")
 LATE_COLUMNS: Final = (
     "seq",
     "job_seq",
@@ -145,8 +145,8 @@ class JobBody(Struct, omit_defaults=True, forbid_unknown_fields=True, gc=False):
     backoff: tuple[str, int, int, bool] | None = None  # None: _BACKOFF
     max_stalls: int = 3
     on_stall: str | None = None  # None: auto
-    stuck_after_ms: int | None = None
-    max_processing_ms: int | None = None
+    stall_after_ms: int | None = None
+    progress_timeout_ms: int | None = None
     updated_at: int | None = None  # None: created_at, as for run_at
     run_at: int | None = None
     progress: int | float = 0
@@ -155,7 +155,7 @@ class JobBody(Struct, omit_defaults=True, forbid_unknown_fields=True, gc=False):
     stalls: int = 0
     started_at: int | None = None
     grant: Grant | None = None
-    lease: Lease | None = None
+    deadlines: LockDeadlines | None = None
     ended: PreviousGrant | None = None
     download_url: str | None = None
     file_path: str | None = None
@@ -180,8 +180,8 @@ def job_row(job: Job) -> Row:
         None if backoff == _BACKOFF else (backoff.kind, backoff.base_ms, backoff.max_ms, backoff.jitter),
         options.max_stalls,
         None if options.on_stall == "auto" else options.on_stall,
-        options.stuck_after_ms,
-        options.max_processing_ms,
+        options.stall_after_ms,
+        options.progress_timeout_ms,
         None if job.updated_at == created_at else job.updated_at,
         None if job.run_at == created_at else job.run_at,
         int(progress) if type(progress) is float and progress.is_integer() else progress,
@@ -190,7 +190,7 @@ def job_row(job: Job) -> Row:
         job.stalls,
         job.started_at,
         job.grant,
-        job.lease,
+        job.deadlines,
         job.ended,
         result.download_url,
         result.file_path,
@@ -248,7 +248,7 @@ class JobReader:
             finished_at,
             expires_at,
             body.grant,
-            body.lease,
+            body.deadlines,
             body.ended,
             None if result == _NO_RESULT else result,
             None if message is None and code is None else Failure(message, code),
@@ -256,8 +256,8 @@ class JobReader:
             body.payload_bytes,
         )
 
-    def job_or_compact(self, row: Row) -> Job | CompactJob:
-        """Return the job of an undamaged row, compact if possible. Raises Unreadable.
+    def job_or_packed(self, row: Row) -> Job | PackedJob:
+        """Return the job of an undamaged row, packed if possible. Raises Unreadable.
 
         The body of new jobs with equal options is decoded once.
         """
@@ -265,15 +265,15 @@ class JobReader:
             return self.job(row)
         options = self._new.get(row[_QUEUE : _BODY + 1])
         if options is not None:
-            return CompactJob(row[0], row[1], options, row[_CREATED])
+            return PackedJob(row[0], row[1], options, row[_CREATED])
         job = self.job(row)
-        compacted = compact(job)
-        if compacted is None:
+        short = packed(job)
+        if short is None:
             return job
         if len(self._new) >= _KEPT:
             self._new.clear()
-        self._new[row[_QUEUE : _BODY + 1]] = compacted.options
-        return compacted
+        self._new[row[_QUEUE : _BODY + 1]] = short.options
+        return short
 
     def _options_of(self, queue: str, kind: str, body: JobBody) -> Options:
         fields = (queue, kind, *astuple(body)[:_OPTIONS])
@@ -306,9 +306,9 @@ _decode_grants = msgspec.json.Decoder(list[tuple[str, str]]).decode
 
 def key_row(key: StoredResponse) -> Row:
     """Return the columns of `key`: KEY_COLUMNS, their checksum, and the body of the response."""
-    answer_crc = None if key.body is None else zlib.crc32(key.body)
+    response_crc = None if key.body is None else zlib.crc32(key.body)
     grants = None if key.grants is None else _json(key.grants)
-    return (*with_checksum((key.digest, key.body_hash, key.at, key.status, grants, answer_crc)), key.body)
+    return (*with_checksum((key.digest, key.body_hash, key.at, key.status, grants, response_crc)), key.body)
 
 
 def key(row: Row, response: bytes | None = None) -> StoredResponse:

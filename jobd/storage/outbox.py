@@ -24,8 +24,8 @@ DELIVERY_COLUMNS: Final = Delivery.__struct_fields__
 CURSOR_SQL: Final = f"{', '.join(CURSOR_COLUMNS)}, crc"
 DELIVERY_SQL: Final = f"{', '.join(DELIVERY_COLUMNS)}, crc"
 
-KEEP_ENDED: Final[dict[DeliveryState, int]] = {"delivered": 1_000, "given_up": MAX_BACKLOG}  # per endpoint
-KEEP_ENDED_MS: Final[dict[DeliveryState, int]] = {"delivered": 7 * DAY_MS, "given_up": 30 * DAY_MS}
+KEEP_ENDED: Final[dict[DeliveryState, int]] = {"delivered": 1_000, "dead-lettered": MAX_BACKLOG}  # per endpoint
+KEEP_ENDED_MS: Final[dict[DeliveryState, int]] = {"delivered": 7 * DAY_MS, "dead-lettered": 30 * DAY_MS}
 FORGET_MS: Final = 30 * DAY_MS  # for the cursor of an endpoint that is no longer configured
 
 _PUT_CURSOR: Final = insert("webhooks", (*CURSOR_COLUMNS, "crc"), "REPLACE")
@@ -133,7 +133,7 @@ def plan_outcomes(db: Database, tried: list[Delivery], now: int) -> tuple[Outbox
             going = _excess(db, name, state, entering)
             going |= _too_old(db, name, state, ended, going, now)
             dropped |= going
-            if state == "given_up" and any(_matters(db, ended, id_) for id_ in going):
+            if state == "dead-lettered" and any(_matters(db, ended, id_) for id_ in going):
                 lost.add(name)
     cursors = [replace(each, gone_to=GAP_PENDING) for name in lost if (each := _cursor(db, name)) is not None]
     kept = [each for each in found if each.id not in dropped]
@@ -193,7 +193,7 @@ def dead_letter_counts(db: Database, endpoint: str) -> tuple[int, int]:
     """Return how many deliveries of an endpoint are dead-lettered, and the id of the newest (0 if none)."""
     db.check()
     sql = f"SELECT count(*), ifnull(max(id), 0) FROM ({_IDS})"
-    count, newest = db.conn.execute(sql, (endpoint, "given_up")).fetchone()
+    count, newest = db.conn.execute(sql, (endpoint, "dead-lettered")).fetchone()
     return count, newest
 
 
@@ -212,7 +212,7 @@ def plan_retries(
     """Plan to requeue the oldest `limit` dead-lettered deliveries with ids up to `upto`. The result has no bodies."""
     db.check()
     sql = f"{_IDS} AND id <= ? ORDER BY id LIMIT ?"
-    ids = [id_ for (id_,) in db.conn.execute(sql, (endpoint, "given_up", upto, limit))]
+    ids = [id_ for (id_,) in db.conn.execute(sql, (endpoint, "dead-lettered", upto, limit))]
     renewed = [_renewed(each, now) for each in by_ids(db, ids) if each.endpoint == endpoint]
     write = OutboxWrite(deliveries=renewed) if renewed else None
     return write, [replace(each, body=b"") for each in renewed]

@@ -56,7 +56,7 @@ T = TypeVar("T")
 
 _NO_LIMIT: Final = 1 << 62
 _TYPE: Final = EVENT_COLUMNS.index("type")
-_RESPONSE_CRC: Final = KEY_COLUMNS.index("answer_crc")
+_RESPONSE_CRC: Final = KEY_COLUMNS.index("response_crc")
 _INDEXED: Final = "SELECT seq FROM jobs INDEXED BY jobs_id WHERE id = ?"
 _CREATED: Final = "SELECT created_at FROM jobs NOT INDEXED WHERE seq = ?"
 _LATE: Final = f"SELECT rowid, {LATE_SQL} FROM late_results NOT INDEXED WHERE seq = ?"
@@ -174,7 +174,7 @@ def _report_lost(db: Database, id_: str, reason: str) -> str:
 
 def _stored_response(db: Database, digest: str) -> StoredResponse | None:
     """Return a stored response; None if there is none or it is damaged, so that the request is decided again."""
-    rows = db.rows(f"SELECT rowid, {KEY_SQL}, answer FROM keys WHERE digest = ?", (digest,))
+    rows = db.rows(f"SELECT rowid, {KEY_SQL}, response FROM keys WHERE digest = ?", (digest,))
     if not rows:
         return None
     rowid, *row = rows[0]

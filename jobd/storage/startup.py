@@ -21,7 +21,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from jobd.journal.sqlite import SqliteJournal
-from jobd.model.job import LAST_EPOCH, SAFE_EPOCH, TOKEN_COUNTER_BITS, CompactJob, Job, epoch_seconds, new_epoch
+from jobd.model.job import LAST_EPOCH, SAFE_EPOCH, TOKEN_COUNTER_BITS, Job, PackedJob, epoch_seconds, new_epoch
 from jobd.model.storage import SPARE_BYTES, DiskFull, Numbers, OpenedStore, QueueRow, StoredResponse
 from jobd.storage import codec, files
 from jobd.storage.cluster import membership
@@ -311,9 +311,9 @@ def read_meta(conn: sqlite3.Connection, path: str) -> Database:
     """Return the database with the numbers and totals of its meta row. Raises StoreUnreadable."""
     migrations.check_meta(conn, path)
     row = conn.execute(f"SELECT {', '.join(META_COLUMNS)} FROM meta WHERE id = 1").fetchone()
-    _, epoch, next_token, next_job, next_event, lease_ms, wall_ms, suspect, *rest = row
+    _, epoch, next_token, next_job, next_event, lock_ms, wall_ms, suspect, *rest = row
     *clock, live, live_xor, finished, finished_xor, marked, gone_to, projected_to = rest
-    numbers = Numbers(epoch, next_token, next_job, next_event, lease_ms, wall_ms, bool(suspect), *clock)
+    numbers = Numbers(epoch, next_token, next_job, next_event, lock_ms, wall_ms, bool(suspect), *clock)
     totals = (live, live_xor, finished, finished_xor)
     return Database(conn, os.path.dirname(path) or ".", numbers, totals, marked, gone_to, projected_to)
 
@@ -421,11 +421,11 @@ def _read_all(db: Database) -> OpenedStore:
     db.faults += [
         f"damaged rows of {readable(place)} in quarantine: {count}; run `jobd doctor`" for place, count in bad_rows
     ]
-    jobs, compact_jobs = _live_jobs(db)
+    jobs, packed_jobs = _live_jobs(db)
     opened = OpenedStore(
         numbers=db.numbers,
         jobs=jobs,
-        compact_jobs=compact_jobs,
+        packed_jobs=packed_jobs,
         queues=_queues(db),
         keys=_keys(db),
         quarantined={},
@@ -441,16 +441,16 @@ class _Live(Struct):
     """The live jobs, their damaged rows, and the XOR of all their checksums as they were written."""
 
     jobs: list[Job] = []
-    compact: list[CompactJob] = []
+    packed: list[PackedJob] = []
     damaged: list[tuple[Row, str]] = []
     xor: int = 0
 
     def totals(self) -> tuple[int, int]:
         """Return the number and the XOR of all rows."""
-        return len(self.jobs) + len(self.compact) + len(self.damaged), self.xor
+        return len(self.jobs) + len(self.packed) + len(self.damaged), self.xor
 
 
-def _live_jobs(db: Database) -> tuple[list[Job], list[CompactJob]]:
+def _live_jobs(db: Database) -> tuple[list[Job], list[PackedJob]]:
     """Read all queued and processing jobs. Add a fault if their number or XOR differs from the stored totals."""
     for rebuilt in (False, True):
         stored = db.totals[:2]
@@ -459,7 +459,7 @@ def _live_jobs(db: Database) -> tuple[list[Job], list[CompactJob]]:
         db.faults += [f"job {id_} was quarantined: {reason}" for id_, reason in quarantined.items()]
         totals = live.totals()
         if totals == stored:
-            return live.jobs, live.compact
+            return live.jobs, live.packed
         if not rebuilt:
             try:
                 db.rebuild_indexes()
@@ -473,8 +473,8 @@ def _live_jobs(db: Database) -> tuple[list[Job], list[CompactJob]]:
     )
     # A damaged tree may return a row twice.
     by_seq = {job.seq: job for job in live.jobs}
-    compact_jobs = {job.seq: job for job in live.compact if job.seq not in by_seq}
-    return list(by_seq.values()), list(compact_jobs.values())
+    packed_jobs = {job.seq: job for job in live.packed if job.seq not in by_seq}
+    return list(by_seq.values()), list(packed_jobs.values())
 
 
 def _scan(db: Database) -> _Live:
@@ -491,14 +491,14 @@ def _scan_once(db: Database) -> _Live:
     live = _Live()
     xor = 0
     for row in db.conn.execute(_LIVE_JOBS):
-        job, error = read_job(row, db.reader.job_or_compact)
+        job, error = read_job(row, db.reader.job_or_packed)
         if job is None:
             live.damaged.append((row, error))
             xor ^= codec.original_checksum(row)
             continue
         xor ^= row[-1]
-        if isinstance(job, CompactJob):
-            live.compact.append(job)
+        if isinstance(job, PackedJob):
+            live.packed.append(job)
         else:
             live.jobs.append(job)
     live.xor = xor

@@ -62,7 +62,7 @@ class DeliveryStats(Struct):
 
     delivered: int = 0
     failed: int = 0  # attempts
-    given_up: int = 0
+    dead_lettered: int = 0
     gaps: int = 0
     failing_since: int | None = None
     last_success_at: int | None = None

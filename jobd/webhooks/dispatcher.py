@@ -328,7 +328,7 @@ class Dispatcher:
             if outcome.error is None:
                 tried = replace(tried, state="delivered", ended_at=now)
             elif is_exhausted(tried, self.endpoint, at.believed, self._context.retry_policy):
-                tried = replace(tried, state="given_up", ended_at=now)
+                tried = replace(tried, state="dead-lettered", ended_at=now)
             else:
                 context = self._context
                 wait_ms = retry_wait_ms(tried.tries, context.chance(), context.retry_policy, outcome.retry_after_ms)
@@ -349,9 +349,9 @@ class Dispatcher:
         if tried.state == "delivered":
             self.stats.delivered += 1
             log.debug("webhook_delivered", **fields, tries=tried.tries)
-        elif tried.state == "given_up":
-            self.stats.given_up += 1
-            log.error("webhook_given_up", **fields, tries=tried.tries, error=tried.error)
+        elif tried.state == "dead-lettered":
+            self.stats.dead_lettered += 1
+            log.error("webhook_dead_lettered", **fields, tries=tried.tries, error=tried.error)
         else:
             log.info("webhook_not_delivered", **fields, tries=tried.tries, error=tried.error)
 
@@ -366,7 +366,7 @@ class Dispatcher:
         at = self._context.moment()
         ids = list(islice(self.queue.ids(), SLICE))
         old = [
-            replace(each, state="given_up", ended_at=at.now, error=each.error or self.stats.last_error)
+            replace(each, state="dead-lettered", ended_at=at.now, error=each.error or self.stats.last_error)
             for each in await self._context.storage.deliveries(ids)
             if at.believed - each.at >= self.endpoint.give_up_after_ms
         ]

@@ -146,7 +146,7 @@ class WebhookManager:
             waiting=0 if dispatcher is None else len(dispatcher.queue),
             delivered=stats.delivered,
             failed=stats.failed,
-            given_up=stats.given_up,
+            dead_lettered=stats.dead_lettered,
             last_success_at=stats.last_success_at,
             last_error=stats.last_error,
             last_error_at=stats.last_error_at,
@@ -220,7 +220,7 @@ class WebhookManager:
                 found[name] = WebhookMetrics(
                     stats.delivered,
                     stats.failed,
-                    stats.given_up,
+                    stats.dead_lettered,
                     stats.gaps,
                     len(dispatcher.queue),
                     reader.lag,

@@ -63,7 +63,7 @@ class MeasuredCore:
             self._book,
             IdempotencyStore([], 1_000),
             WaitingClaims(self._book.presence),
-            refuse=lambda command: None,
+            reject=lambda command: None,
             loop_time=time.monotonic,
         )
         self._policy = Policy()
@@ -82,8 +82,8 @@ class MeasuredCore:
         envelopes = [
             Envelope(each, "client", secrets.token_bytes(16), futures=[DroppingResponder()]) for each in commands
         ]
-        now, lease = time.time_ns() // 1_000_000, (time.monotonic_ns() - self._began) // 1_000_000
-        at = Moment(now, lease, now - lease)
+        now, lock_ms = time.time_ns() // 1_000_000, (time.monotonic_ns() - self._began) // 1_000_000
+        at = Moment(now, lock_ms, now - lock_ms)
         plan = self._timed("decide", count, lambda: self._decider.decide(envelopes, at, Preloaded(), self._policy))
         batch = self._timed("gather", count, lambda: self._decider.batch(plan, self._policy))
         plan.fill(self._timed("write and fsync", count, lambda: self._tables.append(batch, 0)))

@@ -25,7 +25,7 @@ from typing import Any, Final, cast
 
 import uvloop
 
-from jobd.api.worker import ROUTES
+from jobd.api.worker_routes import ROUTES
 from jobd.engine.envelope import Envelope
 from jobd.http.auth import Authenticator
 from jobd.http.decoding import Limits
@@ -46,7 +46,7 @@ class InstantActor:
 
     def __init__(self) -> None:
         self.state = SimpleNamespace(queue_names=[], quarantined={})
-        self.full_disk = SimpleNamespace(refuse=lambda command: None)
+        self.full_disk = SimpleNamespace(reject=lambda command: None)
         self._waiters: list[Any] = []
 
     def send(self, command: Any, waiter: Any, *, by: str = "", key: Any = None, size: int = 0, **_: Any) -> Envelope:

@@ -50,7 +50,7 @@ TROUBLE: Final = f"""\
 [alerts]
 processing_jobs = 2
 average_processing = '0'
-stuck_jobs = 0
+stalled_jobs = 0
 webhook_failing = '0'
 
 [artifacts]

@@ -15,7 +15,7 @@ from typing import Final
 
 import pytest
 
-from jobd.api import admin as admin_api
+from jobd.api import admin_routes as admin_api
 from jobd.cli import exit_codes as exits
 from jobd.cli.ctl import main as ctl
 from jobd.cli.daemon import main as jobd_cli
@@ -60,7 +60,7 @@ def test_a_disk_that_rejects_new_jobs_is_unhealthy_and_exit_1(
             while True:
                 file.write(bytes(4096))
         daemon.start()
-        assert f"refused=creates reserve=true path={store} free_bytes=0".encode() in daemon.log
+        assert f"rejected=creates reserve=true path={store} free_bytes=0".encode() in daemon.log
         assert daemon.post("/v1/jobs", {}).error == "storage_full"
 
 

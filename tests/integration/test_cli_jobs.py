@@ -27,7 +27,7 @@ def test_submit_prints_the_id_and_nothing_else(jobctl: Jobctl, running: CliDaemo
 
 def test_submit_takes_every_option(jobctl: Jobctl) -> None:
     options = "--id s2 --priority -5 --delay 1h --expires 2h --max-attempts 4 --max-stalls 1 --on-stall fail "
-    options += "--stuck-after 90s --max-processing 0 --backoff fixed --backoff-base 5s --backoff-max 1m --no-jitter"
+    options += "--stall-after 90s --progress-timeout 0 --backoff fixed --backoff-base 5s --backoff-max 1m --no-jitter"
     job = jobctl.json("submit", *options.split())
     assert set(job) == JOB_FIELDS
     named = (
@@ -36,8 +36,8 @@ def test_submit_takes_every_option(jobctl: Jobctl) -> None:
         "max_attempts",
         "max_stalls",
         "on_stall",
-        "stuck_after_ms",
-        "max_processing_ms",
+        "stall_after_ms",
+        "progress_timeout_ms",
         "payload",
     )
     assert [job[name] for name in named] == ["s2", -5, 4, 1, "fail", 90_000, 0, None]
@@ -326,7 +326,7 @@ def test_run_drains_a_queue_and_its_exit_code_reports_failures(running: CliDaemo
 
 def test_a_run_that_exceeds_its_timeout_fails_with_timeout(running: CliDaemon) -> None:
     running.client.create_job(queue="r-timeout", id="r-timeout")
-    limits = ("--timeout", "200ms", "--max-processing", "1h")
+    limits = ("--timeout", "200ms", "--progress-timeout", "1h")
     done = running.run("jobd.cli.ctl.main", "run", "--queue", "r-timeout", *limits, "--once", "sleep", "1000")
     assert done.returncode == 1, done.stderr
     assert "it took longer than 0.2 s" in done.stderr

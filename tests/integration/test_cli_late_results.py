@@ -51,7 +51,7 @@ def test_a_stored_result_is_downloaded(jobctl: Jobctl, running: CliDaemon, tmp_p
         check=True,
     )
     assert (done.stdout, done.stderr) == (content, b"")
-    assert "would delete with its stored result c7/report.pdf" in jobctl.ok("delete", "c7", "--dry-run")
+    assert "would delete with its artifact c7/report.pdf" in jobctl.ok("delete", "c7", "--dry-run")
     (running.directory / "artifacts" / "c7" / "report.pdf").unlink()
 
 

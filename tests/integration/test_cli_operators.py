@@ -17,7 +17,7 @@ import msgspec
 import pytest
 from msgspec.structs import replace
 
-from jobd.cli.ctl import plans as ctl_plan
+from jobd.cli.ctl import plan_commands as ctl_plan
 from jobd.client import InvalidRequest, JobdError, JobView
 from jobd.model import responses
 from tests.support.cli_harness import JOB_FIELDS, READ_ONLY_TOKEN, TOKEN, CliDaemon, Jobctl, fields_of, on_a_terminal
@@ -328,7 +328,7 @@ def _stuck(running: CliDaemon, *ids: str, worker: str = "w-silent") -> list[str]
     """Create stalled jobs that are not recovered, and return their lock ids."""
     locks = []
     for job_id in ids:
-        running.client.create_job(id=job_id, queue="time", stuck_after_ms=0)
+        running.client.create_job(id=job_id, queue="time", stall_after_ms=0)
         locks.append(running.client.start_processing(job_id, worker, lock_ttl_ms=1_000).lock_id)
     time.sleep(1.1)
     return locks
@@ -408,7 +408,7 @@ def test_the_plan_of_a_cleanup_run_can_be_applied_except_for_its_fixes(running: 
         _, shown, prompt = on_a_terminal(running, b"n\n", "apply", plan_id)
         for line in ("time-3 +processing → queued", "time-late +queued → failed", f"{old} +completed → deleted"):
             assert re.search(line, shown), shown
-        assert "Their history and stored results are deleted" in shown
+        assert "Their history and artifacts are deleted" in shown
         assert "clean up 3 jobs?" in prompt
         assert jobctl.ok("apply", plan_id, "-y") == "cleanup: 3 jobs done\n"
         assert jobctl.rejected("job", old)[0] == 4
@@ -573,7 +573,7 @@ def test_json_prints_a_result_even_if_there_was_nothing_to_do(jobctl: Jobctl, ar
     assert ended == code
     assert err.startswith("No job")
     found = msgspec.json.decode(out, type=responses.PlanResult)
-    assert (found.action, found.applied, found.changed, found.refused) == (argv[0], 0, [], [])
+    assert (found.action, found.applied, found.changed, found.rejected) == (argv[0], 0, [], [])
     assert set(json.loads(out)) == fields_of(responses.PlanResult)
     applied, out, _ = jobctl.run("apply", found.plan_id, "--yes", "--json")
     assert applied == 0

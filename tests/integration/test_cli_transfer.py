@@ -57,7 +57,7 @@ def fill(daemon: CliDaemon) -> None:
     client.create_jobs(jobs)
     client.create_job(
         id="whole", queue="films", kind="film", priority=-7, max_attempts=3, delay_ms=3_600_000, max_stalls=1,
-        on_stall="requeue", stuck_after_ms=5_000, max_processing_ms=0, backoff={"kind": "fixed", "base_ms": 1},
+        on_stall="requeue", stall_after_ms=5_000, progress_timeout_ms=0, backoff={"kind": "fixed", "base_ms": 1},
     )  # fmt: skip
     for name in ("done", "wrong", "again", "gone", "half", "begun"):
         client.create_job(id=name, queue="films", kind="film", max_attempts=2)
@@ -150,8 +150,8 @@ def test_an_export_without_the_jobs_in_quarantine_says_so(tmp_path: Path) -> Non
 
 def test_defaults_of_the_daemon_are_not_exported(source: CliDaemon) -> None:
     lines = {json.loads(line)["id"]: json.loads(line) for line in exported(source)}
-    assert (lines["gone"]["stuck_after_ms"], lines["gone"]["max_processing_ms"]) == (None, None)
-    assert (lines["whole"]["stuck_after_ms"], lines["whole"]["max_processing_ms"]) == (5_000, 0)
+    assert (lines["gone"]["stall_after_ms"], lines["gone"]["progress_timeout_ms"]) == (None, None)
+    assert (lines["whole"]["stall_after_ms"], lines["whole"]["progress_timeout_ms"]) == (5_000, 0)
     assert "lock" not in json.dumps(lines["begun"])
 
 
@@ -221,4 +221,4 @@ def test_a_dry_run_of_an_import_gives_reasons(target: CliDaemon, tmp_path: Path)
     assert lines[3].startswith("line 4 (b): would be rejected: ")
     assert "priority" in lines[3]
     shown = target.run("jobd.cli.ctl.main", "import", str(file), "--dry-run", "--json")
-    assert json.loads(shown.stdout)["wouldRefuse"] == 1
+    assert json.loads(shown.stdout)["wouldReject"] == 1

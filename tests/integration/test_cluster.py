@@ -65,9 +65,9 @@ def test_a_standby_follows_and_takes_over(cluster: Cluster) -> None:
     assert create(first, "one").status == 201
     granted = first.post("/v1/jobs/one/start", {"worker": "w"}).data
     second = cluster.add("b")
-    refused = create(second, "two")
-    assert (refused.status, refused.error) == (503, "not_leader")
-    assert refused.body["details"] == {"leader": first.url}
+    rejected = create(second, "two")
+    assert (rejected.status, rejected.error) == (503, "not_leader")
+    assert rejected.body["details"] == {"leader": first.url}
     ready = second.get("/readyz")
     assert (ready.status, ready.body["data"]) == (503, {"status": "standby", "leader": first.url})
     assert second.get("/healthz").status == 200
@@ -127,8 +127,8 @@ def test_a_full_disk_of_the_server_rejects_creates_and_is_shown(
     first = cluster.add("a")
     first.wait_leads()
     postgres_server.sql(*FULL_DISK, database=name)
-    refused = create(first, "one")
-    assert (refused.status, refused.error) == (507, "storage_full")
+    rejected = create(first, "one")
+    assert (rejected.status, rejected.error) == (507, "storage_full")
     described = "The disk of the journal's server is full."
     assert first.cluster()["problems"] == [described]
     poll_until(lambda: first.admin("GET", "health").body["data"]["journal"]["status"] == "unhealthy")

@@ -13,8 +13,8 @@ from typing import Any, cast
 import pytest
 from structlog.testing import capture_logs
 
-from jobd.api import admin, command_stream
-from jobd.api.worker import ROUTES
+from jobd.api import admin_routes, command_stream
+from jobd.api.worker_routes import ROUTES
 from jobd.engine.actor import Bounds
 from jobd.http.auth import Authenticator
 from jobd.http.decoding import Limits
@@ -253,7 +253,7 @@ async def test_an_error_is_the_usual_object_with_its_status(tmp_path: Path) -> N
             response = await stream.ask(op="get", id="job-7")
         wanted = {"success": False, "error": "overloaded", "message": "Full.", "details": {"retry_after_ms": 1000}}
         assert response == {**wanted, "status": 503}
-        [line] = [line for line in logs if line["event"] == "refused"]
+        [line] = [line for line in logs if line["event"] == "rejected"]
         assert (line["path"], line["code"], line["job_id"]) == ("/v1/commands", "overloaded", "job-7")
 
 
@@ -273,8 +273,8 @@ async def test_a_job_lifecycle_over_a_stream(server: WorkerApiServer) -> None:
     stream = await RawCommandStream.open(server.harness)
     stream.send({"op": "create", "id": "j"}, {"op": "create", "id": "j"}, {"op": "get", "id": "j"})
     assert [(await stream.receive())["status"] for _ in range(3)] == [201, 200, 200]
-    grant = (await stream.ask(op="start", id="j", worker="w", max_processing_ms=0))["data"]
-    assert (grant["ceiling_at"], grant["job"]["max_processing_ms"]) == (None, 0)
+    grant = (await stream.ask(op="start", id="j", worker="w", progress_timeout_ms=0))["data"]
+    assert (grant["progress_due_at"], grant["job"]["progress_timeout_ms"]) == (None, 0)
     response = await stream.ask(op="progress", id="j", lock_id=grant["lock_id"], progress=5)
     assert response["data"]["cancel_requested"] is False
     response = await stream.ask(op="complete", id="j", lock_id="another")
@@ -454,7 +454,7 @@ async def test_malformed_framing_ends_the_stream_after_the_responses_to_its_line
         assert (response["error"], response["status"]) == ("invalid_request", 400)
         assert await stream.receive() is None
         assert await stream.connection.is_closed()
-    assert [line["event"] for line in logs] == ["refused"]
+    assert [line["event"] for line in logs] == ["rejected"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -502,7 +502,7 @@ async def test_a_stream_sends_100_continue(harness: HttpHarness) -> None:
 
 
 def test_the_admin_api_has_no_command_stream() -> None:
-    assert "/v1/commands" not in {route.path for route in admin.ROUTES}
+    assert "/v1/commands" not in {route.path for route in admin_routes.ROUTES}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

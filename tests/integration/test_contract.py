@@ -14,7 +14,7 @@ from tests.support.daemon_process import TOKEN, DaemonProcess, DaemonResponse
 OLD_MS = 1_600_000_000_000
 JOB_FIELDS = {
     "id", "queue", "kind", "payload", "priority", "status", "progress", "progress_message", "attempt", "max_attempts",
-    "backoff", "stalls", "max_stalls", "on_stall", "stuck_after_ms", "max_processing_ms", "created_at", "updated_at",
+    "backoff", "stalls", "max_stalls", "on_stall", "stall_after_ms", "progress_timeout_ms", "created_at", "updated_at",
     "run_at", "started_at", "finished_at", "expires_at", "lock", "download_url", "file_path", "storage_key", "metadata",
     "error_message", "error_code",
 }  # fmt: skip
@@ -73,7 +73,7 @@ def test_a_job_has_the_documented_fields_and_defaults(daemon: DaemonProcess, que
         "kind": "", "priority": 0, "status": "queued", "progress": 0, "progress_message": None, "attempt": 0,
         "max_attempts": 1, "stalls": 0, "max_stalls": 3, "on_stall": "auto", "lock": None, "started_at": None,
         "finished_at": None, "expires_at": None, "error_message": None, "error_code": None,
-        "stuck_after_ms": 600_000, "max_processing_ms": 1_800_000,
+        "stall_after_ms": 600_000, "progress_timeout_ms": 1_800_000,
         "backoff": {"kind": "exponential", "base_ms": 10_000, "max_ms": 3_600_000, "jitter": True},
     }  # fmt: skip
     assert {name: made[name] for name in defaults} == defaults
@@ -100,7 +100,7 @@ def test_a_repeated_create_is_200_and_a_different_one_409(daemon: DaemonProcess,
     [
         ("priority", 1001), ("priority", -1001), ("priority", 1.5), ("priority", "1"), ("max_attempts", 0),
         ("queue", ""), ("queue", "a b"), ("id", ""), ("id", "x" * 201), ("id", "a/b"), ("id", "ü"), ("kind", "a\nb"),
-        ("on_stall", "never"), ("stuck_after_ms", -1), ("max_processing_ms", -1), ("run_at", 1_700_000_000),
+        ("on_stall", "never"), ("stall_after_ms", -1), ("progress_timeout_ms", -1), ("run_at", 1_700_000_000),
         ("expires_at", 1), ("unknown", 1), ("backoff", {"kind": "linear"}), ("max_stalls", -1), ("status", "queued"),
     ],
 )  # fmt: skip
@@ -137,15 +137,15 @@ def test_size_and_content_type_of_bodies_are_checked(daemon: DaemonProcess, queu
 def test_a_grant_names_the_lock_and_only_its_holder_sees_the_secret(daemon: DaemonProcess, queue: str) -> None:
     made = create(daemon, queue, payload={"n": 1})
     grant = start(daemon, made["id"], lock_ttl_ms=60_000)
-    assert set(grant) == {"job", "lock_id", "fencing_token", "lock_expires_at", "ttl_ms", "ceiling_at"}
+    assert set(grant) == {"job", "lock_id", "fencing_token", "lock_expires_at", "ttl_ms", "progress_due_at"}
     held = grant["job"]
     assert held["payload"] == {"n": 1}
     assert (held["status"], held["attempt"], held["progress"]) == ("processing", 1, 0)
     assert set(held["lock"]) == {"worker", "fencing_token", "acquired_at", "expires_at"}
     assert held["lock"]["expires_at"] == grant["lock_expires_at"]
-    # The wall clock and lease time may tick in different milliseconds.
+    # The wall clock and lock time may tick in different milliseconds.
     assert abs(grant["lock_expires_at"] - held["started_at"] - grant["ttl_ms"]) <= 2
-    assert abs(grant["ceiling_at"] - held["started_at"] - 1_800_000) <= 2
+    assert abs(grant["progress_due_at"] - held["started_at"] - 1_800_000) <= 2
     assert grant["lock_id"] not in str(daemon.get(f"/v1/jobs/{made['id']}").body)
     assert grant["lock_id"] not in str(daemon.get(f"/v1/jobs/{made['id']}/timeline").body)
     assert daemon.admin("GET", f"jobs/{made['id']}").data["lock"]["lock_id"] == grant["lock_id"]
@@ -204,7 +204,7 @@ def test_reports_renew_a_lock_and_never_shorten_it(daemon: DaemonProcess, queue:
     grant = start(daemon, made["id"], lock_ttl_ms=60_000)
     lock = {"lock_id": grant["lock_id"]}
     response = daemon.post(f"/v1/jobs/{made['id']}/progress", {**lock, "progress": 42.5, "message": "half"}).data
-    assert set(response) == {"lock_expires_at", "ttl_ms", "ceiling_at", "cancel_requested"}
+    assert set(response) == {"lock_expires_at", "ttl_ms", "progress_due_at", "cancel_requested"}
     assert response["cancel_requested"] is False
     assert response["lock_expires_at"] >= grant["lock_expires_at"]
     assert (job(daemon, made["id"])["progress"], job(daemon, made["id"])["progress_message"]) == (42.5, "half")
@@ -215,7 +215,7 @@ def test_reports_renew_a_lock_and_never_shorten_it(daemon: DaemonProcess, queue:
     assert shorter["extended"] is False
     assert abs(shorter["lock_expires_at"] - longer["lock_expires_at"]) <= 1
     cut = daemon.post(f"/v1/jobs/{made['id']}/extend", {**lock, "additional_ms": 86_400_000}).data
-    assert cut["lock_expires_at"] == cut["ceiling_at"]
+    assert cut["lock_expires_at"] == cut["progress_due_at"]
     for wrong in (-1, 101, "1", None):
         assert_error(
             daemon.post(f"/v1/jobs/{made['id']}/progress", {**lock, "progress": wrong}), 400, "invalid_request"
@@ -304,15 +304,15 @@ def test_cancel_ends_the_grant_at_once(daemon: DaemonProcess, queue: str) -> Non
         assert (details["reason"], details["cancel_requested"]) == ("cancelled", True)
 
 
-def test_past_the_ceiling_only_results_are_accepted(daemon: DaemonProcess, queue: str) -> None:
-    made = create(daemon, queue, max_processing_ms=1)
+def test_past_the_progress_timeout_only_results_are_accepted(daemon: DaemonProcess, queue: str) -> None:
+    made = create(daemon, queue, progress_timeout_ms=1)
     lock = {"lock_id": start(daemon, made["id"])["lock_id"]}
     while daemon.admin("GET", "stats").data["stuckJobs"] == 0:
         pass
     for verb, body in (("progress", {"progress": 1}), ("extend", {})):
         reply = daemon.post(f"/v1/jobs/{made['id']}/{verb}", {**lock, **body})
-        assert_error(reply, 409, "max_processing_time_exceeded")
-        assert "max_processing" in reply.body["message"]
+        assert_error(reply, 409, "progress_timeout")
+        assert "progress_timeout" in reply.body["message"]
     assert daemon.post(f"/v1/jobs/{made['id']}/complete", lock).data["status"] == "completed"
 
 
@@ -484,7 +484,7 @@ def test_a_late_result_is_kept_and_adopted(daemon: DaemonProcess, queue: str) ->
     assert (late["seq"], late["file_path"], late["metadata"]) == (response["late_result"], "/out", {"a": [1, None]})
     assert set(late) == {
         "seq", "at", "worker", "fencing_token", "download_url", "file_path", "storage_key", "metadata", "expires_at",
-        "refusal",
+        "rejection",
     }  # fmt: skip
     assert f"jobctl adopt {job_id}" in daemon.get(f"/v1/jobs/{job_id}/why").data["do"][0]
     assert_error(

@@ -195,7 +195,7 @@ def _wait_for(daemon: DaemonProcess, metric: str) -> None:
 def test_a_restart_keeps_a_lock_and_its_remaining_time(tmp_path: Path) -> None:
     with DaemonProcess(tmp_path) as daemon:
         daemon.post("/v1/jobs", {"id": "a"})
-        grant = daemon.post("/v1/jobs/a/start", {"worker": "w-1", "lock_ttl_ms": 10_000, "stuck_after_ms": 0}).data
+        grant = daemon.post("/v1/jobs/a/start", {"worker": "w-1", "lock_ttl_ms": 10_000, "stall_after_ms": 0}).data
         daemon.kill()
         daemon.start()
         job = daemon.get("/v1/jobs/a").data
@@ -214,7 +214,7 @@ def test_no_lock_expires_while_the_daemon_stops(tmp_path: Path) -> None:
         slow.connect()
         slow.sock.sendall(b"POST /v1/jobs HTTP/1.1\r\nHost: jobd\r\nContent-Type: application/json\r\n")
         slow.sock.sendall(b"Content-Length: 14\r\n\r\n{")
-        grant = daemon.post("/v1/jobs/a/start", {"worker": "w-1", "lock_ttl_ms": 5000, "stuck_after_ms": 0}).data
+        grant = daemon.post("/v1/jobs/a/start", {"worker": "w-1", "lock_ttl_ms": 5000, "stall_after_ms": 0}).data
         assert daemon.process is not None
         daemon.process.terminate()
         daemon.wait_for_log(b"event=stopping")
@@ -431,7 +431,7 @@ def test_a_start_and_a_reload_warn_about_doubtful_settings(tmp_path: Path) -> No
         assert daemon.process is not None
         assert daemon.log.count(b"event=config_warning") == 2
         assert b"cleanup.min_interval" in daemon.log
-        assert b"locks.max_processing" in daemon.log
+        assert b"locks.progress_timeout" in daemon.log
         daemon.config.write_text("[cleanup]\ninterval = '1m'\n")
         daemon.process.send_signal(signal.SIGHUP)
         assert "1m" in daemon.wait_for_log(b"level=warning event=config_warning")
@@ -576,7 +576,7 @@ def test_sigterm_while_the_listeners_are_opened_stops_the_daemon(tmp_path: Path)
 
 def test_a_zombie_worker_is_accepted_until_recovery_then_rejected(tmp_path: Path) -> None:
     with DaemonProcess(tmp_path, "[cleanup]\nrecover_every = '0'\ninterval = '1h'\n") as daemon:
-        daemon.post("/v1/jobs", {"id": "a", "max_processing_ms": 1})
+        daemon.post("/v1/jobs", {"id": "a", "progress_timeout_ms": 1})
         grant = daemon.post("/v1/jobs/a/start", {"worker": "w-1"}).data
         recovered: dict[str, Any] = {"recoveredJobs": 0}
         while not recovered["recoveredJobs"]:

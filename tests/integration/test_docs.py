@@ -29,7 +29,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 import jobd
 from jobd import config
-from jobd.api import admin, worker
+from jobd.api import admin_routes, worker_routes
 from jobd.api.command_stream import StreamedResponse
 from jobd.cli import exit_codes
 from jobd.cli.ctl.main import jobctl as jobctl_program
@@ -159,7 +159,7 @@ def test_every_error_code_is_documented_with_its_status() -> None:
 
 @pytest.mark.parametrize(
     ("title", "table"),
-    [("Worker API", worker.ROUTES), ("Admin API", admin.ROUTES)],
+    [("Worker API", worker_routes.ROUTES), ("Admin API", admin_routes.ROUTES)],
     ids=["worker", "admin"],
 )
 def test_every_call_is_documented_with_its_fields(title: str, table: Sequence[Route]) -> None:
@@ -187,7 +187,7 @@ def body_fields(shape: Any, given: str | None = None) -> list[str]:
 
 def test_every_stream_operation_is_documented() -> None:
     documented = {ticked(op)[0]: ticked(call)[0].split() for op, call, *_ in rows(API, "op", "call")}
-    routes = {route.request: route for route in worker.ROUTES}
+    routes = {route.request: route for route in worker_routes.ROUTES}
     calls = {op: routes[command] for op, command in STREAMED_COMMANDS.items()}
     expected = {op: [route.method, route.path] for op, route in calls.items()}
     assert documented == expected, "docs/api.md: each command in STREAMED_COMMANDS has a row in the table of `op`"
@@ -445,7 +445,7 @@ def test_every_old_call_has_a_replacement() -> None:
 
 
 def test_documented_calls_exist() -> None:
-    routes = {(route.method, route.path) for table in (worker.ROUTES, admin.ROUTES) for route in table}
+    routes = {(route.method, route.path) for table in (worker_routes.ROUTES, admin_routes.ROUTES) for route in table}
     from jobd.client import AdminClient, AsyncJobClient, JobClient
 
     clients: dict[str, Any] = {"client": (JobClient, AsyncJobClient), "admin": (AdminClient,)}
@@ -696,7 +696,7 @@ def free_address() -> str:
         return f"127.0.0.1:{free.getsockname()[1]}"
 
 
-STOP_WORKER: Final = "kill $(cat worker.pid 2>/dev/null) 2>/dev/null || true"
+STOP_WORKER: Final = "kill $(cat worker_routes.pid 2>/dev/null) 2>/dev/null || true"
 
 
 @pytest.mark.slow

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from jobd.api.admin import ROUTES as ADMIN_ROUTES
-from jobd.api.worker import ROUTES
+from jobd.api.admin_routes import ROUTES as ADMIN_ROUTES
+from jobd.api.worker_routes import ROUTES
 from jobd.engine import event_feed
 from jobd.http.auth import Authenticator
 from jobd.http.worker_request import WorkerRequest

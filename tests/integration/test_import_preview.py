@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from jobd.api import imports
-from jobd.api.admin import ROUTES
+from jobd.api.admin_routes import ROUTES
 from jobd.client import AdminClient
 from jobd.http.auth import Authenticator
 from jobd.http.decoding import Limits
@@ -50,11 +50,11 @@ async def test_each_line_is_reported_in_order(harness: HttpHarness) -> None:
         harness, {"id": "a"}, "{", {"id": "old-1"}, {"id": "b", "status": "failed"}, "", {"id": "b"}
     )
     data = response.data
-    assert (data["wouldImport"], data["wouldSkip"], data["wouldRefuse"]) == (2, 2, 1)
+    assert (data["wouldImport"], data["wouldSkip"], data["wouldReject"]) == (2, 2, 1)
     assert (data["more"], data["stopsAt"], data["stopReason"]) == (False, None, None)
     assert [(line["line"], line["id"], line["what"], line["status"]) for line in data["lines"]] == [
         (1, "a", "create", "queued"),
-        (2, None, "refuse", None),
+        (2, None, "reject", None),
         (3, "old-1", "skip", "failed"),
         (4, "b", "create", "failed"),
         (6, "b", "skip", None),
@@ -128,10 +128,10 @@ def test_the_preview_matches_the_import(tmp_path: Path) -> None:
             assert shown.payload_value == shown.metadata_value == nested(128)
 
             after = client.preview_import(lines)
-    assert (seen.would_import, seen.would_skip, seen.would_refuse) == (done.imported, done.skipped, done.refused_count)
+    assert (seen.would_import, seen.would_skip, seen.would_reject) == (done.imported, done.skipped, done.refused_count)
     made.pop("old")
     assert {line.id: line.status for line in seen.lines if line.what == "create"} == made
-    reported = {line.line: line.reason for line in seen.lines if line.what == "refuse"}
+    reported = {line.line: line.reason for line in seen.lines if line.what == "reject"}
     assert reported == {line.line: line.reason for line in done.refused}
     assert "`$.payload`: is nested 129 levels deep, the limit is 128." in (reported[9] or "")
     assert (after.would_import, after.would_skip) == (0, done.imported + done.skipped)

@@ -196,7 +196,7 @@ def gauge(name: str, high: float, low: float, labels: str = JOBD) -> tuple[str, 
 
 
 def counted(code: str) -> tuple[str, dict[str, str], dict[str, str]]:
-    series = f'jobd_refusals_total{{code="{code}", instance="a", job="jobd"}}'
+    series = f'jobd_rejections_total{{code="{code}", instance="a", job="jobd"}}'
     return "20m", {series: "0+1x240"}, {series: "7x240"}
 
 
@@ -221,10 +221,10 @@ WEBHOOK: Final = 'jobd_webhook_deliveries_total{{outcome="{}", endpoint="e", ins
 
 # When to evaluate, series for which the rule fires (one value a minute), and series for which it does not.
 SEEN: Final[dict[str, tuple[str, dict[str, str], dict[str, str]]]] = {
-    "JobdStuckJobs": firing("stuck_jobs"),
+    "JobdStalledJobs": firing("stalled_jobs"),
     "JobdManyJobsProcessing": firing("processing_jobs"),
     "JobdAverageProcessingLong": firing("average_processing"),
-    "JobdBadRows": firing("pass_issues"),
+    "JobdBadRows": firing("cleanup_issues"),
     "JobdJobGrantedTwice": firing("granted_twice"),
     "JobdSlowerThanUsual": firing("slower_than_usual"),
     "JobdDatabaseNotHealthy": firing("database"),
@@ -287,8 +287,8 @@ SEEN: Final[dict[str, tuple[str, dict[str, str], dict[str, str]]]] = {
     "JobdQuarantine": gauge("jobd_quarantined_jobs", 1, 0),
     "JobdWebhookGaveUp": (
         "20m",
-        {WEBHOOK.format("given_up"): "0x10 3x240"},
-        {WEBHOOK.format("failed"): "0+5x240", WEBHOOK.format("given_up"): "3x240"},
+        {WEBHOOK.format("dead-lettered"): "0x10 3x240"},
+        {WEBHOOK.format("failed"): "0+5x240", WEBHOOK.format("dead-lettered"): "3x240"},
     ),
 }
 

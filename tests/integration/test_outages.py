@@ -193,13 +193,13 @@ async def test_a_disk_that_fills_up_and_frees_up_loses_nothing(small_disk: Path,
         for _ in range(10):
             await store.write(maker.any_batch(20))
         filler = fill(small_disk)
-        refused = 0
-        while refused < 3:
+        rejected = 0
+        while rejected < 3:
             back = maker.snapshot()
             try:
                 await store.write(maker.any_batch(20))
             except DiskFull:
-                refused += 1
+                rejected += 1
                 back()
         with pytest.raises(DiskFull):
             await store.probe(SPARE_BYTES)  # a checkpoint can make space for a smaller one

@@ -17,8 +17,8 @@ from typing import Any
 
 import pytest
 
-from jobd.api import admin as admin_api
-from jobd.api import worker as worker_api
+from jobd.api import admin_routes as admin_api
+from jobd.api import worker_routes as worker_api
 from tests.support.daemon_process import DaemonProcess, DaemonResponse, call, free_port
 from tests.support.http_harness import tls_pair
 from tests.support.webhook_receiver import Receiver, echoing, raw_server
@@ -174,7 +174,7 @@ def test_no_output_contains_a_secret(running: TokenDaemon, tmp_path: Path) -> No
 END = b"\r\n\r\n"
 RUDE: dict[str, bytes] = {
     "no-http": b"SSH-2.0-",
-    "refusal": b"HTTP/1.1 404 No" + END,
+    "rejection": b"HTTP/1.1 404 No" + END,
     "broken": b"HTTP/1.1 500 No\r\nContent-Length: 9999" + END,
     "redirect": b"HTTP/1.1 302 No\r\nLocation: http://[/" + END,
     "bad-redirect": b"HTTP/1.1 302 No\r\nLocation: http://[",
@@ -190,9 +190,9 @@ def hooks(tmp_path: Path) -> Iterator[tuple[str, Receiver]]:
     with ExitStack() as stack:
         tls, _ = asyncio.run(tls_pair(tmp_path))
         ports = {name: stack.enter_context(raw_server(echoing(head))) for name, head in RUDE.items()}
-        ports["too-large"] = stack.enter_context(raw_server(echoing(RUDE["refusal"], 200_000)))
+        ports["too-large"] = stack.enter_context(raw_server(echoing(RUDE["rejection"], 200_000)))
         places = {name: f"http://127.0.0.1:{port}" for name, port in ports.items()}
-        places["refused"] = f"http://127.0.0.1:{free_port()}"
+        places["rejected"] = f"http://127.0.0.1:{free_port()}"
         places["bad-url"], places["no-name"] = "http://300.300.300.300", "http://nobody.invalid"
         places["tls"] = f"https://127.0.0.1:{stack.enter_context(raw_server(echoing(b''), tls))}"
         places["no-tls"] = f"https://127.0.0.1:{ports['no-http']}"
@@ -260,7 +260,7 @@ def _work(running: TokenDaemon) -> list[str]:
     locks = []
     for number in range(6):
         job_id = f"held-{number}"
-        made = {"id": job_id, "max_attempts": 2, "max_processing_ms": 1 if number == 5 else 0}
+        made = {"id": job_id, "max_attempts": 2, "progress_timeout_ms": 1 if number == 5 else 0}
         assert running.ask("worker", WORKER[0], "POST", "/v1/jobs", made).status == 201
         lock = running.daemon.post(f"/v1/jobs/{job_id}/start", {"worker": "w"}, Idempotency_Key=job_id).data["lock_id"]
         running.daemon.post(f"/v1/jobs/{job_id}/start", {"worker": "w"}, Idempotency_Key=job_id)

@@ -1,4 +1,4 @@
-"""Deletion of stored results by a real daemon: by hand, by age, after a kill, and while the store is unavailable.
+"""Deletion of artifacts by a real daemon: by hand, by age, after a kill, and while the store is unavailable.
 
 libfaketime sets the daemon's wall clock two hours ahead, so the files seem to have been stored two hours ago.
 """

@@ -269,9 +269,9 @@ def test_operators_list_repeat_and_test_deliveries(tmp_path: Path, receiver: Rec
         assert [each["reason"] for each in entries] == ["mended", "they ask"]
         assert "would be sent" in jobctl("webhooks", "test", "billing", "--dry-run").stdout
         assert f"{number} would be resent" in jobctl("webhooks", "resend", "billing", number, "--dry-run").stdout
-        for refused in (("test", "nobody"), ("resend", "nobody", number), ("resend", "billing", "99999")):
+        for rejected in (("test", "nobody"), ("resend", "nobody", number), ("resend", "billing", "99999")):
             for dry in ((), ("--dry-run",)):
-                assert jobctl("webhooks", *refused, *dry).returncode == exit_codes.REJECTED, (refused, dry)
+                assert jobctl("webhooks", *rejected, *dry).returncode == exit_codes.REJECTED, (rejected, dry)
         assert jobctl("webhooks", "resend", "billing").returncode == 2
         assert jobctl("webhooks", "resend", "billing", "--state", "waiting").returncode == 2
         assert jobctl("webhooks", "test").returncode == 2
@@ -301,7 +301,7 @@ def test_dead_letters_are_listed_in_pages_and_sent_again(tmp_path: Path, receive
         def listed(*words: str) -> Any:
             return json.loads(jobctl("deliveries", "billing", "--json", *words).stdout)
 
-        everything = listed("--all", "--state", "given_up")
+        everything = listed("--all", "--state", "dead-lettered")
         ids = [each["id"] for each in everything["deliveries"]]
         assert (len(set(ids)), everything["next_cursor"]) == (450, None)
         assert ids == sorted(ids, reverse=True)
@@ -311,21 +311,21 @@ def test_dead_letters_are_listed_in_pages_and_sent_again(tmp_path: Path, receive
             7:9
         ]
         assert "--cursor" in jobctl("deliveries", "billing").stderr
-        unconfirmed = jobctl("resend", "billing", "--state", "given_up")
+        unconfirmed = jobctl("resend", "billing", "--state", "dead-lettered")
         assert (unconfirmed.returncode, "add --yes" in unconfirmed.stderr) == (2, True)
-        would = jobctl("resend", "billing", "--state", "given_up", "--dry-run")
+        would = jobctl("resend", "billing", "--state", "dead-lettered", "--dry-run")
         assert (would.returncode, would.stdout) == (0, "450 deliveries would be resent\n")
         assert view(daemon)["delivered"] == 0
-        done = jobctl("resend", "billing", "--state", "given_up", "--yes", "--reason", "it is up again")
+        done = jobctl("resend", "billing", "--state", "dead-lettered", "--yes", "--reason", "it is up again")
         assert (done.returncode, done.stdout.startswith("450 deliveries queued")) == (0, True), done.stderr
         poll_until(lambda: view(daemon)["delivered"] == 450)
         assert {each.event["subject"] for each in receiver.received if each.headers} >= {"jobs/job-0", "jobs/job-449"}
-        repeated = jobctl("resend", "billing", "--state", "given_up", "--yes", "--json")
+        repeated = jobctl("resend", "billing", "--state", "dead-lettered", "--yes", "--json")
         assert (repeated.returncode, json.loads(repeated.stdout)) == (0, {"resent": 0, "would": 0})
-        entries = daemon.admin("GET", "audit?what=resend-given-up").data["entries"]
+        entries = daemon.admin("GET", "audit?what=resend-dead-lettered").data["entries"]
         assert [each["details"] for each in entries] == [{"webhook": "billing", "resent": 450}]
         assert entries[0]["reason"] == "it is up again"
-        assert daemon.admin("POST", "webhooks/nobody/resend-given-up", {}).error == "not_found"
+        assert daemon.admin("POST", "webhooks/nobody/resend-dead-lettered", {}).error == "not_found"
         assert daemon.stop() == 0
 
 
@@ -336,7 +336,7 @@ async def dead_letter_all(path: Path) -> None:
         ids = [each.id for each in waiting]
         for first in range(0, len(ids), 100):
             found = await store.deliveries(ids[first : first + 100])
-            await store.store_outcomes([replace(each, state="given_up", ended_at=each.at) for each in found], 1)
+            await store.store_outcomes([replace(each, state="dead-lettered", ended_at=each.at) for each in found], 1)
 
 
 @pytest.mark.slow

@@ -24,7 +24,7 @@ from typing import Any, Final
 
 import uvloop
 
-from jobd.api.worker import ROUTES
+from jobd.api.worker_routes import ROUTES
 from jobd.http.decoding import Limits
 from jobd.model.responses import Response
 from tests.support.http_harness import HttpHarness

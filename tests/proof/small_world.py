@@ -72,7 +72,7 @@ from jobd.model.job import (
     Job,
     LatePolicy,
     LateResult,
-    Lease,
+    LockDeadlines,
     Policy,
     PreviousGrant,
     Result,
@@ -83,7 +83,7 @@ from tests.proof.simulation.invariants import DecisionChecks
 from tests.support.rule_harness import compare
 
 NOW: Final = 1_700_000_000_000
-LEASE: Final = 1_000_000
+DEADLINES: Final = 1_000_000
 TICK_MS: Final = 1_000
 ID: Final = "a"
 WORKERS: Final = ("w-1", "w-2", "w-3")
@@ -100,8 +100,8 @@ class World(Struct, frozen=True):
 
     name: str
     ttl: int = 2
-    stuck_after: int = 1
-    ceiling: int = 3
+    stall_after: int = 1
+    progress_due: int = 3
     keep: int = 1
     max_attempts: int = 1
     max_stalls: int = 1
@@ -116,8 +116,8 @@ class World(Struct, frozen=True):
         kept_ms = self.keep * TICK_MS
         return Policy(
             lock_ttl_ms=self.ttl * TICK_MS,
-            stuck_after_ms=self.stuck_after * TICK_MS,
-            max_processing_ms=self.ceiling * TICK_MS,
+            stall_after_ms=self.stall_after * TICK_MS,
+            progress_timeout_ms=self.progress_due * TICK_MS,
             max_stalls=self.max_stalls,
             on_stall=self.on_stall,
             keep_completed_ms=kept_ms,
@@ -129,13 +129,13 @@ class World(Struct, frozen=True):
 
 WORLDS: Final = (
     World("plain"),
-    World("two attempts, longer stall time", max_attempts=2, stuck_after=3, ceiling=0),
+    World("two attempts, longer stall time", max_attempts=2, stall_after=3, progress_due=0),
     World("on_stall requeue", on_stall="requeue", max_stalls=0),
-    World("on_stall fail", on_stall="fail", ttl=1, stuck_after=0, ceiling=2),
+    World("on_stall fail", on_stall="fail", ttl=1, stall_after=0, progress_due=2),
     World("delayed, with an expiry", delay=1, expires=2),
-    World("daemon downtime", grace=2, ceiling=2),
-    World("late results adopted", ttl=1, stuck_after=0, ceiling=0, late="adopt_if_unclaimed"),
-    World("wall clock steps", ttl=1, stuck_after=1, ceiling=0, furthest=1),
+    World("daemon downtime", grace=2, progress_due=2),
+    World("late results adopted", ttl=1, stall_after=0, progress_due=0, late="adopt_if_unclaimed"),
+    World("wall clock steps", ttl=1, stall_after=1, progress_due=0, furthest=1),
 )
 
 
@@ -147,20 +147,20 @@ class WorldState(Struct, frozen=True):
     locks: tuple[str | None, ...]
     next_token: int
     now: int
-    lease: int
+    lock_ms: int
 
     @property
     def at(self) -> Moment:
-        return Moment(self.now, self.lease, self.now - self.lease)
+        return Moment(self.now, self.lock_ms, self.now - self.lock_ms)
 
     def rebuilt(self) -> State:
-        numbers = Numbers(next_token=self.next_token, next_job=2, next_event=1, lease_ms=self.lease, wall_ms=self.now)
+        numbers = Numbers(next_token=self.next_token, next_job=2, next_event=1, lock_ms=self.lock_ms, wall_ms=self.now)
         core = State.opened(OpenedStore(numbers))
         if self.job is not None:
             core.reindex(None, self.job)
         if self.paused:
             core.set_paused("default", QueuePause(self.now, "admin"))
-        core.advance(self.now, self.lease)
+        core.advance(self.now, self.lock_ms)
         return core
 
     def transaction(self, core: State, policy: Policy) -> Transaction:
@@ -194,7 +194,7 @@ class WorldState(Struct, frozen=True):
             self._wall(job.finished_at, furthest),
             job.error and job.error.code,
             job.result is None,
-            self._lease(job.lease),
+            self._lock_ms(job.deadlines),
             _grant(job.grant),
             _ended(job.ended),
             world.late == "adopt_if_unclaimed" and job.ended is not None and job.updated_at == job.ended.at,
@@ -203,21 +203,21 @@ class WorldState(Struct, frozen=True):
     @property
     def off(self) -> int:
         """Return the ticks by which the wall clock was moved."""
-        return (self.now - NOW - (self.lease - LEASE)) // TICK_MS
+        return (self.now - NOW - (self.lock_ms - DEADLINES)) // TICK_MS
 
     def _wall(self, time_ms: int | None, furthest: int) -> int | None:
         """Clamp a past time, unless the wall clock may still step back before it."""
         return None if time_ms is None else max(-(self.off + furthest) * TICK_MS, time_ms - self.now)
 
-    def _lease(self, lease: Lease | None) -> tuple[Any, ...] | None:
-        if lease is None:
+    def _lock_ms(self, deadlines: LockDeadlines | None) -> tuple[Any, ...] | None:
+        if deadlines is None:
             return None
-        times = (lease.expires, lease.silent, lease.ceiling)
-        return (*(None if time_ms is None else max(0, time_ms - self.lease) for time_ms in times), lease.cleared)
+        times = (deadlines.expires, deadlines.stall_due, deadlines.progress_due)
+        return (*(None if time_ms is None else max(0, time_ms - self.lock_ms) for time_ms in times), deadlines.cleared)
 
 
 def _grant(grant: Grant | None) -> tuple[Any, ...] | None:
-    return None if grant is None else (grant.ttl_ms, grant.stuck_after_ms, grant.max_processing_ms)
+    return None if grant is None else (grant.ttl_ms, grant.stall_after_ms, grant.progress_timeout_ms)
 
 
 def _ended(ended: PreviousGrant | None) -> tuple[Any, ...] | None:
@@ -255,7 +255,7 @@ class Exploration(DecisionChecks):
 
     def run(self, limit: int | None = None) -> int:
         """Explore until no state is new, or `limit` states are known; return their number."""
-        first = WorldState(None, False, (None,) * len(WORKERS), 1, NOW, LEASE)
+        first = WorldState(None, False, (None,) * len(WORKERS), 1, NOW, DEADLINES)
         self.states[self._key(first)] = (None, "the beginning")
         ahead = deque([first])
         while ahead and (limit is None or len(self.states) < limit):
@@ -283,7 +283,7 @@ class Exploration(DecisionChecks):
     # -- steps --------------------------------------------------------------------------------------------------------
 
     def _next(self, state: WorldState) -> Iterator[tuple[Step | str, WorldState]]:
-        yield "a tick", replace(state, now=state.now + TICK_MS, lease=state.lease + TICK_MS)
+        yield "a tick", replace(state, now=state.now + TICK_MS, lock_ms=state.lock_ms + TICK_MS)
         for ticks in (-1, 1):
             if abs(state.off + ticks) <= self.world.furthest:
                 yield f"the wall clock steps by {ticks}", replace(state, now=state.now + ticks * TICK_MS)
@@ -380,7 +380,7 @@ class Exploration(DecisionChecks):
 
     def _begin(self, state: WorldState) -> None:
         """Check each state by itself: time and tokens continue from it."""
-        self._last_lease = state.lease
+        self._last_lock_ms = state.lock_ms
         self._last_token = (1 << TOKEN_COUNTER_BITS | state.next_token) - 1
 
     def _count(self, response: Response | ApiError) -> None:
@@ -423,7 +423,7 @@ class Exploration(DecisionChecks):
     def _check_recovery_alone(self, state: WorldState) -> None:
         """Check that recovery alone soon ends the grant."""
         for _ in range(SOON):
-            state = replace(state, now=state.now + TICK_MS, lease=state.lease + TICK_MS)
+            state = replace(state, now=state.now + TICK_MS, lock_ms=state.lock_ms + TICK_MS)
             after = self._decide(state, Step(Recover(limit=1)))
             state = after or state
             if state.job is None or state.job.status != "processing":

@@ -21,7 +21,7 @@ from tests.proof.linearizability.report import describe
 from tests.proof.linearizability.search import judge
 
 ENDLESS: Final = HistoryConditions(Terms(max_attempts=2))
-SHORT: Final = HistoryConditions(Terms(max_attempts=2, max_processing_ms=10))
+SHORT: Final = HistoryConditions(Terms(max_attempts=2, progress_timeout_ms=10))
 
 
 def op(

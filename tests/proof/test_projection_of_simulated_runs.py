@@ -31,7 +31,7 @@ def _check_state(warm: State, opened: State, found: OpenedStore) -> None:
     opened.unvalidated = dict(found.unvalidated)
     for state in (warm, opened):
         state.finished.clear()
-        state.advance(found.numbers.wall_ms, found.numbers.lease_ms)
+        state.advance(found.numbers.wall_ms, found.numbers.lock_ms)
     replay.finish(warm)
     warm.epoch, warm.next_token = opened.epoch, opened.next_token  # each start begins an epoch
     warm.next_event = opened.next_event

@@ -50,7 +50,7 @@ EVENTS = {
 }  # fmt: skip
 ERRORS = {
     "job_not_found", "job_exists", "already_locked", "queue_paused", "invalid_transition", "lock_lost",
-    "max_processing_time_exceeded", "late_result_not_found", "worker_not_found", "worker_not_silent",
+    "progress_timeout", "late_result_not_found", "worker_not_found", "worker_not_silent",
 }  # fmt: skip
 
 
@@ -81,7 +81,7 @@ NOT_PLAYED = {
 
 
 def test_every_event_of_a_world_happens_in_its_first_states() -> None:
-    walk = Exploration(World("one tick", on_stall="fail", ttl=1, stuck_after=0, ceiling=1, max_stalls=0))
+    walk = Exploration(World("one tick", on_stall="fail", ttl=1, stall_after=0, progress_due=1, max_stalls=0))
     walk.run(2 * BEGINNING)
     assert walk.decisions > 20 * len(walk.states)
     assert walk.played | NOT_PLAYED == set(get_args(AnyCommand))
@@ -104,8 +104,10 @@ def test_a_state_has_the_path_that_reaches_it() -> None:
 def test_a_rule_that_is_wrong_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """A lock that is live at its expiry, an ending from any worker, a grant that does not count as an attempt."""
 
-    def late(job: Job, lease_ms: int) -> bool:
-        return job.status == "processing" and (job.lease is None or job.grant is None or lease_ms > job.lease.stuck)
+    def late(job: Job, lock_ms: int) -> bool:
+        return job.status == "processing" and (
+            job.deadlines is None or job.grant is None or lock_ms > job.deadlines.stalled_at
+        )
 
     right, grant = worker_rules._held, transitions.grant
 
@@ -119,7 +121,7 @@ def test_a_rule_that_is_wrong_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
         return grant(tx, replace(job, attempt=job.attempt - 1), *given)  # type: ignore[arg-type]
 
     for layer, name, wrong in (
-        (transitions, "is_stuck", late),
+        (transitions, "is_stalled", late),
         (worker_rules, "_held", anybody),
         (transitions, "grant", free),
     ):

@@ -39,8 +39,8 @@ JOB: dict[str, Any] = {
     "stalls": 0,
     "max_stalls": 3,
     "on_stall": "auto",
-    "stuck_after_ms": 600000,
-    "max_processing_ms": 1800000,
+    "stall_after_ms": 600000,
+    "progress_timeout_ms": 1800000,
     "created_at": 1,
     "updated_at": 1,
     "run_at": 1,
@@ -100,7 +100,7 @@ GRANT = {
     "fencing_token": 1,
     "lock_expires_at": 1,
     "ttl_ms": TTL_MS,
-    "ceiling_at": None,
+    "progress_due_at": None,
 }
 
 
@@ -111,7 +111,7 @@ class ScriptedDaemon:
         self.server = ScriptedServer()
         self.server.always = self._respond
         self._responses = {"claim": [ok({"grants": [GRANT]}), ok({"grants": []})]} | responses
-        self._state = ok({"lock_expires_at": 1, "ttl_ms": TTL_MS, "ceiling_at": None})
+        self._state = ok({"lock_expires_at": 1, "ttl_ms": TTL_MS, "progress_due_at": None})
 
     def _respond(self, received: ReceivedRequest) -> Step:
         verb = received.path.rsplit("/", 1)[-1]

@@ -19,7 +19,7 @@ from jobd.engine.idempotency import IdempotencyStore
 from jobd.journal import record
 from jobd.journal.checksum import checksum
 from jobd.maintenance.due_jobs import DueJobs
-from jobd.maintenance.held_locks import extend_held_locks
+from jobd.maintenance.restart_grace import extend_held_locks
 from jobd.model.commands import AnyCommand
 from jobd.model.errors import ApiError
 from jobd.model.job import Policy, new_epoch
@@ -139,7 +139,7 @@ class ClusterNode:
         self.actor = Actor(self.disk, state, keys, clock, Policy(), random=Random(self.name).randbytes)
         self.actor.before_batch = leadership.confirm
         leadership.on_epoch, leadership.on_lost = self._on_epoch, self.actor.lose_disk
-        now = clock.moment().lease
+        now = clock.moment().lock_ms
         extend_held_locks(self.actor, now, since=now)
         await DueJobs(self.actor, clock.moment).keep_at_start(opened.numbers.wall_ms)
         renewing = asyncio.create_task(leadership.run(), name=f"{self.name} renews")

@@ -83,7 +83,7 @@ def patient_stop() -> None:
 
 
 def short_takeovers() -> None:
-    """Give up an attempt to take leadership after the length of the lease."""
+    """Give up an attempt to take leadership after the length of the lock_ms."""
     from jobd.journal.postgres import leader_session
 
     patched: Any = leader_session

@@ -19,7 +19,7 @@ from jobd.model.job import (
     Grant,
     Job,
     LateResult,
-    Lease,
+    LockDeadlines,
     Options,
     PreviousGrant,
     Result,
@@ -31,8 +31,8 @@ LATE: Final = Result(file_path="/late")
 OPTIONS: Final = (
     Options(),
     Options(queue="video", kind="convert", priority=-5, max_attempts=3),
-    Options(queue="mail", backoff=Backoff("fixed", 5, 10, False), on_stall="requeue", stuck_after_ms=0),
-    Options(queue="video", max_processing_ms=0, max_stalls=0, on_stall="fail"),
+    Options(queue="mail", backoff=Backoff("fixed", 5, 10, False), on_stall="requeue", stall_after_ms=0),
+    Options(queue="video", progress_timeout_ms=0, max_stalls=0, on_stall="fail"),
 )
 
 
@@ -41,7 +41,7 @@ def full_job(seq: int = 7) -> Job:
     return Job(
         seq=seq,
         id=f"job-{seq}",
-        options=replace(OPTIONS[1], stuck_after_ms=60_000, max_processing_ms=90_000),
+        options=replace(OPTIONS[1], stall_after_ms=60_000, progress_timeout_ms=90_000),
         status="processing",
         created_at=NOW,
         updated_at=NOW + 1,
@@ -54,7 +54,7 @@ def full_job(seq: int = 7) -> Job:
         finished_at=NOW + 4,
         expires_at=NOW + 5,
         grant=Grant("lock", (1 << TOKEN_COUNTER_BITS) | 9, "w-1", NOW + 3, 60_000, 0, 90_000),
-        lease=Lease(1_000, 2_000, 3_000, True),
+        deadlines=LockDeadlines(1_000, 2_000, 3_000, True),
         ended=PreviousGrant("old", (1 << TOKEN_COUNTER_BITS) | 3, "w-0", NOW, "stall", "silent", "fail", "abc"),
         result=Result("https://x/y", "/a", "k/e/y", Raw(b'{"a": [1, null]}')),
         error=Failure("it broke", "E1"),
@@ -101,17 +101,17 @@ class ChangeFactory:
             self.unvalidated.add(seq)
         return self._step(None, job, type_, payload=payload, request_hash=f"hash-{seq}")
 
-    def grant(self, job: Job, *, stuck_after_ms: int = 600_000) -> Change:
+    def grant(self, job: Job, *, stall_after_ms: int = 600_000) -> Change:
         token = (self.numbers.epoch << TOKEN_COUNTER_BITS) | self.numbers.next_token
         self.numbers = replace(self.numbers, next_token=self.numbers.next_token + 1)
         worker = f"w-{self.random.randrange(4)}"
-        grant = Grant(f"lock-{token}", token, worker, self.now, 900_000, stuck_after_ms, 1_800_000)
-        lease = Lease(self.now + 900_000, self.now + stuck_after_ms, self.now + 1_800_000)
+        grant = Grant(f"lock-{token}", token, worker, self.now, 900_000, stall_after_ms, 1_800_000)
+        deadlines = LockDeadlines(self.now + 900_000, self.now + stall_after_ms, self.now + 1_800_000)
         after = replace(
             job,
             status="processing",
             grant=grant,
-            lease=lease,
+            deadlines=deadlines,
             attempt=job.attempt + 1,
             started_at=self.now,
             updated_at=self.now,
@@ -122,17 +122,17 @@ class ChangeFactory:
     def progress(self, job: Job, progress: float | None = None, message: str | None = None) -> Change:
         self.now += 1
         value = round(self.random.uniform(0, 100), 1) if progress is None else progress
-        assert job.lease is not None
-        lease = replace(job.lease, expires=job.lease.expires + 1, ceiling=self.now + 1_800_000)
+        assert job.deadlines is not None
+        lock_ms = replace(job.deadlines, expires=job.deadlines.expires + 1, progress_due=self.now + 1_800_000)
         message = message or job.progress_message
-        after = replace(job, progress=value, progress_message=message, lease=lease, updated_at=self.now)
+        after = replace(job, progress=value, progress_message=message, deadlines=lock_ms, updated_at=self.now)
         return self._step(job, after, "progress")
 
     def extend(self, job: Job) -> Change:
         self.now += 1
-        assert job.lease is not None
-        lease = replace(job.lease, expires=job.lease.expires + 10)
-        return self._step(job, replace(job, lease=lease, updated_at=self.now), "extended")
+        assert job.deadlines is not None
+        lock_ms = replace(job.deadlines, expires=job.deadlines.expires + 10)
+        return self._step(job, replace(job, deadlines=lock_ms, updated_at=self.now), "extended")
 
     def finish(self, job: Job, status: str = "completed", metadata: bytes = b'{"size":3}') -> Change:
         fields: dict[str, Any] = {"status": status, "finished_at": self.now, "expires_at": self.now + 1_000}
@@ -145,11 +145,11 @@ class ChangeFactory:
             ended = PreviousGrant(
                 grant.lock_id, grant.fencing_token, grant.worker, self.now, "holder", "done", "complete", "h"
             )
-            fields |= {"grant": None, "lease": None, "ended": ended}
+            fields |= {"grant": None, "deadlines": None, "ended": ended}
         return self._step(job, replace(job, **fields), status)
 
     def requeue(self, job: Job) -> Change:
-        after = replace(job, status="queued", progress=0, grant=None, lease=None, finished_at=None, expires_at=None)
+        after = replace(job, status="queued", progress=0, grant=None, deadlines=None, finished_at=None, expires_at=None)
         return self._step(job, after, "released" if job.status == "processing" else "force_reset")
 
     def update(self, job: Job, **fields: Any) -> Change:
@@ -175,7 +175,7 @@ class ChangeFactory:
 
     def batch(self, changes: list[Change], **fields: Any) -> Batch:
         """Return a batch of `changes` with the current rows of every queue."""
-        self.numbers = replace(self.numbers, lease_ms=self.now - NOW, wall_ms=self.now)
+        self.numbers = replace(self.numbers, lock_ms=self.now - NOW, wall_ms=self.now)
         return Batch(changes, self.numbers, queues=dict(self.queues), **fields)
 
     def any_change(self) -> Change:

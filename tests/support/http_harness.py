@@ -92,7 +92,7 @@ class FakeActor:
         self.arrived = asyncio.Event()
         self.respond = response or (lambda command: Response(EmptyResponse()))
         self.state = SimpleNamespace(queue_names=["mail", "video"], quarantined={"bad-1": "checksum"})
-        self.full_disk = SimpleNamespace(refuse=lambda command: None)
+        self.full_disk = SimpleNamespace(reject=lambda command: None)
         self._tasks: dict[envelope.Envelope, asyncio.Task[None]] = {}
 
     async def ask(
@@ -168,7 +168,7 @@ WEBHOOK = WebhookView(
     waiting=1,
     delivered=2,
     failed=3,
-    given_up=0,
+    dead_lettered=0,
     last_success_at=1_700_000_000_000,
     last_error="500",
     last_error_at=1_700_000_000_000,
@@ -219,7 +219,7 @@ class Fakes:
         self.status: HealthStatus = "healthy"
         self.alerts = [AlertView("stuck_jobs", False, None, 0, 5, "look at the workers")]
         self.oldest_due: OldestDue | None = None
-        self.metrics_text = b"jobd_stuck_jobs 0\n"
+        self.metrics_text = b"jobd_stalled_jobs 0\n"
         self.alive = True
         self.accepted = False  # the wall clock
         self.forced: list[bool] = []  # cleanup runs
@@ -299,7 +299,7 @@ class FakeClock:
         self._now = now
 
     def moment(self) -> Moment:
-        return Moment(now=self._now(), lease=0, offset=0)
+        return Moment(now=self._now(), lock_ms=0, offset=0)
 
     def behind_reason(self) -> str | None:
         return None

@@ -50,7 +50,7 @@ class MemoryOutbox:
 
     async def deliver_all_again(self, endpoint: str, upto: int, limit: int, now: int) -> list[Delivery]:
         await self._enter("deliver_all_again")
-        failed = [each for each in self._outbox_of(endpoint) if each.state == "given_up" and each.id <= upto]
+        failed = [each for each in self._outbox_of(endpoint) if each.state == "dead-lettered" and each.id <= upto]
         return [replace(each, body=b"") for each in await self._requeue(failed[:limit], now)]
 
     async def deliveries(self, ids: list[int]) -> list[Delivery]:
@@ -59,7 +59,7 @@ class MemoryOutbox:
 
     async def dead_letter_counts(self, endpoint: str) -> tuple[int, int]:
         await self._enter("dead_letter_counts")
-        failed = [each.id for each in self._outbox_of(endpoint) if each.state == "given_up"]
+        failed = [each.id for each in self._outbox_of(endpoint) if each.state == "dead-lettered"]
         return len(failed), max(failed, default=0)
 
     async def list_deliveries(

@@ -143,11 +143,11 @@ class MemoryProjection(MemoryTables):
     # -- checks
 
     def check_batch(self, batch: Batch) -> None:
-        """Check that `batch` goes on from the committed data, and that marks and lease time never go back.
+        """Check that `batch` goes on from the committed data, and that marks and lock time never go back.
 
         Raises BadRows if it changes a job that was quarantined since it was decided.
         """
-        for name in ("epoch", "next_job", "next_event", "lease_ms"):
+        for name in ("epoch", "next_job", "next_event", "lock_ms"):
             assert getattr(batch.numbers, name) >= getattr(self.numbers, name), f"{name} went back"
         if batch.numbers.epoch == self.numbers.epoch:
             assert batch.numbers.next_token >= self.numbers.next_token, "next_token went back"

@@ -19,7 +19,7 @@ from msgspec.structs import replace
 from jobd.journal import event_codec
 from jobd.model.events import Event
 from jobd.model.fingerprints import fingerprint
-from jobd.model.job import FINISHED, LIVE, Grant, Job, Result, compact
+from jobd.model.job import FINISHED, LIVE, Grant, Job, Result, packed
 from jobd.model.responses import CheckedRows, DamagedRow
 from jobd.model.storage import (
     MAX_POSTPONE_MS,
@@ -129,11 +129,11 @@ class MemoryStorage(MemoryProjection, MemoryOutbox, Storage):
             self._quarantine(self.jobs[self.ids[job_id]], reason)
         self._reported = len(self._all_quarantined)
         undamaged = [job for _, job in sorted(self.jobs.items()) if job.id not in self.unmoved]
-        live = [(compact(job), job) for job in undamaged if job.status in LIVE]
+        live = [(packed(job), job) for job in undamaged if job.status in LIVE]
         return OpenedStore(
             numbers=self.numbers,
             jobs=[job for short, job in live if short is None],
-            compact_jobs=[short for short, _ in live if short is not None],
+            packed_jobs=[short for short, _ in live if short is not None],
             queues=dict(self.queues),
             keys=[replace(key, body=None) for key in self.keys.values()],
             quarantined=self.quarantined | self.unmoved,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from jobd.maintenance.plans import Planner
+from jobd.maintenance.plan_runner import Planner
 from jobd.model.commands import MakePlan, Operator
 from jobd.model.responses import PlanResult, PlanView
 

@@ -56,7 +56,7 @@ PARAMETERS: Final[dict[type, dict[str, str]]] = {
         "concurrency": "how many jobs run at a time",
         "name": "the name that operators see; None: made of host and process id",
         "lock_ttl_ms": "how long a lock lasts without renewal, in ms: 1,000 to 86,400,000",
-        "max_processing_ms": "progress timeout, in ms; 0: none",
+        "progress_timeout_ms": "progress timeout, in ms; 0: none",
         "timeout": "the longest run of a handler, a `timedelta` or seconds; None: no limit",
         "grace_s": "how long running handlers may continue after SIGTERM or `stop`, in seconds",
     },

@@ -53,11 +53,11 @@ PLAIN: Final = [
     "totals",
     "processing",
     "started_sum",
-    "without_lease",
+    "without_deadlines",
     "unvalidated",
     "expired_locks",
     "noted_expired",
-    "stuck",
+    "stalled",
 ]
 
 
@@ -72,11 +72,11 @@ class Decision(Struct):
 class RuleHarness:
     """Decide commands. `rows` are the jobs folded from the events, and must equal those in the state."""
 
-    def __init__(self, policy: Policy | None = None, *, now: int = NOW, lease: int = 1_000) -> None:
+    def __init__(self, policy: Policy | None = None, *, now: int = NOW, lock_ms: int = 1_000) -> None:
         self.policy = policy or Policy()
         self.state = State()
         self.now = now
-        self.lease = lease
+        self.lock_ms = lock_ms
         self.trusted: int | None = None  # the expected wall time while the clock is suspect
         self.rows: dict[str, Job] = {}
         self.events: list[Event] = []
@@ -88,19 +88,19 @@ class RuleHarness:
 
     @property
     def moment(self) -> Moment:
-        return Moment(self.now, self.lease, self.now - self.lease, self.trusted)
+        return Moment(self.now, self.lock_ms, self.now - self.lock_ms, self.trusted)
 
     def advance(self, ms: int) -> None:
         """Advance both clocks."""
         self.now += ms
-        self.lease += ms
-        self.state.advance(self.now, self.lease)
+        self.lock_ms += ms
+        self.state.advance(self.now, self.lock_ms)
 
     def decide(
         self, command: AnyCommand, *, admin: bool = False, by: str = "client", expected: str | None = None
     ) -> Decision:
         """Decide, undo and decide again; compare the state with that before, and with a recount of the rows."""
-        self.state.advance(self.now, self.lease)
+        self.state.advance(self.now, self.lock_ms)
         if isinstance(command, Start | Claim):
             self.state.presence.note_request(command)
         self.calls += 1
@@ -286,7 +286,7 @@ def compare(state: State, rows: dict[str, Job], at: Moment, *, finished_at_hand:
 
     Without `finished_at_hand`, as after a start, the state need not know finished jobs.
     """
-    state.advance(at.now, at.lease)
+    state.advance(at.now, at.lock_ms)
     _compare_counts(state, rows)
     _compare_orders(state, rows, at)
     _compare_locks(state, rows, at)
@@ -337,22 +337,24 @@ def _compare_orders(state: State, rows: dict[str, Job], at: Moment) -> None:
 def _compare_locks(state: State, rows: dict[str, Job], at: Moment) -> None:
     processing = {job.id: job for job in rows.values() if job.status == "processing"}
     assert state.processing == processing
-    leases = {job.id: job.lease for job in processing.values() if job.lease is not None and job.grant is not None}
-    stuck = {job_id for job_id, lease in leases.items() if at.lease >= lease.stuck}
-    dead = {job_id for job_id, lease in leases.items() if not lease.is_live(at.lease)} - stuck
-    assert set(state.stuck) == stuck
+    leases = {
+        job.id: job.deadlines for job in processing.values() if job.deadlines is not None and job.grant is not None
+    }
+    stalled = {job_id for job_id, deadlines in leases.items() if at.lock_ms >= deadlines.stalled_at}
+    dead = {job_id for job_id, deadlines in leases.items() if not deadlines.is_live(at.lock_ms)} - stalled
+    assert set(state.stalled) == stalled
     assert set(state.expired_locks) == {job_id for job_id in dead if not leases[job_id].cleared}
     assert set(state.noted_expired) == {job_id for job_id in dead if leases[job_id].cleared}
-    assert state.live_locks() == len(leases) - len(stuck) - len(dead)
+    assert state.live_locks() == len(leases) - len(stalled) - len(dead)
     assert set(state.overdue()) == {job.id for job in rows.values() if transitions.is_overdue(job, at.now)}
-    ahead = [lease.stuck for job_id, lease in leases.items() if job_id in dead]
-    ahead += [min(leases[job_id].expires, leases[job_id].stuck) for job_id in leases.keys() - dead - stuck]
+    ahead = [deadlines.stalled_at for job_id, deadlines in leases.items() if job_id in dead]
+    ahead += [min(leases[job_id].expires, leases[job_id].stalled_at) for job_id in leases.keys() - dead - stalled]
     first = state.next_deadline()
-    assert first is None or first > at.lease
+    assert first is None or first > at.lock_ms
     assert (first is None) == (not ahead)
     assert first is None or first <= min(ahead), "a deadline would be missed"
     holders: dict[str, set[str]] = {}
     for job in processing.values():
-        if job.grant is not None and job.lease is not None:
+        if job.grant is not None and job.deadlines is not None:
             holders.setdefault(job.grant.worker, set()).add(job.id)
     assert {name: set(seen.jobs) for name, seen in state.presence.workers.items() if seen.jobs} == holders

@@ -18,7 +18,7 @@ from jobd.core.state import State
 from jobd.engine.actor import Actor, Bounds
 from jobd.engine.clock import Clock
 from jobd.engine.idempotency import IdempotencyStore
-from jobd.maintenance.cleanup_pass import CleanupSchedule
+from jobd.maintenance.cleanup_run import CleanupSchedule
 from jobd.maintenance.maintainer import Maintainer, read_stats
 from jobd.model.commands import (
     AnyCommand,
@@ -149,11 +149,11 @@ class VirtualEngine:
         return response
 
     async def held(
-        self, job_id: str = "a", *, lock_ttl_ms: int = 60_000, stuck_after_ms: int = 0, **fields: Any
+        self, job_id: str = "a", *, lock_ttl_ms: int = 60_000, stall_after_ms: int = 0, **fields: Any
     ) -> str:
         """Create a job that worker w-1 holds. Return the lock id."""
         await self.yes(Create(id=job_id, **fields))
-        start = Start(id=job_id, worker="w-1", lock_ttl_ms=lock_ttl_ms, stuck_after_ms=stuck_after_ms)
+        start = Start(id=job_id, worker="w-1", lock_ttl_ms=lock_ttl_ms, stall_after_ms=stall_after_ms)
         granted: GrantView = await self.yes(start)
         return granted.lock_id
 

@@ -39,7 +39,7 @@ class SteppedWallClock:
 
     def moment(self) -> Moment:
         now = time.time_ns() // 1_000_000 + self.step_ms
-        return Moment(now=now, lease=0, offset=now)
+        return Moment(now=now, lock_ms=0, offset=now)
 
 
 class FakeTransport:
@@ -111,7 +111,7 @@ class WebhookHarness:
     def _alerts(self) -> list[AlertView] | None:
         if self.firing is None:
             return None
-        names = ("stuck_jobs", "database")
+        names = ("stalled_jobs", "database")
         return [AlertView(name, name in self.firing, self.firing.get(name), 1.0, 0.0, "Look.") for name in names]
 
     async def commit(self, *changes: Change) -> None:

@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-from jobd.api.worker import ROUTES
+from jobd.api.worker_routes import ROUTES
 from jobd.core.state import State
 from jobd.engine.actor import Actor, Bounds
 from jobd.engine.clock import Clock

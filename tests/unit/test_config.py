@@ -36,7 +36,7 @@ def test_the_defaults_are_the_documented_ones() -> None:
     assert (limits.body, limits.payload, limits.bulk, limits.claim_wait) == (1 << 20, 256 << 10, 1000, MINUTE_MS)
     assert (limits.live_jobs, limits.idempotency_keys) == (5_000_000, 200_000)
     alerts = found.alerts
-    assert (alerts.stuck_jobs, alerts.processing_jobs, alerts.pass_issues) == (5, 20, 10)
+    assert (alerts.stalled_jobs, alerts.processing_jobs, alerts.cleanup_issues) == (5, 20, 10)
     assert alerts.average_processing == 10 * MINUTE_MS
     assert (alerts.granted_twice, alerts.slower_than_usual) == (0, 2)
     assert found.retention.journal == DAY_MS
@@ -101,10 +101,10 @@ def test_every_changed_key_is_applied_or_needs_a_restart(key: str) -> None:
     other: Any = object()
     table = getattr(Config(), section)
     new = msgspec.structs.replace(Config(), **{section: msgspec.structs.replace(table, **{name: other})})
-    _, taken, refused = reloaded(Config(), new)
-    assert taken + refused == [key]
+    _, taken, rejected = reloaded(Config(), new)
+    assert taken + rejected == [key]
     fixed = section in {"artifacts"} or key in {"store.path", "admin.listen", "worker.socket", "worker.listen"}
-    assert not fixed or refused == [key]
+    assert not fixed or rejected == [key]
 
 
 def test_only_durations_have_bounds() -> None:

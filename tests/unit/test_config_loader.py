@@ -80,24 +80,24 @@ def test_without_any_setting_all_values_are_defaults() -> None:
 
 
 def test_flags_take_precedence_over_environment_over_file(write: Write) -> None:
-    path = write('[locks]\nttl = "1m"\nmax_processing = "2m"\n[stuck]\nafter = "3m"\n')
-    found = loaded(path, {"locks.ttl": "5m"}, JOBD_LOCKS_TTL="4m", JOBD_LOCKS_MAX_PROCESSING="6m")
-    assert (found.config.locks.ttl, found.config.locks.max_processing) == (5 * MINUTE_MS, 6 * MINUTE_MS)
-    assert found.config.stuck.after == 3 * MINUTE_MS
+    path = write('[locks]\nttl = "1m"\nprogress_timeout = "2m"\n[stall]\nafter = "3m"\n')
+    found = loaded(path, {"locks.ttl": "5m"}, JOBD_LOCKS_TTL="4m", JOBD_LOCKS_PROGRESS_TIMEOUT="6m")
+    assert (found.config.locks.ttl, found.config.locks.progress_timeout) == (5 * MINUTE_MS, 6 * MINUTE_MS)
+    assert found.config.stall.after == 3 * MINUTE_MS
     assert found.sources["locks.ttl"] == "flag"
-    assert found.sources["locks.max_processing"] == "environment JOBD_LOCKS_MAX_PROCESSING"
-    assert found.sources["stuck.after"] == f"file {path}"
+    assert found.sources["locks.progress_timeout"] == "environment JOBD_LOCKS_PROGRESS_TIMEOUT"
+    assert found.sources["stall.after"] == f"file {path}"
     assert found.sources["log.level"] == "default"
     assert found.path == path
 
 
 def test_the_configuration_file_is_found(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
-    system, named, given_ = (write(f"[stuck]\nmax_stalls = {count}\n", f"{count}.toml") for count in (1, 2, 4))
-    assert loaded().config.stuck.max_stalls == 3
+    system, named, given_ = (write(f"[stall]\nmax_stalls = {count}\n", f"{count}.toml") for count in (1, 2, 4))
+    assert loaded().config.stall.max_stalls == 3
     monkeypatch.setattr(config_loader, "DEFAULT_PATH", system)
-    assert loaded().config.stuck.max_stalls == 1
-    assert loaded(JOBD_CONFIG=named).config.stuck.max_stalls == 2
-    assert loaded(given_, JOBD_CONFIG=named).config.stuck.max_stalls == 4
+    assert loaded().config.stall.max_stalls == 1
+    assert loaded(JOBD_CONFIG=named).config.stall.max_stalls == 2
+    assert loaded(given_, JOBD_CONFIG=named).config.stall.max_stalls == 4
 
 
 def test_a_named_file_must_exist(tmp_path: Path) -> None:
@@ -290,7 +290,7 @@ def test_a_token_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
         ("[lock]\n", ["unknown section [lock]", "locks"]),
         ("[artefacts]\n", ["unknown section [artefacts]", "was renamed to [artifacts]"]),
         ("locks = 1\n", ["[locks]"]),
-        ('[locks]\ntll = "1m"\n', ["locks.tll", "ttl, max_processing"]),
+        ('[locks]\ntll = "1m"\n', ["locks.tll", "ttl, progress_timeout"]),
         ("[locks]\nttl = 15\n", ["locks.ttl", '"15m"']),
         ('[locks]\nttl = "15"\n', ["locks.ttl", '"15m"']),
         ('[locks]\nttl = "999ms"\n', ["locks.ttl", "1s to 1d"]),
@@ -298,7 +298,7 @@ def test_a_token_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
         ("[limits]\nmailbox = 0\n", ["limits.mailbox", ">= 1"]),
         ("[limits]\nmailbox = true\n", ["limits.mailbox", "expected a whole number, not "]),
         ("[limits]\nbulk = 1001\n", ["limits.bulk", "1000"]),
-        ('[stuck]\non_stall = "retry"\n', ["stuck.on_stall", "auto, requeue, fail"]),
+        ('[stall]\non_stall = "retry"\n', ["stall.on_stall", "auto, requeue, fail"]),
         ('[late]\nresults = "adopt"\n', ["late.results", "keep, adopt_if_unclaimed, drop"]),
         ('[late]\nqueues = {video = "adopt"}\n', ["late.queues", "keep, adopt_if_unclaimed, drop"]),
         ('[late]\nqueues = ["video"]\n', ["late.queues", "expected a table, not "]),
@@ -333,7 +333,7 @@ def test_an_error_in_the_file_names_file_and_key(text: str, parts: list[str], wr
         ),
         ("JOBD_LIMITS_MAILBOX", "1" * 400, ["limits.mailbox", "expected a whole number <= 9007199254740992, not '11"]),
         ("JOBD_ALERTS_FAILURE_RATE", "0", ["alerts.failure_rate", "expected a number > 0.0, not '0'"]),
-        ("JOBD_ALERTS_STUCK_JOBS", "1" * 400, ["alerts.stuck_jobs", "expected a whole number <= 9007199254740992"]),
+        ("JOBD_ALERTS_STALLED_JOBS", "1" * 400, ["alerts.stalled_jobs", "expected a whole number <= 9007199254740992"]),
         ("JOBD_VALIDATION_REQUIRE_DOWNLOAD_URL", "perhaps", ["validation.require_download_url", "true or false"]),
         ("JOBD_LATE_QUEUES", "video", ["JOBD_LATE_QUEUES", "late.queues", "NAME=VALUE"]),
         ("JOBD_LATE_QUEUES", "video=adopt", ["JOBD_LATE_QUEUES", "late.queues", "adopt_if_unclaimed"]),
@@ -543,15 +543,15 @@ def test_a_public_address_without_tls_is_a_warning(address: str) -> None:
             {"locks.ttl": "1h"},
             [
                 'locks.ttl = "1h" (flag)',
-                'locks.max_processing = "30m" (default), which takes precedence',
+                'locks.progress_timeout = "30m" (default), which takes precedence',
                 "shortened to it",
             ],
         ),
         (
-            {"locks.max_processing": "10m"},
+            {"locks.progress_timeout": "10m"},
             [
                 'locks.ttl = "15m" (default)',
-                'locks.max_processing = "10m" (flag), which takes precedence',
+                'locks.progress_timeout = "10m" (flag), which takes precedence',
                 "shortened to it",
             ],
         ),
@@ -570,7 +570,7 @@ def test_doubtful_settings_are_warnings(flags: dict[str, str], parts: list[str])
         {"cleanup.interval": "2m"},
         {"cleanup.interval": "30s", "cleanup.min_interval": "30s"},
         {"locks.ttl": "30m"},
-        {"locks.ttl": "1d", "locks.max_processing": "0"},
+        {"locks.ttl": "1d", "locks.progress_timeout": "0"},
     ],
 )
 def test_usual_settings_give_no_warning(flags: dict[str, str]) -> None:
@@ -676,16 +676,16 @@ def test_reloadable_keys_are_applied() -> None:
     new = loaded(
         flags={
             "locks.ttl": "1m",
-            "alerts.stuck_jobs": "9",
+            "alerts.stalled_jobs": "9",
             "log.level": "debug",
             "store.path": "/b",
             "limits.body": "9999999",
         }
     ).config
     new = msgspec.structs.replace(new, worker=old.worker)
-    _, taken, refused = reloaded(old, new)
-    assert taken == ["locks.ttl", "alerts.stuck_jobs", "log.level"]
-    assert refused == ["store.path", "limits.body"]
+    _, taken, rejected = reloaded(old, new)
+    assert taken == ["locks.ttl", "alerts.stalled_jobs", "log.level"]
+    assert rejected == ["store.path", "limits.body"]
     assert reloaded(old, old) == (old, [], [])
 
 

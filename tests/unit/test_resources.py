@@ -34,9 +34,9 @@ SOCKET = "/nowhere/worker.sock"
 )
 def test_two_listeners_with_one_address_are_exit_78(worker: WorkerSection, admin: AdminSection, named: str) -> None:
     settings = Config(worker=worker, admin=admin)
-    with pytest.raises(CannotStart, match=f"{named} has the same address") as refused:
+    with pytest.raises(CannotStart, match=f"{named} has the same address") as rejected:
         check_addresses_free(settings, {})
-    assert refused.value.code == EXIT_CONFIG
+    assert rejected.value.code == EXIT_CONFIG
     check_addresses_free(settings, {"admin": []})  # systemd passes the socket of this listener
 
 
@@ -53,9 +53,9 @@ def test_two_listeners_may_each_choose_a_free_port() -> None:
     ],
 )
 def test_a_socket_of_systemd_that_cannot_be_served_is_exit_78(name: str, family: int, part: str) -> None:
-    with socket.socket(family) as opened, pytest.raises(CannotStart, match=part) as refused:
+    with socket.socket(family) as opened, pytest.raises(CannotStart, match=part) as rejected:
         check_passed_sockets(Config(WorkerSection(SOCKET)), {name: [opened]})
-    assert refused.value.code == EXIT_CONFIG
+    assert rejected.value.code == EXIT_CONFIG
 
 
 def test_sockets_of_systemd_are_served() -> None:
@@ -78,9 +78,9 @@ async def test_an_encrypted_key_is_exit_78(tmp_path: Path) -> None:
     cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
     encrypt = ("openssl", "pkey", "-aes128", "-passout", "pass:secret", "-in", key, "-out", tmp_path / "encrypted.pem")
     await asyncio.to_thread(subprocess.run, encrypt, check=True)
-    with pytest.raises(CannotStart, match="the key is encrypted") as refused:
+    with pytest.raises(CannotStart, match="the key is encrypted") as rejected:
         _tls_context(str(cert), str(tmp_path / "encrypted.pem"))
-    assert refused.value.code == EXIT_CONFIG
+    assert rejected.value.code == EXIT_CONFIG
 
 
 def test_the_file_that_may_not_be_written_is_named() -> None:

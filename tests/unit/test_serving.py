@@ -18,7 +18,7 @@ from jobd.core.state import State
 from jobd.daemon import Daemon
 from jobd.engine.clock import boot_clock_ms, wall_clock_ms
 from jobd.engine.event_feed import EventFeed
-from jobd.maintenance.held_locks import GRACE_MS
+from jobd.maintenance.restart_grace import GRACE_MS
 from jobd.model.commands import Ping
 from jobd.model.job import SECOND_MS
 from jobd.model.journal import LeadershipLost
@@ -100,8 +100,8 @@ async def test_a_slow_start_ends_no_lock(start: Start, tmp_path: Path, monkeypat
     assert created.after is not None
     granted = maker.grant(created.after)
     assert granted.after is not None
-    assert granted.after.lease is not None
-    ending = maker.update(granted.after, lease=replace(granted.after.lease, expires=5))
+    assert granted.after.deadlines is not None
+    ending = maker.update(granted.after, deadlines=replace(granted.after.deadlines, expires=5))
     async with (await Store.open(f"{tmp_path}/jobd.db"))[0] as store:
         batch = maker.batch([created, granted, ending])
         await store.write(replace(batch, numbers=replace(batch.numbers, wall_ms=wall_clock_ms())))
@@ -117,5 +117,5 @@ async def test_a_slow_start_ends_no_lock(start: Start, tmp_path: Path, monkeypat
         await at.actor.ask(Ping())
         held = at.actor.state.jobs.find("a")
         assert held is not None
-        assert held.lease is not None
-        assert held.lease.is_live(at.clock.moment().lease + GRACE_MS - SECOND_MS)
+        assert held.deadlines is not None
+        assert held.deadlines.is_live(at.clock.moment().lock_ms + GRACE_MS - SECOND_MS)

@@ -12,9 +12,9 @@ import click
 from jobd.cli import tables, terminal
 from jobd.cli.confirm import Confirmation, destructive_options, dry_run_option, reason_option, run_action
 from jobd.cli.connection import admin_client, admin_options
-from jobd.cli.ctl import plans
+from jobd.cli.ctl import plan_commands
 from jobd.cli.ctl.completion import JOB_ID
-from jobd.cli.ctl.plans import is_plan, where_option
+from jobd.cli.ctl.plan_commands import is_plan, where_option
 from jobd.cli.params import MAX_ATTEMPTS, MOMENT, PRIORITY, STATUS, json_option
 
 if TYPE_CHECKING:
@@ -39,12 +39,12 @@ def force_fail(ids: tuple[str, ...], where: tuple[str, ...], reason: str | None,
     The reason becomes the error message. A worker that holds a job loses the lock.
     """
     if is_plan(ids, where):
-        return plans.run_plans("force-fail", ids, where, reason, **how)
+        return plan_commands.run_plans("force-fail", ids, where, reason, **how)
     client = admin_client()
     confirmation = Confirmation(
         "force-fail", client.get_job, "failed", lambda job_id: client.force_fail(job_id, reason), _describe_transition
     )
-    return plans.run_for_one(client, "force-fail", confirmation, ids[0], reason, _transition_of_plan, **how)
+    return plan_commands.run_for_one(client, "force-fail", confirmation, ids[0], reason, _transition_of_plan, **how)
 
 
 @click.command("force-reset")
@@ -63,12 +63,12 @@ def force_reset(ids: tuple[str, ...], where: tuple[str, ...], reason: str | None
     Example: jobctl force-reset --where status=processing --where worker=w-7
     """
     if is_plan(ids, where):
-        return plans.run_plans("force-reset", ids, where, reason, **how)
+        return plan_commands.run_plans("force-reset", ids, where, reason, **how)
     client = admin_client()
     confirmation = Confirmation(
         "force-reset", client.get_job, "queued", lambda job_id: client.force_reset(job_id, reason), _describe_transition
     )
-    return plans.run_for_one(client, "force-reset", confirmation, ids[0], reason, _transition_of_plan, **how)
+    return plan_commands.run_for_one(client, "force-reset", confirmation, ids[0], reason, _transition_of_plan, **how)
 
 
 def _transition_of_plan(job: JobView, plan: PlanView, result: PlanResult) -> TransitionView:
@@ -163,19 +163,21 @@ def _update(text: str) -> tuple[str, Any]:
 @destructive_options
 @admin_options
 def delete(ids: tuple[str, ...], where: tuple[str, ...], reason: str | None, **how: bool) -> int:
-    """Delete finished jobs with their history and stored results."""
+    """Delete finished jobs with their history and artifacts."""
     if is_plan(ids, where):
-        return plans.run_plans("delete", ids, where, reason, **how)
+        return plan_commands.run_plans("delete", ids, where, reason, **how)
     client = admin_client()
 
     def do(one: str) -> Any:
         return client.delete_job(one, reason)
 
     def details(job: JobView) -> str:
-        return f" with its stored result {job.storage_key} (artifacts.url)" if job.storage_key else ""
+        return f" with its artifact {job.storage_key} (artifacts.url)" if job.storage_key else ""
 
     confirmation = Confirmation("delete", client.get_job, None, do, lambda job: "deleted", details=details)
-    return plans.run_for_one(client, "delete", confirmation, ids[0], reason, lambda job, plan, result: job, **how)
+    return plan_commands.run_for_one(
+        client, "delete", confirmation, ids[0], reason, lambda job, plan, result: job, **how
+    )
 
 
 @click.command()
@@ -210,7 +212,7 @@ def adopt(job_id: str, result: int | None, reason: str | None, **how: bool) -> i
             raise LateResultNotFound(f"Job {one} has no such late result. List its late results: jobctl late {one}")
         latest = max(matching, key=lambda late: late.fencing_token)
         chosen, details = latest.seq, f" {_describe_late_result(latest)}"  # a newer one may arrive before the adoption
-        rejection = latest.refusal
+        rejection = latest.rejection
         return client.get_job(one)
 
     def do(one: str) -> Any:

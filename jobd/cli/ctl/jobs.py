@@ -9,9 +9,9 @@ import click
 from jobd.cli import exit_codes, tables, terminal
 from jobd.cli.confirm import Confirmation, destructive_options, reason_option, run_action
 from jobd.cli.connection import admin_client, all_options, has_admin_token, job_client, worker_options
-from jobd.cli.ctl import plans
+from jobd.cli.ctl import plan_commands
 from jobd.cli.ctl.completion import JOB_ID, KIND, QUEUE
-from jobd.cli.ctl.plans import is_plan, where_option
+from jobd.cli.ctl.plan_commands import is_plan, where_option
 from jobd.cli.params import NAME, PAST, STATUS, json_option
 
 if TYPE_CHECKING:
@@ -138,13 +138,13 @@ def cancel(ids: tuple[str, ...], where: tuple[str, ...], reason: str | None, **h
     if not (where or has_admin_token()):
         return run_action(_cancel(job_client(), reason), ids, **how)
     if is_many:
-        return plans.run_plans("cancel", ids, where, reason, **how)
+        return plan_commands.run_plans("cancel", ids, where, reason, **how)
     client = admin_client()
 
     def after(job: JobView, plan: PlanView, result: PlanResult) -> JobView:
         return client.get_job(job.id)
 
-    return plans.run_for_one(client, "cancel", _cancel(client, reason), ids[0], reason, after, **how)
+    return plan_commands.run_for_one(client, "cancel", _cancel(client, reason), ids[0], reason, after, **how)
 
 
 def _cancel(client: JobClient | AdminClient, reason: str | None) -> Confirmation:

@@ -34,15 +34,18 @@ _WORKER_API: Final = (
     ("completion", "completion"),
 )
 _ADMIN_API: Final = (
-    ("admin", "stats health alerts queues workers take-back late locks cleanup recover-stuck failures reports audit"),
-    ("admin", "pause resume clock"),
-    ("webhooks", "webhooks"),
-    ("cluster", "cluster"),
-    ("events", "events top"),
+    (
+        "admin_commands",
+        "stats health alerts queues workers take-back late locks cleanup recover-stuck failures reports audit",
+    ),
+    ("admin_commands", "pause resume clock"),
+    ("webhook_commands", "webhooks"),
+    ("cluster_commands", "cluster"),
+    ("event_commands", "events top"),
     ("transfer", "export import artifact"),
-    ("plans", "retry"),
+    ("plan_commands", "retry"),
     ("change", "force-fail force-reset transition adopt run-now update delete"),
-    ("plans", "apply"),
+    ("plan_commands", "apply"),
 )
 for _title, _modules in (("Jobs (worker API)", _WORKER_API), ("Operators (admin API)", _ADMIN_API)):
     for _module, _names in _modules:

@@ -34,7 +34,7 @@ from jobd.cli.params import DURATION, NAME
 )
 @click.option("--timeout", type=DURATION, help="Time limit of a run: SIGTERM, and SIGKILL 10 s later.  [default: none]")
 @click.option(
-    "--max-processing",
+    "--progress-timeout",
     type=DURATION,
     default="0",
     help="Progress timeout: the lock is lost after this time without progress.  [default: none]",
@@ -59,7 +59,7 @@ def run(
     concurrency: int,
     lock_ttl: int,
     timeout: int | None,
-    max_processing: int,
+    progress_timeout: int,
     grace: int,
     once: bool,
     drain: bool,
@@ -95,7 +95,7 @@ def run(
         kinds=kinds or None,
         concurrency=concurrency,
         lock_ttl_ms=lock_ttl,
-        max_processing_ms=max_processing,
+        progress_timeout_ms=progress_timeout,
         timeout=timeout and timeout / 1000,
         grace_s=grace / 1000,
         once=once,

@@ -55,14 +55,14 @@ if TYPE_CHECKING:
 )
 @click.option("--on-stall", type=click.Choice(["auto", "requeue", "fail"]), help="What to do when the job stalls.")
 @click.option(
-    "--stuck-after",
-    "stuck_after_ms",
+    "--stall-after",
+    "stall_after_ms",
     type=DURATION,
     help="Time without a report after which a job without a live lock is stalled.",
 )
 @click.option(
-    "--max-processing",
-    "max_processing_ms",
+    "--progress-timeout",
+    "progress_timeout_ms",
     type=DURATION,
     help="Progress timeout: the longest time without progress; 0: no limit.",
 )

@@ -106,7 +106,7 @@ def import_(file: str, dry_run: bool, as_json: bool) -> int:
         with click.open_file(file, "rb") as lines, bar("import") as advance:
             seen = client.preview_import(_read(lines, file, advance))
         terminal.emit_json(seen) if as_json else _preview(seen)
-        return exit_codes.FAILED if seen.would_refuse or seen.stops_at is not None else exit_codes.DONE
+        return exit_codes.FAILED if seen.would_reject or seen.stops_at is not None else exit_codes.DONE
     with click.open_file(file, "rb") as lines, bar("import") as advance:
         result = client.import_jobs(_read(lines, file, advance))
     if as_json:
@@ -118,7 +118,7 @@ def import_(file: str, dry_run: bool, as_json: bool) -> int:
     return exit_codes.FAILED if result.refused_count else exit_codes.DONE
 
 
-_WOULD: Final = {"create": "would be created", "skip": "would be skipped", "refuse": "would be rejected"}
+_WOULD: Final = {"create": "would be created", "skip": "would be skipped", "reject": "would be rejected"}
 
 
 def _preview(seen: ImportPreview) -> None:
@@ -130,7 +130,7 @@ def _preview(seen: ImportPreview) -> None:
         terminal.say(f"Only the first {len(seen.lines)} lines are shown.")
     if seen.stops_at is not None:
         terminal.say(f"The import would stop at line {seen.stops_at}: {seen.stop_reason}")
-    terminal.say(f"{seen.would_import} would be imported, {seen.would_skip} skipped, {seen.would_refuse} rejected")
+    terminal.say(f"{seen.would_import} would be imported, {seen.would_skip} skipped, {seen.would_reject} rejected")
 
 
 def _read(lines: IO[bytes], name: str, advance: Advance) -> Iterator[bytes]:
@@ -160,9 +160,9 @@ def _read(lines: IO[bytes], name: str, advance: Advance) -> Iterator[bytes]:
 @click.option("--late-result", type=int, metavar="N", help="Download that of late result N (see jobctl late) instead.")
 @admin_options
 def artifact(job_id: str, file: Path, yes: bool, late_result: int | None) -> None:
-    """Download the stored result of a job.
+    """Download the artifact of a job.
 
-    The stored result is the object under the job's storage_key. FILE is written completely or not at all. Output on
+    The artifact is the object under the job's storage_key. FILE is written completely or not at all. Output on
     stdout is complete only if the exit code is 0.
     """
     client = admin_client(timeout_s=_TIMEOUT_S)

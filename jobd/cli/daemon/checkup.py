@@ -87,10 +87,10 @@ def _cleanup(client: AdminClient) -> Iterator[Finding]:
 
 
 def _jobs(client: AdminClient) -> Iterator[Finding]:
-    stuck = client.stats().stuck_jobs
-    if stuck:
+    stalled = client.stats().stuck_jobs
+    if stalled:
         fix = "recovery acts within seconds; if they remain: jobctl recover-stuck, and check their workers"
-        yield Finding("jobs", f"{stuck} stalled now", fix)
+        yield Finding("jobs", f"{stalled} stalled now", fix)
 
 
 def _webhooks(client: AdminClient) -> Iterator[Finding]:
@@ -103,11 +103,11 @@ def _webhooks(client: AdminClient) -> Iterator[Finding]:
             )
             fix = f"fix its receiver or its url, then: jobctl webhooks test {webhook.name}"
             yield Finding(where, f"{what}: {webhook.last_error or 'not tried since the start'}", fix)
-        for lost in client.deliveries(webhook.name, state="given_up", limit=1).deliveries:
+        for lost in client.deliveries(webhook.name, state="dead-lettered", limit=1).deliveries:
             if (lost.ended_at or lost.at) > since:
                 last = f"the last one {terminal.when(lost.ended_at)}: {lost.error or 'never tried'}"
                 what = f"messages were dead-lettered; {last}"
-                yield Finding(where, what, f"resend them: jobctl webhooks resend {webhook.name} --state given_up")
+                yield Finding(where, what, f"resend them: jobctl webhooks resend {webhook.name} --state dead-lettered")
 
 
 class Threshold(Struct, frozen=True):
@@ -167,7 +167,7 @@ THRESHOLDS: Final = (
         "jobd_artifact_sweep_behind_seconds",
         900,
         "artifacts",
-        lambda value: f"deletion of stored results is {terminal.span(int(value * 1000))} behind",
+        lambda value: f"deletion of artifacts is {terminal.span(int(value * 1000))} behind",
         "check the store that artifacts.url names, and the log: journalctl -u jobd --grep artifact",
     ),
     Threshold(

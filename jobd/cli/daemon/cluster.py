@@ -74,7 +74,7 @@ def init_command(from_store: str | None, config: str | None, flags: dict[str, st
 def forget_command(name: str, config: str | None, flags: dict[str, str]) -> None:
     """Remove the entry of a node that does not come back.
 
-    Refuses while the node is running. A node that starts later adds its entry again.
+    Rejects while the node is running. A node that starts later adds its entry again.
     """
     settings = _cluster_settings(config, flags).journal
     _with_journal(settings, lambda journal: _forget(journal, settings.name, name))
@@ -123,7 +123,7 @@ def leave_command(yes: bool, config: str | None, flags: dict[str, str]) -> None:
     metavar="N",
     type=click.IntRange(0, (1 << 63) - 1),
     required=True,
-    help="Number of the last record that the journal still has. A node that refuses to start names it.",
+    help="Number of the last record that the journal still has. A node that does not start names it.",
 )
 @click.option("-y", "--yes", is_flag=True, help="Do not ask.")
 @click.option("--dry-run", "is_dry_run", is_flag=True, help="Only print what is lost and what would be done.")

@@ -195,7 +195,7 @@ def _prepare(client: JobClient, admin: AdminClient) -> None:
 def _stall(client: JobClient) -> None:
     """Claim the archive job if it is queued, and never report, so that it stalls again after each recovery."""
     if client.list_jobs(queue=_ARCHIVE, status="queued").jobs:
-        client.claim(worker="archive-1", queues=[_ARCHIVE], lock_ttl_ms=1_000, stuck_after_ms=0)
+        client.claim(worker="archive-1", queues=[_ARCHIVE], lock_ttl_ms=1_000, stall_after_ms=0)
 
 
 def _submit(client: JobClient, stop: threading.Event) -> None:

@@ -41,8 +41,8 @@ class ClaimOptions:
     """Which jobs to claim, for which worker, and for how long.
 
     Another worker can get a job whose lock was not extended for `lock_ttl_ms`. By default there is no progress timeout
-    (`max_processing_ms` is 0), so long work without progress reports keeps its lock. At most `concurrency` jobs run at
-    a time. `once` ends the worker after one job, `drain` when no job is due, none is running, and no retry of an
+    (`progress_timeout_ms` is 0), so long work without progress reports keeps its lock. At most `concurrency` jobs run
+    at a time. `once` ends the worker after one job, `drain` when no job is due, none is running, and no retry of an
     attempt that this worker failed is awaited.
     """
 
@@ -50,7 +50,7 @@ class ClaimOptions:
     queues: Sequence[str] = ("default",)
     kinds: Sequence[str] | None = None
     lock_ttl_ms: int = LOCK_TTL_MS
-    max_processing_ms: int = 0
+    progress_timeout_ms: int = 0
     about: About | None = None
     concurrency: int = 1
     once: bool = False
@@ -180,8 +180,8 @@ class Claimer:
             limit=min(limit, 100),
             wait_ms=wait_ms,
             lock_ttl_ms=options.lock_ttl_ms,
-            stuck_after_ms=0,
-            max_processing_ms=options.max_processing_ms,
+            stall_after_ms=0,
+            progress_timeout_ms=options.progress_timeout_ms,
             about=options.about,
             idempotency_key=key,
         )

@@ -22,7 +22,7 @@ from jobd.client.errors import JobdError
 from jobd.client.worker.claimer import LOCK_TTL_MS, ClaimOptions, default_name, describe_claims, describe_process
 from jobd.client.worker.error_text import MESSAGE_CHARACTERS
 from jobd.client.worker.idle_reasons import pauses, remaining_jobs
-from jobd.client.worker.lease import LeaseKeeper, describe_failure
+from jobd.client.worker.lock_keeper import LeaseKeeper, describe_failure
 from jobd.client.worker.output import Directives, OutputFilter, OutputWriter, Tail, print_message
 from jobd.client.worker.process import Program
 from jobd.client.worker.runner import Execution, WorkerRunner, on_signals, seconds
@@ -71,7 +71,7 @@ class CommandWorker:
     1, each line of output begins with the id of its job. `log` is called with one-line messages in another thread; by
     default they go to stderr. They say what the worker claims, which of its queues are paused at the start, and which
     jobs fail. Locks last `lock_ttl_ms` and are extended automatically in a separate thread. There is no progress
-    timeout unless `max_processing_ms` sets one.
+    timeout unless `progress_timeout_ms` sets one.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class CommandWorker:
         kinds: Sequence[str] | None = None,
         concurrency: int = 1,
         lock_ttl_ms: int = LOCK_TTL_MS,
-        max_processing_ms: int = 0,
+        progress_timeout_ms: int = 0,
         timeout: timedelta | float | None = None,
         grace_s: float = 30.0,
         kill_after_s: float = 10.0,
@@ -106,7 +106,7 @@ class CommandWorker:
             queues=[queues] if isinstance(queues, str) else list(queues),
             kinds=[kinds] if isinstance(kinds, str) else kinds,
             lock_ttl_ms=lock_ttl_ms,
-            max_processing_ms=max_processing_ms,
+            progress_timeout_ms=progress_timeout_ms,
             concurrency=concurrency,
             once=once,
             drain=drain,

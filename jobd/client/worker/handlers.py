@@ -15,7 +15,7 @@ import msgspec
 
 from jobd.client.worker.aio_utils import first_of, within
 from jobd.client.worker.error_text import describe_error, join_message, safe_text
-from jobd.client.worker.lease import LeaseKeeper
+from jobd.client.worker.lock_keeper import LeaseKeeper
 from jobd.client.worker.runner import STOP_S
 from jobd.client.worker.service_thread import Log, call_on
 from jobd.client.worker.task import BaseTask, Discard, Retry, Snooze, Stopped, SyncTask, Task

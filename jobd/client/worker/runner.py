@@ -15,7 +15,7 @@ from jobd.client.aio import AsyncJobClient
 from jobd.client.worker.aio_utils import first_of, within
 from jobd.client.worker.claimer import Claimer, ClaimOptions
 from jobd.client.worker.error_text import MESSAGE_CHARACTERS, describe_error
-from jobd.client.worker.lease import LeaseKeeper, describe_end, describe_failure
+from jobd.client.worker.lock_keeper import LeaseKeeper, describe_end, describe_failure
 from jobd.client.worker.service_thread import Log
 from jobd.model.responses import GrantView
 

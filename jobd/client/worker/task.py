@@ -9,7 +9,7 @@ from concurrent.futures import Future
 from datetime import timedelta
 from typing import Any, Final
 
-from jobd.client.worker.lease import LOST, LeaseKeeper
+from jobd.client.worker.lock_keeper import LOST, LeaseKeeper
 from jobd.model.job import YEAR_MS
 from jobd.model.responses import JobView
 
@@ -89,7 +89,7 @@ class BaseTask:
         self.result.update({name: value for name, value in named.items() if value is not None})
 
     def raise_if_lost(self) -> None:
-        """Raise LockLost (or MaxProcessingTimeExceeded) if the lock is lost."""
+        """Raise LockLost (or ProgressTimeout) if the lock is lost."""
         if self._keeper.lost.done():
             raise self._keeper.lost.result()
 
@@ -132,7 +132,7 @@ class Task(BaseTask):
     async def progress(self, progress: float, message: str | None = None) -> None:
         """Report progress (0 to 100), which renews the lock. Returns at once while the daemon is unreachable.
 
-        Raises LockLost, MaxProcessingTimeExceeded, InvalidRequest.
+        Raises LockLost, ProgressTimeout, InvalidRequest.
         """
         try:
             await asyncio.wrap_future(self._report(progress, message))
@@ -160,13 +160,13 @@ class SyncTask(BaseTask):
     def progress(self, progress: float, message: str | None = None) -> None:
         """Report progress (0 to 100), which renews the lock. Returns at once while the daemon is unreachable.
 
-        Raises LockLost, MaxProcessingTimeExceeded, InvalidRequest, and Stopped if the handler has to return.
+        Raises LockLost, ProgressTimeout, InvalidRequest, and Stopped if the handler has to return.
         """
         self.raise_if_lost()
         self._report(progress, message).result()
 
     def raise_if_lost(self) -> None:
-        """Raise LockLost (or MaxProcessingTimeExceeded) if the lock is lost, Stopped if the handler has to return."""
+        """Raise LockLost (or ProgressTimeout) if the lock is lost, Stopped if the handler has to return."""
         super().raise_if_lost()
         if self.cancelled.is_set():
             raise Stopped("The handler has to return: the worker is stopping, or the timeout has passed.")

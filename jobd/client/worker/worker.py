@@ -18,7 +18,7 @@ from jobd.client.aio import AsyncJobClient
 from jobd.client.endpoint import Address
 from jobd.client.worker.claimer import LOCK_TTL_MS, ClaimOptions, default_name, describe_claims, describe_process
 from jobd.client.worker.handlers import AsyncExecution, HandlerLoop, RegisteredHandler, ThreadExecution, logger
-from jobd.client.worker.lease import LeaseKeeper
+from jobd.client.worker.lock_keeper import LeaseKeeper
 from jobd.client.worker.output import print_message
 from jobd.client.worker.runner import Execution, WorkerRunner, on_signals, seconds
 from jobd.client.worker.service_thread import ServiceThread
@@ -56,7 +56,7 @@ class Worker:
     handler is cancelled. It has 10 s to end, then the attempt fails with `error_code` "timeout", regardless of the
     return value. A plain handler runs in a thread, which cannot be stopped: `cancelled` is set and `progress` raises
     Stopped, but the job keeps its lock until the handler ends. If it returns normally, its result counts; if Stopped
-    ends it, the attempt fails with "timeout". There is no progress timeout unless `max_processing_ms` sets one.
+    ends it, the attempt fails with "timeout". There is no progress timeout unless `progress_timeout_ms` sets one.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Worker:
         concurrency: int = 1,
         name: str | None = None,
         lock_ttl_ms: int = LOCK_TTL_MS,
-        max_processing_ms: int = 0,
+        progress_timeout_ms: int = 0,
         timeout: timedelta | float | None = None,
         grace_s: float = 30.0,
     ) -> None:
@@ -78,7 +78,7 @@ class Worker:
         self._queues = [queues] if isinstance(queues, str) else list(queues)
         self._concurrency = concurrency
         self._lock_ttl_ms = lock_ttl_ms
-        self._max_processing_ms = max_processing_ms
+        self._progress_timeout_ms = progress_timeout_ms
         self._timeout_s = seconds(timeout)
         self._grace_s = grace_s
         self._handlers: dict[str | None, RegisteredHandler] = {}
@@ -188,7 +188,7 @@ class Worker:
             queues=self._queues,
             kinds=None if None in self._handlers else [kind for kind in self._handlers if kind is not None],
             lock_ttl_ms=self._lock_ttl_ms,
-            max_processing_ms=self._max_processing_ms,
+            progress_timeout_ms=self._progress_timeout_ms,
             about=describe_process(self._concurrency),
             concurrency=self._concurrency,
         )

@@ -182,7 +182,7 @@ def _stored(tx: Transaction, job: Job, late: LateResult) -> LateResult | None:
     """Store the result if it is the first of its grant, not too large, and among those of the latest grants.
 
     A grant whose late result was replaced by later ones stores none again, so repeated calls add nothing. Return the
-    stored result, None if it is not stored.
+    artifact, None if it is not stored.
     """
     known = tx.late.results.get(job.seq, [])
     same = next((each for each in known if each.fencing_token == late.fencing_token), None)

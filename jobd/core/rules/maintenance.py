@@ -12,8 +12,8 @@ from typing import Final, Literal, NamedTuple
 from msgspec.structs import replace
 
 from jobd.core import transitions
+from jobd.core.row_checks import counts, safe_fixes, validate
 from jobd.core.transaction import Transaction
-from jobd.core.validation import counts, safe_fixes, validate
 from jobd.model.commands import (
     DeleteExpired,
     EndGrants,
@@ -29,7 +29,7 @@ from jobd.model.commands import (
     TakeBack,
 )
 from jobd.model.errors import api_error
-from jobd.model.job import FINISHED, Job, Lease
+from jobd.model.job import FINISHED, Job, LockDeadlines
 from jobd.model.responses import Issue, MaintenanceResult, PreviewResult, Recovered, Recovery, Response, TakeBackView
 
 TAKEN_BACK: Final = 200  # jobs of one take-back command
@@ -37,21 +37,21 @@ TAKEN_BACK: Final = 200  # jobs of one take-back command
 
 def recover(tx: Transaction, command: Recover) -> Response:
     """Recover stalled jobs by their stall rule and clear expired locks, up to `limit` of each."""
-    state, lease = tx.state, tx.at.lease
-    more = len(state.stuck) > command.limit or len(state.expired_locks) > command.limit
-    stuck = list(islice(state.stuck, command.limit))
+    state, lock_ms = tx.state, tx.at.lock_ms
+    more = len(state.stalled) > command.limit or len(state.expired_locks) > command.limit
+    stalled = list(islice(state.stalled, command.limit))
     expired = list(islice(state.expired_locks, command.limit))
     details = []
-    for job_id in stuck:
+    for job_id in stalled:
         job = state.processing[job_id]
-        if transitions.is_stuck(job, lease):
+        if transitions.is_stalled(job, lock_ms):
             job = transitions.stall(tx, job, transitions.stall_reason(tx, job))
             details.append(_recovery(tx, job))
     cleared = 0
     for job_id in expired:
         job = state.processing[job_id]
-        if job.lease is not None and lease >= job.lease.expires and not transitions.is_stuck(job, lease):
-            _clear_lock(tx, job, job.lease)
+        if job.deadlines is not None and lock_ms >= job.deadlines.expires and not transitions.is_stalled(job, lock_ms):
+            _clear_lock(tx, job, job.deadlines)
             cleared += 1
     return Response(Recovered(details, cleared, more))
 
@@ -90,7 +90,7 @@ def _recovery(tx: Transaction, job: Job) -> Recovery:
 def recover_one(tx: Transaction, command: JobCommand) -> Response:
     """Recover this job, if it is stalled at this moment."""
     job = transitions.find(tx, command.id)
-    if transitions.is_stuck(job, tx.at.lease):
+    if transitions.is_stalled(job, tx.at.lock_ms):
         transitions.stall(tx, job, transitions.stall_reason(tx, job))
         return Response(MaintenanceResult(1))
     message = transitions.CLOCK_SUSPECT if tx.at.suspect else "It is no longer due for deletion or expiry."
@@ -118,10 +118,10 @@ def preview(tx: Transaction, command: Preview) -> Response:
     return Response(PreviewResult(recovered.details, recovered.locks_cleared, expired, more))
 
 
-def _clear_lock(tx: Transaction, job: Job, lease: Lease) -> None:
+def _clear_lock(tx: Transaction, job: Job, deadlines: LockDeadlines) -> None:
     """Record that the lock has expired. The holder can revive it until the job is stalled."""
     details = {"worker": job.grant.worker if job.grant else None}
-    tx.update(job, "lock_expired", {"lease": replace(lease, cleared=True)}, details=details)
+    tx.update(job, "lock_expired", {"deadlines": replace(deadlines, cleared=True)}, details=details)
 
 
 def end_grants(tx: Transaction, command: EndGrants) -> Response:
@@ -137,16 +137,16 @@ def end_grants(tx: Transaction, command: EndGrants) -> Response:
 
 def extend_after_pause(tx: Transaction, command: ExtendAfterPause) -> Response:
     """Postpone deadlines of processing jobs to at least `grace_ms` from now: after a start, workers must reconnect."""
-    until = tx.at.lease + command.grace_ms
-    since = tx.at.lease if command.since is None else command.since
+    until = tx.at.lock_ms + command.grace_ms
+    since = tx.at.lock_ms if command.since is None else command.since
     done = 0
     for job_id in dict.fromkeys(command.ids):
         job = tx.state.processing.get(job_id)
-        if job is None or job.lease is None:
+        if job is None or job.deadlines is None:
             continue
-        lease = _postponed(job.lease, since, until)
-        if lease != job.lease:
-            tx.update(job, "resumed", {"lease": lease}, details={"grace_ms": command.grace_ms})
+        lock_ms = _postponed(job.deadlines, since, until)
+        if lock_ms != job.deadlines:
+            tx.update(job, "resumed", {"deadlines": lock_ms}, details={"grace_ms": command.grace_ms})
             done += 1
     return Response(MaintenanceResult(done))
 
@@ -183,11 +183,11 @@ def keep_due(tx: Transaction, command: KeepDue) -> Response:
     return Response(MaintenanceResult(done))
 
 
-def _postponed(lease: Lease, since: int, until: int) -> Lease:
-    """Return the lease with no deadline before `until`. A lock that had expired at `since` stays expired."""
-    expires = max(lease.expires, until) if lease.is_live(since) else lease.expires
-    ceiling = None if lease.ceiling is None else max(lease.ceiling, until)
-    return replace(lease, expires=expires, silent=max(lease.silent, until), ceiling=ceiling)
+def _postponed(deadlines: LockDeadlines, since: int, until: int) -> LockDeadlines:
+    """Return the deadlines with no deadline before `until`. A lock that had expired at `since` stays expired."""
+    expires = max(deadlines.expires, until) if deadlines.is_live(since) else deadlines.expires
+    progress_due = None if deadlines.progress_due is None else max(deadlines.progress_due, until)
+    return replace(deadlines, expires=expires, stall_due=max(deadlines.stall_due, until), progress_due=progress_due)
 
 
 def expire(tx: Transaction, command: Expire) -> Response:
@@ -257,6 +257,6 @@ def _repair_one(tx: Transaction, job: Job) -> Job:
     if fixes:
         details = {"fields": sorted(fixes)}
         job = tx.update(job, "fixed", fixes, reason="validation", details=details)
-    if job.status == "processing" and (job.grant is None or job.lease is None):
+    if job.status == "processing" and (job.grant is None or job.deadlines is None):
         job = transitions.stall(tx, job, transitions.stall_reason(tx, job))
     return job

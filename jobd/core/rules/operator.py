@@ -35,7 +35,7 @@ from jobd.model.job import (
     Failure,
     Grant,
     Job,
-    Lease,
+    LockDeadlines,
     Result,
     Status,
     recorded_bytes,
@@ -272,12 +272,14 @@ def _imported_error(command: Import) -> Failure | None:
 
 def _held_elsewhere(tx: Transaction, job: Job, worker: str) -> Job:
     """Add the grant that the job had where it came from, as far as it is known. The stall rule needs a grant to end."""
-    now, lease, policy = tx.at.now, tx.at.lease, tx.policy
+    now, lock_ms, policy = tx.at.now, tx.at.lock_ms, tx.policy
     token = tx.token()
     started = job.started_at or job.updated_at
-    made = Grant(tx.secret(token), token, worker, started, policy.lock_ttl_ms, policy.stuck_after_ms, 0)
+    made = Grant(tx.secret(token), token, worker, started, policy.lock_ttl_ms, policy.stall_after_ms, 0)
     attempt = max(job.attempt, 1)
-    return replace(job, grant=made, lease=Lease(lease, lease, None), started_at=min(started, now), attempt=attempt)
+    return replace(
+        job, grant=made, deadlines=LockDeadlines(lock_ms, lock_ms, None), started_at=min(started, now), attempt=attempt
+    )
 
 
 def lock_response(tx: Transaction, job: Job, state: LockState | None) -> Response:
@@ -288,7 +290,7 @@ def lock_response(tx: Transaction, job: Job, state: LockState | None) -> Respons
             status=job.status,
             lock=views.lock_view(job, tx.at, admin=True),
             lock_expires_at=state.lock_expires_at if state else None,
-            ceiling_at=state.ceiling_at if state else None,
+            progress_due_at=state.progress_due_at if state else None,
             extended=bool(state and state.extended),
             timestamp=tx.at.now,
         )

@@ -47,7 +47,7 @@ from jobd.model.responses import Grants, JobList, JobView, Response
 
 _encode: Final = msgspec.json.Encoder().encode
 # Options of a job that no command changes.
-_FIXED: Final = ("queue", "kind", "backoff", "stuck_after_ms", "max_processing_ms")
+_FIXED: Final = ("queue", "kind", "backoff", "stall_after_ms", "progress_timeout_ms")
 _TIMES: Final = frozenset({"run_at", "expires_at"})
 CLAIM_BYTES: Final = 8 << 20  # of the payloads of one claim
 
@@ -160,7 +160,7 @@ def _check_options(tx: Transaction, command: Create) -> None:
 def start(tx: Transaction, command: Start) -> Response:
     """Grant the named job: queued, due, and its queue not paused. A stalled job is recovered first."""
     job = transitions.find(tx, command.id)
-    if transitions.is_stuck(job, tx.at.lease):
+    if transitions.is_stalled(job, tx.at.lock_ms):
         job = transitions.stall(tx, job, transitions.stall_reason(tx, job))
     job = transitions.expire_if_overdue(tx, job)
     _check_start(tx, job)
@@ -192,12 +192,12 @@ def _check_start(tx: Transaction, job: Job) -> None:
 
 def _already_locked(tx: Transaction, job: Job) -> ApiException:
     at = tx.at
-    assert job.grant is not None and job.lease is not None  # otherwise the job is stalled
-    free_at = job.lease.expires if job.lease.is_live(at.lease) else job.lease.stuck
-    wait_ms = free_at - at.lease
+    assert job.grant is not None and job.deadlines is not None  # otherwise the job is stalled
+    free_at = job.deadlines.expires if job.deadlines.is_live(at.lock_ms) else job.deadlines.stalled_at
+    wait_ms = free_at - at.lock_ms
     details = {
         "locked_by": job.grant.worker,
-        "lock_expires_at": at.wall(job.lease.expires),
+        "lock_expires_at": at.wall(job.deadlines.expires),
         "retry_after_ms": wait_ms,
     }
     message = f"Job {job.id} is held by worker {job.grant.worker}. Try again in {transitions.in_words(wait_ms)}."
@@ -248,23 +248,23 @@ def undelivered(tx: Transaction, command: Undelivered) -> Response:
 
 
 def progress(tx: Transaction, command: Progress) -> Response:
-    """Record progress, renew the lock and move the ceiling."""
+    """Record progress, renew the lock and move the progress_due."""
     job = _held(tx, command, "progress")
     if not isinstance(job, Job):
         return job
-    assert job.grant is not None and job.lease is not None
-    if job.lease.is_past_ceiling(tx.at.lease):
-        raise _past_ceiling(tx, job)
-    lease = transitions.keep_alive(job.grant, job.lease, tx.at.lease, job.grant.ttl_ms, progressed=True)
+    assert job.grant is not None and job.deadlines is not None
+    if job.deadlines.is_past_progress_due(tx.at.lock_ms):
+        raise _progress_timeout(tx, job)
+    deadlines = transitions.keep_alive(job.grant, job.deadlines, tx.at.lock_ms, job.grant.ttl_ms, progressed=True)
     value = transitions.normalize_number(command.progress)
     details: dict[str, Any] = {"progress": value}
     if command.message is not None:
         details["message"] = command.message
-    fields: dict[str, Any] = {"progress": value, "progress_message": command.message, "lease": lease}
+    fields: dict[str, Any] = {"progress": value, "progress_message": command.message, "deadlines": deadlines}
     if value > 0 and job.releases:
         fields["releases"] = 0
     tx.update(job, "progress", fields, worker=job.grant.worker, details=details)
-    return Response(views.lock_state(job.grant, lease, tx.at))
+    return Response(views.lock_state(job.grant, deadlines, tx.at))
 
 
 def extend(tx: Transaction, command: Extend) -> Response:
@@ -280,21 +280,21 @@ def extend_lock(tx: Transaction, command: ExtendLock) -> Response:
 def _extend(
     tx: Transaction, command: Extend | ExtendLock, additional_ms: int | None, reason: str | None = None
 ) -> Response:
-    """Extend the lock to at least `additional_ms` from now, never shortening it, up to the ceiling."""
+    """Extend the lock to at least `additional_ms` from now, never shortening it, up to the progress_due."""
     job = _held(tx, command, "extend")
     if not isinstance(job, Job):
         return job
-    assert job.grant is not None and job.lease is not None
-    if job.lease.is_past_ceiling(tx.at.lease):
-        raise _past_ceiling(tx, job)
-    lease = transitions.keep_alive(
-        job.grant, job.lease, tx.at.lease, additional_ms or job.grant.ttl_ms, progressed=False
+    assert job.grant is not None and job.deadlines is not None
+    if job.deadlines.is_past_progress_due(tx.at.lock_ms):
+        raise _progress_timeout(tx, job)
+    deadlines = transitions.keep_alive(
+        job.grant, job.deadlines, tx.at.lock_ms, additional_ms or job.grant.ttl_ms, progressed=False
     )
-    extended = lease.expires > job.lease.expires
+    extended = deadlines.expires > job.deadlines.expires
     worker = None if tx.call.admin else job.grant.worker
-    details = {"lock_expires_at": tx.at.wall(lease.expires)}
-    tx.update(job, "extended", {"lease": lease}, worker=worker, reason=reason, details=details)
-    return Response(views.lock_state(job.grant, lease, tx.at, extended))
+    details = {"lock_expires_at": tx.at.wall(deadlines.expires)}
+    tx.update(job, "extended", {"deadlines": deadlines}, worker=worker, reason=reason, details=details)
+    return Response(views.lock_state(job.grant, deadlines, tx.at, extended))
 
 
 def complete(tx: Transaction, command: Complete) -> Response:
@@ -394,7 +394,7 @@ def _held(tx: Transaction, command: Holders, verb: str) -> Job | Response:
     job = transitions.find(tx, command.id)
     if job.status == "processing" and job.grant is not None and job.grant.lock_id == command.lock_id:
         # A row without a lease is invalid until a cleanup run repairs it; the job has no holder.
-        if job.lease is None:
+        if job.deadlines is None:
             raise _lock_lost(job, command.lock_id)
         return job
     ended = job.ended
@@ -428,16 +428,16 @@ def _lock_lost(job: Job, lock_id: str) -> ApiException:
     return api_error("lock_lost", message, **details)
 
 
-def _past_ceiling(tx: Transaction, job: Job) -> ApiException:
-    assert job.grant is not None and job.lease is not None and job.lease.ceiling is not None
-    limit = job.grant.max_processing_ms
+def _progress_timeout(tx: Transaction, job: Job) -> ApiException:
+    assert job.grant is not None and job.deadlines is not None and job.deadlines.progress_due is not None
+    limit = job.grant.progress_timeout_ms
     message = (
-        f"Job {job.id} had no progress report for {transitions.in_words(limit)} (max_processing_ms {limit}). "
-        "Complete, fail or release it now. Next time report progress in time, or raise max_processing_ms of the "
-        "job, of the start or claim, or max_processing under [locks]; 0 means no timeout."
+        f"Job {job.id} had no progress report for {transitions.in_words(limit)} (progress_timeout_ms {limit}). "
+        "Complete, fail or release it now. Next time report progress in time, or raise progress_timeout_ms of the "
+        "job, of the start or claim, or progress_timeout under [locks]; 0 means no timeout."
     )
-    details = {"max_processing_ms": limit, "ceiling_at": tx.at.wall(job.lease.ceiling)}
-    return api_error("max_processing_time_exceeded", message, **details)
+    details = {"progress_timeout_ms": limit, "progress_due_at": tx.at.wall(job.deadlines.progress_due)}
+    return api_error("progress_timeout", message, **details)
 
 
 def _ended_by_holder(tx: Transaction, job: Job, command: Holders, verb: str) -> PreviousGrant:

@@ -71,6 +71,10 @@ class Connection(asyncpg.Connection):  # type: ignore[misc]  # asyncpg has no ty
     cluster_id: str | None = None
     position: Sequence[int] = (0, 0)
 
+    def __init__(self, protocol: Any, transport: asyncio.Transport, *others: Any) -> None:
+        super().__init__(protocol, transport, *others)
+        self._socket = transport.get_extra_info("socket")
+
     @property
     def branch(self) -> tuple[int, ...]:
         """The server with the highest one has the latest records. Servers can have been promoted to one timeline."""
@@ -78,7 +82,7 @@ class Connection(asyncpg.Connection):  # type: ignore[misc]  # asyncpg has no ty
 
     def close_if_silent(self, limit_ms: int) -> None:
         """Let the system close the connection if the other machine acknowledges nothing for `limit_ms`."""
-        opened = self._transport.get_extra_info("socket")
+        opened = self._socket
         if opened.family == socket.AF_UNIX:
             return
         opened.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)

@@ -60,7 +60,7 @@ class ClusterStore(Store):
 
         A store that cannot follow it is set aside and rebuilt from a snapshot, if it belongs to this cluster: it is
         damaged, on another branch, or too far behind. While the journal cannot be used, it is opened as it is. If it
-        `needs_snapshot`, the store that a cluster is made from is refused before its snapshot is complete. Raises
+        `needs_snapshot`, the store that a cluster is made from is rejected before its snapshot is complete. Raises
         WrongCluster, StoreAhead, StoreBusy, StoreTooNew, StoreUnreadable, DiskFull, JournalUnavailable, or an
         OSError.
         """

@@ -47,7 +47,7 @@ _COLUMNS: Final = {
     "deliveries": (*Delivery.__struct_fields__, "crc"),
     "events": (*event_rows.COLUMNS, "crc"),
     "figures": ("id", "body", "crc"),
-    "keys": (*KEY_COLUMNS, "crc", "answer"),
+    "keys": (*KEY_COLUMNS, "crc", "response"),
     "late_results": (*LATE_COLUMNS, "crc"),
     "queues": (*QUEUE_COLUMNS, "crc"),
     "reports": ("seq", "body", "crc"),

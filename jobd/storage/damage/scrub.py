@@ -30,7 +30,7 @@ _COLUMNS: Final = {
     "late_results": LATE_SQL,
     "audit": AUDIT_SQL,
     "audit_jobs": AUDIT_JOB_SQL,
-    "keys": f"{KEY_SQL}, answer",
+    "keys": f"{KEY_SQL}, response",
     "tombstones": TOMBSTONE_SQL,
     "deliveries": DELIVERY_SQL,
 }

@@ -43,9 +43,9 @@ class TimelineShortener:
         self._db = db
         # For each grant seen since the start: the seq of its event, and its heartbeats since the last thinning.
         self._heartbeats: dict[int, tuple[int, int]] = {}
-        # For each job: the event up to which its timeline is compact (0: unknown), and the grants returned since then.
+        # For each job: the event up to which its timeline is short (0: unknown), and the grants returned since then.
         self._returned_grants: dict[int, tuple[int, int]] = {}
-        # Timelines to thin or compact, oldest first, with the event to start from.
+        # Timelines to thin or shorten, oldest first, with the event to start from.
         self._waiting: dict[tuple[Callable[[int, int], None], int], int] = {}
 
     @property
@@ -77,7 +77,7 @@ class TimelineShortener:
         begin, count = self._returned_grants.pop(job_seq, (0, 0))
         self._returned_grants[job_seq] = (begin, (count + 1) % KEEP_GRANTS)
         if count + 1 == KEEP_GRANTS:
-            self._waiting.setdefault((self._compact, job_seq), begin)
+            self._waiting.setdefault((self._shorten, job_seq), begin)
         if len(self._returned_grants) > GIVEN_BACK_KEPT:
             del self._returned_grants[next(iter(self._returned_grants))]
 
@@ -95,7 +95,7 @@ class TimelineShortener:
             found = [_EventsRow(row) for row in rows if row[1] >= begin]
             self._write(found, event_codec.thin(_events(found)))
 
-    def _compact(self, job_seq: int, begin: int) -> None:
+    def _shorten(self, job_seq: int, begin: int) -> None:
         """Compact the timeline of a job from the event `begin` on (0: after its first grants) up to its last grants."""
         if not begin:
             begin = self._nth_grant(job_seq, "ASC", KEEP_FIRST_GRANTS)
@@ -116,11 +116,11 @@ class TimelineShortener:
         upto = found[-1].row[1] if found else max(rows[-1][0], begin) if rows else end
         events = _events(found)
         first, last = bisect_left(events, begin, key=_seq), bisect_right(events, end, key=_seq)
-        self._write(found, events[:first] + event_codec.compact(events[first:last]) + events[last:])
+        self._write(found, events[:first] + event_codec.shorten(events[first:last]) + events[last:])
         if upto < end:  # continue later, from the last grant, which did not change
             grants = [event.seq for event in events[first + 1 : last] if event.type == "granted"]
             end = grants[-1] if grants else upto + 1
-            self._waiting[self._compact, job_seq] = end
+            self._waiting[self._shorten, job_seq] = end
         if job_seq in self._returned_grants:
             self._returned_grants[job_seq] = (end, self._returned_grants[job_seq][1])
 

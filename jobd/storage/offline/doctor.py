@@ -1,6 +1,6 @@
 """Check a store that no daemon holds and suggest a fix for each problem, accept edited rows, and recount.
 
-`check` writes nothing. The values of jobs are validated in `core/validation.py`.
+`check` writes nothing. The values of jobs are validated in `core/row_checks.py`.
 """
 
 from __future__ import annotations
@@ -276,7 +276,7 @@ def _deleted(conn: sqlite3.Connection, path: str) -> Iterator[StoreProblem]:
 
 
 def _keys(conn: sqlite3.Connection, path: str) -> Iterator[StoreProblem]:
-    for row in _all_rows(conn, f"SELECT {KEY_SQL}, answer FROM keys NOT INDEXED"):
+    for row in _all_rows(conn, f"SELECT {KEY_SQL}, response FROM keys NOT INDEXED"):
         if (error := key_fault(row)) is not None:
             yield StoreProblem(f"key {readable(row[0])}", error, _ON_ACCESS)
 

@@ -47,7 +47,7 @@ def meta_row(
             numbers.next_token,
             numbers.next_job,
             numbers.next_event,
-            numbers.lease_ms,
+            numbers.lock_ms,
             numbers.wall_ms,
             int(numbers.clock_suspect),
             numbers.expected_ms,

@@ -2,7 +2,7 @@
 -- There are no rules about jobs here, so that invalid rows stay readable: core/validation.py checks values.
 --
 -- `crc` is the CRC-32 of all other columns of its row (codec.py). Times named *_at are Unix milliseconds, those named
--- *_lease_ms are lease time (engine/clock.py). To edit a row: stop the daemon, then run `jobd doctor --accept ID`.
+-- *_lock_ms are lock time (engine/clock.py). To edit a row: stop the daemon, then run `jobd doctor --accept ID`.
 
 CREATE TABLE meta (
     id INTEGER PRIMARY KEY CHECK (id = 1),
@@ -11,7 +11,7 @@ CREATE TABLE meta (
     next_token INTEGER NOT NULL,       -- the counter (24 bits) of the next fencing token; next_*: the next number to assign
     next_job INTEGER NOT NULL,
     next_event INTEGER NOT NULL,
-    lease_ms INTEGER NOT NULL,
+    lock_ms INTEGER NOT NULL,
     wall_ms INTEGER NOT NULL,
     clock_suspect INTEGER NOT NULL,    -- 1: the wall clock has jumped ahead; wall_ms is the expected time
     expected_ms INTEGER NOT NULL,      -- the expected wall time, which a clock that was set back is behind
@@ -101,16 +101,16 @@ CREATE TABLE events (
 ) STRICT;
 CREATE INDEX events_job ON events (job_seq);
 
--- crc covers answer_crc instead of answer, so that keys can be verified without reading the stored responses.
+-- crc covers response_crc instead of response, so that keys can be verified without reading the stored responses.
 CREATE TABLE keys (
     digest TEXT PRIMARY KEY NOT NULL,
     body_hash TEXT NOT NULL,
     at INTEGER NOT NULL,
     status INTEGER NOT NULL,
     grants BLOB,                       -- JSON text: pairs of job id and lock id
-    answer_crc INTEGER,
+    response_crc INTEGER,
     crc INTEGER NOT NULL,
-    answer BLOB
+    response BLOB
 ) STRICT;
 
 CREATE TABLE queues (

@@ -105,7 +105,7 @@ SLICE_BYTES: Final = 1 << 20  # of its records are enough too, because a transac
 MAX_BEHIND: Final = 30_000  # events that the tables may lack
 MAX_BEHIND_FULL: Final = 3_000  # on a full disk, because every read then applies them in memory
 KEEP_REPORTS: Final = 500
-_REPLACE_KEY: Final = insert("keys", (*KEY_COLUMNS, "crc", "answer"), "REPLACE")
+_REPLACE_KEY: Final = insert("keys", (*KEY_COLUMNS, "crc", "response"), "REPLACE")
 
 
 class Projection:

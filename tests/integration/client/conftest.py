@@ -11,7 +11,7 @@ from jobd.client import (
     AsyncJobClient,
     uuid7,
 )
-from jobd.client.worker import lease
+from jobd.client.worker import lock_keeper
 from tests.support.daemon_process import TOKEN, DaemonProcess
 
 
@@ -42,4 +42,4 @@ def queue() -> str:
 @pytest.fixture(autouse=True)
 def frequent_extensions(monkeypatch: pytest.MonkeyPatch) -> None:
     """Extend a lock of 30 s every 0.3 s, long before it expires: a busy machine may delay an extension for seconds."""
-    monkeypatch.setattr(lease, "EXTENSIONS_PER_TTL", 100)
+    monkeypatch.setattr(lock_keeper, "EXTENSIONS_PER_TTL", 100)

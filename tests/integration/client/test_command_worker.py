@@ -16,7 +16,7 @@ import msgspec
 import pytest
 
 from jobd.client import AsyncAdminClient, AsyncJobClient, CommandWorker, Unreachable
-from jobd.client.worker import claimer, idle_reasons, lease
+from jobd.client.worker import claimer, idle_reasons, lock_keeper
 from jobd.client.worker.claimer import ClaimOptions
 from jobd.client.worker.command_worker import describe
 from jobd.client.worker.idle_reasons import remaining_jobs
@@ -418,7 +418,7 @@ def test_a_command_and_a_positive_concurrency_are_needed() -> None:
 async def test_the_program_continues_while_the_daemon_is_unreachable(
     queue: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lease, "WAIT_S", 0.05)
+    monkeypatch.setattr(lock_keeper, "WAIT_S", 0.05)
     go = tmp_path / "go"
     with DaemonProcess(tmp_path) as daemon:
         async with AsyncJobClient(f"unix:{daemon.socket}") as client:
@@ -577,13 +577,13 @@ async def test_a_program_that_ignores_its_timeout_is_killed(client: AsyncJobClie
     assert not has_members(int(run.out))
 
 
-@pytest.mark.parametrize(("limit", "sent"), [({}, 0), ({"max_processing_ms": 5000}, 5000)])
-async def test_locks_have_no_ceiling_by_default(tmp_path: Path, limit: dict[str, Any], sent: int) -> None:
+@pytest.mark.parametrize(("limit", "sent"), [({}, 0), ({"progress_timeout_ms": 5000}, 5000)])
+async def test_locks_have_no_progress_timeout_by_default(tmp_path: Path, limit: dict[str, Any], sent: int) -> None:
     server = ScriptedServer()
     server.always = lambda received: ok({"grants": []})
     with serving(server, tmp_path / "p") as endpoint:
         await CommandWorker(endpoint, ["true"], drain=True, **limit).run(signals=False)
-    assert server.received[0].json["max_processing_ms"] == sent
+    assert server.received[0].json["progress_timeout_ms"] == sent
     assert server.received[0].json["about"].keys() == {"instance", "host", "pid", "version", "concurrency"}
 
 

@@ -364,12 +364,12 @@ async def test_a_job_is_released_if_no_thread_can_be_started(
     job = await client.create_job(queue=queue)
     start = threading.Thread.start
 
-    def refuse(thread: threading.Thread) -> None:
+    def reject(thread: threading.Thread) -> None:
         if thread.name == f"job {job.id}":
             raise RuntimeError("can't start new thread")
         start(thread)
 
-    monkeypatch.setattr(threading.Thread, "start", refuse)
+    monkeypatch.setattr(threading.Thread, "start", reject)
     worker = Worker(client, queues=[queue])
     worker.handler(lambda task: None)
     with pytest.raises(RuntimeError, match="can't start new thread"):

@@ -25,8 +25,8 @@ from jobd.client import (
     Task,
     Worker,
 )
-from jobd.client.worker import handlers, lease
-from jobd.client.worker.lease import LeaseKeeper
+from jobd.client.worker import handlers, lock_keeper
+from jobd.client.worker.lock_keeper import LeaseKeeper
 from tests.support.client_harness import (
     event_types,
     running_worker,
@@ -411,7 +411,7 @@ async def test_a_handler_that_ignores_a_lost_lock_is_cancelled(
         await cancelled.wait()
 
 
-async def test_a_handler_is_stopped_after_max_processing_ms(client: AsyncJobClient, queue: str) -> None:
+async def test_a_handler_is_stopped_after_progress_timeout_ms(client: AsyncJobClient, queue: str) -> None:
     worker = Worker(client, queues=[queue], lock_ttl_ms=30_000)
     stopped = asyncio.Event()
 
@@ -422,7 +422,7 @@ async def test_a_handler_is_stopped_after_max_processing_ms(client: AsyncJobClie
         finally:
             stopped.set()
 
-    job = await client.create_job(queue=queue, max_processing_ms=100, on_stall="fail")
+    job = await client.create_job(queue=queue, progress_timeout_ms=100, on_stall="fail")
     async with running_worker(worker):
         await stopped.wait()
     assert await event_types(client, job.id)
@@ -432,7 +432,7 @@ async def test_a_handler_is_stopped_after_max_processing_ms(client: AsyncJobClie
 async def test_work_continues_while_the_daemon_is_unreachable(
     tmp_path: Path, queue: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lease, "WAIT_S", 0.05)
+    monkeypatch.setattr(lock_keeper, "WAIT_S", 0.05)
     caplog.set_level(logging.WARNING, "jobd.client")
     started, go = asyncio.Event(), asyncio.Event()
     with DaemonProcess(tmp_path) as daemon:

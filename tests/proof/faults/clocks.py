@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from jobd.model.events import fold
-from jobd.model.job import Grant, Job, Lease
+from jobd.model.job import Grant, Job, LockDeadlines
 from tests.proof.faults.daemons import sigstopped
 from tests.proof.faults.harness import Check, Counts, Tool, Trial
 from tests.proof.faults.store_check import StoreContents, checked_contents
@@ -85,7 +85,7 @@ class SteppedClockDaemon(DaemonProcess):
 
     def start_job(self, job_id: str, ttl_ms: int) -> dict[str, str]:
         """Start a job; return the fields that its holder sends."""
-        body = {"worker": "w", "lock_ttl_ms": ttl_ms, "stuck_after_ms": 0}
+        body = {"worker": "w", "lock_ttl_ms": ttl_ms, "stall_after_ms": 0}
         return {"lock_id": self.post(f"/v1/jobs/{job_id}/start", body).data["lock_id"]}
 
     def left_ms(self, job_id: str) -> int:
@@ -217,9 +217,9 @@ def _check_wall_times(daemon: SteppedClockDaemon, name: str, granted: list[str],
 
 
 def _check_times(store: StoreContents) -> int:
-    """Check that lease time never goes back in the journal and that times are in order; return the number of events."""
+    """Check that lock time never goes back in the journal and that times are in order; return the number of events."""
     rows: dict[str, Job | None] = {}
-    lease_ms = 0
+    lock_ms = 0
     for event in sorted(itertools.chain(*store.events.values()), key=lambda event: event.seq):
         job = rows[event.job_id] = fold(rows.get(event.job_id), event)
         if job is None:  # deleted
@@ -227,11 +227,11 @@ def _check_times(store: StoreContents) -> int:
         times = [time for time in (job.created_at, job.started_at, job.finished_at, job.updated_at) if time is not None]
         assert times == sorted(times), f"{event.job_id} at {event.type}: {times}"
         if event.type == "granted":  # reports keep a later deadline, so they do not show the time
-            assert isinstance(job.lease, Lease)
+            assert isinstance(job.deadlines, LockDeadlines)
             assert isinstance(job.grant, Grant)
-            at = job.lease.silent - job.grant.stuck_after_ms
-            assert at >= lease_ms, f"lease time went back from {lease_ms} to {at}"
-            lease_ms = at
+            at = job.deadlines.stall_due - job.grant.stall_after_ms
+            assert at >= lock_ms, f"lock time went back from {lock_ms} to {at}"
+            lock_ms = at
     return sum(map(len, store.events.values()))
 
 
@@ -296,7 +296,7 @@ def suspended(trial: Trial) -> Counts:
                 for job_id, queue in ((alive, "q"), (dead, "none")):
                     assert daemon.post("/v1/jobs", {"id": job_id, "queue": queue}).status == 201
                 assert worker.next_report()["job"] == alive
-                body = {"worker": "dead", "lock_ttl_ms": 4_000, "stuck_after_ms": 0}
+                body = {"worker": "dead", "lock_ttl_ms": 4_000, "stall_after_ms": 0}
                 assert daemon.post(f"/v1/jobs/{dead}/start", body).status == 200
                 with sigstopped(daemon):
                     time.sleep(6)  # the fault: longer than the TTL of a lock

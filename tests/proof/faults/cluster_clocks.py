@@ -18,7 +18,7 @@ from tests.support.postgres import PostgresServer, wait_for
 
 CHANGES: Final = 60  # between two faults
 HOUR_S: Final = 3_600
-SHORT_LOCKS: Final = {"JOBD_LOCKS_TTL": "50m", "JOBD_LOCKS_MAX_PROCESSING": "50m"}
+SHORT_LOCKS: Final = {"JOBD_LOCKS_TTL": "50m", "JOBD_LOCKS_PROGRESS_TIMEOUT": "50m"}
 CACHE_S: Final = 1  # after which a node notices a step. To read the offset at each call slows a takeover
 CACHED: Final = {"FAKETIME_NO_CACHE": "0", "FAKETIME_CACHE_DURATION": f"{CACHE_S}"}
 ALERT_S: Final = 45.0  # in which an alert fires

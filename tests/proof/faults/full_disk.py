@@ -98,14 +98,14 @@ def _fill_and_free(daemon: DaemonProcess, ledger: Ledger, directory: Path, name:
     while (reply := caller.create(f"{name}-new-{created}")[1]).status == 201:
         created += 1
     assert (reply.status, reply.error) == (507, "storage_full"), reply.body
-    assert "refused=creates" in daemon.wait_for_log(FULL)
+    assert "rejected=creates" in daemon.wait_for_log(FULL)
     record, lock = held[0]
     while (
         reply := caller.ask("extended", record, "extend", {"lock_id": lock, "additional_ms": 900_000})
     ).status == 200:
         extended += 1
     assert reply.error == "storage_full", reply.body
-    assert "refused=all_but_endings" in daemon.wait_for_log(FULL)
+    assert "rejected=all_but_endings" in daemon.wait_for_log(FULL)
     assert not Path(f"{directory}/jobd.db.ballast").exists()
     assert daemon.get(f"/v1/jobs/{record.job_id}").status == 200, "reads continue"
     for record, lock in held:

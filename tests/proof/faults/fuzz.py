@@ -23,7 +23,7 @@ from schemathesis.core.result import Ok
 from schemathesis.schemas import APIOperation
 from schemathesis.specs.openapi.checks import ignored_auth, negative_data_rejection, positive_data_acceptance
 
-from jobd.api import admin, worker
+from jobd.api import admin_routes, worker_routes
 from jobd.api.openapi import document
 from jobd.http.routing import Route
 from jobd.model.api_call import LINES
@@ -60,7 +60,7 @@ ALWAYS_FAILING: Final = frozenset(
         f"POST {_P}/plans/{{plan_id}}/apply",
         f"GET {_P}/webhooks/{{name}}/deliveries",
         f"POST {_P}/webhooks/{{name}}/resend",
-        f"POST {_P}/webhooks/{{name}}/resend-given-up",
+        f"POST {_P}/webhooks/{{name}}/resend-dead-lettered",
         f"POST {_P}/webhooks/{{name}}/test",
         f"POST {_P}/workers/{{name}}/take-back",  # no worker is silent
     }
@@ -210,8 +210,8 @@ def fuzz_both_apis(trial: Trial) -> Counts:
     with DaemonProcess(trial.directory, "", JOBD_WORKER_TOKEN_FILE=str(token), **environ) as daemon:
         known = ExistingJobs(daemon)
         apis = [
-            ApiFuzzer("worker", worker.ROUTES, ports["WORKER"], known),
-            ApiFuzzer("admin", admin.ROUTES, ports["ADMIN"], known),
+            ApiFuzzer("worker", worker_routes.ROUTES, ports["WORKER"], known),
+            ApiFuzzer("admin", admin_routes.ROUTES, ports["ADMIN"], known),
         ]
         for api in apis:
             api.run(trial.rounds, trial.rounds if trial.timed else trial.rounds // 3)

@@ -51,7 +51,7 @@ SETTINGS: Final = {
     "JOBD_JOURNAL_REQUIRE_SYNC": "true",
     "JOBD_JOURNAL_LEASE": f"{LEASE_S:.0f}s",
     "JOBD_LOCKS_TTL": "12h",  # no lock ends during a check
-    "JOBD_LOCKS_MAX_PROCESSING": "12h",
+    "JOBD_LOCKS_PROGRESS_TIMEOUT": "12h",
 }
 _UNSETTLED: Final = frozenset({"unreachable", "not_leader", "outcome_unknown", "overloaded", "shutting_down"})
 

@@ -100,5 +100,5 @@ def _compare(found: StoreContents) -> None:
         for event in found.events.get(job_id, []):
             row = fold(row, event)
         assert row == job, f"the journal of {job_id} says {row}, its row is {job}"
-        held = job.grant is not None and job.lease is not None
+        held = job.grant is not None and job.deadlines is not None
         assert held == (job.status == "processing"), f"{job_id} is {job.status} and its grant is {job.grant}"

@@ -154,7 +154,7 @@ class ContendingClient:
             "queue": job,
             "payload": self._dice.choice(["one", "one", "one", "another"]),
             "max_attempts": terms.max_attempts,
-            "max_processing_ms": terms.max_processing_ms,
+            "progress_timeout_ms": terms.progress_timeout_ms,
             "max_stalls": 1000,
             "on_stall": terms.on_stall,
             "backoff": {"kind": "fixed", "base_ms": 0, "jitter": False},

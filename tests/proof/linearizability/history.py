@@ -50,10 +50,10 @@ class Operation(Struct, frozen=True):
 
 
 class Terms(Struct, frozen=True):
-    """The options with which a job is created. `max_processing_ms` 0: its locks outlive the history."""
+    """The options with which a job is created. `progress_timeout_ms` 0: its locks outlive the history."""
 
     max_attempts: int = 1
-    max_processing_ms: int = 0
+    progress_timeout_ms: int = 0
     on_stall: str = "auto"
 
 

@@ -176,9 +176,9 @@ def _stalled(state: ModelState, terms: Terms) -> ModelState:
 
 def _safe_until(operation: Operation, world: HistoryConditions) -> int:
     """Return the time until which a lock renewed by `operation` is certainly live."""
-    if not world.terms.max_processing_ms:
+    if not world.terms.progress_timeout_ms:
         return NEVER
-    until = operation.call_ns + world.terms.max_processing_ms * MS - ROUNDING
+    until = operation.call_ns + world.terms.progress_timeout_ms * MS - ROUNDING
     for outage in world.outages:
         if operation.return_ns is not None and operation.return_ns <= outage.down_ns < until:
             until = outage.up_ns + GRACE - ROUNDING
@@ -292,9 +292,9 @@ def _heartbeat(state: ModelState, operation: Operation, world: HistoryConditions
     error = _grant_error(state, operation)
     if error is not None:
         return error
-    if operation.response and operation.response.code == "max_processing_time_exceeded":
+    if operation.response and operation.response.code == "progress_timeout":
         is_past = (operation.return_ns or NEVER) >= state.safe_until
-        return _error(state, "max_processing_time_exceeded" if is_past else "a lock that is alive")
+        return _error(state, "progress_timeout" if is_past else "a lock that is alive")
     if operation.verb == "extend":
         return Expected("alive", {}, state)
     safe_until = max(state.safe_until, _safe_until(operation, world))  # no deadline ever moves back

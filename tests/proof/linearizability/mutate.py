@@ -131,7 +131,7 @@ def grant_without_response(history: History, world: HistoryConditions) -> Iterat
 
 def recovered_too_early(history: History, world: HistoryConditions) -> Iterator[History]:
     """A holder gets the error of a stall although its lock outlives the history."""
-    if not world.terms.max_processing_ms:
+    if not world.terms.progress_timeout_ms:
         for _, use in _uses(history):
             yield _swap(history, use, response=SeenResponse("lock_lost", {"reason": "stalled"}))
 

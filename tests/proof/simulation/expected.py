@@ -63,7 +63,7 @@ ON_DISK: Final = (
     "slice failed, yet written",
     "slice on a full disk",
     "write waits for slices",
-    "start refused",
+    "start rejected",
     "damaged row not moved",
     "full counter of tokens",
     "restored on another machine",

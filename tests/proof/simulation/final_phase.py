@@ -18,7 +18,7 @@ from tests.proof.simulation.invariants import is_overdue
 from tests.proof.simulation.machine import Machine, SimDaemon
 
 READY_S: Final = 2.0
-ALL_TIME_S: Final = 3 * 3_600.0  # longer than any lock, ceiling or delay of a scenario
+ALL_TIME_S: Final = 3 * 3_600.0  # longer than any lock, progress timeout or delay of a scenario
 WHO: Final = "last"
 
 
@@ -67,7 +67,7 @@ class FinalPhase:
         machine.note("machine", "up", opened_in_s)
         self.watch.must(opened_in_s <= READY_S, "L4", f"the daemon took {opened_in_s:.1f} s to come up")
         await asyncio.sleep(1.5)  # a disk that was full is probed once a second
-        machine.closing_since = daemon.clock.moment().lease
+        machine.closing_since = daemon.clock.moment().lock_ms
         machine.accept_clock(daemon)
         return daemon
 
@@ -77,8 +77,8 @@ class FinalPhase:
         others = asyncio.create_task(self._keep_asking())  # advances the state before cleanup does
         until = self.machine.loop.now_s + ALL_TIME_S
         while state.processing and self.machine.loop.now_s < until and not self.watch.first:
-            now = daemon.clock.moment().lease
-            ends = [job.lease.stuck for job in state.processing.values() if job.lease is not None]
+            now = daemon.clock.moment().lock_ms
+            ends = [job.deadlines.stalled_at for job in state.processing.values() if job.deadlines is not None]
             wait_ms = max(min(ends, default=now) - now, 0) + self.machine.recovery_ms + 1_100
             await asyncio.sleep(wait_ms / SECOND_MS)
         others.cancel()
@@ -193,5 +193,5 @@ class FinalPhase:
         return response if isinstance(response, Response) else None
 
     def _may_reject(self, response: ApiError) -> bool:
-        """Return whether an error is allowed: a damaged row was found, or a job expired or passed its ceiling."""
+        """Return whether an error is allowed: a damaged row, an expired job, or its progress timeout."""
         return response.code in ("job_quarantined", "invalid_transition", "job_not_found")

@@ -5,8 +5,8 @@ The checks follow the text of the invariants (docs/reliability.md) and share no 
 S1 one grant per job, S2 tokens increase, S3 only the latest grant changes a job, S4 completed is final and a run ends
 once, S5 only stalled jobs are recovered, S6 acknowledged means on disk and rejected means nothing done, S7 journal,
 memory and rows are equal, S8 a rule always returns, S9 the same key gets the same response, S10 counters
-equal a recount, S11 no lock outlives its ceiling, S12 lease time never goes back, S13 only old finished jobs are
-deleted, S14 claims keep the order, S15 changes of operators are in the audit log, and a dry run changes nothing.
+equal a recount, S11 no lock outlives its progress timeout, S12 lock time never goes back, S13 only old finished jobs
+are deleted, S14 claims keep the order, S15 changes of operators are in the audit log, and a dry run changes nothing.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from jobd.model.commands import (
 )
 from jobd.model.errors import ApiError
 from jobd.model.events import Change, Event, fold
-from jobd.model.job import FINISHED, SECOND_MS, STATUSES, TRANSITIONS, Job, Lease, release_delay_ms
+from jobd.model.job import FINISHED, SECOND_MS, STATUSES, TRANSITIONS, Job, LockDeadlines, release_delay_ms
 from jobd.model.responses import Recovered, Response
 from tests.support.rule_harness import Decision, due_order
 
@@ -64,18 +64,18 @@ class Violation(Exception):
         self.job_id = job_id
 
 
-def is_live(lease: Lease, lease_ms: int) -> bool:
+def is_live(deadlines: LockDeadlines, lock_ms: int) -> bool:
     """Return whether the lock is live. At its expiry it is not."""
-    return not lease.cleared and lease_ms < lease.expires
+    return not deadlines.cleared and lock_ms < deadlines.expires
 
 
-def is_stuck(job: Job, lease_ms: int) -> bool:
-    """Return whether a processing job has no grant, is past its ceiling, or has an expired lock and a silent worker."""
-    lease = job.lease
-    if job.status != "processing" or lease is None or job.grant is None:
+def is_stalled(job: Job, lock_ms: int) -> bool:
+    """Return whether a processing job has no grant, is past its progress timeout, or stalled."""
+    deadlines = job.deadlines
+    if job.status != "processing" or deadlines is None or job.grant is None:
         return job.status == "processing"
-    past = lease.ceiling is not None and lease_ms >= lease.ceiling
-    return past or (not is_live(lease, lease_ms) and lease_ms >= lease.silent)
+    past = deadlines.progress_due is not None and lock_ms >= deadlines.progress_due
+    return past or (not is_live(deadlines, lock_ms) and lock_ms >= deadlines.stall_due)
 
 
 def is_overdue(job: Job, now: int) -> bool:
@@ -88,9 +88,9 @@ class DecisionChecks:
     def __init__(self) -> None:
         self.held_at_start: set[str] = set()  # lock ids
         self._live_at_start: set[str] = set()
-        self._grace_ends = 0  # lease time
+        self._grace_ends = 0  # lock time
         self._last_token = 0
-        self._last_lease = 0
+        self._last_lock_ms = 0
 
     def fail(self, rule: str, what: str, job_id: str | None = None) -> None:
         raise Violation(rule, what, job_id)
@@ -99,13 +99,13 @@ class DecisionChecks:
         if not condition:
             self.fail(rule, what, job_id)
 
-    def begin(self, state: State, lease_ms: int, grace_ms: int) -> None:
+    def begin(self, state: State, lock_ms: int, grace_ms: int) -> None:
         """Start the grace, within which no lock of a processing job may end."""
-        held = [(job.grant.lock_id, job.lease) for job in state.processing.values() if job.grant and job.lease]
+        held = [(job.grant.lock_id, job.deadlines) for job in state.processing.values() if job.grant and job.deadlines]
         self.held_at_start = {lock_id for lock_id, _ in held}
-        self._live_at_start = {lock_id for lock_id, lease in held if is_live(lease, lease_ms)}
-        self._grace_ends = lease_ms + grace_ms
-        self._last_token, self._last_lease = 0, lease_ms
+        self._live_at_start = {lock_id for lock_id, deadlines in held if is_live(deadlines, lock_ms)}
+        self._grace_ends = lock_ms + grace_ms
+        self._last_token, self._last_lock_ms = 0, lock_ms
 
     def check_recovery(self, job: Job, at: Moment) -> None:
         """Check that a stalled job is recovered in time."""
@@ -132,8 +132,8 @@ class DecisionChecks:
         except Exception as error:
             self.fail("S8", f"{name} raised {error!r}", job_id)
             raise
-        self.must(at.lease >= self._last_lease, "S12", f"lease time went from {self._last_lease} to {at.lease}")
-        self._last_lease = at.lease
+        self.must(at.lock_ms >= self._last_lock_ms, "S12", f"lock time went from {self._last_lock_ms} to {at.lock_ms}")
+        self._last_lock_ms = at.lock_ms
         self._check_answer(rows, paused, command, decision, job, at)
         changes_nothing = is_read or is_dry_run(command)
         self.must(not (changes_nothing and decision.changes), "S15", f"{name} did something, which only reads", job_id)
@@ -186,14 +186,14 @@ class DecisionChecks:
 
     def _check_recovery(self, rows: Mapping[str, Job], command: Recover, decision: Decision, at: Moment) -> None:
         """Recovery takes every stalled job up to the limit. Rows without a grant are left to cleanup runs."""
-        stuck = sum(
-            is_stuck(job, at.lease) and job.grant is not None and job.lease is not None for job in rows.values()
+        stalled = sum(
+            is_stalled(job, at.lock_ms) and job.grant is not None and job.deadlines is not None for job in rows.values()
         )
         done = len(_ids(decision.changes, "stalled"))
-        self.must(done == min(stuck, command.limit), "S5", f"{done} jobs were recovered, {stuck} are stuck")
+        self.must(done == min(stalled, command.limit), "S5", f"{done} jobs were recovered, {stalled} are stuck")
         if isinstance(decision.answer, Response) and isinstance(decision.answer.data, Recovered):
             self.must(
-                decision.answer.data.more or stuck <= done,
+                decision.answer.data.more or stalled <= done,
                 "S5",
                 "stuck jobs are left and not reported",
             )
@@ -201,7 +201,7 @@ class DecisionChecks:
     def _check_start(self, job: Job, decision: Decision, at: Moment) -> None:
         response = decision.answer
         if isinstance(response, ApiError) and response.code == "already_locked":
-            self.must(not is_stuck(job, at.lease), "S5", "a stuck job was called locked", job.id)
+            self.must(not is_stalled(job, at.lock_ms), "S5", "a stuck job was called locked", job.id)
 
     def _check_holder(self, command: Any, decision: Decision, job: Job | None, at: Moment) -> None:
         verb, lock_id = type(command).__name__, command.lock_id
@@ -221,10 +221,10 @@ class DecisionChecks:
         elif isinstance(decision.answer, Response):
             ended = job is not None and job.ended is not None and job.ended.lock_id == lock_id
             self.must(ended, "S3", f"{verb} was taken from an older grant", command.id)
-        elif is_latest and job is not None and job.lease is not None:
-            code, ceiling = decision.answer.code, job.lease.ceiling
-            past = ceiling is not None and at.lease >= ceiling
-            allowed = {"invalid_request"} | ({"max_processing_time_exceeded"} if past else set())
+        elif is_latest and job is not None and job.deadlines is not None:
+            code, progress_due = decision.answer.code, job.deadlines.progress_due
+            past = progress_due is not None and at.lock_ms >= progress_due
+            allowed = {"invalid_request"} | ({"progress_timeout"} if past else set())
             self.must(code in allowed, "S3", f"{verb} of the latest grant was rejected: {code}", command.id)
 
     def _check_late(self, command: Complete, decision: Decision, job: Job | None) -> None:
@@ -266,14 +266,14 @@ class DecisionChecks:
             self._check_leaving(before, after, event, command, at)
         if after is not None:
             self._check_row(before, after, event, command, at)
-            if after.lease is not None and event.type != "imported":
-                self._check_lease(before.lease if before is not None else None, after, event, command, at)
+            if after.deadlines is not None and event.type != "imported":
+                self._check_lease(before.deadlines if before is not None else None, after, event, command, at)
 
     def _check_leaving(self, before: Job, after: Job | None, event: Event, command: AnyCommand, at: Moment) -> None:
         """Check that the event is allowed for a job in the state `before`."""
         kind = event.type
         if kind == "stalled" and isinstance(command, TakeBack):
-            is_live = before.lease is None or before.lease.is_live(at.lease)
+            is_live = before.deadlines is None or before.deadlines.is_live(at.lock_ms)
             is_its = before.grant is not None and before.grant.worker == command.name
             self.must(is_its and not is_live, "S5", "a live lock or that of another was taken back", before.id)
         elif kind == "stalled" and not isinstance(command, (EndGrants, Import)):
@@ -310,10 +310,10 @@ class DecisionChecks:
             self.must(stays, "S14", f"{kind} took the job from its place", before.id)
 
     def _check_stall(self, before: Job, at: Moment) -> None:
-        self.must(is_stuck(before, at.lease), "S5", "a job was recovered that is not stuck", before.id)
-        if before.grant is None or before.lease is None:
+        self.must(is_stalled(before, at.lock_ms), "S5", "a job was recovered that is not stuck", before.id)
+        if before.grant is None or before.deadlines is None:
             return
-        graced = before.grant.lock_id in self.held_at_start and at.lease < self._grace_ends
+        graced = before.grant.lock_id in self.held_at_start and at.lock_ms < self._grace_ends
         self.must(not graced, "S5", "a job was recovered within the grace after a start", before.id)
         self.check_recovery(before, at)
 
@@ -323,7 +323,7 @@ class DecisionChecks:
         pair = (event.before, job.status)
         self.must(not moved or pair in TRANSITIONS, "S4", f"{event.type} went from {pair[0]} to {pair[1]}", job.id)
         self.must(job.status in STATUSES, "S4", f"status {job.status}", job.id)
-        held = job.grant is not None and job.lease is not None
+        held = job.grant is not None and job.deadlines is not None
         self.must(held == (job.status == "processing"), "S1", f"a {job.status} job has grant {job.grant}", job.id)
         if job.grant is not None and (before is None or before.grant is None):
             token = job.grant.fencing_token
@@ -358,49 +358,61 @@ class DecisionChecks:
             expected = before.attempt + (event.type == "granted")
         self.must(job.attempt == expected, "S4", f"{event.type}: attempt {before.attempt} became {job.attempt}", job.id)
 
-    def _check_lease(self, before: Lease | None, job: Job, event: Event, command: AnyCommand, at: Moment) -> None:
-        """Check the deadlines: never beyond the ceiling, never earlier than before, at least what was requested."""
-        lease, grant, kind = job.lease, job.grant, event.type
-        assert lease is not None
+    def _check_lease(
+        self, before: LockDeadlines | None, job: Job, event: Event, command: AnyCommand, at: Moment
+    ) -> None:
+        """Check the deadlines: not beyond the progress timeout, not earlier than before, at least as requested."""
+        deadlines, grant, kind = job.deadlines, job.grant, event.type
+        assert deadlines is not None
         assert grant is not None
-        within = lease.ceiling is None or lease.expires <= lease.ceiling
-        ends = f"the lock ends at {lease.expires}, its ceiling is {lease.ceiling}"
+        within = deadlines.progress_due is None or deadlines.expires <= deadlines.progress_due
+        ends = f"the lock ends at {deadlines.expires}, its progress timeout is {deadlines.progress_due}"
         self.must(within, "S11", f"{kind}: {ends}", job.id)
         if kind == "granted":
-            own, requested = job.options.max_processing_ms, getattr(command, "max_processing_ms", None)
-            fits = own == grant.max_processing_ms or (own is None and requested in (None, grant.max_processing_ms))
+            own, requested = job.options.progress_timeout_ms, getattr(command, "progress_timeout_ms", None)
+            fits = own == grant.progress_timeout_ms or (own is None and requested in (None, grant.progress_timeout_ms))
             self.must(
-                fits, "S11", f"{kind}: its ceiling is {grant.max_processing_ms}, not {own} or {requested}", job.id
+                fits,
+                "S11",
+                f"{kind}: its progress timeout is {grant.progress_timeout_ms}, not {own} or {requested}",
+                job.id,
             )
-        credited = before.ceiling if before is not None else None
+        credited = before.progress_due if before is not None else None
         if kind in ("granted", "progress"):
-            ceiling = at.lease + grant.max_processing_ms if grant.max_processing_ms else None
-            fits = lease.ceiling == (ceiling if credited is None or ceiling is None else max(ceiling, credited))
-            self.must(fits, "S11", f"{kind}: ceiling {lease.ceiling}, not {ceiling}", job.id)
+            progress_due = at.lock_ms + grant.progress_timeout_ms if grant.progress_timeout_ms else None
+            fits = deadlines.progress_due == (
+                progress_due if credited is None or progress_due is None else max(progress_due, credited)
+            )
+            self.must(fits, "S11", f"{kind}: progress_due {deadlines.progress_due}, not {progress_due}", job.id)
         elif kind != "resumed" and before is not None:
-            self.must(lease.ceiling == before.ceiling, "S11", f"{kind} moved the ceiling", job.id)
+            self.must(deadlines.progress_due == before.progress_due, "S11", f"{kind} moved the progress_due", job.id)
         if kind in ("granted", "progress", "extended"):
             requested = getattr(command, "additional_ms", None) or grant.ttl_ms
-            until = min(at.lease + requested, at.lease + requested if lease.ceiling is None else lease.ceiling)
-            long = lease.expires == (until if before is None else max(until, before.expires))
-            self.must(long and not lease.cleared, "S11", f"{kind}: {ends}, it should end at {until}", job.id)
-            self.must(lease.silent >= at.lease + grant.stuck_after_ms, "S11", f"{kind}: stuck too early", job.id)
+            until = min(
+                at.lock_ms + requested,
+                at.lock_ms + requested if deadlines.progress_due is None else deadlines.progress_due,
+            )
+            long = deadlines.expires == (until if before is None else max(until, before.expires))
+            self.must(long and not deadlines.cleared, "S11", f"{kind}: {ends}, it should end at {until}", job.id)
+            self.must(
+                deadlines.stall_due >= at.lock_ms + grant.stall_after_ms, "S11", f"{kind}: stuck too early", job.id
+            )
         if before is not None:
-            back = lease.expires < before.expires or lease.silent < before.silent
+            back = deadlines.expires < before.expires or deadlines.stall_due < before.stall_due
             self.must(not back, "S11", f"{kind} made a lock shorter", job.id)
         if kind == "resumed" and before is not None and event.details is not None:
-            until = at.lease + event.details["grace_ms"]
-            pairs = zip(_deadlines(before), _deadlines(lease), strict=True)
+            until = at.lock_ms + event.details["grace_ms"]
+            pairs = zip(_deadlines(before), _deadlines(deadlines), strict=True)
             fits = all(new == old or (new == until and (old or 0) < until) for old, new in pairs)
-            self.must(fits, "S11", f"{kind}: {before} became {lease}, credit is until {until}", job.id)
+            self.must(fits, "S11", f"{kind}: {before} became {deadlines}, credit is until {until}", job.id)
         if kind == "lock_expired":
-            self.must(before is not None and at.lease >= before.expires, "S5", "a live lock was cleared", job.id)
-            graced = grant.lock_id in self._live_at_start and at.lease < self._grace_ends
+            self.must(before is not None and at.lock_ms >= before.expires, "S5", "a live lock was cleared", job.id)
+            graced = grant.lock_id in self._live_at_start and at.lock_ms < self._grace_ends
             self.must(not graced, "S5", "a live lock ended within the grace after a start", job.id)
 
 
-def _deadlines(lease: Lease) -> tuple[int | None, ...]:
-    return lease.expires, lease.silent, lease.ceiling
+def _deadlines(deadlines: LockDeadlines) -> tuple[int | None, ...]:
+    return deadlines.expires, deadlines.stall_due, deadlines.progress_due
 
 
 def _ids(changes: Iterable[Change], kind: str) -> list[str]:
@@ -417,5 +429,5 @@ def _brief(state: State, job: Job | None) -> tuple[Any, ...]:
         *state.totals.values(),
         len(state.jobs),
         same,
-        len(state.stuck),
+        len(state.stalled),
     )

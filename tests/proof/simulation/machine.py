@@ -23,8 +23,8 @@ from jobd.engine.idempotency import IdempotencyStore
 from jobd.maintenance.artifact_sweeper import ArtifactSweeper, SweepStats
 from jobd.maintenance.clock_monitor import ClockMonitor
 from jobd.maintenance.due_jobs import DueJobs
-from jobd.maintenance.held_locks import GRACE_MS, extend_held_locks
 from jobd.maintenance.maintainer import Maintainer, read_stats
+from jobd.maintenance.restart_grace import GRACE_MS, extend_held_locks
 from jobd.model.commands import AnyCommand, ClockTrust, EndGrants, IdempotencyKey, Operator
 from jobd.model.errors import ApiError
 from jobd.model.job import DAY_MS
@@ -137,7 +137,7 @@ class Machine(Host):
         loop.on_error = lambda message: self.monitor.fail("loop", message)
         self.closing = False
         self.enough = 0  # steps
-        self.closing_since: int | None = None  # lease time at which the faults had stopped
+        self.closing_since: int | None = None  # lock time at which the faults had stopped
         self.had_read_errors = False
         self.backups: list[Backup] = []
         self.clocks_moved_s = 0.0  # loop time of the latest step of a clock
@@ -209,11 +209,11 @@ class Machine(Host):
             await asyncio.sleep(self.downtime_s)
 
     def _refuse_start(self, why: str, *, is_expected: bool) -> None:
-        """The start was refused; an operator mends the journal."""
+        """The start was rejected; an operator mends the journal."""
         self.daemon = None
-        self.note("machine", "refused", why)
-        self.fired["start refused"] += 1
-        self.monitor.must(is_expected, "S6", f"the start was refused: {why}")
+        self.note("machine", "rejected", why)
+        self.fired["start rejected"] += 1
+        self.monitor.must(is_expected, "S6", f"the start was rejected: {why}")
         self.disk.mend()
 
     async def check_delivered(self) -> None:
@@ -482,7 +482,7 @@ class SimDaemon:
 
     def _settle(self) -> None:
         if not self.opened.marked:
-            now = self.clock.moment().lease
+            now = self.clock.moment().lock_ms
             extend_held_locks(self.actor, now, since=now, slice_jobs=SLICE)
             return
         held = list(self.state.processing)

@@ -59,8 +59,8 @@ class Monitor(DecisionChecks):
         self._calls: set[tuple[Any, ...]] = set()  # job seq, token and verb of the late calls that this daemon noted
         self._latest_wall = 0  # that this daemon has seen
         self._earliest_wall = sys.maxsize  # of the decisions since the latest commit
-        self._held_at: int | None = None  # lease time while the full disk holds it
-        self._good_pass_s = 0.0  # loop time of the start, or of the latest cleanup run without errors
+        self._held_at: int | None = None  # lock time while the full disk holds it
+        self._good_run_s = 0.0  # loop time of the start, or of the latest cleanup run without errors
         self._key_rows: dict[str, StoredResponse] = {}  # as committed, with responses
         self._commits = 0
         self._decide: Decide = decide.decide
@@ -83,8 +83,8 @@ class Monitor(DecisionChecks):
         self._calls = set()
         self._latest_wall = 0
         self._held_at = None
-        self._good_pass_s = self.machine.loop.now_s
-        self.begin(daemon.state, daemon.clock.moment().lease, grace_ms)
+        self._good_run_s = self.machine.loop.now_s
+        self.begin(daemon.state, daemon.clock.moment().lock_ms, grace_ms)
         self.recount(daemon.state)
         self.check_disk()
         self._note_due_on_disk()
@@ -161,10 +161,10 @@ class Monitor(DecisionChecks):
         return decision.answer
 
     def _check_clock(self, daemon: SimDaemon, at: Moment) -> None:
-        """Check that lease time stands still while the disk is full."""
+        """Check that lock time stands still while the disk is full."""
         is_held = daemon.actor.full_disk.write_limit >= WriteLimit.ALL_BUT_ENDINGS
-        self._held_at = (self._held_at or at.lease) if is_held else None
-        self.must(self._held_at in (None, at.lease), "S11", f"lease time went on from {self._held_at} on a full disk")
+        self._held_at = (self._held_at or at.lock_ms) if is_held else None
+        self.must(self._held_at in (None, at.lock_ms), "S11", f"lock time went on from {self._held_at} on a full disk")
 
     def check_aging(self, job: Job, at: Moment) -> None:
         """S13: nothing ages by a clock that is wrong, whether the daemon suspects it or not."""
@@ -173,10 +173,10 @@ class Monitor(DecisionChecks):
 
     def check_recovery(self, job: Job, at: Moment) -> None:
         """Check L2, after the faults have stopped."""
-        assert job.lease is not None
+        assert job.deadlines is not None
         since = self.machine.closing_since
         if since is not None:
-            late_ms = at.lease - max(job.lease.stuck, since)
+            late_ms = at.lock_ms - max(job.deadlines.stalled_at, since)
             self.must(late_ms <= self.machine.recovery_ms + 1_000, "L2", f"recovery came {late_ms} ms late", job.id)
 
     def _check_arrival(self, command: Claim, decision: Decision) -> None:
@@ -257,8 +257,10 @@ class Monitor(DecisionChecks):
                 self.highest_token = max(token, self.highest_token)
                 if daemon is not None:
                     self._expect_delivery(daemon, after.id, after.grant, RELEASE_CHECKS)
-        kept = batch.numbers.lease_ms
-        self.must(batch.writes or kept >= self._last_lease, "S12", f"lease time is {self._last_lease}, {kept} is kept")
+        kept = batch.numbers.lock_ms
+        self.must(
+            batch.writes or kept >= self._last_lock_ms, "S12", f"lock time is {self._last_lock_ms}, {kept} is kept"
+        )
         counter = self.highest_token & ((1 << TOKEN_COUNTER_BITS) - 1)
         if self.highest_token >> TOKEN_COUNTER_BITS == batch.numbers.epoch:
             self.must(batch.numbers.next_token > counter, "S2", "the mark of the tokens went back")
@@ -306,13 +308,13 @@ class Monitor(DecisionChecks):
         """L5: if no cleanup run has succeeded for three periods, health reports it."""
         daemon, now_s = self.daemon, self.machine.loop.now_s
         if batch.report is not None and not msgspec.json.decode(batch.report, type=CleanupReport).errors:
-            self._good_pass_s = now_s
+            self._good_run_s = now_s
         if daemon is not None and daemon.is_open:
             schedule = daemon.maintainer.schedule
             late_s = 3 * max(schedule.interval_ms, schedule.min_interval_ms) / SECOND_MS
             is_reported = daemon.maintainer.degraded_reason() is not None
             self.fired["cleanup degraded"] += is_reported
-            silent_s = now_s - self._good_pass_s
+            silent_s = now_s - self._good_run_s
             self.must(
                 is_reported or silent_s <= late_s + 1,
                 "L5",
@@ -321,7 +323,7 @@ class Monitor(DecisionChecks):
 
     def note_freeze(self, seconds: float) -> None:
         """Note a freeze: a cleanup run may have been in progress."""
-        self._good_pass_s += seconds
+        self._good_run_s += seconds
 
     def check_prune(self, before: int) -> None:
         """S13: the journal of a deleted job is kept for its time."""
@@ -337,7 +339,7 @@ class Monitor(DecisionChecks):
         """
         disk = self.machine.disk
         rows = {job.id: job for job in disk.jobs.values() if job.id not in disk.unmoved or job.status in FINISHED}
-        at = Moment(state._now, state._lease, state._now - state._lease)
+        at = Moment(state._now, state._lock_ms, state._now - state._lock_ms)
         try:
             compare(state, rows, at, finished_at_hand=False)
             tokens = [job.grant.fencing_token for job in state.processing.values() if job.grant is not None]

@@ -10,7 +10,7 @@ from typing import Any
 
 from msgspec import Raw
 
-from jobd.core.rules.plans import version
+from jobd.core.rules.plan_rules import version
 from jobd.engine.waiting_claims import FEW
 from jobd.model.commands import (
     Adopt,
@@ -119,8 +119,8 @@ class RequestGenerator:
             ),
             max_stalls=self.maybe(0.3, 0, 1, 5),
             on_stall=self.maybe(0.4, "auto", "requeue", "fail"),
-            stuck_after_ms=self.maybe(0.3, 0, 1_000, 20_000),
-            max_processing_ms=self.maybe(0.3, 0, 2_000, 10_000, 45_000),
+            stall_after_ms=self.maybe(0.3, 0, 1_000, 20_000),
+            progress_timeout_ms=self.maybe(0.3, 0, 2_000, 10_000, 45_000),
             run_at=run_at,
             delay_ms=self.maybe(0.15 if run_at is None else 0.1, 0, 700, 5_000),
             expires_at=self.maybe(0.15, now + 2_000, now + 20_000, now - 5),
@@ -146,8 +146,8 @@ class RequestGenerator:
             limit=self.dice.choice((1, 1, 1, 2, 5, 100)),
             wait_ms=self.dice.choice((0, 300, 3_000, 10_000, 60_000)),
             lock_ttl_ms=self.maybe(0.4, 1_000, 4_000, 60_000),
-            stuck_after_ms=self.maybe(0.4, 0, 0, 2_000),
-            max_processing_ms=self.maybe(0.2, 0, 3_000, 20_000),
+            stall_after_ms=self.maybe(0.4, 0, 0, 2_000),
+            progress_timeout_ms=self.maybe(0.2, 0, 3_000, 20_000),
         )
 
     def start(self, worker: str) -> Start:
@@ -155,8 +155,8 @@ class RequestGenerator:
             id=self.job_id(),
             worker=worker,
             lock_ttl_ms=self.maybe(0.4, 1_000, 4_000, 60_000),
-            stuck_after_ms=self.maybe(0.4, 0, 0, 2_000),
-            max_processing_ms=self.maybe(0.2, 0, 3_000, 20_000),
+            stall_after_ms=self.maybe(0.4, 0, 0, 2_000),
+            progress_timeout_ms=self.maybe(0.2, 0, 3_000, 20_000),
         )
 
     # -- operators ----------------------------------------------------------------------------------------------------
@@ -263,8 +263,8 @@ class RequestGenerator:
             backoff=options.choice((Backoff(), Backoff(base_ms=0, max_ms=0))),
             max_stalls=options.choice((None, 0, 1000)),
             on_stall=options.choice((None, "auto", "requeue", "fail")),
-            stuck_after_ms=options.choice((None, 0, 2_000, 45_000)),
-            max_processing_ms=options.choice((None, 0, 2_000, 45_000)),
+            stall_after_ms=options.choice((None, 0, 2_000, 45_000)),
+            progress_timeout_ms=options.choice((None, 0, 2_000, 45_000)),
             progress_message=options.choice((None, "so far")),
             file_path=options.choice((None, "/x")),
             metadata=options.choice((None, Raw(b"null"), Raw(b"{}"))),

@@ -12,7 +12,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from jobd.engine.actor import SLOW_COMMIT_S, Bounds
-from jobd.maintenance.cleanup_pass import CleanupSchedule
+from jobd.maintenance.cleanup_run import CleanupSchedule
 from jobd.model.job import DAY_MS, MINUTE_MS, SECOND_MS, Policy
 from jobd.storage.artifacts.base import Margins
 from jobd.storage.commit_mode import CommitSetting
@@ -139,8 +139,8 @@ def policy(dice: Random) -> Policy:
         return Policy(live_jobs=dice.choice((8, 5000)))
     return Policy(
         lock_ttl_ms=dice.choice((1_000, 3_000, 10_000, 60_000)),
-        max_processing_ms=dice.choice((0, 2_000, 20_000, 50_000, 30 * MINUTE_MS)),
-        stuck_after_ms=dice.choice((0, 500, 5_000, 40_000)),
+        progress_timeout_ms=dice.choice((0, 2_000, 20_000, 50_000, 30 * MINUTE_MS)),
+        stall_after_ms=dice.choice((0, 500, 5_000, 40_000)),
         max_stalls=dice.choice((0, 1, 3)),
         on_stall=dice.choice(("auto", "auto", "requeue", "fail")),
         keep_completed_ms=dice.choice((1, 20_000, 7 * DAY_MS)),

@@ -1,4 +1,4 @@
-"""Downloads of stored results through a real listener: content, errors, aborts."""
+"""Downloads of artifacts through a real listener: content, errors, aborts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 from msgspec.structs import replace
 from structlog.testing import capture_logs
 
-from jobd.api.admin import ROUTES
+from jobd.api.admin_routes import ROUTES
 from jobd.api.downloads import disposition
 from jobd.core.views import job_view, late_view
 from jobd.http.auth import Authenticator

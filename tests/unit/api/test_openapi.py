@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from jsonschema_rs import Draft202012Validator
 from openapi_spec_validator import OpenAPIV31SpecValidator
 
-from jobd.api import admin, openapi, worker
+from jobd.api import admin_routes, openapi, worker_routes
 from jobd.api.command_stream import LINE_TYPES, StreamedCommand, line_decoders
 from jobd.api.openapi import document, error_codes
 from jobd.http.auth import Authenticator, accepted_hosts
@@ -27,7 +27,7 @@ from jobd.model.events import StreamedEvent
 from jobd.model.job import storage_key_error
 from tests.support.http_harness import TOKEN, HttpHarness
 
-TABLES: dict[str, Sequence[Route]] = {"worker": worker.ROUTES, "admin": admin.ROUTES}
+TABLES: dict[str, Sequence[Route]] = {"worker": worker_routes.ROUTES, "admin": admin_routes.ROUTES}
 DOCUMENTS: dict[str, dict[str, Any]] = {name: document(name, table) for name, table in TABLES.items()}
 
 
@@ -218,17 +218,17 @@ def value_at(body: Any, path: str) -> Any:
     return body
 
 
-def is_beside_its_schema(refusal: errors.ApiError, body: Any) -> bool:
+def is_beside_its_schema(rejection: errors.ApiError, body: Any) -> bool:
     """Return whether `body` may be rejected because of the named field although its schema accepts it.
 
     A storage key can be invalid in ways that no schema expresses, and JSON Schema counts 5.0 as an integer.
     """
-    field = refusal.details["field"]
+    field = rejection.details["field"]
     value = value_at(body, field)
     if field in ("$.storage_key", "$.updates.storage_key"):
         fault = storage_key_error(value) if isinstance(value, str) else None
-        return fault is not None and fault in refusal.message
-    return isinstance(value, float) and value.is_integer() and "got a number" in refusal.message
+        return fault is not None and fault in rejection.message
+    return isinstance(value, float) and value.is_integer() and "got a number" in rejection.message
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from jobd.api import admin, worker
+from jobd.api import admin_routes, worker_routes
 from jobd.api.standby import NoActor, StandbyServices, standby_app
 from jobd.http.auth import Authenticator
 from jobd.http.decoding import Limits
@@ -24,7 +24,7 @@ class Standby(HttpHarness):
 
     def __init__(self, directory: Path, *, is_admin: bool) -> None:
         authenticator = Authenticator("admin", tokens=[TOKEN]) if is_admin else None
-        routes = admin.ROUTES if is_admin else worker.ROUTES
+        routes = admin_routes.ROUTES if is_admin else worker_routes.ROUTES
         super().__init__(routes, directory, authenticator=authenticator, admin=is_admin)
         self.leader: str | None = "http://a:8771"
         services = StandbyServices(lambda: ClusterView(role="standby", node="b", leader=self.leader, lag_events=7))
@@ -34,7 +34,7 @@ class Standby(HttpHarness):
 
     def lead(self) -> None:
         """Serve all routes, as after a takeover."""
-        routes = admin.ROUTES if self.leads.admin else worker.ROUTES
+        routes = admin_routes.ROUTES if self.leads.admin else worker_routes.ROUTES
         self.standby_app.serve(routes, self.actor, self.services)
 
 
@@ -122,7 +122,7 @@ async def test_a_read_without_the_actor_waits_for_the_confirmation_of_leadership
 async def test_a_node_that_has_lost_its_leadership_serves_no_read(standby: Standby) -> None:
     """Also not one that needs no command of the actor."""
     is_lost = False
-    routes = admin.ROUTES if standby.leads.admin else worker.ROUTES
+    routes = admin_routes.ROUTES if standby.leads.admin else worker_routes.ROUTES
 
     def guard() -> ApiError | None:
         return not_leader_error(None) if is_lost else None

@@ -78,7 +78,7 @@ def test_the_name_of_the_operator_is_sent_as_ascii(server: ScriptedServer) -> No
 
 
 def test_a_call_sends_its_fields_and_returns_a_typed_result(server: ScriptedServer, send: EitherClient) -> None:
-    server.script = [ok({"lock_expires_at": 5, "ttl_ms": 6, "ceiling_at": None, "cancel_requested": False})]
+    server.script = [ok({"lock_expires_at": 5, "ttl_ms": 6, "progress_due_at": None, "cancel_requested": False})]
     assert send(
         request_for(WorkerApi.update_progress, "j1", lock_id="secret", progress=42, message="half")
     ) == LockState(5, 6, None, False)

@@ -113,10 +113,10 @@ def test_an_empty_id_is_rejected() -> None:
 def test_one_queue_may_be_a_string() -> None:
     assert msgspec.json.decode(requests.claim("w", queues="video").body or b"")["queues"] == ["video"]
     for request in (
-        request_for(WorkerApi.start_processing, "a", "w", max_processing_ms=0),
-        requests.claim("w", max_processing_ms=0),
+        request_for(WorkerApi.start_processing, "a", "w", progress_timeout_ms=0),
+        requests.claim("w", progress_timeout_ms=0),
     ):
-        assert msgspec.json.decode(request.body or b"") == {"worker": "w", "max_processing_ms": 0}
+        assert msgspec.json.decode(request.body or b"") == {"worker": "w", "progress_timeout_ms": 0}
 
 
 def test_a_job_can_be_read_although_python_cannot_hold_its_payload() -> None:

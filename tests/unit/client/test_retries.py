@@ -58,8 +58,8 @@ def test_a_call_that_is_not_repeatable_follows_the_leader() -> None:
     state = RetryState(RetryOptions(), request_for(AdminApi.step_down), NodeList([A, B]), 0)
     assert state.wait_s(standby(B), 0, 0) == 0
     assert state.endpoint == B
-    with pytest.raises(Unreachable, match="refused"):
-        state.wait_s(refused(B), 0, 0)
+    with pytest.raises(Unreachable, match="rejected"):
+        state.wait_s(rejected(B), 0, 0)
 
 
 def test_no_retries_means_one_attempt() -> None:
@@ -95,8 +95,8 @@ def standby(leader: Endpoint | str | None = None) -> NotLeader:
     return NotLeader("A standby.", details={"leader": None if leader is None else str(leader)})
 
 
-def refused(node: Endpoint) -> Unreachable:
-    return Unreachable(f"The daemon at {node} cannot be reached: refused.")
+def rejected(node: Endpoint) -> Unreachable:
+    return Unreachable(f"The daemon at {node} cannot be reached: rejected.")
 
 
 def slow(node: Endpoint) -> Unreachable:
@@ -148,7 +148,7 @@ def test_the_leader_that_a_standby_names_is_next() -> None:
 def test_without_a_leader_the_nodes_are_tried_in_turn_then_again_after_a_delay() -> None:
     call = Attempts()
     assert call.fail(standby()) == (B, 0)
-    assert call.fail(refused(B)) == (C, 0)
+    assert call.fail(rejected(B)) == (C, 0)
     assert call.fail(standby()) == (A, 0.1)
     assert call.fail(ShuttingDown("x")) == (B, 0)
     assert call.fail(OutcomeUnknown("x")) == (C, 0)
@@ -174,7 +174,7 @@ def test_the_delay_between_rounds_is_at_most_two_seconds() -> None:
 
 def test_a_leader_that_refused_the_connection_is_not_tried_again_in_the_round() -> None:
     call = Attempts()
-    assert call.fail(refused(A)) == (B, 0)
+    assert call.fail(rejected(A)) == (B, 0)
     assert call.fail(standby(A)) == (C, 0)
     assert call.fail(standby(A))[1] > 0
 
@@ -204,7 +204,7 @@ def test_a_share_includes_the_delay_of_the_daemon() -> None:
 
 def test_the_next_call_does_not_begin_with_a_node_that_was_unreachable() -> None:
     call = Attempts(total_s=0)
-    call.fail(refused(A))
+    call.fail(rejected(A))
     call.fail(standby())
     with pytest.raises(Unreachable):
         call.fail(standby())
@@ -229,12 +229,12 @@ def test_a_final_error_is_that_of_the_leader() -> None:
 
 def test_another_program_at_a_url_is_not_the_leader() -> None:
     call = Attempts()
-    call.fail(refused(A))
+    call.fail(rejected(A))
     with pytest.raises(BadResponse):
         call.fail(BadResponse("x"))
     assert call.nodes.first == B
     call.new_call()
-    call.fail(refused(B))
+    call.fail(rejected(B))
     with pytest.raises(BadResponse):
         call.fail(BadResponse("x"))
     assert call.nodes.first == C
@@ -250,16 +250,16 @@ def test_without_retries_there_is_one_round() -> None:
 
 def test_the_error_of_the_call_names_every_node_with_its_outcome() -> None:
     call = Attempts(total_s=0)
-    call.fail(refused(A))
+    call.fail(rejected(A))
     call.fail(ShuttingDown("The daemon is stopping."))
     with pytest.raises(Unreachable) as caught:
         call.fail(NotLeader("This node is a standby.", details={"leader": "http://a:1"}, status=503))
     assert caught.value.message == (
-        "No node served the request: http://a:1: refused; http://b:1: The daemon is stopping; "
+        "No node served the request: http://a:1: rejected; http://b:1: The daemon is stopping; "
         "http://c:1: This node is a standby."
     )
     assert caught.value.details["tried"] == [
-        {"url": "http://a:1", "error": "unreachable", "message": "refused."},
+        {"url": "http://a:1", "error": "unreachable", "message": "rejected."},
         {"url": "http://b:1", "error": "shutting_down", "message": "The daemon is stopping."},
         {"url": "http://c:1", "error": "not_leader", "message": "This node is a standby."},
     ]
@@ -270,9 +270,9 @@ def test_the_error_of_the_call_names_every_node_with_its_outcome() -> None:
     ("errors", "code"),
     [
         ([standby(), standby()], "not_leader"),
-        ([standby(), refused(B)], "unreachable"),
-        ([refused(A), standby()], "unreachable"),
-        ([OutcomeUnknown("x"), refused(B)], "outcome_unknown"),
+        ([standby(), rejected(B)], "unreachable"),
+        ([rejected(A), standby()], "unreachable"),
+        ([OutcomeUnknown("x"), rejected(B)], "outcome_unknown"),
         ([OutcomeUnknown("x"), standby()], "outcome_unknown"),
     ],
 )
@@ -288,7 +288,7 @@ def test_rounds_end_at_the_deadline() -> None:
     call = Attempts(A, B, total_s=5, timeout_s=1)
     for _ in range(100):
         try:
-            call.fail(refused(A))
+            call.fail(rejected(A))
         except Unreachable:
             break
     assert 3 < call.now_s <= 5
@@ -318,7 +318,7 @@ def test_after_a_lost_leader_outside_the_list_the_list_is_tried() -> None:
     call.serve()
     call.new_call()
     assert call.node == ELSEWHERE
-    assert call.fail(refused(ELSEWHERE)) == (A, 0)
+    assert call.fail(rejected(ELSEWHERE)) == (A, 0)
     assert call.nodes.first == A
 
 

@@ -97,7 +97,7 @@ def send(request: pytest.FixtureRequest) -> Send:
 
 
 @pytest.fixture
-def refusing() -> str:
+def rejecting() -> str:
     """Return a URL that refuses connections."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         return f"http://127.0.0.1:{listener.getsockname()[1]}"
@@ -151,11 +151,13 @@ def test_a_call_waits_until_a_node_leads(nodes: Nodes, send: Send) -> None:
     assert nodes.counts[0] <= rounds + 1
 
 
-def test_the_error_of_a_call_names_every_url_with_its_outcome(nodes: Nodes, send: Send, refusing: str) -> None:
+def test_the_error_of_a_call_names_every_url_with_its_outcome(nodes: Nodes, send: Send, rejecting: str) -> None:
     with pytest.raises(Unreachable) as caught:
-        send(f"{nodes.urls[0]},{refusing},http://jobd.invalid:1", request_for(WorkerApi.get_job, "j1"), retry=ONE_ROUND)
+        send(
+            f"{nodes.urls[0]},{rejecting},http://jobd.invalid:1", request_for(WorkerApi.get_job, "j1"), retry=ONE_ROUND
+        )
     message = str(caught.value)
-    assert f"No node served the request: {nodes.urls[0]}: This node is a standby; {refusing}: " in message
+    assert f"No node served the request: {nodes.urls[0]}: This node is a standby; {rejecting}: " in message
     assert "Connection refused; http://jobd.invalid:1: " in message
     assert [each["error"] for each in caught.value.details["tried"]] == ["not_leader", "unreachable", "unreachable"]
     assert TOKEN not in repr(caught.value.details) + message
@@ -165,14 +167,14 @@ def test_the_error_of_a_call_names_every_url_with_its_outcome(nodes: Nodes, send
 # Losing the leader.
 
 
-@pytest.mark.parametrize("bad", ["refusing", "unresolvable", "missing socket", "another program's error"])
+@pytest.mark.parametrize("bad", ["rejecting", "unresolvable", "missing socket", "another program's error"])
 def test_an_unreachable_url_does_not_prevent_a_call(
-    nodes: Nodes, send: Send, bad: str, refusing: str, server: ScriptedServer, tmp_path: Path
+    nodes: Nodes, send: Send, bad: str, rejecting: str, server: ScriptedServer, tmp_path: Path
 ) -> None:
     nodes.elect(1)
     server.always = lambda received: raw(b"<html>", 503)
     with serving(server, tmp_path / "proxy") as proxy:
-        urls = {"refusing": refusing, "unresolvable": "http://jobd.invalid:1", "missing socket": "unix:/none"}
+        urls = {"rejecting": rejecting, "unresolvable": "http://jobd.invalid:1", "missing socket": "unix:/none"}
         assert send(f"{urls.get(bad, proxy)},{nodes.list}", request_for(WorkerApi.get_job, "j1")).id == "j1"
 
 
@@ -390,7 +392,7 @@ async def test_the_end_of_a_job_is_reported_to_the_next_leader(nodes: Nodes, tmp
     def respond(received: ReceivedRequest) -> Step:
         if received.path.endswith("/claim"):
             return claims.pop() if claims else ok({"grants": []})
-        return ok({**JOB, "lock_expires_at": 1, "ttl_ms": 30, "ceiling_at": None})
+        return ok({**JOB, "lock_expires_at": 1, "ttl_ms": 30, "progress_due_at": None})
 
     def extends(node: int) -> bool:
         return any(each.path.endswith("/extend") for each in nodes.servers[node].received)
@@ -412,7 +414,7 @@ def test_transfers_of_an_operator_go_to_the_leader(nodes: Nodes) -> None:
         if received.path.endswith("/clock"):
             return ok({"now": 1, "suspect": False, "message": ""})
         if "/import" in received.path:
-            return ok({"imported": 1, "skipped": 0, "refused": []})
+            return ok({"imported": 1, "skipped": 0, "rejected": []})
         return raw(b"content", kind="application/octet-stream")
 
     nodes.elect(1, respond)

@@ -219,9 +219,9 @@ async def test_no_node_leads_before_the_snapshot_is_complete(path: str, server: 
     with pytest.raises(JournalUnavailable, match="another process is writing"):
         await conversion.init_from_store(journal, path)
     for each in (path, f"{path}.other"):
-        with pytest.raises(StoreUnreadable, match="repeat `jobd cluster init --from-store PATH`") as refused:
+        with pytest.raises(StoreUnreadable, match="repeat `jobd cluster init --from-store PATH`") as rejected:
             await ClusterStore.open_for(each, journal)
-        assert refused.value.exit_code == 78
+        assert rejected.value.exit_code == 78
     await conversion.init_from_store(MemorySharedJournal(server), path)
     store, opened = await ClusterStore.open_for(f"{path}.other", journal)
     async with store:
@@ -242,6 +242,6 @@ async def test_a_store_leaves_a_cluster_that_never_got_its_snapshot(path: str, s
 
 async def test_a_journal_in_use_is_refused(path: str) -> None:
     await make_store(path)
-    with pytest.raises(CannotConvert, match=r"choose another journal\.name") as refused:
+    with pytest.raises(CannotConvert, match=r"choose another journal\.name") as rejected:
         await conversion.init_from_store(MemorySharedJournal(MemoryServer()), path)
-    assert refused.value.exit_code == 78
+    assert rejected.value.exit_code == 78

@@ -104,7 +104,7 @@ async def test_the_warm_state_equals_one_that_is_read_from_the_same_store() -> N
     at = standby.clock.moment()
     for each in (state, opened):
         each.finished.clear()
-        each.advance(at.now, at.lease)
+        each.advance(at.now, at.lock_ms)
     shown, expected = snapshot(state), snapshot(opened)
     await stop_all([standby])
     for name in expected:

@@ -8,9 +8,9 @@ from typing import Any, get_args
 import pytest
 from msgspec.structs import replace
 
-from jobd.api import admin
+from jobd.api import admin_routes
 from jobd.core import audit
-from jobd.core.rules.plans import version
+from jobd.core.rules.plan_rules import version
 from jobd.engine.disk_full import WriteLimit
 from jobd.model.commands import (
     AnyCommand,
@@ -56,14 +56,16 @@ def entry(rules: RuleHarness, command: AnyCommand, operator: Operator | None = E
 
 
 def test_every_command_of_operators_is_audited() -> None:
-    commands = {route.request for route in admin.ROUTES if route.changes and route.request in get_args(AnyCommand)}
+    commands = {
+        route.request for route in admin_routes.ROUTES if route.changes and route.request in get_args(AnyCommand)
+    }
     missing = {kind.__name__ for kind in commands if kind.audit_name is None} - {"ImportCheck"}  # changes nothing
     assert not missing, f"{missing} need an audit_name (model/commands.py)"
     assert not [kind for kind in AUDIT_NAMES if kind.admission == "read"]
 
 
 def test_the_audit_name_of_a_command_is_that_of_its_call() -> None:
-    calls = {route.request: route for route in admin.ROUTES if route.request in AUDIT_NAMES}
+    calls = {route.request: route for route in admin_routes.ROUTES if route.request in AUDIT_NAMES}
     names = {
         request: "delete" if route.method == "DELETE" else route.path.rpartition("/")[2]
         for request, route in calls.items()
@@ -124,9 +126,9 @@ def test_the_outcome_of_a_rejected_action_is_its_error_code() -> None:
     rules.create("a")
     missing = entry(rules, Cancel(id="nobody", reason="why"))
     assert missing == AuditEntry(rules.now, "eve", "10.0.0.7", "cancel", "nobody", None, "why", "job_not_found")
-    refused = entry(rules, Delete(id="a"))
-    assert refused is not None
-    assert (refused.outcome, refused.jobs, refused.details) == ("invalid_transition", 0, None)
+    rejected = entry(rules, Delete(id="a"))
+    assert rejected is not None
+    assert (rejected.outcome, rejected.jobs, rejected.details) == ("invalid_transition", 0, None)
 
 
 def test_an_action_of_many_commands_counts_its_jobs_and_names_none() -> None:

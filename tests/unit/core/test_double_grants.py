@@ -29,11 +29,11 @@ from jobd.model.commands import (
     Transition,
     Undelivered,
 )
-from jobd.model.job import DAY_MS, HOUR_MS, MINUTE_MS, Grant, Lease
+from jobd.model.job import DAY_MS, HOUR_MS, MINUTE_MS, Grant, LockDeadlines
 from tests.support.rule_harness import RuleHarness
 from tests.unit.core.test_stats import CountingHarness
 
-TTL: dict[str, Any] = {"lock_ttl_ms": MINUTE_MS, "stuck_after_ms": 0}
+TTL: dict[str, Any] = {"lock_ttl_ms": MINUTE_MS, "stall_after_ms": 0}
 
 
 @pytest.fixture
@@ -97,8 +97,8 @@ def test_a_grant_that_an_operator_ended_is_not_a_double_grant(
 
 
 def test_jobs_that_an_operator_takes_back_are_not_double_grants(rules: CountingHarness) -> None:
-    """At its ceiling a grant can end although its worker reported within the time of its lock."""
-    lock = held(rules, max_processing_ms=90_000)
+    """At its progress timeout a grant can end although its worker reported within the time of its lock."""
+    lock = held(rules, progress_timeout_ms=90_000)
     rules.advance(50_000)
     rules.accept(Extend(id="a", lock_id=lock))
     rules.advance(40_000)
@@ -133,8 +133,8 @@ def test_lock_lost_for_an_older_grant_does_not_affect_the_latest(rules: Counting
     event = rules.decide(Extend(id="a", lock_id=lock)).changes[0].event
     assert event.type == "late_call"
     double_grants(rules).ended_grants[rules.job().seq] = ended
-    double_grants(rules).refused(replace(event, details={"fencing_token": ended.fencing_token - 1}))
-    double_grants(rules).refused(replace(event, details=None))
+    double_grants(rules).rejected(replace(event, details={"fencing_token": ended.fencing_token - 1}))
+    double_grants(rules).rejected(replace(event, details=None))
     assert list(double_grants(rules).ended_grants) == [rules.job().seq]
 
 
@@ -180,9 +180,9 @@ def test_an_ordinary_stall_is_not_a_double_grant(rules: CountingHarness) -> None
     assert double_grants(rules).total == 0
 
 
-def test_a_stall_at_the_ceiling_is_a_double_grant(rules: CountingHarness) -> None:
+def test_a_stall_at_the_progress_timeout_is_a_double_grant(rules: CountingHarness) -> None:
     """The worker extended its lock until then, so it is probably still working."""
-    lock = held(rules, max_processing_ms=90_000)
+    lock = held(rules, progress_timeout_ms=90_000)
     rules.advance(50_000)
     rules.accept(Extend(id="a", lock_id=lock))
     rules.advance(40_000)
@@ -193,8 +193,8 @@ def test_a_stall_at_the_ceiling_is_a_double_grant(rules: CountingHarness) -> Non
     assert double_grants(rules).total == 1
 
 
-def test_a_silent_worker_at_the_ceiling_is_not_a_double_grant(rules: CountingHarness) -> None:
-    held(rules, max_processing_ms=30_000)  # the lock is cut to it
+def test_a_silent_worker_at_the_progress_timeout_is_not_a_double_grant(rules: CountingHarness) -> None:
+    held(rules, progress_timeout_ms=30_000)  # the lock is cut to it
     rules.advance(MINUTE_MS)
     rules.accept(Recover(limit=9))
     rules.start(worker="w-2")
@@ -307,9 +307,9 @@ def test_memory_is_bounded(rules: CountingHarness, monkeypatch: pytest.MonkeyPat
     assert (double_grants(rules).total, double_grants(rules).last_hour(rules.now)) == (100, 60)
 
 
-@pytest.mark.parametrize("half", [{"grant": None}, {"lease": None}], ids=str)
+@pytest.mark.parametrize("half", [{"grant": None}, {"deadlines": None}], ids=str)
 def test_a_row_without_a_grant_is_ignored(rules: CountingHarness, half: dict[str, None]) -> None:
-    """Manually edited rows can have a grant without a lease, or the reverse."""
+    """Manually edited rows can have a grant without a lock_ms, or the reverse."""
     held(rules)
     rules.row(replace(rules.job(), **half))
     rules.accept(restored("a"))
@@ -327,22 +327,28 @@ def test_a_grant_of_an_unwatched_job_is_not_counted(rules: CountingHarness) -> N
     assert (double_grants(rules).total, list(double_grants(rules).ended_grants)) == (0, [rules.job("b").seq])
 
 
-MADE = Grant("l", 1, "w", acquired_at=0, ttl_ms=60, stuck_after_ms=10, max_processing_ms=0)
+MADE = Grant("l", 1, "w", acquired_at=0, ttl_ms=60, stall_after_ms=10, progress_timeout_ms=0)
 
 
 @pytest.mark.parametrize(
-    ("lease", "until"),
+    ("deadlines", "until"),
     [
-        (Lease(expires=100, silent=50, ceiling=None), 100),
-        (Lease(expires=100, silent=50, ceiling=101), 100),
+        (LockDeadlines(expires=100, stall_due=50, progress_due=None), 100),
+        (LockDeadlines(expires=100, stall_due=50, progress_due=101), 100),
         (
-            Lease(expires=100, silent=51, ceiling=101),
+            LockDeadlines(expires=100, stall_due=51, progress_due=101),
             100,
-        ),  # below its ceiling a lock ends when its worker expects it to
-        (Lease(expires=100, silent=50, ceiling=100), 100),  # last report at 40, so its minute ends at 100
-        (Lease(expires=100, silent=51, ceiling=100), 101),
-        (Lease(expires=100, silent=20, ceiling=90), 100),  # a ceiling never shortens a lock that was granted
+        ),  # below its progress timeout a lock ends when its worker expects it to
+        (
+            LockDeadlines(expires=100, stall_due=50, progress_due=100),
+            100,
+        ),  # last report at 40, so its minute ends at 100
+        (LockDeadlines(expires=100, stall_due=51, progress_due=100), 101),
+        (
+            LockDeadlines(expires=100, stall_due=20, progress_due=90),
+            100,
+        ),  # a progress_due never shortens a lock that was granted
     ],
 )
-def test_the_end_of_a_lock_without_its_ceiling(lease: Lease, until: int) -> None:
-    assert lock_end(MADE, lease) == until
+def test_the_end_of_a_lock_without_its_progress_timeout(deadlines: LockDeadlines, until: int) -> None:
+    assert lock_end(MADE, deadlines) == until

@@ -189,7 +189,7 @@ def test_all_workers_are_busy(rules: RuleHarness) -> None:
 
 def test_a_busy_worker_that_is_silent_is_named(rules: RuleHarness) -> None:
     rules.create("a", queue="q")
-    rules.held("b", worker="w 1", queue="q", stuck_after_ms=HOUR_MS)
+    rules.held("b", worker="w 1", queue="q", stall_after_ms=HOUR_MS)
     claims(rules, "w 1")
     rules.advance(TTL)
     view = why(rules)
@@ -203,7 +203,7 @@ def test_a_busy_worker_that_is_silent_is_named(rules: RuleHarness) -> None:
 def test_silent_workers_are_among_the_busy_ones(rules: RuleHarness, count: int, everyone: str) -> None:
     rules.create("a", queue="q")
     for number in range(count):
-        rules.held(f"job-{number}", worker=f"w-{number}", queue="q", stuck_after_ms=HOUR_MS)
+        rules.held(f"job-{number}", worker=f"w-{number}", queue="q", stall_after_ms=HOUR_MS)
         claims(rules, f"w-{number}")
     rules.advance(TTL)
     names = ", ".join(f"w-{number}" for number in range(count))
@@ -214,7 +214,7 @@ def test_silent_workers_are_among_the_busy_ones(rules: RuleHarness, count: int, 
 def test_at_most_three_silent_workers_are_named(rules: RuleHarness) -> None:
     rules.create("a", queue="q")
     for number in range(5):
-        rules.held(f"job-{number}", worker=f"w-{number}", queue="q", stuck_after_ms=HOUR_MS)
+        rules.held(f"job-{number}", worker=f"w-{number}", queue="q", stall_after_ms=HOUR_MS)
         claims(rules, f"w-{number}")
     rules.advance(TTL)
     assert clause(rules).endswith("; silent, with an expired lock: w-0, w-1, w-2 and 2 more")
@@ -238,7 +238,7 @@ def test_no_worker_waits_but_one_claimed_recently(rules: RuleHarness) -> None:
 
 def test_busy_workers_are_named_before_one_that_stopped_a_moment_ago(rules: RuleHarness) -> None:
     rules.create("a", queue="q")
-    rules.held("b", worker="w-1", queue="q", stuck_after_ms=0)
+    rules.held("b", worker="w-1", queue="q", stall_after_ms=0)
     claims(rules, "w-1")
     rules.advance(TTL - 4_000)
     claims(rules, "w-1")
@@ -411,29 +411,29 @@ def test_a_processing_job_names_its_worker(rules: RuleHarness) -> None:
     rules.progress(lock_id, 45)
     rules.advance(MINUTE_MS)
     because = "Worker w-7 has held it for 60 s, at 45 %. Its lock is live for another 14 min."
-    because += " Its progress timeout ends in 29 min (max_processing_ms 1800000)."
+    because += " Its progress timeout ends in 29 min (progress_timeout_ms 1800000)."
     stalled = "It counts as stalled and is recovered, unless worker w-7 reports, extends or ends it."
     end = "jobctl force-fail a, and to run it again: jobctl retry a"
     assert why(rules) == WhyView(
         "processing",
         because,
-        NextEvent(stalled, NOW + TTL, "stuck_after"),  # stuck exactly when the lock expires
+        NextEvent(stalled, NOW + TTL, "stall_after"),  # stuck exactly when the lock expires
         None,
         ["Check whether worker w-7 is alive.", f"If it is dead and you cannot wait: {end}"],
     )
 
 
-def test_a_lock_that_expires_before_the_job_is_stuck(rules: RuleHarness) -> None:
-    rules.held(stuck_after_ms=20 * MINUTE_MS)
+def test_a_lock_that_expires_before_the_job_is_stalled(rules: RuleHarness) -> None:
+    rules.held(stall_after_ms=20 * MINUTE_MS)
     extends = "Its lock expires unless worker w-1 extends it or reports progress."
     assert why(rules).next == NextEvent(extends, NOW + TTL, "lock expiry")
     rules.advance(TTL)
-    stalled = NextEvent(f"{STALLED} reports, extends or ends it.", NOW + 20 * MINUTE_MS, "stuck_after")
+    stalled = NextEvent(f"{STALLED} reports, extends or ends it.", NOW + 20 * MINUTE_MS, "stall_after")
     for _ in range(2):
         view = why(rules)
         assert view.because == (
             "Worker w-1 has held it for 15 min, at 0 %. Its lock has expired: the worker is silent. "
-            "It may still end the job or report. Its progress timeout ends in 15 min (max_processing_ms 1800000)."
+            "It may still end the job or report. Its progress timeout ends in 15 min (progress_timeout_ms 1800000)."
         )
         assert view.next == stalled
         rules.accept(Recover(limit=1))
@@ -443,7 +443,7 @@ def test_a_lock_that_expires_before_the_job_is_stuck(rules: RuleHarness) -> None
 
 
 def test_the_next_cleanup_run_is_named_if_recovery_is_left_to_it(rules: RuleHarness) -> None:
-    rules.held(stuck_after_ms=20 * MINUTE_MS)
+    rules.held(stall_after_ms=20 * MINUTE_MS)
     rules.create("late", queue="q", expires_at=NOW + MINUTE_MS)
     rules.state.next_cleanup_at = NOW + 45 * MINUTE_MS
     assert at_and_rule(why(rules)) == (NOW + TTL, "lock expiry")
@@ -452,7 +452,7 @@ def test_the_next_cleanup_run_is_named_if_recovery_is_left_to_it(rules: RuleHarn
         "It counts as stalled and is recovered by the next cleanup run after that, "
         "unless worker w-1 reports, extends or ends it.",
         NOW + 20 * MINUTE_MS,
-        "stuck_after",
+        "stall_after",
     )
     fails = NextEvent("The next cleanup run fails it as expired.", NOW + 45 * MINUTE_MS, "expires_at")
     assert why(rules, "late").next == fails
@@ -470,7 +470,7 @@ def test_the_next_cleanup_run_is_named_if_recovery_is_left_to_it(rules: RuleHarn
 
 
 def test_the_worker_of_an_expired_lock_is_silent(rules: RuleHarness) -> None:
-    rules.held(stuck_after_ms=20 * MINUTE_MS, worker="w 7")
+    rules.held(stall_after_ms=20 * MINUTE_MS, worker="w 7")
     check, end = why(rules).do
     rules.advance(TTL)
     for _ in range(2):
@@ -479,7 +479,7 @@ def test_the_worker_of_an_expired_lock_is_silent(rules: RuleHarness) -> None:
 
 
 def test_after_the_progress_timeout_no_report_is_suggested(rules: RuleHarness) -> None:
-    rules.held(max_processing_ms=TTL)
+    rules.held(progress_timeout_ms=TTL)
     rules.advance(TTL)
     assert why(rules).because == (
         "Worker w-1 has held it for 15 min, at 0 %. Its lock has expired: the worker is silent. "
@@ -488,21 +488,21 @@ def test_after_the_progress_timeout_no_report_is_suggested(rules: RuleHarness) -
 
 
 def test_the_progress_timeout_is_named(rules: RuleHarness) -> None:
-    rules.held(stuck_after_ms=HOUR_MS, max_processing_ms=TTL + 1)
+    rules.held(stall_after_ms=HOUR_MS, progress_timeout_ms=TTL + 1)
     rules.advance(TTL)
-    assert why(rules).because.endswith(" Its progress timeout ends in 1 ms (max_processing_ms 900001).")
-    stalled = NextEvent(f"{STALLED} reports progress or ends it.", NOW + TTL + 1, "max_processing")
+    assert why(rules).because.endswith(" Its progress timeout ends in 1 ms (progress_timeout_ms 900001).")
+    stalled = NextEvent(f"{STALLED} reports progress or ends it.", NOW + TTL + 1, "progress_timeout")
     assert why(rules).next == stalled, "more time for the lock is no help"
 
 
 def test_the_progress_timeout_of_the_grant_is_shown(rules: RuleHarness) -> None:
     rules.create("a")
-    lock_id = rules.start("a", max_processing_ms=0)
-    assert why(rules).because.endswith(" This grant has no progress timeout (max_processing_ms 0).")
+    lock_id = rules.start("a", progress_timeout_ms=0)
+    assert why(rules).because.endswith(" This grant has no progress timeout (progress_timeout_ms 0).")
     rules.accept(Release(id="a", lock_id=lock_id))
-    rules.start("a", max_processing_ms=40 * MINUTE_MS)
+    rules.start("a", progress_timeout_ms=40 * MINUTE_MS)
     rules.advance(MINUTE_MS)
-    assert why(rules).because.endswith(" Its progress timeout ends in 39 min (max_processing_ms 2400000).")
+    assert why(rules).because.endswith(" Its progress timeout ends in 39 min (progress_timeout_ms 2400000).")
     rules.advance(39 * MINUTE_MS)
     assert "progress timeout" not in why(rules).because
 
@@ -548,12 +548,12 @@ def test_repeated_releases_do_not_hide_an_expiry(rules: RuleHarness) -> None:
 def test_a_processing_row_without_a_holder(rules: RuleHarness) -> None:
     rules.held()
     whole = rules.job()
-    rules.row(replace(whole, grant=None, lease=None))
+    rules.row(replace(whole, grant=None, deadlines=None))
     because = "Its status is processing, but no worker holds it. Such rows come from imports or manual edits."
     soon = NextEvent("The next cleanup run treats it as stalled.", NOW, "validation")
     view = why(rules)
     assert view == WhyView("processing", because, soon, None, ["Start a cleanup run: jobctl cleanup"])
-    for half in ({"grant": None}, {"lease": None}):
+    for half in ({"grant": None}, {"deadlines": None}):
         rules.row(replace(whole, **half))
         assert why(rules) == view
 
@@ -630,7 +630,7 @@ def test_events_after_the_end_are_ignored(rules: RuleHarness) -> None:
 
 
 def test_the_message_of_a_stall_is_enough(rules: RuleHarness) -> None:
-    rules.held(on_stall="fail", stuck_after_ms=0)
+    rules.held(on_stall="fail", stall_after_ms=0)
     rules.advance(HOUR_MS)
     rules.accept(Recover(limit=9), by="recovery")
     assert ending(rules.job(), rules.events) == why(rules).because
@@ -660,7 +660,7 @@ def test_every_unfinished_job_has_a_next_event(rules: RuleHarness) -> None:
     rules.create("waiting")
     rules.create("delayed", delay_ms=5)
     rules.held("held")
-    rules.held("silent", stuck_after_ms=HOUR_MS, max_processing_ms=0)
+    rules.held("silent", stall_after_ms=HOUR_MS, progress_timeout_ms=0)
     for _ in range(8):
         for job_id in ("waiting", "delayed", "held", "silent"):
             assert isinstance(why(rules, job_id).next, NextEvent)

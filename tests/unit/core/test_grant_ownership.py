@@ -140,9 +140,9 @@ def test_an_older_grant_is_rejected(rules: RuleHarness, holder: str) -> None:
     rules.advance(TTL)
     rules.start(worker=holder)
     for command in [*holder_commands(old), Undelivered(id="a", lock_id=old)]:
-        refusal = rules.reject(command, "lock_lost")
+        rejection = rules.reject(command, "lock_lost")
         kept = {"late_result": rules.late()[0].seq} if isinstance(command, Complete) else {}
-        assert refusal.details == kept | {
+        assert rejection.details == kept | {
             "status": "processing",
             "held_by": holder,
             "reason": "stalled",
@@ -150,15 +150,15 @@ def test_an_older_grant_is_rejected(rules: RuleHarness, holder: str) -> None:
             "rule": "recovery",
         }
     for command in holder_commands("never-one"):
-        refusal = rules.reject(command, "lock_lost")
-        assert refusal.details == {
+        rejection = rules.reject(command, "lock_lost")
+        assert rejection.details == {
             "status": "processing",
             "held_by": holder,
             "reason": "not_current",
             "at": rules.job().updated_at,
             "rule": "the latest grant wins",
         }
-        assert refusal.message == (
+        assert rejection.message == (
             "This lock of job a is lost: there is a later grant, or it never was a lock of this job; "
             f"worker {holder} holds the job now. Stop working on the job."
         )
@@ -167,15 +167,15 @@ def test_an_older_grant_is_rejected(rules: RuleHarness, holder: str) -> None:
 def test_a_queued_job_has_no_holder(rules: RuleHarness) -> None:
     rules.create()
     for command in holder_commands("x"):
-        refusal = rules.reject(command, "lock_lost")
-        assert refusal.details == {
+        rejection = rules.reject(command, "lock_lost")
+        assert rejection.details == {
             "status": "queued",
             "held_by": None,
             "reason": "not_current",
             "at": NOW,
             "rule": "the latest grant wins",
         }
-        assert refusal.message == (
+        assert rejection.message == (
             "This lock of job a is lost: there is a later grant, or it never was a lock of this job; "
             "the job is queued. Stop working on the job."
         )
@@ -195,7 +195,7 @@ def test_a_grant_ended_by_others_is_lost(rules: RuleHarness, end: Any, reason: s
     lock_id = rules.held()
     rules.accept(end, admin=True, by="admin")
     for command in holder_commands(lock_id):
-        refusal = rules.reject(command, "lock_lost")
+        rejection = rules.reject(command, "lock_lost")
         status = rules.job().status
         details = {"status": status, "held_by": None, "reason": reason, "at": NOW, "rule": rule}
         message = f"This lock of job a is lost: it was ended by {rule}; the job is {status}. Stop working on the job."
@@ -204,7 +204,7 @@ def test_a_grant_ended_by_others_is_lost(rules: RuleHarness, end: Any, reason: s
         if isinstance(command, Complete):
             details["late_result"] = seq = rules.last().seq
             message += f" Its result is stored as late result {seq}; an operator can adopt it: jobctl adopt a"
-        assert (refusal.details, refusal.message) == (details, message)
+        assert (rejection.details, rejection.message) == (details, message)
 
 
 ENDINGS: dict[str, Any] = {
@@ -245,9 +245,9 @@ def test_another_ending_after_the_first_changes_nothing(rules: RuleHarness, verb
         assert rules.accept(others[second]).repeated is True
         assert rules.job().status == ("completed" if verb == "complete" else "queued")
         return
-    refusal = rules.reject(others[second], "invalid_transition")
-    assert refusal.details == {"status": rules.job().status, "ended_by": verb, "ended_at": NOW}
-    assert refusal.message == f"This grant of job a was already ended by {verb}; {second} changes nothing."
+    rejection = rules.reject(others[second], "invalid_transition")
+    assert rejection.details == {"status": rules.job().status, "ended_by": verb, "ended_at": NOW}
+    assert rejection.message == f"This grant of job a was already ended by {verb}; {second} changes nothing."
 
 
 def test_the_next_ended_grant_replaces_the_previous_one(rules: RuleHarness) -> None:
@@ -260,7 +260,7 @@ def test_the_next_ended_grant_replaces_the_previous_one(rules: RuleHarness) -> N
 
 def test_completed_is_final(rules: RuleHarness) -> None:
     rules.completed()
-    refused: list[AnyCommand] = [
+    rejected: list[AnyCommand] = [
         ForceFail(id="a"),
         ForceReset(id="a"),
         Cancel(id="a"),
@@ -269,11 +269,11 @@ def test_completed_is_final(rules: RuleHarness) -> None:
         Start(id="a", worker="w"),
         *(Transition(id="a", from_="completed", to=to) for to in STATUSES),
     ]
-    for command in refused:
+    for command in rejected:
         rules.reject(command, "invalid_transition")
 
 
-@pytest.mark.parametrize("missing", [{"lease": None}, {"grant": None}, {"grant": None, "lease": None}])
+@pytest.mark.parametrize("missing", [{"deadlines": None}, {"grant": None}, {"grant": None, "deadlines": None}])
 def test_a_processing_row_without_a_complete_lock_has_no_holder(rules: RuleHarness, missing: dict[str, Any]) -> None:
     lock_id = rules.held()
     rules.row(replace(rules.job(), **missing))
@@ -301,8 +301,8 @@ def test_requests_are_distinguished_by_a_hash_of_all_fields() -> None:
 @pytest.mark.parametrize(
     ("command", "digest"),
     [
-        (Create(id="a"), "ee8f5dc185e6b933d064acda6bc640c1"),
-        (Create(id="a", queue="q", payload=Raw(b'{"x":1}'), priority=3), "2d025031046f8842f407144fd8aa2e7c"),
+        (Create(id="a"), "921226c1656518a38168a64e486372da"),
+        (Create(id="a", queue="q", payload=Raw(b'{"x":1}'), priority=3), "18a9bbb234fe39e01c6a172933b5b944"),
         (Complete(id="a", lock_id="l"), "93fb111300f6de1128947d984fb8ba84"),
         (Fail(id="a", lock_id="l", error_message="m"), "62cd7eef3b63902a413d5942929126e9"),
         (Release(id="a", lock_id="l"), "5d6df6a6a3d543f07a07dc2ef429c2a2"),

@@ -36,7 +36,7 @@ from jobd.model.job import (
     MINUTE_MS,
     Backoff,
     Failure,
-    Lease,
+    LockDeadlines,
     Policy,
     PreviousGrant,
     release_delay_ms,
@@ -54,33 +54,33 @@ STUCK = 10 * MINUTE_MS
 CEILING = 30 * MINUTE_MS
 
 
-def no_ceiling(**fields: Any) -> dict[str, Any]:
-    return {"max_processing_ms": 0} | fields
+def no_progress_timeout(**fields: Any) -> dict[str, Any]:
+    return {"progress_timeout_ms": 0} | fields
 
 
 # -- progress and extend ----------------------------------------------------------------------------------------------
 
 
-def test_progress_renews_lock_silence_and_ceiling(rules: RuleHarness) -> None:
+def test_progress_renews_lock_silence_and_progress_timeout(rules: RuleHarness) -> None:
     lock_id = rules.held()
     rules.advance(MINUTE_MS)
     state = rules.accept(Progress(id="a", lock_id=lock_id, progress=12.5, message="half"))
-    assert (state.lock_expires_at, state.ttl_ms, state.ceiling_at) == (rules.now + TTL, TTL, rules.now + CEILING)
+    assert (state.lock_expires_at, state.ttl_ms, state.progress_due_at) == (rules.now + TTL, TTL, rules.now + CEILING)
     assert state.cancel_requested is False
     assert state.extended is msgspec.UNSET
     job = rules.job()
     assert (job.progress, job.progress_message, job.updated_at) == (12.5, "half", rules.now)
-    assert job.lease == Lease(rules.lease + TTL, rules.lease + STUCK, rules.lease + CEILING)
+    assert job.deadlines == LockDeadlines(rules.lock_ms + TTL, rules.lock_ms + STUCK, rules.lock_ms + CEILING)
     assert rules.last().details == {"progress": 12.5, "message": "half"}
     rules.progress(lock_id, 42.0)
     assert repr(rules.job().progress) == "42"
     assert rules.job().progress_message is None
 
 
-def test_progress_gives_a_ceiling_to_a_row_that_lacks_it(rules: RuleHarness) -> None:
+def test_progress_gives_a_progress_timeout_to_a_row_that_lacks_it(rules: RuleHarness) -> None:
     lock_id = rules.held()
-    rules.row(replace(rules.job(), lease=Lease(rules.lease + 5, rules.lease + 5, None)))
-    assert rules.progress(lock_id).ceiling_at == NOW + CEILING
+    rules.row(replace(rules.job(), deadlines=LockDeadlines(rules.lock_ms + 5, rules.lock_ms + 5, None)))
+    assert rules.progress(lock_id).progress_due_at == NOW + CEILING
 
 
 def test_progress_never_shortens_a_lock(rules: RuleHarness) -> None:
@@ -97,41 +97,43 @@ def test_extend_means_at_least_this_long_from_now(rules: RuleHarness) -> None:
     assert (state.extended, state.lock_expires_at) == (True, NOW + TTL + 1)
     rules.advance(2)
     assert rules.accept(Extend(id="a", lock_id=lock_id)).lock_expires_at == rules.now + TTL
-    assert rules.job().lease == Lease(rules.lease + TTL, rules.lease + STUCK, rules.lease - 2 + CEILING)
+    assert rules.job().deadlines == LockDeadlines(
+        rules.lock_ms + TTL, rules.lock_ms + STUCK, rules.lock_ms - 2 + CEILING
+    )
 
 
-def test_an_extension_is_cut_to_the_ceiling_which_only_progress_moves(rules: RuleHarness) -> None:
+def test_an_extension_is_cut_to_the_progress_timeout_which_only_progress_moves(rules: RuleHarness) -> None:
     lock_id = rules.held()
     state = rules.accept(Extend(id="a", lock_id=lock_id, additional_ms=DAY_MS))
-    assert state.lock_expires_at == state.ceiling_at == NOW + CEILING
+    assert state.lock_expires_at == state.progress_due_at == NOW + CEILING
     assert rules.accept(Extend(id="a", lock_id=lock_id, additional_ms=DAY_MS)).extended is False
     rules.advance(CEILING - 1)
     rules.progress(lock_id)
     state = rules.accept(Extend(id="a", lock_id=lock_id, additional_ms=DAY_MS))
-    assert state.lock_expires_at == state.ceiling_at == rules.now + CEILING
+    assert state.lock_expires_at == state.progress_due_at == rules.now + CEILING
 
 
-def test_at_the_ceiling_only_endings_are_accepted(rules: RuleHarness) -> None:
+def test_at_the_progress_timeout_only_endings_are_accepted(rules: RuleHarness) -> None:
     lock_id = rules.held()
     rules.accept(Extend(id="a", lock_id=lock_id, additional_ms=DAY_MS))
     rules.advance(CEILING)
-    assert "a" in rules.state.stuck
+    assert "a" in rules.state.stalled
     for command in (Extend(id="a", lock_id=lock_id), Progress(id="a", lock_id=lock_id, progress=1)):
-        refusal = rules.reject(command, "max_processing_time_exceeded")
-        assert refusal.details == {"max_processing_ms": CEILING, "ceiling_at": rules.now}
-        assert refusal.message == (
-            "Job a had no progress report for 30 min (max_processing_ms 1800000). Complete, fail or release it now. "
-            "Next time report progress in time, or raise max_processing_ms of the job, of the start or claim, or "
-            "max_processing under [locks]; 0 means no timeout."
+        rejection = rules.reject(command, "progress_timeout")
+        assert rejection.details == {"progress_timeout_ms": CEILING, "progress_due_at": rules.now}
+        assert rejection.message == (
+            "Job a had no progress report for 30 min (progress_timeout_ms 1800000). Complete, fail or release it now. "
+            "Next time report progress in time, or raise progress_timeout_ms of the job, of the start or claim, or "
+            "progress_timeout under [locks]; 0 means no timeout."
         )
     rules.accept(Complete(id="a", lock_id=lock_id))
 
 
 def test_an_expired_lock_still_belongs_to_its_holder(rules: RuleHarness) -> None:
-    lock_id = rules.held(stuck_after_ms=HOUR_MS, **no_ceiling())
+    lock_id = rules.held(stall_after_ms=HOUR_MS, **no_progress_timeout())
     rules.advance(TTL)
-    assert rules.job().lease is not None
-    assert not rules.job().lease.is_live(rules.lease)  # type: ignore[union-attr]
+    assert rules.job().deadlines is not None
+    assert not rules.job().deadlines.is_live(rules.lock_ms)  # type: ignore[union-attr]
     rules.accept(Recover(limit=9))
     assert rules.types()[-1] == "lock_expired"
     assert rules.accept(Get(id="a")).lock is None
@@ -194,17 +196,17 @@ def test_complete_can_set_the_deletion_time(rules: RuleHarness) -> None:
 @pytest.mark.parametrize("key", ["/etc/x", "\\x", "a/../b", "..", "a\\..\\b", "a\x00b"])
 def test_a_storage_key_is_relative(rules: RuleHarness, key: str) -> None:
     lock_id = rules.held()
-    refusal = rules.reject(Complete(id="a", lock_id=lock_id, storage_key=key), "invalid_request")
-    assert refusal.details == {"field": "$.storage_key"}
-    assert refusal.message == f"storage_key {storage_key_error(key)}."
+    rejection = rules.reject(Complete(id="a", lock_id=lock_id, storage_key=key), "invalid_request")
+    assert rejection.details == {"field": "$.storage_key"}
+    assert rejection.message == f"storage_key {storage_key_error(key)}."
 
 
 def test_a_download_url_can_be_required() -> None:
     rules = RuleHarness(Policy(require_download_url=True))
     lock_id = rules.held()
-    refusal = rules.reject(Complete(id="a", lock_id=lock_id, file_path="/f"), "invalid_request")
-    assert (refusal.status, refusal.details) == (400, {"field": "$.download_url"})
-    assert refusal.message == "download_url is missing; [validation] require_download_url requires it."
+    rejection = rules.reject(Complete(id="a", lock_id=lock_id, file_path="/f"), "invalid_request")
+    assert (rejection.status, rejection.details) == (400, {"field": "$.download_url"})
+    assert rejection.message == "download_url is missing; [validation] require_download_url requires it."
     rules.accept(Complete(id="a", lock_id=lock_id, download_url="u"))
 
 
@@ -317,12 +319,12 @@ def test_an_event_has_only_changed_fields(rules: RuleHarness) -> None:
     assert named == {"status", "finished_at", "expires_at", "updated_at"}
 
 
-@pytest.mark.parametrize("left", [{"lease": None}, {"grant": None}])
+@pytest.mark.parametrize("left", [{"deadlines": None}, {"grant": None}])
 def test_an_incomplete_lock_is_removed_with_the_job(rules: RuleHarness, left: dict[str, Any]) -> None:
     rules.held()
     rules.row(replace(rules.job(), **left))
     rules.accept(Cancel(id="a"))
-    assert (rules.job().grant, rules.job().lease) == (None, None)
+    assert (rules.job().grant, rules.job().deadlines) == (None, None)
 
 
 def test_a_job_finishes_after_its_start_whatever_the_clock(rules: RuleHarness) -> None:
@@ -458,7 +460,7 @@ def test_a_stall_resets_the_count_of_releases(rules: RuleHarness) -> None:
     rules.create()
     released(rules, 6)
     rules.advance(2_000)
-    rules.start(lock_ttl_ms=1_000, stuck_after_ms=0)
+    rules.start(lock_ttl_ms=1_000, stall_after_ms=0)
     rules.advance(1_000)
     rules.accept(Recover(limit=1))
     assert (rules.job().status, rules.job().releases) == ("queued", 0)
@@ -490,7 +492,7 @@ def test_release_loops_are_detected(rules: RuleHarness) -> None:
     assert loops == {}
     released(rules, LOOP_FROM, "c", delay_ms=0)
     assert loops == {"c": 20}
-    numbers = rules.state.numbers(rules.lease, rules.now, rules.state.clock)
+    numbers = rules.state.numbers(rules.lock_ms, rules.now, rules.state.clock)
     opened = OpenedStore(numbers, [rules.job(job_id) for job_id in "abc"])
     assert State.opened(opened).release_loops == {"c": 20}
     rules.accept(Progress(id="c", lock_id=rules.start("c"), progress=1))
@@ -513,9 +515,9 @@ def test_cancel_ends_a_grant_at_once(rules: RuleHarness) -> None:
     view = rules.accept(Cancel(id="a", reason="not wanted"))
     assert (view.status, view.expires_at, view.lock) == ("cancelled", NOW + 7 * DAY_MS, None)
     assert rules.last().reason == "not wanted"
-    refusal = rules.reject(Progress(id="a", lock_id=lock_id, progress=1), "lock_lost")
-    assert refusal.details["reason"] == "cancelled"
-    assert refusal.details["cancel_requested"] is True
+    rejection = rules.reject(Progress(id="a", lock_id=lock_id, progress=1), "lock_lost")
+    assert rejection.details["reason"] == "cancelled"
+    assert rejection.details["cancel_requested"] is True
     rules.create("b")
     assert rules.accept(Cancel(id="b")).status == "cancelled"
     for name in "ab":

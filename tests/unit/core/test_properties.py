@@ -14,8 +14,8 @@ from msgspec import Raw
 from msgspec.structs import replace
 
 from jobd.core import decide, transitions
+from jobd.core.row_checks import counts, validate
 from jobd.core.transaction import Transaction
-from jobd.core.validation import counts, validate
 from jobd.model.commands import (
     Adopt,
     AnyCommand,
@@ -75,7 +75,7 @@ from jobd.model.job import (
     Failure,
     Grant,
     Job,
-    Lease,
+    LockDeadlines,
     Options,
     Policy,
     PreviousGrant,
@@ -88,8 +88,8 @@ from tests.support.rule_harness import NOW, SEED, Decision, RuleHarness, due_ord
 # Short times, so that a few steps cross every boundary.
 POLICY: Final = Policy(
     lock_ttl_ms=1_000,
-    max_processing_ms=3_000,
-    stuck_after_ms=1_500,
+    progress_timeout_ms=3_000,
+    stall_after_ms=1_500,
     max_stalls=1,
     keep_completed_ms=2_000,
     keep_failed_ms=4_000,
@@ -122,8 +122,8 @@ creates = st.builds(
     backoff=st.builds(Backoff, kind=st.sampled_from(["exponential", "fixed"]), base_ms=waits, jitter=st.booleans()),
     on_stall=st.sampled_from([None, "auto", "requeue", "fail"]),
     max_stalls=st.sampled_from([None, 0]),
-    stuck_after_ms=maybe_wait,
-    max_processing_ms=maybe_wait,
+    stall_after_ms=maybe_wait,
+    progress_timeout_ms=maybe_wait,
     run_at=st.sampled_from([None] * 6 + [NOW - 1_000, NOW + 2_000]),
     delay_ms=st.sampled_from([None] * 6 + [0, 1_500]),
     expires_at=st.sampled_from([None] * 6 + [NOW + 2_000, NOW + 9_000]),
@@ -172,14 +172,14 @@ holders = st.one_of(
     st.builds(Undelivered, id=ids, lock_id=locks),
 )
 grants = st.one_of(
-    st.builds(Start, id=ids, worker=workers, lock_ttl_ms=st.none() | st.integers(1, 2_000), stuck_after_ms=maybe_wait),
+    st.builds(Start, id=ids, worker=workers, lock_ttl_ms=st.none() | st.integers(1, 2_000), stall_after_ms=maybe_wait),
     st.builds(
         Claim,
         worker=workers,
         queues=st.lists(queues, min_size=1, max_size=3),
         kinds=st.none() | st.lists(kinds, min_size=1, max_size=2),
         limit=st.integers(1, 3),
-        stuck_after_ms=maybe_wait,
+        stall_after_ms=maybe_wait,
     ),
 )
 dry_runs = st.sampled_from([False, False, False, True])
@@ -251,11 +251,11 @@ commands = weighted(
 class TimeStep:
     """Time: `wall` and `lease` in ms; the wall clock may step."""
 
-    def __init__(self, wall: int, lease: int) -> None:
-        self.wall, self.lease = wall, lease
+    def __init__(self, wall: int, lock_ms: int) -> None:
+        self.wall, self.lock_ms = wall, lock_ms
 
     def __repr__(self) -> str:
-        return f"Passes({self.wall}, {self.lease})"
+        return f"Passes({self.wall}, {self.lock_ms})"
 
 
 both_clocks = waits.map(lambda ms: TimeStep(ms, ms))
@@ -275,7 +275,7 @@ class PropertyRun(RuleHarness):
     def step(self, command: Any, *, admin: bool) -> None:
         if isinstance(command, TimeStep):
             self.now += command.wall
-            self.lease += command.lease
+            self.lock_ms += command.lock_ms
             return
         command = self._named(command)
         before = dict(self.rows)
@@ -346,7 +346,7 @@ class PropertyRun(RuleHarness):
                 assert event.type in ("deleted", "fixed", *NOTES)
             if event.type == "stalled" and isinstance(command, (Recover, Start)):
                 assert before is not None
-                assert transitions.is_stuck(before, self.lease)
+                assert transitions.is_stalled(before, self.lock_ms)
             if event.type == "deleted":
                 assert before is not None
                 assert before.status in FINISHED
@@ -359,12 +359,12 @@ class PropertyRun(RuleHarness):
 
     def _check_rows(self) -> None:
         for job in self.rows.values():
-            assert (job.status == "processing") == (job.grant is not None) == (job.lease is not None)
-            if job.lease is not None and job.lease.ceiling is not None:
-                assert job.lease.expires <= job.lease.ceiling
+            assert (job.status == "processing") == (job.grant is not None) == (job.deadlines is not None)
+            if job.deadlines is not None and job.deadlines.progress_due is not None:
+                assert job.deadlines.expires <= job.deadlines.progress_due
             if job.seq not in self.state.unvalidated:
                 bad = [issue for issue in validate(job, self.moment, self.policy).issues if counts(issue)]
-                assert not bad or transitions.is_stuck(job, self.moment.lease), bad  # only recovery is left to do
+                assert not bad or transitions.is_stalled(job, self.moment.lock_ms), bad  # only recovery is left to do
             view = self.accept(Why(id=job.id))
             if job.status in ("queued", "processing") and job.options.queue not in self.state.paused:
                 assert view.next is not None
@@ -417,7 +417,9 @@ def test_every_job_ends_once_time_passes(sequence: list[tuple[Any, bool]], away:
 
 
 odd_times = st.sampled_from([0, 1, 999, 1_000, 1_001, 5_000])
-leases = st.builds(Lease, expires=odd_times, silent=odd_times, ceiling=st.none() | odd_times, cleared=st.booleans())
+leases = st.builds(
+    LockDeadlines, expires=odd_times, stall_due=odd_times, progress_due=st.none() | odd_times, cleared=st.booleans()
+)
 hand_made = st.builds(
     Job,
     seq=st.just(900),
@@ -435,9 +437,9 @@ hand_made = st.builds(
     expires_at=maybe_time,
     grant=st.none() | st.builds(
         Grant, lock_id=st.just("l"), fencing_token=st.just(1), worker=workers, acquired_at=st.just(NOW),
-        ttl_ms=st.just(1_000), stuck_after_ms=waits, max_processing_ms=waits,
+        ttl_ms=st.just(1_000), stall_after_ms=waits, progress_timeout_ms=waits,
     ),
-    lease=st.none() | leases,
+    deadlines=st.none() | leases,
     ended=st.none() | st.just(PreviousGrant("l", 1, "w", NOW, "r", "r", "release", "h")),
     result=st.none() | st.just(Result()) | st.just(Result("u")),
     error=st.none() | st.just(Failure(None)),
@@ -454,8 +456,8 @@ def test_rules_accept_any_manually_edited_row(job: Job, sequence: list[tuple[Any
     state.reindex(None, job)
     for number, (command, ms) in enumerate(sequence):
         rules.now += ms
-        rules.lease += ms
-        state.advance(rules.now, rules.lease)
+        rules.lock_ms += ms
+        state.advance(rules.now, rules.lock_ms)
         tx = Transaction(state, rules.moment, POLICY)
         call = Call(_aimed(command), "client", number.to_bytes(16, "little"))
         assert isinstance(decide.decide(tx, call), (Response, ApiError))
@@ -476,7 +478,7 @@ def test_a_cleanup_run_leaves_no_row_that_it_could_repair(job: Job) -> None:
     rules.state.unvalidated[job.seq] = job.id
 
     def repair() -> Any:
-        rules.state.advance(rules.now, rules.lease)
+        rules.state.advance(rules.now, rules.lock_ms)
         tx = Transaction(rules.state, rules.moment, POLICY)
         response = decide.decide(tx, Call(RepairJobs(ids=["a"]), "cleanup", SEED))
         assert isinstance(response, Response)

@@ -25,7 +25,7 @@ from jobd.core.ready_queue import (
     Sorted,
     compact_entry,
 )
-from jobd.model.job import CompactJob, Options
+from jobd.model.job import Options, PackedJob
 
 Timed = tuple[int, int, str]
 
@@ -88,8 +88,8 @@ def test_trim_acts_only_if_stale_entries_outnumber_live_ones(heap: LazyHeap[Time
     assert heap.entries == [entry(7)]
 
 
-def untouched(kind: str, priority: int, created_at: int, seq: int) -> CompactJob:
-    return CompactJob(seq, f"{seq}", Options(kind=kind, priority=priority), created_at)
+def untouched(kind: str, priority: int, created_at: int, seq: int) -> PackedJob:
+    return PackedJob(seq, f"{seq}", Options(kind=kind, priority=priority), created_at)
 
 
 def test_a_fifo_is_trimmed_only_if_removed_jobs_outnumber_live_ones() -> None:
@@ -103,7 +103,7 @@ def test_a_fifo_is_trimmed_only_if_removed_jobs_outnumber_live_ones() -> None:
     assert list(line) == [jobs[7], jobs[9]]
 
 
-def _is_from(seq: int, job: CompactJob) -> bool:
+def _is_from(seq: int, job: PackedJob) -> bool:
     return job.seq >= seq
 
 
@@ -130,7 +130,7 @@ def test_the_next_job_of_a_fifo_is_found_without_scanning() -> None:
     line.extend([untouched("", 0, number, number) for number in range(100_000)])
     looked_at: list[int] = []
 
-    class Counted(list[CompactJob]):
+    class Counted(list[PackedJob]):
         def __getitem__(self, place: Any) -> Any:
             looked_at.append(place)
             return super().__getitem__(place)
@@ -196,11 +196,11 @@ class NaiveReadyQueue:
 
     def __init__(self) -> None:
         self.live: set[tuple[str, DueEntry]] = set()
-        self.short: dict[DueEntry, CompactJob] = {}  # added and not yet removed
+        self.short: dict[DueEntry, PackedJob] = {}  # added and not yet removed
         self.due = QueuedJobs("q", self._waits)
         self.now = 100_000
 
-    def _waits(self, job: CompactJob) -> bool:
+    def _waits(self, job: PackedJob) -> bool:
         return self.short.get(compact_entry(job)) is job
 
     def add(self, kind: str, *found: int, expires_at: int = NEVER) -> tuple[str, DueEntry]:
@@ -224,7 +224,7 @@ class NaiveReadyQueue:
         if short is None:
             self.due.remove(*item, self.now)
         else:
-            self.due.remove_compact(short, self.now)
+            self.due.remove_packed(short, self.now)
 
     def at(self, now: int) -> None:
         """Advance to `now` and offer buckets whose first job becomes due, like the state."""

@@ -57,7 +57,7 @@ class Follower:
         fresh = State.opened(opened)
         fresh.unvalidated = dict(opened.unvalidated)
         at = self.engine.clock.moment()
-        fresh.advance(opened.numbers.wall_ms, opened.numbers.lease_ms)
+        fresh.advance(opened.numbers.wall_ms, opened.numbers.lock_ms)
         replay.finish(self.state)
         self.state.finished.clear()  # a start knows none
         assert snapshot(self.state) == snapshot(fresh)
@@ -130,7 +130,7 @@ async def test_jobs_with_equal_options_share_them() -> None:
 
 def test_a_row_with_a_grant_and_no_lease_has_no_worker() -> None:
     state = State()
-    state.reindex(None, replace(full_job(), status="processing", lease=None))
+    state.reindex(None, replace(full_job(), status="processing", deadlines=None))
     replay.finish(state)
     assert state.presence.workers == {}
 
@@ -204,4 +204,4 @@ def test_a_processing_row_without_a_grant_has_no_worker() -> None:
     state = State()
     state.reindex(None, row(1, status="processing"))
     replay.finish(state)
-    assert (list(state.without_lease), list(state.presence.workers)) == (["job-1"], [])
+    assert (list(state.without_deadlines), list(state.presence.workers)) == (["job-1"], [])

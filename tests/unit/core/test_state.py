@@ -28,11 +28,11 @@ from jobd.model.events import QueuePause
 from jobd.model.job import (
     HOUR_MS,
     MINUTE_MS,
-    CompactJob,
     Grant,
     Job,
-    Lease,
+    LockDeadlines,
     Options,
+    PackedJob,
     Result,
 )
 from jobd.model.storage import Numbers, OpenedStore, QueueRow
@@ -47,7 +47,9 @@ def queued(seq: int, **fields: Any) -> Job:
 
 def held(seq: int, worker: str, expires: int = 500) -> Job:
     grant = Grant(f"lock-{seq}", seq, worker, NOW, 1, 1, 0)
-    return replace(queued(seq), status="processing", started_at=NOW, grant=grant, lease=Lease(expires, expires, None))
+    return replace(
+        queued(seq), status="processing", started_at=NOW, grant=grant, deadlines=LockDeadlines(expires, expires, None)
+    )
 
 
 def test_an_empty_book() -> None:
@@ -56,7 +58,7 @@ def test_an_empty_book() -> None:
     assert (state.next_run_at(), state.next_deadline(), state.next_expiry()) == (None, None, None)
     assert list(state.due(["q"], None)) == []
     assert state.queue_row("q") == QueueRow()
-    assert state.numbers(7, 9, ClockTrust()) == Numbers(lease_ms=7, wall_ms=9)
+    assert state.numbers(7, 9, ClockTrust()) == Numbers(lock_ms=7, wall_ms=9)
 
 
 def test_a_start_loads_live_jobs_and_the_counts_of_finished_ones() -> None:
@@ -71,7 +73,7 @@ def test_a_start_loads_live_jobs_and_the_counts_of_finished_ones() -> None:
     assert (state.totals["failed"], state.totals["cancelled"]) == (5, 1)
     assert state.paused == {"idle": QueuePause()}
     assert [job.seq for job in state.due(["default"], None)] == [1]
-    assert (state.live_locks(), list(state.stuck)) == (1, ["job-4"])
+    assert (state.live_locks(), list(state.stalled)) == (1, ["job-4"])
     assert (state.next_run_at(), state.next_deadline()) == (NOW + 1, 500)
     assert {name: row for name in queues for row in [state.queue_row(name)]} == queues
 
@@ -85,7 +87,7 @@ def test_compact_jobs_can_be_added_at_once_or_one_by_one(seed: int) -> None:
     jobs = []
     for seq in dice.sample(range(1, 1_000), 300):
         options = dice.choice(shared)
-        jobs.append(CompactJob(seq, f"job-{seq}", replace(options), NOW + dice.randint(-30, 5)))  # equal, not identical
+        jobs.append(PackedJob(seq, f"job-{seq}", replace(options), NOW + dice.randint(-30, 5)))  # equal, not identical
         if dice.random() < 0.9:
             jobs[-1] = replace(jobs[-1], options=options)
     touched = [held(seq, f"w-{seq % 3}") for seq in range(2_000, 2_020)]
@@ -197,7 +199,7 @@ def test_a_quarantined_job_leaves_every_order(rules: RuleHarness, status: str) -
     if status != "queued":
         lock_id = rules.start()
         if status == "completed":
-            rules.row(replace(rules.job(), status="completed", grant=None, lease=None))
+            rules.row(replace(rules.job(), status="completed", grant=None, deadlines=None))
         assert lock_id
     rules.state.unvalidated[1] = "a"
     rules.state.quarantine("a", "bad")
@@ -459,10 +461,10 @@ def test_a_moved_deadline_is_checked_when_the_old_one_passes(rules: RuleHarness)
     rules.progress(lock_id)
     assert rules.state.next_deadline() == first  # an early deadline is harmless
     rules.advance(10 * MINUTE_MS)
-    assert rules.state.next_deadline() == rules.lease + 5 * MINUTE_MS
+    assert rules.state.next_deadline() == rules.lock_ms + 5 * MINUTE_MS
     assert rules.state.live_locks() == 1
     rules.advance(5 * MINUTE_MS)
-    assert (rules.state.next_deadline(), list(rules.state.stuck)) == (None, ["a"])
+    assert (rules.state.next_deadline(), list(rules.state.stalled)) == (None, ["a"])
 
 
 def test_heaps_do_not_grow_while_jobs_come_and_go(rules: RuleHarness) -> None:
@@ -504,9 +506,9 @@ def test_rolling_back_a_grant_restores_the_former_holder() -> None:
 def test_rolling_back_an_extension_restores_the_former_deadline() -> None:
     state = State()
     job = held(1, "w-1", expires=500)
-    assert job.lease is not None
-    stays = replace(job, lease=replace(job.lease, silent=900))
-    extended = replace(job, lease=replace(job.lease, expires=99_000))
+    assert job.deadlines is not None
+    stays = replace(job, deadlines=replace(job.deadlines, stall_due=900))
+    extended = replace(job, deadlines=replace(job.deadlines, expires=99_000))
     state.reindex(None, stays)
     state.advance(NOW, 600)
     assert list(state.expired_locks) == ["job-1"]
@@ -515,20 +517,26 @@ def test_rolling_back_an_extension_restores_the_former_deadline() -> None:
     state.reindex(extended, stays)  # the disk was full, so nothing has happened
     assert list(state.expired_locks) == ["job-1"]
     state.advance(NOW, 900)
-    assert list(state.stuck) == ["job-1"]
+    assert list(state.stalled) == ["job-1"]
 
 
 @pytest.mark.parametrize(
     ("before", "for_a_while", "sorted_into"),
     [
-        (Lease(500, 900, None), Lease(800, 900, None), "expired_locks"),  # its lock ends earlier again
-        (Lease(9_000, 100, 550), Lease(9_000, 100, 9_500), "stuck"),  # edited by hand: a lock beyond its ceiling
+        (LockDeadlines(500, 900, None), LockDeadlines(800, 900, None), "expired_locks"),  # its lock ends earlier again
+        (
+            LockDeadlines(9_000, 100, 550),
+            LockDeadlines(9_000, 100, 9_500),
+            "stalled",
+        ),  # edited by hand: a lock beyond its progress timeout
     ],
 )
-def test_a_deadline_that_moves_back_takes_effect_at_once(before: Lease, for_a_while: Lease, sorted_into: str) -> None:
+def test_a_deadline_that_moves_back_takes_effect_at_once(
+    before: LockDeadlines, for_a_while: LockDeadlines, sorted_into: str
+) -> None:
     state = State()
     job = held(1, "w-1")
-    stays, moved = replace(job, lease=before), replace(job, lease=for_a_while)
+    stays, moved = replace(job, deadlines=before), replace(job, deadlines=for_a_while)
     state.reindex(None, moved)
     state.advance(NOW, 600)
     assert state.live_locks() == 1
@@ -539,7 +547,7 @@ def test_a_deadline_that_moves_back_takes_effect_at_once(before: Lease, for_a_wh
 
 def test_a_cleared_lock_that_is_revived_is_live_again(rules: RuleHarness) -> None:
     """Also if the job would be stuck before the new lock ends."""
-    lock_id = rules.held(stuck_after_ms=20 * MINUTE_MS)
+    lock_id = rules.held(stall_after_ms=20 * MINUTE_MS)
     rules.advance(TTL)
     rules.accept(Recover(limit=1))
     assert list(rules.state.noted_expired) == ["a"]
@@ -551,9 +559,9 @@ def test_a_row_without_a_lease_has_no_holder(rules: RuleHarness) -> None:
     state, job = State(), held(1, "w-1")
     state.reindex(None, job)
     state.advance(NOW, 500)
-    assert list(state.stuck) == ["job-1"]
-    state.reindex(job, replace(job, lease=None))
-    assert (list(state.stuck), list(state.without_lease)) == ([], ["job-1"])
+    assert list(state.stalled) == ["job-1"]
+    state.reindex(job, replace(job, deadlines=None))
+    assert (list(state.stalled), list(state.without_deadlines)) == ([], ["job-1"])
 
 
 def test_the_start_times_of_processing_jobs_are_summed() -> None:
@@ -575,7 +583,7 @@ def test_the_start_times_of_processing_jobs_are_summed() -> None:
 def test_manually_edited_rows_do_not_break_the_counts(rules: RuleHarness) -> None:
     rules.row(queued(1, status="odd"))
     rules.row(queued(2, status="processing"))
-    rules.row(replace(held(3, "w"), lease=None))
+    rules.row(replace(held(3, "w"), deadlines=None))
     compare(rules.state, rules.rows, rules.moment)
     assert (rules.state.live_locks(), rules.state.total()) == (0, 2)
     for job_id in list(rules.rows):
@@ -608,7 +616,7 @@ def test_any_rows_in_any_order_match_a_recount(rules: RuleHarness, seed: int) ->
             shift = dice.randint(-20, 20)
             options = Options(queue=dice.choice("qr"), kind=dice.choice("kl"), priority=dice.randint(-1, 1))
             job = replace(
-                dice.choice([queued(seq + 1), held(seq + 1, dice.choice("vw"), expires=rules.lease + shift)]),
+                dice.choice([queued(seq + 1), held(seq + 1, dice.choice("vw"), expires=rules.lock_ms + shift)]),
                 options=options,
                 run_at=rules.now + shift,
                 expires_at=dice.choice([None, rules.now + dice.randint(-5, 20)]),
@@ -616,7 +624,7 @@ def test_any_rows_in_any_order_match_a_recount(rules: RuleHarness, seed: int) ->
             rules.row(job)
         if dice.random() < 0.3:
             rules.now += dice.randint(-15, 20)
-            rules.lease += dice.randint(0, 10)
+            rules.lock_ms += dice.randint(0, 10)
         compare(rules.state, rules.rows, rules.moment)
 
 
@@ -659,14 +667,14 @@ def test_a_job_whose_run_at_is_now_is_due(rules: RuleHarness) -> None:
     assert [job.id for job in rules.state.not_due(rules.now - 1)] == ["queued", "held"]
 
 
-SHORT = CompactJob(1, "a", Options(), 1_000)
+SHORT = PackedJob(1, "a", Options(), 1_000)
 WHOLE = Job(2, "b", Options(), "processing", 1_000, 1_000, 1_000)
 
 
 @pytest.fixture
 def jobs() -> LiveJobs:
     jobs = LiveJobs()
-    jobs.keep_compact(SHORT)
+    jobs.keep_packed(SHORT)
     jobs.keep(WHOLE)
     return jobs
 
@@ -689,8 +697,8 @@ def test_a_changed_job_is_no_longer_compact(jobs: LiveJobs) -> None:
 
 
 def test_a_job_that_is_added_again_is_stored_in_one_form(jobs: LiveJobs) -> None:
-    again = CompactJob(3, "b", Options(), 2_000)
-    jobs.keep_compact(again)
+    again = PackedJob(3, "b", Options(), 2_000)
+    jobs.keep_packed(again)
     assert (jobs["b"], jobs.waits(again), len(jobs), set(jobs.touched())) == (again.expand(), True, 2, set())
 
 

@@ -110,8 +110,8 @@ def test_recoveries_of_the_last_day(rules: RuleHarness) -> None:
 
 
 def test_the_counts_since_the_last_report(rules: RuleHarness) -> None:
-    rules.held("a", stuck_after_ms=HOUR_MS, max_processing_ms=0)
-    rules.held("d", stuck_after_ms=HOUR_MS, max_processing_ms=0)
+    rules.held("a", stall_after_ms=HOUR_MS, progress_timeout_ms=0)
+    rules.held("d", stall_after_ms=HOUR_MS, progress_timeout_ms=0)
     rules.advance(15 * MINUTE_MS)
     rules.accept(Recover(limit=9))
     for name in ("b", "e"):

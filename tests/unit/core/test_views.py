@@ -21,7 +21,7 @@ from jobd.model.job import (
     Grant,
     Job,
     LateResult,
-    Lease,
+    LockDeadlines,
     Options,
     Policy,
     Result,
@@ -32,7 +32,7 @@ from tests.support.rule_harness import NOW
 AT = Moment(NOW, 1_000, NOW - 1_000)
 OPTIONS = Options("q", "k", 3, 4, Backoff("fixed", 1, 2, False), 5, "fail", 6, 7)
 GRANT = Grant("secret", 11, "w-1", NOW - 12, 13, 14, 15)
-LEASE = Lease(1_016, 1_017, 1_018)
+DEADLINES = LockDeadlines(1_016, 1_017, 1_018)
 JOB = Job(
     seq=1,
     id="a",
@@ -49,7 +49,7 @@ JOB = Job(
     finished_at=NOW - 28,
     expires_at=NOW - 29,
     grant=GRANT,
-    lease=LEASE,
+    deadlines=DEADLINES,
     result=Result("url", "file", "key", Raw(b"1")),
     error=Failure("words", "code"),
 )
@@ -62,7 +62,7 @@ def test_the_view_of_a_job_has_every_field() -> None:
         "id": "a", "queue": "q", "kind": "k", "payload": Raw(b"[]"), "priority": 3, "status": "processing",
         "progress": 24, "progress_message": "m", "attempt": 25, "max_attempts": 4,
         "backoff": Backoff("fixed", 1, 2, False), "stalls": 26, "max_stalls": 5, "on_stall": "fail",
-        "stuck_after_ms": 14, "max_processing_ms": 15, "created_at": NOW - 21, "updated_at": NOW - 22,
+        "stall_after_ms": 14, "progress_timeout_ms": 15, "created_at": NOW - 21, "updated_at": NOW - 22,
         "run_at": NOW - 23, "started_at": NOW - 27, "finished_at": NOW - 28, "expires_at": NOW - 29,
         "lock": {"worker": "w-1", "fencing_token": 11, "acquired_at": NOW - 12, "expires_at": NOW + 16,
                  "lock_id": UNSET},
@@ -75,7 +75,7 @@ def test_the_exported_job_has_every_field() -> None:
     assert views.as_import(JOB, Raw(b"[]")) == Import(
         id="a", queue="q", kind="k", payload=Raw(b"[]"), priority=3, status="processing", progress=24,
         progress_message="m", attempt=25, max_attempts=4, backoff=Backoff("fixed", 1, 2, False), stalls=26,
-        max_stalls=5, on_stall="fail", stuck_after_ms=6, max_processing_ms=7, created_at=NOW - 21,
+        max_stalls=5, on_stall="fail", stall_after_ms=6, progress_timeout_ms=7, created_at=NOW - 21,
         updated_at=NOW - 22, run_at=NOW - 23, started_at=NOW - 27, finished_at=NOW - 28, expires_at=NOW - 29,
         worker="w-1", download_url="url", file_path="file", storage_key="key", metadata=Raw(b"1"),
         error_message="words", error_code="code",
@@ -90,12 +90,14 @@ def test_the_exported_job_has_every_field() -> None:
         (GRANT, OPTIONS, (14, 15)),  # as they were settled with the grant
         (None, OPTIONS, (6, 7)),
         (None, Options(), (8, 9)),
-        (None, Options(stuck_after_ms=0, max_processing_ms=0), (0, 0)),
+        (None, Options(stall_after_ms=0, progress_timeout_ms=0), (0, 0)),
     ],
 )
 def test_durations_are_shown_as_they_apply(grant: Grant | None, options: Options, shown: tuple[int, int]) -> None:
-    view = views.job_view(replace(JOB, grant=grant, options=options), AT, Policy(stuck_after_ms=8, max_processing_ms=9))
-    assert (view.stuck_after_ms, view.max_processing_ms) == shown
+    view = views.job_view(
+        replace(JOB, grant=grant, options=options), AT, Policy(stall_after_ms=8, progress_timeout_ms=9)
+    )
+    assert (view.stall_after_ms, view.progress_timeout_ms) == shown
 
 
 def test_only_operators_see_the_lock_id() -> None:
@@ -109,14 +111,21 @@ def test_only_operators_see_the_lock_id() -> None:
         assert shown.lock_id == "secret"
 
 
-@pytest.mark.parametrize("change", [{"grant": None}, {"lease": None}, {"lease": replace(LEASE, cleared=True)}])
+@pytest.mark.parametrize(
+    "change", [{"grant": None}, {"deadlines": None}, {"deadlines": replace(DEADLINES, cleared=True)}]
+)
 def test_incomplete_and_cleared_locks_are_not_shown(change: dict[str, Any]) -> None:
     assert views.lock_view(replace(JOB, **change), AT) is None
 
 
 def test_the_worker_of_a_cleared_lock_is_named() -> None:
     """An incomplete row has no holder."""
-    changes: list[dict[str, Any]] = [{}, {"grant": None}, {"lease": None}, {"lease": replace(LEASE, cleared=True)}]
+    changes: list[dict[str, Any]] = [
+        {},
+        {"grant": None},
+        {"deadlines": None},
+        {"deadlines": replace(DEADLINES, cleared=True)},
+    ]
     shown = [views.job_view(replace(JOB, **change), AT, Policy()) for change in changes]
     assert [view.worker for view in shown] == [UNSET, UNSET, UNSET, "w-1"]
 
@@ -130,7 +139,8 @@ def state(*jobs: Job) -> State:
 
 def test_an_incomplete_grant_is_not_a_lock() -> None:
     rows = [
-        replace(JOB, seq=seq, id=f"{seq}", **half) for seq, half in enumerate(({"grant": None}, {"lease": None}, {}))
+        replace(JOB, seq=seq, id=f"{seq}", **half)
+        for seq, half in enumerate(({"grant": None}, {"deadlines": None}, {}))
     ]
     assert [lock.id for lock in views.locks(state(*rows), AT, Locks(), admin=True).locks] == ["2"]
 
@@ -139,8 +149,8 @@ def test_the_list_of_locks_has_every_field() -> None:
     [lock] = views.locks(state(replace(JOB, grant=replace(GRANT, fencing_token=1))), AT, Locks(), admin=True).locks
     assert asdict(lock) == {
         "id": "a", "queue": "q", "kind": "k", "worker": "w-1", "lock_id": "secret", "fencing_token": 1,
-        "acquired_at": NOW - 12, "expires_at": NOW + 16, "live": True, "ceiling_at": NOW + 18,
-        "stuck_at": NOW + 17, "progress": 24,
+        "acquired_at": NOW - 12, "expires_at": NOW + 16, "live": True, "progress_due_at": NOW + 18,
+        "stalled_at": NOW + 17, "progress": 24,
     }  # fmt: skip
 
 
@@ -164,10 +174,10 @@ def test_the_view_of_a_late_result_has_every_field() -> None:
     late = LateResult(31, NOW - 32, "w-2", 33, "hash", NOW + 34, Result("url", "file", "key", Raw(b"1")))
     assert asdict(views.late_view(late)) == {
         "seq": 31, "at": NOW - 32, "worker": "w-2", "fencing_token": 33, "download_url": "url", "file_path": "file",
-        "storage_key": "key", "metadata": Raw(b"1"), "expires_at": NOW + 34, "refusal": None,
+        "storage_key": "key", "metadata": Raw(b"1"), "expires_at": NOW + 34, "rejection": None,
     }  # fmt: skip
-    refused = views.late_view(late, "It lacks something.")
-    assert refused.refusal == ErrorView("invalid_request", "It lacks something.")
+    rejected = views.late_view(late, "It lacks something.")
+    assert rejected.rejection == ErrorView("invalid_request", "It lacks something.")
 
 
 def running(began: int, created: int = NOW - 99) -> State:

@@ -32,7 +32,7 @@ from jobd.model.commands import (
     Workers,
 )
 from jobd.model.errors import ApiError
-from jobd.model.job import DAY_MS, HOUR_MS, MINUTE_MS, Grant, Job, Lease, Options
+from jobd.model.job import DAY_MS, HOUR_MS, MINUTE_MS, Grant, Job, LockDeadlines, Options
 from jobd.model.responses import Response, TakeBackView, WorkerList, WorkerView
 from jobd.model.storage import DiskFull, Numbers, OpenedStore
 from tests.support.rule_harness import NOW, RuleHarness
@@ -57,7 +57,7 @@ def presence() -> WorkerPresence:
 
 
 def advance(presence: WorkerPresence, ms: int) -> None:
-    presence.set_time(presence.now + ms, presence.lease + ms)
+    presence.set_time(presence.now + ms, presence.lock_ms + ms)
 
 
 def claim(worker: str = "w-1", queues: str = "default", kinds: str | None = None, **fields: Any) -> Claim:
@@ -67,7 +67,7 @@ def claim(worker: str = "w-1", queues: str = "default", kinds: str | None = None
 def held(seq: int, worker: str, expires: int = 500) -> Job:
     grant = Grant(f"lock-{seq}", seq, worker, NOW, 1, 1, 0)
     job = Job(seq, f"job-{seq}", Options(), "processing", NOW, NOW, NOW, started_at=NOW)
-    return replace(job, grant=grant, lease=Lease(expires, expires, None))
+    return replace(job, grant=grant, deadlines=LockDeadlines(expires, expires, None))
 
 
 def listed(rules: RuleHarness, **command: Any) -> list[tuple[str, str]]:
@@ -85,7 +85,7 @@ def one(rules: RuleHarness) -> WorkerView:
 
 
 def test_a_worker_is_busy_idle_silent_and_gone(rules: RuleHarness) -> None:
-    lock_id = rules.held(worker="w-1", stuck_after_ms=HOUR_MS, max_processing_ms=0)
+    lock_id = rules.held(worker="w-1", stall_after_ms=HOUR_MS, progress_timeout_ms=0)
     assert listed(rules) == [("w-1", "busy")]
     rules.advance(TTL - 1)
     assert listed(rules) == [("w-1", "busy")]
@@ -110,7 +110,7 @@ def test_a_worker_is_busy_idle_silent_and_gone(rules: RuleHarness) -> None:
 
 
 def test_a_worker_is_silent_while_it_holds_an_expired_lock(rules: RuleHarness) -> None:
-    rules.held("a", worker="w", stuck_after_ms=0)
+    rules.held("a", worker="w", stall_after_ms=0)
     rules.advance(1_000)
     rules.held("b", worker="w")
     rules.advance(TTL - 1_000)
@@ -133,15 +133,15 @@ def test_workers_are_forgotten_after_a_day(rules: RuleHarness) -> None:
 def test_a_step_of_the_clock_does_not_change_the_state_of_workers(rules: RuleHarness) -> None:
     rules.state.presence.note_request(claim("before"))
     rules.now += 40 * DAY_MS
-    rules.state.advance(rules.now, rules.lease)
+    rules.state.advance(rules.now, rules.lock_ms)
     assert listed(rules) == [("before", "idle")]
     rules.state.presence.note_request(claim("meanwhile"))
     rules.now -= 40 * DAY_MS
-    rules.state.advance(rules.now, rules.lease)
+    rules.state.advance(rules.now, rules.lock_ms)
     assert [each.last_seen_at for each in rules.accept(Workers()).workers] == [NOW, NOW], "none was heard in the future"
     rules.advance(GONE_AFTER_MS)
     assert listed(rules) == []
-    assert rules.state.presence.unclaimed_ms("default", "", rules.lease) == GONE_AFTER_MS
+    assert rules.state.presence.unclaimed_ms("default", "", rules.lock_ms) == GONE_AFTER_MS
 
 
 def test_a_worker_is_known_by_its_jobs_and_last_request(rules: RuleHarness) -> None:
@@ -157,9 +157,9 @@ def test_a_worker_is_known_by_its_jobs_and_last_request(rules: RuleHarness) -> N
 
 def test_after_a_start_workers_were_last_seen_when_their_jobs_changed() -> None:
     jobs = [replace(held(seq, f"w-{seq}"), updated_at=NOW + at) for seq, at in ((1, -50), (2, -10), (3, -90))]
-    state = State.opened(OpenedStore(Numbers(wall_ms=NOW, lease_ms=400), jobs))
+    state = State.opened(OpenedStore(Numbers(wall_ms=NOW, lock_ms=400), jobs))
     rules = RuleHarness()
-    rules.state, rules.now, rules.lease = state, NOW + HOUR_MS, 450  # an hour later; downtime does not age locks
+    rules.state, rules.now, rules.lock_ms = state, NOW + HOUR_MS, 450  # an hour later; downtime does not age locks
     page = workers(state, rules.moment, Workers())
     assert [(each.worker, each.jobs, each.last_seen_at) for each in page.workers] == [
         ("w-2", ["job-2"], NOW - 10),
@@ -168,7 +168,7 @@ def test_after_a_start_workers_were_last_seen_when_their_jobs_changed() -> None:
     ]
     assert [(each.queues, each.kinds, each.about) for each in page.workers] == [(None, None, None)] * 3
     assert page.since == NOW + HOUR_MS
-    state.advance(rules.now, rules.lease)
+    state.advance(rules.now, rules.lock_ms)
     rules.advance(5)
     assert workers(state, rules.moment, Workers()).since == NOW + HOUR_MS
     assert state.presence.workers["w-3"].heard == 400 - 90
@@ -188,7 +188,7 @@ def test_a_worker_is_shown_with_its_latest_claim(presence: WorkerPresence) -> No
 
 
 def test_the_view_of_a_worker_has_every_field(rules: RuleHarness) -> None:
-    rules.held("b", worker="w-1", stuck_after_ms=HOUR_MS)
+    rules.held("b", worker="w-1", stall_after_ms=HOUR_MS)
     rules.advance(TTL)
     rules.held("a", worker="w-1")
     about = About(host="box")
@@ -265,11 +265,11 @@ def test_a_waiting_claim_counts_all_the_time(presence: WorkerPresence) -> None:
     advance(presence, HOUR_MS)
     worker = presence.workers["w-1"]
     assert (presence.state(worker), presence.heard_at(worker)) == ("idle", NOW + HOUR_MS)
-    assert presence.unclaimed_ms("q", "k", presence.lease + 9) == 0
+    assert presence.unclaimed_ms("q", "k", presence.lock_ms + 9) == 0
     advance(presence, DAY_MS)
     assert [name for name, _ in presence.remembered()] == ["w-1"]
     presence.end_wait("w-1", claims)
-    assert presence.unclaimed_ms("q", "k", presence.lease + 9) == 9
+    assert presence.unclaimed_ms("q", "k", presence.lock_ms + 9) == 9
     advance(presence, GONE_AFTER_MS)
     assert presence.state(worker) == "gone"
 
@@ -319,7 +319,7 @@ async def state_of(engine: VirtualEngine) -> tuple[str, bool, int]:
 
 def silent(rules: RuleHarness, count: int) -> list[str]:
     """Create a worker with `count` jobs with an expired lock and one with a live lock."""
-    locks = [rules.held(f"job-{n}", worker="w", stuck_after_ms=HOUR_MS, max_processing_ms=0) for n in range(count)]
+    locks = [rules.held(f"job-{n}", worker="w", stall_after_ms=HOUR_MS, progress_timeout_ms=0) for n in range(count)]
     rules.advance(TTL)
     return [*locks, rules.held("live", worker="w")]
 
@@ -423,11 +423,11 @@ async def slices_of_two() -> AsyncIterator[None]:
 async def test_a_take_back_of_many_jobs_has_one_response() -> None:
     async with slices_of_two(), checked_engine() as engine:
         for number in range(5):
-            await engine.held(f"job-{number}", stuck_after_ms=HOUR_MS)
+            await engine.held(f"job-{number}", stall_after_ms=HOUR_MS)
         command, operator = TakeBack(name="w-1"), Operator("ana", "here", "part")
-        refused = await engine.maintainer.take_back(command, operator)
-        assert isinstance(refused, ApiError)
-        assert refused.code == "worker_not_silent"
+        rejected = await engine.maintainer.take_back(command, operator)
+        assert isinstance(rejected, ApiError)
+        assert rejected.code == "worker_not_silent"
         await seconds(60)
         seen = await engine.maintainer.take_back(replace(command, dry_run=True), operator)
         assert isinstance(seen, TakeBackView)
@@ -443,7 +443,7 @@ async def test_an_interrupted_take_back_reports_its_progress() -> None:
     async with slices_of_two(), checked_engine() as engine:
         locks = {}
         for number in range(6):
-            locks[f"job-{number}"] = await engine.held(f"job-{number}", stuck_after_ms=HOUR_MS)
+            locks[f"job-{number}"] = await engine.held(f"job-{number}", stall_after_ms=HOUR_MS)
         await seconds(60)
         taking = asyncio.create_task(engine.maintainer.take_back(TakeBack(name="w-1"), None))
         await until(lambda: engine.state.totals["queued"] == 2)
@@ -537,9 +537,9 @@ def test_a_removed_job_has_no_expired_lock(presence: WorkerPresence) -> None:
 
 
 def test_a_job_of_an_unknown_worker_can_be_removed() -> None:
-    """An invalid row: a grant without a lease."""
+    """An invalid row: a grant without a lock_ms."""
     state = State()
-    row = replace(held(1, "w"), lease=None)
+    row = replace(held(1, "w"), deadlines=None)
     state.reindex(None, row)
     state.presence.set_expired("w", "job-1", True)
     state.reindex(row, None)
@@ -558,8 +558,8 @@ def test_claim_sets_are_bounded_and_forgetting_one_moves_since(
         check_sets(presence)
         assert presence._names <= 40 + 4
     assert presence.since > 1_000
-    assert presence.unclaimed_ms("q-199", "k", presence.lease + 9) == 9
-    assert presence.unclaimed_ms("q-0", "k", presence.lease) == presence.lease - presence.since < 2_000
+    assert presence.unclaimed_ms("q-199", "k", presence.lock_ms + 9) == 9
+    assert presence.unclaimed_ms("q-0", "k", presence.lock_ms) == presence.lock_ms - presence.since < 2_000
     assert list(presence.claim_sets("waiting")) == [waiting]
 
 
@@ -629,16 +629,16 @@ def test_any_claims_in_any_order_match_a_recount(seed: int, monkeypatch: pytest.
             command = Claim(worker=worker, queues=waited.queues, kinds=waited.kinds)
         else:
             presence.note_request(command)
-        claims.append((presence.lease, command))
+        claims.append((presence.lock_ms, command))
         check_sets(presence)
         for queue, kind in (("q", "k"), ("u", "m"), ("x", "k")):
             fitting = [at for at, each in claims if queue in each.queues and (not each.kinds or kind in each.kinds)]
             is_waiting = any(queue in each.queues and each.takes(kind) for _, each in waits)
-            latest = presence.lease if is_waiting else max(fitting, default=None)
+            latest = presence.lock_ms if is_waiting else max(fitting, default=None)
             if latest is not None and latest > presence.since:
-                assert presence.unclaimed_ms(queue, kind, presence.lease) == presence.lease - latest
-            unclaimed = presence.unclaimed_ms(queue, kind, presence.lease)
-            assert unclaimed == 0 if is_waiting else unclaimed <= presence.lease - (latest or 0)
+                assert presence.unclaimed_ms(queue, kind, presence.lock_ms) == presence.lock_ms - latest
+            unclaimed = presence.unclaimed_ms(queue, kind, presence.lock_ms)
+            assert unclaimed == 0 if is_waiting else unclaimed <= presence.lock_ms - (latest or 0)
 
 
 def test_the_cost_of_a_page_of_workers_depends_on_its_size(rules: RuleHarness) -> None:

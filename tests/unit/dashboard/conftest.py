@@ -14,17 +14,17 @@ from typing import Any
 
 import pytest
 
-from jobd.api import admin as admin_api
-from jobd.api import worker as worker_api
+from jobd.api import admin_routes as admin_api
+from jobd.api import worker_routes as worker_api
 from jobd.core.state import State
 from jobd.dashboard.routes import Dashboard
 from jobd.engine.actor import Actor
 from jobd.engine.clock import Clock, boot_clock_ms, wall_clock_ms
 from jobd.engine.idempotency import IdempotencyStore
 from jobd.http.auth import Authenticator, accepted_hosts
-from jobd.maintenance.cleanup_pass import CleanupSchedule, MaintenanceContext
+from jobd.maintenance.cleanup_run import CleanupSchedule, MaintenanceContext
 from jobd.maintenance.maintainer import Maintainer
-from jobd.maintenance.plans import Planner
+from jobd.maintenance.plan_runner import Planner
 from jobd.model.job import Policy
 from jobd.monitoring.failure_groups import FailureGroups
 from jobd.monitoring.timeseries import Timeseries

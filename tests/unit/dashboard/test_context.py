@@ -128,7 +128,7 @@ async def test_a_read_only_session_sees_no_buttons_and_no_secrets(harness: Dashb
         ("/workers/take-back", {"name": "w-1"}),
         ("/webhooks/q/test", {}),
         ("/webhooks/q/resend", {"id": "7"}),
-        ("/webhooks/q/resend-given-up", {"upto": "7"}),
+        ("/webhooks/q/resend-dead-lettered", {"upto": "7"}),
     ],
 )
 async def test_a_read_only_session_can_change_nothing(
@@ -162,7 +162,7 @@ async def test_a_read_only_session_can_change_nothing(
         ("/clock/accept", {}),
         ("/webhooks/q/test", {}),
         ("/webhooks/q/resend", {"id": "7"}),
-        ("/webhooks/q/resend-given-up", {"upto": "7"}),
+        ("/webhooks/q/resend-dead-lettered", {"upto": "7"}),
         ("/sign-out", {}),
     ],
 )

@@ -154,9 +154,9 @@ async def test_cleanup_and_recovery_are_previewed(harness: DashboardHarness, mon
     assert "too many jobs to scan all of them" not in text(await browser.get("/cleanup/confirm?what=run"))
     assert "No stalled jobs." in text(await browser.get("/cleanup/confirm?what=recover"))
 
-    async def refuses(scan_s: float) -> PreviewView | ApiError:
+    async def rejects(scan_s: float) -> PreviewView | ApiError:
         return ApiError("overloaded", "later")
 
-    monkeypatch.setattr(harness.admin.services.maintainer, "preview", refuses)
+    monkeypatch.setattr(harness.admin.services.maintainer, "preview", rejects)
     assert (await browser.get("/cleanup/confirm?what=run")).status == 503
     assert (await browser.get("/cleanup/confirm?what=all")).status == 400

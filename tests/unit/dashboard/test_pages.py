@@ -54,7 +54,7 @@ async def test_the_audit_log_shows_actions_operators_and_reasons(harness: Dashbo
         page = text(await browser.get("/audit"))
         rows = re.findall(r'<tr id="audit-\d+">(.*?)</tr>', page, re.DOTALL)
         assert len(rows) == 6
-        by_reader, refused, by_unnamed, paused, failed, by_eve = rows
+        by_reader, rejected, by_unnamed, paused, failed, by_eve = rows
         assert "Eve &lt;i&gt;" in by_eve
         assert (">reader<" in by_reader, "</span> read</span>" in by_reader, ">admin<" in by_unnamed) == (
             True,
@@ -62,8 +62,8 @@ async def test_the_audit_log_shows_actions_operators_and_reasons(harness: Dashbo
             True,
         )
         assert all("sign-in" in row for row in (by_reader, by_unnamed, by_eve))
-        assert "invalid_transition" in refused
-        assert ">admin<" in refused
+        assert "invalid_transition" in rejected
+        assert ">admin<" in rejected
         assert "Eve &lt;i&gt;" in paused
         assert '<a href="/jobs?queue=video">' in paused
         assert "processing → failed" in failed
@@ -165,13 +165,13 @@ async def test_a_stored_result_can_be_downloaded(harness: DashboardHarness, tmp_
     await harness.call("jobs/held/complete", lock_id=lock, storage_key="a/page.html")
     assert 'href="/jobs/held/artifact"' in text(await browser.get("/jobs/held"))
     with_store = text(await browser.get("/jobs/held/confirm?verb=delete"))
-    assert "Its stored results are deleted too" in with_store
+    assert "Its artifacts are deleted too" in with_store
     assert "jobctl delete held" in with_store
     await submit_plan(browser, "/jobs?status=completed", "held", action="delete", scope="selected")
-    assert "Their stored results are deleted too" in text(await browser.get("/plans/plan-1"))
+    assert "Their artifacts are deleted too" in text(await browser.get("/plans/plan-1"))
     store, harness.admin.services.downloads = harness.admin.services.downloads, Downloads(None, 2)
     for page in ("/jobs/held/confirm?verb=delete", "/plans/plan-1"):
-        assert "stored results" not in text(await browser.get(page))
+        assert "artifacts" not in text(await browser.get(page))
     assert "/artifact" not in text(await browser.get("/jobs/held"))
     harness.admin.services.downloads = store
     assert "The artifact store has no object" in text(await browser.get("/jobs/held/artifact"))
@@ -199,10 +199,10 @@ async def test_a_stored_result_can_be_downloaded(harness: DashboardHarness, tmp_
     ("fields", "expected"),
     [
         (
-            {"stuck_after_ms": 0},
+            {"stall_after_ms": 0},
             ["as soon as its lock expires", "requeued at progress 0 or with attempts left"],
         ),
-        ({"on_stall": "requeue", "stuck_after_ms": 90_000}, ["after 1 min 30 s without a report", "requeued <span"]),
+        ({"on_stall": "requeue", "stall_after_ms": 90_000}, ["after 1 min 30 s without a report", "requeued <span"]),
         ({"on_stall": "fail", "max_stalls": 7}, ["fails above 7", "fails <span"]),
     ],
 )

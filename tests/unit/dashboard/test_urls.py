@@ -108,7 +108,7 @@ async def test_a_download_url_is_linked_if_it_is_external(harness: DashboardHarn
         assert f'<a href="{html.escape(url)}" rel="noreferrer noopener">' in text(response)
         policy = response.headers["content-security-policy"]
         assert policy.startswith("sandbox allow-downloads; default-src 'none';")
-        assert "cross-origin-opener-policy" not in response.headers  # browsers refuse it in a sandbox
+        assert "cross-origin-opener-policy" not in response.headers  # browsers reject it in a sandbox
         style = re.search("<style>(.*)</style>", text(response))
         assert style
         digest = base64.b64encode(hashlib.sha256(style[1].encode()).digest()).decode()

@@ -93,8 +93,8 @@ async def test_the_mailbox_reserves_space_for_running_work() -> None:
     tasks += ask_all(engine, last)
     await settle()
     assert engine.actor.waiting == 20
-    refusal = tasks[-1].result()
-    assert (refusal.code, refusal.status) == ("overloaded", 503)
+    rejection = tasks[-1].result()
+    assert (rejection.code, rejection.status) == ("overloaded", 503)
     async with engine:
         await settle()
         assert all(task.done() for task in tasks)
@@ -121,8 +121,8 @@ async def test_the_bytes_in_flight_reserve_space_for_running_work() -> None:
 @in_virtual_time
 async def test_waiting_claims_are_limited() -> None:
     async with checked_engine(bounds=Bounds(parked_claims=1, claim_wait_ms=1_000)) as engine:
-        refusal = await engine.no(Claim(worker="w", wait_ms=1_001))
-        assert (refusal.code, refusal.details) == ("invalid_request", {"field": "$.wait_ms"})
+        rejection = await engine.no(Claim(worker="w", wait_ms=1_001))
+        assert (rejection.code, rejection.details) == ("invalid_request", {"field": "$.wait_ms"})
         waiting = await waiting_claim(engine, "w", wait_ms=1_000)
         assert (await engine.no(Claim(worker="w", wait_ms=1))).code == "overloaded"
         assert (await engine.yes(Claim(worker="w"))).grants == []
@@ -157,7 +157,7 @@ async def test_a_batch_is_limited_by_what_it_writes() -> None:
 
 @in_virtual_time
 async def test_a_batch_is_limited_by_the_bytes_of_its_bodies() -> None:
-    """In a cluster, a record has to reach a quorum within one lease."""
+    """In a cluster, a record has to reach a quorum within one lock_ms."""
     engine = VirtualEngine()
     half = BATCH_BYTES // 2
     sizes = [half, 0, half, 1, 0, BATCH_BYTES, BATCH_BYTES + 1, 2, 3]
@@ -237,10 +237,10 @@ async def test_internal_commands_are_written() -> None:
     disk = MemoryStorage()
     disk.marked = True
     async with checked_engine(disk) as engine:
-        before = disk.numbers.lease_ms
+        before = disk.numbers.lock_ms
         await asyncio.sleep(2)
         assert await engine.yes(Tick()) == EmptyResponse()
-        assert disk.numbers.lease_ms == before + 2_000
+        assert disk.numbers.lock_ms == before + 2_000
         assert await engine.yes(Report(body=b"{}")) == EmptyResponse()
         assert list(disk.kept_reports) == [b"{}"]
         await engine.yes(EndGrants(ids=[], last=False))
@@ -441,9 +441,9 @@ def test_bad_rows_name_their_jobs() -> None:
 async def assert_ended(engine: VirtualEngine, running: asyncio.Task[None], code: str = "shutting_down") -> None:
     with pytest.raises(DiskBroken):
         await running
-    refusal = await engine.actor.ask(Ping())
-    assert isinstance(refusal, ApiError)
-    assert refusal.code == code
+    rejection = await engine.actor.ask(Ping())
+    assert isinstance(rejection, ApiError)
+    assert rejection.code == code
 
 
 @pytest.mark.usefixtures("both_commit_modes")
@@ -461,11 +461,11 @@ def test_a_leader_that_is_fenced_reports_unknown_outcomes_and_ends_the_actor(err
         later = start_task(engine.actor.ask(Create(id="b")))
         await settle()
         engine.disk.gate.set()
-        refusal = await task
-        assert (refusal.code, refusal.details) == ("outcome_unknown", {"outcome": "unknown"})
+        rejection = await task
+        assert (rejection.code, rejection.details) == ("outcome_unknown", {"outcome": "unknown"})
         for undone in (waiting, later, start_task(engine.actor.ask(Create(id="c")))):
-            refusal = await undone
-            assert (refusal.code, refusal.details) == ("not_leader", {"leader": None}), "nothing was done"
+            rejection = await undone
+            assert (rejection.code, rejection.details) == ("not_leader", {"leader": None}), "nothing was done"
         await assert_ended(engine, running, "not_leader")
 
     run()
@@ -478,7 +478,7 @@ async def test_no_read_is_served_after_the_check_before_a_batch_fails() -> None:
     await engine.yes(Create(id="a"))
 
     def fail() -> None:
-        raise LeadershipLost("the lease is over")
+        raise LeadershipLost("the lock_ms is over")
 
     engine.actor.before_batch = fail
     assert (await engine.no(Get(id="a"))).code == "not_leader"
@@ -499,8 +499,8 @@ async def test_an_unknown_outcome_is_reported_and_ends_the_actor() -> None:
     await settle()
     engine.disk.gate.set()
     for task in [*tasks, waiting]:
-        refusal = await task
-        assert (refusal.code, refusal.status, refusal.details) == ("outcome_unknown", 503, {"outcome": "unknown"})
+        rejection = await task
+        assert (rejection.code, rejection.status, rejection.details) == ("outcome_unknown", 503, {"outcome": "unknown"})
     assert (await later).code == "shutting_down"
     await assert_ended(engine, running)
     assert engine.disk.job("a") is not None  # it was written; a start finds it
@@ -594,8 +594,8 @@ def test_a_row_quarantined_while_its_job_is_shown_affects_only_its_command(besid
             tasks = ask_all(engine, [Get(id="bad"), Create(id="other") if beside == "a change" else Ping()])
             engine.disk.gate.set()
             await slow
-            refused, other = [await task for task in tasks]
-            assert refused.code == "job_quarantined"
+            rejected, other = [await task for task in tasks]
+            assert rejected.code == "job_quarantined"
             assert isinstance(other, Response)
             assert engine.state.totals["queued"] == (beside == "a change")
 

@@ -1,4 +1,4 @@
-"""The clock: lease time survives restarts, holds and steps; wall time is only shown."""
+"""The clock: lock time survives restarts, holds and steps; wall time is only shown."""
 
 from __future__ import annotations
 
@@ -53,9 +53,9 @@ def sources() -> ManualClocks:
 
 
 def clock(
-    sources: ManualClocks, lease_ms: int = 0, wall_ms: int = 0, *, suspect: bool = False, keep_ms: int = WEEK_MS
+    sources: ManualClocks, lock_ms: int = 0, wall_ms: int = 0, *, suspect: bool = False, keep_ms: int = WEEK_MS
 ) -> Clock:
-    return started(sources, Numbers(lease_ms=lease_ms, wall_ms=wall_ms, clock_suspect=suspect), keep_ms)
+    return started(sources, Numbers(lock_ms=lock_ms, wall_ms=wall_ms, clock_suspect=suspect), keep_ms)
 
 
 def started(sources: ManualClocks, numbers: Numbers, keep_ms: int = WEEK_MS) -> Clock:
@@ -73,20 +73,20 @@ def log_events(logs: list[MutableMapping[str, Any]]) -> list[tuple[str, str]]:
     return [(line["event"], line["log_level"]) for line in logs]
 
 
-def test_lease_time_continues_from_its_persisted_value(sources: ManualClocks) -> None:
-    daemon_clock = clock(sources, lease_ms=1_000)
-    assert daemon_clock.moment() == Moment(now=WALL, lease=1_000, offset=WALL - 1_000)
+def test_lock_time_continues_from_its_persisted_value(sources: ManualClocks) -> None:
+    daemon_clock = clock(sources, lock_ms=1_000)
+    assert daemon_clock.moment() == Moment(now=WALL, lock_ms=1_000, offset=WALL - 1_000)
     sources.advance(250)
-    assert daemon_clock.moment() == Moment(now=WALL + 250, lease=1_250, offset=WALL - 1_000)
+    assert daemon_clock.moment() == Moment(now=WALL + 250, lock_ms=1_250, offset=WALL - 1_000)
 
 
 @pytest.mark.parametrize("step_ms", [-3_600_000, 3_600_000, 40 * 86_400_000])
 def test_a_step_of_the_wall_clock_moves_no_lease(sources: ManualClocks, step_ms: int) -> None:
-    daemon_clock = clock(sources, lease_ms=1_000)
+    daemon_clock = clock(sources, lock_ms=1_000)
     sources.advance(10)
     sources.wall_ms += step_ms
     at = daemon_clock.moment()
-    assert at.lease == 1_010
+    assert at.lock_ms == 1_010
     assert at.now == sources.wall_ms
     assert at.wall(1_010) == sources.wall_ms
 
@@ -114,7 +114,7 @@ def test_a_pause_between_two_reads_is_not_a_step(sources: ManualClocks) -> None:
     before = made.moment()
     after = made.moment()
     assert after.offset == before.offset
-    assert (after.now, after.lease) == (before.now + 7, before.lease + 7)
+    assert (after.now, after.lock_ms) == (before.now + 7, before.lock_ms + 7)
 
 
 def test_a_process_that_is_paused_at_each_read_goes_on(sources: ManualClocks) -> None:
@@ -123,22 +123,22 @@ def test_a_process_that_is_paused_at_each_read_goes_on(sources: ManualClocks) ->
         return sources.boot_ms
 
     made = Clock(wall=sources.wall, boot=paused, synchronised=sources.is_synchronised)
-    assert made.moment().lease < made.moment().lease
+    assert made.moment().lock_ms < made.moment().lock_ms
 
 
-def test_lease_time_never_goes_back(sources: ManualClocks) -> None:
-    daemon_clock = clock(sources, lease_ms=100)
+def test_lock_time_never_goes_back(sources: ManualClocks) -> None:
+    daemon_clock = clock(sources, lock_ms=100)
     sources.advance(50)
-    assert daemon_clock.moment().lease == 150
+    assert daemon_clock.moment().lock_ms == 150
     sources.boot_ms -= 40
-    assert daemon_clock.moment().lease == 150
+    assert daemon_clock.moment().lock_ms == 150
     sources.boot_ms += 45
     assert (
-        daemon_clock.moment().lease == 195
+        daemon_clock.moment().lock_ms == 195
     )  # it continues from the current reading without waiting until the clock has caught up
 
 
-def test_a_hold_stops_lease_time_and_only_that(sources: ManualClocks) -> None:
+def test_a_hold_stops_lock_time_and_only_that(sources: ManualClocks) -> None:
     daemon_clock = clock(sources)
     sources.advance(10)
     daemon_clock.hold()
@@ -147,14 +147,14 @@ def test_a_hold_stops_lease_time_and_only_that(sources: ManualClocks) -> None:
     boot_ms = daemon_clock.boot_ms()
     sources.advance(1_000)
     at = daemon_clock.moment()
-    assert (at.lease, at.now, at.wall(at.lease)) == (10, WALL + 1_010, WALL + 1_010)
+    assert (at.lock_ms, at.now, at.wall(at.lock_ms)) == (10, WALL + 1_010, WALL + 1_010)
     assert daemon_clock.boot_ms() == boot_ms + 1_000
     daemon_clock.resume()
     assert not daemon_clock.held
     sources.advance(5)
-    assert daemon_clock.moment().lease == 15
+    assert daemon_clock.moment().lock_ms == 15
     daemon_clock.resume()
-    assert daemon_clock.moment().lease == 15
+    assert daemon_clock.moment().lock_ms == 15
 
 
 def test_a_stop_is_a_permanent_hold(sources: ManualClocks) -> None:
@@ -164,7 +164,7 @@ def test_a_stop_is_a_permanent_hold(sources: ManualClocks) -> None:
     daemon_clock.hold()
     daemon_clock.resume()
     sources.advance(1_000)
-    assert (daemon_clock.moment().lease, daemon_clock.moment().now) == (10, WALL + 1_010)
+    assert (daemon_clock.moment().lock_ms, daemon_clock.moment().now) == (10, WALL + 1_010)
 
 
 # -- trust ------------------------------------------------------------------------------------------------------------
@@ -194,7 +194,7 @@ def test_the_first_moment_after_a_step_is_suspect_and_expects_boot_time_to_conti
     assert daemon_clock.moment().believed == WALL
     sources.advance(HOUR_MS)
     assert daemon_clock.moment().believed == WALL + HOUR_MS
-    daemon_clock.hold()  # the full disk stops lease time, not the expected time
+    daemon_clock.hold()  # the full disk stops lock time, not the expected time
     sources.advance(HOUR_MS)
     assert daemon_clock.moment().believed == WALL + 2 * HOUR_MS
 
@@ -231,7 +231,7 @@ def restarted(sources: ManualClocks, daemon_clock: Clock, away_ms: int = 0, step
     sources.wall_ms += step_ms
     clock = at.clock
     kept = Numbers(
-        lease_ms=at.lease,
+        lock_ms=at.lock_ms,
         wall_ms=at.believed,
         clock_suspect=clock.suspect,
         expected_ms=clock.expected_ms,
@@ -416,7 +416,7 @@ def test_a_wall_time_that_agrees_again_is_trusted(sources: ManualClocks, left_ms
     with capture_logs() as logs:
         sources.wall_ms -= 1
         at = daemon_clock.moment()
-        assert (at.now, at.lease, at.trusted, at.ahead) == (WALL + HOUR_MS + left_ms, HOUR_MS, None, left_ms)
+        assert (at.now, at.lock_ms, at.trusted, at.ahead) == (WALL + HOUR_MS + left_ms, HOUR_MS, None, left_ms)
     assert [line["reason"] for line in logs] == ["wall time agrees with its expected value again"] * (left_ms == DAY_MS)
 
 
@@ -507,11 +507,11 @@ def test_the_real_kernel_reports_its_synchronisation() -> None:
 
 
 @given(st.lists(st.tuples(st.integers(-1_000, 5_000), st.integers(-(10**9), 10**9), st.sampled_from("hrn"))))
-def test_lease_time_is_monotonic_and_bounded_for_any_clocks(
+def test_lock_time_is_monotonic_and_bounded_for_any_clocks(
     steps: list[tuple[int, int, str]],
 ) -> None:
     sources = ManualClocks()
-    daemon_clock = clock(sources, lease_ms=7)
+    daemon_clock = clock(sources, lock_ms=7)
     last, forward = 7, 0
     for boot_ms, wall_ms, what in steps:
         sources.boot_ms += boot_ms
@@ -522,14 +522,14 @@ def test_lease_time_is_monotonic_and_bounded_for_any_clocks(
         elif what == "r":
             daemon_clock.resume()
         at = daemon_clock.moment()
-        assert last <= at.lease <= 7 + forward
-        assert abs(at.now - at.wall(at.lease)) <= 1
-        last = at.lease
+        assert last <= at.lock_ms <= 7 + forward
+        assert abs(at.now - at.wall(at.lock_ms)) <= 1
+        last = at.lock_ms
 
 
 def test_the_default_clocks_are_those_of_the_system() -> None:
     before = time.clock_gettime_ns(time.CLOCK_BOOTTIME) // 1_000_000
-    daemon_clock = Clock(Numbers(lease_ms=42))
-    assert daemon_clock.moment().lease >= 42
+    daemon_clock = Clock(Numbers(lock_ms=42))
+    assert daemon_clock.moment().lock_ms >= 42
     assert before <= boot_clock_ms()
     assert abs(wall_clock_ms() - time.time() * 1_000) < 60_000

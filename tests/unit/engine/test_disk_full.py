@@ -138,9 +138,9 @@ async def test_then_the_reserve_file_is_released_and_only_endings_are_accepted()
         assert not engine.disk.has_reserve
         assert engine.clock.held
         engine.disk.has_spare = False
-        lease = engine.clock.moment().lease
+        lock_ms = engine.clock.moment().lock_ms
         await asyncio.sleep(3.5)
-        assert engine.clock.moment().lease == lease  # no heartbeat is accepted, so no lock ages
+        assert engine.clock.moment().lock_ms == lock_ms  # no heartbeat is accepted, so no lock ages
         assert write_limit(engine) == "ALL_BUT_ENDINGS"
         assert not engine.disk.has_reserve
         engine.disk.free()
@@ -241,7 +241,7 @@ async def test_a_disk_that_stays_full_is_logged_once_per_step() -> None:
                 engine.disk.has_spare = False
                 await asyncio.sleep(1.1)  # endings are tried again and do not fit
                 engine.disk.fits = lambda batch: False
-        assert [line["refused"] for line in lines] == ["creates", "all_but_endings", "all_writes"]
+        assert [line["rejected"] for line in lines] == ["creates", "all_but_endings", "all_writes"]
         engine.disk.free()
         with capture_logs() as lines:
             await asyncio.sleep(1.1)
@@ -258,7 +258,7 @@ async def test_space_that_is_used_up_at_once_ages_no_lock() -> None:
         lock_id = await engine.held("a")
         engine.disk.fits = lambda batch: False
         await engine.no(Complete(id="a", lock_id=lock_id))
-        began = engine.clock.moment().lease
+        began = engine.clock.moment().lock_ms
         for _ in range(60):
             engine.disk.free()
             await asyncio.sleep(1.1)
@@ -266,7 +266,7 @@ async def test_space_that_is_used_up_at_once_ages_no_lock() -> None:
             engine.disk.fits = lambda batch: False
             await engine.no(Complete(id="a", lock_id=lock_id))
             assert engine.clock.held
-        assert engine.clock.moment().lease - began < 60 * 150  # of 66 s
+        assert engine.clock.moment().lock_ms - began < 60 * 150  # of 66 s
         engine.disk.free()
         await asyncio.sleep(1.1)
         await engine.yes(Complete(id="a", lock_id=lock_id))
@@ -572,12 +572,12 @@ async def test_the_extension_after_a_pause_survives_a_full_disk() -> None:
         await engine.held("a")
         engine.disk.fits = lambda batch: False
         engine.actor.enqueue_internal(ExtendAfterPause(ids=["a"], grace_ms=30 * MINUTE_MS))
-        await asyncio.sleep(20)  # lease time stands still meanwhile
+        await asyncio.sleep(20)  # lock time stands still meanwhile
         engine.disk.free()
         await asyncio.sleep(1.1)
-        lease = engine.state.jobs["a"].lease
-        assert lease is not None
-        assert lease.expires >= engine.clock.moment().lease + 30 * MINUTE_MS - 2_000
+        deadlines = engine.state.jobs["a"].deadlines
+        assert deadlines is not None
+        assert deadlines.expires >= engine.clock.moment().lock_ms + 30 * MINUTE_MS - 2_000
 
 
 @in_virtual_time

@@ -414,7 +414,7 @@ async def test_without_follow_the_stream_ends_with_the_journal() -> None:
 @in_virtual_time
 async def test_when_the_daemon_stops_subscribers_get_pending_events() -> None:
     stage = FeedHarness()
-    live, stuck = await stage.begun(), await stage.begun()
+    live, stalled = await stage.begun(), await stage.begun()
     replaying, reading = await stage.begun(after=0), await stage.begun(after=0, follow=False)
     await stage.commit(3)
     stage.feed.close()
@@ -432,7 +432,7 @@ async def test_when_the_daemon_stops_subscribers_get_pending_events() -> None:
     assert no.value.error.code == "shutting_down"
     assert stage.cuts == []
     await seconds(event_feed.CLOSING_S)
-    assert stage.cuts == [stuck]
+    assert stage.cuts == [stalled]
 
 
 @in_virtual_time

@@ -203,8 +203,8 @@ async def test_a_repeated_start_returns_its_current_grant() -> None:
         assert anew.data.fencing_token == first.data.fencing_token + 1
         await engine.yes(ForceReset(id="a"))
         await engine.yes(Start(id="a", worker="other"))
-        refusal = await engine.no(start, key=key("k"))
-        assert (refusal.code, refusal.details["locked_by"]) == ("already_locked", "other")
+        rejection = await engine.no(start, key=key("k"))
+        assert (rejection.code, rejection.details["locked_by"]) == ("already_locked", "other")
 
 
 @in_virtual_time
@@ -276,8 +276,8 @@ async def test_keyed_requests_are_rejected_at_the_limit_of_keys() -> None:
     engine.actor._decider.keys.limit = 1
     async with engine:
         await engine.yes(Create(), key=key("k"))
-        refusal = await engine.no(Create(), key=key("l"))
-        assert (refusal.code, refusal.status) == ("overloaded", 503)
+        rejection = await engine.no(Create(), key=key("l"))
+        assert (rejection.code, rejection.status) == ("overloaded", 503)
         await engine.yes(Create())
         await asyncio.sleep(600)
         assert (await engine.no(RunNow(id="a", dry_run=True), key=key("m"))).code == "job_not_found"

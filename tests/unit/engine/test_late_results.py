@@ -74,8 +74,8 @@ async def test_a_late_result_is_stored_before_its_error_is_sent() -> None:
         await settle()
         assert not asking.done()
         engine.disk.gate.set()
-        refusal = await asking
-        assert refusal.code == "lock_lost"
+        rejection = await asking
+        assert rejection.code == "lock_lost"
         assert stored_paths(engine) == ["/out"]
 
 
@@ -123,17 +123,17 @@ async def test_the_current_policy_decides_whether_a_late_result_can_be_adopted()
         lock_id = await lose_lock(engine)
         await engine.no(complete(lock_id))
 
-        async def refusal_now() -> Any:
+        async def rejection_now() -> Any:
             (late,) = (await engine.yes(LateResults(id="a"), admin=True)).late_results
-            return late.refusal
+            return late.rejection
 
-        assert await refusal_now() is None
+        assert await rejection_now() is None
         engine.actor.policy = Policy(require_download_url=True)
-        refusal = await engine.no(Adopt(id="a"), admin=True)
-        assert await refusal_now() == ErrorView(refusal.code, refusal.message)
+        rejection = await engine.no(Adopt(id="a"), admin=True)
+        assert await rejection_now() == ErrorView(rejection.code, rejection.message)
         assert "cannot be adopted" in (await engine.yes(Why(id="a"))).do[0]
         engine.actor.policy = Policy()
-        assert await refusal_now() is None
+        assert await rejection_now() is None
         written = len(engine.disk.batches)
         dry_run = await engine.yes(Adopt(id="a", dry_run=True), admin=True, key=key("k"))
         assert (dry_run.status, dry_run.file_path) == ("completed", "/out")
@@ -223,12 +223,12 @@ async def test_a_full_disk_stores_no_late_result_and_still_reports_the_lost_lock
     async with checked_engine() as engine:
         locks = {name: await lose_lock(engine, name) for name in ("a", "b", "c")}
         engine.disk.write_errors.append(DiskFull("no room for a nicety"))
-        refusal = await engine.no(complete(locks["a"]))
-        assert (refusal.code, "late_result" in refusal.details) == ("lock_lost", False)
+        rejection = await engine.no(complete(locks["a"]))
+        assert (rejection.code, "late_result" in rejection.details) == ("lock_lost", False)
         assert engine.actor.full_disk.write_limit == WriteLimit.CREATES
         engine.disk.fits = lambda batch: False
-        refusal = await engine.no(complete(locks["b"], "b"))
-        assert (refusal.code, "late_result" in refusal.details) == ("lock_lost", False)
+        rejection = await engine.no(complete(locks["b"], "b"))
+        assert (rejection.code, "late_result" in rejection.details) == ("lock_lost", False)
         assert (await engine.no(Cancel(id="a"))).code == "invalid_transition"
         for _ in range(2):
             await engine.actor.full_disk.escalate(DiskFull("full"))

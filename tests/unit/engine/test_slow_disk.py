@@ -234,7 +234,7 @@ async def test_an_ordered_read_stays_behind_earlier_commands() -> None:
 @in_virtual_time
 async def test_a_read_does_not_overtake_internal_commands() -> None:
     async with checked_engine(SlowStorage()) as engine:
-        await engine.actor.ask(Create(id="a", stuck_after_ms=0))
+        await engine.actor.ask(Create(id="a", stall_after_ms=0))
         await engine.actor.ask(Start(id="a", worker="w", lock_ttl_ms=1_000))
         await asyncio.sleep(10)
         engine.actor.enqueue_internal(ExtendAfterPause(ids=["a"], grace_ms=30_000))

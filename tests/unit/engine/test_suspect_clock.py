@@ -10,8 +10,8 @@ from typing import Any, Final
 import pytest
 
 from jobd.api.services import AGREES, Services
-from jobd.maintenance.cleanup_pass import CleanupSchedule
-from jobd.maintenance.plans import Planner
+from jobd.maintenance.cleanup_run import CleanupSchedule
+from jobd.maintenance.plan_runner import Planner
 from jobd.model.commands import (
     Cancel,
     Claim,
@@ -94,10 +94,10 @@ async def test_a_start_of_an_overdue_job_is_rejected_and_does_not_fail_the_job()
     async with VirtualEngine() as engine:
         await create_expiring(engine)
         engine.step_ms = STEP_MS
-        refusal = await engine.no(Start(id="waits", worker="w"))
-        assert refusal.code == "invalid_transition"
-        assert "expires_at has passed. The wall clock is suspect" in refusal.message
-        assert "jobctl clock accept" in refusal.message
+        rejection = await engine.no(Start(id="waits", worker="w"))
+        assert rejection.code == "invalid_transition"
+        assert "expires_at has passed. The wall clock is suspect" in rejection.message
+        assert "jobctl clock accept" in rejection.message
         engine.step_ms = 0
         assert (await engine.yes(Start(id="waits", worker="w"))).job.status == "processing"
 
@@ -170,8 +170,8 @@ async def test_a_plan_made_before_the_step_does_nothing_by_age_after_it() -> Non
         assert [job.id for job in (await make_plan(planner, action="cleanup")).jobs] == ["waits", "done"]
         engine.step_ms = STEP_MS
         result = await apply_plan(planner)
-        assert (result.applied, [job.id for job in result.refused]) == (0, ["waits", "done"])
-        assert all("The wall clock is suspect" in job.why for job in result.refused)
+        assert (result.applied, [job.id for job in result.rejected]) == (0, ["waits", "done"])
+        assert all("The wall clock is suspect" in job.why for job in result.rejected)
         assert (status(engine, "done"), status(engine, "waits")) == ("completed", "queued")
 
 
@@ -284,8 +284,8 @@ async def test_times_given_by_a_caller_are_not_rejected() -> None:
         engine.step_ms = STEP_MS
         await create_completed(engine, expires_at=right + DAY_MS)
         await engine.yes(Create(id="new", expires_at=right + DAY_MS))
-        refusal = await engine.no(Create(id="past", expires_at=right - DAY_MS))
-        assert refusal.code == "invalid_request"
+        rejection = await engine.no(Create(id="past", expires_at=right - DAY_MS))
+        assert rejection.code == "invalid_request"
         engine.step_ms = 0
         assert not (await engine.yes(Expire(limit=10))).done
         assert (status(engine, "done"), status(engine, "new")) == ("completed", "queued")
@@ -510,15 +510,15 @@ async def test_a_clock_is_not_accepted_if_that_cannot_be_stored() -> None:
         disk.fill()
         await engine.no(Create(id="a"))
         await engine.no(Tick())
-        refused = await services_of(engine).accept_clock()
-        assert isinstance(refused, ApiError)
-        assert refused.code == "storage_full"
+        rejected = await services_of(engine).accept_clock()
+        assert isinstance(rejected, ApiError)
+        assert rejected.code == "storage_full"
         assert engine.clock.suspect
         disk.free()
         await until(lambda: not engine.actor.full_disk.write_limit)
-    refused = await services_of(engine).accept_clock()
-    assert isinstance(refused, ApiError)
-    assert refused.code == "shutting_down"
+    rejected = await services_of(engine).accept_clock()
+    assert isinstance(rejected, ApiError)
+    assert rejected.code == "shutting_down"
     assert engine.clock.suspect
 
 

@@ -70,8 +70,8 @@ async def test_a_waiting_claim_is_answered_when_the_disk_fails() -> None:
     running = asyncio.create_task(engine.actor.run())
     waiting = await waiting_claim(engine, "w")
     engine.disk.write_errors.append(OSError("EIO"))
-    refusal = await engine.no(Create(id="a"))
-    assert refusal.code == "outcome_unknown"
+    rejection = await engine.no(Create(id="a"))
+    assert rejection.code == "outcome_unknown"
     answer = await waiting
     assert isinstance(answer, ApiError)
     assert answer.code == "outcome_unknown"

@@ -13,7 +13,7 @@ import pytest
 from msgspec import Raw
 from structlog.testing import capture_logs
 
-from jobd.api.worker import ROUTES
+from jobd.api.worker_routes import ROUTES
 from jobd.http.app import MAX_LINES_PER_SECOND, LogRateLimiter
 from jobd.http.auth import Authenticator, accepted_hosts
 from jobd.http.decoding import Limits
@@ -54,7 +54,7 @@ async def test_a_request_becomes_a_command_and_its_response_is_sent(harness: Htt
     response = await harness.request("POST", "/v1/jobs/job-1/progress", PROGRESS)
     assert (response.status, response.data) == (
         200,
-        {"lock_expires_at": 5, "ttl_ms": 6, "ceiling_at": None, "cancel_requested": False},
+        {"lock_expires_at": 5, "ttl_ms": 6, "progress_due_at": None, "cancel_requested": False},
     )
     [envelope] = harness.actor.received
     assert envelope.command == Progress(id="job-1", lock_id="canary-lock", progress=50)
@@ -590,7 +590,7 @@ async def test_errors_are_counted_and_logged_in_one_line_without_secrets(guarded
         await guarded.request("GET", "/v1/jobs/a%20b", headers=bearer())
     assert guarded.app.error_counts == {"lock_lost": 1, "unauthorized": 1, "not_found": 1, "invalid_request": 1}
     assert logs[0] == {
-        "event": "refused",
+        "event": "rejected",
         "log_level": "info",
         "method": "POST",
         "path": "/v1/jobs/{id}/progress",

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from jobd.api import admin as admin_api
-from jobd.api import worker as worker_api
+from jobd.api import admin_routes as admin_api
+from jobd.api import worker_routes as worker_api
 from jobd.core.state import State
 from jobd.engine.actor import Actor
 from jobd.engine.clock import Clock

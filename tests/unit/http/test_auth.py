@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from jobd.api import admin, worker
+from jobd.api import admin_routes, worker_routes
 from jobd.http.auth import Authenticator, accepted_hosts, check_content_type, host_name, token_digest
 from jobd.model.api_call import JSON, LINES
 from jobd.model.errors import ApiException
@@ -62,8 +62,8 @@ async def test_neither_api_accepts_a_wrong_token(name: str, tmp_path: Path) -> N
         name, tokens=[GOOD], read_only_tokens=[OTHER] if name == "admin" else [], hosts=["localhost"]
     )
     routes, call = {
-        "worker": (worker.ROUTES, "/v1/jobs"),
-        "admin": (admin.ROUTES, "/admin/job-management/jobs"),
+        "worker": (worker_routes.ROUTES, "/v1/jobs"),
+        "admin": (admin_routes.ROUTES, "/admin/job-management/jobs"),
     }[name]
     wrong = wrong_tokens(GOOD) + wrong_tokens(OTHER, 0)
     async with HttpHarness(routes, tmp_path, authenticator=authenticator, admin=name == "admin") as harness:

@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from jobd.api import admin, worker
+from jobd.api import admin_routes, worker_routes
 from jobd.api.command_stream import line_decoders
 from jobd.dashboard.pages import WorkersPageQuery
-from jobd.dashboard.webhooks import WebhookPageQuery
+from jobd.dashboard.webhook_pages import WebhookPageQuery
 from jobd.http.body_scanner import MANY_KEYS, excess_depth
 from jobd.http.decoding import Limits, RequestDecoder, make_body_type, path_value, validation_error
 from jobd.http.routing import Route
@@ -372,7 +372,7 @@ def depth_of(value: Any) -> int:
     return 1 + max(map(depth_of, value.values() if isinstance(value, dict) else value), default=0)
 
 
-ROUTES = [each for each in (*worker.ROUTES, *admin.ROUTES) if each.method != "GET"]
+ROUTES = [each for each in (*worker_routes.ROUTES, *admin_routes.ROUTES) if each.method != "GET"]
 
 
 @pytest.mark.parametrize("route", ROUTES, ids=lambda route: f"{route.method} {route.path}")
@@ -517,7 +517,7 @@ def test_an_unknown_parameter_is_named(query: str, field: str) -> None:
         (SearchJobs, "error=zz", "12 hexadecimal digits, as `jobctl failures` shows them"),
         (BackupRequest, "id=a/b", "1 to 64 characters of A-Z a-z 0-9 . _ -"),
         (Deliveries, "name=a/b", "1 to 100 characters of A-Z a-z 0-9 . _ : -"),
-        (WebhookPageQuery, "name=a&state=sent", "one of waiting, delivered, given_up"),
+        (WebhookPageQuery, "name=a&state=sent", "one of waiting, delivered, dead-lettered"),
         (SearchJobs, "status=gone", "one of queued, processing, completed, failed, cancelled"),
     ],
 )

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 
-from jobd.api.worker import ROUTES
+from jobd.api.worker_routes import ROUTES
 from jobd.http.auth import Authenticator
 from jobd.http.decoding import Limits
 from jobd.http.parser import AHEAD_BYTES, PIECE_BYTES, PIECE_LINES

@@ -22,8 +22,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
-from jobd.api.admin import ROUTES as ADMIN_ROUTES
-from jobd.api.worker import ROUTES
+from jobd.api.admin_routes import ROUTES as ADMIN_ROUTES
+from jobd.api.worker_routes import ROUTES
 from jobd.config import Config, WorkerSection
 from jobd.http.auth import Authenticator, accepted_hosts
 from jobd.http.decoding import Limits
@@ -69,7 +69,7 @@ async def test_malformed_requests_get_a_4xx_in_json_and_never_reach_the_actor(ha
     assert response.headers["content-type"] == "application/json"
     assert response.json["success"] is False
     assert harness.actor.received == []
-    assert [entry["event"] for entry in logs] == ["refused"]
+    assert [entry["event"] for entry in logs] == ["rejected"]
     assert sum(harness.app.error_counts.values()) == 1
     assert (await harness.request("GET", "/v1/jobs")).status == 200  # the listener still serves other clients
 
@@ -177,7 +177,7 @@ async def test_a_bug_outside_the_handler_closes_one_connection(
     with capture_logs() as logs:
         response = await client.request("GET", "/v1/jobs")
     assert (response.status, response.error, response.headers["connection"]) == (500, "internal_error", "close")
-    assert [entry["event"] for entry in logs] == ["connection_bug", "refused"]
+    assert [entry["event"] for entry in logs] == ["connection_bug", "rejected"]
     assert "canary" not in str(logs) + response.body.decode()
     assert await client.is_closed()
     assert (await harness.request("GET", "/healthz")).status == 200
@@ -194,7 +194,7 @@ async def test_a_client_that_disconnects_during_its_request_leaves_nothing_behin
         await wait_until_closed(harness)
     assert harness.actor.received == []
     is_half_closed = bool(harness.port) and harness.tls is None and b"{" in sent  # as far as TCP shows
-    assert [entry["event"] for entry in logs] == ["refused"] * is_half_closed
+    assert [entry["event"] for entry in logs] == ["rejected"] * is_half_closed
 
 
 async def test_a_client_that_resets_the_connection_leaves_nothing_behind(harness: HttpHarness) -> None:
@@ -531,10 +531,10 @@ async def test_a_path_that_is_not_a_socket_is_kept(tmp_path: Path) -> None:
 
 
 async def test_a_socket_in_use_is_kept(unix: HttpHarness, tmp_path: Path) -> None:
-    with pytest.raises(OSError, match="another process listens there") as refused:
+    with pytest.raises(OSError, match="another process listens there") as rejected:
         async with HttpHarness(ROUTES, tmp_path):
             pass
-    assert refused.value.errno == errno.EADDRINUSE
+    assert rejected.value.errno == errno.EADDRINUSE
     assert os.listdir(tmp_path) == ["api.sock"]
     assert (await unix.request("GET", "/v1/jobs")).status == 200
 

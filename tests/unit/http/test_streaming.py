@@ -14,7 +14,7 @@ from aiohttp.http_parser import HttpRequestParser, HttpRequestParserPy
 from structlog.testing import capture_logs
 
 from jobd.api import downloads, imports
-from jobd.api.admin import ROUTES
+from jobd.api.admin_routes import ROUTES
 from jobd.http.admin_listener import AdminListener
 from jobd.http.auth import Authenticator
 from jobd.http.decoding import Limits
@@ -245,7 +245,7 @@ async def test_a_stream_that_is_malformed_later_is_a_400_too(harness: HttpHarnes
         response = await client.receive()
         assert (response.status, response.error) == (400, "invalid_request")
         assert await client.is_closed()
-    assert [entry["event"] for entry in logs] == ["refused"]
+    assert [entry["event"] for entry in logs] == ["rejected"]
 
 
 async def test_an_import_ends_when_its_client_disconnects(harness: HttpHarness) -> None:
@@ -371,7 +371,7 @@ async def test_a_backup_of_a_damaged_store_says_what_is_wrong(harness: HttpHarne
     assert (response.status, response.error) == (500, "internal_error")
     assert "row 5 missing from index" in response.json["message"]
     assert "bug" not in response.json["message"]
-    assert [entry["event"] for entry in logs] == ["backup_started", "no backup", "refused"]
+    assert [entry["event"] for entry in logs] == ["backup_started", "no backup", "rejected"]
 
 
 async def test_a_backup_that_the_stop_of_the_daemon_cuts_short_is_a_503(harness: HttpHarness) -> None:

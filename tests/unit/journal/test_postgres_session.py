@@ -147,11 +147,11 @@ async def test_a_database_that_takes_the_place_of_another_is_refused(
     await node.head()
     await sql(postgres_server, "UPDATE jobd_journals SET cluster_id = 'other'", database=database)
     await sql(postgres_server, f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = '{database}'")
-    await wait_until(lambda: refused(node))
+    await wait_until(lambda: rejected(node))
     await node.close()
 
 
-async def refused(node: PostgresJournal) -> bool:
+async def rejected(node: PostgresJournal) -> bool:
     try:
         await node.head()
     except JournalMisconfigured as error:

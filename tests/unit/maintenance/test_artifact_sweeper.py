@@ -151,7 +151,7 @@ async def test_damaged_tombstones_that_cannot_be_quarantined_degrade_health() ->
 
 @pytest.mark.parametrize("checks", [0, 1, 2])
 def test_nothing_is_deleted_when_another_node_may_lead(checks: int) -> None:
-    """The lease ends before a slice, while its tombstones are read, or before the store deletes the artifact."""
+    """The lock_ms ends before a slice, while its tombstones are read, or before the store deletes the artifact."""
 
     @in_virtual_time
     async def run() -> None:
@@ -160,7 +160,7 @@ def test_nothing_is_deleted_when_another_node_may_lead(checks: int) -> None:
         def check() -> None:
             nonlocal left
             if left == 0:
-                raise LeadershipLost("the lease is over")
+                raise LeadershipLost("the lock_ms is over")
             if left is not None:
                 left -= 1
 

@@ -52,13 +52,13 @@ def test_a_long_pause_is_reported_once_and_a_short_one_is_not() -> None:
     assert watched.steps == []
 
 
-def test_a_pause_while_lease_time_stands_still_revives_no_lock() -> None:
+def test_a_pause_while_lock_time_stands_still_revives_no_lock() -> None:
     watched = WatchedClock()
     watched.passes(1_000)
     watched.clock.hold()
     watched.passes(40_000)
     assert watched.pauses == [(40_000, 1_000)]
-    assert watched.clock.moment().lease == 1_000
+    assert watched.clock.moment().lock_ms == 1_000
 
 
 def test_a_step_back_of_the_wall_clock_is_reported_once_and_a_small_one_or_one_ahead_is_not() -> None:
@@ -88,7 +88,7 @@ def test_a_step_ahead_is_reported_once_unless_it_makes_the_clock_suspect() -> No
     for ms, step_ms in ((1_000, SET_AHEAD_MS - 1), (1_000, 0), (1_000, 2 * HOUR_MS), (1_000, 0), (40_000, 0)):
         watched.passes(ms, step_ms=step_ms)
     assert watched.steps_ahead == [2 * HOUR_MS]
-    watched.clock.hold()  # lease time stands still, and the wall clock goes on
+    watched.clock.hold()  # lock time stands still, and the wall clock goes on
     watched.passes(20_000)
     watched.passes(1_000, step_ms=40 * DAY_MS)
     assert watched.clock.suspect

@@ -13,7 +13,7 @@ from structlog.testing import capture_logs
 
 from jobd.core.stats import Counters, Histogram
 from jobd.engine.disk_full import WriteLimit
-from jobd.maintenance.cleanup_pass import CleanupSchedule
+from jobd.maintenance.cleanup_run import CleanupSchedule
 from jobd.maintenance.maintainer import TICK_S, read_extra, read_stats
 from jobd.model.commands import (
     AnyCommand,
@@ -64,7 +64,7 @@ async def finished(engine: VirtualEngine, job_id: str, **fields: object) -> None
 
 
 @in_virtual_time
-async def test_a_stuck_job_is_recovered_within_a_period_and_a_second() -> None:
+async def test_a_stalled_job_is_recovered_within_a_period_and_a_second() -> None:
     async with VirtualEngine(schedule=RECOVERING) as engine:
         engine.run_maintainer()
         await engine.held("a", lock_ttl_ms=60_000)
@@ -81,8 +81,8 @@ async def test_a_job_that_reports_after_the_scan_is_not_recovered() -> None:
         lock_id = await engine.held("a", lock_ttl_ms=60_000)
         await seconds(61)
         at = engine.clock.moment()
-        engine.state.advance(at.now, at.lease)
-        assert list(engine.state.stuck) == ["a"]
+        engine.state.advance(at.now, at.lock_ms)
+        assert list(engine.state.stalled) == ["a"]
         # Both commands are in one batch; the scan found the job stuck.
         reporting = asyncio.create_task(engine.actor.ask(Progress(id="a", lock_id=lock_id, progress=7)))
         recovering = asyncio.create_task(engine.actor.ask(Recover(limit=10), by="recovery"))
@@ -95,24 +95,24 @@ async def test_a_job_that_reports_after_the_scan_is_not_recovered() -> None:
 
 
 @in_virtual_time
-async def test_an_expired_lock_is_cleared_and_the_grant_kept_until_its_stuck_time() -> None:
+async def test_an_expired_lock_is_cleared_and_the_grant_kept_until_its_stalled_time() -> None:
     async with VirtualEngine(schedule=RECOVERING) as engine:
         engine.run_maintainer()
-        lock_id = await engine.held("a", lock_ttl_ms=60_000, stuck_after_ms=10 * MINUTE_MS)
+        lock_id = await engine.held("a", lock_ttl_ms=60_000, stall_after_ms=10 * MINUTE_MS)
         await seconds(75)
         assert last_of(engine, "a").type == "lock_expired"
         await engine.yes(Extend(id="a", lock_id=lock_id))
         assert engine.state.live_locks() == 1
         await seconds(11 * 60)
         assert last_of(engine, "a").type == "stalled"
-        assert engine.maintainer.totals.found == Counter(expired_locks=2, stuck=1)
+        assert engine.maintainer.totals.found == Counter(expired_locks=2, stalled=1)
 
 
 @in_virtual_time
-async def test_recovery_runs_in_slices_until_nothing_is_stuck() -> None:
+async def test_recovery_runs_in_slices_until_nothing_is_stalled() -> None:
     async with VirtualEngine(schedule=replace(RECOVERING, batch=2)) as engine:
         for number in range(7):
-            await engine.held(f"job-{number}", stuck_after_ms=HOUR_MS if number == 6 else 0)
+            await engine.held(f"job-{number}", stall_after_ms=HOUR_MS if number == 6 else 0)
         engine.run_maintainer()
         await seconds(75)
         assert [job.status for job in engine.state.jobs.values()].count("queued") == 6
@@ -179,20 +179,20 @@ async def test_the_next_cleanup_run_is_known_if_only_cleanup_runs_recover_jobs()
 
 
 @in_virtual_time
-async def test_lease_time_is_persisted_while_a_job_is_processing_and_only_then() -> None:
+async def test_lock_time_is_persisted_while_a_job_is_processing_and_only_then() -> None:
     async with VirtualEngine(schedule=RECOVERING) as engine:
         engine.run_maintainer()
         await engine.yes(Create(id="b", priority=1))
         await seconds(60)
         batches = len(engine.disk.batches)
         lock_id = await engine.held("a", lock_ttl_ms=HOUR_MS)
-        lease = engine.disk.numbers.lease_ms
+        lock_ms = engine.disk.numbers.lock_ms
         await seconds(10 * TICK_S)
-        assert engine.disk.numbers.lease_ms - lease >= 9 * TICK_S * SECOND_MS
+        assert engine.disk.numbers.lock_ms - lock_ms >= 9 * TICK_S * SECOND_MS
         await engine.yes(Complete(id="a", lock_id=lock_id))
-        lease = engine.disk.numbers.lease_ms
+        lock_ms = engine.disk.numbers.lock_ms
         await seconds(600)
-        assert engine.disk.numbers.lease_ms == lease
+        assert engine.disk.numbers.lock_ms == lock_ms
         ticks = [batch for batch in engine.disk.batches[batches:] if not batch.changes]
         assert len(ticks) in (9, 10)
 
@@ -345,7 +345,7 @@ async def test_a_new_schedule_applies_at_once() -> None:
         await seconds(31)
         assert engine.maintainer.totals.runs == 2
         await seconds(40)
-        assert engine.maintainer.totals.found["stuck"] == 1
+        assert engine.maintainer.totals.found["stalled"] == 1
 
 
 # -- steps of a cleanup run ---------------------------------------------------------------------------------------
@@ -840,7 +840,7 @@ async def test_recovery_tries_again_soon_while_the_mailbox_is_full() -> None:
 
 
 @in_virtual_time
-async def test_recover_stuck_returns_the_action_for_each_job() -> None:
+async def test_recover_stalled_returns_the_action_for_each_job() -> None:
     async with VirtualEngine(schedule=replace(PASSES, batch=1)) as engine:
         await engine.held("a")
         lock_id = await engine.held("b", on_stall="fail")
@@ -860,7 +860,7 @@ async def test_recover_stuck_returns_the_action_for_each_job() -> None:
 
 
 @in_virtual_time
-async def test_recover_stuck_returns_errors() -> None:
+async def test_recover_stalled_returns_errors() -> None:
     async with VirtualEngine() as engine:
         engine.actor.stop()
         rejected = await engine.maintainer.recover_stuck()
@@ -971,5 +971,5 @@ async def test_a_lost_lead_is_not_a_failure_of_a_cleanup() -> None:
             engine.disk.errors["save_figures"] = LeadershipLost("another node leads the journal")
             engine.run_maintainer()
             await seconds(1)
-    refused = [(line["event"], line["log_level"]) for line in logs if line["event"] != "cleanup_pass"]
-    assert refused == [("cleanup_step_failed", "warning"), ("cleanup_refused", "warning")]
+    rejected = [(line["event"], line["log_level"]) for line in logs if line["event"] != "cleanup_pass"]
+    assert rejected == [("cleanup_step_failed", "warning"), ("cleanup_rejected", "warning")]

@@ -66,8 +66,8 @@ BOUNDS: list[tuple[Any, dict[str, Any], str, list[Any], list[Any]]] = [
     (Create, {}, "max_attempts", [1, 1_000], [0, 1_001]),
     (Create, {}, "max_stalls", [0, 1_000], [-1, 1_001]),
     (Create, {}, "on_stall", ["auto", "requeue", "fail"], ["", "other"]),
-    (Create, {}, "stuck_after_ms", [0, YEAR_MS], [-1, YEAR_MS + 1]),
-    (Create, {}, "max_processing_ms", [0, YEAR_MS], [-1, YEAR_MS + 1]),
+    (Create, {}, "stall_after_ms", [0, YEAR_MS], [-1, YEAR_MS + 1]),
+    (Create, {}, "progress_timeout_ms", [0, YEAR_MS], [-1, YEAR_MS + 1]),
     (Create, {}, "run_at", [EARLIEST, LATEST], [EARLIEST - 1, LATEST + 1]),
     (Create, {}, "delay_ms", [0, YEAR_MS], [-1, YEAR_MS + 1]),
     (Create, {}, "expires_in_ms", [1, YEAR_MS], [0, YEAR_MS + 1, None]),
@@ -86,9 +86,9 @@ BOUNDS: list[tuple[Any, dict[str, Any], str, list[Any], list[Any]]] = [
     (SearchJobs, {}, "q", ["t", LONG], ["", "x" * 201]),
     (Start, {"id": "a"}, "worker", ["w", LONG, "a b"], ["", "x" * 201, "a\n", "\x00", "\x1f", "\x7f"]),
     (Start, START, "lock_ttl_ms", [1_000, DAY_MS], [999, DAY_MS + 1]),
-    (Start, START, "stuck_after_ms", [0, YEAR_MS], [-1, YEAR_MS + 1]),
-    (Start, START, "max_processing_ms", [0, YEAR_MS], [-1, YEAR_MS + 1]),
-    (Claim, {"worker": "w"}, "max_processing_ms", [0, YEAR_MS], [-1, YEAR_MS + 1]),
+    (Start, START, "stall_after_ms", [0, YEAR_MS], [-1, YEAR_MS + 1]),
+    (Start, START, "progress_timeout_ms", [0, YEAR_MS], [-1, YEAR_MS + 1]),
+    (Claim, {"worker": "w"}, "progress_timeout_ms", [0, YEAR_MS], [-1, YEAR_MS + 1]),
     (Claim, {"worker": "w"}, "queues", [["q"], ["q"] * 100], [[], ["q"] * 101, [""]]),
     (Claim, {"worker": "w"}, "kinds", [[""], ["k"] * 100], [[], ["k"] * 101]),
     (Claim, {"worker": "w"}, "limit", [1, 100], [0, 101]),
@@ -153,12 +153,12 @@ BOUNDS: list[tuple[Any, dict[str, Any], str, list[Any], list[Any]]] = [
 
 
 @pytest.mark.parametrize(
-    ("kind", "needed", "field", "taken", "refused"), BOUNDS, ids=lambda part: getattr(part, "__name__", None)
+    ("kind", "needed", "field", "taken", "rejected"), BOUNDS, ids=lambda part: getattr(part, "__name__", None)
 )
-def test_bounds(kind: Any, needed: dict[str, Any], field: str, taken: list[Any], refused: list[Any]) -> None:
+def test_bounds(kind: Any, needed: dict[str, Any], field: str, taken: list[Any], rejected: list[Any]) -> None:
     for value in taken:
         assert msgspec.convert(needed | {field: value}, kind) is not None
-    for value in refused:
+    for value in rejected:
         with pytest.raises(msgspec.ValidationError, match=rf"\$\.{field}"):
             msgspec.convert(needed | {field: value}, kind)
 
@@ -211,7 +211,7 @@ def test_an_operator_without_a_name_is_called_admin() -> None:
     assert [(who.who, who.by) for who in (eve, nobody)] == [("eve", "admin:eve"), ("admin", "admin")]
 
 
-def test_a_moment_converts_lease_time_to_wall_time() -> None:
-    at = Moment(now=1_000, lease=300, offset=700)
+def test_a_moment_converts_lock_time_to_wall_time() -> None:
+    at = Moment(now=1_000, lock_ms=300, offset=700)
     assert (at.believed, at.wall(301)) == (1_000, 1_001)
     assert Moment(1_000, 300, 700, trusted=900).believed == 900

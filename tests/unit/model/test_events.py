@@ -21,7 +21,7 @@ from jobd.model.events import (
     initial_changes,
     streamed_event,
 )
-from jobd.model.job import Grant, Job, Lease, Options, Result
+from jobd.model.job import Grant, Job, LockDeadlines, Options, Result
 from jobd.storage import codec
 from tests.support.rule_harness import NOW, RuleHarness
 
@@ -39,9 +39,11 @@ def test_changes_have_the_fields_of_a_job() -> None:
 
 
 def test_fold_sets_only_the_fields_that_the_event_changes() -> None:
-    changed = fold(JOB, event(Changes(status="processing", grant=GRANT, lease=Lease(1, 2, None))))
-    assert changed == msgspec.structs.replace(JOB, status="processing", grant=GRANT, lease=Lease(1, 2, None))
-    assert fold(changed, event(Changes(grant=None, lease=None, status="queued"))) == JOB
+    changed = fold(JOB, event(Changes(status="processing", grant=GRANT, deadlines=LockDeadlines(1, 2, None))))
+    assert changed == msgspec.structs.replace(
+        JOB, status="processing", grant=GRANT, deadlines=LockDeadlines(1, 2, None)
+    )
+    assert fold(changed, event(Changes(grant=None, deadlines=None, status="queued"))) == JOB
 
 
 def test_fold_begins_with_a_row_and_ends_with_none() -> None:

@@ -1,4 +1,4 @@
-"""Jobs: valid ids and storage keys, the boundaries of leases, the compact form, epochs."""
+"""Jobs: valid ids and storage keys, the boundaries of leases, the packed form, epochs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from jobd.core.validation import validate
+from jobd.core.row_checks import validate
 from jobd.model.commands import Moment
 from jobd.model.job import (
     COUNTER_MASK,
@@ -27,16 +27,16 @@ from jobd.model.job import (
     Grant,
     Job,
     LatePolicy,
-    Lease,
+    LockDeadlines,
     Options,
     Policy,
     PreviousGrant,
     Result,
-    compact,
     epoch_seconds,
     headline,
     is_job_id,
     new_epoch,
+    packed,
     storage_key_error,
 )
 
@@ -77,8 +77,8 @@ def test_the_allowed_changes_of_status() -> None:
 def test_the_default_policy() -> None:
     minute_ms, day_ms = 60_000, 86_400_000
     policy = Policy()
-    assert (policy.lock_ttl_ms, policy.max_processing_ms) == (15 * minute_ms, 30 * minute_ms)
-    assert (policy.stuck_after_ms, policy.max_stalls, policy.on_stall) == (10 * minute_ms, 3, "auto")
+    assert (policy.lock_ttl_ms, policy.progress_timeout_ms) == (15 * minute_ms, 30 * minute_ms)
+    assert (policy.stall_after_ms, policy.max_stalls, policy.on_stall) == (10 * minute_ms, 3, "auto")
     kept_ms = (policy.keep_completed_ms, policy.keep_failed_ms, policy.keep_cancelled_ms)
     assert kept_ms == (7 * day_ms, 30 * day_ms, 7 * day_ms)
     assert (policy.late_results, policy.late_bytes, policy.artifacts) == ("keep", 256 * 1024, False)
@@ -97,32 +97,32 @@ def test_the_table_of_transitions() -> None:
 
 
 def test_a_lock_has_expired_at_its_time() -> None:
-    lease = Lease(expires=10, silent=20, ceiling=None)
-    assert (lease.is_live(9), lease.is_live(10)) == (True, False)
-    assert not Lease(10, 20, None, cleared=True).is_live(0)
+    deadlines = LockDeadlines(expires=10, stall_due=20, progress_due=None)
+    assert (deadlines.is_live(9), deadlines.is_live(10)) == (True, False)
+    assert not LockDeadlines(10, 20, None, cleared=True).is_live(0)
 
 
 @pytest.mark.parametrize(
-    ("lease", "stuck"),
+    ("deadlines", "stalled"),
     [
-        (Lease(10, 20, None), 20),
-        (Lease(30, 20, None), 30),
-        (Lease(10, 20, 15), 15),
-        (Lease(10, 20, 25), 20),
+        (LockDeadlines(10, 20, None), 20),
+        (LockDeadlines(30, 20, None), 30),
+        (LockDeadlines(10, 20, 15), 15),
+        (LockDeadlines(10, 20, 25), 20),
     ],
 )
-def test_a_job_counts_as_stuck_at_its_first_deadline(lease: Lease, stuck: int) -> None:
-    assert lease.stuck == stuck
+def test_a_job_counts_as_stalled_at_its_first_deadline(deadlines: LockDeadlines, stalled: int) -> None:
+    assert deadlines.stalled_at == stalled
 
 
-def test_a_lease_is_past_its_ceiling_at_the_ceiling() -> None:
-    lease = Lease(10, 20, 15)
-    assert (lease.is_past_ceiling(14), lease.is_past_ceiling(15)) == (False, True)
-    assert not Lease(10, 20, None).is_past_ceiling(10**15)
+def test_a_lease_is_past_its_progress_timeout_at_the_progress_timeout() -> None:
+    deadlines = LockDeadlines(10, 20, 15)
+    assert (deadlines.is_past_progress_due(14), deadlines.is_past_progress_due(15)) == (False, True)
+    assert not LockDeadlines(10, 20, None).is_past_progress_due(10**15)
 
 
 def test_the_compact_form_of_a_new_job_expands_to_the_job() -> None:
-    short = compact(NEW)
+    short = packed(NEW)
     assert short is not None
     assert short.expand() == NEW
     assert validate(short.expand(), Moment(1_000, 5, 0), Policy()).issues == []
@@ -142,7 +142,7 @@ OTHER_FIELDS: Final[list[dict[str, Any]]] = [
     {"finished_at": 0},
     {"expires_at": 2_000},
     {"grant": Grant("l", 1, "w", 1, 1, 1, 0)},
-    {"lease": Lease(1, 1, None)},
+    {"deadlines": LockDeadlines(1, 1, None)},
     {"ended": PreviousGrant("l", 1, "w", 1, "", "")},
     {"result": Result()},
     {"error": Failure(None)},
@@ -153,7 +153,7 @@ OTHER_FIELDS: Final[list[dict[str, Any]]] = [
 
 @pytest.mark.parametrize("change", OTHER_FIELDS, ids=lambda change: next(iter(change)))
 def test_a_job_with_other_fields_has_no_compact_form(change: dict[str, Any]) -> None:
-    assert compact(replace(NEW, **change)) is None
+    assert packed(replace(NEW, **change)) is None
 
 
 def test_every_field_of_a_job_is_covered_above() -> None:

@@ -11,7 +11,7 @@ from jobd.model import responses
 
 # Type or field -> its literals, which are part of the contract.
 WORDS: dict[str, str] = {
-    "DeliveryState": "waiting delivered given_up",
+    "DeliveryState": "waiting delivered dead-lettered",
     "BackupState": "waiting copying checking sending sent failed",
     "HealthStatus": "healthy degraded unhealthy",
     "Issue.type": "warning error critical",

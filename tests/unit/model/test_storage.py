@@ -6,7 +6,7 @@ from typing import get_args
 
 from msgspec.structs import replace
 
-from jobd.model.job import CompactJob, Job, Options, Result
+from jobd.model.job import Job, Options, PackedJob, Result
 from jobd.model.storage import (
     MAX_POSTPONE_MS,
     AuditEntry,
@@ -26,12 +26,12 @@ from jobd.model.storage import (
 )
 from tests.support.factories import ChangeFactory
 
-SHORT = CompactJob(1, "a", Options(), 1_000)
+SHORT = PackedJob(1, "a", Options(), 1_000)
 WHOLE = Job(2, "b", Options(), "processing", 1_000, 1_000, 1_000)
 
 
 def test_an_opened_store_has_all_live_jobs_in_either_form() -> None:
-    found = OpenedStore(Numbers(), jobs=[WHOLE], compact_jobs=[SHORT])
+    found = OpenedStore(Numbers(), jobs=[WHOLE], packed_jobs=[SHORT])
     assert found.live() == [SHORT.expand(), WHOLE]
     assert OpenedStore(Numbers()).live() == []
 

@@ -61,11 +61,11 @@ async def test_the_hints_of_quiet_alerts_are_true() -> None:
     async with VirtualEngine() as engine:
         alerts = alerts_of(engine)
         alerts.failing_webhook = lambda: failing
-        assert one(alerts, "pass_issues").hint == "No cleanup run has finished yet."
+        assert one(alerts, "cleanup_issues").hint == "No cleanup run has finished yet."
         assert one(alerts, "average_processing").hint == "No job is processing, and none completed in the last hour."
         engine.run_maintainer()
         await engine.maintainer.run_cleanup(forced=True)
-        assert one(alerts, "pass_issues").hint == "The latest cleanup run found no invalid rows."
+        assert one(alerts, "cleanup_issues").hint == "The latest cleanup run found no invalid rows."
         for _ in range(HOURS_NEEDED):
             work(engine, "film", 1000)
             await seconds(3600)
@@ -85,23 +85,23 @@ async def test_the_hints_of_quiet_alerts_are_true() -> None:
                 assert quiet[name].value == loud[name].value > 0, name
                 assert quiet[name].hint != loud[name].hint, name
         assert {name for name in loud if loud[name].firing} == {
-            "stuck_jobs",
+            "stalled_jobs",
             "processing_jobs",
             "average_processing",
-            "pass_issues",
+            "cleanup_issues",
             "slower_than_usual",
             "webhook_failing",
         }
-        for name in ("stuck_jobs", "processing_jobs", "average_processing", "slower_than_usual"):
+        for name in ("stalled_jobs", "processing_jobs", "average_processing", "slower_than_usual"):
             assert "Look" not in quiet[name].hint
             assert "More work" not in quiet[name].hint
         assert quiet["average_processing"].hint.startswith("Jobs take no longer than expected: 2 s")
-        assert "few invalid rows" in quiet["pass_issues"].hint
+        assert "few invalid rows" in quiet["cleanup_issues"].hint
         assert quiet["webhook_failing"].hint.startswith("Webhook billing has accepted nothing for 300 s;")
 
 
 @in_virtual_time
-async def test_stuck_jobs_count_now_and_as_recovered_in_the_last_10_minutes() -> None:
+async def test_stalled_jobs_count_now_and_as_recovered_in_the_last_10_minutes() -> None:
     async with VirtualEngine() as engine:
         alerts = alerts_of(engine)
         engine.run_maintainer()
@@ -111,22 +111,22 @@ async def test_stuck_jobs_count_now_and_as_recovered_in_the_last_10_minutes() ->
         await seconds(61)
         await engine.yes(Create(id="later"))  # any command advances the time of the state
         await seconds(1)
-        now = one(alerts, "stuck_jobs")
+        now = one(alerts, "stalled_jobs")
         assert (now.firing, now.value, now.since) == (True, 6, engine.now)
         assert now.hint.startswith("6 jobs have stalled, and 0 were recovered")
         await engine.maintainer.recover_stuck()
-        recovered = one(alerts, "stuck_jobs")
+        recovered = one(alerts, "stalled_jobs")
         assert (recovered.firing, recovered.value, recovered.since) == (True, 6, now.since)
         assert recovered.hint.startswith("0 jobs have stalled, and 6 were recovered in the last 10 minutes.")
         await engine.maintainer.run_cleanup(forced=True)
-        assert one(alerts, "stuck_jobs").value == 6, "a cleanup run does not change it"
+        assert one(alerts, "stalled_jobs").value == 6, "a cleanup run does not change it"
         await seconds(600)
-        after = one(alerts, "stuck_jobs")
+        after = one(alerts, "stalled_jobs")
         assert (after.firing, after.value, after.since) == (False, 0, None)
-        engine.state.stuck["later"] = None
+        engine.state.stalled["later"] = None
         engine.state.counters.recovered[engine.now // STEP_MS] = 1
-        assert one(alerts, "stuck_jobs").hint == "1 job has stalled, and 1 was recovered in the last 10 minutes."
-        del engine.state.stuck["later"]
+        assert one(alerts, "stalled_jobs").hint == "1 job has stalled, and 1 was recovered in the last 10 minutes."
+        del engine.state.stalled["later"]
 
 
 @in_virtual_time
@@ -159,7 +159,7 @@ async def test_average_processing_is_in_seconds() -> None:
 
 
 @in_virtual_time
-async def test_pass_issues_fires_until_a_run_finds_few_issues() -> None:
+async def test_cleanup_issues_fires_until_a_run_finds_few_issues() -> None:
     storage = MemoryStorage()
     for number in range(11):
         storage.put(row(number + 1, progress=120))
@@ -168,7 +168,7 @@ async def test_pass_issues_fires_until_a_run_finds_few_issues() -> None:
         assert firing(alerts) == []
         engine.run_maintainer()
         await engine.maintainer.run_cleanup(forced=True)
-        assert firing(alerts) == ["pass_issues"]
+        assert firing(alerts) == ["cleanup_issues"]
         await engine.maintainer.run_cleanup(forced=True)
         assert firing(alerts) == []
 
@@ -308,8 +308,8 @@ async def test_firing_and_resolving_are_logged_once_each() -> None:
                 engine.state.counters.recovered[engine.now // STEP_MS] = 5
                 alerts.evaluate()
         assert [(line["event"], line["log_level"], line["alert"]) for line in logs] == [
-            ("alert_firing", "warning", "stuck_jobs"),
-            ("alert_resolved", "info", "stuck_jobs"),
+            ("alert_firing", "warning", "stalled_jobs"),
+            ("alert_resolved", "info", "stalled_jobs"),
         ]
         assert logs[0]["value"] == 6
         assert logs[0]["threshold"] == 5
@@ -336,9 +336,9 @@ async def test_alerts_are_evaluated_without_requests() -> None:
         with capture_logs() as logs:
             engine.state.counters.recovered[engine.now // STEP_MS] = 6
             await seconds(EVALUATE_EVERY_S)
-            assert [line["alert"] for line in logs] == ["stuck_jobs"]
+            assert [line["alert"] for line in logs] == ["stalled_jobs"]
             await seconds(MEASURE_EVERY_S)
-            assert [line["alert"] for line in logs] == ["stuck_jobs", "database"]
+            assert [line["alert"] for line in logs] == ["stalled_jobs", "database"]
         assert engine.disk.calls["probe"] == 2
         alerts.stop()
         await running
@@ -440,7 +440,7 @@ async def test_an_alert_fires_after_30_s_and_resolves_after_60_s() -> None:
 
 
 @in_virtual_time
-async def test_alerts_fire_and_resolve_while_a_full_disk_holds_lease_time() -> None:
+async def test_alerts_fire_and_resolve_while_a_full_disk_holds_lock_time() -> None:
     """And while the wall clock is stepped."""
     async with VirtualEngine() as engine:
         alerts = slow_alerts_of(engine, Thresholds(processing_jobs=0))

@@ -26,7 +26,7 @@ from jobd.engine.disk_full import WriteLimit
 from jobd.engine.event_feed import EventFeed
 from jobd.engine.idempotency import IdempotencyStore
 from jobd.maintenance.artifact_sweeper import SweepStats
-from jobd.maintenance.cleanup_pass import CleanupSchedule
+from jobd.maintenance.cleanup_run import CleanupSchedule
 from jobd.maintenance.maintainer import Maintainer
 from jobd.model.commands import AnyCommand, Claim, Complete, Create, EndGrants, Pause, Start
 from jobd.model.errors import ERROR_STATUS
@@ -149,7 +149,7 @@ async def test_job_lifecycles_on_a_real_store_are_counted(tmp_path: Path) -> Non
             granted = (await daemon.yes(Start(id=f"old-{number}", worker="w"))).data
             await daemon.yes(Complete(id=f"old-{number}", lock_id=granted.lock_id, file_path="/x"))
         await daemon.yes(Create(id="dead"))
-        await daemon.yes(Start(id="dead", worker="w", lock_ttl_ms=1, stuck_after_ms=0))
+        await daemon.yes(Start(id="dead", worker="w", lock_ttl_ms=1, stall_after_ms=0))
         while "dead" in daemon.actor.state.processing:
             await daemon.maintainer.recover_stuck()
             await asyncio.sleep(0.05)
@@ -171,7 +171,7 @@ async def test_job_lifecycles_on_a_real_store_are_counted(tmp_path: Path) -> Non
         assert value(body, "jobd_processing_seconds_bucket", queue="video", le="+Inf") == 5
         assert value(body, "jobd_cleanup_last_timestamp_seconds") * 1000 == pytest.approx(report.timestamp)
         assert report.timestamp >= now
-        assert value(body, "jobd_cleanup_passes_total") == daemon.maintainer.totals.runs >= 1
+        assert value(body, "jobd_cleanup_runs_total") == daemon.maintainer.totals.runs >= 1
         assert value(body, "jobd_commit_seconds_count") == value(body, "jobd_batch_commands_count") >= 10
         assert value(body, "jobd_database_bytes") > 0
         storage = shutil.disk_usage(tmp_path)
@@ -271,7 +271,7 @@ async def test_vitals_of_a_store_in_memory_have_no_sizes() -> None:
 
 
 @in_virtual_time
-async def test_locks_stuck_jobs_and_waiting_claims() -> None:
+async def test_locks_stalled_jobs_and_waiting_claims() -> None:
     async with VirtualEngine() as engine:
         await engine.held("a", lock_ttl_ms=60_000)
         await engine.held("b", lock_ttl_ms=600_000)
@@ -289,7 +289,7 @@ async def test_locks_stuck_jobs_and_waiting_claims() -> None:
         body = shown(engine)
         assert value(body, "jobd_mailbox_commands") == 3
         assert value(body, "jobd_locked_jobs") == 1
-        assert value(body, "jobd_stuck_jobs") == 1
+        assert value(body, "jobd_stalled_jobs") == 1
         engine.disk.gate.set()
         await asyncio.gather(*tasks)
 
@@ -349,9 +349,9 @@ async def test_durations_double_grants_quarantine_and_the_clock() -> None:
 async def test_errors_of_all_listeners_are_summed_and_every_code_is_listed() -> None:
     async with VirtualEngine() as engine:
         body = shown(engine, FakeListener(already_locked=2, not_found=1), FakeListener(already_locked=3))
-        assert value(body, "jobd_refusals_total", code="already_locked") == 5
-        assert value(body, "jobd_refusals_total", code="lock_lost") == 0
-        assert len(read(body)["jobd_refusals"].samples) == len(ERROR_STATUS)
+        assert value(body, "jobd_rejections_total", code="already_locked") == 5
+        assert value(body, "jobd_rejections_total", code="lock_lost") == 0
+        assert len(read(body)["jobd_rejections"].samples) == len(ERROR_STATUS)
 
 
 @in_virtual_time
@@ -377,7 +377,7 @@ async def test_validation_issues_by_type_and_alerts() -> None:
         assert value(body, "jobd_validation_issues_total", type="error") == 11
         assert value(body, "jobd_validation_issues_total", type="critical") == 1
         assert value(body, "jobd_cleanup_found_total", kind="issues") == 12
-        assert value(body, "jobd_alert_firing", alert="pass_issues") == 1
+        assert value(body, "jobd_alert_firing", alert="cleanup_issues") == 1
         assert len(read(body)["jobd_alert_firing"].samples) == len(NAMES) - len(CLUSTER_NAMES)
 
 
@@ -412,7 +412,7 @@ def test_capped_at_its_boundary(count: int) -> None:
 async def test_histograms_are_cumulative() -> None:
     async with VirtualEngine() as engine:
         for number, ms in enumerate((50, 100, 101, 15_000_000)):
-            lock_id = await engine.held(f"job-{number}", lock_ttl_ms=86_400_000, max_processing_ms=0)
+            lock_id = await engine.held(f"job-{number}", lock_ttl_ms=86_400_000, progress_timeout_ms=0)
             await seconds(ms / 1000)
             await engine.yes(Complete(id=f"job-{number}", lock_id=lock_id))
         body = shown(engine)

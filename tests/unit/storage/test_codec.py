@@ -27,7 +27,7 @@ from jobd.model.commands import (
     Update,
 )
 from jobd.model.events import GIVEN_BACK, KEEP_HEARTBEATS, ROUTINE, Changes, Event, fold
-from jobd.model.job import Backoff, Failure, Job, Options, Result, compact
+from jobd.model.job import Backoff, Failure, Job, Options, Result, packed
 from jobd.model.storage import AuditEntry, Numbers, QueueRow, StoredResponse, Tombstone
 from jobd.storage import codec
 from jobd.storage.events import event_rows
@@ -53,7 +53,7 @@ def test_the_fields_of_the_record_are_those_of_events() -> None:
     ("table", "columns"),
     [
         ("events", (*event_rows.COLUMNS, "crc")),
-        ("keys", (*codec.KEY_COLUMNS, "crc", "answer")),
+        ("keys", (*codec.KEY_COLUMNS, "crc", "response")),
         ("queues", ("name", *QueueRow.__struct_fields__, "crc")),
         ("meta", ("id", *codec.META_COLUMNS, "crc")),
     ],
@@ -77,7 +77,7 @@ def test_a_full_job_has_no_default() -> None:
     assert not unset, f"set {unset} in factories.full_job; codec.JobBody, job_row and JobReader.job store a field"
 
 
-@pytest.mark.parametrize("part", ["", "grant", "lease", "ended", "result", "error"])
+@pytest.mark.parametrize("part", ["", "grant", "deadlines", "ended", "result", "error"])
 def test_a_job_is_the_same_after_encoding_and_decoding(part: str) -> None:
     job = replace(full_job(), **{part: None}) if part else full_job()
     row = codec.job_row(job)
@@ -108,8 +108,8 @@ def test_a_live_job_is_decoded_in_the_compact_form_if_possible(fields: dict[str,
     for options in (*OPTIONS, OPTIONS[0], replace(OPTIONS[0], queue=""), replace(OPTIONS[0], kind="other")):
         job = replace(Job(3, "a", options, "queued", NOW, NOW, NOW), **fields)
         row = codec.with_checksum(codec.job_row(job))
-        back = reader.job_or_compact(row)
-        assert back == (compact(job) or job)
+        back = reader.job_or_packed(row)
+        assert back == (packed(job) or job)
         original = reader.job(row)
         assert original == job
         assert original.options is back.options
@@ -122,10 +122,10 @@ def test_a_job_with_default_options_has_an_empty_body() -> None:
 def test_rows_written_by_this_version_stay_the_same() -> None:
     """A row that is lost is written again from memory, and its checksum must be the recorded one."""
     assert codec.job_row(full_job())[-1] == (
-        '{"priority":-5,"max_attempts":3,"stuck_after_ms":60000,"max_processing_ms":90000,"updated_at":1700000000001,'
+        '{"priority":-5,"max_attempts":3,"stall_after_ms":60000,"progress_timeout_ms":90000,"updated_at":1700000000001,'
         '"run_at":1700000000002,"progress":12.5,"progress_message":"scène 3\\u0000","attempt":2,"stalls":1,'
         '"started_at":1700000000003,"grant":["lock",16777225,"w-1",1700000000003,60000,0,90000],'
-        '"lease":[1000,2000,3000,true],"ended":["old",16777219,"w-0",1700000000000,"stall","silent","fail","abc"],'
+        '"deadlines":[1000,2000,3000,true],"ended":["old",16777219,"w-0",1700000000000,"stall","silent","fail","abc"],'
         '"download_url":"https://x/y","file_path":"/a","metadata":{"a": [1, null]},"releases":6,"payload_bytes":9000}'
     )
     backoff = Backoff("fixed", 5, 6, jitter=False)
@@ -160,12 +160,12 @@ def test_the_cache_of_options_is_limited() -> None:
     reader = codec.JobReader()
     for priority in range(10_050):
         job = Job(3, "a", replace(OPTIONS[0], priority=priority, kind=f"k{priority}"), "queued", NOW, NOW, NOW)
-        assert reader.job_or_compact((*codec.job_row(job), 0)) == compact(job)
+        assert reader.job_or_packed((*codec.job_row(job), 0)) == packed(job)
     assert len(reader._options) < 100
     assert len(reader._new) < 100
 
 
-@pytest.mark.parametrize("place", ["$.grant[1]", "$.grant[6]", "$.lease[1]", "$.ended[5]", "$.attempt"])
+@pytest.mark.parametrize("place", ["$.grant[1]", "$.grant[6]", "$.deadlines[1]", "$.ended[5]", "$.attempt"])
 def test_an_incomplete_part_is_an_error_that_names_it(place: str) -> None:
     *columns, body = codec.job_row(full_job())
     with contextlib.closing(sqlite3.connect(":memory:")) as conn:
@@ -222,7 +222,7 @@ def test_parts_are_stored_in_the_journal_as_arrays_in_a_fixed_order() -> None:
     assert {name: value for name, value in decoded.items() if isinstance(value, list)} == {
         "options": ["video", "convert", -5, 3, backoff, 3, "auto", 60_000, 90_000],
         "grant": ["lock", token | 9, "w-1", NOW + 3, 60_000, 0, 90_000],
-        "lease": [1_000, 2_000, 3_000, True],
+        "deadlines": [1_000, 2_000, 3_000, True],
         "ended": ["old", token | 3, "w-0", NOW, "stall", "silent", "fail", "abc"],
         "result": ["https://x/y", "/a", "k/e/y", {"a": [1, None]}],
         "error": ["it broke", "E1"],
@@ -235,7 +235,7 @@ def test_clearing_a_field_differs_from_not_changing_it() -> None:
     back = event_codec.decode(codec.with_checksum(event_codec.encode(event)))
     assert back.changes == changes
     assert back.changes is not None
-    assert back.changes.lease is UNSET
+    assert back.changes.deadlines is UNSET
 
 
 @pytest.mark.parametrize("metadata", [b'{"x":1}', b'"text"', b"[]", b"0", b"[" * 900 + b"]" * 900, None])
@@ -354,7 +354,7 @@ def loop_of_grants(seed: int) -> tuple[RuleHarness, list[Event]]:
     rules.create(max_attempts=1_000, max_stalls=1_000, on_stall="requeue")
     for _ in range(80):
         rules.advance(max(rules.job().run_at - rules.now, 0) + 1)
-        lock_id = rules.start(lock_ttl_ms=1_000, stuck_after_ms=0)
+        lock_id = rules.start(lock_ttl_ms=1_000, stall_after_ms=0)
         for _ in range(dice.choice((0, 0, 1, 3))):
             rules.advance(1)
             percent = dice.randrange(100)
@@ -389,8 +389,8 @@ def rows_after(events: list[Event]) -> dict[int, Job | None]:
 
 
 def without(events: list[Event], begin: int, end: int) -> list[Event]:
-    """Return `events` with those from `begin` to `end` compacted."""
-    return events[:begin] + event_codec.compact(events[begin:end]) + events[end:]
+    """Return `events` with those from `begin` to `end` short."""
+    return events[:begin] + event_codec.shorten(events[begin:end]) + events[end:]
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -406,7 +406,7 @@ def test_a_compacted_journal_yields_the_same_row_after_each_remaining_event(seed
         assert after == {seq: before[seq] for seq in after}
     left = without(left, 0, len(left))
     assert rows_after(left)[left[-1].seq] == rules.job()
-    assert event_codec.compact(left) == left
+    assert event_codec.shorten(left) == left
     assert len(left) < len(events) / 2
 
 

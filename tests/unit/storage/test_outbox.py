@@ -124,19 +124,19 @@ async def test_deliveries_and_cursor_are_written_in_one_transaction(path: str) -
 
 
 async def test_pages_have_one_endpoint_and_state_newest_first(storage: Storage) -> None:
-    states = ("waiting", "delivered", "given_up")
+    states = ("waiting", "delivered", "dead-lettered")
     everything = [made(id_, "ef"[id_ % 2], state=states[id_ % 3]) for id_ in range(1, 40)]
     await planned(storage, *everything)
     own = [each for each in reversed(everything) if each.endpoint == "f"]
     assert await storage.list_deliveries("f", None, 1 << 60, 99) == own
     assert await storage.list_deliveries("f", None, own[4].id, 5) == own[5:10]
-    given_up = [each for each in own if each.state == "given_up"]
-    assert await storage.list_deliveries("f", "given_up", given_up[0].id, 2) == given_up[1:3]
+    dead_lettered = [each for each in own if each.state == "dead-lettered"]
+    assert await storage.list_deliveries("f", "dead-lettered", dead_lettered[0].id, 2) == dead_lettered[1:3]
     assert await storage.list_deliveries("nobody", None, 1 << 60, 9) == []
 
 
 async def test_a_retried_delivery_is_queued_as_if_it_were_new(storage: Storage) -> None:
-    await planned(storage, made(1, state="given_up", tries=9, ended_at=NOW, status=500, error="500"))
+    await planned(storage, made(1, state="dead-lettered", tries=9, ended_at=NOW, status=500, error="500"))
     renewed = await storage.deliver_again("e", 1, NOW + 7)
     assert renewed == made(1, due_at=NOW + 7, status=500, error="500")
     assert await storage.deliveries([1]) == [renewed]
@@ -145,39 +145,39 @@ async def test_a_retried_delivery_is_queued_as_if_it_were_new(storage: Storage) 
 
 
 async def test_failed_deliveries_are_retried_oldest_first_up_to_an_id(storage: Storage) -> None:
-    states = ("waiting", "delivered", "given_up")
+    states = ("waiting", "delivered", "dead-lettered")
     everything = [made(id_, "ef"[id_ % 2], state=states[id_ % 3], tries=9, ended_at=NOW) for id_ in range(1, 40)]
     await planned(storage, *everything)
-    lost = [each.id for each in everything if (each.endpoint, each.state) == ("e", "given_up")]
+    lost = [each.id for each in everything if (each.endpoint, each.state) == ("e", "dead-lettered")]
     found = await storage.deliver_all_again("e", lost[-2], 2, NOW + 7)
     renewed = [made(id_, "e", due_at=NOW + 7) for id_ in lost[:2]]
     assert found == [replace(each, body=b"") for each in renewed]
     assert await storage.deliveries(lost[:2]) == renewed
     assert [each.id for each in await storage.deliver_all_again("e", lost[-2], 99, NOW)] == lost[2:-1]
     assert await storage.deliver_all_again("e", lost[-2], 99, NOW) == []
-    left = await storage.list_deliveries("e", "given_up", 1 << 60, 99)
+    left = await storage.list_deliveries("e", "dead-lettered", 1 << 60, 99)
     assert [each.id for each in left] == lost[-1:]
-    assert len(await storage.list_deliveries("f", "given_up", 1 << 60, 99)) > 1, (
+    assert len(await storage.list_deliveries("f", "dead-lettered", 1 << 60, 99)) > 1, (
         "those of other endpoints are not changed"
     )
 
 
 async def test_only_the_latest_ended_deliveries_are_kept(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(webhook_tables, "KEEP_ENDED", {"delivered": 5, "given_up": 5})
+    monkeypatch.setattr(webhook_tables, "KEEP_ENDED", {"delivered": 5, "dead-lettered": 5})
     async with open_store(path) as (store, _):
         await planned(store, *(made(id_) for id_ in range(1, 41)))
         await planned(store, *(made(id_, "f", state="delivered", ended_at=NOW) for id_ in range(41, 51)), name="f")
         for id_ in range(1, 21):
             await store.store_outcomes([made(id_, state="delivered", ended_at=NOW)], NOW)
-        await store.store_outcomes([made(id_, state="given_up", ended_at=NOW) for id_ in range(21, 31)], NOW)
+        await store.store_outcomes([made(id_, state="dead-lettered", ended_at=NOW) for id_ in range(21, 31)], NOW)
         assert [each.id for each in await store.list_deliveries("e", "delivered", 999, 99)] == [20, 19, 18, 17, 16]
-        assert [each.id for each in await store.list_deliveries("e", "given_up", 999, 99)] == [30, 29, 28, 27, 26]
+        assert [each.id for each in await store.list_deliveries("e", "dead-lettered", 999, 99)] == [30, 29, 28, 27, 26]
         assert len(await store.list_deliveries("e", "waiting", 999, 99)) == 10  # waiting deliveries are never deleted
         assert len(await store.list_deliveries("f", "delivered", 999, 99)) == 10
 
 
 async def test_deleting_a_failed_delivery_records_a_gap(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(webhook_tables, "KEEP_ENDED", {"delivered": 2, "given_up": 3})
+    monkeypatch.setattr(webhook_tables, "KEEP_ENDED", {"delivered": 2, "dead-lettered": 3})
 
     async def is_gap(*settled: Delivery, now: int = NOW) -> bool:
         cursor = await store.store_outcomes(list(settled), now)
@@ -190,10 +190,10 @@ async def test_deleting_a_failed_delivery_records_a_gap(path: str, monkeypatch: 
     async with open_store(path) as (store, _):
         await planned(store, *(made(id_) for id_ in range(1, 21)))
         assert not await is_gap(*(made(id_, state="delivered", ended_at=NOW) for id_ in range(1, 9)))
-        assert not await is_gap(*(made(id_, state="given_up", ended_at=NOW) for id_ in range(9, 12)))
+        assert not await is_gap(*(made(id_, state="dead-lettered", ended_at=NOW) for id_ in range(9, 12)))
         assert await store.dead_letter_counts("e") == (3, 11)
-        assert await is_gap(made(12, state="given_up", ended_at=NOW))
-        assert [each.id for each in await store.list_deliveries("e", "given_up", 99, 9)] == [12, 11, 10]
+        assert await is_gap(made(12, state="dead-lettered", ended_at=NOW))
+        assert [each.id for each in await store.list_deliveries("e", "dead-lettered", 99, 9)] == [12, 11, 10]
         assert not await is_gap(made(13, state="delivered", ended_at=NOW))
         assert await is_gap(made(14, state="delivered", ended_at=NOW + 31 * DAY_MS), now=NOW + 31 * DAY_MS), "by age"
         assert await store.dead_letter_counts("e") == (1, 12)
@@ -203,10 +203,10 @@ async def test_deleting_a_failed_delivery_records_a_gap(path: str, monkeypatch: 
 async def test_deleting_alerts_and_tests_records_no_gap_but_deleting_a_gap_message_does(
     path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(webhook_tables, "KEEP_ENDED", {"delivered": 1, "given_up": 1})
+    monkeypatch.setattr(webhook_tables, "KEEP_ENDED", {"delivered": 1, "dead-lettered": 1})
     async with open_store(path) as (store, _):
         types = ["alert.firing", "webhook.test", "events.gone", "job.failed"]
-        lost = [made(id_, seq=0, type=type_, state="given_up", ended_at=NOW) for id_, type_ in enumerate(types, 1)]
+        lost = [made(id_, seq=0, type=type_, state="dead-lettered", ended_at=NOW) for id_, type_ in enumerate(types, 1)]
         await planned(store, *lost)
         assert [await store.store_outcomes([each], NOW) for each in lost[:1]] == [True], "one of them was a gap"
         await planned(store, *(replace(each, id=each.id + 10) for each in lost[:2]))
@@ -216,14 +216,14 @@ async def test_deleting_alerts_and_tests_records_no_gap_but_deleting_a_gap_messa
 async def test_old_ended_deliveries_are_deleted_by_age(path: str) -> None:
     async with open_store(path) as (store, _):
         old = [made(id_, state="delivered", ended_at=NOW) for id_ in range(1, 7)]
-        lost = [made(id_, state="given_up", ended_at=NOW) for id_ in range(7, 9)]
+        lost = [made(id_, state="dead-lettered", ended_at=NOW) for id_ in range(7, 9)]
         await planned(store, *old, *lost, *(made(id_) for id_ in range(10, 14)))
         for step in range(4):
             await store.store_outcomes(
                 [made(10 + step, state="delivered", ended_at=NOW + 8 * DAY_MS)], NOW + 8 * DAY_MS
             )
         assert [each.id for each in await store.list_deliveries("e", "delivered", 99, 99)] == [13, 12, 11, 10]
-        assert len(await store.list_deliveries("e", "given_up", 99, 99)) == 2
+        assert len(await store.list_deliveries("e", "dead-lettered", 99, 99)) == 2
 
 
 async def test_the_cursor_of_a_removed_endpoint_is_kept_for_a_while(path: str) -> None:

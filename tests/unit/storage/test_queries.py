@@ -10,7 +10,7 @@ from msgspec.structs import replace
 
 from jobd.model.events import Change
 from jobd.model.fingerprints import fingerprint
-from jobd.model.job import MAX_LATE_RESULTS, Failure, Grant, Job, Lease, PreviousGrant, Result
+from jobd.model.job import MAX_LATE_RESULTS, Failure, Grant, Job, LockDeadlines, PreviousGrant, Result
 from jobd.model.storage import (
     JobQuery,
     LateResultQuery,
@@ -127,7 +127,9 @@ async def test_jobs_are_filtered_by_the_worker_of_their_latest_grant(store: Stor
     await store.write(maker.batch([created]))
     first = PreviousGrant("old", 1, "w-before", NOW, "holder", "failed", "fail", "h")
     for status, grant in (("queued", None), ("processing", Grant("l", 2, "w-now", NOW, 1_000, 0, 0))):
-        after = replace(job_of(created), status=status, grant=grant, ended=first, lease=grant and Lease(1, 1, 1))
+        after = replace(
+            job_of(created), status=status, grant=grant, ended=first, deadlines=grant and LockDeadlines(1, 1, 1)
+        )
         await store.write(maker.batch([maker._step(maker.jobs[1], after, "granted")]))
         expected = ["a"] if grant is None else []
         assert await ids(store, worker="w-before") == expected

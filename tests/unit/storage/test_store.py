@@ -452,7 +452,7 @@ async def test_a_crash_between_two_epochs_ends_no_grant(path: str, monkeypatch: 
 
         monkeypatch.setattr(store._database, "store_epoch", crash)
         with pytest.raises(OSError, match="the disk fails"):
-            await store.write(Batch([], replace(reports, epoch=9, next_token=4, lease_ms=77)))
+            await store.write(Batch([], replace(reports, epoch=9, next_token=4, lock_ms=77)))
     async with open_store(path) as (_, found):
         assert (found.marked, found.numbers) == (False, replace(reports, epoch=9, next_token=1))
         assert found.live() == [maker.jobs[1]]

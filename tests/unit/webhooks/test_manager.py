@@ -337,8 +337,8 @@ async def test_an_old_message_is_dead_lettered_after_enough_attempts_and_the_nex
         clock.step_ms += HOUR_MS
         await wait_until(lambda: at.posts.types() == ["job.granted", "job.completed"])
         await wait_until(lambda: at.webhooks.views()[0].delivered == 2)
-        assert at.webhooks.views()[0].given_up == 1
-        (lost,) = (await at.webhooks.page("e", "given_up", None, 9)).deliveries
+        assert at.webhooks.views()[0].dead_lettered == 1
+        (lost,) = (await at.webhooks.page("e", "dead-lettered", None, 9)).deliveries
         assert (lost.type, lost.status, lost.error) == ("job.created", 500, REJECTED.error)
 
 
@@ -365,10 +365,10 @@ async def test_old_messages_of_an_endpoint_that_keeps_failing_are_dead_lettered_
         path, endpoint(give_up_after_ms=200), posts=FakeTransport(lambda _: REJECTED), clock=clock
     ) as at:
         await at.commit(*(at.maker.create(f"job-{number}") for number in range(60)))
-        await wait_until(lambda: at.webhooks.views()[0].given_up == 60)
+        await wait_until(lambda: at.webhooks.views()[0].dead_lettered == 60)
         (view,) = at.webhooks.views()
         assert (view.waiting, view.state, view.next_try_at) == (0, "open", None)
-        page = await at.webhooks.page("e", "given_up", None, 99)
+        page = await at.webhooks.page("e", "dead-lettered", None, 99)
         assert {each.error for each in page.deliveries} == {REJECTED.error}
         assert min(each.tries for each in page.deliveries) == 0
 
@@ -380,7 +380,7 @@ async def test_nothing_is_dead_lettered_before_the_endpoint_has_failed_often_eno
     posts = FakeTransport(lambda _: DeliveryOutcome(410, "410", gone=True))  # the breaker opens at once
     async with running_webhooks(path, endpoint(give_up_after_ms=0), posts=posts) as at:
         await at.commit(*lifecycle(at.maker, "a"))
-        await wait_until(lambda: at.webhooks.views()[0].given_up == 3)
+        await wait_until(lambda: at.webhooks.views()[0].dead_lettered == 3)
         assert len(posts.tried) >= FAST_RETRY.min_tries
 
 
@@ -737,12 +737,12 @@ async def test_a_lost_cursor_causes_a_gap_message(path: Path) -> None:
 
 
 async def test_dropped_dead_letters_cause_a_gap_message(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(outbox, "KEEP_ENDED", {"delivered": 99, "given_up": 5})
+    monkeypatch.setattr(outbox, "KEEP_ENDED", {"delivered": 99, "dead-lettered": 5})
     posts = FakeTransport(lambda _: REJECTED)
     async with running_webhooks(path, endpoint(give_up_after_ms=0, events=FINISHED), posts=posts) as at:
         for number in range(12):
             await at.commit(*lifecycle(at.maker, f"job-{number}"))
-        await wait_until(lambda: at.webhooks.views()[0].given_up >= 12)
+        await wait_until(lambda: at.webhooks.views()[0].dead_lettered >= 12)
         count, _ = await at.webhooks.dead_letter_counts("e")
         assert count == 5
         gaps = at.webhooks.metrics()["e"].gaps
@@ -762,14 +762,14 @@ async def test_dropped_dead_letters_cause_a_gap_message(path: Path, monkeypatch:
 
 
 async def test_a_waiting_gap_message_is_not_repeated(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(outbox, "KEEP_ENDED", {"delivered": 99, "given_up": 1})
+    monkeypatch.setattr(outbox, "KEEP_ENDED", {"delivered": 99, "dead-lettered": 1})
     slow = replace(REJECTED, retry_after_ms=60_000)
     posts = FakeTransport(lambda each: slow if each.type == "events.gone" else REJECTED)
     async with running_webhooks(path, endpoint(give_up_after_ms=0, events=FINISHED), posts=posts) as at:
         at.context.retry_policy = replace(FAST_RETRY, max_retry_ms=60_000)
         for number in range(9):
             await at.commit(*lifecycle(at.maker, f"job-{number}"))
-        await wait_until(lambda: at.webhooks.views()[0].given_up == 9)
+        await wait_until(lambda: at.webhooks.views()[0].dead_lettered == 9)
         page = await at.webhooks.page("e", None, None, 99)
         assert [each.type for each in page.deliveries if each.state == "waiting"] == ["events.gone"]
         assert at.webhooks.metrics()["e"].gaps == 1
@@ -780,14 +780,14 @@ async def test_a_waiting_gap_message_is_not_repeated(path: Path, monkeypatch: py
 
 async def test_alerts_are_delivered_when_they_fire_and_when_they_resolve(path: Path) -> None:
     async with running_webhooks(path, endpoint(events=frozenset({"alert.firing", "alert.resolved"}))) as at:
-        at.fire("stuck_jobs", NOW + 7)
+        at.fire("stalled_jobs", NOW + 7)
         await wait_until(lambda: at.posts.types() == ["alert.firing"])
-        at.fire("stuck_jobs", NOW + 7)
-        at.resolve("stuck_jobs")
+        at.fire("stalled_jobs", NOW + 7)
+        at.resolve("stalled_jobs")
         await wait_until(lambda: at.posts.types() == ["alert.firing", "alert.resolved"])
         firing, resolved = (json.loads(each.body) for each in at.posts.delivered)
         assert firing["data"]["since"] == resolved["data"]["since"] == NOW + 7
-        assert firing["subject"] == "alerts/stuck_jobs"
+        assert firing["subject"] == "alerts/stalled_jobs"
         assert (firing["data"]["firing"], resolved["data"]["firing"]) == (True, False)
         await at.commit(at.maker.create("a"))
         await asyncio.sleep(0.1)
@@ -797,7 +797,7 @@ async def test_alerts_are_delivered_when_they_fire_and_when_they_resolve(path: P
 
 async def test_alerts_are_delivered_at_least_once_over_a_restart(path: Path) -> None:
     async with running_webhooks(path, posts=FakeTransport(lambda _: REJECTED)) as at:
-        at.fire("stuck_jobs")
+        at.fire("stalled_jobs")
         at.fire("database")
         await wait_until(lambda: at.webhooks.views()[0].waiting == 2)
     async with running_webhooks(path, maker=at.maker, firing=None) as then:  # no alerts evaluated yet
@@ -809,8 +809,8 @@ async def test_alerts_are_delivered_at_least_once_over_a_restart(path: Path) -> 
         await asyncio.sleep(0.1)
         assert sorted(then.posts.subjects()) == [
             ("alerts/database", "alert.firing"),
-            ("alerts/stuck_jobs", "alert.firing"),
-            ("alerts/stuck_jobs", "alert.resolved"),
+            ("alerts/stalled_jobs", "alert.firing"),
+            ("alerts/stalled_jobs", "alert.resolved"),
         ]
 
 
@@ -831,7 +831,7 @@ async def test_on_a_full_disk_an_alert_is_delivered_directly_and_later_through_t
         at.may_write = False
         at.fire("database")
         await wait_until(lambda: at.posts.types() == ["alert.firing"])
-        at.fire("stuck_jobs")
+        at.fire("stalled_jobs")
         await wait_until(lambda: len(at.posts.delivered) == 2)
         at.resolve("database")
         await wait_until(lambda: at.posts.types() == ["alert.firing", "alert.firing", "alert.resolved"])
@@ -850,7 +850,7 @@ async def test_on_a_full_disk_an_alert_is_delivered_directly_and_later_through_t
         ]
         await asyncio.sleep(0.1)
         assert len(at.posts.tried) == 9
-    async with running_webhooks(path, maker=at.maker, firing={"stuck_jobs": NOW}) as then:
+    async with running_webhooks(path, maker=at.maker, firing={"stalled_jobs": NOW}) as then:
         await asyncio.sleep(0.1)
         assert then.posts.tried == []
 
@@ -883,11 +883,11 @@ async def test_on_a_full_disk_each_change_gets_a_few_direct_attempts_in_order(
         assert len(at.posts.tried) == alert_source.MAX_TRIES
         assert at.webhooks.views()[0].last_error == REJECTED.error
         at.posts.respond = lambda each: DELIVERED if each.type == "alert.resolved" else REJECTED
-        at.fire("stuck_jobs")
-        await wait_until(lambda: at.posts.tried[-1].subject == "alerts/stuck_jobs")
-        at.resolve("stuck_jobs")  # it does not wait for the retry of its firing message
-        await wait_until(lambda: at.posts.subjects() == [("alerts/stuck_jobs", "alert.resolved")])
-        own = [each.type for each in at.posts.tried if each.subject == "alerts/stuck_jobs"]
+        at.fire("stalled_jobs")
+        await wait_until(lambda: at.posts.tried[-1].subject == "alerts/stalled_jobs")
+        at.resolve("stalled_jobs")  # it does not wait for the retry of its firing message
+        await wait_until(lambda: at.posts.subjects() == [("alerts/stalled_jobs", "alert.resolved")])
+        own = [each.type for each in at.posts.tried if each.subject == "alerts/stalled_jobs"]
         assert own == sorted(own)
         await asyncio.sleep(0.2)
         assert len(at.posts.tried) == alert_source.MAX_TRIES + len(own)
@@ -984,7 +984,7 @@ async def test_a_message_is_sent_although_the_client_that_asked_for_it_disconnec
     posts = FakeTransport(lambda _: REJECTED)
     async with running_webhooks(path, endpoint(give_up_after_ms=0), posts=posts, wrap=PausingStore) as at:
         await at.commit(at.maker.create("a"))
-        await wait_until(lambda: at.webhooks.metrics()["e"].given_up == 1)
+        await wait_until(lambda: at.webhooks.metrics()["e"].dead_lettered == 1)
         posts.respond = lambda _: DELIVERED
         storage: Any = at.context.storage
         storage.is_pausing = True
@@ -1123,8 +1123,8 @@ async def test_dead_letters_are_sent_again_in_order(path: Path, monkeypatch: pyt
     async with running_webhooks(path, endpoint(give_up_after_ms=200), posts=posts) as at:
         for number in range(15):
             await at.commit(*lifecycle(at.maker, f"job-{number}"))
-        await wait_until(lambda: at.webhooks.views()[0].given_up == 45)
-        page = await at.webhooks.page("e", "given_up", None, 99)
+        await wait_until(lambda: at.webhooks.views()[0].dead_lettered == 45)
+        page = await at.webhooks.page("e", "dead-lettered", None, 99)
         newest = page.deliveries[0].id
         monkeypatch.setattr(dispatcher, "MINUTE_MS", 60_000)
         assert await at.webhooks.redeliver_all("e", 0) == 0
@@ -1133,7 +1133,7 @@ async def test_dead_letters_are_sent_again_in_order(path: Path, monkeypatch: pyt
         await wait_until(lambda: at.webhooks.views()[0].delivered == 42)
         assert await at.webhooks.redeliver_all("e", None) == 3
         await wait_until(lambda: at.webhooks.views()[0].delivered == 45)
-        assert at.webhooks.views()[0].given_up == 45
+        assert at.webhooks.views()[0].dead_lettered == 45
         for number in range(15):
             own = [type_ for subject, type_ in at.posts.subjects() if subject == f"jobs/job-{number}"]
             assert own == ["job.created", "job.granted", "job.completed"]
@@ -1193,14 +1193,14 @@ class SuspectWallClock(SteppedWallClock):
 
     def moment(self) -> Moment:
         expected = super().moment().now
-        return Moment(now=expected + 40 * DAY_MS, lease=0, offset=0, trusted=expected)
+        return Moment(now=expected + 40 * DAY_MS, lock_ms=0, offset=0, trusted=expected)
 
 
 async def test_a_message_ages_by_the_expected_time_while_the_clock_is_suspect(path: Path) -> None:
-    refused = FakeTransport(lambda _: REJECTED)
-    async with running_webhooks(path, endpoint(give_up_after_ms=0), posts=refused, clock=SuspectWallClock()) as at:
+    rejected = FakeTransport(lambda _: REJECTED)
+    async with running_webhooks(path, endpoint(give_up_after_ms=0), posts=rejected, clock=SuspectWallClock()) as at:
         await at.commit(at.maker.create("a"))
-        await wait_until(lambda: at.webhooks.views()[0].given_up == 1)
+        await wait_until(lambda: at.webhooks.views()[0].dead_lettered == 1)
 
 
 async def test_a_missing_endpoint_keeps_its_outbox_while_the_clock_is_suspect(path: Path) -> None:

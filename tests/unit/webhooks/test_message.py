@@ -144,17 +144,17 @@ def test_the_subject_of_a_queue_event_is_the_queue() -> None:
 
 
 def test_the_messages_of_an_alert_share_the_subject_but_not_the_id() -> None:
-    alert = AlertView("stuck_jobs", True, NOW - 5, 7, 5, "Look.")
+    alert = AlertView("stalled_jobs", True, NOW - 5, 7, 5, "Look.")
     firing, resolved = alert_message(alert, NOW, "/j"), alert_message(replace(alert, firing=False), NOW + 9, "/j")
-    assert firing.subject == resolved.subject == "alerts/stuck_jobs"
+    assert firing.subject == resolved.subject == "alerts/stalled_jobs"
     assert (firing.type, resolved.type) == ("alert.firing", "alert.resolved")
     assert (firing.event_id, resolved.event_id) == (
-        f"alert_stuck_jobs_{NOW - 5}_firing",
-        f"alert_stuck_jobs_{NOW - 5}_resolved",
+        f"alert_stalled_jobs_{NOW - 5}_firing",
+        f"alert_stalled_jobs_{NOW - 5}_resolved",
     )
     data = read_by_others(firing.body)["data"]
     judged = {"value": 7, "threshold": 5, "hint": "Look.", "severity": "warning"}
-    assert data == {"name": "stuck_jobs", "firing": True, "since": NOW - 5, **judged}
+    assert data == {"name": "stalled_jobs", "firing": True, "since": NOW - 5, **judged}
     assert (firing.seq, resolved.seq) == (0, 0)
     for message in (firing, resolved):
         assert_is_self_describing(message, "/j")

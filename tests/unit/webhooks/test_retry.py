@@ -37,16 +37,16 @@ def test_delays_double_are_jittered_and_have_a_maximum(
 
 
 @pytest.mark.parametrize(
-    ("tries", "age_ms", "given_up"),
+    ("tries", "age_ms", "dead_lettered"),
     [
         (POLICY.min_tries, ENDPOINT.give_up_after_ms, True),
         (POLICY.min_tries - 1, ENDPOINT.give_up_after_ms * 9, False),
         (POLICY.min_tries * 9, ENDPOINT.give_up_after_ms - 1, False),
     ],
 )
-def test_a_dead_letter_needs_both_age_and_attempts(tries: int, age_ms: int, given_up: bool) -> None:
+def test_a_dead_letter_needs_both_age_and_attempts(tries: int, age_ms: int, dead_lettered: bool) -> None:
     for at in (0, NOW):
-        assert is_exhausted(replace(DELIVERY, tries=tries, at=at), ENDPOINT, at + age_ms, POLICY) is given_up
+        assert is_exhausted(replace(DELIVERY, tries=tries, at=at), ENDPOINT, at + age_ms, POLICY) is dead_lettered
 
 
 def opened(at: int = 1_000, breaker: CircuitBreaker | None = None) -> CircuitBreaker:

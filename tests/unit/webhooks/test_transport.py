@@ -200,7 +200,7 @@ FAILURES: dict[str, tuple[bytes, int, str]] = {
     "bad header": (NO + b"A: b\r\n ", 100_000, "does not speak valid HTTP"),
     "bad chunk": (NO + b"Transfer-Encoding: chunked" + END, 0, "does not speak valid HTTP"),
     "less than it said": (NO + b"Content-Length: 9999" + END, 0, "500"),
-    "a refusal": (b"HTTP/1.1 404 No" + END, 0, "404: Cannot POST …"),
+    "a rejection": (b"HTTP/1.1 404 No" + END, 0, "404: Cannot POST …"),
     "too large": (b"HTTP/1.1 413 No" + END, 100_000, "413: Cannot POST … xxx"),
     "bad redirect": (b"HTTP/1.1 302 No\r\nLocation: http://[", 0, "closed before a response arrived"),
     "worse redirect": (b"HTTP/1.1 308 No\r\nLocation: http://[/" + END, 0, "redirects are not followed"),

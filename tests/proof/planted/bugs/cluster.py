@@ -149,7 +149,7 @@ async def _(apply: Any, self: WarmState, records: list[Record]) -> None:
 )
 def _(opened: Any, self: WarmState) -> OpenedStore:
     found: OpenedStore = opened(self)
-    return replace(found, numbers=replace(found.numbers, lease_ms=found.numbers.lease_ms + 5_000))
+    return replace(found, numbers=replace(found.numbers, lease_ms=found.numbers.lock_ms + 5_000))
 
 
 @bug(

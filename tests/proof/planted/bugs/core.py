@@ -11,7 +11,7 @@ from msgspec.structs import replace
 from jobd.core import transitions
 from jobd.core.rules import late_results as late_result_rules
 from jobd.core.rules import maintenance as maintenance_rules
-from jobd.core.rules import plans as plan_rules
+from jobd.core.rules import plan_rules
 from jobd.core.rules import worker as worker_rules
 from jobd.core.state import State
 from jobd.core.transaction import Transaction
@@ -31,7 +31,7 @@ from tests.proof.planted.registry import ACTOR, RULES, SIMULATION, bug
 )
 def _(held: Any, tx: Transaction, command: worker_rules.Holders, verb: str) -> Any:
     job = tx.state.get(command.id)
-    if verb == "complete" and job is not None and job.status == "processing" and job.lease is not None:
+    if verb == "complete" and job is not None and job.status == "processing" and job.deadlines is not None:
         return job
     return held(tx, command, verb)
 
@@ -62,8 +62,8 @@ def _(recover: Any, tx: Transaction, command: Recover) -> Any:
 
 
 @bug("downtime-not-credited", maintenance_rules._postponed, breaks="downtime ends locks", found_by=RULES)
-def _(postponed: Any, lease: Any, since: int, until: int) -> Any:
-    return lease
+def _(postponed: Any, deadlines: Any, since: int, until: int) -> Any:
+    return deadlines
 
 
 @bug(
@@ -106,7 +106,7 @@ def _(is_unclaimed: Any, tx: Transaction, job: Job, lock_id: str) -> bool:
     "plan-applied-blindly",
     plan_rules.version,
     breaks="a plan cancels a job that a worker has taken since the plan was made",
-    found_by="tests/unit/maintenance/test_plans.py",
+    found_by="tests/unit/maintenance/test_plan_runner.py",
 )
 def _(version: Any, job: Job, late: int | None = None, action: PlanAction | None = None) -> str:
     return str(job.seq)
@@ -150,8 +150,8 @@ def _(epoch: Any, highest: int, now_ms: int) -> int:
     breaks="the next start trusts a clock that was suspect, and deletes by it",
     found_by=ACTOR,
 )
-def _(numbers: Any, self: State, lease_ms: int, wall_ms: int, clock: ClockTrust) -> Any:
-    return numbers(self, lease_ms, wall_ms, replace(clock, suspect=False))
+def _(numbers: Any, self: State, lock_ms: int, wall_ms: int, clock: ClockTrust) -> Any:
+    return numbers(self, lock_ms, wall_ms, replace(clock, suspect=False))
 
 
 @bug("tokens-reused-after-a-restart", State.opened, breaks="tokens continue from the live grants", found_by=SIMULATION)

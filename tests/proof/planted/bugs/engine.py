@@ -196,7 +196,7 @@ def _(take: Any, self: Actor) -> list[Envelope]:
     "deferred-commands-without-a-deadline",
     Actor.defer_internal,
     breaks="locks end before they are extended after a takeover, while every batch is slow",
-    found_by="tests/unit/maintenance/test_held_locks.py",
+    found_by="tests/unit/maintenance/test_restart_grace.py",
 )
 def _(defer: Any, self: Actor, command: Any, within_s: float) -> None:
     defer(self, command, 3_600.0)

@@ -35,8 +35,8 @@ def _(ok_response: Any, self: App[Any], response: Response) -> HttpResponse:
     breaks="an immediate error of a stream takes the place of the response before it",
     found_by="tests/integration/test_command_stream.py",
 )
-def _(refuse: Any, self: _StreamSession, slot: Any, error: Any) -> None:
-    refuse(self, slot, error)
+def _(reject: Any, self: _StreamSession, slot: Any, error: Any) -> None:
+    reject(self, slot, error)
     self._slots.rotate(1)
 
 

@@ -59,7 +59,7 @@ class ClusterMonitor(Monitor):
         durable = self._durable
         super().check_start(daemon, grace_ms)
         self._durable = durable  # an earlier leader may still send the responses of its last batch
-        lease, kept = daemon.clock.moment().lease, self.machine.disk.numbers.lease_ms
+        lease, kept = daemon.clock.moment().lock_ms, self.machine.disk.numbers.lock_ms
         self.must(lease <= kept + 1, "S11", f"locks have aged by {lease - kept} ms without a leader")
 
     def decide(self, tx: Any, call: Any) -> Any:
@@ -244,7 +244,7 @@ class Cluster(Machine):
         opened = cold.opened()
         state, found = State.opened(opened), warm.opened()
         state.unvalidated = dict(opened.unvalidated)
-        state.advance(opened.numbers.wall_ms, opened.numbers.lease_ms)
+        state.advance(opened.numbers.wall_ms, opened.numbers.lock_ms)
         shown, expected = snapshot(warm.state), snapshot(state)
         for name in expected.keys() - OWN - NUMBERS:
             must(shown[name] == expected[name], "S18", f"warm {name}: {shown[name]}, cold {expected[name]}")

@@ -12,7 +12,7 @@ import pytest
 from msgspec.structs import replace
 
 import jobd
-from jobd.api import admin as admin_api
+from jobd.api import admin_routes as admin_api
 from jobd.cli.daemon import checkup
 from jobd.cli.daemon.checkup import examine
 from jobd.client import AdminClient
@@ -58,8 +58,8 @@ async def test_the_doctor_names_failing_webhooks_and_dead_lettered_messages(tmp_
         harness.fakes.hooks = [replace(WEBHOOK, failing_since=now - 60_000, waiting=3, last_error="500: no")]
 
     def lost(harness: HttpHarness, ended_at: int) -> None:
-        given_up = replace(DELIVERY, state="given_up", ended_at=ended_at, error="401")
-        harness.fakes.deliveries_page = responses.DeliveryPage([given_up], None)
+        dead_lettered = replace(DELIVERY, state="dead-lettered", ended_at=ended_at, error="401")
+        harness.fakes.deliveries_page = responses.DeliveryPage([dead_lettered], None)
 
     finding = (await _findings(tmp_path, failing))["webhook q"]
     assert "3 are waiting" in finding
@@ -89,7 +89,7 @@ def test_the_doctor_compares_figures_with_the_thresholds_of_the_rules(where: str
     (found,) = checkup._metrics(f"{line.format(wrong)}\n")
     assert (found.where, finding in found.what) == (where, True), found
     assert list(checkup._metrics(f"{line.format(right)}\n")) == []
-    assert list(checkup._metrics("jobd_stuck_jobs 0\n")) == []
+    assert list(checkup._metrics("jobd_stalled_jobs 0\n")) == []
 
 
 def test_the_doctor_names_some_of_many_queues_and_none_that_is_paused() -> None:

@@ -90,11 +90,11 @@ async def test_a_program_is_killed_if_no_thread_can_wait_for_it(monkeypatch: pyt
         started.append(popen(*args, **options))
         return started[-1]
 
-    def refuse(**options: Any) -> None:
+    def reject(**options: Any) -> None:
         raise RuntimeError("can't start new thread")
 
     monkeypatch.setattr(subprocess, "Popen", recorded)
-    monkeypatch.setattr(process, "threading", SimpleNamespace(Thread=refuse))
+    monkeypatch.setattr(process, "threading", SimpleNamespace(Thread=reject))
     with pytest.raises(RuntimeError, match="can't start new thread"):
         await ProgramRun().start("sleep", "1000")
     [program] = started

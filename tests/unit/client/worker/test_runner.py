@@ -14,7 +14,7 @@ from aiohttp import web
 from jobd.client import AsyncJobClient
 from jobd.client.worker import claimer
 from jobd.client.worker.claimer import ClaimOptions
-from jobd.client.worker.lease import LeaseKeeper
+from jobd.client.worker.lock_keeper import LeaseKeeper
 from jobd.client.worker.runner import Execution, WorkerRunner, on_signals
 from tests.support.client_harness import GRANT, JOB
 from tests.support.polling import wait_until

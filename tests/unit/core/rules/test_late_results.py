@@ -63,10 +63,10 @@ def late(
 ) -> ApiError:
     """Decide a late call; return its error. Check whether it left a result, or else was recorded."""
     row, before = rules.job(), len(rules.events)
-    refusal = rules.reject(command, "lock_lost")
+    rejection = rules.reject(command, "lock_lost")
     assert rules.job() == row, "a late call changed the job"
     assert [event.type for event in rules.events[before:]] == ["late_result"] * is_stored + ["late_call"] * is_recorded
-    return refusal
+    return rejection
 
 
 def advice(rules: RuleHarness) -> list[str]:
@@ -82,10 +82,10 @@ def test_the_result_of_a_late_complete_is_stored(rules: RuleHarness) -> None:
     command = completing(
         lock_id, download_url="u", storage_key="k/1", metadata=Raw(b'{"a":1}'), expires_at=rules.now + DAY_MS
     )
-    refusal = late(rules, command)
+    rejection = late(rules, command)
     event, (stored,) = rules.last(), rules.late()
-    assert refusal.details["late_result"] == event.seq == stored.seq
-    assert refusal.message == (
+    assert rejection.details["late_result"] == event.seq == stored.seq
+    assert rejection.message == (
         "This lock of job a is lost: it was ended by recovery; the job is queued. Stop working on the job. "
         f"Its result is stored as late result {stored.seq}; an operator can adopt it: jobctl adopt a"
     )
@@ -115,8 +115,8 @@ def test_a_repeat_adds_nothing_and_gets_the_same_error(rules: RuleHarness) -> No
 def test_only_the_first_late_complete_of_a_grant_counts(rules: RuleHarness) -> None:
     lock_id = stalled(rules)
     late(rules, completing(lock_id))
-    refusal = late(rules, completing(lock_id, file_path="/other"), is_stored=False, is_recorded=True)
-    assert "late_result" not in refusal.details
+    rejection = late(rules, completing(lock_id, file_path="/other"), is_stored=False, is_recorded=True)
+    assert "late_result" not in rejection.details
     late(rules, completing(lock_id, file_path="/third"), is_stored=False)
     assert [stored.result.file_path for stored in rules.late()] == ["/out"]
 
@@ -138,9 +138,9 @@ def test_an_older_grant_is_found_in_the_journal(rules: RuleHarness) -> None:
     assert latest is not None
     rules.accept(ForceReset(id="a"), admin=True)
     assert rules.job().ended is not None
-    refusal = late(rules, completing(old))
+    rejection = late(rules, completing(old))
     assert rules.last().by == "worker:w-old"
-    assert refusal.details["reason"] == "not_current"
+    assert rejection.details["reason"] == "not_current"
     late(rules, completing(latest.lock_id, file_path="/new"))
     assert [stored.worker for stored in rules.late()] == ["w-old", "w-new"]
 
@@ -158,8 +158,8 @@ def test_a_completed_job_can_get_late_results(rules: RuleHarness) -> None:
     old = stalled(rules)
     lock_id = rules.start(worker="w-2")
     rules.accept(completing(lock_id, file_path="/first"))
-    refusal = late(rules, completing(old))
-    assert refusal.message.endswith(f"Its result is stored as late result {rules.last().seq}.")
+    rejection = late(rules, completing(old))
+    assert rejection.message.endswith(f"Its result is stored as late result {rules.last().seq}.")
     assert advice(rules) == []
 
 
@@ -203,8 +203,8 @@ def test_late_metadata_is_limited(size: int, is_stored: bool) -> None:
     rules = RuleHarness(Policy(late_bytes=100))
     lock_id = stalled(rules)
     metadata = Raw(b'"' + b"x" * (size - 2) + b'"')
-    refusal = late(rules, completing(lock_id, metadata=metadata), is_stored=is_stored, is_recorded=not is_stored)
-    assert ("late_result" in refusal.details) == is_stored
+    rejection = late(rules, completing(lock_id, metadata=metadata), is_stored=is_stored, is_recorded=not is_stored)
+    assert ("late_result" in rejection.details) == is_stored
 
 
 def test_a_result_with_an_invalid_storage_key_is_not_stored(rules: RuleHarness) -> None:
@@ -221,7 +221,7 @@ def test_an_empty_late_result_is_stored(rules: RuleHarness) -> None:
 
 def test_a_row_without_a_grant_leaves_nothing(rules: RuleHarness) -> None:
     lock_id = rules.held()
-    rules.row(replace(rules.job(), lease=None))
+    rules.row(replace(rules.job(), deadlines=None))
     late(rules, completing(lock_id), is_stored=False)
 
 
@@ -230,9 +230,9 @@ def test_a_lock_that_ends_in_the_same_batch_leaves_its_result(rules: RuleHarness
     lock_id = rules.held()
     rules.accept(ForceReset(id="a"), admin=True)
     tx = Transaction(rules.state, rules.moment, rules.policy)
-    refusal = decide.decide(tx, Call(completing(lock_id)))
-    assert isinstance(refusal, ApiError)
-    assert refusal.details["late_result"] == tx.changes[0].event.seq
+    rejection = decide.decide(tx, Call(completing(lock_id)))
+    assert isinstance(rejection, ApiError)
+    assert rejection.details["late_result"] == tx.changes[0].event.seq
 
 
 @pytest.mark.parametrize(
@@ -435,9 +435,9 @@ def test_the_result_for_a_job_that_stalled_before_is_stored() -> None:
 
 def test_a_result_that_may_not_complete_the_job_is_stored() -> None:
     rules = taking(require_download_url=True)
-    refusal = late(rules, completing(stalled(rules)))
+    rejection = late(rules, completing(stalled(rules)))
     assert [stored.result.file_path for stored in rules.late()] == ["/out"]
-    assert refusal.message.endswith(
+    assert rejection.message.endswith(
         f"as late result {rules.last().seq}, but cannot be adopted: it has no download_url, which [validation] "
         "require_download_url requires."
     )
@@ -484,8 +484,8 @@ def test_the_named_result_or_that_of_the_latest_grant_is_adopted(rules: RuleHarn
     late(rules, completing(new, file_path="/new"))
     late(rules, completing(old, file_path="/old"))
     older, newer = rules.late()
-    refusal = rules.reject(Adopt(id="a", result=1), "late_result_not_found", admin=True)
-    assert refusal.message == "Job a has no late result 1. List its late results: jobctl late a"
+    rejection = rules.reject(Adopt(id="a", result=1), "late_result_not_found", admin=True)
+    assert rejection.message == "Job a has no late result 1. List its late results: jobctl late a"
     result = {"the older": older.seq, "the newer": newer.seq, "none": None}[named]
     rules.accept(Adopt(id="a", result=result), admin=True)
     assert rules.job().result == Result(file_path="/old" if named == "the older" else "/new")
@@ -494,39 +494,39 @@ def test_the_named_result_or_that_of_the_latest_grant_is_adopted(rules: RuleHarn
 def test_a_processing_job_cannot_adopt_and_the_error_names_its_holder(rules: RuleHarness) -> None:
     late(rules, completing(stalled(rules)))
     rules.start(worker="w-2")
-    refusal = rules.reject(Adopt(id="a"), "invalid_transition", admin=True)
-    assert refusal.message == (
+    rejection = rules.reject(Adopt(id="a"), "invalid_transition", admin=True)
+    assert rejection.message == (
         "Job a is processing. Worker w-2 holds it. Wait until its grant ends, or end it "
         "(jobctl force-fail a); then adopt."
     )
-    rules.row(replace(rules.job(), grant=None, lease=None))
-    refusal = rules.reject(Adopt(id="a"), "invalid_transition", admin=True)
-    assert refusal.message == (
+    rules.row(replace(rules.job(), grant=None, deadlines=None))
+    rejection = rules.reject(Adopt(id="a"), "invalid_transition", admin=True)
+    assert rejection.message == (
         "Job a is processing. Wait until its grant ends, or end it (jobctl force-fail a); then adopt."
     )
 
 
 def test_completed_is_final(rules: RuleHarness) -> None:
     rules.completed()
-    refusal = rules.reject(Adopt(id="a"), "invalid_transition", admin=True)
-    assert refusal.message == "Job a is completed. The late results of a completed job can be read, but not adopted."
-    assert refusal.details == {"status": "completed", "to": "completed", "allowed": []}
+    rejection = rules.reject(Adopt(id="a"), "invalid_transition", admin=True)
+    assert rejection.message == "Job a is completed. The late results of a completed job can be read, but not adopted."
+    assert rejection.details == {"status": "completed", "to": "completed", "allowed": []}
 
 
 def test_a_job_created_in_the_same_batch_has_no_late_results(rules: RuleHarness) -> None:
     """Before the batch it did not exist, so nothing was read from disk."""
     rules.create()
     tx = Transaction(rules.state, rules.moment, rules.policy)
-    refusal = decide.decide(tx, Call(Adopt(id="a"), admin=True))
-    assert isinstance(refusal, ApiError)
-    assert refusal.code == "late_result_not_found"
+    rejection = decide.decide(tx, Call(Adopt(id="a"), admin=True))
+    assert isinstance(rejection, ApiError)
+    assert rejection.code == "late_result_not_found"
 
 
 def test_adoption_needs_a_late_result(rules: RuleHarness) -> None:
     rules.create()
-    refusal = rules.reject(Adopt(id="a"), "late_result_not_found", admin=True)
-    assert (refusal.status, refusal.details) == (404, {"job_id": "a"})
-    assert refusal.message == "Job a has no late result. List its late results: jobctl late a"
+    rejection = rules.reject(Adopt(id="a"), "late_result_not_found", admin=True)
+    assert (rejection.status, rejection.details) == (404, {"job_id": "a"})
+    assert rejection.message == "Job a has no late result. List its late results: jobctl late a"
     rules.reject(Adopt(id="b"), "job_not_found", admin=True)
 
 
@@ -535,9 +535,9 @@ def test_adoption_checks_the_required_download_url() -> None:
     late(rules, completing(stalled(rules)))
     rules.policy = Policy(require_download_url=True)
     for dry_run in (False, True):
-        refusal = rules.reject(Adopt(id="a", dry_run=dry_run), "invalid_request", admin=True)
-        assert refusal.details == {"field": "$.download_url"}
-        assert refusal.message == (
+        rejection = rules.reject(Adopt(id="a", dry_run=dry_run), "invalid_request", admin=True)
+        assert rejection.details == {"field": "$.download_url"}
+        assert rejection.message == (
             f"Late result {rules.late()[0].seq} cannot be adopted: it has no download_url, which [validation] "
             "require_download_url requires. If the work is complete, set a URL yourself: "
             "jobctl transition ID STATUS completed --set download_url=URL (also set the other fields that you want to "
@@ -613,8 +613,8 @@ def test_why_does_not_suggest_an_adoption_that_would_be_rejected(rules: RuleHarn
     assert "jobctl adopt a" in advice(rules)[0], "the policy is that of now"
     rules.policy = Policy(require_download_url=True)
     rules.accept(ForceFail(id="a"), admin=True)
-    refused = late(rules, completing(lock_id, download_url="u"))
-    assert refused.message.endswith("an operator can adopt it: jobctl adopt a")
+    rejected = late(rules, completing(lock_id, download_url="u"))
+    assert rejected.message.endswith("an operator can adopt it: jobctl adopt a")
     assert advice(rules)[0] == "Worker w-8 submitted a late result. To adopt it: jobctl adopt a"
 
 

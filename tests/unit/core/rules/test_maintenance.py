@@ -40,7 +40,7 @@ from jobd.model.job import (
     MINUTE_MS,
     Failure,
     Job,
-    Lease,
+    LockDeadlines,
     Options,
 )
 from jobd.model.responses import (
@@ -54,8 +54,8 @@ TTL = 15 * MINUTE_MS
 STUCK = 10 * MINUTE_MS
 
 
-def no_ceiling(**fields: Any) -> dict[str, Any]:
-    return {"max_processing_ms": 0} | fields
+def no_progress_timeout(**fields: Any) -> dict[str, Any]:
+    return {"progress_timeout_ms": 0} | fields
 
 
 # -- time: stalls, expiry, deletion, repair ---------------------------------------------------------------------------
@@ -104,7 +104,7 @@ def test_how_a_stall_ends(
 
 
 def test_the_message_of_a_stall() -> None:
-    rules = RuleHarness(lease=DAY_MS)
+    rules = RuleHarness(lock_ms=DAY_MS)
     rules.create()
     lock_id = rules.start(worker="w-7", lock_ttl_ms=1_000)
     rules.progress(lock_id, 45)
@@ -137,11 +137,11 @@ def test_a_stall_with_on_stall_fail_says_so(rules: RuleHarness) -> None:
     assert error.message.endswith("Its on_stall is fail; retry the job to run it again.")
 
 
-@pytest.mark.parametrize("missing", ["lease", "grant"])
-def test_without_a_grant_or_its_lease_a_job_is_stuck_at_once(rules: RuleHarness, missing: str) -> None:
+@pytest.mark.parametrize("missing", ["deadlines", "grant"])
+def test_without_a_grant_or_its_lease_a_job_is_stalled_at_once(rules: RuleHarness, missing: str) -> None:
     rules.held()
     rules.row(replace(rules.job(), **{missing: None}))
-    assert transitions.is_stuck(rules.job(), rules.lease)
+    assert transitions.is_stalled(rules.job(), rules.lock_ms)
     rules.start(worker="w-2")
     stalled = rules.events[-2]
     assert (stalled.type, stalled.reason) == ("stalled", "The job was processing, but no worker held it.")
@@ -184,20 +184,20 @@ def test_why_a_first_stall_fails_a_job(rules: RuleHarness, on_stall: Any, max_st
     assert expected in (error.message or "")
 
 
-def test_past_the_ceiling_a_job_is_stuck_at_once(rules: RuleHarness) -> None:
-    lock_id = rules.held(max_processing_ms=60_000, stuck_after_ms=HOUR_MS)
+def test_past_the_progress_timeout_a_job_is_stalled_at_once(rules: RuleHarness) -> None:
+    lock_id = rules.held(progress_timeout_ms=60_000, stall_after_ms=HOUR_MS)
     rules.accept(Extend(id="a", lock_id=lock_id))
     rules.advance(60_000)
     assert rules.accept(Recover(limit=1)).details[0].reason == (
-        "Worker w-1 reported no progress for 60 s (max_processing_ms) at 0 % (attempt 1 of 1)."
+        "Worker w-1 reported no progress for 60 s (progress_timeout_ms) at 0 % (attempt 1 of 1)."
     )
 
 
-def test_with_stuck_after_0_a_job_is_stuck_when_its_lock_expires(rules: RuleHarness) -> None:
+def test_with_stalled_after_0_a_job_is_stalled_when_its_lock_expires(rules: RuleHarness) -> None:
     rules.create()
-    rules.start(lock_ttl_ms=60_000, stuck_after_ms=0)
+    rules.start(lock_ttl_ms=60_000, stall_after_ms=0)
     rules.advance(59_999)
-    assert not rules.state.stuck
+    assert not rules.state.stalled
     rules.advance(1)
     assert [found.action for found in rules.accept(Recover(limit=1)).details] == ["reset"]
 
@@ -206,7 +206,7 @@ def test_recovery_works_in_slices(rules: RuleHarness) -> None:
     for name in "abcd":
         rules.held(name, worker=f"w-{name}")
     for name in "uvwxyz":
-        rules.held(name, stuck_after_ms=HOUR_MS, **no_ceiling())
+        rules.held(name, stall_after_ms=HOUR_MS, **no_progress_timeout())
     rules.advance(TTL)
     found = rules.accept(Recover(limit=2))
     assert (len(found.details), found.locks_cleared, found.more) == (2, 2, True)
@@ -228,10 +228,10 @@ def test_recovery_works_in_slices(rules: RuleHarness) -> None:
 def test_time_is_judged_when_a_command_is_applied(rules: RuleHarness) -> None:
     """The state was advanced beyond the time of the command: nothing that is not due yet happens."""
     rules.held("a")
-    rules.held("b", stuck_after_ms=HOUR_MS, **no_ceiling())
+    rules.held("b", stall_after_ms=HOUR_MS, **no_progress_timeout())
     rules.create("d", queue="other", expires_at=NOW + 5)
-    rules.state.advance(NOW + 5, rules.lease + TTL)
-    before = Moment(NOW + 4, rules.lease + TTL - 1, NOW - rules.lease)
+    rules.state.advance(NOW + 5, rules.lock_ms + TTL)
+    before = Moment(NOW + 4, rules.lock_ms + TTL - 1, NOW - rules.lock_ms)
     nothings: list[tuple[AnyCommand, Any]] = [
         (Recover(limit=9), Recovered([], 0, False)),
         (Expire(limit=9), MaintenanceResult(0)),
@@ -244,56 +244,56 @@ def test_time_is_judged_when_a_command_is_applied(rules: RuleHarness) -> None:
         assert not tx.changes
 
 
-def test_the_lock_of_a_stuck_job_is_not_cleared(rules: RuleHarness) -> None:
-    rules.held(stuck_after_ms=HOUR_MS, **no_ceiling())
+def test_the_lock_of_a_stalled_job_is_not_cleared(rules: RuleHarness) -> None:
+    rules.held(stall_after_ms=HOUR_MS, **no_progress_timeout())
     rules.advance(TTL)
-    later = Moment(rules.now + HOUR_MS, rules.lease + HOUR_MS, NOW - rules.lease)
+    later = Moment(rules.now + HOUR_MS, rules.lock_ms + HOUR_MS, NOW - rules.lock_ms)
     tx = Transaction(rules.state, later, rules.policy)
     assert decide.decide(tx, Call(Recover(limit=9), seed=SEED)) == Response(Recovered([], 0, False))
 
 
-def test_a_live_lock_is_never_stuck(rules: RuleHarness) -> None:
-    lock_id = rules.held(stuck_after_ms=0)
+def test_a_live_lock_is_never_stalled(rules: RuleHarness) -> None:
+    lock_id = rules.held(stall_after_ms=0)
     rules.accept(Extend(id="a", lock_id=lock_id, additional_ms=20 * MINUTE_MS))
     rules.advance(20 * MINUTE_MS - 1)
     assert rules.accept(Recover(limit=1)).details == []
 
 
 def test_deadlines_are_postponed_after_a_pause_of_the_daemon(rules: RuleHarness) -> None:
-    rules.create("live", max_processing_ms=1_000)
+    rules.create("live", progress_timeout_ms=1_000)
     rules.start("live")
-    rules.create("dead", **no_ceiling())
-    rules.start("dead", lock_ttl_ms=1_000, stuck_after_ms=900)
+    rules.create("dead", **no_progress_timeout())
+    rules.start("dead", lock_ttl_ms=1_000, stall_after_ms=900)
     rules.held("calm")
     rules.create("queued")
     rules.advance(999)
-    rules.row(replace(rules.job("dead"), lease=Lease(rules.lease, rules.lease + 1, None)))
+    rules.row(replace(rules.job("dead"), deadlines=LockDeadlines(rules.lock_ms, rules.lock_ms + 1, None)))
     assert (
         rules.accept(ExtendAfterPause(ids=["gone", "queued", "live", "live", "dead", "calm"], grace_ms=30_000)).done
         == 2
     )
-    until = rules.lease + 30_000
-    assert rules.job("live").lease == Lease(until, rules.lease - 999 + STUCK, until)
-    assert rules.job("dead").lease == Lease(rules.lease, until, None)  # an expired lock stays expired
+    until = rules.lock_ms + 30_000
+    assert rules.job("live").deadlines == LockDeadlines(until, rules.lock_ms - 999 + STUCK, until)
+    assert rules.job("dead").deadlines == LockDeadlines(rules.lock_ms, until, None)  # an expired lock stays expired
     assert rules.types("live")[-1] == "resumed"
     assert rules.last().details == {"grace_ms": 30_000}
     assert rules.types("calm")[-1] == "granted"
     grant = rules.job("live").grant
     assert grant is not None
     rules.progress(grant.lock_id, 1, "live")
-    assert rules.job("live").lease.ceiling == until  # type: ignore[union-attr]  # no report takes it back
-    rules.row(replace(rules.job("calm"), lease=None))
+    assert rules.job("live").deadlines.progress_due == until  # type: ignore[union-attr]  # no report takes it back
+    rules.row(replace(rules.job("calm"), deadlines=None))
     assert rules.accept(ExtendAfterPause(ids=["calm"], grace_ms=30_000)).done == 0
 
 
 def test_a_report_does_not_shorten_the_time_that_a_pause_added(rules: RuleHarness) -> None:
-    lock_id = rules.held(stuck_after_ms=1_000)
+    lock_id = rules.held(stall_after_ms=1_000)
     rules.accept(ExtendAfterPause(ids=["a"], grace_ms=30_000))
-    silent = rules.lease + 30_000
+    silent = rules.lock_ms + 30_000
     rules.progress(lock_id, 1)
-    lease = rules.job().lease
-    assert lease is not None
-    assert lease.silent == silent
+    deadlines = rules.job().deadlines
+    assert deadlines is not None
+    assert deadlines.stall_due == silent
 
 
 def due_before(rules: RuleHarness, until: int) -> dict[str, int]:
@@ -361,11 +361,11 @@ def test_a_job_that_was_postponed_after_the_clock_was_set_back_is_not_kept_due(r
 
 def test_a_lock_that_was_live_at_the_start_is_extended_even_on_a_slow_disk(rules: RuleHarness) -> None:
     rules.held("a")
-    rules.row(replace(rules.job("a"), lease=Lease(rules.lease + 5, rules.lease, None)))
-    started = rules.lease
+    rules.row(replace(rules.job("a"), deadlines=LockDeadlines(rules.lock_ms + 5, rules.lock_ms, None)))
+    started = rules.lock_ms
     rules.advance(2_000)
     assert rules.accept(ExtendAfterPause(ids=["a"], grace_ms=30_000, since=started)).done == 1
-    assert rules.job("a").lease == Lease(rules.lease + 30_000, rules.lease + 30_000, None)
+    assert rules.job("a").deadlines == LockDeadlines(rules.lock_ms + 30_000, rules.lock_ms + 30_000, None)
     assert rules.state.live_locks() == 1
 
 
@@ -450,7 +450,7 @@ def test_repair_does_not_count_remaining_issues_as_fixed(rules: RuleHarness) -> 
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("missing", [None, "grant", "lease"])
+@pytest.mark.parametrize("missing", [None, "grant", "deadlines"])
 def test_repair_stalls_only_jobs_with_an_incomplete_lock(rules: RuleHarness, missing: str | None) -> None:
     rules.held()
     rules.row(replace(rules.job(), progress=101, **({missing: None} if missing else {})))
@@ -460,7 +460,7 @@ def test_repair_stalls_only_jobs_with_an_incomplete_lock(rules: RuleHarness, mis
 
 def test_repair_fixes_and_stalls_in_one_command(rules: RuleHarness) -> None:
     rules.held()
-    rules.row(replace(rules.job(), grant=None, lease=None, progress=-3))
+    rules.row(replace(rules.job(), grant=None, deadlines=None, progress=-3))
     worked = rules.accept(RepairJobs(ids=["a"]))
     assert (worked.done, worked.found) == (2, 2)
     assert rules.types() == ["created", "granted", "fixed", "stalled"]
@@ -470,7 +470,7 @@ def test_repair_fixes_and_stalls_in_one_command(rules: RuleHarness) -> None:
 
 def test_a_processing_row_without_a_grant_is_recovered_by_start(rules: RuleHarness) -> None:
     rules.held()
-    rules.row(replace(rules.job(), grant=None, lease=None))
+    rules.row(replace(rules.job(), grant=None, deadlines=None))
     rules.start(worker="w-2")
     assert rules.types() == ["created", "granted", "stalled", "granted"]
 
@@ -481,7 +481,7 @@ def test_a_processing_row_without_a_grant_is_recovered_by_start(rules: RuleHarne
 def test_a_backward_step_of_the_clock_does_not_change_locks_and_keeps_rows_valid(rules: RuleHarness) -> None:
     lock_id = rules.held()
     rules.now -= HOUR_MS
-    rules.lease += 5
+    rules.lock_ms += 5
     state = rules.progress(lock_id, 50)
     assert state.lock_expires_at == rules.now + TTL
     rules.accept(Complete(id="a", lock_id=lock_id, metadata=Raw(b"1")))
@@ -501,7 +501,7 @@ def test_a_step_of_the_clock_neither_expires_nor_extends_locks(rules: RuleHarnes
     rules.now += DAY_MS
     rules.reject(Start(id="a", worker="w"), "already_locked")
     rules.now -= DAY_MS
-    rules.lease += TTL
+    rules.lock_ms += TTL
     rules.start(worker="w")
 
 

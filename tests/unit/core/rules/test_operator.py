@@ -47,7 +47,7 @@ from jobd.model.job import (
     Backoff,
     Failure,
     Grant,
-    Lease,
+    LockDeadlines,
     Policy,
     Result,
     Status,
@@ -158,9 +158,9 @@ def test_rejected_actions_of_operators_say_why(
     rules: RuleHarness, status: str, command: Any, to: str, words: str
 ) -> None:
     at_status(rules, status)
-    refusal = rules.reject(command, "invalid_transition")
-    assert refusal.details == {"status": status, "to": to, "allowed": ALLOWED[status]}
-    assert refusal.message == f"Job a is {status}. {words}"
+    rejection = rules.reject(command, "invalid_transition")
+    assert rejection.details == {"status": status, "to": to, "allowed": ALLOWED[status]}
+    assert rejection.message == f"Job a is {status}. {words}"
 
 
 def at_status(rules: RuleHarness, status: str) -> None:
@@ -211,8 +211,8 @@ def test_a_transition_records_the_grant_that_it_ends(rules: RuleHarness, to: Any
 
 def test_transition_compares_before_it_sets(rules: RuleHarness) -> None:
     rules.create()
-    refusal = rules.reject(Transition(id="a", from_="processing", to="failed"), "invalid_transition", admin=True)
-    assert refusal.details == {"status": "queued", "to": "failed", "allowed": ALLOWED["queued"]}
+    rejection = rules.reject(Transition(id="a", from_="processing", to="failed"), "invalid_transition", admin=True)
+    assert rejection.details == {"status": "queued", "to": "failed", "allowed": ALLOWED["queued"]}
 
 
 def test_a_transition_can_have_updates(rules: RuleHarness) -> None:
@@ -284,8 +284,8 @@ def test_a_late_result_is_adopted(rules: RuleHarness) -> None:
 def test_a_transition_to_completed_needs_a_required_download_url() -> None:
     rules = RuleHarness(Policy(require_download_url=True))
     rules.create()
-    refused = Transition(id="a", from_="queued", to="completed", updates=Updates(file_path="/f"))
-    assert rules.reject(refused, "invalid_request", admin=True).details == {"field": "$.updates.download_url"}
+    rejected = Transition(id="a", from_="queued", to="completed", updates=Updates(file_path="/f"))
+    assert rules.reject(rejected, "invalid_request", admin=True).details == {"field": "$.updates.download_url"}
     rules.row(replace(rules.job(), result=Result("kept")))
     dry_run = rules.accept_admin(Transition(id="a", from_="queued", to="completed", dry_run=True))
     assert (dry_run.previous_status, dry_run.status, rules.job().status) == ("queued", "completed", "queued")
@@ -311,8 +311,8 @@ def test_a_dry_run_changes_nothing(rules: RuleHarness) -> None:
         assert dry_run.answer.data == rules.accept_admin(command)
         assert rules.job() != before
     for command in commands:
-        refusal = rules.reject(replace(command, dry_run=True), "invalid_transition", admin=True)
-        assert refusal == rules.reject(command, "invalid_transition", admin=True)
+        rejection = rules.reject(replace(command, dry_run=True), "invalid_transition", admin=True)
+        assert rejection == rules.reject(command, "invalid_transition", admin=True)
 
 
 def test_a_transition_to_failed_needs_no_message(rules: RuleHarness) -> None:
@@ -326,7 +326,7 @@ def test_extend_lock(rules: RuleHarness) -> None:
     state = rules.accept_admin(ExtendLock(id="a", lock_id=lock_id, additional_ms=20 * MINUTE_MS))
     assert (state.job_id, state.status, state.extended) == ("a", "processing", True)
     assert state.lock_expires_at == state.lock.expires_at == NOW + 20 * MINUTE_MS
-    assert (state.ceiling_at, state.lock.lock_id, state.timestamp) == (NOW + CEILING, lock_id, NOW)
+    assert (state.progress_due_at, state.lock.lock_id, state.timestamp) == (NOW + CEILING, lock_id, NOW)
     assert rules.last().by == "admin"
     assert rules.accept_admin(ExtendLock(id="a", lock_id=lock_id)).extended is False
 
@@ -408,9 +408,9 @@ def test_a_pause_shows_its_operator_start_reason_and_end(rules: RuleHarness) -> 
 
 
 def test_a_pause_cannot_end_in_the_past(rules: RuleHarness) -> None:
-    refusal = rules.reject(Pause(name="q", until=NOW), "invalid_request")
-    assert refusal.details == {"field": "$.until"}
-    assert refusal.message == (
+    rejection = rules.reject(Pause(name="q", until=NOW), "invalid_request")
+    assert rejection.details == {"field": "$.until"}
+    assert rejection.message == (
         f"until {NOW} is not in the future; it is in Unix milliseconds. "
         "Leave it out to pause until an operator resumes the queue."
     )
@@ -482,8 +482,8 @@ def test_only_an_imported_job_that_is_finished_has_finished_at(rules: RuleHarnes
 
 
 def test_an_import_checks_the_backoff_as_a_create_does(rules: RuleHarness) -> None:
-    refusal = rules.reject(Import(id="a", backoff=Backoff(max_ms=999)), "invalid_request")
-    assert refusal.details == {"field": "$.backoff.max_ms"}
+    rejection = rules.reject(Import(id="a", backoff=Backoff(max_ms=999)), "invalid_request")
+    assert rejection.details == {"field": "$.backoff.max_ms"}
 
 
 def test_missing_times_of_an_import_become_now(rules: RuleHarness) -> None:
@@ -582,6 +582,6 @@ def test_an_imported_processing_job_gets_a_grant_from_its_fields(
     assert isinstance(changes.grant, Grant)
     assert len(bytes.fromhex(changes.grant.lock_id)) == 16
     assert changes.started_at == began
-    assert changes.lease == Lease(rules.lease, rules.lease, None)
+    assert changes.deadlines == LockDeadlines(rules.lock_ms, rules.lock_ms, None)
     assert (changes.grant.worker, changes.grant.acquired_at) == ("unknown", started_at or updated_at)
-    assert (changes.grant.ttl_ms, changes.grant.stuck_after_ms, changes.grant.max_processing_ms) == (TTL, STUCK, 0)
+    assert (changes.grant.ttl_ms, changes.grant.stall_after_ms, changes.grant.progress_timeout_ms) == (TTL, STUCK, 0)

@@ -55,7 +55,7 @@ from jobd.model.job import (
     Backoff,
     Failure,
     Job,
-    Lease,
+    LockDeadlines,
     Options,
     Policy,
 )
@@ -80,8 +80,8 @@ ALLOWED: Final = {
 }
 
 
-def no_ceiling(**fields: Any) -> dict[str, Any]:
-    return {"max_processing_ms": 0} | fields
+def no_progress_timeout(**fields: Any) -> dict[str, Any]:
+    return {"progress_timeout_ms": 0} | fields
 
 
 # -- create -----------------------------------------------------------------------------------------------------------
@@ -91,7 +91,7 @@ def test_a_created_job_has_the_defaults(rules: RuleHarness) -> None:
     view: JobView = rules.accept(Create(id="a", payload=Raw(b'{"x":1}')))
     assert (view.id, view.status, view.queue, view.kind, view.priority) == ("a", "queued", "default", "", 0)
     assert (view.attempt, view.max_attempts, view.stalls, view.max_stalls, view.on_stall) == (0, 1, 0, 3, "auto")
-    assert (view.stuck_after_ms, view.max_processing_ms) == (STUCK, CEILING)
+    assert (view.stall_after_ms, view.progress_timeout_ms) == (STUCK, CEILING)
     assert view.created_at == view.updated_at == view.run_at == NOW
     assert (view.started_at, view.finished_at, view.expires_at, view.lock) == (None, None, None, None)
     assert view.payload == Raw(b'{"x":1}')
@@ -108,15 +108,15 @@ def test_the_options_of_the_creator_are_stored(rules: RuleHarness) -> None:
         backoff=Backoff("fixed", 5, 10, False),
         max_stalls=0,
         on_stall="fail",
-        stuck_after_ms=0,
-        max_processing_ms=0,
+        stall_after_ms=0,
+        progress_timeout_ms=0,
         run_at=NOW + 5,
         expires_at=NOW + 6,
     )
     view: JobView = rules.accept(requested_ms)
     assert (view.queue, view.kind, view.priority, view.max_attempts) == ("video", "cut", -1000, 7)
     assert (view.backoff, view.max_stalls, view.on_stall) == (Backoff("fixed", 5, 10, False), 0, "fail")
-    assert (view.stuck_after_ms, view.max_processing_ms, view.run_at, view.expires_at) == (0, 0, NOW + 5, NOW + 6)
+    assert (view.stall_after_ms, view.progress_timeout_ms, view.run_at, view.expires_at) == (0, 0, NOW + 5, NOW + 6)
 
 
 def test_max_stalls_and_on_stall_come_from_the_policy() -> None:
@@ -140,22 +140,22 @@ def test_a_job_without_an_id_gets_one(rules: RuleHarness) -> None:
 def test_a_delay_moves_run_at(rules: RuleHarness) -> None:
     assert rules.create(delay_ms=0).run_at == NOW
     assert rules.create("b", delay_ms=1_500).run_at == NOW + 1_500
-    refusal = rules.reject(Create(run_at=NOW, delay_ms=1), "invalid_request")
-    assert refusal.details == {"field": "$.run_at"}
-    assert refusal.message == "Give run_at or delay_ms, not both."
+    rejection = rules.reject(Create(run_at=NOW, delay_ms=1), "invalid_request")
+    assert rejection.details == {"field": "$.run_at"}
+    assert rejection.message == "Give run_at or delay_ms, not both."
 
 
 def test_the_longest_wait_is_at_least_the_first(rules: RuleHarness) -> None:
-    refusal = rules.reject(Create(backoff=Backoff(base_ms=5_000, max_ms=10)), "invalid_request")
-    assert refusal.details == {"field": "$.backoff.max_ms"}
-    assert refusal.message == "max_ms 10 is less than base_ms 5000. Raise max_ms, or lower base_ms."
+    rejection = rules.reject(Create(backoff=Backoff(base_ms=5_000, max_ms=10)), "invalid_request")
+    assert rejection.details == {"field": "$.backoff.max_ms"}
+    assert rejection.message == "max_ms 10 is less than base_ms 5000. Raise max_ms, or lower base_ms."
     assert rules.create(backoff=Backoff(base_ms=10, max_ms=10)).options.backoff.max_ms == 10
 
 
 def test_expires_at_must_be_in_the_future(rules: RuleHarness) -> None:
-    refusal = rules.reject(Create(expires_at=NOW), "invalid_request")
-    assert refusal.details == {"field": "$.expires_at"}
-    assert refusal.message == f"expires_at {NOW} is not in the future; it is in Unix milliseconds."
+    rejection = rules.reject(Create(expires_at=NOW), "invalid_request")
+    assert rejection.details == {"field": "$.expires_at"}
+    assert rejection.message == f"expires_at {NOW} is not in the future; it is in Unix milliseconds."
     assert rules.create(expires_at=NOW + 1).expires_at == NOW + 1
 
 
@@ -166,9 +166,9 @@ def test_a_repeated_request_returns_the_current_job(rules: RuleHarness) -> None:
     assert (decision.answer.status, decision.answer.data.status) == (200, "processing")
     assert decision.answer.unread_payloads == [(1, decision.answer.data)]
     assert not decision.changes
-    refusal = rules.reject(Create(id="a", payload=Raw(b"2")), "job_exists")
-    assert refusal.details == {"job_id": "a", "status": "processing", "differs_in": ["payload"]}
-    assert refusal.message == (
+    rejection = rules.reject(Create(id="a", payload=Raw(b"2")), "job_exists")
+    assert rejection.details == {"job_id": "a", "status": "processing", "differs_in": ["payload"]}
+    assert rejection.message == (
         "Job a exists, created by a request that differs in payload. Use another id, or omit it."
     )
 
@@ -179,17 +179,17 @@ def test_a_repeated_request_with_durations_returns_the_current_job(rules: RuleHa
     rules.advance(60_000)
     assert rules.accept(request).run_at == NOW + 5
     assert len(rules.rows) == 1
-    refusal = rules.reject(Create(expires_at=NOW * 2, expires_in_ms=1), "invalid_request")
-    assert refusal.details == {"field": "$.expires_at"}
-    assert refusal.message == "Give expires_at or expires_in_ms, not both."
+    rejection = rules.reject(Create(expires_at=NOW * 2, expires_in_ms=1), "invalid_request")
+    assert rejection.details == {"field": "$.expires_at"}
+    assert rejection.message == "Give expires_at or expires_in_ms, not both."
 
 
 @pytest.mark.parametrize(
     ("first", "second", "differs_in"),
     [
         ({}, {"queue": "q", "kind": "k", "payload": Raw(b"1")}, ["payload", "queue", "kind"]),
-        ({}, {"backoff": Backoff("fixed"), "stuck_after_ms": 1}, ["backoff", "stuck_after_ms"]),
-        ({"max_processing_ms": 0}, {}, ["max_processing_ms"]),
+        ({}, {"backoff": Backoff("fixed"), "stall_after_ms": 1}, ["backoff", "stall_after_ms"]),
+        ({"progress_timeout_ms": 0}, {}, ["progress_timeout_ms"]),
         ({}, {"max_stalls": 1, "on_stall": "fail"}, ["max_stalls", "on_stall"]),
         ({"max_stalls": 1}, {}, []),  # perhaps the configuration has changed
         ({}, {"priority": 1, "max_attempts": 2}, ["priority", "max_attempts"]),
@@ -207,23 +207,23 @@ def test_job_exists_names_the_fields_that_differ(
     rules: RuleHarness, first: dict[str, Any], second: dict[str, Any], differs_in: list[str]
 ) -> None:
     rules.create("a", **first)
-    refusal = rules.reject(Create(id="a", **second), "job_exists")
-    assert refusal.details["differs_in"] == differs_in
-    assert ("use delay_ms and expires_in_ms" in refusal.message) == bool({"run_at", "expires_at"} & set(differs_in))
+    rejection = rules.reject(Create(id="a", **second), "job_exists")
+    assert rejection.details["differs_in"] == differs_in
+    assert ("use delay_ms and expires_in_ms" in rejection.message) == bool({"run_at", "expires_at"} & set(differs_in))
 
 
 def test_job_exists_does_not_name_what_an_operator_may_have_changed(rules: RuleHarness) -> None:
     rules.create("a", kind="k", payload=Raw(b"1"), run_at=NOW + 5)
     rules.advance(1)
     rules.accept_admin(Update(id="a", priority=5, max_attempts=3, run_at=NOW + 9))
-    refusal = rules.reject(Create(id="a", kind="k", payload=Raw(b"1"), expires_at=NOW * 2), "job_exists")
-    assert refusal.details["differs_in"] == []
-    assert refusal.message == (
+    rejection = rules.reject(Create(id="a", kind="k", payload=Raw(b"1"), expires_at=NOW * 2), "job_exists")
+    assert rejection.details["differs_in"] == []
+    assert rejection.message == (
         "Job a exists, created by another request. The job does not show in which field: priority, max_attempts, "
         "run_at and expires_at may have changed since. Use another id, or omit it."
     )
-    refusal = rules.reject(Create(id="a", payload=Raw(b"1"), priority=5), "job_exists")
-    assert refusal.details["differs_in"] == ["kind"]
+    rejection = rules.reject(Create(id="a", payload=Raw(b"1"), priority=5), "job_exists")
+    assert rejection.details["differs_in"] == ["kind"]
 
 
 def test_job_exists_names_no_payload_of_a_job_that_this_batch_imports(rules: RuleHarness) -> None:
@@ -236,12 +236,12 @@ def test_every_command_rejects_a_quarantined_id(rules: RuleHarness) -> None:
     rules.state.quarantine("a", "bad checksum")
     del rules.rows["a"]
     for command in (Create(id="a"), Start(id="a", worker="w"), Get(id="a"), Cancel(id="a"), Delete(id="a")):
-        refusal = rules.reject(command, "job_quarantined")
-        assert refusal.details == {"job_id": "a", "reason": "bad checksum"}
-        assert refusal.message == (
+        rejection = rules.reject(command, "job_quarantined")
+        assert rejection.details == {"job_id": "a", "reason": "bad checksum"}
+        assert rejection.message == (
             "Job a is in quarantine: bad checksum. An operator can repair it: jobd doctor shows how."
         )
-        assert refusal.status == 409
+        assert rejection.status == 409
     assert rules.accept(Import(id="a")) == Imported("a", skipped=True)
 
 
@@ -250,9 +250,9 @@ def test_the_number_of_queues_with_jobs_is_bounded() -> None:
     rules.create("a", queue="p")
     rules.create("b", queue="q")
     for command in (Create(queue="r"), Import(id="c", queue="r", status="completed"), ImportCheck(id="c", queue="r")):
-        refusal = rules.reject(command, "too_many_queues")
-        assert (refusal.status, refusal.details) == (507, {"queue": "r", "limit": 2})
-        assert refusal.message == (
+        rejection = rules.reject(command, "too_many_queues")
+        assert (rejection.status, rejection.details) == (507, {"queue": "r", "limit": 2})
+        assert rejection.message == (
             "Queue r would be new, and 2 queues have jobs (limits.queues 2). Use a queue that has jobs, raise the "
             "limit, or wait until a queue has none. Finished jobs count too, until they are deleted."
         )
@@ -266,8 +266,8 @@ def test_the_number_of_queues_with_jobs_is_bounded() -> None:
 def test_a_bulk_create_counts_its_new_queues() -> None:
     rules = RuleHarness(Policy(queues=2))
     rules.create("a", queue="p")
-    refusal = rules.reject(Bulk(jobs=[Create(queue="q"), Create(queue="q"), Create(queue="r")]), "too_many_queues")
-    assert (refusal.details["index"], rules.state.total()) == (2, 1)
+    rejection = rules.reject(Bulk(jobs=[Create(queue="q"), Create(queue="q"), Create(queue="r")]), "too_many_queues")
+    assert (rejection.details["index"], rules.state.total()) == (2, 1)
     rules.accept(Bulk(jobs=[Create(queue="q"), Create(queue="q"), Create(queue="p")]))
     assert rules.state.total() == 4
 
@@ -311,9 +311,9 @@ def test_the_number_of_live_jobs_is_bounded() -> None:
     rules = RuleHarness(Policy(live_jobs=2))
     rules.create("a")
     rules.held("b")
-    refusal = rules.reject(Create(), "too_many_jobs")
-    assert (refusal.status, refusal.details) == (507, {"limit": 2})
-    assert refusal.message == (
+    rejection = rules.reject(Create(), "too_many_jobs")
+    assert (rejection.status, rejection.details) == (507, {"limit": 2})
+    assert rejection.message == (
         "There are 2 unfinished jobs (limits.live_jobs). Wait until some are finished, or raise the limit."
     )
     rules.reject(Import(id="c"), "too_many_jobs")
@@ -335,16 +335,16 @@ def test_a_bulk_creates_all_jobs_in_order_or_none(rules: RuleHarness) -> None:
     assert answer.status == 201
     assert [job.id for job in answer.data.jobs][::2] == ["a", "c"]
     assert [job.seq for job in rules.rows.values()] == [1, 2, 3]
-    refusal = rules.reject(Bulk(jobs=[Create(id="d"), Create(id="a", queue="other")]), "job_exists")
-    assert refusal.details == {"job_id": "a", "status": "queued", "differs_in": ["queue"], "index": 1}
-    assert refusal.message == (
+    rejection = rules.reject(Bulk(jobs=[Create(id="d"), Create(id="a", queue="other")]), "job_exists")
+    assert rejection.details == {"job_id": "a", "status": "queued", "differs_in": ["queue"], "index": 1}
+    assert rejection.message == (
         "jobs[1]: Job a exists, created by a request that differs in queue. Use another id, or omit it. "
         "No job was created."
     )
     assert "d" not in rules.rows
-    refusal = rules.reject(Bulk(jobs=[Create(id="d"), Create(), Create(id="e"), Create(id="e")]), "invalid_request")
-    assert refusal.details == {"field": "$.jobs"}
-    assert refusal.message == "The id e is in the list twice; give each job its own id."
+    rejection = rules.reject(Bulk(jobs=[Create(id="d"), Create(), Create(id="e"), Create(id="e")]), "invalid_request")
+    assert rejection.details == {"field": "$.jobs"}
+    assert rejection.message == "The id e is in the list twice; give each job its own id."
 
 
 def test_a_repeated_bulk_returns_its_jobs(rules: RuleHarness) -> None:
@@ -363,8 +363,8 @@ def test_a_bulk_counts_its_own_jobs_towards_the_limit() -> None:
 
 
 def test_the_error_of_a_bulk_names_the_path_of_the_field(rules: RuleHarness) -> None:
-    refusal = rules.reject(Bulk(jobs=[Create(), Create(expires_at=NOW)]), "invalid_request")
-    assert refusal.details == {"field": "$.jobs[1].expires_at", "index": 1}
+    rejection = rules.reject(Bulk(jobs=[Create(), Create(expires_at=NOW)]), "invalid_request")
+    assert rejection.details == {"field": "$.jobs[1].expires_at", "index": 1}
     assert len(rules.accept(Bulk(jobs=[Create(), Create()])).jobs) == 2
 
 
@@ -380,11 +380,11 @@ def test_a_grant_sets_every_field(rules: RuleHarness) -> None:
     assert answer == Response(granted, 200, [(1, granted.job)], [("a", granted.lock_id)])
     assert (job.status, job.progress, job.attempt) == ("processing", 0, 1)
     assert job.started_at == job.updated_at == NOW + 5
-    assert job.lease == Lease(rules.lease + TTL, rules.lease + STUCK, rules.lease + CEILING)
+    assert job.deadlines == LockDeadlines(rules.lock_ms + TTL, rules.lock_ms + STUCK, rules.lock_ms + CEILING)
     assert job.grant is not None
     assert job.grant.fencing_token == granted.fencing_token == (1 << 24) | 1  # as in stores and workers
     assert (granted.lock_id, granted.ttl_ms) == (job.grant.lock_id, TTL)
-    assert (granted.lock_expires_at, granted.ceiling_at) == (NOW + 5 + TTL, NOW + 5 + CEILING)
+    assert (granted.lock_expires_at, granted.progress_due_at) == (NOW + 5 + TTL, NOW + 5 + CEILING)
     assert granted.job.lock.lock_id is msgspec.UNSET
     assert rules.last().by == "worker:w-1"
     assert "lock_id" not in str(rules.last().details)
@@ -406,28 +406,28 @@ def test_an_admin_sees_the_lock_id_in_every_response_with_the_job(rules: RuleHar
 
 
 def test_times_of_a_grant_take_precedence_over_job_and_policy(rules: RuleHarness) -> None:
-    rules.create(stuck_after_ms=7, max_processing_ms=2_000)
-    rules.start(lock_ttl_ms=1_000, stuck_after_ms=0)
-    grant, lease = rules.job().grant, rules.job().lease
+    rules.create(stall_after_ms=7, progress_timeout_ms=2_000)
+    rules.start(lock_ttl_ms=1_000, stall_after_ms=0)
+    grant, lock_ms = rules.job().grant, rules.job().deadlines
     assert grant is not None
-    assert (grant.ttl_ms, grant.stuck_after_ms, grant.max_processing_ms) == (1_000, 0, 2_000)
-    assert lease == Lease(rules.lease + 1_000, rules.lease, rules.lease + 2_000)
-    rules.create("b", stuck_after_ms=7)
+    assert (grant.ttl_ms, grant.stall_after_ms, grant.progress_timeout_ms) == (1_000, 0, 2_000)
+    assert lock_ms == LockDeadlines(rules.lock_ms + 1_000, rules.lock_ms, rules.lock_ms + 2_000)
+    rules.create("b", stall_after_ms=7)
     rules.start("b")
     grant = rules.job("b").grant
     assert grant is not None
-    assert grant.stuck_after_ms == 7
+    assert grant.stall_after_ms == 7
     rules.create("c")
-    rules.claim(lock_ttl_ms=1_000, stuck_after_ms=2)
+    rules.claim(lock_ttl_ms=1_000, stall_after_ms=2)
     grant = rules.job("c").grant
     assert grant is not None
-    assert (grant.ttl_ms, grant.stuck_after_ms) == (1_000, 2)
+    assert (grant.ttl_ms, grant.stall_after_ms) == (1_000, 2)
 
 
-def test_a_lock_is_cut_to_its_ceiling(rules: RuleHarness) -> None:
-    rules.create(max_processing_ms=500)
+def test_a_lock_is_cut_to_its_progress_timeout(rules: RuleHarness) -> None:
+    rules.create(progress_timeout_ms=500)
     granted = rules.accept(Start(id="a", worker="w", lock_ttl_ms=1_000))
-    assert granted.lock_expires_at == granted.ceiling_at == NOW + 500
+    assert granted.lock_expires_at == granted.progress_due_at == NOW + 500
 
 
 @pytest.mark.parametrize("by", ["start", "claim"])
@@ -445,28 +445,28 @@ def test_a_lock_is_cut_to_its_ceiling(rules: RuleHarness) -> None:
         (0, 3_000, 0),
     ],
 )
-def test_the_ceiling_of_the_job_takes_precedence_over_grant_and_configuration(
+def test_the_progress_timeout_of_the_job_takes_precedence_over_grant_and_configuration(
     rules: RuleHarness, by: str, creator: int | None, requested_ms: int | None, holds: int
 ) -> None:
-    rules.create(max_processing_ms=creator)
+    rules.create(progress_timeout_ms=creator)
     if by == "start":
-        granted = rules.accept(Start(id="a", worker="w", max_processing_ms=requested_ms))
+        granted = rules.accept(Start(id="a", worker="w", progress_timeout_ms=requested_ms))
     else:
-        (granted,) = rules.accept(Claim(worker="w", max_processing_ms=requested_ms)).grants
-    assert granted.ceiling_at == (rules.now + holds if holds else None)
-    assert granted.job.max_processing_ms == holds
+        (granted,) = rules.accept(Claim(worker="w", progress_timeout_ms=requested_ms)).grants
+    assert granted.progress_due_at == (rules.now + holds if holds else None)
+    assert granted.job.progress_timeout_ms == holds
     assert granted.lock_expires_at == rules.now + (min(TTL, holds) if holds else TTL)
     view = rules.progress(granted.lock_id)
-    assert view.ceiling_at == granted.ceiling_at
+    assert view.progress_due_at == granted.progress_due_at
     rules.accept(Release(id="a", lock_id=granted.lock_id))
-    assert rules.accept(Get(id="a")).max_processing_ms == (CEILING if creator is None else creator), (
+    assert rules.accept(Get(id="a")).progress_timeout_ms == (CEILING if creator is None else creator), (
         "it was of that grant"
     )
 
 
-def test_without_a_ceiling_a_lock_can_be_extended_without_limit(rules: RuleHarness) -> None:
+def test_without_a_progress_timeout_a_lock_can_be_extended_without_limit(rules: RuleHarness) -> None:
     rules.create()
-    lock_id = rules.start(lock_ttl_ms=MINUTE_MS, stuck_after_ms=0, max_processing_ms=0)
+    lock_id = rules.start(lock_ttl_ms=MINUTE_MS, stall_after_ms=0, progress_timeout_ms=0)
     for _ in range(3 * 60):
         rules.advance(MINUTE_MS - 1)
         assert rules.accept(Extend(id="a", lock_id=lock_id)).lock_expires_at == rules.now + MINUTE_MS
@@ -475,26 +475,26 @@ def test_without_a_ceiling_a_lock_can_be_extended_without_limit(rules: RuleHarne
     assert rules.job().status == "queued", "it counts as stuck only when nothing is heard"
 
 
-def test_a_ceiling_of_0_means_none(rules: RuleHarness) -> None:
-    rules.create(**no_ceiling())
-    assert rules.accept(Start(id="a", worker="w")).ceiling_at is None
+def test_a_progress_timeout_of_0_means_none(rules: RuleHarness) -> None:
+    rules.create(**no_progress_timeout())
+    assert rules.accept(Start(id="a", worker="w")).progress_due_at is None
 
 
 def test_start_checks_the_due_time_before_the_pause(rules: RuleHarness) -> None:
     rules.create(delay_ms=10)
     rules.accept(Pause(name="default"))
-    refusal = rules.reject(Start(id="a", worker="w"), "not_due")
-    assert refusal.details == {"run_at": NOW + 10, "retry_after_ms": 10}
-    assert refusal.message == "Job a is not due for another 10 ms."
+    rejection = rules.reject(Start(id="a", worker="w"), "not_due")
+    assert rejection.details == {"run_at": NOW + 10, "retry_after_ms": 10}
+    assert rejection.message == "Job a is not due for another 10 ms."
     rules.advance(9)
     rules.reject(Start(id="a", worker="w"), "not_due")
     rules.advance(1)
-    refusal = rules.reject(Start(id="a", worker="w"), "queue_paused")
-    assert refusal.message == (
+    rejection = rules.reject(Start(id="a", worker="w"), "queue_paused")
+    assert rejection.message == (
         "Queue default was paused by a client at 2023-11-14 22:13 UTC, until resumed: no reason given. An operator can "
         "resume it: jobctl resume default"
     )
-    assert refusal.details == {
+    assert rejection.details == {
         "queue": "default",
         "paused": True,
         "paused_at": NOW,
@@ -507,13 +507,13 @@ def test_start_checks_the_due_time_before_the_pause(rules: RuleHarness) -> None:
 
 
 def test_a_held_job_is_already_locked(rules: RuleHarness) -> None:
-    rules.held(worker="w-7", stuck_after_ms=20 * MINUTE_MS)
-    refusal = rules.reject(Start(id="a", worker="w"), "already_locked")
-    assert refusal.details == {"locked_by": "w-7", "lock_expires_at": NOW + TTL, "retry_after_ms": TTL}
-    assert refusal.message == "Job a is held by worker w-7. Try again in 15 min."
+    rules.held(worker="w-7", stall_after_ms=20 * MINUTE_MS)
+    rejection = rules.reject(Start(id="a", worker="w"), "already_locked")
+    assert rejection.details == {"locked_by": "w-7", "lock_expires_at": NOW + TTL, "retry_after_ms": TTL}
+    assert rejection.message == "Job a is held by worker w-7. Try again in 15 min."
     rules.advance(TTL)  # the lock has expired, so the time until recovery counts
-    refusal = rules.reject(Start(id="a", worker="w"), "already_locked")
-    assert refusal.details["retry_after_ms"] == 5 * MINUTE_MS
+    rejection = rules.reject(Start(id="a", worker="w"), "already_locked")
+    assert rejection.details["retry_after_ms"] == 5 * MINUTE_MS
     rules.advance(5 * MINUTE_MS - 1)
     assert rules.reject(Start(id="a", worker="w"), "already_locked").details["retry_after_ms"] == 1
 
@@ -523,7 +523,7 @@ def test_a_held_job_is_locked_for_a_worker_of_the_same_name_too(rules: RuleHarne
     assert rules.reject(Start(id="a", worker="w-1"), "already_locked").details["locked_by"] == "w-1"
 
 
-def test_a_stuck_job_is_recovered_first_then_started(rules: RuleHarness) -> None:
+def test_a_stalled_job_is_recovered_first_then_started(rules: RuleHarness) -> None:
     old = rules.held()
     rules.advance(TTL)
     assert rules.start(worker="w-2") != old
@@ -533,7 +533,7 @@ def test_a_stuck_job_is_recovered_first_then_started(rules: RuleHarness) -> None
     assert (rules.job().attempt, rules.job().stalls) == (1, 1)
 
 
-def test_a_stuck_job_that_fails_by_recovery_is_not_started(rules: RuleHarness) -> None:
+def test_a_stalled_job_that_fails_by_recovery_is_not_started(rules: RuleHarness) -> None:
     lock_id = rules.held()
     rules.progress(lock_id, 45)
     rules.advance(TTL)
@@ -594,9 +594,9 @@ def test_operators_see_an_overdue_job_as_failed(rules: RuleHarness) -> None:
         rules.create(job_id, expires_at=NOW + 10)
     rules.advance(10)
     for command in (RunNow(id="a"), Transition(id="b", from_="queued", to="completed")):
-        refusal = rules.ask(command, admin=True)
-        assert isinstance(refusal, ApiError)
-        assert (refusal.code, refusal.details["status"]) == ("invalid_transition", "failed")
+        rejection = rules.ask(command, admin=True)
+        assert isinstance(rejection, ApiError)
+        assert (rejection.code, rejection.details["status"]) == ("invalid_transition", "failed")
     rules.accept_admin(Update(id="c", priority=3))
     assert [rules.job(job_id).status for job_id in "abc"] == ["failed"] * 3
     assert rules.accept_admin(ForceReset(id="d", reason="still wanted")).previous_status == "failed"
@@ -629,9 +629,9 @@ def test_an_overdue_job_is_neither_started_nor_failed_while_the_clock_is_suspect
     rules.create(expires_at=NOW + 10)
     rules.advance(10)
     rules.trusted = NOW
-    refusal = rules.reject(Start(id="a", worker="w"), "invalid_transition")
-    assert refusal.details == {"status": "queued", "to": "processing", "allowed": ALLOWED["queued"]}
-    assert refusal.message == (
+    rejection = rules.reject(Start(id="a", worker="w"), "invalid_transition")
+    assert rejection.details == {"status": "queued", "to": "processing", "allowed": ALLOWED["queued"]}
+    assert rejection.message == (
         "Job a is queued. It is not granted, because its expires_at has passed. The wall clock is suspect, so nothing "
         "is deleted or failed by age. Check it. If it is correct: jobctl clock accept"
     )
@@ -640,10 +640,10 @@ def test_an_overdue_job_is_neither_started_nor_failed_while_the_clock_is_suspect
 @pytest.mark.parametrize("status", ["completed", "failed", "cancelled"])
 def test_a_finished_job_is_not_started(rules: RuleHarness, status: Any) -> None:
     rules.accept(Import(id="a", status=status, error_message="why" if status == "failed" else None))
-    refusal = rules.reject(Start(id="a", worker="w"), "invalid_transition")
-    assert refusal.details == {"status": status, "to": "processing", "allowed": ALLOWED[status]}
+    rejection = rules.reject(Start(id="a", worker="w"), "invalid_transition")
+    assert rejection.details == {"status": status, "to": "processing", "allowed": ALLOWED[status]}
     why = " (why)" if status == "failed" else ""
-    assert refusal.message == f"Job a is {status}. Only a queued job can be started{why}."
+    assert rejection.message == f"Job a is {status}. Only a queued job can be started{why}."
 
 
 def test_a_job_that_failed_without_a_message_is_not_started(rules: RuleHarness) -> None:
@@ -662,9 +662,9 @@ def test_an_unknown_job_is_not_found(rules: RuleHarness) -> None:
         Delete(id="x"),
     ]  # fmt: skip
     for command in named:
-        refusal = rules.reject(command, "job_not_found")
-        assert (refusal.status, refusal.details) == (404, {"job_id": "x"})
-        assert refusal.message == (
+        rejection = rules.reject(command, "job_not_found")
+        assert (rejection.status, rejection.details) == (404, {"job_id": "x"})
+        assert rejection.message == (
             "There is no job x: it was never created, or it was deleted. "
             "Search the list of jobs: GET /v1/jobs or jobctl jobs."
         )

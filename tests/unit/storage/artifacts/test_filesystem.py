@@ -347,10 +347,10 @@ async def test_a_missing_directory_is_an_error_and_not_a_deletion(place: Path, s
 async def test_an_error_of_the_system_names_the_path(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     put(place, "k")
 
-    def refuse(*_: object, **__: object) -> None:
+    def reject(*_: object, **__: object) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(os, "rename", refuse)
+    monkeypatch.setattr(os, "rename", reject)
     with pytest.raises(ArtifactStoreError, match=f"^{place}/k: Permission denied$"):
         await FileArtifactStore(str(place), "test").delete("k", delete_any)
 

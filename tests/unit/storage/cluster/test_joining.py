@@ -27,7 +27,7 @@ from tests.support.store_files import (
     open_store,
     read_file,
 )
-from tests.unit.storage.cluster.test_store import Node, finished_job, following, leading, refused, rows_of, write_much
+from tests.unit.storage.cluster.test_store import Node, finished_job, following, leading, rejected, rows_of, write_much
 
 
 async def founded(path: str, server: MemoryServer) -> ChangeFactory:
@@ -136,7 +136,7 @@ async def test_the_store_of_a_node_becomes_that_of_a_single_machine(path: str, i
     with pytest.raises(WrongCluster, match="is already the store of a single machine"):
         joining.leave(path, is_complete=True)
     with pytest.raises(WrongCluster, match="is the store of a single machine: make"):
-        await refused(path, server)
+        await rejected(path, server)
 
 
 async def test_a_store_is_replaced_by_that_of_a_cluster(path: str) -> None:

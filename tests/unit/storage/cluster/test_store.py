@@ -97,7 +97,7 @@ async def following(path: str, server: MemoryServer) -> AsyncIterator[Node]:
         await node.store.close()
 
 
-async def refused(path: str, server: MemoryServer) -> None:
+async def rejected(path: str, server: MemoryServer) -> None:
     """Open a store that cannot be opened."""
     async with following(path, server):
         pass
@@ -185,7 +185,7 @@ async def test_a_leader_opened_again_has_what_its_journal_has(path: str, server:
         await other.catch_up()
         await other.store.close()
         await other.open()
-        assert replace(other.opened, jobs=[], compact_jobs=[]) == replace(node.opened, jobs=[], compact_jobs=[])
+        assert replace(other.opened, jobs=[], packed_jobs=[]) == replace(node.opened, jobs=[], packed_jobs=[])
         assert sorted(other.opened.live(), key=lambda job: job.seq) == sorted(
             node.opened.live(), key=lambda job: job.seq
         )
@@ -620,10 +620,10 @@ async def test_a_store_of_another_cluster_or_of_one_machine_is_refused(path: str
     with pytest.raises(WrongCluster, match=r"belongs to cluster memory: set journal\.url"):
         await Store.open(path)
     with pytest.raises(WrongCluster, match="but the journal is that of cluster other"):
-        await refused(path, MemoryServer(cluster_id="other"))
+        await rejected(path, MemoryServer(cluster_id="other"))
     await make_store(f"{path}.single")
     with pytest.raises(WrongCluster, match="is the store of a single machine"):
-        await refused(f"{path}.single", server)
+        await rejected(f"{path}.single", server)
     async with open_store(f"{path}.single"):
         pass
     assert WrongCluster("x").exit_code == 78
@@ -632,7 +632,7 @@ async def test_a_store_of_another_cluster_or_of_one_machine_is_refused(path: str
 async def test_a_store_that_is_in_use_is_refused(path: str, server: MemoryServer) -> None:
     async with following(path, server):
         with pytest.raises(StoreBusy):
-            await refused(path, server)
+            await rejected(path, server)
 
 
 async def test_a_store_ahead_of_its_journal_is_refused(path: str, server: MemoryServer) -> None:
@@ -643,7 +643,7 @@ async def test_a_store_ahead_of_its_journal_is_refused(path: str, server: Memory
     server.records.pop()
     server.head = replace(server.head, number=2)
     with pytest.raises(StoreAhead, match="has record 3, but the last record of the journal is 2") as error:
-        await refused(path, server)
+        await rejected(path, server)
     assert error.value.exit_code == 78
 
 
@@ -739,7 +739,7 @@ async def test_without_a_usable_snapshot_a_trimmed_journal_is_an_error(path: str
         await leader.journal.trim(2)
         server.snapshots[3] = ([b"no snapshot"], 0)
     with pytest.raises(StoreUnreadable, match="no usable snapshot and no first record"):
-        await refused(f"{path}.new", server)
+        await rejected(f"{path}.new", server)
     async with following(path, server):
         pass  # it needs neither
 

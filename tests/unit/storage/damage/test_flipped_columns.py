@@ -237,7 +237,7 @@ def test_shortening_deletes_no_other_event(flips: Flips, monkeypatch: pytest.Mon
 
     def read(projection: Projection, row: tuple[int, ...]) -> None:
         db, shortener = projection.db, projection._shortener
-        shortener._waiting = {(shortener._thin, 2): begin, (shortener._compact, 2): begin}
+        shortener._waiting = {(shortener._thin, 2): begin, (shortener._shorten, 2): begin}
         for _ in range(30):
             if shortener.has_work:
                 shortener.shorten()

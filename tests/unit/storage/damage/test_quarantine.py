@@ -392,7 +392,7 @@ async def test_damaged_keys_are_quarantined_and_reported(path: str) -> None:
         await store.write(maker.batch([], keys=keys))
     with edit_store(path) as conn:
         conn.execute("UPDATE keys SET status = 201 WHERE digest = 'd1'")
-        conn.execute("UPDATE keys SET answer = X'31' WHERE digest = 'd2'")
+        conn.execute("UPDATE keys SET response = X'31' WHERE digest = 'd2'")
     async with open_store(path) as (store, found):
         assert [key.digest for key in found.keys] == ["d0", "d2", "d3"]
         assert found.faults[0] == "keys d1: its checksum is wrong; the row was quarantined"
@@ -704,7 +704,7 @@ async def test_no_flipped_bit_in_the_file_causes_a_wrong_response(path: str) -> 
     maker = await make_store(path)
     whole = read_file(path)
     pick_bit = random.Random(1)
-    seen: dict[str, int] = {"refused": 0, "noticed": 0, "nothing": 0}
+    seen: dict[str, int] = {"rejected": 0, "noticed": 0, "nothing": 0}
     for _ in range(80):
         content = bytearray(whole)
         place = pick_bit.randrange(len(content))
@@ -717,7 +717,7 @@ async def test_no_flipped_bit_in_the_file_causes_a_wrong_response(path: str) -> 
                 noticed |= await assert_never_wrong(store, found, maker, noticed or problems)
                 seen["noticed" if noticed else "nothing"] += 1
         except (StoreUnreadable, StoreTooNew, sqlite3.DatabaseError):
-            seen["refused"] += 1
+            seen["rejected"] += 1
         remove(f"{path}-wal", f"{path}-shm")
     assert doctor.MAX_LISTED > 0
     assert min(seen.values()) > 0, seen

@@ -125,7 +125,9 @@ async def test_damaged_rows_of_other_tables_are_reported_or_quarantined(path: st
         again = {where.split()[0] for where in (await scan_all(store))[1]}
         assert again == set(expected) - {"events", "late_results", "audit", "audit_jobs"}
         if "keys" in expected:
-            store._connection.raw.execute("UPDATE keys SET answer = X'00' WHERE rowid = (SELECT max(rowid) FROM keys)")
+            store._connection.raw.execute(
+                "UPDATE keys SET response = X'00' WHERE rowid = (SELECT max(rowid) FROM keys)"
+            )
             assert "the checksum of the stored response is wrong" in (await scan_all(store))[1].values()
 
 

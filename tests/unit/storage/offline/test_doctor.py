@@ -128,7 +128,7 @@ async def test_an_older_store_has_to_be_migrated_first(path: str, monkeypatch: p
             "checksum",
         ),
         ("UPDATE keys SET at = 1 WHERE digest = 'd1'", "key d1", "checksum"),
-        ("UPDATE keys SET answer = X'31' WHERE digest = 'd1'", "key d1", "stored response"),
+        ("UPDATE keys SET response = X'31' WHERE digest = 'd1'", "key d1", "stored response"),
         ("UPDATE queues SET failed = 99 WHERE name = 'video'", "queue video", "checksum"),
         ("UPDATE late_results SET worker = 'me'", "late result {late}", "checksum"),
         ("DELETE FROM jobs WHERE seq = {live}", "late result {late}", "its job does not exist"),
@@ -395,7 +395,7 @@ async def test_a_missing_payload_is_accepted_as_null(path: str) -> None:
             "attempt -9223372036854775808 is not from 0",
         ),
         ("UPDATE jobs SET created_at = 9223372036854775807 WHERE seq = {seq}", "created_at 9223372036854775807 is not"),
-        ("UPDATE jobs SET body = json_set(body, '$.lease[0]', -1) WHERE seq = {seq}", "expires -1 is not from 0"),
+        ("UPDATE jobs SET body = json_set(body, '$.deadlines[0]', -1) WHERE seq = {seq}", "expires -1 is not from 0"),
         (
             "UPDATE jobs SET body = json_set(body, '$.stalls', json('99999999999999999999')) WHERE seq = {seq}",
             "stalls 99999999999999999999 is not from 0",

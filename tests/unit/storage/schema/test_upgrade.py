@@ -195,7 +195,7 @@ async def test_a_damaged_page_of_a_tree_that_is_not_read_does_not_prevent_a_migr
     write_file(path, content)
     with capture_logs() as logs:
         async with open_store(path) as (_, found):
-            assert len(found.jobs) + len(found.compact_jobs) == sum(job.status in LIVE for job in older.jobs.values())
+            assert len(found.jobs) + len(found.packed_jobs) == sum(job.status in LIVE for job in older.jobs.values())
     [begun] = [each for each in logs if each["event"] == "migrating"]
     assert begun["jobs"] == len(older.jobs)
 

@@ -9,7 +9,7 @@ import pytest
 from msgspec.structs import replace
 
 from jobd.model.events import Change
-from jobd.model.job import compact
+from jobd.model.job import packed
 from jobd.model.storage import BadRows, Batch
 from jobd.storage import codec
 from jobd.storage.codec import checksum, job_row
@@ -50,11 +50,11 @@ def row_of(tables: Projection, seq: int) -> tuple[object, ...]:
 
 
 def test_the_checksum_of_a_recently_written_job_is_cached(tables: Projection, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also if memory kept the job in compact form and expands it to another object."""
+    """Also if memory kept the job in packed form and expands it to another object."""
     maker = ChangeFactory()
     first = maker.create()
     write(tables, maker.batch([first]))
-    short = compact(job_of(first))
+    short = packed(job_of(first))
     assert short is not None
     grant = maker.grant(short.expand())
     assert grant.before is not first.after

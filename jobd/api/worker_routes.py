@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from jobd.api.command_stream import StreamedCommand, StreamedResponse, serve_command_stream
-from jobd.api.events import send_events
+from jobd.api.event_stream import send_events
 from jobd.api.openapi import document_at, routes_of, with_document
 from jobd.api.probes import PROBES, send_cluster
 from jobd.http.routing import Route

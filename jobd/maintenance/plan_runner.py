@@ -10,7 +10,7 @@ import structlog
 from msgspec import Struct
 from msgspec.structs import asdict, replace
 
-from jobd.core.rules import plans as plan_rules
+from jobd.core.rules import plan_rules
 from jobd.engine.actor import Actor
 from jobd.engine.clock import Clock
 from jobd.maintenance.plan_builder import PAUSE_S, PlanBuilder
@@ -167,7 +167,7 @@ class Planner:
             plan.at += len(chunk)
             await asyncio.sleep(PAUSE_S)
         at = self._clock.moment().now
-        result = PlanResult(view.plan_id, view.action, plan.done.applied, plan.done.changed, plan.done.refused, at)
+        result = PlanResult(view.plan_id, view.action, plan.done.applied, plan.done.changed, plan.done.rejected, at)
         self._keep_result(plan, result)
         await self._audit(plan, operator)
         return result
@@ -193,7 +193,7 @@ class Planner:
         was = {job.id: job.from_ for job in view.jobs[plan.at : plan.at + len(chunk)]}
         plan.done.applied += done.applied
         plan.done.changed += [_with_from(each, was) for each in done.changed]
-        plan.done.refused += [_with_from(each, was) for each in done.refused]
+        plan.done.rejected += [_with_from(each, was) for each in done.rejected]
         return None
 
     async def _audit(self, plan: Plan, operator: Operator) -> None:
@@ -203,9 +203,9 @@ class Planner:
             "plan_id": view.plan_id,
             "planned": view.count,
             "changed_meanwhile": len(done.changed),
-            "refused": len(done.refused),
+            "rejected": len(done.rejected),
         }
-        if undone := _first_ids([*done.changed, *done.refused]):
+        if undone := _first_ids([*done.changed, *done.rejected]):
             details["left_undone"] = undone
         if view.filter is not None:
             details["filter"] = {name: value for name, value in asdict(view.filter).items() if value is not None}

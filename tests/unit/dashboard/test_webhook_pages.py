@@ -47,19 +47,19 @@ async def test_webhooks_are_shown_with_their_state(harness: DashboardHarness) ->
 
 async def test_deliveries_are_filtered_paged_and_resent(harness: DashboardHarness) -> None:
     browser, fakes = await harness.browser(), harness.admin.fakes
-    page = text(await browser.get("/webhooks/q?state=given_up&cursor=9"))
-    assert fakes.asked_deliveries == [("q", "given_up", 9, 50)]
-    assert '<option value="given_up" selected>' in page
-    assert 'href="/webhooks/q?state=given_up&amp;cursor=7"' in page
-    assert 'href="/webhooks/q?state=given_up">Newest' in page
+    page = text(await browser.get("/webhooks/q?state=dead-lettered&cursor=9"))
+    assert fakes.asked_deliveries == [("q", "dead-lettered", 9, 50)]
+    assert '<option value="dead-lettered" selected>' in page
+    assert 'href="/webhooks/q?state=dead-lettered&amp;cursor=7"' in page
+    assert 'href="/webhooks/q?state=dead-lettered">Newest' in page
     assert 'href="/jobs/a">a</a>' in page
     assert "data-interval-s" not in page, "older pages do not update"
     assert "data-interval-s" in text(await browser.get("/webhooks/q"))
     response = await browser.get("/webhooks/q?state=lost")
     assert (response.status, "state" in text(response)) == (400, True)
     csrf = await browser.csrf()
-    response = await browser.post("/webhooks/q/resend", csrf=csrf, id="7", state="given_up", reason="they ask")
-    assert (response.status, response.headers["location"]) == (303, "/webhooks/q?state=given_up")
+    response = await browser.post("/webhooks/q/resend", csrf=csrf, id="7", state="dead-lettered", reason="they ask")
+    assert (response.status, response.headers["location"]) == (303, "/webhooks/q?state=dead-lettered")
     page = text(await browser.get("/webhooks/q"))
     assert "Sending message 7." in page
     assert 'aria-label="Send message 7 now">Send now</button>' in page, "it is waiting"
@@ -95,19 +95,19 @@ async def test_dead_lettered_deliveries_are_counted_and_resent(harness: Dashboar
     assert "<button>Send 2 messages again</button>" in page
     assert 'name="upto" value="9"' in page
     csrf = await browser.csrf()
-    response = await browser.post("/webhooks/q/resend-given-up", csrf=csrf, upto="9", reason="fixed")
+    response = await browser.post("/webhooks/q/resend-dead-lettered", csrf=csrf, upto="9", reason="fixed")
     assert (response.status, response.headers["location"]) == (303, "/webhooks/q")
     [last, *_] = (await harness.admin.request("GET", "/admin/job-management/audit", headers=AUTH)).data["entries"]
-    assert (last["what"], last["reason"]) == ("resend-given-up", "fixed")
+    assert (last["what"], last["reason"]) == ("resend-dead-lettered", "fixed")
     assert fakes.resent == [("q", 9)]
     assert "Sending 3 dead-lettered messages again." in text(await browser.get("/webhooks/q"))
-    assert ("admin", "resend-given-up", "done", {"webhook": "q", "resent": 3}) in await audit_entries(harness)
+    assert ("admin", "resend-dead-lettered", "done", {"webhook": "q", "resent": 3}) in await audit_entries(harness)
     fakes.hooks = [replace(WEBHOOK, failing_since=1)]
     assert "Fix its receiver first" in text(await browser.get("/webhooks/q/retry-failed"))
     fakes.lost = (0, 0)
     assert "No dead-lettered messages." in text(await browser.get("/webhooks/q/retry-failed"))
-    assert (await browser.post("/webhooks/q/resend-given-up", csrf=csrf)).status == 400
-    assert (await browser.post("/webhooks/q/resend-given-up", upto="9")).status == 403
+    assert (await browser.post("/webhooks/q/resend-dead-lettered", csrf=csrf)).status == 400
+    assert (await browser.post("/webhooks/q/resend-dead-lettered", upto="9")).status == 403
     assert (await browser.get("/webhooks/none/retry-failed")).status == 404
 
 
@@ -116,9 +116,9 @@ async def test_a_delivery_shows_its_outcome(harness: DashboardHarness) -> None:
     ended = replace(DELIVERY, due_at=None, ended_at=1_700_000_000_000)
     found = [
         replace(DELIVERY, id=1, due_at=4_000_000_000_000, subject="queues/a b"),
-        replace(DELIVERY, id=2, subject="alerts/stuck_jobs"),
+        replace(DELIVERY, id=2, subject="alerts/stalled_jobs"),
         replace(ended, id=3, state="delivered", status=204, error=None),
-        replace(ended, id=4, state="given_up", error="<no>"),
+        replace(ended, id=4, state="dead-lettered", error="<no>"),
     ]
 
     fakes.deliveries_page = DeliveryPage(found, None)
@@ -126,7 +126,7 @@ async def test_a_delivery_shows_its_outcome(harness: DashboardHarness) -> None:
     rows = {int(number): row for number, row in re.findall(r'<tr id="delivery-(\d+)">(.*?)</tr>', page, re.DOTALL)}
     states = {
         1: (">waiting<", "next attempt", 'queue <a href="/jobs?queue=a%20b">a b</a>', ">Send now<"),
-        2: (">waiting<", ">due", "alerts stuck_jobs", ">Send now<"),
+        2: (">waiting<", ">due", "alerts stalled_jobs", ">Send now<"),
         3: (">delivered<", "HTTP 204", ">Send again<"),
         4: (">dead-lettered<", "&lt;no&gt;", ">Send again<"),
     }
@@ -140,4 +140,4 @@ async def test_a_delivery_shows_its_outcome(harness: DashboardHarness) -> None:
     assert page.count(">next attempt <time") == 1
     found.clear()
     assert "No messages yet" in text(await browser.get("/webhooks/q"))
-    assert "No dead-lettered messages." in text(await browser.get("/webhooks/q?state=given_up"))
+    assert "No dead-lettered messages." in text(await browser.get("/webhooks/q?state=dead-lettered"))

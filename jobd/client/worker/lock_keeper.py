@@ -23,7 +23,7 @@ from jobd.client.errors import (
     JobNotFound,
     JobQuarantined,
     LockLost,
-    MaxProcessingTimeExceeded,
+    ProgressTimeout,
     TooLarge,
 )
 from jobd.client.protocol import ApiRequest, request_for
@@ -42,7 +42,7 @@ EXTENSIONS_PER_TTL: Final = 3
 ONE_ATTEMPT: Final = RetryOptions(total_s=0, timeout_s=ATTEMPT_S)
 
 # After these errors the grant has ended.
-LOST: Final = (LockLost, MaxProcessingTimeExceeded, JobNotFound, JobQuarantined)
+LOST: Final = (LockLost, ProgressTimeout, JobNotFound, JobQuarantined)
 # A retry of the same ending would get the same error.
 _REJECTED: Final = (InvalidRequest, TooLarge, IdempotencyKeyReused)
 _MAX_INTERNAL_ERRORS: Final = 5  # responses `internal_error` to one ending before it fails
@@ -82,7 +82,7 @@ class LeaseKeeper:
     @property
     def _is_ended(self) -> bool:
         """Whether the daemon accepts no ending. After a progress timeout, the grant ends only when recovery runs."""
-        return self.lost.done() and not isinstance(self.lost.result(), MaxProcessingTimeExceeded)
+        return self.lost.done() and not isinstance(self.lost.result(), ProgressTimeout)
 
     @property
     def id(self) -> str:

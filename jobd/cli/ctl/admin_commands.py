@@ -9,7 +9,7 @@ import click
 from jobd.cli import exit_codes, tables_admin, terminal
 from jobd.cli.confirm import confirm, destructive_options, need_terminal, reason_option
 from jobd.cli.connection import admin_client, admin_options
-from jobd.cli.ctl import plans
+from jobd.cli.ctl import plan_commands
 from jobd.cli.ctl.completion import JOB_ID, QUEUE
 from jobd.cli.params import MOMENT, NAME, PAST, json_option
 from jobd.cli.progress import busy
@@ -51,9 +51,9 @@ def cleanup(last: bool, dry_run: bool, reason: str | None, as_json: bool) -> int
     """Run cleanup now and show its report. Exit 1 if a step failed."""
     client = admin_client()
     if dry_run:
-        plan, seen = plans.maintenance_plan(client, "cleanup", reason), client.preview()
+        plan, seen = plan_commands.maintenance_plan(client, "cleanup", reason), client.preview()
         terminal.emit_json(_with_plan_id(seen, plan)) if as_json else tables_admin.preview(seen)
-        plans.show_apply_command(plan)
+        plan_commands.show_apply_command(plan)
         return exit_codes.DONE
     if last:
         state = client.cleanup_state()
@@ -74,11 +74,11 @@ def recover_stuck(dry_run: bool, reason: str | None, as_json: bool) -> None:
     """Recover stalled jobs now. Jobs with a live lock do not change."""
     if dry_run:
         client = admin_client()
-        plan, seen = plans.maintenance_plan(client, "recover-stuck", reason), client.preview()
+        plan, seen = plan_commands.maintenance_plan(client, "recover-stuck", reason), client.preview()
         shown = _with_plan_id(seen, plan)
         some = {name: shown[name] for name in ("recover", "more", "plan_id")}
         terminal.emit_json(some) if as_json else tables_admin.planned_recoveries(seen)
-        plans.show_apply_command(plan)
+        plan_commands.show_apply_command(plan)
         return
     with busy("recovery"):
         view = admin_client().detect_and_recover_stuck_jobs(reason)

@@ -60,7 +60,7 @@ def _one(tx: Transaction, command: ApplyPlan, rules: Rules, expected: ExpectedVe
         rules[command.action](tx, _command_for(command, job.id))
         done.applied += 1
     except ApiException as rejected:
-        done.refused.append(ChangedJob(job.id, "", job.status, rejected.error.message))
+        done.rejected.append(ChangedJob(job.id, "", job.status, rejected.error.message))
 
 
 def _command_for(command: ApplyPlan, job_id: str) -> JobCommand:
@@ -138,5 +138,5 @@ def version(job: Job, late: int | None = None, action: PlanAction | None = None)
         late,
     )
     if action in MAINTENANCE_ACTIONS:
-        seen += (job.progress, job.lease)
+        seen += (job.progress, job.deadlines)
     return blake2b(msgspec.msgpack.encode(seen), digest_size=8).hexdigest()

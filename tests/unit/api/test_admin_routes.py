@@ -14,7 +14,7 @@ import pytest
 from msgspec.structs import replace
 from structlog.testing import capture_logs
 
-from jobd.api.admin import ROUTES
+from jobd.api.admin_routes import ROUTES
 from jobd.core.views import job_view
 from jobd.http.auth import Authenticator
 from jobd.model.commands import (
@@ -255,8 +255,8 @@ async def test_an_action_is_audited_even_if_its_client_has_disconnected(harness:
 
 async def test_a_leader_steps_down_after_its_audit_entry(harness: HttpHarness) -> None:
     path, stepped = f"{P}/cluster/step-down", []
-    refused = await harness.request("POST", path, headers=AUTH)
-    assert (refused.status, refused.error) == (404, "not_found")
+    rejected = await harness.request("POST", path, headers=AUTH)
+    assert (rejected.status, rejected.error) == (404, "not_found")
     assert (await harness.request("GET", "/v1/cluster", headers=AUTH)).data["role"] == "single"
     nodes = [NodeView("a", "http://a", "leader", 0, 1, 0, 2, False), STANDBY]
     view = ClusterView(role="leader", node="a", nodes=nodes)
@@ -280,15 +280,15 @@ async def test_a_step_down_without_a_ready_standby_needs_force(harness: HttpHarn
         refreshes.append(True)
 
     harness.services.refresh_nodes = refresh
-    refused = await harness.request("POST", path, headers=AUTH)
-    assert (refused.status, refused.error, stepped, refreshes) == (409, "no_standby", [], [True])
-    assert "Start jobd on another node" in refused.body.decode()
+    rejected = await harness.request("POST", path, headers=AUTH)
+    assert (rejected.status, rejected.error, stepped, refreshes) == (409, "no_standby", [], [True])
+    assert "Start jobd on another node" in rejected.body.decode()
     assert harness.actor.received == []
     assert (await harness.request("POST", path, '{"force":true}', AUTH)).status == 200
     assert stepped == [True]
 
 
-@pytest.mark.parametrize("verb", ["test", "resend", "resend-given-up"])
+@pytest.mark.parametrize("verb", ["test", "resend", "resend-dead-lettered"])
 async def test_a_webhook_action_after_the_leadership_was_released_is_not_done(harness: HttpHarness, verb: str) -> None:
     async def fail(*_: object) -> None:
         raise LeadershipLost("this node has released leadership")
@@ -297,9 +297,9 @@ async def test_a_webhook_action_after_the_leadership_was_released_is_not_done(ha
     webhooks.test = webhooks.redeliver = webhooks.redeliver_all = fail
     body = '{"id":7}' if verb == "resend" else ""
     with capture_logs() as logs:
-        refused = await harness.request("POST", f"{P}/webhooks/q/{verb}", body, AUTH)
-    assert (refused.status, refused.error, refused.json["details"]) == (503, "not_leader", {"leader": None})
-    assert [each["event"] for each in logs] == ["refused"]
+        rejected = await harness.request("POST", f"{P}/webhooks/q/{verb}", body, AUTH)
+    assert (rejected.status, rejected.error, rejected.json["details"]) == (503, "not_leader", {"leader": None})
+    assert [each["event"] for each in logs] == ["rejected"]
     assert harness.actor.received == []
 
 
@@ -309,8 +309,12 @@ async def test_a_webhook_action_without_a_response_of_the_journal_has_an_unknown
 
     webhooks: Any = harness.services.webhooks
     webhooks.test = fail
-    refused = await harness.request("POST", f"{P}/webhooks/q/test", headers=AUTH)
-    assert (refused.status, refused.error, refused.json["details"]) == (503, "outcome_unknown", {"outcome": "unknown"})
+    rejected = await harness.request("POST", f"{P}/webhooks/q/test", headers=AUTH)
+    assert (rejected.status, rejected.error, rejected.json["details"]) == (
+        503,
+        "outcome_unknown",
+        {"outcome": "unknown"},
+    )
     assert harness.actor.received == []
 
 
@@ -319,14 +323,14 @@ async def test_webhook_actions_are_audited_with_the_webhook(harness: HttpHarness
     assert (await harness.request("POST", f"{P}/webhooks/q/resend", '{"id":8}', AUTH)).status == 404
     assert (await harness.request("POST", f"{P}/webhooks/q/test", headers=AUTH)).status == 200
     place, why = f"{P}/webhooks/q", '"reason":"their disk was full"'
-    for verb, body in (("resend", f'{{"id":7,{why}}}'), ("resend-given-up", f"{{{why}}}"), ("test", f"{{{why}}}")):
+    for verb, body in (("resend", f'{{"id":7,{why}}}'), ("resend-dead-lettered", f"{{{why}}}"), ("test", f"{{{why}}}")):
         assert (await harness.request("POST", f"{place}/{verb}", body, AUTH)).status == 200
     because = "their disk was full"
     assert [envelope.command for envelope in harness.actor.received] == [
         RecordAction(what="resend-delivery", details={"webhook": "q", "delivery": 7}),
         RecordAction(what="test-webhook", details={"webhook": "q"}),
         RecordAction(what="resend-delivery", details={"webhook": "q", "delivery": 7}, reason=because),
-        RecordAction(what="resend-given-up", details={"webhook": "q", "resent": 3}, reason=because),
+        RecordAction(what="resend-dead-lettered", details={"webhook": "q", "resent": 3}, reason=because),
         RecordAction(what="test-webhook", details={"webhook": "q"}, reason=because),
     ]
 
@@ -427,7 +431,7 @@ def test_every_call_has_an_example_and_no_route_is_missing() -> None:
     others |= {("GET", f"{P}/events"), ("GET", f"{P}/jobs/{{id}}/artifact")}  # test_event_stream.py, test_downloads.py
     plans = [("POST", "plans"), ("GET", "plans/{plan_id}"), ("POST", "plans/{plan_id}/apply")]
     others |= {(method, f"{P}/{path}") for method, path in plans}
-    others |= {("POST", f"{P}/webhooks/{{name}}/{verb}") for verb in ("resend", "resend-given-up")}
+    others |= {("POST", f"{P}/webhooks/{{name}}/{verb}") for verb in ("resend", "resend-dead-lettered")}
     examples = {call[:2] for call in COMMANDS} | {call[:2] for call in SERVICE_CALLS} | others
     different = {(route.method, route.path) for route in ROUTES} ^ examples
     assert not different, f"{different}: a route needs an example in COMMANDS or SERVICE_CALLS, and an example a route"
@@ -534,13 +538,13 @@ async def test_a_delivery_is_sent_again_by_its_number(harness: HttpHarness) -> N
 
 
 async def test_all_dead_lettered_deliveries_are_sent_again(harness: HttpHarness) -> None:
-    place = f"{P}/webhooks/q/resend-given-up"
+    place = f"{P}/webhooks/q/resend-dead-lettered"
     assert (await harness.request("POST", place, headers=AUTH)).data == {"resent": 3}
     assert (await harness.request("POST", place, '{"upto":9}', AUTH)).data == {"resent": 3}
     assert harness.fakes.resent == [("q", None), ("q", 9)]
     commands = [envelope.command for envelope in harness.actor.received]
-    assert commands == [RecordAction(what="resend-given-up", details={"webhook": "q", "resent": 3})] * 2
-    assert (await harness.request("POST", f"{P}/webhooks/none/resend-given-up", headers=AUTH)).status == 404
+    assert commands == [RecordAction(what="resend-dead-lettered", details={"webhook": "q", "resent": 3})] * 2
+    assert (await harness.request("POST", f"{P}/webhooks/none/resend-dead-lettered", headers=AUTH)).status == 404
     for body in ('{"upto":0}', '{"upto":"9"}', '{"id":9}'):
         assert (await harness.request("POST", place, body, AUTH)).status == 400
     assert len(harness.actor.received) == 2
@@ -553,16 +557,16 @@ async def test_no_delivery_is_sent_again_while_an_older_node_runs(
         raise FormatNotRead("node b is older")
 
     monkeypatch.setattr(FakeWebhooks, "redeliver", fail)
-    refused = await harness.request("POST", f"{P}/webhooks/q/resend", '{"id":7}', AUTH)
-    assert (refused.status, refused.json["error"]) == (503, "overloaded")
-    assert refused.json["message"] == "The outbox of the webhook cannot be written: node b is older."
+    rejected = await harness.request("POST", f"{P}/webhooks/q/resend", '{"id":7}', AUTH)
+    assert (rejected.status, rejected.json["error"]) == (503, "overloaded")
+    assert rejected.json["message"] == "The outbox of the webhook cannot be written: node b is older."
 
 
 async def test_deliveries_are_filtered_by_state_and_paged(harness: HttpHarness) -> None:
     assert (
-        await harness.request("GET", f"{P}/webhooks/q/deliveries?state=given_up&limit=5&cursor=9", headers=AUTH)
+        await harness.request("GET", f"{P}/webhooks/q/deliveries?state=dead-lettered&limit=5&cursor=9", headers=AUTH)
     ).data
-    assert harness.fakes.asked_deliveries == [("q", "given_up", 9, 5)]
+    assert harness.fakes.asked_deliveries == [("q", "dead-lettered", 9, 5)]
     assert (await harness.request("GET", f"{P}/webhooks/none/deliveries", headers=AUTH)).status == 404
     assert (await harness.request("POST", f"{P}/webhooks/none/test", headers=AUTH)).status == 404
     for query in ("state=lost", "limit=0", "limit=201", "cursor=x"):
@@ -581,7 +585,7 @@ async def test_a_malformed_queue_name_is_a_400(harness: HttpHarness, name: str) 
 
 async def test_metrics_are_text(harness: HttpHarness) -> None:
     response = await harness.request("GET", "/metrics", headers=AUTH)
-    assert (response.status, response.body) == (200, b"jobd_stuck_jobs 0\n")
+    assert (response.status, response.body) == (200, b"jobd_stalled_jobs 0\n")
     assert response.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
 
 

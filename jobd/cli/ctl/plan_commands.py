@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 _TIMES: Final = ("since", "until", "finished_since", "finished_until")
 _NAMES: Final = ("status", "queue", "kind", "worker", *_TIMES, "text", "error")
-_DELETED_TOO: Final = "Their history and stored results are deleted too."
+_DELETED_TOO: Final = "Their history and artifacts are deleted too."
 _SHOWN: Final = 20  # jobs of a plan; --json shows all
 _MAX_PLANS: Final = 5  # plans that one question covers; the daemon keeps 20 plans, of 100 000 jobs in all
 
@@ -199,7 +199,7 @@ def _empty_result(plan: PlanView) -> PlanResult:
     """Return a result for a plan without jobs. Such a plan is not applied, but --json always prints a result."""
     from jobd.model.responses import PlanResult
 
-    return PlanResult(plan.plan_id, plan.action, applied=0, changed=[], refused=[], applied_at=plan.made_at)
+    return PlanResult(plan.plan_id, plan.action, applied=0, changed=[], rejected=[], applied_at=plan.made_at)
 
 
 def _apply(client: AdminClient, plans: Sequence[PlanView], *, as_json: bool) -> bool:
@@ -213,7 +213,7 @@ def _apply(client: AdminClient, plans: Sequence[PlanView], *, as_json: bool) -> 
             terminal.emit_json(results[-1])
     if not as_json:
         _show_results(plans, results)
-    return not any(result.changed or result.refused for result in results)
+    return not any(result.changed or result.rejected for result in results)
 
 
 def _apply_one(client: AdminClient, plan: PlanView) -> PlanResult:
@@ -310,8 +310,8 @@ def _show_results(plans: Sequence[PlanView], results: Sequence[PlanResult]) -> N
 def _show_not_done(results: Sequence[PlanResult]) -> None:
     """List the jobs that were not changed, and why."""
     changed = [job for result in results for job in result.changed]
-    refused = [job for result in results for job in result.refused]
-    for title, jobs in (("changed since the plan", changed), ("rejected", refused)):
+    rejected = [job for result in results for job in result.rejected]
+    for title, jobs in (("changed since the plan", changed), ("rejected", rejected)):
         for job in jobs[:_SHOWN]:
             terminal.say(f"{job.id}: {title}: {job.from_} → {job.now or 'deleted'}. {job.why}")
         if len(jobs) > _SHOWN:

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from jobd.dashboard import plans
+from jobd.dashboard import plan_pages
 from jobd.maintenance import plan_builder
 from jobd.model.job import LATEST_MS
 from tests.support.dashboard_harness import (
@@ -122,7 +122,7 @@ async def test_a_plan_of_all_matches_skips_and_lists_changed_jobs(harness: Dashb
 
 
 async def test_a_full_plan_links_to_the_next_one(harness: DashboardHarness, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (plan_builder, plans):
+    for module in (plan_builder, plan_pages):
         monkeypatch.setattr(module, "MAX_PLAN", 2)
     await fail_jobs(harness, "a", "b", "c")
     browser = await harness.browser()

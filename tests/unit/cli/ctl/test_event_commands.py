@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from jobd.cli.ctl import events as ctl_live
+from jobd.cli.ctl import event_commands as ctl_live
 from jobd.model import commands, requests
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from jobd.cli.ctl import cluster, main
+from jobd.cli.ctl import cluster_commands, main
 from tests.support.scripted_server import ReceivedRequest, ScriptedServer, Step, drop, ok, rejected, serving
 
 URLS = ("http://a.example:8771", "http://b.example:8771")
@@ -77,7 +77,7 @@ class Cluster:
 @pytest.fixture
 def nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
     monkeypatch.setenv("ADMIN_TOKEN", "canary-token-0123456789")
-    monkeypatch.setattr(cluster, "_POLL_S", 0.01)
+    monkeypatch.setattr(cluster_commands, "_POLL_S", 0.01)
     found = Cluster(tmp_path)
     monkeypatch.setenv("JOBD_ADMIN_URL", ",".join(found.urls))
     with ExitStack() as stack:
@@ -177,10 +177,10 @@ def test_step_down_asks_first(
 def test_step_down_without_a_standby_says_so(
     nodes: Cluster, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cluster, "TAKEOVER_S", 0.05)
+    monkeypatch.setattr(cluster_commands, "TAKEOVER_S", 0.05)
     nodes.has_standby = False
-    refused = rejected("no_standby", 409, "No standby is ready to take over.")
-    nodes.servers[0].script = [ok(nodes._view(0)), refused]
+    no_standby = rejected("no_standby", 409, "No standby is ready to take over.")
+    nodes.servers[0].script = [ok(nodes._view(0)), no_standby]
     assert jobctl("step-down", "--yes") == 4
     assert "No standby is ready to take over [no_standby]" in capsys.readouterr().err
     assert jobctl("step-down", "--yes", "--force") == 75

@@ -46,8 +46,8 @@ def safe_fixes(job: Job) -> dict[str, Any]:
         fixes["progress"] = progress
     if job.status == "failed" and (job.error is None or not job.error.message):
         fixes["error"] = Failure(NO_MESSAGE, job.error.code if job.error else None)
-    if job.status != "processing" and (job.grant is not None or job.lease is not None):
-        fixes["grant"], fixes["lease"] = None, None
+    if job.status != "processing" and (job.grant is not None or job.deadlines is not None):
+        fixes["grant"], fixes["deadlines"] = None, None
     return fixes | _ordered_times(job)
 
 
@@ -146,14 +146,14 @@ def _storage_key(job: Job) -> list[Issue]:
 
 def _lock(job: Job, at: Moment) -> list[Issue]:
     if job.status != "processing":
-        if job.grant is None and job.lease is None:
+        if job.grant is None and job.deadlines is None:
             return []
         message = f"The job is {job.status}, but has a lock."
         return [Issue("error", "lock", message, "A cleanup run removes the orphan lock.")]
-    if job.grant is None or job.lease is None:
+    if job.grant is None or job.deadlines is None:
         message = "The job is processing, but no worker holds it."
         return [Issue("critical", "lock", message, "A cleanup run treats it as stalled.")]
-    if at.lease >= job.lease.stuck:
+    if at.lock_ms >= job.deadlines.stalled_at:
         message = f"The job is stalled: worker {job.grant.worker} did not report in time."
         fix = "Recovery puts it back into its queue or fails it, within cleanup.recover_every."
         return [Issue("error", "lock", message, fix)]

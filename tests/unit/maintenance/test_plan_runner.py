@@ -9,10 +9,10 @@ import pytest
 from msgspec import Raw
 from msgspec.structs import replace
 
-from jobd.core.rules import plans as plan_rules
-from jobd.core.rules.plans import version
-from jobd.maintenance import plan_builder, plans, preview
-from jobd.maintenance.plans import Planner
+from jobd.core.rules import plan_rules
+from jobd.core.rules.plan_rules import version
+from jobd.maintenance import plan_builder, plan_runner, preview
+from jobd.maintenance.plan_runner import Planner
 from jobd.model.commands import (
     MAINTENANCE_ACTIONS,
     Adopt,
@@ -167,7 +167,7 @@ def test_changed_jobs_are_skipped_and_rejected_ones_affect_no_other() -> None:
     done = rules.accept(command, admin=True, by="admin:eve")
     assert done.applied == 2
     assert [(each.id, each.now) for each in done.changed] == [("b", "processing"), ("gone", None)]
-    assert [(each.id, each.now) for each in done.refused] == [("d", "completed")]
+    assert [(each.id, each.now) for each in done.rejected] == [("d", "completed")]
     assert [(rules.job(job_id).status) for job_id in ("a", "b", "c")] == ["cancelled", "processing", "cancelled"]
     assert [(event.by, event.reason) for event in rules.events[-2:]] == [("admin:eve", "enough")] * 2
     assert all("changed since" in each.why or "no job" in each.why for each in done.changed)
@@ -297,10 +297,10 @@ async def test_a_plan_lists_its_changes_and_applies_them() -> None:
         ]
         assert (plan.filter, plan.scope) == (PlanFilter(), "Only failed and cancelled jobs can be retried.")
         assert (plan.count, plan.skipped_count, plan.more, plan.next_cursor, plan.result) == (2, 0, False, None, None)
-        assert plan.expires_at - plan.made_at == plans.KEPT_MS
+        assert plan.expires_at - plan.made_at == plan_runner.KEPT_MS
         assert (await engine.yes(Get(id="a"))).status == "failed"
         result = await apply_plan(planner)
-        assert (result.applied, result.changed, result.refused, result.repeated) == (2, [], [], False)
+        assert (result.applied, result.changed, result.rejected, result.repeated) == (2, [], [], False)
         assert (await engine.yes(Get(id="a"))).status == "queued"
         assert engine.disk.events[-1].reason == "mended"
         shown = planner.find("p")
@@ -407,36 +407,36 @@ async def test_a_plan_is_applied_once() -> None:
 async def test_a_disconnected_caller_does_not_stop_a_plan() -> None:
     async with VirtualEngine() as engine:
         planner = Planner(engine.actor, engine.clock)
-        await create_failed(engine, *(f"j{n}" for n in range(plans.SLICE + 1)))
+        await create_failed(engine, *(f"j{n}" for n in range(plan_runner.SLICE + 1)))
         await make_plan(planner, action="retry", filter=PlanFilter())
         waiting = asyncio.create_task(planner.apply("p", EVE))
         await asyncio.sleep(0)
         waiting.cancel()
         await asyncio.sleep(1)
         result = await apply_plan(planner)
-        assert (result.applied, result.repeated) == (plans.SLICE + 1, True)
+        assert (result.applied, result.repeated) == (plan_runner.SLICE + 1, True)
 
 
 @in_virtual_time
 async def test_a_plan_is_applied_in_slices_and_is_one_audit_entry() -> None:
     async with VirtualEngine() as engine:
         planner = Planner(engine.actor, engine.clock)
-        await create_failed(engine, *(f"j{n}" for n in range(2 * plans.SLICE + 1)), queue="q")
+        await create_failed(engine, *(f"j{n}" for n in range(2 * plan_runner.SLICE + 1)), queue="q")
         await make_plan(planner, action="delete", filter=PlanFilter(queue="q", since=1))
         before = len(engine.disk.batches)
         await apply_plan(planner)
         sizes = [len(batch.changes) for batch in engine.disk.batches[before:]]
-        assert sizes == [plans.SLICE, plans.SLICE, 1, 0]
+        assert sizes == [plan_runner.SLICE, plan_runner.SLICE, 1, 0]
         entries = [entry for batch in engine.disk.batches[before:] for entry in batch.audit]
         assert {(entry.what, entry.who, entry.part_of) for entry in entries} == {("plan-delete", "eve", "p")}
-        assert sum(entry.jobs for entry in entries) == 2 * plans.SLICE + 1
+        assert sum(entry.jobs for entry in entries) == 2 * plan_runner.SLICE + 1
         changed = [job_id for entry in entries for job_id in entry.changed_ids]
-        assert sorted(changed) == sorted(f"j{n}" for n in range(2 * plans.SLICE + 1))
+        assert sorted(changed) == sorted(f"j{n}" for n in range(2 * plan_runner.SLICE + 1))
         assert entries[-1].details == {
             "plan_id": "p",
-            "planned": 2 * plans.SLICE + 1,
+            "planned": 2 * plan_runner.SLICE + 1,
             "changed_meanwhile": 0,
-            "refused": 0,
+            "rejected": 0,
             "filter": {"queue": "q", "since": 1},
         }
 
@@ -445,20 +445,20 @@ async def test_a_plan_is_applied_in_slices_and_is_one_audit_entry() -> None:
 async def test_on_a_full_disk_a_plan_stops_and_later_continues() -> None:
     async with VirtualEngine() as engine:
         planner = Planner(engine.actor, engine.clock)
-        await create_failed(engine, *(f"j{n}" for n in range(plans.SLICE + 5)))
+        await create_failed(engine, *(f"j{n}" for n in range(plan_runner.SLICE + 5)))
         await make_plan(planner, action="retry", filter=PlanFilter())
         engine.disk.write_errors.extend([None, *(DiskFull("full") for _ in range(3))])
         engine.disk.has_reserve = False
-        engine.disk.fits = lambda batch: len(engine.disk.batches) < 2 * (plans.SLICE + 5) + 1
+        engine.disk.fits = lambda batch: len(engine.disk.batches) < 2 * (plan_runner.SLICE + 5) + 1
         rejected = await planner.apply("p", EVE)
         assert isinstance(rejected, ApiError)
         space = {"path": "/disk/jobd.db", "free_bytes": 8 << 30, "total_bytes": 16 << 30}
-        assert (rejected.code, rejected.details) == ("storage_full", {**space, "applied": plans.SLICE, "left": 5})
+        assert (rejected.code, rejected.details) == ("storage_full", {**space, "applied": plan_runner.SLICE, "left": 5})
         engine.disk.write_errors.clear()
         engine.disk.free()
         await asyncio.sleep(2)
         result = await apply_plan(planner)
-        assert (result.applied, result.changed) == (plans.SLICE + 5, [])
+        assert (result.applied, result.changed) == (plan_runner.SLICE + 5, [])
 
 
 @in_virtual_time
@@ -481,7 +481,7 @@ async def test_a_plan_is_kept_for_a_limited_time() -> None:
     async with VirtualEngine() as engine:
         planner = Planner(engine.actor, engine.clock)
         await make_plan(planner, action="retry", filter=PlanFilter())
-        await asyncio.sleep(plans.KEPT_MS / SECOND_MS - 1)
+        await asyncio.sleep(plan_runner.KEPT_MS / SECOND_MS - 1)
         assert isinstance(planner.find("p"), PlanView)
         await asyncio.sleep(1)
         for error in (planner.find("p"), await planner.apply("p", EVE)):
@@ -495,15 +495,15 @@ async def test_the_result_of_a_plan_can_be_read_for_hours() -> None:
         planner = Planner(engine.actor, engine.clock)
         await create_failed(engine, "a", "b")
         await make_plan(planner, action="retry", filter=PlanFilter())
-        await asyncio.sleep(plans.KEPT_MS / SECOND_MS - 1)
+        await asyncio.sleep(plan_runner.KEPT_MS / SECOND_MS - 1)
         await engine.yes(Delete(id="b"))
         result = await apply_plan(planner)
         assert [job.id for job in result.changed] == ["b"]
-        await asyncio.sleep(plans.APPLIED_KEPT_MS / SECOND_MS - 1)
+        await asyncio.sleep(plan_runner.APPLIED_KEPT_MS / SECOND_MS - 1)
         shown = planner.find("p")
         assert isinstance(shown, PlanView)
         assert shown.result == result
-        assert shown.expires_at == result.applied_at + plans.APPLIED_KEPT_MS
+        assert shown.expires_at == result.applied_at + plan_runner.APPLIED_KEPT_MS
         assert (await apply_plan(planner)).repeated
         await asyncio.sleep(1)
         assert isinstance(planner.find("p"), ApiError)
@@ -512,8 +512,8 @@ async def test_the_result_of_a_plan_can_be_read_for_hours() -> None:
 @in_virtual_time
 async def test_new_plans_displace_no_results_and_results_no_plans() -> None:
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(plans, "MAX_PLANS", 2)
-        monkeypatch.setattr(plans, "MAX_APPLIED", 3)
+        monkeypatch.setattr(plan_runner, "MAX_PLANS", 2)
+        monkeypatch.setattr(plan_runner, "MAX_APPLIED", 3)
         async with VirtualEngine() as engine:
             planner = Planner(engine.actor, engine.clock)
             await create_failed(engine, "a")
@@ -529,7 +529,7 @@ async def test_new_plans_displace_no_results_and_results_no_plans() -> None:
             for name in "xyz":
                 await make_plan(planner, name, action="retry", filter=PlanFilter())
             assert kept_ids() == ["y", "z", "1", "2", "3"]
-            monkeypatch.setattr(plans, "MAX_JOBS", 0)
+            monkeypatch.setattr(plan_runner, "MAX_JOBS", 0)
             await apply_plan(planner, "z")
             assert kept_ids() == ["y", "z"], "the latest is kept, however many jobs it has"
 
@@ -539,9 +539,9 @@ async def test_the_audit_log_names_a_limited_number_of_unchanged_jobs() -> None:
     with pytest.MonkeyPatch.context() as monkeypatch:
         async with VirtualEngine() as engine:
             planner = Planner(engine.actor, engine.clock)
-            monkeypatch.setattr(plans, "MAX_NAMED", 3)
+            monkeypatch.setattr(plan_runner, "MAX_NAMED", 3)
             for size, named in ((4_000, ["j4", "j3", "j2"]), (5, ["j4", "j3"]), (1, None)):
-                monkeypatch.setattr(plans, "MAX_NAMED_SIZE", size)
+                monkeypatch.setattr(plan_runner, "MAX_NAMED_SIZE", size)
                 await create_failed(engine, *(f"j{n}" for n in range(5)))
                 await make_plan(planner, f"p{size}", action="retry", filter=PlanFilter())
                 for n in range(5):
@@ -556,10 +556,10 @@ async def test_the_audit_log_names_a_limited_number_of_unchanged_jobs() -> None:
 async def test_only_the_latest_plans_are_kept() -> None:
     async with VirtualEngine() as engine:
         planner = Planner(engine.actor, engine.clock)
-        for n in range(plans.MAX_PLANS + 2):
+        for n in range(plan_runner.MAX_PLANS + 2):
             await make_plan(planner, f"p{n}", action="retry", filter=PlanFilter())
-        kept_ids = [n for n in range(plans.MAX_PLANS + 2) if isinstance(planner.find(f"p{n}"), PlanView)]
-        assert kept_ids == list(range(2, plans.MAX_PLANS + 2))
+        kept_ids = [n for n in range(plan_runner.MAX_PLANS + 2) if isinstance(planner.find(f"p{n}"), PlanView)]
+        assert kept_ids == list(range(2, plan_runner.MAX_PLANS + 2))
 
 
 @pytest.fixture
@@ -567,7 +567,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small limits."""
     for name, value in {"MAX_PLAN": 3, "MAX_SKIPPED": 2, "PAGE": 2, "SCAN": 4, "SLOW_SCAN": 4}.items():
         monkeypatch.setattr(plan_builder, name, value)
-    monkeypatch.setattr(plans, "MAX_JOBS", 5)
+    monkeypatch.setattr(plan_runner, "MAX_JOBS", 5)
 
 
 async def all_plans(planner: Planner, **request: Any) -> list[list[str]]:
@@ -701,11 +701,11 @@ async def test_empty_plans_displace_no_others() -> None:
         planner = Planner(engine.actor, engine.clock)
         await create_failed(engine, "a")
         await make_plan(planner, "full", action="retry", filter=PlanFilter())
-        for n in range(plans.MAX_PLANS + 2):
+        for n in range(plan_runner.MAX_PLANS + 2):
             await make_plan(planner, f"p{n}", action="cancel", filter=PlanFilter())
         assert isinstance(planner.find("full"), PlanView)
         assert isinstance(planner.find("p0"), ApiError)
-        assert isinstance(planner.find(f"p{plans.MAX_PLANS + 1}"), PlanView)
+        assert isinstance(planner.find(f"p{plan_runner.MAX_PLANS + 1}"), PlanView)
 
 
 @in_virtual_time
@@ -717,7 +717,7 @@ async def test_concurrent_plans_are_limited_and_need_a_filter_or_ids() -> None:
             assert isinstance(wrong, ApiError)
             assert wrong.code == "invalid_request"
         request = MakePlan(action="retry", filter=PlanFilter())
-        responses = await asyncio.gather(*(planner.make(request, f"p{n}") for n in range(plans.MAX_BUILDERS + 1)))
+        responses = await asyncio.gather(*(planner.make(request, f"p{n}") for n in range(plan_runner.MAX_BUILDERS + 1)))
         assert [response.code for response in responses if isinstance(response, ApiError)] == ["overloaded"]
 
 
@@ -725,14 +725,14 @@ async def test_concurrent_plans_are_limited_and_need_a_filter_or_ids() -> None:
 async def test_a_stopping_daemon_ends_a_plan_after_its_slice() -> None:
     async with VirtualEngine() as engine:
         planner = Planner(engine.actor, engine.clock)
-        await create_failed(engine, *(f"j{n}" for n in range(3 * plans.SLICE)))
+        await create_failed(engine, *(f"j{n}" for n in range(3 * plan_runner.SLICE)))
         await make_plan(planner, action="retry", filter=PlanFilter())
         waiting = asyncio.create_task(planner.apply("p", EVE))
         await asyncio.sleep(plan_builder.PAUSE_S / 2)
         await planner.close()
         rejected = await waiting
         assert isinstance(rejected, ApiError)
-        assert (rejected.code, rejected.details["applied"] % plans.SLICE) == ("shutting_down", 0)
+        assert (rejected.code, rejected.details["applied"] % plan_runner.SLICE) == ("shutting_down", 0)
 
 
 # -- jobs that are due by time --------------------------------------------------------------------------------------
@@ -742,7 +742,7 @@ def test_a_preview_lists_what_recovery_would_do_and_changes_nothing() -> None:
     rules = RuleHarness()
     lock_id = rules.held("stuck", max_attempts=1)
     rules.progress(lock_id, 40, "stuck")
-    rules.held("fresh", stuck_after_ms=0)
+    rules.held("fresh", stall_after_ms=0)
     rules.create("late", expires_at=rules.now + 10)
     rules.advance(3_600_000)
     before = [(job.id, job.status) for job in rules.rows.values()]
@@ -758,7 +758,7 @@ def test_a_preview_lists_what_recovery_would_do_and_changes_nothing() -> None:
 
 def test_a_preview_counts_expired_locks() -> None:
     rules = RuleHarness()
-    rules.held("a", stuck_after_ms=DAY_MS, max_processing_ms=0)
+    rules.held("a", stall_after_ms=DAY_MS, progress_timeout_ms=0)
     assert rules.accept(Preview(limit=9)).locks == 0
     rules.advance(rules.policy.lock_ttl_ms)
     assert rules.accept(Preview(limit=9)).locks == 1

@@ -12,7 +12,7 @@ from msgspec.structs import replace
 from jobd.api import operator_actions
 from jobd.api.auditing import audit_read, check_audit_filter
 from jobd.api.downloads import send_artifact, send_backup
-from jobd.api.events import send_events
+from jobd.api.event_stream import send_events
 from jobd.api.imports import import_jobs, preview_import
 from jobd.api.openapi import routes_of, with_document
 from jobd.api.probes import PROBES, send_cluster

@@ -15,7 +15,7 @@ from typing import Any, Final
 import structlog
 from msgspec import Struct, field
 
-from jobd.core.validation import counts, validate
+from jobd.core.row_checks import counts, validate
 from jobd.engine.actor import Actor
 from jobd.engine.clock import Clock
 from jobd.model.commands import AnyCommand, DeleteExpired, Expire, Operator, Recover, RepairJobs, TakeBack
@@ -107,7 +107,7 @@ class MaintenanceContext:
         while True:
             done: Recovered = await self.ask(Recover(limit=self.schedule.batch, reason=reason), by, operator)
             details += done.details
-            self.totals.found["stuck"] += len(done.details)
+            self.totals.found["stalled"] += len(done.details)
             self.totals.found["expired_locks"] += done.locks_cleared
             if not done.more or not (done.details or done.locks_cleared):
                 return
@@ -206,7 +206,7 @@ class CleanupRun:
         for ids in _slices(unvalidated, self._batch):
             await self._repair(ids)
         already = set(unvalidated)
-        # Compact jobs cannot have issues, and there may be millions of them.
+        # Packed jobs cannot have issues, and there may be millions of them.
         for ids in _slices(list(self._state.jobs.touched()), SCAN):
             wrong = [job_id for job_id in ids if job_id not in already and self._has_issues(job_id)]
             for chunk in _slices(wrong, self._batch):

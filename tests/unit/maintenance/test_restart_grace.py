@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from jobd.maintenance.held_locks import GRACE_MS, URGENT_MS, extend_held_locks
+from jobd.maintenance.restart_grace import GRACE_MS, URGENT_MS, extend_held_locks
 from jobd.model.commands import Create, ExtendAfterPause, Ping
 from jobd.model.job import MINUTE_MS
 from tests.support.memory_storage import MemoryStorage
@@ -13,7 +13,7 @@ LONG_MS = 10 * MINUTE_MS
 
 
 def extend(engine: VirtualEngine, since: int | None = None) -> None:
-    now = engine.clock.moment().lease
+    now = engine.clock.moment().lock_ms
     extend_held_locks(engine.actor, now, now if since is None else since, slice_jobs=SLICE)
 
 
@@ -55,7 +55,7 @@ async def test_a_command_is_no_longer_deferred_at_its_deadline() -> None:
     async with checked_engine() as engine:
         for job_id in ("a", "b", "c", "d"):
             await engine.held(job_id, lock_ttl_ms=URGENT_MS)
-        since = engine.clock.moment().lease
+        since = engine.clock.moment().lock_ms
         for job_id, within_s in (("d", 1.0), ("b", 0.0), ("c", 0.0), ("a", -1.0)):
             engine.actor.defer_internal(ExtendAfterPause(ids=[job_id], grace_ms=GRACE_MS, since=since), within_s)
         await engine.yes(Create(id="new"))
@@ -67,12 +67,12 @@ async def test_a_command_is_no_longer_deferred_at_its_deadline() -> None:
 
 @in_virtual_time
 async def test_each_deadline_is_postponed() -> None:
-    late = {"lock_ttl_ms": LONG_MS, "stuck_after_ms": LONG_MS, "max_processing_ms": LONG_MS}
+    late = {"lock_ttl_ms": LONG_MS, "stall_after_ms": LONG_MS, "progress_timeout_ms": LONG_MS}
     async with checked_engine() as engine:
         await engine.held("late", **late)
         await engine.held("expires", **late | {"lock_ttl_ms": URGENT_MS})
-        await engine.held("stalls", **late | {"lock_ttl_ms": 1_000, "stuck_after_ms": URGENT_MS})
-        await engine.held("makes no progress", **late | {"max_processing_ms": URGENT_MS})
+        await engine.held("stalls", **late | {"lock_ttl_ms": 1_000, "stall_after_ms": URGENT_MS})
+        await engine.held("makes no progress", **late | {"progress_timeout_ms": URGENT_MS})
         await seconds(2)
         extend(engine)
         await engine.yes(Ping())
@@ -84,7 +84,7 @@ async def test_a_lock_that_had_expired_before_a_pause_stays_expired() -> None:
     async with checked_engine() as engine:
         await engine.held("expired", lock_ttl_ms=1_000)
         await engine.held("live", lock_ttl_ms=3_000)
-        began = engine.clock.moment().lease
+        began = engine.clock.moment().lock_ms
         await seconds(4)
         extend(engine, since=began + 2_000)
         await engine.yes(Ping())
@@ -103,6 +103,6 @@ async def test_a_job_without_a_lease_is_left_to_cleanup() -> None:
 
 
 def left_ms(engine: VirtualEngine, job_id: str) -> int:
-    lease = engine.state.jobs[job_id].lease
-    assert lease is not None
-    return lease.expires - engine.clock.moment().lease
+    deadlines = engine.state.jobs[job_id].deadlines
+    assert deadlines is not None
+    return deadlines.expires - engine.clock.moment().lock_ms

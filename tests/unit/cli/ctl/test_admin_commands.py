@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from jobd.api import admin as admin_api
+from jobd.api import admin_routes as admin_api
 from jobd.cli.ctl import main as ctl
 from tests.support.http_harness import HttpHarness
 from tests.support.scripted_server import ScriptedServer, ok, serving
@@ -37,8 +37,8 @@ async def test_clock_accept_lists_the_jobs_to_delete_and_asks(
     assert await _clock(tmp_path, held, "--yes") == (2, False)
     assert await _clock(tmp_path, held, "accept", "--yes") == (0, True)
     requests: list[str] = []
-    monkeypatch.setattr("jobd.cli.ctl.admin.need_terminal", lambda: None)
-    monkeypatch.setattr("jobd.cli.ctl.admin.confirm", requests.append)
+    monkeypatch.setattr("jobd.cli.ctl.admin_commands.need_terminal", lambda: None)
+    monkeypatch.setattr("jobd.cli.ctl.admin_commands.confirm", requests.append)
     assert await _clock(tmp_path, held, "accept") == (0, True)
     assert requests == ["accept the clock"]
     assert "2: old-1 old-2 finished jobs would be deleted by age" in capsys.readouterr().err

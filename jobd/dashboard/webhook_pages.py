@@ -16,7 +16,7 @@ from jobd.model.responses import DeliveryState, Response, WebhookView
 from jobd.model.webhooks import MAX_BACKLOG, WebhookName
 
 STATES: Final[tuple[DeliveryState, ...]] = get_args(DeliveryState)
-StateFilter = Literal["", "waiting", "delivered", "given_up"]  # "" selects all states
+StateFilter = Literal["", "waiting", "delivered", "dead-lettered"]  # "" selects all states
 Number = Annotated[int, Meta(ge=1, le=10**18)]
 
 

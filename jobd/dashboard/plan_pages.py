@@ -124,8 +124,8 @@ async def plan_page(viewer: Viewer, shown: PlanCommand) -> PageData:
         "is_maintenance": plan.action in MAINTENANCE_ACTIONS,
         "skipped": plan.skipped[:MAX_LISTED],
         "skip_reasons": Counter(job.why for job in plan.skipped).most_common(20),
-        "not_applied": [] if result is None else [*result.changed, *result.refused][:MAX_LISTED],
-        "not_applied_count": 0 if result is None else len(result.changed) + len(result.refused),
+        "not_applied": [] if result is None else [*result.changed, *result.rejected][:MAX_LISTED],
+        "not_applied_count": 0 if result is None else len(result.changed) + len(result.rejected),
         "max_listed": MAX_LISTED,
     }
 

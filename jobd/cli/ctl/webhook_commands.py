@@ -13,7 +13,7 @@ from jobd.cli.params import json_option
 if TYPE_CHECKING:
     from jobd.model.responses import DeliveryPage, DeliveryState
 
-STATES: Final = ("waiting", "delivered", "given_up")
+STATES: Final = ("waiting", "delivered", "dead-lettered")
 _PAGE: Final = 200
 
 
@@ -51,7 +51,7 @@ def webhooks(
     webhooks                                list the webhooks and their state
     webhooks deliveries NAME                list waiting and recent deliveries
     webhooks resend NAME DELIVERY           resend one delivery
-    webhooks resend NAME --state given_up   resend all dead-lettered deliveries
+    webhooks resend NAME --state dead-lettered   resend all dead-lettered deliveries
     webhooks test NAME                      send a test message
     """
     if what is None:
@@ -64,10 +64,10 @@ def webhooks(
         page = _deliveries_of(name, state, None if everything else limit, cursor)
         terminal.emit_json(page) if as_json else tables_admin.deliveries(page)
     elif what == "resend" and delivery is None:
-        if state != "given_up":
+        if state != "dead-lettered":
             raise click.UsageError(
-                "Which delivery? jobctl webhooks deliveries NAME lists them; --state given_up selects all that were "
-                "dead-lettered."
+                "Which delivery? jobctl webhooks deliveries NAME lists them; --state dead-lettered selects all "
+                "of these."
             )
         _resend_all(name, reason, yes=yes, dry_run=dry_run, as_json=as_json)
     else:
@@ -92,7 +92,7 @@ def _resend_all(name: str, reason: str | None, *, yes: bool, dry_run: bool, as_j
     """Count the dead-lettered deliveries, ask, and resend those that were counted."""
     if not (yes or dry_run):
         confirm.need_terminal()
-    found = _deliveries_of(name, "given_up", None, None).deliveries
+    found = _deliveries_of(name, "dead-lettered", None, None).deliveries
     if dry_run or not found:
         message = f"{_deliveries(len(found))} would be resent" if found else f"No delivery of {name} is dead-lettered."
         terminal.emit_json({"resent": 0, "would": len(found)}) if as_json else terminal.emit(message)

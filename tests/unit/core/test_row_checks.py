@@ -10,14 +10,14 @@ from hypothesis import strategies as st
 from msgspec import Raw
 from msgspec.structs import replace
 
-from jobd.core.validation import NO_MESSAGE, counts, safe_fixes, validate
+from jobd.core.row_checks import NO_MESSAGE, counts, safe_fixes, validate
 from jobd.model.commands import Moment
 from jobd.model.job import (
     STATUSES,
     Failure,
     Grant,
     Job,
-    Lease,
+    LockDeadlines,
     Options,
     Policy,
     PreviousGrant,
@@ -28,14 +28,14 @@ from tests.support.rule_harness import NOW
 
 AT = Moment(NOW, 1_000, NOW - 1_000)
 GRANT = Grant("l", 1, "w-1", NOW, 1_000, 500, 0)
-LIVE_LEASE = Lease(2_000, 1_500, None)
+LIVE_LOCK = LockDeadlines(2_000, 1_500, None)
 
 
 def row(status: str = "queued", **fields: Any) -> Job:
     """Return a valid row with these `fields`."""
     good: dict[str, Any] = {}
     if status == "processing":
-        good = {"grant": GRANT, "lease": LIVE_LEASE, "started_at": NOW}
+        good = {"grant": GRANT, "deadlines": LIVE_LOCK, "started_at": NOW}
     elif status in STATUSES and status != "queued":
         good = {"finished_at": NOW, "expires_at": NOW + 1}
     if status == "completed":
@@ -113,14 +113,14 @@ BAD: list[tuple[str, Job, Issue, dict[str, Any]]] = [
      Issue("warning", "download_url", NO_RESULT, "Pass the result of the work to complete."), {}),
     ("empty result", row("completed", result=Result("")),
      Issue("warning", "download_url", NO_RESULT, "Pass the result of the work to complete."), {}),
-    ("orphan grant", row(grant=GRANT), orphan("queued"), {"grant": None, "lease": None}),
-    ("orphan lease", row("failed", lease=LIVE_LEASE), orphan("failed"), {"grant": None, "lease": None}),
+    ("orphan grant", row(grant=GRANT), orphan("queued"), {"grant": None, "deadlines": None}),
+    ("orphan lease", row("failed", deadlines=LIVE_LOCK), orphan("failed"), {"grant": None, "deadlines": None}),
     ("no grant", row("processing", grant=None), UNHELD, {}),
     ("a key that leads out", row("completed", result=Result(storage_key="a/../../k")),
      Issue("error", "storage_key", "The storage_key must not contain a '..' segment.", CORRECT), {}),
-    ("no lease", row("processing", lease=None), UNHELD, {}),
-    ("stuck", row("processing", lease=Lease(900, 1_000, None)), STALLED, {}),
-    ("past ceiling", row("processing", lease=Lease(2_000, 2_000, 1_000)), STALLED, {}),
+    ("no lease", row("processing", deadlines=None), UNHELD, {}),
+    ("stalled", row("processing", deadlines=LockDeadlines(900, 1_000, None)), STALLED, {}),
+    ("past progress timeout", row("processing", deadlines=LockDeadlines(2_000, 2_000, 1_000)), STALLED, {}),
     ("started early", row("processing", started_at=NOW - 1), Issue("error", "started_at", TIMES, ORDER),
      {"started_at": NOW}),
     ("finished early", row("failed", finished_at=NOW - 1), Issue("error", "finished_at", TIMES, ORDER),
@@ -150,8 +150,8 @@ def test_valid_boundaries() -> None:
         row(options=Options(priority=1000)),
         row(error=Failure("old"), attempt=1),
         row(error=Failure("old"), ended=PreviousGrant("l", 1, "w", NOW, "release", "release")),
-        row("processing", lease=Lease(900, 1_001, None)),
-        row("processing", lease=Lease(1_500, 1_500, 1_001)),
+        row("processing", deadlines=LockDeadlines(900, 1_001, None)),
+        row("processing", deadlines=LockDeadlines(1_500, 1_500, 1_001)),
         row("processing", expires_at=NOW - 5),  # a running job does not expire
         row(expires_at=NOW + 1),
         row("completed", result=Result(metadata=Raw(b"1"))),
@@ -210,7 +210,7 @@ rows = st.builds(
     finished_at=st.none() | near,
     expires_at=st.none() | near,
     grant=st.none() | st.just(GRANT),
-    lease=st.none() | st.just(LIVE_LEASE),
+    deadlines=st.none() | st.just(LIVE_LOCK),
     error=st.none() | st.just(Failure("e")) | st.just(Failure("")),
     result=st.none() | st.just(Result("u")),
 )
@@ -227,4 +227,4 @@ def test_safe_fixes_leave_nothing_that_can_be_fixed(job: Job) -> None:
 
 def is_unheld(issue: Issue, job: Job) -> bool:
     """A processing job without a grant is stalled by the rule, not fixed by a field."""
-    return issue.field == "lock" and job.status == "processing" and (job.grant is None or job.lease is None)
+    return issue.field == "lock" and job.status == "processing" and (job.grant is None or job.deadlines is None)

@@ -9,7 +9,7 @@ import msgspec
 import msgspec.inspect
 import pytest
 
-from jobd.api.worker import ROUTES
+from jobd.api.worker_routes import ROUTES
 from jobd.model.commands import (
     About,
     Bulk,
@@ -44,11 +44,11 @@ CALLS: list[tuple[str, str, str, Command]] = [
     ("GET", "/v1/jobs/{id}/timeline", "", Timeline(id="j")),
     ("GET", "/v1/jobs/{id}/why", "", Why(id="j")),
     ("GET", "/v1/jobs/{id}/validate", "", Validate(id="j")),
-    ("POST", "/v1/jobs/{id}/start", '{"worker":"w","lock_ttl_ms":1000,"stuck_after_ms":0,"max_processing_ms":0}',
-     Start(id="j", worker="w", lock_ttl_ms=1000, stuck_after_ms=0, max_processing_ms=0)),
+    ("POST", "/v1/jobs/{id}/start", '{"worker":"w","lock_ttl_ms":1000,"stall_after_ms":0,"progress_timeout_ms":0}',
+     Start(id="j", worker="w", lock_ttl_ms=1000, stall_after_ms=0, progress_timeout_ms=0)),
     ("POST", "/v1/claim",
-     '{"worker":"w","queues":["q"],"kinds":["k"],"limit":100,"wait_ms":60000,"max_processing_ms":5}',
-     Claim(worker="w", queues=["q"], kinds=["k"], limit=100, wait_ms=60000, max_processing_ms=5)),
+     '{"worker":"w","queues":["q"],"kinds":["k"],"limit":100,"wait_ms":60000,"progress_timeout_ms":5}',
+     Claim(worker="w", queues=["q"], kinds=["k"], limit=100, wait_ms=60000, progress_timeout_ms=5)),
     ("POST", "/v1/claim", '{"worker":"w","about":{"instance":"i","host":"h","pid":7,"version":"1","concurrency":4}}',
      Claim(worker="w", about=About(instance="i", host="h", pid=7, version="1", concurrency=4))),
     ("POST", "/v1/jobs/{id}/progress", '{"lock_id":"x","progress":1,"message":"m"}',

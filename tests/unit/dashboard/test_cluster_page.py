@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 
-from jobd.api import admin
+from jobd.api import admin_routes
 from jobd.api.standby import StandbyServices, standby_app
 from jobd.dashboard.routes import Dashboard
 from jobd.http.auth import Authenticator, accepted_hosts
@@ -44,7 +44,7 @@ class StandbyDashboard(HttpHarness):
     """The admin listener of a standby that sees `view`."""
 
     def __init__(self, directory: Path, dashboard: Dashboard, authenticator: Authenticator) -> None:
-        routes = (*admin.ROUTES, *dashboard.routes())
+        routes = (*admin_routes.ROUTES, *dashboard.routes())
         super().__init__(routes, directory, authenticator=authenticator, admin=True, pages=dashboard)
         self.view = STANDBY
         services = StandbyServices(lambda: self.view)

@@ -25,8 +25,8 @@ from jobd.client import (
     Unreachable,
     Worker,
 )
-from jobd.client.worker import lease
-from jobd.client.worker.lease import LeaseKeeper
+from jobd.client.worker import lock_keeper
+from jobd.client.worker.lock_keeper import LeaseKeeper
 from jobd.model.responses import GrantView, LockState
 from tests.support.client_harness import (
     GRANT,
@@ -43,11 +43,11 @@ from tests.support.virtual_engine import in_virtual_time, seconds
 
 @pytest.fixture(autouse=True)
 def fast_retries(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lease, "WAIT_S", 2 * TTL_MS / 1000)
+    monkeypatch.setattr(lock_keeper, "WAIT_S", 2 * TTL_MS / 1000)
 
 
 async def test_there_is_no_progress_timeout_by_default(tmp_path: Path) -> None:
-    limits: list[tuple[dict[str, Any], int]] = [({}, 0), ({"max_processing_ms": 5000}, 5000)]
+    limits: list[tuple[dict[str, Any], int]] = [({}, 0), ({"progress_timeout_ms": 5000}, 5000)]
     for limit, sent in limits:
         daemon = ScriptedDaemon()
         with serving(daemon.server, tmp_path / "p") as endpoint:
@@ -55,7 +55,7 @@ async def test_there_is_no_progress_timeout_by_default(tmp_path: Path) -> None:
             worker.handler(lambda task: None)
             async with running_worker(worker):
                 await daemon.receive("complete")
-        assert daemon.bodies("claim")[0]["max_processing_ms"] == sent
+        assert daemon.bodies("claim")[0]["progress_timeout_ms"] == sent
 
 
 @pytest.mark.parametrize("code", ["overloaded", "shutting_down", "outcome_unknown", "storage_full"])
@@ -156,7 +156,7 @@ async def test_rejected_progress_extends_the_lock(tmp_path: Path) -> None:
 async def test_a_single_error_stops_the_work_only_if_it_is_about_the_lock(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lease, "EXTENSIONS_PER_TTL", 1_000)
+    monkeypatch.setattr(lock_keeper, "EXTENSIONS_PER_TTL", 1_000)
     daemon = ScriptedDaemon(
         claim=[ok({"grants": [GRANT | {"ttl_ms": 30_000}]}), ok({"grants": []})],
         extend=[rejected("unauthorized", 401), rejected("internal_error", 500), rejected("lock_lost", 409)],
@@ -313,7 +313,7 @@ async def test_stop_ends_a_waiting_claim(tmp_path: Path) -> None:
             worker.stop()
             await serving_
     assert {received.path for received in server.received} == {"/v1/claim"}
-    assert server.received[0].json["stuck_after_ms"] == 0
+    assert server.received[0].json["stall_after_ms"] == 0
     assert server.received[0].json["lock_ttl_ms"] == 60_000
 
 
@@ -357,7 +357,7 @@ class SlowClient:
         await asyncio.sleep(1)
         if len(self.sent_s) <= self.failures:
             raise Unreachable("The daemon does not respond.")
-        return LockState(lock_expires_at=1, ttl_ms=15_000, ceiling_at=None)
+        return LockState(lock_expires_at=1, ttl_ms=15_000, progress_due_at=None)
 
 
 @pytest.mark.parametrize("failures", [0, 2])

@@ -9,12 +9,12 @@ import pytest
 from msgspec.structs import replace
 
 from jobd.core.rules import maintenance as maintenance_rules
-from jobd.core.rules import plans as plan_rules
-from jobd.core.rules.plans import version
+from jobd.core.rules import plan_rules
+from jobd.core.rules.plan_rules import version
 from jobd.core.transaction import Transaction
 from jobd.core.transitions import CLOCK_SUSPECT
-from jobd.maintenance import plan_builder, plans
-from jobd.maintenance.plans import Planner
+from jobd.maintenance import plan_builder, plan_runner
+from jobd.maintenance.plan_runner import Planner
 from jobd.model.commands import (
     MAINTENANCE_ACTIONS,
     Adopt,
@@ -71,7 +71,9 @@ NO_MORE = "It is no longer due for deletion or expiry."
         ({"on_stall": "requeue", "max_stalls": 0}, 0, False),
     ],
 )
-def test_the_planned_status_of_a_stuck_job_matches_the_recovery(options: Any, progress: int, *, repeated: bool) -> None:
+def test_the_planned_status_of_a_stalled_job_matches_the_recovery(
+    options: Any, progress: int, *, repeated: bool
+) -> None:
     rules = RuleHarness()
     lock_id = rules.held(**options)
     if progress:
@@ -99,8 +101,8 @@ def test_the_planned_statuses_and_the_actions_allowed_on_a_full_disk() -> None:
 
 def test_for_maintenance_actions_reports_change_the_version() -> None:
     job = full_job()
-    assert job.lease is not None
-    alive = replace(job, lease=replace(job.lease, silent=job.lease.silent + 1))
+    assert job.deadlines is not None
+    alive = replace(job, deadlines=replace(job.deadlines, stall_due=job.deadlines.stall_due + 1))
     further = replace(job, progress=job.progress + 1)
     for action in get_args(PlanAction):
         versions = {version(each, None, action) for each in (job, alive, further)}
@@ -109,11 +111,11 @@ def test_for_maintenance_actions_reports_change_the_version() -> None:
 
 
 def test_a_cleanup_plan_notes_only_late_results_that_it_deletes() -> None:
-    stuck, old = PlannedJob("a", "processing", "queued", 1), PlannedJob("b", "failed", None, 2)
-    assert plan_late_results_note("cleanup", [stuck]) is None
+    stalled, old = PlannedJob("a", "processing", "queued", 1), PlannedJob("b", "failed", None, 2)
+    assert plan_late_results_note("cleanup", [stalled]) is None
     expected = "It has 2 late results that were not adopted. They are deleted with the job."
-    assert plan_late_results_note("cleanup", [stuck, old]) == expected
-    assert plan_late_results_note("retry", [stuck]) is not None
+    assert plan_late_results_note("cleanup", [stalled, old]) == expected
+    assert plan_late_results_note("retry", [stalled]) is not None
 
 
 def transaction(rules: RuleHarness) -> Transaction:
@@ -179,7 +181,7 @@ def test_a_plan_changes_due_jobs_and_rejects_others(action: PlanAction) -> None:
     some = ids[:1] if action == "recover-stuck" else ids[:3]
     assert (done.applied, done.changed) == (len(some), [])
     rejected = [rules.job(each) for each in ids[len(some) :]]
-    assert done.refused == [ChangedJob(job.id, "", job.status, NO_MORE) for job in rejected]
+    assert done.rejected == [ChangedJob(job.id, "", job.status, NO_MORE) for job in rejected]
     assert rules.job("stuck").status == "queued"
     assert ("old" in rules.rows) == (action == "recover-stuck")
     assert rules.job("late").status == ("queued" if action == "recover-stuck" else "failed")
@@ -190,7 +192,7 @@ def test_a_plan_changes_due_jobs_and_rejects_others(action: PlanAction) -> None:
         "its own cause, not the operator's"
     )
     repeated = apply(rules, action, known(rules, action, "stuck"))
-    assert (repeated.applied, len(repeated.refused)) == (0, 1)
+    assert (repeated.applied, len(repeated.rejected)) == (0, 1)
 
 
 def test_a_plan_applied_while_the_clock_is_suspect_says_why_it_deletes_nothing() -> None:
@@ -200,7 +202,7 @@ def test_a_plan_applied_while_the_clock_is_suspect_says_why_it_deletes_nothing()
     rules.trusted = rules.now - HOUR_MS
     done = apply(rules, "cleanup", seen)
     assert (done.applied, done.changed) == (1, [])
-    assert [(each.id, each.why) for each in done.refused] == [(each, CLOCK_SUSPECT) for each in ("late", "old")]
+    assert [(each.id, each.why) for each in done.rejected] == [(each, CLOCK_SUSPECT) for each in ("late", "old")]
 
 
 @pytest.mark.parametrize("how", ["extend", "progress", "complete", "recover", "delete"])
@@ -208,7 +210,7 @@ def test_a_plan_applied_while_the_clock_is_suspect_says_why_it_deletes_nothing()
 def test_a_plan_skips_revived_jobs(action: PlanAction, how: str) -> None:
     rules = RuleHarness()
     lock_id = rules.held(max_attempts=2)
-    rules.advance(20 * MINUTE_MS)  # silent, but not past its ceiling
+    rules.advance(20 * MINUTE_MS)  # silent, but not past its progress timeout
     seen = known(rules, action, "a")
     if how == "extend":
         rules.accept(Extend(id="a", lock_id=lock_id, additional_ms=1))
@@ -274,7 +276,7 @@ async def test_a_maintenance_plan_shows_what_a_cleanup_run_would_do_and_does_it_
         assert "validation fixes are not part of a plan" in plan.scope
         assert (await engine.yes(Get(id="stuck"))).status == "processing", "nothing is done yet"
         result = await apply_plan(planner)
-        assert (result.applied, result.changed, result.refused) == (3, [], [])
+        assert (result.applied, result.changed, result.rejected) == (3, [], [])
         assert (await engine.yes(Get(id="late"))).status == "failed"
         assert (await engine.no(Get(id="old"))).code == "job_not_found"
         rows = [(row.what, row.reason, row.who) for row in engine.disk.audited.values()]
@@ -314,9 +316,9 @@ async def test_maintenance_plans_take_no_selection() -> None:
                     assert (wrong.code, wrong.details["field"]) == ("invalid_request", f"$.{name}")
                     assert f"{action} does not accept `{name}`" in wrong.message
         engine.actor.stop()
-        refused = await planner.make(MakePlan(action="cleanup"), "x")
-        assert isinstance(refused, ApiError)
-        assert refused.code == "shutting_down"
+        rejected = await planner.make(MakePlan(action="cleanup"), "x")
+        assert isinstance(rejected, ApiError)
+        assert rejected.code == "shutting_down"
 
 
 @in_virtual_time
@@ -346,8 +348,8 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan_builder, "PAGE", 2)
 
 
-async def crowd(engine: VirtualEngine, stuck: int, late: int, old: int) -> None:
-    for n in range(stuck):
+async def crowd(engine: VirtualEngine, stalled: int, late: int, old: int) -> None:
+    for n in range(stalled):
         await engine.held(f"s{n}", lock_ttl_ms=SECOND_MS)
     for n in range(late):
         await engine.yes(Create(id=f"l{n}", expires_at=engine.now + SECOND_MS))
@@ -473,9 +475,9 @@ async def test_late_results_of_deleted_jobs_are_counted_and_change_the_version()
 async def test_a_long_maintenance_plan_is_applied_in_slices() -> None:
     async with VirtualEngine() as engine:
         planner = Planner(engine.actor, engine.clock)
-        await crowd(engine, 0, 0, plans.SLICE + 5)
-        assert (await make_plan(planner, action="cleanup")).count == plans.SLICE + 5
-        assert (await apply_plan(planner)).applied == plans.SLICE + 5
+        await crowd(engine, 0, 0, plan_runner.SLICE + 5)
+        assert (await make_plan(planner, action="cleanup")).count == plan_runner.SLICE + 5
+        assert (await apply_plan(planner)).applied == plan_runner.SLICE + 5
 
 
 def test_the_version_of_a_read_job_is_not_valid_for_maintenance_actions() -> None:
@@ -494,9 +496,9 @@ def test_a_command_for_a_version_that_has_changed_says_so() -> None:
     rules.create()
     seen = rules.accept(GetVersion(id="a")).version
     rules.start()
-    refused = rules.decide(Cancel(id="a"), admin=True, expected=seen).answer
-    assert isinstance(refused, ApiError)
-    assert refused.message == "The job has changed since you read it: it is processing now. Nothing was done."
+    rejected = rules.decide(Cancel(id="a"), admin=True, expected=seen).answer
+    assert isinstance(rejected, ApiError)
+    assert rejected.message == "The job has changed since you read it: it is processing now. Nothing was done."
 
 
 def test_a_command_for_the_current_version_is_applied() -> None:
