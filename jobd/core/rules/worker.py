@@ -250,8 +250,7 @@ def undelivered(tx: Transaction, command: Undelivered) -> Response:
 def progress(tx: Transaction, command: Progress) -> Response:
     """Record progress, renew the lock and move the progress_due."""
     job = _held(tx, command, "progress")
-    if not isinstance(job, Job):
-        return job
+    assert isinstance(job, Job)  # only endings are repeated
     assert job.grant is not None and job.deadlines is not None
     if job.deadlines.is_past_progress_due(tx.at.lock_ms):
         raise _progress_timeout(tx, job)
@@ -282,8 +281,7 @@ def _extend(
 ) -> Response:
     """Extend the lock to at least `additional_ms` from now, never shortening it, up to the progress_due."""
     job = _held(tx, command, "extend")
-    if not isinstance(job, Job):
-        return job
+    assert isinstance(job, Job)  # only endings are repeated
     assert job.grant is not None and job.deadlines is not None
     if job.deadlines.is_past_progress_due(tx.at.lock_ms):
         raise _progress_timeout(tx, job)

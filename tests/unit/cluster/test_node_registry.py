@@ -103,17 +103,18 @@ async def test_a_leader_that_was_restarted_is_shown_before_its_entry_is_written_
 async def test_problems_are_described() -> None:
     server = MemoryServer(loop_ms)
     process = Process(server, entry("b", "p-b"))
-    server.health = replace(server.health, is_synchronous=False, is_waiting=True)
+    server.health = replace(server.health, is_synchronous=False, is_waiting=True, writable=("pg1", "pg2"))
     await seconds(0.1)
+    two = "PostgreSQL accepts writes at pg1 and pg2: stop the former primary."
     sync = "PostgreSQL has no synchronous standby: a lost disk loses acknowledged jobs."
     waits = "A write waits for a synchronous standby of PostgreSQL."
-    assert view(process).problems == [sync, waits]
-    assert view(process, require_sync=False).problems == [waits]
+    assert view(process).problems == [sync, two, waits]
+    assert view(process, require_sync=False).problems == [two, waits]
     for ahead_ms, text in ((3_210, "3.2 s ahead of"), (-1_500, "1.5 s behind")):
         process.registry.nodes = [replace(entry("b", "p-b"), ahead_ms=ahead_ms)]
         shown = view(process, replace(FOLLOWS, problem="The disk is full."), require_sync=False)
         clock = f"The wall clock of node b is {text} that of PostgreSQL."
-        assert shown.problems == ["The disk is full.", clock, waits]
+        assert shown.problems == ["The disk is full.", clock, two, waits]
     silent = replace(process.registry.nodes[0], seen_ms=60_000)
     process.registry.nodes = [silent]
     process.journal.is_reachable = False
