@@ -291,7 +291,7 @@ def test_jobs_that_wait_for_a_retry_are_grouped_and_can_be_run_now(running: CliD
     found = [each for each in jobctl.json("failures")["groups"] if each["message"] == "no road to 1"]
     assert (found[0]["count"], found[0]["retrying"]) == (0, 2)
     name = found[0]["fingerprint"]
-    assert any(line.split()[:3] == ["0", "2", name] for line in jobctl.ok("failures").splitlines())
+    assert any(line.split()[:4] == ["0", "0", "2", name] for line in jobctl.ok("failures").splitlines())
     waiting = jobctl.ok("jobs", "-q", "--status", "queued", "--error", name, "--all").split()
     assert waiting == ["ag1", "ag0"]
     for job_id in waiting:
