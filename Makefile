@@ -56,7 +56,7 @@ lint: $(READY)  ## check format, style and types
 	$(BIN)/mypy
 
 # Deterministic tests only, so that no branch is covered by chance.
-COVERING := $(addprefix tests/unit/,model core engine journal cluster maintenance/test_plans.py \
+COVERING := $(addprefix tests/unit/,model core engine journal cluster maintenance/test_plan_runner.py \
 	$(addprefix webhooks/test_,delivery_queue.py message.py retry.py url_policy.py))
 coverage: $(READY)  ## check that the tests cover every branch of the core, the engine, the cluster and the pure parts of webhooks
 	$(BIN)/coverage run -m pytest --quiet -m "not slow" --hypothesis-seed=0 $(COVERING)

@@ -215,3 +215,8 @@ def test_a_moment_converts_lock_time_to_wall_time() -> None:
     at = Moment(now=1_000, lock_ms=300, offset=700)
     assert (at.believed, at.wall(301)) == (1_000, 1_001)
     assert Moment(1_000, 300, 700, trusted=900).believed == 900
+
+
+def test_a_command_names_its_worker_as_the_sender() -> None:
+    senders = [Claim(worker="w"), Start(id="a", worker="w"), Create()]
+    assert [command.sender() for command in senders] == ["worker:w", "worker:w", None]
