@@ -21,6 +21,7 @@ from jobd.model.commands import (
     ListJobs,
     Locks,
     Queues,
+    SearchJobs,
     Stats,
     Timeline,
     Validate,
@@ -49,6 +50,8 @@ def read(tx: Transaction, command: Reading) -> Response:
         case Get() | GetVersion() | Timeline() | Why() | Validate() | LateResults():
             return _of_job(tx, command)
         case ListJobs():
+            if command.cursor is not None and lists_by_end(command) != ("." in command.cursor):
+                raise transitions.invalid("cursor", "This cursor belongs to a list with another status.")
             return Response(JobPage([], None), read=HistoryRead(page=command))
         case Export():
             return Response(ExportPage([], None), read=HistoryRead(export=command))
@@ -64,6 +67,17 @@ def read(tx: Transaction, command: Reading) -> Response:
             return Response(views.locks(tx.state, tx.at, command, admin=tx.call.admin))
         case _:
             assert_never(command)
+
+
+def lists_by_end(command: ListJobs) -> bool:
+    """Return whether the jobs are in the order of their ends: those in one finished status are."""
+    return searched_status(command) in FINISHED
+
+
+def searched_status(command: ListJobs) -> str | None:
+    """Return the status of the jobs to list. A search for an error lists failed jobs, unless it has a status."""
+    is_for_error = isinstance(command, SearchJobs) and command.error is not None
+    return command.status or ("failed" if is_for_error else None)
 
 
 def _of_job(tx: Transaction, command: OfJob) -> Response:

@@ -16,6 +16,7 @@ from msgspec import UNSET, Meta, Raw
 from msgspec.structs import replace
 
 from jobd.api.auditing import check_audit_filter
+from jobd.core.queries import lists_by_end
 from jobd.dashboard.context import Viewer, is_live_update, is_secure
 from jobd.dashboard.filters import JobsPageQuery, active_filters, filtered_url, parse_time_field, search_command
 from jobd.dashboard.job_actions import (
@@ -142,6 +143,7 @@ async def jobs(viewer: Viewer, request: JobsPageQuery) -> PageData:
         "filters": active_filters(request),
         "actions": BULK_ACTIONS if viewer.may_change else {},
         "by_status": [],
+        "is_by_end": False,
         "error": "",
         "next": "",
         "first": "",
@@ -153,6 +155,7 @@ async def jobs(viewer: Viewer, request: JobsPageQuery) -> PageData:
         return {**data, "error": exception.error.message, "status": exception.error.status, "interval_s": 0}
     [response] = await query_responses(viewer, command)
     page: responses.JobPage = response.data
+    data["is_by_end"] = lists_by_end(command)
     next_url = filtered_url("/jobs", request, cursor=page.next_cursor) if page.next_cursor else ""
     first = filtered_url("/jobs", request) if request.cursor else ""
     is_slow = bool(request.q or request.error)

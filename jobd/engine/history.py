@@ -15,6 +15,7 @@ from msgspec.structs import replace
 
 from jobd.core import views
 from jobd.core.explain import ending
+from jobd.core.queries import lists_by_end, searched_status
 from jobd.core.rules.late_results import not_adoptable
 from jobd.engine.envelope import Envelope
 from jobd.model.commands import AuditLog, Export, ListJobs, Moment, SearchJobs
@@ -106,12 +107,13 @@ class HistoryReader:
         """Return a page, read in slices so that no batch waits for more than one."""
         now_s = asyncio.get_running_loop().time
         began_s, limit_s = now_s(), SLOW_SEARCH_S if query.is_slow else SEARCH_S
-        page, size = JobRows([], query.before), 0
+        page, size = JobRows([], query.before, next_end=query.before_end), 0
         slots = self._slots
         while True:
             left = replace(
                 query,
                 before=page.next_before,
+                before_end=page.next_end,
                 limit=query.limit - len(page.jobs),
                 scan=SLICE if query.is_slow else query.scan,
                 payload_bytes=query.payload_bytes - size,
@@ -120,7 +122,8 @@ class HistoryReader:
                 if slots is self._long_searches and now_s() - began_s >= PAUSES_AFTER_S:
                     await asyncio.sleep(PAUSE_S)
                 part = await self._disk.find_jobs(left)
-            page = JobRows(page.jobs + part.jobs, part.next_before, part.scanned_until, page.scanned + part.scanned)
+            part.jobs, part.scanned = page.jobs + part.jobs, page.scanned + part.scanned
+            page = part
             if page.scanned_until is None or page.scanned >= MAX_SCANNED or now_s() - began_s >= limit_s:
                 return page
             size = sum(len(payload) for _, payload in page.jobs)
@@ -133,8 +136,17 @@ class HistoryReader:
 
 
 def _query(command: ListJobs) -> JobQuery:
-    before = None if command.cursor is None else int(command.cursor)
-    query = JobQuery(command.status, command.queue, command.kind, command.worker, command.limit, before)
+    end, _, before = (command.cursor or "").rpartition(".")
+    query = JobQuery(
+        searched_status(command),
+        command.queue,
+        command.kind,
+        command.worker,
+        command.limit,
+        before=int(before) if before else None,
+        by_end=lists_by_end(command),
+        before_end=int(end) if end else None,
+    )
     if isinstance(command, SearchJobs):
         query = replace(
             query,
@@ -145,8 +157,6 @@ def _query(command: ListJobs) -> JobQuery:
             text=command.q,
             error=command.error,
         )
-        if command.error is not None and command.status is None:
-            query = replace(query, status="failed")
     return query
 
 
@@ -185,4 +195,7 @@ def _audit_page(found: AuditRows) -> AuditPage:
 
 
 def _cursor(page: JobRows | AuditRows) -> str | None:
-    return None if page.next_before is None else str(page.next_before)
+    if page.next_before is None:
+        return None
+    end = page.next_end if isinstance(page, JobRows) else None
+    return str(page.next_before) if end is None else f"{end}.{page.next_before}"

@@ -30,6 +30,7 @@ from jobd.model.fields import (
     FinishedUntil,
     GrantProgressTimeoutMs,
     GrantStallAfterMs,
+    JobCursor,
     JobId,
     Kind,
     KindFilter,
@@ -205,7 +206,7 @@ class Validate(JobCommand, frozen=True, kw_only=True):
 
 
 class ListJobs(Command, frozen=True, kw_only=True):
-    """List jobs, newest first.
+    """List jobs, newest first. With a finished status, the latest to end is first.
 
     A page may be short; `looked_to_at` then says how far jobs were read. The last page has no `next_cursor`. `worker`
     matches the worker of the latest grant, which holds the job or was the last to hold it.
@@ -218,11 +219,11 @@ class ListJobs(Command, frozen=True, kw_only=True):
     kind: KindFilter | None = None
     worker: WorkerFilter | None = None
     limit: PageLimit = 50
-    cursor: Cursor | None = None
+    cursor: JobCursor | None = None
 
 
 class SearchJobs(ListJobs, frozen=True, kw_only=True):
-    """List jobs, newest first, with more filters than the worker API has.
+    """List jobs as GET `/v1/jobs` does, with more filters.
 
     A search ends after half a second, so a page may be short; `looked_to_at` then says how far jobs were read. The last
     page has no `next_cursor`. `finished_since` and `finished_until` select only finished jobs.

@@ -127,6 +127,14 @@ Cursor = Annotated[
     str,
     Meta(pattern=r"^[0-9]{1,18}$(?!\n)", extra=_NEXT_CURSOR, description="The `next_cursor` of the previous page."),
 ]
+JobCursor = Annotated[  # in lists of finished jobs, the end of the last job, and its number
+    str,
+    Meta(
+        pattern=r"^([0-9]{1,18}\.)?[0-9]{1,18}$(?!\n)",
+        extra=_NEXT_CURSOR,
+        description="The `next_cursor` of the previous page.",
+    ),
+]
 WorkerCursor = Annotated[  # the time of the worker's last request, and its name
     str, Meta(pattern=r"^[0-9]{1,18} ", max_length=220, extra=_NEXT_CURSOR)
 ]

@@ -165,8 +165,8 @@ class JobPage(Struct):
     looked_to_at: Annotated[
         int | None,
         Meta(
-            description="Creation time of the oldest job that was read, in Unix ms, if the page ended early. Null if "
-            "it is full or the last page."
+            description="Creation time of the last job that was read (with a finished `status`, its end), in Unix ms, "
+            "if the page ended early. Null if it is full or the last page."
         ),
     ] = None
 

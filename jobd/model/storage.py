@@ -344,9 +344,10 @@ class LateResultRows(Struct):
 class JobQuery(Struct, frozen=True):
     """A page of jobs, newest first: seq below `before`, at most `limit` jobs out of `scan` rows.
 
-    With `after`, the page is oldest first, with seq above it. `worker` is that of the latest grant, current or ended.
-    `since` and `until` bound created_at, `finished_*` bound finished_at. `text` is searched in id, payload and error
-    message. Without `payloads` the page has none.
+    With `after`, the page is oldest first, with seq above it. With `by_end`, which needs a finished status, the latest
+    end is first: jobs that ended before `before_end`, or then with seq below `before`. `worker` is that of the latest
+    grant, current or ended. `since` and `until` bound created_at, `finished_*` bound finished_at. `text` is searched in
+    id, payload and error message. Without `payloads` the page has none.
     """
 
     status: str | None = None
@@ -365,6 +366,8 @@ class JobQuery(Struct, frozen=True):
     text: str | None = None
     error: str | None = None  # the fingerprint of the error
     payloads: bool = True
+    by_end: bool = False
+    before_end: int | None = None
 
     @property
     def is_slow(self) -> bool:
@@ -375,9 +378,10 @@ class JobQuery(Struct, frozen=True):
 class JobRows(Struct):
     """A page of jobs with their payloads.
 
-    `next_before` is the `before` of the next page (oldest first: its `after`), None at the end. `scanned_until` is the
-    creation time of the last row read, if the page ended early. `scanned` is an upper bound of the rows read.
-    `last_event` is the highest seq of a committed event when the page was read.
+    `next_before` is the `before` of the next page (oldest first: its `after`), None at the end, and `next_end` its
+    `before_end`. `scanned_until` is the creation time of the last row read (`by_end`: its end) if the page ended early.
+    `scanned` is an upper bound of the rows read. `last_event` is the highest seq of a committed event when the page was
+    read.
     """
 
     jobs: list[tuple[Job, bytes]]
@@ -385,6 +389,7 @@ class JobRows(Struct):
     scanned_until: int | None = None
     scanned: int = 0
     last_event: int = 0
+    next_end: int | None = None
 
 
 class EventPage(Struct, frozen=True):

@@ -13,6 +13,8 @@ from itertools import chain
 from string import ascii_lowercase, ascii_uppercase
 from typing import Any, Final, TypeVar
 
+from msgspec import Struct
+
 from jobd.journal import event_codec
 from jobd.journal.event_codec import EVENT_COLUMNS
 from jobd.model.job import LIVE, Grant, Job, LateResult
@@ -70,6 +72,9 @@ _HAS_TEXT: Final = (
     "(instr(lower(id), ?) OR instr(lower(error_message), ?) OR EXISTS (SELECT 1 FROM payloads "
     "WHERE job_seq = jobs.seq AND instr(lower(CAST(body AS TEXT)), ?)))"
 )
+_ENDED: Final = "ifnull(finished_at, 0)"  # as in the index
+_BY_END: Final = f"INDEXED BY jobs_finished WHERE {NOT_LIVE_SQL} AND status = ?"
+_ONE_BY_ONE: Final = 10**18 - 1  # `before_end` of a list of a damaged table
 _TABLE: Final = "NOT INDEXED WHERE true"
 # The index for the jobs of a status. Completed jobs have none.
 _SCOPES: Final = {
@@ -202,7 +207,7 @@ def find_jobs(db: Database, query: JobQuery) -> JobRows:
     """See Storage.find_jobs."""
     db.check()
     try:
-        page = _page(db, query)
+        page = _page_one_by_one(db, query) if query.before_end == _ONE_BY_ONE else _page(db, query)
     except sqlite3.DatabaseError as error:
         if not is_corrupt(error):
             raise
@@ -211,51 +216,92 @@ def find_jobs(db: Database, query: JobQuery) -> JobRows:
     return page
 
 
+class _Order(Struct, frozen=True):
+    """The order of a page in SQL. The values of `columns` in a row are its position, as `beyond` and `upto` take it."""
+
+    columns: str
+    order_by: str
+    beyond: str
+    upto: str
+    begin: tuple[int, ...]
+    end: tuple[int, ...]
+
+
+def _order(query: JobQuery) -> _Order:
+    before = _NO_LIMIT if query.before is None else query.before
+    if query.by_end:
+        end = _NO_LIMIT if query.before_end is None else query.before_end
+        return _Order(
+            f"{_ENDED}, {_ENDED}, seq",  # twice, because SQLite uses no index for a row value with an expression
+            f"{_ENDED} DESC, seq DESC",
+            f"{_ENDED} <= ? AND ({_ENDED}, seq) < (?, ?)",
+            f"{_ENDED} >= ? AND ({_ENDED}, seq) >= (?, ?)",
+            (end, end, before),
+            (-_NO_LIMIT, -_NO_LIMIT, 0),
+        )
+    if query.after is None:
+        return _Order("seq", "seq DESC", "seq < ?", "seq >= ?", (before,), (0,))
+    return _Order("seq", "seq ASC", "seq > ?", "seq <= ?", (query.after,), (_NO_LIMIT,))
+
+
 def _page(db: Database, query: JobQuery) -> JobRows:
     scope, scope_args, filters, args = _conditions(query)
-    if query.after is None:
-        beyond, upto, order = "seq < ?", "seq >= ?", "DESC"
-        begin, end = _NO_LIMIT if query.before is None else query.before, 0
-    else:
-        beyond, upto, order = "seq > ?", "seq <= ?", "ASC"
-        begin, end = query.after, _NO_LIMIT
-    edge_sql = f"SELECT seq FROM jobs {scope} AND {beyond} ORDER BY seq {order} LIMIT 1 OFFSET ?"
-    edge = db.conn.execute(edge_sql, (*scope_args, begin, query.scan - 1)).fetchone()
+    order = _order(query)
+    begin = (*scope_args, *order.begin)
+    ordered_sql = f"FROM jobs {scope} AND {order.beyond} ORDER BY {order.order_by} LIMIT"
+    edge = db.conn.execute(f"SELECT {order.columns} {ordered_sql} 1 OFFSET ?", (*begin, query.scan - 1)).fetchone()
     if query.text is not None:
-        sized_sql = f"SELECT seq, {_SIZE} FROM jobs {scope} AND {beyond} ORDER BY seq {order} LIMIT ?"
-        edge = _text_edge(db.conn.execute(sized_sql, (*scope_args, begin, query.scan))) or edge
-    end = end if edge is None else edge[0]
-    rows_sql = f"FROM jobs {scope} AND {beyond} AND {upto}"
+        sized = db.conn.execute(f"SELECT {order.columns}, {_SIZE} {ordered_sql} ?", (*begin, query.scan))
+        edge = _text_edge(sized) or edge
+    end = order.end if edge is None else edge
+    rows_sql = f"FROM jobs {scope} AND {order.beyond} AND {order.upto}"
     if scope == _TABLE:
-        sql = f"SELECT {JOB_SQL} {rows_sql}{filters} ORDER BY seq {order} LIMIT ?"  # twice as fast as the join below
+        sql = f"SELECT {JOB_SQL} {rows_sql}{filters} ORDER BY {order.order_by} LIMIT ?"  # twice as fast as the join
     else:
+        joined_order = order.order_by.replace(_ENDED, "ended").replace("seq", "found")
         sql = (
-            f"SELECT {JOB_SQL} FROM (SELECT seq AS found {rows_sql} ORDER BY seq {order}) CROSS JOIN jobs NOT INDEXED "
-            f"ON seq = found WHERE true{filters} ORDER BY found {order} LIMIT ?"
+            f"SELECT {JOB_SQL}{', ended' if query.by_end else ''} FROM (SELECT seq AS found, {_ENDED} AS ended "
+            f"{rows_sql} ORDER BY {order.order_by}) CROSS JOIN jobs NOT INDEXED ON seq = found WHERE true{filters} "
+            f"ORDER BY {joined_order} LIMIT ?"
         )
-    matched, is_cut = db.rows_up_to(sql, (*scope_args, begin, end, *args, query.limit + 1), query.payload_bytes)
+    matched, is_cut = db.rows_up_to(sql, (*begin, *end, *args, query.limit + 1), query.payload_bytes)
+    ends: dict[int, int] = {}
+    if query.by_end:
+        ends, matched = {row[0]: row[-1] for row in matched}, [row[:-1] for row in matched]
     page = JobRows([], None, scanned=query.scan)
     last = _fill_page(db, page, matched, query)
     if is_cut and last is None:
         last = matched[-1][0]
     if last is not None:
-        page.next_before = last
+        page.next_before, page.next_end = last, ends.get(last)
     elif edge is not None:
-        more = db.conn.execute(f"SELECT 1 FROM jobs {scope} AND {beyond}", (*scope_args, end)).fetchone()
-        if more is not None:
-            page.next_before = end
-            row = db.conn.execute(_CREATED, (end,)).fetchone()
-            page.scanned_until = None if row is None else row[0]
+        more_sql = f"SELECT 1 FROM jobs {scope} AND {order.beyond}"
+        if db.conn.execute(more_sql, (*scope_args, *end)).fetchone() is not None:
+            _end_early(db, page, query, end)
     return page
 
 
+def _end_early(db: Database, page: JobRows, query: JobQuery, end: Row) -> None:
+    """End a page at the position up to which it was searched."""
+    page.next_before = end[-1]
+    if query.by_end:
+        page.next_end = page.scanned_until = end[0]
+    else:
+        row = db.conn.execute(_CREATED, (end[-1],)).fetchone()
+        page.scanned_until = None if row is None else row[0]
+
+
 def _page_one_by_one(db: Database, query: JobQuery) -> JobRows:
-    """Return a page of a damaged table. Reads row by row; unreadable rows are reported and skipped."""
+    """Return a page of a damaged table. Reads row by row; unreadable rows are reported and skipped.
+
+    If its order is `by_end`, it begins a list in the order of creation, which may repeat jobs of earlier pages.
+    """
+    is_next = not query.by_end or query.before_end == _ONE_BY_ONE
     _, _, filters, args = _conditions(query)
     sql = f"SELECT {JOB_SQL} FROM jobs NOT INDEXED WHERE seq = ?{filters}"
     top = db.numbers.next_job
     if query.after is None:
-        top = top if query.before is None else query.before
+        top = query.before if query.before is not None and is_next else top
         end = max(0, top - query.scan)
         seqs, is_last = range(top - 1, max(end - 1, 0), -1), end <= 1
     else:
@@ -264,6 +310,7 @@ def _page_one_by_one(db: Database, query: JobQuery) -> JobRows:
     page = JobRows([], None)
     last = _fill_page(db, page, db.rows_one_by_one(sql, seqs, "jobs", args), query)
     page.next_before = last if last is not None else None if is_last else end
+    page.next_end = _ONE_BY_ONE if query.by_end else None
     return page
 
 
@@ -271,7 +318,12 @@ def _conditions(query: JobQuery) -> tuple[str, tuple[Any, ...], str, tuple[Any, 
     """Return SQL and arguments for the rows to scan (those of an index if possible) and for the rows that match."""
     scope = _TABLE
     scope_args: tuple[Any, ...] = ()
-    if query.status in _SCOPES:
+    if query.by_end:
+        scope, scope_args = _BY_END, (query.status,)
+        for bound, at in ((">= ?", query.finished_since), ("< ?", query.finished_until)):
+            if at is not None:
+                scope, scope_args = f"{scope} AND {_ENDED} {bound}", (*scope_args, at)
+    elif query.status in _SCOPES:
         scope, scope_args = _SCOPES[query.status], (query.status,)
     values = {
         "status = ?": query.status,
@@ -293,12 +345,12 @@ def _conditions(query: JobQuery) -> tuple[str, tuple[Any, ...], str, tuple[Any, 
 
 
 def _text_edge(sized: Iterable[Row]) -> Row | None:
-    """Return the row at which the payloads exceed TEXT_BYTES; None if they do not."""
+    """Return the position at which the payloads exceed TEXT_BYTES; None if they do not."""
     total = 0
-    for seq, size in sized:
+    for *position, size in sized:
         total += size
         if total > TEXT_BYTES:
-            return (seq,)
+            return tuple(position)
     return None
 
 

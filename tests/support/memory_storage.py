@@ -212,7 +212,10 @@ class MemoryStorage(MemoryProjection, MemoryOutbox, Storage):
             raise OSError("fsync failed; the batch may be there or not")
         return shown
 
-    def _in_order(self, query: JobQuery, beyond: int | None) -> list[int]:
+    def _in_order(self, query: JobQuery, beyond: int | None, end: int | None = None) -> list[int]:
+        if query.by_end:
+            places = sorted(((job.finished_at or 0, job.seq) for job in self.jobs.values()), reverse=True)
+            return [place[1] for place in places if beyond is None or end is None or place < (end, beyond)]
         if query.after is None:
             return sorted((seq for seq in self.jobs if beyond is None or seq < beyond), reverse=True)
         return sorted(seq for seq in self.jobs if beyond is None or seq > beyond)
@@ -222,7 +225,7 @@ class MemoryStorage(MemoryProjection, MemoryOutbox, Storage):
         self.project_for_read()
         page = JobRows([], None)
         size, scanned = 0, 0
-        for seq in self._in_order(query, query.before if query.after is None else query.after):
+        for seq in self._in_order(query, query.before if query.after is None else query.after, query.before_end):
             if scanned == query.scan or len(page.jobs) == query.limit:
                 break
             scanned += 1
@@ -239,11 +242,13 @@ class MemoryStorage(MemoryProjection, MemoryOutbox, Storage):
             page.jobs.append((job, body))
             page.next_before = seq
             size += len(body)
-        if page.next_before is not None and not self._in_order(query, page.next_before):
+        if query.by_end and page.next_before is not None:
+            page.next_end = self.jobs[page.next_before].finished_at or 0
+        if page.next_before is not None and not self._in_order(query, page.next_before, page.next_end):
             page.next_before = None
         page.scanned = scanned
         if page.next_before is not None and scanned == query.scan and len(page.jobs) < query.limit:
-            page.scanned_until = self.jobs[page.next_before].created_at
+            page.scanned_until = page.next_end if query.by_end else self.jobs[page.next_before].created_at
         page.last_event = self.numbers.next_event - 1
         await self._report_quarantined()
         return page

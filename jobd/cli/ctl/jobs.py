@@ -42,7 +42,7 @@ _ADMIN_FILTERS: Final = frozenset({"since", "until", "finished_since", "finished
 @json_option
 @all_options
 def jobs(limit: int, everything: bool, cursor: str | None, quiet: bool, as_json: bool, **match: Any) -> None:
-    """List jobs, newest first.
+    """List jobs, newest first. With a finished --status, the latest to end is first.
 
     Options marked * use the admin API instead of the worker API.
     """

@@ -81,7 +81,8 @@ def quarantine_jobs(
                 row = next(iter(db.rows(BY_SEQ, (row[0],))), row)
             # Read before the transaction: SQLite allows no write in a transaction that has read a damaged page.
             payload = _payload_columns(db, row[0])
-            uncounted, is_moved = db.commit(_quarantine_job, db, row, payload, id_, reason), True
+            was_live = _was_live(db, row[0])  # before the transaction may rebuild the indexes
+            uncounted, is_moved = db.commit(_quarantine_job, db, row, payload, id_, reason, was_live), True
             if uncount is not None:
                 uncounted = uncount(row[0])
         except DiskFull:
@@ -110,21 +111,34 @@ def original_id(db: Database, row: Row) -> str:
     return journaled if indexed in ([], [(seq,)]) else read  # a rebuilt index has the damaged id
 
 
-def _quarantine_job(db: Database, row: Row, payload: Row | None, id_: str, reason: str) -> tuple[str, str] | None:
+def _was_live(db: Database, seq: int) -> bool:
+    """Return whether a damaged row was live: its index has the status with which it was written."""
     try:
-        return _move_job(db, row, payload, id_, reason)
+        return bool(db.rows(_WAS_LIVE, (seq,)))
+    except sqlite3.DatabaseError as error:
+        if is_corrupt(error):
+            raise StructureDamaged(str(error)) from error
+        raise
+
+
+def _quarantine_job(
+    db: Database, row: Row, payload: Row | None, id_: str, reason: str, was_live: bool
+) -> tuple[str, str] | None:
+    try:
+        return _move_job(db, row, payload, id_, reason, was_live)
     except sqlite3.DatabaseError as error:
         if is_corrupt(error) and result_code(error) != sqlite3.SQLITE_CORRUPT_INDEX:
             raise StructureDamaged(str(error)) from error
         raise
 
 
-def _move_job(db: Database, row: Row, payload: Row | None, id_: str, reason: str) -> tuple[str, str] | None:
+def _move_job(
+    db: Database, row: Row, payload: Row | None, id_: str, reason: str, was_live: bool
+) -> tuple[str, str] | None:
     """Move the row. Return the queue and status whose count of finished jobs included it, or None."""
     run = db.conn.execute
     seq = row[0]
     row_text = codec.job_as_text(row)
-    was_live = run(_WAS_LIVE, (seq,)).fetchone() is not None
     run(_INSERT, (seq, id_, reason, now_ms(), row_text, *(payload or (None, None))))
     was_present = run("DELETE FROM jobs WHERE seq = ?", (seq,)).rowcount > 0
     uncounted = _uncount(db, row, was_live) if was_present else None

@@ -62,6 +62,8 @@ CREATE INDEX jobs_live ON jobs (status) WHERE status IN ('queued', 'processing')
 CREATE INDEX jobs_failed ON jobs (status) WHERE status IN ('failed', 'cancelled');
 -- NOT IN these two, because SQLite builds a temporary table for each row for a list of three.
 CREATE INDEX jobs_expiry ON jobs (expires_at) WHERE expires_at IS NOT NULL AND status NOT IN ('queued', 'processing');
+-- For lists of finished jobs, which are in the order of their ends. Edited rows may have none.
+CREATE INDEX jobs_finished ON jobs (status, ifnull(finished_at, 0)) WHERE status NOT IN ('queued', 'processing');
 -- For jobs that name an artifact. Other jobs are not in it.
 CREATE INDEX jobs_storage_key ON jobs (storage_key) WHERE storage_key IS NOT NULL;
 

@@ -11,6 +11,7 @@ from msgspec import Raw
 
 from jobd.engine import history
 from jobd.model.commands import (
+    Cancel,
     Create,
     Fail,
     ForceFail,
@@ -20,7 +21,9 @@ from jobd.model.commands import (
     SearchJobs,
     Timeline,
 )
+from jobd.model.errors import ApiError
 from jobd.model.fingerprints import fingerprint
+from jobd.model.responses import JobPage
 from jobd.model.storage import (
     JobQuery,
 )
@@ -162,6 +165,26 @@ async def test_a_search_for_an_error_defaults_to_failed_jobs() -> None:
         assert [job.id for job in page.jobs] == ["a"]
         assert (await engine.yes(SearchJobs(error=error, status="queued"))).jobs == []
         assert (await engine.yes(SearchJobs(error=error, worker="w"))).jobs == []
+
+
+@in_virtual_time
+async def test_finished_jobs_are_listed_by_their_ends() -> None:
+    async with VirtualEngine() as engine:
+        for job_id in "abcd":
+            await engine.yes(Create(id=job_id))
+        for job_id in "bdac":
+            await engine.yes(Cancel(id=job_id))
+            await asyncio.sleep(1)
+        first: JobPage = await engine.yes(ListJobs(status="cancelled", limit=3))
+        rest: JobPage = await engine.yes(ListJobs(status="cancelled", limit=3, cursor=first.next_cursor))
+        assert [[job.id for job in page.jobs] for page in (first, rest)] == [["c", "a", "d"], ["b"]]
+        created: JobPage = await engine.yes(ListJobs(limit=3))
+        assert [job.id for job in created.jobs] == ["d", "c", "b"]
+        by_end, by_creation = first.next_cursor, created.next_cursor
+        for command in (ListJobs(cursor=by_end), ListJobs(status="cancelled", cursor=by_creation)):
+            rejected = await engine.actor.ask(command)
+            assert isinstance(rejected, ApiError)
+            assert "another status" in rejected.message
 
 
 @in_virtual_time

@@ -10,7 +10,7 @@ from msgspec.structs import replace
 
 from jobd.model.events import Change
 from jobd.model.fingerprints import fingerprint
-from jobd.model.job import MAX_LATE_RESULTS, Failure, Grant, Job, LockDeadlines, PreviousGrant, Result
+from jobd.model.job import FINISHED, MAX_LATE_RESULTS, Failure, Grant, Job, LockDeadlines, PreviousGrant, Result
 from jobd.model.storage import (
     JobQuery,
     LateResultQuery,
@@ -30,7 +30,10 @@ async def fill_for_pages(store: Store) -> ChangeFactory:
     await store.write(maker.batch([maker.grant(job) for job in jobs if job.seq % 3 == 0]))
     done = [job for job in maker.jobs.values() if job.seq % 4 == 0]
     ends = ("completed", "failed", "completed", "cancelled")
+    done.sort(key=lambda job: job.seq % 7)
     await store.write(maker.batch([maker.finish(job, ends[job.seq // 4 % 4]) for job in done]))
+    at_once = [job for job in maker.jobs.values() if job.finished_at and job.seq % 8 == 0]
+    await store.write(maker.batch([maker.update(job, finished_at=NOW + 99) for job in at_once]))
     return maker
 
 
@@ -44,7 +47,7 @@ async def all_pages(store: Store, query: JobQuery) -> tuple[list[Job], int]:
         if page.next_before is None:
             return found, pages
         beyond = {"before" if query.after is None else "after": page.next_before}
-        query = replace(query, **beyond)
+        query = replace(query, **beyond, before_end=page.next_end)
 
 
 @pytest.mark.slow
@@ -75,6 +78,9 @@ async def test_pages_return_each_match_once_in_either_order(
     matches = [job for job in maker.jobs.values() if _matches(job, wanted)]
     found, pages = await all_pages(store, JobQuery(limit=limit, scan=scan, **wanted))  # type: ignore[arg-type]
     assert found == sorted(matches, key=lambda job: -job.seq)
+    if wanted.get("status") in FINISHED:
+        by_end, _ = await all_pages(store, JobQuery(limit=limit, scan=scan, by_end=True, **wanted))  # type: ignore[arg-type]
+        assert by_end == sorted(matches, key=lambda job: (job.finished_at or 0, job.seq), reverse=True)
     upwards, pages_upwards = await all_pages(store, JobQuery(limit=limit, scan=scan, after=0, **wanted))  # type: ignore[arg-type]
     assert upwards == found[::-1]
     if scan > 60:

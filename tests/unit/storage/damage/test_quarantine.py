@@ -703,7 +703,7 @@ async def test_no_flipped_bit_in_the_file_causes_a_wrong_response(path: str) -> 
 
     maker = await make_store(path)
     whole = read_file(path)
-    pick_bit = random.Random(1)
+    pick_bit = random.Random(3)
     seen: dict[str, int] = {"rejected": 0, "noticed": 0, "nothing": 0}
     for _ in range(80):
         content = bytearray(whole)
