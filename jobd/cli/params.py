@@ -159,7 +159,9 @@ def json_text(text: str, what: str) -> msgspec.Raw:
     try:
         msgspec.json.decode(text)
     except (msgspec.DecodeError, RecursionError, UnicodeEncodeError) as error:
-        hint = "quote it for the shell, as in '{\"size\": 3}' or '\"some text\"', or give - and pipe it in"
+        hint = (
+            "quote it for the shell, as in '{\"size\": 3}' or '\"some text\"', or add --text, or give - and pipe it in"
+        )
         raise click.UsageError(f"{what} is not valid JSON ({error}): {hint}") from None
     return msgspec.Raw(text.encode())
 

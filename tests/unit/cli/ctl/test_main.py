@@ -22,7 +22,7 @@ def run(*argv: str) -> int:
     [
         (["nonsense"], "nonsense"),
         (["submit", "--delay", "soon"], "10s or 1h30m"),
-        (["submit", "{size: 3}"], "quote it for the shell"),
+        (["submit", "{size: 3}"], "or add --text"),
         (["submit", "--full"], "--full needs --lines"),
         (["submit", "--lines", "--full", "--text"], "mutually exclusive"),
         (["submit", "--lines", "--id", "j"], "does not take --id"),
