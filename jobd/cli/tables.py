@@ -56,7 +56,7 @@ def job(view: JobView, events: Sequence[EventView] = ()) -> None:
     last_worker = next(
         (event.by.removeprefix("worker:") for event in reversed(events) if event.type == "granted"), None
     )
-    ends = "deleted" if view.finished_at else "expires"
+    ends = "kept until" if view.finished_at else "expires"
     fields: list[tuple[str, object]] = [
         ("id", view.id),
         ("queue", view.queue),
@@ -65,7 +65,7 @@ def job(view: JobView, events: Sequence[EventView] = ()) -> None:
         ("progress", f"{terminal.cell(view.progress)} %"),
         ("message", view.progress_message),
         ("attempt", f"{view.attempt} of {view.max_attempts}"),
-        ("stalls", f"{view.stalls}, at most {view.max_stalls} (then: {view.on_stall})"),
+        ("stalls", f"{view.stalls}, at most {view.max_stalls} (on stall: {view.on_stall})"),
         ("priority", view.priority),
         ("created", terminal.when(view.created_at)),
         ("updated", terminal.when(view.updated_at)),

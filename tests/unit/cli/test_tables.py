@@ -49,5 +49,5 @@ def test_a_finished_job_shows_its_last_worker_and_its_deletion(capsys: pytest.Ca
     ]
     tables.job(msgspec.structs.replace(view, status="completed", started_at=1_000, finished_at=1_500), granted)
     text = capsys.readouterr().out
-    assert re.search(r"^deleted +1970-", text, re.M)
+    assert re.search(r"^kept until +1970-", text, re.M)
     assert re.search(r"^last worker +b:2$", text, re.M)
