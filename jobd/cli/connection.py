@@ -34,9 +34,13 @@ def _option(flag: str, metavar: str, text: str) -> Callable[[Any], Any]:
     return click.option(flag, metavar=metavar, help=text, callback=_store_option, expose_value=False)
 
 
-_SOCKET = _option("--socket", "PATH", "Worker socket of the daemon.  [env: JOBD_SOCKET]")
+_SOCKET = _option("--socket", "PATH", "Worker socket of the daemon.  [env: JOBD_SOCKET, which precedes JOBD_URL]")
 _SEVERAL: Final = "Several for a cluster: URL,URL."
-_URL = _option("--url", "URL", f"Worker API over TCP, instead of the socket. {_SEVERAL}  [env: JOBD_URL]")
+_URL = _option(
+    "--url",
+    "URL",
+    f"Worker API over TCP, instead of the socket. {_SEVERAL}  [env: JOBD_URL, unless JOBD_SOCKET is set]",
+)
 _ADMIN = _option("--admin-url", "URL", f"Admin API: http://HOST:PORT or unix:PATH. {_SEVERAL}  [env: JOBD_ADMIN_URL]")
 _WORKER_TOKEN_FILE: Final = "JOBD_WORKER_TOKEN_FILE"
 _ADMIN_TOKEN_FILE: Final = "ADMIN_TOKEN_FILE"
