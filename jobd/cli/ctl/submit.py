@@ -94,6 +94,7 @@ def submit(
     **options: Any,
 ) -> int:
     """Create a job and print its id. PAYLOAD is JSON (with --text, any text), or - to read it from stdin.
+    Without PAYLOAD, the payload is null.
 
     With --lines, create many jobs: each line of stdin is a payload. With --full, it has the fields of a create
     request, such as id and payload, and the options are for the fields that it does not have.
