@@ -24,6 +24,7 @@ from jobd.cli.params import DURATION, NAME
 )
 @click.option(
     "--concurrency",
+    metavar="N",
     type=click.IntRange(min=1),
     default=1,
     show_default=True,
