@@ -148,6 +148,7 @@ def _described(error: BaseException, name: str, args: Sequence[str], token_sourc
             return str(error), error.code
         case Unauthorized():
             advice = "the worker API over TCP needs a token: give --token-file FILE or set JOBD_WORKER_TOKEN_FILE"
+            advice += ". For an address of the admin API, use --admin-url"
             text = f"the daemon rejected the token from {token_source}" if token_source else advice
             return f"{text} [{error.code}]", UNAUTHORISED
         case JobdError():
