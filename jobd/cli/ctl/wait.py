@@ -31,9 +31,8 @@ _UNFINISHED: Final[tuple[Literal["queued", "processing"], ...]] = ("queued", "pr
 def wait(ids: tuple[str, ...], queue: str | None, timeout_ms: int | None, as_json: bool) -> int:
     """Wait until jobs are finished. Exit 0 if all are completed, else 1.
 
-    A job that does not exist counts as not completed (exit 1). A queue without unfinished jobs, or that does not
-    exist, is exit 0. With --queue, jobs that are created meanwhile count too. A job that is deleted before its end is seen counts as
-    not completed.
+    With --queue, jobs that are created meanwhile count too. A queue that does not exist has no unfinished jobs. A job
+    that does not exist, or is deleted before its end is seen, counts as not completed.
 
     \b
     Example: jobctl wait --queue video --timeout 10m
