@@ -197,7 +197,7 @@ def _set(values: dict[str, dict[str, Any]], sources: dict[str, str], key: str, v
         section = key.partition(".")[0]
         known = ", ".join(name.partition(".")[2] for name in KEYS if name.startswith(f"{section}."))
         text = f"Known in [{section}]: {known}" if known else f"There is no section [{section}]{_rename_hint(section)}"
-        raise ConfigError(f"{source}: unknown key {key}. {text}")
+        raise ConfigError(f"{'--set' if source == 'flag' else source}: unknown key {key}. {text}")
     hint = KEYS[key]
     try:
         if hint is Duration:

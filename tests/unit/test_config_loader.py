@@ -781,6 +781,7 @@ def test_former_tracebacks_are_clear_messages(text: str, part: str, write: Write
 def test_a_value_that_is_not_utf_8_is_rejected(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Responses name the path of the store."""
     expected = "store.path: expected UTF-8, not '{}\\udcff.db'"
+    assert config_error(flags={"foo.bar": "1"}) == "--set: unknown key foo.bar. There is no section [foo]"
     assert config_error(flags={"store.path": "/a\udcff.db"}) == f"flag: {expected.format('/a')}"
     assert "expected UTF-8" in config_error(JOBD_ADMIN_HOSTS="a\udcff")
     assert "postgresql://jobd:***@" in config_error(JOBD_JOURNAL_URL="postgresql://jobd:p\udcff@host/db")
