@@ -227,7 +227,7 @@ def failures(view: FailuresView) -> None:
             group.fingerprint,
             group.error_code,
             terminal.age(group.last_at),
-            " ".join(kind or '""' for kind in group.kinds),
+            " ".join(kind or "-" for kind in group.kinds),
             " ".join(group.queues),
             terminal.one_line(group.message),
         )
