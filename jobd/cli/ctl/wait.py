@@ -40,13 +40,14 @@ def wait(ids: tuple[str, ...], queue: str | None, timeout_ms: int | None, as_jso
     if bool(ids) == (queue is not None):
         raise click.UsageError("give either job IDs or --queue NAME")
     until_s = None if timeout_ms is None else time.monotonic() + timeout_ms / 1000
+    text = "" if timeout_ms is None else f"{timeout_ms / 1000:g} s"
     client, counts = job_client(retry_for_s=RETRY_FOR_S), Counter[str]()
     try:
         if queue is None:
-            _wait_for_all(client, dict.fromkeys(ids), until_s, counts)
+            _wait_for_all(client, dict.fromkeys(ids), until_s, counts, text)
         else:
             while unfinished := _unfinished(client, queue):
-                _wait_for_all(client, unfinished, until_s, counts)
+                _wait_for_all(client, unfinished, until_s, counts, text)
     except TimeoutError as error:
         raise exit_codes.CliError(str(error), exit_codes.FAILED) from None
     if as_json:
@@ -63,7 +64,9 @@ def _unfinished(client: JobClient, queue: str) -> dict[str, None]:
     }
 
 
-def _wait_for_all(client: JobClient, ids: Iterable[str], until_s: float | None, counts: Counter[str]) -> None:
+def _wait_for_all(
+    client: JobClient, ids: Iterable[str], until_s: float | None, counts: Counter[str], timeout_text: str
+) -> None:
     """Wait for one job after the other, and count their statuses. Raises TimeoutError."""
     from jobd.client.errors import JobNotFound
 
@@ -75,6 +78,8 @@ def _wait_for_all(client: JobClient, ids: Iterable[str], until_s: float | None, 
             terminal.say(f"{job_id} does not exist: it was never created, or was deleted")
             counts["not found"] += 1
             continue
+        except TimeoutError as error:  # its message has the time that was left, not that of --timeout
+            raise TimeoutError(str(error).replace(f" after {timeout_s} s", f" after {timeout_text}")) from None
         counts[job.status] += 1
         if job.status != "completed":
             say_outcome(job)
