@@ -49,6 +49,8 @@ _BY_CODE: Final = {
     "bad_response": UNREACHABLE,
 }
 
+_TIME_FIELDS: Final = frozenset({"delay_ms", "run_at", "expires_in_ms", "expires_at"})
+
 
 class CliError(Exception):
     """An error with an exit code and a one-line message that says what to do."""
@@ -151,6 +153,9 @@ def _described(error: BaseException, name: str, args: Sequence[str], token_sourc
             advice += ". For an address of the admin API, use --admin-url"
             text = f"the daemon rejected the token from {token_source}" if token_source else advice
             return f"{text} [{error.code}]", UNAUTHORISED
+        case JobdError(code="job_exists", details={"differs_in": [*fields]}) if _TIME_FIELDS & set(fields):
+            options = "--delay and --run-at set delay_ms or run_at, --expires sets expires_in_ms or expires_at"
+            return f"{_sentence(error.message)}. {options} [{error.code}]", exit_code_of(error.code)
         case JobdError():
             advice = _advice(error) if isinstance(error, Unreachable | NotLeader) else ""
             return f"{_sentence(error.message)}{advice} [{error.code}]", exit_code_of(error.code)

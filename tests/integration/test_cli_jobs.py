@@ -163,7 +163,7 @@ def test_submitting_a_job_with_a_relative_time_twice_returns_it(jobctl: Jobctl) 
     assert first["run_at"] - first["created_at"] == 3_600_000
     assert first["expires_at"] - first["created_at"] == 7_200_000
     code, err = jobctl.rejected("submit", "--id", "s3-in", "--run-at", "1h", "--expires", "3h")
-    assert (code, "differs in expires_in_ms" in err) == (4, True), err
+    assert (code, "differs in expires_in_ms" in err, "--expires sets expires_in_ms" in err) == (4, True, True), err
     code, err = jobctl.rejected("submit", "--id", "s3-in", "--run-at", "1h", "--delay", "1h")
     assert (code, "mutually exclusive" in err) == (2, True), err
     at = jobctl.json("submit", "--run-at", "2096-01-01", "--expires", "2097-01-01")
