@@ -248,6 +248,16 @@ class CommandGroup(click.Group):
             ctx.fail("The command is spelled artifact.")
         return super().resolve_command(ctx, args)
 
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command. A usage error without a context, as of an option without its value, gets the command's."""
+        try:
+            return super().invoke(ctx)
+        except click.UsageError as error:
+            command = self.get_command(ctx, ctx.invoked_subcommand or "") if error.ctx is None else None
+            if command is not None:
+                error.ctx = click.Context(command, parent=ctx, info_name=command.name)
+            raise
+
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands)
 

@@ -30,6 +30,7 @@ def run(*argv: str) -> int:
         (["submit", "--url", "ftp://127.0.0.1"], "expected unix:/path"),
         (["jobs", "--status", "lost"], "queued"),
         (["jobs", "--limit", "0"], "0"),
+        (["jobs", "--queue"], "See: jobctl jobs --help"),
         (["transition", "j", "queued"], "TO"),
         (["cancel"], "ID"),
         (["run"], "CMD"),
