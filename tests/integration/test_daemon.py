@@ -473,7 +473,7 @@ async def _left_with_a_job_from_the_future(store: Path) -> None:
     maker = ChangeFactory(numbers=found.numbers)
     maker.now = wall_clock_ms() + HOUR_MS
     batch = maker.batch([maker.create("a")])
-    await disk.write(replace(batch, numbers=replace(batch.numbers, lease_ms=0, wall_ms=wall_clock_ms())))
+    await disk.write(replace(batch, numbers=replace(batch.numbers, lock_ms=0, wall_ms=wall_clock_ms())))
     await disk.close()
 
 
