@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any, get_args, get_type_hints
 
+import msgspec
 import pytest
 from msgspec.structs import FieldInfo, fields
 
 from jobd.model import responses
+from tests.support.client_harness import JOB
 
 # Type or field -> its literals, which are part of the contract.
 WORDS: dict[str, str] = {
@@ -52,3 +54,14 @@ def test_a_node_that_has_not_described_itself_for_ten_seconds_is_silent() -> Non
 
     assert (node(9_999).is_silent, node(9_999).is_ready) == (False, True)
     assert (node(10_000).is_silent, node(10_000).is_ready) == (True, False)
+
+
+def test_a_job_shows_its_payload_and_metadata_as_values() -> None:
+    text = msgspec.json.encode(JOB)
+    job = msgspec.json.decode(text, type=responses.JobView)
+    assert (job.payload_value, job.metadata_value) == ({"a": 1}, {"m": [1]})
+    assert "payload={'a': 1}" in repr(job)
+    unreadable = msgspec.json.decode(text.replace(b'{"a":1}', b"1e999"), type=responses.JobView)
+    assert "payload=b'1e999'" in repr(unreadable), "Python cannot hold it"
+    unread = msgspec.structs.replace(job, payload=msgspec.UNSET, metadata=None)
+    assert (unread.payload_value, unread.metadata_value) == (None, None)
