@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import http.client
 import json
-import math
-import random
 import subprocess
 import sys
 import time
@@ -17,10 +14,6 @@ from pathlib import Path
 from shutil import which
 from typing import Any, Final
 
-import msgspec
-
-from jobd.monitoring.timeseries import SLOT_MS, SLOTS, STEP_MS, STEPS, SavedTimeseries
-from jobd.storage.store import Store
 from tests.support.daemon_process import TOKEN, free_port
 from tests.support.forked_process import ForkedDaemon
 from tests.support.postgres import postgres
@@ -131,31 +124,6 @@ def cluster_of(directory: Path, *names: str) -> Iterator[list[DashboardNode]]:
         yield nodes
 
 
-def save_history(directory: Path) -> None:
-    """Save a day of counts for the charts. Call this before the daemon starts."""
-    chance, now = random.Random(7), time.time_ns() // 1_000_000
-
-    def counted(at_ms: int, span_ms: int) -> list[int]:
-        hours = (now - at_ms) / 3_600_000  # ago
-        usual = 80 + 40 * math.cos(hours / 24 * 2 * math.pi) + (60 if 5 < hours < 7 else 0)  # jobs in 10 s
-        rate = usual * span_ms / 10_000
-        created, done = (max(int(chance.gauss(rate, rate**0.6)), 0) for _ in range(2))
-        return [created, done, int(done * chance.uniform(0, 0.1))]
-
-    def past(span_ms: int, max_count: int) -> dict[int, list[int]]:
-        last = now // span_ms
-        return {step: counted(step * span_ms, span_ms) for step in range(last - max_count, last)}
-
-    timeseries = SavedTimeseries(now - SLOTS * SLOT_MS, past(STEP_MS, STEPS), past(SLOT_MS, SLOTS))
-
-    async def save() -> None:
-        store, _ = await Store.open(str(directory / "jobd.db"))
-        async with store:
-            await store.save_stats(msgspec.json.encode({"beside": timeseries}))
-
-    asyncio.run(save())
-
-
 def make_busy(daemon: DashboardDaemon) -> None:
     """Fill several queues: running jobs, results, failures, and one paused queue."""
     kinds = {"video": "transcode", "mail": "newsletter", "reports": "monthly", "imports": "csv"}
@@ -181,7 +149,7 @@ def make_busy(daemon: DashboardDaemon) -> None:
                 daemon.do(f"{path}/progress", lock_id=lock, progress=50, message="half of it")
                 daemon.do(f"{path}/complete", lock_id=lock, metadata={"pages": number, "checksum": "9f2c"})
     daemon.do("jobs/mail-040/cancel", reason="sent by hand")
-    daemon.operator("POST", "queues/imports/pause")
+    daemon.operator("POST", "queues/imports/pause", {"reason": "the supplier sends a new file"})
     daemon.operator("POST", "cleanup")
 
 

@@ -13,6 +13,7 @@ from typing import Final, Literal
 
 from playwright.sync_api import Browser, Page, sync_playwright
 
+from jobd.model.job import MINUTE_MS
 from tests import ROOT
 from tests.benchmarks.pages import fill
 from tests.browser.scenarios import (
@@ -23,8 +24,8 @@ from tests.browser.scenarios import (
     cluster_of,
     make_busy,
     make_trouble,
-    save_history,
 )
+from tests.browser.shop import Shop
 from tests.support.daemon_process import TOKEN
 
 PAGES: Final = {
@@ -71,10 +72,7 @@ SCENARIOS: Final[dict[str, Callable[[DashboardDaemon], None]]] = {
 }
 NODES: Final = ("leader", "standby")  # scenarios of a cluster, which show only the pages of ONLY_IN
 WIDTHS: Final = {"wide": 1280, "phone": 390}
-README: Final[dict[str, tuple[Literal["light", "dark"], str]]] = {
-    "overview": ("light", "/"),
-    "job": ("dark", "/jobs/video-004"),
-}
+README: Final[dict[str, tuple[Literal["light", "dark"], int]]] = {"overview": ("light", 980), "job": ("dark", 1360)}
 IMAGES: Final = ROOT / "docs/images"
 
 
@@ -106,18 +104,20 @@ def sign_in(page: Page, daemon: DashboardDaemon) -> None:
 
 
 def shoot_for_readme() -> None:
-    with tempfile.TemporaryDirectory() as directory:
-        save_history(Path(directory))
-        with DashboardDaemon(Path(directory)) as daemon, sync_playwright() as playwright:
-            make_busy(daemon)
-            browser = playwright.chromium.launch(executable_path=CHROMIUM, args=list(FLAGS))
-            for name, (scheme, path) in README.items():
-                page = browser.new_page(viewport={"width": 1280, "height": 1120}, color_scheme=scheme)
-                sign_in(page, daemon)
-                page.goto(daemon.url + path)
-                page.wait_for_load_state("networkidle")
-                page.screenshot(path=IMAGES / f"dashboard-{name}.png")
-            browser.close()
+    with tempfile.TemporaryDirectory(prefix="jobd-") as directory, sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=list(FLAGS))
+        with Shop(Path(directory)) as shop:
+            shop.replay(shop.end_ms - MINUTE_MS)
+            pages = {}
+            for name, (scheme, height) in README.items():
+                pages[name] = browser.new_page(viewport={"width": 1280, "height": height}, color_scheme=scheme)
+                sign_in(pages[name], shop)
+            shop.replay(shop.end_ms)
+            for name, path in {"overview": "/", "job": f"/jobs/{shop.video}"}.items():
+                pages[name].goto(shop.url + path)
+                pages[name].wait_for_load_state("networkidle")
+                pages[name].screenshot(path=IMAGES / f"dashboard-{name}.png")
+        browser.close()
 
 
 def make_plan(page: Page) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import mmap
 import os
 import signal
 import sys
 import time
 from collections.abc import Awaitable, Callable
 from functools import partial
+from pathlib import Path
 from typing import Any, Final
 
 from msgspec.structs import replace
@@ -125,6 +127,18 @@ def hour_ahead() -> None:
     patched: Any = time
     true_ns = time.time_ns
     patched.time_ns = lambda: true_ns() + 3_600_000_000_000
+
+
+def replayed_time() -> None:
+    """Read every clock behind the true one by the nanoseconds in the file `behind_ns` beside the store."""
+    with Path(os.environ["JOBD_STORE_PATH"]).with_name("behind_ns").open("rb") as file:
+        behind = mmap.mmap(file.fileno(), 8, access=mmap.ACCESS_READ)
+    patched: Any = time
+    wall_ns, monotonic_ns, clock_ns = time.time_ns, time.monotonic_ns, time.clock_gettime_ns
+    patched.time_ns = lambda: wall_ns() - int.from_bytes(behind)
+    patched.time = lambda: patched.time_ns() / 1e9
+    patched.monotonic = lambda: (monotonic_ns() - int.from_bytes(behind)) / 1e9
+    patched.clock_gettime_ns = lambda clock: clock_ns(clock) - int.from_bytes(behind)
 
 
 def slow_start() -> None:
@@ -283,6 +297,7 @@ VARIANTS: Final = {
         idle_sweeper,
         eager_sweeper,
         hour_ahead,
+        replayed_time,
         slow_log,
         failing_reload,
         slow_start,
