@@ -41,7 +41,7 @@ recover_every = "0"
 completed = "30m"
 journal = "10m"
 [alerts]
-stuck_jobs = 0
+stalled_jobs = 0
 [[webhooks]]
 name = "billing"
 url = "{receiver}"

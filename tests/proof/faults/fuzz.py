@@ -36,6 +36,7 @@ ALLOWED_REJECTIONS: Final = (
     "got a number.",  # in JSON Schema 5.0 is an integer
     "run_at or delay_ms",
     "is less than base_ms",
+    "This cursor belongs to a list with another status.",
     "is not in the future",
     "in the list twice",
     "separated by commas",  # the filters of events

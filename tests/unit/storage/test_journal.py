@@ -122,15 +122,15 @@ def folded(events: list[Event]) -> Job | None:
 
 @pytest.mark.slow
 async def test_the_first_and_last_returned_grants_are_kept(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    maker, packed = ChangeFactory(), event_codec.shorten
+    maker, shorten = ChangeFactory(), event_codec.shorten
     read: list[int] = []
     tokens: list[int] = []
 
     def counting(events: list[Event]) -> list[Event]:
         read.append(len(events))
-        return packed(events)
+        return shorten(events)
 
-    monkeypatch.setattr(event_codec, "packed", counting)
+    monkeypatch.setattr(event_codec, "shorten", counting)
     change = maker.create()
     job, count = job_of(change), 0
     most = 1 + 2 * (KEEP_FIRST_GRANTS + 2 * KEEP_GRANTS)
