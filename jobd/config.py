@@ -491,7 +491,7 @@ def _fields() -> dict[str, type]:
 KEYS: Final = _fields()
 
 # Keys that SIGHUP applies: those of some sections, and a few more. The others need a restart.
-_RELOADABLE_SECTIONS: Final = ("locks.", "stuck.", "cleanup.", "retention.", "alerts.", "late.", "validation.")
+_RELOADABLE_SECTIONS: Final = ("locks.", "stall.", "cleanup.", "retention.", "alerts.", "late.", "validation.")
 RELOADABLE: Final = frozenset(
     {
         *(key for key in KEYS if key.startswith(_RELOADABLE_SECTIONS)),

@@ -676,6 +676,7 @@ def test_reloadable_keys_are_applied() -> None:
     new = loaded(
         flags={
             "locks.ttl": "1m",
+            "stall.after": "9m",
             "alerts.stalled_jobs": "9",
             "log.level": "debug",
             "store.path": "/b",
@@ -684,7 +685,7 @@ def test_reloadable_keys_are_applied() -> None:
     ).config
     new = msgspec.structs.replace(new, worker=old.worker)
     _, taken, rejected = reloaded(old, new)
-    assert taken == ["locks.ttl", "alerts.stalled_jobs", "log.level"]
+    assert taken == ["locks.ttl", "stall.after", "alerts.stalled_jobs", "log.level"]
     assert rejected == ["store.path", "limits.body"]
     assert reloaded(old, old) == (old, [], [])
 
