@@ -24,6 +24,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 import jobd
 from jobd.cli.ctl.main import jobctl as jobctl_program
+from jobd.cli.ctl.webhook_commands import STATES
 from jobd.cli.daemon.main import jobd as jobd_program
 from jobd.cli.daemon.main import main
 from jobd.cli.daemon.monitoring import FILES
@@ -172,6 +173,7 @@ def test_commands_in_the_rules_exist() -> None:
     programs: dict[str, click.Group] = {"jobd": jobd_program, "jobctl": jobctl_program}
     advised = 0
     for text in (rule.annotations["description"] for rule in rules()):
+        assert set(re.findall("--state ([a-z_-]+)", text)) <= {*STATES}, text
         for program, rest in re.findall(r"\b(jobctl|(?<!-u )(?<!systemctl restart )jobd) ([a-z][^,.;)]*)", text):
             verb = rest.split()[0]
             if program == "jobd" and verb not in programs["jobd"].commands:
