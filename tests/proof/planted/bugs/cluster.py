@@ -144,12 +144,12 @@ async def _(apply: Any, self: WarmState, records: list[Record]) -> None:
 @bug(
     "locks-age-without-a-leader",
     WarmState.opened,
-    breaks="lease time goes on between two leaders",
+    breaks="lock time goes on between two leaders",
     found_by=CLUSTER_SIMULATION,
 )
 def _(opened: Any, self: WarmState) -> OpenedStore:
     found: OpenedStore = opened(self)
-    return replace(found, numbers=replace(found.numbers, lease_ms=found.numbers.lock_ms + 5_000))
+    return replace(found, numbers=replace(found.numbers, lock_ms=found.numbers.lock_ms + 5_000))
 
 
 @bug(
