@@ -36,7 +36,7 @@ ARROWS: Final[dict[str, set[str]]] = {
     "dashboard": {"model", "core", "engine", "http", "webhooks", "maintenance", "monitoring", "api"},
     "client": {"model"},
     "cli": {"model", "client"},
-    "cli.files": {"storage"},  # rejects to overwrite the files of a running daemon
+    "cli.files": {"storage"},  # does not overwrite the files of a running daemon
     "cli.daemon": {
         "model",
         "client",

@@ -75,7 +75,7 @@ def entry_of(job: Job) -> DueEntry:
     return (job.options.priority, job.run_at, job.seq, job.id, NEVER if job.expires_at is None else job.expires_at)
 
 
-def compact_entry(job: PackedJob) -> DueEntry:
+def packed_entry(job: PackedJob) -> DueEntry:
     """Return the position of a packed job, which is due since its creation."""
     return (job.options.priority, job.created_at, job.seq, job.id, NEVER)
 
@@ -352,7 +352,7 @@ class PriorityBucket:
         oldest, other = self.fifo.first(self.waits), self.others.first()
         if oldest is None:
             return other
-        entry = compact_entry(oldest)
+        entry = packed_entry(oldest)
         return entry if other is None or entry <= other else other
 
     def eligible(self, now: int) -> Iterator[DueEntry]:
@@ -360,7 +360,7 @@ class PriorityBucket:
         waiting: Iterator[PackedJob] = filter(self.waits, self.fifo)
         if not self.fifo.ends_by(now):
             waiting = takewhile(lambda job: job.created_at <= now, waiting)
-        entries = map(compact_entry, waiting)
+        entries = map(packed_entry, waiting)
         return merge(entries, self.others.eligible(now)) if self.others else entries
 
     def next_run_at(self, now: int) -> int | None:
@@ -370,7 +370,7 @@ class PriorityBucket:
 
     def not_due(self, now: int) -> Iterator[DueEntry]:
         """Iterate over the jobs whose `run_at` is after `now`, in order. Nothing may change meanwhile."""
-        entries = map(compact_entry, self.fifo.not_due(now, self.waits))
+        entries = map(packed_entry, self.fifo.not_due(now, self.waits))
         return merge(entries, self.others.not_due(now)) if self.others else entries
 
 
@@ -406,7 +406,7 @@ class QueuedJobs:
         kind = job.options.kind
         bucket = self._bucket(kind, job.options.priority, now)
         if not bucket.fifo.takes(job):
-            return self.add(kind, compact_entry(job), now)
+            return self.add(kind, packed_entry(job), now)
         bucket.live += 1
         bucket.fifo.append(job)
         if self._only is None and bucket.fifo.first(self._waits) is job:

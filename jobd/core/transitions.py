@@ -335,8 +335,8 @@ def stall_reason(tx: Transaction, job: Job) -> str:
     if deadlines.is_past_progress_due(tx.at.lock_ms):
         limit = in_words(made.progress_timeout_ms)
         return f"Worker {made.worker} reported no progress for {limit} (progress_timeout_ms) {where}."
-    silent_ms = tx.at.lock_ms - (deadlines.stall_due - made.stall_after_ms)
-    return f"No update from worker {made.worker} for {in_words(silent_ms)} {where}. The lock had expired."
+    unreported_ms = tx.at.lock_ms - (deadlines.stall_due - made.stall_after_ms)
+    return f"No update from worker {made.worker} for {in_words(unreported_ms)} {where}. The lock had expired."
 
 
 def was_due(job: Job, now: int) -> bool:

@@ -276,7 +276,7 @@ class Maintainer:
         await run.step("report", lambda: self._save_report(report))
         await run.step("statistics", self._save_stats)
         self.totals.runs += 1
-        log.info("cleanup_pass", **msgspec.to_builtins(report))
+        log.info("cleanup_run", **msgspec.to_builtins(report))
         return report
 
     def _record(self, report: CleanupReport) -> None:

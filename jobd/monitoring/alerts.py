@@ -252,7 +252,7 @@ class Alerts:
         return AlertView(name, since is not None, since, condition.value, condition.threshold, hint, severity)
 
     def _conditions(self, at: Moment) -> Iterator[Condition]:
-        yield self._stuck(at)
+        yield self._stalled(at)
         yield self._processing()
         yield self._average(at)
         yield self._cleanup_issues()
@@ -273,7 +273,7 @@ class Alerts:
             clocks_ms=limits.clocks_differ_ms,
         )
 
-    def _stuck(self, at: Moment) -> Condition:
+    def _stalled(self, at: Moment) -> Condition:
         count, recovered = len(self._state.stalled), self._state.counters.recovered_lately(at.now)
         stalled = f"{count} {'job has' if count == 1 else 'jobs have'} stalled"
         quiet = f"{stalled}, and {recovered} {'was' if recovered == 1 else 'were'} recovered in the last 10 minutes."

@@ -324,7 +324,7 @@ def test_a_dry_run_of_maintenance_shows_its_effect(jobctl: Jobctl) -> None:
     assert jobctl.run("recover-stuck", "--dry-run") == (0, "0 would be recovered\n", "")
 
 
-def _stuck(running: CliDaemon, *ids: str, worker: str = "w-silent") -> list[str]:
+def _stalled(running: CliDaemon, *ids: str, worker: str = "w-silent") -> list[str]:
     """Create stalled jobs that are not recovered, and return their lock ids."""
     locks = []
     for job_id in ids:
@@ -346,7 +346,7 @@ _NEVER: Final = '[cleanup]\nrecover_every = "0s"\n'
 
 def test_the_plan_of_a_recovery_can_be_applied(running: CliDaemon, jobctl: Jobctl) -> None:
     with running.configured(_NEVER):
-        _, lock_id = _stuck(running, "time-1", "time-2")
+        _, lock_id = _stalled(running, "time-1", "time-2")
         code, out, err = jobctl.run("recover-stuck", "--dry-run", "--reason", "they are dead")
         assert (code, out.splitlines()[0]) == (0, "2 would be recovered")
         named = re.fullmatch(r"To apply exactly this, until [^:]+:\d\d:\d\d UTC.*: jobctl apply ([0-9a-f]{16})\n", err)
@@ -368,9 +368,9 @@ def test_the_plan_of_a_recovery_can_be_applied(running: CliDaemon, jobctl: Jobct
 @pytest.mark.slow
 def test_take_back_ends_the_grants_of_a_silent_worker(running: CliDaemon, jobctl: Jobctl) -> None:
     with running.configured(_NEVER):
-        _stuck(running, "back-3", worker="w ä/silent")
+        _stalled(running, "back-3", worker="w ä/silent")
         assert "took back 1 job of w ä/silent" in jobctl.ok("take-back", "w ä/silent", "--yes")
-        _stuck(running, "back-1", "back-2")
+        _stalled(running, "back-1", "back-2")
         assert jobctl.json("workers", "--state", "silent")["workers"][0]["worker"] == "w-silent"
         assert "w-silent (silent)" in jobctl.ok("locks")
         assert "Take back its jobs with expired locks: jobctl take-back w-silent" in jobctl.ok("why", "back-1")
@@ -400,7 +400,7 @@ def test_the_plan_of_a_cleanup_run_can_be_applied_except_for_its_fixes(running: 
         _expiring(partial(running.client.create_job, id="time-late", queue="time-late"))
         grant = running.client.start_processing(running.client.create_job(queue="time-old").id, "w")
         old = _expiring(partial(running.client.complete_job, grant.job.id, lock_id=grant.lock_id, file_path="/f")).id
-        _stuck(running, "time-3")
+        _stalled(running, "time-3")
         code, _, err = jobctl.run("cleanup", "--dry-run")
         assert code == 0
         assert re.fullmatch(r"To apply exactly this, except for the fixes, until .*: jobctl apply .*\n", err), err
@@ -420,7 +420,7 @@ def test_a_read_only_token_gets_no_plan_of_maintenance(
     running: CliDaemon, jobctl: Jobctl, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with running.configured(_NEVER):
-        _stuck(running, "time-4")
+        _stalled(running, "time-4")
         monkeypatch.setenv("ADMIN_TOKEN", READ_ONLY_TOKEN)
         for verb in ("recover-stuck", "cleanup"):
             code, out, err = jobctl.run(verb, "--dry-run")

@@ -83,7 +83,7 @@ from tests.proof.simulation.invariants import DecisionChecks
 from tests.support.rule_harness import compare
 
 NOW: Final = 1_700_000_000_000
-DEADLINES: Final = 1_000_000
+LOCK_MS: Final = 1_000_000
 TICK_MS: Final = 1_000
 ID: Final = "a"
 WORKERS: Final = ("w-1", "w-2", "w-3")
@@ -203,7 +203,7 @@ class WorldState(Struct, frozen=True):
     @property
     def off(self) -> int:
         """Return the ticks by which the wall clock was moved."""
-        return (self.now - NOW - (self.lock_ms - DEADLINES)) // TICK_MS
+        return (self.now - NOW - (self.lock_ms - LOCK_MS)) // TICK_MS
 
     def _wall(self, time_ms: int | None, furthest: int) -> int | None:
         """Clamp a past time, unless the wall clock may still step back before it."""
@@ -255,7 +255,7 @@ class Exploration(DecisionChecks):
 
     def run(self, limit: int | None = None) -> int:
         """Explore until no state is new, or `limit` states are known; return their number."""
-        first = WorldState(None, False, (None,) * len(WORKERS), 1, NOW, DEADLINES)
+        first = WorldState(None, False, (None,) * len(WORKERS), 1, NOW, LOCK_MS)
         self.states[self._key(first)] = (None, "the beginning")
         ahead = deque([first])
         while ahead and (limit is None or len(self.states) < limit):

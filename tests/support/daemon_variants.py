@@ -85,7 +85,7 @@ def patient_stop() -> None:
 
 
 def short_takeovers() -> None:
-    """Give up an attempt to take leadership after the length of the lock_ms."""
+    """End an attempt to take leadership after the length of the lease."""
     from jobd.journal.postgres import leader_session
 
     patched: Any = leader_session

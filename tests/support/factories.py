@@ -123,16 +123,16 @@ class ChangeFactory:
         self.now += 1
         value = round(self.random.uniform(0, 100), 1) if progress is None else progress
         assert job.deadlines is not None
-        lock_ms = replace(job.deadlines, expires=job.deadlines.expires + 1, progress_due=self.now + 1_800_000)
+        deadlines = replace(job.deadlines, expires=job.deadlines.expires + 1, progress_due=self.now + 1_800_000)
         message = message or job.progress_message
-        after = replace(job, progress=value, progress_message=message, deadlines=lock_ms, updated_at=self.now)
+        after = replace(job, progress=value, progress_message=message, deadlines=deadlines, updated_at=self.now)
         return self._step(job, after, "progress")
 
     def extend(self, job: Job) -> Change:
         self.now += 1
         assert job.deadlines is not None
-        lock_ms = replace(job.deadlines, expires=job.deadlines.expires + 10)
-        return self._step(job, replace(job, deadlines=lock_ms, updated_at=self.now), "extended")
+        deadlines = replace(job.deadlines, expires=job.deadlines.expires + 10)
+        return self._step(job, replace(job, deadlines=deadlines, updated_at=self.now), "extended")
 
     def finish(self, job: Job, status: str = "completed", metadata: bytes = b'{"size":3}') -> Change:
         fields: dict[str, Any] = {"status": status, "finished_at": self.now, "expires_at": self.now + 1_000}

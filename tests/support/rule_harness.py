@@ -337,18 +337,21 @@ def _compare_orders(state: State, rows: dict[str, Job], at: Moment) -> None:
 def _compare_locks(state: State, rows: dict[str, Job], at: Moment) -> None:
     processing = {job.id: job for job in rows.values() if job.status == "processing"}
     assert state.processing == processing
-    leases = {
+    lock_deadlines = {
         job.id: job.deadlines for job in processing.values() if job.deadlines is not None and job.grant is not None
     }
-    stalled = {job_id for job_id, deadlines in leases.items() if at.lock_ms >= deadlines.stalled_at}
-    dead = {job_id for job_id, deadlines in leases.items() if not deadlines.is_live(at.lock_ms)} - stalled
+    stalled = {job_id for job_id, deadlines in lock_deadlines.items() if at.lock_ms >= deadlines.stalled_at}
+    dead = {job_id for job_id, deadlines in lock_deadlines.items() if not deadlines.is_live(at.lock_ms)} - stalled
     assert set(state.stalled) == stalled
-    assert set(state.expired_locks) == {job_id for job_id in dead if not leases[job_id].cleared}
-    assert set(state.noted_expired) == {job_id for job_id in dead if leases[job_id].cleared}
-    assert state.live_locks() == len(leases) - len(stalled) - len(dead)
+    assert set(state.expired_locks) == {job_id for job_id in dead if not lock_deadlines[job_id].cleared}
+    assert set(state.noted_expired) == {job_id for job_id in dead if lock_deadlines[job_id].cleared}
+    assert state.live_locks() == len(lock_deadlines) - len(stalled) - len(dead)
     assert set(state.overdue()) == {job.id for job in rows.values() if transitions.is_overdue(job, at.now)}
-    ahead = [deadlines.stalled_at for job_id, deadlines in leases.items() if job_id in dead]
-    ahead += [min(leases[job_id].expires, leases[job_id].stalled_at) for job_id in leases.keys() - dead - stalled]
+    ahead = [deadlines.stalled_at for job_id, deadlines in lock_deadlines.items() if job_id in dead]
+    ahead += [
+        min(lock_deadlines[job_id].expires, lock_deadlines[job_id].stalled_at)
+        for job_id in lock_deadlines.keys() - dead - stalled
+    ]
     first = state.next_deadline()
     assert first is None or first > at.lock_ms
     assert (first is None) == (not ahead)

@@ -22,7 +22,7 @@ from jobd.client.errors import JobdError
 from jobd.client.worker.claimer import LOCK_TTL_MS, ClaimOptions, default_name, describe_claims, describe_process
 from jobd.client.worker.error_text import MESSAGE_CHARACTERS
 from jobd.client.worker.idle_reasons import pauses, remaining_jobs
-from jobd.client.worker.lock_keeper import LeaseKeeper, describe_failure
+from jobd.client.worker.lock_keeper import LockKeeper, describe_failure
 from jobd.client.worker.output import Directives, OutputFilter, OutputWriter, Tail, print_message
 from jobd.client.worker.process import Program
 from jobd.client.worker.runner import Execution, WorkerRunner, on_signals, seconds
@@ -186,7 +186,7 @@ class CommandWorker:
             for text in await pauses(client, self._options):
                 log(text)
 
-    async def _begin(self, log: Log, keeper: LeaseKeeper) -> Execution:
+    async def _begin(self, log: Log, keeper: LockKeeper) -> Execution:
         job = keeper.grant.job
         stdout, stderr = self._writers
         prefix = f"{job.id}: ".encode() if self._options.concurrency > 1 else b""
@@ -231,7 +231,7 @@ class _ProgramExecution:
         self.stop: Final = program.stop
         self.abort: Final = program.abort
 
-    async def finish(self, keeper: LeaseKeeper, give_up: asyncio.Event) -> bool:
+    async def finish(self, keeper: LockKeeper, give_up: asyncio.Event) -> bool:
         """Complete the job if the exit status is 0, else fail it."""
         self.done.result()  # raises an error of jobd itself
         code = self._program.returncode

@@ -15,7 +15,7 @@ import msgspec
 
 from jobd.client.worker.aio_utils import first_of, within
 from jobd.client.worker.error_text import describe_error, join_message, safe_text
-from jobd.client.worker.lock_keeper import LeaseKeeper
+from jobd.client.worker.lock_keeper import LockKeeper
 from jobd.client.worker.runner import STOP_S
 from jobd.client.worker.service_thread import Log, call_on
 from jobd.client.worker.task import BaseTask, Discard, Retry, Snooze, Stopped, SyncTask, Task
@@ -125,7 +125,7 @@ class _HandlerExecution(ABC):
     def describe_timeout(self) -> str:
         return "" if self.done.done() else " The handler was asked to stop, but it is still running."
 
-    async def finish(self, keeper: LeaseKeeper, give_up: asyncio.Event) -> bool:
+    async def finish(self, keeper: LockKeeper, give_up: asyncio.Event) -> bool:
         """Complete the job with the return value of the handler, release it (Snooze), or fail it with the exception."""
         if isinstance(self._raised, Snooze):
             await keeper.release(give_up, self._raised.after_ms)
@@ -176,7 +176,7 @@ class _HandlerFailure(NamedTuple):
 class AsyncExecution(_HandlerExecution):
     is_thread = False
 
-    def __init__(self, handler: RegisteredHandler, keeper: LeaseKeeper, loop: HandlerLoop) -> None:
+    def __init__(self, handler: RegisteredHandler, keeper: LockKeeper, loop: HandlerLoop) -> None:
         super().__init__(handler)
         self.task: Task = Task(keeper)
         self._loop = loop
@@ -224,7 +224,7 @@ class ThreadExecution(_HandlerExecution):
 
     is_thread = True
 
-    def __init__(self, handler: RegisteredHandler, keeper: LeaseKeeper, loop: HandlerLoop) -> None:
+    def __init__(self, handler: RegisteredHandler, keeper: LockKeeper, loop: HandlerLoop) -> None:
         super().__init__(handler)
         self.task: SyncTask = SyncTask(keeper)
         run = functools.partial(loop.context.run, self._run, handler.function)

@@ -56,7 +56,7 @@ class _ProgressReport:
     reported: asyncio.Future[None]
 
 
-class LeaseKeeper:
+class LockKeeper:
     """The lease of one job during its execution. Begin with `start`, end with complete, fail or release.
 
     `lost` is done when the lock is lost; its result is the error that says why. Progress is sent at most every
@@ -319,7 +319,7 @@ def _wait_s(failures: int) -> float:
     return random.uniform(0.5, 1) * min(WAIT_S, 0.1 * 2.0 ** min(failures, 10))
 
 
-def describe_end(keeper: LeaseKeeper, run_s: float) -> str:
+def describe_end(keeper: LockKeeper, run_s: float) -> str:
     """Return the line that reports the end of a run: the job, its kind, the result, the duration, the error."""
     job, after = keeper.grant.job, f" after {run_s:.1f} s"
     name = f"job {job.id}" + (f" ({job.kind})" if job.kind else "")

@@ -15,7 +15,7 @@ from jobd.client.aio import AsyncJobClient
 from jobd.client.worker.aio_utils import first_of, within
 from jobd.client.worker.claimer import Claimer, ClaimOptions
 from jobd.client.worker.error_text import MESSAGE_CHARACTERS, describe_error
-from jobd.client.worker.lock_keeper import LeaseKeeper, describe_end, describe_failure
+from jobd.client.worker.lock_keeper import LockKeeper, describe_end, describe_failure
 from jobd.client.worker.service_thread import Log
 from jobd.model.responses import GrantView
 
@@ -51,14 +51,14 @@ class Execution(Protocol):
     def abort(self) -> None:
         """Ask the work to stop, without waiting."""
 
-    async def finish(self, keeper: LeaseKeeper, give_up: asyncio.Event) -> bool:
+    async def finish(self, keeper: LockKeeper, give_up: asyncio.Event) -> bool:
         """Complete or fail the job after the work has ended by itself. Return whether it is completed."""
 
     def describe_timeout(self) -> str:
         """Return a suffix for the error message of a timeout. The work was stopped, but may still be running."""
 
 
-Begin = Callable[[LeaseKeeper], Awaitable[Execution]]
+Begin = Callable[[LockKeeper], Awaitable[Execution]]
 
 
 class WorkerRunner:
@@ -140,7 +140,7 @@ class WorkerRunner:
 
     async def _work(self, grant: GrantView, is_resent: bool) -> None:
         begun_s = asyncio.get_running_loop().time()
-        keeper = LeaseKeeper(self._client, grant, self._log, progress_every_s=self._progress_every_s)
+        keeper = LockKeeper(self._client, grant, self._log, progress_every_s=self._progress_every_s)
         is_completed = False
         if self._claimer.is_stopping:
             await keeper.release(self._give_up)
@@ -161,7 +161,7 @@ class WorkerRunner:
         if self._report is not None:
             self._report(describe_end(keeper, asyncio.get_running_loop().time() - begun_s))
 
-    async def _attempt(self, keeper: LeaseKeeper) -> bool:
+    async def _attempt(self, keeper: LockKeeper) -> bool:
         """Execute the job and report its end. Return whether it is completed. A bug in jobd fails the job first."""
         try:
             return await self._execute(keeper)
@@ -169,7 +169,7 @@ class WorkerRunner:
             await keeper.fail(self._give_up, describe_error(bug), error_code=type(bug).__name__[:200])
             raise
 
-    async def _execute(self, keeper: LeaseKeeper) -> bool:
+    async def _execute(self, keeper: LockKeeper) -> bool:
         try:
             execution = await self._begin(keeper)
         except (OSError, RuntimeError) as error:  # RuntimeError: the system starts no new thread
@@ -183,7 +183,7 @@ class WorkerRunner:
             if not execution.done.done():
                 execution.abort()
 
-    async def _wait_for_end(self, execution: Execution, keeper: LeaseKeeper) -> bool:
+    async def _wait_for_end(self, execution: Execution, keeper: LockKeeper) -> bool:
         """Wait until the work has ended. Stop it if the lock is lost, the grace has ended, or the timeout passes.
 
         A thread is asked to return after its timeout. It keeps its lock, and its result counts, because another attempt
@@ -218,7 +218,7 @@ class WorkerRunner:
         finally:
             grace_is_over.cancel()
 
-    def _log_timeout(self, execution: Execution, keeper: LeaseKeeper) -> None:
+    def _log_timeout(self, execution: Execution, keeper: LockKeeper) -> None:
         what = (
             "a thread cannot be stopped. It was asked to return, and keeps its lock until then"
             if execution.is_thread
@@ -226,7 +226,7 @@ class WorkerRunner:
         )
         self._log(f"job {keeper.id}: it took longer than {execution.timeout_s} s; {what}.")
 
-    async def _fail_timeout(self, execution: Execution, keeper: LeaseKeeper) -> None:
+    async def _fail_timeout(self, execution: Execution, keeper: LockKeeper) -> None:
         message = f"The run took longer than its timeout of {execution.timeout_s} s.{execution.describe_timeout()}"
         job = await keeper.fail(self._give_up, message[:MESSAGE_CHARACTERS], error_code="timeout")
         if job is not None and self._report is None:

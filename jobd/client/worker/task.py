@@ -9,7 +9,7 @@ from concurrent.futures import Future
 from datetime import timedelta
 from typing import Any, Final
 
-from jobd.client.worker.lock_keeper import LOST, LeaseKeeper
+from jobd.client.worker.lock_keeper import LOST, LockKeeper
 from jobd.model.job import YEAR_MS
 from jobd.model.responses import JobView
 
@@ -59,7 +59,7 @@ class Stopped(Exception):
 class BaseTask:
     """The job and its result, for both kinds of handler."""
 
-    def __init__(self, keeper: LeaseKeeper) -> None:
+    def __init__(self, keeper: LockKeeper) -> None:
         self._keeper = keeper
         self._service = asyncio.get_running_loop()
         self.job: Final[JobView] = keeper.grant.job
@@ -124,7 +124,7 @@ class Task(BaseTask):
     `cancelled` is set, and the handler is cancelled (CancelledError), unless `progress` has raised LockLost in it.
     """
 
-    def __init__(self, keeper: LeaseKeeper) -> None:
+    def __init__(self, keeper: LockKeeper) -> None:
         super().__init__(keeper)
         self.cancelled: Final = asyncio.Event()
         self.lost_raised_in: asyncio.Task[Any] | None = None  # the task in which a call raised that the lock is lost
@@ -153,7 +153,7 @@ class SyncTask(BaseTask):
     `raise_if_lost` often, and return soon if the lock is lost, the worker stops, or the timeout has passed.
     """
 
-    def __init__(self, keeper: LeaseKeeper) -> None:
+    def __init__(self, keeper: LockKeeper) -> None:
         super().__init__(keeper)
         self.cancelled: Final = threading.Event()
 

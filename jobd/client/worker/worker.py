@@ -18,7 +18,7 @@ from jobd.client.aio import AsyncJobClient
 from jobd.client.endpoint import Address
 from jobd.client.worker.claimer import LOCK_TTL_MS, ClaimOptions, default_name, describe_claims, describe_process
 from jobd.client.worker.handlers import AsyncExecution, HandlerLoop, RegisteredHandler, ThreadExecution, logger
-from jobd.client.worker.lock_keeper import LeaseKeeper
+from jobd.client.worker.lock_keeper import LockKeeper
 from jobd.client.worker.output import print_message
 from jobd.client.worker.runner import Execution, WorkerRunner, on_signals, seconds
 from jobd.client.worker.service_thread import ServiceThread
@@ -193,7 +193,7 @@ class Worker:
             concurrency=self._concurrency,
         )
 
-    async def _begin(self, loop: HandlerLoop, keeper: LeaseKeeper) -> Execution:
+    async def _begin(self, loop: HandlerLoop, keeper: LockKeeper) -> Execution:
         kind = keeper.grant.job.kind
         handler = self._handlers[kind if kind in self._handlers else None]
         return (AsyncExecution if _is_async(handler.function) else ThreadExecution)(handler, keeper, loop)

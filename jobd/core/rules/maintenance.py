@@ -144,9 +144,9 @@ def extend_after_pause(tx: Transaction, command: ExtendAfterPause) -> Response:
         job = tx.state.processing.get(job_id)
         if job is None or job.deadlines is None:
             continue
-        lock_ms = _postponed(job.deadlines, since, until)
-        if lock_ms != job.deadlines:
-            tx.update(job, "resumed", {"deadlines": lock_ms}, details={"grace_ms": command.grace_ms})
+        deadlines = _postponed(job.deadlines, since, until)
+        if deadlines != job.deadlines:
+            tx.update(job, "resumed", {"deadlines": deadlines}, details={"grace_ms": command.grace_ms})
             done += 1
     return Response(MaintenanceResult(done))
 

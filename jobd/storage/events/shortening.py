@@ -28,7 +28,7 @@ from jobd.storage.database import Database, StructureDamaged, is_corrupt
 from jobd.storage.events import event_rows
 from jobd.storage.events.event_rows import fault
 
-COMPACTED_AT_ONCE: Final = 1_000  # events of a timeline that are read by one `shorten`
+SHORTENED_AT_ONCE: Final = 1_000  # events of a timeline that are read by one `shorten`
 GIVEN_BACK_KEPT: Final = 10_000  # jobs whose returned grants are counted
 _READ_AT_ONCE: Final = 50  # rows of events
 _ROWS: Final = f"SELECT {event_rows.COLUMNS_SQL} FROM events WHERE job_seq = ? AND seq > ?"
@@ -103,13 +103,13 @@ class TimelineShortener:
         if begin >= end:
             return
         sql = f"{_ROWS} AND seq <= ? ORDER BY seq LIMIT ?"
-        rows = self._rows(sql, (job_seq, begin - event_rows.SPAN, end, COMPACTED_AT_ONCE + event_rows.SPAN))
-        rows = [row for row in rows if fault(row) or row[1] >= begin][:COMPACTED_AT_ONCE]
+        rows = self._rows(sql, (job_seq, begin - event_rows.SPAN, end, SHORTENED_AT_ONCE + event_rows.SPAN))
+        rows = [row for row in rows if fault(row) or row[1] >= begin][:SHORTENED_AT_ONCE]
         damaged = [index for index, row in enumerate(rows) if fault(row)]
         found: list[_EventsRow] = []
         size = 0
         for row in rows[damaged[-1] + 1 if damaged else 0 :]:
-            if size >= COMPACTED_AT_ONCE:
+            if size >= SHORTENED_AT_ONCE:
                 break
             found.append(_EventsRow(row))
             size += len(found[-1].events)

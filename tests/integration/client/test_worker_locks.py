@@ -26,7 +26,7 @@ from jobd.client import (
     Worker,
 )
 from jobd.client.worker import handlers, lock_keeper
-from jobd.client.worker.lock_keeper import LeaseKeeper
+from jobd.client.worker.lock_keeper import LockKeeper
 from tests.support.client_harness import (
     event_types,
     running_worker,
@@ -142,7 +142,7 @@ async def test_a_lock_lost_while_the_loop_is_blocked_cancels_the_handler(
 async def test_a_bug_in_the_service_thread_is_raised_by_serve(
     client: AsyncJobClient, queue: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(LeaseKeeper, "start", lambda self, *, at_once=False: 1 / 0)
+    monkeypatch.setattr(LockKeeper, "start", lambda self, *, at_once=False: 1 / 0)
     worker = Worker(client, queues=[queue])
     worker.handler(print)
     await client.create_job(queue=queue)

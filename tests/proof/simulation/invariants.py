@@ -190,18 +190,18 @@ class DecisionChecks:
             is_stalled(job, at.lock_ms) and job.grant is not None and job.deadlines is not None for job in rows.values()
         )
         done = len(_ids(decision.changes, "stalled"))
-        self.must(done == min(stalled, command.limit), "S5", f"{done} jobs were recovered, {stalled} are stuck")
+        self.must(done == min(stalled, command.limit), "S5", f"{done} jobs were recovered, {stalled} are stalled")
         if isinstance(decision.answer, Response) and isinstance(decision.answer.data, Recovered):
             self.must(
                 decision.answer.data.more or stalled <= done,
                 "S5",
-                "stuck jobs are left and not reported",
+                "stalled jobs are left and not reported",
             )
 
     def _check_start(self, job: Job, decision: Decision, at: Moment) -> None:
         response = decision.answer
         if isinstance(response, ApiError) and response.code == "already_locked":
-            self.must(not is_stalled(job, at.lock_ms), "S5", "a stuck job was called locked", job.id)
+            self.must(not is_stalled(job, at.lock_ms), "S5", "a stalled job was called locked", job.id)
 
     def _check_holder(self, command: Any, decision: Decision, job: Job | None, at: Moment) -> None:
         verb, lock_id = type(command).__name__, command.lock_id
@@ -267,7 +267,7 @@ class DecisionChecks:
         if after is not None:
             self._check_row(before, after, event, command, at)
             if after.deadlines is not None and event.type != "imported":
-                self._check_lease(before.deadlines if before is not None else None, after, event, command, at)
+                self._check_deadlines(before.deadlines if before is not None else None, after, event, command, at)
 
     def _check_leaving(self, before: Job, after: Job | None, event: Event, command: AnyCommand, at: Moment) -> None:
         """Check that the event is allowed for a job in the state `before`."""
@@ -310,7 +310,7 @@ class DecisionChecks:
             self.must(stays, "S14", f"{kind} took the job from its place", before.id)
 
     def _check_stall(self, before: Job, at: Moment) -> None:
-        self.must(is_stalled(before, at.lock_ms), "S5", "a job was recovered that is not stuck", before.id)
+        self.must(is_stalled(before, at.lock_ms), "S5", "a job was recovered that is not stalled", before.id)
         if before.grant is None or before.deadlines is None:
             return
         graced = before.grant.lock_id in self.held_at_start and at.lock_ms < self._grace_ends
@@ -358,7 +358,7 @@ class DecisionChecks:
             expected = before.attempt + (event.type == "granted")
         self.must(job.attempt == expected, "S4", f"{event.type}: attempt {before.attempt} became {job.attempt}", job.id)
 
-    def _check_lease(
+    def _check_deadlines(
         self, before: LockDeadlines | None, job: Job, event: Event, command: AnyCommand, at: Moment
     ) -> None:
         """Check the deadlines: not beyond the progress timeout, not earlier than before, at least as requested."""
@@ -385,7 +385,9 @@ class DecisionChecks:
             )
             self.must(fits, "S11", f"{kind}: progress_due {deadlines.progress_due}, not {progress_due}", job.id)
         elif kind != "resumed" and before is not None:
-            self.must(deadlines.progress_due == before.progress_due, "S11", f"{kind} moved the progress_due", job.id)
+            self.must(
+                deadlines.progress_due == before.progress_due, "S11", f"{kind} moved the progress timeout", job.id
+            )
         if kind in ("granted", "progress", "extended"):
             requested = getattr(command, "additional_ms", None) or grant.ttl_ms
             until = min(
@@ -395,7 +397,7 @@ class DecisionChecks:
             long = deadlines.expires == (until if before is None else max(until, before.expires))
             self.must(long and not deadlines.cleared, "S11", f"{kind}: {ends}, it should end at {until}", job.id)
             self.must(
-                deadlines.stall_due >= at.lock_ms + grant.stall_after_ms, "S11", f"{kind}: stuck too early", job.id
+                deadlines.stall_due >= at.lock_ms + grant.stall_after_ms, "S11", f"{kind}: stalled too early", job.id
             )
         if before is not None:
             back = deadlines.expires < before.expires or deadlines.stall_due < before.stall_due

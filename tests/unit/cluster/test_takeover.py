@@ -280,7 +280,7 @@ async def test_time_without_a_leader_does_not_age_locks() -> None:
     await old.ask(Create(id="a"))
     grant = await old.ask(Start(id="a", worker="w", lock_ttl_ms=60_000))
     await seconds(20)
-    await old.ask(Create(id="b"))  # carries the lease time
+    await old.ask(Create(id="b"))  # carries the lock time
     await old.kill()
     standby.journal.is_reachable = False
     await seconds(120)

@@ -309,7 +309,7 @@ def test_memory_is_bounded(rules: CountingHarness, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("half", [{"grant": None}, {"deadlines": None}], ids=str)
 def test_a_row_without_a_grant_is_ignored(rules: CountingHarness, half: dict[str, None]) -> None:
-    """Manually edited rows can have a grant without a lock_ms, or the reverse."""
+    """Manually edited rows can have a grant without lock deadlines, or the reverse."""
     held(rules)
     rules.row(replace(rules.job(), **half))
     rules.accept(restored("a"))

@@ -50,8 +50,8 @@ from jobd.model.storage import OpenedStore
 from tests.support.rule_harness import NOW, RuleHarness
 
 TTL = 15 * MINUTE_MS
-STUCK = 10 * MINUTE_MS
-CEILING = 30 * MINUTE_MS
+STALL_AFTER = 10 * MINUTE_MS
+PROGRESS_TIMEOUT = 30 * MINUTE_MS
 
 
 def no_progress_timeout(**fields: Any) -> dict[str, Any]:
@@ -65,12 +65,18 @@ def test_progress_renews_lock_silence_and_progress_timeout(rules: RuleHarness) -
     lock_id = rules.held()
     rules.advance(MINUTE_MS)
     state = rules.accept(Progress(id="a", lock_id=lock_id, progress=12.5, message="half"))
-    assert (state.lock_expires_at, state.ttl_ms, state.progress_due_at) == (rules.now + TTL, TTL, rules.now + CEILING)
+    assert (state.lock_expires_at, state.ttl_ms, state.progress_due_at) == (
+        rules.now + TTL,
+        TTL,
+        rules.now + PROGRESS_TIMEOUT,
+    )
     assert state.cancel_requested is False
     assert state.extended is msgspec.UNSET
     job = rules.job()
     assert (job.progress, job.progress_message, job.updated_at) == (12.5, "half", rules.now)
-    assert job.deadlines == LockDeadlines(rules.lock_ms + TTL, rules.lock_ms + STUCK, rules.lock_ms + CEILING)
+    assert job.deadlines == LockDeadlines(
+        rules.lock_ms + TTL, rules.lock_ms + STALL_AFTER, rules.lock_ms + PROGRESS_TIMEOUT
+    )
     assert rules.last().details == {"progress": 12.5, "message": "half"}
     rules.progress(lock_id, 42.0)
     assert repr(rules.job().progress) == "42"
@@ -80,7 +86,7 @@ def test_progress_renews_lock_silence_and_progress_timeout(rules: RuleHarness) -
 def test_progress_gives_a_progress_timeout_to_a_row_that_lacks_it(rules: RuleHarness) -> None:
     lock_id = rules.held()
     rules.row(replace(rules.job(), deadlines=LockDeadlines(rules.lock_ms + 5, rules.lock_ms + 5, None)))
-    assert rules.progress(lock_id).progress_due_at == NOW + CEILING
+    assert rules.progress(lock_id).progress_due_at == NOW + PROGRESS_TIMEOUT
 
 
 def test_progress_never_shortens_a_lock(rules: RuleHarness) -> None:
@@ -98,29 +104,29 @@ def test_extend_means_at_least_this_long_from_now(rules: RuleHarness) -> None:
     rules.advance(2)
     assert rules.accept(Extend(id="a", lock_id=lock_id)).lock_expires_at == rules.now + TTL
     assert rules.job().deadlines == LockDeadlines(
-        rules.lock_ms + TTL, rules.lock_ms + STUCK, rules.lock_ms - 2 + CEILING
+        rules.lock_ms + TTL, rules.lock_ms + STALL_AFTER, rules.lock_ms - 2 + PROGRESS_TIMEOUT
     )
 
 
 def test_an_extension_is_cut_to_the_progress_timeout_which_only_progress_moves(rules: RuleHarness) -> None:
     lock_id = rules.held()
     state = rules.accept(Extend(id="a", lock_id=lock_id, additional_ms=DAY_MS))
-    assert state.lock_expires_at == state.progress_due_at == NOW + CEILING
+    assert state.lock_expires_at == state.progress_due_at == NOW + PROGRESS_TIMEOUT
     assert rules.accept(Extend(id="a", lock_id=lock_id, additional_ms=DAY_MS)).extended is False
-    rules.advance(CEILING - 1)
+    rules.advance(PROGRESS_TIMEOUT - 1)
     rules.progress(lock_id)
     state = rules.accept(Extend(id="a", lock_id=lock_id, additional_ms=DAY_MS))
-    assert state.lock_expires_at == state.progress_due_at == rules.now + CEILING
+    assert state.lock_expires_at == state.progress_due_at == rules.now + PROGRESS_TIMEOUT
 
 
 def test_at_the_progress_timeout_only_endings_are_accepted(rules: RuleHarness) -> None:
     lock_id = rules.held()
     rules.accept(Extend(id="a", lock_id=lock_id, additional_ms=DAY_MS))
-    rules.advance(CEILING)
+    rules.advance(PROGRESS_TIMEOUT)
     assert "a" in rules.state.stalled
     for command in (Extend(id="a", lock_id=lock_id), Progress(id="a", lock_id=lock_id, progress=1)):
         rejection = rules.reject(command, "progress_timeout")
-        assert rejection.details == {"progress_timeout_ms": CEILING, "progress_due_at": rules.now}
+        assert rejection.details == {"progress_timeout_ms": PROGRESS_TIMEOUT, "progress_due_at": rules.now}
         assert rejection.message == (
             "Job a had no progress report for 30 min (progress_timeout_ms 1800000). Complete, fail or release it now. "
             "Next time report progress in time, or raise progress_timeout_ms of the job, of the start or claim, or "

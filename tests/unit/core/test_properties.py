@@ -417,7 +417,7 @@ def test_every_job_ends_once_time_passes(sequence: list[tuple[Any, bool]], away:
 
 
 odd_times = st.sampled_from([0, 1, 999, 1_000, 1_001, 5_000])
-leases = st.builds(
+lock_deadlines = st.builds(
     LockDeadlines, expires=odd_times, stall_due=odd_times, progress_due=st.none() | odd_times, cleared=st.booleans()
 )
 hand_made = st.builds(
@@ -439,7 +439,7 @@ hand_made = st.builds(
         Grant, lock_id=st.just("l"), fencing_token=st.just(1), worker=workers, acquired_at=st.just(NOW),
         ttl_ms=st.just(1_000), stall_after_ms=waits, progress_timeout_ms=waits,
     ),
-    deadlines=st.none() | leases,
+    deadlines=st.none() | lock_deadlines,
     ended=st.none() | st.just(PreviousGrant("l", 1, "w", NOW, "r", "r", "release", "h")),
     result=st.none() | st.just(Result()) | st.just(Result("u")),
     error=st.none() | st.just(Failure(None)),

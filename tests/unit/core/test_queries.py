@@ -59,7 +59,7 @@ from jobd.model.responses import (
 from tests.support.rule_harness import NOW, RuleHarness
 
 TTL = 15 * MINUTE_MS
-CEILING = 30 * MINUTE_MS
+PROGRESS_TIMEOUT = 30 * MINUTE_MS
 
 
 # -- reads and the daemon's own ---------------------------------------------------------------------------------------
@@ -133,7 +133,7 @@ def test_the_lists_of_operators(rules: RuleHarness) -> None:
     ]
     (lock,) = rules.accept(Locks(), admin=True).locks
     assert (lock.id, lock.worker, lock.lock_id, lock.live) == ("a", "w-1", lock_id, True)
-    assert (lock.expires_at, lock.progress_due_at, lock.stalled_at) == (NOW + TTL, NOW + CEILING, NOW + TTL)
+    assert (lock.expires_at, lock.progress_due_at, lock.stalled_at) == (NOW + TTL, NOW + PROGRESS_TIMEOUT, NOW + TTL)
     stats = rules.accept(Stats())
     assert (stats.total_jobs, stats.by_status["processing"], stats.by_status["completed"]) == (3, 1, 1)
     assert (stats.stuck_jobs, stats.locked_jobs, stats.average_processing_time) == (0, 1, 1.5)

@@ -23,7 +23,7 @@ from jobd.core.ready_queue import (
     PriorityBucket,
     QueuedJobs,
     Sorted,
-    compact_entry,
+    packed_entry,
 )
 from jobd.model.job import Options, PackedJob
 
@@ -201,7 +201,7 @@ class NaiveReadyQueue:
         self.now = 100_000
 
     def _waits(self, job: PackedJob) -> bool:
-        return self.short.get(compact_entry(job)) is job
+        return self.short.get(packed_entry(job)) is job
 
     def add(self, kind: str, *found: int, expires_at: int = NEVER) -> tuple[str, DueEntry]:
         priority, run_at, seq = found
@@ -212,9 +212,9 @@ class NaiveReadyQueue:
 
     def join(self, kind: str, *found: int) -> tuple[str, DueEntry]:
         job = untouched(kind, *found)
-        item = (kind, compact_entry(job))
+        item = (kind, packed_entry(job))
         self.live.add(item)
-        self.short[compact_entry(job)] = job
+        self.short[packed_entry(job)] = job
         self.due.join(job, self.now)
         return item
 
@@ -241,9 +241,9 @@ class NaiveReadyQueue:
             assert list(self.due.eligible(kinds, now)) == expected
             assert list(islice(self.due.eligible(kinds, now), 2)) == expected[:2]
             if kinds is None and (line := self.due.due_in_fifo(now)) is not None:
-                assert list(map(compact_entry, line)) == expected
+                assert list(map(packed_entry, line)) == expected
             if kinds is None and (first := self.due.first_in_fifo(now)) is not None:
-                assert compact_entry(first) == expected[0]
+                assert packed_entry(first) == expected[0]
         counts = Counter((kind, found[0]) for kind, found in self.live)
         buckets = [(kind, priority, bucket) for kind, of in self.due.buckets.items() for priority, bucket in of.items()]
         assert {(kind, priority): bucket.live for kind, priority, bucket in buckets} == counts
@@ -377,8 +377,8 @@ def test_the_first_jobs_of_a_bucket_can_be_added_at_once_in_any_order() -> None:
     model = NaiveReadyQueue()
     jobs = [untouched("a", 3, created_at, seq) for created_at, seq in [(5, 2), (4, 3), (5, 1), (5, 4)]]
     for job in jobs:
-        model.live.add(("a", compact_entry(job)))
-        model.short[compact_entry(job)] = job
+        model.live.add(("a", packed_entry(job)))
+        model.short[packed_entry(job)] = job
     model.due.join_all("a", 3, jobs, model.now)
     model.join("a", 3, 6, 5)
     model.join("b", 2, 7, 6)

@@ -537,7 +537,7 @@ def test_a_removed_job_has_no_expired_lock(presence: WorkerPresence) -> None:
 
 
 def test_a_job_of_an_unknown_worker_can_be_removed() -> None:
-    """An invalid row: a grant without a lock_ms."""
+    """An invalid row: a grant without lock deadlines."""
     state = State()
     row = replace(held(1, "w"), deadlines=None)
     state.reindex(None, row)

@@ -478,7 +478,7 @@ async def test_no_read_is_served_after_the_check_before_a_batch_fails() -> None:
     await engine.yes(Create(id="a"))
 
     def fail() -> None:
-        raise LeadershipLost("the lock_ms is over")
+        raise LeadershipLost("the lease is over")
 
     engine.actor.before_batch = fail
     assert (await engine.no(Get(id="a"))).code == "not_leader"

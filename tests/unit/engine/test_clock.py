@@ -81,7 +81,7 @@ def test_lock_time_continues_from_its_persisted_value(sources: ManualClocks) -> 
 
 
 @pytest.mark.parametrize("step_ms", [-3_600_000, 3_600_000, 40 * 86_400_000])
-def test_a_step_of_the_wall_clock_moves_no_lease(sources: ManualClocks, step_ms: int) -> None:
+def test_a_step_of_the_wall_clock_moves_no_lock_deadline(sources: ManualClocks, step_ms: int) -> None:
     daemon_clock = clock(sources, lock_ms=1_000)
     sources.advance(10)
     sources.wall_ms += step_ms

@@ -160,7 +160,7 @@ def test_nothing_is_deleted_when_another_node_may_lead(checks: int) -> None:
         def check() -> None:
             nonlocal left
             if left == 0:
-                raise LeadershipLost("the lock_ms is over")
+                raise LeadershipLost("the lease is over")
             if left is not None:
                 left -= 1
 

@@ -971,5 +971,5 @@ async def test_a_lost_lead_is_not_a_failure_of_a_cleanup() -> None:
             engine.disk.errors["save_figures"] = LeadershipLost("another node leads the journal")
             engine.run_maintainer()
             await seconds(1)
-    rejected = [(line["event"], line["log_level"]) for line in logs if line["event"] != "cleanup_pass"]
+    rejected = [(line["event"], line["log_level"]) for line in logs if line["event"] != "cleanup_run"]
     assert rejected == [("cleanup_step_failed", "warning"), ("cleanup_rejected", "warning")]

@@ -1,4 +1,4 @@
-"""Jobs: valid ids and storage keys, the boundaries of leases, the packed form, epochs."""
+"""Jobs: valid ids and storage keys, the boundaries of lock deadlines, the packed form, epochs."""
 
 from __future__ import annotations
 

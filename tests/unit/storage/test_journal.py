@@ -159,7 +159,7 @@ async def test_the_first_and_last_returned_grants_are_kept(path: str, monkeypatc
 @pytest.mark.usefixtures("rows_of_one_event")
 async def test_a_long_journal_is_compacted_in_slices(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """No batch waits for more than one slice, even if a grant has more events than that."""
-    monkeypatch.setattr(shortening, "COMPACTED_AT_ONCE", 20)
+    monkeypatch.setattr(shortening, "SHORTENED_AT_ONCE", 20)
     maker = ChangeFactory()
     change = maker.create()
     job, changes = job_of(change), [change]

@@ -59,8 +59,8 @@ class ClusterMonitor(Monitor):
         durable = self._durable
         super().check_start(daemon, grace_ms)
         self._durable = durable  # an earlier leader may still send the responses of its last batch
-        lease, kept = daemon.clock.moment().lock_ms, self.machine.disk.numbers.lock_ms
-        self.must(lease <= kept + 1, "S11", f"locks have aged by {lease - kept} ms without a leader")
+        lock_ms, kept = daemon.clock.moment().lock_ms, self.machine.disk.numbers.lock_ms
+        self.must(lock_ms <= kept + 1, "S11", f"locks have aged by {lock_ms - kept} ms without a leader")
 
     def decide(self, tx: Any, call: Any) -> Any:
         if self.daemon is None or self.daemon.state is not tx.state:

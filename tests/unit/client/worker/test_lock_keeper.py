@@ -26,7 +26,7 @@ from jobd.client import (
     Worker,
 )
 from jobd.client.worker import lock_keeper
-from jobd.client.worker.lock_keeper import LeaseKeeper
+from jobd.client.worker.lock_keeper import LockKeeper
 from jobd.model.responses import GrantView, LockState
 from tests.support.client_harness import (
     GRANT,
@@ -334,7 +334,7 @@ async def test_the_end_of_a_lease_ends_all_waits_for_progress(tmp_path: Path) ->
     server.always = lambda received: server.hang if received.path.endswith("/progress") else ok(JOB)
     with serving(server, tmp_path / "p") as endpoint:
         async with AsyncJobClient(endpoint) as client:
-            keeper = LeaseKeeper(client, msgspec.json.decode(msgspec.json.encode(GRANT), type=GrantView), print)
+            keeper = LockKeeper(client, msgspec.json.decode(msgspec.json.encode(GRANT), type=GrantView), print)
             keeper.start()
             sent = keeper.report(1)
             await wait_until(lambda: bool(server.received))
@@ -371,7 +371,7 @@ def test_the_lock_is_extended_first_and_then_at_a_third_of_its_ttl(
     async def run() -> None:
         client = SlowClient(failures)
         grant = msgspec.json.decode(msgspec.json.encode(GRANT | {"ttl_ms": 30_000}), type=GrantView)
-        keeper = LeaseKeeper(cast("AsyncJobClient", client), grant, lambda _: None)
+        keeper = LockKeeper(cast("AsyncJobClient", client), grant, lambda _: None)
         began_s = asyncio.get_running_loop().time()
         keeper.start(at_once=at_once)
         await seconds(first_s + 15)

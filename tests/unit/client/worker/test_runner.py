@@ -14,7 +14,7 @@ from aiohttp import web
 from jobd.client import AsyncJobClient
 from jobd.client.worker import claimer
 from jobd.client.worker.claimer import ClaimOptions
-from jobd.client.worker.lock_keeper import LeaseKeeper
+from jobd.client.worker.lock_keeper import LockKeeper
 from jobd.client.worker.runner import Execution, WorkerRunner, on_signals
 from tests.support.client_harness import GRANT, JOB
 from tests.support.polling import wait_until
@@ -38,7 +38,7 @@ def _own_handler(number: int, frame: FrameType | None) -> None:
     raise AssertionError("no signal was sent")
 
 
-async def _begin(keeper: LeaseKeeper) -> Execution:
+async def _begin(keeper: LockKeeper) -> Execution:
     raise AssertionError("began after the stop")
 
 

@@ -51,7 +51,7 @@ from jobd.model.responses import (
 from tests.support.rule_harness import NOW, SEED, RuleHarness
 
 TTL = 15 * MINUTE_MS
-STUCK = 10 * MINUTE_MS
+STALL_AFTER = 10 * MINUTE_MS
 
 
 def no_progress_timeout(**fields: Any) -> dict[str, Any]:
@@ -273,7 +273,7 @@ def test_deadlines_are_postponed_after_a_pause_of_the_daemon(rules: RuleHarness)
         == 2
     )
     until = rules.lock_ms + 30_000
-    assert rules.job("live").deadlines == LockDeadlines(until, rules.lock_ms - 999 + STUCK, until)
+    assert rules.job("live").deadlines == LockDeadlines(until, rules.lock_ms - 999 + STALL_AFTER, until)
     assert rules.job("dead").deadlines == LockDeadlines(rules.lock_ms, until, None)  # an expired lock stays expired
     assert rules.types("live")[-1] == "resumed"
     assert rules.last().details == {"grace_ms": 30_000}

@@ -63,8 +63,8 @@ from jobd.model.responses import (
 from tests.support.rule_harness import NOW, RuleHarness, holder_commands
 
 TTL = 15 * MINUTE_MS
-STUCK = 10 * MINUTE_MS
-CEILING = 30 * MINUTE_MS
+STALL_AFTER = 10 * MINUTE_MS
+PROGRESS_TIMEOUT = 30 * MINUTE_MS
 ALLOWED: Final = {
     "queued": ["cancelled", "completed", "failed"],
     "processing": ["cancelled", "completed", "failed", "queued"],
@@ -326,7 +326,7 @@ def test_extend_lock(rules: RuleHarness) -> None:
     state = rules.accept_admin(ExtendLock(id="a", lock_id=lock_id, additional_ms=20 * MINUTE_MS))
     assert (state.job_id, state.status, state.extended) == ("a", "processing", True)
     assert state.lock_expires_at == state.lock.expires_at == NOW + 20 * MINUTE_MS
-    assert (state.progress_due_at, state.lock.lock_id, state.timestamp) == (NOW + CEILING, lock_id, NOW)
+    assert (state.progress_due_at, state.lock.lock_id, state.timestamp) == (NOW + PROGRESS_TIMEOUT, lock_id, NOW)
     assert rules.last().by == "admin"
     assert rules.accept_admin(ExtendLock(id="a", lock_id=lock_id)).extended is False
 
@@ -584,4 +584,8 @@ def test_an_imported_processing_job_gets_a_grant_from_its_fields(
     assert changes.started_at == began
     assert changes.deadlines == LockDeadlines(rules.lock_ms, rules.lock_ms, None)
     assert (changes.grant.worker, changes.grant.acquired_at) == ("unknown", started_at or updated_at)
-    assert (changes.grant.ttl_ms, changes.grant.stall_after_ms, changes.grant.progress_timeout_ms) == (TTL, STUCK, 0)
+    assert (changes.grant.ttl_ms, changes.grant.stall_after_ms, changes.grant.progress_timeout_ms) == (
+        TTL,
+        STALL_AFTER,
+        0,
+    )

@@ -69,8 +69,8 @@ from jobd.model.responses import (
 from tests.support.rule_harness import NOW, RuleHarness
 
 TTL = 15 * MINUTE_MS
-STUCK = 10 * MINUTE_MS
-CEILING = 30 * MINUTE_MS
+STALL_AFTER = 10 * MINUTE_MS
+PROGRESS_TIMEOUT = 30 * MINUTE_MS
 ALLOWED: Final = {
     "queued": ["cancelled", "completed", "failed"],
     "processing": ["cancelled", "completed", "failed", "queued"],
@@ -91,7 +91,7 @@ def test_a_created_job_has_the_defaults(rules: RuleHarness) -> None:
     view: JobView = rules.accept(Create(id="a", payload=Raw(b'{"x":1}')))
     assert (view.id, view.status, view.queue, view.kind, view.priority) == ("a", "queued", "default", "", 0)
     assert (view.attempt, view.max_attempts, view.stalls, view.max_stalls, view.on_stall) == (0, 1, 0, 3, "auto")
-    assert (view.stall_after_ms, view.progress_timeout_ms) == (STUCK, CEILING)
+    assert (view.stall_after_ms, view.progress_timeout_ms) == (STALL_AFTER, PROGRESS_TIMEOUT)
     assert view.created_at == view.updated_at == view.run_at == NOW
     assert (view.started_at, view.finished_at, view.expires_at, view.lock) == (None, None, None, None)
     assert view.payload == Raw(b'{"x":1}')
@@ -380,11 +380,13 @@ def test_a_grant_sets_every_field(rules: RuleHarness) -> None:
     assert answer == Response(granted, 200, [(1, granted.job)], [("a", granted.lock_id)])
     assert (job.status, job.progress, job.attempt) == ("processing", 0, 1)
     assert job.started_at == job.updated_at == NOW + 5
-    assert job.deadlines == LockDeadlines(rules.lock_ms + TTL, rules.lock_ms + STUCK, rules.lock_ms + CEILING)
+    assert job.deadlines == LockDeadlines(
+        rules.lock_ms + TTL, rules.lock_ms + STALL_AFTER, rules.lock_ms + PROGRESS_TIMEOUT
+    )
     assert job.grant is not None
     assert job.grant.fencing_token == granted.fencing_token == (1 << 24) | 1  # as in stores and workers
     assert (granted.lock_id, granted.ttl_ms) == (job.grant.lock_id, TTL)
-    assert (granted.lock_expires_at, granted.progress_due_at) == (NOW + 5 + TTL, NOW + 5 + CEILING)
+    assert (granted.lock_expires_at, granted.progress_due_at) == (NOW + 5 + TTL, NOW + 5 + PROGRESS_TIMEOUT)
     assert granted.job.lock.lock_id is msgspec.UNSET
     assert rules.last().by == "worker:w-1"
     assert "lock_id" not in str(rules.last().details)
@@ -408,10 +410,10 @@ def test_an_admin_sees_the_lock_id_in_every_response_with_the_job(rules: RuleHar
 def test_times_of_a_grant_take_precedence_over_job_and_policy(rules: RuleHarness) -> None:
     rules.create(stall_after_ms=7, progress_timeout_ms=2_000)
     rules.start(lock_ttl_ms=1_000, stall_after_ms=0)
-    grant, lock_ms = rules.job().grant, rules.job().deadlines
+    grant, deadlines = rules.job().grant, rules.job().deadlines
     assert grant is not None
     assert (grant.ttl_ms, grant.stall_after_ms, grant.progress_timeout_ms) == (1_000, 0, 2_000)
-    assert lock_ms == LockDeadlines(rules.lock_ms + 1_000, rules.lock_ms, rules.lock_ms + 2_000)
+    assert deadlines == LockDeadlines(rules.lock_ms + 1_000, rules.lock_ms, rules.lock_ms + 2_000)
     rules.create("b", stall_after_ms=7)
     rules.start("b")
     grant = rules.job("b").grant
@@ -434,7 +436,7 @@ def test_a_lock_is_cut_to_its_progress_timeout(rules: RuleHarness) -> None:
 @pytest.mark.parametrize(
     ("creator", "requested_ms", "holds"),
     [
-        (None, None, CEILING),
+        (None, None, PROGRESS_TIMEOUT),
         (None, 0, 0),
         (None, 3_000, 3_000),
         (2_000, None, 2_000),
@@ -459,7 +461,7 @@ def test_the_progress_timeout_of_the_job_takes_precedence_over_grant_and_configu
     view = rules.progress(granted.lock_id)
     assert view.progress_due_at == granted.progress_due_at
     rules.accept(Release(id="a", lock_id=granted.lock_id))
-    assert rules.accept(Get(id="a")).progress_timeout_ms == (CEILING if creator is None else creator), (
+    assert rules.accept(Get(id="a")).progress_timeout_ms == (PROGRESS_TIMEOUT if creator is None else creator), (
         "it was of that grant"
     )
 

@@ -232,7 +232,7 @@ def test_pruning_by_another_node_deletes_no_event_silently(flips: Flips) -> None
 def test_shortening_deletes_no_other_event(flips: Flips, monkeypatch: pytest.MonkeyPatch, begin: int) -> None:
     monkeypatch.setattr(shortening, "KEEP_GRANTS", 1)
     monkeypatch.setattr(shortening, "KEEP_FIRST_GRANTS", 0)
-    monkeypatch.setattr(shortening, "COMPACTED_AT_ONCE", 3)
+    monkeypatch.setattr(shortening, "SHORTENED_AT_ONCE", 3)
     kept = {event.seq for event in events() if event.job_seq != 2 or event.type not in ROUTINE}
 
     def read(projection: Projection, row: tuple[int, ...]) -> None:
