@@ -205,7 +205,7 @@ class RetentionSection(Struct, frozen=True, forbid_unknown_fields=True):
     cancelled: Duration = Duration(7 * DAY_MS)
     """How long cancelled jobs are kept."""
     journal: Duration = Duration(DAY_MS)
-    """How long the journal keeps the events of a job after its deletion."""
+    """How long the event log keeps the events of a job after its deletion."""
     journal_bytes: Positive = 4 << 30
     """Size of the database in bytes above which cleanup runs delete the oldest events of deleted jobs earlier."""
     audit: Duration = Duration(90 * DAY_MS)

@@ -107,7 +107,7 @@ class BaseClient:
 
     @property
     def _silence_s(self) -> float:
-        """How long a stream of events may be silent."""
+        """How long a stream of events may be idle."""
         return SILENCE_S if self._nodes.is_single else NODE_SILENCE_S
 
 

@@ -193,7 +193,7 @@ class NoStandby(JobdError, code="no_standby"):
 
 
 class EventsGone(JobdError, code="events_gone"):
-    """The requested events are no longer in the journal. Read the current state, then follow events from now on."""
+    """The requested events are no longer in the event log. Read the current state, then follow events from now on."""
 
 
 class TooLarge(JobdError, code="too_large"):

@@ -14,7 +14,7 @@ from jobd.client.retries import RetryOptions
 from jobd.model.api_call import EVENT_STREAM, ApiCall
 from jobd.model.events import StreamedEvent
 
-# The daemon sends something at least every 15 s: a stream that is silent for longer is dead.
+# The daemon sends something at least every 15 s: a stream that is idle for longer is dead.
 SILENCE_S: Final = 45.0
 NODE_SILENCE_S: Final = 20.0  # of one of several nodes, as another may be the leader by now
 # A lost stream is reconnected without a time limit.

@@ -283,7 +283,7 @@ def _processing(job: Job, state: State, at: Moment) -> WhyView:
 
 
 def _progress_due(grant: Grant, deadlines: LockDeadlines, at: Moment) -> str:
-    """Return a sentence about the progress_due of this grant; empty once it has passed."""
+    """Return a sentence about the progress timeout of this grant; empty once it has passed."""
     if deadlines.progress_due is None:
         return " This grant has no progress timeout (progress_timeout_ms 0)."
     left = deadlines.progress_due - at.lock_ms

@@ -730,7 +730,7 @@ def _metadata_bytes(job: Job) -> int:
 
 
 class LiveJobs(Mapping[str, Job]):
-    """Live jobs by id. Compact ones are expanded on each access: the values are equal, but not identical."""
+    """Live jobs by id. Packed ones are expanded on each access: the values are equal, but not identical."""
 
     __slots__ = ("_full", "_packed")
 

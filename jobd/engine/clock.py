@@ -77,7 +77,7 @@ def is_synchronised() -> bool:
 
 
 class Clock:
-    """LockDeadlines time continues from the last value that was persisted: downtime does not age locks.
+    """Lock time continues from the last value that was persisted: downtime does not age locks.
 
     `numbers` were persisted (`wall_ms` 0: a new store). `keep_ms` is the shortest retention in force. The clock is
     suspect if wall time is ahead of its expected value: at the start by more than half of `keep_ms`, while running by

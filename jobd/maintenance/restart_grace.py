@@ -32,6 +32,6 @@ def extend_held_locks(actor: Actor, lock_ms: int, since: int, *, slice_jobs: int
 
 
 def _ends(deadlines: LockDeadlines, since: int) -> int:
-    """Return the next deadline of a deadlines as of lock time `since`: its lock expires, or its job stalls."""
+    """Return the first of these deadlines after lock time `since`: its lock expires, or its job stalls."""
     end = deadlines.expires if deadlines.is_live(since) else deadlines.stalled_at
     return end if deadlines.progress_due is None else min(end, deadlines.progress_due)

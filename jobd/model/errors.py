@@ -47,7 +47,7 @@ ERROR_CODES: Final[dict[str, ErrorCode]] = {
     "worker_not_silent": ErrorCode(409, "the worker holds no job whose lock has expired; nothing was changed"),
     "no_standby": ErrorCode(409, "no standby of the cluster is ready to take over; nothing was changed"),
     "events_gone": ErrorCode(
-        410, "the journal no longer has the events after the given one, or the id is from another store"
+        410, "the event log no longer has the events after the given one, or the id is from another store"
     ),
     "too_large": ErrorCode(413, "the body, payload, metadata or number of jobs exceeds its limit"),
     "unsupported_media_type": ErrorCode(415, "the body has another type, or is compressed"),

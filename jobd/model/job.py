@@ -115,7 +115,7 @@ def recorded_bytes(payload: Collection[int]) -> int:
 
 
 def storage_key_error(key: str) -> str | None:
-    """Return why the key of a stored object is invalid. It must be relative, without `..` and NUL."""
+    """Return why the storage key of an artifact is invalid. It must be relative, without `..` and NUL."""
     if "\x00" in key:
         return "contains NUL"
     if key.startswith("/") or key.startswith("\\"):

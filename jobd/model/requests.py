@@ -97,7 +97,7 @@ class EventsRequest(Command, frozen=True, kw_only=True):
     """Stream events as they happen (Server-Sent Events), without gap or repetition after `Last-Event-ID`.
 
     An event must match all filters. The stream begins after the event in the header `Last-Event-ID`, else after
-    `last_event_id`, else `last` events ago, else now. Without `follow` it ends at the end of the journal.
+    `last_event_id`, else `last` events ago, else now. Without `follow` it ends at the end of the event log.
     """
 
     errors = ("events_gone",)
@@ -119,11 +119,11 @@ class EventsRequest(Command, frozen=True, kw_only=True):
     last: (
         Annotated[
             int,
-            Meta(ge=1, le=MAX_BACK, description="Begin this many events ago, with those that the journal still has."),
+            Meta(ge=1, le=MAX_BACK, description="Begin this many events ago, with those that the event log still has."),
         ]
         | None
     ) = None
-    follow: Annotated[bool, Meta(description="Whether to wait for more events at the end of the journal.")] = True
+    follow: Annotated[bool, Meta(description="Whether to wait for more events at the end of the event log.")] = True
 
 
 class ArtifactRequest(JobCommand, frozen=True, kw_only=True):

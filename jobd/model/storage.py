@@ -145,7 +145,7 @@ class StoredResponse(Struct, frozen=True, gc=False):
 
 
 class Tombstone(Struct, frozen=True, gc=False):
-    """A stored object whose job or late result was deleted. The object is deleted too, unless another job names it.
+    """An artifact whose job or late result was deleted. It is deleted too, unless another job names it.
 
     Times are wall time, Unix ms. Each deleted job or late result leaves at most one, which is smaller than it was, so
     tombstones need no limit.

@@ -184,7 +184,7 @@ class LineSubmitter:
         if not self._sent or not _may_be_applied(error):
             return f"{text}. Go on from line {self._next}"
         first, last = self._sent[0].number, self._sent[-1].number
-        named = f"that of line {first}" if first == last else f"all those of lines {first} to {last}"
+        named = f"the job of line {first}" if first == last else f"all jobs of lines {first} to {last}"
         return f"{text}, and perhaps {named}. Look with jobctl jobs, then go on from line {first} or {last + 1}"
 
 

@@ -1,4 +1,4 @@
-"""Keep the lease of a job: extend the lock, report progress, detect a lost lock, and end the grant.
+"""Keep the lock of a job: extend it, report progress, detect a lost lock, and end the grant.
 
 A lock is lost if a response of the daemon says so, or if the daemon has rejected all calls for the TTL of the lock, for
 example because of the token. While the daemon is unreachable, the work continues and calls are retried.
@@ -57,7 +57,7 @@ class _ProgressReport:
 
 
 class LockKeeper:
-    """The lease of one job during its execution. Begin with `start`, end with complete, fail or release.
+    """The lock of one job during its execution. Begin with `start`, end with complete, fail or release.
 
     `lost` is done when the lock is lost; its result is the error that says why. Progress is sent at most every
     `progress_every_s`, for callers that do not wait until a report is sent.

@@ -184,7 +184,7 @@ def keep_due(tx: Transaction, command: KeepDue) -> Response:
 
 
 def _postponed(deadlines: LockDeadlines, since: int, until: int) -> LockDeadlines:
-    """Return the deadlines with no deadline before `until`. A lock that had expired at `since` stays expired."""
+    """Return the deadlines, each postponed to at least `until`. A lock that had expired at `since` stays expired."""
     expires = max(deadlines.expires, until) if deadlines.is_live(since) else deadlines.expires
     progress_due = None if deadlines.progress_due is None else max(deadlines.progress_due, until)
     return replace(deadlines, expires=expires, stall_due=max(deadlines.stall_due, until), progress_due=progress_due)

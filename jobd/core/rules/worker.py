@@ -248,7 +248,7 @@ def undelivered(tx: Transaction, command: Undelivered) -> Response:
 
 
 def progress(tx: Transaction, command: Progress) -> Response:
-    """Record progress, renew the lock and move the progress_due."""
+    """Record progress, renew the lock and restart the progress timeout."""
     job = _held(tx, command, "progress")
     assert isinstance(job, Job)  # only endings are repeated
     assert job.grant is not None and job.deadlines is not None
@@ -279,7 +279,7 @@ def extend_lock(tx: Transaction, command: ExtendLock) -> Response:
 def _extend(
     tx: Transaction, command: Extend | ExtendLock, additional_ms: int | None, reason: str | None = None
 ) -> Response:
-    """Extend the lock to at least `additional_ms` from now, never shortening it, up to the progress_due."""
+    """Extend the lock to at least `additional_ms` from now, never shortening it, up to the progress timeout."""
     job = _held(tx, command, "extend")
     assert isinstance(job, Job)  # only endings are repeated
     assert job.grant is not None and job.deadlines is not None
@@ -391,7 +391,7 @@ def _held(tx: Transaction, command: Holders, verb: str) -> Job | Response:
     """Return the job if `command` names its latest grant, or the response to a repeated ending. Raises ApiException."""
     job = transitions.find(tx, command.id)
     if job.status == "processing" and job.grant is not None and job.grant.lock_id == command.lock_id:
-        # A row without a lease is invalid until a cleanup run repairs it; the job has no holder.
+        # A row without lock deadlines is invalid until a cleanup run repairs it; the job has no holder.
         if job.deadlines is None:
             raise _lock_lost(job, command.lock_id)
         return job

@@ -96,7 +96,7 @@ class TimelineShortener:
             self._write(found, event_codec.thin(_events(found)))
 
     def _shorten(self, job_seq: int, begin: int) -> None:
-        """Compact the timeline of a job from the event `begin` on (0: after its first grants) up to its last grants."""
+        """Shorten the timeline of a job from the event `begin` on (0: after its first grants) up to its last grants."""
         if not begin:
             begin = self._nth_grant(job_seq, "ASC", KEEP_FIRST_GRANTS)
         end = self._nth_grant(job_seq, "DESC", KEEP_GRANTS - 1)

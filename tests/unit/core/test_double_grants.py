@@ -347,7 +347,7 @@ MADE = Grant("l", 1, "w", acquired_at=0, ttl_ms=60, stall_after_ms=10, progress_
         (
             LockDeadlines(expires=100, stall_due=20, progress_due=90),
             100,
-        ),  # a progress_due never shortens a lock that was granted
+        ),  # a progress timeout never shortens a lock that was granted
     ],
 )
 def test_the_end_of_a_lock_without_its_progress_timeout(deadlines: LockDeadlines, until: int) -> None:
