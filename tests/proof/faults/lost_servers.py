@@ -220,7 +220,7 @@ CHECKS = (
     ),
     Check(
         "cluster-append-answer-lost",
-        "an append or its answer is lost with its connection: the leader finds out which, and no client notices",
+        "an append or its response is lost with its connection: the leader finds out which, and no client notices",
         append_answer_lost,
         rounds=100,
         few=0,
