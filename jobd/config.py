@@ -242,6 +242,11 @@ class LimitsSection(Struct, frozen=True, forbid_unknown_fields=True):
     """Commands that can wait in the mailbox; beyond that `503 overloaded`."""
     inflight_bytes: Positive = 64 << 20
     """Total bytes of request bodies that wait; beyond that `503 overloaded`."""
+    response_bytes: Positive = 256 << 20
+    """Total bytes of responses that clients have not read; beyond that `503 overloaded`.
+
+    It is the response to new jobs, claims, starts and reads. Other calls go on, such as those for a job that is held.
+    """
     body: Positive = 1 << 20
     """Bytes of a request body, or of one line of a stream; beyond that `413 too_large`."""
     payload: Positive = 256 << 10

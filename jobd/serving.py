@@ -395,7 +395,9 @@ def _make_actor(store: Store, opened: OpenedStore, state: State, clock: Clock, s
     state.unvalidated = dict(opened.unvalidated)
     state.counters = read_stats(opened.stats)
     limits = settings.limits
-    bounds = Bounds(limits.mailbox, limits.inflight_bytes, limits.parked_claims, int(limits.claim_wait))
+    bounds = Bounds(
+        limits.mailbox, limits.inflight_bytes, limits.parked_claims, int(limits.claim_wait), limits.response_bytes
+    )
     actor = Actor(
         store,
         state,

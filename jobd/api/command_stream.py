@@ -176,6 +176,7 @@ class _PendingResponse:
 
     def set_result(self, response: Response | ApiError, /) -> None:
         self.response = response
+        self._stream.unread.add(_large_bytes(response))
         self.envelope = None  # avoid a reference cycle per line
         self._stream.has_responses.set()
 
@@ -189,6 +190,7 @@ class _StreamSession:
 
     def __init__(self, app: App[Services], ctx: WorkerRequest) -> None:
         self.has_responses = asyncio.Event()
+        self.unread = app.actor.unread
         self._app = app
         self._ctx = ctx
         self._reader = LineReader(app)
@@ -305,7 +307,7 @@ class _StreamSession:
             # The rest is buffered behind bytes that the client has not read, and may never be sent.
             written = len(piece) + len(b"\r\n") - self._ctx.unsent_bytes
             if self._ctx.unsent_bytes:
-                async with read_deadline(self._ctx.transport):
+                async with read_deadline(self._ctx.transport, self.unread, len(piece)):
                     await self._ctx.drain()
                 written = len(piece)
         finally:
@@ -318,6 +320,7 @@ class _StreamSession:
         piece, grants = bytearray(), []
         while self._slots and len(piece) < PIECE_BYTES and (response := self._slots[0].response) is not None:
             slot = self._slots.popleft()
+            self.unread.remove(_large_bytes(response))
             self._weight -= slot.weight
             self._bytes -= slot.size
             begins_at = len(piece)
@@ -347,6 +350,7 @@ class _StreamSession:
     def _release_unwritten(self) -> None:
         """Release the grants of unwritten responses, and abandon commands that have not been decided."""
         for slot in self._slots:
+            self.unread.remove(_large_bytes(slot.response))
             if isinstance(slot.response, Response) and slot.response.grants:
                 self._app.actor.undelivered(slot.response)
             envelope, slot.envelope = slot.envelope, None
@@ -354,3 +358,7 @@ class _StreamSession:
             if slot.cancelled() and envelope is not None:
                 self._app.actor.abandon(envelope)
         self._slots.clear()
+
+
+def _large_bytes(response: Response | ApiError | None) -> int:
+    return response.large_bytes if isinstance(response, Response) else 0

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 
 from jobd.api.probes import Probe
 from jobd.engine.clock import Clock
+from jobd.engine.unread_responses import UnreadResponses
 from jobd.http.app import App, BrowserPages
 from jobd.http.auth import Authenticator
 from jobd.http.decoding import Limits
@@ -35,6 +36,9 @@ class StandbyServices:
 
 class NoActor:
     """Rejects all commands. The routes of a standby send none."""
+
+    def __init__(self) -> None:
+        self.unread = UnreadResponses()
 
     async def ask(self, command: object, **options: object) -> ApiError:
         return not_leader_error(None)

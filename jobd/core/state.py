@@ -76,6 +76,7 @@ from jobd.model.job import (
     Options,
     PackedJob,
     is_release_loop,
+    metadata_bytes,
     packed,
 )
 from jobd.model.storage import Numbers, OpenedStore, QueueRow
@@ -397,21 +398,21 @@ class State:
             self._drop_finished(job.id)
         self.finished[job.id] = job
         if job.result is not None:
-            self._finished_bytes += _metadata_bytes(job)
+            self._finished_bytes += metadata_bytes(job)
 
     def trim_finished(self) -> None:
         """Keep only the finished jobs that were used last. Called between batches."""
         while len(self.finished) > FINISHED_KEPT or self._finished_bytes > FINISHED_BYTES:
             _, job = self.finished.popitem(last=False)
             if job.result is not None:
-                self._finished_bytes -= _metadata_bytes(job)
+                self._finished_bytes -= metadata_bytes(job)
 
     def forget_finished(self, queue: str, status: str) -> None:
         """Count a finished job that is not in memory as deleted."""
         self._count_as((queue, status), -1)
 
     def _drop_finished(self, job_id: str) -> None:
-        self._finished_bytes -= _metadata_bytes(self.finished.pop(job_id))
+        self._finished_bytes -= metadata_bytes(self.finished.pop(job_id))
 
     def quarantine(
         self, job_id: str, reason: str, uncounted: tuple[str, str] | None = None, *, is_moved: bool = True
@@ -722,11 +723,6 @@ def _is_same_grant(before: Job, after: Job) -> bool:
     if before.status != "processing" or before.deadlines is None or after.deadlines is None:
         return False
     return before.grant is not None and after.grant is not None and before.grant.lock_id == after.grant.lock_id
-
-
-def _metadata_bytes(job: Job) -> int:
-    metadata = None if job.result is None else job.result.metadata
-    return 0 if metadata is None else len(metadata)
 
 
 class LiveJobs(Mapping[str, Job]):

@@ -31,6 +31,7 @@ from jobd.model.job import (
     Result,
     default_if_none,
     requeues_on_stall,
+    shown_bytes,
     storage_key_error,
 )
 from jobd.model.responses import Response
@@ -79,7 +80,7 @@ def job_response(tx: Transaction, job: Job, *, repeated: bool | UnsetType = UNSE
     """Return the current view of the job. The actor adds the payload before the response is sent."""
     view = views.job_view(job, tx.at, tx.policy, admin=tx.call.admin)
     view.repeated = repeated
-    return Response(view, unread_payloads=[(job.seq, view)])
+    return Response(view, unread_payloads=[(job.seq, view)], large_bytes=shown_bytes(job))
 
 
 def check_live_jobs(tx: Transaction) -> None:

@@ -70,6 +70,7 @@ from jobd.engine.envelope import (
 )
 from jobd.engine.history import HistoryReader
 from jobd.engine.idempotency import IdempotencyStore
+from jobd.engine.unread_responses import RESPONSE_BYTES, UnreadResponses
 from jobd.engine.waiting_claims import WaitingClaims
 from jobd.model.commands import (
     AnyCommand,
@@ -101,12 +102,13 @@ BATCH_BUCKETS: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
 
 class Bounds(Struct, frozen=True):
-    """The limits of the mailbox and of waiting claims."""
+    """The limits of the mailbox, of waiting claims and of responses that are not read."""
 
     mailbox: int = 10_000  # commands
     inflight_bytes: int = 64 << 20
     parked_claims: int = 10_000
     claim_wait_ms: int = 60_000
+    response_bytes: int = RESPONSE_BYTES
 
 
 class DiskBroken(Exception):
@@ -158,6 +160,7 @@ class Actor:
         self._mailbox: deque[Envelope] = deque()
         self._bytes = 0
         self._wake = asyncio.Event()
+        self.unread = UnreadResponses(self.bounds.response_bytes, self._wake.set)
         self.ended = asyncio.Event()  # no more commands are decided
         self._stopping = False
         self._rejection = SHUTTING_DOWN
@@ -167,8 +170,10 @@ class Actor:
         self._under_way: DecidedBatch | None = None  # decided, and perhaps not committed yet
         self._lost_disk: Exception | None = None
         disk.on_quarantined = self._note_quarantined
-        self._decider = Decider(state, keys, self.waiting_claims, reject=self.full_disk.reject, loop_time=loop_time)
-        self._history = HistoryReader(disk, clock.moment)
+        self._decider = Decider(
+            state, keys, self.waiting_claims, reject=self.full_disk.reject, unread=self.unread, loop_time=loop_time
+        )
+        self._history = HistoryReader(disk, clock.moment, self.unread)
 
     # -- asking -------------------------------------------------------------------------------------------------------
 
@@ -287,6 +292,8 @@ class Actor:
             or self._bytes + size > bounds.inflight_bytes * room
         ):
             return ApiError("overloaded", "Too many commands are waiting; try again in a second.")
+        if self.unread.is_full and room < 1:
+            return self.unread.rejection()
         if type(command) is Claim and command.wait_ms:
             if command.wait_ms > bounds.claim_wait_ms:
                 message = f"wait_ms may be at most {bounds.claim_wait_ms} (limits.claim_wait), not {command.wait_ms}."
@@ -440,6 +447,8 @@ class Actor:
             known, policy = await self._load(batch), self._policy_now()
             decided = self._decider.decide(batch, self._clock.moment(), known, policy, serves=serves)
             self._under_way = decided
+            if decided.is_large:
+                self._put_back(batch, decided.left)
             self._send_meanwhile()
             self._prepare_meanwhile(decided)
             try:
@@ -459,11 +468,20 @@ class Actor:
         if not self._may_send_later(decided) or self.full_disk.write_limit != WriteLimit.NONE or self._internal:
             self._send_responses()
 
+    def _put_back(self, batch: list[Envelope], left: list[Envelope]) -> None:
+        """Move the commands of `batch` that were not decided back to the mailbox, and let the next batch follow."""
+        del batch[len(batch) - len(left) :]
+        for envelope in reversed(left):
+            if envelope not in self._internal:
+                self._mailbox.appendleft(envelope)
+                self._bytes += envelope.size
+        self._wake.set()
+
     def _may_send_later(self, decided: DecidedBatch) -> bool:
         """Return whether the waiting commands are enough for a batch of their own before the responses are sent."""
         waiting = len(self._mailbox)
-        if self.disk.commits_inline:
-            return False  # no response is sent during an inline commit
+        if self.disk.commits_inline or decided.is_large:
+            return False  # no response is sent during an inline commit, and a large one is counted once it is sent
         return 0 < waiting <= SEND_LATER and 2 * waiting >= len(decided.replies)
 
     def _send_responses(self) -> None:

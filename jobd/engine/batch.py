@@ -53,6 +53,7 @@ from jobd.core.state import State
 from jobd.core.transaction import Transaction
 from jobd.engine.envelope import Envelope
 from jobd.engine.idempotency import IdempotencyStore
+from jobd.engine.unread_responses import UnreadResponses
 from jobd.engine.waiting_claims import WaitingClaims
 from jobd.model.commands import (
     AnyCommand,
@@ -77,6 +78,8 @@ from jobd.model.responses import Grants, JobView, Response
 from jobd.model.storage import AuditEntry, Batch, LateResultRows, Payload, StoredResponse, audit_share, tombstones
 
 log = structlog.get_logger("jobd.actor")
+
+BATCH_PAYLOADS: Final = 8 << 20  # bytes of large payloads and metadata in the responses of one batch
 
 _LIVE_OR_NEW: Final = frozenset({None, *LIVE})
 _NOTED: Final = frozenset({Undelivered, Tick, EndGrants, Report})
@@ -105,12 +108,20 @@ class DecidedBatch(Struct):
     served: list[Envelope] = field(default_factory=list)  # waiting claims that got a grant
     began_waiting: list[Envelope] = field(default_factory=list)  # claims that began to wait
     audit: list[AuditEntry] = field(default_factory=list)
+    large_bytes: int = 0  # of the responses
+    left: list[Envelope] = field(default_factory=list)  # not decided, because the responses are large enough
 
     def reply(self, envelope: Envelope, response: Response | ApiError) -> None:
         """Add a response."""
         self.replies.append((envelope, response))
         if isinstance(response, Response) and response.unread_payloads:
             self.unread += response.unread_payloads
+            self.large_bytes += response.large_bytes
+
+    @property
+    def is_large(self) -> bool:
+        """Whether the responses are so large that no more commands are decided."""
+        return self.large_bytes >= BATCH_PAYLOADS
 
     @property
     def changes(self) -> list[Change]:
@@ -145,6 +156,7 @@ class Decider:
         waiting_claims: WaitingClaims,
         *,
         reject: Callable[[Command], ApiError | None],
+        unread: UnreadResponses | None = None,
         loop_time: Callable[[], float],
     ) -> None:
         self.state = state
@@ -153,6 +165,7 @@ class Decider:
         self.may_wait = True  # off once the daemon stops
         self.served: list[Envelope] = []  # the waiting claims that the latest batch serves
         self._reject = reject
+        self._unread = unread or UnreadResponses()
         self._loop_time = loop_time
         self._became_due: dict[tuple[str, str], None] = {}
         # Lock id -> connections that have received or await the response to its keyed request. A response that was sent
@@ -176,7 +189,10 @@ class Decider:
         self.state.advance(at.now, at.lock_ms)
         if serves:
             self._serve_waiting(decided)
-        for envelope in envelopes:
+        for index, envelope in enumerate(envelopes):
+            if decided.is_large:
+                decided.left = envelopes[index:]
+                break
             if envelope.command.admission == "grant" and envelope.is_abandoned:
                 continue  # no caller is left to receive the grant
             response = self._decide_one(decided, envelope)
@@ -258,6 +274,8 @@ class Decider:
     def _decide_one(self, decided: DecidedBatch, envelope: Envelope) -> Response | ApiError | None:
         """Return the response to one command. None: its claim waits for work, or for an equal one that does."""
         command = envelope.command
+        if self._unread.is_full and (rejection := self._unread.reject(command)) is not None:
+            return rejection
         key = envelope.key
         if key is not None and is_dry_run(command):
             key = None  # a dry run may be repeated
@@ -349,12 +367,15 @@ class Decider:
                 return
             ticket, queue, kind = heappop(waiting)
             envelope = self.waiting_claims.first(queue, kind)
-            if envelope is not None and self._reject(envelope.command) is not None:
-                # The jobs stay due for the claims until the disk has room.
+            if envelope is not None and (decided.is_large or self._may_not_serve(envelope.command)):
+                # The jobs stay due for the claims until the next batch, or until the disk or the clients make room.
                 self._became_due = dict.fromkeys([(queue, kind), *((queue, kind) for _, queue, kind in waiting)])
                 return
             if envelope is not None and (envelope.ticket != ticket or self._serve(decided, envelope)):
                 self._line_up(waiting, queue, kind)
+
+    def _may_not_serve(self, claim: AnyCommand) -> bool:
+        return self._unread.is_full or self._reject(claim) is not None
 
     def _line_up(self, waiting: list[tuple[int, str, str]], queue: str, kind: str) -> None:
         if (envelope := self.waiting_claims.first(queue, kind)) is not None:
@@ -405,6 +426,7 @@ class Decider:
                 response.data.grants.append(views.grant_view(job, decided.at, view))
                 response.unread_payloads.append((job.seq, view))
                 response.grants.append((job_id, lock_id))
+                response.large_bytes += job.payload_bytes
         if not response.grants:
             return None
         if isinstance(envelope.command, Start):

@@ -18,6 +18,7 @@ from jobd.core.explain import ending
 from jobd.core.queries import lists_by_end, searched_status
 from jobd.core.rules.late_results import not_adoptable
 from jobd.engine.envelope import Envelope
+from jobd.engine.unread_responses import UnreadResponses
 from jobd.model.commands import AuditLog, Export, ListJobs, Moment, SearchJobs
 from jobd.model.errors import ApiError
 from jobd.model.events import event_view
@@ -51,8 +52,9 @@ PAUSE_S: Final = 0.002
 class HistoryReader:
     """Serve the reads of history that the actor has decided."""
 
-    def __init__(self, disk: JobStorage, moment: Callable[[], Moment]) -> None:
+    def __init__(self, disk: JobStorage, moment: Callable[[], Moment], unread: UnreadResponses) -> None:
         self._disk = disk
+        self._unread = unread
         self._moment = moment
         self.reads: set[asyncio.Task[None]] = set()  # in progress
         self._slots = asyncio.Semaphore(AT_ONCE)
@@ -84,7 +86,7 @@ class HistoryReader:
             log.exception("history_failed", command=type(envelope.command).__name__)
             envelope.reply(ApiError("internal_error", "Reading the history failed. See the log for details."))
             return
-        envelope.reply(response)
+        envelope.reply(self._unread.reject(envelope.command) or response)
 
     async def _read(self, read: HistoryRead, policy: Policy) -> TimelineView | LateResultList | ExportPage | AuditPage:
         if read.timeline is not None:

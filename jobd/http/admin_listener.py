@@ -10,6 +10,7 @@ from typing import Any, Final, cast
 import structlog
 from aiohttp import web
 
+from jobd.engine.unread_responses import UnreadResponses
 from jobd.http.app import SUPPORTED_VERSIONS, App
 from jobd.http.hangup import is_hung_up
 from jobd.http.parser import AHEAD_BYTES, PIECE_BYTES, MalformedRequest, RequestParser, malformed_request, piece_size
@@ -81,13 +82,13 @@ class AdminRequest(RequestContext, eq=False):
         await self.streamed.write_eof()
         await self._flush()
 
-    async def send(self, response: HttpResponse) -> web.StreamResponse:
+    async def send(self, response: HttpResponse, unread: UnreadResponses) -> web.StreamResponse:
         """Send a complete response. Aborts the connection of a client that does not read it."""
         made = web.Response(status=response.status, headers={**response.headers, **SERVER}, body=response.body)
         if response.close:
             made.force_close()
         try:
-            async with read_deadline(self.transport):
+            async with read_deadline(self.transport, unread, len(response.body)):
                 await made.prepare(self._request)
                 await made.write_eof()
                 await self._flush()
@@ -162,7 +163,7 @@ class AdminListener(HttpListener):
         try:
             response = self.app.authorize(ctx) or await self.app.handle(ctx)
             if response is not None:
-                return await ctx.send(response)
+                return await ctx.send(response, self.app.actor.unread)
             assert ctx.streamed is not None
             return ctx.streamed
         finally:

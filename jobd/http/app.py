@@ -18,6 +18,7 @@ from urllib.parse import unquote
 import structlog
 
 from jobd.engine.envelope import Envelope, Waiter
+from jobd.engine.unread_responses import UnreadResponses
 from jobd.http.auth import FORM, Authenticator, check_content_type
 from jobd.http.decoding import Limits, path_value
 from jobd.http.request import BodyError, RequestContext, operator_of
@@ -77,6 +78,8 @@ class LogRateLimiter:
 
 class ActorClient(Protocol):
     """The part of the actor that handlers use."""
+
+    unread: UnreadResponses
 
     async def ask(
         self,

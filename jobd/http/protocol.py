@@ -53,18 +53,15 @@ import structlog
 from msgspec.structs import replace
 
 from jobd.http.app import INTERNAL_ERROR, App
-from jobd.http.hangup import is_hung_up, unacknowledged_bytes
+from jobd.http.hangup import HangupCheck, is_hung_up, is_probing
 from jobd.http.parser import AHEAD_BYTES, PIECE_BYTES, MalformedRequest, RequestParser, malformed_request, piece_size
-from jobd.http.read_deadline import ReadDeadline, slow_client
+from jobd.http.read_deadline import ReadDeadline, slow_client, write_all
 from jobd.http.response import HTTP_VERSION, HttpResponse
 from jobd.http.worker_request import WorkerRequest
 from jobd.model.errors import ApiError
 from jobd.model.responses import Response
 
 LINGER_S: Final = 5.0  # to read the rest of a rejected body, without which the client would not get the response
-# Delay between two checks of whether the client has closed a half-closed connection. It doubles up to CHECK_S.
-FIRST_CHECK_S: Final = 0.01
-CHECK_S: Final = 1.0
 # How long a response with grants waits for the client's system to acknowledge the probe, and the polling interval.
 PROBE_S: Final = 5.0
 PROBE_POLL_S: Final = 0.002
@@ -102,7 +99,7 @@ class WorkerConnection(asyncio.Protocol):
         self._idle_since = self._loop.time()
         self._idle_timer: asyncio.TimerHandle | None = None
         self._linger_timer: asyncio.TimerHandle | None = None
-        self._hangup_check: asyncio.TimerHandle | None = None
+        self._hangup_check: HangupCheck | None = None
         self._drained: asyncio.Future[None] | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -326,8 +323,8 @@ class WorkerConnection(asyncio.Protocol):
     def _write(self, request: WorkerRequest, response: HttpResponse, data: bytes, timeout_s: float = PROBE_S) -> None:
         transport, is_written = self.transport, False
         if transport is not None and not transport.is_closing():
-            if not (self._ahead and response.on_lost is not None and self._is_probing(transport)):
-                transport.write(data[self._ahead :] if self._ahead else data)
+            if not (self._ahead and response.on_lost is not None and is_probing(transport)):
+                write_all(transport, data[self._ahead :] if self._ahead else data)
                 is_written = not transport.is_closing()  # a failed write closes the transport
             elif timeout_s > 0:
                 request.response = response
@@ -347,7 +344,8 @@ class WorkerConnection(asyncio.Protocol):
             # Only the transport keeps the bytes. `on_lost` would keep the payloads.
             request.prepared, on_lost = None, None if request.is_written else response.on_lost
             request.response = response = replace(response, body=b"", on_lost=on_lost)
-            request.timer = ReadDeadline(transport, partial(self._cut_off, request, response))
+            cut_off = partial(self._cut_off, request, response)
+            request.timer = ReadDeadline(transport, cut_off, self.app.actor.unread, len(data))
             return
         self._finish(request, response)
 
@@ -498,7 +496,7 @@ class WorkerConnection(asyncio.Protocol):
         if not self._held:
             self._end_input()
         self._send_probe()
-        self._check_later(FIRST_CHECK_S)
+        self._hangup_check = HangupCheck(transport)
         return True
 
     def _end_input(self) -> None:
@@ -527,20 +525,3 @@ class WorkerConnection(asyncio.Protocol):
             transport.write(HTTP_VERSION)
         elif probe := current.probe():
             transport.write(probe)
-
-    def _check_later(self, delay_s: float) -> None:
-        self._hangup_check = self._loop.call_later(delay_s, self._check_hangup, delay_s)
-
-    def _check_hangup(self, delay_s: float) -> None:
-        """Abort if the client has closed. asyncio does not watch a connection after its end of file."""
-        transport = self.transport
-        if transport is None or transport.is_closing():
-            return
-        if is_hung_up(transport):
-            transport.abort()
-        else:
-            self._check_later(min(2 * delay_s, CHECK_S))
-
-    def _is_probing(self, transport: asyncio.Transport) -> bool:
-        """Return whether the client's system has neither acknowledged all sent bytes nor reset the connection."""
-        return not transport.is_closing() and not is_hung_up(transport) and unacknowledged_bytes(transport) > 0

@@ -7,18 +7,28 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Final
 
+from jobd.engine.unread_responses import UnreadResponses
 from jobd.http.hangup import unacknowledged_bytes
 
 WRITE_TIMEOUT_S: Final = 75.0  # without progress, for the client to read some of a response
 CHECKS: Final = 15  # per timeout
+TLS_PIECE_BYTES: Final = 256 << 10
 
 
 class ReadDeadline:
-    """Call `on_stall` once the client has read nothing for WRITE_TIMEOUT_S, unless it is cancelled before."""
+    """Call `on_stall` once the client has read nothing for WRITE_TIMEOUT_S, unless it is cancelled before.
 
-    __slots__ = ("_loop", "_on_stall", "_since", "_timer", "_transport", "_unread")
+    Until then, `responses` counts the response as unread, with its `size`.
+    """
 
-    def __init__(self, transport: asyncio.Transport, on_stall: Callable[[], None]) -> None:
+    __slots__ = ("_loop", "_on_stall", "_responses", "_since", "_size", "_timer", "_transport", "_unread")
+
+    def __init__(
+        self, transport: asyncio.Transport, on_stall: Callable[[], None], responses: UnreadResponses, size: int
+    ) -> None:
+        responses.add(size)
+        self._responses = responses
+        self._size = size
         self._loop = asyncio.get_running_loop()
         self._transport = transport
         self._on_stall = on_stall
@@ -28,6 +38,7 @@ class ReadDeadline:
 
     def cancel(self) -> None:
         self._timer.cancel()
+        self._responses.remove(self._size)
 
     def _check(self) -> None:
         now, unread = self._loop.time(), unread_bytes(self._transport)
@@ -40,17 +51,29 @@ class ReadDeadline:
 
 
 @asynccontextmanager
-async def read_deadline(transport: asyncio.Transport | None) -> AsyncIterator[None]:
+async def read_deadline(
+    transport: asyncio.Transport | None, responses: UnreadResponses | None = None, size: int = 0
+) -> AsyncIterator[None]:
     """Raise TimeoutError in the block once the client has read nothing for WRITE_TIMEOUT_S."""
     if transport is None:  # the block raises ConnectionError
         yield
         return
     async with asyncio.timeout(None) as limit:
-        deadline = ReadDeadline(transport, lambda: limit.reschedule(0))
+        deadline = ReadDeadline(transport, lambda: limit.reschedule(0), responses or UnreadResponses(), size)
         try:
             yield
         finally:
             deadline.cancel()
+
+
+def write_all(transport: asyncio.Transport, data: bytes) -> None:
+    """Write a response. A TLS transport gets it in pieces, because it takes each write whole before it pauses."""
+    if len(data) <= TLS_PIECE_BYTES or transport.get_extra_info("sslcontext") is None:
+        transport.write(data)
+        return
+    view = memoryview(data)
+    for begin in range(0, len(data), TLS_PIECE_BYTES):
+        transport.write(view[begin : begin + TLS_PIECE_BYTES])
 
 
 def unread_bytes(transport: asyncio.Transport) -> int:

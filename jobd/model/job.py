@@ -114,6 +114,17 @@ def recorded_bytes(payload: Collection[int]) -> int:
     return len(payload) if len(payload) > SMALL_PAYLOAD_BYTES else 0
 
 
+def metadata_bytes(job: Job) -> int:
+    """Return the size of the metadata of the job's result."""
+    metadata = None if job.result is None else job.result.metadata
+    return 0 if metadata is None else len(metadata)
+
+
+def shown_bytes(job: Job) -> int:
+    """Return the size of the large payload and of the metadata in a view of the job."""
+    return job.payload_bytes if job.result is None else job.payload_bytes + metadata_bytes(job)
+
+
 def storage_key_error(key: str) -> str | None:
     """Return why the storage key of an artifact is invalid. It must be relative, without `..` and NUL."""
     if "\x00" in key:

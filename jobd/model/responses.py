@@ -1114,6 +1114,7 @@ class Response(Struct, gc=False):
     `unread_payloads` has the job views whose payload has not been read yet, with the seq of the job. `grants` has (job
     id, lock id) of each grant in the response, so that the grants of an undelivered response can be released. With
     `read`, the data comes from the storage; `scanned` is an upper bound of the number of jobs read for a page.
+    `large_bytes` is the size of the large payloads and of the metadata that it shows.
     """
 
     data: Any
@@ -1123,3 +1124,4 @@ class Response(Struct, gc=False):
     read: HistoryRead | None = None
     scanned: int = 0
     replayed: bool = False  # a stored idempotent response
+    large_bytes: int = 0

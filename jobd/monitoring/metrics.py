@@ -221,6 +221,7 @@ class Metrics:
         help_ = "Maximum number of waiting commands (limits.mailbox)."
         yield _gauge("mailbox_limit_commands", help_, actor.bounds.mailbox)
         yield _gauge("parked_claims", "Claims that wait for work.", len(actor.waiting_claims))
+        yield _gauge("response_bytes", "Bytes of responses that clients have not read.", actor.unread.bytes)
         yield _gauge("event_streams", "Open event streams.", feed.listeners)
         help_ = "Event streams closed because the client read too slowly."
         yield _counter("event_streams_dropped", help_, feed.dropped)

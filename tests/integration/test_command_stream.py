@@ -422,12 +422,15 @@ async def test_a_client_that_stops_reading_is_not_read_and_cut_off(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("jobd.http.read_deadline.WRITE_TIMEOUT_S", 0.2)
-    actor = FakeActor(lambda command: Response({"much": "x" * 20_000}))
+    actor = FakeActor(lambda command: Response({"much": "x" * 20_000}, large_bytes=20_000))
     async with HttpHarness(ROUTES, tmp_path, actor=actor) as harness:
         stream = await RawCommandStream.open(harness)
         with capture_logs() as logs:
             stream.send(*({"op": "get", "id": "j"} for _ in range(5_000)))
+            # Most responses wait in memory, and a piece in the transport.
+            await until(lambda: actor.unread.bytes > 200 * 20_000 + command_stream.PIECE_BYTES)
             await until(lambda: harness.listener.connections == 0)
+        await until(lambda: actor.unread.bytes == 0)
         assert len(actor.received) < 1_000
         assert [line["event"] for line in logs if "cut_off" in line["event"]] == ["command_stream_cut_off"]
 

@@ -19,6 +19,7 @@ from msgspec import Struct
 from jobd.api.services import Services
 from jobd.engine import envelope, event_feed
 from jobd.engine.envelope import Waiter
+from jobd.engine.unread_responses import UnreadResponses
 from jobd.http.admin_listener import AdminListener
 from jobd.http.app import App, BrowserPages
 from jobd.http.auth import Authenticator
@@ -88,6 +89,7 @@ class FakeActor:
     ) -> None:
         self.received: list[ReceivedCommand] = []
         self.undelivered_responses: list[Response] = []
+        self.unread = UnreadResponses()
         self.cancelled = asyncio.Event()
         self.arrived = asyncio.Event()
         self.respond = response or (lambda command: Response(EmptyResponse()))

@@ -167,7 +167,7 @@ def start(tx: Transaction, command: Start) -> Response:
     job = transitions.grant(tx, job, command)
     view = views.job_view(job, tx.at, tx.policy, admin=tx.call.admin)
     granted = views.grant_view(job, tx.at, view)
-    return Response(granted, 200, [(job.seq, view)], [(job.id, granted.lock_id)])
+    return Response(granted, 200, [(job.seq, view)], [(job.id, granted.lock_id)], large_bytes=job.payload_bytes)
 
 
 def _check_start(tx: Transaction, job: Job) -> None:
@@ -223,14 +223,15 @@ def _fitting(jobs: list[Job]) -> int:
 
 
 def _granted(tx: Transaction, jobs: list[Job]) -> Response:
-    shown, unread_payloads, grants = [], [], []
+    shown, unread_payloads, grants, large_bytes = [], [], [], 0
     for job in jobs:
         view = views.job_view(job, tx.at, tx.policy, admin=tx.call.admin)
         granted = views.grant_view(job, tx.at, view)
         shown.append(granted)
         unread_payloads.append((job.seq, view))
         grants.append((job.id, granted.lock_id))
-    return Response(Grants(shown), 200, unread_payloads, grants)
+        large_bytes += job.payload_bytes
+    return Response(Grants(shown), 200, unread_payloads, grants, large_bytes=large_bytes)
 
 
 def undelivered(tx: Transaction, command: Undelivered) -> Response:

@@ -229,11 +229,12 @@ async def test_a_slow_client_keeps_its_response_and_its_connection(unix: HttpHar
     assert (await client.request("GET", "/v1/jobs")).status == 200
 
 
-async def test_only_the_transport_keeps_a_response_that_is_not_read(unix: HttpHarness) -> None:
+@WRITES
+async def test_only_the_transport_keeps_a_response_that_is_not_read(unix: HttpHarness, send: Any) -> None:
     unix.actor.respond = lambda _: Response("x" * 3_000_000, grants=[("a", "lock")])
     client = await unix.connect()
+    await send(client, CLAIM)
     client.writer.transport.pause_reading()  # type: ignore[attr-defined]
-    client.send(CLAIM)
     await wait_for_commands(unix, 1)
     await asyncio.sleep(0)
     [connection] = unix.connections
@@ -660,7 +661,8 @@ async def test_a_half_closed_client_may_wait(either: HttpHarness, send: Any) -> 
     await wait_for_commands(either, 1)
     client.writer.write_eof()
     connection = await half_closed(either)
-    connection._check_hangup(0)  # the client is still connected
+    assert connection._hangup_check is not None
+    connection._hangup_check._check(0)  # the client is still connected
     held.go.set()
     assert (await client.receive()).status == 200
     assert await client.is_closed()
@@ -742,7 +744,7 @@ async def test_the_probe_is_a_part_of_the_response(
     either: HttpHarness, monkeypatch: pytest.MonkeyPatch, send: Any
 ) -> None:
     """A closed client resets the connection at the probe, before the check: the rest of the response finds it gone."""
-    monkeypatch.setattr("jobd.http.protocol.FIRST_CHECK_S", 3600)
+    monkeypatch.setattr("jobd.http.hangup.FIRST_CHECK_S", 3600)
     response = Response(EmptyResponse(), grants=[("a", "lock")])
     held = HeldResponse(either, response)
     client = await either.connect()
@@ -770,12 +772,12 @@ async def test_a_response_with_grants_waits_for_the_probe(
     """The reset of a closed client takes its time on a network: until then it looks like a half-closed one."""
     checks: list[bool] = []
 
-    def is_probing(connection: WorkerConnection, transport: asyncio.Transport) -> bool:
+    def is_probing(transport: asyncio.Transport) -> bool:
         checks.append(transport.is_closing())
         return not transport.is_closing() and (len(checks) < 3 or not is_there)
 
-    monkeypatch.setattr(WorkerConnection, "_is_probing", is_probing)
-    monkeypatch.setattr("jobd.http.protocol.FIRST_CHECK_S", 3600)
+    monkeypatch.setattr("jobd.http.protocol.is_probing", is_probing)
+    monkeypatch.setattr("jobd.http.hangup.FIRST_CHECK_S", 3600)
     monkeypatch.setattr("jobd.http.protocol.PROBE_S", 3600 if is_there else 0.01)
     response = Response(EmptyResponse(), grants=[("a", "lock")])
     held = HeldResponse(tcp, response)
@@ -796,11 +798,11 @@ async def test_a_response_with_grants_waits_for_the_probe(
 async def test_every_request_of_a_half_closed_connection_has_a_probe(
     tcp: HttpHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def is_probing(connection: WorkerConnection, transport: asyncio.Transport) -> bool:
+    def is_probing(transport: asyncio.Transport) -> bool:
         transport.abort()  # the client has reset the connection
         return False
 
-    monkeypatch.setattr(WorkerConnection, "_is_probing", is_probing)
+    monkeypatch.setattr("jobd.http.protocol.is_probing", is_probing)
     held = HeldResponse(tcp)
     client = await tcp.connect()
     client.send(CLAIM + CLAIM)
@@ -821,11 +823,11 @@ async def test_a_connection_that_closes_during_the_probe_releases_its_grants(
 ) -> None:
     checked = asyncio.Event()
 
-    def is_probing(connection: WorkerConnection, transport: asyncio.Transport) -> bool:
+    def is_probing(transport: asyncio.Transport) -> bool:
         checked.set()
         return not transport.is_closing()
 
-    monkeypatch.setattr(WorkerConnection, "_is_probing", is_probing)
+    monkeypatch.setattr("jobd.http.protocol.is_probing", is_probing)
     response = Response(EmptyResponse(), grants=[("a", "lock")])
     held = HeldResponse(tcp, response)
     client = await tcp.connect()

@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import pytest
 
+from jobd.engine.unread_responses import UnreadResponses
 from jobd.http.read_deadline import CHECKS, ReadDeadline, unread_bytes
 
 
@@ -31,9 +32,12 @@ async def test_the_deadline_starts_anew_whenever_bytes_leave(monkeypatch: pytest
     ours, theirs = socket.socketpair()
     with ours, theirs:
         transport, stalled = SlowTransport(10 * CHECKS, ours), asyncio.Event()
-        ReadDeadline(cast("asyncio.Transport", transport), stalled.set)
+        responses = UnreadResponses()
+        deadline = ReadDeadline(cast("asyncio.Transport", transport), stalled.set, responses, 150)
+        assert responses.bytes == 150
         await stalled.wait()
-    assert transport.unsent == 1
+    deadline.cancel()
+    assert (transport.unsent, responses.bytes) == (1, 0)
 
 
 async def test_bytes_in_the_socket_are_unread_and_a_closed_socket_has_none() -> None:

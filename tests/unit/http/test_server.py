@@ -41,6 +41,7 @@ from tests.support.http_harness import (
     tls_pair,
 )
 from tests.support.malformed_requests import CHUNKED, GET, HOSTILE, POST
+from tests.support.polling import wait_until
 
 
 @pytest.fixture(params=TRANSPORTS)
@@ -369,6 +370,24 @@ async def test_a_client_that_never_reads_is_cut_off(harness: HttpHarness, monkey
     slow.send(request_bytes("GET", "/v1/jobs") * 2)  # a TLS transport takes one response, however long
     await harness.actor.arrived.wait()
     await wait_until_closed(harness)
+
+
+async def test_a_response_is_counted_until_the_client_has_read_it(harness: HttpHarness) -> None:
+    unread = harness.actor.unread
+    harness.actor.respond = lambda _: Response("x" * 30_000_000)
+    slow = await harness.connect()
+    slow.writer.transport.pause_reading()  # type: ignore[attr-defined]
+    slow.send(request_bytes("GET", "/v1/jobs"))
+    await harness.actor.arrived.wait()
+    await wait_until(lambda: unread.bytes >= 30_000_000)
+    slow.writer.transport.resume_reading()  # type: ignore[attr-defined]
+    assert len((await slow.receive()).data) == 30_000_000
+    await wait_until(lambda: unread.bytes == 0)
+    slow.writer.transport.pause_reading()  # type: ignore[attr-defined]
+    slow.send(request_bytes("GET", "/v1/jobs"))
+    await wait_until(lambda: unread.bytes >= 30_000_000)
+    slow.writer.transport.abort()
+    await wait_until(lambda: unread.bytes == 0)
 
 
 # -- stop --------------------------------------------------------------------------------------------------------------

@@ -277,7 +277,9 @@ async def test_locks_stalled_jobs_and_waiting_claims() -> None:
         await engine.held("b", lock_ttl_ms=600_000)
         parked = asyncio.create_task(engine.yes(Claim(worker="w", wait_ms=60_000)))
         await seconds(1)
+        engine.actor.unread.add(7)
         assert value(shown(engine), "jobd_parked_claims") == 1
+        assert value(shown(engine), "jobd_response_bytes") == 7
         assert value(shown(engine), "jobd_locked_jobs") == 2
         await parked
         await seconds(1)
