@@ -449,6 +449,11 @@ class App(Generic[S]):
         close = close or self.closing or error.code == "too_large"
         return error_response(error, allow=ctx.allow, close=close, page=self._error_page(ctx, error))
 
+    def bug_response(self, ctx: RequestContext, bug: Exception) -> HttpResponse:
+        """Return the response to a bug of a connection. It omits the text of the exception, which may have a token."""
+        log.error("connection_bug", error=type(bug).__name__)
+        return self.error_response(ctx, INTERNAL_ERROR, close=True)
+
     def record_error(self, route: Route | None, method: str, error: ApiError, *, by: str, job_id: str | None) -> None:
         """Count an error, and log it in one line without secrets, rate-limited by code."""
         self.error_counts[error.code] += 1

@@ -1,4 +1,26 @@
-"""Find out from the system whether the client of a half-closed connection is still connected."""
+"""Find out from the system whether the client of a half-closed connection is still connected.
+
+`eof_received` (protocol.py) means that the client sends no more. It may have half-closed the connection
+(`shutdown`) and wait for its response, or be gone. A grant must not be given to a client that is gone.
+
+    idle at the end of the input ──────────────────────────> close
+    TLS, or a hang-up is seen ─────────────────────────────> close
+    requests left ──> _is_half_closed ──┬ check for a hang-up after 10 ms, 20 ms … 1 s ──> abort
+                      probe             ├ responses to the requests that have arrived ──> close
+                                        └ a body that is incomplete ends: a 400 (truncated)
+
+- TLS has no half-closed state, so the end of its input closes the connection.
+- On a Unix socket, poll tells a client that has closed from one that is half-closed.
+- On TCP it does so only after a write: the system of a client that is gone answers with a reset. So the first bytes of
+  the response that are known already are sent as a probe: of a command the version of HTTP, in a chunked body that has
+  begun a leading zero of the size of the next chunk, and otherwise nothing. `_ahead` has the number of bytes of the
+  current response that were sent so, which `_write` omits.
+- A response with grants then waits until all sent bytes are acknowledged, for at most PROBE_S, else the connection is
+  aborted and the grants go back. An acknowledgement after the end of the input shows that the client's system still
+  has the connection; it does not show that the program reads.
+- asyncio does not watch a connection after its end of input, hence the checks by a timer.
+- While a connection is half-closed, reading is not paused or resumed, because no more input comes.
+"""
 
 from __future__ import annotations
 

@@ -20,26 +20,7 @@ Invariants:
   it. Other grants stay locked until they expire, because the client may have read them.
 - A client that stops reading is cut off by `ReadDeadline`, not by a limit on the whole response.
 
-Half-closed connections. `eof_received` means that the client sends no more. It may have half-closed the connection
-(`shutdown`) and wait for its response, or be gone. A grant must not be given to a client that is gone.
-
-    idle at the end of the input ──────────────────────────> close
-    TLS, or a hang-up is seen ─────────────────────────────> close
-    requests left ──> _is_half_closed ──┬ check for a hang-up after 10 ms, 20 ms … 1 s ──> abort
-                      probe             ├ responses to the requests that have arrived ──> close
-                                        └ a body that is incomplete ends: a 400 (truncated)
-
-- TLS has no half-closed state, so the end of its input closes the connection.
-- On a Unix socket, poll tells a client that has closed from one that is half-closed (hangup.py).
-- On TCP it does so only after a write: the system of a client that is gone answers with a reset. So the first bytes of
-  the response that are known already are sent as a probe: of a command the version of HTTP, in a chunked body that has
-  begun a leading zero of the size of the next chunk, and otherwise nothing. `_ahead` has the number of bytes of the
-  current response that were sent so, which `_write` omits.
-- A response with grants then waits until all sent bytes are acknowledged, for at most PROBE_S, else the connection is
-  aborted and the grants go back. An acknowledgement after the end of the input shows that the client's system still
-  has the connection; it does not show that the program reads.
-- asyncio does not watch a connection after its end of input, hence the checks by a timer.
-- While a connection is half-closed, reading is not paused or resumed, because no more input comes.
+hangup.py describes half-closed connections.
 """
 
 from __future__ import annotations
@@ -52,7 +33,7 @@ from typing import Any, Final, cast
 import structlog
 from msgspec.structs import replace
 
-from jobd.http.app import INTERNAL_ERROR, App
+from jobd.http.app import App
 from jobd.http.hangup import HangupCheck, is_hung_up, is_probing
 from jobd.http.parser import AHEAD_BYTES, PIECE_BYTES, MalformedRequest, RequestParser, malformed_request, piece_size
 from jobd.http.read_deadline import ReadDeadline, slow_client, write_all
@@ -233,7 +214,7 @@ class WorkerConnection(asyncio.Protocol):
                 else:
                     response = self._wait_for_body(request)
         except Exception as bug:
-            response = self._bug_response(request, bug)
+            response = self.app.bug_response(request, bug)
         if response is not None:
             self._respond(request, response)
         elif self._is_half_closed:
@@ -267,7 +248,7 @@ class WorkerConnection(asyncio.Protocol):
                 else self._malformed_response(request)
             )
         except Exception as bug:
-            response = self._bug_response(request, bug)
+            response = self.app.bug_response(request, bug)
         if response is not None:
             self._respond(request, response)
 
@@ -283,7 +264,7 @@ class WorkerConnection(asyncio.Protocol):
             request.abort()
             return
         except Exception as bug:
-            response = self._bug_response(request, bug)
+            response = self.app.bug_response(request, bug)
         if self._current is not request:  # the connection was lost
             return
         if response is None:
@@ -310,12 +291,7 @@ class WorkerConnection(asyncio.Protocol):
 
     def _fail(self, request: WorkerRequest, bug: Exception) -> None:
         if self._current is request:
-            self._respond(request, self._bug_response(request, bug))
-
-    def _bug_response(self, request: WorkerRequest, bug: Exception) -> HttpResponse:
-        """Return the response to a bug. It omits the text of the exception, which may contain a token."""
-        log.error("connection_bug", error=type(bug).__name__)
-        return self.app.error_response(request, INTERNAL_ERROR, close=True)
+            self._respond(request, self.app.bug_response(request, bug))
 
     def _respond(self, request: WorkerRequest, response: HttpResponse) -> None:
         self._write(request, response, response.encode(request))
@@ -478,12 +454,7 @@ class WorkerConnection(asyncio.Protocol):
     # -- half-closed connections ---------------------------------------------------------------------------------------
 
     def eof_received(self) -> bool:
-        """Answer the requests that have arrived, then close. TLS has no half-closed state and closes at once.
-
-        A client that has closed its socket must not keep a grant. A Unix socket tells closed from half-closed clients.
-        TCP does so only after a write: a closed client resets the connection. So the first bytes of the response are
-        sent as a probe. A response with grants continues once the client's system has acknowledged them.
-        """
+        """Answer the requests that have arrived, then close. hangup.py describes it."""
         transport = self.transport
         if transport is None or transport.get_extra_info("sslcontext") is not None:
             return False
