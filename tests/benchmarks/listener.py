@@ -27,6 +27,7 @@ import uvloop
 
 from jobd.api.worker_routes import ROUTES
 from jobd.engine.envelope import Envelope
+from jobd.engine.unread_responses import UnreadResponses
 from jobd.http.auth import Authenticator
 from jobd.http.decoding import Limits
 from jobd.model.responses import EmptyResponse, Response
@@ -47,6 +48,7 @@ class InstantActor:
     def __init__(self) -> None:
         self.state = SimpleNamespace(queue_names=[], quarantined={})
         self.full_disk = SimpleNamespace(reject=lambda command: None)
+        self.unread = UnreadResponses()
         self._waiters: list[Any] = []
 
     def send(self, command: Any, waiter: Any, *, by: str = "", key: Any = None, size: int = 0, **_: Any) -> Envelope:
