@@ -87,7 +87,10 @@ RULES: Final[Mapping[type[Command], Rule]] = {
 
 
 def decide(tx: Transaction, call: Call) -> Response | ApiError:
-    """Decide `call` in the transaction. If its rule raises, or it is a dry run, its changes are undone."""
+    """Decide `call` in the transaction. A bug in its rule, or a dry run, undoes its changes.
+
+    A rejection undoes nothing. It may leave only steps by time (a stall, an expiry) and records of late calls.
+    """
     tx.begin(call)
     command = call.command
     try:
