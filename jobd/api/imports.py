@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Coroutine
 from typing import Any, Final
 
 import msgspec
-from msgspec import Struct, structs
+from msgspec import Struct
 
 from jobd.api.auditing import audit_action
 from jobd.api.services import Services
@@ -20,7 +19,6 @@ from jobd.model.commands import Import, ImportCheck
 from jobd.model.errors import SHUTTING_DOWN, ApiError, ApiException
 from jobd.model.job import LIVE, is_job_id
 from jobd.model.responses import (
-    ImportCheckResult,
     Imported,
     ImportPreview,
     ImportResult,
@@ -56,19 +54,30 @@ class PendingLine(Struct):
 async def import_jobs(app: App[Services], ctx: RequestContext, _: Any) -> Response | ApiError:
     """Import the lines of the body independently and in order: create, skip or reject each job."""
     ctx.send_continue()
-    return await Importer(app, ctx).run()
+    return await Importer(app, ctx, Import).run()
+
+
+async def preview_import(app: App[Services], ctx: RequestContext, _: Any) -> Response | ApiError:
+    """Preview an import, whose lines are dry runs."""
+    ctx.send_continue()
+    return await Importer(app, ctx, ImportCheck).run()
 
 
 class Importer:
-    """One import. Lines are read while earlier ones are pending."""
+    """One import, or its preview. Lines are read while earlier ones are pending.
 
-    def __init__(self, app: App[Services], ctx: RequestContext) -> None:
+    A dry run of a line does not see the lines before it, so a preview remembers what they would create.
+    """
+
+    def __init__(self, app: App[Services], ctx: RequestContext, command: type[Import]) -> None:
         self._app = app
         self._ctx = ctx
-        self._by = ctx.by
-        self._operator = as_one_entry(ctx.operator)
-        self._decoder = RequestDecoder(Import, None, app.limits)
-        self._report = ImportResult()
+        self._is_preview = command is ImportCheck
+        self._operator = None if self._is_preview else as_one_entry(ctx.operator)
+        self._decoder = RequestDecoder(command, None, app.limits)
+        self._report = ImportPreview()
+        self._first: dict[int, int] = {}  # hash of an id that a preview would create -> its first line
+        self._live = 0  # unfinished jobs that it would create
         self._lines = 0
         self._pending: deque[PendingLine] = deque()
         self._bytes = 0
@@ -84,12 +93,16 @@ class Importer:
         return await self._result()
 
     async def _result(self) -> Response | ApiError:
-        """Return the report, and record its counts in the audit entry of the created jobs."""
+        """Return the report. Record the counts of an import in the audit entry of the created jobs."""
         report = self._report
-        report.refused.sort(key=lambda rejected: rejected.line)
-        counts = {"imported": report.imported, "skipped": report.skipped, "refused": report.refused_count}
+        report.lines.sort(key=lambda each: each.line)
+        if self._is_preview:
+            return self._stop if self._stop is not None and report.stops_at is None else Response(report)
+        imported, skipped, rejected = report.would_import, report.would_skip, report.would_reject
+        counts = {"imported": imported, "skipped": skipped, "refused": rejected}
         await audit_action(self._app, self._operator, "import", counts)
-        return self._stop or Response(report)
+        lines = [RejectedLine(each.line, each.id, each.reason or "") for each in report.lines]
+        return self._stop or Response(ImportResult(imported, skipped, rejected, lines))
 
     async def _read(self) -> None:
         try:
@@ -118,8 +131,8 @@ class Importer:
             self._reject(number, _id_of(line), rejected.error.message)
             return
         assert isinstance(command, Import)
-        pending = self._submit(command, len(line))
-        self._pending.append(PendingLine(number, command.id, len(line), asyncio.ensure_future(pending)))
+        call = self._app.actor.ask(command, by=self._ctx.by, admin=True, size=len(line), operator=self._operator)
+        self._pending.append(PendingLine(number, command.id, len(line), asyncio.ensure_future(call)))
         self._bytes += len(line)
 
     async def _await_responses(self, lines: int, size: int) -> None:
@@ -129,23 +142,49 @@ class Importer:
             self._bytes -= first.size
             self._handle_response(first, await first.task)
 
-    def _submit(self, command: Import, size: int) -> Coroutine[Any, Any, Response | ApiError]:
-        return self._app.actor.ask(command, by=self._by, admin=True, size=size, operator=self._operator)
-
-    def _reject(self, line: int, job_id: str | None, reason: str) -> None:
-        self._report.refused_count += 1
-        if len(self._report.refused) < SHOWN_REJECTIONS:
-            self._report.refused.append(RejectedLine(line, job_id, reason))
-
     def _handle_response(self, line: PendingLine, response: Response | ApiError) -> None:
+        if self._is_preview and self._stop is not None:
+            return  # the import would have stopped before this line
         if isinstance(response, Response):
-            line_result: Imported = response.data
-            self._report.skipped += line_result.skipped
-            self._report.imported += not line_result.skipped
+            self._count(line.line, response.data)
+        elif response.code == "too_many_jobs" and self._is_preview:
+            self._stop_at(line.line, response)
         elif response.code in STOP_CODES:
             self._stop = self._stop or self._stop_error(response, line.line)
         else:
             self._reject(line.line, line.job_id, response.message)
+
+    def _count(self, line: int, done: Imported) -> None:
+        report, status, reason = self._report, done.status, done.reason
+        is_skipped, is_live = done.skipped, status in LIVE
+        if self._is_preview and not is_skipped:
+            if (first := self._first.setdefault(hash(done.job_id), line)) != line:
+                is_skipped, status, reason = True, None, f"Line {first} has the same id."
+            elif is_live and self._live >= done.room:
+                return self._stop_at(line, ApiError("too_many_jobs", "The limit of unfinished jobs would be reached."))
+            elif len(self._first) > MAX_PREVIEW_LINES:
+                message = f"A preview reads at most {MAX_PREVIEW_LINES} lines. Split the file."
+                self._stop = ApiError("too_large", message, {"limit": MAX_PREVIEW_LINES})
+            else:
+                self._live += is_live
+        report.would_skip += is_skipped
+        report.would_import += not is_skipped
+        if self._is_preview:
+            self._show(PreviewedLine(line, done.job_id, "skip" if is_skipped else "create", status, reason))
+
+    def _reject(self, line: int, job_id: str | None, reason: str) -> None:
+        self._report.would_reject += 1
+        self._show(PreviewedLine(line, job_id, "reject", None, reason))
+
+    def _show(self, line: PreviewedLine) -> None:
+        if len(self._report.lines) < (SHOWN_LINES if self._is_preview else SHOWN_REJECTIONS):
+            self._report.lines.append(line)
+        else:
+            self._report.more = True
+
+    def _stop_at(self, line: int, error: ApiError) -> None:
+        self._stop = error
+        self._report.stops_at, self._report.stop_reason = line, error.message
 
     def _stop_error(self, error: ApiError, line: int) -> ApiError:
         """Return the error of an import that stops early. Its jobs remain, and a second run skips them."""
@@ -160,72 +199,3 @@ def _id_of(line: bytes) -> str | None:
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None
     return job_id if is_job_id(job_id) else None
-
-
-async def preview_import(app: App[Services], ctx: RequestContext, _: Any) -> Response | ApiError:
-    """Preview an import. Nothing is written."""
-    ctx.send_continue()
-    return await _ImportPreviewer(app, ctx).run()
-
-
-class _ImportPreviewer(Importer):
-    """An import that only checks its lines."""
-
-    def __init__(self, app: App[Services], ctx: RequestContext) -> None:
-        super().__init__(app, ctx)
-        self._preview = ImportPreview()
-        self._first: dict[int, int] = {}  # hash of an id that would be created -> its first line
-        self._live = 0
-
-    async def _result(self) -> Response | ApiError:
-        if self._stop is not None and self._preview.stops_at is None:
-            return self._stop
-        self._preview.lines.sort(key=lambda each: each.line)
-        return Response(self._preview)
-
-    def _submit(self, command: Import, size: int) -> Coroutine[Any, Any, Response | ApiError]:
-        return self._app.actor.ask(ImportCheck(**structs.asdict(command)), by=self._by, admin=True, size=size)
-
-    def _reject(self, line: int, job_id: str | None, reason: str) -> None:
-        self._preview.would_reject += 1
-        self._show(PreviewedLine(line, job_id, "reject", None, reason))
-
-    def _handle_response(self, line: PendingLine, response: Response | ApiError) -> None:
-        if self._stop is not None:
-            return  # the import would have stopped before this line
-        if isinstance(response, Response):
-            self._preview_line(line, response.data)
-        elif response.code == "too_many_jobs":
-            self._stop_at(line.line, response)
-        elif response.code in STOP_CODES:
-            self._stop = self._stop_error(response, line.line)
-        else:
-            self._reject(line.line, line.job_id, response.message)
-
-    def _preview_line(self, line: PendingLine, check: ImportCheckResult) -> None:
-        if check.what == "create" and (first := self._first.get(hash(check.job_id))) is not None:
-            reason = f"Line {first} has the same id."
-            check = ImportCheckResult(check.job_id, "skip", None, reason, check.room)
-        if check.what == "skip":
-            self._preview.would_skip += 1
-        elif check.status in LIVE and self._live >= check.room:
-            self._stop_at(line.line, ApiError("too_many_jobs", "The limit of unfinished jobs would be reached."))
-            return
-        else:
-            self._preview.would_import += 1
-            self._live += check.status in LIVE
-            self._first[hash(check.job_id)] = line.line
-        self._show(PreviewedLine(line.line, check.job_id, check.what, check.status, check.reason))
-        if len(self._first) > MAX_PREVIEW_LINES:
-            message = f"A preview reads at most {MAX_PREVIEW_LINES} lines. Split the file."
-            self._stop = ApiError("too_large", message, {"limit": MAX_PREVIEW_LINES})
-
-    def _stop_at(self, line: int, error: ApiError) -> None:
-        self._stop = error
-        self._preview.stops_at, self._preview.stop_reason = line, error.message
-
-    def _show(self, line: PreviewedLine) -> None:
-        if len(self._preview.lines) < SHOWN_LINES:
-            self._preview.lines.append(line)
-        else:
-            self._preview.more = True

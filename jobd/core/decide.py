@@ -64,7 +64,7 @@ RULES: Final[Mapping[type[Command], Rule]] = {
     commands.Pause: operator_rules.pause,
     commands.Resume: operator_rules.resume,
     commands.Import: operator_rules.import_job,
-    commands.ImportCheck: operator_rules.check_import,
+    commands.ImportCheck: operator_rules.import_job,
     commands.Adopt: late_result_rules.adopt,
     ApplyPlan: _apply_plan,
     commands.ApplyEndings: _apply_plan,

@@ -500,20 +500,17 @@ class PausedView(Struct, frozen=True):
 
 
 class Imported(Struct, frozen=True):
-    """The result of one line of an import. `skipped`: the job existed before."""
+    """The result of one line of an import. `skipped`: the job existed before.
+
+    `status` is that of the job afterwards, None if it is not known. `room` is the number of unfinished jobs that could
+    be created before.
+    """
 
     job_id: str
     skipped: bool
-
-
-class ImportCheckResult(Struct, frozen=True):
-    """What one line of an import would do. `room` is the number of unfinished jobs that can still be created."""
-
-    job_id: str
-    what: Literal["create", "skip"]
-    status: str | None  # afterwards; None if it is not known
-    reason: str | None
-    room: int
+    status: str | None = None
+    reason: str | None = None
+    room: int = 0
 
 
 class RejectedLine(Struct, frozen=True):

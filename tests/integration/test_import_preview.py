@@ -16,7 +16,7 @@ from jobd.http.auth import Authenticator
 from jobd.http.decoding import Limits
 from jobd.model.commands import ImportCheck
 from jobd.model.errors import ApiError
-from jobd.model.responses import ImportCheckResult, Response
+from jobd.model.responses import Imported, Response
 from tests.support.daemon_process import DaemonProcess
 from tests.support.http_harness import TOKEN, HttpHarness, ReceivedResponse
 
@@ -26,8 +26,8 @@ KIND = {"Authorization": f"Bearer {TOKEN}", "Content-Type": "application/x-ndjso
 
 def judged(command: ImportCheck) -> Response:
     if command.id.startswith("old"):
-        return Response(ImportCheckResult(command.id, "skip", "failed", "A job with this id exists: it is failed.", 3))
-    return Response(ImportCheckResult(command.id, "create", command.status, None, 3))
+        return Response(Imported(command.id, True, "failed", "A job with this id exists: it is failed.", 3))
+    return Response(Imported(command.id, False, command.status, None, 3))
 
 
 @pytest.fixture

@@ -17,7 +17,6 @@ from jobd.model.commands import (
     ForceFail,
     ForceReset,
     Import,
-    ImportCheck,
     Pause,
     Resume,
     RetryJob,
@@ -40,7 +39,7 @@ from jobd.model.job import (
     Status,
     recorded_bytes,
 )
-from jobd.model.responses import AdminLockView, ImportCheckResult, Imported, LockState, Response, TransitionView
+from jobd.model.responses import AdminLockView, Imported, LockState, Response, TransitionView
 
 
 def force_fail(tx: Transaction, command: ForceFail) -> Response:
@@ -195,8 +194,12 @@ def resume(tx: Transaction, command: Resume) -> Response:
 
 def import_job(tx: Transaction, command: Import) -> Response:
     """Import a job as it was. An id that exists is skipped, so that an import can be repeated."""
-    if tx.state.get(command.id) is not None or command.id in tx.state.quarantined:
-        return Response(Imported(command.id, skipped=True))
+    room = max(tx.policy.live_jobs - tx.state.live_count, 0)
+    if command.id in tx.state.quarantined:
+        return Response(Imported(command.id, True, None, "A job with this id exists, but its row is damaged.", room))
+    if (there := tx.state.get(command.id)) is not None:
+        reason = f"A job with this id exists: it is {there.status}."
+        return Response(Imported(command.id, True, there.status, reason, room))
     transitions.check_backoff(command.backoff)
     if command.status in LIVE:
         transitions.check_live_jobs(tx)
@@ -205,23 +208,8 @@ def import_job(tx: Transaction, command: Import) -> Response:
     tx.create(job, "imported", bytes(command.payload), "")
     if job.status == "processing":
         transitions.stall(tx, job, "The job was processing when it was imported; its worker is unknown here.")
-    return Response(Imported(command.id, skipped=False), status=201)
-
-
-def check_import(tx: Transaction, command: ImportCheck) -> Response:
-    """Return what `import_job` would do. The command is a dry run."""
-    room = max(tx.policy.live_jobs - tx.state.live_count, 0)
-    if command.id in tx.state.quarantined:
-        reason = "A job with this id exists, but its row is damaged."
-        return Response(ImportCheckResult(command.id, "skip", None, reason, room))
-    there = tx.state.get(command.id)
-    if there is not None:
-        reason = f"A job with this id exists: it is {there.status}."
-        return Response(ImportCheckResult(command.id, "skip", there.status, reason, room))
-    import_job(tx, command)
-    last = tx.changes[-1]
-    assert last.after is not None
-    return Response(ImportCheckResult(command.id, "create", last.after.status, last.event.reason, room))
+    last = tx.changes[-1].event
+    return Response(Imported(command.id, False, last.after, last.reason, room), status=201)
 
 
 def _imported(tx: Transaction, command: Import) -> Job:

@@ -18,7 +18,6 @@ WORDS: dict[str, str] = {
     "HealthStatus": "healthy degraded unhealthy",
     "Issue.type": "warning error critical",
     "Recovery.action": "reset failed",
-    "ImportCheckResult.what": "create skip",
     "WebhookView.state": "starting closed open half_open",
 }
 

@@ -53,7 +53,6 @@ from jobd.model.job import (
     Status,
 )
 from jobd.model.responses import (
-    ImportCheckResult,
     Imported,
     MaintenanceResult,
     PausedView,
@@ -463,7 +462,10 @@ def test_an_import_keeps_all_given_fields(rules: RuleHarness) -> None:
     )
     decision = rules.decide(command, by="admin")
     assert not isinstance(decision.answer, ApiError)
-    assert (decision.answer.status, decision.answer.data) == (201, Imported("a", skipped=False))
+    assert (decision.answer.status, decision.answer.data) == (
+        201,
+        Imported("a", False, "failed", None, rules.policy.live_jobs),
+    )
     assert [change.request_hash for change in decision.changes] == [""]
     job = rules.job()
     assert (job.status, job.progress, job.progress_message, job.attempt, job.stalls) == ("failed", 33, "m", 2, 1)
@@ -472,7 +474,7 @@ def test_an_import_keeps_all_given_fields(rules: RuleHarness) -> None:
     assert (job.result, job.error) == (Result("u", "f", "s", Raw(b"1")), Failure("e", "E"))
     assert job.payload_bytes == 9_000
     assert rules.state.unvalidated == {1: "a"}
-    assert rules.accept(command) == Imported("a", skipped=True)
+    assert rules.accept(command).skipped
 
 
 @pytest.mark.parametrize("status", STATUSES)
@@ -530,7 +532,7 @@ def test_an_import_check_shows_the_result_and_changes_nothing(rules: RuleHarness
     decision = rules.decide(command, by="admin")
     assert isinstance(decision.answer, Response)
     preview = decision.answer.data
-    assert (preview.job_id, preview.what, preview.status) == ("a", "create", status)
+    assert (preview.job_id, preview.skipped, preview.status) == ("a", False, status)
     advice = "" if status == "queued" else " The work may be half done; check it, then retry the job to run it again."
     assert preview.reason == f"The job was processing when it was imported; its worker is unknown here.{advice}"
     assert preview.room == rules.policy.live_jobs
@@ -539,10 +541,10 @@ def test_an_import_check_shows_the_result_and_changes_nothing(rules: RuleHarness
     rules.create("a")
     preview = rules.accept(command)
     room = rules.policy.live_jobs - 1
-    assert preview == ImportCheckResult("a", "skip", "queued", "A job with this id exists: it is queued.", room)
+    assert preview == Imported("a", True, "queued", "A job with this id exists: it is queued.", room)
     rules.state.quarantined["b"] = "its checksum is wrong"
     preview = rules.accept(ImportCheck(id="b"))
-    assert preview == ImportCheckResult("b", "skip", None, "A job with this id exists, but its row is damaged.", room)
+    assert preview == Imported("b", True, None, "A job with this id exists, but its row is damaged.", room)
 
 
 @pytest.mark.parametrize(("bound", "remaining"), [(9, 5), (4, 0), (3, 0)])
