@@ -28,7 +28,15 @@ _DIFFERS: Final = re.compile(
 )
 
 
-_TRACEBACK: Final = re.compile(r"^[ +]*(?:Exception Group )?Traceback \(most recent call last\):$", re.MULTILINE)
+_HEADER: Final = "Traceback (most recent call last):"
+# A header and its frames, which are indented. "[...]" is where the middle of a long message was cut out.
+_FRAMES: Final = rf"(?:Exception Group )?{re.escape(_HEADER)}$(?:\n .*|\n\[\.\.\.\]\n.*)*+"
+_NEXT: Final = (
+    rf"(?:\n(?!.*{re.escape(_HEADER)}$).*)*?\n(?:During handling of the above exception, another exception occurred"
+    r"|The above exception was the direct cause of the following exception):\n\n"
+)
+_TRACEBACK: Final = re.compile(f"(?:{_FRAMES}{_NEXT})*{_FRAMES}", re.MULTILINE)
+_GROUP_MARGIN: Final = re.compile(r"^ +(?:\| ?|\+ |\+[-+ 0-9]*$)", re.MULTILINE)
 _PLACEHOLDER: Final = re.compile("<[a-z]+>")
 
 
@@ -44,22 +52,23 @@ def normalize(message: str, job_id: str = "") -> str:
 
 @lru_cache(maxsize=4_096)
 def _marked(message: str) -> str:
-    error = _without_traceback(message)[:MAX_MESSAGE]
+    error = _without_tracebacks(message)[:MAX_MESSAGE]
     marked = _DIFFERS.sub(lambda match: f"<{match.lastgroup}>", error)
     return " ".join(marked.split())
 
 
-def _without_traceback(message: str) -> str:
-    """Return the text before the traceback; if the message begins with it, the lines after its last frame."""
-    first = _TRACEBACK.search(message)
-    if first is None:
+def _without_tracebacks(message: str) -> str:
+    """Return the text around the tracebacks, up to an error that it has already."""
+    if _HEADER not in message:
         return message
-    if before := message[: first.start()].strip():
-        return before
-    *_, last = _TRACEBACK.finditer(message)
-    lines = message[last.end() :].strip("\n").split("\n")
-    error = next((number for number, line in enumerate(lines) if not line.startswith(" ")), 0)
-    return "\n".join(lines[error:])
+    if f"Exception Group {_HEADER}" in message:
+        message = _GROUP_MARGIN.sub("", message)
+    text = ""
+    for part in map(str.strip, _TRACEBACK.split(message)):
+        if part and (part in text or part.endswith(f": {text}")):
+            break
+        text = f"{text}\n{part}".strip()
+    return text or message
 
 
 def fingerprint(message: str | None, code: str | None, job_id: str = "") -> str | None:

@@ -90,7 +90,27 @@ def test_the_traceback_does_not_count() -> None:
     messages = [bare, f"{bare}\n{trace}", f"{bare}\n{group}", f"{bare}\n{chain}", trace + bare, chain + bare]
     assert len({fingerprint(each, "LookupError") for each in messages}) == 1
     assert fingerprint(trace + "ValueError: x", None) != fingerprint(trace + "KeyError: x", None)
-    assert normalize(trace) == "File <text>, line <n>, in work call()", "the error is cut off"
+    assert normalize(trace) == "Traceback (most recent call last): File <text>, line <n>, in work call()", "no error"
+
+
+@pytest.mark.parametrize("label", ["Job failed: ", "Job failed:\n", "Exit status 1.\nLast lines of stderr:\n"])
+def test_an_error_after_a_label_and_its_traceback_counts(label: str) -> None:
+    trace = "Traceback (most recent call last):\n" + '  File "/srv/app.py", line 12, in work\n    call()\n' * 30
+    chain = f"{trace}OSError\n\nDuring handling of the above exception, another exception occurred:\n\n{trace}"
+    for error in ("ValueError: x", "KeyError: x"):
+        for frames in (trace, chain, f"{trace}[...]\nll()\n{chain}"):
+            assert normalize(label + frames + error) == normalize(label + error)
+            assert normalize(f"{label}{error}\n{frames}{error}") == normalize(label + error)
+            assert normalize(f"x\n{frames}{error}") == "x"
+
+
+def test_an_error_in_an_exception_group_counts_after_a_label() -> None:
+    group = (
+        "Failed:\n  + Exception Group Traceback (most recent call last):\n  |   File 'a.py', line 1, in f\n"
+        "  | ExceptionGroup: all (1 sub-exception)\n  +-+---------------- 1 ----------------\n    | {}\n"
+        "    +------------------------------------\n"
+    )
+    assert normalize(group.format("KeyError: x")) == "Failed: ExceptionGroup: all (<n> sub-exception) KeyError: x"
 
 
 def test_only_the_beginning_of_a_message_counts() -> None:
