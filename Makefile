@@ -83,7 +83,7 @@ planted: $(READY)  ## plant known bugs, one at a time, and report which tests fi
 	$(BIN)/python -m tests.proof.planted --jobs $(PARALLEL) $(ARGS)
 
 MUTATION := build/mutation
-mutation: $(READY)  ## mutate jobd/core, list mutants that no unit test detects in build/survivors.txt: an hour (ARGS="'jobd.core.views*'")
+mutation: $(READY)  ## mutate core, engine, storage and cluster, list mutants that no unit test detects in build/survivors.txt: hours (ARGS="'jobd.core.views*'")
 	$(PIP) install --target $(MUTATION) --upgrade --no-deps mutmut==3.8.1 libcst==1.9.0 setproctitle==1.3.8
 	PYTHONPATH=$(MUTATION) $(BIN)/python -m mutmut run --max-children $(PARALLEL) $(ARGS)
 	PYTHONPATH=$(MUTATION) $(BIN)/python -m mutmut results | grep -v ': not checked$$' > build/survivors.txt || true

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from click.testing import CliRunner
 from msgspec import structs
 
 from jobd.cli.daemon.bench_load import LoadConnection, clock
-from tests.benchmarks import beside, listener, load, stage, work
+from tests.benchmarks import beside, load, stage, work
 from tests.benchmarks.__main__ import LARGE, _bars, benchmarks
 from tests.benchmarks.scenarios import SCENARIOS, BenchmarkScenario, Size, measure
 from tests.benchmarks.stage import BenchDaemon, BenchFailed
@@ -54,12 +53,6 @@ def _times(found: dict[str, Any]) -> Any:
             if "p50_ms" in value:
                 yield name, value
             yield from _times(value)
-
-
-@pytest.mark.parametrize("kind", ["get", "claim", "create with a token", "stream"])  # the others differ in their bodies
-async def test_the_listener_alone_is_measured(kind: str, capfd: pytest.CaptureFixture[str]) -> None:
-    await listener.measure(kind, 2, 0.1)
-    assert all(figure > 0 for figure in json.loads(capfd.readouterr().out))
 
 
 async def stats_of(staged: BenchDaemon) -> Any:

@@ -15,7 +15,7 @@ from playwright.sync_api import Browser, Page, sync_playwright
 
 from jobd.model.job import MINUTE_MS
 from tests import ROOT
-from tests.benchmarks.pages import fill
+from tests.browser.crowd import fill
 from tests.browser.scenarios import (
     CHROMIUM,
     FLAGS,
