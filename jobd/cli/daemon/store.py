@@ -153,18 +153,16 @@ def doctor_command(
         raise click.UsageError("--rows needs --running: without it, all rows are always checked")
     if running:
         return _diagnosis(_checkup(admin_client(), rows=rows), as_json)
-    from jobd.storage.offline import doctor, dry_run, journal_cut
+    from jobd.storage.offline import doctor, journal_cut
 
     path = store_path(store, config)
     if recount:
-        return _repair(path, dry_run.recount, doctor.recount, yes=yes, is_dry_run=is_dry_run)
+        return _repair(partial(doctor.recount, path), path, yes=yes, is_dry_run=is_dry_run)
     if accept:
         chosen = None if everything else named
-        preview, write = partial(dry_run.accept, ids=chosen), partial(doctor.accept, ids=chosen)
-        return _repair(path, preview, write, yes=yes, is_dry_run=is_dry_run)
+        return _repair(partial(doctor.accept, path, chosen), path, yes=yes, is_dry_run=is_dry_run)
     if cut_from is not None:
-        preview, write = partial(dry_run.cut_journal, number=cut_from), partial(journal_cut.cut, number=cut_from)
-        return _repair(path, preview, write, yes=yes, is_dry_run=is_dry_run)
+        return _repair(partial(journal_cut.cut, path, cut_from), path, yes=yes, is_dry_run=is_dry_run)
     notes: list[str] = []
     return _diagnosis(_check(path, notes, refold=refold), as_json, notes)
 
@@ -191,24 +189,22 @@ def _checkup(client: AdminClient, *, rows: bool) -> list[Finding]:
     return found + [each for each in damaged if each.where not in {known.where for known in found}]
 
 
-def _repair(
-    path: str, preview: Callable[[str], list[str]], write: Callable[[str], str], *, yes: bool, is_dry_run: bool
-) -> int:
-    """Show the planned changes, ask, and write them."""
+def _repair(repair: Callable[..., str], path: str, *, yes: bool, is_dry_run: bool) -> int:
+    """Show what `repair` changes, ask, and call it."""
     from jobd.cli.progress import busy
 
     if not yes:
         if not is_dry_run:
             need_terminal()
         with exit_codes.explaining_full_disk(), busy(f"checking {path}"):
-            lines = preview(path)
-        for line in lines:
+            shown = repair(is_dry_run=True)
+        for line in shown.splitlines():
             terminal.emit(line) if is_dry_run else terminal.say(line)
         if is_dry_run:
             return exit_codes.DONE
         confirm("write these changes")
     with exit_codes.explaining_full_disk(), contextlib.redirect_stdout(sys.stderr):  # log lines about a migration
-        done = write(path)
+        done = repair()
     for line in done.splitlines():
         terminal.emit(line)
     return exit_codes.DONE

@@ -14,6 +14,7 @@ from operator import itemgetter
 from typing import Final
 
 import msgspec
+from msgspec.structs import asdict
 
 from jobd.journal import event_codec
 from jobd.journal.sqlite import SqliteJournal
@@ -39,6 +40,7 @@ from jobd.storage.events import event_rows
 from jobd.storage.files import FileLock, StoreError
 from jobd.storage.offline.edited_rows import RepairRejected, edited
 from jobd.storage.offline.refold import differences
+from jobd.storage.offline.uncommitted import opened_uncommitted
 from jobd.storage.outbox import CURSOR_SQL, DELIVERY_SQL
 from jobd.storage.queries import key_fault, read_job
 from jobd.storage.schema import migrations
@@ -61,6 +63,11 @@ _LATE_OR_EARLY: Final = "correct the row of deleted_jobs with sqlite3, because i
 _LAST_EVENTS: Final = f"SELECT {event_rows.COLUMNS_SQL} FROM events WHERE job_seq = ? ORDER BY seq DESC LIMIT 1"
 _LEFT: Final = "compare with a backup; the events stay, and only take up space"
 _UNUSED: Final = "nothing to do: it only takes up space"
+# Fields that identify an edited row for an operator. A lock id is a secret.
+_SHOWN_FIELDS: Final = (
+    "queue", "kind", "status", "priority", "progress", "attempt", "max_attempts", "stalls", "created_at", "run_at",
+    "started_at", "finished_at", "error_message",
+)  # fmt: skip
 
 
 class StoreProblem(msgspec.Struct, frozen=True, rename={"fix": "mend"}):
@@ -365,14 +372,14 @@ def _files(conn: sqlite3.Connection, path: str) -> Iterator[StoreProblem]:
 # Repairs
 
 
-def accept(path: str, ids: Sequence[str] | None) -> str:
+def accept(path: str, ids: Sequence[str] | None, *, is_dry_run: bool = False) -> str:
     """Accept edited rows of jobs, in their table or in quarantine. Return a line about each.
 
     If `ids` is None, this accepts all jobs that are in quarantine or have a damaged row, and skips rows that are not
     valid jobs; a line names each. If a row of `ids` is not a valid job, it raises RepairRejected and writes nothing.
     Accepted rows get new checksums, and the daemon validates the jobs. All rows are written in one transaction.
     """
-    return _repair(path, lambda db: db.commit(_accept, db, path, ids))
+    return repair(path, lambda db: db.commit(_accept, db, path, ids, is_dry_run), is_dry_run=is_dry_run)
 
 
 def damaged(db: Database, path: str) -> list[str]:
@@ -387,40 +394,54 @@ def damaged(db: Database, path: str) -> list[str]:
     return list(dict.fromkeys([*quarantined, *named]))
 
 
-def recount(path: str) -> str:
+def recount(path: str, *, is_dry_run: bool = False) -> str:
     """Accept all current rows: rebuild all indexes, the totals of jobs and the counts of queues."""
 
-    def change(db: Database) -> str:
+    def change(db: Database) -> list[str]:
+        before = db.totals
+        wrong = [f"{each.where}: {each.what}" for each in queues(db.conn, path)] if is_dry_run else []
         db.commit(db.reindex)
-        return db.commit(_recount, db)
+        lines = db.commit(_recount, db, is_dry_run)
+        if not is_dry_run:
+            return lines
+        if db.totals != before and db.totals[::2] == before[::2]:
+            lines.append("the rows differ from those that are recorded; they would be accepted")
+        return ["all indexes would be rebuilt from the rows", *lines, *wrong]
 
-    return _repair(path, change)
+    return repair(path, change, is_dry_run=is_dry_run)
 
 
-def _repair(path: str, change: Callable[[Database], str]) -> str:
-    with startup.opened_alone(path) as conn:
+def repair(path: str, change: Callable[[Database], list[str]], *, is_dry_run: bool, is_projected: bool = True) -> str:
+    """Call `change` with the tables of a store that no daemon holds. Return its lines, after those about the start."""
+    with (opened_uncommitted if is_dry_run else startup.opened_alone)(path) as conn:
+        if isinstance(conn, str):
+            return conn
         startup.prepare_schema(conn, path)
         membership.check_single(conn, path)
+        if not is_projected:
+            return "\n".join(change(startup.read_meta(conn, path)))
+        tail = startup.check_tail(conn, path)
         db = startup.project_tail(conn, path)
-        return "\n".join([*db.faults, change(db)])
+        first = [f"the tables lack {tail}: they would be written first"] if is_dry_run and tail.pending else []
+        return "\n".join([*first, *db.faults, *change(db)])
 
 
-def _accept(db: Database, path: str, ids: Sequence[str] | None) -> str:
+def _accept(db: Database, path: str, ids: Sequence[str] | None, is_dry_run: bool) -> list[str]:
     lines = []
     for id_ in damaged(db, path) if ids is None else dict.fromkeys(ids):
         db.conn.execute("SAVEPOINT row")
         try:
-            lines.append(_accept_row(db, id_))
+            lines += _accept_row(db, id_, is_dry_run)
         except RepairRejected as rejected:
             if ids is not None:
                 raise
             db.conn.execute("ROLLBACK TO row")
-            lines.append(f"{rejected}. The row does not change")
+            lines.append(f"{rejected}. The row {'would' if is_dry_run else 'does'} not change")
         db.conn.execute("RELEASE row")
-    return "\n".join([*lines, _recount(db)] if lines else [NOTHING_DAMAGED])
+    return [*lines, *_recount(db, is_dry_run)] if lines else [NOTHING_DAMAGED]
 
 
-def _accept_row(db: Database, id_: str) -> str:
+def _accept_row(db: Database, id_: str, is_dry_run: bool) -> list[str]:
     run = db.conn.execute
     accepted = edited(db, id_)
     if accepted.quarantine_seq is not None:
@@ -435,7 +456,15 @@ def _accept_row(db: Database, id_: str) -> str:
     payload = codec.with_checksum((seq, accepted.body, accepted.request_hash))
     run(insert("payloads", ("job_seq", "body", "request_hash", "crc")), payload)
     run("INSERT OR IGNORE INTO suspects (job_seq) VALUES (?)", (seq,))
-    return f"job {id_}: {accepted.where} was accepted; validation will check it"
+    if not is_dry_run:
+        return [f"job {id_}: {accepted.where} was accepted; validation will check it"]
+    job = accepted.job
+    fields = {**asdict(job.options), **asdict(job), "error_message": job.error and job.error.message}
+    values = ", ".join(f"{name} {readable(fields[name])}" for name in _SHOWN_FIELDS if fields[name] not in (None, ""))
+    return [
+        f"job {id_}: {accepted.where} would be accepted with a new checksum; validation would check it",
+        f"    {values}; a payload of {len(accepted.body)} bytes",
+    ]
 
 
 def totals(conn: sqlite3.Connection) -> tuple[int, int, int, int]:
@@ -447,7 +476,7 @@ def totals(conn: sqlite3.Connection) -> tuple[int, int, int, int]:
     return (*sums[True], *sums[False])
 
 
-def _recount(db: Database) -> str:
+def _recount(db: Database, is_dry_run: bool) -> list[str]:
     before = db.totals
     db.totals = totals(db.conn)
     counted = startup.recount_queues(db.conn)
@@ -460,4 +489,8 @@ def _recount(db: Database) -> str:
         db.conn.execute(PUT_QUEUE, codec.queue_row(name, QueueRow(False, *counts)))
     db.write_meta()
     jobs = f"{db.totals[0]} live and {db.totals[2]} finished jobs"
-    return f"Counted: {jobs} (before: {before[0]} and {before[2]})."
+    if not is_dry_run:
+        return [f"Counted: {jobs} (before: {before[0]} and {before[2]})."]
+    if db.totals[::2] == before[::2]:
+        return [f"the counts would not change: {jobs}"]
+    return [f"the counts would be: {jobs} (recorded: {before[0]} and {before[2]})"]

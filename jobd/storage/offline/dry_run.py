@@ -1,40 +1,24 @@
-"""Describe what a restore or an offline repair would find and change. Writes nothing.
-
-Raises the errors that the actual call would raise.
-"""
+"""Describe what a restore would find and change. Writes nothing."""
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import sqlite3
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import Final
 
-from msgspec.structs import asdict
-
-from jobd.model.job import LIVE, Job, new_epoch
+from jobd.model.job import new_epoch
 from jobd.model.storage import DiskFull
 from jobd.storage import backup, files, startup
 from jobd.storage.connection import read_number
-from jobd.storage.database import Database, lenient_text, now_ms, readable
-from jobd.storage.files import FileLock, StoreBusy, StoreError, StoreUnreadable
-from jobd.storage.offline import doctor, edited_rows, journal_cut
-from jobd.storage.offline.edited_rows import RepairRejected
+from jobd.storage.database import lenient_text, now_ms, readable
+from jobd.storage.files import StoreBusy, StoreError, StoreUnreadable
+from jobd.storage.offline import doctor
 from jobd.storage.schema import migrations
 
 MAX_SHOWN: Final = 10  # problems of a file to restore
-# Fields that identify an edited row for an operator. A lock id is a secret.
-_SHOWN_FIELDS: Final = (
-    "queue", "kind", "status", "priority", "progress", "attempt", "max_attempts", "stalls", "created_at", "run_at",
-    "started_at", "finished_at", "error_message",
-)  # fmt: skip
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Restore
 
 
 def restore(file: str, path: str) -> list[str]:
@@ -139,109 +123,3 @@ def _replaced(path: str) -> tuple[int, str]:
             return migrations.epoch_of(old), f"    the existing database ({_amount(_size(old))}, {jobs}) {kept_as}"
     except StoreError:
         return 0, f"    the existing file cannot be read, and {kept_as}"
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Repairs
-
-
-def accept(path: str, ids: Sequence[str] | None) -> list[str]:
-    """Describe what `doctor.accept` would write. Raises the errors that it would raise."""
-    with _opened_read_only(path) as db:
-        if isinstance(db, str):
-            return [db]
-        live, _, finished, _ = doctor.totals(db.conn)
-        lines: list[str] = []
-        for id_ in doctor.damaged(db, path) if ids is None else dict.fromkeys(ids):
-            try:
-                job, described = _accepted(db, id_)
-            except RepairRejected as rejected:
-                if ids is not None:
-                    raise
-                lines.append(f"{rejected}. The row would not change")
-                continue
-            lines += described
-            is_new = not db.rows("SELECT 1 FROM jobs NOT INDEXED WHERE seq = ?", (job.seq,))
-            live, finished = live + (is_new and job.status in LIVE), finished + (is_new and job.status not in LIVE)
-        lines = [*lines, *_counts(db, (live, finished))] if lines else [doctor.NOTHING_DAMAGED]
-        return [*_written_first(db, path), *lines]
-
-
-def _accepted(db: Database, id_: str) -> tuple[Job, list[str]]:
-    """Return the job `id_` as it would be accepted, and lines that describe it."""
-    edited = edited_rows.edited(db, id_)
-    job = edited.job
-    duplicates = db.rows("SELECT seq FROM jobs NOT INDEXED WHERE id = ? AND seq <> ?", (job.id, job.seq))
-    if duplicates:
-        raise RepairRejected(f"job {id_}: another row has this id")
-    fields = {**asdict(job.options), **asdict(job), "error_message": job.error and job.error.message}
-    values = ", ".join(f"{name} {readable(fields[name])}" for name in _SHOWN_FIELDS if fields[name] not in (None, ""))
-    return job, [
-        f"job {id_}: {edited.where} would be accepted with a new checksum; validation would check it",
-        f"    {values}; a payload of {len(edited.body)} bytes",
-    ]
-
-
-def recount(path: str) -> list[str]:
-    """Describe what `doctor.recount` would write. Raises the errors that it would raise."""
-    with _opened_read_only(path) as db:
-        if isinstance(db, str):
-            return [db]
-        totals = doctor.totals(db.conn)
-        lines = [*_written_first(db, path), "all indexes would be rebuilt from the rows"]
-        lines += _counts(db, (totals[0], totals[2]))
-        if totals != db.totals and totals[::2] == db.totals[::2]:
-            lines.append("the rows differ from those that are recorded; they would be accepted")
-        lines += [f"{each.where}: {each.what}" for each in doctor.queues(db.conn, path)]
-        return lines
-
-
-def cut_journal(path: str, number: int) -> list[str]:
-    """Describe what `journal_cut.cut` would delete. Raises the errors that it would raise."""
-    with _opened_read_only(path) as db:
-        if isinstance(db, str):
-            return [db]
-        return [
-            f"would delete {journal_cut.find(db, number)}",
-            f"would keep a copy of the store as {path}.{journal_cut.LABEL}-TIME",
-            "the next start would begin a new epoch and end all grants by their stall rule, because workers may hold "
-            "grants of the deleted records",
-        ]
-
-
-def _written_first(db: Database, path: str) -> Iterator[str]:
-    """Yield a line about the tail of the journal, if there is one. Raises StoreUnreadable if it cannot be used."""
-    tail = startup.check_tail(db.conn, path)
-    if tail.pending:
-        yield f"the tables lack {tail}: they would be written first, and can change what follows"
-
-
-def _counts(db: Database, counted: tuple[int, int]) -> list[str]:
-    before = db.totals[0], db.totals[2]
-    if counted == before:
-        return [f"the counts would not change: {counted[0]} live and {counted[1]} finished jobs"]
-    now = f"{counted[0]} live and {counted[1]} finished jobs"
-    return [f"the counts would be: {now} (recorded: {before[0]} and {before[1]})"]
-
-
-@contextlib.contextmanager
-def _opened_read_only(path: str) -> Iterator[Database | str]:
-    """Yield the database for reads; for an older schema version, a sentence about its migration."""
-    with contextlib.ExitStack() as stack:
-        if os.path.exists(f"{path}.lock"):
-            stack.enter_context(FileLock(path))
-        if not os.path.exists(path):
-            raise StoreUnreadable(f"{path} does not exist")
-        header = startup.peek(path)
-        startup.check_version(path, header)
-        startup.check_wal(path)
-        stack.enter_context(startup.translated_errors(path))
-        conn = stack.enter_context(startup.read_only(path))
-        startup.check_application_id(conn, path)
-        if header[1] < migrations.VERSION:
-            yield (
-                f"{path} has schema version {header[1]}: it would first be copied and migrated to "
-                f"{migrations.VERSION}. Start the daemon once or use --yes, then run this again for details"
-            )
-            return
-        yield startup.read_meta(conn, path)

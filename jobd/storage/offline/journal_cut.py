@@ -10,14 +10,13 @@ from msgspec import Struct
 from jobd.journal import record
 from jobd.journal.sqlite import SqliteJournal
 from jobd.model.journal import BadRecord
-from jobd.storage import startup
-from jobd.storage.cluster import membership
 from jobd.storage.database import Database, is_corrupt
+from jobd.storage.offline.doctor import repair
 from jobd.storage.offline.edited_rows import RepairRejected
 from jobd.storage.schema.upgrade import copy_next_to
 from jobd.storage.tables.tail import Pending, counted
 
-LABEL: Final = "before-cut"  # in the name of the copy
+_LABEL: Final = "before-cut"  # in the name of the copy
 _MAX_IDS: Final = 20  # jobs named
 _NUMBERS: Final = "SELECT number FROM journal WHERE number >= ? OR number <= ? ORDER BY number"
 _DELETE: Final = "DELETE FROM journal WHERE number >= ? OR number <= ?"
@@ -69,23 +68,30 @@ def find(db: Database, number: int) -> Cut:
     return cut
 
 
-def cut(path: str, number: int) -> str:
+def cut(path: str, number: int, *, is_dry_run: bool = False) -> str:
     """Copy the store, delete the records from `number` on, and mark the store like a backup. Return a line about it.
 
     Workers may hold grants of the deleted records, so the next start has to begin a new epoch and end all grants.
     """
-    with startup.opened_alone(path) as conn:
-        startup.prepare_schema(conn, path)
-        membership.check_single(conn, path)
-        db = startup.read_meta(conn, path)
+
+    def change(db: Database) -> list[str]:
         found = find(db, number)
-        copy = copy_next_to(conn, path, LABEL)
+        if is_dry_run:
+            return [
+                f"would delete {found}",
+                f"would keep a copy of the store as {path}.{_LABEL}-TIME",
+                "the next start would begin a new epoch and end all grants by their stall rule, because workers may "
+                "hold grants of the deleted records",
+            ]
+        copy = copy_next_to(db.conn, path, _LABEL)
         if found.is_table_damaged:
             db.commit(_replace_table, db, number)
-            conn.execute("VACUUM")  # the old pages of the journal belong to no table
+            db.conn.execute("VACUUM")  # the old pages of the journal belong to no table
         else:
             db.commit(_cut, db, number)
-    return f"deleted {found}. The store from before is kept as {copy}. The next start begins a new epoch"
+        return [f"deleted {found}. The store from before is kept as {copy}. The next start begins a new epoch"]
+
+    return repair(path, change, is_dry_run=is_dry_run, is_projected=False)
 
 
 def _replace_table(db: Database, number: int) -> None:

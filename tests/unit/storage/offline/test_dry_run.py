@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Callable
+import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -15,12 +14,12 @@ from jobd.model.storage import DiskFull
 from jobd.storage import backup, files
 from jobd.storage.files import StoreBusy, StoreTooNew, StoreUnreadable
 from jobd.storage.offline import doctor, dry_run
-from jobd.storage.offline.edited_rows import RepairRejected
 from jobd.storage.schema import migrations
 from tests.support.store_files import (
     damage_backup,
     edit_store,
     exists,
+    leave_tail,
     make_store,
     open_store,
     pick,
@@ -109,9 +108,7 @@ async def test_an_older_file_would_be_migrated(path: str, copy: str, monkeypatch
     monkeypatch.setattr(migrations, "VERSION", migrations.VERSION + 1)
     report = "\n".join(dry_run.restore(copy, path))
     assert f"its schema version is {migrations.VERSION - 1}" in report
-    for lines in (dry_run.recount(copy), dry_run.accept(copy, ["a"])):
-        assert len(lines) == 1
-        assert f"would first be copied and migrated to {migrations.VERSION}" in lines[0]
+    assert f"would first be copied and migrated to {migrations.VERSION}" in doctor.recount(copy, is_dry_run=True)
 
 
 async def test_a_file_in_use_by_a_daemon_is_reported(path: str, copy: str) -> None:
@@ -173,17 +170,21 @@ async def test_accept_writes_what_its_dry_run_shows(path: str) -> None:
     maker = await make_store(path)
     job = pick(maker, frozenset({"processing"}))
     assert job.grant is not None
-    with edit_store(path) as conn:
+    await leave_tail(path, maker.batch([maker.progress(job, 99)]))  # in the log of the database
+    shutil.copytree(os.path.dirname(path), f"{os.path.dirname(path)}-unedited")
+    with edit_store(path) as conn:  # and of one without a log
         conn.execute("UPDATE jobs SET body = json_set(body, '$.priority', 77) WHERE seq = ?", (job.seq,))
-    before = state(path)
-    report = "\n".join(dry_run.accept(path, [job.id]))
-    assert {name: kept[0] for name, kept in state(path).items() if not name.endswith(".lock")} == {
-        name: kept[0] for name, kept in before.items() if not name.endswith(".lock")
-    }
-    assert f"job {job.id}: the row would be accepted" in report
-    assert "priority 77" in report
-    assert job.grant.lock_id not in report
-    assert "the counts would not change" in report
+    reports = []
+    for each in (path, f"{os.path.dirname(path)}-unedited/jobd.db"):
+        before = {name: file for name, file in state(each).items() if not name.endswith(".lock")}
+        reports.append(doctor.accept(each, [job.id], is_dry_run=True))
+        doctor.recount(each, is_dry_run=True)
+        assert {name: file for name, file in state(each).items() if not name.endswith(".lock")} == before
+    assert f"job {job.id}: the row in quarantine would be accepted" in reports[0]
+    assert f"job {job.id}: the row would be accepted" in reports[1]
+    assert "priority 77" in reports[0]
+    assert job.grant.lock_id not in reports[0]
+    assert "the counts would not change" in reports[1]
     doctor.accept(path, [job.id])
     assert doctor.check(path) == []
 
@@ -199,7 +200,7 @@ async def test_a_job_accepted_from_quarantine_is_counted(path: str, statuses: fr
         await store.load([job.id], [], [])
     with edit_store(path) as conn:
         conn.execute("UPDATE quarantined_jobs SET row = json_set(row, '$.queue', ?)", (queue,))
-    report = "\n".join(dry_run.accept(path, [job.id]))
+    report = doctor.accept(path, [job.id], is_dry_run=True)
     assert "the row in quarantine would be accepted" in report
     live = sum(each.status in LIVE for each in maker.jobs.values())
     assert f"the counts would be: {live} live and {len(maker.jobs) - live} finished jobs" in report
@@ -207,47 +208,19 @@ async def test_a_job_accepted_from_quarantine_is_counted(path: str, statuses: fr
     assert doctor.check(path) == []
 
 
-async def test_a_dry_run_raises_the_errors_of_accept(path: str) -> None:
-    maker = await make_store(path)
-    one = pick(maker, frozenset({"processing"}))
-    calls: list[Callable[[str, list[str]], Any]] = [dry_run.accept, doctor.accept]
-    for call in calls:
-        with pytest.raises(RepairRejected, match="there is no job nobody"):
-            call(path, ["nobody"])
-    with edit_store(path) as conn:
-        conn.execute("UPDATE jobs SET body = '{' WHERE seq = ?", (one.seq,))
-    for call in calls:
-        with pytest.raises(RepairRejected, match="is not a valid job"):
-            call(path, [one.id])
-
-
-async def test_a_second_row_with_the_same_id_is_rejected(path: str) -> None:
-    maker = await make_store(path)
-    one, other = [job for job in maker.jobs.values() if job.status == "queued"][:2]
-    with edit_store(path) as conn:
-        conn.execute("UPDATE jobs SET queue = 'other' WHERE seq = ?", (one.seq,))
-    async with open_store(path) as (store, _):
-        await store.load([one.id], [], [])
-    with edit_store(path) as conn:
-        conn.execute("UPDATE quarantined_jobs SET row = json_set(row, '$.id', ?)", (other.id,))
-    for call in (dry_run.accept, doctor.accept):
-        with pytest.raises(RepairRejected):
-            call(path, [one.id])
-
-
 async def test_a_recount_shows_the_differences(path: str) -> None:
     maker = await make_store(path)
     job = pick(maker, FINISHED)
-    report = "\n".join(dry_run.recount(path))
+    report = doctor.recount(path, is_dry_run=True)
     assert "all indexes would be rebuilt" in report
     assert "the counts would not change" in report
     with edit_store(path) as conn:
         conn.execute("DELETE FROM jobs WHERE seq = ?", (job.seq,))
-    report = "\n".join(dry_run.recount(path))
+    report = doctor.recount(path, is_dry_run=True)
     assert "the counts would be: " in report
     assert f"queue {job.options.queue}: " in report
     doctor.recount(path)
-    assert "the counts would not change" in "\n".join(dry_run.recount(path))
+    assert "the counts would not change" in doctor.recount(path, is_dry_run=True)
 
 
 async def test_different_rows_are_reported_even_if_the_counts_agree(path: str) -> None:
@@ -255,14 +228,13 @@ async def test_different_rows_are_reported_even_if_the_counts_agree(path: str) -
     job = pick(maker, LIVE)
     with edit_store(path) as conn:
         conn.execute("UPDATE jobs SET crc = crc + 1 WHERE seq = ?", (job.seq,))
-    assert "the rows differ from those that are recorded" in "\n".join(dry_run.recount(path))
+    assert "the rows differ from those that are recorded" in doctor.recount(path, is_dry_run=True)
 
 
-async def test_repairs_are_shown_only_for_a_jobd_store_that_is_not_in_use(path: str) -> None:
-    for call in (dry_run.recount, lambda where: dry_run.accept(where, "a")):
-        with pytest.raises(StoreUnreadable, match="does not exist"):
-            call(path)
+async def test_repairs_are_shown_only_for_a_store_that_is_not_in_use(path: str) -> None:
+    with pytest.raises(StoreUnreadable, match="does not exist"):
+        doctor.recount(path, is_dry_run=True)
     assert not exists(path)
     async with open_store(path):
         with pytest.raises(StoreBusy):
-            dry_run.recount(path)
+            doctor.recount(path, is_dry_run=True)

@@ -10,7 +10,7 @@ from msgspec.structs import replace
 from jobd.model.storage import Numbers
 from jobd.storage.database import Database
 from jobd.storage.files import StoreUnreadable
-from jobd.storage.offline import doctor, dry_run, journal_cut
+from jobd.storage.offline import doctor, journal_cut
 from jobd.storage.offline.edited_rows import RepairRejected
 from jobd.storage.store import Store, StoreBusy
 from tests.support.factories import ChangeFactory
@@ -49,7 +49,7 @@ async def test_a_damaged_record_and_all_later_ones_are_deleted(path: str, damage
     with edit_store(path) as conn:
         conn.execute("UPDATE journal SET at = 0 WHERE number = ?", (numbers[damaged],))
     before = {name: read_file(name) for name in (path, f"{path}.epoch")}
-    lines = dry_run.cut_journal(path, numbers[damaged])
+    lines = journal_cut.cut(path, numbers[damaged], is_dry_run=True).splitlines()
     assert {name: read_file(name) for name in before} == before
     records = {0: "3 records", 1: "2 records", 2: "1 record"}[damaged]
     assert lines[0].startswith(f"would delete {records} of the journal, from {numbers[damaged]} on, with ")
@@ -88,11 +88,10 @@ async def test_records_below_the_tail_are_deleted_too(path: str) -> None:
 async def test_only_records_of_the_tail_can_be_deleted(path: str) -> None:
     _, numbers, _ = await store_with_tail(path, keep=0)
     before = read_file(path)
-    for call in (dry_run.cut_journal, journal_cut.cut):
-        with pytest.raises(RepairRejected, match=f"the tables have the records up to {numbers[0] - 1}"):
-            call(path, numbers[0] - 1)
-        with pytest.raises(RepairRejected, match=f"the journal has no record {numbers[-1] + 1}"):
-            call(path, numbers[-1] + 1)
+    with pytest.raises(RepairRejected, match=f"the tables have the records up to {numbers[0] - 1}"):
+        journal_cut.cut(path, numbers[0] - 1)
+    with pytest.raises(RepairRejected, match=f"the journal has no record {numbers[-1] + 1}"):
+        journal_cut.cut(path, numbers[-1] + 1)
     assert glob.glob(f"{path}.before-cut-*") == []
     assert read_file(path)[:0] == before[:0]
     async with open_store(path):
@@ -126,7 +125,7 @@ async def test_a_table_that_cannot_be_read_is_created_again(
     write_file(path, content)
     with pytest.raises(StoreUnreadable, match=rf"cannot be read: .* --cut-journal {projected_to + 1}"):
         await Store.open(path)
-    assert dry_run.cut_journal(path, projected_to + 1)[0].startswith("would delete the table of the journal")
+    assert journal_cut.cut(path, projected_to + 1, is_dry_run=True).startswith("would delete the table of the journal")
     if is_interrupted:  # nothing was done, so that a second call deletes the table and marks the store
         with monkeypatch.context() as patch:
             patch.setattr(Database, "write_meta", _interrupt)
