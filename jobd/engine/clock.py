@@ -8,8 +8,8 @@ suspect while it is too far ahead of it; the rules decide what follows. Invarian
 - At a start, the time since the last commit is unknown. The expected time moves ahead by as much as the wall clock is
   ahead of both its last trusted value and the expected time, if that is at most half of the shortest retention. If the
   clock is behind at the start, this happens when it is put right.
-- Otherwise the expected time moves to the wall clock only if an operator accepts the clock, or if the kernel has
-  reported it as synchronised for long enough.
+- Otherwise the expected time moves to the wall clock only if an operator accepts the clock, or, while it is suspect or
+  behind, if the kernel has reported it as synchronised for long enough. Steps ahead that stay trusted remain counted.
 - All of this is persisted with each commit (`Moment.clock`), so a restart trusts no step that was suspect before it.
 """
 
