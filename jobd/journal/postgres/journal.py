@@ -18,7 +18,6 @@ from jobd.model.journal import BadRecord, Head, JournalHealth, NodeEntry, Record
 T = TypeVar("T")
 
 READ_S: Final = 10.0  # time limit of a read of much data
-SEARCH_EVERY_S: Final = 10.0
 TRIM_S: Final = 60.0
 READ_BYTES: Final = 16 << 20
 
@@ -60,7 +59,6 @@ class PostgresJournal:
         self._reading = JournalSession(target)
         self._lease_s = lease_ms / 1000
         self._search: asyncio.Task[None] | None = None
-        self._search_at_s = 0.0  # when it is due
         self.on_timeline: Callable[[int], Awaitable[None]] = _ignore  # with the highest timeline that was seen
         self._keys = lock_keys(self.cluster_id, "leader")
 
@@ -169,10 +167,8 @@ class PostgresJournal:
         return await self._target.records()
 
     def _start_search(self) -> None:
-        """Ask all hosts from time to time which of them accept writes. Health does not wait for it."""
-        now_s = asyncio.get_running_loop().time()
-        if len(self._target.url.hosts) > 1 and now_s >= self._search_at_s:
-            self._search_at_s = now_s + SEARCH_EVERY_S
+        """Ask all hosts which of them accept writes. Health does not wait for it."""
+        if len(self._target.url.hosts) > 1 and (self._search is None or self._search.done()):
             self._search = asyncio.create_task(self._target.find_writable())
 
     async def close(self) -> None:
