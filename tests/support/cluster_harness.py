@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Coroutine, Sequence
 from random import Random
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 from msgspec import Struct
 
@@ -31,7 +32,7 @@ from jobd.storage.cluster.appender import Appender
 from jobd.storage.cluster.membership import Followed
 from tests.support.memory_journal import MemoryServer, MemorySharedJournal
 from tests.support.memory_storage import MemoryStorage
-from tests.support.virtual_engine import WALL
+from tests.support.virtual_engine import WALL, in_virtual_time
 
 LEASE_S: Final = 3.0
 
@@ -92,6 +93,8 @@ class ClusterNode:
     While it `is_frozen`, nothing of it runs: see `freeze`.
     """
 
+    started: ClassVar[list[ClusterNode]] = []
+
     def __init__(
         self, server: MemoryServer, name: str, disk: SharedStorage | None = None, *, ahead_ms: int = 0, boot_ms: int = 0
     ) -> None:
@@ -116,6 +119,7 @@ class ClusterNode:
         )
         self.nodes: dict[str, ClusterNode] = {f"http://{name}": self}
         self._task = asyncio.create_task(self._run(), name=name)
+        self.started.append(self)
 
     async def refuses_connections(self, url: str) -> bool:
         await asyncio.sleep(0)
@@ -183,7 +187,9 @@ class ClusterNode:
         await self.journal.close()
 
     async def stop(self) -> None:
-        """End as after SIGTERM."""
+        """End as after SIGTERM, if it runs."""
+        if self._task.done():
+            return
         self.standby.stop()
         if self.leadership is not None:
             self.is_listening = False
@@ -191,11 +197,32 @@ class ClusterNode:
         await self._task
 
 
+def in_cluster(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
+    """Run an async test in virtual time, and stop the nodes that it leaves running."""
+
+    @in_virtual_time
+    @functools.wraps(test)
+    async def run(**fixtures: Any) -> None:
+        ClusterNode.started.clear()
+        await test(**fixtures)
+        for node in ClusterNode.started:
+            await node.stop()
+
+    return run
+
+
 def cluster(server: MemoryServer, *names: str) -> list[ClusterNode]:
     """Start nodes that know each other."""
     made = [ClusterNode(server, name) for name in names]
     join(made)
     return made
+
+
+async def led_cluster(server: MemoryServer, *names: str) -> list[ClusterNode]:
+    """Start nodes that know each other. The first one leads."""
+    nodes = cluster(server, *names)
+    assert await leader_of(nodes) is nodes[0]
+    return nodes
 
 
 def join(nodes: list[ClusterNode]) -> None:

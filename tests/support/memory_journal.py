@@ -143,6 +143,17 @@ class MemorySharedJournal:
         if not value:
             self.disconnect()
 
+    def fail(self, hook: str, *calls: str, error: Exception | None = None) -> None:
+        """Raise an error once for each of these calls, by default that the outcome is unknown."""
+        left = list(calls)
+
+        async def raise_error(call: str) -> None:
+            if call in left:
+                left.remove(call)
+                raise error or JournalOutcomeUnknown
+
+        setattr(self, hook, raise_error)
+
     def disconnect(self) -> None:
         """End the session of this node on the server."""
         if self.server.leader is self:

@@ -6,6 +6,7 @@ Hours pass in a moment, and tests are deterministic: time advances only when all
 from __future__ import annotations
 
 import asyncio
+import functools
 import selectors
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
 from contextlib import asynccontextmanager
@@ -63,13 +64,13 @@ class VirtualLoop(asyncio.SelectorEventLoop):
 
 
 def in_virtual_time(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
-    """Run an async test on a loop of virtual time. It takes no fixtures."""
+    """Run an async test on a loop of virtual time. Its fixtures are made outside the loop."""
 
-    def run() -> None:
+    @functools.wraps(test)
+    def run(**fixtures: Any) -> None:
         with asyncio.Runner(loop_factory=VirtualLoop) as runner:
-            runner.run(test())
+            runner.run(test(**fixtures))
 
-    run.__name__, run.__doc__, run.__module__ = test.__name__, test.__doc__, test.__module__
     return run
 
 

@@ -13,10 +13,10 @@ from jobd.journal.record import CLOSING, FORMAT
 from jobd.model.commands import Create
 from jobd.model.journal import BadRecord, NodeEntry
 from jobd.model.storage import FormatNotRead
-from tests.support.cluster_harness import cluster, leader_of
+from tests.support.cluster_harness import in_cluster, led_cluster
 from tests.support.factories import ChangeFactory
 from tests.support.memory_journal import MemoryServer
-from tests.support.virtual_engine import in_virtual_time, seconds
+from tests.support.virtual_engine import seconds
 from tests.unit.storage.cluster.test_store import leading
 
 
@@ -25,27 +25,24 @@ from tests.unit.storage.cluster.test_store import leading
     [(b"%c" % (FORMAT + 1), "but this jobd supports formats up to"), (CLOSING, "`jobd cluster leave` has turned")],
 )
 @pytest.mark.parametrize("is_last", [True, False])
-def test_a_node_that_cannot_read_a_record_takes_no_lease(body: bytes, message: str, is_last: bool) -> None:
-    @in_virtual_time
-    async def lead() -> None:
-        server = MemoryServer()
-        leader, standby = nodes = cluster(server, "a", "b")
-        assert await leader_of(nodes) is leader
+@in_cluster
+async def test_a_node_that_cannot_read_a_record_takes_no_lease(
+    server: MemoryServer, body: bytes, message: str, is_last: bool
+) -> None:
+    leader, standby = await led_cluster(server, "a", "b")
+    await leader.ask(Create())
+    await seconds(1.2)
+    standby.journal.is_reachable = False
+    await leader.ask(Create())
+    server.records[-1] = replace(server.records[-1], body=body)
+    if not is_last:
         await leader.ask(Create())
-        await seconds(1.2)
-        standby.journal.is_reachable = False
-        await leader.ask(Create())
-        server.records[-1] = replace(server.records[-1], body=body)
-        if not is_last:
-            await leader.ask(Create())
-        await leader.kill()
-        before = server.head
-        standby.journal.is_reachable = True
-        with pytest.raises(BadRecord, match=message):
-            await standby.ended_by_itself()
-        assert server.head == before
-
-    lead()
+    await leader.kill()
+    before = server.head
+    standby.journal.is_reachable = True
+    with pytest.raises(BadRecord, match=message):
+        await standby.ended_by_itself()
+    assert server.head == before
 
 
 async def test_an_older_node_reads_all_records_until_it_is_forgotten(

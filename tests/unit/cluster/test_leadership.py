@@ -46,21 +46,17 @@ class Node:
         )
         return self.leadership
 
-    def fail(self, hook: str, **errors: Exception) -> None:
-        """Raise an error in the next call of each name."""
-
-        async def raise_error(call: str) -> None:
-            if (error := errors.pop(call, None)) is not None:
-                raise error
-
-        setattr(self.journal, hook, raise_error)
-
     def delay(self, call: str, by_s: float) -> None:
         async def wait(name: str) -> None:
             if name == call:
                 await asyncio.sleep(by_s)
 
         self.journal.after = wait
+
+
+@pytest.fixture
+def node(server: MemoryServer) -> Node:
+    return Node(server)
 
 
 def record(number: int) -> Record:
@@ -72,9 +68,7 @@ def numbers(server: MemoryServer) -> list[int]:
 
 
 @in_virtual_time
-async def test_an_idle_leader_renews_at_a_third_of_the_lease() -> None:
-    server = MemoryServer()
-    node = Node(server)
+async def test_an_idle_leader_renews_at_a_third_of_the_lease(server: MemoryServer, node: Node) -> None:
     leadership = await node.lead()
     version = server.head.version
     task = asyncio.create_task(leadership.run())
@@ -86,9 +80,7 @@ async def test_an_idle_leader_renews_at_a_third_of_the_lease() -> None:
 
 
 @in_virtual_time
-async def test_an_append_renews_the_lease() -> None:
-    server = MemoryServer()
-    node = Node(server)
+async def test_an_append_renews_the_lease(server: MemoryServer, node: Node) -> None:
     leadership = await node.lead()
     task = asyncio.create_task(leadership.run())
     renewals = server.head.version
@@ -104,68 +96,50 @@ async def test_an_append_renews_the_lease() -> None:
 
 
 @pytest.mark.parametrize("hook", ["before", "after"])
-def test_a_lost_response_to_an_append_is_resolved(hook: str) -> None:
-    @in_virtual_time
-    async def run() -> None:
-        server = MemoryServer()
-        node = Node(server)
-        leadership = await node.lead()
-        node.fail(hook, append=JournalOutcomeUnknown())
-        await leadership.append(record(1), 0)
-        await leadership.append(record(2), 1)
-        assert (numbers(server), leadership.acked, node.epochs, leadership.epoch) == ([1, 2], 2, [101], 101)
-
-    run()
+@in_virtual_time
+async def test_a_lost_response_to_an_append_is_resolved(server: MemoryServer, node: Node, hook: str) -> None:
+    leadership = await node.lead()
+    node.journal.fail(hook, "append")
+    await leadership.append(record(1), 0)
+    await leadership.append(record(2), 1)
+    assert (numbers(server), leadership.acked, node.epochs, leadership.epoch) == ([1, 2], 2, [101], 101)
 
 
 @in_virtual_time
-async def test_a_lost_response_is_resolved_although_the_next_ones_are_lost_too() -> None:
-    server = MemoryServer()
-    node = Node(server)
+async def test_a_lost_response_is_resolved_although_the_next_ones_are_lost_too(
+    server: MemoryServer, node: Node
+) -> None:
     leadership = await node.lead()
-    left = {"append": 2, "resolve": 2}
-
-    async def lose(call: str) -> None:
-        if left.get(call, 0):
-            left[call] -= 1
-            raise JournalOutcomeUnknown
-
-    node.journal.before = lose
+    node.journal.fail("before", "append", "append", "resolve", "resolve")
     await leadership.append(record(1), 0)
     assert numbers(server) == [1]
 
 
 @pytest.mark.parametrize("hook", ["before", "after"])
-def test_an_outcome_that_becomes_unknown_after_the_lease_is_still_resolved(hook: str) -> None:
+@in_virtual_time
+async def test_an_outcome_that_becomes_unknown_after_the_lease_is_still_resolved(
+    server: MemoryServer, node: Node, hook: str
+) -> None:
     """Only the journal knows whether another node leads."""
+    leadership = await node.lead()
+    slow = {"append": LEASE_S * 0.9 + LATE_S / 2, "resolve": MIN_WAIT_S / 2}
 
-    @in_virtual_time
-    async def run() -> None:
-        server = MemoryServer()
-        node = Node(server)
-        leadership = await node.lead()
-        slow = {"append": LEASE_S * 0.9 + LATE_S / 2, "resolve": MIN_WAIT_S / 2}
+    async def lose(call: str) -> None:
+        await asyncio.sleep(slow.pop(call, 0))
+        if call == "append" and "resolve" in slow:
+            assert node.lease.is_over
+            raise JournalOutcomeUnknown
 
-        async def lose(call: str) -> None:
-            await asyncio.sleep(slow.pop(call, 0))
-            if call == "append" and "resolve" in slow:
-                assert node.lease.is_over
-                raise JournalOutcomeUnknown
-
-        setattr(node.journal, hook, lose)
-        await leadership.append(record(1), 0)
-        assert (numbers(server), leadership.acked, node.epochs) == ([1], 1, [101])
-        leadership.check()
-
-    run()
+    setattr(node.journal, hook, lose)
+    await leadership.append(record(1), 0)
+    assert (numbers(server), leadership.acked, node.epochs) == ([1], 1, [101])
+    leadership.check()
 
 
 @in_virtual_time
-async def test_a_lost_renewal_is_resolved() -> None:
-    server = MemoryServer()
-    node = Node(server)
+async def test_a_lost_renewal_is_resolved(node: Node) -> None:
     leadership = await node.lead()
-    node.fail("after", renew=JournalOutcomeUnknown())
+    node.journal.fail("after", "renew")
     task = asyncio.create_task(leadership.run())
     await seconds(10)
     assert (node.lost, node.epochs) == ([], [101])
@@ -175,9 +149,7 @@ async def test_a_lost_renewal_is_resolved() -> None:
 
 
 @in_virtual_time
-async def test_a_leader_without_its_journal_stops_before_its_lease_ends_elsewhere() -> None:
-    server = MemoryServer()
-    node = Node(server)
+async def test_a_leader_without_its_journal_stops_before_its_lease_ends_elsewhere(node: Node) -> None:
     leadership = await node.lead()
     task = asyncio.create_task(leadership.run())
     began_s = node.lease.now().at_s
@@ -192,9 +164,7 @@ async def test_a_leader_without_its_journal_stops_before_its_lease_ends_elsewher
 
 
 @in_virtual_time
-async def test_a_journal_that_returns_within_the_lease_interrupts_nothing() -> None:
-    server = MemoryServer()
-    node = Node(server)
+async def test_a_journal_that_returns_within_the_lease_interrupts_nothing(server: MemoryServer, node: Node) -> None:
     leadership = await node.lead()
     node.journal.is_reachable = False
     append = asyncio.create_task(leadership.append(record(1), 0))
@@ -207,9 +177,7 @@ async def test_a_journal_that_returns_within_the_lease_interrupts_nothing() -> N
 
 
 @in_virtual_time
-async def test_an_append_whose_outcome_stays_unknown_says_so() -> None:
-    server = MemoryServer()
-    node = Node(server)
+async def test_an_append_whose_outcome_stays_unknown_says_so(node: Node) -> None:
     leadership = await node.lead()
 
     async def cut(call: str) -> None:
@@ -221,9 +189,7 @@ async def test_an_append_whose_outcome_stays_unknown_says_so() -> None:
 
 
 @in_virtual_time
-async def test_a_server_that_never_responds_to_the_resolution_ends_the_leadership() -> None:
-    server = MemoryServer()
-    node = Node(server)
+async def test_a_server_that_never_responds_to_the_resolution_ends_the_leadership(node: Node) -> None:
     leadership = await node.lead()
 
     async def lose(call: str) -> None:
@@ -235,9 +201,7 @@ async def test_a_server_that_never_responds_to_the_resolution_ends_the_leadershi
 
 
 @in_virtual_time
-async def test_an_append_waits_for_a_resolution_until_the_lease_ends() -> None:
-    server = MemoryServer()
-    node = Node(server)
+async def test_an_append_waits_for_a_resolution_until_the_lease_ends(node: Node) -> None:
     leadership = await node.lead()
 
     async def hang(call: str) -> None:
@@ -253,9 +217,7 @@ async def test_an_append_waits_for_a_resolution_until_the_lease_ends() -> None:
 
 
 @in_virtual_time
-async def test_a_leadership_that_an_append_has_lost_is_not_renewed() -> None:
-    server = MemoryServer()
-    node = Node(server)
+async def test_a_leadership_that_an_append_has_lost_is_not_renewed(node: Node) -> None:
     leadership = await node.lead()
     task = asyncio.create_task(leadership.run())
     calls: list[str] = []
@@ -273,8 +235,7 @@ async def test_a_leadership_that_an_append_has_lost_is_not_renewed() -> None:
 
 
 @in_virtual_time
-async def test_a_fenced_leader_writes_nothing() -> None:
-    server = MemoryServer()
+async def test_a_fenced_leader_writes_nothing(server: MemoryServer) -> None:
     old, new = Node(server), Node(server, "b")
     leadership = await old.lead()
     task = asyncio.create_task(leadership.run())
@@ -286,8 +247,7 @@ async def test_a_fenced_leader_writes_nothing() -> None:
 
 
 @in_virtual_time
-async def test_a_leader_that_was_fenced_during_a_lost_append_does_not_know_the_outcome() -> None:
-    server = MemoryServer()
+async def test_a_leader_that_was_fenced_during_a_lost_append_does_not_know_the_outcome(server: MemoryServer) -> None:
     old, new = Node(server), Node(server, "b")
     leadership = await old.lead()
 
@@ -302,11 +262,9 @@ async def test_a_leader_that_was_fenced_during_a_lost_append_does_not_know_the_o
 
 
 @in_virtual_time
-async def test_a_full_disk_of_the_server_is_not_an_unknown_outcome() -> None:
-    server = MemoryServer()
-    node = Node(server)
+async def test_a_full_disk_of_the_server_is_not_an_unknown_outcome(server: MemoryServer, node: Node) -> None:
     leadership = await node.lead()
-    node.fail("before", append=DiskFull("the disk of the server is full"))
+    node.journal.fail("before", "append", error=DiskFull("the disk of the server is full"))
     with pytest.raises(DiskFull):
         await leadership.append(record(1), 0)
     assert leadership.acked == 0
@@ -315,10 +273,8 @@ async def test_a_full_disk_of_the_server_is_not_an_unknown_outcome() -> None:
 
 
 @in_virtual_time
-async def test_an_append_that_outlasts_the_lease_is_followed_by_a_renewal() -> None:
+async def test_an_append_that_outlasts_the_lease_is_followed_by_a_renewal(node: Node) -> None:
     """It is durable, so no other node led when it was written; a later read needs proof of its own."""
-    server = MemoryServer()
-    node = Node(server)
     leadership = await node.lead()
     node.delay("append", LATE_RESPONSE_S)
     append = asyncio.create_task(leadership.append(record(1), 0))
@@ -332,8 +288,7 @@ async def test_an_append_that_outlasts_the_lease_is_followed_by_a_renewal() -> N
 
 
 @in_virtual_time
-async def test_an_append_that_outlasts_the_lease_of_a_fenced_leader_ends_the_leadership() -> None:
-    server = MemoryServer()
+async def test_an_append_that_outlasts_the_lease_of_a_fenced_leader_ends_the_leadership(server: MemoryServer) -> None:
     old, new = Node(server), Node(server, "b")
     leadership = await old.lead()
 
@@ -349,9 +304,9 @@ async def test_an_append_that_outlasts_the_lease_of_a_fenced_leader_ends_the_lea
 
 
 @in_virtual_time
-async def test_the_wait_for_an_append_ends_with_the_lease_and_the_append_goes_on() -> None:
-    server = MemoryServer()
-    node = Node(server)
+async def test_the_wait_for_an_append_ends_with_the_lease_and_the_append_goes_on(
+    server: MemoryServer, node: Node
+) -> None:
     began_s = asyncio.get_running_loop().time()
     leadership = await node.lead()
     await seconds(1)
@@ -365,8 +320,7 @@ async def test_the_wait_for_an_append_ends_with_the_lease_and_the_append_goes_on
 
 
 @in_virtual_time
-async def test_an_append_that_waits_for_a_renewal_waits_no_longer_than_the_lease() -> None:
-    node = Node(MemoryServer())
+async def test_an_append_that_waits_for_a_renewal_waits_no_longer_than_the_lease(node: Node) -> None:
     began_s = asyncio.get_running_loop().time()
     leadership = await node.lead()
     task = asyncio.create_task(leadership.run())
@@ -382,9 +336,8 @@ async def test_an_append_that_waits_for_a_renewal_waits_no_longer_than_the_lease
 
 
 @in_virtual_time
-async def test_a_statement_that_is_sent_after_the_lease_gets_a_moment() -> None:
+async def test_a_statement_that_is_sent_after_the_lease_gets_a_moment(node: Node) -> None:
     """After the process stood still, no other node may lead."""
-    node = Node(MemoryServer())
     leadership = await node.lead()
     await seconds(LEASE_S)
     node.delay("append", MIN_WAIT_S - 0.1)
@@ -393,42 +346,35 @@ async def test_a_statement_that_is_sent_after_the_lease_gets_a_moment() -> None:
 
 
 @pytest.mark.parametrize("jump_s", [-1.0, 1.0])
-def test_reads_wait_for_a_renewal_after_the_clocks_have_jumped(jump_s: float) -> None:
+@in_virtual_time
+async def test_reads_wait_for_a_renewal_after_the_clocks_have_jumped(server: MemoryServer, jump_s: float) -> None:
     """The clock of the lease of a virtual machine stands still while it is paused. Its wall clock is corrected."""
-
-    @in_virtual_time
-    async def run() -> None:
-        server = MemoryServer()
-        old, new = Node(server), Node(server, "b")
-        leadership = await old.lead()
-        assert leadership.confirm() is None
+    old, new = Node(server), Node(server, "b")
+    leadership = await old.lead()
+    assert leadership.confirm() is None
+    leadership.check_confirmed()
+    old.ahead_s = jump_s
+    with pytest.raises(LeadershipLost, match="the clocks of this machine have jumped"):
         leadership.check_confirmed()
-        old.ahead_s = jump_s
-        with pytest.raises(LeadershipLost, match="the clocks of this machine have jumped"):
-            leadership.check_confirmed()
-        version = server.head.version
-        first, second = leadership.confirm(), leadership.confirm()
-        assert first is not None
-        assert second is not None
-        await asyncio.gather(first, second)
-        assert server.head.version == version + 1
-        assert leadership.confirm() is None
-        old.ahead_s += 10
-        await new.lead()
-        confirming = leadership.confirm()
-        assert confirming is not None
-        with pytest.raises(Fenced):
-            await confirming
-        with pytest.raises(Fenced):
-            leadership.check()
-
-    run()
+    version = server.head.version
+    first, second = leadership.confirm(), leadership.confirm()
+    assert first is not None
+    assert second is not None
+    await asyncio.gather(first, second)
+    assert server.head.version == version + 1
+    assert leadership.confirm() is None
+    old.ahead_s += 10
+    await new.lead()
+    confirming = leadership.confirm()
+    assert confirming is not None
+    with pytest.raises(Fenced):
+        await confirming
+    with pytest.raises(Fenced):
+        leadership.check()
 
 
 @in_virtual_time
-async def test_a_renewal_that_is_due_during_an_append_is_left_out() -> None:
-    server = MemoryServer()
-    node = Node(server)
+async def test_a_renewal_that_is_due_during_an_append_is_left_out(server: MemoryServer, node: Node) -> None:
     leadership = await node.lead()
     task = asyncio.create_task(leadership.run())
     await seconds(0.9)
@@ -444,8 +390,7 @@ async def test_a_renewal_that_is_due_during_an_append_is_left_out() -> None:
 
 
 @in_virtual_time
-async def test_a_stopped_lead_no_longer_renews() -> None:
-    server = MemoryServer()
+async def test_a_stopped_lead_no_longer_renews(server: MemoryServer) -> None:
     leadership = await Node(server).lead()
     version = server.head.version
     leadership.stop()
@@ -454,9 +399,7 @@ async def test_a_stopped_lead_no_longer_renews() -> None:
 
 
 @in_virtual_time
-async def test_nothing_is_appended_after_the_leadership_was_lost() -> None:
-    server = MemoryServer()
-    node = Node(server)
+async def test_nothing_is_appended_after_the_leadership_was_lost(server: MemoryServer, node: Node) -> None:
     leadership = await node.lead()
 
     async def cut_off(call: str) -> None:
@@ -472,9 +415,7 @@ async def test_nothing_is_appended_after_the_leadership_was_lost() -> None:
 
 
 @in_virtual_time
-async def test_released_leadership_is_free_at_once() -> None:
-    server = MemoryServer()
-    node = Node(server)
+async def test_released_leadership_is_free_at_once(server: MemoryServer, node: Node) -> None:
     leadership = await node.lead()
     await leadership.release()
     assert (server.head.holder, (await node.journal.head()).is_connected) == (None, False)
@@ -487,23 +428,18 @@ async def test_released_leadership_is_free_at_once() -> None:
 
 
 @pytest.mark.parametrize("is_reachable", [True, False])
-def test_a_leadership_that_cannot_be_released_ends_with_its_lease(is_reachable: bool) -> None:
-    @in_virtual_time
-    async def run() -> None:
-        node = Node(MemoryServer())
-        leadership = await node.lead()
-        node.fail("after", release=JournalOutcomeUnknown())
-        node.journal.is_reachable = is_reachable
-        await leadership.release()
-        with pytest.raises(LeadershipLost):
-            leadership.check()
-
-    run()
+@in_virtual_time
+async def test_a_leadership_that_cannot_be_released_ends_with_its_lease(node: Node, is_reachable: bool) -> None:
+    leadership = await node.lead()
+    node.journal.fail("after", "release")
+    node.journal.is_reachable = is_reachable
+    await leadership.release()
+    with pytest.raises(LeadershipLost):
+        leadership.check()
 
 
 @in_virtual_time
-async def test_a_renewal_is_repeated_while_the_disk_of_the_server_is_full() -> None:
-    node = Node(MemoryServer())
+async def test_a_renewal_is_repeated_while_the_disk_of_the_server_is_full(server: MemoryServer, node: Node) -> None:
     leadership = await node.lead()
     task = asyncio.create_task(leadership.run())
     is_full = True

@@ -8,9 +8,9 @@ from msgspec.structs import replace
 from jobd.model.commands import Create
 from jobd.model.journal import BadRecord
 from jobd.storage.cluster.membership import StoreDamaged
-from tests.support.cluster_harness import ClusterNode, cluster, join, leader_of
+from tests.support.cluster_harness import ClusterNode, cluster, in_cluster, join, leader_of, led_cluster
 from tests.support.memory_journal import MemoryServer
-from tests.support.virtual_engine import in_virtual_time, seconds
+from tests.support.virtual_engine import seconds
 
 
 def lose(server: MemoryServer, upto: int) -> None:
@@ -32,9 +32,8 @@ async def standby_with(server: MemoryServer, records: int) -> list[ClusterNode]:
     return nodes
 
 
-@in_virtual_time
-async def test_a_standby_that_has_lost_records_does_not_lead() -> None:
-    server = MemoryServer()
+@in_cluster
+async def test_a_standby_that_has_lost_records_does_not_lead(server: MemoryServer) -> None:
     leader, standby = await standby_with(server, 3)
     lose(server, 1)
     standby.journal.is_reachable = True
@@ -50,12 +49,10 @@ async def test_a_standby_that_has_lost_records_does_not_lead() -> None:
     with pytest.raises(StoreDamaged, match="continued without record 3") as ended:
         await standby.ended_by_itself()
     assert ended.value.exit_code == 75
-    await found.stop()
 
 
-@in_virtual_time
-async def test_a_standby_notices_that_its_last_record_is_another_one() -> None:
-    server = MemoryServer()
+@in_cluster
+async def test_a_standby_notices_that_its_last_record_is_another_one(server: MemoryServer) -> None:
     leader, standby = await standby_with(server, 2)
     lose(server, 1)
     other = ClusterNode(server, "c")
@@ -67,15 +64,12 @@ async def test_a_standby_notices_that_its_last_record_is_another_one() -> None:
     with pytest.raises(StoreDamaged, match="continued without record 2"):
         await standby.ended_by_itself()
     assert len(standby.disk.jobs) == 2, "it applied no record of the other branch"
-    await other.stop()
 
 
-@in_virtual_time
-async def test_a_standby_that_is_too_far_behind_makes_its_tables_again() -> None:
+@in_cluster
+async def test_a_standby_that_is_too_far_behind_makes_its_tables_again(server: MemoryServer) -> None:
     """It was cut off for longer than records are kept."""
-    server = MemoryServer()
-    leader, standby = nodes = cluster(server, "a", "b")
-    assert await leader_of(nodes) is leader
+    leader, standby = await led_cluster(server, "a", "b")
     await leader.ask(Create())
     await seconds(1.2)
     standby.journal.is_reachable = False
@@ -86,14 +80,11 @@ async def test_a_standby_that_is_too_far_behind_makes_its_tables_again() -> None
     with pytest.raises(StoreDamaged, match="without record 1, the last one of this node, or has trimmed it") as ended:
         await standby.ended_by_itself()
     assert ended.value.exit_code == 75
-    await leader.stop()
 
 
-@in_virtual_time
-async def test_a_missing_record_ends_a_standby_that_is_on_the_branch() -> None:
-    server = MemoryServer()
-    leader, standby = nodes = cluster(server, "a", "b")
-    assert await leader_of(nodes) is leader
+@in_cluster
+async def test_a_missing_record_ends_a_standby_that_is_on_the_branch(server: MemoryServer) -> None:
+    leader, standby = await led_cluster(server, "a", "b")
     await leader.ask(Create())
     await seconds(1.2)
     standby.journal.is_reachable = False
@@ -103,4 +94,3 @@ async def test_a_missing_record_ends_a_standby_that_is_on_the_branch() -> None:
     standby.journal.is_reachable = True
     with pytest.raises(BadRecord, match="record 2 of the journal is missing"):
         await standby.ended_by_itself()
-    await leader.stop()

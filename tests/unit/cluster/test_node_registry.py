@@ -53,8 +53,7 @@ def view(process: Process, at: Position = FOLLOWS, *, require_sync: bool = True)
 
 
 @in_virtual_time
-async def test_nodes_see_each_other() -> None:
-    server = MemoryServer(loop_ms)
+async def test_nodes_see_each_other(server: MemoryServer) -> None:
     a, b = (Process(server, entry(name, f"p-{name}", config=name)) for name in ("a", "b"))
     await seconds(EVERY_S + 0.1)
     shown = view(b)
@@ -84,24 +83,20 @@ async def test_nodes_see_each_other() -> None:
     a.journal.is_reachable = False
     await seconds(10)
     assert [node.is_silent for node in view(a).nodes] == [True, True]
-    await a.stop()
 
 
 @in_virtual_time
-async def test_a_leader_that_was_restarted_is_shown_before_its_entry_is_written_again() -> None:
-    server = MemoryServer(loop_ms)
+async def test_a_leader_that_was_restarted_is_shown_before_its_entry_is_written_again(server: MemoryServer) -> None:
     for name in ("a", "b"):
         await MemorySharedJournal(server).register(entry(name, f"old-{name}"))
     b = Process(server, entry("b", "new-b"))
     await seconds(0.1)
     leads = replace(FOLLOWS, is_leader=True, holder="new-b", leader="http://b")
     assert [(node.name, node.role) for node in view(b, leads).nodes] == [("a", "standby"), ("b", "leader")]
-    await b.stop()
 
 
 @in_virtual_time
-async def test_problems_are_described() -> None:
-    server = MemoryServer(loop_ms)
+async def test_problems_are_described(server: MemoryServer) -> None:
     process = Process(server, entry("b", "p-b"))
     server.health = replace(server.health, is_synchronous=False, is_waiting=True, writable=("pg1", "pg2"))
     await seconds(0.1)
@@ -122,12 +117,10 @@ async def test_problems_are_described() -> None:
     assert (view(process).synchronous, view(process).problems) == (None, ["The journal cannot be reached: try again"])
     shown = view(process, replace(FOLLOWS, problem="PostgreSQL cannot be reached."))
     assert shown.problems == ["PostgreSQL cannot be reached."]
-    await process.stop()
 
 
 @in_virtual_time
-async def test_the_format_is_the_lowest_of_all_nodes_also_of_those_that_are_down() -> None:
-    server = MemoryServer(loop_ms)
+async def test_the_format_is_the_lowest_of_all_nodes_also_of_those_that_are_down(server: MemoryServer) -> None:
     new = Process(server, entry("a", "p-a"))
     assert new.registry.format == LOWEST_FORMAT, "the nodes are not known yet"
     await seconds(0.1)
@@ -143,12 +136,10 @@ async def test_the_format_is_the_lowest_of_all_nodes_also_of_those_that_are_down
     await new.journal.forget("b")
     await seconds(EVERY_S)
     assert (new.registry.format, view(new).problems) == (FORMAT, [])
-    await new.stop()
 
 
 @in_virtual_time
-async def test_a_new_leader_reads_the_nodes_again() -> None:
-    server = MemoryServer(loop_ms)
+async def test_a_new_leader_reads_the_nodes_again(server: MemoryServer) -> None:
     new = Process(server, entry("a", "p-a"))
     await seconds(0.1)
     await MemorySharedJournal(server).register(replace(entry("b", "p-b"), format=1))
@@ -162,13 +153,11 @@ async def test_a_new_leader_reads_the_nodes_again() -> None:
     new.journal.is_reachable = True
     await seconds(EVERY_S)
     assert new.registry.format == FORMAT
-    await new.stop()
 
 
 @in_virtual_time
-async def test_a_new_leader_replaces_the_entry_of_its_previous_process_at_once() -> None:
+async def test_a_new_leader_replaces_the_entry_of_its_previous_process_at_once(server: MemoryServer) -> None:
     """Else the next leader could write records that this node does not read."""
-    server = MemoryServer(loop_ms)
     await MemorySharedJournal(server).register(entry("a", "old-a"))
     older = Process(server, replace(entry("a", "new-a"), format=LOWEST_FORMAT))
     await seconds(0.1)
@@ -178,8 +167,7 @@ async def test_a_new_leader_replaces_the_entry_of_its_previous_process_at_once()
 
 
 @in_virtual_time
-async def test_a_node_that_cannot_follow_announces_its_format() -> None:
-    server = MemoryServer(loop_ms)
+async def test_a_node_that_cannot_follow_announces_its_format(server: MemoryServer) -> None:
     new = Process(server, entry("a", "p-1"))
     await seconds(0.1)
     await new.stop()
@@ -188,12 +176,10 @@ async def test_a_node_that_cannot_follow_announces_its_format() -> None:
     assert server.nodes["a"][0].format == 1
     old.journal.is_reachable = False
     await old.registry.announce()
-    await old.stop()
 
 
 @in_virtual_time
-async def test_a_process_that_was_restarted_gets_its_name_back() -> None:
-    server = MemoryServer(loop_ms)
+async def test_a_process_that_was_restarted_gets_its_name_back(server: MemoryServer) -> None:
     old = Process(server, entry("a", "p-1"))
     await seconds(0.1)
     await old.stop()
@@ -204,12 +190,12 @@ async def test_a_process_that_was_restarted_gets_its_name_back() -> None:
     await seconds(3 * EVERY_S)
     assert [node.process for node in new.registry.nodes] == ["p-2"]
     assert (new.duplicates, new.registry.problem) == ([], None)
-    await new.stop()
 
 
 @in_virtual_time
-async def test_a_restarted_process_is_not_a_duplicate_if_the_clock_of_the_server_steps_back() -> None:
-    server = MemoryServer(loop_ms)
+async def test_a_restarted_process_is_not_a_duplicate_if_the_clock_of_the_server_steps_back(
+    server: MemoryServer,
+) -> None:
     old = Process(server, entry("a", "p-1"))
     await seconds(3)
     await old.stop()
@@ -218,12 +204,10 @@ async def test_a_restarted_process_is_not_a_duplicate_if_the_clock_of_the_server
     await seconds(5 * EVERY_S)
     assert (new.duplicates, new.registry.problem) == ([], None)
     assert [node.process for node in new.registry.nodes] == ["p-2"]
-    await new.stop()
 
 
 @in_virtual_time
-async def test_the_last_write_of_a_killed_process_makes_no_duplicate() -> None:
-    server = MemoryServer(loop_ms)
+async def test_the_last_write_of_a_killed_process_makes_no_duplicate(server: MemoryServer) -> None:
     old = Process(server, entry("a", "p-1"))
     await seconds(0.1)
     await old.stop()
@@ -233,12 +217,10 @@ async def test_the_last_write_of_a_killed_process_makes_no_duplicate() -> None:
     await seconds(5 * EVERY_S)
     assert new.duplicates == []
     assert [node.process for node in new.registry.nodes] == ["p-2"]
-    await new.stop()
 
 
 @in_virtual_time
-async def test_a_restarted_process_is_not_a_duplicate_while_the_journal_is_slow() -> None:
-    server = MemoryServer(loop_ms)
+async def test_a_restarted_process_is_not_a_duplicate_while_the_journal_is_slow(server: MemoryServer) -> None:
     old = Process(server, entry("a", "p-1"))
     await seconds(0.1)
     await old.stop()
@@ -254,12 +236,10 @@ async def test_a_restarted_process_is_not_a_duplicate_while_the_journal_is_slow(
     await seconds(6 * EVERY_S)
     assert (new.duplicates, new.registry.problem) == ([], None)
     assert [node.process for node in new.registry.nodes] == ["p-2"]
-    await new.stop()
 
 
 @in_virtual_time
-async def test_a_name_that_another_process_uses_is_not_taken() -> None:
-    server = MemoryServer(loop_ms)
+async def test_a_name_that_another_process_uses_is_not_taken(server: MemoryServer) -> None:
     first = Process(server, entry("a", "p-1"))
     await seconds(0.1)
     with capture_logs() as logs:
@@ -271,13 +251,10 @@ async def test_a_name_that_another_process_uses_is_not_taken() -> None:
     assert view(second).problems[0] == problem
     assert server.nodes["a"][0].process == "p-1"
     assert first.registry.problem is None
-    await first.stop()
-    await second.stop()
 
 
 @in_virtual_time
-async def test_a_name_that_another_process_begins_to_use_is_a_problem() -> None:
-    server = MemoryServer(loop_ms)
+async def test_a_name_that_another_process_begins_to_use_is_a_problem(server: MemoryServer) -> None:
     first = Process(server, entry("a", "p-1"))
     await seconds(0.1)
     await MemorySharedJournal(server).register(entry("a", "p-2"))
@@ -286,12 +263,11 @@ async def test_a_name_that_another_process_begins_to_use_is_a_problem() -> None:
     assert first.duplicates == []
     await seconds(EVERY_S)
     assert first.registry.problem is None
-    await first.stop()
 
 
 @in_virtual_time
-async def test_a_slow_response_is_not_a_clock_difference() -> None:
-    process = Process(MemoryServer(loop_ms), entry("a", "p-a"))
+async def test_a_slow_response_is_not_a_clock_difference(server: MemoryServer) -> None:
+    process = Process(server, entry("a", "p-a"))
     process.ahead_ms = 2_000
     await seconds(EVERY_S + 0.1)
     assert process.registry.ahead_ms == 2_000
@@ -310,4 +286,3 @@ async def test_a_slow_response_is_not_a_clock_difference() -> None:
     process.journal.head = slow  # type: ignore[method-assign]
     await seconds(EVERY_S + 4)
     assert process.registry.ahead_ms == 0
-    await process.stop()

@@ -91,8 +91,7 @@ def entry(name: str, seen_ms: int = 0) -> NodeEntry:
 
 
 @in_virtual_time
-async def test_the_first_standby_writes_after_enough_records_and_time() -> None:
-    server = MemoryServer(loop_ms)
+async def test_the_first_standby_writes_after_enough_records_and_time(server: MemoryServer) -> None:
     node = Node(server, "b", "a", "c")
     node.append(9)
     await seconds(100)
@@ -105,68 +104,55 @@ async def test_the_first_standby_writes_after_enough_records_and_time() -> None:
     assert list(server.snapshots) == [10]
     await seconds(20)
     assert list(server.snapshots) == [10, 30]
-    await node.stop()
 
 
 @pytest.mark.parametrize(
     ("name", "others", "writes"), [("a", "bc", False), ("a", "", True), ("c", "ab", False), ("d", "a", True)]
 )
-def test_one_node_writes(name: str, others: str, writes: bool) -> None:
-    @in_virtual_time
-    async def run() -> None:
-        node = Node(MemoryServer(loop_ms), name, *others)
-        node.append(10)
-        await seconds(60)
-        assert bool(node.copies) == writes
-        await node.stop()
-
-    run()
+@in_virtual_time
+async def test_one_node_writes(server: MemoryServer, name: str, others: str, writes: bool) -> None:
+    node = Node(server, name, *others)
+    node.append(10)
+    await seconds(60)
+    assert bool(node.copies) == writes
 
 
 @pytest.mark.parametrize(
     ("name", "old", "writes"), [("b", "c", False), ("c", "c", True), ("b", "a", False), ("a", "a", True)]
 )
-def test_a_node_with_the_oldest_tables_writes(name: str, old: str, writes: bool) -> None:
-    @in_virtual_time
-    async def run() -> None:
-        node = Node(MemoryServer(loop_ms), name, *({"a", "b", "c"} - {name}))
-        node.registry.nodes[:] = [
-            replace(each, schema_version=11 if each.name == old else 12)
-            for each in sorted(node.registry.nodes, key=lambda each: each.name)
-        ]
-        node.append(10)
-        await seconds(20)
-        assert bool(node.copies) == writes
-        await node.stop()
-
-    run()
+@in_virtual_time
+async def test_a_node_with_the_oldest_tables_writes(server: MemoryServer, name: str, old: str, writes: bool) -> None:
+    node = Node(server, name, *({"a", "b", "c"} - {name}))
+    node.registry.nodes[:] = [
+        replace(each, schema_version=11 if each.name == old else 12)
+        for each in sorted(node.registry.nodes, key=lambda each: each.name)
+    ]
+    node.append(10)
+    await seconds(20)
+    assert bool(node.copies) == writes
 
 
 @in_virtual_time
-async def test_the_leader_writes_if_no_standby_runs() -> None:
-    node = Node(MemoryServer(loop_ms), "a")
+async def test_the_leader_writes_if_no_standby_runs(server: MemoryServer) -> None:
+    node = Node(server, "a")
     node.registry.nodes.append(entry("b", seen_ms=10_000))
     node.append(10)
     await seconds(20)
     assert node.copies == 1
-    await node.stop()
 
 
 @in_virtual_time
-async def test_nothing_is_trimmed_behind_a_single_snapshot() -> None:
-    server = MemoryServer(loop_ms)
+async def test_nothing_is_trimmed_behind_a_single_snapshot(server: MemoryServer) -> None:
     node = Node(server, "b")
     node.append(5)
     await seconds(2_000)
     node.append(5)
     await seconds(70)
     assert (list(server.snapshots), len(server.records)) == ([10], 10)
-    await node.stop()
 
 
 @in_virtual_time
-async def test_two_snapshots_are_kept_and_old_records_behind_them_are_trimmed() -> None:
-    server = MemoryServer(loop_ms)
+async def test_two_snapshots_are_kept_and_old_records_behind_them_are_trimmed(server: MemoryServer) -> None:
     node = Node(server, "b")
     for _ in range(5):
         node.append(10)
@@ -197,23 +183,19 @@ async def test_two_snapshots_are_kept_and_old_records_behind_them_are_trimmed() 
         await seconds(2_000)
     assert list(server.snapshots) == [90, 100]
     assert server.records[0].number == 91, "later ones are only in the newer snapshot, whatever their age"
-    await again.stop()
 
 
 @in_virtual_time
-async def test_another_node_that_is_writing_is_not_disturbed() -> None:
-    server = MemoryServer(loop_ms)
+async def test_another_node_that_is_writing_is_not_disturbed(server: MemoryServer) -> None:
     node = Node(server, "b")
     server.snapshot_writer = MemorySharedJournal(server)
     node.append(10)
     await seconds(20)
     assert (node.copies > 0, server.snapshots) == (True, {})
-    await node.stop()
 
 
 @in_virtual_time
-async def test_a_failure_is_logged_and_tried_again() -> None:
-    server = MemoryServer(loop_ms)
+async def test_a_failure_is_logged_and_tried_again(server: MemoryServer) -> None:
     node = Node(server, "b")
     node.append(10)
     with capture_logs() as logs:
@@ -222,12 +204,10 @@ async def test_a_failure_is_logged_and_tried_again() -> None:
         node.error = None
         await seconds(11)
     assert [line["event"] for line in logs] == ["snapshot_failed", "snapshot_written"]
-    await node.stop()
 
 
 @in_virtual_time
-async def test_another_node_writes_if_the_first_one_cannot() -> None:
-    server = MemoryServer(loop_ms)
+async def test_another_node_writes_if_the_first_one_cannot(server: MemoryServer) -> None:
     b, c, a = Node(server, "b", "a", "c"), Node(server, "c", "a", "b"), Node(server, "a", "b", "c")
     b.error = DiskFull("the disk is full")
     b.append(10)
@@ -244,8 +224,6 @@ async def test_another_node_writes_if_the_first_one_cannot() -> None:
     b.append(10)
     await seconds(3.5 * EVERY_MS / 1000)
     assert (list(server.snapshots), a.copies) == ([20, 30], 1)
-    for node in (a, b, c):
-        await node.stop()
 
 
 @in_virtual_time
@@ -262,12 +240,10 @@ async def test_a_snapshot_of_the_future_does_not_delay_the_next_one() -> None:
     node.append(10)
     await seconds(40)
     assert list(server.snapshots) == [10, 20]
-    await node.stop()
 
 
 @in_virtual_time
-async def test_an_unexpected_error_is_logged_and_tried_again() -> None:
-    server = MemoryServer(loop_ms)
+async def test_an_unexpected_error_is_logged_and_tried_again(server: MemoryServer) -> None:
     node = Node(server, "b")
     node.append(10)
     with capture_logs() as logs:
@@ -279,12 +255,11 @@ async def test_an_unexpected_error_is_logged_and_tried_again() -> None:
         ("snapshot_failed", "error"),
         ("snapshot_written", "info"),
     ]
-    await node.stop()
 
 
 @in_virtual_time
-async def test_a_node_with_records_that_the_journal_lacks_writes_none() -> None:
-    node = Node(MemoryServer(loop_ms), "b", "a")
+async def test_a_node_with_records_that_the_journal_lacks_writes_none(server: MemoryServer) -> None:
+    node = Node(server, "b", "a")
     node.append(10)
     node.is_current = False
     with capture_logs() as logs:
@@ -294,12 +269,10 @@ async def test_a_node_with_records_that_the_journal_lacks_writes_none() -> None:
         await seconds(11)
     assert (node.copies, node.server.snapshots) == (1, {})
     assert [line["reason"] for line in logs] == ["the journal lacks the last record of this node"] * 2
-    await node.stop()
 
 
 @in_virtual_time
-async def test_a_stop_ends_a_snapshot_in_progress() -> None:
-    server = MemoryServer(loop_ms)
+async def test_a_stop_ends_a_snapshot_in_progress(server: MemoryServer) -> None:
     node = Node(server, "b")
     node.append(10)
 

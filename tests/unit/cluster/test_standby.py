@@ -13,11 +13,11 @@ from structlog.testing import capture_logs
 
 from jobd.cluster.standby import JUMP, Standby, acknowledged, refuses_connections_at
 from jobd.model.commands import Cancel, Create, ForceReset, Get, Start
-from jobd.model.journal import BadRecord, Head, JournalOutcomeUnknown, JournalUnavailable, NodeEntry, Record
+from jobd.model.journal import BadRecord, Head, JournalUnavailable, NodeEntry, Record
 from jobd.model.storage import Batch, DiskFull, FiguresWrite, OutboxWrite, Quarantined, Tombstone, TombstoneWrite
-from tests.support.cluster_harness import ClusterNode, cluster, join, leader_of
+from tests.support.cluster_harness import ClusterNode, cluster, in_cluster, join, leader_of, led_cluster
 from tests.support.memory_journal import MemoryServer
-from tests.support.virtual_engine import VirtualLoop, in_virtual_time, seconds
+from tests.support.virtual_engine import seconds
 
 
 def record(number: int) -> Record:
@@ -32,10 +32,9 @@ def test_a_record_is_acknowledged_by_a_later_one_or_by_the_leader() -> None:
     assert acknowledged([record(4)], 3) == []
 
 
-@in_virtual_time
-async def test_a_standby_waits_for_a_journal_that_cannot_be_reached() -> None:
-    leader, standby = nodes = cluster(MemoryServer(), "a", "b")
-    assert await leader_of(nodes) is leader
+@in_cluster
+async def test_a_standby_waits_for_a_journal_that_cannot_be_reached(server: MemoryServer) -> None:
+    _, standby = await led_cluster(server, "a", "b")
     await seconds(0.2)
     with capture_logs() as logs:
         standby.journal.is_reachable = False
@@ -47,14 +46,11 @@ async def test_a_standby_waits_for_a_journal_that_cannot_be_reached() -> None:
     assert [line["event"] for line in logs] == ["standby_waits", "standby_follows"]
     assert standby.standby.problem is None
     assert standby.standby.leader == "http://a"
-    for node in nodes:
-        await node.stop()
 
 
-@in_virtual_time
-async def test_a_standby_with_a_full_disk_goes_on_when_it_has_space() -> None:
-    leader, standby = nodes = cluster(MemoryServer(), "a", "b")
-    assert await leader_of(nodes) is leader
+@in_cluster
+async def test_a_standby_with_a_full_disk_goes_on_when_it_has_space(server: MemoryServer) -> None:
+    leader, standby = await led_cluster(server, "a", "b")
     follow, is_full = standby.disk.follow, True
 
     async def reject(records: Sequence[Record], decoded: object = ()) -> None:
@@ -71,14 +67,11 @@ async def test_a_standby_with_a_full_disk_goes_on_when_it_has_space() -> None:
     await seconds(2)
     assert standby.standby.problem is None
     assert set(standby.disk.ids) == {"a", "b", "c"}
-    for node in nodes:
-        await node.stop()
 
 
-@in_virtual_time
-async def test_a_standby_whose_disk_lacks_records_does_not_take_over() -> None:
-    leader, standby = nodes = cluster(MemoryServer(), "a", "b")
-    assert await leader_of(nodes) is leader
+@in_cluster
+async def test_a_standby_whose_disk_lacks_records_does_not_take_over(server: MemoryServer) -> None:
+    leader, standby = await led_cluster(server, "a", "b")
     follow, is_full = standby.disk.follow, True
 
     async def reject(records: Sequence[Record], decoded: object = ()) -> None:
@@ -97,14 +90,11 @@ async def test_a_standby_whose_disk_lacks_records_does_not_take_over() -> None:
     assert await leader_of([standby]) is standby
     assert await standby.ask(Create(id="c"))
     assert set(standby.disk.ids) == {"a", "b", "c"}
-    await standby.stop()
 
 
-@in_virtual_time
-async def test_a_takeover_does_not_apply_records_of_a_later_leader() -> None:
-    server = MemoryServer()
-    leader, standby = nodes = cluster(server, "a", "b")
-    assert await leader_of(nodes) is leader
+@in_cluster
+async def test_a_takeover_does_not_apply_records_of_a_later_leader(server: MemoryServer) -> None:
+    leader, standby = await led_cluster(server, "a", "b")
     await leader.ask(Create(id="a"))
 
     async def append_more(call: str) -> None:
@@ -116,13 +106,11 @@ async def test_a_takeover_does_not_apply_records_of_a_later_leader() -> None:
     assert await leader_of([standby]) is standby
     assert len(server.records) == 2
     assert standby.warm.number == 1
-    await standby.kill()
 
 
-@in_virtual_time
-async def test_rows_that_a_change_needs_are_read_after_the_records_before_it() -> None:
-    leader, standby = nodes = cluster(MemoryServer(), "a", "b")
-    assert await leader_of(nodes) is leader
+@in_cluster
+async def test_rows_that_a_change_needs_are_read_after_the_records_before_it(server: MemoryServer) -> None:
+    leader, standby = await led_cluster(server, "a", "b")
     standby.journal.is_reachable = False  # so that it gets all records at once
     for name in ("a", "b"):
         await leader.ask(Create(id=name))
@@ -133,14 +121,11 @@ async def test_rows_that_a_change_needs_are_read_after_the_records_before_it() -
         standby.journal.is_reachable = True
         await seconds(1.2)
     assert standby.warm.state.jobs["a"] == standby.disk.job("a") == leader.disk.job("a")
-    for node in nodes:
-        await node.stop()
 
 
-@in_virtual_time
-async def test_a_standby_waits_while_the_server_has_lost_records() -> None:
-    leader, standby = nodes = cluster(MemoryServer(), "a", "b")
-    assert await leader_of(nodes) is leader
+@in_cluster
+async def test_a_standby_waits_while_the_server_has_lost_records(server: MemoryServer) -> None:
+    leader, standby = await led_cluster(server, "a", "b")
     read, is_lost = standby.journal.read, True
 
     async def lose(after: int, limit: int) -> list[Record]:
@@ -154,15 +139,11 @@ async def test_a_standby_waits_while_the_server_has_lost_records() -> None:
     is_lost = False
     await seconds(1)
     assert standby.warm.number == 3
-    for node in nodes:
-        await node.stop()
 
 
-@in_virtual_time
-async def test_a_standby_can_be_stopped_while_it_catches_up() -> None:
-    server = MemoryServer()
-    [leader] = cluster(server, "a")
-    await leader_of([leader])
+@in_cluster
+async def test_a_standby_can_be_stopped_while_it_catches_up(server: MemoryServer) -> None:
+    [leader] = await led_cluster(server, "a")
     for number in range(500):
         await leader.ask(Create(id=f"job-{number}"))
     standby = ClusterNode(server, "b")
@@ -177,14 +158,11 @@ async def test_a_standby_can_be_stopped_while_it_catches_up() -> None:
     standby.disk.follow = stop  # type: ignore[method-assign]
     await standby.ended_by_itself()
     assert (standby.warm.number, standby.standby.lag_records) == (50, 450)
-    await leader.stop()
 
 
-@in_virtual_time
-async def test_a_standby_that_catches_up_knows_the_leader() -> None:
-    server = MemoryServer()
-    [leader] = cluster(server, "a")
-    await leader_of([leader])
+@in_cluster
+async def test_a_standby_that_catches_up_knows_the_leader(server: MemoryServer) -> None:
+    [leader] = await led_cluster(server, "a")
     for number in range(500):
         await leader.ask(Create(id=f"job-{number}"))
     standby = ClusterNode(server, "b")
@@ -207,15 +185,11 @@ async def test_a_standby_that_catches_up_knows_the_leader() -> None:
     await seconds(10)
     assert standby.standby.leader is None
     assert standby.standby.silent_s == pytest.approx(10, abs=0.1)
-    for node in (standby, leader):
-        await node.stop()
 
 
-@in_virtual_time
-async def test_a_failover_that_loses_the_takeover_and_a_record_ends_it() -> None:
-    server = MemoryServer()
-    leader, standby = nodes = cluster(server, "a", "b")
-    assert await leader_of(nodes) is leader
+@in_cluster
+async def test_a_failover_that_loses_the_takeover_and_a_record_ends_it(server: MemoryServer) -> None:
+    leader, standby = await led_cluster(server, "a", "b")
     for name in ("a", "b", "lost"):
         await leader.ask(Create(id=name))
     await seconds(0.2)
@@ -232,30 +206,20 @@ async def test_a_failover_that_loses_the_takeover_and_a_record_ends_it() -> None
     await leader.kill()
     assert await leader_of([standby]) is standby
     assert (server.failovers, standby.warm.number, set(standby.disk.ids)) == (1, 2, {"a", "b"})
-    await standby.stop()
 
 
-@in_virtual_time
-async def test_a_takeover_that_is_not_noticed_ends_with_its_lease() -> None:
-    [node] = cluster(MemoryServer(), "a")
-    lost = {"take_over": 1, "resolve": 1}
-
-    async def lose(call: str) -> None:
-        if lost.get(call, 0):
-            lost[call] -= 1
-            raise JournalOutcomeUnknown
-
-    node.journal.after = lose
+@in_cluster
+async def test_a_takeover_that_is_not_noticed_ends_with_its_lease(server: MemoryServer) -> None:
+    [node] = cluster(server, "a")
+    node.journal.fail("after", "take_over", "resolve")
     await seconds(2)
     assert not node.leads
     await leader_of([node])
-    await node.stop()
 
 
-@in_virtual_time
-async def test_the_statistics_of_the_leader_are_kept() -> None:
-    leader, standby = nodes = cluster(MemoryServer(), "a", "b")
-    assert await leader_of(nodes) is leader
+@in_cluster
+async def test_the_statistics_of_the_leader_are_kept(server: MemoryServer) -> None:
+    leader, standby = nodes = await led_cluster(server, "a", "b")
     standby.warm.expect_tombstones(3)
     for node in nodes:
         node.disk.tombstones = {seq: Tombstone(seq, "a", "key", 1, 1) for seq in (1, 2, 3)}
@@ -264,28 +228,22 @@ async def test_the_statistics_of_the_leader_are_kept() -> None:
     await seconds(1.2)
     opened = standby.warm.opened()
     assert (opened.stats, opened.tombstones) == (b"statistics", 1)
-    for node in nodes:
-        await node.stop()
 
 
-@in_virtual_time
-async def test_tokens_go_on_above_an_epoch_that_began_in_the_last_record() -> None:
-    leader, standby = nodes = cluster(MemoryServer(), "a", "b")
-    assert await leader_of(nodes) is leader
+@in_cluster
+async def test_tokens_go_on_above_an_epoch_that_began_in_the_last_record(server: MemoryServer) -> None:
+    leader, standby = await led_cluster(server, "a", "b")
     await seconds(1)
     numbers = replace(leader.disk.numbers, epoch=1 << 30)  # the counter of tokens was full
     await leader.disk.write(Batch([], numbers))
     await leader.kill()
     assert await leader_of([standby]) is standby
     assert (standby.warm.state.epoch, standby.warm.state.next_token) == ((1 << 30) + 1, 1)
-    await standby.stop()
 
 
-@in_virtual_time
-async def test_a_record_that_cannot_be_read_ends_the_standby() -> None:
-    server = MemoryServer()
-    [leader] = cluster(server, "a")
-    await leader_of([leader])
+@in_cluster
+async def test_a_record_that_cannot_be_read_ends_the_standby(server: MemoryServer) -> None:
+    [leader] = await led_cluster(server, "a")
     for name in ("a", "b", "c"):
         await leader.ask(Create(id=name))
     server.records[1] = replace(server.records[1], body=b"\xfe")
@@ -294,38 +252,29 @@ async def test_a_record_that_cannot_be_read_ends_the_standby() -> None:
     with pytest.raises(BadRecord, match="record 2 of the journal has format 254"):
         await standby.ended_by_itself()
     assert (standby.warm.number, set(standby.disk.ids)) == (1, {"a"})
-    await leader.stop()
 
 
-@in_virtual_time
-async def test_behind_a_proxy_the_lease_decides() -> None:
-    server = MemoryServer()
-    leader, standby = nodes = cluster(server, "a", "b")
+@in_cluster
+async def test_behind_a_proxy_the_lease_decides(server: MemoryServer) -> None:
+    leader, standby = await led_cluster(server, "a", "b")
     standby.standby.settings = replace(standby.standby.settings, is_direct=False)
-    assert await leader_of(nodes) is leader
     await leader.kill()
     await seconds(1.5)
     assert not standby.leads
     await leader_of([standby])
-    await standby.stop()
 
 
-@in_virtual_time
-async def test_a_leader_that_listens_is_not_replaced_because_its_session_ended() -> None:
-    nodes = cluster(MemoryServer(), "a", "b")
-    leader = await leader_of(nodes)
+@in_cluster
+async def test_a_leader_that_listens_is_not_replaced_because_its_session_ended(server: MemoryServer) -> None:
+    leader, _ = await led_cluster(server, "a", "b")
     leader.journal.disconnect()
     await seconds(10)
     assert leader.leads
-    for node in nodes:
-        await node.stop()
 
 
-@in_virtual_time
-async def test_a_standby_waits_for_the_lease_of_the_leader_if_it_is_longer() -> None:
-    server = MemoryServer()
-    leader, standby = nodes = cluster(server, "a", "b")
-    assert await leader_of(nodes) is leader
+@in_cluster
+async def test_a_standby_waits_for_the_lease_of_the_leader_if_it_is_longer(server: MemoryServer) -> None:
+    leader, standby = await led_cluster(server, "a", "b")
     holder = leader.standby.settings.holder
     await standby.journal.register(NodeEntry("a", holder, "http://a", 1, "", 0, lease_ms=20_000))
     standby.standby._refuses_connections = _never_refused
@@ -335,20 +284,12 @@ async def test_a_standby_waits_for_the_lease_of_the_leader_if_it_is_longer() -> 
     assert standby.standby.leader == "http://a"
     await seconds(3)
     assert standby.leads
-    for node in nodes:
-        await node.stop()
 
 
 @pytest.mark.parametrize("why", ["nothing", "require_sync is off", "no synchronous standby", "failover", "not known"])
-def test_numbers_jump_if_acknowledged_records_may_be_lost(why: str) -> None:
-    with asyncio.Runner(loop_factory=VirtualLoop) as runner:
-        runner.run(_take_over_after(why))
-
-
-async def _take_over_after(why: str) -> None:
-    server = MemoryServer()
-    old, standby = nodes = cluster(server, "a", "b")
-    assert await leader_of(nodes) is old
+@in_cluster
+async def test_numbers_jump_if_acknowledged_records_may_be_lost(server: MemoryServer, why: str) -> None:
+    old, standby = await led_cluster(server, "a", "b")
     await old.ask(Create(id="a"))
     await seconds(1.2)
     if why == "require_sync is off":
@@ -358,30 +299,22 @@ async def _take_over_after(why: str) -> None:
     elif why == "failover":
         server.fail_over()
     elif why == "not known":
-        standby.journal.before = _without_health
+        standby.journal.fail("before", "health", error=JournalUnavailable("try again"))
     await old.kill()
     new = await leader_of([standby])
     await new.ask(Create(id="b"))
     jump = 0 if why == "nothing" else JUMP
     assert new.disk.ids == {"a": 1, "b": 2 + jump}
     assert (new.disk.events[-1].seq > JUMP) == bool(jump)
-    await new.stop()
 
 
 async def _never_refused(url: str) -> bool:
     return False
 
 
-async def _without_health(call: str) -> None:
-    if call == "health":
-        raise JournalUnavailable("try again")
-
-
-@in_virtual_time
-async def test_a_failover_under_an_earlier_leader_lets_no_numbers_jump() -> None:
-    server = MemoryServer()
-    first, second, third = nodes = cluster(server, "a", "b", "c")
-    assert await leader_of(nodes) is first
+@in_cluster
+async def test_a_failover_under_an_earlier_leader_lets_no_numbers_jump(server: MemoryServer) -> None:
+    first, second, third = await led_cluster(server, "a", "b", "c")
     await first.ask(Create(id="a"))
     await seconds(1.2)
     server.fail_over()
@@ -394,14 +327,11 @@ async def test_a_failover_under_an_earlier_leader_lets_no_numbers_jump() -> None
     assert await leader_of([last]) is last
     await last.ask(Create(id="c"))
     assert last.disk.ids == {"a": 1, "b": 2 + JUMP, "c": 3 + JUMP}
-    await last.stop()
 
 
-@in_virtual_time
-async def test_a_quarantined_job_is_left_out_of_the_warm_state() -> None:
-    server = MemoryServer()
-    old, standby = nodes = cluster(server, "a", "b")
-    assert await leader_of(nodes) is old
+@in_cluster
+async def test_a_quarantined_job_is_left_out_of_the_warm_state(server: MemoryServer) -> None:
+    old, standby = await led_cluster(server, "a", "b")
     await old.ask(Create(id="a"))
     await old.ask(Create(id="b"))
     await seconds(1.2)
@@ -411,7 +341,6 @@ async def test_a_quarantined_job_is_left_out_of_the_warm_state() -> None:
     new = await leader_of([standby])
     assert await new.ask(Get(id="a")) == "job_quarantined"
     assert (await new.ask(Start(id="b", worker="w"))).job.id == "b"
-    await new.stop()
 
 
 def test_a_standby_that_has_seen_nothing_knows_no_leader() -> None:

@@ -12,26 +12,19 @@ from jobd.core.state import State
 from jobd.model.commands import Claim, Complete, Create, Get, Progress, Release, Start, Why
 from jobd.model.job import TOKEN_COUNTER_BITS
 from jobd.model.journal import Fenced, JournalOutcomeUnknown, LeadershipLost
-from tests.support.cluster_harness import LEASE_S, ClusterNode, cluster, join, leader_of
+from tests.support.cluster_harness import LEASE_S, ClusterNode, cluster, in_cluster, join, leader_of, led_cluster
 from tests.support.memory_journal import MemoryServer
 from tests.support.rule_harness import snapshot
-from tests.support.virtual_engine import in_virtual_time, key, seconds, settle
-
-
-async def stop_all(nodes: list[ClusterNode]) -> None:
-    for node in nodes:
-        await node.stop()
+from tests.support.virtual_engine import key, seconds, settle
 
 
 def loop_s() -> float:
     return asyncio.get_running_loop().time()
 
 
-@in_virtual_time
-async def test_one_node_leads_and_the_others_follow() -> None:
-    server = MemoryServer()
-    nodes = cluster(server, "a", "b", "c")
-    leader = await leader_of(nodes)
+@in_cluster
+async def test_one_node_leads_and_the_others_follow(server: MemoryServer) -> None:
+    leader, *_ = nodes = await led_cluster(server, "a", "b", "c")
     for number in range(20):
         await leader.ask(Create(id=f"job-{number}"))
     await seconds(1.2)  # a renewal confirms the last record
@@ -39,14 +32,11 @@ async def test_one_node_leads_and_the_others_follow() -> None:
         assert node.disk.jobs == leader.disk.jobs
         assert (node.warm.number, node.standby.lag_events) == (20, 0) or node is leader
     assert [node.leads for node in nodes].count(True) == 1
-    await stop_all(nodes)
 
 
-@in_virtual_time
-async def test_the_last_record_is_applied_once_it_is_known_to_be_acknowledged() -> None:
-    server = MemoryServer()
-    leader, standby = cluster(server, "a", "b")
-    assert await leader_of([leader, standby]) is leader
+@in_cluster
+async def test_the_last_record_is_applied_once_it_is_known_to_be_acknowledged(server: MemoryServer) -> None:
+    leader, standby = await led_cluster(server, "a", "b")
     await leader.ask(Create(id="a"))
     await seconds(0.2)
     assert (standby.warm.number, standby.standby.lag_records, standby.standby.lag_events) == (0, 1, 1)
@@ -55,21 +45,18 @@ async def test_the_last_record_is_applied_once_it_is_known_to_be_acknowledged() 
     assert standby.warm.number == 1
     await seconds(1)
     assert (standby.warm.number, standby.standby.lag_records) == (2, 0)
-    await stop_all([leader, standby])
 
 
-@in_virtual_time
-async def test_a_killed_leader_is_replaced_at_once_and_nothing_acknowledged_is_lost() -> None:
-    server = MemoryServer()
-    nodes = cluster(server, "a", "b", "c")
-    old = await leader_of(nodes)
+@in_cluster
+async def test_a_killed_leader_is_replaced_at_once_and_nothing_acknowledged_is_lost(server: MemoryServer) -> None:
+    old, *others = await led_cluster(server, "a", "b", "c")
     await old.ask(Create(id="held"))
     grant = await old.ask(Start(id="held", worker="w-1", lock_ttl_ms=60_000))
     repeated = key("same")
     await old.ask(Create(id="b"), key=repeated)
     await old.kill()
     began_s = loop_s()
-    new = await leader_of([node for node in nodes if node is not old])
+    new = await leader_of(others)
     assert loop_s() - began_s < 0.2
     assert (await new.ask(Get(id="held"))).lock.fencing_token == grant.fencing_token
     assert b'"id":"b"' in bytes(await new.ask(Create(id="b"), key=repeated)), "the stored response is replayed"
@@ -78,15 +65,11 @@ async def test_a_killed_leader_is_replaced_at_once_and_nothing_acknowledged_is_l
     later = await new.ask(Start(id="next", worker="w-2"))
     assert later.fencing_token > grant.fencing_token
     assert later.fencing_token >> TOKEN_COUNTER_BITS == server.head.epoch
-    await stop_all([node for node in nodes if node is not old])
 
 
-@in_virtual_time
-async def test_the_warm_state_equals_one_that_is_read_from_the_same_store() -> None:
-    server = MemoryServer()
-    nodes = cluster(server, "a", "b")
-    old, standby = nodes
-    assert await leader_of(nodes) is old
+@in_cluster
+async def test_the_warm_state_equals_one_that_is_read_from_the_same_store(server: MemoryServer) -> None:
+    old, standby = await led_cluster(server, "a", "b")
     for number in range(300):
         await old.ask(Create(id=f"job-{number}", priority=number % 3), key=key(f"key {number}"))
     for turn in range(5):
@@ -106,18 +89,15 @@ async def test_the_warm_state_equals_one_that_is_read_from_the_same_store() -> N
         each.finished.clear()
         each.advance(at.now, at.lock_ms)
     shown, expected = snapshot(state), snapshot(opened)
-    await stop_all([standby])
     for name in expected:
         if name not in {"epoch", "next_token"}:
             assert shown[name] == expected[name], name
 
 
-@in_virtual_time
-async def test_a_node_that_is_lost_is_replaced_after_the_lease() -> None:
+@in_cluster
+async def test_a_node_that_is_lost_is_replaced_after_the_lease(server: MemoryServer) -> None:
     """Its machine does not refuse connections, because it is lost."""
-    server = MemoryServer()
-    old, standby = nodes = cluster(server, "a", "b")
-    assert await leader_of(nodes) is old
+    old, standby = await led_cluster(server, "a", "b")
     await old.ask(Create(id="a"))
     old.journal.is_reachable = False
     began_s = loop_s()
@@ -125,14 +105,11 @@ async def test_a_node_that_is_lost_is_replaced_after_the_lease() -> None:
     assert LEASE_S * 0.6 < loop_s() - began_s < LEASE_S + 0.2
     assert isinstance(old.ended, LeadershipLost), "it stopped before the other began"
     assert (await new.ask(Get(id="a"))).id == "a"
-    await stop_all([new])
 
 
-@in_virtual_time
-async def test_a_stopped_leader_that_resumes_late_serves_nothing() -> None:
-    server = MemoryServer()
-    old, standby = nodes = cluster(server, "a", "b")
-    assert await leader_of(nodes) is old
+@in_cluster
+async def test_a_stopped_leader_that_resumes_late_serves_nothing(server: MemoryServer) -> None:
+    old, standby = await led_cluster(server, "a", "b")
     await old.ask(Create(id="a"))
     frozen = asyncio.Event()
 
@@ -150,27 +127,22 @@ async def test_a_stopped_leader_that_resumes_late_serves_nothing() -> None:
     assert await read == "not_leader"
     assert isinstance(old.ended, Fenced | JournalOutcomeUnknown)
     assert await new.ask(Get(id="lost")) == "job_not_found"
-    await stop_all([new])
 
 
-@in_virtual_time
-async def test_a_read_is_not_served_after_the_lease() -> None:
+@in_cluster
+async def test_a_read_is_not_served_after_the_lease(server: MemoryServer) -> None:
     """The process was stopped after its last renewal, and no renewal has failed yet."""
-    server = MemoryServer()
-    [node] = cluster(server, "a")
-    await leader_of([node])
+    [node] = await led_cluster(server, "a")
     await node.ask(Create(id="a"))
     node.boot_ms += 3_000
     assert await node.ask(Get(id="a")) == "not_leader"
     assert isinstance(node.ended, LeadershipLost)
 
 
-@in_virtual_time
-async def test_a_paused_machine_serves_no_stale_read() -> None:
+@in_cluster
+async def test_a_paused_machine_serves_no_stale_read(server: MemoryServer) -> None:
     """Its clocks stood still, and its wall clock was corrected."""
-    server = MemoryServer()
-    old, standby = nodes = cluster(server, "a", "b")
-    assert await leader_of(nodes) is old
+    old, standby = await led_cluster(server, "a", "b")
     resumed = asyncio.Event()
 
     async def pause(call: str) -> None:
@@ -185,98 +157,64 @@ async def test_a_paused_machine_serves_no_stale_read() -> None:
     resumed.set()
     assert await read == "not_leader"
     assert isinstance(old.ended, Fenced)
-    await stop_all([new])
 
 
 @pytest.mark.parametrize("hook", ["before", "after"])
-def test_a_lost_response_to_an_append_is_not_noticed_by_clients(hook: str) -> None:
-    @in_virtual_time
-    async def run() -> None:
-        server = MemoryServer()
-        old, standby = nodes = cluster(server, "a", "b")
-        assert await leader_of(nodes) is old
-        lost = [True]
-
-        async def lose(call: str) -> None:
-            if call == "append" and lost:
-                lost.clear()
-                raise JournalOutcomeUnknown
-
-        setattr(old.journal, hook, lose)
-        assert (await old.ask(Create(id="a"))).id == "a"
-        token = (await old.ask(Start(id="a", worker="w"))).fencing_token
-        assert token >> TOKEN_COUNTER_BITS == server.head.epoch
-        await old.kill()
-        new = await leader_of([standby])
-        assert (await new.ask(Get(id="a"))).lock.fencing_token == token
-        await stop_all([new])
-
-    run()
+@in_cluster
+async def test_a_lost_response_to_an_append_is_not_noticed_by_clients(server: MemoryServer, hook: str) -> None:
+    old, standby = await led_cluster(server, "a", "b")
+    old.journal.fail(hook, "append")
+    assert (await old.ask(Create(id="a"))).id == "a"
+    token = (await old.ask(Start(id="a", worker="w"))).fencing_token
+    assert token >> TOKEN_COUNTER_BITS == server.head.epoch
+    await old.kill()
+    new = await leader_of([standby])
+    assert (await new.ask(Get(id="a"))).lock.fencing_token == token
 
 
 @pytest.mark.parametrize("hook", ["before", "after"])
-def test_a_lost_response_to_a_takeover_is_resolved(hook: str) -> None:
-    @in_virtual_time
-    async def run() -> None:
-        [node] = cluster(MemoryServer(), "a")
-        lost = [True]
-
-        async def lose(call: str) -> None:
-            if call == "take_over" and lost:
-                lost.clear()
-                raise JournalOutcomeUnknown
-
-        setattr(node.journal, hook, lose)
-        began_s = loop_s()
-        await leader_of([node])
-        assert loop_s() - began_s < 0.2
-        await stop_all([node])
-
-    run()
+@in_cluster
+async def test_a_lost_response_to_a_takeover_is_resolved(server: MemoryServer, hook: str) -> None:
+    [node] = cluster(server, "a")
+    node.journal.fail(hook, "take_over")
+    began_s = loop_s()
+    await leader_of([node])
+    assert loop_s() - began_s < 0.2
 
 
 @pytest.mark.parametrize("lost", [0, 1])
-def test_a_takeover_that_waits_longer_than_the_lease_leads(lost: int) -> None:
+@in_cluster
+async def test_a_takeover_that_waits_longer_than_the_lease_leads(server: MemoryServer, lost: int) -> None:
     """It waits for a row lock, or for a statement of the former leader."""
+    [old] = await led_cluster(server, "a")
+    await old.kill()
+    new = ClusterNode(server, "b")
+    join([old, new])
+    left, follow = {"renew": lost}, new.standby.run
 
-    @in_virtual_time
-    async def run() -> None:
-        server = MemoryServer()
-        [old] = cluster(server, "a")
-        await leader_of([old])
-        await old.kill()
-        new = ClusterNode(server, "b")
-        join([old, new])
-        left, follow = {"renew": lost}, new.standby.run
+    async def wait(call: str) -> None:
+        if call == "take_over":
+            await asyncio.sleep(LEASE_S + 1)
+        if left.get(call, 0):
+            left[call] -= 1
+            raise JournalOutcomeUnknown
 
-        async def wait(call: str) -> None:
-            if call == "take_over":
-                await asyncio.sleep(LEASE_S + 1)
-            if left.get(call, 0):
-                left[call] -= 1
-                raise JournalOutcomeUnknown
+    async def follow_until_served() -> Leadership | None:
+        leadership = await follow()
+        assert leadership is not None
+        leadership.check()  # as the first request does
+        return leadership
 
-        async def follow_until_served() -> Leadership | None:
-            leadership = await follow()
-            assert leadership is not None
-            leadership.check()  # as the first request does
-            return leadership
-
-        new.journal.before = wait
-        new.standby.run = follow_until_served  # type: ignore[method-assign]
-        await leader_of([new], within_s=20)
-        assert (await new.ask(Create(id="a"))).id == "a"
-        assert len(server.epochs) == 2 + lost
-        await stop_all([new])
-
-    run()
+    new.journal.before = wait
+    new.standby.run = follow_until_served  # type: ignore[method-assign]
+    await leader_of([new], within_s=20)
+    assert (await new.ask(Create(id="a"))).id == "a"
+    assert len(server.epochs) == 2 + lost
 
 
-@in_virtual_time
-async def test_time_without_a_leader_does_not_age_locks() -> None:
-    server = MemoryServer()
-    old, standby = nodes = cluster(server, "a", "b")
-    assert await leader_of(nodes) is old
+@in_cluster
+async def test_time_without_a_leader_does_not_age_locks(server: MemoryServer) -> None:
+    old, standby = await led_cluster(server, "a", "b")
     await old.ask(Create(id="a"))
     grant = await old.ask(Start(id="a", worker="w", lock_ttl_ms=60_000))
     await seconds(20)
@@ -289,35 +227,30 @@ async def test_time_without_a_leader_does_not_age_locks() -> None:
     left_ms = (await new.ask(Get(id="a"))).lock.expires_at - new.wall_ms()
     assert 39_000 < left_ms <= 40_100
     assert (await new.ask(Progress(id="a", lock_id=grant.lock_id, progress=1))).ttl_ms == 60_000
-    await stop_all([new])
 
 
 @pytest.mark.parametrize("ahead_ms", [-3_600_000, 3_600_000])
-def test_clocks_that_differ_by_an_hour_change_no_lock_and_no_token_goes_back(ahead_ms: int) -> None:
-    @in_virtual_time
-    async def run() -> None:
-        server = MemoryServer()
-        old = ClusterNode(server, "a")
-        await leader_of([old])
-        standby = ClusterNode(server, "b", ahead_ms=ahead_ms, boot_ms=987_654_321)
-        join([old, standby])
-        await old.ask(Create(id="a"))
-        grant = await old.ask(Start(id="a", worker="w", lock_ttl_ms=60_000))
-        await seconds(1)
-        await old.kill()
-        new = await leader_of([standby])
-        left_ms = (await new.ask(Get(id="a"))).lock.expires_at - new.wall_ms()
-        assert 57_000 < left_ms <= 60_100
-        await new.ask(Create(id="b"))
-        assert (await new.ask(Start(id="b", worker="w"))).fencing_token > grant.fencing_token
-        await stop_all([new])
-
-    run()
+@in_cluster
+async def test_clocks_that_differ_by_an_hour_change_no_lock_and_no_token_goes_back(
+    server: MemoryServer, ahead_ms: int
+) -> None:
+    old = ClusterNode(server, "a")
+    await leader_of([old])
+    standby = ClusterNode(server, "b", ahead_ms=ahead_ms, boot_ms=987_654_321)
+    join([old, standby])
+    await old.ask(Create(id="a"))
+    grant = await old.ask(Start(id="a", worker="w", lock_ttl_ms=60_000))
+    await seconds(1)
+    await old.kill()
+    new = await leader_of([standby])
+    left_ms = (await new.ask(Get(id="a"))).lock.expires_at - new.wall_ms()
+    assert 57_000 < left_ms <= 60_100
+    await new.ask(Create(id="b"))
+    assert (await new.ask(Start(id="b", worker="w"))).fencing_token > grant.fencing_token
 
 
-@in_virtual_time
-async def test_jobs_of_a_leader_whose_clock_was_ahead_stay_due() -> None:
-    server = MemoryServer()
+@in_cluster
+async def test_jobs_of_a_leader_whose_clock_was_ahead_stay_due(server: MemoryServer) -> None:
     old, standby = ClusterNode(server, "a", ahead_ms=3_600_000), ClusterNode(server, "b")
     join([old, standby])
     old = await leader_of([old, standby])
@@ -337,20 +270,14 @@ async def test_jobs_of_a_leader_whose_clock_was_ahead_stay_due() -> None:
     await new.ask(Release(id="held", lock_id=grant.lock_id))
     granted = (await new.ask(Claim(worker="w", limit=9))).grants
     assert [each.job.id for each in granted] == ["first", "held", "delayed", "last", "new"]
-    await stop_all([new])
 
 
-@in_virtual_time
-async def test_a_node_starts_from_an_empty_disk_and_from_an_old_one() -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(warm_state, "PIECE_EVENTS", 20)  # less than the events of one read
-        await start_from_both()
-
-
-async def start_from_both() -> None:
-    server = MemoryServer()
-    [first] = cluster(server, "a")
-    await leader_of([first])
+@in_cluster
+async def test_a_node_starts_from_an_empty_disk_and_from_an_old_one(
+    server: MemoryServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(warm_state, "PIECE_EVENTS", 20)  # less than the events of one read
+    [first] = await led_cluster(server, "a")
     for number in range(450):  # several reads
         await first.ask(Create(id=f"job-{number}"))
     late = ClusterNode(server, "b")
@@ -365,23 +292,19 @@ async def start_from_both() -> None:
     await first.kill()
     await leader_of([again])
     assert again.disk.jobs.keys() == first.disk.jobs.keys()
-    await stop_all([again])
 
 
-@in_virtual_time
-async def test_a_stopped_leader_is_replaced_at_once() -> None:
-    nodes = cluster(MemoryServer(), "a", "b")
-    old = await leader_of(nodes)
+@in_cluster
+async def test_a_stopped_leader_is_replaced_at_once(server: MemoryServer) -> None:
+    old, other = await led_cluster(server, "a", "b")
     await old.ask(Create(id="a"))
     began_s = loop_s()
     await old.stop()
-    [other] = [node for node in nodes if node is not old]
     await leader_of([other])
     assert loop_s() - began_s < 0.2
-    await stop_all([other])
 
 
-@in_virtual_time
+@in_cluster
 async def test_two_nodes_that_take_over_at_once_do_not_both_lead() -> None:
     for _ in range(20):
         server = MemoryServer()
@@ -390,4 +313,5 @@ async def test_two_nodes_that_take_over_at_once_do_not_both_lead() -> None:
         await seconds(1)
         assert [node.leads for node in nodes].count(True) == 1
         assert len(server.epochs) == 1
-        await stop_all(nodes)
+        for node in nodes:
+            await node.stop()
