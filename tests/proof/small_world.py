@@ -11,7 +11,7 @@ import argparse
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Final
 
 from msgspec import Struct
@@ -22,42 +22,29 @@ from jobd.core.rules import worker as worker_rules
 from jobd.core.state import State
 from jobd.core.transaction import Transaction
 from jobd.model.commands import (
-    Adopt,
     AnyCommand,
     Bulk,
     Call,
-    Cancel,
     Claim,
-    Complete,
     Create,
-    Delete,
     DeleteExpired,
     EndGrants,
     Expire,
-    Extend,
     ExtendAfterPause,
     ExtendLock,
     Fail,
-    ForceFail,
-    ForceReset,
     Get,
     Import,
     Moment,
-    Pause,
     Progress,
     Recover,
-    Release,
     ReleaseLock,
     RepairJobs,
-    Resume,
-    RetryJob,
-    RunNow,
     Start,
     Stats,
     TakeBack,
     Transition,
     Undelivered,
-    Update,
     Validate,
     Why,
 )
@@ -80,6 +67,7 @@ from jobd.model.job import (
 from jobd.model.responses import Response, Validation, WhyView
 from jobd.model.storage import LateResultRows, Numbers, OpenedStore
 from tests.proof.simulation.invariants import DecisionChecks
+from tests.support.calls import COMMANDS, HOLDERS, Example, aimed
 from tests.support.rule_harness import compare
 
 NOW: Final = 1_700_000_000_000
@@ -90,6 +78,33 @@ WORKERS: Final = ("w-1", "w-2", "w-3")
 SEED: Final = b"0123456789abcdef"
 SOON: Final = 12  # ticks within which recovery alone must end every grant
 
+
+# Fields of examples that would only add states.
+PLAIN: Final = {
+    **dict.fromkeys(("reason", "message", "error_code", "delay_ms", "additional_ms", "priority", "run_at", "until")),
+    "file_path": None,
+    "storage_key": None,
+    "retry_after_ms": 0,
+}
+
+
+def _plain(examples: Iterable[Example]) -> tuple[AnyCommand, ...]:
+    """Return the different commands of the examples about the job, the queue and the first worker of a world."""
+    shown: dict[str, AnyCommand] = {}
+    for command in (each.command for each in examples):
+        name = WORKERS[0] if isinstance(command, TakeBack) else "default"
+        plain = aimed(command, id=ID, name=name, **PLAIN)
+        shown[repr(plain)] = plain
+    return tuple(shown.values())
+
+
+HOLDER_COMMANDS: Final = _plain(each for each in HOLDERS if not each.is_admin)
+OPERATIONS: Final = _plain(
+    each
+    for each in COMMANDS
+    if each.is_admin and each not in HOLDERS and not isinstance(each.command, Import | Transition)
+    if each.command.admission != "read"
+)
 
 # Every job has one, of a grant before those of the world.
 LATE: Final = LateResult(1, NOW, "w-old", 1, "of old", None, Result(file_path="/late"))
@@ -318,21 +333,10 @@ class Exploration(DecisionChecks):
         yield Step(replace(made, delay_ms=world.delay * TICK_MS or None))
         yield Step(Bulk(jobs=[made]))
         yield from (Step(Import(id=ID, status=status), admin=True) for status in STATUSES)
-        commands: tuple[AnyCommand, ...] = (
-            Cancel(id=ID),
-            ForceFail(id=ID),
-            ForceReset(id=ID),
-            RetryJob(id=ID),
-            RunNow(id=ID),
-            *(Adopt(id=ID, result=seq) for seq in (None, 99)),
-            Update(id=ID, max_attempts=world.max_attempts),
-            Delete(id=ID),
-            Pause(name="default"),
-            Resume(name="default"),
-            TakeBack(name=WORKERS[0]),
-            *(Transition(id=ID, from_=here, to=there) for here in STATUSES for there in STATUSES if here != there),
-        )
-        yield from (Step(command, admin=True) for command in commands)
+        for command in OPERATIONS:
+            yield Step(aimed(command, max_attempts=world.max_attempts), admin=True)
+        moves = ((here, there) for here in STATUSES for there in STATUSES if here != there)
+        yield from (Step(Transition(id=ID, from_=here, to=there), admin=True) for here, there in moves)
         of_time: tuple[AnyCommand, ...] = (
             Recover(limit=1),
             Expire(limit=1),
@@ -344,11 +348,8 @@ class Exploration(DecisionChecks):
             yield Step(ExtendAfterPause(ids=[ID], grace_ms=world.grace * TICK_MS))
 
     def _holder_steps(self, lock_id: str) -> Iterator[AnyCommand]:
-        yield from (Progress(id=ID, lock_id=lock_id, progress=percent) for percent in (0, 50))
-        yield Extend(id=ID, lock_id=lock_id)
-        yield Complete(id=ID, lock_id=lock_id, download_url="u")
-        yield from (_failing(lock_id, retry) for retry in (True, False))
-        yield Release(id=ID, lock_id=lock_id)
+        yield Progress(id=ID, lock_id=lock_id, progress=0)
+        yield from (aimed(command, lock_id=lock_id) for command in HOLDER_COMMANDS)
 
     def _decide(self, state: WorldState, step: Step) -> WorldState | None:
         """Return the state after the real decision; None if nothing changed."""

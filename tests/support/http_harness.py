@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any, Final, cast
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from jobd.api.services import Services
 from jobd.engine import envelope, event_feed
@@ -27,49 +28,38 @@ from jobd.http.decoding import Limits
 from jobd.http.protocol import WorkerConnection
 from jobd.http.routing import Route
 from jobd.http.server import HttpListener, WorkerListener
+from jobd.model.calls import AdminQueueCalls, DaemonCalls, ManyJobCalls, StoreCalls
 from jobd.model.commands import Command, IdempotencyKey, MakePlan, Moment, Operator, TakeBack
 from jobd.model.errors import ApiError
 from jobd.model.responses import (
     AlertView,
     BackupView,
-    ChangedJob,
-    CheckedRows,
     CleanupHealth,
     CleanupReport,
-    CleanupState,
-    DamagedRow,
     DatabaseHealth,
     DeliveryPage,
     DeliveryState,
     DeliveryView,
     DiskView,
     EmptyResponse,
-    FailureGroup,
-    FailuresView,
     HealthStatus,
     HealthView,
     OldestDue,
     PartHealth,
-    PlannedJob,
-    PlanResult,
     PlanView,
     PreviewView,
     ProcessStats,
-    RecoverStuckView,
-    Recovery,
     Response,
-    SkippedJob,
-    TakeBackView,
     WebhookView,
 )
 from jobd.model.storage import DiskSpace
 from jobd.storage.artifacts.downloads import Downloads
 from tests.conftest import tool_missing
+from tests.support.calls import ALERT, BACKUP, DELIVERY, PLAN, REPORT, WEBHOOK, result_of
 from tests.support.memory_storage import MemoryStorage
 
 TOKEN = "canary-token-0123456789abcdef"
 DISK = DiskView("/var/lib/jobd/jobd.db", 3 << 30, 8 << 30)
-REPORT = CleanupReport(1_700_000_000_000, 1, 2, 3, 4, 5, 6, [], True)
 
 
 class ReceivedCommand(Struct):
@@ -157,43 +147,6 @@ class FakeActor:
         self.undelivered_responses.append(response)
 
 
-WEBHOOK = WebhookView(
-    name="q",
-    url="https://e.test/hook",
-    events=["job.failed"],
-    queues=[],
-    state="closed",
-    failing_since=None,
-    next_try_at=None,
-    position=9,
-    lag=0,
-    waiting=1,
-    delivered=2,
-    failed=3,
-    dead_lettered=0,
-    last_success_at=1_700_000_000_000,
-    last_error="500",
-    last_error_at=1_700_000_000_000,
-)
-DELIVERY = DeliveryView(
-    id=7,
-    state="waiting",
-    type="job.failed",
-    subject="jobs/a",
-    event_id="evt_1",
-    seq=9,
-    at=1_700_000_000_000,
-    due_at=1_700_000_000_000,
-    tries=1,
-    ended_at=None,
-    status=500,
-    error="500",
-)
-
-
-BACKUP = BackupView("b1", "copying", 4096, 8192, 3, 1_700_000_000_000, None, None)
-
-
 class FakeBackup:
     """A backup of `pieces`. A piece that is an exception is raised in its turn."""
 
@@ -219,7 +172,7 @@ class Fakes:
 
     def __init__(self) -> None:
         self.status: HealthStatus = "healthy"
-        self.alerts = [AlertView("stuck_jobs", False, None, 0, 5, "look at the workers")]
+        self.alerts = [ALERT]
         self.oldest_due: OldestDue | None = None
         self.metrics_text = b"jobd_stalled_jobs 0\n"
         self.alive = True
@@ -253,25 +206,22 @@ class FakeMaintainer:
         self._fakes.forced.append(forced)
         return REPORT
 
-    def state(self) -> CleanupState:
-        return CleanupState(REPORT, True, 1234)
+    def state(self) -> Any:
+        return result_of(DaemonCalls.cleanup_state)
 
     async def reports(self, limit: int) -> list[CleanupReport]:
         return [REPORT][:limit]
 
     async def preview(self, scan_s: float = 1.0) -> PreviewView | ApiError:
-        recovered, past = [Recovery("a", "reset", "stalled")], self._fakes.past_jobs
-        view = PreviewView(recovered, 2, ["b"], [], [], False, 1_700_000_000_000, past)
-        return self._fakes.no_preview or view
+        return self._fakes.no_preview or replace(result_of(ManyJobCalls.preview), held_jobs=self._fakes.past_jobs)
 
-    async def recover_stuck(self, operator: Operator | None, reason: str | None) -> RecoverStuckView:
-        return RecoverStuckView(1, 1, 0, [Recovery("a", "reset", "stalled")], 1_700_000_000_000)
+    async def recover_stuck(self, operator: Operator | None, reason: str | None) -> Any:
+        return result_of(DaemonCalls.detect_and_recover_stuck_jobs)
 
-    async def take_back(self, command: TakeBack, operator: Operator | None) -> TakeBackView | ApiError:
+    async def take_back(self, command: TakeBack, operator: Operator | None) -> Any:
         if command.name == "unknown":
             return ApiError("worker_not_found", "No worker unknown is known.")
-        details = [Recovery("a", "reset", "No update. An operator took the job back.")]
-        return TakeBackView(command.name, 1, 1, 0, details, False, 1_700_000_000_000)
+        return replace(result_of(AdminQueueCalls.take_back), worker=command.name)
 
 
 class FakePlanner:
@@ -285,12 +235,11 @@ class FakePlanner:
     def find(self, plan_id: str) -> PlanView | ApiError:
         if plan_id != "p1":
             return ApiError("plan_not_found", "There is no such plan.")
-        job = PlannedJob("a", "failed", "queued")
-        return PlanView("p1", "retry", "r", None, None, 1, [job], [SkippedJob("b", None, "none")], 1, False, None, 1, 2)
+        return PLAN
 
-    async def apply(self, plan_id: str, operator: Operator) -> PlanResult:
+    async def apply(self, plan_id: str, operator: Operator) -> Any:
         self._fakes.operators.append(operator)
-        return PlanResult(plan_id, "retry", 1, [ChangedJob("b", "failed", None, "gone")], [], 3)
+        return result_of(ManyJobCalls.apply_plan)
 
 
 class FakeClock:
@@ -389,14 +338,13 @@ class FakeMonitoring:
 
 
 class FakeFailures:
-    def view(self, limit: int) -> FailuresView:
-        group = FailureGroup("0123456789ab", "no", None, 3, 1, 2, ["k"], ["q"], 1, 2, ["a"])
-        return FailuresView([group], 4, 7, 1, 5, False)
+    def view(self, limit: int) -> Any:
+        return result_of(ManyJobCalls.failures)
 
 
 class FakeScrubber:
-    async def scan(self, cursor: str | None) -> CheckedRows:
-        return CheckedRows("jobs", 3, [DamagedRow("job bad-2", "checksum")], None if cursor else "jobs:3")
+    async def scan(self, cursor: str | None) -> Any:
+        return replace(result_of(StoreCalls.check_rows), next_cursor=None if cursor else "jobs:3")
 
 
 def make_services(actor: Any, fakes: Fakes) -> Services:

@@ -19,14 +19,9 @@ from jobd.model.commands import (
     Claim,
     Complete,
     Create,
-    Extend,
-    ExtendLock,
-    Fail,
     Moment,
     Progress,
     Recover,
-    Release,
-    ReleaseLock,
     Start,
     TakeBack,
 )
@@ -35,6 +30,7 @@ from jobd.model.events import Change, Event, fold
 from jobd.model.job import LIVE, MAX_LATE_RESULTS, STATUSES, Grant, Job, LateResult, Policy, is_release_loop
 from jobd.model.responses import GrantView, Response
 from jobd.model.storage import LateResultRows, Payload
+from tests.support.calls import HOLDERS, aimed
 
 NOW: Final = 1_700_000_000_000
 SEED: Final = b"0123456789abcdef"
@@ -244,15 +240,7 @@ class RuleHarness:
 
 def holder_commands(lock_id: str) -> list[Any]:
     """Every command of a holder of job `a`, with this lock."""
-    return [
-        Progress(id="a", lock_id=lock_id, progress=1),
-        Extend(id="a", lock_id=lock_id),
-        Complete(id="a", lock_id=lock_id),
-        Fail(id="a", lock_id=lock_id, error_message="e"),
-        Release(id="a", lock_id=lock_id),
-        ExtendLock(id="a", lock_id=lock_id),
-        ReleaseLock(id="a", lock_id=lock_id),
-    ]
+    return [aimed(example.command, lock_id=lock_id) for example in HOLDERS]
 
 
 def snapshot(state: State) -> dict[str, Any]:

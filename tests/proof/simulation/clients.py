@@ -15,42 +15,26 @@ from msgspec.structs import replace
 from jobd.core.rules import worker as worker_rules
 from jobd.model import commands
 from jobd.model.commands import (
-    Adopt,
     AnyCommand,
-    Bulk,
-    Cancel,
     Claim,
     Complete,
     Create,
-    Delete,
     Extend,
-    ExtendLock,
     Fail,
-    ForceFail,
-    ForceReset,
     IdempotencyKey,
-    Pause,
     Progress,
     Release,
-    ReleaseLock,
-    Resume,
-    RetryJob,
-    RunNow,
     Start,
-    Transition,
-    Update,
+    TakeBack,
 )
 from jobd.model.errors import ApiError
 from jobd.model.job import SECOND_MS
 from jobd.model.responses import GrantView, Response
 from tests.proof.simulation.machine import Machine
 from tests.proof.simulation.requests import RequestGenerator
+from tests.support.calls import CALLS
 
-KEYED = (
-    Create, Bulk, Start, Claim, Cancel, ForceFail, ForceReset, Transition, ExtendLock, ReleaseLock, RunNow, Update,
-    Adopt, Delete, Pause, Resume, RetryJob,
-)  # fmt: skip
-WITH_DRY_RUN = (Transition, RunNow, Update, Adopt)
+KEYED = tuple({call.command for call in CALLS.values() if call.options.get("key")})
 IN_DOUBT = ("outcome_unknown", "shutting_down", "overloaded")
 OLD_LOCKS = 6
 
@@ -151,7 +135,10 @@ class SimOperator(SimClient):
         roll = self.dice.random()
         if roll < 0.7:
             command = self.requests.operation(self.machine.wall())
-            if isinstance(command, WITH_DRY_RUN) and self._careful is not None and self._careful.random() < 0.4:
+            may_be_dry = hasattr(command, "dry_run") and not isinstance(
+                command, TakeBack
+            )  # it is drawn with the command
+            if may_be_dry and self._careful is not None and self._careful.random() < 0.4:
                 await self.machine.call(self.name, replace(command, dry_run=True), by="admin", admin=True)
             await self.ask(command)
         elif roll < 0.85:

@@ -6,7 +6,7 @@ The disk is read only to name jobs and locks that exist.
 from __future__ import annotations
 
 from random import Random
-from typing import Any
+from typing import Any, Final
 
 from msgspec import Raw
 
@@ -64,6 +64,18 @@ from jobd.model.commands import (
 from jobd.model.job import EARLIEST_MS, STATUSES, YEAR_MS, Backoff, Job
 from tests.proof.simulation.disk import SimDisk
 from tests.proof.simulation.scenario import Scenario
+from tests.support.calls import COMMANDS, aimed
+
+# Commands of operators for which `operation` has no case: their examples are sent.
+OF_CASES: Final = (
+    Adopt, Cancel, Delete, ExtendLock, ForceFail, ForceReset, Import, Pause, ReleaseLock, Resume, RetryJob, RunNow,
+    TakeBack, Transition, Update,
+)  # fmt: skip
+OTHERS: Final = tuple(
+    example.command
+    for example in COMMANDS
+    if example.is_admin and example.command.admission != "read" and not isinstance(example.command, OF_CASES)
+)
 
 
 class RequestGenerator:
@@ -165,7 +177,7 @@ class RequestGenerator:
         job_id, dice = self.job_id(), self.dice
         job = self.disk.job(job_id)
         lock_id = job.grant.lock_id if job is not None and job.grant is not None else "none"
-        match dice.randrange(16):
+        match dice.randrange(16 + len(OTHERS)):
             case 0:
                 return ForceFail(id=job_id, reason=self.maybe(0.5, "by hand"))
             case 1:
@@ -198,8 +210,10 @@ class RequestGenerator:
                 return TakeBack(name=f"w-{self.dice.randrange(4)}", dry_run=self.chance(0.2))
             case 13 | 14:
                 return self.adoption(job_id) if self.chance(0.7) else self.planned(job_id)
-            case _:
+            case 15:
                 return self.import_job(now)
+            case number:
+                return aimed(OTHERS[number - 16], id=job_id, lock_id=lock_id, name=self.queue())  # type: ignore[no-any-return]
 
     def planned(self, job_id: str) -> ApplyPlan:
         """Return a slice of a plan, of which some jobs have changed since."""

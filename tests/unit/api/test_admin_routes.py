@@ -1,4 +1,4 @@
-"""The routes of the admin API, each with an example, over a real socket."""
+"""The routes of the admin API whose handlers do more than send one command. test_calls.py has an example of each."""
 
 from __future__ import annotations
 
@@ -18,38 +18,12 @@ from jobd.api.admin_routes import ROUTES
 from jobd.core.views import job_view
 from jobd.http.auth import Authenticator
 from jobd.model.commands import (
-    Adopt,
-    AuditLog,
-    Cancel,
-    Command,
-    Delete,
-    Export,
-    ExtendLock,
-    ForceFail,
-    ForceReset,
-    Get,
-    LateResults,
-    Locks,
     MakePlan,
     Operator,
-    Pause,
     PlanFilter,
-    Queues,
     RecordAction,
-    ReleaseLock,
-    Resume,
-    RetryJob,
-    RunNow,
-    SearchJobs,
     Stats,
     Tick,
-    Timeline,
-    Transition,
-    Update,
-    Updates,
-    Validate,
-    Why,
-    Workers,
 )
 from jobd.model.errors import ApiError
 from jobd.model.job import Policy
@@ -61,107 +35,17 @@ from jobd.model.responses import (
     DeliveryView,
     NodeView,
     Response,
-    StatsView,
     ValidateJobView,
     Validation,
 )
 from jobd.model.storage import FormatNotRead
-from tests.support.http_harness import BACKUP, DELIVERY, TOKEN, WEBHOOK, FakeWebhooks, HttpHarness, request_bytes
+from tests.support.calls import DELIVERY, STATS
+from tests.support.http_harness import TOKEN, FakeWebhooks, HttpHarness, request_bytes
 from tests.unit.core.test_views import AT, JOB
 
 P = "/admin/job-management"
 STANDBY = NodeView("b", "http://b", "standby", 0, 1, 0, 2, False)
 AUTH = {"Authorization": f"Bearer {TOKEN}"}
-REPORT = {
-    "timestamp": 1_700_000_000_000,
-    "stuckJobsRecovered": 1,
-    "expiredJobsDeleted": 2,
-    "expiredLocksCleared": 3,
-    "validationIssuesFixed": 4,
-    "validationIssuesFound": 5,
-    "totalProcessingTime": 6,
-    "errors": [],
-    "forced": True,
-}
-STATS = StatsView(3, {"queued": 3}, 0, 0, 0.0, None, 0, 1_700_000_000_000)
-
-# Calls that are one command for the actor: call, example of a body (or query), command, whether a key is accepted.
-COMMANDS: list[tuple[str, str, str, Command, bool]] = [
-    ("GET", f"{P}/validate-job", "jobId=j", Validate(id="j"), False),
-    ("POST", f"{P}/force-fail", '{"jobId":"j","reason":"r"}', ForceFail(id="j", reason="r"), True),
-    ("POST", f"{P}/force-reset", '{"jobId":"j"}', ForceReset(id="j"), True),
-    ("POST", f"{P}/retry", '{"jobId":"j"}', RetryJob(id="j"), True),
-    ("POST", f"{P}/transition", '{"jobId":"j","from":"failed","to":"queued","updates":{"priority":1},"reason":"r"}',
-     Transition(id="j", from_="failed", to="queued", updates=Updates(priority=1), reason="r"), True),
-    ("POST", f"{P}/extend-lock", '{"jobId":"j","lockId":"x","additionalTime":60000}',
-     ExtendLock(id="j", lock_id="x", additional_ms=60000), True),
-    ("POST", f"{P}/release-lock", '{"jobId":"j","lockId":"x"}', ReleaseLock(id="j", lock_id="x"), True),
-    ("GET", f"{P}/export", "status=failed&queue=q&kind=k&limit=5&cursor=7",
-     Export(status="failed", queue="q", kind="k", limit=5, cursor="7"), False),
-    ("GET", f"{P}/jobs", "status=queued&worker=w&limit=5", SearchJobs(status="queued", worker="w", limit=5), False),
-    ("GET", f"{P}/jobs", "since=1&until=2&q=a%20b", SearchJobs(since=1, until=2, q="a b"), False),
-    ("GET", f"{P}/jobs", "finished_since=1&finished_until=2", SearchJobs(finished_since=1, finished_until=2), False),
-    ("GET", f"{P}/jobs", "error=0123456789ab", SearchJobs(error="0123456789ab"), False),
-    ("GET", f"{P}/jobs/{{id}}", "", Get(id="j"), False),
-    ("DELETE", f"{P}/jobs/{{id}}", "", Delete(id="j"), True),
-    ("GET", f"{P}/jobs/{{id}}/timeline", "", Timeline(id="j"), False),
-    ("GET", f"{P}/jobs/{{id}}/why", "", Why(id="j"), False),
-    ("GET", f"{P}/jobs/{{id}}/late-results", "", LateResults(id="j"), False),
-    ("POST", f"{P}/jobs/{{id}}/adopt", "", Adopt(id="j"), True),
-    ("POST", f"{P}/jobs/{{id}}/adopt", '{"result":7,"reason":"r"}', Adopt(id="j", result=7, reason="r"), True),
-    ("POST", f"{P}/jobs/{{id}}/cancel", "", Cancel(id="j"), True),
-    ("POST", f"{P}/jobs/{{id}}/run-now", "", RunNow(id="j"), True),
-    ("POST", f"{P}/jobs/{{id}}/update", '{"priority":-5,"max_attempts":3}',
-     Update(id="j", priority=-5, max_attempts=3), True),
-    ("POST", f"{P}/queues/{{name}}/pause", "", Pause(name="q"), True),
-    ("POST", f"{P}/queues/{{name}}/resume", "{}", Resume(name="q"), True),
-    ("GET", f"{P}/locks", "", Locks(), False),
-    ("GET", f"{P}/audit", "who=eve&what=cancel&job_id=j&since=5&limit=5&cursor=7",
-     AuditLog(who="eve", what="cancel", job_id="j", since=5, limit=5, cursor="7"), False),
-    ("GET", f"{P}/locks", "limit=5&cursor=7", Locks(limit=5, cursor="7"), False),
-    ("GET", f"{P}/queues", "", Queues(), False),
-    ("GET", f"{P}/queues", "limit=5&busiest=true", Queues(limit=5, busiest=True), False),
-    ("GET", f"{P}/workers", "", Workers(), False),
-    ("GET", f"{P}/workers", "state=silent&limit=5", Workers(state="silent", limit=5), False),
-]  # fmt: skip
-
-plain_view = msgspec.to_builtins
-
-# Calls that a service answers: call, data.
-TRUSTED = "The wall clock agrees with the last stored time."
-SERVICE_CALLS: list[tuple[str, str, Any]] = [
-    ("POST", f"{P}/cleanup", REPORT),
-    ("GET", f"{P}/cleanup", {"lastReport": REPORT, "cleanupRunning": True, "timeSinceLastCleanup": 1234,
-      "failedSinceLastSuccess": 0, "lastFailure": None}),
-    ("POST", f"{P}/recover-stuck",
-     {"recoveredJobs": 1, "resetJobs": 1, "failedJobs": 0, "timestamp": 1_700_000_000_000,
-      "details": [{"jobId": "a", "action": "reset", "reason": "stalled"}]}),
-    ("POST", f"{P}/workers/{{name}}/take-back",
-     {"worker": "q", "recoveredJobs": 1, "resetJobs": 1, "failedJobs": 0, "more": False,
-      "timestamp": 1_700_000_000_000,
-      "details": [{"jobId": "a", "action": "reset", "reason": "No update. An operator took the job back."}]}),
-    ("GET", f"{P}/reports", {"reports": [REPORT]}),
-    ("GET", f"{P}/alerts", {"alerts": [{"name": "stuck_jobs", "firing": False, "since": None, "value": 0.0,
-                                        "threshold": 5.0, "hint": "look at the workers", "severity": "warning"}]}),
-    ("GET", f"{P}/webhooks", {"webhooks": [plain_view(WEBHOOK)]}),
-    ("GET", f"{P}/webhooks/{{name}}/deliveries", {"deliveries": [plain_view(DELIVERY)], "next_cursor": "7"}),
-    ("POST", f"{P}/webhooks/{{name}}/test", plain_view(DELIVERY)),
-    ("GET", f"{P}/clock", {"now": 1_700_000_000_000, "suspect": True, "message": "30 days ahead"}),
-    ("POST", f"{P}/clock/accept", {"now": 1_700_000_000_000, "suspect": False, "message": TRUSTED}),
-    ("GET", f"{P}/failures",
-     {"groups": [{"fingerprint": "0123456789ab", "message": "no", "error_code": None, "count": 3, "older_than_day": 1,
-                  "retrying": 2, "kinds": ["k"], "queues": ["q"], "first_at": 1, "last_at": 2, "job_ids": ["a"]}],
-      "total": 4, "retrying": 7, "other": 1, "other_retrying": 5, "whole": False}),
-    ("GET", f"{P}/preview",
-     {"recover": [{"jobId": "a", "action": "reset", "reason": "stalled"}], "expiredLocks": 2, "expiredJobs": ["b"],
-      "deletedJobs": [], "mendedJobs": [], "heldJobs": ["old-1", "old-2"], "moreHeld": False, "moreMended": False,
-      "more": False, "timestamp": 1_700_000_000_000}),
-    ("GET", f"{P}/check-rows",
-     {"table": "jobs", "checked": 3, "damaged": [{"where": "job bad-2", "what": "checksum"}],
-      "next_cursor": "jobs:3"}),
-    ("GET", f"{P}/backups", {"backups": [plain_view(BACKUP)]}),
-    ("GET", f"{P}/quarantine", {"jobs": [{"id": "bad-1", "reason": "checksum"}]}),
-]  # fmt: skip
 
 
 @pytest.fixture
@@ -170,40 +54,6 @@ async def harness(tmp_path: Path) -> AsyncIterator[HttpHarness]:
         ROUTES, tmp_path, authenticator=Authenticator("admin", tokens=[TOKEN]), admin=True
     ) as opened:
         yield opened
-
-
-def plain(command: Any) -> Any:
-    return msgspec.json.decode(msgspec.json.encode(command))
-
-
-@pytest.mark.parametrize(("method", "path", "body", "command", "keyed"), COMMANDS)
-async def test_a_call_is_its_command(
-    harness: HttpHarness, method: str, path: str, body: str, command: Command, keyed: bool
-) -> None:
-    target = path.replace("{id}", "j").replace("{name}", "q").replace("{plan_id}", "p1")
-    headers = {**AUTH, "Idempotency-Key": "k"}
-    if method == "GET":
-        response = await harness.request("GET", f"{target}?{body}" if body else target, headers=headers)
-    else:
-        response = await harness.request(method, target, body or None, headers)
-    assert response.status == 200, response.json
-    envelope, *noted = harness.actor.received
-    assert [each.command for each in noted] == ([RecordAction(what="export")] if isinstance(command, Export) else [])
-    assert type(envelope.command) is type(command)
-    assert plain(envelope.command) == plain(command)
-    assert (envelope.by, envelope.admin) == ("admin", True)
-    assert (envelope.key is not None) == keyed
-
-
-@pytest.mark.parametrize(("method", "path", "data"), SERVICE_CALLS)
-async def test_a_call_of_a_service_returns_its_view(harness: HttpHarness, method: str, path: str, data: Any) -> None:
-    path = path.replace("{name}", "q")
-    assert (await harness.request(method, path, headers=AUTH)).data == data
-    if method == "POST":
-        assert (await harness.request(method, path, "{}", AUTH)).data == data
-        assert (await harness.request(method, path, '{"x":1}', AUTH)).status == 400
-    # Only audit entries.
-    assert all(isinstance(envelope.command, RecordAction | Tick) for envelope in harness.actor.received)
 
 
 @pytest.mark.parametrize(
@@ -423,57 +273,7 @@ async def test_a_requested_cleanup_is_forced(harness: HttpHarness) -> None:
     assert harness.fakes.forced == [True]
 
 
-def test_every_call_has_an_example_and_no_route_is_missing() -> None:
-    others = {("GET", f"{P}/stats"), ("GET", f"{P}/health"), ("POST", f"{P}/import"), ("GET", f"{P}/backup")}
-    others.add(("POST", f"{P}/import/preview"))  # test_import_preview.py
-    others |= {("GET", "/v1/cluster"), ("POST", f"{P}/cluster/step-down")}
-    others |= {("GET", "/metrics"), ("GET", "/healthz"), ("GET", "/readyz"), ("GET", "/openapi.json")}
-    others |= {("GET", f"{P}/events"), ("GET", f"{P}/jobs/{{id}}/artifact")}  # test_event_stream.py, test_downloads.py
-    plans = [("POST", "plans"), ("GET", "plans/{plan_id}"), ("POST", "plans/{plan_id}/apply")]
-    others |= {(method, f"{P}/{path}") for method, path in plans}
-    others |= {("POST", f"{P}/webhooks/{{name}}/{verb}") for verb in ("resend", "resend-dead-lettered")}
-    examples = {call[:2] for call in COMMANDS} | {call[:2] for call in SERVICE_CALLS} | others
-    different = {(route.method, route.path) for route in ROUTES} ^ examples
-    assert not different, f"{different}: a route needs an example in COMMANDS or SERVICE_CALLS, and an example a route"
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("route", ROUTES, ids=lambda route: f"{route.method} {route.path}")
-async def test_every_call_except_the_public_ones_needs_the_token(harness: HttpHarness, route: Any) -> None:
-    response = await harness.request(
-        route.method, route.path.replace("{id}", "j").replace("{name}", "q").replace("{plan_id}", "p1")
-    )
-    assert response.status == (200 if route.auth == "anyone" else 401)
-    assert harness.actor.received == []
-
-
-@pytest.mark.parametrize("route", ROUTES, ids=lambda route: f"{route.method} {route.path}")
-def test_the_types_of_a_route_can_be_described(route: Any) -> None:
-    assert len(msgspec.inspect.multi_type_info([route.request, route.response])) == 2
-    assert route.auth == ("anyone" if route.path in {"/healthz", "/readyz", "/openapi.json"} else "admin")
-
-
 READER = {"Authorization": "Bearer reader-token-0123456789abcdef"}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("route", ROUTES, ids=lambda route: f"{route.method} {route.path}")
-async def test_a_read_only_token_may_read_everything_without_secrets(harness: HttpHarness, route: Any) -> None:
-    harness.app.authenticator.replace_tokens([TOKEN], [READER["Authorization"].split()[1]])
-    harness.actor.respond = lambda command: ApiError("job_not_found", "It is asked, which is enough here.")
-    query = {"validate-job": "?jobId=j", "events": "?follow=false"}.get(route.path.rpartition("/")[2], "")
-    target = route.path.replace("{id}", "j").replace("{name}", "q").replace("{plan_id}", "p1") + query
-    response = await harness.request(route.method, target, headers=READER)
-    if route.method != "GET" or route.path.endswith("backup"):
-        assert (response.status, response.error) == (403, "forbidden")
-        assert "admin token" in response.json["message"]
-        assert harness.actor.received == []
-    else:
-        assert response.status in (200, 404)
-        if not route.path.endswith("validate-job"):
-            assert not any(envelope.admin for envelope in harness.actor.received), (
-                "no command of his may show a lock id"
-            )
 
 
 async def test_a_read_only_token_sees_a_validated_job_without_its_lock_id(harness: HttpHarness) -> None:
@@ -531,7 +331,7 @@ async def test_a_query_out_of_its_bounds_is_named(harness: HttpHarness, target: 
 
 async def test_a_delivery_is_sent_again_by_its_number(harness: HttpHarness) -> None:
     repeated = await harness.request("POST", f"{P}/webhooks/q/resend", '{"id":7}', AUTH)
-    assert repeated.data == plain_view(DELIVERY)
+    assert repeated.data == msgspec.to_builtins(DELIVERY)
     assert (await harness.request("POST", f"{P}/webhooks/q/resend", '{"id":8}', AUTH)).status == 404
     for body in ('{"id":0}', "{}", '{"id":"7"}'):
         assert (await harness.request("POST", f"{P}/webhooks/q/resend", body, AUTH)).status == 400
@@ -571,10 +371,6 @@ async def test_deliveries_are_filtered_by_state_and_paged(harness: HttpHarness) 
     assert (await harness.request("POST", f"{P}/webhooks/none/test", headers=AUTH)).status == 404
     for query in ("state=lost", "limit=0", "limit=201", "cursor=x"):
         assert (await harness.request("GET", f"{P}/webhooks/q/deliveries?{query}", headers=AUTH)).status == 400
-
-
-async def test_the_number_of_reports_can_be_limited(harness: HttpHarness) -> None:
-    assert len((await harness.request("GET", f"{P}/reports?limit=500", headers=AUTH)).data["reports"]) == 1
 
 
 @pytest.mark.parametrize("name", ["a b", "a%2Fb", "%0a"])

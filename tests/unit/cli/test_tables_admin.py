@@ -11,7 +11,7 @@ from msgspec.structs import replace
 
 from jobd.cli import tables_admin
 from jobd.model.responses import AuditView
-from tests.support.http_harness import WEBHOOK
+from tests.support.calls import WEBHOOK
 
 NOW = 1_772_366_400_000
 

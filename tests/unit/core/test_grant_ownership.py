@@ -11,27 +11,23 @@ from msgspec.structs import replace
 
 from jobd.core.rules import worker as worker_rules
 from jobd.model.commands import (
-    AnyCommand,
     Cancel,
     Complete,
     Create,
     Delete,
     EndGrants,
     Extend,
-    ExtendLock,
     Fail,
     ForceFail,
     ForceReset,
     Pause,
     Progress,
     Release,
-    ReleaseLock,
     Resume,
     RunNow,
     Start,
     Transition,
     Undelivered,
-    Update,
 )
 from jobd.model.errors import ApiError
 from jobd.model.job import (
@@ -39,6 +35,7 @@ from jobd.model.job import (
     STATUSES,
     TOKEN_COUNTER_BITS,
 )
+from tests.support.calls import COMMANDS, JOB_COMMANDS, EventOf, Example, aimed
 from tests.support.rule_harness import NOW, RuleHarness, holder_commands
 
 TTL = 15 * MINUTE_MS
@@ -46,66 +43,20 @@ TTL = 15 * MINUTE_MS
 
 # -- what the journal says --------------------------------------------------------------------------------------------
 
-LOCKED_UNTIL = {"lock_expires_at": NOW + TTL}
-UNSENT = "The connection closed before the grant was sent."
 
-# Each call on a job that worker w-1 holds in its first of two attempts: the caller, and the journal entry.
-WRITTEN: list[tuple[Any, str, tuple[Any, ...]]] = [
-    (
-        Progress(id="a", lock_id="L", progress=1),
-        "client",
-        ("progress", "processing", "worker:w-1", None, {"progress": 1}),
-    ),
-    (Extend(id="a", lock_id="L"), "client", ("extended", "processing", "worker:w-1", None, LOCKED_UNTIL)),
-    (ExtendLock(id="a", lock_id="L"), "admin", ("extended", "processing", "admin", None, LOCKED_UNTIL)),
-    (Complete(id="a", lock_id="L"), "client", ("completed", "completed", "worker:w-1", None, None)),
-    (
-        Fail(id="a", lock_id="L", error_message="e", retry_after_ms=5),
-        "client",
-        ("retried", "queued", "worker:w-1", "e", {"attempt": 1, "run_at": NOW + 5}),
-    ),
-    (
-        Fail(id="a", lock_id="L", error_message="e", retry=False),
-        "client",
-        ("failed", "failed", "worker:w-1", "e", None),
-    ),
-    (Release(id="a", lock_id="L"), "client", ("released", "queued", "worker:w-1", None, None)),
-    (ReleaseLock(id="a", lock_id="L"), "admin", ("released", "queued", "admin", None, None)),
-    (Undelivered(id="a", lock_id="L"), "daemon", ("undelivered", "queued", "daemon", UNSENT, None)),
-    (Cancel(id="a", reason="r"), "client", ("cancelled", "cancelled", "client", "r", None)),
-    (ForceFail(id="a", reason="r"), "admin", ("force_failed", "failed", "admin", "r", None)),
-    (ForceReset(id="a", reason="r"), "admin", ("force_reset", "queued", "admin", "r", None)),
-    (
-        Transition(id="a", from_="processing", to="queued", reason="r"),
-        "admin",
-        ("transitioned", "queued", "admin", "r", None),
-    ),
-    (
-        Transition(id="a", from_="processing", to="failed", reason="r"),
-        "admin",
-        ("transitioned", "failed", "admin", "r", None),
-    ),
-    (
-        Transition(id="a", from_="processing", to="completed", reason="r"),
-        "admin",
-        ("transitioned", "completed", "admin", "r", None),
-    ),
-    (
-        Update(id="a", priority=3, run_at=9),
-        "admin",
-        ("updated", "processing", "admin", None, {"priority": 3, "run_at": 9}),
-    ),
-]
-
-
-@pytest.mark.parametrize(("command", "by", "written"), WRITTEN, ids=lambda part: type(part).__name__)
-def test_events_have_author_reason_and_details(rules: RuleHarness, command: Any, by: str, written: Any) -> None:
-    lock_id = rules.held(max_attempts=2)
-    if hasattr(command, "lock_id"):
-        command = replace(command, lock_id=lock_id)
-    event = rules.decide(command, admin=by == "admin", by=by).changes[-1].event
-    assert (event.type, event.after, event.by, event.reason, event.details) == written
-    assert (event.at, event.job_seq, event.job_id, event.queue, event.before) == (NOW, 1, "a", "default", "processing")
+@pytest.mark.parametrize("example", COMMANDS, ids=lambda example: type(example.command).__name__)
+def test_a_call_leads_to_its_event_or_error(rules: RuleHarness, example: Example) -> None:
+    command = aimed(example.command, lock_id=rules.held(max_attempts=2))
+    decision = rules.decide(command, admin=example.is_admin, by="admin" if example.is_admin else "client")
+    if not isinstance(example.leads_to, EventOf):
+        assert (decision.answer.code if isinstance(decision.answer, ApiError) else None) == example.leads_to
+        assert decision.changes == []
+        return
+    event = decision.changes[-1].event
+    assert (event.type, event.after, event.details) == example.leads_to
+    assert (event.by, event.reason, event.at) == (example.by, example.reason, NOW)
+    if event.job_id == "a":
+        assert (event.job_seq, event.queue, event.before) == (1, "default", "processing")
 
 
 def test_the_events_of_creation_wait_and_deletion(rules: RuleHarness) -> None:
@@ -260,17 +211,13 @@ def test_the_next_ended_grant_replaces_the_previous_one(rules: RuleHarness) -> N
 
 def test_completed_is_final(rules: RuleHarness) -> None:
     rules.completed()
-    rejected: list[AnyCommand] = [
-        ForceFail(id="a"),
-        ForceReset(id="a"),
-        Cancel(id="a"),
-        Update(id="a", priority=1),
-        RunNow(id="a"),
-        Start(id="a", worker="w"),
-        *(Transition(id="a", from_="completed", to=to) for to in STATUSES),
+    changes = [
+        each.command
+        for each in JOB_COMMANDS
+        if each.command.admission != "read" and not isinstance(each.command, Delete)
     ]
-    for command in rejected:
-        rules.reject(command, "invalid_transition")
+    for command in [*changes, *(Transition(id="a", from_="completed", to=to) for to in STATUSES)]:
+        rules.reject(command, "lock_lost" if hasattr(command, "lock_id") else "invalid_transition")
 
 
 @pytest.mark.parametrize("missing", [{"deadlines": None}, {"grant": None}, {"grant": None, "deadlines": None}])
@@ -317,7 +264,9 @@ def test_an_undelivered_grant_requeues_the_job(rules: RuleHarness) -> None:
     lock_id = rules.held()
     view = rules.accept(Undelivered(id="a", lock_id=lock_id), by="daemon")
     assert (view.status, view.attempt, view.run_at) == ("queued", 0, NOW)
-    assert rules.last().type == "undelivered"
+    event = rules.last()
+    assert (event.type, event.by) == ("undelivered", "daemon")
+    assert event.reason == "The connection closed before the grant was sent."
     details = rules.reject(Undelivered(id="a", lock_id=lock_id), "lock_lost").details
     assert (details["reason"], details["at"]) == ("undelivered", NOW)
     assert rules.reject(Complete(id="a", lock_id=lock_id), "lock_lost").details["rule"] == "undelivered"

@@ -5,6 +5,7 @@ The harness compares rows with folded events, every order and counter with a rec
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Final
 
 import pytest
@@ -17,11 +18,9 @@ from jobd.core import decide, transitions
 from jobd.core.row_checks import counts, validate
 from jobd.core.transaction import Transaction
 from jobd.model.commands import (
-    Adopt,
     AnyCommand,
     Bulk,
     Call,
-    Cancel,
     Claim,
     Complete,
     Create,
@@ -29,42 +28,27 @@ from jobd.model.commands import (
     DeleteExpired,
     EndGrants,
     Expire,
-    Export,
     Extend,
     ExtendAfterPause,
     ExtendLock,
     Fail,
-    ForceFail,
-    ForceReset,
-    Get,
     GetVersion,
     Import,
     KeepDue,
-    LateResults,
-    ListJobs,
-    Locks,
-    Pause,
     Ping,
     Progress,
-    Queues,
     Recover,
     Release,
     ReleaseLock,
     RepairJobs,
     Report,
-    Resume,
-    RunNow,
     Start,
-    Stats,
+    TakeBack,
     Tick,
-    Timeline,
-    Transition,
     Undelivered,
     Update,
     Updates,
-    Validate,
     Why,
-    Workers,
 )
 from jobd.model.errors import ApiError
 from jobd.model.job import (
@@ -83,6 +67,7 @@ from jobd.model.job import (
 )
 from jobd.model.responses import Response
 from tests.proof.simulation.invariants import NOTES
+from tests.support.calls import COMMANDS
 from tests.support.rule_harness import NOW, SEED, Decision, RuleHarness, due_order
 
 # Short times, so that a few steps cross every boundary.
@@ -104,111 +89,96 @@ workers = st.sampled_from(["w-1", "w-2"])
 waits = st.integers(0, 2_500)
 maybe_wait = st.none() | waits
 maybe_time = st.none() | st.integers(NOW - 3_000, NOW + 9_000)
-priorities = st.integers(-1, 1)
+rarely = st.sampled_from([None] * 6 + [NOW + 2_000, NOW + 9_000])
 percents = st.sampled_from([0, 0.5, 50, 100])
-# Of the job's grants: the current one, the last that ended, or none that ever was.
-locks = st.sampled_from(["current"] * 6 + ["ended", "never"])
 maybe_text = st.none() | st.just("words")
 some_ids = st.lists(ids, max_size=3)
 slices = st.integers(1, 3)
 
-creates = st.builds(
-    Create,
-    id=st.none() | ids,
-    queue=queues,
-    kind=kinds,
-    priority=priorities,
-    max_attempts=st.integers(1, 2),
-    backoff=st.builds(Backoff, kind=st.sampled_from(["exponential", "fixed"]), base_ms=waits, jitter=st.booleans()),
-    on_stall=st.sampled_from([None, "auto", "requeue", "fail"]),
-    max_stalls=st.sampled_from([None, 0]),
-    stall_after_ms=maybe_wait,
-    progress_timeout_ms=maybe_wait,
-    run_at=st.sampled_from([None] * 6 + [NOW - 1_000, NOW + 2_000]),
-    delay_ms=st.sampled_from([None] * 6 + [0, 1_500]),
-    expires_at=st.sampled_from([None] * 6 + [NOW + 2_000, NOW + 9_000]),
-)
-updates = st.builds(
-    Updates,
-    error_message=maybe_text,
-    priority=st.none() | priorities,
-    run_at=maybe_time,
-    max_attempts=st.none() | st.integers(1, 3),
-    storage_key=st.none() | st.just("k/1"),
-    metadata=st.none() | st.just(Raw(b"null")) | st.just(Raw(b"[1]")),
-)
-imports = st.builds(
-    Import,
-    id=ids,
-    queue=queues,
-    kind=kinds,
-    status=st.sampled_from(STATUSES),
-    progress=st.none() | percents,
-    attempt=st.integers(0, 2),
-    stalls=st.integers(0, 2),
-    created_at=maybe_time,
-    updated_at=maybe_time,
-    run_at=maybe_time,
-    started_at=maybe_time,
-    finished_at=maybe_time,
-    expires_at=maybe_time,
-    worker=st.none() | workers,
-    error_message=maybe_text,
-)
-holders = st.one_of(
-    st.builds(Progress, id=ids, lock_id=locks, progress=percents, message=maybe_text),
-    st.builds(Extend, id=ids, lock_id=locks, additional_ms=st.none() | st.integers(1, 5_000)),
-    st.builds(
-        Complete,
-        id=ids,
-        lock_id=locks,
-        storage_key=st.sampled_from([None, "k", "k", "k", "/k"]),
-        expires_at=st.sampled_from([None] * 4 + [NOW + 2_000]),
-    ),
-    st.builds(Fail, id=ids, lock_id=locks, error_message=st.just("e"), retry=st.booleans(), retry_after_ms=maybe_wait),
-    st.builds(Release, id=ids, lock_id=locks, delay_ms=maybe_wait),
-    st.builds(ExtendLock, id=ids, lock_id=locks, additional_ms=st.none() | st.integers(1, 5_000)),
-    st.builds(ReleaseLock, id=ids, lock_id=locks),
-    st.builds(Undelivered, id=ids, lock_id=locks),
-)
-grants = st.one_of(
-    st.builds(Start, id=ids, worker=workers, lock_ttl_ms=st.none() | st.integers(1, 2_000), stall_after_ms=maybe_wait),
-    st.builds(
-        Claim,
-        worker=workers,
-        queues=st.lists(queues, min_size=1, max_size=3),
-        kinds=st.none() | st.lists(kinds, min_size=1, max_size=2),
-        limit=st.integers(1, 3),
-        stall_after_ms=maybe_wait,
-    ),
-)
-dry_runs = st.sampled_from([False, False, False, True])
-operators = st.one_of(
-    st.builds(ForceFail, id=ids, reason=maybe_text),
-    st.builds(ForceReset, id=ids),
-    st.builds(
-        Transition,
-        id=ids,
-        from_=st.sampled_from(STATUSES),
-        to=st.sampled_from(STATUSES),
-        updates=updates,
-        dry_run=dry_runs,
-    ),
-    st.builds(RunNow, id=ids, dry_run=dry_runs),
-    st.builds(
-        Update,
-        id=ids,
-        priority=st.none() | priorities,
+# What the fields of the examples are drawn from. The other fields keep their values.
+FIELDS: Final[dict[str, st.SearchStrategy[Any]]] = {
+    "id": ids,
+    "queue": queues,
+    "queues": st.lists(queues, min_size=1, max_size=3),
+    "kind": kinds,
+    "kinds": st.none() | st.lists(kinds, min_size=1, max_size=2),
+    "worker": workers,
+    "name": queues,
+    # Of the job's grants: the current one, the last that ended, or none that ever was.
+    "lock_id": st.sampled_from(["current"] * 6 + ["ended", "never"]),
+    "status": st.sampled_from(STATUSES),
+    "from_": st.sampled_from(STATUSES),
+    "to": st.sampled_from(STATUSES),
+    "priority": st.integers(-1, 1),
+    "progress": percents,
+    "attempt": st.integers(0, 2),
+    "stalls": st.integers(0, 2),
+    "max_attempts": st.integers(1, 2),
+    "max_stalls": st.sampled_from([None, 0]),
+    "on_stall": st.sampled_from([None, "auto", "requeue", "fail"]),
+    "backoff": st.builds(Backoff, kind=st.sampled_from(["exponential", "fixed"]), base_ms=waits, jitter=st.booleans()),
+    "stall_after_ms": maybe_wait,
+    "progress_timeout_ms": maybe_wait,
+    "retry_after_ms": maybe_wait,
+    "delay_ms": st.sampled_from([None] * 6 + [0, 1_500]),
+    "lock_ttl_ms": st.none() | st.integers(1, 2_000),
+    "additional_ms": st.none() | st.integers(1, 5_000),
+    "run_at": st.sampled_from([None] * 6 + [NOW - 1_000, NOW + 2_000]),
+    "expires_at": rarely,
+    **dict.fromkeys(("created_at", "updated_at", "started_at", "finished_at"), maybe_time),
+    "message": maybe_text,
+    "reason": maybe_text,
+    "storage_key": st.sampled_from([None, "k", "k", "k", "/k"]),
+    "result": st.sampled_from([None, None, None, 1]),
+    "limit": slices,
+    "dry_run": st.sampled_from([False, False, False, True]),
+    "updates": st.builds(
+        Updates,
+        error_message=maybe_text,
+        priority=st.none() | st.integers(-1, 1),
         run_at=maybe_time,
         max_attempts=st.none() | st.integers(1, 3),
-        dry_run=dry_runs,
+        storage_key=st.none() | st.just("k/1"),
+        metadata=st.none() | st.just(Raw(b"null")) | st.just(Raw(b"[1]")),
     ),
-    st.builds(Adopt, id=ids, result=st.sampled_from([None, None, None, 1]), dry_run=dry_runs),
-    st.builds(Delete, id=ids),
-    st.builds(Pause, name=queues),
-    st.builds(Resume, name=queues),
-    st.builds(Cancel, id=ids, reason=maybe_text),
-    imports,
+}
+# Fields whose values depend on the command.
+OF_COMMANDS: Final[dict[type, dict[str, st.SearchStrategy[Any]]]] = {
+    Create: {"id": st.none() | ids},
+    Update: {"priority": st.none() | st.integers(-1, 1), "run_at": maybe_time, "max_attempts": st.none() | slices},
+    Import: {"progress": st.none() | percents, "run_at": maybe_time, "expires_at": maybe_time},
+    TakeBack: {"name": workers},
+}
+
+
+def varied(command: AnyCommand) -> st.SearchStrategy[Any]:
+    """Return a strategy of commands like an example."""
+    kind = type(command)
+    drawn = {name: FIELDS[name] for name in kind.__struct_fields__ if name in FIELDS}
+    return st.fixed_dictionaries(drawn | OF_COMMANDS.get(kind, {})).map(lambda values: replace(command, **values))
+
+
+def varied_examples(select: Callable[[Any], bool]) -> st.SearchStrategy[Any]:
+    """Return a strategy of commands like the examples that `select` accepts."""
+    chosen = {type(example.command): varied(example.command) for example in COMMANDS if select(example.command)}
+    return st.one_of([*chosen.values()])
+
+
+creates = varied(Create())
+grants = varied_examples(lambda command: command.admission == "grant")
+holders = st.one_of(
+    varied_examples(lambda command: hasattr(command, "lock_id")),
+    st.builds(Undelivered, id=ids, lock_id=FIELDS["lock_id"]),
+)
+reads = st.one_of(
+    varied_examples(lambda command: command.admission == "read"), st.builds(GetVersion, id=ids), st.just(Ping())
+)
+operators = varied_examples(
+    lambda command: (
+        command.admission not in ("read", "grant")
+        and not hasattr(command, "lock_id")
+        and not isinstance(command, Create | Bulk)
+    )
 )
 of_time = st.one_of(
     st.builds(Recover, limit=slices),
@@ -220,15 +190,6 @@ of_time = st.one_of(
     st.builds(EndGrants, ids=some_ids, last=st.booleans()),
     st.just(Tick()),
     st.just(Report(body=b"{}")),
-)
-reads = st.one_of(
-    st.builds(Get, id=ids),
-    st.builds(Timeline, id=ids),
-    st.builds(GetVersion, id=ids),
-    st.builds(LateResults, id=ids),
-    st.builds(Why, id=ids),
-    st.builds(Validate, id=ids),
-    st.sampled_from([ListJobs(), Queues(), Workers(), Stats(), Locks(), Export(), Ping()]),
 )
 
 

@@ -9,8 +9,8 @@ from msgspec.structs import replace
 
 from jobd.model.responses import DeliveryPage
 from jobd.model.webhooks import MAX_BACKLOG
+from tests.support.calls import DELIVERY, WEBHOOK
 from tests.support.dashboard_harness import AUTH, READ_ONLY_TOKEN, DashboardHarness, audit_entries, text
-from tests.support.http_harness import DELIVERY, WEBHOOK
 
 
 async def test_webhooks_are_shown_with_their_state(harness: DashboardHarness) -> None:

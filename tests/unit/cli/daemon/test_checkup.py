@@ -17,7 +17,8 @@ from jobd.cli.daemon import checkup
 from jobd.cli.daemon.checkup import examine
 from jobd.client import AdminClient
 from jobd.model import responses
-from tests.support.http_harness import DELIVERY, WEBHOOK, FakeActor, HttpHarness
+from tests.support.calls import DELIVERY, WEBHOOK
+from tests.support.http_harness import FakeActor, HttpHarness
 
 
 async def _findings(directory: Path, prepare: Callable[[HttpHarness], None]) -> dict[str, str]:

@@ -14,39 +14,30 @@ from jobd.core import decide
 from jobd.core.state import State
 from jobd.core.transaction import Transaction
 from jobd.model.commands import (
-    AnyCommand,
     Bulk,
     Call,
     Cancel,
     Claim,
-    Complete,
     Create,
     Delete,
     Expire,
     Extend,
-    ExtendLock,
     Fail,
-    ForceFail,
     ForceReset,
     Get,
     GetVersion,
     Import,
     ImportCheck,
     Pause,
-    Progress,
     Queues,
     Recover,
     Release,
-    ReleaseLock,
     Resume,
     RunNow,
     Start,
-    Timeline,
     Transition,
     Undelivered,
     Update,
-    Validate,
-    Why,
 )
 from jobd.model.errors import ApiError
 from jobd.model.job import (
@@ -65,6 +56,7 @@ from jobd.model.responses import (
     QueueList,
     Response,
 )
+from tests.support.calls import JOB_COMMANDS, aimed
 from tests.support.rule_harness import NOW, RuleHarness
 
 TTL = 15 * MINUTE_MS
@@ -651,16 +643,8 @@ def test_a_job_that_failed_without_a_message_is_not_started(rules: RuleHarness) 
 
 
 def test_an_unknown_job_is_not_found(rules: RuleHarness) -> None:
-    named: list[AnyCommand] = [
-        Get(id="x"), GetVersion(id="x"), Timeline(id="x"), Why(id="x"), Validate(id="x"), Start(id="x", worker="w"),
-        Cancel(id="x"), Progress(id="x", lock_id="l", progress=1), Extend(id="x", lock_id="l"),
-        Complete(id="x", lock_id="l"),
-        Fail(id="x", lock_id="l", error_message="e"), Release(id="x", lock_id="l"), Undelivered(id="x", lock_id="l"),
-        ForceFail(id="x"), ForceReset(id="x"), Transition(id="x", from_="queued", to="failed"),
-        ExtendLock(id="x", lock_id="l"), ReleaseLock(id="x", lock_id="l"), RunNow(id="x"), Update(id="x"),
-        Delete(id="x"),
-    ]  # fmt: skip
-    for command in named:
+    named = [aimed(each.command, id="x") for each in JOB_COMMANDS if not isinstance(each.command, Import)]
+    for command in [*named, GetVersion(id="x"), Undelivered(id="x", lock_id="l")]:
         rejection = rules.reject(command, "job_not_found")
         assert (rejection.status, rejection.details) == (404, {"job_id": "x"})
         assert rejection.message == (
