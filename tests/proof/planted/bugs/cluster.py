@@ -59,7 +59,7 @@ def _(renewed: Any, self: LeaderLease, sent: Instant) -> None:
     "takeover-before-the-lease-is-over",
     StandbyLease.see,
     breaks="a standby waits for half of the lease",
-    found_by=CLUSTER_SIMULATION,
+    found_by="tests/unit/cluster/test_lease.py::test_the_leader_stops_before_a_standby_takes_over",
 )
 def _(see: Any, self: StandbyLease, head: Head) -> bool:
     lease_s, self.lease_s = self.lease_s, self.lease_s / 2
