@@ -35,6 +35,7 @@ from jobd.maintenance.maintainer import Maintainer, read_extra, read_stats
 from jobd.maintenance.plan_runner import Planner
 from jobd.maintenance.restart_grace import SLICE, extend_held_locks
 from jobd.maintenance.scrubber import Scrubber
+from jobd.model.clocks import LockMs
 from jobd.model.commands import EndGrants, Ping
 from jobd.model.errors import ApiError, not_leader_error
 from jobd.model.responses import ClusterView, Response
@@ -269,7 +270,7 @@ class Serving:
             self.actor.enqueue_internal(EndGrants(ids=each, last=index + 1 >= len(slices)))
         log.warning("backup_put_back", grants_to_end=len(ids), epoch=self.actor.state.epoch)
 
-    def _on_pause(self, pause_ms: int, since: int) -> None:
+    def _on_pause(self, pause_ms: int, since: LockMs) -> None:
         """Extend locks after a time in which the process was stopped, or its machine was suspended or overloaded."""
         log.warning("was_away", away_ms=pause_ms, processing=len(self.actor.state.processing))
         extend_held_locks(self.actor, self.clock.moment().lock_ms, since)

@@ -46,6 +46,7 @@ from itertools import chain, islice, takewhile
 from operator import attrgetter, itemgetter
 from typing import Final, Generic, TypeVar
 
+from jobd.model.clocks import LockMs
 from jobd.model.job import Job, PackedJob
 
 Entry = TypeVar("Entry", bound=tuple[object, ...])
@@ -54,7 +55,8 @@ Item = TypeVar("Item", "DueEntry", "TimeEntry", str)
 # priority, run_at, job seq, job id, expires_at: the order of claims
 DueEntry = tuple[int, int, int, str, int]
 Head = tuple[int, int, int, str, str]  # the first four of a DueEntry, and the kind: the first due job of a bucket
-TimeEntry = tuple[int, int, str]  # time, job seq, job id
+TimeEntry = tuple[int, int, str]  # wall time, job seq, job id
+DeadlineEntry = tuple[LockMs, int, str]  # the same by lock time
 BucketName = tuple[str, str, int]  # queue, kind, priority
 
 SLACK = 64  # stale entries that a heap may always have; beyond, at most as many as valid ones
@@ -124,7 +126,7 @@ class LazyHeap(Generic[Entry]):
                 last = entry
                 yield entry
 
-    def pop_until(self, time: int) -> Iterator[Entry]:
+    def pop_until(self, time: int | LockMs) -> Iterator[Entry]:
         """Remove and return every entry whose first part is at or before `time`, valid or not."""
         entries = self.entries
         while entries and entries[0][0] <= time:  # type: ignore[operator]  # the first part of every entry is an int

@@ -56,6 +56,7 @@ from msgspec.structs import astuple
 from jobd.core.ready_queue import (
     SLACK,
     BucketName,
+    DeadlineEntry,
     DueEntry,
     LazyHeap,
     PriorityBucket,
@@ -66,6 +67,7 @@ from jobd.core.ready_queue import (
 )
 from jobd.core.stats import Counters
 from jobd.core.worker_presence import WorkerPresence
+from jobd.model.clocks import LockMs
 from jobd.model.commands import ClockTrust
 from jobd.model.events import Event, QueuePause
 from jobd.model.job import (
@@ -171,10 +173,10 @@ class State:
         self._buckets: OrderedDict[PriorityBucket, None] = OrderedDict()  # ordered by when a job in it last became due
         self._wakes: LazyHeap[tuple[int, BucketName]] = LazyHeap()  # run_at of the next delayed job of each bucket
         self._expiries: Sorted[TimeEntry] = Sorted()  # expires_at of queued jobs
-        self._deadlines: LazyHeap[TimeEntry] = LazyHeap()
-        self._deadline_of: dict[str, int] = {}  # id -> lock time of its one valid entry
+        self._deadlines: LazyHeap[DeadlineEntry] = LazyHeap()
+        self._deadline_of: dict[str, LockMs] = {}  # id -> lock time of its one valid entry
         self._now = 0
-        self._lock_ms = 0
+        self._lock_ms = LockMs(0)
         self._options: dict[Options, Options] = {}
 
     @classmethod
@@ -278,7 +280,7 @@ class State:
             self._wake_at(bucket, run_at)  # the first job is no longer queued
         return None
 
-    def next_deadline(self) -> int | None:
+    def next_deadline(self) -> LockMs | None:
         """Return the lock time at which the next lock expires or the next job stalls."""
         entry = self._deadlines.first(self._is_deadline)
         return None if entry is None else entry[0]
@@ -308,7 +310,7 @@ class State:
         described = (None,) * 4 if pause is None else astuple(pause)
         return QueueRow(pause is not None, completed, failed, cancelled, *described)
 
-    def numbers(self, lock_ms: int, wall_ms: int, clock: ClockTrust) -> Numbers:
+    def numbers(self, lock_ms: LockMs, wall_ms: int, clock: ClockTrust) -> Numbers:
         """Return the numbers to persist with a commit."""
         marks = (self.epoch, self.next_token, self.next_job, self.next_event)
         return Numbers(*marks, lock_ms, wall_ms, *astuple(clock))
@@ -448,7 +450,7 @@ class State:
             self.unmoved[job_id] = (before.options.queue, before.status) if before is not None and is_counted else None
             self._count_as(self.unmoved[job_id], +1)
 
-    def advance(self, now: int, lock_ms: int) -> None:
+    def advance(self, now: int, lock_ms: LockMs) -> None:
         """Apply the time: delayed jobs become due, locks expire, jobs stall.
 
         Overdue queued jobs need no work here, because every order skips them by time.
@@ -709,7 +711,7 @@ class State:
         bucket = None if queued is None else queued.buckets.get(kind, {}).get(priority)
         return bucket is not None and bucket.wakes_at == wake[0]
 
-    def _is_deadline(self, entry: TimeEntry) -> bool:
+    def _is_deadline(self, entry: DeadlineEntry) -> bool:
         return self._deadline_of.get(entry[2]) == entry[0] and self.processing[entry[2]].seq == entry[1]
 
 

@@ -11,6 +11,7 @@ from typing import Final, TypeVar
 
 from msgspec import Struct, field
 
+from jobd.model.clocks import LockMs
 from jobd.model.events import Change, Event
 from jobd.model.job import HOUR_MS, MINUTE_MS, SECOND_MS, Grant, LockDeadlines
 
@@ -25,7 +26,7 @@ TAKE_BACK: Final = "take-back"  # the rule that ended such a grant
 class EndedGrant(Struct, frozen=True):
     """A grant that ended without its worker. `until` is the lock time until which its lock would have been live."""
 
-    until: int
+    until: LockMs
     fencing_token: int
     worker: str
 
@@ -91,7 +92,7 @@ class DoubleGrants(Struct):
         return sum(_latest(self.minutes, now // MINUTE_MS, 60).values())
 
 
-def lock_end(made: Grant, deadlines: LockDeadlines) -> int:
+def lock_end(made: Grant, deadlines: LockDeadlines) -> LockMs:
     """Return the lock time until which the lock would have been live without its progress timeout.
 
     For a lock that was cut to its progress timeout, that is one TTL after the last report.

@@ -11,6 +11,7 @@ from msgspec import UNSET, Raw, UnsetType
 
 from jobd.core import views
 from jobd.core.transaction import Transaction
+from jobd.model.clocks import LockMs
 from jobd.model.commands import Claim, Complete, Create, Import, Moment, Start
 from jobd.model.errors import ApiException, api_error
 from jobd.model.events import EventType
@@ -197,7 +198,7 @@ def grant(tx: Transaction, job: Job, request: Start | Claim) -> Job:
 
 
 def keep_alive(
-    made: Grant, deadlines: LockDeadlines, now: int, additional_ms: int, *, progressed: bool
+    made: Grant, deadlines: LockDeadlines, now: LockMs, additional_ms: int, *, progressed: bool
 ) -> LockDeadlines:
     """Return the deadlines after a report at lock time `now`: at least `additional_ms` from now, never shorter.
 
@@ -373,7 +374,7 @@ def is_overdue(job: Job, now: int) -> bool:
     return job.status == "queued" and job.expires_at is not None and job.expires_at <= now
 
 
-def is_stalled(job: Job, lock_ms: int) -> bool:
+def is_stalled(job: Job, lock_ms: LockMs) -> bool:
     """Return whether the job is processing and stalled at lock time `lock_ms`. Without a grant it always is."""
     return job.status == "processing" and (
         job.deadlines is None or job.grant is None or lock_ms >= job.deadlines.stalled_at

@@ -10,6 +10,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Final
 
+from jobd.model.clocks import LockMs
 from jobd.model.commands import About, Claim, Start, WorkerState
 from jobd.model.job import DAY_MS, MINUTE_MS
 
@@ -35,7 +36,7 @@ class ClaimSet:
         self.queues = queues
         self.kinds = kinds
         self._kinds = None if kinds is None else frozenset(kinds)
-        self.claimed = 0
+        self.claimed = LockMs(0)
         self.waiting = 0
         self.workers: dict[str, None] = {}  # those whose latest claim this is
 
@@ -66,8 +67,7 @@ class WorkerSeen:
         self.jobs: dict[str, None] = {}
         self.expired: dict[str, None] = {}
         self.last_seen_at = 0
-        self.heard = 0
-        self.claimed = 0
+        self.heard = self.claimed = LockMs(0)
         self.claims: ClaimSet | None = None
         self.waiting = 0
         self.about: About | None = None
@@ -85,7 +85,7 @@ class WorkerPresence:
     are remembered. It is the start, unless claim sets had to be forgotten (`has_forgotten`).
     """
 
-    def __init__(self, now: int = 0, lock_ms: int = 0) -> None:
+    def __init__(self, now: int = 0, lock_ms: LockMs = LockMs(0)) -> None:
         self.workers: OrderedDict[str, WorkerSeen] = OrderedDict()  # roughly by when they were last seen
         self.started_at: int | None = None
         self.since = lock_ms
@@ -119,7 +119,7 @@ class WorkerPresence:
         """Iterate over the sets that contain this queue."""
         return iter(self._of_queue.get(queue, ()))
 
-    def unclaimed_ms(self, queue: str, kind: str, lock_ms: int) -> int:
+    def unclaimed_ms(self, queue: str, kind: str, lock_ms: LockMs) -> int:
         """Return for how long, at lock time `lock_ms`, no worker has claimed this queue and kind.
 
         0 while a claim waits. Without a remembered claim it counts from `since`. The cost grows with the number of sets
@@ -132,7 +132,7 @@ class WorkerPresence:
 
     # -- changing -----------------------------------------------------------------------------------------------------
 
-    def set_time(self, now: int, lock_ms: int) -> None:
+    def set_time(self, now: int, lock_ms: LockMs) -> None:
         self.now, self.lock_ms = now, lock_ms
         if self.started_at is None:
             self.started_at = now

@@ -23,6 +23,7 @@ from typing import Final, Literal
 
 import structlog
 
+from jobd.model.clocks import BootMs
 from jobd.model.commands import ClockStep, Moment
 from jobd.model.job import DAY_MS, HOUR_MS, MINUTE_MS, SECOND_MS
 from jobd.model.storage import Numbers
@@ -47,9 +48,9 @@ def wall_clock_ms() -> int:
     return time.time_ns() // 1_000_000
 
 
-def boot_clock_ms() -> int:
+def boot_clock_ms() -> BootMs:
     """Return milliseconds since boot, with the time in suspend. Steps of the wall clock do not affect it."""
-    return (time.clock_gettime_ns(time.CLOCK_BOOTTIME) + _PHASE_NS) // 1_000_000
+    return (time.clock_gettime_ns(time.CLOCK_BOOTTIME) + _PHASE_NS) // 1_000_000  # type: ignore[return-value]  # a BootMs
 
 
 class _Timex(ctypes.Structure):
@@ -90,7 +91,7 @@ class Clock:
         *,
         keep_ms: int = 7 * DAY_MS,
         wall: Callable[[], int] = wall_clock_ms,
-        boot: Callable[[], int] = boot_clock_ms,
+        boot: Callable[[], BootMs] = boot_clock_ms,
         synchronised: Callable[[], bool] = is_synchronised,
     ) -> None:
         numbers = numbers or Numbers()
@@ -98,7 +99,7 @@ class Clock:
         self._wall = wall
         self._boot = boot
         self._synchronised = synchronised
-        self._lock_ms = numbers.lock_ms
+        self._lock_ms = int(numbers.lock_ms)
         self._seen = boot()  # the boot time at which lock time was `_lock_ms`
         now = wall()
         self._offset = now - self._lock_ms
@@ -116,7 +117,7 @@ class Clock:
         self._ahead = now - self._expected
         self._checked_at = self._seen  # boot time of the latest read of the kernel's synchronisation
         self._checked_ahead = self._ahead
-        self._synchronised_since: int | None = None  # boot time
+        self._synchronised_since: BootMs | None = None
         if self._step is not None:
             self._warn()
 
@@ -133,7 +134,7 @@ class Clock:
         self._judge(now)
         trusted = None if self._step is None else self._expected
         ahead = self._ahead if abs(self._ahead) > _FLICKER_MS else 0
-        return Moment(now, lock_ms, self._offset, trusted, ahead, self._step)
+        return Moment(now, lock_ms, self._offset, trusted, ahead, self._step)  # type: ignore[arg-type]  # a LockMs
 
     @property
     def suspect(self) -> bool:
@@ -174,7 +175,7 @@ class Clock:
         self._advance()
         self._stopped = True
 
-    def boot_ms(self) -> int:
+    def boot_ms(self) -> BootMs:
         """Return the boot time, which never stands still, unlike lock time."""
         return self._boot()
 

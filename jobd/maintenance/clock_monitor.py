@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Final
 
 from jobd.engine.clock import boot_clock_ms
+from jobd.model.clocks import BootMs, LockMs
 from jobd.model.commands import Moment
 from jobd.model.job import SECOND_MS
 
@@ -31,11 +32,11 @@ class ClockMonitor:
 
     def __init__(
         self,
-        on_pause: Callable[[int, int], None],
+        on_pause: Callable[[int, LockMs], None],
         on_set_back: Callable[[int, int], None],
         moment: Callable[[], Moment],
         *,
-        boot: Callable[[], int] = boot_clock_ms,
+        boot: Callable[[], BootMs] = boot_clock_ms,
         on_set_ahead: Callable[[int], None] = lambda ahead_ms: None,
     ) -> None:
         self._on_pause = on_pause
@@ -56,7 +57,7 @@ class ClockMonitor:
         if pause_ms > PAUSED_AFTER_MS:
             self._on_pause(pause_ms, seen.lock_ms)
         if back_ms >= SET_BACK_MS:
-            self._on_set_back(back_ms, seen.believed + at.lock_ms - seen.lock_ms)
+            self._on_set_back(back_ms, seen.believed + (at.lock_ms - seen.lock_ms))
         if ahead_ms >= SET_AHEAD_MS and not at.suspect:
             self._on_set_ahead(ahead_ms)
 

@@ -6,6 +6,7 @@ from operator import itemgetter
 from typing import Final
 
 from jobd.engine.actor import Actor
+from jobd.model.clocks import LockMs
 from jobd.model.commands import ExtendAfterPause
 from jobd.model.job import SECOND_MS, LockDeadlines
 
@@ -14,7 +15,7 @@ URGENT_MS: Final = 10 * SECOND_MS  # jobs that end later do not hold up other co
 SLICE: Final = 500  # jobs of one command
 
 
-def extend_held_locks(actor: Actor, lock_ms: int, since: int, *, slice_jobs: int = SLICE) -> None:
+def extend_held_locks(actor: Actor, lock_ms: LockMs, since: LockMs, *, slice_jobs: int = SLICE) -> None:
     """Postpone the deadlines of processing jobs. A lock that was not live at lock time `since` stays expired.
 
     `lock_ms` is the present lock time. The actor extends jobs that end within URGENT_MS before it decides any other
@@ -31,7 +32,7 @@ def extend_held_locks(actor: Actor, lock_ms: int, since: int, *, slice_jobs: int
         actor.defer_internal(command, (jobs[0][0] - lock_ms - URGENT_MS) / SECOND_MS)
 
 
-def _ends(deadlines: LockDeadlines, since: int) -> int:
+def _ends(deadlines: LockDeadlines, since: LockMs) -> LockMs:
     """Return the first of these deadlines after lock time `since`: its lock expires, or its job stalls."""
     end = deadlines.expires if deadlines.is_live(since) else deadlines.stalled_at
     return end if deadlines.progress_due is None else min(end, deadlines.progress_due)

@@ -11,6 +11,7 @@ from typing import Annotated, Any, ClassVar, Final, Literal, get_args
 
 from msgspec import UNSET, Meta, Raw, Struct, UnsetType, field
 
+from jobd.model.clocks import LockMs
 from jobd.model.fields import (
     MAX_PAGE,
     PRINTABLE,
@@ -882,7 +883,7 @@ class ExtendAfterPause(Command, frozen=True, kw_only=True):
 
     ids: list[str]
     grace_ms: int
-    since: int | None = None
+    since: LockMs | None = None
 
     def weight(self) -> int:
         return len(self.ids)
@@ -1073,7 +1074,7 @@ class Moment(Struct, frozen=True, gc=False):
     """The time at which a batch is decided: wall time, lock time and their difference, in ms."""
 
     now: int
-    lock_ms: int
+    lock_ms: LockMs
     offset: int  # wall time minus lock time; constant between steps of the wall clock, so displayed times are stable
     trusted: int | None = None  # the expected wall time while the clock is suspect, else None
     ahead: int = 0  # wall time minus its expected value
@@ -1110,9 +1111,9 @@ class Moment(Struct, frozen=True, gc=False):
             return ClockTrust(self.suspect, self.expected)
         return ClockTrust(self.suspect, self.expected, self.step.since, self.step.ahead_ms)
 
-    def wall(self, lock_ms: int) -> int:
+    def wall(self, lock_ms: LockMs) -> int:
         """Return the wall time at which lock time will be `lock_ms`."""
-        return lock_ms + self.offset
+        return lock_ms + self.offset  # type: ignore[return-value]  # elsewhere they never mix
 
 
 AnyCommand = (

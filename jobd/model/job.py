@@ -9,6 +9,8 @@ from typing import Annotated, Final, Literal
 import msgspec
 from msgspec import Meta, Struct
 
+from jobd.model.clocks import LockMs
+
 Status = Literal["queued", "processing", "completed", "failed", "cancelled"]
 OnStall = Literal["auto", "requeue", "fail"]
 LatePolicy = Literal["keep", "adopt_if_unclaimed", "drop"]
@@ -235,20 +237,20 @@ class LockDeadlines(Struct, frozen=True, gc=False, array_like=True):
     `cleared`: recovery has recorded the expiry; the next extend or progress resets it.
     """
 
-    expires: int
-    stall_due: int
-    progress_due: int | None
+    expires: LockMs
+    stall_due: LockMs
+    progress_due: LockMs | None
     cleared: bool = False
 
-    def is_live(self, lock_ms: int) -> bool:
+    def is_live(self, lock_ms: LockMs) -> bool:
         """Return whether the lock is live. It is not at `expires`."""
         return not self.cleared and lock_ms < self.expires
 
-    def is_past_progress_due(self, lock_ms: int) -> bool:
+    def is_past_progress_due(self, lock_ms: LockMs) -> bool:
         return self.progress_due is not None and lock_ms >= self.progress_due
 
     @property
-    def stalled_at(self) -> int:
+    def stalled_at(self) -> LockMs:
         """The lock time from which the job is stalled."""
         due = max(self.expires, self.stall_due)
         return due if self.progress_due is None else min(due, self.progress_due)

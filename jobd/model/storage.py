@@ -8,6 +8,7 @@ from typing import Any, BinaryIO, Final, Literal, Protocol
 from msgspec import Struct
 from msgspec.structs import replace
 
+from jobd.model.clocks import LockMs
 from jobd.model.commands import ClockTrust
 from jobd.model.events import Change, Event, QueuePause
 from jobd.model.job import HOUR_MS, Grant, Job, LateResult, PackedJob
@@ -84,7 +85,7 @@ class Numbers(Struct, frozen=True, gc=False):
     next_token: int = 1  # the counter of the next fencing token, 2^24 if the counter is full (see job.py)
     next_job: int = 1
     next_event: int = 1
-    lock_ms: int = 0
+    lock_ms: LockMs = LockMs(0)
     wall_ms: int = 0
     clock_suspect: bool = False  # then wall_ms is the expected time, not the time of the clock
     expected_ms: int = 0  # the expected wall time; 0: `wall_ms`

@@ -19,6 +19,7 @@ from jobd.core.stats import Attempts, KindDurations
 from jobd.core.views import average_processing_s
 from jobd.engine.clock import Clock
 from jobd.maintenance.maintainer import Maintainer
+from jobd.model.clocks import BootMs, LockMs
 from jobd.model.commands import Moment
 from jobd.model.job import MINUTE_MS, SECOND_MS
 from jobd.model.responses import AlertSeverity, AlertView, ClusterView, DatabaseHealth, PartHealth
@@ -137,8 +138,8 @@ class Alerts:
         self._health = health
         self._cleanup = cleanup
         self._since: dict[str, int] = {}  # firing alert -> wall time, Unix ms
-        self._differs_since: dict[str, int] = {}  # alert -> boot time since which its condition differs from its state
-        self._first: int | None = None  # boot time of the first check with measured health
+        self._differs_since: dict[str, BootMs] = {}  # alert -> since when its condition differs from its state
+        self._first: BootMs | None = None  # the first check with measured health
         self._space: DiskSpace | None = None
         self._scan: QueueScan | None = None  # the current one
         self._waiting = QueueScan(iter(()))  # the latest complete one
@@ -190,7 +191,7 @@ class Alerts:
         self._waiting, self._scan = self._scan, None
         return True
 
-    def _compare(self, found: QueueScan, waits: WaitingJob, lock_ms: int) -> None:
+    def _compare(self, found: QueueScan, waits: WaitingJob, lock_ms: LockMs) -> None:
         if waits.for_ms > found.oldest.for_ms and waits.queue not in self._state.paused:
             found.oldest = waits
         if waits.for_ms > found.unclaimed.for_ms:
@@ -225,7 +226,7 @@ class Alerts:
     def stop(self) -> None:
         self._stop.set()
 
-    def _evaluate(self, condition: Condition, now: int, boot_ms: int) -> AlertView:
+    def _evaluate(self, condition: Condition, now: int, boot_ms: BootMs) -> AlertView:
         """Update an alert from its condition, and log if it fires or resolves.
 
         Boot time decides how long the condition has held, because lock time stands still on a full disk.

@@ -25,6 +25,7 @@ from jobd.engine.idempotency import IdempotencyStore
 from jobd.engine.waiting_claims import WaitingClaims
 from jobd.http.decoding import Limits, RequestDecoder
 from jobd.http.response import response_line
+from jobd.model.clocks import LockMs
 from jobd.model.commands import Claim, Command, Complete, Create, Moment
 from jobd.model.job import Policy
 from jobd.model.responses import Response
@@ -83,7 +84,7 @@ class MeasuredCore:
             Envelope(each, "client", secrets.token_bytes(16), futures=[DroppingResponder()]) for each in commands
         ]
         now, lock_ms = time.time_ns() // 1_000_000, (time.monotonic_ns() - self._began) // 1_000_000
-        at = Moment(now, lock_ms, now - lock_ms)
+        at = Moment(now, LockMs(lock_ms), now - lock_ms)
         plan = self._timed("decide", count, lambda: self._decider.decide(envelopes, at, Preloaded(), self._policy))
         batch = self._timed("gather", count, lambda: self._decider.batch(plan, self._policy))
         plan.fill(self._timed("write and fsync", count, lambda: self._tables.append(batch, 0)))

@@ -21,6 +21,7 @@ from jobd.core import decide
 from jobd.core.rules import worker as worker_rules
 from jobd.core.state import State
 from jobd.core.transaction import Transaction
+from jobd.model.clocks import LockMs
 from jobd.model.commands import (
     AnyCommand,
     Bulk,
@@ -71,7 +72,7 @@ from tests.support.calls import COMMANDS, HOLDERS, Example, aimed
 from tests.support.rule_harness import compare
 
 NOW: Final = 1_700_000_000_000
-LOCK_MS: Final = 1_000_000
+LOCK_MS: Final = LockMs(1_000_000)
 TICK_MS: Final = 1_000
 ID: Final = "a"
 WORKERS: Final = ("w-1", "w-2", "w-3")
@@ -162,11 +163,11 @@ class WorldState(Struct, frozen=True):
     locks: tuple[str | None, ...]
     next_token: int
     now: int
-    lock_ms: int
+    lock_ms: LockMs
 
     @property
     def at(self) -> Moment:
-        return Moment(self.now, self.lock_ms, self.now - self.lock_ms)
+        return Moment(self.now, self.lock_ms, self.now - int(self.lock_ms))
 
     def rebuilt(self) -> State:
         numbers = Numbers(next_token=self.next_token, next_job=2, next_event=1, lock_ms=self.lock_ms, wall_ms=self.now)

@@ -10,6 +10,7 @@ from msgspec.structs import replace
 from jobd.core import transitions
 from jobd.core.rules import worker as worker_rules
 from jobd.core.transaction import Transaction
+from jobd.model.clocks import LockMs
 from jobd.model.commands import (
     AnyCommand,
     ApplyEndings,
@@ -104,7 +105,7 @@ def test_a_state_has_the_path_that_reaches_it() -> None:
 def test_a_rule_that_is_wrong_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """A lock that is live at its expiry, an ending from any worker, a grant that does not count as an attempt."""
 
-    def late(job: Job, lock_ms: int) -> bool:
+    def late(job: Job, lock_ms: LockMs) -> bool:
         return job.status == "processing" and (
             job.deadlines is None or job.grant is None or lock_ms > job.deadlines.stalled_at
         )

@@ -21,6 +21,7 @@ from jobd.journal import record
 from jobd.journal.checksum import checksum
 from jobd.maintenance.due_jobs import DueJobs
 from jobd.maintenance.restart_grace import extend_held_locks
+from jobd.model.clocks import BootMs
 from jobd.model.commands import AnyCommand
 from jobd.model.errors import ApiError
 from jobd.model.job import Policy, new_epoch
@@ -113,7 +114,7 @@ class ClusterNode:
             self.warm,
             NodeSettings(holder=f"{name} {id(self)}", url=f"http://{name}", lease_s=LEASE_S),
             next_epoch=lambda highest: new_epoch(highest, self.wall_ms()),
-            now_s=lambda: self.boot() / 1000,
+            now_s=lambda: int(self.boot()) / 1000,
             wall_s=lambda: self.wall_ms() / 1000,
             refuses_connections=self.refuses_connections,
         )
@@ -128,8 +129,8 @@ class ClusterNode:
     def wall_ms(self) -> int:
         return WALL + self.ahead_ms + round(asyncio.get_running_loop().time() * 1000)
 
-    def boot(self) -> int:
-        return self.boot_ms + round(asyncio.get_running_loop().time() * 1000)
+    def boot(self) -> BootMs:
+        return BootMs(self.boot_ms + round(asyncio.get_running_loop().time() * 1000))
 
     async def _run(self) -> None:
         leadership = await self.standby.run()

@@ -9,6 +9,7 @@ from typing import Any, Final
 from msgspec import Raw
 from msgspec.structs import replace
 
+from jobd.model.clocks import LockMs
 from jobd.model.events import Change, Changes, Event, initial_changes
 from jobd.model.job import (
     FINISHED,
@@ -36,6 +37,14 @@ OPTIONS: Final = (
 )
 
 
+def deadlines_at(
+    expires: int, stall_due: int, progress_due: int | None = None, *, cleared: bool = False
+) -> LockDeadlines:
+    return LockDeadlines(
+        LockMs(expires), LockMs(stall_due), None if progress_due is None else LockMs(progress_due), cleared
+    )
+
+
 def full_job(seq: int = 7) -> Job:
     """Return a job with every field set to a value other than its default."""
     return Job(
@@ -54,7 +63,7 @@ def full_job(seq: int = 7) -> Job:
         finished_at=NOW + 4,
         expires_at=NOW + 5,
         grant=Grant("lock", (1 << TOKEN_COUNTER_BITS) | 9, "w-1", NOW + 3, 60_000, 0, 90_000),
-        deadlines=LockDeadlines(1_000, 2_000, 3_000, True),
+        deadlines=deadlines_at(1_000, 2_000, 3_000, cleared=True),
         ended=PreviousGrant("old", (1 << TOKEN_COUNTER_BITS) | 3, "w-0", NOW, "stall", "silent", "fail", "abc"),
         result=Result("https://x/y", "/a", "k/e/y", Raw(b'{"a": [1, null]}')),
         error=Failure("it broke", "E1"),
@@ -106,7 +115,7 @@ class ChangeFactory:
         self.numbers = replace(self.numbers, next_token=self.numbers.next_token + 1)
         worker = f"w-{self.random.randrange(4)}"
         grant = Grant(f"lock-{token}", token, worker, self.now, 900_000, stall_after_ms, 1_800_000)
-        deadlines = LockDeadlines(self.now + 900_000, self.now + stall_after_ms, self.now + 1_800_000)
+        deadlines = deadlines_at(self.now + 900_000, self.now + stall_after_ms, self.now + 1_800_000)
         after = replace(
             job,
             status="processing",

@@ -29,6 +29,7 @@ from jobd.http.protocol import WorkerConnection
 from jobd.http.routing import Route
 from jobd.http.server import HttpListener, WorkerListener
 from jobd.model.calls import AdminQueueCalls, DaemonCalls, ManyJobCalls, StoreCalls
+from jobd.model.clocks import LockMs
 from jobd.model.commands import Command, IdempotencyKey, MakePlan, Moment, Operator, TakeBack
 from jobd.model.errors import ApiError
 from jobd.model.responses import (
@@ -250,7 +251,7 @@ class FakeClock:
         self._now = now
 
     def moment(self) -> Moment:
-        return Moment(now=self._now(), lock_ms=0, offset=0)
+        return Moment(now=self._now(), lock_ms=LockMs(0), offset=0)
 
     def behind_reason(self) -> str | None:
         return None

@@ -13,6 +13,7 @@ from jobd.core import decide, transitions
 from jobd.core.rules import late_results as late_result_rules
 from jobd.core.state import State
 from jobd.core.transaction import Transaction
+from jobd.model.clocks import LockMs
 from jobd.model.commands import (
     AnyCommand,
     Call,
@@ -68,7 +69,7 @@ class Decision(Struct):
 class RuleHarness:
     """Decide commands. `rows` are the jobs folded from the events, and must equal those in the state."""
 
-    def __init__(self, policy: Policy | None = None, *, now: int = NOW, lock_ms: int = 1_000) -> None:
+    def __init__(self, policy: Policy | None = None, *, now: int = NOW, lock_ms: LockMs = LockMs(1_000)) -> None:
         self.policy = policy or Policy()
         self.state = State()
         self.now = now
@@ -84,7 +85,7 @@ class RuleHarness:
 
     @property
     def moment(self) -> Moment:
-        return Moment(self.now, self.lock_ms, self.now - self.lock_ms, self.trusted)
+        return Moment(self.now, self.lock_ms, self.now - int(self.lock_ms), self.trusted)
 
     def advance(self, ms: int) -> None:
         """Advance both clocks."""

@@ -21,6 +21,7 @@ from jobd.engine.clock import Clock
 from jobd.engine.idempotency import IdempotencyStore
 from jobd.maintenance.cleanup_run import CleanupSchedule
 from jobd.maintenance.maintainer import Maintainer, read_stats
+from jobd.model.clocks import BootMs
 from jobd.model.commands import (
     AnyCommand,
     Claim,
@@ -97,7 +98,7 @@ class VirtualEngine:
             opened.numbers,
             keep_ms=policy.shortest_keep_ms,
             wall=lambda: WALL + self.step_ms + round(loop_time() * 1000),
-            boot=lambda: round(loop_time() * 1000),
+            boot=lambda: BootMs(round(loop_time() * 1000)),
             synchronised=lambda: self.synchronised,
         )
         self.state = State.opened(opened)

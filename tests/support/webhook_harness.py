@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+from jobd.model.clocks import LockMs
 from jobd.model.commands import Moment
 from jobd.model.events import Change
 from jobd.model.responses import AlertView
@@ -39,7 +40,7 @@ class SteppedWallClock:
 
     def moment(self) -> Moment:
         now = time.time_ns() // 1_000_000 + self.step_ms
-        return Moment(now=now, lock_ms=0, offset=now)
+        return Moment(now=now, lock_ms=LockMs(0), offset=now)
 
 
 class FakeTransport:

@@ -14,6 +14,7 @@ from msgspec.structs import replace
 from jobd.core import transitions
 from jobd.core.row_checks import counts, safe_fixes, validate
 from jobd.core.transaction import Transaction
+from jobd.model.clocks import LockMs
 from jobd.model.commands import (
     DeleteExpired,
     EndGrants,
@@ -183,7 +184,7 @@ def keep_due(tx: Transaction, command: KeepDue) -> Response:
     return Response(MaintenanceResult(done))
 
 
-def _postponed(deadlines: LockDeadlines, since: int, until: int) -> LockDeadlines:
+def _postponed(deadlines: LockDeadlines, since: LockMs, until: LockMs) -> LockDeadlines:
     """Return the deadlines, each postponed to at least `until`. A lock that had expired at `since` stays expired."""
     expires = max(deadlines.expires, until) if deadlines.is_live(since) else deadlines.expires
     progress_due = None if deadlines.progress_due is None else max(deadlines.progress_due, until)

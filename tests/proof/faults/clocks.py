@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final
 
+from jobd.model.clocks import LockMs
 from jobd.model.events import fold
 from jobd.model.job import Grant, Job, LockDeadlines
 from tests.proof.faults.daemons import sigstopped
@@ -219,7 +220,7 @@ def _check_wall_times(daemon: SteppedClockDaemon, name: str, granted: list[str],
 def _check_times(store: StoreContents) -> int:
     """Check that lock time never goes back in the journal and that times are in order; return the number of events."""
     rows: dict[str, Job | None] = {}
-    lock_ms = 0
+    lock_ms = LockMs(0)
     for event in sorted(itertools.chain(*store.events.values()), key=lambda event: event.seq):
         job = rows[event.job_id] = fold(rows.get(event.job_id), event)
         if job is None:  # deleted

@@ -16,6 +16,7 @@ from typing import Any, Final
 
 from jobd.core.state import State
 from jobd.core.transaction import Transaction
+from jobd.model.clocks import LockMs
 from jobd.model.commands import (
     Adopt,
     AnyCommand,
@@ -64,12 +65,12 @@ class Violation(Exception):
         self.job_id = job_id
 
 
-def is_live(deadlines: LockDeadlines, lock_ms: int) -> bool:
+def is_live(deadlines: LockDeadlines, lock_ms: LockMs) -> bool:
     """Return whether the lock is live. At its expiry it is not."""
     return not deadlines.cleared and lock_ms < deadlines.expires
 
 
-def is_stalled(job: Job, lock_ms: int) -> bool:
+def is_stalled(job: Job, lock_ms: LockMs) -> bool:
     """Return whether a processing job has no grant, is past its progress timeout, or stalled."""
     deadlines = job.deadlines
     if job.status != "processing" or deadlines is None or job.grant is None:
@@ -88,9 +89,9 @@ class DecisionChecks:
     def __init__(self) -> None:
         self.held_at_start: set[str] = set()  # lock ids
         self._live_at_start: set[str] = set()
-        self._grace_ends = 0  # lock time
+        self._grace_ends = LockMs(0)
         self._last_token = 0
-        self._last_lock_ms = 0
+        self._last_lock_ms = LockMs(0)
 
     def fail(self, rule: str, what: str, job_id: str | None = None) -> None:
         raise Violation(rule, what, job_id)
@@ -99,7 +100,7 @@ class DecisionChecks:
         if not condition:
             self.fail(rule, what, job_id)
 
-    def begin(self, state: State, lock_ms: int, grace_ms: int) -> None:
+    def begin(self, state: State, lock_ms: LockMs, grace_ms: int) -> None:
         """Start the grace, within which no lock of a processing job may end."""
         held = [(job.grant.lock_id, job.deadlines) for job in state.processing.values() if job.grant and job.deadlines]
         self.held_at_start = {lock_id for lock_id, _ in held}
@@ -405,7 +406,7 @@ class DecisionChecks:
         if kind == "resumed" and before is not None and event.details is not None:
             until = at.lock_ms + event.details["grace_ms"]
             pairs = zip(_deadlines(before), _deadlines(deadlines), strict=True)
-            fits = all(new == old or (new == until and (old or 0) < until) for old, new in pairs)
+            fits = all(new == old or (new == until and (old is None or old < until)) for old, new in pairs)
             self.must(fits, "S11", f"{kind}: {before} became {deadlines}, credit is until {until}", job.id)
         if kind == "lock_expired":
             self.must(before is not None and at.lock_ms >= before.expires, "S5", "a live lock was cleared", job.id)
@@ -413,7 +414,7 @@ class DecisionChecks:
             self.must(not graced, "S5", "a live lock ended within the grace after a start", job.id)
 
 
-def _deadlines(deadlines: LockDeadlines) -> tuple[int | None, ...]:
+def _deadlines(deadlines: LockDeadlines) -> tuple[LockMs | None, ...]:
     return deadlines.expires, deadlines.stall_due, deadlines.progress_due
 
 

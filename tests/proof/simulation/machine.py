@@ -25,6 +25,7 @@ from jobd.maintenance.clock_monitor import ClockMonitor
 from jobd.maintenance.due_jobs import DueJobs
 from jobd.maintenance.maintainer import Maintainer, read_stats
 from jobd.maintenance.restart_grace import GRACE_MS, extend_held_locks
+from jobd.model.clocks import BootMs, LockMs
 from jobd.model.commands import AnyCommand, ClockTrust, EndGrants, IdempotencyKey, Operator
 from jobd.model.errors import ApiError
 from jobd.model.job import DAY_MS
@@ -100,8 +101,8 @@ class Host:
     def wall(self) -> int:
         return WALL + int(self.loop.now_s * 1000 + self.wall_shift_ms)
 
-    def boot(self) -> int:
-        return int(self.loop.now_s * 1000 + self.boot_shift_ms)
+    def boot(self) -> BootMs:
+        return BootMs(int(self.loop.now_s * 1000 + self.boot_shift_ms))
 
     def note(self, what: str, *details: Any) -> None:
         self.trace.note(self.loop.now_s, what, *details)
@@ -137,7 +138,7 @@ class Machine(Host):
         loop.on_error = lambda message: self.monitor.fail("loop", message)
         self.closing = False
         self.enough = 0  # steps
-        self.closing_since: int | None = None  # lock time at which the faults had stopped
+        self.closing_since: LockMs | None = None  # when the faults had stopped
         self.had_read_errors = False
         self.backups: list[Backup] = []
         self.clocks_moved_s = 0.0  # loop time of the latest step of a clock
@@ -444,7 +445,7 @@ class SimDaemon:
         self.maintaining = self.spawn(self.maintainer.run())
         sweeping = self._sweep()
         self.is_open, self.opened_s = True, machine.loop.now_s
-        machine.note("machine", "open", self.state.numbers(0, 0, ClockTrust()), self.clock.suspect)
+        machine.note("machine", "open", self.state.numbers(LockMs(0), 0, ClockTrust()), self.clock.suspect)
         await self.stopped.wait()
         self.is_open = False
         self.how = "disk broken" if running.done() else "stopped"

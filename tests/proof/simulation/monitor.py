@@ -19,6 +19,7 @@ from jobd.core.state import State
 from jobd.core.transaction import Transaction
 from jobd.engine.disk_full import WriteLimit
 from jobd.engine.idempotency import KEPT_MS, SAFE_MS
+from jobd.model.clocks import LockMs
 from jobd.model.commands import AnyCommand, Call, Claim, IdempotencyKey, Moment, is_dry_run
 from jobd.model.errors import ApiError
 from jobd.model.events import Change, fold
@@ -59,7 +60,7 @@ class Monitor(DecisionChecks):
         self._calls: set[tuple[Any, ...]] = set()  # job seq, token and verb of the late calls that this daemon noted
         self._latest_wall = 0  # that this daemon has seen
         self._earliest_wall = sys.maxsize  # of the decisions since the latest commit
-        self._held_at: int | None = None  # lock time while the full disk holds it
+        self._held_at: LockMs | None = None  # lock time while the full disk holds it
         self._good_run_s = 0.0  # loop time of the start, or of the latest cleanup run without errors
         self._key_rows: dict[str, StoredResponse] = {}  # as committed, with responses
         self._commits = 0
@@ -339,7 +340,7 @@ class Monitor(DecisionChecks):
         """
         disk = self.machine.disk
         rows = {job.id: job for job in disk.jobs.values() if job.id not in disk.unmoved or job.status in FINISHED}
-        at = Moment(state._now, state._lock_ms, state._now - state._lock_ms)
+        at = Moment(state._now, state._lock_ms, state._now - int(state._lock_ms))
         try:
             compare(state, rows, at, finished_at_hand=False)
             tokens = [job.grant.fencing_token for job in state.processing.values() if job.grant is not None]

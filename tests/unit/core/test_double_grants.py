@@ -30,6 +30,7 @@ from jobd.model.commands import (
     Undelivered,
 )
 from jobd.model.job import DAY_MS, HOUR_MS, MINUTE_MS, Grant, LockDeadlines
+from tests.support.factories import deadlines_at
 from tests.support.rule_harness import RuleHarness
 from tests.unit.core.test_stats import CountingHarness
 
@@ -333,19 +334,19 @@ MADE = Grant("l", 1, "w", acquired_at=0, ttl_ms=60, stall_after_ms=10, progress_
 @pytest.mark.parametrize(
     ("deadlines", "until"),
     [
-        (LockDeadlines(expires=100, stall_due=50, progress_due=None), 100),
-        (LockDeadlines(expires=100, stall_due=50, progress_due=101), 100),
+        (deadlines_at(100, 50), 100),
+        (deadlines_at(100, 50, 101), 100),
         (
-            LockDeadlines(expires=100, stall_due=51, progress_due=101),
+            deadlines_at(100, 51, 101),
             100,
         ),  # below its progress timeout a lock ends when its worker expects it to
         (
-            LockDeadlines(expires=100, stall_due=50, progress_due=100),
+            deadlines_at(100, 50, 100),
             100,
         ),  # last report at 40, so its minute ends at 100
-        (LockDeadlines(expires=100, stall_due=51, progress_due=100), 101),
+        (deadlines_at(100, 51, 100), 101),
         (
-            LockDeadlines(expires=100, stall_due=20, progress_due=90),
+            deadlines_at(100, 20, 90),
             100,
         ),  # a progress timeout never shortens a lock that was granted
     ],

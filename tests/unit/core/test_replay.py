@@ -11,6 +11,7 @@ from msgspec.structs import replace
 from jobd.core import replay
 from jobd.core.state import State
 from jobd.journal import record
+from jobd.model.clocks import LockMs
 from jobd.model.commands import (
     AnyCommand,
     Cancel,
@@ -66,7 +67,7 @@ class Follower:
         for name, worker in fresh.presence.workers.items():
             mine = self.state.presence.workers[name]
             assert (mine.jobs, mine.expired, mine.heard) == (worker.jobs, worker.expired, worker.heard)
-        assert self.state.numbers(0, 0, self.state.clock) == fresh.numbers(0, 0, fresh.clock)
+        assert self.state.numbers(LockMs(0), 0, self.state.clock) == fresh.numbers(LockMs(0), 0, fresh.clock)
         assert self.state.clock == fresh.clock
         compare(self.state, {job.id: job for job in self.engine.disk.jobs.values()}, at, finished_at_hand=False)
 

@@ -11,24 +11,25 @@ from msgspec import Raw
 from msgspec.structs import replace
 
 from jobd.core.row_checks import NO_MESSAGE, counts, safe_fixes, validate
+from jobd.model.clocks import LockMs
 from jobd.model.commands import Moment
 from jobd.model.job import (
     STATUSES,
     Failure,
     Grant,
     Job,
-    LockDeadlines,
     Options,
     Policy,
     PreviousGrant,
     Result,
 )
 from jobd.model.responses import Issue, Validation
+from tests.support.factories import deadlines_at
 from tests.support.rule_harness import NOW
 
-AT = Moment(NOW, 1_000, NOW - 1_000)
+AT = Moment(NOW, LockMs(1_000), NOW - 1_000)
 GRANT = Grant("l", 1, "w-1", NOW, 1_000, 500, 0)
-LIVE_LOCK = LockDeadlines(2_000, 1_500, None)
+LIVE_LOCK = deadlines_at(2_000, 1_500)
 
 
 def row(status: str = "queued", **fields: Any) -> Job:
@@ -119,8 +120,8 @@ BAD: list[tuple[str, Job, Issue, dict[str, Any]]] = [
     ("a key that leads out", row("completed", result=Result(storage_key="a/../../k")),
      Issue("error", "storage_key", "The storage_key must not contain a '..' segment.", CORRECT), {}),
     ("no lease", row("processing", deadlines=None), UNHELD, {}),
-    ("stalled", row("processing", deadlines=LockDeadlines(900, 1_000, None)), STALLED, {}),
-    ("past progress timeout", row("processing", deadlines=LockDeadlines(2_000, 2_000, 1_000)), STALLED, {}),
+    ("stalled", row("processing", deadlines=deadlines_at(900, 1_000)), STALLED, {}),
+    ("past progress timeout", row("processing", deadlines=deadlines_at(2_000, 2_000, 1_000)), STALLED, {}),
     ("started early", row("processing", started_at=NOW - 1), Issue("error", "started_at", TIMES, ORDER),
      {"started_at": NOW}),
     ("finished early", row("failed", finished_at=NOW - 1), Issue("error", "finished_at", TIMES, ORDER),
@@ -150,8 +151,8 @@ def test_valid_boundaries() -> None:
         row(options=Options(priority=1000)),
         row(error=Failure("old"), attempt=1),
         row(error=Failure("old"), ended=PreviousGrant("l", 1, "w", NOW, "release", "release")),
-        row("processing", deadlines=LockDeadlines(900, 1_001, None)),
-        row("processing", deadlines=LockDeadlines(1_500, 1_500, 1_001)),
+        row("processing", deadlines=deadlines_at(900, 1_001)),
+        row("processing", deadlines=deadlines_at(1_500, 1_500, 1_001)),
         row("processing", expires_at=NOW - 5),  # a running job does not expire
         row(expires_at=NOW + 1),
         row("completed", result=Result(metadata=Raw(b"1"))),

@@ -11,6 +11,7 @@ from msgspec.structs import replace
 
 from jobd.core.ready_queue import SLACK, PriorityBucket
 from jobd.core.state import FINISHED_KEPT, LiveJobs, State
+from jobd.model.clocks import LockMs
 from jobd.model.commands import (
     Cancel,
     ClockTrust,
@@ -36,6 +37,7 @@ from jobd.model.job import (
     Result,
 )
 from jobd.model.storage import Numbers, OpenedStore, QueueRow
+from tests.support.factories import deadlines_at
 from tests.support.rule_harness import NOW, RuleHarness, compare, due_order, snapshot
 
 TTL = 15 * MINUTE_MS
@@ -45,7 +47,7 @@ def queued(seq: int, **fields: Any) -> Job:
     return replace(Job(seq, f"job-{seq}", Options(), "queued", NOW, NOW, NOW), **fields)
 
 
-def held(seq: int, worker: str, expires: int = 500) -> Job:
+def held(seq: int, worker: str, expires: LockMs = LockMs(500)) -> Job:
     grant = Grant(f"lock-{seq}", seq, worker, NOW, 1, 1, 0)
     return replace(
         queued(seq), status="processing", started_at=NOW, grant=grant, deadlines=LockDeadlines(expires, expires, None)
@@ -58,15 +60,15 @@ def test_an_empty_book() -> None:
     assert (state.next_run_at(), state.next_deadline(), state.next_expiry()) == (None, None, None)
     assert list(state.due(["q"], None)) == []
     assert state.queue_row("q") == QueueRow()
-    assert state.numbers(7, 9, ClockTrust()) == Numbers(lock_ms=7, wall_ms=9)
+    assert state.numbers(LockMs(7), 9, ClockTrust()) == Numbers(lock_ms=LockMs(7), wall_ms=9)
 
 
 def test_a_start_loads_live_jobs_and_the_counts_of_finished_ones() -> None:
-    numbers = Numbers(3, 11, 12, 13, 400, NOW, True, NOW - 5, NOW - 6, 7)
-    jobs = [queued(1), queued(2, run_at=NOW + 1), held(3, "w-1"), held(4, "w-2", expires=400)]
+    numbers = Numbers(3, 11, 12, 13, LockMs(400), NOW, True, NOW - 5, NOW - 6, 7)
+    jobs = [queued(1), queued(2, run_at=NOW + 1), held(3, "w-1"), held(4, "w-2", expires=LockMs(400))]
     queues = {"default": QueueRow(completed=5, failed=2), "idle": QueueRow(paused=True, failed=3, cancelled=1)}
     state = State.opened(OpenedStore(numbers, jobs, queues=queues))
-    assert state.numbers(400, NOW, state.clock) == numbers
+    assert state.numbers(LockMs(400), NOW, state.clock) == numbers
     assert state.clock == ClockTrust(True, NOW - 5, NOW - 6, 7)
     assert state.total() == 15
     assert state.counts["default"] == {"queued": 2, "processing": 2, "completed": 5, "failed": 2, "cancelled": 0}
@@ -74,7 +76,7 @@ def test_a_start_loads_live_jobs_and_the_counts_of_finished_ones() -> None:
     assert state.paused == {"idle": QueuePause()}
     assert [job.seq for job in state.due(["default"], None)] == [1]
     assert (state.live_locks(), list(state.stalled)) == (1, ["job-4"])
-    assert (state.next_run_at(), state.next_deadline()) == (NOW + 1, 500)
+    assert (state.next_run_at(), state.next_deadline()) == (NOW + 1, LockMs(500))
     assert {name: row for name in queues for row in [state.queue_row(name)]} == queues
 
 
@@ -99,7 +101,7 @@ def test_compact_jobs_can_be_added_at_once_or_one_by_one(seed: int) -> None:
     for step_ms in (0, 3, -20, 30):
         for state in (at_once, one_by_one):
             state.set_paused("q", None)
-            state.advance(state._now + step_ms, 0)
+            state.advance(state._now + step_ms, LockMs(0))
         assert snapshot(at_once) == snapshot(one_by_one)
         assert at_once.next_run_at() == one_by_one.next_run_at()
         assert {bucket.name: bucket.live for bucket in at_once._buckets} == {
@@ -370,17 +372,17 @@ def test_a_backward_step_reads_only_buckets_with_newly_due_jobs(
     monkeypatch.setattr(PriorityBucket, "next_run_at", counted)
     rows = {}
     for number in range(1, 1_001):
-        state.advance(NOW + number, 0)
+        state.advance(NOW + number, LockMs(0))
         job = rows[f"job-{number}"] = queued(number, run_at=NOW + number, options=Options("q", f"k-{number // 10}"))
         state.reindex(None, job)
     buckets.clear()
-    state.advance(NOW + 999, 0)
+    state.advance(NOW + 999, LockMs(0))
     assert [bucket.name for bucket in buckets] == [("q", "k-100", 0)]
     state.reindex(
         None, queued(2_000, run_at=NOW + 5_000, options=Options("q", "later"))
     )  # its queue and kind do not hide the others
     buckets.clear()
-    state.advance(NOW + 975, 0)
+    state.advance(NOW + 975, LockMs(0))
     assert {bucket.name[1] for bucket in buckets} == {"k-97", "k-98", "k-99", "k-100"}
     assert len(list(state.due(["q"], None))) == 975
     assert state.next_run_at() == NOW + 976
@@ -401,7 +403,7 @@ def test_overdue_jobs_that_a_clock_step_makes_due_again_wake_waiting_claims(rule
 def test_advancing_time_does_not_read_every_job(rules: RuleHarness, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(State, "_rewind", None)
     for now in (NOW, NOW, NOW + 1):
-        rules.state.advance(now, 0)
+        rules.state.advance(now, LockMs(0))
 
 
 def test_a_moved_due_job_is_found_once_in_its_new_place(rules: RuleHarness) -> None:
@@ -500,33 +502,37 @@ def test_rolling_back_a_grant_restores_the_former_holder() -> None:
     state.reindex(new, former)  # the disk was full, so nothing has happened
     holders = {name: list(seen.jobs) for name, seen in state.presence.workers.items()}
     assert holders == {"w-1": ["job-1"], "w-2": []}
-    assert (state.live_locks(), state.next_deadline()) == (1, 500)
+    assert (state.live_locks(), state.next_deadline()) == (1, LockMs(500))
 
 
 def test_rolling_back_an_extension_restores_the_former_deadline() -> None:
     state = State()
-    job = held(1, "w-1", expires=500)
+    job = held(1, "w-1", expires=LockMs(500))
     assert job.deadlines is not None
     stays = replace(job, deadlines=replace(job.deadlines, stall_due=900))
-    extended = replace(job, deadlines=replace(job.deadlines, expires=99_000))
+    extended = replace(job, deadlines=replace(job.deadlines, expires=LockMs(99_000)))
     state.reindex(None, stays)
-    state.advance(NOW, 600)
+    state.advance(NOW, LockMs(600))
     assert list(state.expired_locks) == ["job-1"]
     state.reindex(stays, extended)
     assert state.next_deadline() == 99_000
     state.reindex(extended, stays)  # the disk was full, so nothing has happened
     assert list(state.expired_locks) == ["job-1"]
-    state.advance(NOW, 900)
+    state.advance(NOW, LockMs(900))
     assert list(state.stalled) == ["job-1"]
 
 
 @pytest.mark.parametrize(
     ("before", "for_a_while", "sorted_into"),
     [
-        (LockDeadlines(500, 900, None), LockDeadlines(800, 900, None), "expired_locks"),  # its lock ends earlier again
         (
-            LockDeadlines(9_000, 100, 550),
-            LockDeadlines(9_000, 100, 9_500),
+            deadlines_at(500, 900),
+            deadlines_at(800, 900),
+            "expired_locks",
+        ),  # its lock ends earlier again
+        (
+            deadlines_at(9_000, 100, 550),
+            deadlines_at(9_000, 100, 9_500),
             "stalled",
         ),  # edited by hand: a lock beyond its progress timeout
     ],
@@ -538,7 +544,7 @@ def test_a_deadline_that_moves_back_takes_effect_at_once(
     job = held(1, "w-1")
     stays, moved = replace(job, deadlines=before), replace(job, deadlines=for_a_while)
     state.reindex(None, moved)
-    state.advance(NOW, 600)
+    state.advance(NOW, LockMs(600))
     assert state.live_locks() == 1
     state.reindex(moved, stays)
     assert list(getattr(state, sorted_into)) == ["job-1"]
@@ -558,7 +564,7 @@ def test_a_cleared_lock_that_is_revived_is_live_again(rules: RuleHarness) -> Non
 def test_a_row_without_a_lease_has_no_holder(rules: RuleHarness) -> None:
     state, job = State(), held(1, "w-1")
     state.reindex(None, job)
-    state.advance(NOW, 500)
+    state.advance(NOW, LockMs(500))
     assert list(state.stalled) == ["job-1"]
     state.reindex(job, replace(job, deadlines=None))
     assert (list(state.stalled), list(state.without_deadlines)) == ([], ["job-1"])

@@ -15,6 +15,7 @@ from msgspec.structs import replace
 from jobd.core import decide, transitions
 from jobd.core.state import State
 from jobd.core.transaction import Transaction
+from jobd.model.clocks import LockMs
 from jobd.model.commands import (
     AnyCommand,
     Call,
@@ -38,7 +39,7 @@ from jobd.model.responses import Response
 from jobd.model.storage import Numbers
 from tests.support.rule_harness import NOW, SEED, RuleHarness, snapshot
 
-AT = Moment(NOW, 1_000, NOW - 1_000)
+AT = Moment(NOW, LockMs(1_000), NOW - 1_000)
 JOB = Job(1, "a", Options(), "queued", NOW, NOW, NOW)
 MANY = range(1, 500)
 
@@ -65,7 +66,7 @@ def test_numbers_go_up_by_one() -> None:
 def test_a_full_counter_begins_an_epoch_of_the_trusted_time() -> None:
     for trusted, believed in ((None, NOW), (NOW - DAY_MS, NOW - DAY_MS)):
         state = State(Numbers(epoch=3, next_token=COUNTER_MASK))
-        tx = transaction(at=Moment(NOW, 0, NOW, trusted), state=state)
+        tx = transaction(at=Moment(NOW, LockMs(0), NOW, trusted), state=state)
         epoch = new_epoch(3, believed)
         assert epoch > 4
         tokens = [tx.token() for _ in range(3)]

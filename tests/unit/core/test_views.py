@@ -11,6 +11,7 @@ from msgspec.structs import asdict, replace
 from jobd.core import views
 from jobd.core.state import State
 from jobd.core.stats import Counters
+from jobd.model.clocks import LockMs
 from jobd.model.commands import Import, Locks, Moment, Workers
 from jobd.model.job import (
     HOUR_MS,
@@ -21,18 +22,18 @@ from jobd.model.job import (
     Grant,
     Job,
     LateResult,
-    LockDeadlines,
     Options,
     Policy,
     Result,
 )
 from jobd.model.responses import ErrorView, OldestProcessing, WorkerList, public_lock
+from tests.support.factories import deadlines_at
 from tests.support.rule_harness import NOW
 
-AT = Moment(NOW, 1_000, NOW - 1_000)
+AT = Moment(NOW, LockMs(1_000), NOW - 1_000)
 OPTIONS = Options("q", "k", 3, 4, Backoff("fixed", 1, 2, False), 5, "fail", 6, 7)
 GRANT = Grant("secret", 11, "w-1", NOW - 12, 13, 14, 15)
-DEADLINES = LockDeadlines(1_016, 1_017, 1_018)
+DEADLINES = deadlines_at(1_016, 1_017, 1_018)
 JOB = Job(
     seq=1,
     id="a",

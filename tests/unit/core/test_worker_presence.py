@@ -17,6 +17,7 @@ from jobd.core.rules import maintenance as maintenance_rules
 from jobd.core.state import State
 from jobd.core.views import workers
 from jobd.core.worker_presence import GONE_AFTER_MS, ClaimSet, WorkerPresence
+from jobd.model.clocks import LockMs
 from jobd.model.commands import (
     About,
     Call,
@@ -32,9 +33,10 @@ from jobd.model.commands import (
     Workers,
 )
 from jobd.model.errors import ApiError
-from jobd.model.job import DAY_MS, HOUR_MS, MINUTE_MS, Grant, Job, LockDeadlines, Options
+from jobd.model.job import DAY_MS, HOUR_MS, MINUTE_MS, Grant, Job, Options
 from jobd.model.responses import Response, TakeBackView, WorkerList, WorkerView
 from jobd.model.storage import DiskFull, Numbers, OpenedStore
+from tests.support.factories import deadlines_at
 from tests.support.rule_harness import NOW, RuleHarness
 from tests.support.virtual_engine import VirtualEngine, checked_engine, in_virtual_time, seconds, until, waiting_claim
 
@@ -52,7 +54,7 @@ def rules() -> RuleHarness:
 @pytest.fixture
 def presence() -> WorkerPresence:
     made = WorkerPresence()
-    made.set_time(NOW, 1_000)
+    made.set_time(NOW, LockMs(1_000))
     return made
 
 
@@ -67,7 +69,7 @@ def claim(worker: str = "w-1", queues: str = "default", kinds: str | None = None
 def held(seq: int, worker: str, expires: int = 500) -> Job:
     grant = Grant(f"lock-{seq}", seq, worker, NOW, 1, 1, 0)
     job = Job(seq, f"job-{seq}", Options(), "processing", NOW, NOW, NOW, started_at=NOW)
-    return replace(job, grant=grant, deadlines=LockDeadlines(expires, expires, None))
+    return replace(job, grant=grant, deadlines=deadlines_at(expires, expires))
 
 
 def listed(rules: RuleHarness, **command: Any) -> list[tuple[str, str]]:
@@ -157,9 +159,13 @@ def test_a_worker_is_known_by_its_jobs_and_last_request(rules: RuleHarness) -> N
 
 def test_after_a_start_workers_were_last_seen_when_their_jobs_changed() -> None:
     jobs = [replace(held(seq, f"w-{seq}"), updated_at=NOW + at) for seq, at in ((1, -50), (2, -10), (3, -90))]
-    state = State.opened(OpenedStore(Numbers(wall_ms=NOW, lock_ms=400), jobs))
+    state = State.opened(OpenedStore(Numbers(wall_ms=NOW, lock_ms=LockMs(400)), jobs))
     rules = RuleHarness()
-    rules.state, rules.now, rules.lock_ms = state, NOW + HOUR_MS, 450  # an hour later; downtime does not age locks
+    rules.state, rules.now, rules.lock_ms = (
+        state,
+        NOW + HOUR_MS,
+        LockMs(450),
+    )  # an hour later; downtime does not age locks
     page = workers(state, rules.moment, Workers())
     assert [(each.worker, each.jobs, each.last_seen_at) for each in page.workers] == [
         ("w-2", ["job-2"], NOW - 10),
@@ -253,9 +259,9 @@ def test_the_time_of_the_latest_claim_of_a_queue_and_kind(presence: WorkerPresen
     advance(presence, 1_000)
     start = 0  # of the presence
     for queue, latest in (("q", (1_100, 1_100, start)), ("r", (1_200, 1_200, 1_200)), ("s", (start, start, start))):
-        found = [2_300 - presence.unclaimed_ms(queue, kind, 2_300) for kind in ("resize", "crop", "other")]
+        found = [2_300 - presence.unclaimed_ms(queue, kind, LockMs(2_300)) for kind in ("resize", "crop", "other")]
         assert found == [*latest]
-    assert presence.unclaimed_ms("q", "resize", 900) == 0
+    assert presence.unclaimed_ms("q", "resize", LockMs(900)) == 0
 
 
 def test_a_waiting_claim_counts_all_the_time(presence: WorkerPresence) -> None:
@@ -557,7 +563,7 @@ def test_claim_sets_are_bounded_and_forgetting_one_moves_since(
         presence.note_request(claim(f"w-{number % 7}", f"q-{number}", "k l m"))
         check_sets(presence)
         assert presence._names <= 40 + 4
-    assert presence.since > 1_000
+    assert presence.since > LockMs(1_000)
     assert presence.unclaimed_ms("q-199", "k", presence.lock_ms + 9) == 9
     assert presence.unclaimed_ms("q-0", "k", presence.lock_ms) == presence.lock_ms - presence.since < 2_000
     assert list(presence.claim_sets("waiting")) == [waiting]
@@ -569,7 +575,7 @@ def test_the_quarter_of_the_sets_that_was_claimed_longest_ago_is_forgotten(prese
         advance(presence, 10)
         presence.note_request(claim(f"w-{number}", f"q-{number}"))
     assert [number for number in range(13) if not list(presence.claim_sets(f"q-{number}"))] == [0, 1, 2, 3]
-    assert (presence.since, presence.has_forgotten) == (1_040, True)
+    assert (presence.since, presence.has_forgotten) == (LockMs(1_040), True)
 
 
 def test_waiting_claim_sets_are_not_recounted_for_each_new_one(
@@ -614,7 +620,7 @@ def test_any_claims_in_any_order_match_a_recount(seed: int, monkeypatch: pytest.
     dice, presence = random.Random(seed), WorkerPresence()
     presence._names_kept = 30
     waits: list[tuple[str, ClaimSet]] = []
-    claims: list[tuple[int, Claim]] = []
+    claims: list[tuple[LockMs, Claim]] = []
     for _ in range(400):
         advance(presence, dice.randint(0, 50))
         worker = f"w-{dice.randint(1, 12)}"
@@ -634,11 +640,11 @@ def test_any_claims_in_any_order_match_a_recount(seed: int, monkeypatch: pytest.
         for queue, kind in (("q", "k"), ("u", "m"), ("x", "k")):
             fitting = [at for at, each in claims if queue in each.queues and (not each.kinds or kind in each.kinds)]
             is_waiting = any(queue in each.queues and each.takes(kind) for _, each in waits)
-            latest = presence.lock_ms if is_waiting else max(fitting, default=None)
-            if latest is not None and latest > presence.since:
+            latest = presence.lock_ms if is_waiting else max(fitting, default=LockMs(0))
+            if latest > presence.since:
                 assert presence.unclaimed_ms(queue, kind, presence.lock_ms) == presence.lock_ms - latest
             unclaimed = presence.unclaimed_ms(queue, kind, presence.lock_ms)
-            assert unclaimed == 0 if is_waiting else unclaimed <= presence.lock_ms - (latest or 0)
+            assert unclaimed == 0 if is_waiting else unclaimed <= presence.lock_ms - latest
 
 
 def test_the_cost_of_a_page_of_workers_depends_on_its_size(rules: RuleHarness) -> None:

@@ -15,6 +15,7 @@ from structlog.testing import capture_logs
 
 from jobd.engine import clock as clock_module
 from jobd.engine.clock import Clock, boot_clock_ms, is_synchronised, wall_clock_ms
+from jobd.model.clocks import BootMs, LockMs
 from jobd.model.commands import Moment
 from jobd.model.job import DAY_MS, HOUR_MS, MINUTE_MS, SECOND_MS
 from jobd.model.storage import Numbers
@@ -39,8 +40,8 @@ class ManualClocks:
     def wall(self) -> int:
         return self.wall_ms
 
-    def boot(self) -> int:
-        return self.boot_ms
+    def boot(self) -> BootMs:
+        return BootMs(self.boot_ms)
 
     def advance(self, ms: int) -> None:
         self.wall_ms += ms
@@ -55,7 +56,7 @@ def sources() -> ManualClocks:
 def clock(
     sources: ManualClocks, lock_ms: int = 0, wall_ms: int = 0, *, suspect: bool = False, keep_ms: int = WEEK_MS
 ) -> Clock:
-    return started(sources, Numbers(lock_ms=lock_ms, wall_ms=wall_ms, clock_suspect=suspect), keep_ms)
+    return started(sources, Numbers(lock_ms=LockMs(lock_ms), wall_ms=wall_ms, clock_suspect=suspect), keep_ms)
 
 
 def started(sources: ManualClocks, numbers: Numbers, keep_ms: int = WEEK_MS) -> Clock:
@@ -75,9 +76,9 @@ def log_events(logs: list[MutableMapping[str, Any]]) -> list[tuple[str, str]]:
 
 def test_lock_time_continues_from_its_persisted_value(sources: ManualClocks) -> None:
     daemon_clock = clock(sources, lock_ms=1_000)
-    assert daemon_clock.moment() == Moment(now=WALL, lock_ms=1_000, offset=WALL - 1_000)
+    assert daemon_clock.moment() == Moment(now=WALL, lock_ms=LockMs(1_000), offset=WALL - 1_000)
     sources.advance(250)
-    assert daemon_clock.moment() == Moment(now=WALL + 250, lock_ms=1_250, offset=WALL - 1_000)
+    assert daemon_clock.moment() == Moment(now=WALL + 250, lock_ms=LockMs(1_250), offset=WALL - 1_000)
 
 
 @pytest.mark.parametrize("step_ms", [-3_600_000, 3_600_000, 40 * 86_400_000])
@@ -88,7 +89,7 @@ def test_a_step_of_the_wall_clock_moves_no_lock_deadline(sources: ManualClocks, 
     at = daemon_clock.moment()
     assert at.lock_ms == 1_010
     assert at.now == sources.wall_ms
-    assert at.wall(1_010) == sources.wall_ms
+    assert at.wall(LockMs(1_010)) == sources.wall_ms
 
 
 def test_the_offset_does_not_flicker(sources: ManualClocks) -> None:
@@ -105,10 +106,10 @@ def test_the_offset_does_not_flicker(sources: ManualClocks) -> None:
 def test_a_pause_between_two_reads_is_not_a_step(sources: ManualClocks) -> None:
     reads: list[int] = []
 
-    def paused() -> int:
+    def paused() -> BootMs:
         reads.append(sources.boot_ms)
         sources.advance(7 if len(reads) == 3 else 0)  # after the wall clock was read
-        return sources.boot_ms
+        return sources.boot()
 
     made = Clock(wall=sources.wall, boot=paused, synchronised=sources.is_synchronised)
     before = made.moment()
@@ -118,9 +119,9 @@ def test_a_pause_between_two_reads_is_not_a_step(sources: ManualClocks) -> None:
 
 
 def test_a_process_that_is_paused_at_each_read_goes_on(sources: ManualClocks) -> None:
-    def paused() -> int:
+    def paused() -> BootMs:
         sources.advance(7)
-        return sources.boot_ms
+        return sources.boot()
 
     made = Clock(wall=sources.wall, boot=paused, synchronised=sources.is_synchronised)
     assert made.moment().lock_ms < made.moment().lock_ms
@@ -147,7 +148,7 @@ def test_a_hold_stops_lock_time_and_only_that(sources: ManualClocks) -> None:
     boot_ms = daemon_clock.boot_ms()
     sources.advance(1_000)
     at = daemon_clock.moment()
-    assert (at.lock_ms, at.now, at.wall(at.lock_ms)) == (10, WALL + 1_010, WALL + 1_010)
+    assert (at.lock_ms, at.now, at.wall(at.lock_ms)) == (LockMs(10), WALL + 1_010, WALL + 1_010)
     assert daemon_clock.boot_ms() == boot_ms + 1_000
     daemon_clock.resume()
     assert not daemon_clock.held
@@ -164,7 +165,7 @@ def test_a_stop_is_a_permanent_hold(sources: ManualClocks) -> None:
     daemon_clock.hold()
     daemon_clock.resume()
     sources.advance(1_000)
-    assert (daemon_clock.moment().lock_ms, daemon_clock.moment().now) == (10, WALL + 1_010)
+    assert (daemon_clock.moment().lock_ms, daemon_clock.moment().now) == (LockMs(10), WALL + 1_010)
 
 
 # -- trust ------------------------------------------------------------------------------------------------------------
@@ -398,7 +399,7 @@ def test_an_operator_can_accept_a_suspect_clock(sources: ManualClocks) -> None:
     with capture_logs() as logs:
         daemon_clock.accept()
         daemon_clock.accept()
-        assert daemon_clock.moment() == Moment(WALL + 40 * DAY_MS, 0, WALL + 40 * DAY_MS)
+        assert daemon_clock.moment() == Moment(WALL + 40 * DAY_MS, LockMs(0), WALL + 40 * DAY_MS)
     assert log_events(logs) == [("clock_trusted", "info")]
     assert logs[0]["reason"] == "an operator accepted the clock"
     sources.wall_ms += DAY_MS + 1
@@ -416,7 +417,7 @@ def test_a_wall_time_that_agrees_again_is_trusted(sources: ManualClocks, left_ms
     with capture_logs() as logs:
         sources.wall_ms -= 1
         at = daemon_clock.moment()
-        assert (at.now, at.lock_ms, at.trusted, at.ahead) == (WALL + HOUR_MS + left_ms, HOUR_MS, None, left_ms)
+        assert (at.now, at.lock_ms, at.trusted, at.ahead) == (WALL + HOUR_MS + left_ms, LockMs(HOUR_MS), None, left_ms)
     assert [line["reason"] for line in logs] == ["wall time agrees with its expected value again"] * (left_ms == DAY_MS)
 
 
@@ -512,7 +513,7 @@ def test_lock_time_is_monotonic_and_bounded_for_any_clocks(
 ) -> None:
     sources = ManualClocks()
     daemon_clock = clock(sources, lock_ms=7)
-    last, forward = 7, 0
+    last, forward = LockMs(7), 0
     for boot_ms, wall_ms, what in steps:
         sources.boot_ms += boot_ms
         sources.wall_ms += wall_ms
@@ -522,14 +523,14 @@ def test_lock_time_is_monotonic_and_bounded_for_any_clocks(
         elif what == "r":
             daemon_clock.resume()
         at = daemon_clock.moment()
-        assert last <= at.lock_ms <= 7 + forward
+        assert last <= at.lock_ms <= LockMs(7 + forward)
         assert abs(at.now - at.wall(at.lock_ms)) <= 1
         last = at.lock_ms
 
 
 def test_the_default_clocks_are_those_of_the_system() -> None:
     before = time.clock_gettime_ns(time.CLOCK_BOOTTIME) // 1_000_000
-    daemon_clock = Clock(Numbers(lock_ms=42))
-    assert daemon_clock.moment().lock_ms >= 42
-    assert before <= boot_clock_ms()
+    daemon_clock = Clock(Numbers(lock_ms=LockMs(42)))
+    assert daemon_clock.moment().lock_ms >= LockMs(42)
+    assert BootMs(before) <= boot_clock_ms()
     assert abs(wall_clock_ms() - time.time() * 1_000) < 60_000

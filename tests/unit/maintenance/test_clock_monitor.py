@@ -9,12 +9,13 @@ import pytest
 from jobd.engine.clock import Clock
 from jobd.maintenance import clock_monitor
 from jobd.maintenance.clock_monitor import PAUSED_AFTER_MS, SET_AHEAD_MS, SET_BACK_MS, ClockMonitor
+from jobd.model.clocks import BootMs, LockMs
 from jobd.model.job import DAY_MS, HOUR_MS
 
 WALL = 1_700_000_000_000
 
 
-def ignore(ms: int, time: int) -> None:
+def ignore(ms: int, time: object) -> None:
     raise AssertionError(f"{ms} ms were reported")
 
 
@@ -24,16 +25,16 @@ class WatchedClock:
     def __init__(self) -> None:
         self.boot_ms, self.wall_ms = 1_000, WALL
         self.clock = Clock(
-            wall=lambda: self.wall_ms, boot=lambda: self.boot_ms, synchronised=lambda: False, keep_ms=7 * DAY_MS
+            wall=lambda: self.wall_ms, boot=lambda: BootMs(self.boot_ms), synchronised=lambda: False, keep_ms=7 * DAY_MS
         )
-        self.pauses: list[tuple[int, int]] = []
+        self.pauses: list[tuple[int, LockMs]] = []
         self.steps: list[tuple[int, int]] = []
         self.steps_ahead: list[int] = []
         self._monitor = ClockMonitor(
             lambda pause_ms, since: self.pauses.append((pause_ms, since)),
             lambda back_ms, until: self.steps.append((back_ms, until)),
             self.clock.moment,
-            boot=lambda: self.boot_ms,
+            boot=lambda: BootMs(self.boot_ms),
             on_set_ahead=self.steps_ahead.append,
         )
 
@@ -48,7 +49,10 @@ def test_a_long_pause_is_reported_once_and_a_short_one_is_not() -> None:
     watched = WatchedClock()
     for ms in (0, PAUSED_AFTER_MS, 1, PAUSED_AFTER_MS + 1, 0, 40_000):
         watched.passes(ms)
-    assert watched.pauses == [(PAUSED_AFTER_MS + 1, PAUSED_AFTER_MS + 1), (40_000, 2 * (PAUSED_AFTER_MS + 1))]
+    assert watched.pauses == [
+        (PAUSED_AFTER_MS + 1, LockMs(PAUSED_AFTER_MS + 1)),
+        (40_000, LockMs(2 * (PAUSED_AFTER_MS + 1))),
+    ]
     assert watched.steps == []
 
 
@@ -57,7 +61,7 @@ def test_a_pause_while_lock_time_stands_still_revives_no_lock() -> None:
     watched.passes(1_000)
     watched.clock.hold()
     watched.passes(40_000)
-    assert watched.pauses == [(40_000, 1_000)]
+    assert watched.pauses == [(40_000, LockMs(1_000))]
     assert watched.clock.moment().lock_ms == 1_000
 
 
@@ -100,14 +104,14 @@ async def test_an_idle_daemon_is_not_paused(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(clock_monitor, "CHECK_EVERY_S", 0)
     reads, enough = 0, asyncio.Event()
 
-    def boot() -> int:
+    def boot() -> BootMs:
         nonlocal reads
         reads += 1
         if reads == 10:
             enough.set()
-        return reads * PAUSED_AFTER_MS
+        return BootMs(reads * PAUSED_AFTER_MS)
 
-    monitor = ClockMonitor(ignore, ignore, Clock(wall=lambda: WALL, boot=lambda: 0).moment, boot=boot)
+    monitor = ClockMonitor(ignore, ignore, Clock(wall=lambda: WALL, boot=lambda: BootMs(0)).moment, boot=boot)
     running = asyncio.create_task(monitor.run())
     await enough.wait()
     monitor.stop()

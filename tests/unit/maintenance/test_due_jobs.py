@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from jobd.maintenance.due_jobs import PIECE, SLICE, DueJobs
+from jobd.model.clocks import LockMs
 from jobd.model.commands import Bulk, Claim, Create, ExtendAfterPause, Get, Ping, Start, Tick
 from jobd.model.job import HOUR_MS, MINUTE_MS
 from tests.support.virtual_engine import (
@@ -79,7 +80,7 @@ async def test_locks_are_extended_before_the_slices() -> None:
         await engine.yes(Create(id="b"))
         await seconds(2)
         engine.step_ms -= HOUR_MS
-        engine.actor.enqueue_internal(ExtendAfterPause(ids=["a"], grace_ms=MINUTE_MS, since=0))
+        engine.actor.enqueue_internal(ExtendAfterPause(ids=["a"], grace_ms=MINUTE_MS, since=LockMs(0)))
         DueJobs(engine.actor, engine.clock.moment).keep(0)
         await engine.yes(Start(id="b", worker="w"))
         types = [change.event.type for batch in engine.disk.batches for change in batch.changes]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from jobd.maintenance.restart_grace import GRACE_MS, URGENT_MS, extend_held_locks
+from jobd.model.clocks import LockMs
 from jobd.model.commands import Create, ExtendAfterPause, Ping
 from jobd.model.job import MINUTE_MS
 from tests.support.memory_storage import MemoryStorage
@@ -12,7 +13,7 @@ SLICE = 2
 LONG_MS = 10 * MINUTE_MS
 
 
-def extend(engine: VirtualEngine, since: int | None = None) -> None:
+def extend(engine: VirtualEngine, since: LockMs | None = None) -> None:
     now = engine.clock.moment().lock_ms
     extend_held_locks(engine.actor, now, now if since is None else since, slice_jobs=SLICE)
 

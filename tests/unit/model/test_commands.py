@@ -9,6 +9,7 @@ import pytest
 from msgspec import UNSET, Raw
 
 from jobd.model import commands
+from jobd.model.clocks import LockMs
 from jobd.model.commands import (
     Adopt,
     AuditLog,
@@ -212,9 +213,9 @@ def test_an_operator_without_a_name_is_called_admin() -> None:
 
 
 def test_a_moment_converts_lock_time_to_wall_time() -> None:
-    at = Moment(now=1_000, lock_ms=300, offset=700)
-    assert (at.believed, at.wall(301)) == (1_000, 1_001)
-    assert Moment(1_000, 300, 700, trusted=900).believed == 900
+    at = Moment(now=1_000, lock_ms=LockMs(300), offset=700)
+    assert (at.believed, at.wall(LockMs(301))) == (1_000, 1_001)
+    assert Moment(1_000, LockMs(300), 700, trusted=900).believed == 900
 
 
 def test_a_command_names_its_worker_as_the_sender() -> None:

@@ -21,8 +21,9 @@ from jobd.model.events import (
     initial_changes,
     streamed_event,
 )
-from jobd.model.job import Grant, Job, LockDeadlines, Options, Result
+from jobd.model.job import Grant, Job, Options, Result
 from jobd.storage import codec
+from tests.support.factories import deadlines_at
 from tests.support.rule_harness import NOW, RuleHarness
 
 GRANT = Grant("secret", 1, "w", NOW, 1, 2, 3)
@@ -39,10 +40,8 @@ def test_changes_have_the_fields_of_a_job() -> None:
 
 
 def test_fold_sets_only_the_fields_that_the_event_changes() -> None:
-    changed = fold(JOB, event(Changes(status="processing", grant=GRANT, deadlines=LockDeadlines(1, 2, None))))
-    assert changed == msgspec.structs.replace(
-        JOB, status="processing", grant=GRANT, deadlines=LockDeadlines(1, 2, None)
-    )
+    changed = fold(JOB, event(Changes(status="processing", grant=GRANT, deadlines=deadlines_at(1, 2))))
+    assert changed == msgspec.structs.replace(JOB, status="processing", grant=GRANT, deadlines=deadlines_at(1, 2))
     assert fold(changed, event(Changes(grant=None, deadlines=None, status="queued"))) == JOB
 
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from jobd.core.row_checks import validate
+from jobd.model.clocks import LockMs
 from jobd.model.commands import Moment
 from jobd.model.job import (
     COUNTER_MASK,
@@ -39,6 +40,7 @@ from jobd.model.job import (
     packed,
     storage_key_error,
 )
+from tests.support.factories import deadlines_at
 
 NEW = Job(3, "a", Options(queue="q", kind="k"), "queued", 1_000, 1_000, 1_000)
 
@@ -97,18 +99,18 @@ def test_the_table_of_transitions() -> None:
 
 
 def test_a_lock_has_expired_at_its_time() -> None:
-    deadlines = LockDeadlines(expires=10, stall_due=20, progress_due=None)
-    assert (deadlines.is_live(9), deadlines.is_live(10)) == (True, False)
-    assert not LockDeadlines(10, 20, None, cleared=True).is_live(0)
+    deadlines = deadlines_at(10, 20)
+    assert (deadlines.is_live(LockMs(9)), deadlines.is_live(LockMs(10))) == (True, False)
+    assert not deadlines_at(10, 20, cleared=True).is_live(LockMs(0))
 
 
 @pytest.mark.parametrize(
     ("deadlines", "stalled"),
     [
-        (LockDeadlines(10, 20, None), 20),
-        (LockDeadlines(30, 20, None), 30),
-        (LockDeadlines(10, 20, 15), 15),
-        (LockDeadlines(10, 20, 25), 20),
+        (deadlines_at(10, 20), 20),
+        (deadlines_at(30, 20), 30),
+        (deadlines_at(10, 20, 15), 15),
+        (deadlines_at(10, 20, 25), 20),
     ],
 )
 def test_a_job_counts_as_stalled_at_its_first_deadline(deadlines: LockDeadlines, stalled: int) -> None:
@@ -116,16 +118,16 @@ def test_a_job_counts_as_stalled_at_its_first_deadline(deadlines: LockDeadlines,
 
 
 def test_a_lease_is_past_its_progress_timeout_at_the_progress_timeout() -> None:
-    deadlines = LockDeadlines(10, 20, 15)
-    assert (deadlines.is_past_progress_due(14), deadlines.is_past_progress_due(15)) == (False, True)
-    assert not LockDeadlines(10, 20, None).is_past_progress_due(10**15)
+    deadlines = deadlines_at(10, 20, 15)
+    assert (deadlines.is_past_progress_due(LockMs(14)), deadlines.is_past_progress_due(LockMs(15))) == (False, True)
+    assert not deadlines_at(10, 20).is_past_progress_due(LockMs(10**15))
 
 
 def test_the_compact_form_of_a_new_job_expands_to_the_job() -> None:
     short = packed(NEW)
     assert short is not None
     assert short.expand() == NEW
-    assert validate(short.expand(), Moment(1_000, 5, 0), Policy()).issues == []
+    assert validate(short.expand(), Moment(1_000, LockMs(5), 0), Policy()).issues == []
 
 
 OTHER_FIELDS: Final[list[dict[str, Any]]] = [
@@ -142,7 +144,7 @@ OTHER_FIELDS: Final[list[dict[str, Any]]] = [
     {"finished_at": 0},
     {"expires_at": 2_000},
     {"grant": Grant("l", 1, "w", 1, 1, 1, 0)},
-    {"deadlines": LockDeadlines(1, 1, None)},
+    {"deadlines": deadlines_at(1, 1)},
     {"ended": PreviousGrant("l", 1, "w", 1, "", "")},
     {"result": Result()},
     {"error": Failure(None)},

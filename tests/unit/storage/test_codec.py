@@ -14,6 +14,7 @@ from msgspec import UNSET, Raw
 from msgspec.structs import replace
 
 from jobd.journal import event_codec
+from jobd.model.clocks import LockMs
 from jobd.model.commands import (
     Complete,
     Extend,
@@ -63,7 +64,7 @@ def test_the_other_tables_have_the_columns_of_their_values(table: str, columns: 
 
 
 def test_the_meta_row_holds_every_number() -> None:
-    row = migrations.meta_row(Numbers(2, 3, 4, 5, 6, 7, True, 20, 21, 22), (8, 9, 10, 11), 1, 13, 14, 12)
+    row = migrations.meta_row(Numbers(2, 3, 4, 5, LockMs(6), 7, True, 20, 21, 22), (8, 9, 10, 11), 1, 13, 14, 12)
     assert row[:-1] == (12, 2, 3, 4, 5, 6, 7, 1, 20, 21, 22, 8, 9, 10, 11, 1, 13, 14)
     assert codec.fault(row) is None
 

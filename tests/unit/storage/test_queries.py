@@ -10,7 +10,7 @@ from msgspec.structs import replace
 
 from jobd.model.events import Change
 from jobd.model.fingerprints import fingerprint
-from jobd.model.job import FINISHED, MAX_LATE_RESULTS, Failure, Grant, Job, LockDeadlines, PreviousGrant, Result
+from jobd.model.job import FINISHED, MAX_LATE_RESULTS, Failure, Grant, Job, PreviousGrant, Result
 from jobd.model.storage import (
     JobQuery,
     LateResultQuery,
@@ -18,7 +18,7 @@ from jobd.model.storage import (
 from jobd.storage import queries
 from jobd.storage.events import event_queries
 from jobd.storage.store import Store
-from tests.support.factories import NOW, OPTIONS, ChangeFactory, all_of
+from tests.support.factories import NOW, OPTIONS, ChangeFactory, all_of, deadlines_at
 from tests.support.store_files import assert_holds, job_of, late_of, late_results, open_store
 
 
@@ -134,7 +134,11 @@ async def test_jobs_are_filtered_by_the_worker_of_their_latest_grant(store: Stor
     first = PreviousGrant("old", 1, "w-before", NOW, "holder", "failed", "fail", "h")
     for status, grant in (("queued", None), ("processing", Grant("l", 2, "w-now", NOW, 1_000, 0, 0))):
         after = replace(
-            job_of(created), status=status, grant=grant, ended=first, deadlines=grant and LockDeadlines(1, 1, 1)
+            job_of(created),
+            status=status,
+            grant=grant,
+            ended=first,
+            deadlines=grant and deadlines_at(1, 1, 1),
         )
         await store.write(maker.batch([maker._step(maker.jobs[1], after, "granted")]))
         expected = ["a"] if grant is None else []

@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
+from jobd.model.clocks import LockMs
 from jobd.model.job import COUNTER_MASK
 from jobd.model.storage import (
     SPARE_BYTES,
@@ -304,7 +305,7 @@ async def test_cancelling_the_opening_waits_for_it_and_releases_the_lock(path: s
 
 
 async def test_an_empty_batch_keeps_the_numbers(path: str) -> None:
-    numbers = Numbers(1, 2, 3, 4, 5, 6)
+    numbers = Numbers(1, 2, 3, 4, LockMs(5), 6)
     async with open_store(path) as (store, _):
         assert await store.write(Batch([], numbers)) == {}
     async with open_store(path) as (_, found):

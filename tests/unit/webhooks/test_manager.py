@@ -16,6 +16,7 @@ import pytest
 import structlog
 from msgspec.structs import replace
 
+from jobd.model.clocks import LockMs
 from jobd.model.commands import Moment
 from jobd.model.events import Change
 from jobd.model.job import DAY_MS, HOUR_MS, Job
@@ -1193,7 +1194,7 @@ class SuspectWallClock(SteppedWallClock):
 
     def moment(self) -> Moment:
         expected = super().moment().now
-        return Moment(now=expected + 40 * DAY_MS, lock_ms=0, offset=0, trusted=expected)
+        return Moment(now=expected + 40 * DAY_MS, lock_ms=LockMs(0), offset=0, trusted=expected)
 
 
 async def test_a_message_ages_by_the_expected_time_while_the_clock_is_suspect(path: Path) -> None:

@@ -15,6 +15,7 @@ from jobd.core.rules import plan_rules
 from jobd.core.rules import worker as worker_rules
 from jobd.core.state import State
 from jobd.core.transaction import Transaction
+from jobd.model.clocks import LockMs
 from jobd.model.commands import Adopt, Bulk, ClockTrust, Moment, PlanAction, Recover
 from jobd.model.errors import ApiError
 from jobd.model.events import Change, QueuePause
@@ -62,7 +63,7 @@ def _(recover: Any, tx: Transaction, command: Recover) -> Any:
 
 
 @bug("downtime-not-credited", maintenance_rules._postponed, breaks="downtime ends locks", found_by=RULES)
-def _(postponed: Any, deadlines: Any, since: int, until: int) -> Any:
+def _(postponed: Any, deadlines: Any, since: LockMs, until: LockMs) -> Any:
     return deadlines
 
 
@@ -150,7 +151,7 @@ def _(epoch: Any, highest: int, now_ms: int) -> int:
     breaks="the next start trusts a clock that was suspect, and deletes by it",
     found_by=ACTOR,
 )
-def _(numbers: Any, self: State, lock_ms: int, wall_ms: int, clock: ClockTrust) -> Any:
+def _(numbers: Any, self: State, lock_ms: LockMs, wall_ms: int, clock: ClockTrust) -> Any:
     return numbers(self, lock_ms, wall_ms, replace(clock, suspect=False))
 
 

@@ -15,6 +15,7 @@ from jobd.engine.disk_full import FullDisk
 from jobd.engine.envelope import Envelope, may_go_first
 from jobd.engine.idempotency import IdempotencyStore
 from jobd.maintenance.clock_monitor import ClockMonitor
+from jobd.model.clocks import BootMs
 from jobd.model.commands import IdempotencyKey, Undelivered
 from jobd.model.job import Policy
 from jobd.model.responses import Response
@@ -164,7 +165,7 @@ def _(may_go: Any, envelope: Envelope) -> bool:
     found_by=ACTOR,
 )
 def _(advance: Any, self: Clock) -> int:
-    boot, self._boot = self._boot, self._wall
+    boot, self._boot = self._boot, lambda: BootMs(self._wall())
     try:
         return int(advance(self))
     finally:

@@ -11,6 +11,7 @@ from msgspec.structs import replace
 from jobd.core import decide, transitions
 from jobd.core.rules import maintenance as maintenance_rules
 from jobd.core.transaction import Transaction
+from jobd.model.clocks import LockMs
 from jobd.model.commands import (
     AnyCommand,
     Call,
@@ -104,7 +105,7 @@ def test_how_a_stall_ends(
 
 
 def test_the_message_of_a_stall() -> None:
-    rules = RuleHarness(lock_ms=DAY_MS)
+    rules = RuleHarness(lock_ms=LockMs(DAY_MS))
     rules.create()
     lock_id = rules.start(worker="w-7", lock_ttl_ms=1_000)
     rules.progress(lock_id, 45)
@@ -231,7 +232,7 @@ def test_time_is_judged_when_a_command_is_applied(rules: RuleHarness) -> None:
     rules.held("b", stall_after_ms=HOUR_MS, **no_progress_timeout())
     rules.create("d", queue="other", expires_at=NOW + 5)
     rules.state.advance(NOW + 5, rules.lock_ms + TTL)
-    before = Moment(NOW + 4, rules.lock_ms + TTL - 1, NOW - rules.lock_ms)
+    before = Moment(NOW + 4, rules.lock_ms + TTL - 1, NOW - int(rules.lock_ms))
     nothings: list[tuple[AnyCommand, Any]] = [
         (Recover(limit=9), Recovered([], 0, False)),
         (Expire(limit=9), MaintenanceResult(0)),
@@ -247,7 +248,7 @@ def test_time_is_judged_when_a_command_is_applied(rules: RuleHarness) -> None:
 def test_the_lock_of_a_stalled_job_is_not_cleared(rules: RuleHarness) -> None:
     rules.held(stall_after_ms=HOUR_MS, **no_progress_timeout())
     rules.advance(TTL)
-    later = Moment(rules.now + HOUR_MS, rules.lock_ms + HOUR_MS, NOW - rules.lock_ms)
+    later = Moment(rules.now + HOUR_MS, rules.lock_ms + HOUR_MS, NOW - int(rules.lock_ms))
     tx = Transaction(rules.state, later, rules.policy)
     assert decide.decide(tx, Call(Recover(limit=9), seed=SEED)) == Response(Recovered([], 0, False))
 
