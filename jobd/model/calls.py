@@ -289,7 +289,8 @@ class DaemonCalls(CallGroup, tag="The daemon", base=ADMIN, auth="admin"):
         "POST",
         "/cluster/step-down",
         repeatable=False,
-        summary="Make this node step down, so that a standby takes over at once. The process ends with code 75.",
+        summary="Make this node step down, so that a standby takes over at once. The process ends with code 75.\n\n"
+        "It is rejected if no standby is ready, unless `force` is true.",
         errors=("not_found", "no_standby"),
     )
 
@@ -321,7 +322,7 @@ class StoreCalls(CallGroup, tag="The store", base=ADMIN, auth="admin"):
         responses.BackupList,
         "GET",
         "/backups",
-        summary="List the backups in progress and the last ones that ended, newest first.",
+        summary="List the backups in progress and the last 20 that ended, newest first.",
     ).then(lambda view: view.backups)
 
 

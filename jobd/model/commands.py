@@ -114,7 +114,10 @@ class Command(Struct, frozen=True, gc=False, forbid_unknown_fields=True, kw_only
 
 
 class Create(Command, frozen=True, kw_only=True):
-    """Create a job. Repeating the request returns the same job."""
+    """Create a job. Repeating the request returns the same job.
+
+    An `id` that exists with other fields is rejected; `details.differs_in` names the fields that certainly differ.
+    """
 
     admission = "create"
     errors = ("job_exists", "job_quarantined", "too_many_jobs", "too_many_queues")
@@ -146,7 +149,7 @@ class Create(Command, frozen=True, kw_only=True):
 
 
 class Bulk(Command, frozen=True, kw_only=True):
-    """Create many jobs in the given order, all or none."""
+    """Create up to `limits.bulk` jobs in the given order, all or none."""
 
     admission = "create"
     errors = Create.errors
@@ -339,7 +342,7 @@ class Extend(JobCommand, frozen=True, kw_only=True):
 
 
 class Complete(JobCommand, frozen=True, kw_only=True):
-    """Complete the job."""
+    """Complete the job. `expires_at` sets when it is deleted."""
 
     admission = "ending"
     errors = ("lock_lost", "invalid_transition")
@@ -370,7 +373,10 @@ class Fail(JobCommand, frozen=True, kw_only=True):
 
 
 class Release(JobCommand, frozen=True, kw_only=True):
-    """Return the job to its queue. The attempt does not count."""
+    """Return the job to its queue. The attempt does not count.
+
+    From the fifth release in a row without progress, the job waits.
+    """
 
     admission = "ending"
     errors = Complete.errors
@@ -462,7 +468,7 @@ NO_REASON: Final = "Failed by an operator."  # error message of a force-fail wit
 
 
 class ForceFail(NamedJobCommand, frozen=True):
-    """Fail a queued or processing job. Its grant ends immediately."""
+    """Fail a queued or processing job. Its grant ends immediately. `reason` becomes `error_message`."""
 
     admission = "ending"
     audit_name = "force-fail"
@@ -475,7 +481,7 @@ class ForceFail(NamedJobCommand, frozen=True):
 
 
 class ForceReset(NamedJobCommand, frozen=True):
-    """Requeue a processing, failed or cancelled job as if it were new."""
+    """Requeue a processing, failed or cancelled job as if it were new. A worker that holds it loses it."""
 
     admission = "change"
     audit_name = "force-reset"
@@ -509,7 +515,10 @@ class Updates(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Transition(NamedJobCommand, frozen=True, kw_only=True):
-    """Change the status of a job from `from` to `to`, if it still is `from`. `to` cannot be `processing`."""
+    """Change the status of a job from `from` to `to`, if it still is `from`. `to` cannot be `processing`.
+
+    A job that no worker has taken may become `completed`; this is final, and `validation.require_download_url` applies.
+    """
 
     admission = "change"
     audit_name = "transition"
@@ -590,7 +599,7 @@ class LateResults(JobCommand, frozen=True, kw_only=True):
 
 
 class Adopt(JobCommand, frozen=True):
-    """Complete a queued, failed or cancelled job with one of its late results."""
+    """Complete a queued, failed or cancelled job with one of its late results, by default that of the latest grant."""
 
     admission = "change"
     audit_name = "adopt"
@@ -610,7 +619,7 @@ class Adopt(JobCommand, frozen=True):
 
 
 class Delete(JobCommand, frozen=True):
-    """Delete a finished job and its history."""
+    """Delete a finished job with its history and its artifacts."""
 
     admission = "ending"
     audit_name = "delete"
@@ -624,7 +633,7 @@ class Delete(JobCommand, frozen=True):
 
 
 class Pause(Command, frozen=True):
-    """Grant no jobs of a queue until an operator resumes it, or until `until`."""
+    """Grant no jobs of a queue until an operator resumes it, or until `until`. A pause survives a restart."""
 
     admission = "change"
     audit_name = "pause"

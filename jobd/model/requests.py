@@ -68,7 +68,10 @@ class Deliveries(WebhookCommand, frozen=True, kw_only=True):
 
 
 class RowCheckRequest(Command, frozen=True):
-    """Check the next rows of the store against their checksums. Quarantine and list the damaged ones."""
+    """Check the next rows of the store against their checksums. Quarantine and list the damaged ones.
+
+    A request takes about a quarter of a second.
+    """
 
     cursor: Annotated[RowCursor | None, Meta(description="The `next_cursor` of the previous call.")] = None
 
@@ -88,7 +91,7 @@ class DeliverAllAgain(WebhookCommand, frozen=True):
 
 
 class TestWebhook(WebhookCommand, frozen=True):
-    """Send a test message to a webhook."""
+    """Send a test message to a webhook now. A paused webhook is resumed."""
 
     reason: Reason | None = None
 
@@ -127,7 +130,7 @@ class EventsRequest(Command, frozen=True, kw_only=True):
 
 
 class ArtifactRequest(JobCommand, frozen=True, kw_only=True):
-    """Download the artifact of a job, or of one of its late results, as a file."""
+    """Download the object that `storage_key` names, of a job or of one of its late results, as a file."""
 
     errors = ("not_found", "storage_unavailable", "late_result_not_found")
 

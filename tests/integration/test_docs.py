@@ -17,7 +17,7 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Final, NamedTuple, get_args
@@ -30,19 +30,18 @@ from prometheus_client.parser import text_string_to_metric_families
 import jobd
 from jobd import config
 from jobd.api import admin_routes, worker_routes
-from jobd.api.command_stream import StreamedResponse
 from jobd.cli import exit_codes
 from jobd.cli.ctl.main import jobctl as jobctl_program
 from jobd.cli.daemon.main import jobd as jobd_program
 from jobd.client.worker.command_worker import FIELDS, PREFIX
 from jobd.core.stats import SAMPLES_NEEDED
-from jobd.http.routing import Route
 from jobd.model import commands, errors, events, responses
 from jobd.model.commands import STREAMED_COMMANDS
 from jobd.monitoring import alerts
 from tests import ROOT
 from tests.conftest import tool_missing
-from tests.support import config_reference, python_reference
+from tests.support import api_reference, config_reference, python_reference
+from tests.support.api_reference import SHAPES
 from tests.support.cli_harness import node_runs_typescript
 from tests.support.daemon_process import TOKEN, DaemonProcess, die_with_us
 from tests.support.scripted_server import ScriptedServer, rejected, serving
@@ -137,7 +136,9 @@ def _config_rows() -> list[list[str]]:
     return rows(CONFIGURATION, "key", "default", "live")
 
 
-@pytest.mark.parametrize("generator", [config_reference, python_reference], ids=lambda module: module.__name__)
+@pytest.mark.parametrize(
+    "generator", [api_reference, config_reference, python_reference], ids=lambda module: module.__name__
+)
 def test_generated_documents_are_up_to_date(generator: ModuleType) -> None:
     for file, text in generator.generated().items():
         assert file.read_text(encoding="utf-8") == text, (
@@ -155,28 +156,6 @@ def test_variables_of_keys_are_documented_as_read_by_the_daemon() -> None:
 
 def test_every_error_code_is_documented_with_its_status() -> None:
     assert {ticked(code)[0]: int(status) for code, status, *_ in rows(API, "code", "status")} == errors.ERROR_STATUS
-
-
-@pytest.mark.parametrize(
-    ("title", "table"),
-    [("Worker API", worker_routes.ROUTES), ("Admin API", admin_routes.ROUTES)],
-    ids=["worker", "admin"],
-)
-def test_every_call_is_documented_with_its_fields(title: str, table: Sequence[Route]) -> None:
-    documented = {}
-    for line in section(API, title).splitlines():
-        if match := re.match(r"\| ([A-Z]+) `([^`]+)` \|([^|]*)\|([^|]*)\|([^|]*)\|", line):
-            method, path, body, gives, key = (part.strip() for part in match.groups())
-            documented[method, path] = (sorted(ticked(body)), gives, key == "yes")
-    expected = {(route.method, route.path): _expected(route) for route in table}
-    assert documented == expected, f"docs/api.md, {title}: each route has a row with its fields, response and key"
-
-
-def _expected(route: Route) -> tuple[list[str], str, bool]:
-    body = [] if route.body == "lines" else body_fields(route.request, route.path_field)
-    names = [name for name, shape in SHAPES.items() if shape is route.response]
-    others = {"Probe": "probe", "bytes": "bytes", "str": "bytes"}
-    return body, names[0] if names else others[route.response.__name__], route.key
 
 
 def body_fields(shape: Any, given: str | None = None) -> list[str]:
@@ -198,72 +177,6 @@ def test_every_audit_action_is_documented() -> None:
     assert listed is not None
     different = set(ticked(listed[1])) ^ set(commands.AUDITED_ACTIONS)
     assert not different, f"docs/api.md, Audit log: {different} must be in the list of actions and in AUDITED_ACTIONS"
-
-
-SHAPES: Final[dict[str, Any]] = {
-    "job": responses.JobView,
-    "lock": responses.LockView,
-    "grant": responses.GrantView,
-    "lock state": responses.LockState,
-    "jobs": responses.JobList,
-    "page": responses.JobPage,
-    "grants": responses.Grants,
-    "timeline": responses.TimelineView,
-    "late results": responses.LateResultList,
-    "late result": responses.LateResultView,
-    "event": events.EventView,
-    "streamed event": events.StreamedEvent,
-    "streamed response": StreamedResponse,
-    "why": responses.WhyView,
-    "next": responses.NextEvent,
-    "validation": responses.Validation,
-    "issue": responses.Issue,
-    "queues": responses.QueueList,
-    "queue": responses.QueueView,
-    "workers": responses.WorkerList,
-    "worker": responses.WorkerView,
-    "stats": responses.StatsView,
-    "health": responses.HealthView,
-    "report": responses.CleanupReport,
-    "cleanup state": responses.CleanupState,
-    "recovered": responses.RecoverStuckView,
-    "taken back": responses.TakeBackView,
-    "recovery": responses.Recovery,
-    "validated job": responses.ValidateJobView,
-    "forced": responses.TransitionView,
-    "admin lock": responses.AdminLockView,
-    "import report": responses.ImportResult,
-    "import preview": responses.ImportPreview,
-    "failures": responses.FailuresView,
-    "failure group": responses.FailureGroup,
-    "preview": responses.PreviewView,
-    "plan": responses.PlanView,
-    "planned job": responses.PlannedJob,
-    "skipped job": responses.SkippedJob,
-    "plan result": responses.PlanResult,
-    "changed job": responses.ChangedJob,
-    "audit page": responses.AuditPage,
-    "audit entry": responses.AuditView,
-    "export page": responses.ExportPage,
-    "locks": responses.LockList,
-    "locked job": responses.LockedJob,
-    "reports": responses.ReportList,
-    "alerts": responses.AlertList,
-    "alert": responses.AlertView,
-    "webhooks": responses.WebhookList,
-    "webhook": responses.WebhookView,
-    "deliveries": responses.DeliveryPage,
-    "delivery": responses.DeliveryView,
-    "resent": responses.Resent,
-    "clock": responses.ClockView,
-    "cluster": responses.ClusterView,
-    "node": responses.NodeView,
-    "quarantine": responses.QuarantineList,
-    "checked rows": responses.CheckedRows,
-    "backups": responses.BackupList,
-    "backup": responses.BackupView,
-    "paused": responses.PausedView,
-}
 
 
 def test_every_response_shape_is_documented_with_its_fields() -> None:

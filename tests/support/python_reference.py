@@ -120,7 +120,7 @@ def result_of(call: ApiCall[Any, Any]) -> str:
 
 def text_of(call: ApiCall[Any, Any]) -> str:
     """Return the description of a call: what it does, whether it is repeated, and its exceptions."""
-    parts = [call.options.get("summary") or text(call.command)]
+    parts = [" ".join(call.options.get("summary", "").split()) or text(call.command)]
     if not call.repeatable:
         parts.append("The client does not repeat the request after a lost response.")
     is_of_job = issubclass(call.command, JobCommand)
