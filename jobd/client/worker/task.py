@@ -10,7 +10,7 @@ from datetime import timedelta
 from typing import Any, Final
 
 from jobd.client.worker.lock_keeper import LOST, LockKeeper
-from jobd.model.job import YEAR_MS
+from jobd.model.job import SECOND_MS, YEAR_MS
 from jobd.model.responses import JobView
 
 
@@ -37,7 +37,7 @@ class Discard(Exception):
 
 
 class Snooze(Exception):
-    """Raised by a handler to put its job back for `after` (a timedelta, or seconds). It is no failure.
+    """Raised by a handler to put its job back for `after` (a timedelta, or seconds), at least 1 s. It is no failure.
 
     The attempt does not count. Raises ValueError unless `after` is from 0 to 365 days.
     """
@@ -49,7 +49,9 @@ class Snooze(Exception):
         if not 0 <= after_s * 1000 <= YEAR_MS:
             raise ValueError(f"after must be from 0 to 365 days, not {after_s} s")
         super().__init__(message)
-        self.after_ms = round(after_s * 1000)
+        self.after_ms = max(
+            round(after_s * 1000), SECOND_MS
+        )  # otherwise, a job could be claimed again at once for ever
 
 
 class Stopped(Exception):
