@@ -9,27 +9,19 @@ import asyncio
 import contextlib
 import threading
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Iterator
-from typing import Any, BinaryIO, Final, Literal, Self, TypeVar
+from collections.abc import Callable, Coroutine, Iterator
+from functools import partial
+from typing import Any, BinaryIO, Concatenate, Final, Literal, ParamSpec, Self, TypeVar
 
 import structlog
 
-from jobd.model.events import Event
-from jobd.model.job import Job
-from jobd.model.responses import CheckedRows, DeliveryState
 from jobd.model.storage import (
-    AuditQuery,
-    AuditRows,
     BackupProgress,
     Batch,
     CannotWrite,
     DiskFull,
     DiskSpace,
-    DueTombstones,
-    EventPage,
     FiguresWrite,
-    JobQuery,
-    JobRows,
     LateResultQuery,
     LateResultRows,
     LoadedRows,
@@ -46,6 +38,7 @@ from jobd.storage import backup, files, outbox, queries, startup
 from jobd.storage.commit_mode import CommitMode, CommitSetting
 from jobd.storage.connection import FunctionConnection, StoreConnection
 from jobd.storage.damage import quarantine, scrub
+from jobd.storage.database import Database
 from jobd.storage.events import event_queries
 from jobd.storage.files import FileLock, StoreBroken, StoreBusy, StoreError, StoreTooNew, StoreUnreadable
 from jobd.storage.startup import MEMORY
@@ -58,7 +51,7 @@ log = structlog.get_logger("jobd.storage")
 
 S = TypeVar("S", bound="Store")
 T = TypeVar("T")
-Plan = Callable[..., tuple[TableWrite | None, T]]  # reads the tables, and returns what to write, and a result
+P = ParamSpec("P")
 SLICE_DELAY_S: Final = 0.1  # until the tables are written, if there is not enough for a slice before
 APPENDS_PER_SLICE: Final = 100  # the delay is as long as this many appends, because a slice costs one on a slow disk
 MAX_DELAY_S: Final = 5.0
@@ -76,6 +69,32 @@ async def open_or_close(work: Coroutine[Any, Any, tuple[S, OpenedStore]]) -> tup
         if opening.exception() is None:
             await opening.result()[0].close()
         raise
+
+
+def _query(
+    read: Callable[Concatenate[Database, P], T], *, of_outbox: bool = False
+) -> Callable[Concatenate[Any, P], Coroutine[Any, Any, T]]:
+    """Return a method that calls `read` with the tables."""
+
+    async def query(self: Store, /, *args: P.args, **named: P.kwargs) -> T:
+        return await self._read(partial(read, **named) if named else read, *args, of_outbox=of_outbox)
+
+    return query
+
+
+def _planned(
+    plan: Callable[Concatenate[Database, P], tuple[TableWrite | None, T]], *, of_outbox: bool = False
+) -> Callable[Concatenate[Any, P], Coroutine[Any, Any, T]]:
+    """Return a method that calls `plan` with the tables, appends the write that it returns, and returns the result."""
+
+    async def write(self: Store, /, *args: P.args, **named: P.kwargs) -> T:
+        async with self._planning:  # no other write comes between
+            planned, result = await self._read(partial(plan, **named), *args, of_outbox=of_outbox)
+            if planned is not None:
+                await self._append(planned)
+            return result
+
+    return write
 
 
 class Store(Storage):
@@ -185,8 +204,10 @@ class Store(Storage):
         finally:
             self._start_upkeep()
 
-    async def _read(self, fn: Callable[..., T], *args: Any) -> T:
-        """Call `fn` with the tables in the storage thread, when they have all that was committed."""
+    async def _read(self, fn: Callable[..., T], *args: Any, of_outbox: bool = False) -> T:
+        """Call `fn` in the storage thread with the tables as of the last commit, or as of the last one `of_outbox`."""
+        if of_outbox:
+            return await self._run(self._projection.read_outbox, fn, self._database, *args)
         with contextlib.suppress(DiskFull):
             await self._write_whole_slices()
         return await self._run(self._projection.read, fn, self._database, *args)
@@ -342,56 +363,24 @@ class Store(Storage):
                 self.commits_inline = self._mode.is_inline
             self._plan_slice()
 
-    async def _write_planned(self, read: Callable[..., Awaitable[tuple[Any, T]]], plan: Plan[T], *args: Any) -> T:
-        """Run `plan` with `read`. Append the write that it returns, if any, and return its other result."""
-        async with self._planning:  # no other write comes between
-            write, result = await read(plan, *args)
-            if write is not None:
-                await self._append(write)
-            return result
-
-    async def _read_outbox(self, fn: Callable[..., T], *args: Any) -> T:
-        return await self._run(self._projection.read_outbox, fn, self._database, *args)
-
-    async def find_jobs(self, query: JobQuery) -> JobRows:
-        return await self._read(queries.find_jobs, query)
-
-    async def timeline(self, job_seq: int, limit: int | None = None) -> list[Event]:
-        return await self._read(event_queries.timeline, job_seq, limit)
+    find_jobs = _query(queries.find_jobs)
+    timeline = _query(event_queries.timeline)
+    count_late_results = _query(queries.count_late_results)
+    events_after = _query(event_queries.events_after)
+    expired_jobs = _query(queries.expired_jobs)
+    reports = _query(queries.reports)
+    quarantine = _query(quarantine.quarantine_job)
+    read_audit = _query(queries.read_audit)
+    due_tombstones = _query(queries.due_tombstones)
+    check_rows = _query(scrub.check_slice)
+    prune = _planned(table_writes.plan_pruning)
+    trim_audit = _planned(table_writes.plan_trimming)
 
     async def read_late_results(self, requested: list[LateResultQuery]) -> LateResultRows:
         return await self._run(self._read_late_results, requested)
 
-    async def count_late_results(self, job_seqs: list[int]) -> dict[int, int]:
-        return await self._read(queries.count_late_results, job_seqs)
-
-    async def events_after(self, after: int, limit: int) -> EventPage:
-        """Return up to `limit` events of the store with a seq above `after`, oldest first."""
-        return await self._read(event_queries.events_after, after, limit)
-
-    async def expired_jobs(self, now: int, limit: int, skip: int = 0) -> list[str]:
-        return await self._read(queries.expired_jobs, now, limit, skip)
-
-    async def reports(self, limit: int) -> list[bytes]:
-        return await self._read(queries.reports, limit)
-
-    async def quarantine(self, job: Job, reason: str) -> None:
-        await self._read(quarantine.quarantine_job, job, reason)
-
     async def used_bytes(self) -> int:
         return await self._run(self._database.used_bytes)
-
-    async def prune(self, before: int, limit: int) -> int:
-        return await self._write_planned(self._read, table_writes.plan_pruning, before, limit)
-
-    async def read_audit(self, query: AuditQuery) -> AuditRows:
-        return await self._read(queries.read_audit, query)
-
-    async def trim_audit(self, before: int, limit: int) -> int:
-        return await self._write_planned(self._read, table_writes.plan_trimming, before, limit)
-
-    async def due_tombstones(self, now: int, limit: int) -> DueTombstones:
-        return await self._read(queries.due_tombstones, now, limit)
 
     async def update_tombstones(self, deleted: list[int], postponed: list[Tombstone]) -> None:
         await self._append(TombstoneWrite(deleted, postponed))
@@ -400,7 +389,7 @@ class Store(Storage):
 
     async def open_outbox(self, names: list[str], now: int) -> Outbox:
         async with self._planning:
-            write, (found, unwritten) = await self._read_outbox(outbox.plan_opening, names, now)
+            write, (found, unwritten) = await self._read(outbox.plan_opening, names, now, of_outbox=True)
             try:
                 if write is not None:
                     await self._append(write)
@@ -411,30 +400,14 @@ class Store(Storage):
     async def plan_deliveries(self, moved: WebhookCursor, new: list[Delivery]) -> None:
         await self._append(OutboxWrite([moved], new))
 
-    async def store_outcomes(self, tried: list[Delivery], now: int) -> bool:
-        return await self._write_planned(self._read_outbox, outbox.plan_outcomes, tried, now)
-
-    async def deliver_again(self, endpoint: str, id_: int, now: int) -> Delivery | None:
-        return await self._write_planned(self._read_outbox, outbox.plan_retry, endpoint, id_, now)
-
-    async def deliver_all_again(self, endpoint: str, upto: int, limit: int, now: int) -> list[Delivery]:
-        return await self._write_planned(self._read_outbox, outbox.plan_retries, endpoint, upto, limit, now)
-
-    async def deliveries(self, ids: list[int]) -> list[Delivery]:
-        return await self._read_outbox(outbox.by_ids, ids)
-
-    async def dead_letter_counts(self, endpoint: str) -> tuple[int, int]:
-        return await self._read_outbox(outbox.dead_letter_counts, endpoint)
-
-    async def list_deliveries(
-        self, endpoint: str, state: DeliveryState | None, before: int, limit: int
-    ) -> list[Delivery]:
-        return await self._read_outbox(outbox.page, endpoint, state, before, limit)
+    store_outcomes = _planned(outbox.plan_outcomes, of_outbox=True)
+    deliver_again = _planned(outbox.plan_retry, of_outbox=True)
+    deliver_all_again = _planned(outbox.plan_retries, of_outbox=True)
+    deliveries = _query(outbox.by_ids, of_outbox=True)
+    dead_letter_counts = _query(outbox.dead_letter_counts, of_outbox=True)
+    list_deliveries = _query(outbox.page, of_outbox=True)
 
     # ----------------------------------------------------------------------------------------- miscellaneous
-
-    async def check_rows(self, cursor: str | None) -> CheckedRows | None:
-        return await self._read(scrub.check_slice, cursor)
 
     async def backup(self, progress: BackupProgress | None = None) -> BinaryIO:
         async with self._backup_lock:
