@@ -28,6 +28,7 @@ from jobd.model.job import (
     packed,
 )
 from jobd.model.storage import AuditEntry, Numbers, QueueRow, StoredResponse, Tombstone
+from jobd.model.webhooks import Delivery, WebhookCursor
 
 Row = tuple[Any, ...]
 
@@ -64,10 +65,7 @@ LATE_COLUMNS: Final = (
     "expires_at",
     *_RESULT_COLUMNS,
 )
-QUEUE_COLUMNS: Final = ("name", *QueueRow.__struct_fields__)
-TOMBSTONE_COLUMNS: Final = Tombstone.__struct_fields__
 AUDIT_COLUMNS: Final = ("seq", *AuditEntry.__struct_fields__[:-1])  # audit_jobs has `changed_ids`
-AUDIT_JOB_COLUMNS: Final = ("seq", "audit_seq", "job_id")
 META_COLUMNS: Final = (
     "schema_version",
     *Numbers.__struct_fields__,
@@ -80,6 +78,27 @@ META_COLUMNS: Final = (
     "projected_to",
 )
 
+# The columns of each table with rows that are written as a whole.
+COLUMNS: Final[dict[str, tuple[str, ...]]] = {
+    "audit": (*AUDIT_COLUMNS, "crc"),
+    "audit_jobs": ("seq", "audit_seq", "job_id", "crc"),
+    "bad_rows": ("place", "what", "at", "row"),
+    "deleted_jobs": ("job_seq", "id", "at"),
+    "deliveries": (*Delivery.__struct_fields__, "crc"),
+    "events": ("seq", "last", "job_seq", "at", "body", "crc"),
+    "figures": ("id", "body", "crc"),
+    "jobs": (*JOB_COLUMNS, "crc"),
+    "keys": (*KEY_COLUMNS, "crc", "response"),
+    "late_results": (*LATE_COLUMNS, "crc"),
+    "payloads": ("job_seq", "body", "request_hash", "crc"),
+    "quarantined_jobs": ("seq", "id", "reason", "at", "row", "payload", "request_hash"),
+    "queues": ("name", *QueueRow.__struct_fields__, "crc"),
+    "reports": ("seq", "body", "crc"),
+    "tombstones": (*Tombstone.__struct_fields__, "crc"),
+    "webhooks": (*WebhookCursor.__struct_fields__, "crc"),
+}
+SQL: Final = {table: ", ".join(columns) for table, columns in COLUMNS.items()}
+
 _NULL: Final = b"null"
 _NO_METADATA: Final = Raw(_NULL)
 _NO_RESULT: Final = Result()
@@ -90,6 +109,11 @@ _KEPT: Final = 10_000  # options that JobReader shares
 
 _pack = msgspec.msgpack.Encoder().encode
 _json = msgspec.json.Encoder().encode
+
+
+def insert(table: str, verb: str = "INSERT") -> str:
+    """Return the statement that writes a row of COLUMNS."""
+    return f"{verb} INTO {table} ({SQL[table]}) VALUES ({', '.join('?' * len(COLUMNS[table]))})"
 
 
 class Unreadable(Exception):
@@ -318,7 +342,7 @@ def key(row: Row, response: bytes | None = None) -> StoredResponse:
 
 
 def queue_row(name: str, queue: QueueRow) -> Row:
-    """Return the columns of a queue in the order of QUEUE_COLUMNS, with the checksum."""
+    """Return the columns of a queue with the checksum."""
     paused, *others = astuple(queue)
     return with_checksum((name, int(paused), *others))
 
@@ -329,7 +353,7 @@ def queue(row: Row) -> QueueRow:
 
 
 def tombstone_row(tombstone: Tombstone) -> Row:
-    """Return the columns of a tombstone in the order of TOMBSTONE_COLUMNS, with the checksum."""
+    """Return the columns of a tombstone with the checksum."""
     return with_checksum(astuple(tombstone))
 
 
@@ -343,7 +367,7 @@ def tombstone(row: Row) -> Tombstone:
 
 
 def audit_row(seq: int, audited: AuditEntry) -> Row:
-    """Return the columns of an audit entry in the order of AUDIT_COLUMNS, with the checksum."""
+    """Return the columns of an audit entry with the checksum."""
     *about, details, part_of, _ = astuple(audited)
     return with_checksum((seq, *about, None if details is None else _json(details), part_of))
 
@@ -359,7 +383,7 @@ def audited(row: Row) -> AuditEntry:
 
 
 def late_row(job_seq: int, late: LateResult) -> Row:
-    """Return the columns of a late result in the order of LATE_COLUMNS, with the checksum."""
+    """Return the columns of a late result with the checksum."""
     about = (late.seq, job_seq, late.at, late.worker, late.fencing_token, late.body_hash, late.expires_at)
     *places, metadata = astuple(late.result)
     return with_checksum((*about, *places, None if metadata is None or metadata == _NO_METADATA else bytes(metadata)))
@@ -379,14 +403,14 @@ def late(row: Row, *, whole: bool) -> LateResult:
 # Rows in quarantine
 
 
-def as_text(columns: tuple[str, ...], row: Row) -> str:
+def as_text(table: str, row: Row) -> str:
     """Return a row as readable JSON, column to value. Bytes, and text that is not UTF-8, become {"hex": ...}."""
-    return _json(dict(zip(columns, map(json_value, row), strict=True))).decode()
+    return _json(dict(zip(COLUMNS[table], map(json_value, row), strict=False))).decode()
 
 
 def job_as_text(row: Row) -> str:
     """Return a row of jobs with its checksum as readable JSON. The fields of its body are next to its columns."""
-    values = dict(zip((*JOB_COLUMNS, "crc"), map(json_value, row), strict=True))
+    values = dict(zip(COLUMNS["jobs"], map(json_value, row), strict=True))
     with contextlib.suppress(msgspec.DecodeError, UnicodeError):
         fields = _decode_fields(row[_BODY])
         del values["body"]

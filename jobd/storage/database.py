@@ -26,19 +26,18 @@ from jobd.model.storage import (
 from jobd.storage import codec, files
 from jobd.storage.cluster.membership import Membership, StoreDamaged
 from jobd.storage.codec import (
-    JOB_COLUMNS,
+    COLUMNS,
     KEY_COLUMNS,
-    LATE_COLUMNS,
     META_COLUMNS,
-    QUEUE_COLUMNS,
-    TOMBSTONE_COLUMNS,
+    SQL,
     Row,
     fault,
+    insert,
 )
 from jobd.storage.damage.wal import LogGauge
 from jobd.storage.files import StoreBroken
 from jobd.storage.schema.migrations import VERSION, meta_row
-from jobd.storage.tables.writers import AuditWriter, RowDamaged, RowMissing, Totals, insert
+from jobd.storage.tables.writers import AuditWriter, RowDamaged, RowMissing, Totals
 
 T = TypeVar("T")
 _Marks = tuple[Numbers, Totals, int, int, int, Membership | None]
@@ -50,11 +49,7 @@ FAILED_SQL: Final = "status IN ('failed', 'cancelled')"
 FINISHED_SQL: Final = "status IN ('completed', 'failed', 'cancelled')"
 # Includes invalid statuses. The index has this condition.
 NOT_LIVE_SQL: Final = "status NOT IN ('queued', 'processing')"
-JOB_SQL: Final = f"{', '.join(JOB_COLUMNS)}, crc"
 KEY_SQL: Final = f"{', '.join(KEY_COLUMNS)}, crc"
-QUEUE_SQL: Final = f"{', '.join(QUEUE_COLUMNS)}, crc"
-LATE_SQL: Final = f"{', '.join(LATE_COLUMNS)}, crc"
-TOMBSTONE_SQL: Final = f"{', '.join(TOMBSTONE_COLUMNS)}, crc"
 
 
 def _settings(columns: Iterable[str]) -> str:
@@ -63,16 +58,16 @@ def _settings(columns: Iterable[str]) -> str:
 
 # An upsert leaves the index of names alone. REPLACE deletes the row and inserts it again.
 PUT_QUEUE: Final = (
-    insert("queues", (*QUEUE_COLUMNS, "crc"))
+    insert("queues")
     + " ON CONFLICT (name) DO UPDATE SET "
-    + ", ".join(f"{column} = excluded.{column}" for column in (*QUEUE_COLUMNS[1:], "crc"))
+    + ", ".join(f"{column} = excluded.{column}" for column in COLUMNS["queues"][1:])
 )
-PUT_TOMBSTONE: Final = insert("tombstones", (*TOMBSTONE_COLUMNS, "crc"), "REPLACE")
+PUT_TOMBSTONE: Final = insert("tombstones", "REPLACE")
 _UPDATE_META: Final = f"UPDATE meta SET {_settings((*META_COLUMNS, 'crc'))} WHERE id = 1"
 
 # Rows are always read by seq. A read through an index may take a column from the index, which hides damage in the row.
-BY_SEQ: Final = f"SELECT {JOB_SQL} FROM jobs NOT INDEXED WHERE seq = ?"
-BY_ID: Final = f"SELECT {JOB_SQL} FROM jobs NOT INDEXED WHERE seq = (SELECT seq FROM jobs WHERE id = ?)"
+BY_SEQ: Final = f"SELECT {SQL['jobs']} FROM jobs NOT INDEXED WHERE seq = ?"
+BY_ID: Final = f"SELECT {SQL['jobs']} FROM jobs NOT INDEXED WHERE seq = (SELECT seq FROM jobs WHERE id = ?)"
 _PAYLOAD: Final = "SELECT job_seq, body, request_hash, crc FROM payloads WHERE job_seq = ?"
 
 
@@ -311,7 +306,7 @@ class Database:
         (index_sql,) = run("SELECT sql FROM sqlite_schema WHERE name = 'jobs_id'").fetchone()
         run("DROP INDEX jobs_id")
         duplicate_ids = "SELECT id FROM jobs NOT INDEXED GROUP BY id HAVING count(*) > 1"
-        rows = self.rows(f"SELECT {JOB_SQL} FROM jobs NOT INDEXED WHERE id IN ({duplicate_ids})")
+        rows = self.rows(f"SELECT {SQL['jobs']} FROM jobs NOT INDEXED WHERE id IN ({duplicate_ids})")
         damaged = [(row[0],) for row in rows if fault(row) is not None]
         self.conn.executemany("UPDATE jobs SET id = id || ' of seq ' || seq WHERE seq = ?", damaged)
         try:

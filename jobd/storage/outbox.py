@@ -14,30 +14,24 @@ from jobd.model.job import DAY_MS
 from jobd.model.responses import DeliveryState
 from jobd.model.storage import OutboxWrite
 from jobd.model.webhooks import DELIVERY_STATES, EVENTS_GONE, GAP_PENDING, MAX_BACKLOG, Delivery, Outbox, WebhookCursor
-from jobd.storage.codec import Row, fault, with_checksum
+from jobd.storage.codec import SQL, Row, fault, insert, with_checksum
 from jobd.storage.damage.quarantine import undamaged_rows
 from jobd.storage.database import Database
-from jobd.storage.tables.writers import insert
-
-CURSOR_COLUMNS: Final = WebhookCursor.__struct_fields__
-DELIVERY_COLUMNS: Final = Delivery.__struct_fields__
-CURSOR_SQL: Final = f"{', '.join(CURSOR_COLUMNS)}, crc"
-DELIVERY_SQL: Final = f"{', '.join(DELIVERY_COLUMNS)}, crc"
 
 KEEP_ENDED: Final[dict[DeliveryState, int]] = {"delivered": 1_000, "dead-lettered": MAX_BACKLOG}  # per endpoint
 KEEP_ENDED_MS: Final[dict[DeliveryState, int]] = {"delivered": 7 * DAY_MS, "dead-lettered": 30 * DAY_MS}
 FORGET_MS: Final = 30 * DAY_MS  # for the cursor of an endpoint that is no longer configured
 
-_PUT_CURSOR: Final = insert("webhooks", (*CURSOR_COLUMNS, "crc"), "REPLACE")
-_PUT: Final = insert("deliveries", (*DELIVERY_COLUMNS, "crc"), "REPLACE")
+_PUT_CURSOR: Final = insert("webhooks", "REPLACE")
+_PUT: Final = insert("deliveries", "REPLACE")
 _PLACE: Final = "SELECT state FROM deliveries NOT INDEXED WHERE id = ?"
-_BY_ID: Final = f"SELECT rowid, {DELIVERY_SQL} FROM deliveries NOT INDEXED WHERE id = ?"
+_BY_ID: Final = f"SELECT rowid, {SQL['deliveries']} FROM deliveries NOT INDEXED WHERE id = ?"
 # Finds ids only; rows are read by id, because a column from an index would hide damage in the row.
 _IDS: Final = "SELECT id FROM deliveries INDEXED BY deliveries_place WHERE endpoint = ? AND state = ?"
 
 
 def cursor_row(cursor: WebhookCursor) -> Row:
-    """Return the columns of a cursor in the order of CURSOR_COLUMNS, with the checksum."""
+    """Return the columns of a cursor with the checksum."""
     *columns, alerts, updated_at = astuple(cursor)
     return with_checksum((*columns, msgspec.json.encode(alerts), updated_at))
 
@@ -50,7 +44,7 @@ def cursor(row: Row) -> WebhookCursor:
 
 
 def delivery_row(delivery: Delivery) -> Row:
-    """Return the columns of a delivery in the order of DELIVERY_COLUMNS, with the checksum."""
+    """Return the columns of a delivery with the checksum."""
     return with_checksum(astuple(delivery))
 
 
@@ -97,7 +91,7 @@ def _begin(db: Database, name: str, last: int) -> tuple[int, int]:
 
 def _cursors(db: Database) -> tuple[dict[str, WebhookCursor], bool]:
     """Return the cursors by name, and whether some were damaged; the name of a damaged cursor is unknown."""
-    rows = db.rows(f"SELECT rowid, {CURSOR_SQL} FROM webhooks NOT INDEXED")
+    rows = db.rows(f"SELECT rowid, {SQL['webhooks']} FROM webhooks NOT INDEXED")
     known = {row[0]: cursor(row) for row in undamaged_rows(db, "webhooks", rows)}
     return known, len(known) < len(rows)
 
@@ -185,7 +179,7 @@ def _holds(db: Database, condition: str, *args: str | int) -> bool:
 
 
 def _cursor(db: Database, name: str) -> WebhookCursor | None:
-    rows = db.rows(f"SELECT {CURSOR_SQL} FROM webhooks NOT INDEXED WHERE name = ?", (name,))
+    rows = db.rows(f"SELECT {SQL['webhooks']} FROM webhooks NOT INDEXED WHERE name = ?", (name,))
     return cursor(rows[0]) if rows and fault(rows[0]) is None else None
 
 

@@ -34,25 +34,20 @@ from jobd.model.storage import (
     StoredResponse,
 )
 from jobd.storage import codec
-from jobd.storage.codec import KEY_COLUMNS, Row, fault
+from jobd.storage.codec import KEY_COLUMNS, SQL, Row, fault
 from jobd.storage.damage.quarantine import quarantine_jobs, quarantine_rows, undamaged_rows
 from jobd.storage.database import (
     BY_ID,
     BY_SEQ,
     FAILED_SQL,
     FINISHED_SQL,
-    JOB_SQL,
-    KEY_SQL,
-    LATE_SQL,
     LIVE_SQL,
     NOT_LIVE_SQL,
-    TOMBSTONE_SQL,
     Database,
     StructureDamaged,
     is_corrupt,
 )
 from jobd.storage.events import event_queries
-from jobd.storage.tables.writers import AUDIT_JOB_SQL, AUDIT_SQL
 
 T = TypeVar("T")
 
@@ -61,11 +56,11 @@ _TYPE: Final = EVENT_COLUMNS.index("type")
 _RESPONSE_CRC: Final = KEY_COLUMNS.index("response_crc")
 _INDEXED: Final = "SELECT seq FROM jobs INDEXED BY jobs_id WHERE id = ?"
 _CREATED: Final = "SELECT created_at FROM jobs NOT INDEXED WHERE seq = ?"
-_LATE: Final = f"SELECT rowid, {LATE_SQL} FROM late_results NOT INDEXED WHERE seq = ?"
+_LATE: Final = f"SELECT rowid, {SQL['late_results']} FROM late_results NOT INDEXED WHERE seq = ?"
 GRANT_SEARCH_EVENTS: Final = 1_000  # latest events of a job that are searched for an ended grant
 MAX_DAMAGED_SLICES: Final = 10  # slices of damaged tombstones after which the search ends
 _REFERENCED_LATE: Final = "SELECT 1 FROM late_results INDEXED BY late_results_storage_key WHERE storage_key = ?"
-_DUE: Final = f"SELECT {TOMBSTONE_SQL} FROM tombstones WHERE due_at {{}} ? ORDER BY due_at LIMIT ?"
+_DUE: Final = f"SELECT {SQL['tombstones']} FROM tombstones WHERE due_at {{}} ? ORDER BY due_at LIMIT ?"
 TEXT_BYTES: Final = 2 << 20  # of payloads searched per query
 _SIZE: Final = "ifnull((SELECT length(body) FROM payloads WHERE job_seq = jobs.seq), 0)"
 _HAS_TEXT: Final = (
@@ -179,7 +174,7 @@ def _report_lost(db: Database, id_: str, reason: str) -> str:
 
 def _stored_response(db: Database, digest: str) -> StoredResponse | None:
     """Return a stored response; None if there is none or it is damaged, so that the request is decided again."""
-    rows = db.rows(f"SELECT rowid, {KEY_SQL}, response FROM keys WHERE digest = ?", (digest,))
+    rows = db.rows(f"SELECT rowid, {SQL['keys']} FROM keys WHERE digest = ?", (digest,))
     if not rows:
         return None
     rowid, *row = rows[0]
@@ -190,7 +185,7 @@ def _stored_response(db: Database, digest: str) -> StoredResponse | None:
 
 
 def key_fault(row: Row) -> str | None:
-    """Return the error of a row of keys (KEY_SQL and the stored response), or None."""
+    """Return the error of a row of keys (its columns and the stored response), or None."""
     *columns, body = row
     if (error := fault(tuple(columns))) is not None:
         return error
@@ -256,11 +251,11 @@ def _page(db: Database, query: JobQuery) -> JobRows:
     end = order.end if edge is None else edge
     rows_sql = f"FROM jobs {scope} AND {order.beyond} AND {order.upto}"
     if scope == _TABLE:
-        sql = f"SELECT {JOB_SQL} {rows_sql}{filters} ORDER BY {order.order_by} LIMIT ?"  # twice as fast as the join
+        sql = f"SELECT {SQL['jobs']} {rows_sql}{filters} ORDER BY {order.order_by} LIMIT ?"  # twice as fast as the join
     else:
         joined_order = order.order_by.replace(_ENDED, "ended").replace("seq", "found")
         sql = (
-            f"SELECT {JOB_SQL}{', ended' if query.by_end else ''} FROM (SELECT seq AS found, {_ENDED} AS ended "
+            f"SELECT {SQL['jobs']}{', ended' if query.by_end else ''} FROM (SELECT seq AS found, {_ENDED} AS ended "
             f"{rows_sql} ORDER BY {order.order_by}) CROSS JOIN jobs NOT INDEXED ON seq = found WHERE true{filters} "
             f"ORDER BY {joined_order} LIMIT ?"
         )
@@ -298,7 +293,7 @@ def _page_one_by_one(db: Database, query: JobQuery) -> JobRows:
     """
     is_next = not query.by_end or query.before_end == _ONE_BY_ONE
     _, _, filters, args = _conditions(query)
-    sql = f"SELECT {JOB_SQL} FROM jobs NOT INDEXED WHERE seq = ?{filters}"
+    sql = f"SELECT {SQL['jobs']} FROM jobs NOT INDEXED WHERE seq = ?{filters}"
     top = db.numbers.next_job
     if query.after is None:
         top = query.before if query.before is not None and is_next else top
@@ -452,7 +447,7 @@ def expired_jobs(db: Database, now: int, limit: int, skip: int = 0) -> list[str]
         f"WHERE expires_at IS NOT NULL AND {NOT_LIVE_SQL} AND {FINISHED_SQL} AND expires_at <= ? "
         "ORDER BY expires_at LIMIT ? OFFSET ?"
     )
-    sql = f"SELECT {JOB_SQL} FROM ({inner}) CROSS JOIN jobs NOT INDEXED ON seq = found ORDER BY due"
+    sql = f"SELECT {SQL['jobs']} FROM ({inner}) CROSS JOIN jobs NOT INDEXED ON seq = found ORDER BY due"
     while True:
         rows, _ = db.rows_up_to(sql, (now, limit, skip), event_queries.SLICE_BYTES)
         # If a job could not be quarantined, its row may be undamaged and only the payload damaged.
@@ -514,7 +509,7 @@ def _audit_page(db: Database, query: AuditQuery) -> AuditRows:
     scope_args: tuple[Any, ...] = ()
     scope = "audit NOT INDEXED WHERE true"
     if query.job_id is not None:
-        undamaged_rows(db, "audit_jobs", db.rows(f"SELECT seq, {AUDIT_JOB_SQL} {_AUDIT_JOBS}", (query.job_id,)))
+        undamaged_rows(db, "audit_jobs", db.rows(f"SELECT seq, {SQL['audit_jobs']} {_AUDIT_JOBS}", (query.job_id,)))
         scope, scope_args = _AUDIT_OF_JOB, (query.job_id, query.job_id)
     filters, args = _audit_conditions(query)
     begin = _NO_LIMIT if query.before is None else query.before
@@ -523,7 +518,7 @@ def _audit_page(db: Database, query: AuditQuery) -> AuditRows:
     end = 0 if edge is None else edge[0]
     inner = f"SELECT seq AS found FROM {scope} AND seq < ? AND seq >= ? ORDER BY seq DESC"
     sql = (
-        f"SELECT rowid, {AUDIT_SQL} FROM ({inner}) CROSS JOIN audit NOT INDEXED ON seq = found "
+        f"SELECT rowid, {SQL['audit']} FROM ({inner}) CROSS JOIN audit NOT INDEXED ON seq = found "
         f"WHERE true{filters} ORDER BY found DESC LIMIT ?"
     )
     matched = db.rows(sql, (*scope_args, begin, end, *args, query.limit + 1))

@@ -26,17 +26,15 @@ from jobd.model.storage import SPARE_BYTES, DiskFull, Numbers, OpenedStore, Queu
 from jobd.storage import codec, files
 from jobd.storage.cluster import membership
 from jobd.storage.cluster.membership import Membership
-from jobd.storage.codec import META_COLUMNS, Row, fault
+from jobd.storage.codec import META_COLUMNS, SQL, Row, fault
 from jobd.storage.connection import FunctionConnection, journal_mode
 from jobd.storage.damage import wal
 from jobd.storage.damage.quarantine import quarantine_jobs, quarantine_rows, undamaged_rows
 from jobd.storage.database import (
     CHECKPOINT_FRAMES,
     FINISHED_SQL,
-    JOB_SQL,
     KEY_SQL,
     LIVE_SQL,
-    QUEUE_SQL,
     Database,
     StructureDamaged,
     is_undecodable,
@@ -58,7 +56,7 @@ _LOG_BYTES: Final = 32 << 20  # the log shrinks to this after a large transactio
 _MAGIC: Final = b"SQLite format 3\0"
 # The index only finds live jobs: a column read from it would hide damage in the row.
 _LIVE_JOBS: Final = (
-    f"SELECT {JOB_SQL} FROM (SELECT seq AS found FROM jobs INDEXED BY jobs_live WHERE {LIVE_SQL}) "
+    f"SELECT {SQL['jobs']} FROM (SELECT seq AS found FROM jobs INDEXED BY jobs_live WHERE {LIVE_SQL}) "
     "CROSS JOIN jobs NOT INDEXED ON seq = found"
 )
 _SUSPECTS: Final = "SELECT seq, id FROM suspects CROSS JOIN jobs ON seq = job_seq"
@@ -508,7 +506,7 @@ def _scan_once(db: Database) -> _Live:
 def _queues(db: Database) -> dict[str, QueueRow]:
     queues: dict[str, QueueRow] = {}
     damaged: list[tuple[int, Row, str]] = []
-    for rowid, *columns in db.rows(f"SELECT rowid, {QUEUE_SQL} FROM queues"):
+    for rowid, *columns in db.rows(f"SELECT rowid, {SQL['queues']} FROM queues"):
         row = tuple(columns)
         if (error := fault(row)) is None:
             queues[row[0]] = codec.queue(row)

@@ -14,6 +14,7 @@ from jobd.journal import event_codec
 from jobd.model.events import Change, Event, fold
 from jobd.model.job import FINISHED, LIVE, Job, LateResult
 from jobd.model.storage import Batch, LateResultQuery, OpenedStore
+from jobd.storage.codec import SQL
 from jobd.storage.commit_mode import CommitSetting
 from jobd.storage.events import event_rows
 from jobd.storage.schema import migrations
@@ -63,7 +64,7 @@ def edit_store(path: str) -> Iterator[sqlite3.Connection]:
 
 def stored_events(conn: sqlite3.Connection, job_seq: int | None = None) -> list[Event]:
     """Return the events in the tables, of all jobs or of one."""
-    rows = conn.execute(f"SELECT {event_rows.COLUMNS_SQL} FROM events").fetchall()
+    rows = conn.execute(f"SELECT {SQL['events']} FROM events").fetchall()
     events = [event_codec.decode(event) for row in rows for event in event_rows.unpack(row)]
     return sorted((each for each in events if job_seq in (None, each.job_seq)), key=lambda event: event.seq)
 

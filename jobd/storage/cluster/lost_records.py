@@ -14,13 +14,14 @@ from jobd.model.job import Job
 from jobd.storage import startup
 from jobd.storage.cluster import membership
 from jobd.storage.cluster.membership import Followed, Membership
+from jobd.storage.codec import SQL
 from jobd.storage.database import BY_SEQ, Database
 from jobd.storage.events import event_rows
 from jobd.storage.files import FileLock, StoreError, StoreUnreadable
 from jobd.storage.queries import read_job
 from jobd.storage.schema import migrations
 
-_EVENTS: Final = f"SELECT {event_rows.COLUMNS_SQL} FROM events WHERE seq > ? ORDER BY seq"
+_EVENTS: Final = f"SELECT {SQL['events']} FROM events WHERE seq > ? ORDER BY seq"
 
 
 class LostJob(Struct):

@@ -11,24 +11,18 @@ from typing import Any, Final
 
 from jobd.model.job import FINISHED, Job, is_job_id
 from jobd.model.storage import DiskFull, Quarantined
-from jobd.model.webhooks import Delivery, WebhookCursor
 from jobd.storage import codec
 from jobd.storage.codec import (
-    AUDIT_COLUMNS,
-    AUDIT_JOB_COLUMNS,
     JOB_COLUMNS,
-    KEY_COLUMNS,
-    LATE_COLUMNS,
-    QUEUE_COLUMNS,
-    TOMBSTONE_COLUMNS,
+    SQL,
     Row,
     fault,
+    insert,
 )
 from jobd.storage.database import (
     BY_SEQ,
     LIVE_SQL,
     PUT_QUEUE,
-    QUEUE_SQL,
     Database,
     StructureDamaged,
     is_corrupt,
@@ -37,26 +31,10 @@ from jobd.storage.database import (
     result_code,
 )
 from jobd.storage.events import event_rows
-from jobd.storage.tables.writers import insert
 
-# The columns of the tables whose damaged rows are moved to `bad_rows`.
-_COLUMNS: Final = {
-    "audit": (*AUDIT_COLUMNS, "crc"),
-    "audit_jobs": (*AUDIT_JOB_COLUMNS, "crc"),
-    "deleted_jobs": ("job_seq", "id", "at"),
-    "deliveries": (*Delivery.__struct_fields__, "crc"),
-    "events": (*event_rows.COLUMNS, "crc"),
-    "figures": ("id", "body", "crc"),
-    "keys": (*KEY_COLUMNS, "crc", "response"),
-    "late_results": (*LATE_COLUMNS, "crc"),
-    "queues": (*QUEUE_COLUMNS, "crc"),
-    "reports": ("seq", "body", "crc"),
-    "tombstones": (*TOMBSTONE_COLUMNS, "crc"),
-    "webhooks": (*WebhookCursor.__struct_fields__, "crc"),
-}
-_INSERT: Final = insert("quarantined_jobs", ("seq", "id", "reason", "at", "row", "payload", "request_hash"), "REPLACE")
+_INSERT: Final = insert("quarantined_jobs", "REPLACE")
 _QUEUE: Final = JOB_COLUMNS.index("queue")
-_FIRST_EVENTS: Final = f"SELECT {event_rows.COLUMNS_SQL} FROM events WHERE job_seq = ? ORDER BY seq LIMIT 1"
+_FIRST_EVENTS: Final = f"SELECT {SQL['events']} FROM events WHERE job_seq = ? ORDER BY seq LIMIT 1"
 _NOT_FOUND: Final = "it cannot be found by its number; run `jobd doctor`"
 _WAS_LIVE: Final = f"SELECT 1 FROM jobs INDEXED BY jobs_live WHERE {LIVE_SQL} AND seq = ?"
 
@@ -165,7 +143,7 @@ def _uncount(db: Database, row: Row, was_live: bool) -> tuple[str, str] | None:
         return None
     db.totals = (live, live_xor, finished - 1, finished_xor ^ crc)
     status, name = readable(row[2]), readable(row[_QUEUE])
-    rows = db.rows(f"SELECT {QUEUE_SQL} FROM queues WHERE name = ?", (name,))
+    rows = db.rows(f"SELECT {SQL['queues']} FROM queues WHERE name = ?", (name,))
     if status not in FINISHED or not rows or fault(rows[0]) is not None:
         return None
     queue = codec.queue(rows[0])
@@ -244,7 +222,7 @@ def quarantine_events(db: Database, row: Row, reason: str) -> None:
 
 def _quarantine_row(db: Database, table: str, rowid: int, row: Row, description: str) -> bool:
     """Move a row. Return False, with nothing written, if it cannot be found by its number."""
-    columns = _COLUMNS[table][: len(row)]
+    columns = codec.COLUMNS[table][: len(row)]
     sql = f"DELETE FROM {table} WHERE rowid = ?"
     args: tuple[Any, ...] = (rowid,)
     if "crc" in columns:  # damage to its number may have made it that of another row
@@ -257,8 +235,7 @@ def _quarantine_row(db: Database, table: str, rowid: int, row: Row, description:
         raise
     if not deleted:  # damage to its number, or to those of other rows, hides it from a search
         return False
-    sql = insert("bad_rows", ("place", "what", "at", "row"))
-    db.conn.execute(sql, (table, description, now_ms(), codec.as_text(columns, row)))
+    db.conn.execute(insert("bad_rows"), (table, description, now_ms(), codec.as_text(table, row)))
     if table == "events":
         db.note_missing(event_rows.highest_number(row))
         db.write_meta()

@@ -12,31 +12,19 @@ from typing import Final
 from msgspec import Struct
 
 from jobd.model.responses import CheckedRows, DamagedRow
-from jobd.storage.codec import Row, fault
+from jobd.storage.codec import SQL, Row, fault
 from jobd.storage.damage.quarantine import quarantine_jobs, quarantine_rows, row_name
-from jobd.storage.database import JOB_SQL, KEY_SQL, LATE_SQL, TOMBSTONE_SQL, Database, is_corrupt
-from jobd.storage.events import event_rows
-from jobd.storage.outbox import DELIVERY_SQL
+from jobd.storage.database import Database, is_corrupt
 from jobd.storage.queries import key_fault, read_job
-from jobd.storage.tables.writers import AUDIT_JOB_SQL, AUDIT_SQL
 
 SLICE_S: Final = 0.002
 MAX_ROWS: Final = 100  # per query
 MAX_BYTES: Final = 1 << 20
 _START: Final = -(1 << 63)  # below every rowid: those of tombstones may be negative, and damage can make any so
 
-_COLUMNS: Final = {
-    "events": event_rows.COLUMNS_SQL,
-    "late_results": LATE_SQL,
-    "audit": AUDIT_SQL,
-    "audit_jobs": AUDIT_JOB_SQL,
-    "keys": f"{KEY_SQL}, response",
-    "tombstones": TOMBSTONE_SQL,
-    "deliveries": DELIVERY_SQL,
-}
 # The code that uses the other tables quarantines their rows.
 _QUARANTINED: Final = ("events", "late_results", "audit", "audit_jobs")
-TABLES: Final = ("jobs", *_COLUMNS)
+TABLES: Final = ("jobs", *_QUARANTINED, "keys", "tombstones", "deliveries")
 
 
 class Slice(Struct):
@@ -82,7 +70,7 @@ def _next_cursor(result: Slice) -> str | None:
 
 
 def _jobs(db: Database, result: Slice, after: int, until_s: float) -> None:
-    sql = f"SELECT {JOB_SQL} FROM jobs NOT INDEXED WHERE seq > ? ORDER BY seq LIMIT ?"
+    sql = f"SELECT {SQL['jobs']} FROM jobs NOT INDEXED WHERE seq > ? ORDER BY seq LIMIT ?"
     read, is_cut = db.rows_up_to(sql, (after, MAX_ROWS), MAX_BYTES)
     damaged: list[tuple[Row, str]] = []
     size = 0
@@ -113,9 +101,7 @@ def _end(result: Slice, read: list[Row], after: int, *, is_last: bool) -> None:
 
 
 def _rows(db: Database, result: Slice, after: int, until_s: float) -> None:
-    sql = (
-        f"SELECT rowid, {_COLUMNS[result.table]} FROM {result.table} NOT INDEXED WHERE rowid > ? ORDER BY rowid LIMIT ?"
-    )
+    sql = f"SELECT rowid, {SQL[result.table]} FROM {result.table} NOT INDEXED WHERE rowid > ? ORDER BY rowid LIMIT ?"
     read, is_cut = db.rows_up_to(sql, (after, MAX_ROWS), MAX_BYTES)
     damaged: list[tuple[int, Row, str]] = []
     for rowid, *values in read:

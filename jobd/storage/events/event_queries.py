@@ -16,16 +16,16 @@ from jobd.journal import event_codec
 from jobd.journal.event_codec import EVENT_COLUMNS, EventRow
 from jobd.model.events import Event
 from jobd.model.storage import DiskFull, EventPage
-from jobd.storage.codec import Row
+from jobd.storage.codec import SQL, Row
 from jobd.storage.damage.quarantine import quarantine_rows
 from jobd.storage.database import Database, StructureDamaged, is_corrupt
 from jobd.storage.events import event_rows
 from jobd.storage.events.event_rows import fault
 
 SLICE_BYTES: Final = 256 << 10  # of rows read between two batches, which takes less than 2 ms
-_EVENTS: Final = f"SELECT {event_rows.COLUMNS_SQL} FROM events NOT INDEXED WHERE seq = ?"
-_LATER: Final = f"SELECT {event_rows.COLUMNS_SQL} FROM events WHERE seq > ? ORDER BY seq LIMIT ?"
-_SPANNING: Final = f"SELECT {event_rows.COLUMNS_SQL} FROM events WHERE seq > ? AND seq <= ? AND last > ?"
+_EVENTS: Final = f"SELECT {SQL['events']} FROM events NOT INDEXED WHERE seq = ?"
+_LATER: Final = f"SELECT {SQL['events']} FROM events WHERE seq > ? ORDER BY seq LIMIT ?"
+_SPANNING: Final = f"SELECT {SQL['events']} FROM events WHERE seq > ? AND seq <= ? AND last > ?"
 # Without the body of a row that has one event.
 _SHORT: Final = (
     f"SELECT seq, last, job_seq, at, CASE WHEN length(body) <= {event_rows.ROW_BYTES} THEN body END, crc FROM events "
@@ -69,7 +69,7 @@ def _rows_of_job(db: Database, job_seq: int, after: int, order: str, limit: int)
     """Return rows by their number, because a column from the index would hide damage. Report rows that are missing."""
     chosen = f"WHERE job_seq = ? AND seq > ? ORDER BY seq {order} LIMIT ?"
     inner = f"SELECT seq AS found FROM events INDEXED BY events_job {chosen}"
-    sql = f"SELECT {event_rows.COLUMNS_SQL} FROM ({inner}) LEFT JOIN events NOT INDEXED ON seq = found"
+    sql = f"SELECT {SQL['events']} FROM ({inner}) LEFT JOIN events NOT INDEXED ON seq = found"
     rows = db.rows(sql, (job_seq, after, limit))
     found = sorted((row for row in rows if row[0] is not None), key=_first)
     if len(found) < len(rows):
@@ -84,7 +84,7 @@ def _timeline_of_a_damaged_table(db: Database, job_seq: int) -> list[Row]:
     with db.noting_corruption("the index of the journal cannot be read"):
         seqs = db.rows("SELECT seq FROM events INDEXED BY events_job WHERE job_seq = ? ORDER BY seq", (job_seq,))
         return db.rows_one_by_one(_EVENTS, [seq for (seq,) in seqs], "events")
-    sql = f"SELECT {event_rows.COLUMNS_SQL} FROM events NOT INDEXED WHERE job_seq = ? ORDER BY seq"
+    sql = f"SELECT {SQL['events']} FROM events NOT INDEXED WHERE job_seq = ? ORDER BY seq"
     return db.rows(sql, (job_seq,))
 
 

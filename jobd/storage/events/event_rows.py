@@ -16,20 +16,17 @@ import msgspec
 
 from jobd.journal.event_codec import EVENT_COLUMNS, EventRow
 from jobd.storage import codec
-from jobd.storage.codec import Row, with_checksum
-from jobd.storage.tables.writers import insert
+from jobd.storage.codec import COLUMNS, Row, insert, with_checksum
 
-COLUMNS: Final = ("seq", "last", "job_seq", "at", "body")
-COLUMNS_SQL: Final = f"{', '.join(COLUMNS)}, crc"
-INSERT: Final = insert("events", (*COLUMNS, "crc"))
+INSERT: Final = insert("events")
 FORMAT: Final = 1  # the first byte of a body
 SPAN: Final = 1_000  # the numbers of a row are less than this apart, so that readers find the row of an event
 # Larger bodies have one event, because readers of all events decode a row again for each page with some of its events,
 # and read all rows of SPAN numbers if a number is missing.
 ROW_BYTES: Final = 2_048
-JOB_SEQ: Final = COLUMNS.index("job_seq")
-AT: Final = COLUMNS.index("at")
-BODY: Final = COLUMNS.index("body")
+JOB_SEQ: Final = COLUMNS["events"].index("job_seq")
+AT: Final = COLUMNS["events"].index("at")
+BODY: Final = COLUMNS["events"].index("body")
 _EVENT_SEQ: Final = EVENT_COLUMNS.index("seq")
 _EVENT_AT: Final = EVENT_COLUMNS.index("at")
 _EVENT_JOB: Final = EVENT_COLUMNS.index("job_seq")

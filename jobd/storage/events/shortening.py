@@ -23,7 +23,7 @@ from jobd.model.events import (
 )
 from jobd.model.job import LIVE
 from jobd.model.storage import DiskFull
-from jobd.storage.codec import Row
+from jobd.storage.codec import SQL, Row
 from jobd.storage.database import Database, StructureDamaged, is_corrupt
 from jobd.storage.events import event_rows
 from jobd.storage.events.event_rows import fault
@@ -31,7 +31,7 @@ from jobd.storage.events.event_rows import fault
 SHORTENED_AT_ONCE: Final = 1_000  # events of a timeline that are read by one `shorten`
 GIVEN_BACK_KEPT: Final = 10_000  # jobs whose returned grants are counted
 _READ_AT_ONCE: Final = 50  # rows of events
-_ROWS: Final = f"SELECT {event_rows.COLUMNS_SQL} FROM events WHERE job_seq = ? AND seq > ?"
+_ROWS: Final = f"SELECT {SQL['events']} FROM events WHERE job_seq = ? AND seq > ?"
 _TYPE: Final = EVENT_COLUMNS.index("type")
 _seq = attrgetter("seq")
 
@@ -130,7 +130,7 @@ class TimelineShortener:
 
     def _grants(self, job_seq: int, order: str) -> Iterator[int]:
         """Yield the seqs of the grants of a job. Reads a few rows at once."""
-        sql = f"SELECT {event_rows.COLUMNS_SQL} FROM events WHERE job_seq = ? ORDER BY seq {order} LIMIT ?, ?"
+        sql = f"SELECT {SQL['events']} FROM events WHERE job_seq = ? ORDER BY seq {order} LIMIT ?, ?"
         for offset in count(0, _READ_AT_ONCE):
             rows = self._rows(sql, (job_seq, offset, _READ_AT_ONCE))
             for row in rows:

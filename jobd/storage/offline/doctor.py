@@ -22,15 +22,10 @@ from jobd.model.job import DAY_MS, LIVE, TOKEN_COUNTER_BITS
 from jobd.model.storage import Numbers, QueueRow
 from jobd.storage import codec, files, startup
 from jobd.storage.cluster import membership
-from jobd.storage.codec import JOB_COLUMNS, META_COLUMNS, Row, fault
+from jobd.storage.codec import META_COLUMNS, SQL, Row, fault, insert
 from jobd.storage.damage.quarantine import original_id, row_name
 from jobd.storage.database import (
-    JOB_SQL,
-    KEY_SQL,
-    LATE_SQL,
     PUT_QUEUE,
-    QUEUE_SQL,
-    TOMBSTONE_SQL,
     Database,
     lenient_text,
     now_ms,
@@ -41,12 +36,10 @@ from jobd.storage.files import FileLock, StoreError
 from jobd.storage.offline.edited_rows import RepairRejected, edited
 from jobd.storage.offline.refold import differences
 from jobd.storage.offline.uncommitted import opened_uncommitted
-from jobd.storage.outbox import CURSOR_SQL, DELIVERY_SQL
 from jobd.storage.queries import key_fault, read_job
 from jobd.storage.schema import migrations
 from jobd.storage.tables.tail import JournalTail, jobs_without_row, read_tail
 from jobd.storage.tables.tail import fix as tail_fix
-from jobd.storage.tables.writers import AUDIT_JOB_SQL, AUDIT_SQL, insert
 
 MAX_LISTED: Final = 100  # problems listed per kind; the others are counted
 NOTHING_DAMAGED: Final = "no job is in quarantine, and no row is damaged"
@@ -60,7 +53,7 @@ _RESTORE: Final = "restore a backup with `jobd restore`"
 _ON_ACCESS: Final = "nothing to do: the daemon quarantines it when it reads it"
 _REFOLDED: Final = "compare with a backup; an edited row that was accepted differs from its events for good"
 _LATE_OR_EARLY: Final = "correct the row of deleted_jobs with sqlite3, because it decides when these events are deleted"
-_LAST_EVENTS: Final = f"SELECT {event_rows.COLUMNS_SQL} FROM events WHERE job_seq = ? ORDER BY seq DESC LIMIT 1"
+_LAST_EVENTS: Final = f"SELECT {SQL['events']} FROM events WHERE job_seq = ? ORDER BY seq DESC LIMIT 1"
 _LEFT: Final = "compare with a backup; the events stay, and only take up space"
 _UNUSED: Final = "nothing to do: it only takes up space"
 # Fields that identify an edited row for an operator. A lock id is a secret.
@@ -192,7 +185,7 @@ def _jobs(conn: sqlite3.Connection, path: str) -> Iterator[StoreProblem]:
     db = _database_of(conn, path)
     sums = {True: [0, 0], False: [0, 0]}
     next_job, next_token = 0, 0
-    for row in _all_rows(conn, f"SELECT {JOB_SQL} FROM jobs NOT INDEXED ORDER BY seq"):
+    for row in _all_rows(conn, f"SELECT {SQL['jobs']} FROM jobs NOT INDEXED ORDER BY seq"):
         job, error = read_job(row, db.reader.job)
         group = sums[row[2] in LIVE]
         group[0] += 1
@@ -239,7 +232,7 @@ def _payloads(conn: sqlite3.Connection, path: str) -> Iterator[StoreProblem]:
 
 def _late(conn: sqlite3.Connection, path: str) -> Iterator[StoreProblem]:
     known = {seq for (seq,) in conn.execute("SELECT seq FROM jobs UNION SELECT seq FROM quarantined_jobs")}
-    for row in _all_rows(conn, f"SELECT {LATE_SQL} FROM late_results NOT INDEXED"):
+    for row in _all_rows(conn, f"SELECT {SQL['late_results']} FROM late_results NOT INDEXED"):
         place = f"late result {readable(row[0])}"
         if (error := fault(row)) is not None:
             yield StoreProblem(place, error, _ON_ACCESS)
@@ -250,7 +243,7 @@ def _late(conn: sqlite3.Connection, path: str) -> Iterator[StoreProblem]:
 def _events(conn: sqlite3.Connection, path: str) -> Iterator[StoreProblem]:
     last = 0
     db = _database_of(conn, path)
-    for row in _all_rows(conn, f"SELECT {event_rows.COLUMNS_SQL} FROM events NOT INDEXED"):
+    for row in _all_rows(conn, f"SELECT {SQL['events']} FROM events NOT INDEXED"):
         if (error := event_rows.fault(row)) is not None:
             yield StoreProblem(row_name(db, "events", row), error, _ON_ACCESS)
         else:
@@ -259,9 +252,7 @@ def _events(conn: sqlite3.Connection, path: str) -> Iterator[StoreProblem]:
     if meta is not None and last >= meta["next_event"]:
         yield StoreProblem("meta", "an event has a number that is not assigned yet", _RESTORE)
     known = "SELECT seq FROM jobs UNION SELECT seq FROM quarantined_jobs UNION SELECT job_seq FROM deleted_jobs"
-    orphans = (
-        f"SELECT {event_rows.COLUMNS_SQL} FROM events WHERE job_seq NOT IN ({known}) AND job_seq <> 0 ORDER BY job_seq"
-    )
+    orphans = f"SELECT {SQL['events']} FROM events WHERE job_seq NOT IN ({known}) AND job_seq <> 0 ORDER BY job_seq"
     undamaged = (row for row in _all_rows(conn, orphans) if event_rows.fault(row) is None)
     for _, rows in groupby(undamaged, itemgetter(event_rows.JOB_SEQ)):
         events = list(chain.from_iterable(map(event_rows.unpack, rows)))
@@ -283,7 +274,7 @@ def _deleted(conn: sqlite3.Connection, path: str) -> Iterator[StoreProblem]:
 
 
 def _keys(conn: sqlite3.Connection, path: str) -> Iterator[StoreProblem]:
-    for row in _all_rows(conn, f"SELECT {KEY_SQL}, response FROM keys NOT INDEXED"):
+    for row in _all_rows(conn, f"SELECT {SQL['keys']} FROM keys NOT INDEXED"):
         if (error := key_fault(row)) is not None:
             yield StoreProblem(f"key {readable(row[0])}", error, _ON_ACCESS)
 
@@ -291,7 +282,7 @@ def _keys(conn: sqlite3.Connection, path: str) -> Iterator[StoreProblem]:
 def queues(conn: sqlite3.Connection, path: str) -> Iterator[StoreProblem]:
     """Yield queues with damaged rows or with counts that differ from their jobs. Reads every job."""
     stored: dict[str, tuple[int, int, int]] = {}
-    for row in _all_rows(conn, f"SELECT {QUEUE_SQL} FROM queues NOT INDEXED"):
+    for row in _all_rows(conn, f"SELECT {SQL['queues']} FROM queues NOT INDEXED"):
         if (error := fault(row)) is not None:
             fix = "nothing to do: the daemon counts its jobs at the next start; pause it again if it was paused"
             yield StoreProblem(f"queue {readable(row[0])}", error, fix)
@@ -306,17 +297,8 @@ def queues(conn: sqlite3.Connection, path: str) -> Iterator[StoreProblem]:
 
 
 def _small_tables(conn: sqlite3.Connection, path: str) -> Iterator[StoreProblem]:
-    small = {
-        "reports": "seq, body, crc",
-        "figures": "id, body, crc",
-        "tombstones": TOMBSTONE_SQL,
-        "audit": AUDIT_SQL,
-        "audit_jobs": AUDIT_JOB_SQL,
-        "webhooks": CURSOR_SQL,
-        "deliveries": DELIVERY_SQL,
-    }
-    for table, columns in small.items():
-        for row in _all_rows(conn, f"SELECT {columns} FROM {table}"):
+    for table in ("reports", "figures", "tombstones", "audit", "audit_jobs", "webhooks", "deliveries"):
+        for row in _all_rows(conn, f"SELECT {SQL[table]} FROM {table}"):
             if (error := fault(row)) is not None:
                 yield StoreProblem(f"{table} {readable(row[0])}", error, _ON_ACCESS)
 
@@ -324,7 +306,7 @@ def _small_tables(conn: sqlite3.Connection, path: str) -> Iterator[StoreProblem]
 def _tombstones(conn: sqlite3.Connection, path: str) -> Iterator[StoreProblem]:
     """Yield artifacts that should have been deleted more than OVERDUE_MS ago."""
     now = now_ms()
-    for row in _all_rows(conn, f"SELECT {TOMBSTONE_SQL} FROM tombstones NOT INDEXED WHERE at < {now - OVERDUE_MS}"):
+    for row in _all_rows(conn, f"SELECT {SQL['tombstones']} FROM tombstones NOT INDEXED WHERE at < {now - OVERDUE_MS}"):
         if fault(row) is not None:
             continue
         tombstone = codec.tombstone(row)
@@ -450,11 +432,11 @@ def _accept_row(db: Database, id_: str, is_dry_run: bool) -> list[str]:
     run("DELETE FROM jobs WHERE seq = ?", (seq,))
     run("DELETE FROM payloads WHERE job_seq = ?", (seq,))
     try:
-        run(insert("jobs", (*JOB_COLUMNS, "crc")), codec.with_checksum(codec.job_row(accepted.job)))
+        run(insert("jobs"), codec.with_checksum(codec.job_row(accepted.job)))
     except sqlite3.IntegrityError as error:
         raise RepairRejected(f"job {id_}: {error}") from error
     payload = codec.with_checksum((seq, accepted.body, accepted.request_hash))
-    run(insert("payloads", ("job_seq", "body", "request_hash", "crc")), payload)
+    run(insert("payloads"), payload)
     run("INSERT OR IGNORE INTO suspects (job_seq) VALUES (?)", (seq,))
     if not is_dry_run:
         return [f"job {id_}: {accepted.where} was accepted; validation will check it"]
@@ -480,7 +462,7 @@ def _recount(db: Database, is_dry_run: bool) -> list[str]:
     before = db.totals
     db.totals = totals(db.conn)
     counted = startup.recount_queues(db.conn)
-    for row in db.rows(f"SELECT {QUEUE_SQL} FROM queues"):
+    for row in db.rows(f"SELECT {SQL['queues']} FROM queues"):
         if fault(row) is None:
             queue = codec.queue(row)
             counts = counted.pop(row[0], (0, 0, 0))

@@ -9,8 +9,8 @@ import msgspec
 
 from jobd.model.job import LATEST_MS, TOKEN_COUNTER_BITS, Job, is_job_id
 from jobd.storage import codec
-from jobd.storage.codec import Row
-from jobd.storage.database import JOB_SQL, Database, readable
+from jobd.storage.codec import SQL, Row
+from jobd.storage.database import Database, readable
 from jobd.storage.files import StoreError
 
 _SIGNED: Final = frozenset({"priority", "progress"})  # validation reports or mends those below their bounds
@@ -46,7 +46,7 @@ def edited(db: Database, id_: str) -> Edited:
 
 
 def _in_place(db: Database, id_: str) -> tuple[Row, Any, Any]:
-    rows = db.rows(f"SELECT {JOB_SQL} FROM jobs NOT INDEXED WHERE id = ?", (id_,))
+    rows = db.rows(f"SELECT {SQL['jobs']} FROM jobs NOT INDEXED WHERE id = ?", (id_,))
     if not rows:
         raise RepairRejected(f"there is no job {id_}, neither in jobs nor in quarantined_jobs")
     payload = db.rows("SELECT body, request_hash FROM payloads WHERE job_seq = ?", (rows[0][0],))

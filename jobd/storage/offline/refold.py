@@ -12,13 +12,13 @@ from msgspec.structs import astuple
 from jobd.journal import event_codec
 from jobd.model.events import Event, fold
 from jobd.model.job import Job
-from jobd.storage.codec import JobReader, Row, Unreadable, fault
-from jobd.storage.database import JOB_SQL, lenient_text, readable
+from jobd.storage.codec import SQL, JobReader, Row, Unreadable, fault
+from jobd.storage.database import lenient_text, readable
 from jobd.storage.events import event_rows
 from jobd.storage.tables.tail import Pending
 
-_JOBS: Final = f"SELECT {JOB_SQL} FROM jobs NOT INDEXED ORDER BY seq"
-_EVENTS: Final = f"SELECT {event_rows.COLUMNS_SQL} FROM events WHERE job_seq = ? ORDER BY seq"
+_JOBS: Final = f"SELECT {SQL['jobs']} FROM jobs NOT INDEXED ORDER BY seq"
+_EVENTS: Final = f"SELECT {SQL['events']} FROM events WHERE job_seq = ? ORDER BY seq"
 _STATUS: Final = "SELECT status FROM jobs NOT INDEXED WHERE seq = ?"
 
 

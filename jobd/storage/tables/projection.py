@@ -74,7 +74,7 @@ from jobd.model.storage import (
 from jobd.storage import codec
 from jobd.storage.cluster import membership
 from jobd.storage.cluster.membership import Membership
-from jobd.storage.codec import KEY_COLUMNS, with_checksum
+from jobd.storage.codec import insert, with_checksum
 from jobd.storage.damage.quarantine import quarantine_jobs
 from jobd.storage.database import BY_SEQ, PUT_QUEUE, PUT_TOMBSTONE, Database, StructureDamaged, readable
 from jobd.storage.events import event_rows
@@ -83,7 +83,7 @@ from jobd.storage.files import StoreUnreadable
 from jobd.storage.queries import read_job
 from jobd.storage.tables import table_writes
 from jobd.storage.tables.tail import Pending, fix, read_tail
-from jobd.storage.tables.writers import JobWriter, LateWriter, RowDamaged, RowMissing, RowUnreadable, StoredJob, insert
+from jobd.storage.tables.writers import JobWriter, LateWriter, RowDamaged, RowMissing, RowUnreadable, StoredJob
 
 T = TypeVar("T")
 
@@ -105,7 +105,7 @@ SLICE_BYTES: Final = 1 << 20  # of its records are enough too, because a transac
 MAX_BEHIND: Final = 30_000  # events that the tables may lack
 MAX_BEHIND_FULL: Final = 3_000  # on a full disk, because every read then applies them in memory
 KEEP_REPORTS: Final = 500
-_REPLACE_KEY: Final = insert("keys", (*KEY_COLUMNS, "crc", "response"), "REPLACE")
+_REPLACE_KEY: Final = insert("keys", "REPLACE")
 
 
 class Projection:
@@ -477,7 +477,7 @@ class Projection:
                 table_writes.apply(self.db, write)
         for report in (batch.report for batch in batches if batch.report is not None):
             (last,) = conn.execute("SELECT ifnull(max(seq), 0) FROM reports").fetchone()
-            conn.execute(insert("reports", ("seq", "body", "crc")), with_checksum((last + 1, bytes(report))))
+            conn.execute(insert("reports"), with_checksum((last + 1, bytes(report))))
             conn.execute("DELETE FROM reports WHERE seq <= ?", (last + 1 - KEEP_REPORTS,))
 
     def _find(self, seq: int) -> StoredJob | None:

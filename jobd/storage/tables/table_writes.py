@@ -16,20 +16,20 @@ from jobd.model.storage import (
     TombstoneWrite,
 )
 from jobd.storage import codec, outbox
-from jobd.storage.codec import Row, fault, with_checksum
+from jobd.storage.codec import SQL, Row, fault, insert, with_checksum
 from jobd.storage.damage.quarantine import quarantine_events, quarantine_rows
 from jobd.storage.database import PUT_TOMBSTONE, Database
 from jobd.storage.events import event_queries, event_rows
-from jobd.storage.tables.writers import AUDIT_ROW, insert
+from jobd.storage.tables.writers import AUDIT_ROW
 
-_PUT_FIGURES: Final = insert("figures", ("id", "body", "crc"), "REPLACE")
+_PUT_FIGURES: Final = insert("figures", "REPLACE")
 _EXISTS: Final = "SELECT 1 FROM jobs WHERE seq = job_seq UNION ALL SELECT 1 FROM quarantined_jobs WHERE seq = job_seq"
 _DELETED_JOBS: Final = f"SELECT job_seq, id, at, EXISTS ({_EXISTS}) FROM deleted_jobs WHERE at < ? ORDER BY at LIMIT ?"
 _JOB_ROWS: Final = "SELECT seq FROM events INDEXED BY events_job WHERE job_seq = ? ORDER BY seq LIMIT ?"
 # By number: a search by job fails if a number in the index has no row.
 _DELETE_JOB: Final = "DELETE FROM events WHERE seq IN (SELECT seq FROM events INDEXED BY events_job WHERE job_seq = ?)"
-_ROW: Final = f"SELECT {event_rows.COLUMNS_SQL} FROM events WHERE seq = ?"
-_ROWS_BEFORE: Final = f"SELECT {event_rows.COLUMNS_SQL} FROM events WHERE seq > ? AND seq < ? AND last >= ?"
+_ROW: Final = f"SELECT {SQL['events']} FROM events WHERE seq = ?"
+_ROWS_BEFORE: Final = f"SELECT {SQL['events']} FROM events WHERE seq > ? AND seq < ? AND last >= ?"
 
 
 def plan_pruning(db: Database, before: int, limit: int) -> tuple[EventPruning | None, int]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sqlite3
 from array import array
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import Final, get_args
 
 from msgspec import Struct
@@ -17,7 +17,14 @@ from jobd.model.events import Change, Event, fold
 from jobd.model.job import LIVE, MAX_LATE_RESULTS, Job
 from jobd.model.storage import AuditEntry, AuditShare, Tombstone, audit_share
 from jobd.storage import codec
-from jobd.storage.codec import AUDIT_COLUMNS, AUDIT_JOB_COLUMNS, JOB_COLUMNS, LATE_COLUMNS, Row, fault, with_checksum
+from jobd.storage.codec import (
+    COLUMNS,
+    SQL,
+    Row,
+    fault,
+    insert,
+    with_checksum,
+)
 
 Totals = tuple[int, int, int, int]  # count and XOR of the checksums of live jobs, then of finished jobs
 
@@ -25,20 +32,15 @@ KEEP_ROWS: Final = 1000  # cached rows of live jobs
 KEEP_PAYLOAD_BYTES: Final = 2 << 20
 
 
-def insert(table: str, columns: Iterable[str], verb: str = "INSERT") -> str:
-    names = tuple(columns)
-    return f"{verb} INTO {table} ({', '.join(names)}) VALUES ({', '.join('?' * len(names))})"
-
-
-_INSERT_JOB: Final = insert("jobs", (*JOB_COLUMNS, "crc"))
+_INSERT_JOB: Final = insert("jobs")
 _UPDATE_JOB: Final = (
     "UPDATE jobs SET "
-    + ", ".join(f"{name} = ?{at}" for at, name in enumerate((*JOB_COLUMNS, "crc"), 1) if name not in ("seq", "id"))
+    + ", ".join(f"{name} = ?{at}" for at, name in enumerate(COLUMNS["jobs"], 1) if name not in ("seq", "id"))
     + " WHERE seq = ?1"
 )
 _UPDATE_BODY: Final = "UPDATE jobs SET body = ?2, crc = ?3 WHERE seq = ?1"  # changes no index
-_INSERT_DELETED: Final = insert("deleted_jobs", ("job_seq", "id", "at"), "REPLACE")  # damage may have made an entry
-_INSERT_PAYLOAD: Final = insert("payloads", ("job_seq", "body", "request_hash", "crc"))
+_INSERT_DELETED: Final = insert("deleted_jobs", "REPLACE")  # damage may have made an entry
+_INSERT_PAYLOAD: Final = insert("payloads")
 
 
 class RowMissing(Exception):
@@ -222,17 +224,15 @@ KEEP_BESIDE: Final = 10_000  # entries of each other share, so that a looping sc
 COUNTED_AT_ONCE: Final = 2_000  # rows; it takes less than a millisecond
 OPEN_ROWS: Final = 1_000  # newest rows in which the row of an action with many parts is searched
 _KEEP_OPEN: Final = 64  # actions whose rows are cached
-AUDIT_SQL: Final = f"{', '.join(AUDIT_COLUMNS)}, crc"
-AUDIT_JOB_SQL: Final = f"{', '.join(AUDIT_JOB_COLUMNS)}, crc"
-_INSERT_AUDIT_JOB: Final = insert("audit_jobs", (*AUDIT_JOB_COLUMNS, "crc"))
+_INSERT_AUDIT_JOB: Final = insert("audit_jobs")
 _LAST_AUDIT_JOB: Final = "SELECT ifnull(max(seq), 0) FROM audit_jobs"
 # Of the oldest rows, those of entries that are gone.
 _GONE_AUDIT_JOBS: Final = (
     "SELECT seq FROM (SELECT seq, audit_seq FROM audit_jobs ORDER BY seq LIMIT ?) "
     "WHERE audit_seq < (SELECT min(seq) FROM audit)"
 )
-_PUT_AUDIT: Final = insert("audit", (*AUDIT_COLUMNS, "crc"), "REPLACE")
-AUDIT_ROW: Final = f"SELECT {AUDIT_SQL} FROM audit WHERE seq = ?"
+_PUT_AUDIT: Final = insert("audit", "REPLACE")
+AUDIT_ROW: Final = f"SELECT {SQL['audit']} FROM audit WHERE seq = ?"
 _LAST_AUDIT: Final = "SELECT ifnull(max(seq), 0) FROM audit"
 # Only the oldest rows are examined. A row with a later time keeps the rows after it until there are too many.
 _OLD_AUDIT: Final = (
@@ -333,15 +333,15 @@ class AuditWriter:
 # ---------------------------------------------------------------------------------------------------------------------
 # Late results
 
-_INSERT_LATE: Final = insert("late_results", (*LATE_COLUMNS, "crc"))
+_INSERT_LATE: Final = insert("late_results")
 _LATE_OF_JOB: Final = "SELECT seq FROM late_results INDEXED BY late_results_job WHERE job_seq = ?"
 _EXCESS_LATE: Final = (
     "SELECT seq FROM late_results INDEXED BY late_results_job WHERE job_seq = ? "
     f"ORDER BY fencing_token DESC LIMIT -1 OFFSET {MAX_LATE_RESULTS}"
 )
-_LATE_ROW: Final = f"SELECT {', '.join(LATE_COLUMNS)}, crc FROM late_results NOT INDEXED WHERE seq = ?"
+_LATE_ROW: Final = f"SELECT {SQL['late_results']} FROM late_results NOT INDEXED WHERE seq = ?"
 _DELETE_LATE: Final = "DELETE FROM late_results WHERE seq = ?"
-_QUARANTINE_ROW: Final = insert("bad_rows", ("place", "what", "at", "row"))
+_QUARANTINE_ROW: Final = insert("bad_rows")
 
 
 class LateWriter:
@@ -379,7 +379,7 @@ class LateWriter:
         """Return the storage key of a late result, or None. Quarantine a damaged row."""
         if (wrong := fault(row)) is None:
             return codec.late(row, whole=True).result.storage_key
-        shown = codec.as_text((*LATE_COLUMNS, "crc"), row)
+        shown = codec.as_text("late_results", row)
         self._conn.execute(_QUARANTINE_ROW, ("late_results", f"{row[0]}: {wrong}", now, shown))
         self._note(f"late_results {row[0]}: {wrong}; the row was quarantined, and its artifact is not deleted")
         return None

@@ -18,7 +18,7 @@ from jobd.journal.sqlite import SqliteJournal
 from jobd.model.events import Event, fold
 from jobd.model.job import Grant, Job
 from jobd.storage import codec, startup
-from jobd.storage.database import JOB_SQL
+from jobd.storage.codec import SQL
 from jobd.storage.events import event_rows
 from jobd.storage.offline import doctor
 from jobd.storage.tables.tail import read_tail
@@ -47,13 +47,13 @@ def contents(path: str | Path) -> StoreContents:
     found = StoreContents()
     reader = codec.JobReader()
     with startup.read_only(str(path)) as conn:
-        for row in conn.execute(f"SELECT {JOB_SQL} FROM jobs NOT INDEXED"):
+        for row in conn.execute(f"SELECT {SQL['jobs']} FROM jobs NOT INDEXED"):
             job = reader.job(row)
             found.jobs[job.id] = job
         by_seq = {job.seq: job.id for job in found.jobs.values()}
         for seq, body in conn.execute("SELECT job_seq, body FROM payloads"):
             found.payloads[by_seq[seq]] = msgspec.json.decode(body)
-        rows = conn.execute(f"SELECT {event_rows.COLUMNS_SQL} FROM events NOT INDEXED").fetchall()
+        rows = conn.execute(f"SELECT {SQL['events']} FROM events NOT INDEXED").fetchall()
         for event in sorted(chain.from_iterable(map(event_rows.unpack, rows))):
             _note(found, event_codec.decode(event))
         _fold_tail(found, conn)

@@ -20,6 +20,7 @@ from jobd.model.storage import EventPruning, LateResultQuery, Tombstone
 from jobd.storage import codec, outbox, queries
 from jobd.storage.cluster import lost_records
 from jobd.storage.cluster.membership import Membership, StoreDamaged
+from jobd.storage.codec import SQL
 from jobd.storage.damage import scrub
 from jobd.storage.database import PUT_TOMBSTONE, Database, StructureDamaged
 from jobd.storage.events import event_queries, event_rows, shortening
@@ -38,7 +39,7 @@ pytestmark = pytest.mark.slow
 LATER = NOW + 10_000
 WRONG = re.compile("damaged|missing|checksum .* wrong")
 BITS = (0, 20)
-ROWS = f"SELECT {event_rows.COLUMNS_SQL} FROM events"
+ROWS = f"SELECT {SQL['events']} FROM events"
 COLUMNS = ("seq", "last", "job_seq", "at", "body", "crc")
 
 

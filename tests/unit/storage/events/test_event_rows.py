@@ -12,7 +12,7 @@ from jobd.journal import event_codec
 from jobd.model.events import KEEP_GRANTS, KEEP_HEARTBEATS, Change, Event
 from jobd.model.job import Job, Result
 from jobd.model.storage import Batch, EventPruning
-from jobd.storage.codec import with_checksum
+from jobd.storage.codec import SQL, with_checksum
 from jobd.storage.events import event_queries, event_rows
 from jobd.storage.events.event_rows import pack, unpack
 from jobd.storage.offline import doctor
@@ -206,7 +206,7 @@ def test_a_part_of_a_row_can_be_pruned(path: str) -> None:
     projection.append(maker.batch([created, *changes]))
     projection.project()
     db = projection.db
-    (row,) = db.rows(f"SELECT {event_rows.COLUMNS_SQL} FROM events")
+    (row,) = db.rows(f"SELECT {SQL['events']} FROM events")
     for numbers, left in (([1, 2], [3, 4, 5, 6, 7, 8, 9]), ([4, 77], [3, 5, 6, 7, 8, 9]), ([3, 5, 6, 7, 8, 9], [])):
         projection.append(EventPruning(numbers, [], numbers[-1]))
         projection.project()
@@ -241,7 +241,7 @@ def test_no_flipped_bit_of_a_row_is_silent(bit: int) -> None:
     projection.append(maker.batch([created, *rounds(maker, job_of(created), 1, 1)]))
     projection.project()
     db = projection.db
-    (row,) = db.rows(f"SELECT {event_rows.COLUMNS_SQL} FROM events")
+    (row,) = db.rows(f"SELECT {SQL['events']} FROM events")
     number = row[1]
     for column in range(1, 6):
         places = range(len(row[4])) if column == 4 else range(4)
