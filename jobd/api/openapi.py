@@ -52,6 +52,7 @@ TAGS: Final[dict[Tag, str]] = {
 HEADERS: Final = {
     "Idempotency-Key": "For 24 h, the same key with the same body returns the stored response. A request with two such "
     "headers is rejected.",
+    "If-Match": "The `version` of the job in double quotes. If the job has changed since, the call is rejected.",
     "Idempotent-Replayed": "Present, and `true`, if a stored response was returned.",
     "Last-Event-ID": "The `id` of the last event received. The stream continues after it.",
     "X-Jobd-Operator": "Name of the operator for timelines and the audit log: up to 64 characters. Unprintable "
@@ -162,6 +163,9 @@ def _parameters(route: Route) -> list[JsonObject]:
     if route.key:
         known = {"name": "Idempotency-Key", "in": "header", "description": HEADERS["Idempotency-Key"]}
         parameters.append({**known, "schema": {"type": "string", "pattern": "^[ -~]{1,200}$"}})
+    if route.takes_version:
+        known = {"name": "If-Match", "in": "header", "description": HEADERS["If-Match"]}
+        parameters.append({**known, "schema": {"type": "string", "pattern": '^"[0-9a-f]{1,60}"$'}})
     if route.auth == "admin" and (route.changes or route.secret or route.audited):
         known = {"name": OPERATOR_HEADER, "in": "header", "description": HEADERS[OPERATOR_HEADER]}
         parameters.append({**known, "schema": {"type": "string"}})

@@ -20,20 +20,23 @@ if TYPE_CHECKING:
 class Confirmation:
     """An action that needs a confirmation, such as force-fail.
 
-    `to` is the resulting status: None if the job is deleted, "" if its status does not change. `allowed_from` limits
-    the statuses that allow the action; by default, the table of transitions decides. `details` describes the effect on
-    the job. `dry_run` checks the action on the daemon; without it, or with a read-only token, only the status is
-    checked.
+    `to` is the resulting status: None if the job is deleted, "" if its status does not change. `run` gets the id, and
+    the version of the job that the operator confirmed, if there is one. `allowed_from` limits the statuses that allow
+    the action; by default, the table of transitions decides. `details` describes the effect on the job, `note` warns
+    about it. `dry_run` checks the action on the daemon; without it, or with a read-only token, only the status is
+    checked. `scope` says which jobs allow the action.
     """
 
     action: str
     get_job: Callable[[str], JobView]
     to: str | None
-    run: Callable[[str], Any]
+    run: Callable[[str, str | None], Any]
     describe: Callable[[Any], str]
     allowed_from: tuple[str, ...] = ()
     details: Callable[[JobView], str] = lambda job: ""
     dry_run: Callable[[str], object] | None = None
+    note: Callable[[JobView], str | None] = lambda job: None
+    scope: str = ""
 
 
 def destructive_options(command: Any) -> Any:
@@ -56,9 +59,8 @@ def run_action(confirmation: Confirmation, ids: Sequence[str], *, yes: bool, dry
     """Apply the action to each job, continue after errors, and return the exit code of the first error."""
     if dry_run:
         return _each(ids, lambda job_id: _show_dry_run(confirmation, job_id, terminal.emit, as_json))
-    if not yes:
-        _ask(confirmation, ids)
-    return _each(ids, lambda job_id: show_done(confirmation, job_id, confirmation.run(job_id), as_json))
+    seen = None if yes else _ask(confirmation, ids)
+    return _each(ids, lambda job_id: _show_done(confirmation, job_id, confirmation.run(job_id, seen), as_json))
 
 
 def _each(ids: Sequence[str], act: Callable[[str], int]) -> int:
@@ -77,7 +79,7 @@ def _each(ids: Sequence[str], act: Callable[[str], int]) -> int:
     return worst
 
 
-def show_done(confirmation: Confirmation, job_id: str, response: Any, as_json: bool) -> int:
+def _show_done(confirmation: Confirmation, job_id: str, response: Any, as_json: bool) -> int:
     """Print the response to the action, and return exit code 0."""
     terminal.emit_json(response) if as_json else terminal.emit(f"{job_id}: {confirmation.describe(response)}")
     return exit_codes.DONE
@@ -99,6 +101,8 @@ def _show_dry_run(
         terminal.emit_json(response)
     else:
         print_line(f"{job_id}: would {confirmation.action}{confirmation.details(job)}: it is {state(job)}")
+        if note := confirmation.note(job):
+            print_line(note)
     if is_read_only:
         terminal.say(
             "This token is read-only, so only the status was checked. A dry run on the daemon needs the admin token."
@@ -130,16 +134,27 @@ def _allowed(status: str, confirmation: Confirmation) -> bool:
     return status in FINISHED if confirmation.to is None else (status, confirmation.to) in TRANSITIONS
 
 
-def _ask(confirmation: Confirmation, ids: Sequence[str]) -> None:
+def _ask(confirmation: Confirmation, ids: Sequence[str]) -> str | None:
+    """Ask whether to apply the action. Return the version of the job that was shown, None without one.
+
+    Raises CliError (1) if the operator declines, and CliError (4) if the status of the only job does not allow it.
+    """
     need_terminal()
-    if len(ids) == 1:
-        job = confirmation.get_job(ids[0])
-        if confirmation.dry_run is not None:
-            confirmation.dry_run(ids[0])  # fails here if it would fail later
-        confirm_job(confirmation, job)
-    else:
+    if len(ids) > 1:
         _each(ids, lambda job_id: _show_dry_run(confirmation, job_id, terminal.say))
         confirm(f"{confirmation.action} {len(ids)} jobs")
+        return None
+    job = confirmation.get_job(ids[0])
+    if confirmation.dry_run is not None:
+        confirmation.dry_run(ids[0])  # fails here if it would fail later
+    if not _allowed(job.status, confirmation):
+        text = f"{job.id}: {confirmation.action} is rejected: it is {job.status}. {confirmation.scope}"
+        raise exit_codes.CliError(text, exit_codes.REJECTED)
+    if note := confirmation.note(job):
+        terminal.say(note)
+    details = confirmation.details(job)
+    confirm(f"{confirmation.action}{f'{details}:' if details else ''} job {job.id}, which is {state(job)}")
+    return job.version or None
 
 
 def need_terminal() -> None:
@@ -156,12 +171,6 @@ def confirm(what: str) -> None:
     need_terminal()
     if not click.confirm(terminal.clean(f"{what}?"), default=False, err=True):
         raise exit_codes.CliError("nothing has changed")
-
-
-def confirm_job(confirmation: Confirmation, job: JobView) -> None:
-    """Show the job and ask whether to apply the action. Raises CliError (1) if the operator declines."""
-    details = confirmation.details(job)
-    confirm(f"{confirmation.action}{f'{details}:' if details else ''} job {job.id}, which is {state(job)}")
 
 
 def state(job: JobView) -> str:

@@ -6,6 +6,7 @@ import os
 import ssl
 import time
 from copy import copy
+from dataclasses import replace
 from typing import Any, Final, Self
 
 from jobd.client import requests
@@ -13,8 +14,9 @@ from jobd.client.endpoint import Address, Endpoint, admin_endpoints, worker_endp
 from jobd.client.errors import Unreachable
 from jobd.client.event_subscription import NODE_SILENCE_S, SILENCE_S, EventSubscription
 from jobd.client.methods import EventMethod, Method, PagedMethod, requesting
-from jobd.client.protocol import ApiRequest, checked_key
+from jobd.client.protocol import ApiRequest, T, checked_key, request_of
 from jobd.client.retries import NodeList, RetryOptions, RetryState
+from jobd.model.api_call import ApiCall
 from jobd.model.calls import (
     AdminEventCalls,
     AdminEventRequests,
@@ -29,6 +31,7 @@ from jobd.model.calls import (
     QueueCalls,
     StoreCalls,
 )
+from jobd.model.commands import Command
 
 CONNECT_S: Final = 5.0
 NODE_CONNECT_S: Final = 2.0  # to one of several nodes
@@ -63,6 +66,7 @@ class BaseClient:
 
     _follows_unlisted = True
     idempotency_key: str | None = None  # of all calls, see with_key
+    _version: str | None = None  # of the job that all calls change, see if_match
 
     def __init__(
         self,
@@ -101,6 +105,12 @@ class BaseClient:
 
     def _reset_connections(self) -> None:
         """Start without connections."""
+
+    def _request(self, call: ApiCall[Any, T], command: Command) -> ApiRequest[T]:
+        request = request_of(call, command, self.idempotency_key)
+        if self._version is None or call.method == "GET":
+            return request
+        return replace(request, headers={**request.headers, "If-Match": f'"{self._version}"'})
 
     def _attempts(self, request: ApiRequest[Any], retry: RetryOptions | None = None) -> RetryState:
         return RetryState(retry or self._retry, request, self._nodes, time.monotonic())
@@ -168,6 +178,15 @@ class AdminApi(
         super().__init__(
             admin_endpoints(endpoint, token, operator=operator), timeout_s=timeout_s, retry_for_s=retry_for_s, tls=tls
         )
+
+    def if_match(self, version: str) -> Self:
+        """Return a client that shares the connections, and changes a job only if its `version` is still this one.
+
+        `get_job` returns the version. A job that has changed is rejected with InvalidTransition.
+        """
+        conditional = copy(self)
+        conditional._version = version
+        return conditional
 
     transition_job_state = Method(requests.transition_job_state)
     make_plan = Method(requests.make_plan)

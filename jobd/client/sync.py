@@ -18,7 +18,7 @@ from jobd.client.errors import JobdError, Unreachable
 from jobd.client.event_subscription import RECONNECT, EventSubscription
 from jobd.client.job_wait import JobWait
 from jobd.client.methods import P, PageWalk, command_of, described
-from jobd.client.protocol import ApiRequest, ApiResponse, T, read_result, request_for, request_of
+from jobd.client.protocol import ApiRequest, ApiResponse, T, read_result, request_for
 from jobd.client.retries import RetryOptions, RetryState
 from jobd.model.api_call import ApiCall
 from jobd.model.calls import JobCalls
@@ -102,7 +102,7 @@ class BlockingClient(BaseClient):
         """Return the method that sends the request of `call`."""
 
         def send(*args: P.args, **kwargs: P.kwargs) -> T:
-            return self.send(request_of(call, command_of(call, args, kwargs), self.idempotency_key))
+            return self.send(self._request(call, command_of(call, args, kwargs)))
 
         return described(send, call)
 

@@ -38,7 +38,6 @@ from jobd.model.responses import (
     Response,
     TimelineView,
     ValidateJobView,
-    VersionedJob,
 )
 
 OfJob = Get | GetVersion | Timeline | Why | Validate | LateResults
@@ -87,7 +86,7 @@ def _of_job(tx: Transaction, command: OfJob) -> Response:
             return transitions.job_response(tx, job)
         case GetVersion():
             shown = transitions.job_response(tx, job)
-            shown.data = VersionedJob(shown.data, plan_rules.version(job, tx.state.latest_late(job.seq)))
+            shown.data.version = plan_rules.version(job, tx.state.latest_late(job.seq))
             return shown
         case Timeline():
             return Response(TimelineView([]), read=HistoryRead(timeline=job.seq, events=command.limit))

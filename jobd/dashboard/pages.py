@@ -219,9 +219,8 @@ def base_url(viewer: Viewer) -> str:
 
 
 async def confirm(viewer: Viewer, request: ConfirmPageQuery) -> PageData:
-    versioned: responses.VersionedJob
-    [versioned] = await query(viewer, commands.GetVersion(id=request.id))
-    view = versioned.job
+    view: responses.JobView
+    [view] = await query(viewer, commands.GetVersion(id=request.id))
     action = JOB_ACTIONS[request.verb]
     late = await _late_result(viewer, request.id, request.result) if action.needs_late_result else None
     return {
@@ -236,7 +235,6 @@ async def confirm(viewer: Viewer, request: ConfirmPageQuery) -> PageData:
         "base_url": base_url(viewer),
         "action": action,
         "is_allowed": is_allowed(action, view, viewer.now),
-        "job_version": versioned.version,
     }
 
 

@@ -7,6 +7,7 @@ with `App.send`, and `App.respond` encodes the response. `App.handle` runs the h
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 import traceback
 from collections import Counter
@@ -40,6 +41,8 @@ OUTCOME_UNKNOWN: Final = ApiError(
     {"outcome": "unknown"},
 )
 IDEMPOTENCY_KEY: Final = "idempotency-key"
+IF_MATCH: Final = "if-match"
+_VERSION: Final = re.compile(r'"([0-9a-f]{1,60})"')
 SUPPORTED_VERSIONS: Final = frozenset({"1.0", "1.1"})
 ACCEPTED_EXPECT: Final = frozenset({"", "100-continue"})  # values of the Expect header
 MALFORMED_BODY: Final = ApiError("invalid_request", "The body is malformed: its chunks or its length are wrong.")
@@ -131,7 +134,24 @@ class BrowserPages(Protocol):
 
 async def run_command(app: App[Any], ctx: RequestContext, command: Any) -> Response | ApiError:
     """Handle a request that is one command for the actor, as most are."""
-    return await app.actor.ask(command, by=ctx.by, admin=ctx.admin, key=ctx.key, size=ctx.size, operator=ctx.operator)
+    return await app.actor.ask(
+        command,
+        by=ctx.by,
+        admin=ctx.admin,
+        key=ctx.key,
+        size=ctx.size,
+        operator=ctx.operator,
+        expected=ctx.expected,
+    )
+
+
+def _expected_version(ctx: RequestContext, route: Route) -> str:
+    """Return the version in If-Match. Raises a 400 error if the call does not take one."""
+    version = _VERSION.fullmatch(ctx.header(IF_MATCH))
+    if not (ctx.admin and route.takes_version) or version is None:
+        message = "Only an action of an operator on a job takes If-Match: the `version` of the job in double quotes."
+        raise api_error("invalid_request", message, field="If-Match")
+    return version[1]
 
 
 class App(Generic[S]):
@@ -342,6 +362,8 @@ class App(Generic[S]):
             raise ApiException(self.body_too_large())
         if IDEMPOTENCY_KEY in ctx.headers and resolved.route.key:
             self._read_idempotency_key(ctx, resolved.route, body)
+        if IF_MATCH in ctx.headers:
+            ctx.expected = _expected_version(ctx, resolved.route)
         command: Any = resolved.decode(body, ctx.path_value)
         ctx.by = command.sender() or ctx.by
         if len(job_ids := command.job_ids()) == 1:

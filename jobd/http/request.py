@@ -54,6 +54,7 @@ class RequestContext(Struct, eq=False):
     path_value: str | None = None
     allow: frozenset[str] = frozenset()
     key: IdempotencyKey | None = None
+    expected: str | None = None  # the version in If-Match
     size: int = 0
     envelope: Envelope | None = None  # while the actor has the command
     job_id: str | None = None

@@ -60,6 +60,11 @@ class Route(Struct, frozen=True, kw_only=True):
         return self.method != "GET"
 
     @property
+    def takes_version(self) -> bool:
+        """Whether the call can require a version of its job, with If-Match."""
+        return self.auth == "admin" and self.changes and self.request.is_of_job and self.handler is None
+
+    @property
     def is_long_lived(self) -> bool:
         """Whether a request can stay open for long: a stream, or a claim that waits for a job."""
         return self.body == "lines" or self.content_type == EVENT_STREAM or self.request.can_wait

@@ -169,7 +169,8 @@ class Planner:
         at = self._clock.moment().now
         result = PlanResult(view.plan_id, view.action, plan.done.applied, plan.done.changed, plan.done.rejected, at)
         self._keep_result(plan, result)
-        await self._audit(plan, operator)
+        if view.count:
+            await self._audit(plan, operator)
         return result
 
     def _keep_result(self, plan: Plan, result: PlanResult) -> None:

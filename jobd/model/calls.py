@@ -26,6 +26,7 @@ from jobd.model.commands import (
     ForceFail,
     ForceReset,
     Get,
+    GetVersion,
     Import,
     ImportCheck,
     LateResults,
@@ -149,7 +150,7 @@ class AdminJobCalls(CallGroup, tag="Jobs", base=ADMIN, auth="admin"):
     extend_lock = ApiCall(ExtendLock, AdminLockView, "POST", "/extend-lock", key=True)
     release_lock = ApiCall(ReleaseLock, AdminLockView, "POST", "/release-lock", key=True)
     list_jobs = ApiCall(SearchJobs, JobPage, "GET", "/jobs")
-    get_job = ApiCall(Get, JobView, "GET", "/jobs/{id}")
+    get_job = ApiCall(GetVersion, JobView, "GET", "/jobs/{id}")
     delete_job = ApiCall(Delete, JobView, "DELETE", "/jobs/{id}", key=True)
     timeline = ApiCall(Timeline, responses.TimelineView, "GET", "/jobs/{id}/timeline").then(lambda view: view.events)
     why = ApiCall(Why, responses.WhyView, "GET", "/jobs/{id}/why")

@@ -587,7 +587,7 @@ class Update(JobCommand, frozen=True, kw_only=True):
 
 
 class GetVersion(JobCommand, frozen=True, kw_only=True):
-    """Get one job with its version, which a later action can require (core/rules/plans.py)."""
+    """Get one job with its `version`, which an action on it can require in the header `If-Match`."""
 
     admission = "read"
 
@@ -1206,8 +1206,8 @@ AUDITED_ACTIONS: Final = tuple(
 class Call(Struct):
     """A command with its caller and the randomness that it may use. `admin` callers see lock ids.
 
-    `operator` is set for requests of operators. `expected` is the version (core/rules/plans.py) of the job that the
-    caller has seen: if the job has changed since, the command is rejected.
+    `operator` is set for requests of operators. `expected` is the version of the job that the caller has seen
+    (core/rules/plan_rules.py): if the job has changed since, the command is rejected.
     """
 
     command: AnyCommand

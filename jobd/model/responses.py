@@ -129,6 +129,9 @@ class JobView(Struct, gc=False):
     repeated: Annotated[
         bool | UnsetType, Meta(description="True if an earlier request with the same content ended the job.")
     ] = UNSET
+    version: Annotated[
+        str | UnsetType, Meta(description="In GET /jobs/{id} of the admin API: changes with all but progress reports.")
+    ] = UNSET
 
     def __repr__(self) -> str:
         """Show payload and metadata decoded, and leave out what the response does not have."""
@@ -805,13 +808,6 @@ class AuditPage(Struct):
 
     entries: Annotated[list[AuditView], Meta(description="The entries.")]
     next_cursor: NextCursor
-
-
-class VersionedJob(Struct, frozen=True):
-    """A job and its version, which a later action can require."""
-
-    job: JobView
-    version: str
 
 
 class PlannedJob(Struct, frozen=True, gc=False, rename={"from_": "from"}):

@@ -155,7 +155,7 @@ def _admin_jobs() -> Iterator[Example]:
     yield Example(api.list_jobs, commands.SearchJobs(status="queued", worker="w-1", limit=5))
     yield Example(api.list_jobs, commands.SearchJobs(since=1, until=2, q="a b"))
     yield Example(api.list_jobs, commands.SearchJobs(finished_since=1, finished_until=2, error="0123456789ab"))
-    yield Example(api.get_job, commands.Get(id="a"))
+    yield Example(api.get_job, commands.GetVersion(id="a"))
     yield Example(api.delete_job, commands.Delete(**why), "invalid_transition")
     yield Example(api.timeline, commands.Timeline(id="a"))
     yield Example(api.why, commands.Why(id="a"))

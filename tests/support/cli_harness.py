@@ -134,7 +134,7 @@ def fields_of(shape: type[msgspec.Struct]) -> set[str]:
     return set(shape.__struct_encode_fields__)
 
 
-JOB_FIELDS = fields_of(responses.JobView) - {"repeated", "worker"}
+JOB_FIELDS = fields_of(responses.JobView) - {"repeated", "worker", "version"}
 
 
 def on_a_terminal(

@@ -12,15 +12,14 @@ import click
 from jobd.cli import tables, terminal
 from jobd.cli.confirm import Confirmation, destructive_options, dry_run_option, reason_option, run_action
 from jobd.cli.connection import admin_client, admin_options
-from jobd.cli.ctl import plan_commands
 from jobd.cli.ctl.completion import JOB_ID
-from jobd.cli.ctl.plan_commands import is_plan, where_option
+from jobd.cli.ctl.plan_commands import act, where_option
 from jobd.cli.params import MAX_ATTEMPTS, MOMENT, PRIORITY, STATUS, json_option
 
 if TYPE_CHECKING:
     from jobd.client import AdminClient
     from jobd.model.job import Status
-    from jobd.model.responses import ErrorView, JobView, LateResultView, PlanResult, PlanView, TransitionView
+    from jobd.model.responses import ErrorView, JobView, LateResultView
 
 _IDS: Final = click.argument("ids", metavar="[ID...]", nargs=-1, type=JOB_ID)
 _REASON: Final = reason_option("Stored with the job.")
@@ -38,13 +37,7 @@ def force_fail(ids: tuple[str, ...], where: tuple[str, ...], reason: str | None,
 
     The reason becomes the error message. A worker that holds a job loses the lock.
     """
-    if is_plan(ids, where):
-        return plan_commands.run_plans("force-fail", ids, where, reason, **how)
-    client = admin_client()
-    confirmation = Confirmation(
-        "force-fail", client.get_job, "failed", lambda job_id: client.force_fail(job_id, reason), _describe_transition
-    )
-    return plan_commands.run_for_one(client, "force-fail", confirmation, ids[0], reason, _transition_of_plan, **how)
+    return act("force-fail", ids, where, reason, **how)
 
 
 @click.command("force-reset")
@@ -62,27 +55,7 @@ def force_reset(ids: tuple[str, ...], where: tuple[str, ...], reason: str | None
     \b
     Example: jobctl force-reset --where status=processing --where worker=w-7
     """
-    if is_plan(ids, where):
-        return plan_commands.run_plans("force-reset", ids, where, reason, **how)
-    client = admin_client()
-    confirmation = Confirmation(
-        "force-reset", client.get_job, "queued", lambda job_id: client.force_reset(job_id, reason), _describe_transition
-    )
-    return plan_commands.run_for_one(client, "force-reset", confirmation, ids[0], reason, _transition_of_plan, **how)
-
-
-def _transition_of_plan(job: JobView, plan: PlanView, result: PlanResult) -> TransitionView:
-    """Return the response that the call without a plan would have had."""
-    from jobd.model.commands import NO_REASON
-    from jobd.model.responses import TransitionView
-
-    did = plan.jobs[0]
-    reason = plan.reason or (NO_REASON if plan.action == "force-fail" else None)
-    return TransitionView(did.id, did.from_, str(did.to), reason, result.applied_at)
-
-
-def _describe_transition(response: Any) -> str:
-    return f"{response.previous_status} → {response.status}"
+    return act("force-reset", ids, where, reason, **how)
 
 
 @click.command()
@@ -108,7 +81,7 @@ def transition(
     settings = _settings(fields)
     client = admin_client()
 
-    def do(one: str, *, dry_run: bool = False) -> Any:
+    def do(one: str, _version: str | None = None, *, dry_run: bool = False) -> Any:
         return client.transition_job_state(
             one, from_status, to_status, updates=fields or None, reason=reason, dry_run=dry_run
         )
@@ -118,7 +91,7 @@ def transition(
         client.get_job,
         to_status,
         do,
-        _describe_transition,
+        lambda response: f"{response.previous_status} → {response.status}",
         allowed_from=(from_status,),
         details=lambda job: settings,
         dry_run=partial(do, dry_run=True),
@@ -164,20 +137,7 @@ def _update(text: str) -> tuple[str, Any]:
 @admin_options
 def delete(ids: tuple[str, ...], where: tuple[str, ...], reason: str | None, **how: bool) -> int:
     """Delete finished jobs with their history and artifacts."""
-    if is_plan(ids, where):
-        return plan_commands.run_plans("delete", ids, where, reason, **how)
-    client = admin_client()
-
-    def do(one: str) -> Any:
-        return client.delete_job(one, reason)
-
-    def details(job: JobView) -> str:
-        return f" with its artifact {job.storage_key} (artifacts.url)" if job.storage_key else ""
-
-    confirmation = Confirmation("delete", client.get_job, None, do, lambda job: "deleted", details=details)
-    return plan_commands.run_for_one(
-        client, "delete", confirmation, ids[0], reason, lambda job, plan, result: job, **how
-    )
+    return act("delete", ids, where, reason, **how)
 
 
 @click.command()
@@ -215,7 +175,7 @@ def adopt(job_id: str, result: int | None, reason: str | None, **how: bool) -> i
         rejection = latest.rejection
         return client.get_job(one)
 
-    def do(one: str) -> Any:
+    def do(one: str, _version: str | None) -> Any:
         return client.adopt(one, chosen, reason=reason)
 
     def dry(one: str) -> Any:
@@ -316,7 +276,9 @@ def _change(
         would_be = do(one, dry_run=True)
         return would_be
 
-    confirmation = Confirmation(action, client.get_job, "", do, _fields, allowed_from, details, dry)
+    confirmation = Confirmation(
+        action, client.get_job, "", lambda one, _version: do(one), _fields, allowed_from, details, dry
+    )
     return run_action(confirmation, (job_id,), yes=True, dry_run=dry_run, as_json=as_json)
 
 

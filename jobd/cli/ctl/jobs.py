@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from jobd.cli import exit_codes, tables, terminal
-from jobd.cli.confirm import Confirmation, destructive_options, reason_option, run_action
+from jobd.cli.confirm import destructive_options, reason_option, run_action
 from jobd.cli.connection import admin_client, all_options, has_admin_token, job_client, worker_options
 from jobd.cli.ctl import plan_commands
 from jobd.cli.ctl.completion import JOB_ID, KIND, QUEUE
@@ -15,8 +15,7 @@ from jobd.cli.ctl.plan_commands import is_plan, where_option
 from jobd.cli.params import NAME, PAST, STATUS, json_option
 
 if TYPE_CHECKING:
-    from jobd.client import AdminClient, JobClient
-    from jobd.model.responses import JobView, PlanResult, PlanView
+    from jobd.model.responses import JobView
 
 _PAGE: Final = 200
 _ADMIN_FILTERS: Final = frozenset({"since", "until", "finished_since", "finished_until", "q", "error"})
@@ -134,24 +133,7 @@ def cancel(ids: tuple[str, ...], where: tuple[str, ...], reason: str | None, **h
     \b
     Example: jobctl cancel --where queue=video --where status=queued
     """
-    is_many = is_plan(ids, where)
-    if not (where or has_admin_token()):
-        return run_action(_cancel(job_client(), reason), ids, **how)
-    if is_many:
-        return plan_commands.run_plans("cancel", ids, where, reason, **how)
-    client = admin_client()
-
-    def after(job: JobView, plan: PlanView, result: PlanResult) -> JobView:
-        return client.get_job(job.id)
-
-    return plan_commands.run_for_one(client, "cancel", _cancel(client, reason), ids[0], reason, after, **how)
-
-
-def _cancel(client: JobClient | AdminClient, reason: str | None) -> Confirmation:
-    return Confirmation(
-        "cancel",
-        get_job=client.get_job,
-        to="cancelled",
-        run=lambda job_id: client.cancel_job(job_id, reason),
-        describe=lambda job: str(job.status),
-    )
+    if where or has_admin_token():
+        return plan_commands.act("cancel", ids, where, reason, **how)
+    is_plan(ids, where)
+    return run_action(plan_commands.action_on_one(job_client(), "cancel", reason), ids, **how)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Final
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final, cast
 
 import click
 
@@ -16,7 +17,7 @@ from jobd.cli.params import past_ms
 from jobd.cli.progress import busy
 
 if TYPE_CHECKING:
-    from jobd.client import AdminClient
+    from jobd.client import AdminClient, JobClient
     from jobd.model.commands import PlanAction
     from jobd.model.responses import JobView, PlannedJob, PlanResult, PlanView
 
@@ -102,49 +103,71 @@ def run_plans(
             terminal.say(f"No job can be changed: {skipped}" if skipped else "No jobs match.")
             is_incomplete = bool(ids)
             if as_json and is_first:
-                terminal.emit_json(_empty_result(plans[0]))
+                _apply(client, plans[:1], as_json=True)  # for its result
         code, is_first = exit_codes.REJECTED if is_incomplete else code, False
     return code
 
 
-def run_for_one(
-    client: AdminClient,
-    action: PlanAction,
-    confirmation: Confirmation,
-    job_id: str,
-    reason: str | None,
-    response_of: Callable[[JobView, PlanView, PlanResult], Any],
-    *,
-    yes: bool,
-    dry_run: bool,
-    as_json: bool,
-) -> int:
-    """Apply an action to one job, exactly as the dry run or the question showed it, or not at all.
+def act(action: PlanAction, ids: Sequence[str], where: Sequence[str], reason: str | None, **how: bool) -> int:
+    """Apply an action to one job, or by plans to several: exactly as a question or a dry run showed it, or not."""
+    if is_plan(ids, where):
+        return run_plans(action, ids, where, reason, **how)
+    client = admin_client()
+    plan = _plan_if_allowed(client, action, reason, ids=list(ids)) if how["dry_run"] else None
+    code = confirm.run_action(action_on_one(client, action, reason), ids, **how)
+    if code == exit_codes.DONE and plan is not None and plan.count:
+        _name_plans([plan])
+    return code
 
-    With --yes, no plan is made. `response_of` builds the response that the call without a plan would have had.
-    """
-    if yes and not dry_run:
-        return confirm.run_action(confirmation, (job_id,), yes=True, dry_run=False, as_json=as_json)
-    if dry_run:
-        plan = _plan_if_allowed(client, action, reason, ids=[job_id])
-        code = confirm.run_action(confirmation, (job_id,), yes=yes, dry_run=True, as_json=as_json)
-        if code == exit_codes.DONE:
-            _show_late_of_one(client, action, job_id, plan, terminal.emit)
-            if plan is not None and plan.count:
-                _name_plans([plan])
-        return code
-    confirm.need_terminal()
-    plan = client.make_plan(action, ids=[job_id], reason=reason)  # first: later changes then reject the plan
-    job = confirmation.get_job(job_id)
-    if not plan.count:
-        raise exit_codes.CliError(_rejection(confirmation, plan), exit_codes.REJECTED)
-    _show_late_of_one(client, action, job_id, plan, terminal.say)
-    confirm.confirm_job(confirmation, job)
-    result = _apply_one(client, plan)
-    if not result.applied:
-        _show_not_done([result])
-        return exit_codes.REJECTED
-    return confirm.show_done(confirmation, job_id, response_of(job, plan, result), as_json)
+
+_METHODS: Final = {
+    "cancel": "cancel_job",
+    "force-fail": "force_fail",
+    "force-reset": "force_reset",
+    "delete": "delete_job",
+}
+
+
+def action_on_one(client: AdminClient | JobClient, action: PlanAction, reason: str | None) -> Confirmation:
+    """Return the action on one job. With an admin client it changes the job only as the operator has seen it."""
+    from jobd.model.commands import PLAN_COMMANDS
+
+    def run(job_id: str, version: str | None) -> Any:
+        changing: Any = client if version is None else cast("AdminClient", client).if_match(version)
+        return getattr(changing, _METHODS[action])(job_id, reason)
+
+    def details(job: JobView) -> str:
+        is_kept = action != "delete" or not job.storage_key
+        return "" if is_kept else f" with its artifact {job.storage_key} (artifacts.url)"
+
+    command, to = PLAN_COMMANDS[action], PLAN_COMMANDS[action].leads_to
+    return Confirmation(
+        action,
+        client.get_job,
+        None if to == "deleted" else to,
+        run,
+        partial(_outcome, action),
+        command.allowed_from,
+        details,
+        note=lambda job: _late_note(client, action, job),
+        scope=command.plan_scope,
+    )
+
+
+def _outcome(action: PlanAction, response: Any) -> str:
+    before = getattr(response, "previous_status", None)
+    return "deleted" if action == "delete" else f"{before} → {response.status}" if before else str(response.status)
+
+
+def _late_note(client: AdminClient | JobClient, action: PlanAction, job: JobView) -> str | None:
+    """Return a warning about late results that can be adopted. The worker API does not show them."""
+    from jobd.client import AdminClient
+    from jobd.model.job import may_adopt
+    from jobd.model.responses import late_results_note
+
+    count = len(client.late_results(job.id)) if isinstance(client, AdminClient) and may_adopt(job.status) else 0
+    note = late_results_note(action, [count])
+    return note and f"{note} See: jobctl late {job.id}"
 
 
 def _plan_if_allowed(
@@ -157,27 +180,6 @@ def _plan_if_allowed(
         return client.make_plan(action, ids=ids, reason=reason)
     except Forbidden:
         return None
-
-
-def _show_late_of_one(
-    client: AdminClient, action: PlanAction, job_id: str, plan: PlanView | None, print_line: Callable[[str], None]
-) -> None:
-    """Warn about late results that can be adopted: those in the plan or, without a plan, those of the job."""
-    from jobd.model.job import may_adopt
-    from jobd.model.responses import late_results_note
-
-    if plan is not None:
-        count = sum(job.late_results for job in plan.jobs)
-    else:
-        count = len(client.late_results(job_id)) if may_adopt(client.get_job(job_id).status) else 0
-    if note := late_results_note(action, [count]):
-        print_line(f"{note} See: jobctl late {job_id}")
-
-
-def _rejection(confirmation: Confirmation, plan: PlanView) -> str:
-    skipped = plan.skipped[0]
-    status = f"it is {skipped.status}. " if skipped.status else ""
-    return f"{skipped.id}: {confirmation.action} is rejected: {status}{skipped.why}"
 
 
 def _make_plans(
@@ -195,19 +197,10 @@ def _make_plans(
             return plans, cursor
 
 
-def _empty_result(plan: PlanView) -> PlanResult:
-    """Return a result for a plan without jobs. Such a plan is not applied, but --json always prints a result."""
-    from jobd.model.responses import PlanResult
-
-    return PlanResult(plan.plan_id, plan.action, applied=0, changed=[], rejected=[], applied_at=plan.made_at)
-
-
 def _apply(client: AdminClient, plans: Sequence[PlanView], *, as_json: bool) -> bool:
     """Apply the plans. Return whether every job was changed."""
     results = []
     for plan in plans:
-        if not plan.count:
-            continue
         results.append(_apply_one(client, plan))
         if as_json:
             terminal.emit_json(results[-1])
@@ -379,8 +372,5 @@ def apply_plans(plan_ids: tuple[str, ...], *, yes: bool, dry_run: bool, as_json:
         confirm.confirm(
             " and ".join(f"{MAINTENANCE_ACTIONS.get(plan.action, plan.action)} {_jobs(plan.count)}" for plan in new)
         )
-    for plan in plans if as_json else ():
-        if not plan.count:
-            terminal.emit_json(_empty_result(plan))
-    is_complete = all([_apply(client, [plan], as_json=as_json) for plan in plans if plan.count])
+    is_complete = all([_apply(client, [plan], as_json=as_json) for plan in plans if plan.count or as_json])
     return exit_codes.DONE if is_complete else exit_codes.REJECTED

@@ -49,13 +49,15 @@ def test_a_request_has_the_given_fields_in_its_path_query_or_body() -> None:
     assert [request_for(AdminApi.take_back, "w", dry_run=dry).repeatable for dry in (False, True)] == [False, True]
 
 
-def test_a_key_of_the_caller_replaces_the_generated_one() -> None:
-    keyed = JobClient("unix:/x").with_key("k1")
+def test_a_client_sends_the_key_and_the_version_of_its_caller_with_changes() -> None:
     sent: list[ApiRequest[Any]] = []
-    keyed.send = lambda request, *_: sent.append(request)  # type: ignore[assignment,method-assign]
-    keyed.cancel_job("j")
-    keyed.get_job("j")
-    assert [each.headers.get("Idempotency-Key") for each in sent] == ["k1", None]
+    keyed, conditional = JobClient("unix:/x").with_key("k1"), AdminClient("unix:/x", token="t").if_match("0a1b")
+    for client in (keyed, conditional):
+        client.send = lambda request, *_: sent.append(request)  # type: ignore[assignment]
+        client.cancel_job("j")
+        client.get_job("j")
+    assert [each.headers.get("Idempotency-Key") for each in (sent[0], sent[1])] == ["k1", None]
+    assert [each.headers.get("If-Match") for each in sent] == [None, None, '"0a1b"', None]
     with pytest.raises(InvalidRequest, match="Idempotency-Key"):
         keyed.with_key("")
 

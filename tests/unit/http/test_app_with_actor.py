@@ -195,3 +195,23 @@ async def test_a_stop_ends_an_import_that_is_arriving(apis: BothApis) -> None:
     assert (response.status, response.error, response.json["details"]) == (503, "shutting_down", {"line": 2})
     await apis.admin.stop(30)
     assert "b" not in apis.actor.state.jobs
+
+
+async def test_an_action_of_an_operator_can_require_the_version_of_its_job(apis: BothApis) -> None:
+    await apis.post("/v1/jobs", '{"id":"v"}')
+    version = (await apis.admin.request("GET", f"{ADMIN}/jobs/v", headers=AUTH)).data["version"]
+
+    async def update(if_match: str) -> Any:
+        headers = {**AUTH, "If-Match": if_match}
+        return await apis.admin.request("POST", f"{ADMIN}/jobs/v/update", '{"priority":1}', headers)
+
+    assert (await update(f'"{version}"')).status == 200
+    changed = await update(f'"{version}"')
+    assert (changed.status, changed.error) == (409, "invalid_transition")
+    assert "has changed since you read it: it is queued now" in changed.json["message"]
+    for wrong in (version, f'W/"{version}"', f'"{version}", "0"', "*"):
+        assert (await update(wrong)).json["details"] == {"field": "If-Match"}
+    pause, headers = f"{ADMIN}/queues/q/pause", {**AUTH, "If-Match": f'"{version}"'}
+    rejected = [await apis.admin.request("POST", pause, "{}", headers)]
+    rejected += [await apis.worker.request("POST", "/v1/jobs/v/cancel", "{}", {"If-Match": f'"{version}"'})]
+    assert [(each.status, each.json["details"]) for each in rejected] == [(400, {"field": "If-Match"})] * 2

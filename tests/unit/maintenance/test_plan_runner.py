@@ -192,7 +192,7 @@ def test_a_command_with_an_expected_version_applies_to_that_version_only(*, deto
     rules.create("a")
     rules.accept(ForceFail(id="a"))
     seen = rules.accept(GetVersion(id="a"))
-    assert (seen.job.id, seen.version) == ("a", version(rules.job()))
+    assert (seen.id, seen.version) == ("a", version(rules.job()))
     if detour:
         rules.accept(ForceReset(id="a"))
         rules.advance(1)
