@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import inspect
 import selectors
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
 from contextlib import asynccontextmanager
@@ -75,6 +76,23 @@ def in_virtual_time(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[
     return run
 
 
+def in_engine(**options: Any) -> Callable[[Callable[..., Coroutine[Any, Any, None]]], Callable[..., None]]:
+    """Run an async test in virtual time, with a VirtualEngine of these options as its first argument."""
+
+    def decorate(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
+        @in_virtual_time
+        @functools.wraps(test)
+        async def run(**fixtures: Any) -> None:
+            async with VirtualEngine(**options) as engine:
+                await test(engine, **fixtures)
+
+        _, *parameters = inspect.signature(test).parameters.values()
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        return run
+
+    return decorate
+
+
 class VirtualEngine:
     """`async with VirtualEngine() as engine` runs the actor, and the maintainer after `keep`."""
 
@@ -134,6 +152,11 @@ class VirtualEngine:
         task = asyncio.create_task(self.maintainer.run())
         self._tasks.append(task)
         return task
+
+    async def first_cleanup(self) -> None:
+        """Run the maintainer, and wait for the end of its first cleanup run."""
+        self.run_maintainer()
+        await until(lambda: self.maintainer.totals.runs == 1)
 
     @property
     def now(self) -> int:

@@ -36,7 +36,7 @@ from jobd.model.journal import LeadershipLost
 from jobd.model.responses import CleanupReport, RecoverStuckView, Response
 from jobd.model.storage import AuditEntry, DiskFull, FormatNotRead
 from tests.support.memory_storage import MemoryStorage
-from tests.support.virtual_engine import WALL, VirtualEngine, in_virtual_time, row, seconds, until
+from tests.support.virtual_engine import WALL, VirtualEngine, in_engine, in_virtual_time, row, seconds, until
 
 RECOVERING = CleanupSchedule(interval_ms=DAY_MS, min_interval_ms=DAY_MS)
 PASSES = CleanupSchedule(recover_every_ms=0)
@@ -63,165 +63,154 @@ async def finished(engine: VirtualEngine, job_id: str, **fields: object) -> None
 # -- recovery and ticks -----------------------------------------------------------------------------------------------
 
 
-@in_virtual_time
-async def test_a_stalled_job_is_recovered_within_a_period_and_a_second() -> None:
-    async with VirtualEngine(schedule=RECOVERING) as engine:
-        engine.run_maintainer()
-        await engine.held("a", lock_ttl_ms=60_000)
-        await seconds(59)
-        assert engine.state.jobs["a"].status == "processing"
-        await seconds(12)
-        assert engine.state.jobs["a"].status == "queued"
-        assert (last_of(engine, "a").type, last_of(engine, "a").by) == ("stalled", "recovery")
+@in_engine(schedule=RECOVERING)
+async def test_a_stalled_job_is_recovered_within_a_period_and_a_second(engine: VirtualEngine) -> None:
+    engine.run_maintainer()
+    await engine.held("a", lock_ttl_ms=60_000)
+    await seconds(59)
+    assert engine.state.jobs["a"].status == "processing"
+    await seconds(12)
+    assert engine.state.jobs["a"].status == "queued"
+    assert (last_of(engine, "a").type, last_of(engine, "a").by) == ("stalled", "recovery")
 
 
-@in_virtual_time
-async def test_a_job_that_reports_after_the_scan_is_not_recovered() -> None:
-    async with VirtualEngine() as engine:
-        lock_id = await engine.held("a", lock_ttl_ms=60_000)
-        await seconds(61)
-        at = engine.clock.moment()
-        engine.state.advance(at.now, at.lock_ms)
-        assert list(engine.state.stalled) == ["a"]
-        # Both commands are in one batch; the scan found the job stuck.
-        reporting = asyncio.create_task(engine.actor.ask(Progress(id="a", lock_id=lock_id, progress=7)))
-        recovering = asyncio.create_task(engine.actor.ask(Recover(limit=10), by="recovery"))
-        assert isinstance(await reporting, Response)
-        recovered = await recovering
-        assert isinstance(recovered, Response)
-        assert (recovered.data.details, recovered.data.locks_cleared) == ([], 0)
-        assert engine.state.holds("a", lock_id)
-        assert last_of(engine, "a").type == "progress"
+@in_engine()
+async def test_a_job_that_reports_after_the_scan_is_not_recovered(engine: VirtualEngine) -> None:
+    lock_id = await engine.held("a", lock_ttl_ms=60_000)
+    await seconds(61)
+    at = engine.clock.moment()
+    engine.state.advance(at.now, at.lock_ms)
+    assert list(engine.state.stalled) == ["a"]
+    # Both commands are in one batch; the scan found the job stuck.
+    reporting = asyncio.create_task(engine.actor.ask(Progress(id="a", lock_id=lock_id, progress=7)))
+    recovering = asyncio.create_task(engine.actor.ask(Recover(limit=10), by="recovery"))
+    assert isinstance(await reporting, Response)
+    recovered = await recovering
+    assert isinstance(recovered, Response)
+    assert (recovered.data.details, recovered.data.locks_cleared) == ([], 0)
+    assert engine.state.holds("a", lock_id)
+    assert last_of(engine, "a").type == "progress"
 
 
-@in_virtual_time
-async def test_an_expired_lock_is_cleared_and_the_grant_kept_until_its_stalled_time() -> None:
-    async with VirtualEngine(schedule=RECOVERING) as engine:
-        engine.run_maintainer()
-        lock_id = await engine.held("a", lock_ttl_ms=60_000, stall_after_ms=10 * MINUTE_MS)
-        await seconds(75)
-        assert last_of(engine, "a").type == "lock_expired"
-        await engine.yes(Extend(id="a", lock_id=lock_id))
-        assert engine.state.live_locks() == 1
-        await seconds(11 * 60)
-        assert last_of(engine, "a").type == "stalled"
-        assert engine.maintainer.totals.found == Counter(expired_locks=2, stalled=1)
+@in_engine(schedule=RECOVERING)
+async def test_an_expired_lock_is_cleared_and_the_grant_kept_until_its_stalled_time(engine: VirtualEngine) -> None:
+    engine.run_maintainer()
+    lock_id = await engine.held("a", lock_ttl_ms=60_000, stall_after_ms=10 * MINUTE_MS)
+    await seconds(75)
+    assert last_of(engine, "a").type == "lock_expired"
+    await engine.yes(Extend(id="a", lock_id=lock_id))
+    assert engine.state.live_locks() == 1
+    await seconds(11 * 60)
+    assert last_of(engine, "a").type == "stalled"
+    assert engine.maintainer.totals.found == Counter(expired_locks=2, stalled=1)
 
 
-@in_virtual_time
-async def test_recovery_runs_in_slices_until_nothing_is_stalled() -> None:
-    async with VirtualEngine(schedule=replace(RECOVERING, batch=2)) as engine:
-        for number in range(7):
-            await engine.held(f"job-{number}", stall_after_ms=HOUR_MS if number == 6 else 0)
-        engine.run_maintainer()
-        await seconds(75)
-        assert [job.status for job in engine.state.jobs.values()].count("queued") == 6
-        assert engine.state.noted_expired.keys() == {"job-6"}
+@in_engine(schedule=replace(RECOVERING, batch=2))
+async def test_recovery_runs_in_slices_until_nothing_is_stalled(engine: VirtualEngine) -> None:
+    for number in range(7):
+        await engine.held(f"job-{number}", stall_after_ms=HOUR_MS if number == 6 else 0)
+    engine.run_maintainer()
+    await seconds(75)
+    assert [job.status for job in engine.state.jobs.values()].count("queued") == 6
+    assert engine.state.noted_expired.keys() == {"job-6"}
 
 
-@in_virtual_time
-async def test_an_idle_daemon_sends_no_recovery_commands() -> None:
-    async with VirtualEngine(schedule=RECOVERING) as engine:
-        for number in range(50):
-            await engine.yes(Create(id=f"job-{number}"))
-        engine.run_maintainer()
-        await seconds(60)
-        calls = dict(engine.disk.calls)
-        await seconds(3600)
-        assert engine.disk.calls == calls
+@in_engine(schedule=RECOVERING)
+async def test_an_idle_daemon_sends_no_recovery_commands(engine: VirtualEngine) -> None:
+    for number in range(50):
+        await engine.yes(Create(id=f"job-{number}"))
+    engine.run_maintainer()
+    await seconds(60)
+    calls = dict(engine.disk.calls)
+    await seconds(3600)
+    assert engine.disk.calls == calls
 
 
-@in_virtual_time
-async def test_a_lock_that_is_kept_alive_costs_no_write() -> None:
+@in_engine(schedule=RECOVERING)
+async def test_a_lock_that_is_kept_alive_costs_no_write(engine: VirtualEngine) -> None:
     """A deadline that has moved on changes nothing."""
-    async with VirtualEngine(schedule=RECOVERING) as engine:
-        lock_id = await engine.held("a", lock_ttl_ms=20_000)
-        engine.run_maintainer()
-        for _ in range(12):
-            await seconds(10)
-            await engine.yes(Progress(id="a", lock_id=lock_id, progress=1))
-        events = [event.type for event in engine.disk.events]
-        assert events == ["created", "granted", *["progress"] * 12]
+    lock_id = await engine.held("a", lock_ttl_ms=20_000)
+    engine.run_maintainer()
+    for _ in range(12):
+        await seconds(10)
+        await engine.yes(Progress(id="a", lock_id=lock_id, progress=1))
+    events = [event.type for event in engine.disk.events]
+    assert events == ["created", "granted", *["progress"] * 12]
 
 
-@in_virtual_time
-async def test_recover_every_0_leaves_recovery_to_cleanup_runs() -> None:
-    async with VirtualEngine(schedule=PASSES) as engine:
-        engine.run_maintainer()
-        await seconds(1)
-        await engine.held("a")
-        await seconds(200)
-        assert engine.state.processing.keys() == {"a"}
-        await seconds(100)
-        assert not engine.state.processing
-        assert engine.maintainer.last_report is not None
-        assert engine.maintainer.last_report.stuck_jobs_recovered == 1
+@in_engine(schedule=PASSES)
+async def test_recover_every_0_leaves_recovery_to_cleanup_runs(engine: VirtualEngine) -> None:
+    engine.run_maintainer()
+    await seconds(1)
+    await engine.held("a")
+    await seconds(200)
+    assert engine.state.processing.keys() == {"a"}
+    await seconds(100)
+    assert not engine.state.processing
+    assert engine.maintainer.last_report is not None
+    assert engine.maintainer.last_report.stuck_jobs_recovered == 1
 
 
-@in_virtual_time
-async def test_the_next_cleanup_run_is_known_if_only_cleanup_runs_recover_jobs() -> None:
-    async with VirtualEngine(schedule=replace(RECOVERING, recover_every_ms=0)) as engine:
-        assert engine.state.next_cleanup_at == engine.now, "the first one comes with the start"
-        engine.run_maintainer()
-        await seconds(1)
-        announced = engine.state.next_cleanup_at
-        assert announced is not None
-        report = engine.maintainer.last_report
-        assert report is not None
-        await seconds((announced - engine.now) / 1000 - 1)
-        assert engine.maintainer.last_report is report
-        await seconds(2)
-        assert engine.maintainer.last_report is not report
-        assert engine.state.next_cleanup_at is not None
-        assert engine.state.next_cleanup_at > engine.now
-        engine.maintainer.set_schedule(RECOVERING)
-        assert engine.state.next_cleanup_at is None
+@in_engine(schedule=replace(RECOVERING, recover_every_ms=0))
+async def test_the_next_cleanup_run_is_known_if_only_cleanup_runs_recover_jobs(engine: VirtualEngine) -> None:
+    assert engine.state.next_cleanup_at == engine.now, "the first one comes with the start"
+    engine.run_maintainer()
+    await seconds(1)
+    announced = engine.state.next_cleanup_at
+    assert announced is not None
+    report = engine.maintainer.last_report
+    assert report is not None
+    await seconds((announced - engine.now) / 1000 - 1)
+    assert engine.maintainer.last_report is report
+    await seconds(2)
+    assert engine.maintainer.last_report is not report
+    assert engine.state.next_cleanup_at is not None
+    assert engine.state.next_cleanup_at > engine.now
+    engine.maintainer.set_schedule(RECOVERING)
+    assert engine.state.next_cleanup_at is None
 
 
-@in_virtual_time
-async def test_lock_time_is_persisted_while_a_job_is_processing_and_only_then() -> None:
-    async with VirtualEngine(schedule=RECOVERING) as engine:
-        engine.run_maintainer()
-        await engine.yes(Create(id="b", priority=1))
-        await seconds(60)
-        batches = len(engine.disk.batches)
-        lock_id = await engine.held("a", lock_ttl_ms=HOUR_MS)
-        lock_ms = engine.disk.numbers.lock_ms
-        await seconds(10 * TICK_S)
-        assert engine.disk.numbers.lock_ms - lock_ms >= 9 * TICK_S * SECOND_MS
-        await engine.yes(Complete(id="a", lock_id=lock_id))
-        lock_ms = engine.disk.numbers.lock_ms
-        await seconds(600)
-        assert engine.disk.numbers.lock_ms == lock_ms
-        ticks = [batch for batch in engine.disk.batches[batches:] if not batch.changes]
-        assert len(ticks) in (9, 10)
+@in_engine(schedule=RECOVERING)
+async def test_lock_time_is_persisted_while_a_job_is_processing_and_only_then(engine: VirtualEngine) -> None:
+    engine.run_maintainer()
+    await engine.yes(Create(id="b", priority=1))
+    await seconds(60)
+    batches = len(engine.disk.batches)
+    lock_id = await engine.held("a", lock_ttl_ms=HOUR_MS)
+    lock_ms = engine.disk.numbers.lock_ms
+    await seconds(10 * TICK_S)
+    assert engine.disk.numbers.lock_ms - lock_ms >= 9 * TICK_S * SECOND_MS
+    await engine.yes(Complete(id="a", lock_id=lock_id))
+    lock_ms = engine.disk.numbers.lock_ms
+    await seconds(600)
+    assert engine.disk.numbers.lock_ms == lock_ms
+    ticks = [batch for batch in engine.disk.batches[batches:] if not batch.changes]
+    assert len(ticks) in (9, 10)
 
 
-@in_virtual_time
-async def test_a_pause_ends_by_itself_also_without_recovery() -> None:
-    async with VirtualEngine(schedule=replace(RECOVERING, recover_every_ms=0)) as engine:
-        engine.run_maintainer()
-        await engine.yes(Pause(name="q", until=engine.clock.moment().now + 63_000))
-        await seconds(62)
-        assert list(engine.state.paused) == ["q"]
-        await seconds(1.1)  # between two ticks
-        assert engine.state.paused == {}
-        assert engine.disk.queues["q"].pause is None
+@in_engine(schedule=replace(RECOVERING, recover_every_ms=0))
+async def test_a_pause_ends_by_itself_also_without_recovery(engine: VirtualEngine) -> None:
+    engine.run_maintainer()
+    await engine.yes(Pause(name="q", until=engine.clock.moment().now + 63_000))
+    await seconds(62)
+    assert list(engine.state.paused) == ["q"]
+    await seconds(1.1)  # between two ticks
+    assert engine.state.paused == {}
+    assert engine.disk.queues["q"].pause is None
 
 
-@in_virtual_time
-async def test_recovery_and_ticks_survive_rejections() -> None:
-    async with VirtualEngine(schedule=RECOVERING) as engine:
-        engine.run_maintainer()
-        await engine.held("a")
-        engine.actor.full_disk.write_limit = WriteLimit.ALL_WRITES
-        engine.disk.errors["probe"] = engine.disk.errors["build_reserve"] = DiskFull("full")
-        await seconds(90)
-        assert engine.state.processing.keys() == {"a"}
-        engine.disk.errors.clear()
-        engine.disk.free()
-        await seconds(12)
-        assert not engine.state.processing
+@in_engine(schedule=RECOVERING)
+async def test_recovery_and_ticks_survive_rejections(engine: VirtualEngine) -> None:
+    engine.run_maintainer()
+    await engine.held("a")
+    engine.actor.full_disk.write_limit = WriteLimit.ALL_WRITES
+    engine.disk.errors["probe"] = engine.disk.errors["build_reserve"] = DiskFull("full")
+    await seconds(90)
+    assert engine.state.processing.keys() == {"a"}
+    engine.disk.errors.clear()
+    engine.disk.free()
+    await seconds(12)
+    assert not engine.state.processing
 
 
 @in_virtual_time
@@ -246,36 +235,34 @@ async def test_a_long_cleanup_run_delays_no_recovery() -> None:
 # -- when cleanup runs --------------------------------------------------------------------------------------------
 
 
-@in_virtual_time
-async def test_cleanup_runs_at_the_start_and_then_every_interval() -> None:
-    async with VirtualEngine(schedule=PASSES) as engine:
-        assert engine.maintainer.state().time_since_last_cleanup is None
-        engine.run_maintainer()
-        await seconds(1)
-        assert engine.maintainer.totals.runs == 1
-        state = engine.maintainer.state()
-        assert not state.cleanup_running
-        assert 900 <= (state.time_since_last_cleanup or 0) <= 1000
-        await seconds(298)
-        assert engine.maintainer.totals.runs == 1
-        await seconds(2)
-        assert engine.maintainer.totals.runs == 2
-        assert [report.forced for report in stored_reports(engine)] == [False, False]
+@in_engine(schedule=PASSES)
+async def test_cleanup_runs_at_the_start_and_then_every_interval(engine: VirtualEngine) -> None:
+    assert engine.maintainer.state().time_since_last_cleanup is None
+    engine.run_maintainer()
+    await seconds(1)
+    assert engine.maintainer.totals.runs == 1
+    state = engine.maintainer.state()
+    assert not state.cleanup_running
+    assert 900 <= (state.time_since_last_cleanup or 0) <= 1000
+    await seconds(298)
+    assert engine.maintainer.totals.runs == 1
+    await seconds(2)
+    assert engine.maintainer.totals.runs == 2
+    assert [report.forced for report in stored_reports(engine)] == [False, False]
 
 
-@in_virtual_time
-async def test_a_forced_run_starts_at_once_an_unforced_one_not_within_two_minutes() -> None:
-    async with VirtualEngine(schedule=PASSES) as engine:
-        engine.run_maintainer()
-        await seconds(10)
-        first = engine.maintainer.last_report
-        assert await engine.maintainer.run_cleanup(forced=False) is first
-        forced = await engine.maintainer.run_cleanup(forced=True)
-        assert forced.forced
-        assert engine.maintainer.totals.runs == 2
-        await seconds(120)
-        assert not (await engine.maintainer.run_cleanup(forced=False)).forced
-        assert engine.maintainer.totals.runs == 3
+@in_engine(schedule=PASSES)
+async def test_a_forced_run_starts_at_once_an_unforced_one_not_within_two_minutes(engine: VirtualEngine) -> None:
+    engine.run_maintainer()
+    await seconds(10)
+    first = engine.maintainer.last_report
+    assert await engine.maintainer.run_cleanup(forced=False) is first
+    forced = await engine.maintainer.run_cleanup(forced=True)
+    assert forced.forced
+    assert engine.maintainer.totals.runs == 2
+    await seconds(120)
+    assert not (await engine.maintainer.run_cleanup(forced=False)).forced
+    assert engine.maintainer.totals.runs == 3
 
 
 @in_virtual_time
@@ -292,78 +279,72 @@ async def test_the_schedule_keeps_its_distance_from_a_forced_run() -> None:
         assert engine.maintainer.totals.runs == 3
 
 
-@in_virtual_time
-async def test_a_request_during_a_run_gets_its_report() -> None:
-    async with VirtualEngine() as engine:
-        engine.disk.gate.clear()
-        engine.run_maintainer()
-        await engine.disk.at_gate.wait()
-        assert engine.maintainer.state().cleanup_running
-        tasks = [asyncio.create_task(engine.maintainer.run_cleanup(forced=forced)) for forced in (True, False)]
-        await seconds(1)
-        engine.disk.gate.set()
-        first, second = await asyncio.gather(*tasks)
-        assert first is second is engine.maintainer.last_report
-        assert not first.forced
-        assert engine.maintainer.totals.runs == 1
+@in_engine()
+async def test_a_request_during_a_run_gets_its_report(engine: VirtualEngine) -> None:
+    engine.disk.gate.clear()
+    engine.run_maintainer()
+    await engine.disk.at_gate.wait()
+    assert engine.maintainer.state().cleanup_running
+    tasks = [asyncio.create_task(engine.maintainer.run_cleanup(forced=forced)) for forced in (True, False)]
+    await seconds(1)
+    engine.disk.gate.set()
+    first, second = await asyncio.gather(*tasks)
+    assert first is second is engine.maintainer.last_report
+    assert not first.forced
+    assert engine.maintainer.totals.runs == 1
 
 
-@in_virtual_time
-async def test_requests_before_a_run_starts_share_it() -> None:
-    async with VirtualEngine() as engine:
-        tasks = [asyncio.create_task(engine.maintainer.run_cleanup(forced=forced)) for forced in (False, True)]
-        await seconds(0)
-        engine.run_maintainer()
-        reports = await asyncio.gather(*tasks)
-        assert reports[0] is reports[1]
-        assert reports[0].forced
-        assert engine.maintainer.totals.runs == 1
+@in_engine()
+async def test_requests_before_a_run_starts_share_it(engine: VirtualEngine) -> None:
+    tasks = [asyncio.create_task(engine.maintainer.run_cleanup(forced=forced)) for forced in (False, True)]
+    await seconds(0)
+    engine.run_maintainer()
+    reports = await asyncio.gather(*tasks)
+    assert reports[0] is reports[1]
+    assert reports[0].forced
+    assert engine.maintainer.totals.runs == 1
 
 
-@in_virtual_time
-async def test_a_cancelled_request_does_not_end_the_run() -> None:
-    async with VirtualEngine() as engine:
-        engine.run_maintainer()
-        await seconds(1)
-        engine.disk.gate.clear()
-        tasks = asyncio.create_task(engine.maintainer.run_cleanup(forced=True))
-        await engine.disk.at_gate.wait()
-        tasks.cancel()
-        await asyncio.wait({tasks})
-        engine.disk.gate.set()
-        await until(lambda: engine.maintainer.totals.runs == 2)
-        assert [report.forced for report in stored_reports(engine)] == [False, True]
+@in_engine()
+async def test_a_cancelled_request_does_not_end_the_run(engine: VirtualEngine) -> None:
+    engine.run_maintainer()
+    await seconds(1)
+    engine.disk.gate.clear()
+    tasks = asyncio.create_task(engine.maintainer.run_cleanup(forced=True))
+    await engine.disk.at_gate.wait()
+    tasks.cancel()
+    await asyncio.wait({tasks})
+    engine.disk.gate.set()
+    await until(lambda: engine.maintainer.totals.runs == 2)
+    assert [report.forced for report in stored_reports(engine)] == [False, True]
 
 
-@in_virtual_time
-async def test_a_new_schedule_applies_at_once() -> None:
-    async with VirtualEngine() as engine:
-        engine.run_maintainer()
-        await seconds(30)
-        await engine.held("a")
-        engine.maintainer.set_schedule(CleanupSchedule(interval_ms=60_000, min_interval_ms=0, recover_every_ms=10_000))
-        await seconds(31)
-        assert engine.maintainer.totals.runs == 2
-        await seconds(40)
-        assert engine.maintainer.totals.found["stalled"] == 1
+@in_engine()
+async def test_a_new_schedule_applies_at_once(engine: VirtualEngine) -> None:
+    engine.run_maintainer()
+    await seconds(30)
+    await engine.held("a")
+    engine.maintainer.set_schedule(CleanupSchedule(interval_ms=60_000, min_interval_ms=0, recover_every_ms=10_000))
+    await seconds(31)
+    assert engine.maintainer.totals.runs == 2
+    await seconds(40)
+    assert engine.maintainer.totals.found["stalled"] == 1
 
 
 # -- steps of a cleanup run ---------------------------------------------------------------------------------------
 
 
-@in_virtual_time
-async def test_overdue_queued_jobs_fail_with_the_next_recovery() -> None:
+@in_engine(schedule=RECOVERING)
+async def test_overdue_queued_jobs_fail_with_the_next_recovery(engine: VirtualEngine) -> None:
     """No worker can claim them; they must not stay queued until the next cleanup run."""
-    async with VirtualEngine(schedule=RECOVERING) as engine:
-        engine.run_maintainer()
-        await until(lambda: engine.maintainer.totals.runs == 1)
-        await engine.yes(Create(id="old", expires_at=engine.now + 1000))
-        await engine.yes(Create(id="new", expires_at=engine.now + HOUR_MS))
-        await seconds(11.5)
-        assert engine.state.jobs.keys() == {"new"}
-        assert last_of(engine, "old").by == "recovery"
-        assert engine.maintainer.totals.runs == 1
-        assert engine.maintainer.totals.found == Counter(expired=1)
+    await engine.first_cleanup()
+    await engine.yes(Create(id="old", expires_at=engine.now + 1000))
+    await engine.yes(Create(id="new", expires_at=engine.now + HOUR_MS))
+    await seconds(11.5)
+    assert engine.state.jobs.keys() == {"new"}
+    assert last_of(engine, "old").by == "recovery"
+    assert engine.maintainer.totals.runs == 1
+    assert engine.maintainer.totals.found == Counter(expired=1)
 
 
 async def test_overdue_queued_jobs_fail() -> None:
@@ -372,8 +353,7 @@ async def test_overdue_queued_jobs_fail() -> None:
             await engine.yes(Create(id=f"old-{number}", expires_at=engine.now + 1000))
         await engine.yes(Create(id="new", expires_at=engine.now + HOUR_MS))
         await seconds(1)
-        engine.run_maintainer()
-        await until(lambda: engine.maintainer.totals.runs == 1)
+        await engine.first_cleanup()
         assert engine.state.jobs.keys() == {"new"}
         assert engine.state.totals["failed"] == 5
         old = engine.disk.job("old-3")
@@ -383,64 +363,56 @@ async def test_overdue_queued_jobs_fail() -> None:
         assert engine.maintainer.totals.found == Counter(expired=5)
 
 
-@in_virtual_time
-async def test_finished_jobs_are_deleted_after_their_retention() -> None:
-    async with VirtualEngine(schedule=replace(PASSES, batch=2)) as engine:
-        for number in range(5):
-            await finished(engine, f"old-{number}", storage_key=f"k-{number}", expires_at=engine.now + 1000)
-        await finished(engine, "young", storage_key="k", expires_at=engine.now + HOUR_MS)
-        await seconds(1)
-        report_at = engine.now
-        engine.run_maintainer()
-        await until(lambda: engine.maintainer.totals.runs == 1)
-        assert sorted(deletions(engine)) == [f"old-{number}" for number in range(5)]
-        report = stored_reports(engine)[0]
-        assert (report.expired_jobs_deleted, report.errors) == (5, [])
-        assert report.timestamp >= report_at
-        assert engine.disk.job("young") is not None
+@in_engine(schedule=replace(PASSES, batch=2))
+async def test_finished_jobs_are_deleted_after_their_retention(engine: VirtualEngine) -> None:
+    for number in range(5):
+        await finished(engine, f"old-{number}", storage_key=f"k-{number}", expires_at=engine.now + 1000)
+    await finished(engine, "young", storage_key="k", expires_at=engine.now + HOUR_MS)
+    await seconds(1)
+    report_at = engine.now
+    await engine.first_cleanup()
+    assert sorted(deletions(engine)) == [f"old-{number}" for number in range(5)]
+    report = stored_reports(engine)[0]
+    assert (report.expired_jobs_deleted, report.errors) == (5, [])
+    assert report.timestamp >= report_at
+    assert engine.disk.job("young") is not None
 
 
-@in_virtual_time
-async def test_jobs_that_expire_during_a_cleanup_run_wait_for_the_next_one() -> None:
-    async with VirtualEngine(schedule=PASSES) as engine:
-        at = engine.now + 1000
-        for number in range(50):
-            await finished(engine, f"job-{number}", expires_at=at + number)
-        await seconds((at - engine.now) / 1000)
-        engine.run_maintainer()
-        await until(lambda: engine.maintainer.totals.runs == 1)
-        assert len(deletions(engine)) < 10
-        await seconds(1)
-        await engine.maintainer.run_cleanup(forced=True)
-        assert len(deletions(engine)) == 50
+@in_engine(schedule=PASSES)
+async def test_jobs_that_expire_during_a_cleanup_run_wait_for_the_next_one(engine: VirtualEngine) -> None:
+    at = engine.now + 1000
+    for number in range(50):
+        await finished(engine, f"job-{number}", expires_at=at + number)
+    await seconds((at - engine.now) / 1000)
+    await engine.first_cleanup()
+    assert len(deletions(engine)) < 10
+    await seconds(1)
+    await engine.maintainer.run_cleanup(forced=True)
+    assert len(deletions(engine)) == 50
 
 
-@in_virtual_time
-async def test_deletions_by_operators_do_not_count_as_deletions_by_age() -> None:
-    async with VirtualEngine() as engine:
-        await finished(engine, "a")
-        await engine.yes(Delete(id="a"), by="admin", admin=True)
-        engine.run_maintainer()
-        await until(lambda: engine.maintainer.totals.runs == 1)
-        assert stored_reports(engine)[0].expired_jobs_deleted == 0
+@in_engine()
+async def test_deletions_by_operators_do_not_count_as_deletions_by_age(engine: VirtualEngine) -> None:
+    await finished(engine, "a")
+    await engine.yes(Delete(id="a"), by="admin", admin=True)
+    await engine.first_cleanup()
+    assert stored_reports(engine)[0].expired_jobs_deleted == 0
 
 
-@in_virtual_time
-async def test_nothing_is_deleted_by_age_while_the_clock_is_suspect() -> None:
-    async with VirtualEngine(schedule=PASSES) as engine:
-        await finished(engine, "a", expires_at=engine.now + 1000)
-        await finished(engine, "gone", expires_at=engine.now + 1000)
-        await engine.yes(Delete(id="gone"), by="admin", admin=True)
-        engine.step_ms = 40 * DAY_MS
-        engine.run_maintainer()
-        await until(lambda: engine.maintainer.totals.runs == 1)
-        assert engine.disk.job("a") is not None
-        assert [event.type for event in engine.disk.events if event.job_id == "gone"][-1] == "deleted"
-        assert stored_reports(engine)[0].errors == []
-        engine.clock.accept()
-        await seconds(301)
-        assert engine.disk.job("a") is None
-        assert not [event for event in engine.disk.events if event.job_id == "gone"]
+@in_engine(schedule=PASSES)
+async def test_nothing_is_deleted_by_age_while_the_clock_is_suspect(engine: VirtualEngine) -> None:
+    await finished(engine, "a", expires_at=engine.now + 1000)
+    await finished(engine, "gone", expires_at=engine.now + 1000)
+    await engine.yes(Delete(id="gone"), by="admin", admin=True)
+    engine.step_ms = 40 * DAY_MS
+    await engine.first_cleanup()
+    assert engine.disk.job("a") is not None
+    assert [event.type for event in engine.disk.events if event.job_id == "gone"][-1] == "deleted"
+    assert stored_reports(engine)[0].errors == []
+    engine.clock.accept()
+    await seconds(301)
+    assert engine.disk.job("a") is None
+    assert not [event for event in engine.disk.events if event.job_id == "gone"]
 
 
 @in_virtual_time
@@ -465,15 +437,14 @@ async def test_a_large_store_keeps_the_newest_events_of_deleted_jobs() -> None:
         assert len(engine.disk.events) == 10
 
 
-@in_virtual_time
-async def test_the_journal_of_a_deleted_job_is_kept_for_another_day() -> None:
-    async with VirtualEngine(schedule=replace(PASSES, batch=1, interval_ms=HOUR_MS)) as engine:
-        await finished(engine, "a", expires_at=engine.now + 1000)
-        engine.run_maintainer()
-        await seconds(24 * 3600)
-        assert len(await engine.disk.timeline(1)) == 4
-        await seconds(3 * 3600)
-        assert await engine.disk.timeline(1) == []
+@in_engine(schedule=replace(PASSES, batch=1, interval_ms=HOUR_MS))
+async def test_the_journal_of_a_deleted_job_is_kept_for_another_day(engine: VirtualEngine) -> None:
+    await finished(engine, "a", expires_at=engine.now + 1000)
+    engine.run_maintainer()
+    await seconds(24 * 3600)
+    assert len(await engine.disk.timeline(1)) == 4
+    await seconds(3 * 3600)
+    assert await engine.disk.timeline(1) == []
 
 
 class UndeletableJobStorage(MemoryStorage):
@@ -486,8 +457,7 @@ class UndeletableJobStorage(MemoryStorage):
 @in_virtual_time
 async def test_undeletable_expired_rows_end_the_step_with_an_error() -> None:
     async with VirtualEngine(UndeletableJobStorage()) as engine:
-        engine.run_maintainer()
-        await until(lambda: engine.maintainer.totals.runs == 1)
+        await engine.first_cleanup()
         assert stored_reports(engine)[0].errors == ["deletion: 1 expired jobs could not be deleted, the first is a."]
 
 
@@ -499,8 +469,7 @@ async def test_a_damaged_expired_row_is_quarantined_and_the_run_continues() -> N
     async with VirtualEngine(storage) as engine:
         await engine.yes(Get(id="a"))  # loads it into memory
         storage.bad_jobs["a"] = "its checksum is wrong"
-        engine.run_maintainer()
-        await until(lambda: engine.maintainer.totals.runs == 1)
+        await engine.first_cleanup()
         assert stored_reports(engine)[0].errors == []
         assert engine.state.quarantined == {"a": "its checksum is wrong"}
         assert engine.state.totals["completed"] == 0
@@ -517,8 +486,7 @@ async def test_a_run_repairs_imported_and_hand_edited_rows() -> None:
     storage.put(row(5, "odd", "completed", progress=50, finished_at=WALL - 1, started_at=WALL))
     async with VirtualEngine(storage, schedule=replace(PASSES, batch=2)) as engine:
         assert len(engine.state.unvalidated) == 5
-        engine.run_maintainer()
-        await until(lambda: engine.maintainer.totals.runs == 1)
+        await engine.first_cleanup()
         report = stored_reports(engine)[0]
         assert report.errors == []
         assert report.validation_issues_found == report.validation_issues_fixed == 5
@@ -554,30 +522,27 @@ async def test_issues_without_a_safe_fix_are_reported_by_every_run() -> None:
         assert storage.job("nameless") is not None
 
 
-@in_virtual_time
-async def test_valid_jobs_cost_no_command() -> None:
-    async with VirtualEngine() as engine:
-        for number in range(1200):
-            await engine.yes(Create(id=f"job-{number}"))
-        batches = len(engine.disk.batches)
-        engine.run_maintainer()
-        await until(lambda: engine.maintainer.totals.runs == 1)
-        assert len(engine.disk.batches) - batches == 1  # the report
+@in_engine()
+async def test_valid_jobs_cost_no_command(engine: VirtualEngine) -> None:
+    for number in range(1200):
+        await engine.yes(Create(id=f"job-{number}"))
+    batches = len(engine.disk.batches)
+    await engine.first_cleanup()
+    assert len(engine.disk.batches) - batches == 1  # the report
 
 
-@in_virtual_time
-async def test_workers_are_served_between_slices() -> None:
-    async with VirtualEngine(schedule=replace(PASSES, batch=10)) as engine:
-        for number in range(200):
-            await finished(engine, f"old-{number}", expires_at=engine.now + 1000)
-        await seconds(1)
-        lock_id = await engine.held("a")
-        engine.run_maintainer()
-        await until(lambda: bool(deletions(engine)))
-        await engine.yes(Progress(id="a", lock_id=lock_id, progress=1))
-        assert len(deletions(engine)) < 40
-        await until(lambda: engine.maintainer.totals.runs == 1)
-        assert len(deletions(engine)) == 200
+@in_engine(schedule=replace(PASSES, batch=10))
+async def test_workers_are_served_between_slices(engine: VirtualEngine) -> None:
+    for number in range(200):
+        await finished(engine, f"old-{number}", expires_at=engine.now + 1000)
+    await seconds(1)
+    lock_id = await engine.held("a")
+    engine.run_maintainer()
+    await until(lambda: bool(deletions(engine)))
+    await engine.yes(Progress(id="a", lock_id=lock_id, progress=1))
+    assert len(deletions(engine)) < 40
+    await until(lambda: engine.maintainer.totals.runs == 1)
+    assert len(deletions(engine)) == 200
 
 
 # -- the audit log ----------------------------------------------------------------------------------------------------
@@ -629,24 +594,21 @@ async def test_no_audit_entry_is_old_while_the_clock_is_suspect() -> None:
         ("save_figures", "statistics: OSError: broken"),
     ],
 )
-def test_a_failed_step_is_reported_and_the_others_run(method: str, error: str) -> None:
-    @in_virtual_time
-    async def test() -> None:
-        storage = MemoryStorage()
-        storage.put(row(1, "over", progress=120))
-        async with VirtualEngine(storage) as engine:
-            await engine.yes(Create(id="old", expires_at=engine.now + 1))
-            await seconds(1)
-            storage.errors[method] = OSError("broken")
-            engine.run_maintainer()
-            report = await engine.maintainer.run_cleanup(forced=True)
-            assert report.errors == [error]
-            assert report.validation_issues_fixed == 1
-            assert engine.maintainer.totals.found["expired"] == 1
-            assert len(stored_reports(engine)) == 1
-            storage.errors.clear()
-
-    test()
+@in_virtual_time
+async def test_a_failed_step_is_reported_and_the_others_run(method: str, error: str) -> None:
+    storage = MemoryStorage()
+    storage.put(row(1, "over", progress=120))
+    async with VirtualEngine(storage) as engine:
+        await engine.yes(Create(id="old", expires_at=engine.now + 1))
+        await seconds(1)
+        storage.errors[method] = OSError("broken")
+        engine.run_maintainer()
+        report = await engine.maintainer.run_cleanup(forced=True)
+        assert report.errors == [error]
+        assert report.validation_issues_fixed == 1
+        assert engine.maintainer.totals.found["expired"] == 1
+        assert len(stored_reports(engine)) == 1
+        storage.errors.clear()
 
 
 @in_virtual_time
@@ -671,64 +633,60 @@ async def test_writes_rejected_by_a_full_disk_are_reported_and_counted_next_time
         assert (await engine.maintainer.run_cleanup(forced=True)).expired_jobs_deleted == 0
 
 
-@in_virtual_time
-async def test_changes_during_the_write_of_a_report_are_in_the_next_one() -> None:
-    async with VirtualEngine() as engine:
-        engine.run_maintainer()
-        await seconds(1)
-        engine.disk.gate.clear()
-        tasks = asyncio.create_task(engine.maintainer.run_cleanup(forced=True))
-        await engine.disk.at_gate.wait()
-        engine.state.counters.since_report.recovered += 3
-        engine.disk.gate.set()
-        assert (await tasks).stuck_jobs_recovered == 0
-        assert (await engine.maintainer.run_cleanup(forced=True)).stuck_jobs_recovered == 3
-        assert engine.state.counters.since_report.recovered == 0
+@in_engine()
+async def test_changes_during_the_write_of_a_report_are_in_the_next_one(engine: VirtualEngine) -> None:
+    engine.run_maintainer()
+    await seconds(1)
+    engine.disk.gate.clear()
+    tasks = asyncio.create_task(engine.maintainer.run_cleanup(forced=True))
+    await engine.disk.at_gate.wait()
+    engine.state.counters.since_report.recovered += 3
+    engine.disk.gate.set()
+    assert (await tasks).stuck_jobs_recovered == 0
+    assert (await engine.maintainer.run_cleanup(forced=True)).stuck_jobs_recovered == 3
+    assert engine.state.counters.since_report.recovered == 0
 
 
-@in_virtual_time
-async def test_a_bug_in_a_run_does_not_end_cleanup() -> None:
-    async with VirtualEngine(schedule=PASSES) as engine:
-        await engine.yes(Create(id="a"))
-        totals, engine.maintainer.totals = engine.maintainer.totals, None  # type: ignore[assignment]
-        engine.run_maintainer()
-        report = await engine.maintainer.run_cleanup(forced=True)
-        assert report.errors == ["run: 'NoneType' object has no attribute 'runs'"]
-        engine.maintainer.totals = totals
-        assert (await engine.maintainer.run_cleanup(forced=True)).errors == []
+@in_engine(schedule=PASSES)
+async def test_a_bug_in_a_run_does_not_end_cleanup(engine: VirtualEngine) -> None:
+    await engine.yes(Create(id="a"))
+    totals, engine.maintainer.totals = engine.maintainer.totals, None  # type: ignore[assignment]
+    engine.run_maintainer()
+    report = await engine.maintainer.run_cleanup(forced=True)
+    assert report.errors == ["run: 'NoneType' object has no attribute 'runs'"]
+    engine.maintainer.totals = totals
+    assert (await engine.maintainer.run_cleanup(forced=True)).errors == []
 
 
 @pytest.mark.slow
-@in_virtual_time
-async def test_health_is_degraded_after_three_intervals_without_success() -> None:
-    async with VirtualEngine(schedule=PASSES) as engine:
-        engine.run_maintainer()
-        await seconds(1)
-        assert engine.maintainer.degraded_reason() is None
-        engine.disk.errors["prune"] = OSError("broken")
-        await seconds(899)
-        assert engine.maintainer.degraded_reason() is None
-        await seconds(2)
-        reason = engine.maintainer.degraded_reason()
-        assert reason is not None
-        assert reason.startswith("No cleanup run has succeeded for 90")
-        assert "journal: OSError: broken" in reason
-        engine.disk.errors.clear()
-        await engine.maintainer.run_cleanup(forced=True)
-        assert engine.maintainer.degraded_reason() is None
+@in_engine(schedule=PASSES)
+async def test_health_is_degraded_after_three_intervals_without_success(engine: VirtualEngine) -> None:
+    engine.run_maintainer()
+    await seconds(1)
+    assert engine.maintainer.degraded_reason() is None
+    engine.disk.errors["prune"] = OSError("broken")
+    await seconds(899)
+    assert engine.maintainer.degraded_reason() is None
+    await seconds(2)
+    reason = engine.maintainer.degraded_reason()
+    assert reason is not None
+    assert reason.startswith("No cleanup run has succeeded for 90")
+    assert "journal: OSError: broken" in reason
+    engine.disk.errors.clear()
+    await engine.maintainer.run_cleanup(forced=True)
+    assert engine.maintainer.degraded_reason() is None
 
 
-@in_virtual_time
-async def test_steps_that_an_older_node_could_not_read_wait() -> None:
-    async with VirtualEngine(schedule=PASSES) as engine:
-        for step in ("prune", "trim_audit", "save_figures"):
-            engine.disk.errors[step] = FormatNotRead("node b is older")
-        engine.run_maintainer()
-        with capture_logs() as lines:
-            report = await engine.maintainer.run_cleanup(forced=True)
-        assert report.errors == []
-        waits = [line["step"] for line in lines if line["event"] == "cleanup_step_waits"]
-        assert waits == ["journal", "audit", "statistics"]
+@in_engine(schedule=PASSES)
+async def test_steps_that_an_older_node_could_not_read_wait(engine: VirtualEngine) -> None:
+    for step in ("prune", "trim_audit", "save_figures"):
+        engine.disk.errors[step] = FormatNotRead("node b is older")
+    engine.run_maintainer()
+    with capture_logs() as lines:
+        report = await engine.maintainer.run_cleanup(forced=True)
+    assert report.errors == []
+    waits = [line["step"] for line in lines if line["event"] == "cleanup_step_waits"]
+    assert waits == ["journal", "audit", "statistics"]
 
 
 # -- reports and statistics after a restart ------------------------------------------------------------------------
@@ -782,12 +740,11 @@ async def test_unreadable_reports_are_omitted() -> None:
         assert await engine.maintainer.reports(1) == []
 
 
-@in_virtual_time
-async def test_cleanup_starts_even_if_no_report_can_be_read() -> None:
-    async with VirtualEngine() as engine:
-        engine.disk.errors["reports"] = OSError("broken")
-        engine.run_maintainer()
-        assert (await engine.maintainer.run_cleanup(forced=True)).errors == []
+@in_engine()
+async def test_cleanup_starts_even_if_no_report_can_be_read(engine: VirtualEngine) -> None:
+    engine.disk.errors["reports"] = OSError("broken")
+    engine.run_maintainer()
+    assert (await engine.maintainer.run_cleanup(forced=True)).errors == []
 
 
 @in_virtual_time
@@ -839,93 +796,87 @@ async def test_recovery_tries_again_soon_while_the_mailbox_is_full() -> None:
 # -- an operator recovers ---------------------------------------------------------------------------------------------
 
 
-@in_virtual_time
-async def test_recover_stalled_returns_the_action_for_each_job() -> None:
-    async with VirtualEngine(schedule=replace(PASSES, batch=1)) as engine:
-        await engine.held("a")
-        lock_id = await engine.held("b", on_stall="fail")
-        await engine.yes(Progress(id="b", lock_id=lock_id, progress=45))
-        await engine.held("live", lock_ttl_ms=HOUR_MS)
-        await seconds(61)
-        view = await engine.maintainer.recover_stuck()
-        assert isinstance(view, RecoverStuckView)
-        assert (view.recovered_jobs, view.reset_jobs, view.failed_jobs) == (2, 1, 1)
-        assert [(each.job_id, each.action) for each in view.details] == [("a", "reset"), ("b", "failed")]
-        assert "No update from worker w-1" in view.details[0].reason
-        assert view.timestamp == engine.now
-        assert last_of(engine, "a").by == "admin"
-        nothing = await engine.maintainer.recover_stuck()
-        assert isinstance(nothing, RecoverStuckView)
-        assert nothing.details == []
+@in_engine(schedule=replace(PASSES, batch=1))
+async def test_recover_stalled_returns_the_action_for_each_job(engine: VirtualEngine) -> None:
+    await engine.held("a")
+    lock_id = await engine.held("b", on_stall="fail")
+    await engine.yes(Progress(id="b", lock_id=lock_id, progress=45))
+    await engine.held("live", lock_ttl_ms=HOUR_MS)
+    await seconds(61)
+    view = await engine.maintainer.recover_stuck()
+    assert isinstance(view, RecoverStuckView)
+    assert (view.recovered_jobs, view.reset_jobs, view.failed_jobs) == (2, 1, 1)
+    assert [(each.job_id, each.action) for each in view.details] == [("a", "reset"), ("b", "failed")]
+    assert "No update from worker w-1" in view.details[0].reason
+    assert view.timestamp == engine.now
+    assert last_of(engine, "a").by == "admin"
+    nothing = await engine.maintainer.recover_stuck()
+    assert isinstance(nothing, RecoverStuckView)
+    assert nothing.details == []
 
 
-@in_virtual_time
-async def test_recover_stalled_returns_errors() -> None:
-    async with VirtualEngine() as engine:
-        engine.actor.stop()
-        rejected = await engine.maintainer.recover_stuck()
-        assert isinstance(rejected, ApiError)
-        assert rejected.code == "shutting_down"
+@in_engine()
+async def test_recover_stalled_returns_errors(engine: VirtualEngine) -> None:
+    engine.actor.stop()
+    rejected = await engine.maintainer.recover_stuck()
+    assert isinstance(rejected, ApiError)
+    assert rejected.code == "shutting_down"
 
 
 # -- the end ----------------------------------------------------------------------------------------------------------
 
 
-@in_virtual_time
-async def test_stop_ends_a_run_between_slices_and_resolves_its_waiters() -> None:
-    async with VirtualEngine(schedule=replace(PASSES, batch=1)) as engine:
-        for number in range(20):
-            await finished(engine, f"old-{number}", expires_at=engine.now + 1000)
-        await seconds(1)
-        running = engine.run_maintainer()
-        tasks = asyncio.create_task(engine.maintainer.run_cleanup(forced=True))
-        await until(lambda: bool(deletions(engine)))
-        engine.maintainer.stop()
-        report = await tasks
-        await running
-        assert 0 < len(deletions(engine)) < 20
-        assert report.errors == [
-            "deletion: the daemon is stopping; the next cleanup run continues.",
-            "run: it ended early because the daemon is stopping.",
-        ]
-        assert stored_reports(engine) == []
-        assert read_stats(engine.disk.figures).since_report.deleted == len(deletions(engine))
-        late = await engine.maintainer.run_cleanup(forced=True)
-        assert late.errors == ["run: not started because the daemon is stopping."]
+@in_engine(schedule=replace(PASSES, batch=1))
+async def test_stop_ends_a_run_between_slices_and_resolves_its_waiters(engine: VirtualEngine) -> None:
+    for number in range(20):
+        await finished(engine, f"old-{number}", expires_at=engine.now + 1000)
+    await seconds(1)
+    running = engine.run_maintainer()
+    tasks = asyncio.create_task(engine.maintainer.run_cleanup(forced=True))
+    await until(lambda: bool(deletions(engine)))
+    engine.maintainer.stop()
+    report = await tasks
+    await running
+    assert 0 < len(deletions(engine)) < 20
+    assert report.errors == [
+        "deletion: the daemon is stopping; the next cleanup run continues.",
+        "run: it ended early because the daemon is stopping.",
+    ]
+    assert stored_reports(engine) == []
+    assert read_stats(engine.disk.figures).since_report.deleted == len(deletions(engine))
+    late = await engine.maintainer.run_cleanup(forced=True)
+    assert late.errors == ["run: not started because the daemon is stopping."]
 
 
-@in_virtual_time
-async def test_stop_resolves_a_request_whose_run_never_started() -> None:
-    async with VirtualEngine() as engine:
-        tasks = asyncio.create_task(engine.maintainer.run_cleanup(forced=True))
-        await seconds(0)
-        engine.maintainer.stop()
-        await engine.maintainer.run()
-        assert (await tasks).errors == ["run: not started because the daemon is stopping."]
+@in_engine()
+async def test_stop_resolves_a_request_whose_run_never_started(engine: VirtualEngine) -> None:
+    tasks = asyncio.create_task(engine.maintainer.run_cleanup(forced=True))
+    await seconds(0)
+    engine.maintainer.stop()
+    await engine.maintainer.run()
+    assert (await tasks).errors == ["run: not started because the daemon is stopping."]
 
 
-@in_virtual_time
-async def test_a_failed_save_of_statistics_does_not_raise_at_the_end() -> None:
-    async with VirtualEngine() as engine:
-        running = engine.run_maintainer()
-        await seconds(1)
-        engine.disk.errors["save_figures"] = OSError("broken")
-        engine.maintainer.stop()
-        await running
+@in_engine()
+async def test_a_failed_save_of_statistics_does_not_raise_at_the_end(engine: VirtualEngine) -> None:
+    running = engine.run_maintainer()
+    await seconds(1)
+    engine.disk.errors["save_figures"] = OSError("broken")
+    engine.maintainer.stop()
+    await running
 
 
-@in_virtual_time
-async def test_operators_see_the_same_state() -> None:
+@in_engine()
+async def test_operators_see_the_same_state(engine: VirtualEngine) -> None:
     """Cleanup has no special rights: the first action on a job wins."""
-    async with VirtualEngine() as engine:
-        await engine.held("a")
-        await engine.yes(ForceFail(id="a", reason="enough"), by="admin", admin=True)
-        await seconds(61)
-        engine.run_maintainer()
-        await engine.maintainer.run_cleanup(forced=True)
-        events = (await engine.yes(Timeline(id="a"))).events
-        assert [event.type for event in events] == ["created", "granted", "force_failed"]
-        assert (await engine.yes(Get(id="a"))).error_message == "enough"
+    await engine.held("a")
+    await engine.yes(ForceFail(id="a", reason="enough"), by="admin", admin=True)
+    await seconds(61)
+    engine.run_maintainer()
+    await engine.maintainer.run_cleanup(forced=True)
+    events = (await engine.yes(Timeline(id="a"))).events
+    assert [event.type for event in events] == ["created", "granted", "force_failed"]
+    assert (await engine.yes(Get(id="a"))).error_message == "enough"
 
 
 @in_virtual_time

@@ -44,7 +44,7 @@ from tests.support.factories import full_job
 from tests.support.memory_storage import MemoryStorage
 from tests.support.plans import EVE, apply_plan, make_plan
 from tests.support.rule_harness import RuleHarness
-from tests.support.virtual_engine import WALL, VirtualEngine, in_virtual_time, row
+from tests.support.virtual_engine import WALL, VirtualEngine, in_engine, in_virtual_time, row
 
 # -- versions and rules ---------------------------------------------------------------------------------------------
 
@@ -284,28 +284,27 @@ async def create_failed(engine: VirtualEngine, *ids: str, **fields: Any) -> None
         await engine.yes(ForceFail(id=job_id))
 
 
-@in_virtual_time
-async def test_a_plan_lists_its_changes_and_applies_them() -> None:
-    async with VirtualEngine() as engine:
-        planner = Planner(engine.actor, engine.clock)
-        await create_failed(engine, "a", "b")
-        await engine.yes(Create(id="c"))
-        plan = await make_plan(planner, action="retry", filter=PlanFilter(), reason="mended")
-        assert [(job.id, job.from_, job.to) for job in plan.jobs] == [
-            ("b", "failed", "queued"),
-            ("a", "failed", "queued"),
-        ]
-        assert (plan.filter, plan.scope) == (PlanFilter(), "Only failed and cancelled jobs can be retried.")
-        assert (plan.count, plan.skipped_count, plan.more, plan.next_cursor, plan.result) == (2, 0, False, None, None)
-        assert plan.expires_at - plan.made_at == plan_runner.KEPT_MS
-        assert (await engine.yes(Get(id="a"))).status == "failed"
-        result = await apply_plan(planner)
-        assert (result.applied, result.changed, result.rejected, result.repeated) == (2, [], [], False)
-        assert (await engine.yes(Get(id="a"))).status == "queued"
-        assert engine.disk.events[-1].reason == "mended"
-        shown = planner.find("p")
-        assert isinstance(shown, PlanView)
-        assert shown.result == result
+@in_engine()
+async def test_a_plan_lists_its_changes_and_applies_them(engine: VirtualEngine) -> None:
+    planner = Planner(engine.actor, engine.clock)
+    await create_failed(engine, "a", "b")
+    await engine.yes(Create(id="c"))
+    plan = await make_plan(planner, action="retry", filter=PlanFilter(), reason="mended")
+    assert [(job.id, job.from_, job.to) for job in plan.jobs] == [
+        ("b", "failed", "queued"),
+        ("a", "failed", "queued"),
+    ]
+    assert (plan.filter, plan.scope) == (PlanFilter(), "Only failed and cancelled jobs can be retried.")
+    assert (plan.count, plan.skipped_count, plan.more, plan.next_cursor, plan.result) == (2, 0, False, None, None)
+    assert plan.expires_at - plan.made_at == plan_runner.KEPT_MS
+    assert (await engine.yes(Get(id="a"))).status == "failed"
+    result = await apply_plan(planner)
+    assert (result.applied, result.changed, result.rejected, result.repeated) == (2, [], [], False)
+    assert (await engine.yes(Get(id="a"))).status == "queued"
+    assert engine.disk.events[-1].reason == "mended"
+    shown = planner.find("p")
+    assert isinstance(shown, PlanView)
+    assert shown.result == result
 
 
 async def create_with_late_results(engine: VirtualEngine, job_id: str, times: int = 1) -> None:
@@ -337,23 +336,22 @@ async def test_a_plan_counts_late_results_also_from_before_a_restart() -> None:
         assert [job.late_results for job in plan.jobs] == [0, 1, 2]
 
 
-@in_virtual_time
-async def test_a_late_result_during_planning_is_counted_or_changes_its_job() -> None:
-    async with VirtualEngine() as engine:
-        planner = Planner(engine.actor, engine.clock)
-        await engine.yes(Create(id="a"))
-        lock_id = (await engine.yes(Start(id="a", worker="w"))).lock_id
-        await engine.yes(ForceFail(id="a"))
-        count_late = engine.disk.count_late_results
+@in_engine()
+async def test_a_late_result_during_planning_is_counted_or_changes_its_job(engine: VirtualEngine) -> None:
+    planner = Planner(engine.actor, engine.clock)
+    await engine.yes(Create(id="a"))
+    lock_id = (await engine.yes(Start(id="a", worker="w"))).lock_id
+    await engine.yes(ForceFail(id="a"))
+    count_late = engine.disk.count_late_results
 
-        async def and_then(job_seqs: list[int]) -> dict[int, int]:
-            counted = await count_late(job_seqs)
-            await engine.no(Complete(id="a", lock_id=lock_id, file_path="/out"))
-            return counted
+    async def and_then(job_seqs: list[int]) -> dict[int, int]:
+        counted = await count_late(job_seqs)
+        await engine.no(Complete(id="a", lock_id=lock_id, file_path="/out"))
+        return counted
 
-        engine.disk.count_late_results = and_then  # type: ignore[method-assign]
-        assert (await make_plan(planner, action="delete", filter=PlanFilter())).with_late_results == 0
-        assert [job.id for job in (await apply_plan(planner)).changed] == ["a"]
+    engine.disk.count_late_results = and_then  # type: ignore[method-assign]
+    assert (await make_plan(planner, action="delete", filter=PlanFilter())).with_late_results == 0
+    assert [job.id for job in (await apply_plan(planner)).changed] == ["a"]
 
 
 @in_virtual_time
@@ -373,140 +371,132 @@ async def test_a_plan_of_named_jobs_reports_missing_ones() -> None:
         assert engine.disk.job("a") is None
 
 
-@in_virtual_time
-async def test_jobs_that_changed_since_the_plan_are_skipped_and_reported() -> None:
-    async with VirtualEngine() as engine:
-        planner = Planner(engine.actor, engine.clock)
-        await create_failed(engine, "a", "b", "c")
-        await make_plan(planner, action="retry", filter=PlanFilter(status="failed"))
-        await engine.yes(ForceReset(id="a"))
-        await engine.yes(Delete(id="b"))
-        result = await apply_plan(planner)
-        assert result.applied == 1
-        assert [(job.id, job.from_, job.now) for job in result.changed] == [
-            ("b", "failed", None),
-            ("a", "failed", "queued"),
-        ]
+@in_engine()
+async def test_jobs_that_changed_since_the_plan_are_skipped_and_reported(engine: VirtualEngine) -> None:
+    planner = Planner(engine.actor, engine.clock)
+    await create_failed(engine, "a", "b", "c")
+    await make_plan(planner, action="retry", filter=PlanFilter(status="failed"))
+    await engine.yes(ForceReset(id="a"))
+    await engine.yes(Delete(id="b"))
+    result = await apply_plan(planner)
+    assert result.applied == 1
+    assert [(job.id, job.from_, job.now) for job in result.changed] == [
+        ("b", "failed", None),
+        ("a", "failed", "queued"),
+    ]
 
 
-@in_virtual_time
-async def test_a_plan_is_applied_once() -> None:
-    async with VirtualEngine() as engine:
-        planner = Planner(engine.actor, engine.clock)
-        await create_failed(engine, "a")
-        await make_plan(planner, action="retry", filter=PlanFilter())
-        first, second = await asyncio.gather(apply_plan(planner), apply_plan(planner))
-        assert first == second
-        await engine.yes(ForceFail(id="a"))
-        repeated = await apply_plan(planner)
-        assert repeated == replace(first, repeated=True)
-        assert (await engine.yes(Get(id="a"))).status == "failed"
+@in_engine()
+async def test_a_plan_is_applied_once(engine: VirtualEngine) -> None:
+    planner = Planner(engine.actor, engine.clock)
+    await create_failed(engine, "a")
+    await make_plan(planner, action="retry", filter=PlanFilter())
+    first, second = await asyncio.gather(apply_plan(planner), apply_plan(planner))
+    assert first == second
+    await engine.yes(ForceFail(id="a"))
+    repeated = await apply_plan(planner)
+    assert repeated == replace(first, repeated=True)
+    assert (await engine.yes(Get(id="a"))).status == "failed"
 
 
-@in_virtual_time
-async def test_a_disconnected_caller_does_not_stop_a_plan() -> None:
-    async with VirtualEngine() as engine:
-        planner = Planner(engine.actor, engine.clock)
-        await create_failed(engine, *(f"j{n}" for n in range(plan_runner.SLICE + 1)))
-        await make_plan(planner, action="retry", filter=PlanFilter())
-        waiting = asyncio.create_task(planner.apply("p", EVE))
-        await asyncio.sleep(0)
-        waiting.cancel()
-        await asyncio.sleep(1)
-        result = await apply_plan(planner)
-        assert (result.applied, result.repeated) == (plan_runner.SLICE + 1, True)
+@in_engine()
+async def test_a_disconnected_caller_does_not_stop_a_plan(engine: VirtualEngine) -> None:
+    planner = Planner(engine.actor, engine.clock)
+    await create_failed(engine, *(f"j{n}" for n in range(plan_runner.SLICE + 1)))
+    await make_plan(planner, action="retry", filter=PlanFilter())
+    waiting = asyncio.create_task(planner.apply("p", EVE))
+    await asyncio.sleep(0)
+    waiting.cancel()
+    await asyncio.sleep(1)
+    result = await apply_plan(planner)
+    assert (result.applied, result.repeated) == (plan_runner.SLICE + 1, True)
 
 
-@in_virtual_time
-async def test_a_plan_is_applied_in_slices_and_is_one_audit_entry() -> None:
-    async with VirtualEngine() as engine:
-        planner = Planner(engine.actor, engine.clock)
-        await create_failed(engine, *(f"j{n}" for n in range(2 * plan_runner.SLICE + 1)), queue="q")
-        await make_plan(planner, action="delete", filter=PlanFilter(queue="q", since=1))
-        before = len(engine.disk.batches)
-        await apply_plan(planner)
-        sizes = [len(batch.changes) for batch in engine.disk.batches[before:]]
-        assert sizes == [plan_runner.SLICE, plan_runner.SLICE, 1, 0]
-        entries = [entry for batch in engine.disk.batches[before:] for entry in batch.audit]
-        assert {(entry.what, entry.who, entry.part_of) for entry in entries} == {("plan-delete", "eve", "p")}
-        assert sum(entry.jobs for entry in entries) == 2 * plan_runner.SLICE + 1
-        changed = [job_id for entry in entries for job_id in entry.changed_ids]
-        assert sorted(changed) == sorted(f"j{n}" for n in range(2 * plan_runner.SLICE + 1))
-        assert entries[-1].details == {
-            "plan_id": "p",
-            "planned": 2 * plan_runner.SLICE + 1,
-            "changed_meanwhile": 0,
-            "rejected": 0,
-            "filter": {"queue": "q", "since": 1},
-        }
+@in_engine()
+async def test_a_plan_is_applied_in_slices_and_is_one_audit_entry(engine: VirtualEngine) -> None:
+    planner = Planner(engine.actor, engine.clock)
+    await create_failed(engine, *(f"j{n}" for n in range(2 * plan_runner.SLICE + 1)), queue="q")
+    await make_plan(planner, action="delete", filter=PlanFilter(queue="q", since=1))
+    before = len(engine.disk.batches)
+    await apply_plan(planner)
+    sizes = [len(batch.changes) for batch in engine.disk.batches[before:]]
+    assert sizes == [plan_runner.SLICE, plan_runner.SLICE, 1, 0]
+    entries = [entry for batch in engine.disk.batches[before:] for entry in batch.audit]
+    assert {(entry.what, entry.who, entry.part_of) for entry in entries} == {("plan-delete", "eve", "p")}
+    assert sum(entry.jobs for entry in entries) == 2 * plan_runner.SLICE + 1
+    changed = [job_id for entry in entries for job_id in entry.changed_ids]
+    assert sorted(changed) == sorted(f"j{n}" for n in range(2 * plan_runner.SLICE + 1))
+    assert entries[-1].details == {
+        "plan_id": "p",
+        "planned": 2 * plan_runner.SLICE + 1,
+        "changed_meanwhile": 0,
+        "rejected": 0,
+        "filter": {"queue": "q", "since": 1},
+    }
 
 
-@in_virtual_time
-async def test_on_a_full_disk_a_plan_stops_and_later_continues() -> None:
-    async with VirtualEngine() as engine:
-        planner = Planner(engine.actor, engine.clock)
-        await create_failed(engine, *(f"j{n}" for n in range(plan_runner.SLICE + 5)))
-        await make_plan(planner, action="retry", filter=PlanFilter())
-        engine.disk.write_errors.extend([None, *(DiskFull("full") for _ in range(3))])
-        engine.disk.has_reserve = False
-        engine.disk.fits = lambda batch: len(engine.disk.batches) < 2 * (plan_runner.SLICE + 5) + 1
-        rejected = await planner.apply("p", EVE)
-        assert isinstance(rejected, ApiError)
-        space = {"path": "/disk/jobd.db", "free_bytes": 8 << 30, "total_bytes": 16 << 30}
-        assert (rejected.code, rejected.details) == ("storage_full", {**space, "applied": plan_runner.SLICE, "left": 5})
-        engine.disk.write_errors.clear()
-        engine.disk.free()
-        await asyncio.sleep(2)
-        result = await apply_plan(planner)
-        assert (result.applied, result.changed) == (plan_runner.SLICE + 5, [])
+@in_engine()
+async def test_on_a_full_disk_a_plan_stops_and_later_continues(engine: VirtualEngine) -> None:
+    planner = Planner(engine.actor, engine.clock)
+    await create_failed(engine, *(f"j{n}" for n in range(plan_runner.SLICE + 5)))
+    await make_plan(planner, action="retry", filter=PlanFilter())
+    engine.disk.write_errors.extend([None, *(DiskFull("full") for _ in range(3))])
+    engine.disk.has_reserve = False
+    engine.disk.fits = lambda batch: len(engine.disk.batches) < 2 * (plan_runner.SLICE + 5) + 1
+    rejected = await planner.apply("p", EVE)
+    assert isinstance(rejected, ApiError)
+    space = {"path": "/disk/jobd.db", "free_bytes": 8 << 30, "total_bytes": 16 << 30}
+    assert (rejected.code, rejected.details) == ("storage_full", {**space, "applied": plan_runner.SLICE, "left": 5})
+    engine.disk.write_errors.clear()
+    engine.disk.free()
+    await asyncio.sleep(2)
+    result = await apply_plan(planner)
+    assert (result.applied, result.changed) == (plan_runner.SLICE + 5, [])
 
 
-@in_virtual_time
-async def test_a_plan_that_ends_jobs_is_applied_on_a_full_disk_too() -> None:
-    async with VirtualEngine() as engine:
-        planner = Planner(engine.actor, engine.clock)
-        await create_failed(engine, "a")
-        await make_plan(planner, action="delete", filter=PlanFilter())
-        await make_plan(planner, "r", action="retry", filter=PlanFilter())
-        engine.disk.fill()
-        await engine.no(Create(id="x"))
-        await engine.no(Update(id="a", priority=1))
-        assert isinstance(await planner.apply("r", EVE), ApiError)
-        assert (await apply_plan(planner)).applied == 1
-        engine.disk.free()
+@in_engine()
+async def test_a_plan_that_ends_jobs_is_applied_on_a_full_disk_too(engine: VirtualEngine) -> None:
+    planner = Planner(engine.actor, engine.clock)
+    await create_failed(engine, "a")
+    await make_plan(planner, action="delete", filter=PlanFilter())
+    await make_plan(planner, "r", action="retry", filter=PlanFilter())
+    engine.disk.fill()
+    await engine.no(Create(id="x"))
+    await engine.no(Update(id="a", priority=1))
+    assert isinstance(await planner.apply("r", EVE), ApiError)
+    assert (await apply_plan(planner)).applied == 1
+    engine.disk.free()
 
 
-@in_virtual_time
-async def test_a_plan_is_kept_for_a_limited_time() -> None:
-    async with VirtualEngine() as engine:
-        planner = Planner(engine.actor, engine.clock)
-        await make_plan(planner, action="retry", filter=PlanFilter())
-        await asyncio.sleep(plan_runner.KEPT_MS / SECOND_MS - 1)
-        assert isinstance(planner.find("p"), PlanView)
-        await asyncio.sleep(1)
-        for error in (planner.find("p"), await planner.apply("p", EVE)):
-            assert isinstance(error, ApiError)
-            assert error.code == "plan_not_found"
+@in_engine()
+async def test_a_plan_is_kept_for_a_limited_time(engine: VirtualEngine) -> None:
+    planner = Planner(engine.actor, engine.clock)
+    await make_plan(planner, action="retry", filter=PlanFilter())
+    await asyncio.sleep(plan_runner.KEPT_MS / SECOND_MS - 1)
+    assert isinstance(planner.find("p"), PlanView)
+    await asyncio.sleep(1)
+    for error in (planner.find("p"), await planner.apply("p", EVE)):
+        assert isinstance(error, ApiError)
+        assert error.code == "plan_not_found"
 
 
-@in_virtual_time
-async def test_the_result_of_a_plan_can_be_read_for_hours() -> None:
-    async with VirtualEngine() as engine:
-        planner = Planner(engine.actor, engine.clock)
-        await create_failed(engine, "a", "b")
-        await make_plan(planner, action="retry", filter=PlanFilter())
-        await asyncio.sleep(plan_runner.KEPT_MS / SECOND_MS - 1)
-        await engine.yes(Delete(id="b"))
-        result = await apply_plan(planner)
-        assert [job.id for job in result.changed] == ["b"]
-        await asyncio.sleep(plan_runner.APPLIED_KEPT_MS / SECOND_MS - 1)
-        shown = planner.find("p")
-        assert isinstance(shown, PlanView)
-        assert shown.result == result
-        assert shown.expires_at == result.applied_at + plan_runner.APPLIED_KEPT_MS
-        assert (await apply_plan(planner)).repeated
-        await asyncio.sleep(1)
-        assert isinstance(planner.find("p"), ApiError)
+@in_engine()
+async def test_the_result_of_a_plan_can_be_read_for_hours(engine: VirtualEngine) -> None:
+    planner = Planner(engine.actor, engine.clock)
+    await create_failed(engine, "a", "b")
+    await make_plan(planner, action="retry", filter=PlanFilter())
+    await asyncio.sleep(plan_runner.KEPT_MS / SECOND_MS - 1)
+    await engine.yes(Delete(id="b"))
+    result = await apply_plan(planner)
+    assert [job.id for job in result.changed] == ["b"]
+    await asyncio.sleep(plan_runner.APPLIED_KEPT_MS / SECOND_MS - 1)
+    shown = planner.find("p")
+    assert isinstance(shown, PlanView)
+    assert shown.result == result
+    assert shown.expires_at == result.applied_at + plan_runner.APPLIED_KEPT_MS
+    assert (await apply_plan(planner)).repeated
+    await asyncio.sleep(1)
+    assert isinstance(planner.find("p"), ApiError)
 
 
 @in_virtual_time
@@ -552,14 +542,13 @@ async def test_the_audit_log_names_a_limited_number_of_unchanged_jobs() -> None:
                 assert (details["changed_meanwhile"], details.get("left_undone")) == (5, named)
 
 
-@in_virtual_time
-async def test_only_the_latest_plans_are_kept() -> None:
-    async with VirtualEngine() as engine:
-        planner = Planner(engine.actor, engine.clock)
-        for n in range(plan_runner.MAX_PLANS + 2):
-            await make_plan(planner, f"p{n}", action="retry", filter=PlanFilter())
-        kept_ids = [n for n in range(plan_runner.MAX_PLANS + 2) if isinstance(planner.find(f"p{n}"), PlanView)]
-        assert kept_ids == list(range(2, plan_runner.MAX_PLANS + 2))
+@in_engine()
+async def test_only_the_latest_plans_are_kept(engine: VirtualEngine) -> None:
+    planner = Planner(engine.actor, engine.clock)
+    for n in range(plan_runner.MAX_PLANS + 2):
+        await make_plan(planner, f"p{n}", action="retry", filter=PlanFilter())
+    kept_ids = [n for n in range(plan_runner.MAX_PLANS + 2) if isinstance(planner.find(f"p{n}"), PlanView)]
+    assert kept_ids == list(range(2, plan_runner.MAX_PLANS + 2))
 
 
 @pytest.fixture
@@ -583,58 +572,54 @@ async def all_plans(planner: Planner, **request: Any) -> list[list[str]]:
 
 
 @pytest.mark.usefixtures("small")
-@in_virtual_time
-async def test_a_plan_has_a_maximum_size_and_the_next_one_continues() -> None:
-    async with VirtualEngine() as engine:
-        planner = Planner(engine.actor, engine.clock)
-        await create_failed(engine, "a", "b", "c")
-        assert await all_plans(planner, action="retry", filter=PlanFilter()) == [["c", "b", "a"]]
-        for n in range(3):
-            await engine.yes(Create(id=f"live{n}"))
-            await engine.yes(Create(id=f"x{n}"))
-            await engine.yes(Cancel(id=f"x{n}"))
-        await create_failed(engine, "d")
-        wholes = [["d", "c", "b"], ["a", "x2", "x1"], ["x0"]]
-        assert await all_plans(planner, action="retry", filter=PlanFilter()) == wholes
-        assert isinstance(planner.find("p0"), ApiError)  # together they had too many jobs
-        assert await all_plans(planner, action="cancel", filter=PlanFilter()) == [["live2", "live1", "live0"]]
+@in_engine()
+async def test_a_plan_has_a_maximum_size_and_the_next_one_continues(engine: VirtualEngine) -> None:
+    planner = Planner(engine.actor, engine.clock)
+    await create_failed(engine, "a", "b", "c")
+    assert await all_plans(planner, action="retry", filter=PlanFilter()) == [["c", "b", "a"]]
+    for n in range(3):
+        await engine.yes(Create(id=f"live{n}"))
+        await engine.yes(Create(id=f"x{n}"))
+        await engine.yes(Cancel(id=f"x{n}"))
+    await create_failed(engine, "d")
+    wholes = [["d", "c", "b"], ["a", "x2", "x1"], ["x0"]]
+    assert await all_plans(planner, action="retry", filter=PlanFilter()) == wholes
+    assert isinstance(planner.find("p0"), ApiError)  # together they had too many jobs
+    assert await all_plans(planner, action="cancel", filter=PlanFilter()) == [["live2", "live1", "live0"]]
 
 
 @pytest.mark.usefixtures("small")
-@in_virtual_time
-async def test_a_plan_of_named_jobs_lists_a_limited_number_of_skipped_ones() -> None:
-    async with VirtualEngine() as engine:
-        planner = Planner(engine.actor, engine.clock)
-        plan = await make_plan(planner, action="retry", ids=["a", "b", "c", "d", "e"])
-        assert (plan.count, [job.id for job in plan.skipped], plan.skipped_count) == (0, ["a", "b"], 5)
-        assert (plan.filter, plan.scope, plan.more) == (None, None, False)
+@in_engine()
+async def test_a_plan_of_named_jobs_lists_a_limited_number_of_skipped_ones(engine: VirtualEngine) -> None:
+    planner = Planner(engine.actor, engine.clock)
+    plan = await make_plan(planner, action="retry", ids=["a", "b", "c", "d", "e"])
+    assert (plan.count, [job.id for job in plan.skipped], plan.skipped_count) == (0, ["a", "b"], 5)
+    assert (plan.filter, plan.scope, plan.more) == (None, None, False)
 
 
 @pytest.mark.usefixtures("small")
-@in_virtual_time
-async def test_jobs_that_the_action_does_not_apply_to_are_not_read() -> None:
+@in_engine()
+async def test_jobs_that_the_action_does_not_apply_to_are_not_read(engine: VirtualEngine) -> None:
     """Hundreds of younger queued jobs do not slow this down."""
-    async with VirtualEngine() as engine:
-        planner = Planner(engine.actor, engine.clock)
-        await create_failed(engine, "needle")
-        for n in range(300):
-            await engine.yes(Create(id=f"j{n}"))
-        engine.disk.calls.clear()
-        plan = await make_plan(planner, action="retry", filter=PlanFilter())
-        assert ([job.id for job in plan.jobs], plan.more) == (["needle"], False)
-        plan = await make_plan(planner, action="retry", filter=PlanFilter(status="queued"))
-        assert (plan.count, plan.skipped_count, plan.more) == (0, 0, False)
-        assert plan.scope == "Only failed and cancelled jobs can be retried."
+    planner = Planner(engine.actor, engine.clock)
+    await create_failed(engine, "needle")
+    for n in range(300):
+        await engine.yes(Create(id=f"j{n}"))
+    engine.disk.calls.clear()
+    plan = await make_plan(planner, action="retry", filter=PlanFilter())
+    assert ([job.id for job in plan.jobs], plan.more) == (["needle"], False)
+    plan = await make_plan(planner, action="retry", filter=PlanFilter(status="queued"))
+    assert (plan.count, plan.skipped_count, plan.more) == (0, 0, False)
+    assert plan.scope == "Only failed and cancelled jobs can be retried."
 
 
 @pytest.mark.usefixtures("small")
-@in_virtual_time
-async def test_a_plan_finds_a_text_in_every_searched_field() -> None:
-    async with VirtualEngine() as engine:
-        planner = Planner(engine.actor, engine.clock)
-        await create_failed(engine, "needle", *(f"j{n}" for n in range(20)))
-        plan = await make_plan(planner, action="retry", filter=PlanFilter(q="NEEDLE"))
-        assert [job.id for job in plan.jobs] == ["needle"]
+@in_engine()
+async def test_a_plan_finds_a_text_in_every_searched_field(engine: VirtualEngine) -> None:
+    planner = Planner(engine.actor, engine.clock)
+    await create_failed(engine, "needle", *(f"j{n}" for n in range(20)))
+    plan = await make_plan(planner, action="retry", filter=PlanFilter(q="NEEDLE"))
+    assert [job.id for job in plan.jobs] == ["needle"]
 
 
 @pytest.fixture
@@ -644,95 +629,88 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("impatient")
-@in_virtual_time
-async def test_a_plan_that_takes_too_long_ends_and_the_next_one_continues() -> None:
-    async with VirtualEngine() as engine:
-        planner = Planner(engine.actor, engine.clock)
-        await create_failed(engine, "a", "b", "c", "d")
-        found = await all_plans(planner, action="retry", filter=PlanFilter(queue="default"))
-        assert len(found) > 2
-        assert [job_id for each in found for job_id in each] == ["d", "c", "b", "a"]
+@in_engine()
+async def test_a_plan_that_takes_too_long_ends_and_the_next_one_continues(engine: VirtualEngine) -> None:
+    planner = Planner(engine.actor, engine.clock)
+    await create_failed(engine, "a", "b", "c", "d")
+    found = await all_plans(planner, action="retry", filter=PlanFilter(queue="default"))
+    assert len(found) > 2
+    assert [job_id for each in found for job_id in each] == ["d", "c", "b", "a"]
 
 
-@in_virtual_time
-async def test_a_cursor_only_continues_a_plan_of_the_same_request() -> None:
-    async with VirtualEngine() as engine:
-        planner = Planner(engine.actor, engine.clock)
-        for request in (
-            MakePlan(action="cancel", filter=PlanFilter(), cursor="failed.7"),
-            MakePlan(action="retry", filter=PlanFilter(status="cancelled"), cursor="failed.7"),
-            MakePlan(action="retry", filter=PlanFilter(error="0123456789ab"), cursor="cancelled.7"),
-            MakePlan(action="retry", ids=["a"], cursor="failed.7"),
-        ):
-            wrong = await planner.make(request, "x")
-            assert isinstance(wrong, ApiError), request
-            assert (wrong.code, wrong.details["field"]) == ("invalid_request", "$.cursor")
+@in_engine()
+async def test_a_cursor_only_continues_a_plan_of_the_same_request(engine: VirtualEngine) -> None:
+    planner = Planner(engine.actor, engine.clock)
+    for request in (
+        MakePlan(action="cancel", filter=PlanFilter(), cursor="failed.7"),
+        MakePlan(action="retry", filter=PlanFilter(status="cancelled"), cursor="failed.7"),
+        MakePlan(action="retry", filter=PlanFilter(error="0123456789ab"), cursor="cancelled.7"),
+        MakePlan(action="retry", ids=["a"], cursor="failed.7"),
+    ):
+        wrong = await planner.make(request, "x")
+        assert isinstance(wrong, ApiError), request
+        assert (wrong.code, wrong.details["field"]) == ("invalid_request", "$.cursor")
 
 
-@in_virtual_time
-async def test_a_job_that_changes_status_during_planning_is_listed_once() -> None:
-    async with VirtualEngine() as engine:
-        planner = Planner(engine.actor, engine.clock)
-        await engine.yes(Create(id="a"))
-        making = asyncio.create_task(make_plan(planner, action="cancel", filter=PlanFilter()))
-        await asyncio.sleep(plan_builder.PAUSE_S / 2)
-        await engine.yes(Start(id="a", worker="w"))
-        plan = await making
-        assert [(job.id, job.from_) for job in plan.jobs] == [("a", "queued")]
-        result = await apply_plan(planner)
-        assert [(job.id, job.now) for job in result.changed] == [("a", "processing")]
+@in_engine()
+async def test_a_job_that_changes_status_during_planning_is_listed_once(engine: VirtualEngine) -> None:
+    planner = Planner(engine.actor, engine.clock)
+    await engine.yes(Create(id="a"))
+    making = asyncio.create_task(make_plan(planner, action="cancel", filter=PlanFilter()))
+    await asyncio.sleep(plan_builder.PAUSE_S / 2)
+    await engine.yes(Start(id="a", worker="w"))
+    plan = await making
+    assert [(job.id, job.from_) for job in plan.jobs] == [("a", "queued")]
+    result = await apply_plan(planner)
+    assert [(job.id, job.now) for job in result.changed] == [("a", "processing")]
 
 
-@in_virtual_time
-async def test_a_short_plan_does_not_wait_for_a_long_one() -> None:
-    async with VirtualEngine() as engine:
-        planner = Planner(engine.actor, engine.clock)
-        await create_failed(engine, *(f"j{n}" for n in range(3 * plan_builder.PAGE)))
-        long = asyncio.create_task(make_plan(planner, "long", action="delete", filter=PlanFilter()))
-        await asyncio.sleep(plan_builder.PAUSE_S / 2)
-        short = await make_plan(planner, "short", action="delete", ids=["j3"])
-        assert (short.count, long.done()) == (1, False)
-        assert (await long).count == 3 * plan_builder.PAGE
+@in_engine()
+async def test_a_short_plan_does_not_wait_for_a_long_one(engine: VirtualEngine) -> None:
+    planner = Planner(engine.actor, engine.clock)
+    await create_failed(engine, *(f"j{n}" for n in range(3 * plan_builder.PAGE)))
+    long = asyncio.create_task(make_plan(planner, "long", action="delete", filter=PlanFilter()))
+    await asyncio.sleep(plan_builder.PAUSE_S / 2)
+    short = await make_plan(planner, "short", action="delete", ids=["j3"])
+    assert (short.count, long.done()) == (1, False)
+    assert (await long).count == 3 * plan_builder.PAGE
 
 
-@in_virtual_time
-async def test_empty_plans_displace_no_others() -> None:
-    async with VirtualEngine() as engine:
-        planner = Planner(engine.actor, engine.clock)
-        await create_failed(engine, "a")
-        await make_plan(planner, "full", action="retry", filter=PlanFilter())
-        for n in range(plan_runner.MAX_PLANS + 2):
-            await make_plan(planner, f"p{n}", action="cancel", filter=PlanFilter())
-        assert isinstance(planner.find("full"), PlanView)
-        assert isinstance(planner.find("p0"), ApiError)
-        assert isinstance(planner.find(f"p{plan_runner.MAX_PLANS + 1}"), PlanView)
+@in_engine()
+async def test_empty_plans_displace_no_others(engine: VirtualEngine) -> None:
+    planner = Planner(engine.actor, engine.clock)
+    await create_failed(engine, "a")
+    await make_plan(planner, "full", action="retry", filter=PlanFilter())
+    for n in range(plan_runner.MAX_PLANS + 2):
+        await make_plan(planner, f"p{n}", action="cancel", filter=PlanFilter())
+    assert isinstance(planner.find("full"), PlanView)
+    assert isinstance(planner.find("p0"), ApiError)
+    assert isinstance(planner.find(f"p{plan_runner.MAX_PLANS + 1}"), PlanView)
 
 
-@in_virtual_time
-async def test_concurrent_plans_are_limited_and_need_a_filter_or_ids() -> None:
-    async with VirtualEngine() as engine:
-        planner = Planner(engine.actor, engine.clock)
-        for request in (MakePlan(action="retry"), MakePlan(action="retry", filter=PlanFilter(), ids=["a"])):
-            wrong = await planner.make(request, "x")
-            assert isinstance(wrong, ApiError)
-            assert wrong.code == "invalid_request"
-        request = MakePlan(action="retry", filter=PlanFilter())
-        responses = await asyncio.gather(*(planner.make(request, f"p{n}") for n in range(plan_runner.MAX_BUILDERS + 1)))
-        assert [response.code for response in responses if isinstance(response, ApiError)] == ["overloaded"]
+@in_engine()
+async def test_concurrent_plans_are_limited_and_need_a_filter_or_ids(engine: VirtualEngine) -> None:
+    planner = Planner(engine.actor, engine.clock)
+    for request in (MakePlan(action="retry"), MakePlan(action="retry", filter=PlanFilter(), ids=["a"])):
+        wrong = await planner.make(request, "x")
+        assert isinstance(wrong, ApiError)
+        assert wrong.code == "invalid_request"
+    request = MakePlan(action="retry", filter=PlanFilter())
+    responses = await asyncio.gather(*(planner.make(request, f"p{n}") for n in range(plan_runner.MAX_BUILDERS + 1)))
+    assert [response.code for response in responses if isinstance(response, ApiError)] == ["overloaded"]
 
 
-@in_virtual_time
-async def test_a_stopping_daemon_ends_a_plan_after_its_slice() -> None:
-    async with VirtualEngine() as engine:
-        planner = Planner(engine.actor, engine.clock)
-        await create_failed(engine, *(f"j{n}" for n in range(3 * plan_runner.SLICE)))
-        await make_plan(planner, action="retry", filter=PlanFilter())
-        waiting = asyncio.create_task(planner.apply("p", EVE))
-        await asyncio.sleep(plan_builder.PAUSE_S / 2)
-        await planner.close()
-        rejected = await waiting
-        assert isinstance(rejected, ApiError)
-        assert (rejected.code, rejected.details["applied"] % plan_runner.SLICE) == ("shutting_down", 0)
+@in_engine()
+async def test_a_stopping_daemon_ends_a_plan_after_its_slice(engine: VirtualEngine) -> None:
+    planner = Planner(engine.actor, engine.clock)
+    await create_failed(engine, *(f"j{n}" for n in range(3 * plan_runner.SLICE)))
+    await make_plan(planner, action="retry", filter=PlanFilter())
+    waiting = asyncio.create_task(planner.apply("p", EVE))
+    await asyncio.sleep(plan_builder.PAUSE_S / 2)
+    await planner.close()
+    rejected = await waiting
+    assert isinstance(rejected, ApiError)
+    assert (rejected.code, rejected.details["applied"] % plan_runner.SLICE) == ("shutting_down", 0)
 
 
 # -- jobs that are due by time --------------------------------------------------------------------------------------
@@ -850,23 +828,22 @@ async def test_a_preview_lists_expired_jobs_even_if_few_are_read_at_a_time() -> 
             assert await seen(engine) == (5, False, True)
 
 
-@in_virtual_time
-async def test_a_preview_while_the_clock_is_suspect_deletes_nothing() -> None:
-    async with VirtualEngine() as engine:
-        await engine.yes(Import(id="old", status="failed", error_message="x", expires_at=WALL + SECOND_MS))
-        await asyncio.sleep(60)
-        engine.step_ms = 2 * DAY_MS
-        view = await engine.maintainer.preview()
-        assert isinstance(view, PreviewView)
-        assert (view.deleted_jobs, view.held_jobs, view.more_held) == ([], ["old"], False)
-        engine.step_ms = 0
-        view = await engine.maintainer.preview()
-        assert isinstance(view, PreviewView)
-        assert (view.deleted_jobs, view.held_jobs) == (["old"], [])
-        engine.maintainer.stop()
-        stopped = await engine.maintainer.preview()
-        assert isinstance(stopped, PreviewView | ApiError)
-        engine.actor.stop()
-        rejected = await engine.maintainer.preview()
-        assert isinstance(rejected, ApiError)
-        assert rejected.code == "shutting_down"
+@in_engine()
+async def test_a_preview_while_the_clock_is_suspect_deletes_nothing(engine: VirtualEngine) -> None:
+    await engine.yes(Import(id="old", status="failed", error_message="x", expires_at=WALL + SECOND_MS))
+    await asyncio.sleep(60)
+    engine.step_ms = 2 * DAY_MS
+    view = await engine.maintainer.preview()
+    assert isinstance(view, PreviewView)
+    assert (view.deleted_jobs, view.held_jobs, view.more_held) == ([], ["old"], False)
+    engine.step_ms = 0
+    view = await engine.maintainer.preview()
+    assert isinstance(view, PreviewView)
+    assert (view.deleted_jobs, view.held_jobs) == (["old"], [])
+    engine.maintainer.stop()
+    stopped = await engine.maintainer.preview()
+    assert isinstance(stopped, PreviewView | ApiError)
+    engine.actor.stop()
+    rejected = await engine.maintainer.preview()
+    assert isinstance(rejected, ApiError)
+    assert rejected.code == "shutting_down"
