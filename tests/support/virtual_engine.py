@@ -22,6 +22,7 @@ from jobd.engine.clock import Clock
 from jobd.engine.idempotency import IdempotencyStore
 from jobd.maintenance.cleanup_run import CleanupSchedule
 from jobd.maintenance.maintainer import Maintainer, read_stats
+from jobd.maintenance.plan_runner import Planner
 from jobd.model.clocks import BootMs
 from jobd.model.commands import (
     AnyCommand,
@@ -152,6 +153,10 @@ class VirtualEngine:
         task = asyncio.create_task(self.maintainer.run())
         self._tasks.append(task)
         return task
+
+    @functools.cached_property
+    def planner(self) -> Planner:
+        return Planner(self.actor, self.clock)
 
     async def first_cleanup(self) -> None:
         """Run the maintainer, and wait for the end of its first cleanup run."""

@@ -286,10 +286,9 @@ async def create_failed(engine: VirtualEngine, *ids: str, **fields: Any) -> None
 
 @in_engine()
 async def test_a_plan_lists_its_changes_and_applies_them(engine: VirtualEngine) -> None:
-    planner = Planner(engine.actor, engine.clock)
     await create_failed(engine, "a", "b")
     await engine.yes(Create(id="c"))
-    plan = await make_plan(planner, action="retry", filter=PlanFilter(), reason="mended")
+    plan = await make_plan(engine.planner, action="retry", filter=PlanFilter(), reason="mended")
     assert [(job.id, job.from_, job.to) for job in plan.jobs] == [
         ("b", "failed", "queued"),
         ("a", "failed", "queued"),
@@ -298,11 +297,11 @@ async def test_a_plan_lists_its_changes_and_applies_them(engine: VirtualEngine) 
     assert (plan.count, plan.skipped_count, plan.more, plan.next_cursor, plan.result) == (2, 0, False, None, None)
     assert plan.expires_at - plan.made_at == plan_runner.KEPT_MS
     assert (await engine.yes(Get(id="a"))).status == "failed"
-    result = await apply_plan(planner)
+    result = await apply_plan(engine.planner)
     assert (result.applied, result.changed, result.rejected, result.repeated) == (2, [], [], False)
     assert (await engine.yes(Get(id="a"))).status == "queued"
     assert engine.disk.events[-1].reason == "mended"
-    shown = planner.find("p")
+    shown = engine.planner.find("p")
     assert isinstance(shown, PlanView)
     assert shown.result == result
 
@@ -327,18 +326,16 @@ async def test_a_plan_counts_late_results_also_from_before_a_restart() -> None:
         await engine.yes(Adopt(id="done"))
         await create_failed(engine, "c")
     async with VirtualEngine(engine.disk) as engine:
-        planner = Planner(engine.actor, engine.clock)
         for request in ({"ids": ["a", "b", "c", "done"]}, {"filter": PlanFilter()}):
-            plan = await make_plan(planner, action="delete", **request)
+            plan = await make_plan(engine.planner, action="delete", **request)
             late = {job.id: job.late_results for job in plan.jobs}
             assert (late, plan.with_late_results) == ({"a": 2, "b": 1, "c": 0, "done": 0}, 2)
-        plan = await make_plan(planner, action="retry", filter=PlanFilter())
+        plan = await make_plan(engine.planner, action="retry", filter=PlanFilter())
         assert [job.late_results for job in plan.jobs] == [0, 1, 2]
 
 
 @in_engine()
 async def test_a_late_result_during_planning_is_counted_or_changes_its_job(engine: VirtualEngine) -> None:
-    planner = Planner(engine.actor, engine.clock)
     await engine.yes(Create(id="a"))
     lock_id = (await engine.yes(Start(id="a", worker="w"))).lock_id
     await engine.yes(ForceFail(id="a"))
@@ -350,8 +347,8 @@ async def test_a_late_result_during_planning_is_counted_or_changes_its_job(engin
         return counted
 
     engine.disk.count_late_results = and_then  # type: ignore[method-assign]
-    assert (await make_plan(planner, action="delete", filter=PlanFilter())).with_late_results == 0
-    assert [job.id for job in (await apply_plan(planner)).changed] == ["a"]
+    assert (await make_plan(engine.planner, action="delete", filter=PlanFilter())).with_late_results == 0
+    assert [job.id for job in (await apply_plan(engine.planner)).changed] == ["a"]
 
 
 @in_virtual_time
@@ -360,25 +357,23 @@ async def test_a_plan_of_named_jobs_reports_missing_ones() -> None:
     storage.put(row(1, "bad"))
     storage.bad_jobs = {"bad": "its checksum is wrong"}
     async with VirtualEngine(storage) as engine:
-        planner = Planner(engine.actor, engine.clock)
         await create_failed(engine, "a")
         await engine.yes(Create(id="live"))
-        plan = await make_plan(planner, action="delete", ids=["a", "none", "bad", "a", "live"])
+        plan = await make_plan(engine.planner, action="delete", ids=["a", "none", "bad", "a", "live"])
         assert [(job.id, job.to) for job in plan.jobs] == [("a", None)]
         assert [(job.id, job.status) for job in plan.skipped] == [("none", None), ("bad", None), ("live", "queued")]
         assert "quarantine" in plan.skipped[1].why
-        assert (await apply_plan(planner)).applied == 1
+        assert (await apply_plan(engine.planner)).applied == 1
         assert engine.disk.job("a") is None
 
 
 @in_engine()
 async def test_jobs_that_changed_since_the_plan_are_skipped_and_reported(engine: VirtualEngine) -> None:
-    planner = Planner(engine.actor, engine.clock)
     await create_failed(engine, "a", "b", "c")
-    await make_plan(planner, action="retry", filter=PlanFilter(status="failed"))
+    await make_plan(engine.planner, action="retry", filter=PlanFilter(status="failed"))
     await engine.yes(ForceReset(id="a"))
     await engine.yes(Delete(id="b"))
-    result = await apply_plan(planner)
+    result = await apply_plan(engine.planner)
     assert result.applied == 1
     assert [(job.id, job.from_, job.now) for job in result.changed] == [
         ("b", "failed", None),
@@ -388,37 +383,34 @@ async def test_jobs_that_changed_since_the_plan_are_skipped_and_reported(engine:
 
 @in_engine()
 async def test_a_plan_is_applied_once(engine: VirtualEngine) -> None:
-    planner = Planner(engine.actor, engine.clock)
     await create_failed(engine, "a")
-    await make_plan(planner, action="retry", filter=PlanFilter())
-    first, second = await asyncio.gather(apply_plan(planner), apply_plan(planner))
+    await make_plan(engine.planner, action="retry", filter=PlanFilter())
+    first, second = await asyncio.gather(apply_plan(engine.planner), apply_plan(engine.planner))
     assert first == second
     await engine.yes(ForceFail(id="a"))
-    repeated = await apply_plan(planner)
+    repeated = await apply_plan(engine.planner)
     assert repeated == replace(first, repeated=True)
     assert (await engine.yes(Get(id="a"))).status == "failed"
 
 
 @in_engine()
 async def test_a_disconnected_caller_does_not_stop_a_plan(engine: VirtualEngine) -> None:
-    planner = Planner(engine.actor, engine.clock)
     await create_failed(engine, *(f"j{n}" for n in range(plan_runner.SLICE + 1)))
-    await make_plan(planner, action="retry", filter=PlanFilter())
-    waiting = asyncio.create_task(planner.apply("p", EVE))
+    await make_plan(engine.planner, action="retry", filter=PlanFilter())
+    waiting = asyncio.create_task(engine.planner.apply("p", EVE))
     await asyncio.sleep(0)
     waiting.cancel()
     await asyncio.sleep(1)
-    result = await apply_plan(planner)
+    result = await apply_plan(engine.planner)
     assert (result.applied, result.repeated) == (plan_runner.SLICE + 1, True)
 
 
 @in_engine()
 async def test_a_plan_is_applied_in_slices_and_is_one_audit_entry(engine: VirtualEngine) -> None:
-    planner = Planner(engine.actor, engine.clock)
     await create_failed(engine, *(f"j{n}" for n in range(2 * plan_runner.SLICE + 1)), queue="q")
-    await make_plan(planner, action="delete", filter=PlanFilter(queue="q", since=1))
+    await make_plan(engine.planner, action="delete", filter=PlanFilter(queue="q", since=1))
     before = len(engine.disk.batches)
-    await apply_plan(planner)
+    await apply_plan(engine.planner)
     sizes = [len(batch.changes) for batch in engine.disk.batches[before:]]
     assert sizes == [plan_runner.SLICE, plan_runner.SLICE, 1, 0]
     entries = [entry for batch in engine.disk.batches[before:] for entry in batch.audit]
@@ -437,66 +429,62 @@ async def test_a_plan_is_applied_in_slices_and_is_one_audit_entry(engine: Virtua
 
 @in_engine()
 async def test_on_a_full_disk_a_plan_stops_and_later_continues(engine: VirtualEngine) -> None:
-    planner = Planner(engine.actor, engine.clock)
     await create_failed(engine, *(f"j{n}" for n in range(plan_runner.SLICE + 5)))
-    await make_plan(planner, action="retry", filter=PlanFilter())
+    await make_plan(engine.planner, action="retry", filter=PlanFilter())
     engine.disk.write_errors.extend([None, *(DiskFull("full") for _ in range(3))])
     engine.disk.has_reserve = False
     engine.disk.fits = lambda batch: len(engine.disk.batches) < 2 * (plan_runner.SLICE + 5) + 1
-    rejected = await planner.apply("p", EVE)
+    rejected = await engine.planner.apply("p", EVE)
     assert isinstance(rejected, ApiError)
     space = {"path": "/disk/jobd.db", "free_bytes": 8 << 30, "total_bytes": 16 << 30}
     assert (rejected.code, rejected.details) == ("storage_full", {**space, "applied": plan_runner.SLICE, "left": 5})
     engine.disk.write_errors.clear()
     engine.disk.free()
     await asyncio.sleep(2)
-    result = await apply_plan(planner)
+    result = await apply_plan(engine.planner)
     assert (result.applied, result.changed) == (plan_runner.SLICE + 5, [])
 
 
 @in_engine()
 async def test_a_plan_that_ends_jobs_is_applied_on_a_full_disk_too(engine: VirtualEngine) -> None:
-    planner = Planner(engine.actor, engine.clock)
     await create_failed(engine, "a")
-    await make_plan(planner, action="delete", filter=PlanFilter())
-    await make_plan(planner, "r", action="retry", filter=PlanFilter())
+    await make_plan(engine.planner, action="delete", filter=PlanFilter())
+    await make_plan(engine.planner, "r", action="retry", filter=PlanFilter())
     engine.disk.fill()
     await engine.no(Create(id="x"))
     await engine.no(Update(id="a", priority=1))
-    assert isinstance(await planner.apply("r", EVE), ApiError)
-    assert (await apply_plan(planner)).applied == 1
+    assert isinstance(await engine.planner.apply("r", EVE), ApiError)
+    assert (await apply_plan(engine.planner)).applied == 1
     engine.disk.free()
 
 
 @in_engine()
 async def test_a_plan_is_kept_for_a_limited_time(engine: VirtualEngine) -> None:
-    planner = Planner(engine.actor, engine.clock)
-    await make_plan(planner, action="retry", filter=PlanFilter())
+    await make_plan(engine.planner, action="retry", filter=PlanFilter())
     await asyncio.sleep(plan_runner.KEPT_MS / SECOND_MS - 1)
-    assert isinstance(planner.find("p"), PlanView)
+    assert isinstance(engine.planner.find("p"), PlanView)
     await asyncio.sleep(1)
-    for error in (planner.find("p"), await planner.apply("p", EVE)):
+    for error in (engine.planner.find("p"), await engine.planner.apply("p", EVE)):
         assert isinstance(error, ApiError)
         assert error.code == "plan_not_found"
 
 
 @in_engine()
 async def test_the_result_of_a_plan_can_be_read_for_hours(engine: VirtualEngine) -> None:
-    planner = Planner(engine.actor, engine.clock)
     await create_failed(engine, "a", "b")
-    await make_plan(planner, action="retry", filter=PlanFilter())
+    await make_plan(engine.planner, action="retry", filter=PlanFilter())
     await asyncio.sleep(plan_runner.KEPT_MS / SECOND_MS - 1)
     await engine.yes(Delete(id="b"))
-    result = await apply_plan(planner)
+    result = await apply_plan(engine.planner)
     assert [job.id for job in result.changed] == ["b"]
     await asyncio.sleep(plan_runner.APPLIED_KEPT_MS / SECOND_MS - 1)
-    shown = planner.find("p")
+    shown = engine.planner.find("p")
     assert isinstance(shown, PlanView)
     assert shown.result == result
     assert shown.expires_at == result.applied_at + plan_runner.APPLIED_KEPT_MS
-    assert (await apply_plan(planner)).repeated
+    assert (await apply_plan(engine.planner)).repeated
     await asyncio.sleep(1)
-    assert isinstance(planner.find("p"), ApiError)
+    assert isinstance(engine.planner.find("p"), ApiError)
 
 
 @in_virtual_time
@@ -505,22 +493,21 @@ async def test_new_plans_displace_no_results_and_results_no_plans() -> None:
         monkeypatch.setattr(plan_runner, "MAX_PLANS", 2)
         monkeypatch.setattr(plan_runner, "MAX_APPLIED", 3)
         async with VirtualEngine() as engine:
-            planner = Planner(engine.actor, engine.clock)
             await create_failed(engine, "a")
 
             def kept_ids() -> list[str]:
-                return [name for name in "wxyz01234" if isinstance(planner.find(name), PlanView)]
+                return [name for name in "wxyz01234" if isinstance(engine.planner.find(name), PlanView)]
 
-            await make_plan(planner, "w", action="retry", filter=PlanFilter())
+            await make_plan(engine.planner, "w", action="retry", filter=PlanFilter())
             for name in "0123":
-                await make_plan(planner, name, action="cancel", filter=PlanFilter())
-                await apply_plan(planner, name)
+                await make_plan(engine.planner, name, action="cancel", filter=PlanFilter())
+                await apply_plan(engine.planner, name)
             assert kept_ids() == ["w", "1", "2", "3"]
             for name in "xyz":
-                await make_plan(planner, name, action="retry", filter=PlanFilter())
+                await make_plan(engine.planner, name, action="retry", filter=PlanFilter())
             assert kept_ids() == ["y", "z", "1", "2", "3"]
             monkeypatch.setattr(plan_runner, "MAX_JOBS", 0)
-            await apply_plan(planner, "z")
+            await apply_plan(engine.planner, "z")
             assert kept_ids() == ["y", "z"], "the latest is kept, however many jobs it has"
 
 
@@ -528,15 +515,14 @@ async def test_new_plans_displace_no_results_and_results_no_plans() -> None:
 async def test_the_audit_log_names_a_limited_number_of_unchanged_jobs() -> None:
     with pytest.MonkeyPatch.context() as monkeypatch:
         async with VirtualEngine() as engine:
-            planner = Planner(engine.actor, engine.clock)
             monkeypatch.setattr(plan_runner, "MAX_NAMED", 3)
             for size, named in ((4_000, ["j4", "j3", "j2"]), (5, ["j4", "j3"]), (1, None)):
                 monkeypatch.setattr(plan_runner, "MAX_NAMED_SIZE", size)
                 await create_failed(engine, *(f"j{n}" for n in range(5)))
-                await make_plan(planner, f"p{size}", action="retry", filter=PlanFilter())
+                await make_plan(engine.planner, f"p{size}", action="retry", filter=PlanFilter())
                 for n in range(5):
                     await engine.yes(Delete(id=f"j{n}"))
-                assert (await apply_plan(planner, f"p{size}")).applied == 0
+                assert (await apply_plan(engine.planner, f"p{size}")).applied == 0
                 details = engine.disk.batches[-1].audit[-1].details
                 assert details is not None
                 assert (details["changed_meanwhile"], details.get("left_undone")) == (5, named)
@@ -544,10 +530,9 @@ async def test_the_audit_log_names_a_limited_number_of_unchanged_jobs() -> None:
 
 @in_engine()
 async def test_only_the_latest_plans_are_kept(engine: VirtualEngine) -> None:
-    planner = Planner(engine.actor, engine.clock)
     for n in range(plan_runner.MAX_PLANS + 2):
-        await make_plan(planner, f"p{n}", action="retry", filter=PlanFilter())
-    kept_ids = [n for n in range(plan_runner.MAX_PLANS + 2) if isinstance(planner.find(f"p{n}"), PlanView)]
+        await make_plan(engine.planner, f"p{n}", action="retry", filter=PlanFilter())
+    kept_ids = [n for n in range(plan_runner.MAX_PLANS + 2) if isinstance(engine.planner.find(f"p{n}"), PlanView)]
     assert kept_ids == list(range(2, plan_runner.MAX_PLANS + 2))
 
 
@@ -574,25 +559,23 @@ async def all_plans(planner: Planner, **request: Any) -> list[list[str]]:
 @pytest.mark.usefixtures("small")
 @in_engine()
 async def test_a_plan_has_a_maximum_size_and_the_next_one_continues(engine: VirtualEngine) -> None:
-    planner = Planner(engine.actor, engine.clock)
     await create_failed(engine, "a", "b", "c")
-    assert await all_plans(planner, action="retry", filter=PlanFilter()) == [["c", "b", "a"]]
+    assert await all_plans(engine.planner, action="retry", filter=PlanFilter()) == [["c", "b", "a"]]
     for n in range(3):
         await engine.yes(Create(id=f"live{n}"))
         await engine.yes(Create(id=f"x{n}"))
         await engine.yes(Cancel(id=f"x{n}"))
     await create_failed(engine, "d")
     wholes = [["d", "c", "b"], ["a", "x2", "x1"], ["x0"]]
-    assert await all_plans(planner, action="retry", filter=PlanFilter()) == wholes
-    assert isinstance(planner.find("p0"), ApiError)  # together they had too many jobs
-    assert await all_plans(planner, action="cancel", filter=PlanFilter()) == [["live2", "live1", "live0"]]
+    assert await all_plans(engine.planner, action="retry", filter=PlanFilter()) == wholes
+    assert isinstance(engine.planner.find("p0"), ApiError)  # together they had too many jobs
+    assert await all_plans(engine.planner, action="cancel", filter=PlanFilter()) == [["live2", "live1", "live0"]]
 
 
 @pytest.mark.usefixtures("small")
 @in_engine()
 async def test_a_plan_of_named_jobs_lists_a_limited_number_of_skipped_ones(engine: VirtualEngine) -> None:
-    planner = Planner(engine.actor, engine.clock)
-    plan = await make_plan(planner, action="retry", ids=["a", "b", "c", "d", "e"])
+    plan = await make_plan(engine.planner, action="retry", ids=["a", "b", "c", "d", "e"])
     assert (plan.count, [job.id for job in plan.skipped], plan.skipped_count) == (0, ["a", "b"], 5)
     assert (plan.filter, plan.scope, plan.more) == (None, None, False)
 
@@ -601,14 +584,13 @@ async def test_a_plan_of_named_jobs_lists_a_limited_number_of_skipped_ones(engin
 @in_engine()
 async def test_jobs_that_the_action_does_not_apply_to_are_not_read(engine: VirtualEngine) -> None:
     """Hundreds of younger queued jobs do not slow this down."""
-    planner = Planner(engine.actor, engine.clock)
     await create_failed(engine, "needle")
     for n in range(300):
         await engine.yes(Create(id=f"j{n}"))
     engine.disk.calls.clear()
-    plan = await make_plan(planner, action="retry", filter=PlanFilter())
+    plan = await make_plan(engine.planner, action="retry", filter=PlanFilter())
     assert ([job.id for job in plan.jobs], plan.more) == (["needle"], False)
-    plan = await make_plan(planner, action="retry", filter=PlanFilter(status="queued"))
+    plan = await make_plan(engine.planner, action="retry", filter=PlanFilter(status="queued"))
     assert (plan.count, plan.skipped_count, plan.more) == (0, 0, False)
     assert plan.scope == "Only failed and cancelled jobs can be retried."
 
@@ -616,9 +598,8 @@ async def test_jobs_that_the_action_does_not_apply_to_are_not_read(engine: Virtu
 @pytest.mark.usefixtures("small")
 @in_engine()
 async def test_a_plan_finds_a_text_in_every_searched_field(engine: VirtualEngine) -> None:
-    planner = Planner(engine.actor, engine.clock)
     await create_failed(engine, "needle", *(f"j{n}" for n in range(20)))
-    plan = await make_plan(planner, action="retry", filter=PlanFilter(q="NEEDLE"))
+    plan = await make_plan(engine.planner, action="retry", filter=PlanFilter(q="NEEDLE"))
     assert [job.id for job in plan.jobs] == ["needle"]
 
 
@@ -631,83 +612,77 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("impatient")
 @in_engine()
 async def test_a_plan_that_takes_too_long_ends_and_the_next_one_continues(engine: VirtualEngine) -> None:
-    planner = Planner(engine.actor, engine.clock)
     await create_failed(engine, "a", "b", "c", "d")
-    found = await all_plans(planner, action="retry", filter=PlanFilter(queue="default"))
+    found = await all_plans(engine.planner, action="retry", filter=PlanFilter(queue="default"))
     assert len(found) > 2
     assert [job_id for each in found for job_id in each] == ["d", "c", "b", "a"]
 
 
 @in_engine()
 async def test_a_cursor_only_continues_a_plan_of_the_same_request(engine: VirtualEngine) -> None:
-    planner = Planner(engine.actor, engine.clock)
     for request in (
         MakePlan(action="cancel", filter=PlanFilter(), cursor="failed.7"),
         MakePlan(action="retry", filter=PlanFilter(status="cancelled"), cursor="failed.7"),
         MakePlan(action="retry", filter=PlanFilter(error="0123456789ab"), cursor="cancelled.7"),
         MakePlan(action="retry", ids=["a"], cursor="failed.7"),
     ):
-        wrong = await planner.make(request, "x")
+        wrong = await engine.planner.make(request, "x")
         assert isinstance(wrong, ApiError), request
         assert (wrong.code, wrong.details["field"]) == ("invalid_request", "$.cursor")
 
 
 @in_engine()
 async def test_a_job_that_changes_status_during_planning_is_listed_once(engine: VirtualEngine) -> None:
-    planner = Planner(engine.actor, engine.clock)
     await engine.yes(Create(id="a"))
-    making = asyncio.create_task(make_plan(planner, action="cancel", filter=PlanFilter()))
+    making = asyncio.create_task(make_plan(engine.planner, action="cancel", filter=PlanFilter()))
     await asyncio.sleep(plan_builder.PAUSE_S / 2)
     await engine.yes(Start(id="a", worker="w"))
     plan = await making
     assert [(job.id, job.from_) for job in plan.jobs] == [("a", "queued")]
-    result = await apply_plan(planner)
+    result = await apply_plan(engine.planner)
     assert [(job.id, job.now) for job in result.changed] == [("a", "processing")]
 
 
 @in_engine()
 async def test_a_short_plan_does_not_wait_for_a_long_one(engine: VirtualEngine) -> None:
-    planner = Planner(engine.actor, engine.clock)
     await create_failed(engine, *(f"j{n}" for n in range(3 * plan_builder.PAGE)))
-    long = asyncio.create_task(make_plan(planner, "long", action="delete", filter=PlanFilter()))
+    long = asyncio.create_task(make_plan(engine.planner, "long", action="delete", filter=PlanFilter()))
     await asyncio.sleep(plan_builder.PAUSE_S / 2)
-    short = await make_plan(planner, "short", action="delete", ids=["j3"])
+    short = await make_plan(engine.planner, "short", action="delete", ids=["j3"])
     assert (short.count, long.done()) == (1, False)
     assert (await long).count == 3 * plan_builder.PAGE
 
 
 @in_engine()
 async def test_empty_plans_displace_no_others(engine: VirtualEngine) -> None:
-    planner = Planner(engine.actor, engine.clock)
     await create_failed(engine, "a")
-    await make_plan(planner, "full", action="retry", filter=PlanFilter())
+    await make_plan(engine.planner, "full", action="retry", filter=PlanFilter())
     for n in range(plan_runner.MAX_PLANS + 2):
-        await make_plan(planner, f"p{n}", action="cancel", filter=PlanFilter())
-    assert isinstance(planner.find("full"), PlanView)
-    assert isinstance(planner.find("p0"), ApiError)
-    assert isinstance(planner.find(f"p{plan_runner.MAX_PLANS + 1}"), PlanView)
+        await make_plan(engine.planner, f"p{n}", action="cancel", filter=PlanFilter())
+    assert isinstance(engine.planner.find("full"), PlanView)
+    assert isinstance(engine.planner.find("p0"), ApiError)
+    assert isinstance(engine.planner.find(f"p{plan_runner.MAX_PLANS + 1}"), PlanView)
 
 
 @in_engine()
 async def test_concurrent_plans_are_limited_and_need_a_filter_or_ids(engine: VirtualEngine) -> None:
-    planner = Planner(engine.actor, engine.clock)
     for request in (MakePlan(action="retry"), MakePlan(action="retry", filter=PlanFilter(), ids=["a"])):
-        wrong = await planner.make(request, "x")
+        wrong = await engine.planner.make(request, "x")
         assert isinstance(wrong, ApiError)
         assert wrong.code == "invalid_request"
     request = MakePlan(action="retry", filter=PlanFilter())
-    responses = await asyncio.gather(*(planner.make(request, f"p{n}") for n in range(plan_runner.MAX_BUILDERS + 1)))
+    ids = [f"p{n}" for n in range(plan_runner.MAX_BUILDERS + 1)]
+    responses = await asyncio.gather(*(engine.planner.make(request, plan_id) for plan_id in ids))
     assert [response.code for response in responses if isinstance(response, ApiError)] == ["overloaded"]
 
 
 @in_engine()
 async def test_a_stopping_daemon_ends_a_plan_after_its_slice(engine: VirtualEngine) -> None:
-    planner = Planner(engine.actor, engine.clock)
     await create_failed(engine, *(f"j{n}" for n in range(3 * plan_runner.SLICE)))
-    await make_plan(planner, action="retry", filter=PlanFilter())
-    waiting = asyncio.create_task(planner.apply("p", EVE))
+    await make_plan(engine.planner, action="retry", filter=PlanFilter())
+    waiting = asyncio.create_task(engine.planner.apply("p", EVE))
     await asyncio.sleep(plan_builder.PAUSE_S / 2)
-    await planner.close()
+    await engine.planner.close()
     rejected = await waiting
     assert isinstance(rejected, ApiError)
     assert (rejected.code, rejected.details["applied"] % plan_runner.SLICE) == ("shutting_down", 0)
