@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from jobd.cli import terminal
+from jobd.model.times import duration, utc
 
 if TYPE_CHECKING:
     from jobd.model.events import EventView, StreamedEvent
@@ -76,8 +77,8 @@ def job(view: JobView, events: Sequence[EventView] = ()) -> None:
         ("last worker", last_worker),
         ("held by", f"{lock.worker} (fencing token {lock.fencing_token})" if lock else holder(view)),
         ("lock expires", terminal.when(lock.expires_at) if lock else None),
-        ("stalled after", terminal.span(view.stall_after_ms)),
-        ("progress timeout", terminal.span(view.progress_timeout_ms) if view.progress_timeout_ms else "none"),
+        ("stalled after", duration(view.stall_after_ms)),
+        ("progress timeout", duration(view.progress_timeout_ms) if view.progress_timeout_ms else "none"),
         ("error", view.error_message),
         ("error code", view.error_code),
         ("download", view.download_url),
@@ -106,8 +107,8 @@ def timeline(events: Sequence[EventView]) -> None:
         ["TIME", ">AFTER", "EVENT", "STATUS", "BY", "REASON"],
         [
             (
-                terminal.instant(event.at),
-                terminal.span(max(event.at - first, 0)),
+                utc(event.at),
+                duration(event.at - first),
                 event.type,
                 _status_change(event),
                 event.by,
@@ -123,7 +124,7 @@ def event_line(event: StreamedEvent) -> str:
     """Return an event as one line."""
     about = f"{event.job_id} ({event.queue})" if event.job_id is not None else f"queue {event.queue}"
     parts = [
-        terminal.instant(event.at),
+        utc(event.at),
         str(event.seq),
         event.type,
         about,
@@ -149,9 +150,9 @@ def _details(details: dict[str, Any]) -> str:
 def _detail(name: str, value: object) -> str:
     if isinstance(value, int) and not isinstance(value, bool):
         if name.endswith("_at"):
-            return terminal.instant(value)
+            return utc(value)
         if name.endswith("_ms"):
-            return terminal.span(value)
+            return duration(value)
     return terminal.cell(value)
 
 

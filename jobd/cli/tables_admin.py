@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Final
 
 from jobd.cli import tables, terminal
+from jobd.model.times import duration, utc
 
 if TYPE_CHECKING:
     from jobd.model.commands import About, WorkerState
@@ -70,7 +71,7 @@ def workers(views: Sequence[WorkerView], page: WorkerList, state: WorkerState | 
         )
         for worker in views
     ]
-    since = f"since the start at {terminal.instant(page.since)}"
+    since = f"since the start at {utc(page.since)}"
     empty = f"No worker has been seen recently, {since}." if state is None else f"No worker is {state}."
     terminal.table(["WORKER", "STATE", ">HOLDS", "LAST SEEN", "CLAIMS", "ABOUT", "JOBS"], rows, empty=empty)
     gone = page.by_state["gone"]
@@ -123,7 +124,7 @@ def _held(worker: WorkerView) -> str:
 
 
 def stats(view: StatsView) -> None:
-    oldest, average = view.oldest_processing_job, terminal.span(view.average_processing_time * 1000)
+    oldest, average = view.oldest_processing_job, duration(view.average_processing_time * 1000)
     fields: list[tuple[str, object]] = [("jobs", view.total_jobs)]
     fields += [(f"  {status}", count) for status, count in view.by_status.items()]
     fields += [
@@ -134,7 +135,7 @@ def stats(view: StatsView) -> None:
     ]
     if oldest is not None:
         fields.append(
-            ("longest running", f"{oldest.id}, {terminal.span(oldest.age * 1000)}, {terminal.cell(oldest.progress)} %")
+            ("longest running", f"{oldest.id}, {duration(oldest.age * 1000)}, {terminal.cell(oldest.progress)} %")
         )
     fields.append(("cleanup", _cleanup(view.cleanup_running, view.time_since_last_cleanup)))
     if view.disk is not None:
@@ -145,7 +146,7 @@ def stats(view: StatsView) -> None:
 
 
 def _cleanup(running: bool, since_ms: int | None) -> str:
-    last = "no run has succeeded yet" if since_ms is None else f"last successful run {terminal.span(since_ms)} ago"
+    last = "no run has succeeded yet" if since_ms is None else f"last successful run {duration(since_ms)} ago"
     return f"{last}, one is running now" if running else last
 
 
@@ -178,7 +179,7 @@ def report(view: CleanupReport) -> None:
             ("expired jobs deleted", view.expired_jobs_deleted),
             ("issues found", view.validation_issues_found),
             ("issues fixed", view.validation_issues_fixed),
-            ("took", terminal.span(view.total_processing_time)),
+            ("took", duration(view.total_processing_time)),
             ("errors", "; ".join(view.errors) or "none"),
         ]
     )
@@ -203,7 +204,7 @@ def reports(views: Sequence[CleanupReport]) -> None:
             view.expired_jobs_deleted,
             view.validation_issues_found,
             view.validation_issues_fixed,
-            terminal.span(view.total_processing_time),
+            duration(view.total_processing_time),
             view.forced,
             "; ".join(view.errors),
         )
@@ -300,7 +301,7 @@ def late_results(views: Sequence[LateResultView]) -> None:
     rows = [
         (
             late.seq,
-            terminal.instant(late.at),
+            utc(late.at),
             late.worker,
             late.fencing_token,
             " ".join(filter(None, (late.download_url, late.file_path, late.storage_key))),
@@ -318,7 +319,7 @@ def late_results(views: Sequence[LateResultView]) -> None:
 def audit(views: Sequence[AuditView]) -> None:
     rows = [
         (
-            terminal.instant(entry.at),
+            utc(entry.at),
             entry.who,
             entry.address,
             entry.what,
@@ -406,7 +407,7 @@ def deliveries(page: DeliveryPage) -> None:
             each.subject,
             "dead-lettered" if each.state == "dead-lettered" else each.state,
             each.tries,
-            terminal.instant(each.at),
+            utc(each.at),
             terminal.age(each.due_at) if each.due_at is not None else terminal.age(each.ended_at or each.at),
             each.error or each.status or "-",
         )
@@ -419,4 +420,4 @@ def deliveries(page: DeliveryPage) -> None:
 
 
 def clock(view: ClockView) -> None:
-    terminal.pairs([("daemon's time", terminal.instant(view.now)), ("suspect", view.suspect), ("", view.message)])
+    terminal.pairs([("daemon's time", utc(view.now)), ("suspect", view.suspect), ("", view.message)])

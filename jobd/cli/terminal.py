@@ -10,20 +10,15 @@ import re
 import sys
 import time
 from collections.abc import Iterable, Sequence
-from datetime import UTC, datetime
-from itertools import pairwise
 from typing import IO, TYPE_CHECKING, Any, Final, Literal
+
+from jobd.model.times import duration, time_left, utc
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
     from rich.table import Table
 
     from jobd.model.responses import DiskView
-
-SECOND_MS: Final = 1_000
-MINUTE_MS: Final = 60 * SECOND_MS
-HOUR_MS: Final = 60 * MINUTE_MS
-DAY_MS: Final = 24 * HOUR_MS
 
 # C0 and C1 controls (ESC, CSI …), line separators, marks that reorder text on the screen, and lone surrogates.
 _UNSAFE: Final = re.compile(
@@ -76,48 +71,22 @@ def clip(text: str, width: int = 100) -> str:
     return text if len(text) <= width else text[: width - 1] + "…"
 
 
-def span(ms: int | float) -> str:
-    """Format a duration in at most two units: `850 ms`, `12 s`, `3 m 20 s`, `2 h 5 m`, `4 d`."""
-    if ms < 0:
-        return "-" + span(-ms)
-    if ms < SECOND_MS:
-        return f"{round(ms)} ms"
-    if ms < 10 * SECOND_MS:
-        return f"{ms / SECOND_MS:.1f} s"
-    units = ((DAY_MS, "d"), (HOUR_MS, "h"), (MINUTE_MS, "m"), (SECOND_MS, "s"))
-    for (unit, name), (small, small_name) in pairwise(units):
-        if ms >= unit:
-            whole, rest = divmod(int(ms), unit)
-            return f"{whole} {name} {rest // small} {small_name}" if rest >= small else f"{whole} {name}"
-    return f"{int(ms // SECOND_MS)} s"
-
-
 def age(at_ms: int, now_ms: int | None = None) -> str:
-    """Format the distance of `at_ms` (Unix ms) from now: `12 m ago`, `in 3 s`."""
-    gap = (now_ms if now_ms is not None else round(time.time() * 1000)) - at_ms
-    return f"{_rough(gap)} ago" if gap >= 0 else f"in {_rough(-gap)}"
-
-
-def _rough(ms: int) -> str:
-    for unit, name in ((DAY_MS, "d"), (HOUR_MS, "h"), (MINUTE_MS, "m")):
-        if ms >= 2 * unit:
-            return f"{round(ms / unit)} {name}"
-    return f"{ms // SECOND_MS} s"
+    """Format the distance of `at_ms` (Unix ms) from now: `12 min 4 s ago`, `in 3 s`."""
+    gap = (now_ms if now_ms is not None else _now_ms()) - at_ms
+    return f"{duration(gap)} ago" if gap >= 0 else f"in {time_left(-gap)}"
 
 
 def when(at_ms: int | None, now_ms: int | None = None) -> str:
-    """Format a Unix time in ms with its age: `2026-03-01 14:05:09 UTC (12 m ago)`; `-` for None."""
+    """Format a Unix time in ms with its age: `2026-03-01 14:05:09 UTC (12 min ago)`; `-` for None."""
     if at_ms is None:
         return "-"
-    return f"{instant(at_ms)} ({age(at_ms, now_ms)})"
+    now_ms = now_ms if now_ms is not None else _now_ms()
+    return f"{utc(at_ms, now_ms)} ({age(at_ms, now_ms)})"
 
 
-def instant(at_ms: int) -> str:
-    """Format a Unix time in ms as the dashboard does, in UTC: `2026-03-01 14:05:09 UTC`."""
-    try:
-        return datetime.fromtimestamp(at_ms / 1000, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
-    except (OverflowError, ValueError, OSError):
-        return f"{at_ms} ms"
+def _now_ms() -> int:
+    return round(time.time() * 1000)
 
 
 def disk_space(disk: DiskView) -> str:

@@ -11,6 +11,7 @@ from msgspec.structs import replace
 from jobd.cluster.node_registry import NodeRegistry
 from jobd.model.journal import NodeEntry
 from jobd.model.responses import SILENT_MS, ClusterView, NodeView
+from jobd.model.times import duration
 
 UNHEARD_MS: Final = 1_000  # since the last response of PostgreSQL
 AHEAD_MS: Final = 1_000  # at most, by which the wall clock of a node may differ from that of the server
@@ -52,7 +53,7 @@ def cluster_view(
         problems.append("A write waits for a synchronous standby of PostgreSQL.")
     if at.unheard_ms >= UNHEARD_MS:
         effect = ", so it does not know which node leads" if at.leader is None else ""
-        problems.append(f"This node has not heard from PostgreSQL for {at.unheard_ms / 1000:.0f} s{effect}.")
+        problems.append(f"This node has not heard from PostgreSQL for {duration(at.unheard_ms)}{effect}.")
     if at.leader is None and not problems:
         problems.append("No node leads: PostgreSQL has not confirmed a leader yet.")
     return ClusterView(
@@ -105,4 +106,4 @@ def _problems(nodes: Sequence[NodeEntry], leading: NodeEntry | None) -> Iterable
     for node in nodes:
         if abs(node.ahead_ms) > AHEAD_MS and node.seen_ms < SILENT_MS:
             side = "ahead of" if node.ahead_ms > 0 else "behind"
-            yield f"The wall clock of node {node.name} is {abs(node.ahead_ms) / 1000:.1f} s {side} that of PostgreSQL."
+            yield f"The wall clock of node {node.name} is {duration(abs(node.ahead_ms))} {side} that of PostgreSQL."

@@ -6,7 +6,6 @@ For every job that is not finished, something happens next, at a known time, by 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from shlex import quote
 from typing import Final, NamedTuple
 
@@ -14,12 +13,13 @@ from msgspec.structs import replace
 
 from jobd.core.rules.late_results import not_adoptable
 from jobd.core.state import State
-from jobd.core.transitions import in_words, is_overdue
+from jobd.core.transitions import is_overdue
 from jobd.core.worker_presence import ClaimSet, WorkerPresence, WorkerSeen
 from jobd.model.commands import NO_REASON, Moment
 from jobd.model.events import Event, QueuePause, describe_author
-from jobd.model.job import DELAYED_FROM, HOUR_MS, SECOND_MS, Grant, Job, LateResult, LockDeadlines, Policy
+from jobd.model.job import DELAYED_FROM, Grant, Job, LateResult, LockDeadlines, Policy
 from jobd.model.responses import NextEvent, WhyView
+from jobd.model.times import duration, time_left, utc
 
 MAX_NAMED: Final = 3  # workers or kinds that a sentence lists
 
@@ -77,7 +77,7 @@ def _queued(job: Job, state: State, at: Moment) -> WhyView:
         because = f"Queue {queue} was paused {pause.describe()}. None of its jobs is granted.{back}"
         return WhyView("queued", because, _pause_ends(pause, expires), "queue_paused", _resuming(queue, pause))
     if job.run_at > at.now:
-        because = f"It is not due for another {in_words(job.run_at - at.now)}.{back}"
+        because = f"It is not due for another {time_left(job.run_at - at.now)}.{back}"
         rule = "release delay" if job.releases >= DELAYED_FROM else "run_at"
         due = NextEvent("It becomes due and is offered to workers.", job.run_at, rule)
         first = due if job.expires_at is None or job.run_at < job.expires_at else expires
@@ -110,7 +110,7 @@ def _resuming(queue: str, pause: QueuePause) -> list[str]:
 
 def _overdue(job: Job, state: State, at: Moment, back: str) -> WhyView:
     assert job.expires_at is not None
-    because = f"Its expires_at passed {in_words(at.now - job.expires_at)} ago, so no worker can claim it.{back}"
+    because = f"Its expires_at passed {duration(at.now - job.expires_at)} ago, so no worker can claim it.{back}"
     if at.suspect:
         because += " The wall clock is suspect, so recovery does not fail it."
         do = ["Check the clock of the daemon's machine. If it is correct: jobctl clock accept"]
@@ -127,7 +127,7 @@ def _waiting(job: Job, state: State, at: Moment, expires: NextEvent | None, back
     first = next(state.due([queue], [kind]), None)
     ahead = "It is next in line." if first is not None and first.id == job.id else "Other jobs come first."
     outlook = _outlook(job, state, at)
-    because = f"It has waited for {in_words(at.now - job.waits_since(at.now))}: {outlook.clause}. {ahead}{back}"
+    because = f"It has waited for {duration(at.now - job.waits_since(at.now))}: {outlook.clause}. {ahead}{back}"
     return WhyView("queued", because, expires or outlook.next, outlook.blocked_by, outlook.do)
 
 
@@ -164,7 +164,7 @@ def _outlook(job: Job, state: State, at: Moment) -> _Outlook:
     if fitting:
         last = max(claims.claimed for claims in fitting)
         who = next((f", by {name}, which is gone" for name, each in workers if each.claimed == last), "")
-        clause = f"no worker claims such jobs now; the last claim was {in_words(presence.lock_ms - last)} ago{who}"
+        clause = f"no worker claims such jobs now; the last claim was {duration(presence.lock_ms - last)} ago{who}"
         return _Outlook(clause, offered, "no worker", [see, start])
     if sets and (others := _others(sets, presence)):
         clause = f"{others}; no worker has claimed {_of_kind(kind)} of this queue {_since(presence, at)}"
@@ -176,7 +176,7 @@ def _outlook(job: Job, state: State, at: Moment) -> _Outlook:
 def _idle(idle: list[tuple[str, WorkerSeen]], busy: list[tuple[str, WorkerSeen]], state: State, at: Moment) -> str:
     """Describe the live busy workers first: a worker that stopped counts as idle until it is gone."""
     name, latest = max(idle, key=lambda each: each[1].claimed)
-    last = f"{name} claimed this queue {in_words(state.presence.lock_ms - latest.claimed)} ago"
+    last = f"{name} claimed this queue {duration(state.presence.lock_ms - latest.claimed)} ago"
     others = "" if len(idle) == 1 else f"; {len(idle) - 1} more {'is' if len(idle) == 2 else 'are'} idle"
     live = [each for each in busy if not each[1].expired]
     if not live:
@@ -199,7 +199,7 @@ def _busy(busy: list[tuple[str, WorkerSeen]], state: State, at: Moment) -> str:
 
 
 def _longest(busy: list[tuple[str, WorkerSeen]], state: State, at: Moment) -> str:
-    return in_words(at.now - min(_busy_since(worker, state) for _, worker in busy))
+    return duration(at.now - min(_busy_since(worker, state) for _, worker in busy))
 
 
 def _busy_since(worker: WorkerSeen, state: State) -> int:
@@ -234,14 +234,8 @@ def _of_kind(kind: str) -> str:
 
 def _since(presence: WorkerPresence, at: Moment) -> str:
     if presence.has_forgotten or presence.started_at is None:
-        return f"since {_utc(at.wall(presence.since), at.now)}"
-    return f"since the start at {_utc(presence.started_at, at.now)}"
-
-
-def _utc(time_ms: int, now_ms: int) -> str:
-    """Format a time of day, with its date if it is more than 12 hours ago."""
-    time = datetime.fromtimestamp(time_ms // SECOND_MS, UTC)
-    return f"{time:%H:%M} UTC" if 0 <= now_ms - time_ms < 12 * HOUR_MS else f"{time:%Y-%m-%d %H:%M} UTC"
+        return f"since {utc(at.wall(presence.since))}"
+    return f"since the start at {utc(presence.started_at)}"
 
 
 def _returned(job: Job) -> str:
@@ -265,10 +259,10 @@ def _processing(job: Job, state: State, at: Moment) -> WhyView:
         because = "Its status is processing, but no worker holds it. Such rows come from imports or manual edits."
         soon = NextEvent("The next cleanup run treats it as stalled.", _cleanup_at(state, at), "validation")
         return WhyView("processing", because, soon, None, ["Start a cleanup run: jobctl cleanup"])
-    since = in_words(at.now - grant.acquired_at)
+    since = duration(at.now - grant.acquired_at)
     because = f"Worker {grant.worker} has held it for {since}, at {job.progress:g} %."
     if deadlines.is_live(at.lock_ms):
-        until = in_words(deadlines.expires - at.lock_ms)
+        until = time_left(deadlines.expires - at.lock_ms)
         because += f" Its lock is live for another {until}."
     elif deadlines.is_past_progress_due(at.lock_ms):
         because += (
@@ -289,7 +283,7 @@ def _progress_due(grant: Grant, deadlines: LockDeadlines, at: Moment) -> str:
     left = deadlines.progress_due - at.lock_ms
     if left <= 0:
         return ""
-    return f" Its progress timeout ends in {in_words(left)} (progress_timeout_ms {grant.progress_timeout_ms})."
+    return f" Its progress timeout ends in {time_left(left)} (progress_timeout_ms {grant.progress_timeout_ms})."
 
 
 def _cleanup_at(state: State, at: Moment) -> int:

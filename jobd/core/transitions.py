@@ -18,8 +18,6 @@ from jobd.model.events import EventType
 from jobd.model.job import (
     LATEST_MS,
     MAX_PERCENT,
-    MINUTE_MS,
-    SECOND_MS,
     TRANSITIONS,
     Backoff,
     Failure,
@@ -36,6 +34,7 @@ from jobd.model.job import (
     storage_key_error,
 )
 from jobd.model.responses import Response
+from jobd.model.times import duration
 
 STALLED: Final = "stalled"
 EXPIRED: Final = "expired"
@@ -335,10 +334,10 @@ def stall_reason(tx: Transaction, job: Job) -> str:
         return "The job was processing, but no worker held it."
     where = f"at {job.progress:g} % (attempt {job.attempt} of {job.options.max_attempts})"
     if deadlines.is_past_progress_due(tx.at.lock_ms):
-        limit = in_words(made.progress_timeout_ms)
+        limit = duration(made.progress_timeout_ms)
         return f"Worker {made.worker} reported no progress for {limit} (progress_timeout_ms) {where}."
     unreported_ms = tx.at.lock_ms - (deadlines.stall_due - made.stall_after_ms)
-    return f"No update from worker {made.worker} for {in_words(unreported_ms)} {where}. The lock had expired."
+    return f"No update from worker {made.worker} for {duration(unreported_ms)} {where}. The lock had expired."
 
 
 def was_due(job: Job, now: int) -> bool:
@@ -379,20 +378,6 @@ def is_stalled(job: Job, lock_ms: LockMs) -> bool:
     return job.status == "processing" and (
         job.deadlines is None or job.grant is None or lock_ms >= job.deadlines.stalled_at
     )
-
-
-def in_words(ms: int) -> str:
-    """Format a duration for people: `45 s`, `12 min`, `3 h 5 min`."""
-    if ms < SECOND_MS:
-        return f"{max(ms, 0)} ms"
-    seconds = ms // SECOND_MS
-    if ms < 2 * MINUTE_MS:
-        return f"{seconds} s"
-    minutes = seconds // 60
-    if minutes < 120:
-        return f"{minutes} min"
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if minutes else f"{hours} h"
 
 
 def _end_grant(fields: dict[str, Any], job: Job, ended: PreviousGrant | None) -> None:

@@ -22,7 +22,8 @@ from jobd import __version__
 from jobd.dashboard.assets import Assets
 from jobd.dashboard.urls import curl_prefix, job_url
 from jobd.http.response import RawBody
-from jobd.model.job import DAY_MS, EARLIEST_MS, HOUR_MS, LATEST_MS, MINUTE_MS, SECOND_MS, headline
+from jobd.model.job import EARLIEST_MS, LATEST_MS, headline
+from jobd.model.times import duration, time_left, utc
 
 TEMPLATES: Final = Path(__file__).parent / "templates"
 PRECOMPILED: Final = ("base.html", "error.html")  # rendering an error does not wait for a thread
@@ -84,7 +85,8 @@ class Renderer:
         )
         self._environment.filters |= {
             "duration": duration,
-            "utc_time": utc_time,
+            "time_left": time_left,
+            "utc": utc,
             "detail": detail,
             "iso_time": iso_time,
             "byte_size": byte_size,
@@ -152,27 +154,6 @@ def link_commands(text: str) -> Markup:
     return linked + escape(visible(text[at:]))
 
 
-def duration(ms: float) -> str:
-    """Format a duration with its two greatest units: 350 ms, 12 s, 3 min 5 s, 2 h 10 min, 4 d 3 h."""
-    ms = abs(int(ms))
-    if ms < SECOND_MS:
-        return f"{ms} ms"
-    for unit, word, smaller, small in (
-        (DAY_MS, "d", HOUR_MS, "h"),
-        (HOUR_MS, "h", MINUTE_MS, "min"),
-        (MINUTE_MS, "min", SECOND_MS, "s"),
-    ):
-        if ms >= unit:
-            rest = ms % unit // smaller
-            return f"{ms // unit} {word} {rest} {small}" if rest else f"{ms // unit} {word}"
-    return f"{ms // SECOND_MS} s"
-
-
-def utc_time(at: int) -> str:
-    """Format a time: 2026-01-31 12:00:00 UTC."""
-    return _utc(at).strftime("%Y-%m-%d %H:%M:%S UTC")
-
-
 def detail(value: object, name: str = "") -> str:
     """Format a detail of an event or audit entry, according to its name. A filter becomes a list of its fields."""
     if isinstance(value, dict):
@@ -181,18 +162,15 @@ def detail(value: object, name: str = "") -> str:
         return f"{value:g}"
     if isinstance(value, int):
         if name.endswith(("_at", "since", "until")) and EARLIEST_MS <= value <= LATEST_MS:
-            return utc_time(value)
+            return utc(value)
         if name.endswith("_ms"):
             return duration(value)
     return str(value)
 
 
 def iso_time(at: int) -> str:
-    return _utc(at).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-
-
-def _utc(at: int) -> datetime.datetime:
-    return _EPOCH + datetime.timedelta(milliseconds=at)
+    at_utc = _EPOCH + datetime.timedelta(milliseconds=at)
+    return at_utc.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def byte_size(count: int) -> str:

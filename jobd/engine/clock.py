@@ -18,15 +18,15 @@ from __future__ import annotations
 import ctypes
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
 from typing import Final, Literal
 
 import structlog
 
 from jobd.model.clocks import BootMs
 from jobd.model.commands import ClockStep, Moment
-from jobd.model.job import DAY_MS, HOUR_MS, MINUTE_MS, SECOND_MS
+from jobd.model.job import DAY_MS, MINUTE_MS, SECOND_MS
 from jobd.model.storage import Numbers
+from jobd.model.times import duration, utc
 
 AHEAD_AT_MOST_MS: Final = DAY_MS  # ahead of boot time, while running
 SYNCHRONISED_FOR_MS: Final = 10 * MINUTE_MS
@@ -150,7 +150,7 @@ class Clock:
         if (ahead := self.moment().ahead) >= -_NOISE_MS:
             return None
         return (
-            f"The wall clock is {_in_words(-ahead)} behind its expected value ({_shown(self._expected)}). Jobs that "
+            f"The wall clock is {duration(-ahead)} behind its expected value ({utc(self._expected)}). Jobs that "
             "finish now are kept longer by that. If the clock is right: jobctl clock accept"
         )
 
@@ -248,9 +248,9 @@ class Clock:
     def _warning(self) -> str:
         assert self._step is not None
         return (
-            f"The wall clock is {_in_words(self._ahead)} ahead of its expected value ({_shown(self._expected)}), so "
-            f"nothing is deleted or failed by age. It was set ahead by {_in_words(self._step.ahead_ms)} after "
-            f"{_shown(self._step.since)}, or the daemon did not run meanwhile. Check the date of this machine; if it "
+            f"The wall clock is {duration(self._ahead)} ahead of its expected value ({utc(self._expected)}), so "
+            f"nothing is deleted or failed by age. It was set ahead by {duration(self._step.ahead_ms)} after "
+            f"{utc(self._step.since)}, or the daemon did not run meanwhile. Check the date of this machine; if it "
             "is right: jobctl clock accept"
         )
 
@@ -267,15 +267,3 @@ _REASONS: Final[dict[TrustReason, str]] = {
     "agrees": "wall time agrees with its expected value again",
     "synchronised": "the kernel has reported the clock as synchronised for 10 min",
 }
-
-
-def _in_words(ms: int) -> str:
-    """Format a duration: `40 days`, `26 h`, `31 min`, `5 s`."""
-    for unit_ms, unit in ((DAY_MS, "days"), (HOUR_MS, "h"), (MINUTE_MS, "min")):
-        if ms >= 2 * unit_ms:
-            return f"{ms // unit_ms} {unit}"
-    return f"{ms / SECOND_MS:.0f} s"
-
-
-def _shown(wall_ms: int) -> str:
-    return datetime.fromtimestamp(wall_ms // SECOND_MS, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")

@@ -19,6 +19,7 @@ from jobd.model.events import Change
 from jobd.model.job import MINUTE_MS, SECOND_MS
 from jobd.model.journal import JournalOutcomeUnknown, LeadershipLost
 from jobd.model.storage import MAX_POSTPONE_MS, CannotWrite, DueTombstones, JobStorage, Tombstone
+from jobd.model.times import duration
 from jobd.storage.artifacts.base import MARGINS, ArtifactStore, ArtifactStoreError, Deletion, Margins, Verdict, judge
 
 log = structlog.get_logger("jobd.artifacts")
@@ -127,7 +128,7 @@ class ArtifactSweeper:
             return None
         is_counted = self._failing.keys().isdisjoint((STORE, DAMAGED))
         artifacts = f"{len(self._failing)} artifacts of deleted jobs" if is_counted else "Artifacts of deleted jobs"
-        return f"{artifacts} cannot be deleted, the first for {failing_s:.0f} s: {why}"
+        return f"{artifacts} cannot be deleted, the first for {duration(failing_s * 1000)}: {why}"
 
     # -- slices --------------------------------------------------------------------------------------------------------
 

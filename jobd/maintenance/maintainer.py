@@ -26,6 +26,7 @@ from jobd.model.job import SECOND_MS
 from jobd.model.journal import JournalOutcomeUnknown, LeadershipLost
 from jobd.model.responses import CleanupReport, CleanupState, PreviewView, RecoverStuckView, Recovery, TakeBackView
 from jobd.model.storage import FormatNotRead
+from jobd.model.times import duration
 
 log = structlog.get_logger("jobd.cleanup")
 
@@ -163,12 +164,13 @@ class Maintainer:
         """Return why cleanup is degraded, as a sentence, or None."""
         schedule = self.schedule
         period_s = max(schedule.interval_ms, schedule.min_interval_ms) / SECOND_MS
-        silent_s = asyncio.get_running_loop().time() - (self._last_success or self._started)
-        if silent_s <= LATE_AFTER * period_s:
+        late_s = asyncio.get_running_loop().time() - (self._last_success or self._started)
+        if late_s <= LATE_AFTER * period_s:
             return None
         errors = self.last_report.errors if self.last_report else []
         why = f" Errors of the latest run: {' '.join(errors)}" if errors else ""
-        return f"No cleanup run has succeeded for {silent_s:.0f} s (cleanup.interval {period_s:.0f} s).{why}"
+        late, period = duration(late_s * SECOND_MS), duration(period_s * SECOND_MS)
+        return f"No cleanup run has succeeded for {late} (cleanup.interval {period}).{why}"
 
     # -- recovery and ticks --------------------------------------------------------------------------------------------
 

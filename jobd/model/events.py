@@ -5,13 +5,13 @@ An event has the new value of every field that it changed, so folding the events
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
 from typing import Annotated, Any, Final, Literal
 
 from msgspec import UNSET, Meta, Struct, UnsetType
 from msgspec.structs import astuple
 
 from jobd.model.job import Failure, Grant, Job, LateResult, LockDeadlines, Options, PreviousGrant, Result
+from jobd.model.times import utc
 
 EventType = Literal[
     "created",
@@ -124,10 +124,10 @@ class QueuePause(Struct, frozen=True, gc=False):
     until: int | None = None
 
     def describe(self) -> str:
-        """Return the words after "paused", such as `by operator ana at 2026-03-01 12:03 UTC, until resumed: deploy`."""
+        """Return the words after "paused": `by operator ana at 2026-03-01 12:03:00 UTC, until resumed: deploy`."""
         by = "" if self.by is None else f"by {describe_author(self.by)} "
-        since = "at an unknown time" if self.at is None else f"at {_utc(self.at)}"
-        until = "until resumed" if self.until is None else f"until {_utc(self.until)}"
+        since = "at an unknown time" if self.at is None else f"at {utc(self.at)}"
+        until = "until resumed" if self.until is None else f"until {utc(self.until, self.at)}"
         return f"{by}{since}, {until}: {self.reason or 'no reason given'}"
 
 
@@ -137,10 +137,6 @@ def describe_author(by: str) -> str:
     if not name:
         return {"admin": "an operator", "client": "a client"}.get(kind, kind)
     return f"{'operator' if kind == 'admin' else kind} {name}"
-
-
-def _utc(at: int) -> str:
-    return datetime.fromtimestamp(at / 1000, UTC).strftime("%Y-%m-%d %H:%M UTC")
 
 
 class EventView(Struct, frozen=True, rename={"from_": "from"}):

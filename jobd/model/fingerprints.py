@@ -22,6 +22,7 @@ _DIFFERS: Final = re.compile(
     | (?P<url>  (?<!\w) [A-Za-z][A-Za-z0-9+.-]{1,20}:// [^\s"'`<>]+ )
     | (?P<path> (?<![\w/\\.]) (?: [A-Za-z]:[\\/] | ~?/ | \.\.?/ ) [^\s"'`:;,()<>]+ )
     | (?P<hex>  (?<!\w) (?: 0x[0-9a-fA-F]+ | (?=[a-fA-F]*[0-9]) (?=[0-9]*[a-fA-F]) [0-9a-fA-F]{8,} ) (?!\w) )
+    | (?P<time> (?: [0-9]+\ (?: d|h|min )\ )? [0-9]+ (?: [.,:][0-9]+ )* \ (?: d|h|min|s|ms ) (?!\w) )
     | (?P<n>    [0-9]+ (?: [.,:][0-9]+ )* )
     """,
     re.VERBOSE,
@@ -41,7 +42,7 @@ _PLACEHOLDER: Final = re.compile("<[a-z]+>")
 
 
 def normalize(message: str, job_id: str = "") -> str:
-    """Replace quoted texts, URLs, paths, UUIDs, hexadecimals, numbers and the id of the job by placeholders."""
+    """Replace quoted texts, URLs, paths, UUIDs, hexadecimals, durations, numbers and the job's id by placeholders."""
     marked = _marked(message)
     marked_id = _marked(job_id)
     # An id that consists of placeholders only (a number, a UUID) is replaced already.
@@ -53,7 +54,7 @@ def normalize(message: str, job_id: str = "") -> str:
 @lru_cache(maxsize=4_096)
 def _marked(message: str) -> str:
     error = _without_tracebacks(message)[:MAX_MESSAGE]
-    marked = _DIFFERS.sub(lambda match: f"<{match.lastgroup}>", error)
+    marked = _DIFFERS.sub(lambda match: "<n> s" if match["time"] else f"<{match.lastgroup}>", error)
     return " ".join(marked.split())
 
 

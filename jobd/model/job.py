@@ -10,6 +10,11 @@ import msgspec
 from msgspec import Meta, Struct
 
 from jobd.model.clocks import LockMs
+from jobd.model.times import DAY_MS as DAY_MS
+from jobd.model.times import HOUR_MS as HOUR_MS
+from jobd.model.times import MINUTE_MS as MINUTE_MS
+from jobd.model.times import SECOND_MS as SECOND_MS
+from jobd.model.times import YEAR_MS as YEAR_MS
 
 Status = Literal["queued", "processing", "completed", "failed", "cancelled"]
 OnStall = Literal["auto", "requeue", "fail"]
@@ -36,12 +41,6 @@ TRANSITIONS: Final = frozenset(
         ("cancelled", "completed"),
     }
 )
-
-SECOND_MS: Final = 1_000
-MINUTE_MS: Final = 60 * SECOND_MS
-HOUR_MS: Final = 60 * MINUTE_MS
-DAY_MS: Final = 24 * HOUR_MS
-YEAR_MS: Final = 365 * DAY_MS
 
 # A Unix time below this is probably in seconds, not milliseconds: 10^11 ms is March 1973.
 EARLIEST_MS: Final = 100_000_000_000

@@ -24,6 +24,7 @@ from jobd.model.commands import Moment
 from jobd.model.job import MINUTE_MS, SECOND_MS
 from jobd.model.responses import AlertSeverity, AlertView, ClusterView, DatabaseHealth, PartHealth
 from jobd.model.storage import DiskSpace
+from jobd.model.times import duration
 from jobd.model.webhooks import FailingWebhook
 from jobd.monitoring.cluster_conditions import cluster_conditions
 from jobd.monitoring.condition import Condition
@@ -249,7 +250,7 @@ class Alerts:
                 log.info("alert_resolved", **fields, since=self._since.pop(name))
         since = self._since.get(name)
         if since is not None and not holds:
-            hint = f"{hint} The alert resolves when this has lasted for {self._clear_ms // SECOND_MS} s."
+            hint = f"{hint} The alert resolves when this has lasted for {duration(self._clear_ms)}."
         return AlertView(name, since is not None, since, condition.value, condition.threshold, hint, severity)
 
     def _conditions(self, at: Moment) -> Iterator[Condition]:
@@ -294,7 +295,8 @@ class Alerts:
         hint += "See the oldest: jobctl stats"
         quiet = "No job is processing, and none completed in the last hour."
         if value:
-            quiet = f"Jobs take no longer than expected: {value:g} s on average (last hour, and those processing)."
+            average = duration(value * SECOND_MS)
+            quiet = f"Jobs take no longer than expected: {average} on average (last hour, and those processing)."
         return Condition("average_processing", value, threshold, hint, quiet)
 
     def _cleanup_issues(self) -> Condition:
@@ -332,8 +334,8 @@ class Alerts:
             value, each, last_s, usual_s = max(slower, key=lambda found: found[0])
             kind = f"kind {each.kind}" if each.kind else "no kind"
             quiet = (
-                f"Jobs of {kind} take {last_s:g} s (95th percentile, last hour, {each.completed} jobs); "
-                f"the usual is {usual_s:g} s."
+                f"Jobs of {kind} take {duration(last_s * SECOND_MS)} (95th percentile, last hour, {each.completed} "
+                f"jobs); the usual is {duration(usual_s * SECOND_MS)}."
             )
             advice = "Check the machine, the disk and the services that they use, then the oldest jobs: jobctl stats"
             hint = f"{quiet} {advice}"
@@ -361,7 +363,9 @@ class Alerts:
             f"Webhook {worst.name} accepts no deliveries. Messages are retried until give_up_after. "
             f"See: jobctl webhooks. {tried}"
         )
-        quiet = f"Webhook {worst.name} has accepted nothing for {value} s; deliveries are retried. {tried}"
+        quiet = (
+            f"Webhook {worst.name} has accepted nothing for {duration(worst.for_ms)}; deliveries are retried. {tried}"
+        )
         return Condition("webhook_failing", value, threshold, hint, quiet)
 
     def _without_workers(self) -> Condition:
@@ -374,7 +378,7 @@ class Alerts:
             rest, when = f"Its job {waits.job_id} is due; {has}.", "for it"
             if (pause := self._state.paused.get(waits.queue)) is not None:
                 rest, when = f"{has.capitalize()} and was paused {pause.describe()}.", "before you resume it"
-            quiet = f"No worker has claimed {_bucket_name(waits)} for {value} s. {rest}"
+            quiet = f"No worker has claimed {_bucket_name(waits)} for {duration(waits.for_ms)}. {rest}"
             advice = f"See which workers claim what: jobctl workers, jobctl why {waits.job_id}"
             hint = f"{quiet} Start a worker {when}. {advice}"
         return Condition("queue_without_workers", value, threshold, hint, quiet)
@@ -386,7 +390,9 @@ class Alerts:
         if self._state.paused:
             quiet = "No due job is waiting. Jobs of paused queues do not count."
         if value:
-            quiet = f"The oldest due job, {waits.job_id} of {_bucket_name(waits)}, has been waiting for {value} s."
+            quiet = (
+                f"The oldest due job, {waits.job_id} of {_bucket_name(waits)}, has waited for {duration(waits.for_ms)}."
+            )
             advice = f"See why it waits: jobctl why {waits.job_id}, jobctl queues"
             hint = f"{quiet} Add workers, or find out what creates so many jobs. {advice}"
         return Condition("queue_waits", value, threshold, hint, quiet)

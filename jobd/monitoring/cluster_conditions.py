@@ -8,6 +8,7 @@ from typing import Final
 
 from jobd.model.job import SECOND_MS
 from jobd.model.responses import ClusterView, NodeView
+from jobd.model.times import duration
 from jobd.monitoring.condition import Condition
 
 NOTICEABLE_MS: Final = 100  # a smaller difference of clocks counts as none
@@ -34,10 +35,10 @@ def _behind(standbys: list[NodeView], threshold: float) -> Condition:
     behind_ms, last = max(found, key=lambda each: each[0], default=(0, None))
     if last is not None and behind_ms >= SECOND_MS:
         value = behind_ms // SECOND_MS
-        quiet = f"Node {last.name} is {value} s behind the leader ({last.lag_records} records)."
+        quiet = f"Node {last.name} is {duration(behind_ms)} behind the leader ({last.lag_records} records)."
         advice = "Check its disk, its load and its connection to PostgreSQL"
         if last.is_silent:
-            quiet = f"Node {last.name} was last seen {value} s ago."
+            quiet = f"Node {last.name} was last seen {duration(behind_ms)} ago."
             advice = f"Start or restart jobd there, or remove its entry: jobd cluster forget {shlex.quote(last.name)}"
         hint = f"{quiet} {advice}. {_SHOW}"
     return Condition("standby_behind", value, threshold, hint, quiet)
@@ -76,7 +77,7 @@ def _two_primaries(view: ClusterView) -> Condition:
 
 def _horizon(view: ClusterView, threshold: float) -> Condition:
     value = (view.oldest_transaction_ms or 0) // SECOND_MS
-    quiet = f"The oldest transaction in the database has been open for {value} s."
+    quiet = f"The oldest transaction in the database has been open for {duration(view.oldest_transaction_ms or 0)}."
     hint = (
         f"{quiet} Long transactions slow down every commit of jobd. Find it with: SELECT pid, usename, xact_start, "
         "state, query FROM pg_stat_activity ORDER BY xact_start. Use a database for jobd alone"
@@ -94,6 +95,6 @@ def _clocks(view: ClusterView, threshold: float) -> Condition:
     if worst is not None and abs(worst.ahead_ms) >= NOTICEABLE_MS:
         value = abs(worst.ahead_ms) / SECOND_MS
         side = "ahead of" if worst.ahead_ms > 0 else "behind"
-        quiet = f"The wall clock of node {worst.name} is {value:g} s {side} that of PostgreSQL."
+        quiet = f"The wall clock of node {worst.name} is {duration(abs(worst.ahead_ms))} {side} that of PostgreSQL."
         hint = f"{quiet} Correct it, and check NTP on all machines. A takeover would continue with another time"
     return Condition("clocks_differ", value, threshold, hint, quiet)

@@ -456,7 +456,7 @@ def test_a_suspect_clock_survives_restarts_until_it_is_accepted(tmp_path: Path) 
             assert clock["suspect"], clock
             health = daemon.admin("GET", "health").data
             assert health["status"] == "degraded"
-            assert "The wall clock is 2 days ahead" in health["cleanupStatus"]["message"]
+            assert "The wall clock is 2 d ahead" in health["cleanupStatus"]["message"]
             assert b"level=warning event=clock_suspect " in daemon.log
             daemon.post("/v1/jobs", {})
             daemon.kill()

@@ -13,6 +13,7 @@ from jobd.cli.ctl import plan_commands
 from jobd.cli.ctl.completion import JOB_ID, QUEUE
 from jobd.cli.params import MOMENT, NAME, PAST, json_option
 from jobd.cli.progress import busy
+from jobd.model.times import utc
 
 if TYPE_CHECKING:
     from jobd.client import AdminClient
@@ -262,7 +263,7 @@ def clock(what: str | None, reason: str | None, yes: bool, dry_run: bool, as_jso
             terminal.emit_json({"heldJobs": seen.held_jobs, "moreHeld": seen.more_held})
             return
         text = f"{tables_admin.held_count(seen)} finished jobs would be deleted by age; the daemon's time is "
-        text += f"{terminal.instant(view.now)}" if view.suspect else f"{terminal.instant(view.now)}, and is not suspect"
+        text += f"{utc(view.now)}" if view.suspect else f"{utc(view.now)}, and is not suspect"
         if dry_run:
             terminal.emit(text)
             return

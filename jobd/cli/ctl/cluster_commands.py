@@ -10,6 +10,7 @@ import click
 from jobd.cli import confirm, exit_codes, terminal
 from jobd.cli.connection import TAKEOVER_S, admin_client, admin_options
 from jobd.cli.params import json_option
+from jobd.model.times import duration
 
 if TYPE_CHECKING:
     from jobd.client import AdminClient
@@ -95,7 +96,7 @@ def _show(view: ClusterView) -> None:
         ("leader", view.leader or "none"),
         ("epoch", view.epoch),
         ("record", view.record),
-        ("lease", None if view.lease_ms is None else terminal.span(view.lease_ms)),
+        ("lease", None if view.lease_ms is None else duration(view.lease_ms)),
         ("synchronous", "unknown" if view.synchronous is None else view.synchronous),
         ("as seen by", f"{view.node} ({view.role}{behind})"),
         *[("problem", problem) for problem in view.problems],
@@ -110,7 +111,7 @@ def _row(node: NodeView) -> tuple[object, ...]:
     notes = ["silent"] if node.is_silent else ["ready"] if node.is_ready else []
     if node.config_differs:
         notes.append("configuration differs from that of the leader")
-    seen = f"{terminal.span(node.seen_ms)} ago"
+    seen = f"{duration(node.seen_ms)} ago"
     versions = node.format, node.schema_version or "-"
-    behind = terminal.span(node.behind_ms) if node.role == "standby" else "-"
+    behind = duration(node.behind_ms) if node.role == "standby" else "-"
     return node.name, node.role, node.url or "-", behind, seen, *versions, ", ".join(notes)

@@ -15,6 +15,7 @@ from jobd.cli.connection import admin_client, admin_options
 from jobd.cli.ctl.completion import JOB_ID
 from jobd.cli.params import past_ms
 from jobd.cli.progress import busy
+from jobd.model.times import utc
 
 if TYPE_CHECKING:
     from jobd.client import AdminClient, JobClient
@@ -236,7 +237,7 @@ def _name_plans(plans: Sequence[PlanView], but: str = "") -> None:
     """Show the command that applies the plans."""
     if plans:
         names = " ".join(plan.plan_id for plan in plans)
-        terminal.say(f"To apply exactly this{but}, until {terminal.instant(plans[0].expires_at)}: jobctl apply {names}")
+        terminal.say(f"To apply exactly this{but}, until {utc(plans[0].expires_at)}: jobctl apply {names}")
 
 
 def maintenance_plan(client: AdminClient, action: PlanAction, reason: str | None) -> PlanView | None:

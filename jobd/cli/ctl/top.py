@@ -19,6 +19,7 @@ from jobd.client import AdminClient, JobdError
 from jobd.client.retries import RETRIED
 from jobd.model.fields import MAX_PAGE
 from jobd.model.responses import AlertView, LockedJob, QueueView, StatsView
+from jobd.model.times import duration, utc
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -221,10 +222,10 @@ def _head(frame: TopFrame, note: str, width: int) -> list[Text]:
     groups = [
         [f"{status} {count}" for status, count in stats.by_status.items()],
         [
-            terminal.instant(stats.timestamp),
+            utc(stats.timestamp),
             f"stalled {stats.stuck_jobs}",
             f"locked {stats.locked_jobs}",
-            f"average {terminal.span(stats.average_processing_time * 1000)}",
+            f"average {duration(stats.average_processing_time * 1000)}",
             *([] if stats.disk is None else [f"disk {terminal.disk_space(stats.disk)}"]),
         ],
         [f"per second (over {frame.over_s:g} s): {rates[0]}", *rates[1:]],

@@ -10,6 +10,7 @@ from msgspec import Struct
 from jobd.cli import terminal
 from jobd.cli.progress import bar
 from jobd.model.job import DAY_MS
+from jobd.model.times import duration, utc
 
 if TYPE_CHECKING:
     from jobd.client import AdminClient
@@ -61,7 +62,7 @@ def _clock(client: AdminClient) -> Iterator[Finding]:
     clock = client.clock()
     if clock.suspect:
         fix = "if this time is right: jobctl clock accept; if not, set the clock"
-        yield Finding("clock", f"{clock.message} The daemon's time is {terminal.instant(clock.now)}.", fix)
+        yield Finding("clock", f"{clock.message} The daemon's time is {utc(clock.now)}.", fix)
 
 
 def _quarantine(client: AdminClient) -> Iterator[Finding]:
@@ -73,7 +74,7 @@ def _cleanup(client: AdminClient) -> Iterator[Finding]:
     state = client.cleanup_state()
     since_ms = state.time_since_last_cleanup
     if since_ms is not None and since_ms > OVERDUE_MS and not state.cleanup_running:
-        what = f"the last successful cleanup run was {terminal.span(since_ms)} ago"
+        what = f"the last successful cleanup run was {duration(since_ms)} ago"
         yield Finding("cleanup", what, "read the reason in the log, then run: jobctl cleanup")
     report = state.last_report
     if report is None:
@@ -167,7 +168,7 @@ THRESHOLDS: Final = (
         "jobd_artifact_sweep_behind_seconds",
         900,
         "artifacts",
-        lambda value: f"deletion of artifacts is {terminal.span(int(value * 1000))} behind",
+        lambda value: f"deletion of artifacts is {duration(value * 1000)} behind",
         "check the store that artifacts.url names, and the log: journalctl -u jobd --grep artifact",
     ),
     Threshold(
@@ -175,7 +176,7 @@ THRESHOLDS: Final = (
         "jobd_queue_oldest_due_seconds",
         3600,
         "queue",
-        lambda value: f"a job has been due for {terminal.span(int(value * 1000))}",
+        lambda value: f"a job has been due for {duration(value * 1000)}",
         "does a worker claim this queue, and all its kinds? jobctl workers, jobctl why ID",
     ),
 )

@@ -21,6 +21,7 @@ from jobd.cli.demo.processes import HEIGHT, SIGNATURE, WIDTH, Sandbox
 from jobd.client import JobClient, JobView
 from jobd.model.events import EventView
 from jobd.model.job import FINISHED
+from jobd.model.times import duration
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
@@ -224,7 +225,7 @@ def _report(sandbox: Sandbox, observed: Observations) -> list[tuple[str, bool]]:
     rows = []
     for job in jobs:
         grants = [str(event.details.get("worker")) for event in timelines[job.id] if event.type == "granted"]
-        took = terminal.span((job.finished_at or job.updated_at) - (job.started_at or job.updated_at))
+        took = duration((job.finished_at or job.updated_at) - (job.started_at or job.updated_at))
         result = errors[job.id] or Path(job.file_path or "").name
         rows.append((job.id, job.status, " then ".join(grants), job.attempt, job.stalls, took, result))
     terminal.emit("")

@@ -44,6 +44,7 @@ from jobd.model.job import (
     release_delay_ms,
 )
 from jobd.model.responses import Grants, JobList, JobView, Response
+from jobd.model.times import duration, time_left
 
 _encode: Final = msgspec.json.Encoder().encode
 # Options of a job that no command changes.
@@ -182,7 +183,7 @@ def _check_start(tx: Transaction, job: Job) -> None:
         raise transitions.invalid_transition(job, "processing", what)
     if job.run_at > at.now:
         wait_ms = job.run_at - at.now
-        message = f"Job {job.id} is not due for another {transitions.in_words(wait_ms)}."
+        message = f"Job {job.id} is not due for another {time_left(wait_ms)}."
         raise api_error("not_due", message, run_at=job.run_at, retry_after_ms=wait_ms)
     queue = job.options.queue
     if (pause := tx.state.paused.get(queue)) is not None:
@@ -200,7 +201,7 @@ def _already_locked(tx: Transaction, job: Job) -> ApiException:
         "lock_expires_at": at.wall(job.deadlines.expires),
         "retry_after_ms": wait_ms,
     }
-    message = f"Job {job.id} is held by worker {job.grant.worker}. Try again in {transitions.in_words(wait_ms)}."
+    message = f"Job {job.id} is held by worker {job.grant.worker}. Try again in {time_left(wait_ms)}."
     return api_error("already_locked", message, **details)
 
 
@@ -431,7 +432,7 @@ def _progress_timeout(tx: Transaction, job: Job) -> ApiException:
     assert job.grant is not None and job.deadlines is not None and job.deadlines.progress_due is not None
     limit = job.grant.progress_timeout_ms
     message = (
-        f"Job {job.id} had no progress report for {transitions.in_words(limit)} (progress_timeout_ms {limit}). "
+        f"Job {job.id} had no progress report for {duration(limit)} (progress_timeout_ms {limit}). "
         "Complete, fail or release it now. Next time report progress in time, or raise progress_timeout_ms of the "
         "job, of the start or claim, or progress_timeout under [locks]; 0 means no timeout."
     )

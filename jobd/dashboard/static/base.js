@@ -27,7 +27,7 @@
 
   // -- countdowns, by the daemon's clock ------------------------------------------------------------------------------
   const duration = (ms) => {
-    const s = Math.max(Math.floor(ms / 1000), 0);
+    const s = Math.max(Math.ceil(ms / 1000), 0); // rounded up, as the daemon's time_left
     if (s < 60) return `${s} s`;
     const min = Math.floor(s / 60);
     if (min < 60) return s % 60 ? `${min} min ${s % 60} s` : `${min} min`;

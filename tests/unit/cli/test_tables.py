@@ -18,7 +18,7 @@ def test_an_event_is_a_line() -> None:
     event = StreamedEvent(7, 1_000, "granted", "queued", "processing", "worker:w", None, {"ttl_ms": 60_000}, "a", "q")
     time, *rest = tables.event_line(event).split("  ")
     assert time.startswith("1970-01-01 ")
-    assert rest == ["7", "granted", "a (q)", "queued → processing", "worker:w", "ttl_ms=1 m"]
+    assert rest == ["7", "granted", "a (q)", "queued → processing", "worker:w", "ttl_ms=1 min"]
     failed = StreamedEvent(7, 1_000, "failed", None, None, "admin", "one\ntwo", {"error_code": "E"}, "a", "q")
     assert tables.event_line(failed).split("  ")[1:] == ["7", "failed", "a (q)", "admin", "one …", "error_code=E"]
     paused = StreamedEvent(8, 1_000, "queue_paused", None, None, "admin", "why", {}, None, "q")

@@ -52,7 +52,7 @@ def test_webhooks_are_listed_with_their_state(capsys: pytest.CaptureFixture[str]
     assert {row[0]: row[2:4] for row in rows[1:]} == {
         "a": ["starting", "-"],
         "b": ["healthy", "-"],
-        "c": ["failing", "in 5 m"],
-        "d": ["paused after errors", "in 5 m"],
+        "c": ["failing", "in 5 min 12 s"],
+        "d": ["paused after errors", "in 5 min 12 s"],
         "e": ["retrying one message", "-"],
     }

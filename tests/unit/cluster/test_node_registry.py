@@ -73,8 +73,10 @@ async def test_nodes_see_each_other(server: MemoryServer) -> None:
     (problem,) = view(b, replace(FOLLOWS, leader=None)).problems
     assert problem == "No node leads: PostgreSQL has not confirmed a leader yet."
     (problem,) = view(b, replace(FOLLOWS, leader=None, unheard_ms=4_100)).problems
-    assert problem == "This node has not heard from PostgreSQL for 4 s, so it does not know which node leads."
-    assert view(b, replace(FOLLOWS, unheard_ms=1_100)).problems == ["This node has not heard from PostgreSQL for 1 s."]
+    assert problem == "This node has not heard from PostgreSQL for 4.1 s, so it does not know which node leads."
+    assert view(b, replace(FOLLOWS, unheard_ms=1_100)).problems == [
+        "This node has not heard from PostgreSQL for 1.1 s."
+    ]
     later = replace(entry("b", "p-b"), projected_to=9)
     assert [b.registry.behind_ms(each) for each in (later, entry("b", "p-b"))] == [2_100, 0]
     await b.stop()

@@ -85,24 +85,6 @@ def test_details_are_formatted() -> None:
     assert (rendering.detail(7), rendering.detail("a"), rendering.detail(True)) == ("7", "a", "True")
 
 
-@pytest.mark.parametrize(
-    ("ms", "words"),
-    [
-        (0, "0 ms"),
-        (999, "999 ms"),
-        (-1_000, "1 s"),
-        (59_999, "59 s"),
-        (60_000, "1 min"),
-        (185_000, "3 min 5 s"),
-        (7_800_000, "2 h 10 min"),
-        (86_400_000, "1 d"),
-        (4 * 86_400_000 + 3 * 3_600_000, "4 d 3 h"),
-    ],
-)
-def test_durations_are_formatted(ms: int, words: str) -> None:
-    assert rendering.duration(ms) == words
-
-
 def test_sizes_numbers_and_times_are_formatted() -> None:
     assert [rendering.byte_size(n) for n in (0, 1023, 1024, 5 << 20, 3 << 30)] == [
         "0 B",
@@ -113,4 +95,3 @@ def test_sizes_numbers_and_times_are_formatted() -> None:
     ]
     assert rendering.thousands(1234567) == "1\u202f234\u202f567"
     assert rendering.iso_time(1_700_000_000_123) == "2023-11-14T22:13:20.123Z"
-    assert rendering.utc_time(1_700_000_000_123) == "2023-11-14 22:13:20 UTC"

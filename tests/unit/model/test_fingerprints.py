@@ -16,6 +16,7 @@ from jobd.model.fingerprints import MAX_NORMALIZED, fingerprint, fingerprint_of_
     [
         ("No space left on device", "No space left on device"),
         ("exit 3 after 12.5 s (try 2 of 3)", "exit <n> after <n> s (try <n> of <n>)"),
+        ("silent for 3 h 5 min, 15 min, 1 min 1 s, 2.5 s, 7 ms", "silent for <n> s, <n> s, <n> s, <n> s, <n> s"),
         ("at 12:30:07,123 worker-7 died", "at <n> worker-<n> died"),
         ('no such file: "/srv/in/a b.mov"', "no such file: <text>"),
         ("can't open 'movie.mov', it isn't there", "can't open <text>, it isn't there"),

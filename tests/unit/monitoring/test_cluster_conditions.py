@@ -66,7 +66,7 @@ def test_a_silent_node_counts_as_behind_and_not_as_a_standby() -> None:
         ({"writable": ["a:5432", "b:5432"]}, "two_primaries", 1, "at a:5432 and b:5432. jobd uses"),
         ({"writable": ["a:5432"]}, "two_primaries", 0, "writes at a:5432."),
         ({}, "two_primaries", 0, "no host, as far as known"),
-        ({"oldest_transaction_ms": 61_000}, "database_horizon", 61, "open for 61 s. Long transactions"),
+        ({"oldest_transaction_ms": 61_000}, "database_horizon", 61, "open for 1 min 1 s. Long transactions"),
         ({"oldest_transaction_ms": None}, "database_horizon", 0, "does not respond"),
         ({"nodes": [A, replace(B, ahead_ms=-1_500)]}, "clocks_differ", 1.5, "node b is 1.5 s behind that"),
         ({"nodes": [replace(A, ahead_ms=2_000), B]}, "clocks_differ", 2, "node a is 2 s ahead of that"),

@@ -100,7 +100,7 @@ def test_the_nodes_and_the_leader_are_shown(nodes: Cluster, capsys: pytest.Captu
         "leader http://a.example:8771",
         "epoch 7",
         "record 40",
-        "lease 3.0 s",
+        "lease 3 s",
         "synchronous yes",
         "as seen by a (leader)",
         "problem The clock of node b is 2 s ahead.",

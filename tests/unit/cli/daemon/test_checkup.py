@@ -79,7 +79,7 @@ PASSED = {
     "write-ahead log": ("jobd_wal_bytes {}", 256 * MIB + 1, 256 * MIB, "grown to 256.0 MiB"),
     "event loop": ("jobd_loop_lag_seconds {}", 0.51, 0.5, "blocked for 0.5 s"),
     "mailbox": ("jobd_mailbox_limit_commands 100.0\njobd_mailbox_commands {}", 51, 50, "51% full"),
-    "artifacts": ("jobd_artifact_sweep_behind_seconds {}", 901, 900, "15 m 1 s behind"),
+    "artifacts": ("jobd_artifact_sweep_behind_seconds {}", 901, 900, "15 min 1 s behind"),
     "queue film": ('jobd_queue_oldest_due_seconds{{queue="film"}} {}', 3601, 3600, "1 h"),
 }
 

@@ -482,8 +482,8 @@ def test_start_checks_the_due_time_before_the_pause(rules: RuleHarness) -> None:
     rules.advance(1)
     rejection = rules.reject(Start(id="a", worker="w"), "queue_paused")
     assert rejection.message == (
-        "Queue default was paused by a client at 2023-11-14 22:13 UTC, until resumed: no reason given. An operator can "
-        "resume it: jobctl resume default"
+        "Queue default was paused by a client at 2023-11-14 22:13:20 UTC, until resumed: no reason given. An operator "
+        "can resume it: jobctl resume default"
     )
     assert rejection.details == {
         "queue": "default",
