@@ -77,7 +77,12 @@ def lower_headers(response: http.client.HTTPResponse) -> dict[str, str]:
 
 
 class BlockingClient(BaseClient):
-    """A pool of idle connections, and calls over them. Every method is thread-safe."""
+    """A pool of idle connections, and calls over them. Every method is thread-safe.
+
+    `on_retry` is called with the error of an attempt, before the wait for the next one.
+    """
+
+    on_retry: Callable[[JobdError], object] | None = None
 
     def _reset_connections(self) -> None:
         self._guard = threading.Lock()
@@ -115,6 +120,8 @@ class BlockingClient(BaseClient):
                 result = read_result(request, response)
             except JobdError as error:
                 wait_s = state.wait_s(error, time.monotonic(), random.random())
+                if self.on_retry is not None and not state.is_redirected:
+                    self.on_retry(error)
             else:
                 state.served()
                 return result

@@ -123,6 +123,18 @@ def test_wait_ends_when_all_jobs_are_finished(jobctl: Jobctl, running: CliDaemon
     assert jobctl.rejected("wait")[0] == jobctl.rejected("wait", "a", "--queue", "w1")[0] == 2
 
 
+def test_wait_says_once_that_it_waits_for_the_daemon(running: CliDaemon, tmp_path: Path) -> None:
+    later = tmp_path / "later.sock"
+    argv = ("wait", "--queue", "w2", "--socket", str(later))
+    waiting = running.start("jobd.cli.ctl.main", *argv, stderr=subprocess.PIPE)
+    assert waiting.stderr is not None
+    cause = f"The daemon at unix:{later} cannot be reached: No such file or directory"
+    assert waiting.stderr.readline() == f"{cause}; waiting for the daemon\n"
+    later.symlink_to(running.directory / "worker.sock")
+    assert waiting.communicate()[1] == "no unfinished jobs\n"
+    assert waiting.returncode == 0
+
+
 def test_bash_completes_queues_kinds_and_jobs(running: CliDaemon, tmp_path: Path) -> None:
     running.client.create_job(queue="comp", kind="thumb", id="comp:1")
     running.client.create_job(queue="comp", kind="$(touch x)", id="comp-2")

@@ -15,7 +15,7 @@ from jobd.cli.ctl.completion import JOB_ID, QUEUE
 from jobd.cli.params import DURATION, json_option
 
 if TYPE_CHECKING:
-    from jobd.client import JobClient
+    from jobd.client import JobClient, JobdError
     from jobd.model.responses import JobView
 
 RETRY_FOR_S: Final = 60.0  # a wait survives a restart of the daemon
@@ -42,6 +42,12 @@ def wait(ids: tuple[str, ...], queue: str | None, timeout_ms: int | None, as_jso
     until_s = None if timeout_ms is None else time.monotonic() + timeout_ms / 1000
     text = "" if timeout_ms is None else f"{timeout_ms / 1000:g} s"
     client, counts = job_client(retry_for_s=RETRY_FOR_S), Counter[str]()
+
+    def say_once(error: JobdError) -> None:
+        client.on_retry = None
+        terminal.say(f"{error.message.rstrip('.')}; waiting for the daemon")
+
+    client.on_retry = say_once
     try:
         if queue is None:
             _wait_for_all(client, dict.fromkeys(ids), until_s, counts, text)
