@@ -11,18 +11,17 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import random
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, Final
 
 from jobd.cli.demo import recovery
+from jobd.cli.demo.processes import Sandbox
 from jobd.client import JobClient, JobView
-from tests.support.daemon_process import TOKEN, die_with_us
+from jobd.model.job import FINISHED
+from tests.support.daemon_process import TOKEN
 from tests.support.node_process import Cluster, NodeProcess
 from tests.support.postgres import PostgresMissing, PostgresServer, postgres_cluster, version
 
@@ -34,7 +33,6 @@ LOCK_TTL_MS: Final = 60_000  # longer than a takeover, so that no job needs to b
 DEADLINE_S: Final = 90.0
 NEAR: Final = 50  # events; while work goes on, a standby is always a little behind
 _POLL_S: Final = 0.02
-_FINISHED: Final = frozenset({"completed", "failed", "cancelled"})
 
 Check = tuple[str, bool]
 
@@ -42,26 +40,24 @@ Check = tuple[str, bool]
 class Demo:
     """Three nodes on `server`, and workers that know all of them."""
 
-    def __init__(self, folder: Path, server: PostgresServer, stack: contextlib.ExitStack, seed: int) -> None:
-        self._began_s = time.monotonic()
-        self._stack = stack
+    def __init__(self, sandbox: Sandbox, server: PostgresServer, stack: contextlib.ExitStack, seed: int) -> None:
+        self.sandbox = sandbox
+        self.say = sandbox.say
         self._seed = seed
-        self.results = folder / "results"
-        self.results.mkdir()
-        self.cluster = Cluster(folder, server.url(), stack, JOBD_JOURNAL_REQUIRE_SYNC="true")
+        self.cluster = Cluster(sandbox.folder, server.url(), stack, JOBD_JOURNAL_REQUIRE_SYNC="true")
         self.checks: list[Check] = []
-
-    def say(self, text: str) -> None:
-        print(f"{time.monotonic() - self._began_s:6.1f} s  {text}", flush=True)
 
     def run(self) -> list[Check]:
         """Run the demo. Returns each check with whether it was observed."""
         self._start_nodes()
         with JobClient(self.urls, token=TOKEN, retry_for_s=30.0) as client:
-            jobs = client.create_jobs(self._jobs())
+            jobs = client.create_jobs(recovery.jobs_of(self._seed, PICTURES, FILMS))
             self.say(f"{len(jobs)} jobs submitted")
+            token = str(self.cluster.nodes[0].directory / "token")
             for name in WORKERS:
-                self._start_worker(name)
+                options = {"endpoint": self.urls, "JOBD_WORKER_TOKEN_FILE": token}
+                pid = self.sandbox.start_worker(name, "default", lock_ttl_ms=LOCK_TTL_MS, **options)
+                self.say(f"worker {name} started (pid {pid})")
             self._wait_for(client, finished=len(jobs) // 5)
             self._kill_leader(client)
             self._wait_for(client, finished=len(jobs) // 2)
@@ -92,21 +88,6 @@ class Demo:
             self.say(f"node {name} runs at {node.url} (pid {node.process.pid if node.process else 0})")
         self._wait_until(lambda: len(self.cluster.nodes[0].cluster()["nodes"]) == len(NODES))
         self._show_cluster()
-
-    def _jobs(self) -> list[dict[str, Any]]:
-        rng = random.Random(self._seed)
-        films = [recovery.job(rng, "film", number, recovery.FRAMES) for number in range(1, FILMS + 1)]
-        return films[:1] + [recovery.job(rng, "picture", number, 1) for number in range(1, PICTURES + 1)] + films[1:]
-
-    def _start_worker(self, name: str) -> None:
-        command = ["jobd.cli.demo.processes", self.urls, name, str(LOCK_TTL_MS), str(self.results), "default"]
-        environ = os.environ | {"JOBD_WORKER_TOKEN_FILE": str(self.cluster.nodes[0].directory / "token")}
-        worker = subprocess.Popen(
-            [sys.executable, "-m", *command], env=environ, stderr=subprocess.DEVNULL, preexec_fn=die_with_us
-        )
-        self._stack.callback(worker.wait)
-        self._stack.callback(worker.terminate)
-        self.say(f"worker {name} started (pid {worker.pid})")
 
     def _kill_leader(self, client: JobClient) -> None:
         leader = self._leader()
@@ -161,7 +142,7 @@ class Demo:
 
         def are_finished() -> bool:
             jobs[:] = client.iterate_jobs(limit=200)
-            return sum(job.status in _FINISHED for job in jobs) >= finished
+            return sum(job.status in FINISHED for job in jobs) >= finished
 
         self._wait_until(are_finished)
         self.say(f"{finished} of {len(jobs)} jobs are finished")
@@ -175,7 +156,7 @@ class Demo:
             time.sleep(_POLL_S)
 
     def _check_jobs(self, client: JobClient, jobs: Sequence[JobView]) -> None:
-        errors = [f"{job.id}: {error}" for job in jobs if (error := recovery.result_error(job, self.results))]
+        errors = [f"{job.id}: {error}" for job in jobs if (error := recovery.result_error(job, self.sandbox.results))]
         for error in errors:
             self.say(error)
         timelines = {job.id: client.timeline(job.id) for job in jobs}
@@ -211,9 +192,8 @@ class Demo:
 def demo(seed: int) -> Iterator[Demo]:
     """Start PostgreSQL, and end every process at the end. Raises PostgresMissing."""
     with contextlib.ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="jobd-cluster-")))
         servers = stack.enter_context(postgres_cluster(standbys=2))
-        yield Demo(folder, servers[0], stack, seed)
+        yield Demo(stack.enter_context(Sandbox()), servers[0], stack, seed)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -232,9 +212,7 @@ def main(arguments: list[str] | None = None) -> int:
     except PostgresMissing as error:
         print(error, file=sys.stderr)
         return 1
-    for check, was_seen in checks:
-        print(f"{'ok' if was_seen else 'NOT SEEN':8}  {check}")
-    return 0 if all(was_seen for _, was_seen in checks) else 1
+    return recovery.verdict("make cluster-demo", checks)
 
 
 if __name__ == "__main__":

@@ -15,12 +15,13 @@ import tempfile
 import time
 import zlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
 
 import jobd
-from jobd.cli import exit_codes
+from jobd.cli import exit_codes, terminal
 from jobd.client import Discard, JobClient, JobdError, SyncTask, Worker
 
 WIDTH: Final = 160
@@ -55,11 +56,13 @@ class Sandbox:
     """A daemon and workers in a temporary directory. Leaving the context stops them and removes the directory.
 
     `config` is appended to the configuration. The admin API listens on `admin`, by default a Unix socket. With
-    `store_in`, the database is created in a temporary directory there.
+    `store_in`, the database is created in a temporary directory there. `print_line` prints the lines of `say`.
     """
 
-    def __init__(self, config: str, admin: str = "", store_in: Path | None = None) -> None:
+    def __init__(self, config: str = "", admin: str = "", store_in: Path | None = None) -> None:
         self.config = config
+        self.print_line = partial(print, flush=True)
+        self._start_s = time.monotonic()
         self._admin = admin
         self._store_in = store_in
         self.token: Final = secrets.token_urlsafe(32)
@@ -89,6 +92,10 @@ class Sandbox:
             for folder in {self.folder, self._store}:
                 shutil.rmtree(folder, ignore_errors=True)
 
+    def say(self, text: str) -> None:
+        """Print a step with its time."""
+        self.print_line(f"{time.monotonic() - self._start_s:6.1f} s  {terminal.clean(text)}")
+
     def jobs(self) -> JobClient:
         return JobClient(f"unix:{self.folder}/worker.sock", retry_for_s=5.0)
 
@@ -113,11 +120,13 @@ class Sandbox:
                     raise exit_codes.CliError(f"The daemon did not start: {reason}") from None
             time.sleep(0.05)
 
-    def start_worker(self, name: str, *queues: str, lock_ttl_ms: int = 60_000) -> int:
-        """Start a worker process and return its pid."""
-        endpoint = f"unix:{self.folder}/worker.sock"
+    def start_worker(
+        self, name: str, *queues: str, lock_ttl_ms: int = 60_000, endpoint: str = "", **environ: str
+    ) -> int:
+        """Start a worker process of this daemon, or of that at `endpoint`, and return its pid."""
+        endpoint = endpoint or f"unix:{self.folder}/worker.sock"
         command = [__name__, endpoint, name, str(lock_ttl_ms), str(self.results), *queues]
-        self.workers[name] = _start(command, self.folder / f"{name}.log", {})
+        self.workers[name] = _start(command, self.folder / f"{name}.log", environ)
         return self.workers[name].pid
 
     def kill_worker(self, name: str) -> int:

@@ -10,9 +10,10 @@ import struct
 import sys
 import time
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -53,24 +54,14 @@ class Observations:
 
 
 class _Screen:
-    """Timed lines on stdout and, on a terminal, progress bars below them."""
+    """On a terminal, progress bars below the printed lines."""
 
-    def __init__(self, progress: Any = None) -> None:
-        self._start_s = time.monotonic()
+    def __init__(self, progress: Any) -> None:
         self._progress = progress
         self._bars: dict[str, TaskID] = {}
 
-    def say(self, text: str) -> None:
-        line = f"{time.monotonic() - self._start_s:6.1f} s  {terminal.clean(text)}"
-        if self._progress is None:
-            print(line, flush=True)
-        else:
-            self._progress.console.print(line, markup=False, highlight=False)
-
     def update(self, jobs: Sequence[JobView]) -> None:
         """Update the bars: one for all jobs, and one for each processing job."""
-        if self._progress is None:
-            return
         done = sum(job.status in FINISHED for job in jobs)
         shown = {"all jobs": 100 * done / len(jobs)} | {
             terminal.clip(
@@ -88,54 +79,59 @@ class _Screen:
 
 
 @contextmanager
-def _screen() -> Iterator[_Screen]:
+def _screen(sandbox: Sandbox) -> Iterator[Callable[[Sequence[JobView]], None]]:
+    """Yield a function that shows the state of all jobs, where the terminal can draw."""
     if not terminal.may_draw(sys.stdout) or terminal.console().is_dumb_terminal:
-        yield _Screen()
+        yield lambda jobs: None
         return
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
     columns: list[Any] = [TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn()]
     with Progress(*columns, console=terminal.console(), transient=True) as progress:
-        yield _Screen(progress)
+        print_line = partial(progress.console.print, markup=False, highlight=False)
+        plain, sandbox.print_line = sandbox.print_line, print_line
+        yield _Screen(progress).update
+    sandbox.print_line = plain
 
 
 def demonstrate(keep: Path | None, seed: int) -> int:
     """Run the demo and return the exit code: 0 if every check passed."""
     with Sandbox(CONFIG) as sandbox:
-        with _screen() as screen:
-            observed = observe(sandbox, screen, seed)
+        with _screen(sandbox) as show:
+            observed = observe(sandbox, show, seed)
         checks = _report(sandbox, observed)
         checks.append(("the daemon stopped cleanly on SIGTERM", sandbox.stop_daemon() == 0))
         if keep is not None:
             shutil.copytree(sandbox.results, keep, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.part"))
             terminal.say(f"The results are in {keep}. Open a film in a browser to watch it.")
-    return _verdict(checks)
+    return verdict("jobd demo", checks)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The run
 
 
-def observe(sandbox: Sandbox, screen: _Screen, seed: int) -> Observations:
+def observe(sandbox: Sandbox, show: Callable[[Sequence[JobView]], None], seed: int) -> Observations:
     observed = Observations()
-    screen.say(f"jobd is running (pid {sandbox.start_daemon()})")
+    sandbox.say(f"jobd is running (pid {sandbox.start_daemon()})")
     with sandbox.jobs() as client:
-        jobs = client.create_jobs(_jobs(random.Random(seed)))
-        screen.say(f"{len(jobs)} jobs submitted in one transaction")
+        jobs = client.create_jobs(jobs_of(seed, PICTURES, FILMS))
+        sandbox.say(f"{len(jobs)} jobs submitted in one transaction")
         for name in WORKERS:
             pid = sandbox.start_worker(name, "default", lock_ttl_ms=LOCK_TTL_MS)
-            screen.say(f"worker {name} started (pid {pid})")
-        _watch(sandbox, client, observed, screen)
+            sandbox.say(f"worker {name} started (pid {pid})")
+        _watch(sandbox, client, observed, show)
     return observed
 
 
-def _jobs(rng: random.Random) -> list[dict[str, Any]]:
+def jobs_of(seed: int, pictures: int, films: int) -> list[dict[str, Any]]:
     """Return the jobs: one film first, so that there is a long job to kill, then the pictures and the other films."""
-    films = [job(rng, "film", number, FRAMES) for number in range(1, FILMS + 1)]
-    return films[:1] + [job(rng, "picture", number, 1) for number in range(1, PICTURES + 1)] + films[1:]
+    rng = random.Random(seed)
+    long = [_job(rng, "film", number, FRAMES) for number in range(1, films + 1)]
+    return long[:1] + [_job(rng, "picture", number, 1) for number in range(1, pictures + 1)] + long[1:]
 
 
-def job(rng: random.Random, kind: str, number: int, frames: int) -> dict[str, Any]:
+def _job(rng: random.Random, kind: str, number: int, frames: int) -> dict[str, Any]:
     """Return a job that draws `frames` pictures of a random place."""
     x, y = rng.choice(_EDGES)
     payload = {"x": x + rng.uniform(-0.02, 0.02) / frames, "y": y + rng.uniform(-0.02, 0.02) / frames}
@@ -143,72 +139,72 @@ def job(rng: random.Random, kind: str, number: int, frames: int) -> dict[str, An
     return {"id": f"{kind}-{number:02}", "kind": kind, "payload": {**payload, "frames": frames}, "max_attempts": 3}
 
 
-def _watch(sandbox: Sandbox, client: JobClient, observed: Observations, screen: _Screen) -> None:
+def _watch(
+    sandbox: Sandbox, client: JobClient, observed: Observations, show: Callable[[Sequence[JobView]], None]
+) -> None:
     """Poll until all jobs are finished. Kill a worker in the middle of a film."""
     until_s = time.monotonic() + DEADLINE_S
     while True:
         jobs = list(client.iterate_jobs(limit=200))
-        screen.update(jobs)
+        show(jobs)
         for job in reversed(jobs):
-            _show_change(job, observed, screen)
+            _show_change(sandbox, job, observed)
         if not observed.killed_worker:
-            _kill_one(sandbox, client, jobs, observed, screen)
+            _kill_one(sandbox, client, jobs, observed)
         elif not observed.recovery_seen:
-            _show_recovery(client, observed, screen)
+            _show_recovery(sandbox, client, observed)
         if all(job.status in FINISHED for job in jobs):
             return
         if time.monotonic() > until_s:
-            screen.say(f"The jobs are not finished after {DEADLINE_S:.0f} s: this machine is too slow.")
+            sandbox.say(f"The jobs are not finished after {DEADLINE_S:.0f} s: this machine is too slow.")
             return
         time.sleep(_POLL_S)
 
 
-def _show_change(job: JobView, observed: Observations, screen: _Screen) -> None:
+def _show_change(sandbox: Sandbox, job: JobView, observed: Observations) -> None:
     state = f"processing:{job.lock.worker}" if job.status == "processing" and job.lock else job.status
     if state == observed.seen.get(job.id, "queued"):
         return
     observed.seen[job.id] = state
     if job.status == "processing" and job.lock:
         if job.kind == "film":  # pictures finish too soon
-            screen.say(f"{job.lock.worker} started {job.id}, attempt {job.attempt} of {job.max_attempts}")
+            sandbox.say(f"{job.lock.worker} started {job.id}, attempt {job.attempt} of {job.max_attempts}")
     elif job.status == "completed":
-        screen.say(f"{_metadata(job).get('worker', '?')} completed {job.id} → {Path(job.file_path or '?').name}")
+        sandbox.say(f"{_metadata(job).get('worker', '?')} completed {job.id} → {Path(job.file_path or '?').name}")
     elif job.status == "processing":
-        screen.say(f"the lock on {job.id} has expired")
+        sandbox.say(f"the lock on {job.id} has expired")
     else:
-        screen.say(f"{job.id} is {job.status}{f': {job.error_message}' if job.error_message else ''}")
+        sandbox.say(f"{job.id} is {job.status}{f': {job.error_message}' if job.error_message else ''}")
 
 
 def _metadata(job: JobView) -> dict[str, object]:
     return job.metadata_value or {}
 
 
-def _kill_one(
-    sandbox: Sandbox, client: JobClient, jobs: Sequence[JobView], observed: Observations, screen: _Screen
-) -> None:
+def _kill_one(sandbox: Sandbox, client: JobClient, jobs: Sequence[JobView], observed: Observations) -> None:
     for job in jobs:
         if job.kind == "film" and job.lock is not None and job.progress >= KILL_AT_PERCENT:
             observed.killed_worker, observed.killed_job = job.lock.worker, job.id
             observed.killed_token, observed.killed_progress = job.lock.fencing_token, job.progress
             pid = sandbox.workers[job.lock.worker].pid
-            screen.say(f"KILL -9 {pid}: {job.lock.worker} dies in the middle of {job.id}, at {job.progress:.0f} %")
+            sandbox.say(f"KILL -9 {pid}: {job.lock.worker} dies in the middle of {job.id}, at {job.progress:.0f} %")
             observed.killed_code = sandbox.kill_worker(job.lock.worker)
             why = client.why(job.id)
-            screen.say(f"  why {job.id}? {why.because}")
+            sandbox.say(f"  why {job.id}? {why.because}")
             if why.next is not None:
                 at = "" if why.next.at is None else f": {terminal.age(why.next.at)}"
-                screen.say(f"  next: {why.next.what.rstrip('.')}{at}")
+                sandbox.say(f"  next: {why.next.what.rstrip('.')}{at}")
             return
 
 
-def _show_recovery(client: JobClient, observed: Observations, screen: _Screen) -> None:
+def _show_recovery(sandbox: Sandbox, client: JobClient, observed: Observations) -> None:
     stalled = next((event for event in client.timeline(observed.killed_job) if event.type == "stalled"), None)
     if stalled is not None:
         observed.recovery_seen = True
-        screen.say(
+        sandbox.say(
             f"{stalled.by} recovered {observed.killed_job}: {stalled.from_} → {stalled.to}. {stalled.reason or ''}"
         )
-        screen.say(f"  why {observed.killed_job}? {client.why(observed.killed_job).because}")
+        sandbox.say(f"  why {observed.killed_job}? {client.why(observed.killed_job).because}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -294,13 +290,13 @@ def checks(
     ]
 
 
-def _verdict(checks: Sequence[tuple[str, bool]]) -> int:
+def verdict(program: str, checks: Sequence[tuple[str, bool]]) -> int:
     terminal.emit("")
     for check, was_seen in checks:
         terminal.emit(f"{'ok' if was_seen else 'NOT SEEN':8}  {check}")
     failed = sum(not was_seen for _, was_seen in checks)
     if failed:
-        terminal.say(f"jobd demo: {failed} of {len(checks)} checks failed")
+        terminal.say(f"{program}: {failed} of {len(checks)} checks failed")
         return exit_codes.FAILED
     terminal.emit("All checks passed.")
     return exit_codes.DONE
