@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-import time
 from collections.abc import Awaitable, Callable, Coroutine
 from functools import partial
 from random import SystemRandom
@@ -21,7 +20,7 @@ from jobd.cluster.leadership import Leadership
 from jobd.config import Config, Duration, LoadedConfig
 from jobd.core.state import State
 from jobd.engine.actor import Actor, Bounds
-from jobd.engine.clock import Clock
+from jobd.engine.clock import Clock, monotonic_s
 from jobd.engine.disk_full import WriteLimit
 from jobd.engine.event_feed import EventFeed
 from jobd.engine.idempotency import IdempotencyStore
@@ -409,7 +408,7 @@ def _make_actor(store: Store, opened: OpenedStore, state: State, clock: Clock, s
         bounds=bounds,
         is_full=opened.full,
         has_reserve=opened.has_reserve,
-        now_s=time.monotonic,
+        now_s=monotonic_s,
     )
     actor.on_commit.append(event_log.write_lines)
     return actor

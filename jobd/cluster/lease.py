@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from typing import Final, NamedTuple
 
+from jobd.model.clocks import BootS
 from jobd.model.journal import Head, NodeEntry
 
 MARGIN: Final = 0.1  # of the lease; clocks may differ in speed by this much
@@ -21,9 +22,9 @@ RENEWALS: Final = 3  # in one lease, while nothing is appended
 JUMP_S: Final = 0.3  # between the wall clock and the clock of the lease
 
 
-def boot_clock_s() -> float:
+def boot_clock_s() -> BootS:
     """Return seconds since boot, including the time of suspends."""
-    return time.clock_gettime(time.CLOCK_BOOTTIME)
+    return time.clock_gettime(time.CLOCK_BOOTTIME)  # type: ignore[return-value]  # a BootS
 
 
 def lease_of(holder: str | None, nodes: list[NodeEntry]) -> float:
@@ -34,7 +35,7 @@ def lease_of(holder: str | None, nodes: list[NodeEntry]) -> float:
 class Instant(NamedTuple):
     """A moment by the clock of the lease, and how far the wall clock was ahead of it."""
 
-    at_s: float
+    at_s: BootS
     ahead_s: float
 
 
@@ -42,7 +43,7 @@ class LeaderLease:
     """The lease as its leader counts it. It is over until `renewed` is called."""
 
     def __init__(
-        self, lease_s: float, now_s: Callable[[], float] = boot_clock_s, wall_s: Callable[[], float] = time.time
+        self, lease_s: float, now_s: Callable[[], BootS] = boot_clock_s, wall_s: Callable[[], float] = time.time
     ) -> None:
         self.lease_s = lease_s
         self._now_s = now_s
@@ -52,7 +53,7 @@ class LeaderLease:
     def now(self) -> Instant:
         """Return the moment to pass to `renewed`, before the renewal is sent."""
         at_s = self._now_s()
-        return Instant(at_s, self._wall_s() - at_s)
+        return Instant(at_s, self._wall_s() - at_s)  # type: ignore[operator]  # elsewhere they never mix
 
     def renewed(self, sent: Instant) -> None:
         """Record that a renewal sent at this moment was acknowledged."""
@@ -86,12 +87,12 @@ class LeaderLease:
 class StandbyLease:
     """The lease of the leader as a standby sees it."""
 
-    def __init__(self, lease_s: float, now_s: Callable[[], float] = boot_clock_s) -> None:
+    def __init__(self, lease_s: float, now_s: Callable[[], BootS] = boot_clock_s) -> None:
         self.lease_s = lease_s
         self._now_s = now_s
         self._leader_s = 0.0  # the lease of the leader by its own setting, as far as known
         self._seen: tuple[int, int, str] | None = None
-        self._seen_s = 0.0
+        self._seen_s = BootS(0.0)
 
     def see(self, head: Head) -> bool:
         """Record the head that was just read. Return whether a takeover is allowed.

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
-import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -22,7 +21,7 @@ from jobd.cluster.standby import JUMP, READ_LIMIT
 from jobd.cluster.warm_state import WarmState
 from jobd.core import views
 from jobd.engine.batch import Decider, Preloaded
-from jobd.engine.clock import Clock
+from jobd.engine.clock import Clock, monotonic_s
 from jobd.engine.envelope import Envelope
 from jobd.engine.idempotency import IdempotencyStore
 from jobd.engine.waiting_claims import WaitingClaims
@@ -246,7 +245,7 @@ def _ending(warm: WarmState, epoch: int, loss: Loss, policy: Policy) -> Batch:
     state.next_event += JUMP
     gone_to = state.next_event - 1  # for clients that have seen lost events
     decider = Decider(
-        state, IdempotencyStore([], 1), WaitingClaims(state.presence), reject=lambda _: None, loop_time=time.monotonic
+        state, IdempotencyStore([], 1), WaitingClaims(state.presence), reject=lambda _: None, loop_time=monotonic_s
     )
     command = EndGrants(ids=list(state.processing), last=False, cause=CAUSE)
     envelope = Envelope(command, by="daemon", seed=os.urandom(16))

@@ -14,6 +14,7 @@ from msgspec.structs import replace
 from jobd.cluster.lease import boot_clock_s
 from jobd.engine.clock import wall_clock_ms
 from jobd.journal import record
+from jobd.model.clocks import BootS
 from jobd.model.journal import JournalHealth, JournalUnavailable, NodeEntry, SharedJournal
 
 EVERY_S: Final = 2.0
@@ -38,7 +39,7 @@ class NodeRegistry:
         describe: Callable[[], NodeEntry],
         *,
         on_duplicate: Callable[[str], None] = lambda problem: None,
-        now_s: Callable[[], float] = boot_clock_s,
+        now_s: Callable[[], BootS] = boot_clock_s,
         wall_ms: Callable[[], int] = wall_clock_ms,
     ) -> None:
         self.nodes: list[NodeEntry] = []
@@ -53,10 +54,10 @@ class NodeRegistry:
         self._now_s = now_s
         self._wall_ms = wall_ms
         self._other: NodeEntry | None = None  # of another process with the name, which this one watches
-        self._other_since_s = 0.0  # when it was first seen like this
+        self._other_since_s = BootS(0.0)  # when it was first seen like this
         self._other_writes = 0  # number of changes seen
-        self._read_s = 0.0  # when `nodes` were read
-        self._records: deque[tuple[float, int]] = deque(maxlen=SAMPLES)  # a time, and the last record at that time
+        self._read_s = BootS(0.0)  # when `nodes` were read
+        self._records: deque[tuple[BootS, int]] = deque(maxlen=SAMPLES)  # a time, and the last record at that time
         self._is_registered = False
 
     async def run(self) -> None:

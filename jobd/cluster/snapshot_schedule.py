@@ -15,7 +15,8 @@ from typing import BinaryIO, Final, Protocol
 import structlog
 
 from jobd.cluster.node_registry import GONE_S, NodeRegistry
-from jobd.engine.clock import wall_clock_ms
+from jobd.engine.clock import loop_time, wall_clock_ms
+from jobd.model.clocks import MonotonicS
 from jobd.model.journal import BadRecord, Head, JournalUnavailable, SharedJournal, SnapshotInfo
 from jobd.model.storage import BackupError, DiskFull
 from jobd.storage.backup import StoreCopy
@@ -66,7 +67,7 @@ class SnapshotSchedule:
         self._every_ms = every_ms
         self.keep_ms = keep_ms
         self._wall_ms = wall_ms
-        self._due: tuple[int, float] | None = None  # the latest snapshot, and when another one was first seen to be due
+        self._due: tuple[int, MonotonicS] | None = None  # the latest snapshot, since when one is due
         self._trimmed = 0  # records up to this one are known to be gone
         self._stop = asyncio.Event()
         self._writing: asyncio.Task[None] | None = None
@@ -104,7 +105,7 @@ class SnapshotSchedule:
         if head.number - last.number < MIN_RECORDS or 0 <= head.at - last.at < self._every_ms:
             self._due = None
             return False
-        now_s = asyncio.get_running_loop().time()
+        now_s = loop_time()
         if self._due is None or self._due[0] != last.number:
             self._due = last.number, now_s
         return now_s - self._due[1] >= turn * self._every_ms / 1000

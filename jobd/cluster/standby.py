@@ -52,6 +52,7 @@ from jobd.cluster.leadership import Leadership
 from jobd.cluster.lease import LeaderLease, StandbyLease, boot_clock_s, lease_of
 from jobd.cluster.warm_state import WarmState
 from jobd.journal import record
+from jobd.model.clocks import BootS
 from jobd.model.journal import (
     BadRecord,
     Fenced,
@@ -100,7 +101,7 @@ class Standby:
         settings: NodeSettings,
         *,
         next_epoch: Callable[[int], int],
-        now_s: Callable[[], float] = boot_clock_s,
+        now_s: Callable[[], BootS] = boot_clock_s,
         wall_s: Callable[[], float] = time.time,
         refuses_connections: Callable[[str], Awaitable[bool]] | None = None,
     ) -> None:

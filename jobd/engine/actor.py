@@ -72,6 +72,7 @@ from jobd.engine.history import HistoryReader
 from jobd.engine.idempotency import IdempotencyStore
 from jobd.engine.unread_responses import RESPONSE_BYTES, UnreadResponses
 from jobd.engine.waiting_claims import WaitingClaims
+from jobd.model.clocks import MonotonicS
 from jobd.model.commands import (
     AnyCommand,
     Claim,
@@ -137,9 +138,9 @@ class Actor:
         bounds: Bounds | None = None,
         is_full: bool = False,
         has_reserve: bool = True,
-        now_s: Callable[[], float] | None = None,
+        now_s: Callable[[], MonotonicS] | None = None,
     ) -> None:
-        loop_time = asyncio.get_running_loop().time
+        loop_time: Callable[[], MonotonicS] = asyncio.get_running_loop().time  # type: ignore[assignment]
         self.disk = disk
         self.state = state
         self.policy = policy

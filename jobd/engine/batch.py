@@ -55,6 +55,7 @@ from jobd.engine.envelope import Envelope
 from jobd.engine.idempotency import IdempotencyStore
 from jobd.engine.unread_responses import UnreadResponses
 from jobd.engine.waiting_claims import WaitingClaims
+from jobd.model.clocks import MonotonicS
 from jobd.model.commands import (
     AnyCommand,
     Call,
@@ -157,7 +158,7 @@ class Decider:
         *,
         reject: Callable[[Command], ApiError | None],
         unread: UnreadResponses | None = None,
-        loop_time: Callable[[], float],
+        loop_time: Callable[[], MonotonicS],
     ) -> None:
         self.state = state
         self.keys = keys

@@ -15,6 +15,7 @@ suspect while it is too far ahead of it; the rules decide what follows. Invarian
 
 from __future__ import annotations
 
+import asyncio
 import ctypes
 import time
 from collections.abc import Callable
@@ -22,7 +23,7 @@ from typing import Final, Literal
 
 import structlog
 
-from jobd.model.clocks import BootMs
+from jobd.model.clocks import BootMs, MonotonicS
 from jobd.model.commands import ClockStep, Moment
 from jobd.model.job import DAY_MS, MINUTE_MS, SECOND_MS
 from jobd.model.storage import Numbers
@@ -51,6 +52,13 @@ def wall_clock_ms() -> int:
 def boot_clock_ms() -> BootMs:
     """Return milliseconds since boot, with the time in suspend. Steps of the wall clock do not affect it."""
     return (time.clock_gettime_ns(time.CLOCK_BOOTTIME) + _PHASE_NS) // 1_000_000  # type: ignore[return-value]  # a BootMs
+
+
+monotonic_s: Final[Callable[[], MonotonicS]] = time.monotonic  # type: ignore[assignment]
+
+
+def loop_time() -> MonotonicS:
+    return MonotonicS(asyncio.get_running_loop().time())
 
 
 class _Timex(ctypes.Structure):

@@ -14,6 +14,7 @@ from typing import Any, Final
 import structlog
 
 from jobd.engine.clock import Clock
+from jobd.model.clocks import MonotonicS
 from jobd.model.commands import Command
 from jobd.model.errors import ApiError
 from jobd.model.storage import SPARE_BYTES, DiskFull, DiskSpace, JobStorage, JournalDiskFull
@@ -33,7 +34,7 @@ class WriteLimit(IntEnum):
 
 
 class FullDisk:
-    """The state of the disk. `write_limit` says what is rejected now. `loop_time` is the event loop's time, in seconds.
+    """The state of the disk. `write_limit` says what is rejected now.
 
     `space` is the result of the last `measure`; None before the first one, and for a store in memory.
     """
@@ -42,7 +43,7 @@ class FullDisk:
         self,
         disk: JobStorage,
         clock: Clock,
-        loop_time: Callable[[], float],
+        loop_time: Callable[[], MonotonicS],
         *,
         is_full: bool,
         has_reserve: bool = True,
@@ -75,7 +76,7 @@ class FullDisk:
         return self.write_limit > WriteLimit.NONE and self._is_remote
 
     @property
-    def probe_at(self) -> float | None:
+    def probe_at(self) -> MonotonicS | None:
         """The loop time of the next probe; None if no probe is needed."""
         return self.next_probe if self.write_limit or self._needs_reserve else None
 

@@ -6,6 +6,7 @@ from typing import Any, Final, Protocol
 
 from msgspec import field
 
+from jobd.model.clocks import MonotonicS
 from jobd.model.commands import Admission, Call, IdempotencyKey
 from jobd.model.errors import ApiError
 from jobd.model.responses import Response
@@ -65,7 +66,7 @@ class Envelope(Call, eq=False):
     futures: list[Waiter] = field(default_factory=list)
     ordered: bool = False
     ticket: int = 0
-    deadline: float = 0.0
+    deadline: MonotonicS = MonotonicS(0.0)
 
     @property
     def is_abandoned(self) -> bool:

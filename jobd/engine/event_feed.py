@@ -16,6 +16,8 @@ import structlog
 from msgspec import Struct
 
 from jobd.engine.change_watchers import Watcher, Watchers
+from jobd.engine.clock import loop_time
+from jobd.model.clocks import MonotonicS
 from jobd.model.errors import api_error
 from jobd.model.events import Change, Event, EventFilter, StreamedEvent, streamed_event
 from jobd.model.storage import EventPage, EventStorage
@@ -127,7 +129,7 @@ class EventFeed:
         self._live = 0  # listeners that get live events
         self._bytes = 0
         self._news: list[Sequence[Change]] = []
-        self._next_round_s = 0.0
+        self._next_round_s = MonotonicS(0.0)
         self._timer: asyncio.TimerHandle | None = None
         self._slots = asyncio.Semaphore(1)
         self._readings: list[PageRead] = []
@@ -145,8 +147,8 @@ class EventFeed:
         if self._live:
             self._news.append(changes)
             if self._timer is None:
-                loop = asyncio.get_running_loop()
-                self._timer = loop.call_at(max(loop.time(), self._next_round_s), self._begin_round)
+                wait_s = max(self._next_round_s - loop_time(), 0.0)
+                self._timer = asyncio.get_running_loop().call_later(wait_s, self._begin_round)
 
     def listen(self, wanted: EventFilter, *, follow: bool, cut: Callable[[], None]) -> Subscriber:
         """Add a listener, which `leave` removes. `cut` closes the connection of one that does not read.
@@ -251,7 +253,7 @@ class EventFeed:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        self._next_round_s = asyncio.get_running_loop().time() + GATHER_S
+        self._next_round_s = loop_time() + GATHER_S
         events = [change.event for changes in self._news for change in changes]
         self._news.clear()
         if events:
@@ -301,7 +303,7 @@ class Subscriber:
         self._round = 0
         self._until = 0  # later events are live; a stream that does not follow ends here
         self._page: Piece | None = None
-        self._silent_since_s = 0.0
+        self._silent_since_s = MonotonicS(0.0)
 
     @property
     def is_behind(self) -> bool:
@@ -331,7 +333,7 @@ class Subscriber:
             if self._follow:
                 return b""
             raise api_error("shutting_down", "The daemon is stopping, and some events were not sent.")
-        self._silent_since_s = asyncio.get_running_loop().time()
+        self._silent_since_s = loop_time()
         return await (self._from_backlog() if self._is_caught_up else self._from_storage())
 
     def cut(self) -> None:
@@ -375,7 +377,7 @@ class Subscriber:
         while not (text := self._take()):
             if self.is_cut or self._feed.is_closed:
                 return b""
-            left_s = self._silent_since_s + HEARTBEAT_S - asyncio.get_running_loop().time()
+            left_s = self._silent_since_s + HEARTBEAT_S - loop_time()
             try:
                 async with asyncio.timeout(left_s):
                     await self.news.wait()

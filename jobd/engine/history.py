@@ -17,6 +17,7 @@ from jobd.core import views
 from jobd.core.explain import ending
 from jobd.core.queries import lists_by_end, searched_status
 from jobd.core.rules.late_results import not_adoptable
+from jobd.engine.clock import loop_time
 from jobd.engine.envelope import Envelope
 from jobd.engine.unread_responses import UnreadResponses
 from jobd.model.commands import AuditLog, Export, ListJobs, Moment, SearchJobs
@@ -107,8 +108,7 @@ class HistoryReader:
 
     async def _find_page(self, query: JobQuery) -> JobRows:
         """Return a page, read in slices so that no batch waits for more than one."""
-        now_s = asyncio.get_running_loop().time
-        began_s, limit_s = now_s(), SLOW_SEARCH_S if query.is_slow else SEARCH_S
+        began_s, limit_s = loop_time(), SLOW_SEARCH_S if query.is_slow else SEARCH_S
         page, size = JobRows([], query.before, next_end=query.before_end), 0
         slots = self._slots
         while True:
@@ -121,12 +121,12 @@ class HistoryReader:
                 payload_bytes=query.payload_bytes - size,
             )
             async with slots:
-                if slots is self._long_searches and now_s() - began_s >= PAUSES_AFTER_S:
+                if slots is self._long_searches and loop_time() - began_s >= PAUSES_AFTER_S:
                     await asyncio.sleep(PAUSE_S)
                 part = await self._disk.find_jobs(left)
             part.jobs, part.scanned = page.jobs + part.jobs, page.scanned + part.scanned
             page = part
-            if page.scanned_until is None or page.scanned >= MAX_SCANNED or now_s() - began_s >= limit_s:
+            if page.scanned_until is None or page.scanned >= MAX_SCANNED or loop_time() - began_s >= limit_s:
                 return page
             size = sum(len(payload) for _, payload in page.jobs)
             slots = self._long_searches

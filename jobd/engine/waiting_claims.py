@@ -12,6 +12,7 @@ from typing import Final
 
 from jobd.core.worker_presence import ClaimSet, WorkerPresence
 from jobd.engine.envelope import Envelope
+from jobd.model.clocks import MonotonicS
 from jobd.model.commands import Claim
 
 Place = tuple[str, str | None]  # queue, and kind, None for all kinds, or _MANY
@@ -21,7 +22,7 @@ _MANY: Final = "\n"  # no kind has a line feed
 
 
 class WaitingClaims:
-    """Waiting claims by the queues and kinds that they wait for. Deadlines are in the event loop's time, seconds.
+    """Waiting claims by the queues and kinds that they wait for.
 
     `presence` records each wait, because a worker counts as seen while its claim waits.
     """
@@ -30,7 +31,7 @@ class WaitingClaims:
         self._presence = presence
         self.by_ticket: dict[int, tuple[Envelope, list[Place], ClaimSet]] = {}
         self._at: dict[Place, dict[int, None]] = {}  # tickets
-        self._deadlines: list[tuple[float, int]] = []
+        self._deadlines: list[tuple[MonotonicS, int]] = []
         self._by_digest: dict[str, Envelope] = {}
         self._next_ticket = 1
 
@@ -84,12 +85,12 @@ class WaitingClaims:
         """Return the waiting claim with this idempotency key."""
         return self._by_digest.get(digest)
 
-    def next_deadline(self) -> float | None:
+    def next_deadline(self) -> MonotonicS | None:
         while self._deadlines and self._deadlines[0][1] not in self.by_ticket:
             heapq.heappop(self._deadlines)
         return self._deadlines[0][0] if self._deadlines else None
 
-    def take_expired(self, time: float) -> Iterator[Envelope]:
+    def take_expired(self, time: MonotonicS) -> Iterator[Envelope]:
         """Remove and return the claims whose wait is over at loop time `time`."""
         while (deadline := self.next_deadline()) is not None and deadline <= time:
             envelope = self.by_ticket[heapq.heappop(self._deadlines)[1]][0]

@@ -14,7 +14,8 @@ import structlog
 from msgspec import Struct
 from msgspec.structs import replace
 
-from jobd.engine.clock import Clock
+from jobd.engine.clock import Clock, loop_time
+from jobd.model.clocks import MonotonicS
 from jobd.model.events import Change
 from jobd.model.job import MINUTE_MS, SECOND_MS
 from jobd.model.journal import JournalOutcomeUnknown, LeadershipLost
@@ -81,7 +82,7 @@ class ArtifactSweeper:
         self._stopping = False
         self._newly_named: set[str] | None = None  # keys that jobs have named since the slice began
         # Tombstone number -> loop time of its first failure, latest error.
-        self._failing: dict[int | str, tuple[float, str]] = {}
+        self._failing: dict[int | str, tuple[MonotonicS, str]] = {}
 
     async def run(self) -> None:
         """Sweep until `stop`, which lets the current slice finish. Log errors and continue."""
@@ -123,7 +124,7 @@ class ArtifactSweeper:
         if not self._failing:
             return None
         since, why = min(self._failing.values())
-        failing_s = asyncio.get_running_loop().time() - since
+        failing_s = loop_time() - since
         if failing_s < DEGRADED_AFTER_S:
             return None
         is_counted = self._failing.keys().isdisjoint((STORE, DAMAGED))
@@ -231,7 +232,7 @@ class ArtifactSweeper:
         self._record_failure(STORE, f"the job store failed: {error}")
 
     def _record_failure(self, what: int | str, why: str) -> None:
-        since = self._failing[what][0] if what in self._failing else asyncio.get_running_loop().time()
+        since = self._failing[what][0] if what in self._failing else loop_time()
         if what in self._failing or len(self._failing) < MAX_FAILING:
             self._failing[what] = since, why
 

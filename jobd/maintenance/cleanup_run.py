@@ -17,7 +17,7 @@ from msgspec import Struct, field
 
 from jobd.core.row_checks import counts, validate
 from jobd.engine.actor import Actor
-from jobd.engine.clock import Clock
+from jobd.engine.clock import Clock, loop_time
 from jobd.model.commands import AnyCommand, DeleteExpired, Expire, Operator, Recover, RepairJobs, TakeBack
 from jobd.model.errors import ApiError
 from jobd.model.job import DAY_MS, MINUTE_MS, SECOND_MS, Job
@@ -153,7 +153,7 @@ class CleanupRun:
         self._found = 0
         self._fixed = 0
         self._logged = 0
-        self._began = asyncio.get_running_loop().time()
+        self._began = loop_time()
 
     async def run(self) -> CleanupReport:
         for name, step in (
@@ -261,7 +261,7 @@ class CleanupRun:
             expired_locks_cleared=since.locks_cleared,
             validation_issues_fixed=self._fixed,
             validation_issues_found=self._found,
-            total_processing_time=round((asyncio.get_running_loop().time() - self._began) * SECOND_MS),
+            total_processing_time=round((loop_time() - self._began) * SECOND_MS),
             errors=self.errors,
             forced=self._forced,
         )

@@ -17,9 +17,10 @@ from msgspec.structs import astuple, replace
 
 from jobd.core.stats import Counters
 from jobd.engine.actor import Actor
-from jobd.engine.clock import Clock
+from jobd.engine.clock import Clock, loop_time
 from jobd.maintenance.cleanup_run import CleanupRun, CleanupSchedule, CommandRejected, MaintenanceContext, Unfinished
 from jobd.maintenance.preview import SCAN_S, preview
+from jobd.model.clocks import MonotonicS
 from jobd.model.commands import EndPauses, Operator, Report, TakeBack, Tick
 from jobd.model.errors import ApiError
 from jobd.model.job import SECOND_MS
@@ -57,9 +58,9 @@ class Maintainer:
         self.last_success: CleanupReport | None = None
         self._failed_runs = 0  # since the latest success
         self._last_failure: CleanupReport | None = None  # since the latest success
-        self._last_begin = self._started = asyncio.get_running_loop().time()  # loop times, in seconds
-        self._last_end: float | None = None
-        self._last_success: float | None = None
+        self._last_begin = self._started = loop_time()
+        self._last_end: MonotonicS | None = None
+        self._last_success: MonotonicS | None = None
         self._extra: Callable[[], bytes] = lambda: b"null"
         self._announce_next_run()
 
@@ -164,7 +165,7 @@ class Maintainer:
         """Return why cleanup is degraded, as a sentence, or None."""
         schedule = self.schedule
         period_s = max(schedule.interval_ms, schedule.min_interval_ms) / SECOND_MS
-        late_s = asyncio.get_running_loop().time() - (self._last_success or self._started)
+        late_s = loop_time() - (self._last_success or self._started)
         if late_s <= LATE_AFTER * period_s:
             return None
         errors = self.last_report.errors if self.last_report else []
@@ -175,7 +176,6 @@ class Maintainer:
     # -- recovery and ticks --------------------------------------------------------------------------------------------
 
     async def _run_recovery(self) -> None:
-        loop_time = asyncio.get_running_loop().time
         next_recovery = next_tick = loop_time()
         while not self._context.stopping:
             every_s = self.schedule.recover_every_ms / SECOND_MS
@@ -234,7 +234,6 @@ class Maintainer:
     # -- cleanup runs --------------------------------------------------------------------------------------------------
 
     async def _run_cleanups(self) -> None:
-        loop_time = asyncio.get_running_loop().time
         while not self._context.stopping:
             if self._pending_report is not None or loop_time() >= self._next_run():
                 await self._run_once()
@@ -242,7 +241,7 @@ class Maintainer:
             await _wait(self._cleanup_wake, self._next_run() - loop_time())
         await self._guarded("statistics", self._save_stats)
 
-    def _next_run(self) -> float:
+    def _next_run(self) -> MonotonicS:
         """Return the loop time of the next scheduled run. The first run starts at once."""
         if self._last_end is None:
             return self._last_begin
@@ -252,12 +251,11 @@ class Maintainer:
 
     def _announce_next_run(self) -> None:
         """Store the time of the next cleanup run in the state if only cleanup runs recover jobs."""
-        wait_s = self._next_run() - asyncio.get_running_loop().time()
+        wait_s = self._next_run() - loop_time()
         is_only_recovery = self.schedule.recover_every_ms == 0
         self._state.next_cleanup_at = self._clock.moment().now + round(wait_s * SECOND_MS) if is_only_recovery else None
 
     async def _run_once(self) -> None:
-        loop_time = asyncio.get_running_loop().time
         self.is_running, self._last_begin = True, loop_time()
         try:
             report = await self._run_steps()
@@ -325,10 +323,10 @@ class Maintainer:
 
     # -- helpers -------------------------------------------------------------------------------------------------------
 
-    def _since_ms(self, ended: float | None, report: CleanupReport | None) -> int | None:
+    def _since_ms(self, ended: MonotonicS | None, report: CleanupReport | None) -> int | None:
         """Return the milliseconds since the end of a run. For an earlier process, use the time of the report."""
         if ended is not None:
-            return round((asyncio.get_running_loop().time() - ended) * SECOND_MS)
+            return round((loop_time() - ended) * SECOND_MS)
         if report is not None:
             return max(self._clock.moment().now - report.timestamp, 0)
         return None

@@ -12,7 +12,8 @@ from msgspec.structs import asdict
 from jobd.core import transitions
 from jobd.core.rules import plan_rules
 from jobd.engine.actor import Actor
-from jobd.engine.clock import Clock
+from jobd.engine.clock import Clock, loop_time
+from jobd.model.clocks import MonotonicS
 from jobd.model.commands import (
     MAINTENANCE_ACTIONS,
     MAX_PLAN,
@@ -96,7 +97,7 @@ class PlanBuilder:
         response = await self._actor.ask(Preview(limit=0), by="daemon")  # moves passed deadlines in the state
         if isinstance(response, ApiError):
             return response
-        until_s = asyncio.get_running_loop().time() + MAX_PLANNING_S
+        until_s = loop_time() + MAX_PLANNING_S
         await self._add_live(self._state.stalled, lambda job: job.id in self._state.stalled, until_s)
         at = self._clock.moment()
         if self._request.action == "cleanup" and not at.suspect:
@@ -104,13 +105,13 @@ class PlanBuilder:
             await self._add_expired(at.now, until_s)
         return None
 
-    async def _add_live(self, due: Iterable[str], is_due: Callable[[Job], bool], until_s: float) -> None:
+    async def _add_live(self, due: Iterable[str], is_due: Callable[[Job], bool], until_s: MonotonicS) -> None:
         """Add due jobs that are in memory. Leave out a job that is no longer due when it is read."""
         capacity = MAX_PLAN - len(self.jobs)
         ids = list(islice(due, capacity + 1))
         self._is_cut |= len(ids) > capacity
         for first in range(0, min(len(ids), capacity), PAGE):
-            if asyncio.get_running_loop().time() >= until_s:
+            if loop_time() >= until_s:
                 self._is_cut = True
                 return
             page = ids[first : min(first + PAGE, capacity)]
@@ -119,7 +120,7 @@ class PlanBuilder:
                 await self._add([job for job in jobs if job is not None and is_due(job)])
             await asyncio.sleep(PAUSE_S)
 
-    async def _add_expired(self, now: int, until_s: float) -> None:
+    async def _add_expired(self, now: int, until_s: MonotonicS) -> None:
         """Find finished jobs past their retention, oldest first."""
         skipped = 0
         while True:
@@ -133,7 +134,7 @@ class PlanBuilder:
             if not ids or len(old) > capacity:
                 self._is_cut |= len(old) > capacity
                 return
-            if asyncio.get_running_loop().time() >= until_s:
+            if loop_time() >= until_s:
                 self._is_cut = True
                 return
             await asyncio.sleep(PAUSE_S)
@@ -147,8 +148,7 @@ class PlanBuilder:
                     "cursor", "This cursor belongs to a plan with another action or filter."
                 ).error
             statuses, before = statuses[statuses.index(status) :], int(number)
-        clock_s = asyncio.get_running_loop().time
-        until_s = clock_s() + MAX_PLANNING_S
+        until_s = loop_time() + MAX_PLANNING_S
         for status in statuses:
             while self.next_cursor is None:
                 capacity = MAX_PLAN - len(self.jobs)
@@ -163,7 +163,7 @@ class PlanBuilder:
                     before = page.next_before
                     if before is None:
                         break
-                    if clock_s() >= until_s:
+                    if loop_time() >= until_s:
                         self.next_cursor = f"{status}.{before}"
                 await asyncio.sleep(PAUSE_S)
         return None

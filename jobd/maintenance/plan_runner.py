@@ -12,8 +12,9 @@ from msgspec.structs import asdict, replace
 
 from jobd.core.rules import plan_rules
 from jobd.engine.actor import Actor
-from jobd.engine.clock import Clock
+from jobd.engine.clock import Clock, loop_time
 from jobd.maintenance.plan_builder import PAUSE_S, PlanBuilder
+from jobd.model.clocks import MonotonicS
 from jobd.model.commands import ApplyEndings, ApplyPlan, ExpectedVersion, MakePlan, Operator, RecordAction
 from jobd.model.errors import ApiError
 from jobd.model.job import HOUR_MS, MINUTE_MS, SECOND_MS
@@ -37,7 +38,7 @@ class Plan(Struct):
 
     view: PlanView
     expected: list[ExpectedVersion]
-    until_s: float  # loop time
+    until_s: MonotonicS
     done: PlanSlice
     at: int = 0
     task: asyncio.Task[PlanResult | ApiError] | None = None
@@ -94,7 +95,7 @@ class Planner:
             expires_at=now + KEPT_MS,
             with_late_results=sum(job.late_results > 0 for job in builder.jobs),
         )
-        until_s = asyncio.get_running_loop().time() + KEPT_MS / SECOND_MS
+        until_s = loop_time() + KEPT_MS / SECOND_MS
         self._keep(Plan(view, builder.expected, until_s, PlanSlice(0, [], [])))
         return view
 
@@ -116,7 +117,7 @@ class Planner:
                 left, jobs = left - 1, jobs - plan.view.count
 
     def _forget_old(self) -> None:
-        now_s = asyncio.get_running_loop().time()
+        now_s = loop_time()
         for plan_id, plan in list(self._plans.items()):
             if now_s >= plan.until_s and not plan.is_under_way:
                 del self._plans[plan_id]
@@ -175,7 +176,7 @@ class Planner:
 
     def _keep_result(self, plan: Plan, result: PlanResult) -> None:
         plan.view = replace(plan.view, result=result, expires_at=result.applied_at + APPLIED_KEPT_MS)
-        plan.until_s = asyncio.get_running_loop().time() + APPLIED_KEPT_MS / SECOND_MS
+        plan.until_s = loop_time() + APPLIED_KEPT_MS / SECOND_MS
         plan.expected = []
         self._plans[plan.view.plan_id] = self._plans.pop(plan.view.plan_id, plan)  # newest last
         self._drop_excess([each for each in self._plans.values() if each.view.result is not None], MAX_APPLIED, plan)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Final
 
+from jobd.engine.clock import loop_time
 from jobd.model.errors import ApiError
 from jobd.model.responses import CheckedRows, DamagedRow
 from jobd.model.storage import Storage
@@ -22,11 +23,10 @@ class Scrubber:
     async def scan(self, cursor: str | None) -> CheckedRows | ApiError:
         """Continue the scan at `cursor` (None: from the beginning). The result covers one table."""
         checked, damaged = 0, list[DamagedRow]()
-        loop = asyncio.get_running_loop()
         async with self._lock:
-            until_s = loop.time() + CALL_S
+            until_s = loop_time() + CALL_S
             while True:
-                began_s = loop.time()
+                began_s = loop_time()
                 part = await self._storage.check_rows(cursor)
                 if part is None:
                     return ApiError("invalid_request", "`cursor` must be the `next_cursor` of the previous call.")
@@ -34,7 +34,7 @@ class Scrubber:
                 damaged += part.damaged
                 cursor = part.next_cursor
                 is_table_done = cursor is None or not cursor.startswith(f"{part.table}:")
-                if is_table_done or loop.time() >= until_s:
+                if is_table_done or loop_time() >= until_s:
                     return CheckedRows(part.table, checked, damaged, cursor)
                 # Others get the storage thread and the GIL for at least as long as this slice took.
-                await asyncio.sleep(loop.time() - began_s)
+                await asyncio.sleep(loop_time() - began_s)

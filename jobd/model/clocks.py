@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         def __ge__(self, other: Self) -> bool: ...
         def __eq__(self, other: object) -> bool: ...
         def __int__(self) -> int: ...
+        def __float__(self) -> float: ...
         def __hash__(self) -> int: ...
 
     class LockMs(_Time[int]):
@@ -32,5 +33,12 @@ if TYPE_CHECKING:
     class BootMs(_Time[int]):
         """Time since boot, with suspends. It never stands still, unlike lock time."""
 
+    class BootS(_Time[float]):
+        """The same, precise to less than a millisecond."""
+
+    class MonotonicS(_Time[float]):
+        """A time of the event loop. It stands still in a suspend."""
+
 else:
     LockMs = BootMs = int
+    BootS = MonotonicS = float

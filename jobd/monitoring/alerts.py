@@ -17,7 +17,7 @@ from msgspec.structs import replace
 from jobd.core.state import State
 from jobd.core.stats import Attempts, KindDurations
 from jobd.core.views import average_processing_s
-from jobd.engine.clock import Clock
+from jobd.engine.clock import Clock, loop_time
 from jobd.maintenance.maintainer import Maintainer
 from jobd.model.clocks import BootMs, LockMs
 from jobd.model.commands import Moment
@@ -206,7 +206,6 @@ class Alerts:
 
     async def run(self) -> None:
         """Check every few seconds, and measure health now and then. Errors are logged."""
-        loop_time = asyncio.get_running_loop().time
         next_measurement = loop_time()
         while not self._stop.is_set():
             try:

@@ -17,9 +17,10 @@ from msgspec import UNSET
 from msgspec.structs import replace
 
 from jobd.engine.actor import Actor
-from jobd.engine.clock import Clock
+from jobd.engine.clock import Clock, loop_time
 from jobd.engine.disk_full import WriteLimit
 from jobd.maintenance.maintainer import Maintainer
+from jobd.model.clocks import MonotonicS
 from jobd.model.commands import Ping
 from jobd.model.errors import ApiError
 from jobd.model.job import STATUSES, Job
@@ -87,26 +88,26 @@ class Health:
         self._faults: deque[str] = deque(faults, MAX_FAULTS)
         self._take_faults = take_faults
         self._known = self._known_now()  # as of the latest measurement
-        self._measured_at = 0.0  # loop time at the start of the measurement
-        self._space_at: float | None = None  # loop time at which the free space was read
+        self._measured_at = MonotonicS(0.0)  # at the start of the measurement
+        self._space_at: MonotonicS | None = None  # when the free space was read
         self._measuring: asyncio.Task[HealthView] | None = None
         self._pending: dict[str, asyncio.Task[Any]] = {}  # measurements without a response yet
         self._next_sample = 0
 
     async def view(self) -> HealthView:
         """Return the health of the daemon, at most 5 s old. Concurrent callers share a measurement."""
-        loop_time = asyncio.get_running_loop().time()
-        is_fresh = loop_time - self._measured_at < MAX_AGE_S and self._known == self._known_now()
+        measured_at = loop_time()
+        is_fresh = measured_at - self._measured_at < MAX_AGE_S and self._known == self._known_now()
         if self.last is not None and self._measuring is None and is_fresh:
             return self._as_of_now(self.last)
         if self._measuring is None:
-            self._measured_at, self._known = loop_time, self._known_now()
+            self._measured_at, self._known = measured_at, self._known_now()
             self._measuring = asyncio.create_task(self._measure())
         return await asyncio.shield(self._measuring)
 
     async def space(self) -> DiskSpace | None:
         """Return free and total space of the store's disk, at most a second old, unless the disk hangs."""
-        loop_time, full_disk = asyncio.get_running_loop().time, self._actor.full_disk
+        full_disk = self._actor.full_disk
         if self._space_at is None or loop_time() - self._space_at >= SPACE_MAX_AGE_S:
             with contextlib.suppress(TimeoutError):
                 await self._in_time("space", full_disk.measure)
@@ -170,7 +171,6 @@ class Health:
 
         A response to the request of an earlier call, which was late, is ignored: it says nothing about the present.
         """
-        loop_time = asyncio.get_running_loop().time
         deadline = loop_time() + timeout_s
         task = self._pending.get(what)
         if task is not None and await self._ended(what, task, timeout_s):
@@ -193,7 +193,6 @@ class Health:
     # -- the database ------------------------------------------------------------------------------------------------
 
     async def _database(self) -> PartHealth:
-        loop_time = asyncio.get_running_loop().time
         began, damage = loop_time(), self._damage()
         try:
             replaced = await self._in_time("probe", self._probe)
@@ -247,7 +246,6 @@ class Health:
     # -- memory ------------------------------------------------------------------------------------------------------
 
     async def _cache(self) -> PartHealth:
-        loop_time = asyncio.get_running_loop().time
         began = loop_time()
         try:
             response = await self._in_time("ping", self._ping)
@@ -328,7 +326,7 @@ class Health:
     async def _storage(self) -> PartHealth:
         if self._artifacts is None:
             return PartHealth("healthy", "not configured")
-        loop_time, place = asyncio.get_running_loop().time, self._artifacts.place
+        place = self._artifacts.place
         began = loop_time()
         try:
             await self._in_time("storage", self._artifacts.probe, STORAGE_TIMEOUT_S)

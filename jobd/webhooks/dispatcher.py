@@ -6,13 +6,14 @@ A failure affects this webhook only. After a crash, deliveries whose result was 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import islice
 from typing import Final
 
 import structlog
 from msgspec.structs import replace
 
+from jobd.model.clocks import MonotonicS
 from jobd.model.events import Change
 from jobd.model.job import MINUTE_MS, SECOND_MS
 from jobd.model.storage import CannotWrite
@@ -47,10 +48,10 @@ class Dispatcher:
         self.breaker = CircuitBreaker(context.retry_policy)
         self.reader = EventReader(endpoint, outbox.cursors[endpoint.name], outbox.last, context, self._enqueue)
         self._context = context
-        self._loop_time = asyncio.get_running_loop().time
+        self._loop_time: Callable[[], MonotonicS] = asyncio.get_running_loop().time  # type: ignore[assignment]
         self._wake = asyncio.Event()
         self._stopping = False
-        self._next_clearing_s = 0.0
+        self._next_clearing_s = MonotonicS(0.0)
         self._in_flight: dict[int, asyncio.Task[None]] = {}
         # Running deliveries that started before the probe: their failures say nothing about it.
         self._sent_before_probe: set[int] = set()
@@ -378,7 +379,7 @@ class Dispatcher:
             self.queue.remove(each.id)
             self._log_outcome(each)
         if len(old) == SLICE:
-            self._next_clearing_s = 0.0
+            self._next_clearing_s = MonotonicS(0.0)
 
     async def _shut_down(self, transport: Transport) -> None:
         """Wait briefly for running deliveries and store the results. The rest is sent after the next start."""
@@ -398,7 +399,7 @@ class Dispatcher:
         await transport.close()
 
     def _now_ms(self) -> int:
-        return int(self._loop_time() * SECOND_MS)
+        return int(float(self._loop_time()) * SECOND_MS)
 
 
 async def wait_for_wake(wake: asyncio.Event, seconds: float | None) -> None:

@@ -12,6 +12,7 @@ from typing import Final
 import structlog
 from msgspec.structs import replace
 
+from jobd.model.clocks import MonotonicS
 from jobd.model.events import Change
 from jobd.model.storage import EventPage
 from jobd.model.webhooks import EVENTS_GONE, GAP_PENDING, Delivery, WebhookCursor, WebhookEndpoint
@@ -50,11 +51,11 @@ class EventReader:
         self._cursor = cursor  # as stored
         self._context = context
         self._enqueue = enqueue
-        self._loop_time = asyncio.get_running_loop().time
+        self._loop_time: Callable[[], MonotonicS] = asyncio.get_running_loop().time  # type: ignore[assignment]
         self._is_reading = False
-        self._read_at_s: float | None = None  # when the reader reached the last event most recently
-        self._next_read_s = 0.0
-        self._unsaved_since_s: float | None = None
+        self._read_at_s: MonotonicS | None = None  # when the reader reached the last event most recently
+        self._next_read_s = MonotonicS(0.0)
+        self._unsaved_since_s: MonotonicS | None = None
         self._writing = asyncio.Lock()
 
     def committed(self, changes: Sequence[Change]) -> bool:

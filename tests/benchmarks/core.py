@@ -20,6 +20,7 @@ from typing import Any, Final, TypeVar
 
 from jobd.core.state import State
 from jobd.engine.batch import DecidedBatch, Decider, Preloaded
+from jobd.engine.clock import monotonic_s
 from jobd.engine.envelope import Envelope
 from jobd.engine.idempotency import IdempotencyStore
 from jobd.engine.waiting_claims import WaitingClaims
@@ -65,7 +66,7 @@ class MeasuredCore:
             IdempotencyStore([], 1_000),
             WaitingClaims(self._book.presence),
             reject=lambda command: None,
-            loop_time=time.monotonic,
+            loop_time=monotonic_s,
         )
         self._policy = Policy()
         self._began = time.monotonic_ns()

@@ -21,7 +21,7 @@ from jobd.journal import record
 from jobd.journal.checksum import checksum
 from jobd.maintenance.due_jobs import DueJobs
 from jobd.maintenance.restart_grace import extend_held_locks
-from jobd.model.clocks import BootMs
+from jobd.model.clocks import BootMs, BootS
 from jobd.model.commands import AnyCommand
 from jobd.model.errors import ApiError
 from jobd.model.job import Policy, new_epoch
@@ -114,7 +114,7 @@ class ClusterNode:
             self.warm,
             NodeSettings(holder=f"{name} {id(self)}", url=f"http://{name}", lease_s=LEASE_S),
             next_epoch=lambda highest: new_epoch(highest, self.wall_ms()),
-            now_s=lambda: int(self.boot()) / 1000,
+            now_s=lambda: BootS(int(self.boot()) / 1000),
             wall_s=lambda: self.wall_ms() / 1000,
             refuses_connections=self.refuses_connections,
         )

@@ -8,6 +8,7 @@ import pytest
 
 from jobd.cluster.leadership import LATE_S, MIN_WAIT_S, Leadership
 from jobd.cluster.lease import LeaderLease
+from jobd.model.clocks import BootS
 from jobd.model.journal import Fenced, JournalOutcomeUnknown, LeadershipLost, Record
 from jobd.model.storage import DiskFull
 from tests.support.memory_journal import MemoryServer, MemorySharedJournal
@@ -30,7 +31,7 @@ class Node:
     async def lead(self) -> Leadership:
         now_s = asyncio.get_running_loop().time
         self.ahead_s = 0.0  # of the wall clock
-        self.lease = LeaderLease(LEASE_S, now_s, lambda: now_s() + self.ahead_s)
+        self.lease = LeaderLease(LEASE_S, lambda: BootS(now_s()), lambda: now_s() + self.ahead_s)
         sent = self.lease.now()
         seen = await self.journal.head()
         head = await self.journal.take_over(seen, holder=self.name, url=f"http://{self.name}", epoch=100)

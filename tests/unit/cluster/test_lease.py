@@ -7,6 +7,7 @@ import time
 import pytest
 
 from jobd.cluster.lease import LeaderLease, StandbyLease, boot_clock_s
+from jobd.model.clocks import BootS
 from jobd.model.journal import Head
 
 LEASE_S = 3.0
@@ -16,8 +17,8 @@ class FakeClock:
     def __init__(self, now_s: float = 100.0) -> None:
         self.now_s = now_s
 
-    def __call__(self) -> float:
-        return self.now_s
+    def __call__(self) -> BootS:
+        return BootS(self.now_s)
 
 
 def head(number: int = 1, epoch: int = 7, renewed: str = "a", holder: str | None = "x", at: int = 0) -> Head:
@@ -26,7 +27,7 @@ def head(number: int = 1, epoch: int = 7, renewed: str = "a", holder: str | None
 
 def test_a_leader_counts_from_before_it_sent_the_renewal() -> None:
     clock = FakeClock()
-    lease = LeaderLease(LEASE_S, clock, clock)
+    lease = LeaderLease(LEASE_S, clock, lambda: clock.now_s)
     assert (lease.is_over, lease.left_s, lease.renewal_in_s) == (True, 0, 0)
     sent = lease.now()
     clock.now_s += 1  # the server took that long
@@ -41,7 +42,7 @@ def test_a_leader_counts_from_before_it_sent_the_renewal() -> None:
 
 def test_an_acknowledgement_that_arrives_late_does_not_shorten_the_lease() -> None:
     clock = FakeClock()
-    lease = LeaderLease(LEASE_S, clock, clock)
+    lease = LeaderLease(LEASE_S, clock, lambda: clock.now_s)
     first = lease.now()
     clock.now_s += 1
     lease.renewed(lease.now())
@@ -92,7 +93,8 @@ def test_a_lease_without_a_holder_is_over_at_once() -> None:
 def test_the_leader_stops_before_a_standby_takes_over(apart_s: float, delay_s: float) -> None:
     """The clocks of both nodes are `apart_s` apart, and the standby sees the renewal `delay_s` after it was sent."""
     leader_clock, standby_clock = FakeClock(), FakeClock(100 + apart_s)
-    leader, standby = LeaderLease(LEASE_S, leader_clock, leader_clock), StandbyLease(LEASE_S, standby_clock)
+    leader = LeaderLease(LEASE_S, leader_clock, lambda: leader_clock.now_s)
+    standby = StandbyLease(LEASE_S, standby_clock)
     leader.renewed(leader.now())
     for clock in (leader_clock, standby_clock):
         clock.now_s += delay_s

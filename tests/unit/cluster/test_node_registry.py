@@ -10,6 +10,7 @@ from structlog.testing import capture_logs
 from jobd.cluster.node_registry import EVERY_S, NodeRegistry
 from jobd.cluster.view import Position, cluster_view
 from jobd.journal.record import FORMAT, LOWEST_FORMAT
+from jobd.model.clocks import BootS
 from jobd.model.journal import Head, NodeEntry
 from jobd.model.responses import ClusterView
 from tests.support.memory_journal import MemoryServer, MemorySharedJournal
@@ -33,12 +34,12 @@ class Process:
         self.duplicates: list[str] = []
         self.ahead_ms = 0
         self.journal = MemorySharedJournal(server)
-        now_s = asyncio.get_running_loop().time
+        loop_time = asyncio.get_running_loop().time
         self.registry = NodeRegistry(
             self.journal,
             lambda: mine,
             on_duplicate=self.duplicates.append,
-            now_s=now_s,
+            now_s=lambda: BootS(loop_time()),
             wall_ms=lambda: loop_ms() + self.ahead_ms,
         )
         self.task = asyncio.create_task(self.registry.run())

@@ -11,6 +11,7 @@ from jobd.core.worker_presence import WorkerPresence
 from jobd.engine.actor import CLOCK_CHECK_S, DiskBroken
 from jobd.engine.envelope import Envelope
 from jobd.engine.waiting_claims import WaitingClaims
+from jobd.model.clocks import MonotonicS
 from jobd.model.commands import (
     Bulk,
     Claim,
@@ -239,7 +240,7 @@ def test_the_claim_that_waits_longest_is_found() -> None:
 
         def claim(deadline: float, **fields: Any) -> Envelope:
             envelope = Envelope(Claim(worker="w", **fields), futures=[loop.create_future()])
-            envelope.deadline = deadline
+            envelope.deadline = MonotonicS(deadline)
             return envelope
 
         first, second, third = claim(5, kinds=["k"]), claim(3), claim(4, kinds=["k", "l"])
@@ -253,8 +254,8 @@ def test_the_claim_that_waits_longest_is_found() -> None:
         assert claims.first("default", "k") is second
         claims.add(first)  # its batch was rejected: it has its old place again
         assert claims.first("default", "k") is first
-        assert list(claims.take_expired(4)) == [second, third]
-        assert (len(claims), claims.next_deadline()) == (1, 5)
+        assert list(claims.take_expired(MonotonicS(4))) == [second, third]
+        assert (len(claims), claims.next_deadline()) == (1, MonotonicS(5))
         assert claims.take_all() == [first]
         assert claims.next_deadline() is None
 

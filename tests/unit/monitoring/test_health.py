@@ -12,6 +12,7 @@ import pytest
 from msgspec.structs import replace
 
 from jobd.engine.actor import Bounds
+from jobd.engine.clock import loop_time
 from jobd.engine.disk_full import WriteLimit
 from jobd.maintenance.maintainer import Maintainer
 from jobd.model.commands import Create, Get, Progress
@@ -252,7 +253,7 @@ def test_the_message_names_the_writes_that_a_full_disk_rejects(closed: WriteLimi
     async def test() -> None:
         async with VirtualEngine() as engine:
             engine.actor.full_disk.write_limit = closed
-            engine.actor.full_disk.next_probe = asyncio.get_running_loop().time() + 60
+            engine.actor.full_disk.next_probe = loop_time() + 60
             view = await measured(engine)
             assert view.status == view.database.status == "unhealthy"
             assert expected in view.database.message

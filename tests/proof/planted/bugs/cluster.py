@@ -12,6 +12,7 @@ from jobd.cluster.leadership import Leadership
 from jobd.cluster.lease import Instant, LeaderLease, StandbyLease
 from jobd.cluster.standby import Standby
 from jobd.cluster.warm_state import WarmState
+from jobd.model.clocks import BootS
 from jobd.model.journal import Head, Record
 from jobd.model.storage import OpenedStore
 from jobd.model.webhooks import Outbox, WebhookEndpoint
@@ -96,7 +97,7 @@ async def _(is_complete: Any, self: Standby) -> bool:
     found_by="tests/unit/cluster/test_lease.py::test_the_wall_clock_of_the_server_does_not_matter",
 )
 def _(see: Any, self: StandbyLease, head: Head) -> bool:
-    self._now_s = lambda: head.at / 1000
+    self._now_s = lambda: BootS(head.at / 1000)
     return bool(see(self, head))
 
 

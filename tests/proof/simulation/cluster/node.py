@@ -15,7 +15,7 @@ from jobd.cluster.standby import NodeSettings, Standby
 from jobd.cluster.warm_state import WarmState
 from jobd.core.state import State
 from jobd.journal.record import FORMAT
-from jobd.model.clocks import BootMs
+from jobd.model.clocks import BootMs, BootS
 from jobd.model.job import new_epoch
 from jobd.model.journal import BadSnapshot, JournalUnavailable, NodeEntry
 from jobd.model.storage import OpenedStore
@@ -78,10 +78,10 @@ class SimNode(Host):
         return WALL + int(self.loop.now_s * 1000 * (1 + self.drift) + self.wall_shift_ms)
 
     def boot(self) -> BootMs:
-        return BootMs(int(self.boot_s() * 1000))
+        return BootMs(int(float(self.boot_s()) * 1000))
 
-    def boot_s(self) -> float:
-        return self.loop.now_s * (1 + self.drift) + self.boot_shift_ms / 1000
+    def boot_s(self) -> BootS:
+        return BootS(self.loop.now_s * (1 + self.drift) + self.boot_shift_ms / 1000)
 
     def _check_prune(self, before: int) -> None:
         """S13, unless this clock stepped back while the process was stopped."""
