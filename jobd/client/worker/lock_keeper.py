@@ -77,6 +77,7 @@ class LockKeeper:
         self._is_reachable = True
         self._is_over = False
         self.ending: tuple[str, JobView] | None = None  # the verb that the daemon has accepted, and the job after it
+        self.is_discarded = False  # the failure asks for no other attempt
         self._heartbeat: asyncio.Task[None] | None = None
 
     @property
@@ -126,6 +127,7 @@ class LockKeeper:
     async def fail(self, give_up: asyncio.Event, message: str, **how: Any) -> JobView | None:
         """Fail the job. Return the job if the daemon accepts this. Pending progress is sent first if possible."""
         await self.stop(flush=True)
+        self.is_discarded = how.get("retry") is False
         request = request_for(JobCalls.fail_job, self.id, lock_id=self.grant.lock_id, error_message=message, **how)
         return await self._end("fail", request, give_up)
 
@@ -328,18 +330,30 @@ def describe_end(keeper: LockKeeper, run_s: float) -> str:
         return f"{name} ended here{after}, without a result{why}"
     verb, job = keeper.ending
     if verb == "fail":
-        return describe_failure(job, (job.error_message or "").partition("\n")[0], name, after)
+        reason = (job.error_message or "").partition("\n")[0]
+        return describe_failure(job, reason, name, after, is_discarded=keeper.is_discarded)
+    if verb == "release" and job.run_at > job.updated_at:
+        return f"{name} was put back{after}; it is due again {_delay(job)}."
     return f"{name} {'completed' if verb == 'complete' else 'was put back'}{after}."
 
 
-def describe_failure(job: JobView, reason: str, name: str = "", after: str = "") -> str:
+def describe_failure(job: JobView, reason: str, name: str = "", after: str = "", *, is_discarded: bool = False) -> str:
     """Return the line that reports a failed attempt and whether there is another one."""
     failed = f"{name or f'job {job.id}'} failed{after}: {reason}"
     if job.status != "queued":
-        return f"{failed}; it is not retried: attempt {job.attempt} of {job.max_attempts}."
-    delay_s = round((job.run_at - job.updated_at) / 1000)
-    delay = f"in {delay_s} s" if delay_s < 120 else f"in {round(delay_s / 60)} min"
-    return f"{failed}; it is retried {delay if delay_s > 0 else 'now'}."
+        why = "the handler raised Discard" if is_discarded else f"attempt {job.attempt} of {job.max_attempts}"
+        return f"{failed}; it is not retried: {why}."
+    return f"{failed}; it is retried {_delay(job)}."
+
+
+def _delay(job: JobView) -> str:
+    """Return how long after its last change the job is due."""
+    delay_s = (job.run_at - job.updated_at) / 1000
+    if delay_s <= 0:
+        return "at once"
+    if delay_s < 1:
+        return f"in {max(delay_s, 0.1):.1f} s"
+    return f"in {round(delay_s)} s" if delay_s < 120 else f"in {round(delay_s / 60)} min"
 
 
 def _resolve(reported: asyncio.Future[None], error: JobdError | None = None) -> None:

@@ -219,13 +219,15 @@ async def test_sigterm_drains_a_worker_process(client: AsyncJobClient, daemon: D
 
 TERMINAL = """
 import sys
-from jobd.client import Snooze, Worker
+from jobd.client import Discard, Snooze, Worker
 worker = Worker(sys.argv[1], queues=[sys.argv[2]], concurrency=2, name="w-tty")
 
-@worker.handler("good", "bad", "snoozed")
+@worker.handler("good", "bad", "discarded", "snoozed")
 def work(task):
     if task.job.kind == "bad":
         raise ValueError("no such\\npage")
+    if task.job.kind == "discarded":
+        raise Discard("never")
     if task.job.kind == "snoozed":
         raise Snooze(3600)
 
@@ -238,7 +240,8 @@ async def test_in_a_terminal_a_worker_prints_what_it_claims_and_each_job(
 ) -> None:
     environ = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", TERMINAL, f"unix:{daemon.socket}", queue]
-    ids = {kind: (await client.create_job(queue=queue, kind=kind)).id for kind in ("good", "bad", "snoozed")}
+    kinds = ("good", "bad", "discarded", "snoozed")
+    ids = {kind: (await client.create_job(queue=queue, kind=kind)).id for kind in kinds}
     ours, theirs = pty.openpty()
     start = functools.partial(subprocess.Popen, command, env=environ, stderr=theirs, preexec_fn=die_with_us)
     process = await asyncio.to_thread(start)
@@ -251,13 +254,16 @@ async def test_in_a_terminal_a_worker_prints_what_it_claims_and_each_job(
         process.kill()
         await asyncio.to_thread(process.wait)
         os.close(ours)
-    kinds = "good, bad, snoozed"
     assert shown.startswith(
-        f"worker w-tty claims jobs of queue {queue} (only {kinds}), 2 at a time, at {client.endpoints[0]}\n"
+        f"worker w-tty claims jobs of queue {queue} (only {', '.join(kinds)}), 2 at a time, at {client.endpoints[0]}\n"
     )
     shown = re.sub(r"after \d+\.\d s", "after N s", shown)
     assert f"\njob {ids['good']} (good) completed after N s." in shown
-    assert f"\njob {ids['snoozed']} (snoozed) was put back after N s." in shown
+    assert f"\njob {ids['snoozed']} (snoozed) was put back after N s; it is due again in 60 min." in shown
+    assert (
+        f"\njob {ids['discarded']} (discarded) failed after N s: never; it is not retried: the handler raised Discard."
+        in shown
+    )
     failed = f"\njob {ids['bad']} (bad) failed after N s: ValueError: no such; it is not retried: attempt 1 of 1."
     assert failed in shown
 
