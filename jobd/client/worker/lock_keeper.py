@@ -34,6 +34,7 @@ from jobd.client.worker.error_text import MESSAGE_CHARACTERS
 from jobd.client.worker.service_thread import Log
 from jobd.model.calls import JobCalls
 from jobd.model.responses import GrantView, JobView, LockState
+from jobd.model.times import duration, time_left
 
 # A call is retried at least every 5 s: an attempt takes at most 4 s, the delay after it 1 s.
 ATTEMPT_S: Final = 4.0
@@ -323,7 +324,7 @@ def _wait_s(failures: int) -> float:
 
 def describe_end(keeper: LockKeeper, run_s: float) -> str:
     """Return the line that reports the end of a run: the job, its kind, the result, the duration, the error."""
-    job, after = keeper.grant.job, f" after {run_s:.1f} s"
+    job, after = keeper.grant.job, f" after {duration(run_s * 1000)}"
     name = f"job {job.id}" + (f" ({job.kind})" if job.kind else "")
     if keeper.ending is None:
         why = f": {keeper.lost.result().message}" if keeper.lost.done() else "."
@@ -348,12 +349,8 @@ def describe_failure(job: JobView, reason: str, name: str = "", after: str = "",
 
 def _delay(job: JobView) -> str:
     """Return how long after its last change the job is due."""
-    delay_s = (job.run_at - job.updated_at) / 1000
-    if delay_s <= 0:
-        return "at once"
-    if delay_s < 1:
-        return f"in {max(delay_s, 0.1):.1f} s"
-    return f"in {round(delay_s)} s" if delay_s < 120 else f"in {round(delay_s / 60)} min"
+    delay_ms = job.run_at - job.updated_at
+    return f"in {time_left(delay_ms)}" if delay_ms > 0 else "at once"
 
 
 def _resolve(reported: asyncio.Future[None], error: JobdError | None = None) -> None:

@@ -18,6 +18,7 @@ from jobd.client.worker.error_text import MESSAGE_CHARACTERS, describe_error
 from jobd.client.worker.lock_keeper import LockKeeper, describe_end, describe_failure
 from jobd.client.worker.service_thread import Log
 from jobd.model.responses import GrantView
+from jobd.model.times import duration
 
 STOP_S: Final = 10.0  # for an execution to stop
 REPORT_S: Final = 10.0  # for a stopping worker to report the ends of its jobs to an unreachable daemon
@@ -224,13 +225,17 @@ class WorkerRunner:
             if execution.is_thread
             else "stopping its work"
         )
-        self._log(f"job {keeper.id}: it took longer than {execution.timeout_s} s; {what}.")
+        self._log(f"job {keeper.id}: it took longer than {_limit(execution)}; {what}.")
 
     async def _fail_timeout(self, execution: Execution, keeper: LockKeeper) -> None:
-        message = f"The run took longer than its timeout of {execution.timeout_s} s.{execution.describe_timeout()}"
+        message = f"The run took longer than its timeout of {_limit(execution)}.{execution.describe_timeout()}"
         job = await keeper.fail(self._give_up, message[:MESSAGE_CHARACTERS], error_code="timeout")
         if job is not None and self._report is None:
             self._log(describe_failure(job, "timeout"))
+
+
+def _limit(execution: Execution) -> str:
+    return duration((execution.timeout_s or 0) * 1000)
 
 
 def seconds(timeout: timedelta | float | None) -> float | None:

@@ -563,7 +563,7 @@ async def test_a_program_is_stopped_after_its_timeout(client: AsyncJobClient, qu
     assert (failed.status, failed.error_code) == ("failed", "timeout")
     assert failed.error_message is not None
     first, *_, last = failed.error_message.splitlines()
-    assert (first, last) == ("The run took longer than its timeout of 0.5 s. Last lines of stderr:", "stopped")
+    assert (first, last) == ("The run took longer than its timeout of 500 ms. Last lines of stderr:", "stopped")
     assert not has_members(int(run.out))
 
 

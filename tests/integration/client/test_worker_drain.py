@@ -257,9 +257,9 @@ async def test_in_a_terminal_a_worker_prints_what_it_claims_and_each_job(
     assert shown.startswith(
         f"worker w-tty claims jobs of queue {queue} (only {', '.join(kinds)}), 2 at a time, at {client.endpoints[0]}\n"
     )
-    shown = re.sub(r"after \d+\.\d s", "after N s", shown)
+    shown = re.sub(r"after [\d.]+ m?s", "after N s", shown)
     assert f"\njob {ids['good']} (good) completed after N s." in shown
-    assert f"\njob {ids['snoozed']} (snoozed) was put back after N s; it is due again in 60 min." in shown
+    assert f"\njob {ids['snoozed']} (snoozed) was put back after N s; it is due again in 1 h." in shown
     assert (
         f"\njob {ids['discarded']} (discarded) failed after N s: never; it is not retried: the handler raised Discard."
         in shown

@@ -26,8 +26,8 @@ from jobd.client import (
     Worker,
 )
 from jobd.client.worker import lock_keeper
-from jobd.client.worker.lock_keeper import LockKeeper
-from jobd.model.responses import GrantView, LockState
+from jobd.client.worker.lock_keeper import LockKeeper, describe_failure
+from jobd.model.responses import GrantView, JobView, LockState
 from tests.support.client_harness import (
     GRANT,
     JOB,
@@ -383,3 +383,10 @@ def test_the_lock_is_extended_first_and_then_at_a_third_of_its_ttl(
         await keeper.stop()
 
     run()
+
+
+@pytest.mark.parametrize(("delay_ms", "retried"), [(0, "at once"), (240, "in 240 ms"), (185_000, "in 3 min 5 s")])
+def test_a_failed_attempt_is_reported_with_the_delay_of_its_retry(delay_ms: int, retried: str) -> None:
+    fields = JOB | {"status": "queued", "updated_at": 1_000, "run_at": 1_000 + delay_ms}
+    job = msgspec.json.decode(msgspec.json.encode(fields), type=JobView)
+    assert describe_failure(job, "a reason").endswith(f" failed: a reason; it is retried {retried}.")
