@@ -17,6 +17,8 @@ Invariants:
   once, also while a batch is written, and `Leadership.on_epoch` raises the epoch of the tokens.
 - Nothing is awaited between the decision of the first command of a batch and that of its last. What the decisions need
   and memory does not hold is read before, by `_load`.
+- All commands of a batch are decided at one moment, which is read after `_load`. A batch that is decided again gets a
+  new one.
 - At most one batch is decided and not committed (`_under_way`). At most one is committed and has unsent responses
   (`_unsent`). `_unsent` is kept only if commands wait, so that its responses go out during the next write.
 - A response is sent after the commit of its batch. Within a batch a command sees the changes of those before it, so
@@ -523,12 +525,12 @@ class Actor:
                 break
         else:
             return Preloaded()
-        known, state, now = Preloaded(), self.state, self._clock.moment().expected
+        known, state = Preloaded(), self.state
         naming = [(envelope, ids) for envelope in batch if (ids := envelope.command.job_ids())]
         named = dict.fromkeys(job_id for _, ids in naming for job_id in ids)
         unknown = [job_id for job_id in named if state.get(job_id) is None and job_id not in state.quarantined]
         digests = [envelope.key.digest for envelope in batch if envelope.key is not None]
-        stored = [digest for digest in digests if self._decider.keys.is_stored(digest, now)]
+        stored = [digest for digest in digests if self._decider.keys.is_stored(digest)]
         if unknown or stored:
             self._send_meanwhile()
             loaded = await self.disk.load(unknown, [], stored)

@@ -99,6 +99,7 @@ class DecidedBatch(Struct):
     """A decided batch: its transaction, and the responses to send once it is written."""
 
     at: Moment
+    at_s: MonotonicS  # the same by the event loop
     known: Preloaded
     tx: Transaction
     replies: list[tuple[Envelope, Response | ApiError]] = field(default_factory=list)
@@ -183,7 +184,9 @@ class Decider:
         self, envelopes: list[Envelope], at: Moment, known: Preloaded, policy: Policy, *, serves: bool = True
     ) -> DecidedBatch:
         """Decide a batch. Without `serves`, waiting claims get the jobs that became due in the next batch."""
-        decided = DecidedBatch(at, known, Transaction(self.state, at, policy, known.requests, known.late))
+        decided = DecidedBatch(
+            at, self._loop_time(), known, Transaction(self.state, at, policy, known.requests, known.late)
+        )
         if at.suspect != self.state.clock.suspect and self._reject(Create()) is None:
             decided.tick = True  # the suspicion is written at once; on a full disk with the next batch
         self.served = decided.served
@@ -296,7 +299,7 @@ class Decider:
             return rejection
         response = self._decided(decided, envelope)
         if type(command) is Claim and self._waits(command, response):
-            envelope.deadline = self._loop_time() + command.wait_ms / 1000
+            envelope.deadline = decided.at_s + command.wait_ms / 1000
             self.waiting_claims.add(envelope)
             decided.began_waiting.append(envelope)
             return None

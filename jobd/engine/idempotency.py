@@ -63,10 +63,9 @@ class IdempotencyStore:
             return None
         return row
 
-    def is_stored(self, digest: str, now: int) -> bool:
-        """Return whether the response of this key has to be read from the disk."""
-        row = self.find(digest, now)
-        return row is not None and row.grants is None
+    def is_stored(self, digest: str) -> bool:
+        """Return whether the response of this key has to be read from the disk. `find` says if it is still kept."""
+        return digest in self._responses
 
     def has_room(self, now: int) -> bool:
         """Drop old keys. Return whether one more can be kept."""

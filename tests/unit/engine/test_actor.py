@@ -14,6 +14,7 @@ from structlog.testing import capture_logs
 from jobd.core import decide
 from jobd.core.transaction import Transaction
 from jobd.engine.actor import BATCH_BYTES, BATCH_WEIGHT, Bounds, DiskBroken
+from jobd.model.clocks import MonotonicS
 from jobd.model.commands import (
     Adopt,
     AnyCommand,
@@ -142,6 +143,24 @@ async def test_waiting_commands_form_one_batch() -> None:
         assert got.data.status == "processing"
         assert [len(batch.changes) for batch in engine.disk.batches] == [2]
         assert_consistent(engine)
+
+
+@in_virtual_time
+async def test_the_commands_of_a_batch_are_decided_at_one_moment(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = VirtualEngine()
+    moments, loop_times = iter([engine.clock.moment()]), iter(map(MonotonicS, range(9)))
+    monkeypatch.setattr(engine.clock, "moment", lambda: next(moments))
+    monkeypatch.setattr(engine.actor._decider, "_loop_time", lambda: next(loop_times))
+    key = IdempotencyKey("key", "body")
+    claims = [Claim(worker="w", queues=[queue], wait_ms=9_000) for queue in "pq"]
+    tasks = [start_task(engine.actor.ask(Create(id="a"), key=key)), *ask_all(engine, claims)]
+    await asyncio.sleep(0)
+    await engine.actor._turn(engine.actor._take())
+    assert [envelope.deadline for envelope, _, _ in engine.actor.waiting_claims.by_ticket.values()] == [9.0, 9.0]
+    engine.actor._send_responses()
+    assert (await tasks[0]).status == 201
+    for task in tasks[1:]:
+        task.cancel()
 
 
 @in_virtual_time
