@@ -226,8 +226,8 @@ class RuleHarness:
                 self.requests.pop(event.job_id, None)
             else:
                 self.rows[event.job_id] = folded
-        if change.request_hash:
-            self.requests[event.job_id] = Payload(change.payload or b"null", change.request_hash)
+        if change.event.type == "created":
+            self.requests[event.job_id] = Payload(change.payload or b"null", change.request_hash or "")
         self._note_token(change)
         self._store_late_result(change)
 
