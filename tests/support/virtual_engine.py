@@ -10,7 +10,7 @@ import functools
 import inspect
 import selectors
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from random import Random
 from typing import Any, Final
 
@@ -79,13 +79,20 @@ def in_virtual_time(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[
 
 def in_engine(**options: Any) -> Callable[[Callable[..., Coroutine[Any, Any, None]]], Callable[..., None]]:
     """Run an async test in virtual time, with a VirtualEngine of these options as its first argument."""
+    return in_context(lambda: VirtualEngine(**options))
+
+
+def in_context(
+    make: Callable[[], AbstractAsyncContextManager[Any]],
+) -> Callable[[Callable[..., Coroutine[Any, Any, None]]], Callable[..., None]]:
+    """Run an async test in virtual time and in the context of `make`, with its value as the first argument."""
 
     def decorate(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
         @in_virtual_time
         @functools.wraps(test)
         async def run(**fixtures: Any) -> None:
-            async with VirtualEngine(**options) as engine:
-                await test(engine, **fixtures)
+            async with make() as value:
+                await test(value, **fixtures)
 
         _, *parameters = inspect.signature(test).parameters.values()
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
