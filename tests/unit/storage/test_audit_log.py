@@ -25,28 +25,9 @@ async def seqs(store: Store, **query: object) -> list[int]:
     return [seq for seq, _ in (await store.read_audit(AuditQuery(**query))).found]  # type: ignore[arg-type]
 
 
-async def test_an_entry_is_written_with_its_batch_and_survives_a_restart(path: str) -> None:
-    maker = ChangeFactory()
-    whole = entry(1, reason="a\nreason", queue="q", outcome="job_not_found", details={"from": None, "to": "failed"})
-    async with open_store(path) as (store, _):
-        await store.write(maker.batch([maker.create()], audit=[entry(), whole]))
-    async with open_store(path) as (store, _):
-        found = await store.read_audit(AuditQuery())
-        assert found.found == [(2, whole), (1, entry())]
-        assert found.next_before is None
-
-
 async def test_the_filter_artifact_finds_entries_with_the_former_spelling(store: Store) -> None:
     await write(store, entry(what="artefact"), entry(what="artifact"), entry(what="export"))
     assert await seqs(store, what="artifact") == [2, 1]
-
-
-async def test_a_failed_batch_leaves_no_entry(store: Store) -> None:
-    maker = ChangeFactory()
-    ghost = job_of(maker.create())
-    with pytest.raises(BadRows):
-        await store.write(maker.batch([], audit=[entry()], payloads=[ghost.seq]))
-    assert (await store.read_audit(AuditQuery())).found == []
 
 
 async def test_parts_of_one_action_share_a_row_that_counts_their_jobs(store: Store) -> None:

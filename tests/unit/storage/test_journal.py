@@ -9,7 +9,6 @@ from jobd.model.events import KEEP_FIRST_GRANTS, KEEP_GRANTS, KEEP_HEARTBEATS, C
 from jobd.model.job import Grant, Job
 from jobd.model.storage import (
     Batch,
-    EventPage,
 )
 from jobd.storage.events import event_rows, shortening
 from jobd.storage.store import Store
@@ -260,14 +259,6 @@ async def test_old_journals_of_deleted_jobs_are_pruned(store: Store) -> None:
     assert store._connection.raw.execute("SELECT count(*) FROM deleted_jobs").fetchone() == (0,)
 
 
-async def test_the_journal_continues_after_a_position(store: Store) -> None:
-    maker = ChangeFactory()
-    await store.write(maker.batch([maker.create() for _ in range(5)]))
-    page = await store.events_after(2, 2)
-    assert ([event.seq for event in page.events], page.last, page.gone_to) == ([3, 4], 5, 0)
-    assert await store.events_after(5, 2) == EventPage([], 5, 0)
-
-
 async def test_the_used_bytes_grow_and_shrink_with_the_events(store: Store) -> None:
     maker, empty = ChangeFactory(), await store.used_bytes()
     created = [maker.create() for _ in range(500)]
@@ -300,19 +291,6 @@ async def test_pruned_events_are_reported_after_a_restart(path: str) -> None:
         assert [event.job_seq for event in page.events] == [2]  # older and undamaged
     async with open_store(path) as (store, _):
         assert (await store.events_after(0, 100)).gone_to == last
-
-
-async def test_a_damaged_event_is_reported_as_missing(path: str) -> None:
-    maker = ChangeFactory()
-    async with open_store(path) as (store, _):
-        await store.write(maker.batch([maker.create() for _ in range(5)]))
-    with edit_store(path) as conn:
-        conn.execute("UPDATE events SET at = at + 1 WHERE seq = 3")
-    async with open_store(path) as (store, _):
-        page = await store.events_after(0, 4)
-        assert ([event.seq for event in page.events], page.gone_to) == ([1, 2, 4], 3)
-    async with open_store(path) as (store, _):
-        assert (await store.events_after(3, 10)).gone_to == 3  # it was quarantined, which is recorded
 
 
 async def test_a_damaged_event_number_marks_no_future_events_as_missing(path: str) -> None:

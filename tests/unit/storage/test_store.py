@@ -11,18 +11,14 @@ import threading
 from sqlite3 import SQLITE_DENY, SQLITE_OK, SQLITE_PRAGMA
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from jobd.model.clocks import LockMs
 from jobd.model.job import COUNTER_MASK
 from jobd.model.storage import (
     SPARE_BYTES,
     Batch,
     DiskFull,
     JobQuery,
-    LoadedRows,
     Numbers,
     OpenedStore,
     StoredResponse,
@@ -33,7 +29,7 @@ from jobd.storage.database import CHECKPOINT_FRAMES
 from jobd.storage.store import MEMORY, Store
 from jobd.storage.tables.projection import Projection
 from tests.support.factories import NOW, ChangeFactory
-from tests.support.store_files import assert_holds, exists, job_of, open_store, recounted
+from tests.support.store_files import assert_holds, exists, job_of, open_store
 
 
 async def test_a_new_store_is_empty_private_and_durable(path: str) -> None:
@@ -54,25 +50,6 @@ async def test_synchronous_is_at_least_full(path: str) -> None:
         assert store._connection.raw.execute("PRAGMA synchronous").fetchone() == (3,)
     with pytest.raises(ValueError, match="loses acknowledged work"):
         await Store.open(path, synchronous="NORMAL")  # type: ignore[arg-type]
-
-
-async def test_a_batch_survives_a_restart(path: str) -> None:
-    maker = ChangeFactory()
-    async with open_store(path) as (store, _):
-        first = maker.create("a")
-        second = maker.create("b", type_="imported")
-        await store.write(maker.batch([first, second]))
-        grant = maker.grant(job_of(first))
-        report = maker.progress(job_of(grant), 45.0, "half")
-        ended = maker.finish(job_of(second), "failed")
-        shown = await store.write(maker.batch([grant, report, ended], payloads=[1, 2], report=b'{"r":1}'))
-        assert shown == maker.payloads
-    async with open_store(path) as (store, found):
-        await assert_holds(store, found, maker)
-        assert await store.reports(5) == [b'{"r":1}']
-        loaded = await store.load(["b", "nobody"], [2, 99], ["nothing"])
-        assert loaded == LoadedRows({"b": maker.jobs[2]}, {2: loaded.payloads[2]}, {}, {})
-        assert loaded.payloads[2].request_hash == "hash-2"
 
 
 async def test_a_batch_is_one_transaction_and_a_slice_is_another(store: Store) -> None:
@@ -99,11 +76,6 @@ async def test_a_batch_is_one_transaction_and_a_slice_is_another(store: Store) -
     assert (words.count("BEGIN"), words.count("COMMIT")) == (1, 1)
     for table in ("jobs", "events", "keys", "reports", "meta", "journal"):
         assert any(table in each for each in statements[1:-1]), table
-
-
-async def test_a_batch_returns_the_payload_of_a_job_that_it_creates(store: Store) -> None:
-    maker = ChangeFactory()
-    assert await store.write(maker.batch([maker.create()], payloads=[1])) == {1: maker.payloads[1]}
 
 
 async def test_a_batch_behind_other_work_does_not_block_the_event_loop(store: Store) -> None:
@@ -304,45 +276,6 @@ async def test_cancelling_the_opening_waits_for_it_and_releases_the_lock(path: s
         pass
 
 
-async def test_an_empty_batch_keeps_the_numbers(path: str) -> None:
-    numbers = Numbers(1, 2, 3, 4, LockMs(5), 6)
-    async with open_store(path) as (store, _):
-        assert await store.write(Batch([], numbers)) == {}
-    async with open_store(path) as (_, found):
-        assert found.numbers == numbers
-
-
-async def test_a_job_created_and_deleted_in_one_batch_leaves_its_journal(path: str) -> None:
-    maker = ChangeFactory()
-    async with open_store(path) as (store, _):
-        first = maker.create("a", type_="imported")
-        ended = maker.finish(job_of(first), "cancelled")
-        gone = maker.delete(job_of(ended))
-        again = maker.create("a")
-        await store.write(maker.batch([first, ended, gone, again]))
-    async with open_store(path) as (store, found):
-        await assert_holds(store, found, maker)
-        assert [job.seq for job in found.live()] == [2]
-        assert [event.type for event in await store.timeline(1)] == ["imported", "cancelled", "deleted"]
-        assert (await store.load(["a"], [1], [])).payloads == {}
-
-
-async def test_stored_responses_are_kept_replaced_and_deleted(path: str) -> None:
-    response, grant = (
-        StoredResponse("d1", "b1", NOW, 201, b'{"x":1}'),
-        StoredResponse("d2", "b2", NOW + 1, 200, None, [("a", "lock")]),
-    )
-    maker = ChangeFactory()
-    async with open_store(path) as (store, _):
-        await store.write(maker.batch([], keys=[response, grant]))
-    async with open_store(path) as (store, found):
-        assert found.keys == [replace(response, body=None), grant]
-        assert (await store.load([], [], ["d1", "d2"])).responses == {"d1": response, "d2": grant}
-        newer = replace(response, body=b"[]", at=NOW + 2)
-        await store.write(maker.batch([], keys=[newer], forget_keys=["d2"]))
-        assert (await store.load([], [], ["d1", "d2"])).responses == {"d1": newer}
-
-
 async def test_the_last_500_reports_are_kept(store: Store) -> None:
     maker = ChangeFactory()
     for number in range(503):
@@ -388,28 +321,6 @@ async def test_a_store_in_memory_behaves_the_same() -> None:
         assert await store.drop_reserve() is False
         await store.build_reserve()
         await store.probe()
-
-
-@pytest.mark.slow
-@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(seed=st.integers(0, 1 << 32), sizes=st.lists(st.integers(0, 40), min_size=1, max_size=12))
-def test_rows_journal_totals_and_counts_agree_after_any_batches(
-    tmp_path_factory: pytest.TempPathFactory, seed: int, sizes: list[int]
-) -> None:
-    async def run() -> None:
-        path = str(tmp_path_factory.mktemp("any") / "jobd.db")
-        maker = ChangeFactory(seed)
-        for part in (sizes[: len(sizes) // 2], sizes[len(sizes) // 2 :]):
-            async with open_store(path) as (store, _):
-                for size in part:
-                    batch = maker.any_batch(size)
-                    shown = await store.write(batch)
-                    assert shown == {seq: maker.payloads[seq] for seq in batch.payloads}
-            async with open_store(path) as (store, found):
-                await assert_holds(store, found, maker)
-                assert store._database.totals == recounted(store)
-
-    asyncio.run(run())
 
 
 async def test_the_epoch_after_a_full_counter_is_stored_before_its_first_token(

@@ -10,7 +10,6 @@ from jobd.model.events import Change
 from jobd.model.job import MAX_LATE_RESULTS, Job, Result
 from jobd.model.storage import (
     MAX_POSTPONE_MS,
-    BadRows,
     DueTombstones,
     Tombstone,
 )
@@ -47,15 +46,6 @@ async def test_a_tombstone_is_written_with_its_batch_and_due_later(path: str) ->
     async with open_store(path) as (store, found):
         assert found.tombstones == 3
         assert (await store.due_tombstones(NOW, 1)).found == [(waiting_tombstone(3), False)]
-
-
-async def test_a_failed_batch_leaves_no_tombstone(path: str) -> None:
-    maker = ChangeFactory()
-    async with open_store(path) as (store, _):
-        ghost = maker.create("ghost")
-        with pytest.raises(BadRows):
-            await store.write(maker.batch([], tombstones=[waiting_tombstone(1)], payloads=[job_of(ghost).seq]))
-        assert await due_seqs(store) == []
 
 
 async def test_tombstones_are_deleted_and_postponed(store: Store) -> None:
@@ -190,22 +180,6 @@ async def test_without_sweeping_late_results_leave_no_tombstones(store: Store) -
     assert await tombstones_by_seq(store) == []
     await store.finish_upkeep()
     assert store._connection.raw.execute("SELECT count(*) FROM late_results").fetchone() == (0,)
-
-
-async def test_a_failed_deletion_keeps_late_results_and_leaves_no_tombstone(path: str) -> None:
-    maker = ChangeFactory()
-    reported: list[int] = []
-    async with open_store(path) as (store, _):
-        store.on_tombstones = reported.append
-        created, ghost = maker.create("a", status="failed"), maker.create("ghost")
-        await store.write(maker.batch([created, late := late_result(maker, job_of(created), 1, "late/1")], sweeps=True))
-        deleted = maker.delete(job_of(created))
-        with pytest.raises(BadRows):
-            await store.write(maker.batch([deleted], sweeps=True, payloads=[job_of(ghost).seq]))
-        assert (await tombstones_by_seq(store), reported) == ([], [])
-        assert await late_results(store, job_of(created)) == [late_of(late)]
-        await store.write(maker.batch([deleted], sweeps=True))
-        assert (await tombstones_by_seq(store), reported) == (tombstones_of(late), [1])
 
 
 async def test_the_key_of_a_damaged_late_result_is_not_deleted(path: str) -> None:

@@ -28,7 +28,6 @@ from jobd.model.storage import (
     StoredResponse,
     Tombstone,
 )
-from jobd.storage.codec import JOB_COLUMNS
 from jobd.storage.damage import quarantine
 from jobd.storage.store import Store, StoreTooNew, StoreUnreadable
 from tests.support.factories import NOW, ChangeFactory
@@ -98,23 +97,6 @@ async def test_a_job_is_quarantined_as_its_latest_record_has_it(path: str) -> No
         (row,) = store._connection.raw.execute("SELECT row FROM quarantined_jobs").fetchone()
         assert msgspec.json.decode(row)["status"] == "completed"
         assert store._database.totals == recounted(store)
-
-
-async def test_damage_to_any_column_of_a_new_job_is_detected(path: str) -> None:
-    """Also damage to an empty value."""
-    maker = ChangeFactory()
-    columns = [column for column in JOB_COLUMNS if column != "seq"]
-    async with open_store(path) as (store, _):
-        await store.write(maker.batch([maker.create() for _ in [*columns, "one that stays whole"]]))
-    with without_indexes(path) as conn:
-        types = {name: type_ for _, name, type_, *_ in conn.execute("PRAGMA table_info(jobs)")}
-        for seq, column in enumerate(columns, 1):
-            nothing = {"INTEGER": "0", "TEXT": "''", "BLOB": "x''"}.get(types[column], "0.0")
-            other = {"INTEGER": f"{column} + 1", "REAL": "0.5", "TEXT": f"{column} || 'x'"}.get(types[column], "x''")
-            conn.execute(f"UPDATE jobs SET {column} = iif({column} IS NULL, {nothing}, {other}) WHERE seq = {seq}")
-    async with open_store(path) as (_, found):
-        assert len(found.quarantined) == len(columns)
-        assert found.live() == [maker.jobs[len(columns) + 1]]
 
 
 @pytest.mark.parametrize("column", ["queue", "id", "error_code", "body", "expires_at", "created_at", "crc"])

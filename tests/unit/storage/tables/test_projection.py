@@ -14,11 +14,11 @@ from msgspec.structs import replace
 from jobd.model.storage import DiskFull, JobQuery, LateResultQuery, StoredResponse
 from jobd.storage import database
 from jobd.storage import store as stores
-from jobd.storage.store import Store, StoreUnreadable
+from jobd.storage.store import Store
 from jobd.storage.tables import projection as projections
 from tests.support.factories import NOW, ChangeFactory
 from tests.support.polling import wait_until
-from tests.support.store_files import assert_holds, edit_store, job_of, open_store, recounted
+from tests.support.store_files import assert_holds, edit_store, job_of, open_store
 
 
 def tail(path: str) -> list[int]:
@@ -52,28 +52,6 @@ def fill_for_slices(store: Store, monkeypatch: pytest.MonkeyPatch) -> Callable[[
 
     monkeypatch.setattr(db, "commit", full)
     return lambda: monkeypatch.setattr(db, "commit", commit)
-
-
-@pytest.mark.parametrize("seed", range(5))
-async def test_a_crash_before_a_slice_loses_nothing(path: str, tmp_path: Path, no_slices: None, seed: int) -> None:
-    maker = ChangeFactory(seed)
-    (tmp_path / "after").mkdir()
-    async with open_store(path) as (store, _):
-        for _ in range(30):
-            await store.write(maker.any_batch(15))
-            if maker.random.random() < 0.1:
-                await store.finish_upkeep()
-        copy = crashed(path, tmp_path / "after")
-        assert store._projection.behind > 0
-    records = tail(copy)
-    assert records == list(range(records[0], 31))
-    async with open_store(copy) as (store, found):
-        await assert_holds(store, found, maker)
-        assert store._database.totals == recounted(store)
-        await store.write(maker.batch([maker.create()]))
-    async with open_store(copy) as (store, found):
-        await assert_holds(store, found, maker)
-    assert tail(copy) == []
 
 
 async def test_a_slice_writes_a_job_once(store: Store, no_slices: None) -> None:
@@ -177,42 +155,7 @@ async def test_payloads_that_the_tables_lack_are_read_from_memory(store: Store, 
     assert store._projection.behind == 1
 
 
-async def test_keys_stored_and_forgotten_in_one_slice_keep_their_order(store: Store, no_slices: None) -> None:
-    maker = ChangeFactory()
-    keys = [StoredResponse(f"d{number}", "b", NOW, 201, b"{}") for number in range(2)]
-    await store.write(maker.batch([maker.create()], keys=keys))
-    await store.write(maker.batch([maker.create()], forget_keys=["d0", "d1"]))
-    await store.write(maker.batch([maker.create()], keys=keys[:1]))
-    assert (await store.load([], [], ["d0", "d1"])).responses == {"d0": keys[0]}
-
-
 # -- a full disk ------------------------------------------------------------------------------------------------------
-
-
-async def test_reads_see_everything_while_the_tables_cannot_be_written(
-    path: str, no_slices: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    maker = ChangeFactory()
-    async with open_store(path) as (store, _):
-        created = maker.create("a")
-        await store.write(maker.batch([created]))
-        await store.finish_upkeep()
-        free = fill_for_slices(store, monkeypatch)
-        granted = maker.grant(job_of(created))
-        await store.write(maker.batch([granted, maker.create("b")]))
-        totals = store._database.totals
-        for _ in range(2):
-            assert [job.id for job, _ in (await store.find_jobs(JobQuery())).jobs] == ["b", "a"]
-            assert (await store.load(["a"], [], [])).jobs == {"a": job_of(granted)}
-            assert [event.type for event in await store.timeline(1)] == ["created", "granted"]
-            assert (store._projection.behind, store._database.totals) == (2, totals)
-        with pytest.raises(DiskFull):
-            await store._read(lambda db: db.commit(lambda: None))
-        free()
-        assert [job.id for job, _ in (await store.find_jobs(JobQuery())).jobs] == ["b", "a"]
-        assert store._projection.behind == 0
-    async with open_store(path) as (store, found):
-        await assert_holds(store, found, maker)
 
 
 @pytest.mark.parametrize("commit", ["inline", "thread"])
@@ -259,23 +202,6 @@ async def test_appends_and_slices_are_synced(path: str, no_slices: None, synchro
     assert levels == [level] * 4
 
 
-async def test_too_many_events_behind_a_full_disk_reject_batches(
-    store: Store, no_slices: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(projections, "MAX_BEHIND_FULL", 3)
-    maker = ChangeFactory()
-    free = fill_for_slices(store, monkeypatch)
-    await store.write(maker.batch([maker.create(), maker.create(), maker.create()]))
-    await store.find_jobs(JobQuery())  # a slice finds the disk full
-    back = maker.snapshot()
-    with pytest.raises(DiskFull):
-        await store.write(maker.batch([maker.create()]))
-    back()
-    free()
-    await store.write(maker.batch([maker.create()]))
-    assert store._projection.behind == 1
-
-
 async def test_a_tail_on_a_full_disk_is_in_what_the_start_reads(
     path: str, tmp_path: Path, no_slices: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -299,49 +225,6 @@ def raise_disk_full(*_: Any) -> None:
 
 
 # -- damage -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("edit", "reason"),
-    [
-        ("UPDATE journal SET body = zeroblob(9) WHERE number = 2", "record 2 of the journal is damaged"),
-        ("DELETE FROM journal WHERE number = 2", "record 2 of the journal is missing"),
-    ],
-)
-async def test_a_start_with_an_unusable_tail_is_refused_and_changes_nothing(
-    path: str, tmp_path: Path, no_slices: None, edit: str, reason: str
-) -> None:
-    maker = ChangeFactory()
-    (tmp_path / "after").mkdir()
-    async with open_store(path) as (store, _):
-        for _ in range(3):
-            await store.write(maker.batch([maker.create()]))
-        copy = crashed(path, tmp_path / "after")
-    with edit_store(copy) as conn:
-        conn.execute(edit)
-    left = tail(copy)
-    with pytest.raises(StoreUnreadable, match=rf"{reason}.*jobd doctor --cut-journal 2"):
-        await Store.open(copy)
-    assert tail(copy) == left
-
-
-async def test_a_row_found_damaged_by_a_slice_is_written_again(path: str, no_slices: None) -> None:
-    maker = ChangeFactory()
-    async with open_store(path) as (store, _):
-        made = [maker.create("a"), maker.create("b")]
-        await store.write(maker.batch(made))
-    async with open_store(path) as (store, _):
-        reported: list[str] = []
-        store.on_quarantined = lambda found: reported.append(found.id)
-        await store.write(maker.batch([maker.grant(job_of(each)) for each in made]))
-        store._connection.raw.execute("UPDATE jobs SET created_at = created_at + 1 WHERE id = 'a'")
-        assert (await store.load(["b"], [], [])).jobs == {"b": maker.jobs[2]}
-        assert reported == []
-        assert store.take_faults() == ["job a: its checksum is wrong; it was written again from memory"]
-        assert [event.type for event in await store.timeline(1)] == ["created", "granted"]
-        assert store._database.totals == recounted(store)
-    async with open_store(path) as (store, found):
-        await assert_holds(store, found, maker)
 
 
 async def test_what_pending_records_concern_is_forgotten_with_them(

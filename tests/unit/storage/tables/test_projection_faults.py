@@ -267,15 +267,6 @@ async def test_a_read_has_everything_that_was_committed(path: str, name: str) ->
         assert payloads
 
 
-async def test_a_payload_is_read_before_its_row_is_written(path: str) -> None:
-    maker = ChangeFactory()
-    async with open_store(path) as (store, _):
-        await store.write(maker.batch([maker.create()]))
-        assert (await store.load([], [1], [])).payloads[1].body == maker.payloads[1]
-        await store.write(maker.batch([maker.create()]))
-        assert await store.write(maker.batch([], payloads=[2])) == {2: maker.payloads[2]}
-
-
 async def test_a_job_quarantined_before_a_slice_is_not_counted_by_it(path: str) -> None:
     maker = ChangeFactory()
     async with open_store(path) as (store, _):
