@@ -220,6 +220,7 @@ class _ProgramExecution:
 
     is_thread: Final = False
     gave_up: Final = False
+    has_result: Final = False  # most programs exit with 0 on SIGTERM, too
 
     def __init__(self, program: Program, directives: Directives, tail: Tail, timeout_s: float | None, log: Log) -> None:
         self.timeout_s: Final = timeout_s

@@ -111,6 +111,10 @@ class _HandlerExecution(ABC):
     def gave_up(self) -> bool:
         return isinstance(self._raised, Stopped)
 
+    @property
+    def has_result(self) -> bool:
+        return self.is_thread and self._raised is None
+
     async def stop(self, at_once: asyncio.Event) -> None:
         """Ask the handler to stop, and wait up to STOP_S for its end."""
         self.abort()

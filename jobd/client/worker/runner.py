@@ -43,6 +43,10 @@ class Execution(Protocol):
     def gave_up(self) -> bool:
         """Whether the work has ended because it was asked to."""
 
+    @property
+    def has_result(self) -> bool:
+        """Whether the work has ended with a result, although it was asked to stop."""
+
     async def stop(self, at_once: asyncio.Event) -> None:
         """Stop the work before its end. Return when it has ended, or if it does not stop; `done` is then not done.
 
@@ -188,7 +192,7 @@ class WorkerRunner:
         """Wait until the work has ended. Stop it if the lock is lost, the grace has ended, or the timeout passes.
 
         A thread is asked to return after its timeout. It keeps its lock, and its result counts, because another attempt
-        would run at the same time.
+        would run at the same time. Its result also counts if it returns after the grace, before the worker ends.
         """
         grace_is_over = asyncio.ensure_future(self._grace_is_over.wait())
         ends = execution.done, keeper.lost, grace_is_over
@@ -210,10 +214,14 @@ class WorkerRunner:
             await execution.stop(self._give_up)
             if timed_out:
                 await self._fail_timeout(execution, keeper)
+            is_held = not timed_out and not keeper.lost.done()
             if not execution.done.done():
-                self._log(f"job {keeper.id}: its work does not stop.")
+                expiry = f" Its lock expires within {keeper.grant.ttl_ms / 1000:g} s, then its stall rule applies."
+                self._log(f"job {keeper.id}: its work does not stop.{expiry if is_held else ''}")
                 await first_of(execution.done, grace_is_over)
-            if not timed_out and not keeper.lost.done() and execution.done.done():
+            if is_held and execution.done.done():
+                if execution.has_result:
+                    return await execution.finish(keeper, self._give_up)
                 await keeper.release(self._give_up)
             return False
         finally:

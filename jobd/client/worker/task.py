@@ -152,7 +152,8 @@ class SyncTask(BaseTask):
     """The job of a plain handler, which has its own thread.
 
     Like Task, but a thread cannot be cancelled: report progress, check `cancelled` (a threading.Event) or call
-    `raise_if_lost` often, and return soon if the lock is lost, the worker stops, or the timeout has passed.
+    `raise_if_lost` often, and end soon if the lock is lost, the worker stops, or the timeout has passed. Raise Stopped
+    if the work is not finished: a normal return completes the job.
     """
 
     def __init__(self, keeper: LockKeeper) -> None:

@@ -45,8 +45,8 @@ class Worker:
     the traceback. Retry and Discard decide whether there is another attempt, and Snooze puts the job back without using
     one. Locks last `lock_ttl_ms` and are extended automatically. If a lock is lost or a job is cancelled, its handler
     is stopped. On SIGTERM and SIGINT the worker drains: it stops claiming, gives running handlers `grace_s` seconds,
-    then stops them and releases their jobs. It logs to `jobd.client`. If stderr is a terminal, it prints there what it
-    claims, and a line for each job.
+    then stops them and releases their jobs. A plain handler that returns normally within 10 s more completes its job.
+    The worker logs to `jobd.client`. If stderr is a terminal, it prints there what it claims, and a line for each job.
 
     A service thread with its own event loop and connections claims jobs and extends locks, so a handler that blocks its
     loop does not lose its lock. A loop that is blocked for 5 s is logged. A C extension that holds the GIL for longer

@@ -96,6 +96,25 @@ async def test_after_the_grace_a_handler_is_stopped_and_its_job_released(
     assert len(raised) == (0 if is_async else 1)
 
 
+async def test_after_the_grace_the_result_of_a_plain_handler_counts(client: AsyncJobClient, queue: str) -> None:
+    worker = Worker(client, queues=[queue], grace_s=0.05)
+    started = threading.Event()
+
+    @worker.handler()
+    def work(task: SyncTask) -> dict[str, int]:
+        started.set()
+        task.cancelled.wait()
+        return {"pages": 3}
+
+    job = await client.create_job(queue=queue)
+    async with running_worker(worker) as serving:
+        await asyncio.to_thread(started.wait)
+        worker.stop()
+        await serving
+    done = await client.get_job(job.id)
+    assert (done.status, done.metadata_value) == ("completed", {"pages": 3})
+
+
 async def test_a_job_whose_grant_was_missed_by_a_stopped_worker_is_released(
     client: AsyncJobClient, daemon: DaemonProcess, queue: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -148,7 +167,9 @@ async def test_a_second_stop_ends_the_grace(client: AsyncJobClient, queue: str) 
     assert (await client.get_job(job.id)).status == "queued"
 
 
-async def test_a_third_stop_does_not_wait_for_a_thread(client: AsyncJobClient, queue: str) -> None:
+async def test_a_third_stop_does_not_wait_for_a_thread(
+    client: AsyncJobClient, queue: str, caplog: pytest.LogCaptureFixture
+) -> None:
     worker = Worker(client, queues=[queue], grace_s=10_000)
     started, go = threading.Event(), threading.Event()
 
@@ -164,6 +185,7 @@ async def test_a_third_stop_does_not_wait_for_a_thread(client: AsyncJobClient, q
             worker.stop()
         await serving
     assert (await client.get_job(job.id)).status == "processing"  # the thread may still run: the lock expires
+    assert f"job {job.id}: its work does not stop. Its lock expires within 60 s" in caplog.text
     go.set()
 
 
