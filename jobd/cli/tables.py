@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from jobd.cli import terminal
+from jobd.cli.terminal import Columns, ago
 from jobd.model.times import duration, utc
 
 if TYPE_CHECKING:
@@ -13,28 +14,6 @@ if TYPE_CHECKING:
     from jobd.model.responses import JobView, Validation, WhyView
 
 _LONG = 4_000
-
-
-def jobs(page: Sequence[JobView]) -> None:
-    """Print a page of jobs, one per line."""
-    terminal.table(
-        ["ID", "QUEUE", "KIND", "STATUS", ">%", "ATTEMPT", "WORKER", "UPDATED", "NOTE"],
-        [
-            (
-                job.id,
-                job.queue,
-                job.kind,
-                job.status,
-                job.progress,
-                f"{job.attempt}/{job.max_attempts}",
-                holder(job),
-                terminal.age(job.updated_at),
-                note(job),
-            )
-            for job in page
-        ],
-        empty="No jobs.",
-    )
 
 
 def holder(job: JobView) -> str | None:
@@ -49,6 +28,19 @@ def note(job: JobView) -> str:
     if job.status == "failed" or (job.error_message and not job.progress_message):
         return terminal.one_line(job.error_message or "")
     return terminal.clip(job.progress_message or "", 60)
+
+
+JOBS: Final[Columns] = {
+    "ID": "id",
+    "QUEUE": "queue",
+    "KIND": "kind",
+    "STATUS": "status",
+    ">%": "progress",
+    "ATTEMPT": lambda job: f"{job.attempt}/{job.max_attempts}",
+    "WORKER": holder,
+    "UPDATED": ago("updated_at"),
+    "NOTE": note,
+}
 
 
 def job(view: JobView, events: Sequence[EventView] = ()) -> None:
@@ -103,21 +95,15 @@ def json_text(raw: Any) -> str | None:
 def timeline(events: Sequence[EventView]) -> None:
     """Print a job's events, oldest first, with the time since the first."""
     first = events[0].at if events else 0
-    terminal.table(
-        ["TIME", ">AFTER", "EVENT", "STATUS", "BY", "REASON"],
-        [
-            (
-                utc(event.at),
-                duration(event.at - first),
-                event.type,
-                _status_change(event),
-                event.by,
-                " ".join(filter(None, [_reason(event), _details(event.details)])),
-            )
-            for event in events
-        ],
-        empty="No events: the journal no longer has them.",
-    )
+    columns: Columns = {
+        "TIME": lambda event: utc(event.at),
+        ">AFTER": lambda event: duration(event.at - first),
+        "EVENT": "type",
+        "STATUS": _status_change,
+        "BY": "by",
+        "REASON": lambda event: " ".join(filter(None, [_reason(event), _details(event.details)])),
+    }
+    terminal.table(columns, events, empty="No events: the journal no longer has them.")
 
 
 def event_line(event: StreamedEvent) -> str:
@@ -181,5 +167,4 @@ def validation(view: Validation) -> None:
     if view.is_valid and not view.issues:
         terminal.emit("valid: no issues")
         return
-    rows = [(issue.type, issue.field, issue.message, issue.fix) for issue in view.issues]
-    terminal.table(["TYPE", "FIELD", "ISSUE", "FIX"], rows)
+    terminal.table({"TYPE": "type", "FIELD": "field", "ISSUE": "message", "FIX": "fix"}, view.issues)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from operator import itemgetter
 from typing import TYPE_CHECKING, Final
 
 from jobd.cli import tables, terminal
+from jobd.cli.terminal import Columns, Listing, ago
 from jobd.model.times import duration, utc
 
 if TYPE_CHECKING:
     from jobd.model.commands import About, WorkerState
     from jobd.model.responses import (
-        AlertView,
         AuditView,
         CleanupReport,
         CleanupState,
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
         FailuresView,
         HealthView,
         LateResultView,
-        LockedJob,
         PreviewView,
         QueueView,
         RecoverStuckView,
@@ -34,46 +34,39 @@ if TYPE_CHECKING:
 MAX_NAMES: Final = 4  # queues or kinds of a worker
 
 
-def queues(views: Sequence[QueueView]) -> None:
-    """Show queues in a table. If one is paused, a column describes the pauses."""
-    is_described = any(queue.paused for queue in views)
-    rows = [
-        (
-            queue.name,
-            "paused" if queue.paused else "open",
-            queue.queued,
-            queue.processing,
-            queue.completed,
-            queue.failed,
-            queue.cancelled,
-            terminal.age(queue.oldest_due_at) if queue.oldest_due_at is not None else None,
-            *([queue.pause.describe() if queue.paused else None] if is_described else ()),
-        )
-        for queue in views
-    ]
-    columns = ["QUEUE", "STATE", ">QUEUED", ">PROCESSING", ">COMPLETED", ">FAILED", ">CANCELLED", "OLDEST DUE"]
-    if is_described:
-        columns.append("PAUSED")
-    terminal.table(columns, rows, empty="No queues: no job has been submitted yet.")
+def queue_columns(views: Sequence[QueueView]) -> Columns:
+    """Return the columns of queues. If one is paused, the last one describes the pauses."""
+    if any(queue.paused for queue in views):
+        return {**_QUEUES, "PAUSED": lambda queue: queue.pause.describe() if queue.paused else None}
+    return _QUEUES
+
+
+_QUEUES: Final[Columns] = {
+    "QUEUE": "name",
+    "STATE": lambda queue: "paused" if queue.paused else "open",
+    ">QUEUED": "queued",
+    ">PROCESSING": "processing",
+    ">COMPLETED": "completed",
+    ">FAILED": "failed",
+    ">CANCELLED": "cancelled",
+    "OLDEST DUE": ago("oldest_due_at"),
+}
 
 
 def workers(views: Sequence[WorkerView], page: WorkerList, state: WorkerState | None) -> None:
     """Show workers in a table. `page` is the last page: its counts and `since` cover all workers."""
-    rows = [
-        (
-            worker.worker,
-            worker.state,
-            worker.held,
-            terminal.age(worker.last_seen_at),
-            claims(worker),
-            about(worker.about),
-            _held(worker),
-        )
-        for worker in views
-    ]
     since = f"since the start at {utc(page.since)}"
     empty = f"No worker has been seen recently, {since}." if state is None else f"No worker is {state}."
-    terminal.table(["WORKER", "STATE", ">HOLDS", "LAST SEEN", "CLAIMS", "ABOUT", "JOBS"], rows, empty=empty)
+    columns: Columns = {
+        "WORKER": "worker",
+        "STATE": "state",
+        ">HOLDS": "held",
+        "LAST SEEN": ago("last_seen_at"),
+        "CLAIMS": claims,
+        "ABOUT": lambda worker: about(worker.about),
+        "JOBS": _held,
+    }
+    terminal.table(columns, views, empty=empty)
     gone = page.by_state["gone"]
     if gone and state is None:
         terminal.say(f"{gone} more {'is' if gone == 1 else 'are'} gone: jobctl workers --state gone")
@@ -167,7 +160,7 @@ def health(view: HealthView) -> None:
     if database.path is not None and database.free_bytes is not None and database.total_bytes is not None:
         free, total = terminal.size(database.free_bytes), terminal.size(database.total_bytes)
         rows.insert(1, ("disk", "-", f"{free} free of {total} ({database.path})"))
-    terminal.table(["PART", "STATUS", "MESSAGE"], rows)
+    terminal.table({"PART": itemgetter(0), "STATUS": itemgetter(1), "MESSAGE": itemgetter(2)}, rows)
 
 
 def report(view: CleanupReport) -> None:
@@ -180,7 +173,7 @@ def report(view: CleanupReport) -> None:
             ("issues found", view.validation_issues_found),
             ("issues fixed", view.validation_issues_fixed),
             ("took", duration(view.total_processing_time)),
-            ("errors", "; ".join(view.errors) or "none"),
+            ("errors", _errors(view) or "none"),
         ]
     )
 
@@ -194,48 +187,46 @@ def cleanup_state(view: CleanupState) -> None:
         report(view.last_report)
 
 
-def reports(views: Sequence[CleanupReport]) -> None:
-    columns = ["AT", ">RECOVERED", ">LOCKS", ">DELETED", ">FOUND", ">FIXED", ">TOOK", "FORCED", "ERRORS"]
-    rows = [
-        (
-            terminal.when(view.timestamp),
-            view.stuck_jobs_recovered,
-            view.expired_locks_cleared,
-            view.expired_jobs_deleted,
-            view.validation_issues_found,
-            view.validation_issues_fixed,
-            duration(view.total_processing_time),
-            view.forced,
-            "; ".join(view.errors),
-        )
-        for view in views
-    ]
-    terminal.table(columns, rows, empty="Cleanup has not run yet.")
+def _errors(report: CleanupReport) -> str:
+    return "; ".join(report.errors)
+
+
+REPORTS: Final = Listing(
+    "reports",
+    "Cleanup has not run yet.",
+    {
+        "AT": lambda report: terminal.when(report.timestamp),
+        ">RECOVERED": "stuck_jobs_recovered",
+        ">LOCKS": "expired_locks_cleared",
+        ">DELETED": "expired_jobs_deleted",
+        ">FOUND": "validation_issues_found",
+        ">FIXED": "validation_issues_fixed",
+        ">TOOK": lambda report: duration(report.total_processing_time),
+        "FORCED": "forced",
+        "ERRORS": _errors,
+    },
+)
 
 
 def recovered(view: RecoverStuckView) -> None:
     terminal.emit(f"{view.recovered_jobs} recovered: {view.reset_jobs} requeued, {view.failed_jobs} failed")
     if view.details:
-        terminal.table(["JOB", "ACTION", "REASON"], [(item.job_id, item.action, item.reason) for item in view.details])
+        terminal.table({"JOB": "job_id", "ACTION": "action", "REASON": "reason"}, view.details)
 
 
 def failures(view: FailuresView) -> None:
-    rows = [
-        (
-            group.count,
-            group.older_than_day,
-            group.retrying,
-            group.fingerprint,
-            group.error_code,
-            terminal.age(group.last_at),
-            " ".join(kind or "-" for kind in group.kinds),
-            " ".join(group.queues),
-            terminal.one_line(group.message),
-        )
-        for group in view.groups
-    ]
-    columns = [">FAILED", ">OVER A DAY AGO", ">RETRYING", "ERROR", "CODE", "LAST", "KINDS", "QUEUES", "LATEST MESSAGE"]
-    terminal.table(columns, rows, empty="No job has failed.")
+    columns: Columns = {
+        ">FAILED": "count",
+        ">OVER A DAY AGO": "older_than_day",
+        ">RETRYING": "retrying",
+        "ERROR": "fingerprint",
+        "CODE": "error_code",
+        "LAST": ago("last_at"),
+        "KINDS": lambda group: " ".join(kind or "-" for kind in group.kinds),
+        "QUEUES": lambda group: " ".join(group.queues),
+        "LATEST MESSAGE": "message",
+    }
+    terminal.table(columns, view.groups, empty="No job has failed.")
     if view.other:
         terminal.say(f"{view.other} of {view.total} failed jobs are not in these groups.")
     if view.other_retrying:
@@ -248,9 +239,7 @@ def planned_recoveries(view: PreviewView) -> None:
     """Print what recovery would do."""
     terminal.emit(f"{len(view.recover)} would be recovered")
     if view.recover:
-        terminal.table(
-            ["JOB", "WOULD BE", "REASON"], [(item.job_id, item.action, item.reason) for item in view.recover]
-        )
+        terminal.table({"JOB": "job_id", "WOULD BE": "action", "REASON": "reason"}, view.recover)
 
 
 def preview(view: PreviewView) -> None:
@@ -279,58 +268,35 @@ def _named(ids: Sequence[str]) -> str:
     return f"{len(ids)}: {shown}" if ids else "0"
 
 
-def locks(views: Sequence[LockedJob]) -> None:
-    rows = [
-        (
-            lock.id,
-            lock.worker if lock.live else f"{lock.worker} (silent)",
-            "live" if lock.live else "expired",
-            terminal.age(lock.expires_at),
-            terminal.age(lock.stalled_at),
-            terminal.age(lock.progress_due_at) if lock.progress_due_at is not None else "none",
-            lock.progress,
-            lock.fencing_token,
-        )
-        for lock in views
-    ]
-    columns = ["JOB", "WORKER", "LOCK", "EXPIRES", "STALLS", "PROGRESS TIMEOUT", ">%", ">TOKEN"]
-    terminal.table(columns, rows, empty="No locks.")
+LOCKS: Final = Listing(
+    "locks",
+    "No locks.",
+    {
+        "JOB": "id",
+        "WORKER": lambda lock: lock.worker if lock.live else f"{lock.worker} (silent)",
+        "LOCK": lambda lock: "live" if lock.live else "expired",
+        "EXPIRES": ago("expires_at"),
+        "STALLS": ago("stalled_at"),
+        "PROGRESS TIMEOUT": ago("progress_due_at", "none"),
+        ">%": "progress",
+        ">TOKEN": "fencing_token",
+    },
+)
 
 
 def late_results(views: Sequence[LateResultView]) -> None:
-    rows = [
-        (
-            late.seq,
-            utc(late.at),
-            late.worker,
-            late.fencing_token,
-            " ".join(filter(None, (late.download_url, late.file_path, late.storage_key))),
-            tables.json_text(late.metadata),
-        )
-        for late in views
-    ]
-    columns = [">RESULT", "TIME", "WORKER", ">TOKEN", "LOCATION", "METADATA"]
-    terminal.table(columns, rows, empty="No late results.")
+    columns: Columns = {
+        ">RESULT": "seq",
+        "TIME": lambda late: utc(late.at),
+        "WORKER": "worker",
+        ">TOKEN": "fencing_token",
+        "LOCATION": lambda late: " ".join(filter(None, (late.download_url, late.file_path, late.storage_key))),
+        "METADATA": lambda late: tables.json_text(late.metadata),
+    }
+    terminal.table(columns, views, empty="No late results.")
     for late in views:
         if late.rejection is not None:
             terminal.emit(late.rejection.message)
-
-
-def audit(views: Sequence[AuditView]) -> None:
-    rows = [
-        (
-            utc(entry.at),
-            entry.who,
-            entry.address,
-            entry.what,
-            _target(entry),
-            _outcome(entry),
-            terminal.clip(entry.reason) if entry.reason else None,
-        )
-        for entry in views
-    ]
-    columns = ["TIME", "WHO", "FROM", "ACTION", "TARGET", "OUTCOME", "REASON"]
-    terminal.table(columns, rows, empty="No matching entries.")
 
 
 def _target(entry: AuditView) -> str | None:
@@ -354,21 +320,28 @@ def _outcome(entry: AuditView) -> str:
     return f"{before} → {after}" if after else f"{before} → deleted"
 
 
-def alerts(views: Sequence[AlertView], *, firing: bool = False) -> None:
-    rows = [
-        (
-            alert.name,
-            alert.severity,
-            "firing" if alert.firing else "quiet",
-            terminal.when(alert.since),
-            round(alert.value, 2),
-            round(alert.threshold, 2),
-            alert.hint,
-        )
-        for alert in views
-    ]
-    empty = "No alert is firing." if firing else "No alerts are defined."
-    terminal.table(["ALERT", "SEVERITY", "STATE", "SINCE", ">VALUE", ">THRESHOLD", "HINT"], rows, empty=empty)
+AUDIT: Final[Columns] = {
+    "TIME": lambda entry: utc(entry.at),
+    "WHO": "who",
+    "FROM": "address",
+    "ACTION": "what",
+    "TARGET": _target,
+    "OUTCOME": _outcome,
+    "REASON": lambda entry: entry.reason and terminal.clip(entry.reason),
+}
+ALERTS: Final = Listing(
+    "alerts",
+    "No alerts are defined.",
+    {
+        "ALERT": "name",
+        "SEVERITY": "severity",
+        "STATE": lambda alert: "firing" if alert.firing else "quiet",
+        "SINCE": lambda alert: terminal.when(alert.since),
+        ">VALUE": lambda alert: round(alert.value, 2),
+        ">THRESHOLD": lambda alert: round(alert.threshold, 2),
+        "HINT": "hint",
+    },
+)
 
 
 def _state(view: WebhookView) -> str:
@@ -378,43 +351,38 @@ def _state(view: WebhookView) -> str:
     return {"starting": "starting", "open": "paused after errors", "half_open": "retrying one message"}[view.state]
 
 
-def webhooks(views: Sequence[WebhookView]) -> None:
-    rows = [
-        (
-            view.name,
-            view.url,
-            _state(view),
-            terminal.age(view.next_try_at) if view.next_try_at is not None else "-",
-            view.waiting,
-            view.lag,
-            view.delivered,
-            view.dead_lettered,
-            terminal.age(view.last_success_at) if view.last_success_at is not None else "-",
-            view.last_error or "-",
-        )
-        for view in views
-    ]
-    columns = ["WEBHOOK", "URL", "STATE", "NEXT ATTEMPT", ">WAITING", ">LAG", ">DELIVERED", ">DEAD-LETTERED"]
-    columns += ["LAST SUCCESS", "LAST ERROR"]
-    terminal.table(columns, rows, empty="No webhook is configured.")
+WEBHOOKS: Final = Listing(
+    "webhooks",
+    "No webhook is configured.",
+    {
+        "WEBHOOK": "name",
+        "URL": "url",
+        "STATE": _state,
+        "NEXT ATTEMPT": ago("next_try_at"),
+        ">WAITING": "waiting",
+        ">LAG": "lag",
+        ">DELIVERED": "delivered",
+        ">DEAD-LETTERED": "dead_lettered",
+        "LAST SUCCESS": ago("last_success_at"),
+        "LAST ERROR": "last_error",
+    },
+)
+DELIVERIES: Final[Columns] = {
+    ">DELIVERY": "id",
+    "TYPE": "type",
+    "SUBJECT": "subject",
+    "STATE": "state",
+    ">ATTEMPTS": "tries",
+    "CREATED": lambda delivery: utc(delivery.at),
+    "DUE OR ENDED": lambda delivery: terminal.age(
+        (delivery.ended_at or delivery.at) if delivery.due_at is None else delivery.due_at
+    ),
+    "LAST RESPONSE": lambda delivery: delivery.error or delivery.status,
+}
 
 
 def deliveries(page: DeliveryPage) -> None:
-    rows = [
-        (
-            each.id,
-            each.type,
-            each.subject,
-            "dead-lettered" if each.state == "dead-lettered" else each.state,
-            each.tries,
-            utc(each.at),
-            terminal.age(each.due_at) if each.due_at is not None else terminal.age(each.ended_at or each.at),
-            each.error or each.status or "-",
-        )
-        for each in page.deliveries
-    ]
-    columns = [">DELIVERY", "TYPE", "SUBJECT", "STATE", ">ATTEMPTS", "CREATED", "DUE OR ENDED", "LAST RESPONSE"]
-    terminal.table(columns, rows, empty="No deliveries.")
+    terminal.table(DELIVERIES, page.deliveries, empty="No deliveries.")
     if page.next_cursor is not None:
         terminal.say(f"There are more: --cursor {page.next_cursor} continues, --all lists all.")
 

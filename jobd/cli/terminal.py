@@ -9,14 +9,14 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterable, Sequence
-from typing import IO, TYPE_CHECKING, Any, Final, Literal
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from operator import attrgetter
+from typing import IO, TYPE_CHECKING, Any, Final, NamedTuple
 
 from jobd.model.times import duration, time_left, utc
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
-    from rich.table import Table
 
     from jobd.model.responses import DiskView
 
@@ -27,7 +27,7 @@ _UNSAFE: Final = re.compile(
 _SHORT: Final = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
 UNBOUNDED: Final = 1_000_000  # columns of a pipe
 GAP: Final = "  "  # between the columns of a table
-ALIGNED: Final = 40  # a longer cell of a table in a pipe overflows its column
+_ALIGNED: Final = 40  # a longer cell of a table in a pipe overflows its column
 _SHORT_WORDS: Final = 12  # columns of a status or an age
 _READABLE: Final = 14  # columns that a folded name needs
 _STRIP: Final = 6  # columns below which a folded name is unreadable
@@ -161,25 +161,52 @@ def console(*, stderr: bool = False) -> Console:
     return Console(file=file, width=width, force_terminal=force, highlight=False, markup=False, emoji=False)
 
 
-def table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, empty: str = "none") -> None:
+# The columns of a table by title, each with the attribute or the function of a row that it shows. A title `>X` is that
+# of numbers, which are aligned to the right, and neither cut nor folded.
+Columns = Mapping[str, str | Callable[[Any], object]]
+
+
+class Listing(NamedTuple):
+    """How a list is printed: its name in JSON, what is said if it is empty, and the columns of its table."""
+
+    name: str
+    empty: str
+    columns: Columns
+
+
+def show_list(listing: Listing, rows: Sequence[object], as_json: bool) -> None:
+    emit_json({listing.name: rows}) if as_json else table(listing.columns, rows, empty=listing.empty)
+
+
+def cells(columns: Columns, rows: Iterable[object]) -> list[list[str]]:
+    """Return the cells of a table, line by line. The titles are the first line."""
+    readers = [attrgetter(each) if isinstance(each, str) else each for each in columns.values()]
+    titles = [title.removeprefix(">") for title in columns]
+    return [titles, *([cell(read(row)) for read in readers] for row in rows)]
+
+
+def ago(name: str, missing: str = "-") -> Callable[[Any], str]:
+    """Return the function that shows the time `name` of a row by its distance from now."""
+    return lambda row: missing if getattr(row, name) is None else age(getattr(row, name))
+
+
+def table(columns: Columns, rows: Iterable[object], *, empty: str = "none") -> None:
     """Print aligned columns on stdout. Without rows, print `empty` on stderr.
 
-    Columns named `>X` hold numbers and are aligned to the right. On a narrow terminal, text is folded and numbers are
-    not. A pipe gets one line per row.
+    On a narrow terminal, text is folded. A pipe gets one line per row.
     """
-    body = [[cell(value) for value in row] for row in rows]
-    if not body:
+    lines = cells(columns, rows)
+    if len(lines) == 1:
         say(empty)
         return
-    lines = [[name.removeprefix(">") for name in columns], *body]
+    is_right = [title.startswith(">") for title in columns]
     if not sys.stdout.isatty():
-        to, right = widths(lines, ALIGNED), [name.startswith(">") for name in columns]
-        sys.stdout.writelines(f"{GAP.join(filled(line, to, right)).rstrip()}\n" for line in lines)
+        sys.stdout.writelines(f"{line}\n" for line in aligned(lines, is_right))
         return
     out = console()
-    unfolded = _unfolded(columns, lines, out.width)
+    unfolded = _unfolded(is_right, lines, out.width)
     if unfolded is None:
-        for number, row in enumerate(body):
+        for number, row in enumerate(lines[1:]):
             sys.stdout.write("\n" if number else "")
             pairs(zip(lines[0], row, strict=True))
         return
@@ -187,12 +214,11 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, empty: st
     from rich.text import Text
 
     grid = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    for name, is_unfolded in zip(columns, unfolded, strict=True):
-        side: Literal["left", "right"] = "right" if name.startswith(">") else "left"
-        grid.add_column(name.removeprefix(">"), justify=side, overflow="fold", no_wrap=is_unfolded)
-    for row in body:
-        grid.add_row(*(Text(text, style=_STYLES.get(text, "")) for text in row))
-    _print(grid)
+    for title, right, is_unfolded in zip(lines[0], is_right, unfolded, strict=True):
+        grid.add_column(title, justify="right" if right else "left", overflow="fold", no_wrap=is_unfolded)
+    for row in lines[1:]:
+        grid.add_row(*(Text(text, style=style_of(text)) for text in row))
+    print_plain(out, grid)
 
 
 def widths(lines: Sequence[Sequence[str]], limit: int) -> list[int]:
@@ -202,24 +228,26 @@ def widths(lines: Sequence[Sequence[str]], limit: int) -> list[int]:
     return [max((n for n in map(cell_len, column) if n <= limit), default=0) for column in zip(*lines, strict=True)]
 
 
-def filled(line: Sequence[str], to: Sequence[int], right: Sequence[bool]) -> list[str]:
-    """Pad the cells of a line to the widths in `to`. A longer cell moves the cells that follow it."""
+def aligned(lines: Sequence[Sequence[str]], is_right: Sequence[bool]) -> Iterator[str]:
+    """Yield the lines of a table for a pipe. A long cell moves only the cells that follow it."""
     from rich.cells import cell_len
 
-    blanks = [" " * (width - cell_len(text)) for text, width in zip(line, to, strict=True)]
-    return [blank + text if side else text + blank for text, blank, side in zip(line, blanks, right, strict=False)]
+    to = widths(lines, _ALIGNED)
+    for line in lines:
+        blanks = [" " * (width - cell_len(text)) for text, width in zip(line, to, strict=True)]
+        padded = zip(line, blanks, is_right, strict=True)
+        yield GAP.join(blank + text if right else text + blank for text, blank, right in padded).rstrip()
 
 
-def _unfolded(columns: Sequence[str], lines: Sequence[Sequence[str]], available: int) -> list[bool] | None:
+def _unfolded(is_figure: Sequence[bool], lines: Sequence[Sequence[str]], available: int) -> list[bool] | None:
     """Return for each column whether it stays unfolded: numbers do, and short words if the other columns have space.
 
     Return None if the other columns would be unreadable even then. Each row then becomes a block of lines.
     """
     natural = widths(lines, UNBOUNDED)
-    available -= len(GAP) * (len(columns) - 1)
-    is_figure = [name.startswith(">") for name in columns]
+    available -= len(GAP) * (len(is_figure) - 1)
     is_short = [figure or width <= _SHORT_WORDS for figure, width in zip(is_figure, natural, strict=True)]
-    for unfolded, least in ((is_short, _READABLE), (is_figure, _STRIP)):
+    for unfolded, least in ((is_short, _READABLE), (list(is_figure), _STRIP)):
         left = available - sum(width for width, stays in zip(natural, unfolded, strict=True) if stays)
         folded = [width for width, stays in zip(natural, unfolded, strict=True) if not stays]
         if left >= min(sum(folded), least * len(folded)):
@@ -238,17 +266,13 @@ def pairs(fields: Iterable[tuple[str, object]]) -> None:
     for name, value in fields:
         is_text = isinstance(value, str) and value != ""
         text = "\n".join(map(clean, str(value).rstrip("\n").split("\n"))) if is_text else cell(value)
-        grid.add_row(name, Text(text, style=_STYLES.get(text, "")))
-    _print(grid)
+        grid.add_row(name, Text(text, style=style_of(text)))
+    print_plain(console(), grid)
 
 
 def style_of(text: str) -> str:
     """Return the style of a word in a table."""
     return _STYLES.get(text, "")
-
-
-def _print(grid: Table) -> None:
-    print_plain(console(), grid)
 
 
 def print_plain(out: Console, renderable: RenderableType) -> None:

@@ -13,6 +13,7 @@ from jobd.cli.ctl import plan_commands
 from jobd.cli.ctl.completion import JOB_ID, QUEUE
 from jobd.cli.params import MOMENT, NAME, PAST, json_option
 from jobd.cli.progress import busy
+from jobd.cli.terminal import Listing
 from jobd.model.times import utc
 
 if TYPE_CHECKING:
@@ -112,8 +113,7 @@ def late(job_id: str, as_json: bool) -> None:
 @admin_options
 def locks(as_json: bool) -> None:
     """List the jobs that workers hold, and when their locks expire."""
-    found = admin_client().locks()
-    terminal.emit_json({"locks": found}) if as_json else tables_admin.locks(found)
+    terminal.show_list(tables_admin.LOCKS, admin_client().locks(), as_json)
 
 
 @click.command()
@@ -122,7 +122,8 @@ def locks(as_json: bool) -> None:
 def queues(as_json: bool) -> None:
     """List the queues with the number of jobs by status."""
     found = list(admin_client().iterate_queues())
-    terminal.emit_json({"queues": found}) if as_json else tables_admin.queues(found)
+    empty = "No queues: no job has been submitted yet."
+    terminal.show_list(Listing("queues", empty, tables_admin.queue_columns(found)), found, as_json)
 
 
 @click.command()
@@ -234,7 +235,8 @@ def resume(queue: str, reason: str | None, as_json: bool) -> None:
 def alerts(firing: bool, as_json: bool) -> int:
     """List the alerts with their values and thresholds."""
     found = [alert for alert in admin_client().alerts() if alert.firing or not firing]
-    terminal.emit_json({"alerts": found}) if as_json else tables_admin.alerts(found, firing=firing)
+    empty = "No alert is firing." if firing else tables_admin.ALERTS.empty
+    terminal.show_list(tables_admin.ALERTS._replace(empty=empty), found, as_json)
     return exit_codes.FAILED if firing and found else exit_codes.DONE
 
 
@@ -280,8 +282,7 @@ def clock(what: str | None, reason: str | None, yes: bool, dry_run: bool, as_jso
 @admin_options
 def reports(limit: int, as_json: bool) -> None:
     """List the reports of cleanup runs, newest first."""
-    found = admin_client().reports(limit)
-    terminal.emit_json({"reports": found}) if as_json else tables_admin.reports(found)
+    terminal.show_list(tables_admin.REPORTS, admin_client().reports(limit), as_json)
 
 
 @click.command()
@@ -324,4 +325,7 @@ def audit(limit: int, action: str | None, what: str | None, as_json: bool, **mat
         cursor = page.next_cursor
         if cursor is None or len(found) >= limit:
             break
-    terminal.emit_json({"entries": found, "next_cursor": cursor}) if as_json else tables_admin.audit(found)
+    if as_json:
+        terminal.emit_json({"entries": found, "next_cursor": cursor})
+    else:
+        terminal.table(tables_admin.AUDIT, found, empty="No matching entries.")

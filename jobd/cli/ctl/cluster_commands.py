@@ -103,15 +103,21 @@ def _show(view: ClusterView) -> None:
     ]
     terminal.pairs(fields)
     terminal.emit("")
-    columns = ["NODE", "ROLE", "URL", ">BEHIND", "SEEN", ">FORMAT", ">SCHEMA", "NOTE"]
-    terminal.table(columns, [_row(node) for node in view.nodes], empty="No nodes.")
+    terminal.table(_NODES, view.nodes, empty="No nodes.")
 
 
-def _row(node: NodeView) -> tuple[object, ...]:
+def _note(node: NodeView) -> str:
     notes = ["silent"] if node.is_silent else ["ready"] if node.is_ready else []
-    if node.config_differs:
-        notes.append("configuration differs from that of the leader")
-    seen = f"{duration(node.seen_ms)} ago"
-    versions = node.format, node.schema_version or "-"
-    behind = duration(node.behind_ms) if node.role == "standby" else "-"
-    return node.name, node.role, node.url or "-", behind, seen, *versions, ", ".join(notes)
+    return ", ".join([*notes, *(["configuration differs from that of the leader"] if node.config_differs else [])])
+
+
+_NODES: Final[terminal.Columns] = {
+    "NODE": "name",
+    "ROLE": "role",
+    "URL": "url",
+    ">BEHIND": lambda node: duration(node.behind_ms) if node.role == "standby" else None,
+    "SEEN": lambda node: f"{duration(node.seen_ms)} ago",
+    ">FORMAT": "format",
+    ">SCHEMA": lambda node: node.schema_version or None,
+    "NOTE": _note,
+}

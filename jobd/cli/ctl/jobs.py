@@ -53,7 +53,7 @@ def jobs(limit: int, everything: bool, cursor: str | None, quiet: bool, as_json:
         for job in found:
             terminal.emit(job.id)
     else:
-        tables.jobs(found)
+        terminal.table(tables.JOBS, found, empty="No jobs.")
     if following is not None:
         terminal.say(f"There are more: --cursor {following} continues, --all lists all.")
 

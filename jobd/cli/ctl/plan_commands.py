@@ -260,9 +260,9 @@ def _show_plans(plans: Sequence[PlanView], *, is_more: bool) -> None:
     names = f"plan {plans[0].plan_id}" if len(plans) == 1 else f"{len(plans)} plans"
     more = ", and more after these" if is_more else ""
     terminal.emit(f"{plans[0].action}: {_jobs(len(jobs))} ({names}){more}")
-    rows = [(job.id, f"{job.from_} → {job.to or 'deleted'}") for job in jobs[:_SHOWN]]
-    if rows:
-        terminal.table(["JOB", "WOULD BE"], rows)
+    if jobs:
+        columns: terminal.Columns = {"JOB": "id", "WOULD BE": lambda job: f"{job.from_} → {job.to or 'deleted'}"}
+        terminal.table(columns, jobs[:_SHOWN])
     if len(jobs) > _SHOWN:
         terminal.emit(f"… and {len(jobs) - _SHOWN} more (--json shows all)")
     if any(job.to is None for job in jobs):

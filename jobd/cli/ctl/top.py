@@ -10,11 +10,13 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Final
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final
 
 from msgspec import Struct
 
 from jobd.cli import tables_admin, terminal
+from jobd.cli.terminal import GAP, Columns, ago
 from jobd.client import AdminClient, JobdError
 from jobd.client.retries import RETRIED
 from jobd.model.fields import MAX_PAGE
@@ -212,7 +214,7 @@ def render(frame: TopFrame, note: str, height: int, width: int) -> RenderableTyp
 
     head = _head(frame, note, width)
     rows = rows_of(height - len(frame.alerts) - len(head) + HEAD)
-    alerts = _alerts(frame.alerts, width) if frame.alerts else []
+    alerts = _table(_ALERTS, frame.alerts, len(frame.alerts), width, "red") if frame.alerts else []
     return Group(*head, *alerts, _line(""), *_queues(frame, rows, width), _line(""), *_workers(frame, rows, width))
 
 
@@ -238,7 +240,7 @@ def _packed(parts: Sequence[str], width: int) -> list[str]:
     """Join the parts into lines of at most `width`, without cutting a part."""
     lines = [parts[0]]
     for part in parts[1:]:
-        longer = f"{lines[-1]}{terminal.GAP}{part}"
+        longer = f"{lines[-1]}{GAP}{part}"
         if len(longer) <= width:
             lines[-1] = longer
         else:
@@ -246,107 +248,87 @@ def _packed(parts: Sequence[str], width: int) -> list[str]:
     return lines
 
 
-def _alerts(alerts: Sequence[AlertView], width: int) -> list[Text]:
-    rows = [
-        (f"{alert.severity.upper()} {alert.name}", f"{alert.value:g} / {alert.threshold:g}", alert.hint)
-        for alert in alerts
-    ]
-    return _table(["", "", ""], rows, len(rows), width, style="red")
+_ALERTS: Final[Columns] = {
+    "": lambda alert: f"{alert.severity.upper()} {alert.name}",
+    " ": lambda alert: f"{alert.value:g} / {alert.threshold:g}",
+    "  ": "hint",
+}
+# The last four are omitted on a narrow terminal, and the pauses before them.
+_QUEUES: Final = ("QUEUE", "STATE", ">QUEUED", ">PROCESSING", "OLDEST DUE", ">FAILED", ">COMPLETED", ">CANCELLED")
 
 
-def _queues(frame: TopFrame, rows: int, width: int) -> list[Text]:
-    columns = ["QUEUE", "STATE", ">QUEUED", ">PROCESSING", "OLDEST DUE", ">FAILED", ">COMPLETED", ">CANCELLED"]
-    is_described = width >= NARROW and any(queue.paused for queue in frame.queues)
-    if is_described:
-        columns.append("PAUSED")
-    body = [
-        (
-            queue.name,
-            "paused" if queue.paused else "open",
-            queue.queued,
-            queue.processing,
-            terminal.age(queue.oldest_due_at) if queue.oldest_due_at is not None else None,
-            queue.failed,
-            queue.completed,
-            queue.cancelled,
-            *([queue.pause.describe() if queue.paused else None] if is_described else ()),
-        )
-        for queue in frame.queues
-    ]
-    return _table(columns, body, rows, width, spare=4, is_part=frame.more_queues)
+def _queues(frame: TopFrame, rows: int, width: int) -> list[RenderableType]:
+    known = tables_admin.queue_columns(frame.queues)
+    names = [*_QUEUES, *(["PAUSED"] if width >= NARROW and "PAUSED" in known else [])]
+    columns = {name: known[name] for name in names}
+    return _table(columns, frame.queues, rows, width, spare=4, is_part=frame.more_queues)
 
 
-def _workers(frame: TopFrame, rows: int, width: int) -> list[Text]:
-    seen = ["LAST SEEN"] if width >= NARROW else []
-    claims = ["CLAIMS", "ABOUT"] if width >= WIDE else []
-    body = []
-    for each in frame.workers:
-        jobs = "  ".join(f"{job.id} {terminal.cell(job.progress)} %" for job in each.jobs)
-        last = [terminal.age(each.last_seen_at)] if seen else []
-        more = [text and terminal.clip(text, MIDDLE) for text in (each.claims, each.about)] if claims else []
-        body.append((each.worker, each.state, each.held, *last, *more, jobs))
-    lines = _table(["WORKER", "STATE", ">HOLDS", *seen, *claims, "JOBS"], body, rows, width)
+def _workers(frame: TopFrame, rows: int, width: int) -> list[RenderableType]:
+    columns: Columns = {
+        "WORKER": "worker",
+        "STATE": "state",
+        ">HOLDS": "held",
+        **({"LAST SEEN": ago("last_seen_at")} if width >= NARROW else {}),
+        **({"CLAIMS": _clipped("claims"), "ABOUT": _clipped("about")} if width >= WIDE else {}),
+        "JOBS": lambda worker: "  ".join(f"{job.id} {terminal.cell(job.progress)} %" for job in worker.jobs),
+    }
+    lines = _table(columns, frame.workers, rows, width)
     return [*lines, _line(f"{frame.gone} gone")] if frame.gone else lines
 
 
+def _clipped(name: str) -> Callable[[Any], str | None]:
+    return lambda worker: getattr(worker, name) and terminal.clip(getattr(worker, name), MIDDLE)
+
+
 def _table(
-    columns: Sequence[str],
-    rows: Sequence[Sequence[object]],
+    columns: Columns,
+    rows: Sequence[object],
     max_rows: int,
     width: int,
     style: str = "",
     *,
     spare: int = 0,
     is_part: bool = False,
-) -> list[Text]:
+) -> list[RenderableType]:
     """Draw at most `max_rows` rows, one line each. On a narrow terminal, up to `spare` of the last columns are omitted.
 
     Numbers are never cut. Names are cut in the middle, and without spare columns the last column is cut at its end.
     `is_part`: there are more rows than given.
     """
+    from rich.table import Table
     from rich.text import Text
 
-    lines = [[name.removeprefix(">") for name in columns]]
-    lines += [[terminal.cell(value) for value in row] for row in rows[:max_rows]]
-    lines = _fitted(lines, width, spare)
-    # In a pipe, one long name moves only its own line, as in every table.
-    to = terminal.widths(lines, terminal.ALIGNED if width >= terminal.UNBOUNDED else width)
-    right = [name.startswith(">") for name in columns]
-    drawn = []
-    for number, line in enumerate(lines):
-        text = Text(no_wrap=True, overflow="ellipsis")
-        for each, filled in zip(line, terminal.filled(line, to, right), strict=True):
-            text.append(filled, style=style or ("bold" if number == 0 else terminal.style_of(each))).append(
-                terminal.GAP
+    lines, has_words = terminal.cells(columns, rows[:max_rows]), not spare
+    is_right = [title.startswith(">") for title in columns]
+    lines = lines if lines[0][0] else lines[1:]  # alerts have no titles
+    drawn: list[RenderableType] = []
+    if width >= terminal.UNBOUNDED:
+        drawn += map(_line, terminal.aligned(lines, is_right))
+    else:
+        while True:
+            name, *others = terminal.widths(lines, terminal.UNBOUNDED)
+            words = others.pop() if has_words else 0
+            left = width - sum(others) - len(GAP) * (len(lines[0]) - 1)
+            if not spare or left >= min(name, NAME):
+                break
+            lines, spare = [line[:-1] for line in lines], spare - 1
+        name = max(left - words, left // 2, min(NAME, left - 1), 1) if has_words else left
+        grid = Table.grid(padding=(0, len(GAP), 0, 0))
+        for number, line in enumerate(lines):
+            styles = (style or ("bold" if number == 0 else terminal.style_of(text)) for text in line)
+            grid.add_row(
+                *map(partial(Text, no_wrap=True, overflow="ellipsis"), [_ends(line[0], name), *line[1:]], styles)
             )
-        text.rstrip()
-        drawn.append(text)
+        for column, right in zip(grid.columns, is_right, strict=False):
+            column.justify, column.no_wrap = "right" if right else "left", True
+        grid.columns[-1].no_wrap = not has_words
+        drawn.append(grid)
     if is_part:
         drawn.append(_line("and more"))
     elif len(rows) > max_rows:
         drawn.append(_line(f"and {len(rows) - max_rows} more"))
-    return drawn if any(columns) else drawn[1:]
-
-
-def _fitted(lines: list[list[str]], width: int, spare: int) -> list[list[str]]:
-    """Omit columns and cut cells so that all lines fit."""
-    has_words = not spare
-    while True:
-        name, *rest = terminal.widths(lines, terminal.UNBOUNDED)
-        words = rest.pop() if has_words else 0
-        left = max(width - sum(rest) - len(terminal.GAP) * (len(lines[0]) - 1), 1)
-        if not spare or left >= min(name, NAME):
-            break
-        lines, spare = [line[:-1] for line in lines], spare - 1
-    name = min(name, max(left - words, left // 2, min(NAME, left - 1 if has_words else left), 1))
-    cut = [[_ends(line[0], name), *line[1:]] for line in lines]
-    return [[*line[:-1], _start(line[-1], max(left - name, 1))] for line in cut] if has_words else cut
-
-
-def _start(text: str, width: int) -> str:
-    from rich.cells import cell_len, set_cell_size
-
-    return text if cell_len(text) <= width else set_cell_size(text, width - 1) + "…"
+    return drawn
 
 
 def _ends(text: str, width: int) -> str:

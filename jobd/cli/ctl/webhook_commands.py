@@ -55,8 +55,7 @@ def webhooks(
     webhooks test NAME                      send a test message
     """
     if what is None:
-        found = admin_client().webhooks()
-        terminal.emit_json({"webhooks": found}) if as_json else tables_admin.webhooks(found)
+        terminal.show_list(tables_admin.WEBHOOKS, admin_client().webhooks(), as_json)
         return
     if name is None:
         raise click.UsageError(f"Which webhook? jobctl webhooks {what} NAME; jobctl webhooks lists them.")

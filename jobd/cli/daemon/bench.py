@@ -8,7 +8,8 @@ import sqlite3
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Final
 
@@ -116,10 +117,8 @@ def _rounded(value: float) -> float:
 
 
 def show(figures: dict[str, Any]) -> None:
-    rows: Iterable[tuple[str, ...]] = [
-        (name, *map(_number, (each["median"], each["min"], each["max"]))) for name, each in _flat(figures)
-    ]
-    terminal.table((f"OF {figures['runs']}", ">MEDIAN", ">MIN", ">MAX"), rows)
+    numbers = {f">{name.upper()}": lambda row, name=name: _number(row[1][name]) for name in ("median", "min", "max")}
+    terminal.table({f"OF {figures['runs']}": itemgetter(0), **numbers}, _flat(figures))
 
 
 def _flat(figures: dict[str, Any], above: str = "") -> Iterator[tuple[str, dict[str, float]]]:

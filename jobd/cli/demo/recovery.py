@@ -218,14 +218,19 @@ def _report(sandbox: Sandbox, observed: Observations) -> list[tuple[str, bool]]:
         timelines = {job.id: client.timeline(job.id) for job in jobs}
         why = client.why(observed.killed_job) if observed.killed_job else None
     errors = {job.id: result_error(job, sandbox.results) for job in jobs}
-    rows = []
-    for job in jobs:
-        grants = [str(event.details.get("worker")) for event in timelines[job.id] if event.type == "granted"]
-        took = duration((job.finished_at or job.updated_at) - (job.started_at or job.updated_at))
-        result = errors[job.id] or Path(job.file_path or "").name
-        rows.append((job.id, job.status, " then ".join(grants), job.attempt, job.stalls, took, result))
+    columns: terminal.Columns = {
+        "JOB": "id",
+        "STATUS": "status",
+        "WORKERS": lambda job: " then ".join(
+            str(event.details.get("worker")) for event in timelines[job.id] if event.type == "granted"
+        ),
+        ">ATTEMPTS": "attempt",
+        ">STALLS": "stalls",
+        ">TOOK": lambda job: duration((job.finished_at or job.updated_at) - (job.started_at or job.updated_at)),
+        "RESULT": lambda job: errors[job.id] or Path(job.file_path or "").name,
+    }
     terminal.emit("")
-    terminal.table(["JOB", "STATUS", "WORKERS", ">ATTEMPTS", ">STALLS", ">TOOK", "RESULT"], rows)
+    terminal.table(columns, jobs)
     if why is not None:
         terminal.emit("")
         terminal.emit(f"The timeline of {observed.killed_job}, whose worker {observed.killed_worker} was killed:")

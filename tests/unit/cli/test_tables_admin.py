@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
-from jobd.cli import tables_admin
+from jobd.cli import tables_admin, terminal
 from jobd.model.responses import AuditView
 from tests.support.calls import WEBHOOK
 
@@ -30,7 +30,8 @@ NOW = 1_772_366_400_000
 def test_the_audit_log_shows_the_outcome_of_an_action(
     capsys: pytest.CaptureFixture[str], details: dict[str, Any], expected: str
 ) -> None:
-    tables_admin.audit([AuditView(1, NOW, "eve", "127.0.0.1", "x", None, None, None, "done", 0, details)])
+    entry = AuditView(1, NOW, "eve", "127.0.0.1", "x", None, None, None, "done", 0, details)
+    terminal.table(tables_admin.AUDIT, [entry])
     assert expected in capsys.readouterr().out.splitlines()[-1]
 
 
@@ -46,7 +47,7 @@ def test_webhooks_are_listed_with_their_state(capsys: pytest.CaptureFixture[str]
             ("e", "half_open", 1, None),
         )
     ]
-    tables_admin.webhooks(states)
+    terminal.show_list(tables_admin.WEBHOOKS, states, as_json=False)
     rows = [re.split("  +", line) for line in capsys.readouterr().out.splitlines()]
     assert rows[0][2:4] == ["STATE", "NEXT ATTEMPT"]
     assert {row[0]: row[2:4] for row in rows[1:]} == {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import sys
+from operator import itemgetter
 from typing import Any
 
 import pytest
@@ -69,9 +70,14 @@ def test_size(count: int, shown: str) -> None:
     assert terminal.size(count) == shown
 
 
+def numbered(*titles: str) -> terminal.Columns:
+    """Return columns that show the fields of tuples."""
+    return {title: itemgetter(number) for number, title in enumerate(titles)}
+
+
 def test_a_table_in_a_pipe_is_not_wrapped_or_cut_and_its_cells_are_escaped(capsys: pytest.CaptureFixture[str]) -> None:
     long = "x" * 500
-    terminal.table(["ID", ">N"], [("\x1b]0;evil\x07", 1), (long, 22)])
+    terminal.table(numbered("ID", ">N"), [("\x1b]0;evil\x07", 1), (long, 22)])
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 3
     assert "\\x1b]0;evil\\x07" in lines[1]
@@ -79,7 +85,7 @@ def test_a_table_in_a_pipe_is_not_wrapped_or_cut_and_its_cells_are_escaped(capsy
 
 
 def test_text_of_several_lines_is_one_line_in_a_table(capsys: pytest.CaptureFixture[str]) -> None:
-    terminal.table(["ID", "NOTE"], [("a", "\nfirst\tline\nsecond"), ("b", "only line\n")])
+    terminal.table(numbered("ID", "NOTE"), [("a", "\nfirst\tline\nsecond"), ("b", "only line\n")])
     assert capsys.readouterr().out.splitlines() == ["ID  NOTE", "a   first\\tline …", "b   only line"]
 
 
@@ -95,7 +101,7 @@ def test_text_of_several_lines_is_aligned_with_its_name(capsys: pytest.CaptureFi
 
 def test_in_a_pipe_a_long_cell_moves_only_its_own_line(capsys: pytest.CaptureFixture[str]) -> None:
     terminal.table(
-        ["ID", "STATUS", ">N"], [("x" * 200, "queued", 1), ("short", "failed", 22), ("other", "queued", 333)]
+        numbered("ID", "STATUS", ">N"), [("x" * 200, "queued", 1), ("short", "failed", 22), ("other", "queued", 333)]
     )
     head, long, *others = capsys.readouterr().out.splitlines()
     assert long == "x" * 200 + "  queued    1"
@@ -113,7 +119,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch, width: int, columns: list[str], rows:
         monkeypatch.setenv(name, value)
     out = TerminalOutput()
     monkeypatch.setattr(sys, "stdout", out)
-    terminal.table(columns, rows)
+    terminal.table(numbered(*columns), rows)
     return out.getvalue().splitlines()
 
 
@@ -142,5 +148,5 @@ def test_a_table_that_is_too_wide_becomes_a_block_per_row(monkeypatch: pytest.Mo
 
 
 def test_an_empty_table_says_so_on_stderr(capsys: pytest.CaptureFixture[str]) -> None:
-    terminal.table(["ID"], [], empty="No jobs.")
+    terminal.table({"ID": "id"}, [], empty="No jobs.")
     assert capsys.readouterr() == ("", "No jobs.\n")
