@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import functools
 import signal
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from datetime import timedelta
 from types import FrameType
 from typing import Any, Final, Protocol
@@ -21,6 +21,7 @@ from jobd.model.responses import GrantView
 from jobd.model.times import duration
 
 STOP_S: Final = 10.0  # for an execution to stop
+NAMED: Final = 3  # jobs that the message at a stop names
 REPORT_S: Final = 10.0  # for a stopping worker to report the ends of its jobs to an unreachable daemon
 
 
@@ -70,7 +71,8 @@ class WorkerRunner:
     """Claim jobs, begin an Execution for each and wait for its end.
 
     `stop` stops claiming and gives running work `grace_s`. A second `stop` ends the grace, a third all other waits. A
-    job whose work was stopped with the worker is released after the work has ended. `report` gets a line for each run.
+    job whose work was stopped with the worker is released after the work has ended. `announce` (default: `log`) gets
+    the line that names the jobs for which a drain waits, `report` a line for each run.
     """
 
     def __init__(
@@ -80,6 +82,7 @@ class WorkerRunner:
         begin: Begin,
         log: Log,
         *,
+        announce: Log | None = None,
         grace_s: float = 30.0,
         stop_s: float = STOP_S,
         progress_every_s: float = 0,
@@ -88,11 +91,13 @@ class WorkerRunner:
         self._client = client
         self._begin = begin
         self._log = log
+        self._announce = announce or log
         self._report = report
         self._grace_s = grace_s
         self._stop_s = stop_s
         self._progress_every_s = progress_every_s
         self._claimer = Claimer(client, options, self._work, log)
+        self._running: list[str] = []  # ids of jobs; one twice if it was claimed again before its work has stopped
         self._stopping = asyncio.Event()
         self._grace_is_over = asyncio.Event()  # executions are stopped
         self._give_up = asyncio.Event()  # do not wait for executions or an unreachable daemon any longer
@@ -138,6 +143,8 @@ class WorkerRunner:
 
     async def _end_grace(self) -> None:
         await self._stopping.wait()
+        if self._running and not self._grace_is_over.is_set():
+            self._announce(describe_drain(self._running, self._grace_s))
         await within(self._grace_s, self._grace_is_over)
         self._grace_is_over.set()
         await within(self._stop_s + REPORT_S, self._give_up)
@@ -151,9 +158,11 @@ class WorkerRunner:
             await keeper.release(self._give_up)
         else:
             keeper.start(at_once=is_resent)
+            self._running.append(keeper.id)
             try:
                 is_completed = await self._attempt(keeper)
             finally:
+                self._running.remove(keeper.id)
                 await keeper.stop()
         self.ran_any = True
         if is_completed:
@@ -240,6 +249,13 @@ class WorkerRunner:
         job = await keeper.fail(self._give_up, message[:MESSAGE_CHARACTERS], error_code="timeout")
         if job is not None and self._report is None:
             self._log(describe_failure(job, "timeout"))
+
+
+def describe_drain(jobs: Sequence[str], grace_s: float) -> str:
+    """Return the line that says at a stop for which jobs the worker waits, and how to shorten that."""
+    more = f" and {len(jobs) - NAMED} more" if len(jobs) > NAMED else ""
+    again = f"a second Ctrl-C or SIGTERM asks {'it' if len(jobs) == 1 else 'them'} to stop"
+    return f"stopping: waiting up to {duration(grace_s * 1000)} for {', '.join(jobs[:NAMED])}{more}; {again}"
 
 
 def _limit(execution: Execution) -> str:

@@ -16,6 +16,7 @@ from typing import Any, Final, TypeVar, overload
 
 from jobd.client.aio import AsyncJobClient
 from jobd.client.endpoint import Address
+from jobd.client.errors import Unauthorized
 from jobd.client.worker.claimer import LOCK_TTL_MS, ClaimOptions, default_name, describe_claims, describe_process
 from jobd.client.worker.handlers import AsyncExecution, HandlerLoop, RegisteredHandler, ThreadExecution, logger
 from jobd.client.worker.lock_keeper import LockKeeper
@@ -23,6 +24,7 @@ from jobd.client.worker.output import print_message
 from jobd.client.worker.runner import Execution, WorkerRunner, on_signals, seconds
 from jobd.client.worker.service_thread import ServiceThread
 
+UNAUTHORISED: Final = 5  # the exit code, as that of jobctl
 STREAM_FROM: Final = 8  # from this concurrency on, calls share one stream of commands
 HandlerFunction = TypeVar("HandlerFunction", bound=Callable[..., Any])
 
@@ -46,7 +48,9 @@ class Worker:
     one. Locks last `lock_ttl_ms` and are extended automatically. If a lock is lost or a job is cancelled, its handler
     is stopped. On SIGTERM and SIGINT the worker drains: it stops claiming, gives running handlers `grace_s` seconds,
     then stops them and releases their jobs. A plain handler that returns normally within 10 s more completes its job.
-    The worker logs to `jobd.client`. If stderr is a terminal, it prints there what it claims, and a line for each job.
+    The worker logs to `jobd.client`. What it claims and for which jobs a drain waits is printed to stderr if that is a
+    terminal or if logging is not configured, else logged at level info. In a terminal, it also prints a line for each
+    job.
 
     A service thread with its own event loop and connections claims jobs and extends locks, so a handler that blocks its
     loop does not lose its lock. A loop that is blocked for 5 s is logged. A C extension that holds the GIL for longer
@@ -127,8 +131,20 @@ class Worker:
         return function
 
     def run(self) -> None:
-        """Work until SIGTERM or SIGINT, then drain. Raises the JobdError that prevents claiming."""
-        asyncio.run(self.serve(signals=True))
+        """Work until SIGTERM or SIGINT, then drain. Raises the JobdError that prevents claiming.
+
+        If the daemon rejects the token, prints one line to stderr instead and exits the program with code 5.
+        """
+        try:
+            asyncio.run(self.serve(signals=True))
+        except Unauthorized as error:
+            file = os.environ.get("JOBD_WORKER_TOKEN_FILE") or "not set"
+            source = f"the first line of the file that JOBD_WORKER_TOKEN_FILE names ({file})"
+            print_message(
+                f"worker {self.name}: the daemon rejected the token. Unless the program sets one, it is {source} "
+                f"[{error.code}]"
+            )
+            raise SystemExit(UNAUTHORISED) from error
 
     def stop(self) -> None:
         """Drain, as on SIGTERM. A second call ends the grace, a third stops at once. Thread-safe.
@@ -152,11 +168,12 @@ class Worker:
         service = ServiceThread(f"jobd worker {self.name}")
         log = service.background(logger.warning)
         report = service.background(print_message) if os.isatty(2) else None
-        (report or logger.info)(describe_claims(options, client))
+        # Without a configured logger, Python prints warnings to stderr, but no information.
+        announce = report or service.background(logger.info if logger.hasHandlers() else print_message)
+        announce(describe_claims(options, client))
         loop = HandlerLoop(log)
-        runner = WorkerRunner(
-            client, options, functools.partial(self._begin, loop), log, grace_s=self._grace_s, report=report
-        )
+        begin = functools.partial(self._begin, loop)
+        runner = WorkerRunner(client, options, begin, log, announce=announce, grace_s=self._grace_s, report=report)
 
         async def work() -> None:
             watching = asyncio.ensure_future(loop.watch())

@@ -226,11 +226,24 @@ async def test_sigterm_drains_a_worker_process(client: AsyncJobClient, daemon: D
     environ = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", SCRIPT, f"unix:{daemon.socket}", queue]
     job = await client.create_job(queue=queue)
-    start = functools.partial(subprocess.Popen, command, env=environ, stdin=subprocess.PIPE, preexec_fn=die_with_us)
+    start = functools.partial(
+        subprocess.Popen,
+        command,
+        text=True,
+        env=environ,
+        stdin=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        preexec_fn=die_with_us,
+    )
     process = await asyncio.to_thread(start)
     try:
         await wait_for_job(client, job.id, lambda job: job.progress == 1)
         process.send_signal(signal.SIGTERM)
+        assert process.stderr is not None
+        claims, stopping = [await asyncio.to_thread(process.stderr.readline) for _ in range(2)]
+        assert " claims jobs of queue " in claims
+        again = "a second Ctrl-C or SIGTERM asks it to stop"
+        assert stopping == f"stopping: waiting up to 30 s for {job.id}; {again}\n"
         await asyncio.to_thread(process.communicate)
         assert process.returncode == 0
     finally:

@@ -15,7 +15,7 @@ from jobd.client import AsyncJobClient
 from jobd.client.worker import claimer
 from jobd.client.worker.claimer import ClaimOptions
 from jobd.client.worker.lock_keeper import LockKeeper
-from jobd.client.worker.runner import Execution, WorkerRunner, on_signals
+from jobd.client.worker.runner import Execution, WorkerRunner, describe_drain, on_signals
 from tests.support.client_harness import GRANT, JOB
 from tests.support.polling import wait_until
 from tests.support.scripted_server import ScriptedServer, ok, rejected
@@ -104,3 +104,8 @@ async def test_a_stopped_claim_without_grants_is_probed_once(
         runner.stop()
         await running
     assert len(server.received) == 2
+
+
+def test_the_message_at_a_stop_names_three_jobs() -> None:
+    again = "a second Ctrl-C or SIGTERM asks them to stop"
+    assert describe_drain(list("abcde"), 0.5) == f"stopping: waiting up to 500 ms for a, b, c and 2 more; {again}"

@@ -12,11 +12,13 @@ from typing import Any
 import pytest
 
 from jobd.client import (
+    AsyncJobClient,
     Task,
     Worker,
 )
-from jobd.client.worker.claimer import describe_process
+from jobd.client.worker.claimer import ClaimOptions, describe_claims, describe_process
 from jobd.client.worker.handlers import merged_result
+from tests.support.scripted_server import ScriptedServer, rejected
 
 
 def test_wrong_use_of_the_decorator_is_a_type_error() -> None:
@@ -97,3 +99,37 @@ def test_a_host_name_that_is_not_ascii_is_omitted(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(socket, "gethostname", lambda: "größer")
     assert describe_process(10**6).host is None
     assert describe_process(10**6).concurrency == 100_000
+
+
+def test_a_rejected_token_ends_a_program_with_one_line(
+    server: ScriptedServer, endpoint: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("JOBD_WORKER_TOKEN_FILE", "/srv/token")
+    server.always = lambda received: rejected("unauthorized", 401)
+    worker = Worker(endpoint, name="w")
+    worker.handler(print)
+    with pytest.raises(SystemExit) as caught:
+        worker.run()
+    assert caught.value.code == 5
+    *_, line = capfd.readouterr().err.splitlines()
+    assert line.startswith("worker w: the daemon rejected the token.")
+    assert line.endswith("JOBD_WORKER_TOKEN_FILE names (/srv/token) [unauthorized]")
+
+
+@pytest.mark.parametrize(
+    ("address", "environ", "shown"),
+    [
+        ("unix:/a/w.sock", {"JOBD_SOCKET": "/b/w.sock", "JOBD_URL": "http://c:1"}, "unix:/a/w.sock"),
+        (None, {"JOBD_SOCKET": "/b/w.sock", "JOBD_URL": "http://c:1"}, "unix:/b/w.sock"),
+        (None, {"JOBD_URL": "http://c:1,http://d:1"}, "http://c:1, http://d:1"),
+    ],
+)
+def test_a_worker_names_the_address_that_it_uses(
+    address: str | None, environ: dict[str, str], shown: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("JOBD_SOCKET", "JOBD_URL"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    line = describe_claims(ClaimOptions(worker="w"), AsyncJobClient(address))
+    assert line == f"worker w claims jobs of queue default, 1 at a time, at {shown}"
