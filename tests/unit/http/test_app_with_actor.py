@@ -94,19 +94,6 @@ async def test_a_job_lifecycle_over_a_stream(apis: BothApis) -> None:
     assert lock_id not in str(events)
 
 
-async def test_a_repeated_key_gets_the_first_response_and_has_one_effect(apis: BothApis) -> None:
-    key = {"Idempotency-Key": "k-1"}
-    first = await apis.worker.request("POST", "/v1/jobs", '{"queue":"mail"}', key)
-    second = await apis.worker.request("POST", "/v1/jobs", '{"queue":"mail"}', key)
-    assert (first.status, second.status) == (201, 201)
-    assert "idempotent-replayed" not in first.headers
-    assert second.headers["idempotent-replayed"] == "true"
-    assert second.data == first.data
-    other = await apis.worker.request("POST", "/v1/jobs", '{"queue":"post"}', key)
-    assert (other.status, other.error) == (422, "idempotency_key_reused")
-    assert len(apis.disk.jobs) == 1
-
-
 async def test_a_waiting_claim_whose_client_disconnects_takes_no_job(apis: BothApis) -> None:
     closed = await apis.worker.connect()
     closed.send(request_bytes("POST", "/v1/claim", '{"worker":"gone","wait_ms":60000}'))
@@ -170,17 +157,6 @@ async def test_a_waiting_claim_gets_a_response_when_the_listeners_close(apis: Bo
     await apis.worker.stop(30)
     response = await client.receive()
     assert (response.data, response.headers["connection"]) == ({"grants": []}, "close")
-
-
-async def test_an_import_over_the_wire(apis: BothApis) -> None:
-    lines = ['{"id":"a","status":"completed","progress":100}', '{"id":"b","progress":101}', '{"id":"a"}', '{"id":"c"}']
-    headers = {**AUTH, "Content-Type": "application/x-ndjson"}
-    response = await apis.admin.request("POST", f"{ADMIN}/import", "\n".join(lines), headers)
-    assert (response.data["imported"], response.data["skipped"], response.data["refusedCount"]) == (2, 1, 1)
-    assert (await apis.job("a"))["status"] == "completed"
-    validated = (await apis.admin.request("GET", f"{ADMIN}/validate-job?jobId=a", headers=AUTH)).data
-    assert (validated["jobId"], validated["job"]["id"]) == ("a", "a")
-    assert "isValid" in validated["validation"]
 
 
 async def test_a_stop_ends_an_import_that_is_arriving(apis: BothApis) -> None:

@@ -103,47 +103,24 @@ def test_default_factories_survive_the_split() -> None:
     ("decoder", "body", "field"),
     [
         ("progress", '{"lock_id":"x","progress":-0.1}', "$.progress"),
-        ("progress", '{"lock_id":"x","progress":100.1}', "$.progress"),
         ("progress", '{"lock_id":"x","progress":"50"}', "$.progress"),
         ("progress", '{"lock_id":"x","progress":1e999}', "$.progress"),
         ("progress", '{"lock_id":"x","progress":' + "9" * 6000 + "}", "$.progress"),
-        ("progress", '{"lock_id":"","progress":1}', "$.lock_id"),
         ("progress", '{"progress":1}', "$.lock_id"),
         ("progress", '{"lock_id":"x","progres":1}', "$.progres"),
-        ("create", '{"priority":1001}', "$.priority"),
-        ("create", '{"priority":-1001}', "$.priority"),
         ("create", '{"priority":1.5}', "$.priority"),
         ("create", '{"priority":99999999999999999999999}', "$.priority"),
-        ("create", '{"priority":true}', "$.priority"),
-        ("create", '{"id":""}', "$.id"),
         ("create", '{"id":"a b"}', "$.id"),
-        ("create", '{"id":"a\\n"}', "$.id"),
-        ("create", '{"queue":"a\\n"}', "$.queue"),
-        ("create", '{"kind":"a\\n"}', "$.kind"),
-        ("claim", '{"worker":"a\\n"}', "$.worker"),
-        ("fail", '{"lock_id":"x","error_message":"m","error_code":"c\\n"}', "$.error_code"),
-        ("create", '{"id":"' + "a" * 201 + '"}', "$.id"),
         ("create", '{"backoff":{"kind":"linear"}}', "$.backoff.kind"),
-        ("create", '{"max_attempts":0}', "$.max_attempts"),
         ("create", "[]", "$"),
         ("create", "null", "$"),
         ("create", "3", "$"),
-        ("bulk", '{"jobs":[]}', "$.jobs"),
         ("bulk", '{"jobs":[{},{"queue":""}]}', "$.jobs[1].queue"),
         ("bulk", '{"jobs":[{"x":1}]}', "$.jobs[0].x"),
-        ("claim", '{"worker":""}', "$.worker"),
-        ("claim", '{"worker":"w","limit":101}', "$.limit"),
-        ("claim", '{"worker":"w","wait_ms":60001}', "$.wait_ms"),
-        ("claim", '{"worker":"w","queues":[]}', "$.queues"),
         ("claim", '{"worker":"w","queues":["a/b"]}', "$.queues[0]"),
-        ("start", '{"worker":"w","lock_ttl_ms":999}', "$.lock_ttl_ms"),
-        ("start", '{"worker":"w","lock_ttl_ms":86400001}', "$.lock_ttl_ms"),
-        ("complete", '{"lock_id":"x","file_path":"a\\u0000b"}', "$.file_path"),
-        ("complete", '{"lock_id":"x","download_url":""}', "$.download_url"),
         ("complete", '{"lock_id":"x","storage_key":"/etc/passwd"}', "$.storage_key"),
         ("complete", '{"lock_id":"x","storage_key":"a/../b"}', "$.storage_key"),
         ("complete", '{"lock_id":"x","storage_key":"a\\u0000"}', "$.storage_key"),
-        ("fail", '{"lock_id":"x","error_message":""}', "$.error_message"),
         ("fail", '{"lock_id":"x"}', "$.error_message"),
         ("transition", '{"from":"queued","to":"failed"}', "$.jobId"),
         ("transition", '{"jobId":"a","from":"gone","to":"failed"}', "$.from"),
@@ -153,20 +130,12 @@ def test_default_factories_survive_the_split() -> None:
         ("import", '{"id":"a","storage_key":"/x"}', "$.storage_key"),
     ],
 )  # fmt: skip
-def test_a_field_out_of_its_bounds_is_named(decoder: str, body: str, field: str) -> None:
+def test_an_invalid_field_is_named(decoder: str, body: str, field: str) -> None:
     given_id = "job-1" if DECODERS[decoder].path_field else None
     no = error_of(DECODERS[decoder], body.encode(), given_id)
     assert no.code == "invalid_request"
     assert no.details == {"field": field}
     assert field in no.message
-
-
-@pytest.mark.parametrize("progress", [0, 100, 0.0, 99.9])
-def test_the_bounds_themselves_are_accepted(progress: float) -> None:
-    body = json.dumps({"lock_id": "x", "progress": progress}).encode()
-    command = DECODERS["progress"].from_body(body, "a")
-    assert isinstance(command, Progress)
-    assert command.progress == progress
 
 
 def test_a_time_in_seconds_gets_a_hint() -> None:
