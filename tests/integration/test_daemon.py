@@ -32,45 +32,6 @@ from tests.support.daemon_process import DaemonProcess, DaemonResponse, call, fr
 from tests.support.factories import ChangeFactory
 from tests.support.polling import poll_until
 
-RACERS = 16
-
-
-@pytest.mark.slow
-def test_sixteen_processes_race_for_one_job_and_one_gets_it(tmp_path: Path) -> None:
-    racer = (
-        "import sys; from tests.support.daemon_process import UnixConnection, call\n"
-        "connection = UnixConnection(sys.argv[1])\n"
-        "reply = call(connection, 'POST', '/v1/jobs/prize/start', {'worker': sys.argv[2]})\n"
-        "connection.close()\n"
-        "print(reply.status, reply.body.get('error'))"
-    )
-    with DaemonProcess(tmp_path) as daemon:
-        daemon.post("/v1/jobs", {"id": "prize"})
-        runs = [
-            subprocess.Popen([sys.executable, "-c", racer, daemon.socket, f"w-{n}"], stdout=subprocess.PIPE, text=True)
-            for n in range(RACERS)
-        ]
-        outcomes = [run.communicate(timeout=150)[0].strip() for run in runs]
-    assert sorted(outcomes) == ["200 None"] + ["409 already_locked"] * (RACERS - 1)
-
-
-@pytest.mark.slow
-def test_many_claimers_get_every_job_once(tmp_path: Path) -> None:
-    with DaemonProcess(tmp_path) as daemon:
-        daemon.post("/v1/jobs/bulk", {"jobs": [{"id": f"job-{n}"} for n in range(300)]})
-
-        def claim_all(number: int) -> list[tuple[str, int]]:
-            mine: list[tuple[str, int]] = []
-            with closing(daemon.worker()) as connection:
-                while grants := call(connection, "POST", "/v1/claim", {"worker": f"w-{number}"}).data["grants"]:
-                    mine += [(grant["job"]["id"], grant["fencing_token"]) for grant in grants]
-            return mine
-
-        with ThreadPoolExecutor(8) as pool:
-            granted = [grant for mine in pool.map(claim_all, range(8)) for grant in mine]
-    assert sorted(job_id for job_id, _ in granted) == sorted(f"job-{n}" for n in range(300))
-    assert len({token for _, token in granted}) == 300
-
 
 class DaemonStopping(Exception):
     """The daemon responded that it is shutting down, so nothing was done."""
@@ -572,25 +533,6 @@ def test_sigterm_while_the_listeners_are_opened_stops_the_daemon(tmp_path: Path)
         daemon.wait_for_log(b"event=stopped")
         assert daemon.process is not None
         assert daemon.process.wait(150) == 0
-
-
-def test_a_zombie_worker_is_accepted_until_recovery_then_rejected(tmp_path: Path) -> None:
-    with DaemonProcess(tmp_path, "[cleanup]\nrecover_every = '0'\ninterval = '1h'\n") as daemon:
-        daemon.post("/v1/jobs", {"id": "a", "progress_timeout_ms": 1})
-        grant = daemon.post("/v1/jobs/a/start", {"worker": "w-1"}).data
-        recovered: dict[str, Any] = {"recoveredJobs": 0}
-        while not recovered["recoveredJobs"]:
-            recovered = daemon.admin("POST", "recover-stuck", {}).data
-        assert recovered["details"][0]["jobId"] == "a"
-        assert recovered["details"][0]["action"] == "reset"
-        late = daemon.post("/v1/jobs/a/complete", {"lock_id": grant["lock_id"]})
-        assert late.status == 409
-        assert late.error == "lock_lost"
-        assert late.body["details"]["reason"] == "stalled"
-        assert late.body["details"]["rule"] == "recovery"
-        assert daemon.get("/v1/jobs/a").data["status"] == "queued"
-        repeated = daemon.post("/v1/jobs/a/start", {"worker": "w-2"}).data
-        assert repeated["fencing_token"] > grant["fencing_token"]
 
 
 def test_development_without_a_token_says_everywhere_that_jobs_are_in_memory(tmp_path: Path) -> None:

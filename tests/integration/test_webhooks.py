@@ -184,42 +184,6 @@ def test_kill_9_at_any_moment_loses_nothing_and_keeps_the_order(tmp_path: Path, 
 
 
 @pytest.mark.slow
-def test_waiting_deliveries_continue_after_a_restart(tmp_path: Path, receiver: Receiver) -> None:
-    receiver.respond = responding(503)
-    with ForkedDaemon.not_started(tmp_path, config(receiver)) as daemon:
-        daemon.module = "tests.support.daemon_variants quick_retries"
-        daemon.start()
-        run_lifecycle(daemon, "a")
-        receiver.wait_for(lambda messages: len(messages) >= 1)
-        assert daemon.stop() == 0
-        receiver.respond = accept
-        daemon.start()
-        assert types_about(receiver.wait_for(lambda messages: done(messages, "a")), "a") == LIFE
-        assert daemon.stop() == 0
-
-
-@pytest.mark.slow
-def test_stop_does_not_wait_for_a_hanging_receiver(tmp_path: Path, receiver: Receiver) -> None:
-    async def hanging(_: web.Request) -> web.StreamResponse:
-        while receiver.respond is hanging:  # noqa: ASYNC110 - the answer changes in another thread
-            await asyncio.sleep(0.05)
-        return web.Response(status=204)
-
-    receiver.respond = hanging
-    with ForkedDaemon.not_started(tmp_path, config(receiver, 'timeout = "1m"')) as daemon:
-        daemon.module = "tests.support.daemon_variants quick_retries"
-        daemon.start()
-        for number in range(12):
-            run_lifecycle(daemon, f"job-{number}")
-        receiver.wait_for(lambda messages: len(messages) >= 8)
-        assert daemon.stop() == 0
-        receiver.respond = accept
-        daemon.start()
-        receiver.wait_for(lambda messages: done(messages, *(f"job-{number}" for number in range(12))))
-        assert daemon.stop() == 0
-
-
-@pytest.mark.slow
 def test_operators_list_repeat_and_test_deliveries(tmp_path: Path, receiver: Receiver) -> None:
     receiver.respond = responding(500, "not today")
     with ForkedDaemon(tmp_path, config(receiver, 'events = ["job.created"]')) as daemon:
@@ -381,43 +345,6 @@ def test_a_reload_applies_new_webhooks(tmp_path: Path, receiver: Receiver) -> No
         daemon.process.send_signal(signal.SIGHUP)
         daemon.wait_for_log(b"event=reloaded")
         poll_until(lambda: daemon.admin("GET", "webhooks").data == {"webhooks": []})
-        assert daemon.stop() == 0
-
-
-@pytest.mark.slow
-def test_alerts_are_delivered(tmp_path: Path, receiver: Receiver) -> None:
-    settings = config(
-        receiver,
-        'events = ["alert.*"]',
-        rest="[alerts]\nprocessing_jobs = 0\ndisk_free_percent = 0\ndisk_free_bytes = 0",
-    )
-    with ForkedDaemon.not_started(tmp_path, settings) as daemon:
-        daemon.module = "tests.support.daemon_variants prompt_alerts"
-        daemon.start()
-        daemon.post("/v1/jobs", {"id": "a"})
-        grant = daemon.post("/v1/jobs/a/start", {"worker": "w-1"}).data
-        (firing, *_) = receiver.wait_for(lambda messages: bool(messages))
-        assert (firing.event["type"], firing.event["data"]["name"]) == ("alert.firing", "processing_jobs")
-        daemon.post("/v1/jobs/a/complete", {"lock_id": grant["lock_id"], "metadata": 1})
-        receiver.wait_for(lambda messages: messages[-1].event["type"] == "alert.resolved")
-        assert daemon.stop() == 0
-
-
-@pytest.mark.slow
-def test_a_webhook_that_fails_for_long_fires_an_alert(tmp_path: Path, receiver: Receiver) -> None:
-    receiver.respond = responding(500, "not today")
-    with ForkedDaemon.not_started(tmp_path, config(receiver, rest='[alerts]\nwebhook_failing = "0"')) as daemon:
-        daemon.module = "tests.support.daemon_variants prompt_alerts"
-        daemon.start()
-        run_lifecycle(daemon, "a")
-
-        def alert() -> dict[str, Any]:
-            listed = daemon.admin("GET", "alerts").data["alerts"]
-            return {each["name"]: dict(each) for each in listed}["webhook_failing"]
-
-        poll_until(lambda: alert()["firing"])
-        assert "billing" in alert()["hint"]
-        assert "500: not today" in alert()["hint"]
         assert daemon.stop() == 0
 
 

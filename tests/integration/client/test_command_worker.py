@@ -16,7 +16,7 @@ import msgspec
 import pytest
 
 from jobd.client import AsyncAdminClient, AsyncJobClient, CommandWorker, Unreachable
-from jobd.client.worker import claimer, idle_reasons, lock_keeper
+from jobd.client.worker import claimer, idle_reasons
 from jobd.client.worker.claimer import ClaimOptions
 from jobd.client.worker.command_worker import describe
 from jobd.client.worker.idle_reasons import remaining_jobs
@@ -252,12 +252,6 @@ async def test_drain_does_not_wait_for_a_retry_that_it_cannot_have(
     assert await running == (0 if is_completed else 1)
 
 
-async def test_drain_of_an_empty_queue_ends_at_once(client: AsyncJobClient, queue: str, tmp_path: Path) -> None:
-    run = CommandRun(client, tmp_path, queue, "false", drain=True)
-    assert await run.run() == 0
-    assert len(run.messages) == 1
-
-
 async def test_remaining_jobs_are_unknown_without_a_daemon(tmp_path: Path) -> None:
     async with AsyncJobClient(f"unix:{tmp_path}/none", retry_for_s=0) as client:
         assert await remaining_jobs(client, ClaimOptions(worker="w")) is None
@@ -268,23 +262,6 @@ async def test_once_executes_one_job(client: AsyncJobClient, queue: str, tmp_pat
     assert await CommandRun(client, tmp_path, queue, "true", once=True).run() == 0
     assert (await client.get_job(first.id)).status == "completed"
     assert (await client.get_job(second.id)).status == "queued"
-
-
-async def test_only_the_given_kinds_are_claimed(client: AsyncJobClient, queue: str, tmp_path: Path) -> None:
-    other = await client.create_job(queue=queue, kind="other")
-    mine = await client.create_job(queue=queue, kind="mine")
-    assert await CommandRun(client, tmp_path, queue, "true", drain=True, kinds=["mine"]).run() == 0
-    assert (await client.get_job(mine.id)).status == "completed"
-    assert (await client.get_job(other.id)).status == "queued"
-
-
-async def test_a_single_queue_or_kind_may_be_text(client: AsyncJobClient, queue: str) -> None:
-    job = await client.create_job(queue=queue, kind="video")
-    messages: list[str] = []
-    worker = CommandWorker(client, ["true"], queues=queue, kinds="video", drain=True, log=messages.append)
-    assert await worker.run(signals=False) == 0
-    assert (await client.get_job(job.id)).status == "completed"
-    assert f"claims jobs of queue {queue} (only video), 1 at a time, at" in messages[0]
 
 
 async def test_cancelling_a_job_ends_its_process_group(client: AsyncJobClient, queue: str, tmp_path: Path) -> None:
@@ -300,22 +277,6 @@ async def test_cancelling_a_job_ends_its_process_group(client: AsyncJobClient, q
     assert not has_members(int(group))
     assert (await client.get_job(job.id)).status == "cancelled"
     assert any("stopping its work" in text for text in run.messages)
-
-
-@pytest.mark.slow
-async def test_the_lock_is_extended_while_the_program_runs(client: AsyncJobClient, queue: str, tmp_path: Path) -> None:
-    go = tmp_path / "go"
-    job = await client.create_job(queue=queue)
-    script = f"while [ ! -e {go} ]; do sleep 0.01; done"
-    running = asyncio.create_task(CommandRun(client, tmp_path, queue, script, once=True, lock_ttl_ms=30_000).run())
-
-    async def is_extended() -> bool:
-        return [event.type for event in await client.timeline(job.id)].count("extended") >= 3
-
-    await wait_until(is_extended)
-    go.touch()
-    assert await running == 0
-    assert (await client.get_job(job.id)).attempt == 1
 
 
 async def test_stop_lets_the_running_program_end(client: AsyncJobClient, queue: str, tmp_path: Path) -> None:
@@ -412,29 +373,6 @@ def test_a_command_and_a_positive_concurrency_are_needed() -> None:
         CommandWorker("unix:/x", [])
     with pytest.raises(ValueError, match="concurrency"):
         CommandWorker("unix:/x", ["true"], concurrency=0)
-
-
-@pytest.mark.slow
-async def test_the_program_continues_while_the_daemon_is_unreachable(
-    queue: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(lock_keeper, "WAIT_S", 0.05)
-    go = tmp_path / "go"
-    with DaemonProcess(tmp_path) as daemon:
-        async with AsyncJobClient(f"unix:{daemon.socket}") as client:
-            job = await client.create_job(queue=queue)
-            script = f"echo ::progress 1; while [ ! -e {go} ]; do sleep 0.01; done; echo ::meta done=true"
-            run = CommandRun(f"unix:{daemon.socket}", tmp_path, queue, script, once=True, lock_ttl_ms=30_000)
-            running = asyncio.create_task(run.run())
-            await wait_for_job(client, job.id, lambda job: job.progress == 1)
-            await asyncio.to_thread(daemon.kill)
-            await wait_until(lambda: any("The work continues" in text for text in run.messages))
-            go.touch()
-            await wait_until(lambda: any("cannot complete the job" in text for text in run.messages))
-            await asyncio.to_thread(daemon.start)
-            assert await running == 0
-            done = await client.get_job(job.id)
-            assert (done.status, done.metadata_value, done.stalls) == ("completed", {"done": True}, 0)
 
 
 @pytest.mark.parametrize("what", ["claim", "progress", "complete"])

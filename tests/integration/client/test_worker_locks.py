@@ -17,7 +17,6 @@ import pytest
 from jobd.client import (
     AsyncAdminClient,
     AsyncJobClient,
-    Discard,
     JobClient,
     LockLost,
     Stopped,
@@ -35,7 +34,6 @@ from tests.support.client_harness import (
 )
 from tests.support.daemon_process import DaemonProcess
 from tests.support.polling import wait_until
-from tests.support.scripted_server import ReceivedRequest, ScriptedServer, serving
 
 
 @pytest.mark.slow
@@ -411,23 +409,6 @@ async def test_a_handler_that_ignores_a_lost_lock_is_cancelled(
         await cancelled.wait()
 
 
-async def test_a_handler_is_stopped_after_progress_timeout_ms(client: AsyncJobClient, queue: str) -> None:
-    worker = Worker(client, queues=[queue], lock_ttl_ms=30_000)
-    stopped = asyncio.Event()
-
-    @worker.handler()
-    async def work(task: Task) -> None:
-        try:
-            await asyncio.Event().wait()
-        finally:
-            stopped.set()
-
-    job = await client.create_job(queue=queue, progress_timeout_ms=100, on_stall="fail")
-    async with running_worker(worker):
-        await stopped.wait()
-    assert await event_types(client, job.id)
-
-
 @pytest.mark.slow
 async def test_work_continues_while_the_daemon_is_unreachable(
     tmp_path: Path, queue: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
@@ -460,40 +441,3 @@ async def test_work_continues_while_the_daemon_is_unreachable(
                 assert (done.metadata_value, done.attempt, done.stalls) == ("done without you", 1, 0)
                 after = await client.create_job(queue=queue)
                 assert (await wait_until_finished(client, after.id)).status == "completed"  # the worker claims again
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("what", ["claim", "progress", "complete", "fail"])
-async def test_a_lost_response_causes_no_second_run(
-    daemon: DaemonProcess, client: AsyncJobClient, queue: str, tmp_path: Path, what: str
-) -> None:
-    server = ScriptedServer(behind=daemon.socket)
-    server.loses = lambda received: received.path.endswith(f"/{what}") and not _seen(server, received)
-    runs: list[int] = []
-    with serving(server, tmp_path / "p") as endpoint:
-        worker = Worker(endpoint, queues=[queue])
-
-        @worker.handler()
-        async def work(task: Task) -> str:
-            runs.append(task.fencing_token)
-            await task.progress(50)
-            if what == "fail":
-                raise Discard("no")
-            return "once"
-
-        job = await client.create_job(queue=queue)
-        async with running_worker(worker):
-            done = await wait_until_finished(client, job.id)
-            await wait_until(
-                lambda: any(received.path.endswith(("/complete", "/fail")) for received in server.received)
-            )
-    assert done.status == ("failed" if what == "fail" else "completed")
-    assert len(runs) == 1
-    assert len(server.lost) >= 1
-    events = await event_types(client, job.id)
-    assert events.count("completed") + events.count("failed") == 1
-
-
-def _seen(server: ScriptedServer, received: ReceivedRequest) -> bool:
-    """Return whether a response to the same request was lost before."""
-    return any(lost.path == received.path and lost.body == received.body for lost in server.lost)

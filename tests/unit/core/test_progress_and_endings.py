@@ -516,20 +516,6 @@ def test_a_finished_job_is_in_no_release_loop(rules: RuleHarness, command: Any) 
     assert rules.state.release_loops == {}
 
 
-def test_cancel_ends_a_grant_at_once(rules: RuleHarness) -> None:
-    lock_id = rules.held()
-    view = rules.accept(Cancel(id="a", reason="not wanted"))
-    assert (view.status, view.expires_at, view.lock) == ("cancelled", NOW + 7 * DAY_MS, None)
-    assert rules.last().reason == "not wanted"
-    rejection = rules.reject(Progress(id="a", lock_id=lock_id, progress=1), "lock_lost")
-    assert rejection.details["reason"] == "cancelled"
-    assert rejection.details["cancel_requested"] is True
-    rules.create("b")
-    assert rules.accept(Cancel(id="b")).status == "cancelled"
-    for name in "ab":
-        assert rules.reject(Cancel(id=name), "invalid_transition").details["to"] == "cancelled"
-
-
 def test_each_finished_status_has_its_retention() -> None:
     rules = RuleHarness(Policy(keep_completed_ms=1_000, keep_failed_ms=2_000, keep_cancelled_ms=3_000))
     rules.completed("completed")

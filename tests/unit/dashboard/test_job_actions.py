@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import html
 import json
 import re
@@ -12,7 +11,6 @@ from typing import Any
 import pytest
 
 from jobd.dashboard.job_actions import JOB_ACTIONS
-from jobd.model.commands import ForceFail
 from jobd.model.job import Policy
 from jobd.storage.artifacts.downloads import Downloads
 from jobd.storage.artifacts.filesystem import FileArtifactStore
@@ -23,7 +21,6 @@ from tests.support.dashboard_harness import (
     Browser,
     DashboardHarness,
     assert_safe,
-    fail_jobs,
     text,
 )
 
@@ -172,22 +169,6 @@ async def test_a_late_result_that_cannot_be_adopted_is_not_offered(harness: Dash
     assert lacks not in text(await browser.get("/jobs/held")), "the job is completed"
 
 
-async def test_a_late_result_of_a_changed_job_is_not_adopted(harness: DashboardHarness) -> None:
-    lock = await harness.start_job()
-    await harness.restart_job("held")
-    await harness.worker.request("POST", "/v1/jobs/held/complete", json.dumps({"lock_id": lock, "file_path": "/late"}))
-    await harness.call("jobs/held/cancel")
-    browser = await harness.browser()
-    before = await browser.confirm_fields("held", "adopt")
-    await browser.confirm("held", "retry")
-    response = await browser.post("/jobs/held/do", **before)
-    assert (response.status, "has changed since you read it" in text(response)) == (409, True)
-    now = await browser.confirm_fields("held", "adopt")
-    response = await browser.post("/jobs/held/do", **{**now, "result": "77"})
-    assert (response.status, "late_result_not_found" in text(response)) == (404, True)
-    assert await harness.status("held") == "queued"
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("verb", sorted(JOB_ACTIONS))
 async def test_the_curl_command_of_an_action_does_the_same(harness: DashboardHarness, verb: str) -> None:
@@ -259,62 +240,6 @@ async def test_an_action_fails_if_another_worker_holds_the_job(harness: Dashboar
     assert await harness.status("held") == "processing"
     done = await harness.worker.request("POST", "/v1/jobs/held/complete", json.dumps({"lock_id": lock, "metadata": 1}))
     assert done.status == 200, "the worker still holds the job"
-
-
-@pytest.mark.parametrize("verb", ["delete", "retry"])
-async def test_an_action_fails_if_the_job_has_returned_to_its_status(harness: DashboardHarness, verb: str) -> None:
-    await fail_jobs(harness, "a")
-    browser = await harness.browser()
-    fields = await browser.confirm_fields("a", verb)
-    lock = await harness.restart_job("a")
-    await harness.call("jobs/a/fail", lock_id=lock, error_message="SECOND, another story")
-    await assert_job_changed(browser, "a", fields)
-    page = text(await browser.get("/jobs/a"))
-    assert "SECOND, another story" in page
-    assert (await browser.confirm("a", verb)).status == 303, "a new confirmation works"
-
-
-async def test_an_action_fails_if_a_change_was_reverted(harness: DashboardHarness) -> None:
-    await harness.call("jobs", id="a", delay_ms=3_600_000)
-    browser = await harness.browser()
-    fields = await browser.confirm_fields("a", "cancel")
-    for priority in (5, 0):
-        await asyncio.sleep(0.002)
-        body = json.dumps({"priority": priority})
-        await harness.admin.request("POST", "/admin/job-management/jobs/a/update", body, AUTH)
-    await assert_job_changed(browser, "a", fields)
-
-
-async def test_an_action_fails_if_the_job_is_granted_before_the_command(
-    harness: DashboardHarness, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A worker starts the job after the form has read it."""
-    await harness.call("jobs", id="a")
-    browser = await harness.browser()
-    fields = await browser.confirm_fields("a", "force-fail")
-    actor, ask = harness.admin.actor, harness.admin.actor.ask
-
-    async def slow(command: Any, **asked: Any) -> Any:
-        if isinstance(command, ForceFail):
-            monkeypatch.setattr(actor, "ask", ask)
-            await harness.call("jobs/a/start", worker="w-1")
-        return await ask(command, **asked)
-
-    monkeypatch.setattr(actor, "ask", slow)
-    await assert_job_changed(browser, "a", fields)
-    assert await harness.status("a") == "processing"
-    response = await harness.admin.request("GET", "/admin/job-management/audit", headers=AUTH)
-    latest = response.data["entries"][0]
-    assert (latest["what"], latest["outcome"]) == ("force-fail", "invalid_transition")
-
-
-async def test_progress_does_not_prevent_an_action(harness: DashboardHarness) -> None:
-    lock = await harness.start_job()
-    browser = await harness.browser()
-    fields = await browser.confirm_fields("held", "force-fail")
-    await harness.call("jobs/held/progress", lock_id=lock, progress=50)
-    assert (await browser.post("/jobs/held/do", **fields)).status == 303
-    assert await harness.status("held") == "failed"
 
 
 async def test_an_action_that_the_status_does_not_allow_is_rejected(harness: DashboardHarness) -> None:

@@ -34,7 +34,6 @@ from tests.support.store_files import edit_store, job_of
 from tests.support.webhook_harness import (
     DELIVERED,
     FAST_RETRY,
-    KEY,
     REJECTED,
     FakeTransport,
     SteppedWallClock,
@@ -178,14 +177,6 @@ async def test_concurrent_deliveries_are_limited(path: Path) -> None:
         at.posts.gate.set()
         await wait_until(lambda: len(at.posts.delivered) == 50)
         assert at.posts.most_at_once == dispatcher.PARALLEL
-
-
-async def test_a_long_journal_is_read_page_by_page(path: Path) -> None:
-    async with running_webhooks(path) as at:
-        for first in range(0, 450, 90):
-            await at.commit(*(at.maker.create(f"job-{first + number}") for number in range(90)))
-        await wait_until(lambda: len(at.posts.delivered) == 450)
-        assert len({each.event_id for each in at.posts.delivered}) == 450
 
 
 async def test_pages_cut_short_by_large_events_are_continued(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -343,18 +334,6 @@ async def test_an_old_message_is_dead_lettered_after_enough_attempts_and_the_nex
         assert (lost.type, lost.status, lost.error) == ("job.created", 500, REJECTED.error)
 
 
-async def test_a_clock_step_alone_dead_letters_nothing(path: Path) -> None:
-    clock, down = SteppedWallClock(), True
-    async with running_webhooks(
-        path, endpoint(), posts=FakeTransport(lambda _: REJECTED if down else DELIVERED), clock=clock
-    ) as at:
-        await at.commit(at.maker.create("a"))
-        await wait_until(lambda: len(at.posts.tried) == 1)
-        clock.step_ms += 100 * DAY_MS
-        down = False
-        await wait_until(lambda: at.webhooks.views()[0].delivered == 1)
-
-
 async def test_old_messages_of_an_endpoint_that_keeps_failing_are_dead_lettered_without_an_attempt(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -372,24 +351,6 @@ async def test_old_messages_of_an_endpoint_that_keeps_failing_are_dead_lettered_
         page = await at.webhooks.page("e", "dead-lettered", None, 99)
         assert {each.error for each in page.deliveries} == {REJECTED.error}
         assert min(each.tries for each in page.deliveries) == 0
-
-
-async def test_nothing_is_dead_lettered_before_the_endpoint_has_failed_often_enough(
-    path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(dispatcher, "MINUTE_MS", 10)
-    posts = FakeTransport(lambda _: DeliveryOutcome(410, "410", gone=True))  # the breaker opens at once
-    async with running_webhooks(path, endpoint(give_up_after_ms=0), posts=posts) as at:
-        await at.commit(*lifecycle(at.maker, "a"))
-        await wait_until(lambda: at.webhooks.views()[0].dead_lettered == 3)
-        assert len(posts.tried) >= FAST_RETRY.min_tries
-
-
-async def test_410_gone_opens_the_breaker_at_once(path: Path) -> None:
-    async with running_webhooks(path, posts=FakeTransport(lambda _: DeliveryOutcome(410, "410", gone=True))) as at:
-        await at.commit(at.maker.create("a"))
-        await wait_until(lambda: at.webhooks.views()[0].state == "open")
-        assert at.webhooks.views()[0].failed == 1
 
 
 async def test_a_bug_in_the_transport_is_a_failed_attempt_and_does_not_show_the_url(
@@ -435,15 +396,6 @@ async def test_events_from_before_a_restart_are_delivered_after_it(path: Path) -
         await store.write(at.maker.batch(lifecycle(at.maker, "a")))
     async with running_webhooks(path, maker=at.maker) as then:
         await wait_until(lambda: then.posts.types() == ["job.created", "job.granted", "job.completed"])
-
-
-async def test_a_new_endpoint_gets_no_earlier_events(path: Path) -> None:
-    async with running_webhooks(path) as at:
-        await at.commit(*lifecycle(at.maker, "a"))
-        await wait_until(lambda: len(at.posts.delivered) == 3)
-    async with running_webhooks(path, endpoint("new"), maker=at.maker) as then:
-        await then.commit(then.maker.create("b"))
-        await wait_until(lambda: then.posts.subjects() == [("jobs/b", "job.created")])
 
 
 async def test_a_delivery_whose_result_was_not_stored_is_repeated(path: Path) -> None:
@@ -1063,33 +1015,6 @@ async def test_a_test_message_does_not_wait_for_the_retry_of_an_earlier_one(
         await wait_until(lambda: len(posts.delivered) == 2)
 
 
-async def test_a_redelivery_does_not_wait_for_the_retry_of_an_earlier_message(
-    path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(webhook_harness, "FAST_RETRY", replace(FAST_RETRY, retry_ms=600_000, max_retry_ms=600_000))
-    posts = FakeTransport(lambda each: DELIVERED if each.id == 1 else REJECTED)
-    async with running_webhooks(path, posts=posts) as at:
-        await at.commit(*lifecycle(at.maker, "a"))
-        await wait_until(lambda: at.webhooks.views()[0].next_try_at is not None)
-        posts.respond = lambda _: DELIVERED
-        await at.webhooks.redeliver("e", 3)
-        await wait_until(lambda: [each.id for each in posts.delivered] == [1, 2, 3])
-
-
-async def test_a_running_delivery_that_is_redelivered_is_retried_at_once(path: Path) -> None:
-    """The redelivery was requested while the first attempt was running: its failure does not postpone it."""
-    down = True
-    async with running_webhooks(path, posts=FakeTransport(lambda _: REJECTED if down else DELIVERED)) as at:
-        at.context.retry_policy = replace(FAST_RETRY, retry_ms=600_000, max_retry_ms=600_000)
-        at.webhooks.set_endpoints([endpoint(timeout_ms=5_000)])
-        at.posts.gate.clear()
-        await at.commit(at.maker.create("job-1"))
-        await wait_until(lambda: len(at.posts.tried) == 1)
-        assert await at.webhooks.redeliver("e", at.posts.tried[0].id) is not None
-        at.posts.gate.set()
-        await wait_until(lambda: len(at.posts.tried) == 2)
-
-
 async def test_failures_from_before_a_probe_do_not_open_the_breaker(path: Path) -> None:
     """Five of eight attempts have failed, three hang, and an operator reports that the receiver is back."""
     slow = replace(FAST_RETRY, retry_ms=600_000, max_retry_ms=600_000, pause_ms=600_000, max_pause_ms=600_000)
@@ -1143,28 +1068,6 @@ async def test_dead_letters_are_sent_again_in_order(path: Path, monkeypatch: pyt
             await at.webhooks.redeliver_all("e", None)
 
 
-async def test_a_test_message_is_a_delivery_like_others(path: Path) -> None:
-    async with running_webhooks(path, endpoint(events=frozenset({"job.failed"}))) as at:
-        sent = await at.webhooks.test("e")
-        assert (sent.type, sent.state, sent.seq) == ("webhook.test", "waiting", None)
-        await wait_until(lambda: at.posts.types() == ["webhook.test"])
-
-
-async def test_pages_of_deliveries_continue_where_the_previous_one_ended(path: Path) -> None:
-    async with running_webhooks(path) as at:
-        await at.commit(*(at.maker.create(f"job-{number}") for number in range(25)))
-        await wait_until(lambda: at.webhooks.views()[0].delivered == 25)
-        ids: list[int] = []
-        before: int | None = None
-        while True:
-            page = await at.webhooks.page("e", "delivered", before, 10)
-            ids += [each.id for each in page.deliveries]
-            if page.next_cursor is None:
-                break
-            before = int(page.next_cursor)
-        assert ids == list(range(25, 0, -1))
-
-
 async def test_a_new_configuration_is_applied_while_running(path: Path) -> None:
     async with running_webhooks(path, endpoint("stays"), endpoint("goes"), endpoint("changes")) as at:
         at.webhooks.set_endpoints([endpoint("stays"), endpoint("changes", events=FINISHED), endpoint("comes")])
@@ -1179,14 +1082,6 @@ async def test_a_new_configuration_is_applied_while_running(path: Path) -> None:
         await wait_until(lambda: at.posts.open == 0)
         at.webhooks.set_endpoints([endpoint("goes")])  # it continues at its cursor
         await wait_until(lambda: len(at.posts.delivered) == 10)
-
-
-async def test_no_secret_is_shown(path: Path) -> None:
-    async with running_webhooks(path) as at:
-        (view,) = at.webhooks.views()
-        assert view.url == "https://e.test/…"
-        assert "hush" not in str(view)
-        assert KEY.decode() not in str(view)
 
 
 class SuspectWallClock(SteppedWallClock):

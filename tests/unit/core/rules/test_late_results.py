@@ -506,13 +506,6 @@ def test_a_processing_job_cannot_adopt_and_the_error_names_its_holder(rules: Rul
     )
 
 
-def test_completed_is_final(rules: RuleHarness) -> None:
-    rules.completed()
-    rejection = rules.reject(Adopt(id="a"), "invalid_transition", admin=True)
-    assert rejection.message == "Job a is completed. The late results of a completed job can be read, but not adopted."
-    assert rejection.details == {"status": "completed", "to": "completed", "allowed": []}
-
-
 def test_a_job_created_in_the_same_batch_has_no_late_results(rules: RuleHarness) -> None:
     """Before the batch it did not exist, so nothing was read from disk."""
     rules.create()
