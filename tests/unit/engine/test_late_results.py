@@ -20,7 +20,6 @@ from jobd.model.commands import (
     GetVersion,
     LateResults,
     Progress,
-    Recover,
     Release,
     Start,
     Tick,
@@ -142,15 +141,6 @@ async def test_the_current_policy_decides_whether_a_late_result_can_be_adopted()
 
 
 @in_virtual_time
-async def test_why_shows_the_location_of_a_late_result_on_disk() -> None:
-    disk = MemoryStorage()
-    async with checked_engine(disk) as engine:
-        await engine.no(complete(await lose_lock(engine), download_url="u"))
-    async with checked_engine(disk, policy=Policy(require_download_url=True)) as engine:
-        assert (await engine.yes(Why(id="a"))).do[0].endswith("To adopt it: jobctl adopt a")
-
-
-@in_virtual_time
 async def test_repeated_late_completes_are_stored_once() -> None:
     async with checked_engine() as engine:
         lock_id = await lose_lock(engine)
@@ -164,19 +154,6 @@ async def test_repeated_late_completes_are_stored_once() -> None:
         await engine.no(complete(lock_id))
         await engine.no(complete("never-one"))
         assert len(engine.disk.batches) == written
-
-
-@in_virtual_time
-async def test_a_lock_lost_in_the_same_batch_has_a_late_result() -> None:
-    async with checked_engine() as engine:
-        lock_id = await engine.held()
-        tasks = ask_all(engine, [ForceReset(id="a"), complete(lock_id), complete(lock_id), Adopt(id="a")])
-        reset, first, second, adopted = [await task for task in tasks]
-        assert isinstance(reset, Response)
-        assert first.details["late_result"] == second.details["late_result"]
-        assert isinstance(adopted, Response)
-        assert adopted.data.status == "completed"
-        assert [event.type for event in engine.disk.events][-3:] == ["force_reset", "late_result", "adopted"]
 
 
 @in_virtual_time
@@ -263,20 +240,6 @@ async def test_repeated_late_calls_are_written_once_without_a_read() -> None:
 
 
 @in_virtual_time
-async def test_a_late_call_is_stored_before_its_error_is_sent() -> None:
-    async with checked_engine() as engine:
-        lock_id = await lose_lock(engine)
-        engine.disk.gate.clear()
-        asking = start_task(engine.actor.ask(Release(id="a", lock_id=lock_id)))
-        await engine.disk.at_gate.wait()
-        await settle()
-        assert not asking.done()
-        engine.disk.gate.set()
-        assert (await asking).code == "lock_lost"
-        assert late_calls(engine) == ["release"]
-
-
-@in_virtual_time
 async def test_late_calls_on_a_full_disk_are_journaled_when_there_is_space() -> None:
     async with checked_engine() as engine:
         lock_id = await lose_lock(engine)
@@ -301,24 +264,3 @@ async def test_a_full_disk_also_rejects_lock_holders() -> None:
         engine.disk.free()
         await asyncio.sleep(2)
         assert (await engine.yes(complete(lock_id))).status == "completed"
-
-
-@in_virtual_time
-async def test_a_late_result_of_an_unclaimed_job_is_adopted_at_once() -> None:
-    async with checked_engine(policy=Policy(late_results="adopt_if_unclaimed")) as engine:
-        lock_id = await engine.held(lock_ttl_ms=1_000)
-        await asyncio.sleep(60)
-        await engine.yes(Recover(limit=1))
-        assert (await engine.yes(Get(id="a"))).status == "queued"
-        assert (await engine.yes(complete(lock_id))).status == "completed"
-        assert (await engine.yes(complete(lock_id))).repeated
-        assert engine.state.counters.late_adopted == 1
-        assert engine.state.counters.late_kept == 0
-
-
-@in_virtual_time
-async def test_late_results_are_counted() -> None:
-    async with checked_engine() as engine:
-        await engine.no(complete(await lose_lock(engine)))
-        await engine.yes(Adopt(id="a"), admin=True)
-        assert (engine.state.counters.late_kept, engine.state.counters.late_adopted) == (1, 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -318,53 +319,63 @@ def test_a_job_that_failed_by_the_stall_is_adopted_too() -> None:
     assert rules.job().error is None
 
 
-def touched_update(rules: RuleHarness) -> None:
+def cancel(rules: RuleHarness) -> None:
+    rules.accept(Cancel(id="a"))
+
+
+def grant_to_another(rules: RuleHarness) -> None:
+    rules.accept(Claim(worker="w-2"))
+
+
+def update(rules: RuleHarness) -> None:
     rules.advance(1)
     rules.accept(Update(id="a", priority=1), admin=True)
 
 
-def touched_given(rules: RuleHarness) -> None:
-    rules.accept(Claim(worker="w-2"))
+def release_another(rules: RuleHarness) -> None:
+    rules.accept(ReleaseLock(id="a", lock_id=rules.start(worker="w-2")), admin=True)
 
 
-def touched_released(rules: RuleHarness) -> None:
-    lock_id = rules.start(worker="w-2")
-    rules.accept(ReleaseLock(id="a", lock_id=lock_id), admin=True)
+def stall_of_another(rules: RuleHarness) -> None:
+    rules.start(worker="w-2")
+    rules.advance(LONG)
+    rules.accept(Recover(limit=1))
 
 
-def touched_cancelled(rules: RuleHarness) -> None:
-    rules.accept(Cancel(id="a"))
-
-
-def touched_force_failed(rules: RuleHarness) -> None:
-    rules.accept(ForceFail(id="a"), admin=True)
-
-
-def touched_moved(rules: RuleHarness) -> None:
+def move(rules: RuleHarness) -> None:
     rules.advance(1)
     rules.accept(Transition(id="a", from_="queued", to="failed"), admin=True)
     rules.accept(Transition(id="a", from_="failed", to="queued"), admin=True)
 
 
-TOUCHES = [
-    touched_update,
-    touched_given,
-    touched_released,
-    touched_cancelled,
-    touched_force_failed,
-    touched_moved,
-]
+def expire(rules: RuleHarness) -> None:
+    rules.advance(rules.job().expires_at - rules.now)  # type: ignore[operator]
 
 
-@pytest.mark.parametrize("touch", TOUCHES, ids=lambda touch: touch.__name__)
-def test_the_result_for_a_changed_job_is_stored(touch: Any) -> None:
+CHANGES: dict[str, tuple[dict[str, Any], Callable[[RuleHarness], object]]] = {
+    "updated": ({}, update),
+    "granted": ({}, grant_to_another),
+    "released by another": ({}, release_another),
+    "stalled with another": ({}, stall_of_another),
+    "cancelled": ({}, cancel),
+    "force-failed": ({}, lambda rules: rules.accept_admin(ForceFail(id="a"))),
+    "moved": ({}, move),
+    "reset within the same millisecond": ({"on_stall": "fail"}, lambda rules: rules.accept_admin(ForceReset(id="a"))),
+    "overdue": ({"expires_at": NOW + LONG + 5}, expire),
+}
+
+
+@pytest.mark.parametrize(("options", "change"), CHANGES.values(), ids=CHANGES)
+def test_the_result_for_a_changed_job_is_stored(
+    options: dict[str, Any], change: Callable[[RuleHarness], object]
+) -> None:
     rules = taking()
-    lock_id = stalled(rules)
-    touch(rules)
+    lock_id = stalled(rules, **options)
+    change(rules)
     late(rules, completing(lock_id))
 
 
-@pytest.mark.parametrize("touch", [touched_given, touched_cancelled], ids=lambda touch: touch.__name__)
+@pytest.mark.parametrize("touch", [grant_to_another, cancel])
 def test_the_result_for_a_job_that_failed_by_an_earlier_stall_is_stored(touch: Any) -> None:
     """Its last error remains and looks like that of an unclaimed job."""
     rules = taking()
@@ -390,31 +401,6 @@ def test_the_result_for_a_row_without_error_or_last_grant_is_stored() -> None:
     late(rules, completing(lock_id))
     rules.row(replace(whole, ended=None))
     rules.late_results.clear()
-    late(rules, completing(lock_id))
-
-
-def test_a_reset_within_the_same_millisecond_is_detected() -> None:
-    rules = taking()
-    lock_id = rules.held(on_stall="fail")
-    rules.advance(LONG)
-    rules.accept(Recover(limit=1))
-    rules.accept(ForceReset(id="a"), admin=True)
-    late(rules, completing(lock_id))
-
-
-def test_the_result_of_an_older_grant_is_stored() -> None:
-    rules = taking()
-    old = stalled(rules)
-    rules.start(worker="w-2")
-    rules.advance(LONG)
-    rules.accept(Recover(limit=1))
-    late(rules, completing(old))
-
-
-def test_the_result_for_an_overdue_job_is_stored() -> None:
-    rules = taking()
-    lock_id = stalled(rules, expires_at=NOW + LONG + 5)
-    rules.advance(5)
     late(rules, completing(lock_id))
 
 
