@@ -71,17 +71,18 @@ class EventBatch:
 
 
 class Piece:
-    """A page of the journal: every event after `begin` up to `end`. Listeners that continue within it share it.
+    """A page of the event log: every event after `begin` up to `end`. Listeners that continue within it share it.
 
-    `last` and `gone_to` are those of the journal when it was read. `more`: the journal had later events.
+    `last` and `gone_to` are those of the log when it was read. `more`: the log had later events. `number` counts reads.
     """
 
-    __slots__ = ("_round", "begin", "end", "events", "gone_to", "last", "more")
+    __slots__ = ("_round", "begin", "end", "events", "gone_to", "last", "more", "number")
 
-    def __init__(self, after: int, page: EventPage) -> None:
+    def __init__(self, after: int, page: EventPage, number: int) -> None:
         self.events = page.events
         self.begin, self.end = after, page.end
         self.last, self.gone_to, self.more = page.last, page.gone_to, page.more
+        self.number = number
         self._round: EventBatch | None = None
 
     def since(self, position: int, wanted: EventFilter) -> bytes:
@@ -99,15 +100,54 @@ class Piece:
         return self._round
 
 
-class PageRead:
-    """A read of a page that is in progress or waits for its turn. `piece` is its result, None after an error."""
+class LogReader:
+    """Reads pages of the event log, one at a time, and keeps the latest ones for listeners that resume together."""
 
-    __slots__ = ("begin", "ended", "piece")
+    def __init__(self, storage: EventStorage) -> None:
+        self._storage = storage
+        self._turn = asyncio.Lock()
+        self._pieces: deque[Piece] = deque(maxlen=SHARED_PAGES)
+        self._reads = 0
 
-    def __init__(self, after: int) -> None:
-        self.begin = after
-        self.ended = asyncio.Event()
-        self.piece: Piece | None = None
+    async def page(self, after: int, *, is_first: bool = False) -> Piece:
+        """Return the page after event `after`. With `is_first`, it is not older than the call.
+
+        Raises ApiException (410) if later events are gone.
+        """
+        began = self._reads + (is_first or not self._turn.locked())  # the first read that is new enough
+        if (piece := self._kept(after, began, is_first)) is not None:
+            await asyncio.sleep(0)
+            return piece
+        async with self._turn:
+            if (piece := self._kept(after, began, is_first)) is not None:
+                return piece
+            self._reads += 1
+            piece = Piece(after, await self._storage.events_after(after, PAGE), self._reads)
+            _check_piece(after, piece)
+            self._pieces.append(piece)
+            await asyncio.sleep(PAUSE_S)
+            return piece
+
+    def _kept(self, after: int, began: int, is_first: bool) -> Piece | None:
+        """Return a page with the events after `after`. One that was read before `began` must be complete."""
+        for each in self._pieces:
+            is_new = each.number >= began
+            end = each.end + 1 if is_new and not each.more else each.end
+            if each.begin <= after < end and (is_new or (each.more and not is_first)):
+                return each
+        return None
+
+    def forget(self) -> None:
+        self._pieces.clear()
+
+
+def _check_piece(after: int, piece: Piece) -> None:
+    if after > piece.last:
+        message = f"Event {after} does not exist yet; it may come from another store. {_READ_AGAIN}"
+        raise api_error("events_gone", message, last=piece.last)
+    if after < piece.gone_to:
+        message = f"Some events after {after} are no longer in the journal. {_READ_AGAIN}"
+        raise api_error("events_gone", message, last=piece.last)
 
 
 class EventFeed:
@@ -122,7 +162,6 @@ class EventFeed:
         self.is_closed = False
         self.rounds: deque[EventBatch] = deque()
         self.first = 0  # the number of rounds[0] among all rounds
-        self._storage = storage
         self._most = most
         self._listeners: set[Subscriber] = set()
         self._watchers = Watchers()
@@ -131,9 +170,7 @@ class EventFeed:
         self._news: list[Sequence[Change]] = []
         self._next_round_s = MonotonicS(0.0)
         self._timer: asyncio.TimerHandle | None = None
-        self._slots = asyncio.Semaphore(1)
-        self._readings: list[PageRead] = []
-        self._pieces: deque[Piece] = deque(maxlen=SHARED_PAGES)  # read last, for listeners that resume together
+        self.reader = LogReader(storage)
 
     @property
     def listeners(self) -> int:
@@ -181,55 +218,6 @@ class EventFeed:
         if self.listeners:
             asyncio.get_running_loop().call_later(CLOSING_S, self._cut_all)
 
-    async def page(self, after: int, *, is_first: bool = False) -> Piece:
-        """Return the page after event `after`. Reads take turns, and equal reads share one result.
-
-        With `is_first`, the page is not older than the call. Raises ApiException (410) if later events are gone.
-        """
-        while True:
-            if not is_first and (piece := self._read_before(after)) is not None:
-                await asyncio.sleep(0)
-                return piece
-            reading = next((each for each in self._readings if each.begin <= after < each.begin + PAGE), None)
-            if reading is None:
-                return await self._read(after)
-            await reading.ended.wait()
-            if reading.piece is not None and after <= reading.piece.end:
-                return reading.piece
-
-    async def _read(self, after: int) -> Piece:
-        reading = PageRead(after)
-        self._readings.append(reading)
-        try:
-            async with self._slots:
-                page = await self._storage.events_after(after, PAGE)
-                self._check_page(after, page)
-                piece = reading.piece = Piece(after, page)
-                if page.more:  # a page at the end of the journal is not complete
-                    self._pieces.append(piece)
-                self._end(reading)
-                await asyncio.sleep(PAUSE_S)
-            return piece
-        finally:
-            self._end(reading)
-
-    def _end(self, reading: PageRead) -> None:
-        """Wake the callers that wait for this read. After an error, each reads by itself."""
-        if reading in self._readings:
-            self._readings.remove(reading)
-        reading.ended.set()
-
-    def _read_before(self, after: int) -> Piece | None:
-        return next((piece for piece in self._pieces if piece.begin <= after < piece.end), None)
-
-    def _check_page(self, after: int, page: EventPage) -> None:
-        if after > page.last:
-            message = f"Event {after} does not exist yet; it may come from another store. {_READ_AGAIN}"
-            raise api_error("events_gone", message, last=page.last)
-        if after < page.gone_to:
-            message = f"Some events after {after} are no longer in the journal. {_READ_AGAIN}"
-            raise api_error("events_gone", message, last=page.last)
-
     def join(self) -> int:
         """Count a listener of live events. Return the number of its first round."""
         self._live += 1
@@ -239,7 +227,7 @@ class EventFeed:
         self._listeners.discard(listener)
         self._live -= was_live
         if not self._listeners:
-            self._pieces.clear()
+            self.reader.forget()
         if not self._live:
             self._bytes = 0
             self.first += len(self.rounds)
@@ -317,7 +305,7 @@ class Subscriber:
         """
         self._until = self._feed.last
         if after is not None:
-            self._page = await self._feed.page(after, is_first=True)
+            self._page = await self._feed.reader.page(after, is_first=True)
             self.position = after
         elif back:
             self._page = await self._page_from_back(back)
@@ -353,16 +341,16 @@ class Subscriber:
 
     async def _page_from_back(self, back: int) -> Piece:
         """Return the page that begins `back` events ago, or after the last gap in the journal."""
-        page = await self._feed.page(self._feed.last, is_first=True)
+        page = await self._feed.reader.page(self._feed.last, is_first=True)
         self.position = max(page.last - back, page.gone_to, 0)
-        return await self._feed.page(self.position, is_first=True)
+        return await self._feed.reader.page(self.position, is_first=True)
 
     async def _from_storage(self) -> bytes:
         """Return the selected events of the next page. Near the end of the journal, begin to queue live events.
 
         So no event is missed, even if events are committed faster than the pages are read.
         """
-        page, self._page = self._page or await self._feed.page(self.position), None
+        page, self._page = self._page or await self._feed.reader.page(self.position), None
         text = page.since(self.position, self._wanted)
         self.position = max(self.position, page.end)
         if self._follow and not self._is_live and self._feed.last - self.position < JOIN_WITHIN:
