@@ -90,11 +90,6 @@ def readable(text: Any) -> str:
     return str(text).encode(errors="surrogateescape").decode(errors="replace")
 
 
-def is_undecodable(error: sqlite3.OperationalError) -> bool:
-    """Return whether Python raised `error` because text is not UTF-8."""
-    return "decode to UTF-8" in str(error)
-
-
 @contextlib.contextmanager
 def lenient_text(conn: sqlite3.Connection) -> Iterator[None]:
     """Inside the context, escape the bytes of text that is not UTF-8 instead of raising."""
@@ -317,23 +312,21 @@ class Database:
 
     def rows(self, sql: str, args: tuple[Any, ...] = ()) -> list[Row]:
         """Return all rows of a query, including rows with text that is not UTF-8 (`codec.fault` reports those)."""
-        try:
-            return self.conn.execute(sql, args).fetchall()
-        except sqlite3.OperationalError as error:
-            if not is_undecodable(error):
-                raise
-        with lenient_text(self.conn):
-            return self.conn.execute(sql, args).fetchall()
+        return self.leniently(lambda: self.conn.execute(sql, args).fetchall())
 
     def rows_up_to(self, sql: str, args: tuple[Any, ...], max_bytes: int) -> tuple[list[Row], bool]:
         """Return the first rows of a query, at least one, up to about `max_bytes`; and whether there are more."""
+        return self.leniently(lambda: _fetch_up_to(self.conn.execute(sql, args), max_bytes))
+
+    def leniently(self, read: Callable[[], T]) -> T:
+        """Call `read`, again with `lenient_text` if it reads text that is not UTF-8."""
         try:
-            return _fetch_up_to(self.conn.execute(sql, args), max_bytes)
+            return read()
         except sqlite3.OperationalError as error:
-            if not is_undecodable(error):
+            if "decode to UTF-8" not in str(error):  # as Python raises it
                 raise
         with lenient_text(self.conn):
-            return _fetch_up_to(self.conn.execute(sql, args), max_bytes)
+            return read()
 
     @contextlib.contextmanager
     def noting_corruption(self, what: str) -> Iterator[None]:

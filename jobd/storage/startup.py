@@ -26,10 +26,10 @@ from jobd.model.storage import SPARE_BYTES, DiskFull, Numbers, OpenedStore, Queu
 from jobd.storage import codec, files
 from jobd.storage.cluster import membership
 from jobd.storage.cluster.membership import Membership
-from jobd.storage.codec import META_COLUMNS, SQL, Row, fault
+from jobd.storage.codec import META_COLUMNS, SQL, Row
 from jobd.storage.connection import FunctionConnection, journal_mode
 from jobd.storage.damage import wal
-from jobd.storage.damage.quarantine import quarantine_jobs, quarantine_rows, undamaged_rows
+from jobd.storage.damage.quarantine import quarantine_jobs, undamaged_rows
 from jobd.storage.database import (
     CHECKPOINT_FRAMES,
     FINISHED_SQL,
@@ -37,7 +37,6 @@ from jobd.storage.database import (
     LIVE_SQL,
     Database,
     StructureDamaged,
-    is_undecodable,
     lenient_text,
     now_ms,
     readable,
@@ -452,7 +451,7 @@ def _live_jobs(db: Database) -> tuple[list[Job], list[PackedJob]]:
     """Read all queued and processing jobs. Add a fault if their number or XOR differs from the stored totals."""
     for rebuilt in (False, True):
         stored = db.totals[:2]
-        live = _scan(db)
+        live = db.leniently(lambda: _scan(db))
         quarantined = quarantine_jobs(db, live.damaged)
         db.faults += [f"job {id_} was quarantined: {reason}" for id_, reason in quarantined.items()]
         totals = live.totals()
@@ -476,16 +475,6 @@ def _live_jobs(db: Database) -> tuple[list[Job], list[PackedJob]]:
 
 
 def _scan(db: Database) -> _Live:
-    try:
-        return _scan_once(db)
-    except sqlite3.OperationalError as error:
-        if not is_undecodable(error):
-            raise
-    with lenient_text(db.conn):
-        return _scan_once(db)
-
-
-def _scan_once(db: Database) -> _Live:
     live = _Live()
     xor = 0
     for row in db.conn.execute(_LIVE_JOBS):
@@ -504,16 +493,10 @@ def _scan_once(db: Database) -> _Live:
 
 
 def _queues(db: Database) -> dict[str, QueueRow]:
-    queues: dict[str, QueueRow] = {}
-    damaged: list[tuple[int, Row, str]] = []
-    for rowid, *columns in db.rows(f"SELECT rowid, {SQL['queues']} FROM queues"):
-        row = tuple(columns)
-        if (error := fault(row)) is None:
-            queues[row[0]] = codec.queue(row)
-        else:
-            damaged.append((rowid, row, f"{error}: it may have been paused, and is not paused now"))
-    quarantine_rows(db, "queues", damaged)
-    if damaged:
+    rows = db.rows(f"SELECT rowid, {SQL['queues']} FROM queues")
+    undamaged = undamaged_rows(db, "queues", rows, ": it may have been paused, and is not paused now")
+    queues = {row[0]: codec.queue(row) for row in undamaged}
+    if len(queues) < len(rows):
         for name, counts in recount_queues(db.conn).items():
             queues.setdefault(name, QueueRow(False, *counts))
     return queues

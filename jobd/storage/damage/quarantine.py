@@ -160,8 +160,11 @@ def quarantine_job(db: Database, job: Job, reason: str) -> None:
     quarantine_jobs(db, [(rows[0] if rows else codec.with_checksum(codec.job_row(job)), reason)])
 
 
-def undamaged_rows(db: Database, table: str, rows: Iterable[Row]) -> list[Row]:
-    """Return the undamaged ones of `rows`, each a rowid and the columns of a row. Quarantine the others."""
+def undamaged_rows(db: Database, table: str, rows: Iterable[Row], effect: str = "") -> list[Row]:
+    """Return the undamaged ones of `rows`, each a rowid and the columns of a row.
+
+    Quarantine the others. The `effect` follows the error.
+    """
     undamaged: list[Row] = []
     damaged: list[tuple[int, Row, str]] = []
     for rowid, *columns in rows:
@@ -169,7 +172,7 @@ def undamaged_rows(db: Database, table: str, rows: Iterable[Row]) -> list[Row]:
         if (error := fault(row)) is None:
             undamaged.append(row)
         else:
-            damaged.append((rowid, row, error))
+            damaged.append((rowid, row, f"{error}{effect}"))
     quarantine_rows(db, table, damaged)
     return undamaged
 

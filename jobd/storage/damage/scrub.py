@@ -52,7 +52,7 @@ def check_slice(db: Database, cursor: str | None) -> CheckedRows | None:
     result = Slice(table, after)
     until_s = time.perf_counter() + SLICE_S
     try:
-        (_jobs if table == "jobs" else _rows)(db, result, after, until_s)
+        _check(db, result, after, until_s)
     except sqlite3.DatabaseError as error:
         if not is_corrupt(error):
             raise
@@ -69,53 +69,38 @@ def _next_cursor(result: Slice) -> str | None:
     return f"{following[0]}:" if following else None
 
 
-def _jobs(db: Database, result: Slice, after: int, until_s: float) -> None:
-    sql = f"SELECT {SQL['jobs']} FROM jobs NOT INDEXED WHERE seq > ? ORDER BY seq LIMIT ?"
+def _check(db: Database, result: Slice, after: int, until_s: float) -> None:
+    table = result.table
+    sql = f"SELECT rowid, {SQL[table]} FROM {table} NOT INDEXED WHERE rowid > ? ORDER BY rowid LIMIT ?"
     read, is_cut = db.rows_up_to(sql, (after, MAX_ROWS), MAX_BYTES)
-    damaged: list[tuple[Row, str]] = []
+    damaged: list[tuple[int, Row, str]] = []
     size = 0
-    for row in read:
-        job, error = read_job(row, db.reader.job)
-        if job is not None:
-            payload, error = db.payload(job.seq)
-            size += 0 if payload is None else len(payload.body)
+    for rowid, *values in read:
+        row, error = tuple(values), None
+        if table == "jobs":
+            job, error = read_job(row, db.reader.job)
+            if job is not None:
+                payload, error = db.payload(job.seq)
+                size += 0 if payload is None else len(payload.body)
+        else:
+            error = key_fault(row) if table == "keys" else fault(row)
         result.checked += 1
         if error:
-            damaged.append((row, error))
-        if error or row[0] <= after:
+            damaged.append((rowid, row, error))
+        if error or rowid <= after:
             continue
-        result.last = row[0]
+        result.last = rowid
         if size > MAX_BYTES or time.perf_counter() > until_s:
             break
     else:
-        _end(result, read, after, is_last=not is_cut and len(read) < MAX_ROWS)
-    result.damaged += [DamagedRow(f"job {id_}", error) for id_, error in quarantine_jobs(db, damaged).items()]
-
-
-def _end(result: Slice, read: list[Row], after: int, *, is_last: bool) -> None:
-    """Set `last` after all of `read` was checked. If no rowid is known to be right, take that of the last row."""
-    if is_last:
-        result.last = None
-    elif result.last == after:
-        result.last = max(read[-1][0], after + 1)
-
-
-def _rows(db: Database, result: Slice, after: int, until_s: float) -> None:
-    sql = f"SELECT rowid, {SQL[result.table]} FROM {result.table} NOT INDEXED WHERE rowid > ? ORDER BY rowid LIMIT ?"
-    read, is_cut = db.rows_up_to(sql, (after, MAX_ROWS), MAX_BYTES)
-    damaged: list[tuple[int, Row, str]] = []
-    for rowid, *values in read:
-        error = key_fault(tuple(values)) if result.table == "keys" else fault(tuple(values))
-        result.checked += 1
-        if error is not None:
-            damaged.append((rowid, tuple(values), error))
-        if error is not None or rowid <= after:
-            continue
-        result.last = rowid
-        if time.perf_counter() > until_s:
-            break
-    else:
-        _end(result, read, after, is_last=not is_cut and len(read) < MAX_ROWS)
-    if result.table in _QUARANTINED:
-        quarantine_rows(db, result.table, damaged)
-    result.damaged += [DamagedRow(row_name(db, result.table, row), error) for _, row, error in damaged]
+        if not is_cut and len(read) < MAX_ROWS:
+            result.last = None
+        elif result.last == after:  # no rowid is known to be right
+            result.last = max(read[-1][0], after + 1)
+    if table == "jobs":
+        moved = quarantine_jobs(db, [(row, error) for _, row, error in damaged])
+        result.damaged += [DamagedRow(f"job {id_}", error) for id_, error in moved.items()]
+        return
+    if table in _QUARANTINED:
+        quarantine_rows(db, table, damaged)
+    result.damaged += [DamagedRow(row_name(db, table, row), error) for _, row, error in damaged]

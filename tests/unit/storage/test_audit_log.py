@@ -48,25 +48,23 @@ async def test_an_entry_of_a_failed_transaction_is_written_again(store: Store) -
     assert (await store.read_audit(AuditQuery())).found == [(2, entry(6, part_of="p")), (1, entry(5))]
 
 
-async def test_no_part_is_added_to_a_damaged_row(path: str) -> None:
+async def test_no_part_is_added_to_a_damaged_row(store: Store) -> None:
     part = entry(part_of="p")
-    async with open_store(path) as (store, _):
-        await write(store, part)
-        await store.finish_upkeep()
-        store._connection.raw.execute("UPDATE audit SET jobs = 77")
-        await write(store, part)
-        assert (await store.read_audit(AuditQuery())).found == [(2, part)]
+    await write(store, part)
+    await store.finish_upkeep()
+    store._connection.raw.execute("UPDATE audit SET jobs = 77")
+    await write(store, part)
+    assert (await store.read_audit(AuditQuery())).found == [(2, part)]
 
 
 @pytest.mark.parametrize("column", ["who", "what", "outcome"])
-async def test_text_that_is_not_utf_8_stops_neither_a_part_nor_the_deletion(path: str, column: str) -> None:
-    async with open_store(path) as (store, _):
-        await write(store, entry(part_of="p"))
-        await store.finish_upkeep()
-        store._connection.raw.execute(f"UPDATE audit SET {column} = CAST(x'ff' AS TEXT)")
-        await write(store, entry(1, part_of="p"), entry(2))
-        await store.trim_audit(NOW + 9, 9)
-        assert await seqs(store) == [3]
+async def test_text_that_is_not_utf_8_stops_neither_a_part_nor_the_deletion(store: Store, column: str) -> None:
+    await write(store, entry(part_of="p"))
+    await store.finish_upkeep()
+    store._connection.raw.execute(f"UPDATE audit SET {column} = CAST(x'ff' AS TEXT)")
+    await write(store, entry(1, part_of="p"), entry(2))
+    await store.trim_audit(NOW + 9, 9)
+    assert await seqs(store) == [3]
 
 
 async def test_an_action_continues_in_its_row_among_the_newest(path: str, monkeypatch: pytest.MonkeyPatch) -> None:

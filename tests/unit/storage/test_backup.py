@@ -159,30 +159,29 @@ async def test_closing_the_store_stops_a_copy_and_leaves_no_file(path: str, copy
     FileLock(path).release()
 
 
-async def test_a_cancelled_request_stops_the_copy(path: str) -> None:
+async def test_a_cancelled_request_stops_the_copy(store: Store, path: str) -> None:
     maker = ChangeFactory(8)
-    async with open_store(path) as (store, _):
-        for _ in range(10):
-            changes = [replace(maker.create(), payload=b'"%s"' % (b"z" * 3_000)) for _ in range(50)]
-            await store.write(maker.batch(changes))
-        loop = asyncio.get_running_loop()
-        begun = asyncio.Event()
-        steps: list[int] = []
+    for _ in range(10):
+        changes = [replace(maker.create(), payload=b'"%s"' % (b"z" * 3_000)) for _ in range(50)]
+        await store.write(maker.batch(changes))
+    loop = asyncio.get_running_loop()
+    begun = asyncio.Event()
+    steps: list[int] = []
 
-        def progress(step: str, done: int, total: int) -> None:
-            steps.append(done)
-            loop.call_soon_threadsafe(begun.set)
+    def progress(step: str, done: int, total: int) -> None:
+        steps.append(done)
+        loop.call_soon_threadsafe(begun.set)
 
-        async def collect() -> None:
-            (await store.backup(progress)).close()
+    async def collect() -> None:
+        (await store.backup(progress)).close()
 
-        task = asyncio.create_task(collect())
-        await begun.wait()
-        task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await task
-        assert not glob.glob(f"{path}.tmp-*")
-        await store.write(maker.batch([maker.create()]))
+    task = asyncio.create_task(collect())
+    await begun.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert not glob.glob(f"{path}.tmp-*")
+    await store.write(maker.batch([maker.create()]))
 
 
 async def test_files_left_by_a_crash_are_removed_at_the_next_start(path: str) -> None:

@@ -58,44 +58,42 @@ async def test_the_last_heartbeats_of_each_grant_are_kept(path: str) -> None:
         assert maker.jobs[1].progress_message == "x"
 
 
-async def test_each_batch_thins_one_journal(path: str) -> None:
+async def test_each_batch_thins_one_journal(store: Store) -> None:
     """All commands wait for it, so sixteen workers that report together would delay them sixteen times as long."""
     maker = ChangeFactory()
-    async with open_store(path) as (store, _):
-        created = [maker.create(), maker.create()]
-        await store.write(maker.batch(created))
-        held = [maker.grant(job_of(change)) for change in created]
+    created = [maker.create(), maker.create()]
+    await store.write(maker.batch(created))
+    held = [maker.grant(job_of(change)) for change in created]
+    await store.write(maker.batch(held))
+
+    def heartbeats() -> list[int]:
+        types = ([each.type for each in stored_events(store._connection.raw, job_seq)] for job_seq in (1, 2))
+        return [each.count("progress") for each in types]
+
+    for _ in range(KEEP_HEARTBEATS + 1):
+        held = [maker.progress(job_of(change)) for change in held]
         await store.write(maker.batch(held))
-
-        def heartbeats() -> list[int]:
-            types = ([each.type for each in stored_events(store._connection.raw, job_seq)] for job_seq in (1, 2))
-            return [each.count("progress") for each in types]
-
-        for _ in range(KEEP_HEARTBEATS + 1):
-            held = [maker.progress(job_of(change)) for change in held]
-            await store.write(maker.batch(held))
-        assert heartbeats() == [KEEP_HEARTBEATS, KEEP_HEARTBEATS + 1]
-        await store.write(maker.batch([maker.finish(job_of(held[1])), maker.create()]))
-        assert heartbeats() == [KEEP_HEARTBEATS, KEEP_HEARTBEATS]
-        assert list(store._projection._shortener._heartbeats) == [1], "a job whose grant has ended is no longer watched"
-        await store.write(maker.batch([maker.create()]))
-        assert heartbeats() == [KEEP_HEARTBEATS, KEEP_HEARTBEATS]
+    assert heartbeats() == [KEEP_HEARTBEATS, KEEP_HEARTBEATS + 1]
+    await store.write(maker.batch([maker.finish(job_of(held[1])), maker.create()]))
+    assert heartbeats() == [KEEP_HEARTBEATS, KEEP_HEARTBEATS]
+    assert list(store._projection._shortener._heartbeats) == [1], "a job whose grant has ended is no longer watched"
+    await store.write(maker.batch([maker.create()]))
+    assert heartbeats() == [KEEP_HEARTBEATS, KEEP_HEARTBEATS]
 
 
-async def test_a_pending_journal_is_thinned_from_its_recorded_grant(path: str) -> None:
+async def test_a_pending_journal_is_thinned_from_its_recorded_grant(store: Store) -> None:
     """The job may have another grant when its turn comes."""
     maker = ChangeFactory()
-    async with open_store(path) as (store, _):
-        created = [maker.create(), maker.create()]
-        held = [maker.grant(job_of(change)) for change in created]
-        await store.write(maker.batch([*created, *held]))
-        for _ in range(KEEP_HEARTBEATS + 1):
-            held = [maker.progress(job_of(change)) for change in held]
-            await store.write(maker.batch(held))
-        back = maker.requeue(job_of(held[1]))
-        await store.write(maker.batch([back, maker.grant(job_of(back))]))
-        types = [each.type for each in stored_events(store._connection.raw, 2)]
-        assert types.count("progress") == KEEP_HEARTBEATS
+    created = [maker.create(), maker.create()]
+    held = [maker.grant(job_of(change)) for change in created]
+    await store.write(maker.batch([*created, *held]))
+    for _ in range(KEEP_HEARTBEATS + 1):
+        held = [maker.progress(job_of(change)) for change in held]
+        await store.write(maker.batch(held))
+    back = maker.requeue(job_of(held[1]))
+    await store.write(maker.batch([back, maker.grant(job_of(back))]))
+    types = [each.type for each in stored_events(store._connection.raw, 2)]
+    assert types.count("progress") == KEEP_HEARTBEATS
 
 
 def round_of(maker: ChangeFactory, job: Job, heartbeats: int = 0) -> tuple[Job, list[Change]]:

@@ -15,6 +15,7 @@ from jobd.model.storage import DiskFull, Storage
 from jobd.model.webhooks import GAP_PENDING, Delivery, WebhookCursor
 from jobd.storage import outbox as webhook_tables
 from jobd.storage.codec import fault
+from jobd.storage.store import Store
 from tests.support.factories import NOW, ChangeFactory
 from tests.support.memory_storage import MemoryStorage
 from tests.support.store_files import edit_store, flip, make_store, open_store
@@ -98,28 +99,26 @@ async def test_added_deliveries_survive_a_restart_and_numbers_continue(path: str
         ]
 
 
-async def test_numbers_of_deleted_deliveries_are_not_reused(path: str) -> None:
-    async with open_store(path) as (store, _):
-        await store.open_outbox(["e"], NOW)
-        await planned(store, made(1), made(2))
-        store._connection.raw.execute("DELETE FROM deliveries")
-        assert (await store.open_outbox(["e"], NOW)).next_delivery == 3
+async def test_numbers_of_deleted_deliveries_are_not_reused(store: Store) -> None:
+    await store.open_outbox(["e"], NOW)
+    await planned(store, made(1), made(2))
+    store._connection.raw.execute("DELETE FROM deliveries")
+    assert (await store.open_outbox(["e"], NOW)).next_delivery == 3
 
 
-async def test_deliveries_and_cursor_are_written_in_one_transaction(path: str) -> None:
-    async with open_store(path) as (store, _):
-        await store.open_outbox(["e"], NOW)
-        await planned(store, made(1), position=1)
-        big = [made(id_, body=b"x" * 4000) for id_ in range(2, 99)]
-        (pages,) = store._connection.raw.execute("PRAGMA page_count").fetchone()
-        store._connection.raw.execute(f"PRAGMA max_page_count = {pages + 5}")
-        with pytest.raises(DiskFull):
-            await planned(store, *big, position=98)
-        outbox = await store.open_outbox(["e"], NOW)
-        assert (outbox.cursors["e"].position, outbox.waiting["e"]) == (1, bare(made(1)))
-        store._connection.raw.execute("PRAGMA max_page_count = 1000000")
+async def test_deliveries_and_cursor_are_written_in_one_transaction(store: Store) -> None:
+    await store.open_outbox(["e"], NOW)
+    await planned(store, made(1), position=1)
+    big = [made(id_, body=b"x" * 4000) for id_ in range(2, 99)]
+    (pages,) = store._connection.raw.execute("PRAGMA page_count").fetchone()
+    store._connection.raw.execute(f"PRAGMA max_page_count = {pages + 5}")
+    with pytest.raises(DiskFull):
         await planned(store, *big, position=98)
-        assert len((await store.open_outbox(["e"], NOW)).waiting["e"]) == 98
+    outbox = await store.open_outbox(["e"], NOW)
+    assert (outbox.cursors["e"].position, outbox.waiting["e"]) == (1, bare(made(1)))
+    store._connection.raw.execute("PRAGMA max_page_count = 1000000")
+    await planned(store, *big, position=98)
+    assert len((await store.open_outbox(["e"], NOW)).waiting["e"]) == 98
 
 
 async def test_pages_have_one_endpoint_and_state_newest_first(storage: Storage) -> None:
@@ -212,30 +211,26 @@ async def test_deleting_alerts_and_tests_records_no_gap_but_deleting_a_gap_messa
         assert await store.store_outcomes([replace(lost[0], id=11)], NOW) is False
 
 
-async def test_old_ended_deliveries_are_deleted_by_age(path: str) -> None:
-    async with open_store(path) as (store, _):
-        old = [made(id_, state="delivered", ended_at=NOW) for id_ in range(1, 7)]
-        lost = [made(id_, state="dead-lettered", ended_at=NOW) for id_ in range(7, 9)]
-        await planned(store, *old, *lost, *(made(id_) for id_ in range(10, 14)))
-        for step in range(4):
-            await store.store_outcomes(
-                [made(10 + step, state="delivered", ended_at=NOW + 8 * DAY_MS)], NOW + 8 * DAY_MS
-            )
-        assert [each.id for each in await store.list_deliveries("e", "delivered", 99, 99)] == [13, 12, 11, 10]
-        assert len(await store.list_deliveries("e", "dead-lettered", 99, 99)) == 2
+async def test_old_ended_deliveries_are_deleted_by_age(store: Store) -> None:
+    old = [made(id_, state="delivered", ended_at=NOW) for id_ in range(1, 7)]
+    lost = [made(id_, state="dead-lettered", ended_at=NOW) for id_ in range(7, 9)]
+    await planned(store, *old, *lost, *(made(id_) for id_ in range(10, 14)))
+    for step in range(4):
+        await store.store_outcomes([made(10 + step, state="delivered", ended_at=NOW + 8 * DAY_MS)], NOW + 8 * DAY_MS)
+    assert [each.id for each in await store.list_deliveries("e", "delivered", 99, 99)] == [13, 12, 11, 10]
+    assert len(await store.list_deliveries("e", "dead-lettered", 99, 99)) == 2
 
 
-async def test_the_cursor_of_a_removed_endpoint_is_kept_for_a_while(path: str) -> None:
-    async with open_store(path) as (store, _):
-        await store.open_outbox(["e", "f"], NOW)
-        await planned(store, made(1), position=3)
-        await store.open_outbox(["f"], NOW + 29 * DAY_MS)
-        assert (await store.open_outbox(["f"], NOW + 29 * DAY_MS)).cursors["f"].updated_at == NOW + 29 * DAY_MS
-        back = await store.open_outbox(["e"], NOW + 29 * DAY_MS)
-        assert (back.cursors["e"].position, back.waiting["e"]) == (3, bare(made(1)))
-        await store.open_outbox(["f"], NOW + 60 * DAY_MS)
-        assert (await store.open_outbox(["e"], NOW + 60 * DAY_MS)).waiting["e"] == []
-        assert await store.deliveries([1]) == []
+async def test_the_cursor_of_a_removed_endpoint_is_kept_for_a_while(store: Store) -> None:
+    await store.open_outbox(["e", "f"], NOW)
+    await planned(store, made(1), position=3)
+    await store.open_outbox(["f"], NOW + 29 * DAY_MS)
+    assert (await store.open_outbox(["f"], NOW + 29 * DAY_MS)).cursors["f"].updated_at == NOW + 29 * DAY_MS
+    back = await store.open_outbox(["e"], NOW + 29 * DAY_MS)
+    assert (back.cursors["e"].position, back.waiting["e"]) == (3, bare(made(1)))
+    await store.open_outbox(["f"], NOW + 60 * DAY_MS)
+    assert (await store.open_outbox(["e"], NOW + 60 * DAY_MS)).waiting["e"] == []
+    assert await store.deliveries([1]) == []
 
 
 async def test_known_endpoints_start_on_a_full_disk(small_disk: Path) -> None:
@@ -275,15 +270,14 @@ async def test_a_damaged_delivery_is_quarantined_and_blocks_nothing(path: str) -
         assert store.take_faults() == []
 
 
-async def test_a_delivery_that_is_damaged_while_it_is_sent_gets_its_outcome(path: str) -> None:
-    async with open_store(path) as (store, _):
-        await store.open_outbox(["e"], NOW)
-        await planned(store, made(1))
-        await store.finish_upkeep()
-        store._connection.raw.execute("UPDATE deliveries SET state = CAST(x'ff' AS TEXT)")
-        delivered = made(1, state="delivered", ended_at=NOW, status=204)
-        await store.store_outcomes([delivered], NOW)
-        assert await store.deliveries([1]) == [delivered]
+async def test_a_delivery_that_is_damaged_while_it_is_sent_gets_its_outcome(store: Store) -> None:
+    await store.open_outbox(["e"], NOW)
+    await planned(store, made(1))
+    await store.finish_upkeep()
+    store._connection.raw.execute("UPDATE deliveries SET state = CAST(x'ff' AS TEXT)")
+    delivered = made(1, state="delivered", ended_at=NOW, status=204)
+    await store.store_outcomes([delivered], NOW)
+    assert await store.deliveries([1]) == [delivered]
 
 
 async def test_a_damaged_cursor_continues_after_its_last_delivery(path: str) -> None:
@@ -304,7 +298,6 @@ async def test_a_damaged_cursor_continues_after_its_last_delivery(path: str) -> 
         assert (await store.open_outbox(["h"], NOW)).cursors["h"].gone_to == 9
 
 
-async def test_an_unused_outbox_writes_nothing(path: str) -> None:
-    async with open_store(path) as (store, _):
-        for table in ("webhooks", "deliveries"):
-            assert store._connection.raw.execute(f"SELECT count(*) FROM {table}").fetchone() == (0,)
+async def test_an_unused_outbox_writes_nothing(store: Store) -> None:
+    for table in ("webhooks", "deliveries"):
+        assert store._connection.raw.execute(f"SELECT count(*) FROM {table}").fetchone() == (0,)

@@ -286,16 +286,15 @@ async def test_late_results_of_the_latest_grants_are_kept(store: Store) -> None:
     assert [late.fencing_token for late in await late_results(store, job_of(second))] == [4]
 
 
-async def test_late_results_are_counted_by_their_index(path: str) -> None:
+async def test_late_results_are_counted_by_their_index(store: Store) -> None:
     maker = ChangeFactory()
     jobs = [maker.create(job_id) for job_id in "abc"]
-    async with open_store(path) as (store, _):
-        await store.write(maker.batch(jobs))
-        await store.write(maker.batch([maker.late(job_of(jobs[0]), token) for token in (1, 2)]))
-        await store.write(maker.batch([maker.late(job_of(jobs[2]), 3)]))
-        seqs = [job_of(each).seq for each in jobs]
-        assert await store.count_late_results([]) == {}
-        assert await store.count_late_results([*seqs, 99]) == {seqs[0]: 2, seqs[2]: 1}
+    await store.write(maker.batch(jobs))
+    await store.write(maker.batch([maker.late(job_of(jobs[0]), token) for token in (1, 2)]))
+    await store.write(maker.batch([maker.late(job_of(jobs[2]), 3)]))
+    seqs = [job_of(each).seq for each in jobs]
+    assert await store.count_late_results([]) == {}
+    assert await store.count_late_results([*seqs, 99]) == {seqs[0]: 2, seqs[2]: 1}
 
 
 async def test_late_results_are_deleted_with_their_job(store: Store) -> None:

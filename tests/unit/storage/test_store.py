@@ -295,17 +295,16 @@ async def test_stats_survive_a_restart(path: str) -> None:
 
 
 @pytest.mark.parametrize("suffix", ["", "-wal"])
-async def test_a_file_that_is_deleted_or_replaced_is_named(path: str, suffix: str) -> None:
-    async with open_store(path) as (store, _):
-        await store.write(ChangeFactory(1).any_batch(10))
-        assert await store.replaced_file() is None
-        kept = f"{path}.kept"
-        os.rename(f"{path}{suffix}", kept)
-        assert await store.replaced_file() == f"{os.path.realpath(path)}{suffix}"
-        shutil.copy(kept, f"{path}{suffix}")
-        assert await store.replaced_file() == f"{os.path.realpath(path)}{suffix}"
-        os.rename(kept, f"{path}{suffix}")
-        assert await store.replaced_file() is None
+async def test_a_file_that_is_deleted_or_replaced_is_named(store: Store, path: str, suffix: str) -> None:
+    await store.write(ChangeFactory(1).any_batch(10))
+    assert await store.replaced_file() is None
+    kept = f"{path}.kept"
+    os.rename(f"{path}{suffix}", kept)
+    assert await store.replaced_file() == f"{os.path.realpath(path)}{suffix}"
+    shutil.copy(kept, f"{path}{suffix}")
+    assert await store.replaced_file() == f"{os.path.realpath(path)}{suffix}"
+    os.rename(kept, f"{path}{suffix}")
+    assert await store.replaced_file() is None
 
 
 async def test_a_store_in_memory_behaves_the_same() -> None:

@@ -210,53 +210,49 @@ async def test_counts_decided_before_a_quarantine_are_written_without_the_row(pa
     "damage", ["jobs SET created_at = created_at + 1 WHERE seq", "payloads SET body = x'00' WHERE job_seq"]
 )
 async def test_on_a_full_disk_a_damaged_row_is_moved_later_and_counted_until_then(
-    path: str, damage: str, monkeypatch: pytest.MonkeyPatch
+    store: Store, damage: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     maker = ChangeFactory()
     quarantined: list[Quarantined] = []
-    async with open_store(path) as (store, _):
-        created = maker.create("a", options=Options("default"))
-        granted = maker.grant(job_of(created))
-        await store.write(maker.batch([created, granted, maker.finish(job_of(granted))]))
-        store.on_quarantined = quarantined.append
-        await store.finish_upkeep()
-        store._connection.raw.execute(f"UPDATE {damage} = 1")
-        reason = (
-            "its checksum is wrong" if damage.startswith("jobs") else "the payload is damaged: its checksum is wrong"
-        )
-        with monkeypatch.context() as patch:
-            patch.setattr(quarantine, "_move_job", raise_disk_full)
-            for _ in range(2):
-                assert (await store.find_jobs(JobQuery())).jobs == []
-            assert await store.expired_jobs(maker.now * 2, 10) == []
-        assert quarantined == [Quarantined("a", reason, is_moved=False)]
-        assert store._database.totals == recounted(store)
-        assert await store.expired_jobs(maker.now * 2, 10) == []  # it was moved and hides nothing
-        assert quarantined[1:] == [Quarantined("a", reason, ("default", "completed"))]
-        assert store._database.totals == recounted(store)
-        assert store._database.unmoved == {}
+    created = maker.create("a", options=Options("default"))
+    granted = maker.grant(job_of(created))
+    await store.write(maker.batch([created, granted, maker.finish(job_of(granted))]))
+    store.on_quarantined = quarantined.append
+    await store.finish_upkeep()
+    store._connection.raw.execute(f"UPDATE {damage} = 1")
+    reason = "its checksum is wrong" if damage.startswith("jobs") else "the payload is damaged: its checksum is wrong"
+    with monkeypatch.context() as patch:
+        patch.setattr(quarantine, "_move_job", raise_disk_full)
+        for _ in range(2):
+            assert (await store.find_jobs(JobQuery())).jobs == []
+        assert await store.expired_jobs(maker.now * 2, 10) == []
+    assert quarantined == [Quarantined("a", reason, is_moved=False)]
+    assert store._database.totals == recounted(store)
+    assert await store.expired_jobs(maker.now * 2, 10) == []  # it was moved and hides nothing
+    assert quarantined[1:] == [Quarantined("a", reason, ("default", "completed"))]
+    assert store._database.totals == recounted(store)
+    assert store._database.unmoved == {}
 
 
 async def test_repeatedly_found_damage_uses_no_more_memory_each_time(
-    path: str, monkeypatch: pytest.MonkeyPatch
+    store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     maker = ChangeFactory()
-    async with open_store(path) as (store, _):
-        await store.write(maker.batch([maker.create() for _ in range(10)]))
-        await store.finish_upkeep()
-        store._connection.raw.execute("UPDATE jobs SET created_at = created_at + 1 WHERE seq <= 5")
-        with monkeypatch.context() as patch:
-            patch.setattr(quarantine, "_move_job", raise_disk_full)
-            for _ in range(20):
-                assert len((await store.find_jobs(JobQuery())).jobs) == 5
-        tables = store._database
-        assert (len(tables.recently_quarantined), len(tables.faults), tables.quarantined_count) == (5, 5, 5)
-        await store.write(maker.batch([maker.create()]))
-        assert (tables.recently_quarantined, tables.quarantined_count) == ({}, 5)
-        assert len((await store.find_jobs(JobQuery())).jobs) == 6
-        assert tables.quarantined_count == 10
-        await store.write(maker.batch([maker.create()]))
-        assert (tables.recently_quarantined, tables.unmoved) == ({}, {})
+    await store.write(maker.batch([maker.create() for _ in range(10)]))
+    await store.finish_upkeep()
+    store._connection.raw.execute("UPDATE jobs SET created_at = created_at + 1 WHERE seq <= 5")
+    with monkeypatch.context() as patch:
+        patch.setattr(quarantine, "_move_job", raise_disk_full)
+        for _ in range(20):
+            assert len((await store.find_jobs(JobQuery())).jobs) == 5
+    tables = store._database
+    assert (len(tables.recently_quarantined), len(tables.faults), tables.quarantined_count) == (5, 5, 5)
+    await store.write(maker.batch([maker.create()]))
+    assert (tables.recently_quarantined, tables.quarantined_count) == ({}, 5)
+    assert len((await store.find_jobs(JobQuery())).jobs) == 6
+    assert tables.quarantined_count == 10
+    await store.write(maker.batch([maker.create()]))
+    assert (tables.recently_quarantined, tables.unmoved) == ({}, {})
 
 
 def raise_disk_full(*_: object) -> None:
@@ -265,39 +261,37 @@ def raise_disk_full(*_: object) -> None:
     raise error
 
 
-async def test_damaged_expired_rows_do_not_hide_later_ones(path: str) -> None:
+async def test_damaged_expired_rows_do_not_hide_later_ones(store: Store) -> None:
     """Found by simulation, seed 17782: a slice with only damaged rows was mistaken for the end."""
     maker = ChangeFactory()
-    async with open_store(path) as (store, _):
-        for name in "abc":
-            created = maker.create(name)
-            granted = maker.grant(job_of(created))
-            finished = maker.finish(job_of(granted))
-            await store.write(maker.batch([created, granted, finished]))
-        expires = job_of(finished).expires_at
-        assert expires is not None
-        await store.finish_upkeep()
-        store._connection.raw.execute("UPDATE jobs SET created_at = created_at + 1 WHERE id IN ('a', 'b')")
-        assert await store.expired_jobs(expires, 1) == ["c"]
-        assert store._database.totals == recounted(store)
+    for name in "abc":
+        created = maker.create(name)
+        granted = maker.grant(job_of(created))
+        finished = maker.finish(job_of(granted))
+        await store.write(maker.batch([created, granted, finished]))
+    expires = job_of(finished).expires_at
+    assert expires is not None
+    await store.finish_upkeep()
+    store._connection.raw.execute("UPDATE jobs SET created_at = created_at + 1 WHERE id IN ('a', 'b')")
+    assert await store.expired_jobs(expires, 1) == ["c"]
+    assert store._database.totals == recounted(store)
 
 
 async def test_damaged_rows_that_cannot_be_moved_do_not_hide_later_ones(
-    path: str, monkeypatch: pytest.MonkeyPatch
+    store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a full disk, deletions free space."""
     maker = ChangeFactory()
-    async with open_store(path) as (store, _):
-        for name in "abcd":
-            created = maker.create(name)
-            granted = maker.grant(job_of(created))
-            await store.write(maker.batch([created, granted, maker.finish(job_of(granted))]))
-        await store.finish_upkeep()
-        store._connection.raw.execute("UPDATE jobs SET created_at = created_at + 1 WHERE id IN ('a', 'b')")
-        monkeypatch.setattr(quarantine, "_move_job", raise_disk_full)
-        assert await store.expired_jobs(maker.now * 2, 1) == ["c"]
-        assert await store.expired_jobs(maker.now * 2, 10) == ["c", "d"]
-        assert await store.expired_jobs(maker.now * 2, 1, 4) == []
+    for name in "abcd":
+        created = maker.create(name)
+        granted = maker.grant(job_of(created))
+        await store.write(maker.batch([created, granted, maker.finish(job_of(granted))]))
+    await store.finish_upkeep()
+    store._connection.raw.execute("UPDATE jobs SET created_at = created_at + 1 WHERE id IN ('a', 'b')")
+    monkeypatch.setattr(quarantine, "_move_job", raise_disk_full)
+    assert await store.expired_jobs(maker.now * 2, 1) == ["c"]
+    assert await store.expired_jobs(maker.now * 2, 10) == ["c", "d"]
+    assert await store.expired_jobs(maker.now * 2, 1, 4) == []
 
 
 @pytest.mark.parametrize("status", ["queued", "completed"])
@@ -429,25 +423,24 @@ async def test_a_damaged_audit_entry_is_quarantined_and_reported(path: str) -> N
 
 
 async def test_damaged_tombstones_that_cannot_be_moved_do_not_hide_later_ones(
-    path: str, monkeypatch: pytest.MonkeyPatch
+    store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     maker = ChangeFactory()
-    async with open_store(path) as (store, _):
-        waiting = [Tombstone(seq, f"gone-{seq}", f"k/{seq}", NOW, NOW + seq) for seq in range(1, 30)]
-        await store.write(maker.batch([], tombstones=waiting))
-        await store.finish_upkeep()
-        store._connection.raw.execute("UPDATE tombstones SET tries = 7 WHERE job_seq <= 25")
-        with monkeypatch.context() as patch:
-            patch.setattr(quarantine, "_quarantine_row", raise_disk_full)
-            for _ in range(2):
-                assert await store.due_tombstones(NOW + 99, 10) == DueTombstones(
-                    [(each, False) for each in waiting[25:]], unmoved=25
-                )
-                assert (await store.due_tombstones(NOW + 99, 2)).unmoved == 20  # it skips some of them, not all
-        assert (await store.due_tombstones(NOW + 99, 10)) == DueTombstones(
-            [(each, False) for each in waiting[25:]], damaged=25
-        )
-        assert (await store.due_tombstones(NOW + 99, 10)) == DueTombstones([(each, False) for each in waiting[25:]])
+    waiting = [Tombstone(seq, f"gone-{seq}", f"k/{seq}", NOW, NOW + seq) for seq in range(1, 30)]
+    await store.write(maker.batch([], tombstones=waiting))
+    await store.finish_upkeep()
+    store._connection.raw.execute("UPDATE tombstones SET tries = 7 WHERE job_seq <= 25")
+    with monkeypatch.context() as patch:
+        patch.setattr(quarantine, "_quarantine_row", raise_disk_full)
+        for _ in range(2):
+            assert await store.due_tombstones(NOW + 99, 10) == DueTombstones(
+                [(each, False) for each in waiting[25:]], unmoved=25
+            )
+            assert (await store.due_tombstones(NOW + 99, 2)).unmoved == 20  # it skips some of them, not all
+    assert (await store.due_tombstones(NOW + 99, 10)) == DueTombstones(
+        [(each, False) for each in waiting[25:]], damaged=25
+    )
+    assert (await store.due_tombstones(NOW + 99, 10)) == DueTombstones([(each, False) for each in waiting[25:]])
 
 
 async def test_a_missing_live_row_is_reported_at_every_start(path: str) -> None:

@@ -244,27 +244,26 @@ READS: Final[dict[str, Callable[[Store], Awaitable[Any]]]] = {
 
 
 @pytest.mark.parametrize("name", READS)
-async def test_a_read_has_everything_that_was_committed(path: str, name: str) -> None:
+async def test_a_read_has_everything_that_was_committed(store: Store, name: str) -> None:
     maker, read = ChangeFactory(), READS[name]
-    async with open_store(path) as (store, _):
-        await store.write(maker.batch([maker.create("a"), maker.create("b"), maker.create("c")]))
-        await store.finish_upkeep()
-        before = await read(store)
-        granted = maker.grant(maker.jobs[1])
-        finished = maker.finish(job_of(granted))
-        late = maker.late(job_of(finished), 1 << 41)
-        ended = maker.finish(maker.jobs[3], "cancelled")
-        batch = maker.batch([granted, finished, late, ended, maker.delete(job_of(ended))], report=b"{}")
-        batch.keys = [StoredResponse("digest", "body", maker.now, 201, b"{}")]
-        batch.audit = [AuditEntry(maker.now, "admin", "", "pause")]
-        batch.tombstones = [Tombstone(3, "c", "key", maker.now, maker.now)]
-        payloads, maker.payloads[1] = dict(maker.payloads), b"1"
-        await store.write(batch)
-        shown = await read(store)
-        await store.finish_upkeep()
-        assert shown == await read(store)
-        assert shown != before or name == "load by number"
-        assert payloads
+    await store.write(maker.batch([maker.create("a"), maker.create("b"), maker.create("c")]))
+    await store.finish_upkeep()
+    before = await read(store)
+    granted = maker.grant(maker.jobs[1])
+    finished = maker.finish(job_of(granted))
+    late = maker.late(job_of(finished), 1 << 41)
+    ended = maker.finish(maker.jobs[3], "cancelled")
+    batch = maker.batch([granted, finished, late, ended, maker.delete(job_of(ended))], report=b"{}")
+    batch.keys = [StoredResponse("digest", "body", maker.now, 201, b"{}")]
+    batch.audit = [AuditEntry(maker.now, "admin", "", "pause")]
+    batch.tombstones = [Tombstone(3, "c", "key", maker.now, maker.now)]
+    payloads, maker.payloads[1] = dict(maker.payloads), b"1"
+    await store.write(batch)
+    shown = await read(store)
+    await store.finish_upkeep()
+    assert shown == await read(store)
+    assert shown != before or name == "load by number"
+    assert payloads
 
 
 async def test_a_job_quarantined_before_a_slice_is_not_counted_by_it(path: str) -> None:
