@@ -7,8 +7,9 @@ import importlib
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
+from functools import reduce
 from typing import TYPE_CHECKING, Any, Final
 
 import click
@@ -188,51 +189,30 @@ class ConnectionOptions:
         self.token_source: str | None = None  # where the token of the latest client comes from, in words
 
 
-class _Commands(MutableMapping[str, click.Command]):
-    """Commands by name, in the order in which they were added. The value may be a module, imported on first use."""
-
-    def __init__(self) -> None:
-        self._commands: dict[str, click.Command | str] = {}
-
-    def __getitem__(self, name: str) -> click.Command:
-        command = self._commands[name]
-        if isinstance(command, str):
-            values = vars(importlib.import_module(command)).values()
-            command = next(each for each in values if isinstance(each, click.Command) and each.name == name)
-            self._commands[name] = command
-        return command
-
-    def __setitem__(self, name: str, command: click.Command | str) -> None:
-        self._commands[name] = command
-
-    def __delitem__(self, name: str) -> None:
-        del self._commands[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._commands)
-
-    def __len__(self) -> int:
-        return len(self._commands)
-
-
 class CommandGroup(click.Group):
     """A group whose help lists its commands under titles, in the order in which they were added."""
 
     def __init__(self, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **settings)
-        self.commands = self._commands = _Commands()
-        self.titles: dict[str, str] = {}
+        self.titles: dict[str, str] = {}  # of each command
+        self._modules: dict[str, str] = {}
 
     def add_lazily(self, title: str, module: str, *names: str) -> None:
         """Add the commands `names` of `module`, which is imported when one of them is used or described."""
-        for name in names:
-            self._commands[name] = module
-            self.titles[name] = title
+        self.titles |= dict.fromkeys(names, title)
+        self._modules |= dict.fromkeys(names, module)
+        self.commands.update((name, click.Command(name)) for name in names)  # click suggests their names
 
     def add_all(self, title: str, *commands: click.Command) -> None:
         for command in commands:
             self.add_command(command)
             self.titles[str(command.name)] = title
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name in self._modules:
+            values = vars(importlib.import_module(self._modules[cmd_name])).values()
+            return next(each for each in values if isinstance(each, click.Command) and each.name == cmd_name)
+        return super().get_command(ctx, cmd_name)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Without a command, print the help on stderr and exit with 2 (older click exits with 0)."""
@@ -244,7 +224,7 @@ class CommandGroup(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        if args[0] == "artefact" and "artifact" in self.commands:
+        if args[0] == "artefact" and "artifact" in self.titles:
             ctx.fail("The command is spelled artifact.")
         return super().resolve_command(ctx, args)
 
@@ -259,15 +239,18 @@ class CommandGroup(click.Group):
             raise
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(self.commands)
+        return list(self.titles)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         for title in dict.fromkeys(self.titles.values()):
-            rows = [
-                (name, self.commands[name].get_short_help_str(70)) for name in self.titles if self.titles[name] == title
-            ]
+            commands = {name: self.get_command(ctx, name) for name in self.titles if self.titles[name] == title}
             with formatter.section(title):
-                formatter.write_dl(rows)
+                formatter.write_dl([(name, each.get_short_help_str(70)) for name, each in commands.items() if each])
+
+
+def command(*options: Callable[[Any], Any], name: str | None = None) -> Callable[[Any], click.Command]:
+    """Return the decorator of a command with these options, which its help shows in this order."""
+    return lambda function: click.command(name)(reduce(lambda made, add: add(made), reversed(options), function))
 
 
 def json_option(command: Any) -> Any:

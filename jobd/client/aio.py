@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import copy
 import functools
-import random
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
 from typing import Any, Final, Self
@@ -71,21 +70,16 @@ class AsyncClient(BaseClient):
         self,
         request: ApiRequest[T],
         retry: RetryOptions | None = None,
-        on_retry: Callable[[JobdError], None] | None = None,
+        on_retry: Callable[[JobdError], object] | None = None,
     ) -> T:
-        """Send `request`, with retries if that is safe, and return its result. Raises JobdError.
-
-        `on_retry` is called with each error that leads to another attempt, unless a standby only named the leader.
-        """
+        """Send `request`, with retries if that is safe, and return its result. Raises JobdError."""
         state = self._attempts(request, retry)
         while True:
             try:
                 response = await self._exchange(state.endpoint, request, state.timeout_s(time.monotonic()))
                 result = read_result(request, response)
             except JobdError as error:
-                wait_s = state.wait_s(error, time.monotonic(), random.random())
-                if on_retry is not None and not state.is_redirected:
-                    on_retry(error)
+                wait_s = self._wait_s(state, error, on_retry or self.on_retry)
             else:
                 state.served()
                 return result
@@ -118,9 +112,7 @@ class AsyncClient(BaseClient):
                     return
                 raise Unreachable(f"The daemon at {state.endpoint} ended the stream of events.")
             except JobdError as error:
-                wait_s = state.wait_s(error, time.monotonic(), random.random())
-                if subscription.on_lost is not None and not state.is_redirected:
-                    subscription.on_lost(error)
+                wait_s = self._wait_s(state, error, subscription.on_lost)
             await asyncio.sleep(wait_s)
             request = subscription.request()
 

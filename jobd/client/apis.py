@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
+import random
 import ssl
 import time
+from collections.abc import Callable
 from copy import copy
 from dataclasses import replace
 from typing import Any, Final, Self
 
 from jobd.client import requests
 from jobd.client.endpoint import Address, Endpoint, admin_endpoints, worker_endpoints
-from jobd.client.errors import Unreachable
+from jobd.client.errors import JobdError, Unreachable
 from jobd.client.event_subscription import NODE_SILENCE_S, SILENCE_S, EventSubscription
 from jobd.client.methods import EventMethod, Method, PagedMethod, requesting
 from jobd.client.protocol import ApiRequest, T, checked_key, request_of
@@ -62,9 +64,13 @@ in the journal: read the current state, then subscribe without `after`.
 
 
 class BaseClient:
-    """Endpoints, timeouts and TLS of a client."""
+    """Endpoints, timeouts and TLS of a client.
+
+    `on_retry` is called with each error that leads to another attempt, unless a standby only named the leader.
+    """
 
     _follows_unlisted = True
+    on_retry: Callable[[JobdError], object] | None = None
     idempotency_key: str | None = None  # of all calls, see with_key
     _version: str | None = None  # of the job that all calls change, see if_match
 
@@ -114,6 +120,14 @@ class BaseClient:
 
     def _attempts(self, request: ApiRequest[Any], retry: RetryOptions | None = None) -> RetryState:
         return RetryState(retry or self._retry, request, self._nodes, time.monotonic())
+
+    @staticmethod
+    def _wait_s(state: RetryState, error: JobdError, on_error: Callable[[JobdError], object] | None) -> float:
+        """Return the delay before the next attempt, and report the error. Raises an error if there is none."""
+        wait_s = state.wait_s(error, time.monotonic(), random.random())
+        if on_error is not None and not state.is_redirected:
+            on_error(error)
+        return wait_s
 
     @property
     def _silence_s(self) -> float:

@@ -46,24 +46,8 @@ def create_job(
     now. Raises JobExists if a different request created this `id`, TooLarge if the payload is above the limit,
     TooManyJobs, TooManyQueues, StorageFull.
     """
-    fields = {
-        "id": id or uuid7(),
-        "payload": payload,
-        "queue": queue,
-        "kind": kind,
-        "priority": priority,
-        "max_attempts": max_attempts,
-        "backoff": backoff,
-        "max_stalls": max_stalls,
-        "on_stall": on_stall,
-        "stall_after_ms": stall_after_ms,
-        "progress_timeout_ms": progress_timeout_ms,
-        "run_at": run_at,
-        "delay_ms": delay_ms,
-        "expires_at": expires_at,
-        "expires_in_ms": expires_in_ms,
-    }
-    return build(JobRequests.create, fields, key=idempotency_key, has_id=True)
+    fields = {**locals(), "id": id or uuid7()}
+    return build(JobRequests.create, fields, key=fields.pop("idempotency_key"), has_id=True)
 
 
 def create_jobs(jobs: Iterable[Mapping[str, Any]], *, idempotency_key: str | None = None) -> ApiRequest[list[JobView]]:
@@ -93,18 +77,9 @@ def claim(
     `queues` is `["default"]` by default. Without `kinds`, all kinds match. With `wait_ms` (up to 60 000), the call
     waits up to that long for a job. The other options are those of `start_processing`.
     """
-    fields = {
-        "worker": worker,
-        "queues": _listed(queues),
-        "kinds": _listed(kinds),
-        "limit": limit,
-        "wait_ms": wait_ms or None,
-        "lock_ttl_ms": lock_ttl_ms,
-        "stall_after_ms": stall_after_ms,
-        "progress_timeout_ms": progress_timeout_ms,
-        "about": about,
-    }
-    return build(JobRequests.claim, fields, key=idempotency_key, wait_ms=wait_ms).then(lambda view: view.grants)
+    fields = {**locals(), "queues": _listed(queues), "kinds": _listed(kinds), "wait_ms": wait_ms or None}
+    key = fields.pop("idempotency_key")
+    return build(JobRequests.claim, fields, key=key, wait_ms=wait_ms).then(lambda view: view.grants)
 
 
 def _listed(names: Sequence[str] | None) -> list[str] | None:
@@ -125,15 +100,8 @@ def complete_job(
 
     Repeating the call returns the same result. Raises LockLost, and InvalidTransition if you ended the job differently.
     """
-    fields = {
-        "lock_id": lock_id,
-        "download_url": download_url,
-        "file_path": file_path,
-        "storage_key": storage_key,
-        "metadata": metadata,
-        "expires_at": expires_at,
-    }
-    return build(JobRequests.complete, fields, job_id)
+    fields = locals()
+    return build(JobRequests.complete, fields, fields.pop("job_id"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -172,8 +140,7 @@ def export_page(
 
     `cursor` is the `next_cursor` of the previous page. A page may be short; the last page has no `next_cursor`.
     """
-    fields = {"status": status, "queue": queue, "kind": kind, "limit": limit, "cursor": cursor}
-    return build(ManyJobRequests.export, fields, shape=_RawExportPage).then(_job_lines)
+    return build(ManyJobRequests.export, locals(), shape=_RawExportPage).then(_job_lines)
 
 
 def transition_job_state(
@@ -221,12 +188,8 @@ def make_plan(
     10 000, and those that would be `skipped`. The filters are those of list_jobs. If the plan has `more`, pass its
     `next_cursor` as `cursor` to make the next plan.
     """
-    fields: dict[str, Any] = {"action": action, "ids": None if ids is None else list(ids), "reason": reason}
-    if ids is None:
-        fields["cursor"] = cursor
-        query: dict[str, str | int | None] = {"status": status, "queue": queue, "kind": kind, "worker": worker}
-        query |= {"since": since, "until": until, "q": q, "error": error}
-        query |= {"finished_since": finished_since, "finished_until": finished_until}
-        parameters = {name: value for name, value in query.items() if value is not None}
-        fields["filter"] = None if action in MAINTENANCE_ACTIONS and not parameters else parameters
+    parameters = {name: value for name, value in locals().items() if value is not None}
+    fields = {name: parameters.pop(name, None) for name in ("action", "ids", "cursor", "reason")}
+    if ids is None and (parameters or action not in MAINTENANCE_ACTIONS):
+        fields["filter"] = parameters
     return build(ManyJobRequests.plan, fields)

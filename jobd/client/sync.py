@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import http.client
 import os
-import random
 import socket
 import ssl
 import threading
@@ -77,12 +76,7 @@ def lower_headers(response: http.client.HTTPResponse) -> dict[str, str]:
 
 
 class BlockingClient(BaseClient):
-    """A pool of idle connections, and calls over them. Every method is thread-safe.
-
-    `on_retry` is called with the error of an attempt, before the wait for the next one.
-    """
-
-    on_retry: Callable[[JobdError], object] | None = None
+    """A pool of idle connections, and calls over them. Every method is thread-safe."""
 
     def _reset_connections(self) -> None:
         self._guard = threading.Lock()
@@ -119,9 +113,7 @@ class BlockingClient(BaseClient):
                 response = self._exchange(state.endpoint, request, state.timeout_s(time.monotonic()))
                 result = read_result(request, response)
             except JobdError as error:
-                wait_s = state.wait_s(error, time.monotonic(), random.random())
-                if self.on_retry is not None and not state.is_redirected:
-                    self.on_retry(error)
+                wait_s = self._wait_s(state, error, self.on_retry)
             else:
                 state.served()
                 return result
@@ -149,9 +141,7 @@ class BlockingClient(BaseClient):
                     return
                 raise Unreachable(f"The daemon at {state.endpoint} ended the stream of events.")
             except JobdError as error:
-                wait_s = state.wait_s(error, time.monotonic(), random.random())
-                if subscription.on_lost is not None and not state.is_redirected:
-                    subscription.on_lost(error)
+                wait_s = self._wait_s(state, error, subscription.on_lost)
             time.sleep(wait_s)
             request = subscription.request()
 

@@ -42,7 +42,7 @@ from tests import ROOT
 from tests.conftest import tool_missing
 from tests.support import api_reference, config_reference, python_reference
 from tests.support.api_reference import SHAPES
-from tests.support.cli_harness import node_runs_typescript
+from tests.support.cli_harness import commands_of, node_runs_typescript
 from tests.support.daemon_process import TOKEN, DaemonProcess, die_with_us
 from tests.support.scripted_server import ScriptedServer, rejected, serving
 
@@ -408,7 +408,7 @@ def mentioned(document: Path) -> Iterator[list[str]]:
 def test_commands_and_options_exist(document: Path) -> None:
     for program, *words in mentioned(document):
         verb = next((word for word in words if not word.startswith("-")), None)
-        known = PROGRAMS[program].commands
+        known = commands_of(PROGRAMS[program])
         if verb is None:
             continue
         assert verb in known, f"{document.name}: {program} {' '.join(words)}"

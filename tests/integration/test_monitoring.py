@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
-import click
 import msgspec
 import pytest
 from msgspec import Struct, field
@@ -37,6 +36,7 @@ from jobd.storage.store import Store
 from tests import ROOT
 from tests.conftest import tool_missing
 from tests.integration.test_docs import UNREACHABLE_WEBHOOK, complete_some
+from tests.support.cli_harness import commands_of
 from tests.support.daemon_process import DaemonProcess
 
 SHIPPED: Final = Path(jobd.__file__).parent / "monitoring"
@@ -170,16 +170,16 @@ def test_rules_use_metrics_that_a_daemon_exports(scraped: dict[str, list[dict[st
 
 
 def test_commands_in_the_rules_exist() -> None:
-    programs: dict[str, click.Group] = {"jobd": jobd_program, "jobctl": jobctl_program}
+    commands = {"jobd": commands_of(jobd_program), "jobctl": commands_of(jobctl_program)}
     advised = 0
     for text in (rule.annotations["description"] for rule in rules()):
         assert set(re.findall("--state ([a-z_-]+)", text)) <= {*STATES}, text
         for program, rest in re.findall(r"\b(jobctl|(?<!-u )(?<!systemctl restart )jobd) ([a-z][^,.;)]*)", text):
             verb = rest.split()[0]
-            if program == "jobd" and verb not in programs["jobd"].commands:
+            if program == "jobd" and verb not in commands["jobd"]:
                 continue  # the name of the daemon, in prose
-            assert verb in programs[program].commands, text
-            options = {name for each in programs[program].commands[verb].params for name in each.opts}
+            assert verb in commands[program], text
+            options = {name for each in commands[program][verb].params for name in each.opts}
             assert set(re.findall("--[a-z-]+", rest)) <= options, text
             advised += 1
     assert advised > 20

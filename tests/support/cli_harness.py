@@ -16,6 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import click
 import msgspec
 import pytest
 
@@ -128,6 +129,11 @@ class Jobctl:
         assert out == ""
         assert len(err.splitlines()) == 1
         return code, err
+
+
+def commands_of(program: click.Group) -> dict[str, click.Command]:
+    context = click.Context(program)
+    return {name: command for name in program.commands if (command := program.get_command(context, name)) is not None}
 
 
 def fields_of(shape: type[msgspec.Struct]) -> set[str]:

@@ -10,8 +10,8 @@ from jobd.cli import exit_codes, tables_admin, terminal
 from jobd.cli.confirm import confirm, destructive_options, need_terminal, reason_option
 from jobd.cli.connection import admin_client, admin_options
 from jobd.cli.ctl import plan_commands
-from jobd.cli.ctl.completion import JOB_ID, QUEUE
-from jobd.cli.params import MOMENT, NAME, PAST, json_option
+from jobd.cli.ctl.completion import JOB, JOB_ID, QUEUE
+from jobd.cli.params import MOMENT, NAME, PAST, command, json_option
 from jobd.cli.progress import busy
 from jobd.cli.terminal import Listing
 from jobd.model.times import utc
@@ -24,18 +24,14 @@ if TYPE_CHECKING:
 _REASON: Final = reason_option("Stored in the audit log.")
 
 
-@click.command()
-@json_option
-@admin_options
+@command(json_option, admin_options)
 def stats(as_json: bool) -> None:
     """Show the number of jobs by status, and their average duration."""
     view = admin_client().stats()
     terminal.emit_json(view) if as_json else tables_admin.stats(view)
 
 
-@click.command()
-@json_option
-@admin_options
+@command(json_option, admin_options)
 def health(as_json: bool) -> int:
     """Show the health of the daemon. Exit 1 if it is unhealthy."""
     view = admin_client().health()
@@ -94,10 +90,7 @@ def _with_plan_id(seen: PreviewView, plan: PlanView | None) -> dict[str, Any]:
     return {**msgspec.to_builtins(seen), "plan_id": plan.plan_id if plan else None}
 
 
-@click.command()
-@click.argument("job_id", metavar="ID", type=JOB_ID)
-@json_option
-@admin_options
+@command(JOB, json_option, admin_options)
 def late(job_id: str, as_json: bool) -> None:
     """List the late results of a job.
 
@@ -108,17 +101,13 @@ def late(job_id: str, as_json: bool) -> None:
     terminal.emit_json({"late_results": found}) if as_json else tables_admin.late_results(found)
 
 
-@click.command()
-@json_option
-@admin_options
+@command(json_option, admin_options)
 def locks(as_json: bool) -> None:
     """List the jobs that workers hold, and when their locks expire."""
     terminal.show_list(tables_admin.LOCKS, admin_client().locks(), as_json)
 
 
-@click.command()
-@json_option
-@admin_options
+@command(json_option, admin_options)
 def queues(as_json: bool) -> None:
     """List the queues with the number of jobs by status."""
     found = list(admin_client().iterate_queues())
@@ -156,11 +145,7 @@ def workers(state: WorkerState | None, as_json: bool) -> None:
         tables_admin.workers(found, page, state)
 
 
-@click.command("take-back")
-@click.argument("worker", type=NAME)
-@destructive_options
-@_REASON
-@admin_options
+@command(click.argument("worker", type=NAME), destructive_options, _REASON, admin_options, name="take-back")
 def take_back(worker: str, yes: bool, dry_run: bool, reason: str | None, as_json: bool) -> None:
     """Take back the jobs of a silent worker.
 
@@ -213,11 +198,7 @@ def _is_known(client: AdminClient, queue: str) -> bool:
         return True
 
 
-@click.command()
-@click.argument("queue", type=QUEUE)
-@_REASON
-@json_option
-@admin_options
+@command(click.argument("queue", type=QUEUE), _REASON, json_option, admin_options)
 def resume(queue: str, reason: str | None, as_json: bool) -> None:
     """Resume QUEUE: grant its jobs again."""
     client = admin_client()

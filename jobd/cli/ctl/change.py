@@ -12,26 +12,20 @@ import click
 from jobd.cli import tables, terminal
 from jobd.cli.confirm import Confirmation, destructive_options, dry_run_option, reason_option, run_action
 from jobd.cli.connection import admin_client, admin_options
-from jobd.cli.ctl.completion import JOB_ID
+from jobd.cli.ctl.completion import IDS, JOB
 from jobd.cli.ctl.plan_commands import act, where_option
-from jobd.cli.params import MAX_ATTEMPTS, MOMENT, PRIORITY, STATUS, json_option
+from jobd.cli.params import MAX_ATTEMPTS, MOMENT, PRIORITY, STATUS, command, json_option
 
 if TYPE_CHECKING:
     from jobd.client import AdminClient
     from jobd.model.job import Status
     from jobd.model.responses import ErrorView, JobView, LateResultView
 
-_IDS: Final = click.argument("ids", metavar="[ID...]", nargs=-1, type=JOB_ID)
 _REASON: Final = reason_option("Stored with the job.")
 _UPDATE_FIELDS: Final = ("priority", "run_at", "max_attempts")  # in the order in which they are shown
 
 
-@click.command("force-fail")
-@_IDS
-@where_option
-@_REASON
-@destructive_options
-@admin_options
+@command(IDS, where_option, _REASON, destructive_options, admin_options, name="force-fail")
 def force_fail(ids: tuple[str, ...], where: tuple[str, ...], reason: str | None, **how: bool) -> int:
     """Fail queued and processing jobs, even while a worker holds them.
 
@@ -40,12 +34,7 @@ def force_fail(ids: tuple[str, ...], where: tuple[str, ...], reason: str | None,
     return act("force-fail", ids, where, reason, **how)
 
 
-@click.command("force-reset")
-@_IDS
-@where_option
-@_REASON
-@destructive_options
-@admin_options
+@command(IDS, where_option, _REASON, destructive_options, admin_options, name="force-reset")
 def force_reset(ids: tuple[str, ...], where: tuple[str, ...], reason: str | None, **how: bool) -> int:
     """Requeue jobs as new, even while a worker holds them.
 
@@ -59,7 +48,7 @@ def force_reset(ids: tuple[str, ...], where: tuple[str, ...], reason: str | None
 
 
 @click.command()
-@click.argument("job_id", metavar="ID", type=JOB_ID)
+@JOB
 @click.argument("from_status", metavar="FROM", type=STATUS)
 @click.argument("to_status", metavar="TO", type=STATUS)
 @click.option("--set", "updates", metavar="NAME=VALUE", multiple=True, help="Also set a field; VALUE is JSON or text.")
@@ -129,19 +118,14 @@ def _update(text: str) -> tuple[str, Any]:
         return name, value
 
 
-@click.command()
-@_IDS
-@where_option
-@reason_option("Stored in the audit log.")
-@destructive_options
-@admin_options
+@command(IDS, where_option, reason_option("Stored in the audit log."), destructive_options, admin_options)
 def delete(ids: tuple[str, ...], where: tuple[str, ...], reason: str | None, **how: bool) -> int:
     """Delete finished jobs with their history and artifacts."""
     return act("delete", ids, where, reason, **how)
 
 
 @click.command()
-@click.argument("job_id", metavar="ID", type=JOB_ID)
+@JOB
 @click.option(
     "--result",
     type=click.IntRange(min=1),
@@ -209,12 +193,7 @@ def _describe_late_result(late: LateResultView) -> str:
     return f"late result {late.seq} of {late.worker} ({', '.join(parts) or 'without data'})"
 
 
-@click.command("run-now")
-@click.argument("job_id", metavar="ID", type=JOB_ID)
-@_REASON
-@dry_run_option
-@json_option
-@admin_options
+@command(JOB, _REASON, dry_run_option, json_option, admin_options, name="run-now")
 def run_now(job_id: str, reason: str | None, **how: bool) -> int:
     """Make a queued job due now."""
     from jobd.model.commands import RunNow
@@ -228,7 +207,7 @@ def run_now(job_id: str, reason: str | None, **how: bool) -> int:
 
 
 @click.command()
-@click.argument("job_id", metavar="ID", type=JOB_ID)
+@JOB
 @click.option("--priority", type=PRIORITY, metavar="N", help="-1000 to 1000; smaller numbers run first.")
 @click.option("--run-at", type=MOMENT, metavar="TIME", help="Due at this time (UTC), or a duration from now.")
 @click.option("--max-attempts", type=MAX_ATTEMPTS, metavar="N", help="Maximum number of attempts.")

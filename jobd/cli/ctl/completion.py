@@ -71,6 +71,8 @@ def _job_ids(client: JobClient, _: click.Context) -> Iterable[str]:
 QUEUE: Final = _KnownName(_queues)
 KIND: Final = _KnownName(_kinds, may_be_empty=True)
 JOB_ID: Final = _KnownName(_job_ids)
+JOB: Final = click.argument("job_id", metavar="ID", type=JOB_ID)
+IDS: Final = click.argument("ids", metavar="[ID...]", nargs=-1, type=JOB_ID)
 
 
 @click.command()

@@ -10,9 +10,9 @@ from jobd.cli import exit_codes, tables, terminal
 from jobd.cli.confirm import destructive_options, reason_option, run_action
 from jobd.cli.connection import admin_client, all_options, has_admin_token, job_client, worker_options
 from jobd.cli.ctl import plan_commands
-from jobd.cli.ctl.completion import JOB_ID, KIND, QUEUE
+from jobd.cli.ctl.completion import IDS, JOB, KIND, QUEUE
 from jobd.cli.ctl.plan_commands import is_plan, where_option
-from jobd.cli.params import NAME, PAST, STATUS, json_option
+from jobd.cli.params import NAME, PAST, STATUS, command, json_option
 
 if TYPE_CHECKING:
     from jobd.model.responses import JobView
@@ -72,10 +72,7 @@ def _pages(limit: int | None, cursor: str | None, match: dict[str, Any]) -> tupl
             return found, cursor
 
 
-@click.command()
-@click.argument("job_id", metavar="ID", type=JOB_ID)
-@json_option
-@worker_options
+@command(JOB, json_option, worker_options)
 def job(job_id: str, as_json: bool) -> None:
     """Show all fields of a job."""
     client = job_client()
@@ -86,30 +83,21 @@ def job(job_id: str, as_json: bool) -> None:
         tables.job(view, client.timeline(job_id) if view.finished_at and view.started_at else ())
 
 
-@click.command()
-@click.argument("job_id", metavar="ID", type=JOB_ID)
-@json_option
-@worker_options
+@command(JOB, json_option, worker_options)
 def why(job_id: str, as_json: bool) -> None:
     """Explain a job's status and what happens next."""
     view = job_client().why(job_id)
     terminal.emit_json(view) if as_json else tables.why(view)
 
 
-@click.command()
-@click.argument("job_id", metavar="ID", type=JOB_ID)
-@json_option
-@worker_options
+@command(JOB, json_option, worker_options)
 def timeline(job_id: str, as_json: bool) -> None:
     """List the events of a job, oldest first."""
     events = job_client().timeline(job_id)
     terminal.emit_json({"events": events}) if as_json else tables.timeline(events)
 
 
-@click.command()
-@click.argument("job_id", metavar="ID", type=JOB_ID)
-@json_option
-@worker_options
+@command(JOB, json_option, worker_options)
 def validate(job_id: str, as_json: bool) -> int:
     """Check a job's record. Exit 0 if it is valid, else 1."""
     found = job_client().validate_job_state(job_id)
@@ -117,12 +105,7 @@ def validate(job_id: str, as_json: bool) -> int:
     return exit_codes.DONE if found.is_valid else exit_codes.FAILED
 
 
-@click.command()
-@click.argument("ids", metavar="[ID...]", nargs=-1, type=JOB_ID)
-@where_option
-@reason_option("Stored with the job.")
-@destructive_options
-@all_options
+@command(IDS, where_option, reason_option("Stored with the job."), destructive_options, all_options)
 def cancel(ids: tuple[str, ...], where: tuple[str, ...], reason: str | None, **how: bool) -> int:
     """Cancel jobs that are not finished.
 

@@ -12,8 +12,8 @@ import click
 from jobd.cli import confirm, exit_codes, terminal
 from jobd.cli.confirm import Confirmation, destructive_options, reason_option
 from jobd.cli.connection import admin_client, admin_options
-from jobd.cli.ctl.completion import JOB_ID
-from jobd.cli.params import past_ms
+from jobd.cli.ctl.completion import IDS
+from jobd.cli.params import command, past_ms
 from jobd.cli.progress import busy
 from jobd.model.times import utc
 
@@ -316,12 +316,7 @@ def _jobs(count: int) -> str:
     return "1 job" if count == 1 else f"{count} jobs"
 
 
-@click.command()
-@click.argument("ids", metavar="[ID...]", nargs=-1, type=JOB_ID)
-@where_option
-@reason_option("Stored with the jobs.")
-@destructive_options
-@admin_options
+@command(IDS, where_option, reason_option("Stored with the jobs."), destructive_options, admin_options)
 def retry(ids: tuple[str, ...], where: tuple[str, ...], reason: str | None, **how: bool) -> int:
     """Requeue failed and cancelled jobs as new.
 

@@ -11,7 +11,7 @@ import click
 
 from jobd.cli import exit_codes, terminal
 from jobd.cli.connection import admin_client, admin_options
-from jobd.cli.ctl.completion import JOB_ID, KIND, QUEUE
+from jobd.cli.ctl.completion import JOB, KIND, QUEUE
 from jobd.cli.params import STATUS, json_option
 from jobd.cli.progress import Advance, bar
 
@@ -146,7 +146,7 @@ def _read(lines: IO[bytes], name: str, advance: Advance) -> Iterator[bytes]:
 
 
 @click.command()
-@click.argument("job_id", metavar="ID", type=JOB_ID)
+@JOB
 @click.option(
     "-o",
     "--output",

@@ -11,7 +11,7 @@ import click
 
 from jobd.cli import exit_codes, terminal
 from jobd.cli.connection import job_client, worker_options
-from jobd.cli.ctl.completion import JOB_ID, QUEUE
+from jobd.cli.ctl.completion import IDS, QUEUE
 from jobd.cli.params import DURATION, json_option
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ _UNFINISHED: Final[tuple[Literal["queued", "processing"], ...]] = ("queued", "pr
 
 
 @click.command()
-@click.argument("ids", metavar="[ID...]", nargs=-1, type=JOB_ID)
+@IDS
 @click.option("--queue", type=QUEUE, metavar="NAME", help="Wait until this queue has no unfinished job.")
 @click.option("--timeout", "timeout_ms", type=DURATION, help="Stop waiting after this time, such as 10m, and exit 1.")
 @json_option

@@ -26,12 +26,13 @@ from jobd.client.errors import (
     ProgressTimeout,
     TooLarge,
 )
-from jobd.client.protocol import ApiRequest, request_for
+from jobd.client.protocol import ApiRequest, T, request_for
 from jobd.client.retries import RETRIED, RetryOptions
 from jobd.client.worker.aio_utils import within
 from jobd.client.worker.claimer import RETRIED_CLAIM
 from jobd.client.worker.error_text import MESSAGE_CHARACTERS
 from jobd.client.worker.service_thread import Log
+from jobd.model.api_call import ApiCall
 from jobd.model.calls import JobCalls
 from jobd.model.responses import GrantView, JobView, LockState
 from jobd.model.times import duration, time_left
@@ -96,9 +97,10 @@ class LockKeeper:
 
     def progress_request(self, progress: float, message: str | None) -> ApiRequest[LockState]:
         """Return the request for `send_report`. Raises TypeError or InvalidRequest if JSON cannot express it."""
-        return request_for(
-            JobCalls.update_progress, self.id, lock_id=self.grant.lock_id, progress=progress, message=message
-        )
+        return self._request(JobCalls.update_progress, progress=progress, message=message)
+
+    def _request(self, call: ApiCall[Any, T], **fields: Any) -> ApiRequest[T]:
+        return request_for(call, self.id, lock_id=self.grant.lock_id, **fields)
 
     def report(self, progress: float, message: str | None = None) -> asyncio.Future[None]:
         return self.send_report(self.progress_request(progress, message))
@@ -129,12 +131,12 @@ class LockKeeper:
         """Fail the job. Return the job if the daemon accepts this. Pending progress is sent first if possible."""
         await self.stop(flush=True)
         self.is_discarded = how.get("retry") is False
-        request = request_for(JobCalls.fail_job, self.id, lock_id=self.grant.lock_id, error_message=message, **how)
+        request = self._request(JobCalls.fail_job, error_message=message, **how)
         return await self._end("fail", request, give_up)
 
     async def release(self, give_up: asyncio.Event, delay_ms: int | None = None) -> bool:
         """Release the job. Return whether the daemon accepts this."""
-        request = request_for(JobCalls.release_job, self.id, lock_id=self.grant.lock_id, delay_ms=delay_ms)
+        request = self._request(JobCalls.release_job, delay_ms=delay_ms)
         return await self._end("release", request, give_up, is_final=True) is not None
 
     async def stop(self, *, flush: bool = False) -> None:
@@ -176,10 +178,7 @@ class LockKeeper:
 
     async def _try(self, report: _ProgressReport | None) -> LockState | None:
         """Send `report` or, without one or if it is rejected, an extension. Return None if that is not accepted."""
-        if report is None:
-            request = request_for(JobCalls.extend_job_lock, self.id, lock_id=self.grant.lock_id)
-        else:
-            request = report.request
+        request = self._request(JobCalls.extend_job_lock) if report is None else report.request
         try:
             state = await self._client.send(request, ONE_ATTEMPT)
         except LOST as error:
@@ -299,21 +298,13 @@ class LockKeeper:
         if now - self._extended_s < self._ttl_s / EXTENSIONS_PER_TTL:
             return
         with contextlib.suppress(JobdError):
-            await self._client.send(
-                request_for(JobCalls.extend_job_lock, self.id, lock_id=self.grant.lock_id), ONE_ATTEMPT
-            )
+            await self._client.send(self._request(JobCalls.extend_job_lock), ONE_ATTEMPT)
             self._on_extended(now)
 
     async def _fail_instead(self, verb: str, error: JobdError, give_up: asyncio.Event) -> None:
         """Fail the job with the error that the daemon raised for another ending."""
         message = f"The work has ended, but the daemon rejected its `{verb}`: {error.message}"[:MESSAGE_CHARACTERS]
-        failure = request_for(
-            JobCalls.fail_job,
-            self.id,
-            lock_id=self.grant.lock_id,
-            error_message=message,
-            error_code=f"{verb}:{error.code}",
-        )
+        failure = self._request(JobCalls.fail_job, error_message=message, error_code=f"{verb}:{error.code}")
         await self._end("fail", failure, give_up, is_final=True)
 
 

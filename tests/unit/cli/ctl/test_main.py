@@ -11,6 +11,7 @@ from click.testing import CliRunner
 
 from jobd.cli.ctl import main
 from tests import ROOT
+from tests.support.cli_harness import commands_of
 
 
 def run(*argv: str) -> int:
@@ -110,7 +111,7 @@ def test_an_unusable_token_file_exits_with_78(tmp_path: Path, capsys: pytest.Cap
 
 
 def test_no_option_takes_a_token_as_its_value() -> None:
-    verbs = [main.jobctl, *main.jobctl.commands.values()]
+    verbs = [main.jobctl, *commands_of(main.jobctl).values()]
     assert not [option for verb in verbs for param in verb.params for option in param.opts if option == "--token"]
 
 
