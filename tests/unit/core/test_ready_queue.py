@@ -256,15 +256,6 @@ class NaiveReadyQueue:
         assert self.due.oldest(now) == oldest
 
 
-def test_due_jobs_come_in_exact_order_over_kinds_and_priorities() -> None:
-    model = NaiveReadyQueue()
-    model.check()
-    for kind, *found in [("a", 0, 5, 1), ("b", 0, 4, 2), ("a", -1, 9, 3), ("b", 1, 1, 4), ("a", 0, 4, 5)]:
-        model.add(kind, *found)
-        model.check()
-    assert [found[2] for found in model.due.eligible(None, model.now)] == [3, 2, 5, 1, 4]
-
-
 def test_a_claim_of_all_kinds_of_a_queue_sorts_no_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
     """With a bucket for each of 2,001 priorities, sorting them takes ten milliseconds."""
     model = NaiveReadyQueue()
@@ -293,30 +284,6 @@ def test_jobs_that_are_all_in_one_fifo_need_no_merge() -> None:
     assert in_fifo(6) == (None, None)
 
 
-def test_a_bucket_is_removed_with_its_last_job() -> None:
-    model = NaiveReadyQueue()
-    first, second, third = model.add("a", 0, 1, 1), model.add("a", 5, 1, 2), model.add("b", 0, 1, 3)
-    model.remove(first)
-    assert list(model.due.buckets["a"]) == [5]
-    model.remove(second)
-    assert list(model.due.buckets) == ["b"]
-    model.remove(third)
-    assert not model.due.buckets
-    model.check()
-
-
-def test_a_job_that_returns_is_listed_once() -> None:
-    model = NaiveReadyQueue()
-    kept = model.add("a", 0, 1, 1)
-    item = model.add("a", 0, 2, 2)
-    for _ in range(3):
-        model.remove(item)
-        model.add("a", 0, 2, 2)
-        model.check()
-    model.remove(kept)
-    model.check()
-
-
 @pytest.mark.parametrize("seed", range(5))
 def test_any_sequence_of_adds_and_removes_matches_a_sort(seed: int) -> None:
     dice = random.Random(seed)
@@ -340,26 +307,6 @@ def test_any_sequence_of_adds_and_removes_matches_a_sort(seed: int) -> None:
             model.at(dice.choice([0, 5, 100, seq, 200, 100_000]))  # the clock may step back
             model.check()
     model.at(100_000)
-    model.check()
-
-
-def test_a_job_that_returns_in_another_form_is_listed_once() -> None:
-    model = NaiveReadyQueue()
-    item = model.add("a", 0, 1, 1)
-    model.remove(item)
-    model.join("a", 0, 1, 1)
-    model.check()
-    model.join("a", 0, 2, 2)
-    model.check()
-
-
-def test_a_new_job_is_the_first_if_all_others_are_removed() -> None:
-    model = NaiveReadyQueue()
-    removed = model.join("a", 0, 5, 1)
-    model.add("a", 0, 9, 2)
-    model.remove(removed)
-    model.join("a", 0, 6, 3)
-    model.join("b", 0, 7, 4)
     model.check()
 
 

@@ -15,7 +15,6 @@ from jobd.model.clocks import LockMs
 from jobd.model.commands import (
     Cancel,
     ClockTrust,
-    Create,
     Delete,
     ForceReset,
     Pause,
@@ -189,12 +188,6 @@ def test_the_late_results_added_last_are_remembered(monkeypatch: pytest.MonkeyPa
     assert [state.latest_late(job_seq) for job_seq in (1, 2, 3)] == [2, None, 3]
 
 
-def test_a_deleted_job_leaves_every_order(rules: RuleHarness) -> None:
-    rules.completed()
-    rules.accept(Delete(id="a"))
-    assert (rules.state.get("a"), rules.state.total(), rules.state.finished) == (None, 0, {})
-
-
 @pytest.mark.parametrize("status", ["queued", "processing", "completed"])
 def test_a_quarantined_job_leaves_every_order(rules: RuleHarness, status: str) -> None:
     rules.create()
@@ -245,17 +238,6 @@ def test_a_finished_job_whose_row_is_moved_later_is_no_longer_counted(rules: Rul
     assert (rules.state.totals["completed"], rules.state.totals["failed"], rules.state.unmoved) == (0, 0, {})
 
 
-def test_the_holder_of_a_job() -> None:
-    state = State()
-    assert not state.holds("a", "l")
-    job = held(1, "w")
-    state.reindex(None, job)
-    assert state.holds(job.id, "lock-1")
-    assert not state.holds(job.id, "lock-2")
-    state.reindex(job, queued(1))
-    assert not state.holds(job.id, "lock-1")
-
-
 # -- time -------------------------------------------------------------------------------------------------------------
 
 
@@ -287,17 +269,6 @@ def test_the_first_due_jobs_are_in_order_and_not_of_paused_queues(
         rules.state.set_paused("default", pause)
         expected = due_order(rules.rows.values(), rules.now, queues, kinds, rules.state.paused)
         assert [job.id for job in rules.state.first_due(queues, kinds, limit)] == expected[:limit]
-
-
-def test_a_removed_delayed_job_does_not_become_due(rules: RuleHarness) -> None:
-    rules.create("a", delay_ms=5)
-    rules.accept(Cancel(id="a"))
-    rules.create("b", delay_ms=5)
-    rules.accept(Update(id="b", run_at=NOW + 9))
-    rules.advance(5)
-    assert rules.claim() == []
-    rules.advance(4)
-    assert rules.claim() == ["b"]
 
 
 def test_a_reused_id_does_not_inherit_deadlines(rules: RuleHarness) -> None:
@@ -406,43 +377,6 @@ def test_advancing_time_does_not_read_every_job(rules: RuleHarness, monkeypatch:
         rules.state.advance(now, LockMs(0))
 
 
-def test_a_moved_due_job_is_found_once_in_its_new_place(rules: RuleHarness) -> None:
-    for name in "abc":
-        rules.create(name)
-
-    def order() -> list[str]:
-        return [job.id for job in rules.state.due(["default"], None)]
-
-    rules.accept(Update(id="c", run_at=NOW - 1))
-    assert order() == ["c", "a", "b"]
-    rules.accept(Update(id="c", run_at=NOW))
-    assert order() == ["a", "b", "c"]
-    rules.accept(Update(id="b", priority=-1))
-    assert order() == ["b", "a", "c"]
-    for _ in range(2):
-        rules.accept(Update(id="b", priority=0))
-        assert order() == ["a", "b", "c"]
-        rules.accept(Update(id="b", priority=-1))
-        assert order() == ["b", "a", "c"]
-
-
-def test_a_job_with_id_and_time_of_a_removed_one_is_found_once(rules: RuleHarness) -> None:
-    for name in ("first", "again"):
-        rules.create(name)
-        rules.accept(Update(id=name, priority=1))
-    rules.accept(Cancel(id="again"))
-    rules.accept(Delete(id="again"))
-    rules.create("again", priority=1)
-    assert [job.id for job in rules.state.due(["default"], None)] == ["first", "again"]
-
-
-def test_after_a_grant_the_next_job_of_the_bucket_is_found(rules: RuleHarness) -> None:
-    for name, kind in (("a", "x"), ("b", "x"), ("c", "y")):
-        rules.create(name, kind=kind)
-    rules.start("a")
-    assert [job.id for job in rules.state.due(["default"], None)] == ["b", "c"]
-
-
 def test_resuming_announces_every_due_kind(rules: RuleHarness) -> None:
     rules.create("a", kind="x")
     rules.create("b", kind="y")
@@ -454,19 +388,6 @@ def test_resuming_announces_every_due_kind(rules: RuleHarness) -> None:
     assert announced == []
     rules.accept(Resume(name="default"))
     assert set(announced) == {("default", "x"), ("default", "y")}
-
-
-def test_a_moved_deadline_is_checked_when_the_old_one_passes(rules: RuleHarness) -> None:
-    lock_id = rules.held()
-    first = rules.state.next_deadline()
-    rules.advance(5 * MINUTE_MS)
-    rules.progress(lock_id)
-    assert rules.state.next_deadline() == first  # an early deadline is harmless
-    rules.advance(10 * MINUTE_MS)
-    assert rules.state.next_deadline() == rules.lock_ms + 5 * MINUTE_MS
-    assert rules.state.live_locks() == 1
-    rules.advance(5 * MINUTE_MS)
-    assert (rules.state.next_deadline(), list(rules.state.stalled)) == (None, ["a"])
 
 
 def test_heaps_do_not_grow_while_jobs_come_and_go(rules: RuleHarness) -> None:
@@ -491,18 +412,6 @@ def test_a_start_knows_which_grant_is_the_oldest() -> None:
     late = replace(held(9, "w-9"), seq=2, id="a job that was granted last")
     state = State.opened(OpenedStore(Numbers(), [late, *state.processing.values()]))
     assert list(state.processing) == ["job-1", "job-2", "a job that was granted last"]
-
-
-def test_rolling_back_a_grant_restores_the_former_holder() -> None:
-    state = State()
-    former, new = held(1, "w-1"), replace(held(2, "w-2"), seq=1, id="job-1")
-    state.reindex(None, former)
-    state.reindex(former, replace(queued(1)))
-    state.reindex(state.get("job-1"), new)
-    state.reindex(new, former)  # the disk was full, so nothing has happened
-    holders = {name: list(seen.jobs) for name, seen in state.presence.workers.items()}
-    assert holders == {"w-1": ["job-1"], "w-2": []}
-    assert (state.live_locks(), state.next_deadline()) == (1, LockMs(500))
 
 
 def test_rolling_back_an_extension_restores_the_former_deadline() -> None:
@@ -632,12 +541,6 @@ def test_any_rows_in_any_order_match_a_recount(rules: RuleHarness, seed: int) ->
             rules.now += dice.randint(-15, 20)
             rules.lock_ms += dice.randint(0, 10)
         compare(rules.state, rules.rows, rules.moment)
-
-
-def test_creation_order_decides_among_equals(rules: RuleHarness) -> None:
-    for name in "cab":
-        rules.accept(Create(id=name))
-    assert rules.claim(limit=3) == ["c", "a", "b"]
 
 
 def test_the_oldest_due_job_of_a_kind(rules: RuleHarness) -> None:

@@ -11,7 +11,6 @@ import pytest
 
 from jobd.api.services import AGREES, Services
 from jobd.maintenance.cleanup_run import CleanupSchedule
-from jobd.maintenance.plan_runner import Planner
 from jobd.model.commands import (
     Cancel,
     Claim,
@@ -21,27 +20,18 @@ from jobd.model.commands import (
     DeleteExpired,
     EndPauses,
     Expire,
-    ForceReset,
     Get,
     IdempotencyKey,
     Pause,
     Preview,
     Recover,
-    RunNow,
-    Start,
     Tick,
-    Transition,
-    Update,
-    Updates,
-    Validate,
-    Why,
 )
 from jobd.model.errors import ApiError
 from jobd.model.job import DAY_MS, HOUR_MS, MINUTE_MS, SECOND_MS, Policy
 from jobd.model.responses import ClockView, Response
 from jobd.model.storage import AuditEntry, StoredResponse
 from tests.support.memory_storage import MemoryStorage
-from tests.support.plans import apply_plan, make_plan
 from tests.support.rule_harness import RuleHarness
 from tests.support.virtual_engine import VirtualEngine, in_virtual_time, seconds, until
 
@@ -89,42 +79,6 @@ async def test_the_first_command_after_a_step_fails_and_deletes_nothing() -> Non
         assert [grant.job.id for grant in (await engine.yes(Claim(worker="w"))).grants] == ["waits"]
 
 
-@in_virtual_time
-async def test_a_start_of_an_overdue_job_is_rejected_and_does_not_fail_the_job() -> None:
-    async with VirtualEngine() as engine:
-        await create_expiring(engine)
-        engine.step_ms = STEP_MS
-        rejection = await engine.no(Start(id="waits", worker="w"))
-        assert rejection.code == "invalid_transition"
-        assert "expires_at has passed. The wall clock is suspect" in rejection.message
-        assert "jobctl clock accept" in rejection.message
-        engine.step_ms = 0
-        assert (await engine.yes(Start(id="waits", worker="w"))).job.status == "processing"
-
-
-@pytest.mark.parametrize(
-    "command",
-    [
-        ForceReset(id="waits"),
-        RunNow(id="waits"),
-        Update(id="waits", priority=3),
-        Transition(id="waits", from_="processing", to="failed", updates=Updates()),
-        Validate(id="waits"),
-        Get(id="waits"),
-    ],
-    ids=lambda command: type(command).__name__,
-)
-def test_no_command_fails_an_overdue_job_as_a_side_effect(command: Any) -> None:
-    rules = RuleHarness()
-    rules.create("waits", expires_at=rules.now + DAY_MS)
-    rules.now, rules.trusted = rules.now + STEP_MS, rules.now
-    rules.ask(command, admin=True)
-    assert rules.job("waits").status == "queued"
-    rules.trusted = None
-    rules.ask(command, admin=True)
-    assert rules.job("waits").status == ("queued" if isinstance(command, (Validate, Get, ForceReset)) else "failed")
-
-
 def test_an_operator_can_still_end_and_delete_jobs() -> None:
     rules = RuleHarness()
     rules.create("waits", expires_at=rules.now + DAY_MS)
@@ -143,46 +97,6 @@ def test_a_pause_ends_by_the_expected_time_and_may_end_at_any_time_after_it() ->
     assert rules.accept(EndPauses()).done == 0
     rules.trusted = expected + HOUR_MS
     assert rules.accept(EndPauses()).done == 1
-
-
-def test_why_and_validation_name_the_suspect_clock_and_the_action() -> None:
-    rules = RuleHarness()
-    rules.completed("done")
-    rules.create("waits", expires_at=rules.now + DAY_MS)
-    rules.now, rules.trusted = rules.now + STEP_MS, rules.now
-    view = rules.accept(Why(id="waits"))
-    assert (view.next, view.blocked_by) == (None, "clock")
-    assert "The wall clock is suspect, so recovery does not fail it." in view.because
-    assert "jobctl clock accept" in view.do[0]
-    assert rules.accept(Why(id="done")).next.what == "A cleanup run deletes it once the clock is no longer suspect."
-    for job_id in ("done", "waits"):
-        [issue] = [issue for issue in rules.accept(Validate(id=job_id)).issues if issue.field == "expires_at"]
-        assert "while the clock is suspect" in issue.fix
-
-
-@in_virtual_time
-async def test_a_plan_made_before_the_step_does_nothing_by_age_after_it() -> None:
-    async with VirtualEngine() as engine:
-        planner = Planner(engine.actor, engine.clock)
-        await create_completed(engine, expires_at=engine.now + SECOND_MS)
-        await engine.yes(Create(id="waits", expires_at=engine.now + SECOND_MS))
-        await seconds(2)
-        assert [job.id for job in (await make_plan(planner, action="cleanup")).jobs] == ["waits", "done"]
-        engine.step_ms = STEP_MS
-        result = await apply_plan(planner)
-        assert (result.applied, [job.id for job in result.rejected]) == (0, ["waits", "done"])
-        assert all("The wall clock is suspect" in job.why for job in result.rejected)
-        assert (status(engine, "done"), status(engine, "waits")) == ("completed", "queued")
-
-
-@in_virtual_time
-async def test_a_plan_made_after_the_step_names_no_job_by_age() -> None:
-    async with VirtualEngine() as engine:
-        planner = Planner(engine.actor, engine.clock)
-        await create_completed(engine)
-        await create_expiring(engine)
-        engine.step_ms = STEP_MS
-        assert (await make_plan(planner, action="cleanup")).jobs == []
 
 
 # -- cleanup runs ------------------------------------------------------------------------------------------------------
@@ -228,20 +142,6 @@ async def test_a_clock_that_steps_between_scan_and_rule_costs_no_job_and_no_clea
             report = await engine.maintainer.run_cleanup(forced=True)
         assert (report.expired_jobs_deleted, report.errors) == (0, [])
         assert status(engine, "done") == "completed"
-
-
-@in_virtual_time
-async def test_recovery_fails_no_overdue_job() -> None:
-    async with VirtualEngine(schedule=CleanupSchedule(recover_every_ms=SECOND_MS)) as engine:
-        await create_expiring(engine)
-        await engine.yes(Create(id="due", expires_at=engine.now + SECOND_MS))
-        engine.step_ms = STEP_MS
-        engine.run_maintainer()
-        await seconds(30)
-        assert (status(engine, "waits"), status(engine, "due")) == ("queued", "queued")
-        engine.step_ms = 0
-        await until(lambda: status(engine, "due") == "failed")
-        assert status(engine, "waits") == "queued"
 
 
 @in_virtual_time
