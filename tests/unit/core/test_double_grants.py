@@ -52,60 +52,84 @@ def double_grants(rules: RuleHarness) -> DoubleGrants:
     return rules.state.counters.double_grants
 
 
-MakeCommands = Callable[[str], list[AnyCommand]]
-
-
 def restored(job_id: str = "a") -> EndGrants:
     """Restore a backup: the worker does not know that its grant has ended."""
     return EndGrants(ids=[job_id], last=True)
 
 
-TAKEN_AWAY: dict[str, MakeCommands] = {"restored backup": lambda lock: [restored()]}
-
-ENDED_BY_AN_OPERATOR: dict[str, MakeCommands] = {
-    "force-reset": lambda lock: [ForceReset(id="a")],
-    "transition": lambda lock: [Transition(id="a", from_="processing", to="queued")],
-    "cancel and reset": lambda lock: [Cancel(id="a"), ForceReset(id="a")],
-    "force-fail and reset": lambda lock: [ForceFail(id="a"), ForceReset(id="a")],
-    "release-lock": lambda lock: [ReleaseLock(id="a", lock_id=lock)],
-}
+# A time that passes, or a command with the lock of the job.
+Step = int | Callable[[str], AnyCommand]
 
 
-@pytest.mark.parametrize("make_commands", TAKEN_AWAY.values(), ids=TAKEN_AWAY)
-def test_a_grant_within_the_life_of_the_previous_lock_is_a_double_grant(
-    rules: CountingHarness, make_commands: MakeCommands
+def restore(_: str) -> AnyCommand:
+    return restored()
+
+
+def recover(_: str) -> AnyCommand:
+    return Recover(limit=9)
+
+
+def reset(_: str) -> AnyCommand:
+    return ForceReset(id="a")
+
+
+def extend(lock: str) -> AnyCommand:
+    return Extend(id="a", lock_id=lock)
+
+
+def fail(lock: str) -> AnyCommand:
+    return Fail(id="a", lock_id=lock, error_message="e", retry_after_ms=0)
+
+
+# Options of the job, what happens between its two grants, and the number of double grants.
+HISTORIES: dict[str, tuple[dict[str, Any], tuple[Step, ...], int]] = {
+    "restored backup": ({}, (MINUTE_MS - 1, restore), 1),
+    # A lock has expired exactly at its end.
+    "restored backup, until the lock has ended": ({}, (1_000, restore, MINUTE_MS - 1_000), 0),
+    "force-reset": ({}, (reset,), 0),
+    "transition": ({}, (lambda _: Transition(id="a", from_="processing", to="queued"),), 0),
+    "cancel and reset": ({}, (lambda _: Cancel(id="a"), reset), 0),
+    "force-fail and reset": ({}, (lambda _: ForceFail(id="a"), reset), 0),
+    "release-lock": ({}, (lambda lock: ReleaseLock(id="a", lock_id=lock),), 0),
+    "release": ({}, (lambda lock: Release(id="a", lock_id=lock),), 0),
+    "fail and retry": ({"max_attempts": 2}, (fail,), 0),
+    "fail and reset": ({}, (fail, reset), 0),
+    "undelivered": ({}, (lambda lock: Undelivered(id="a", lock_id=lock),), 0),
+    "stall": ({}, (MINUTE_MS, recover), 0),
+    # At its progress timeout a grant can end although its worker reported within the time of its lock.
+    "take back": (
+        {"progress_timeout_ms": 90_000}, (50_000, extend, 40_000, lambda _: TakeBack(name="w-1")), 0
+    ),
+    # The worker extended its lock until then, so it is probably still working.
+    "stall at the progress timeout": (
+        {"progress_timeout_ms": 90_000}, (50_000, extend, 40_000, recover, 19_999), 1
+    ),
+    # The lock is cut to the progress timeout.
+    "silent at the progress timeout": ({"progress_timeout_ms": 30_000}, (MINUTE_MS, recover), 0),
+    "extended": ({}, (50_000, extend, restore, 59_999), 1),
+    # A short extension counts as requested.
+    "extended by less": (
+        {}, (50_000, lambda lock: Extend(id="a", lock_id=lock, additional_ms=20_000), restore, 20_000), 0
+    ),
+    "postponed": ({}, (lambda _: ExtendAfterPause(ids=["a"], grace_ms=HOUR_MS), restore, HOUR_MS - 1), 1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("options", "steps", "total"), HISTORIES.values(), ids=HISTORIES)
+def test_a_grant_is_double_if_the_previous_worker_may_still_work(
+    rules: CountingHarness, options: dict[str, Any], steps: tuple[Step, ...], total: int
 ) -> None:
-    lock = held(rules)
-    rules.advance(MINUTE_MS - 1)
-    for command in make_commands(lock):
-        rules.accept(command, admin=True)
+    lock = held(rules, **options)
+    for step in steps:
+        if isinstance(step, int):
+            rules.advance(step)
+        else:
+            rules.accept(step(lock), admin=True)
     assert double_grants(rules).total == 0
     rules.start(worker="w-2")
-    assert (double_grants(rules).total, double_grants(rules).last_hour(rules.now)) == (1, 1)
-    assert double_grants(rules).last == DoubleGrant("a", (rules.tokens[0], rules.tokens[1]), ("w-1", "w-2"))
-    assert double_grants(rules).ended_grants == {}
-
-
-@pytest.mark.parametrize("make_commands", ENDED_BY_AN_OPERATOR.values(), ids=ENDED_BY_AN_OPERATOR)
-def test_a_grant_that_an_operator_ended_is_not_a_double_grant(
-    rules: CountingHarness, make_commands: MakeCommands
-) -> None:
-    lock = held(rules)
-    for command in make_commands(lock):
-        rules.accept(command, admin=True)
-    rules.start(worker="w-2")
-    assert (double_grants(rules).total, double_grants(rules).ended_grants) == (0, {})
-
-
-def test_jobs_that_an_operator_takes_back_are_not_double_grants(rules: CountingHarness) -> None:
-    """At its progress timeout a grant can end although its worker reported within the time of its lock."""
-    lock = held(rules, progress_timeout_ms=90_000)
-    rules.advance(50_000)
-    rules.accept(Extend(id="a", lock_id=lock))
-    rules.advance(40_000)
-    rules.accept(TakeBack(name="w-1"), admin=True)
-    rules.start(worker="w-2")
-    assert (double_grants(rules).total, double_grants(rules).ended_grants) == (0, {})
+    assert (double_grants(rules).total, double_grants(rules).last_hour(rules.now)) == (total, total)
+    expected = DoubleGrant("a", (rules.tokens[0], rules.tokens[1]), ("w-1", "w-2")) if total else None
+    assert (double_grants(rules).last, double_grants(rules).ended_grants) == (expected, {})
 
 
 CALLS: dict[str, Callable[[str], AnyCommand]] = {
@@ -137,98 +161,6 @@ def test_lock_lost_for_an_older_grant_does_not_affect_the_latest(rules: Counting
     double_grants(rules).rejected(replace(event, details={"fencing_token": ended.fencing_token - 1}))
     double_grants(rules).rejected(replace(event, details=None))
     assert list(double_grants(rules).ended_grants) == [rules.job().seq]
-
-
-@pytest.mark.parametrize("make_commands", TAKEN_AWAY.values(), ids=TAKEN_AWAY)
-def test_after_the_life_of_the_lock_there_is_no_double_grant(
-    rules: CountingHarness, make_commands: MakeCommands
-) -> None:
-    lock = held(rules)
-    rules.advance(1_000)
-    for command in make_commands(lock):
-        rules.accept(command, admin=True)
-    rules.advance(MINUTE_MS - 1_000)  # a lock has expired exactly at its end
-    rules.start(worker="w-2")
-    assert (double_grants(rules).total, double_grants(rules).last, double_grants(rules).ended_grants) == (0, None, {})
-
-
-ENDED_BY_THE_HOLDER: dict[str, MakeCommands] = {
-    "release": lambda lock: [Release(id="a", lock_id=lock)],
-    "fail and retry": lambda lock: [Fail(id="a", lock_id=lock, error_message="e", retry_after_ms=0)],
-    "fail and reset": lambda lock: [Fail(id="a", lock_id=lock, error_message="e", retry=False), ForceReset(id="a")],
-    "undelivered": lambda lock: [Undelivered(id="a", lock_id=lock)],
-}
-
-
-@pytest.mark.parametrize("make_commands", ENDED_BY_THE_HOLDER.values(), ids=ENDED_BY_THE_HOLDER)
-def test_a_worker_that_released_or_never_received_the_job_does_not_count(
-    rules: CountingHarness, make_commands: MakeCommands
-) -> None:
-    lock = held(rules, max_attempts=2)
-    for command in make_commands(lock):
-        rules.accept(command)
-    assert double_grants(rules).ended_grants == {}
-    rules.start(worker="w-2")
-    assert double_grants(rules).total == 0
-
-
-def test_an_ordinary_stall_is_not_a_double_grant(rules: CountingHarness) -> None:
-    held(rules)
-    rules.advance(MINUTE_MS)
-    rules.accept(Recover(limit=9))
-    assert rules.job().status == "queued"
-    rules.start(worker="w-2")
-    assert double_grants(rules).total == 0
-
-
-def test_a_stall_at_the_progress_timeout_is_a_double_grant(rules: CountingHarness) -> None:
-    """The worker extended its lock until then, so it is probably still working."""
-    lock = held(rules, progress_timeout_ms=90_000)
-    rules.advance(50_000)
-    rules.accept(Extend(id="a", lock_id=lock))
-    rules.advance(40_000)
-    rules.accept(Recover(limit=9))
-    assert rules.job().status == "queued"
-    rules.advance(19_999)
-    rules.start(worker="w-2")
-    assert double_grants(rules).total == 1
-
-
-def test_a_silent_worker_at_the_progress_timeout_is_not_a_double_grant(rules: CountingHarness) -> None:
-    held(rules, progress_timeout_ms=30_000)  # the lock is cut to it
-    rules.advance(MINUTE_MS)
-    rules.accept(Recover(limit=9))
-    rules.start(worker="w-2")
-    assert double_grants(rules).total == 0
-
-
-def test_an_extension_prolongs_the_life_of_the_lock(rules: CountingHarness) -> None:
-    lock = held(rules)
-    rules.advance(50_000)
-    rules.accept(Extend(id="a", lock_id=lock))
-    rules.accept(restored("a"))
-    rules.advance(59_999)
-    rules.start(worker="w-2")
-    assert double_grants(rules).total == 1
-
-
-def test_a_short_extension_counts_as_requested(rules: CountingHarness) -> None:
-    lock = held(rules)
-    rules.advance(50_000)
-    rules.accept(Extend(id="a", lock_id=lock, additional_ms=20_000))
-    rules.accept(restored("a"))
-    rules.advance(20_000)
-    rules.start(worker="w-2")
-    assert double_grants(rules).total == 0
-
-
-def test_postponed_deadlines_count(rules: CountingHarness) -> None:
-    held(rules)
-    rules.accept(ExtendAfterPause(ids=["a"], grace_ms=HOUR_MS))
-    rules.accept(restored("a"))
-    rules.advance(HOUR_MS - 1)
-    rules.start(worker="w-2")
-    assert double_grants(rules).total == 1
 
 
 def test_an_imported_job_has_no_known_worker(rules: CountingHarness) -> None:
