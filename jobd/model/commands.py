@@ -1114,6 +1114,14 @@ class Moment(Struct, frozen=True, gc=False):
         return self.now - min(self.ahead, 0)
 
     @property
+    def aging(self) -> int:
+        """The wall time by which deliveries of webhooks age: `believed`, or the expected time if that is later.
+
+        So a delivery that begins while the clock is behind is not old when the clock is put right.
+        """
+        return max(self.believed, self.expected)
+
+    @property
     def clock(self) -> ClockTrust:
         """What to persist about the clock."""
         if self.step is None:

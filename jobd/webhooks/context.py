@@ -33,7 +33,7 @@ class DispatchContext(Struct):
     retry_policy: RetryPolicy = RetryPolicy()
     next_delivery: int = 1
 
-    def new_delivery(self, message: Message, endpoint: str, now: int) -> Delivery:
+    def new_delivery(self, message: Message, endpoint: str, at: Moment) -> Delivery:
         """Return the message as a waiting delivery with a new number."""
         id_, self.next_delivery = self.next_delivery, self.next_delivery + 1
         return Delivery(
@@ -44,8 +44,8 @@ class DispatchContext(Struct):
             type=message.type,
             event_id=message.event_id,
             seq=message.seq,
-            at=now,
-            due_at=now,
+            at=at.aging,
+            due_at=at.believed,
             tries=0,
             ended_at=None,
             status=None,

@@ -288,7 +288,7 @@ class Dispatcher:
 
         async def post(message: Message) -> DeliveryOutcome:
             # The number is temporary. In the outbox the message gets another one.
-            delivery = self._context.new_delivery(message, name, self._context.moment().now)
+            delivery = self._context.new_delivery(message, name, self._context.moment())
             outcome = await self._try(transport, delivery)
             self._update_breaker(outcome)
             fields = {"webhook": name, "type": message.type, "subject": message.subject}
@@ -321,22 +321,21 @@ class Dispatcher:
         if not count:
             return
         at, ms = self._context.moment(), self._now_ms()
-        now = at.now
         all_tried, waits = [], []
         for delivery, outcome in self._outcomes[:count]:
             tried = replace(delivery, tries=delivery.tries + 1, status=outcome.status, error=outcome.error)
             wait_ms = 0
             if outcome.error is None:
-                tried = replace(tried, state="delivered", ended_at=now)
-            elif is_exhausted(tried, self.endpoint, at.believed, self._context.retry_policy):
-                tried = replace(tried, state="dead-lettered", ended_at=now)
+                tried = replace(tried, state="delivered", ended_at=at.latest)
+            elif is_exhausted(tried, self.endpoint, at.aging, self._context.retry_policy):
+                tried = replace(tried, state="dead-lettered", ended_at=at.latest)
             else:
                 context = self._context
                 wait_ms = retry_wait_ms(tried.tries, context.chance(), context.retry_policy, outcome.retry_after_ms)
-                tried = replace(tried, due_at=now + wait_ms)
+                tried = replace(tried, due_at=at.now + wait_ms)
             all_tried.append(tried)
             waits.append(wait_ms)
-        await self.reader.store_outcomes(all_tried, at.believed)
+        await self.reader.store_outcomes(all_tried, at.aging)
         del self._outcomes[:count]
         for tried, wait_ms in zip(all_tried, waits, strict=True):
             if tried.state == "waiting":
@@ -367,13 +366,13 @@ class Dispatcher:
         at = self._context.moment()
         ids = list(islice(self.queue.ids(), SLICE))
         old = [
-            replace(each, state="dead-lettered", ended_at=at.now, error=each.error or self.stats.last_error)
+            replace(each, state="dead-lettered", ended_at=at.latest, error=each.error or self.stats.last_error)
             for each in await self._context.storage.deliveries(ids)
-            if at.believed - each.at >= self.endpoint.give_up_after_ms
+            if at.aging - each.at >= self.endpoint.give_up_after_ms
         ]
         if not old:
             return
-        await self.reader.store_outcomes(old, at.believed)
+        await self.reader.store_outcomes(old, at.aging)
         for each in old:
             self._recent.pop(each.id, None)
             self.queue.remove(each.id)

@@ -160,15 +160,15 @@ class EventReader:
         """Write deliveries and cursor in one transaction. Omitted values stay as they are."""
         name, context = self._endpoint.name, self._context
         async with self._writing:
-            now = context.moment().believed  # with the time of a clock that is ahead, retries would not end
-            new = [context.new_delivery(message, name, now) for message in messages]
+            at = context.moment()  # `aging`: with the time of a clock that is ahead, retries would not end
+            new = [context.new_delivery(message, name, at) for message in messages]
             cursor = WebhookCursor(
                 name,
                 self.position if position is None else position,
                 self._cursor.gone_to if gone_to is None else gone_to,
                 context.next_delivery,
                 self._cursor.alerts if announced is None else announced,
-                now,
+                at.aging,
             )
             await context.storage.plan_deliveries(cursor, new)
             self._cursor, self._unsaved_since_s = cursor, None

@@ -102,7 +102,7 @@ class WebhookManager:
         if not new:
             return
         context = self._context
-        outbox = await context.storage.open_outbox(list(endpoints), context.moment().believed)
+        outbox = await context.storage.open_outbox(list(endpoints), context.moment().aging)
         context.next_delivery = max(context.next_delivery, outbox.next_delivery)
         for name in [name for name in new if name in outbox.cursors]:
             endpoint = endpoints[name]

@@ -37,10 +37,11 @@ class SteppedWallClock:
 
     def __init__(self) -> None:
         self.step_ms = NOW - time.time_ns() // 1_000_000
+        self.behind_ms = 0
 
     def moment(self) -> Moment:
         now = time.time_ns() // 1_000_000 + self.step_ms
-        return Moment(now=now, lock_ms=LockMs(0), offset=now)
+        return Moment(now=now - self.behind_ms, lock_ms=LockMs(0), offset=now, ahead=-self.behind_ms)
 
 
 class FakeTransport:

@@ -334,6 +334,18 @@ async def test_an_old_message_is_dead_lettered_after_enough_attempts_and_the_nex
         assert (lost.type, lost.status, lost.error) == ("job.created", 500, REJECTED.error)
 
 
+async def test_a_clock_that_was_behind_and_is_put_right_dead_letters_nothing(path: Path) -> None:
+    clock = SteppedWallClock()
+    clock.behind_ms = 100 * DAY_MS
+    async with running_webhooks(path, endpoint(), posts=FakeTransport(lambda _: REJECTED), clock=clock) as at:
+        await at.commit(at.maker.create("a"))
+        await wait_until(lambda: len(at.posts.tried) > FAST_RETRY.min_tries)
+        clock.behind_ms = 0
+        tries = len(at.posts.tried)
+        await wait_until(lambda: len(at.posts.tried) > tries + 1 or at.webhooks.views()[0].dead_lettered > 0)
+        assert at.webhooks.views()[0].dead_lettered == 0
+
+
 async def test_old_messages_of_an_endpoint_that_keeps_failing_are_dead_lettered_without_an_attempt(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
