@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from collections.abc import Awaitable, Callable, Coroutine
+from collections import Counter
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from functools import partial
 from random import SystemRandom
 from typing import Any, Final, Protocol
@@ -335,6 +336,9 @@ class Serving:
         self._stack.push_async_callback(health.close)
         return health
 
+    def _error_counts(self) -> Iterable[Counter[str]]:
+        return (app.error_counts for app in self._apps)
+
     def _with_full_disk(self, cluster_view: Callable[[], ClusterView]) -> ClusterView:
         """Return the state of the cluster, with a full disk of the journal's server as a problem."""
         view, full_disk = cluster_view(), self.actor.full_disk
@@ -353,7 +357,14 @@ class Serving:
         self.alerts = Alerts(self.actor.state, self.clock, health, self.maintainer, _thresholds(settings))
         self._background.run("alerts", self.alerts)
         metrics = Metrics(
-            self.actor, self.maintainer, self.alerts, self.clock, self._sweeps, store.path, self._apps, self.feed
+            self.actor,
+            self.maintainer,
+            self.alerts,
+            self.clock,
+            self._sweeps,
+            store.path,
+            self._error_counts,
+            self.feed,
         )
         metrics.webhooks = self.webhooks.metrics
         if cluster_view is not None:

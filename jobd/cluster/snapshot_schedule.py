@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable
-from typing import BinaryIO, Final, Protocol
+from typing import BinaryIO, Final
 
 import structlog
 
@@ -19,8 +19,8 @@ from jobd.engine.clock import loop_time, wall_clock_ms
 from jobd.model.clocks import MonotonicS
 from jobd.model.journal import BadRecord, Head, JournalUnavailable, SharedJournal, SnapshotInfo
 from jobd.model.storage import BackupError, DiskFull
-from jobd.storage.backup import StoreCopy
 from jobd.storage.cluster import snapshots
+from jobd.storage.cluster.store import ClusterStore
 from jobd.storage.files import StoreError
 
 CHECK_S: Final = 10.0
@@ -28,16 +28,6 @@ MIN_RECORDS: Final = 1_000  # since the latest snapshot: fewer are read faster t
 KEPT: Final = 2
 
 log = structlog.get_logger("jobd.cluster")
-
-
-class CopiedStorage(Protocol):
-    """The part of the store that makes copies."""
-
-    async def is_on_branch(self, journal: SharedJournal) -> bool:
-        """Return whether `journal` still has the last record that was followed. Raises StoreAhead."""
-
-    async def snapshot(self) -> StoreCopy:
-        """Return a copy of the tables. Raises BackupError, DiskFull or StoreError."""
 
 
 class SnapshotSchedule:
@@ -50,7 +40,7 @@ class SnapshotSchedule:
     def __init__(
         self,
         journal: SharedJournal,
-        store: CopiedStorage,
+        store: ClusterStore,
         registry: NodeRegistry,
         *,
         process: str,

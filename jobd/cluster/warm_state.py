@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
-from typing import Final, Protocol
+from typing import Final
 
 from msgspec.structs import replace
 
@@ -14,25 +13,10 @@ from jobd.journal import record
 from jobd.journal.record import Decoded
 from jobd.model.job import Job
 from jobd.model.journal import Record, SharedJournal
-from jobd.model.storage import Batch, FiguresWrite, LoadedRows, OpenedStore, Quarantined, StoredResponse, TombstoneWrite
+from jobd.model.storage import Batch, FiguresWrite, OpenedStore, Quarantined, StoredResponse, TombstoneWrite
+from jobd.storage.cluster.store import ClusterStore
 
 PIECE_EVENTS: Final = 200  # applied in one turn of the event loop, in about 5 ms
-
-
-class FollowingStorage(Protocol):
-    """The part of the store that a standby uses."""
-
-    async def follow(self, records: Sequence[Record], decoded: Sequence[Decoded] = ()) -> None:
-        """Queue the next records for the tables. `decoded` has their decoded form.
-
-        Raises DiskFull if nothing was taken.
-        """
-
-    async def is_on_branch(self, journal: SharedJournal) -> bool:
-        """Return whether `journal` still has the last record that was taken. Raises StoreAhead if it has lost it."""
-
-    async def load(self, ids: list[str], payloads: list[int], digests: list[str]) -> LoadedRows:
-        """Read jobs by id, as of the last record."""
 
 
 class WarmState:
@@ -41,7 +25,7 @@ class WarmState:
     `last_event` is the seq of the last event of these records.
     """
 
-    def __init__(self, store: FollowingStorage, opened: OpenedStore, number: int) -> None:
+    def __init__(self, store: ClusterStore, opened: OpenedStore, number: int) -> None:
         self.number = number
         self.last_event = opened.numbers.next_event - 1
         self.state = State.opened(opened)

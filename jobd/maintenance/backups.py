@@ -15,7 +15,8 @@ import structlog
 
 from jobd.model.errors import ApiError
 from jobd.model.responses import BackupState, BackupView
-from jobd.model.storage import BackupError, BackupStep, DiskFull, Storage
+from jobd.model.storage import BackupError, BackupStep, DiskFull
+from jobd.storage.store import Store
 
 MAX_ACTIVE: Final = 8  # one is being copied; the others wait or are being sent
 MAX_FINISHED: Final = 20  # kept in the list
@@ -28,7 +29,7 @@ log = structlog.get_logger("jobd.daemon")
 class Backups:
     """Makes one backup at a time. `now` returns Unix ms."""
 
-    def __init__(self, storage: Storage, now: Callable[[], int]) -> None:
+    def __init__(self, storage: Store, now: Callable[[], int]) -> None:
         self._storage = storage
         self.now = now
         self._active: list[Backup] = []
@@ -94,7 +95,7 @@ class Backup:
             message=self._message,
         )
 
-    async def copy(self, storage: Storage) -> None:
+    async def copy(self, storage: Store) -> None:
         """Make the copy and open it for `read`."""
         self._file = await storage.backup(self._on_progress)
         self.size = await asyncio.to_thread(self._file.seek, 0, 2)

@@ -8,7 +8,7 @@ from typing import Final
 from jobd.engine.clock import loop_time
 from jobd.model.errors import ApiError
 from jobd.model.responses import CheckedRows, DamagedRow
-from jobd.model.storage import Storage
+from jobd.storage.store import Store
 
 CALL_S: Final = 0.25  # duration of one call, pauses included
 
@@ -16,7 +16,7 @@ CALL_S: Final = 0.25  # duration of one call, pauses included
 class Scrubber:
     """Checks one slice at a time. Concurrent calls wait for each other."""
 
-    def __init__(self, storage: Storage) -> None:
+    def __init__(self, storage: Store) -> None:
         self._storage = storage
         self._lock = asyncio.Lock()
 

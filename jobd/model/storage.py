@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, BinaryIO, Final, Literal, Protocol
+from typing import Any, Final, Literal, Protocol
 
 from msgspec import Struct
 from msgspec.structs import replace
@@ -12,7 +12,7 @@ from jobd.model.clocks import LockMs
 from jobd.model.commands import ClockTrust
 from jobd.model.events import Change, Event, QueuePause
 from jobd.model.job import HOUR_MS, Grant, Job, LateResult, PackedJob
-from jobd.model.responses import CheckedRows, DeliveryState
+from jobd.model.responses import DeliveryState
 from jobd.model.webhooks import Delivery, Outbox, WebhookCursor
 
 RESERVE_BYTES: Final = 16 << 20  # size of the reserve file
@@ -575,19 +575,3 @@ class OutboxStorage(EventStorage, Protocol):
         self, endpoint: str, state: DeliveryState | None, before: int, limit: int
     ) -> list[Delivery]:
         """Read up to `limit` deliveries with numbers below `before`, newest first."""
-
-
-class Storage(JobStorage, OutboxStorage, Protocol):
-    """The complete storage of a daemon."""
-
-    async def check_rows(self, cursor: str | None) -> CheckedRows | None:
-        """Check the checksums of the rows at `cursor` (None: the first ones) for some milliseconds.
-
-        Damaged rows are quarantined. Return None if `cursor` is not the `next_cursor` of an earlier call.
-        """
-
-    async def backup(self, progress: BackupProgress | None = None) -> BinaryIO:
-        """Return a marked and checked copy of the storage as an open file without a name. May take minutes.
-
-        One backup runs at a time. A cancellation stops it. Raises DiskFull or BackupError.
-        """

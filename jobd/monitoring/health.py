@@ -10,7 +10,7 @@ import contextlib
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable
 from itertools import chain, islice
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import structlog
 from msgspec import UNSET
@@ -19,6 +19,7 @@ from msgspec.structs import replace
 from jobd.engine.actor import Actor
 from jobd.engine.clock import Clock, loop_time
 from jobd.engine.disk_full import WriteLimit
+from jobd.maintenance.artifact_sweeper import ArtifactSweeper
 from jobd.maintenance.maintainer import Maintainer
 from jobd.model.clocks import MonotonicS
 from jobd.model.commands import Ping
@@ -26,7 +27,7 @@ from jobd.model.errors import ApiError
 from jobd.model.job import STATUSES, Job
 from jobd.model.responses import CleanupHealth, ClusterView, DatabaseHealth, HealthStatus, HealthView, PartHealth
 from jobd.model.storage import IN_MEMORY, RESERVE_BYTES, SPARE_BYTES, DiskFull, DiskSpace
-from jobd.storage.artifacts.base import ArtifactStoreError
+from jobd.storage.artifacts.base import ArtifactStore, ArtifactStoreError
 
 log = structlog.get_logger("jobd.health")
 
@@ -48,16 +49,6 @@ _LIMITS: Final = {
 }
 
 
-class ArtifactProbe(Protocol):
-    place: str
-
-    async def probe(self) -> None: ...
-
-
-class SweepStatus(Protocol):
-    def degraded_reason(self) -> str | None: ...
-
-
 class Health:
     """Measures health on demand. `last` is the latest result.
 
@@ -73,8 +64,8 @@ class Health:
         *,
         faults: Iterable[str] = (),
         take_faults: Callable[[], Iterable[str]] = tuple,
-        artifacts: ArtifactProbe | None = None,
-        sweeper: SweepStatus | None = None,
+        artifacts: ArtifactStore | None = None,
+        sweeper: ArtifactSweeper | None = None,
         is_in_memory: bool = False,
     ) -> None:
         self.last: HealthView | None = None

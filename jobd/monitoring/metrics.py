@@ -12,7 +12,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import accumulate, chain, islice
-from typing import Final, Protocol, get_args
+from typing import Final, get_args
 
 from prometheus_client import generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
@@ -49,14 +49,10 @@ ISSUE_TYPES: Final = ("error", "critical")  # cleanup runs do not count warnings
 MakeMetric = Callable[[], Metric]
 
 
-class ErrorCounts(Protocol):
-    error_counts: Counter[str]  # by code
-
-
 class Metrics:
     """Renders the metrics. From `run` until `stop` it measures the lag of the event loop.
 
-    `listeners` is read at each call, so it may grow. A store in memory has no files; their sizes are 0.
+    `error_counts` returns the errors sent by each listener, by code. A store in memory has no files; their sizes are 0.
     """
 
     def __init__(
@@ -67,7 +63,7 @@ class Metrics:
         clock: Clock,
         sweeps: SweepStats,
         store_path: str,
-        listeners: Sequence[ErrorCounts],
+        error_counts: Callable[[], Iterable[Counter[str]]],
         feed: EventFeed,
     ) -> None:
         self._actor = actor
@@ -75,7 +71,7 @@ class Metrics:
         self._alerts = alerts
         self._clock = clock
         self._sweeps = sweeps
-        self._listeners = listeners
+        self._error_counts = error_counts
         self._feed = feed
         self._store_path = store_path
         self.webhooks: Callable[[], Mapping[str, WebhookMetrics]] = dict
@@ -145,7 +141,7 @@ class Metrics:
         yield _counters("grants", "Jobs granted to workers, by queue.", ["queue"], stats.grants.items())
         events = ((kind, stats.events.get(kind, 0)) for kind in get_args(EventType))
         yield _counters("events", "Committed events, by type.", ["type"], events)
-        errors = sum((listener.error_counts for listener in self._listeners), Counter[str]())
+        errors = sum(self._error_counts(), Counter[str]())
         rejections = ((code, errors[code]) for code in ERROR_STATUS)
         yield _counters(
             "rejections", "Error responses, by code; already_locked is lock contention.", ["code"], rejections

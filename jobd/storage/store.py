@@ -22,13 +22,14 @@ from jobd.model.storage import (
     DiskFull,
     DiskSpace,
     FiguresWrite,
+    JobStorage,
     LateResultQuery,
     LateResultRows,
     LoadedRows,
     OpenedStore,
+    OutboxStorage,
     OutboxWrite,
     Quarantined,
-    Storage,
     TableWrite,
     Tombstone,
     TombstoneWrite,
@@ -97,7 +98,7 @@ def _planned(
     return write
 
 
-class Store(Storage):
+class Store(JobStorage, OutboxStorage):
     """The SQLite storage. Create it with `open`; always `close` it."""
 
     def __init__(
@@ -373,6 +374,10 @@ class Store(Storage):
     read_audit = _query(queries.read_audit)
     due_tombstones = _query(queries.due_tombstones)
     check_rows = _query(scrub.check_slice)
+    """Check the checksums of the rows at `cursor` (None: the first ones) for some milliseconds.
+
+    Damaged rows are quarantined. Return None if `cursor` is not the `next_cursor` of an earlier call.
+    """
     prune = _planned(table_writes.plan_pruning)
     trim_audit = _planned(table_writes.plan_trimming)
 
@@ -410,6 +415,10 @@ class Store(Storage):
     # ----------------------------------------------------------------------------------------- miscellaneous
 
     async def backup(self, progress: BackupProgress | None = None) -> BinaryIO:
+        """Return a marked and checked copy of the storage as an open file without a name. May take minutes.
+
+        One backup runs at a time. A cancellation stops it. Raises DiskFull or BackupError.
+        """
         async with self._backup_lock:
             if self._closing.is_set():
                 raise StoreBroken("the store is closed")

@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
 
 from msgspec import Struct
 
 from jobd.model.commands import Moment
 from jobd.model.responses import AlertView
 from jobd.model.storage import OutboxStorage
-from jobd.model.webhooks import Delivery, DeliveryOutcome, WebhookEndpoint
+from jobd.model.webhooks import Delivery
 from jobd.webhooks.message import Message
 from jobd.webhooks.retry import RetryPolicy
-
-
-class Transport(Protocol):
-    async def post(self, endpoint: WebhookEndpoint, delivery: Delivery) -> DeliveryOutcome: ...
-    async def close(self) -> None: ...
 
 
 class DispatchContext(Struct):

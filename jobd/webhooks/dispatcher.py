@@ -18,11 +18,12 @@ from jobd.model.events import Change
 from jobd.model.job import MINUTE_MS, SECOND_MS
 from jobd.model.storage import CannotWrite
 from jobd.model.webhooks import EVENTS_GONE, MAX_BACKLOG, Delivery, DeliveryOutcome, Outbox, WebhookEndpoint
-from jobd.webhooks.context import DeliveryStats, DispatchContext, Transport
+from jobd.webhooks.context import DeliveryStats, DispatchContext
 from jobd.webhooks.delivery_queue import DeliveryQueue, QueuedDelivery
 from jobd.webhooks.event_reader import PAGE, EventReader
 from jobd.webhooks.message import Message, test_message
 from jobd.webhooks.retry import BreakerState, CircuitBreaker, is_exhausted, retry_wait_ms
+from jobd.webhooks.transport import HttpTransport
 from jobd.webhooks.url_policy import redacted
 
 PARALLEL: Final = 8  # concurrent deliveries of one endpoint
@@ -65,7 +66,7 @@ class Dispatcher:
             self.queue.add(QueuedDelivery(each.id, each.subject, ms + left_ms if left_ms else 0, each.tries))
 
     # -- interface -----------------------------------------------------------------------------------------------------
-    async def run(self, transport: Transport) -> None:
+    async def run(self, transport: HttpTransport) -> None:
         """Run until `stop`, then wait briefly for running deliveries. Log errors and continue."""
         try:
             while not self._stopping:
@@ -161,7 +162,7 @@ class Dispatcher:
 
     # -- rounds --------------------------------------------------------------------------------------------------------
 
-    async def _guarded_round(self, transport: Transport) -> float | None:
+    async def _guarded_round(self, transport: HttpTransport) -> float | None:
         """Run a round. Return the seconds until the next one, or None to wait for `wake`."""
         try:
             wait_s = await self._round(transport)
@@ -179,7 +180,7 @@ class Dispatcher:
             self._is_failing = False
         return wait_s
 
-    async def _round(self, transport: Transport) -> float | None:
+    async def _round(self, transport: HttpTransport) -> float | None:
         may_write = self._context.may_write()
         if may_write:
             await self._save_outcomes()
@@ -222,7 +223,7 @@ class Dispatcher:
 
     # -- deliveries ----------------------------------------------------------------------------------------------------
 
-    async def _start_deliveries(self, transport: Transport) -> None:
+    async def _start_deliveries(self, transport: HttpTransport) -> None:
         """Start as many deliveries as may run: none while the breaker is open, one while it is half-open."""
         taken: list[QueuedDelivery] = []
         ms = self._now_ms()
@@ -254,7 +255,7 @@ class Dispatcher:
             found |= {each.id: each for each in await self._context.storage.deliveries(unknown)}
         return found
 
-    async def _deliver(self, transport: Transport, delivery: Delivery) -> None:
+    async def _deliver(self, transport: HttpTransport, delivery: Delivery) -> None:
         if not self._context.may_send():  # again, because the deliveries were loaded meanwhile
             del self._in_flight[delivery.id]
             self.queue.requeue(delivery.id)
@@ -269,7 +270,7 @@ class Dispatcher:
         self._sent_before_probe.discard(delivery.id)
         self._wake.set()
 
-    async def _try(self, transport: Transport, delivery: Delivery) -> DeliveryOutcome:
+    async def _try(self, transport: HttpTransport, delivery: Delivery) -> DeliveryOutcome:
         """Attempt a delivery once. An internal error counts as a failure."""
         try:
             return await transport.post(self.endpoint, delivery)
@@ -280,7 +281,7 @@ class Dispatcher:
             )
             return DeliveryOutcome(None, f"This is a bug in jobd: {type(bug).__name__}.")
 
-    def _deliver_alerts_directly(self, transport: Transport) -> None:
+    def _deliver_alerts_directly(self, transport: HttpTransport) -> None:
         """Deliver alerts while the outbox cannot be written. The outbox delivers them again once it can be written."""
         if not self._context.may_send():
             return
@@ -380,7 +381,7 @@ class Dispatcher:
         if len(old) == SLICE:
             self._next_clearing_s = MonotonicS(0.0)
 
-    async def _shut_down(self, transport: Transport) -> None:
+    async def _shut_down(self, transport: HttpTransport) -> None:
         """Wait briefly for running deliveries and store the results. The rest is sent after the next start."""
         running = [*self._in_flight.values(), *self.reader.alerts.in_flight()]
         if running:

@@ -15,8 +15,9 @@ from jobd.model.events import Change
 from jobd.model.responses import DeliveryPage, DeliveryState, DeliveryView, WebhookView
 from jobd.model.storage import CannotWrite, DiskFull
 from jobd.model.webhooks import Delivery, FailingWebhook, WebhookEndpoint, WebhookMetrics
-from jobd.webhooks.context import DeliveryStats, DispatchContext, Transport
+from jobd.webhooks.context import DeliveryStats, DispatchContext
 from jobd.webhooks.dispatcher import DISK_FULL_RETRY_S, FAILURE_RETRY_S, Dispatcher, wait_for_wake
+from jobd.webhooks.transport import HttpTransport
 from jobd.webhooks.url_policy import public_url
 
 NEWEST: Final = (1 << 63) - 1
@@ -37,7 +38,7 @@ class WebhookManager:
         context: DispatchContext,
         *,
         subscribe: Callable[[Callable[[Sequence[Change]], None]], None],
-        make_transport: Callable[[WebhookEndpoint], Transport],
+        make_transport: Callable[[WebhookEndpoint], HttpTransport],
     ) -> None:
         self._context = context
         self._subscribe = subscribe

@@ -7,7 +7,7 @@ import contextlib
 import functools
 from collections.abc import Callable, Coroutine, Sequence
 from random import Random
-from typing import Any, ClassVar, Final
+from typing import Any, ClassVar, Final, cast
 
 from msgspec import Struct
 
@@ -50,7 +50,7 @@ class SharedStorage(MemoryStorage):
 
     def __init__(self) -> None:
         super().__init__()
-        self.appender = Appender(lambda lost: None)
+        self.appender: Any = Appender(lambda lost: None)
         self._last_crc: int | None = None
 
     async def write_tables(self, write: TableWrite) -> None:
@@ -72,7 +72,8 @@ class SharedStorage(MemoryStorage):
             made.payloads = self.append(batch, reported)
             self.project()
 
-        return (await self.appender.append(prepare, accept)).payloads
+        appended: Made = await self.appender.append(prepare, accept)
+        return appended.payloads
 
     async def follow(self, records: Sequence[Record], decoded: object = ()) -> None:
         await asyncio.sleep(0)
@@ -108,7 +109,7 @@ class ClusterNode:
         self.leadership: Leadership | None = None
         self.ended: BaseException | None = None
         opened = self.disk.opened()
-        self.warm = WarmState(self.disk, opened, self.disk.projected_to)
+        self.warm = WarmState(cast(Any, self.disk), opened, self.disk.projected_to)
         self.standby = Standby(
             self.journal,
             self.warm,

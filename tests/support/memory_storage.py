@@ -36,14 +36,15 @@ from jobd.model.storage import (
     FiguresWrite,
     JobQuery,
     JobRows,
+    JobStorage,
     LateResultQuery,
     LateResultRows,
     LoadedRows,
     Numbers,
     OpenedStore,
+    OutboxStorage,
     Payload,
     Quarantined,
-    Storage,
     TableWrite,
     Tombstone,
     TombstoneWrite,
@@ -52,7 +53,7 @@ from tests.support.memory_outbox import MemoryOutbox
 from tests.support.memory_projection import MemoryProjection
 
 
-class MemoryStorage(MemoryProjection, MemoryOutbox, Storage):
+class MemoryStorage(MemoryProjection, MemoryOutbox, JobStorage, OutboxStorage):
     """The committed data in dicts. Every method yields to the event loop once, as calls of the storage thread do.
 
     Failures on demand:
@@ -169,7 +170,7 @@ class MemoryStorage(MemoryProjection, MemoryOutbox, Storage):
                 self.unmoved.pop(change.event.job_id, None)
         return payloads
 
-    # -- model.storage.Storage
+    # -- model.storage
 
     def cached_payloads(self, job_seqs: list[int]) -> dict[int, bytes]:
         return {}

@@ -7,7 +7,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from jobd.model.clocks import LockMs
 from jobd.model.commands import Moment
@@ -108,7 +108,7 @@ class WebhookHarness:
             chance=lambda: 0.5,
             retry_policy=FAST_RETRY,
         )
-        self.webhooks = WebhookManager(self.context, subscribe=self.listeners.append, make_transport=posts)
+        self.webhooks = WebhookManager(self.context, subscribe=self.listeners.append, make_transport=cast(Any, posts))
 
     def _alerts(self) -> list[AlertView] | None:
         if self.firing is None:

@@ -4,23 +4,16 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from typing import Final, Protocol, TypeVar
+from typing import Final
 
 from jobd.journal.record import LOWEST_FORMAT
 from jobd.model.journal import LeadershipLost, Record
 from jobd.model.storage import DiskFull, FormatNotRead
+from jobd.storage.tables.projection import Prepared
 
 Append = Callable[[Record, int], Awaitable[None]]  # of a SharedJournal
 
 _INTERRUPTED: Final = "an append was interrupted, so its outcome is unknown"
-
-
-class PreparedRecord(Protocol):
-    @property
-    def record(self) -> Record: ...
-
-
-P = TypeVar("P", bound=PreparedRecord)
 
 
 class Appender:
@@ -41,7 +34,9 @@ class Appender:
         """Append with `to_journal` from now on. `format` returns the highest format of records that all nodes read."""
         self._to_journal, self._format = to_journal, format
 
-    async def append(self, prepare: Callable[[], Awaitable[P]], accept: Callable[[P], Awaitable[None]]) -> P:
+    async def append(
+        self, prepare: Callable[[], Awaitable[Prepared]], accept: Callable[[Prepared], Awaitable[None]]
+    ) -> Prepared:
         """Append what `prepare` returns, and pass it to `accept` when the journal has it.
 
         Nothing is appended after an error other than DiskFull or FormatNotRead. Do not cancel this.

@@ -243,7 +243,7 @@ class SimDisk(MemoryStorage):
             self.numbers = self.tables.numbers = replace(old, epoch=epoch, next_token=1, next_event=next_event)
             self._unsynced = None  # a commit of its own, which is flushed
 
-    # -- model.storage.Storage
+    # -- model.storage
 
     async def write(self, batch: Batch) -> dict[int, bytes]:
         blocks = self.commits_inline

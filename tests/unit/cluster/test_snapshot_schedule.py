@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import tempfile
+from typing import Any, cast
 
 import pytest
 from msgspec.structs import replace
@@ -50,7 +51,7 @@ class Node:
         self.fails_over = False  # after the next copy
         self.schedule = SnapshotSchedule(
             self.journal,
-            self,
+            cast(Any, self),
             self.registry,
             process=f"p-{name}",
             leader=lambda: "p-a",

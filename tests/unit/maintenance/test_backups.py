@@ -184,7 +184,7 @@ async def test_backups_run_one_after_the_other_and_are_limited(store: Store, mon
 
 
 async def test_the_reason_of_a_failed_backup_is_kept() -> None:
-    storage = MemoryStorage()
+    storage: Any = MemoryStorage()
     storage.errors["backup"] = DiskFull("a backup needs 48 MiB free")
     manager = Backups(storage, lambda: 1)
     for number in range(backups.MAX_FINISHED + 3):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any, cast
 
 import pytest
 from msgspec.structs import replace
@@ -278,7 +279,7 @@ class MissingArtifactStore:
 @in_virtual_time
 async def test_an_unhealthy_part_fires_with_its_message() -> None:
     async with VirtualEngine() as engine:
-        health = Health(engine.actor, engine.clock, engine.maintainer, artifacts=MissingArtifactStore())
+        health = Health(engine.actor, engine.clock, engine.maintainer, artifacts=cast(Any, MissingArtifactStore()))
         alerts = Alerts(engine.state, engine.clock, health, engine.maintainer, hold_ms=0, clear_ms=0)
         assert one(alerts, "database").hint == one(alerts, "storage").hint == "Not measured yet."
         engine.disk.errors["probe"] = OSError("broken")

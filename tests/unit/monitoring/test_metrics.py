@@ -50,12 +50,7 @@ from tests.support.memory_storage import MemoryStorage
 from tests.support.virtual_engine import VirtualEngine, in_virtual_time, row, seconds
 
 
-class FakeListener:
-    def __init__(self, **errors: int) -> None:
-        self.error_counts: Counter[str] = Counter(errors)
-
-
-def metrics_of(engine: VirtualEngine, *listeners: FakeListener, store_path: str = ":memory:") -> Metrics:
+def metrics_of(engine: VirtualEngine, *errors: Counter[str], store_path: str = ":memory:") -> Metrics:
     health = Health(engine.actor, engine.clock, engine.maintainer)
     alerts = Alerts(engine.state, engine.clock, health, engine.maintainer, hold_ms=0, clear_ms=0)
     return Metrics(
@@ -65,7 +60,7 @@ def metrics_of(engine: VirtualEngine, *listeners: FakeListener, store_path: str 
         engine.clock,
         SweepStats(),
         store_path,
-        listeners,
+        lambda: errors,
         EventFeed(engine.disk, 0, 1),
     )
 
@@ -85,9 +80,9 @@ def value(body: bytes, sample: str, **labels: str) -> float:
     return found[0]
 
 
-def shown(engine: VirtualEngine, *listeners: FakeListener) -> bytes:
+def shown(engine: VirtualEngine, *errors: Counter[str]) -> bytes:
     """Render without the thread, which virtual time does not wait for."""
-    return text(metrics_of(engine, *listeners).families())
+    return text(metrics_of(engine, *errors).families())
 
 
 class RealStoreParts:
@@ -116,7 +111,7 @@ async def real(path: Path) -> AsyncIterator[RealStoreParts]:
         maintainer = Maintainer(actor, clock, CleanupSchedule(batch=2))
         health = Health(actor, clock, maintainer, take_faults=store.take_faults)
         alerts = Alerts(state, clock, health, maintainer)
-        metrics = Metrics(actor, maintainer, alerts, clock, SweepStats(), str(path), [], EventFeed(store, 0, 1))
+        metrics = Metrics(actor, maintainer, alerts, clock, SweepStats(), str(path), tuple, EventFeed(store, 0, 1))
         running = [asyncio.create_task(run()) for run in (actor.run, maintainer.run, alerts.run, metrics.run)]
         yield RealStoreParts(store, actor, maintainer, metrics)
         for part in (metrics, alerts, maintainer):
@@ -350,7 +345,7 @@ async def test_durations_double_grants_quarantine_and_the_clock() -> None:
 @in_virtual_time
 async def test_errors_of_all_listeners_are_summed_and_every_code_is_listed() -> None:
     async with VirtualEngine() as engine:
-        body = shown(engine, FakeListener(already_locked=2, not_found=1), FakeListener(already_locked=3))
+        body = shown(engine, Counter(already_locked=2, not_found=1), Counter(already_locked=3))
         assert value(body, "jobd_rejections_total", code="already_locked") == 5
         assert value(body, "jobd_rejections_total", code="lock_lost") == 0
         assert len(read(body)["jobd_rejections"].samples) == len(ERROR_STATUS)
@@ -432,7 +427,7 @@ async def test_metrics_that_are_not_formatted_yet_share_nothing_with_the_state()
     """Values that the thread reads must not change meanwhile."""
     async with VirtualEngine() as engine:
         await engine.held("a")
-        metrics = metrics_of(engine, FakeListener(not_due=1))
+        metrics = metrics_of(engine, Counter(not_due=1))
         families = metrics.families()
         before = text(families)
         lock_id = await engine.held("b", queue="other")

@@ -11,7 +11,7 @@ import pytest
 from msgspec.structs import replace
 
 from jobd.model.job import DAY_MS
-from jobd.model.storage import DiskFull, Storage
+from jobd.model.storage import DiskFull, OutboxStorage
 from jobd.model.webhooks import GAP_PENDING, Delivery, WebhookCursor
 from jobd.storage import outbox as webhook_tables
 from jobd.storage.codec import fault
@@ -41,13 +41,13 @@ def made(id_: int, endpoint: str = "e", **fields: Any) -> Delivery:
     return Delivery(id_, endpoint, **(values | fields))
 
 
-async def planned(store: Storage, *deliveries: Delivery, name: str = "e", position: int = 9) -> None:
+async def planned(store: OutboxStorage, *deliveries: Delivery, name: str = "e", position: int = 9) -> None:
     top = max((each.id for each in deliveries), default=0)
     await store.plan_deliveries(WebhookCursor(name, position, 0, top + 1, {}, NOW), list(deliveries))
 
 
 @pytest.fixture(params=["SQLite", "memory"])
-async def storage(request: pytest.FixtureRequest, path: str) -> AsyncIterator[Storage]:
+async def storage(request: pytest.FixtureRequest, path: str) -> AsyncIterator[OutboxStorage]:
     """The storage of the daemon, then the storage in memory that other tests use."""
     if request.param == "memory":
         yield MemoryStorage()
@@ -121,7 +121,7 @@ async def test_deliveries_and_cursor_are_written_in_one_transaction(store: Store
     assert len((await store.open_outbox(["e"], NOW)).waiting["e"]) == 98
 
 
-async def test_pages_have_one_endpoint_and_state_newest_first(storage: Storage) -> None:
+async def test_pages_have_one_endpoint_and_state_newest_first(storage: OutboxStorage) -> None:
     states = ("waiting", "delivered", "dead-lettered")
     everything = [made(id_, "ef"[id_ % 2], state=states[id_ % 3]) for id_ in range(1, 40)]
     await planned(storage, *everything)
@@ -133,7 +133,7 @@ async def test_pages_have_one_endpoint_and_state_newest_first(storage: Storage) 
     assert await storage.list_deliveries("nobody", None, 1 << 60, 9) == []
 
 
-async def test_a_retried_delivery_is_queued_as_if_it_were_new(storage: Storage) -> None:
+async def test_a_retried_delivery_is_queued_as_if_it_were_new(storage: OutboxStorage) -> None:
     await planned(storage, made(1, state="dead-lettered", tries=9, ended_at=NOW, status=500, error="500"))
     renewed = await storage.deliver_again("e", 1, NOW + 7)
     assert renewed == made(1, due_at=NOW + 7, status=500, error="500")
@@ -142,7 +142,7 @@ async def test_a_retried_delivery_is_queued_as_if_it_were_new(storage: Storage) 
     assert await storage.deliver_again("e", 2, NOW) is None
 
 
-async def test_failed_deliveries_are_retried_oldest_first_up_to_an_id(storage: Storage) -> None:
+async def test_failed_deliveries_are_retried_oldest_first_up_to_an_id(storage: OutboxStorage) -> None:
     states = ("waiting", "delivered", "dead-lettered")
     everything = [made(id_, "ef"[id_ % 2], state=states[id_ % 3], tries=9, ended_at=NOW) for id_ in range(1, 40)]
     await planned(storage, *everything)

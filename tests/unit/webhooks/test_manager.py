@@ -161,7 +161,8 @@ async def test_an_idle_webhook_does_no_work(path: Path) -> None:
 
 async def test_without_webhooks_nothing_subscribes(path: Path) -> None:
     async with running_webhooks(path) as at:
-        manager = WebhookManager(at.context, subscribe=lambda _: pytest.fail("it subscribes"), make_transport=at.posts)
+        posts: Any = at.posts
+        manager = WebhookManager(at.context, subscribe=lambda _: pytest.fail("it subscribes"), make_transport=posts)
         manager.set_endpoints([])
         assert manager.views() == []
         assert (manager.worst(), manager.event_hold_ms(), manager.metrics()) == (None, 0, {})

@@ -7,7 +7,7 @@ import zlib
 from collections.abc import AsyncIterator, Sequence
 from io import BytesIO
 from random import Random
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jobd.journal import record
 from jobd.journal.checksum import checksum
@@ -53,7 +53,7 @@ class NodeDisk(SimDisk):
         super().__init__(dice, node.fired, node.wall, "thread", loop.freeze, plan.slices, slice_dice)
         self.node = node
         self.copies = Copies(self)
-        self.appender = Appender(lambda lost: None)
+        self.appender: Any = Appender(lambda lost: None)
         self.empty()
 
     def empty(self) -> None:
@@ -112,7 +112,8 @@ class NodeDisk(SimDisk):
             self._accept(made, batch)
             await self._reach("flushed")
 
-        return (await self.appender.append(prepare, accept)).payloads
+        appended: Made = await self.appender.append(prepare, accept)
+        return appended.payloads
 
     def _made(self, batch: Batch, shown: dict[int, bytes]) -> Made:
         made = Made(self.next_record(batch), shown)

@@ -6,7 +6,7 @@ import asyncio
 import contextvars
 from collections.abc import Awaitable
 from random import Random
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, cast
 
 from jobd.cluster.leadership import Leadership
 from jobd.cluster.node_registry import NodeRegistry
@@ -159,7 +159,7 @@ class SimNode(Host):
         )
         schedule = SnapshotSchedule(
             network,
-            self.disk.copies,
+            cast(Any, self.disk.copies),
             registry,
             process=self.process,
             leader=self._leader,
@@ -186,7 +186,7 @@ class SimNode(Host):
         assert self.network is not None
         options = self.cluster.options
         opened = self.disk.opened()
-        warm = WarmState(self.disk, opened, self.disk.projected_to)
+        warm = WarmState(cast(Any, self.disk), opened, self.disk.projected_to)
         self.standby = Standby(
             self.network,
             warm,

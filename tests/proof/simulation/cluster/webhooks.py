@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from random import Random
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from jobd.engine.disk_full import WriteLimit
 from jobd.model.journal import JournalOutcomeUnknown, LeadershipLost
@@ -92,7 +92,7 @@ def make_webhooks(receiver: Receiver, daemon: LeaderDaemon) -> WebhookManager:
         alerts=lambda: None,
         chance=receiver.dice.random,
     )
-    sender = Sender(receiver, daemon.node)
+    sender: Any = Sender(receiver, daemon.node)
     webhooks = WebhookManager(context, subscribe=daemon.actor.on_commit.append, make_transport=lambda endpoint: sender)
     webhooks.set_endpoints([HOOK])
     return webhooks
