@@ -22,12 +22,12 @@ from jobd.journal.checksum import checksum
 from jobd.maintenance.due_jobs import DueJobs
 from jobd.maintenance.restart_grace import extend_held_locks
 from jobd.model.clocks import BootMs, BootS
-from jobd.model.commands import AnyCommand
+from jobd.model.commands import AnyCommand, Create
 from jobd.model.errors import ApiError
 from jobd.model.job import Policy, new_epoch
 from jobd.model.journal import Record, SharedJournal
 from jobd.model.responses import Response
-from jobd.model.storage import Batch, TableWrite
+from jobd.model.storage import Batch, DiskFull, TableWrite
 from jobd.storage.cluster import membership
 from jobd.storage.cluster.appender import Appender
 from jobd.storage.cluster.membership import Followed
@@ -52,6 +52,7 @@ class SharedStorage(MemoryStorage):
         super().__init__()
         self.appender: Any = Appender(lambda lost: None)
         self._last_crc: int | None = None
+        self.is_full = False  # the local disk of a standby
 
     async def write_tables(self, write: TableWrite) -> None:
         await self._append(Batch([], self.numbers, writes=[write]), continues=True)
@@ -77,6 +78,8 @@ class SharedStorage(MemoryStorage):
 
     async def follow(self, records: Sequence[Record], decoded: object = ()) -> None:
         await asyncio.sleep(0)
+        if self.is_full and records:
+            raise DiskFull("the disk is full")
         for made in records:
             assert made.number == self._last_record + 1
             self.log.append(made)
@@ -174,6 +177,10 @@ class ClusterNode:
             return response.code
         assert isinstance(response, Response)
         return response.data
+
+    async def create(self, *ids: str) -> None:
+        for job_id in ids:
+            await self.ask(Create(id=job_id))
 
     async def ended_by_itself(self) -> None:
         await self._task

@@ -62,6 +62,17 @@ def edit_store(path: str) -> Iterator[sqlite3.Connection]:
         yield conn
 
 
+def damage_tree(path: str, name: str, damage: bytes = b"\xff" * 16) -> None:
+    """Write `damage` at the beginning of the root page of a table or index."""
+    with edit_store(path) as conn:
+        conn.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        (page,) = conn.execute("SELECT rootpage FROM sqlite_schema WHERE name = ?", (name,)).fetchone()
+    content = bytearray(read_file(path))
+    begin = (page - 1) * 4096
+    content[begin : begin + len(damage)] = damage
+    write_file(path, content)
+
+
 def stored_events(conn: sqlite3.Connection, job_seq: int | None = None) -> list[Event]:
     """Return the events in the tables, of all jobs or of one."""
     rows = conn.execute(f"SELECT {SQL['events']} FROM events").fetchall()

@@ -14,7 +14,7 @@ from structlog.testing import capture_logs
 from jobd.cluster.standby import JUMP, Standby, acknowledged, refuses_connections_at
 from jobd.model.commands import Cancel, Create, ForceReset, Get, Start
 from jobd.model.journal import BadRecord, Head, JournalUnavailable, NodeEntry, Record
-from jobd.model.storage import Batch, DiskFull, FiguresWrite, OutboxWrite, Quarantined, Tombstone, TombstoneWrite
+from jobd.model.storage import Batch, FiguresWrite, OutboxWrite, Quarantined, Tombstone, TombstoneWrite
 from tests.support.cluster_harness import ClusterNode, cluster, in_cluster, join, leader_of, led_cluster
 from tests.support.memory_journal import MemoryServer
 from tests.support.virtual_engine import seconds
@@ -51,19 +51,11 @@ async def test_a_standby_waits_for_a_journal_that_cannot_be_reached(server: Memo
 @in_cluster
 async def test_a_standby_with_a_full_disk_goes_on_when_it_has_space(server: MemoryServer) -> None:
     leader, standby = await led_cluster(server, "a", "b")
-    follow, is_full = standby.disk.follow, True
-
-    async def reject(records: Sequence[Record], decoded: object = ()) -> None:
-        if is_full and records:
-            raise DiskFull("the disk is full")
-        await follow(records)
-
-    standby.disk.follow = reject  # type: ignore[method-assign]
-    for name in ("a", "b", "c"):
-        await leader.ask(Create(id=name))
+    standby.disk.is_full = True
+    await leader.create("a", "b", "c")
     await seconds(3)
     assert standby.standby.problem == "this node cannot follow: the disk is full"
-    is_full = False
+    standby.disk.is_full = False
     await seconds(2)
     assert standby.standby.problem is None
     assert set(standby.disk.ids) == {"a", "b", "c"}
@@ -72,21 +64,13 @@ async def test_a_standby_with_a_full_disk_goes_on_when_it_has_space(server: Memo
 @in_cluster
 async def test_a_standby_whose_disk_lacks_records_does_not_take_over(server: MemoryServer) -> None:
     leader, standby = await led_cluster(server, "a", "b")
-    follow, is_full = standby.disk.follow, True
-
-    async def reject(records: Sequence[Record], decoded: object = ()) -> None:
-        if is_full and records:
-            raise DiskFull("the disk is full")
-        await follow(records)
-
-    standby.disk.follow = reject  # type: ignore[method-assign]
-    for name in ("a", "b"):
-        await leader.ask(Create(id=name))
+    standby.disk.is_full = True
+    await leader.create("a", "b")
     await seconds(2)
     await leader.kill()
     await seconds(10)
     assert not standby.leads
-    is_full = False
+    standby.disk.is_full = False
     assert await leader_of([standby]) is standby
     assert await standby.ask(Create(id="c"))
     assert set(standby.disk.ids) == {"a", "b", "c"}
@@ -113,7 +97,7 @@ async def test_rows_that_a_change_needs_are_read_after_the_records_before_it(ser
     leader, standby = await led_cluster(server, "a", "b")
     standby.journal.is_reachable = False  # so that it gets all records at once
     for name in ("a", "b"):
-        await leader.ask(Create(id=name))
+        await leader.create(name)
         await leader.ask(Cancel(id=name))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("jobd.core.state.FINISHED_KEPT", 0)
@@ -132,8 +116,7 @@ async def test_a_standby_waits_while_the_server_has_lost_records(server: MemoryS
         return [] if is_lost else await read(after, limit)
 
     standby.journal.read = lose  # type: ignore[method-assign]
-    for name in ("a", "b", "c"):
-        await leader.ask(Create(id=name))
+    await leader.create("a", "b", "c")
     await seconds(10)
     assert (standby.warm.number, standby.leads) == (0, False)
     is_lost = False
@@ -144,8 +127,7 @@ async def test_a_standby_waits_while_the_server_has_lost_records(server: MemoryS
 @in_cluster
 async def test_a_standby_can_be_stopped_while_it_catches_up(server: MemoryServer) -> None:
     [leader] = await led_cluster(server, "a")
-    for number in range(500):
-        await leader.ask(Create(id=f"job-{number}"))
+    await leader.create(*(f"job-{number}" for number in range(500)))
     standby = ClusterNode(server, "b")
     join([leader, standby])
     follow = standby.disk.follow
@@ -163,8 +145,7 @@ async def test_a_standby_can_be_stopped_while_it_catches_up(server: MemoryServer
 @in_cluster
 async def test_a_standby_that_catches_up_knows_the_leader(server: MemoryServer) -> None:
     [leader] = await led_cluster(server, "a")
-    for number in range(500):
-        await leader.ask(Create(id=f"job-{number}"))
+    await leader.create(*(f"job-{number}" for number in range(500)))
     standby = ClusterNode(server, "b")
     join([leader, standby])
     follow = standby.disk.follow
@@ -190,8 +171,7 @@ async def test_a_standby_that_catches_up_knows_the_leader(server: MemoryServer) 
 @in_cluster
 async def test_a_failover_that_loses_the_takeover_and_a_record_ends_it(server: MemoryServer) -> None:
     leader, standby = await led_cluster(server, "a", "b")
-    for name in ("a", "b", "lost"):
-        await leader.ask(Create(id=name))
+    await leader.create("a", "b", "lost")
     await seconds(0.2)
     before, take_over = server.head, standby.journal.take_over
 
@@ -244,8 +224,7 @@ async def test_tokens_go_on_above_an_epoch_that_began_in_the_last_record(server:
 @in_cluster
 async def test_a_record_that_cannot_be_read_ends_the_standby(server: MemoryServer) -> None:
     [leader] = await led_cluster(server, "a")
-    for name in ("a", "b", "c"):
-        await leader.ask(Create(id=name))
+    await leader.create("a", "b", "c")
     server.records[1] = replace(server.records[1], body=b"\xfe")
     standby = ClusterNode(server, "b")
     join([leader, standby])

@@ -25,8 +25,7 @@ def loop_s() -> float:
 @in_cluster
 async def test_one_node_leads_and_the_others_follow(server: MemoryServer) -> None:
     leader, *_ = nodes = await led_cluster(server, "a", "b", "c")
-    for number in range(20):
-        await leader.ask(Create(id=f"job-{number}"))
+    await leader.create(*(f"job-{number}" for number in range(20)))
     await seconds(1.2)  # a renewal confirms the last record
     for node in nodes:
         assert node.disk.jobs == leader.disk.jobs
@@ -255,8 +254,7 @@ async def test_jobs_of_a_leader_whose_clock_was_ahead_stay_due(server: MemorySer
     join([old, standby])
     old = await leader_of([old, standby])
     assert old.ahead_ms
-    for name in ("first", "held"):
-        await old.ask(Create(id=name))
+    await old.create("first", "held")
     grant = await old.ask(Start(id="held", worker="w"))
     await old.ask(Create(id="later", delay_ms=60_000))
     await old.ask(Create(id="delayed", delay_ms=500))
@@ -278,8 +276,7 @@ async def test_a_node_starts_from_an_empty_disk_and_from_an_old_one(
 ) -> None:
     monkeypatch.setattr(warm_state, "PIECE_EVENTS", 20)  # less than the events of one read
     [first] = await led_cluster(server, "a")
-    for number in range(450):  # several reads
-        await first.ask(Create(id=f"job-{number}"))
+    await first.create(*(f"job-{number}" for number in range(450)))  # several reads
     late = ClusterNode(server, "b")
     join([first, late])
     await seconds(2)

@@ -8,9 +8,8 @@ from msgspec.structs import replace
 from jobd.model.storage import AuditEntry, AuditQuery, BadRows
 from jobd.storage.store import Store
 from jobd.storage.tables import writers
-from tests.support import store_files
 from tests.support.factories import NOW, ChangeFactory
-from tests.support.store_files import edit_store, job_of, open_store, read_file
+from tests.support.store_files import damage_tree, job_of, open_store
 
 
 def entry(number: int = 0, **fields: object) -> AuditEntry:
@@ -201,12 +200,7 @@ async def test_a_reused_number_is_not_mistaken_for_its_old_row(store: Store, mon
 async def test_an_unreadable_log_is_reported(path: str) -> None:
     async with open_store(path) as (store, _):
         await write(store, *(entry(n, reason="x" * 2_000) for n in range(40)))
-    with edit_store(path) as conn:
-        (page,) = conn.execute("SELECT rootpage FROM sqlite_schema WHERE name = 'audit'").fetchone()
-        (size,) = conn.execute("PRAGMA page_size").fetchone()
-    content = bytearray(read_file(path))
-    content[(page - 1) * size : (page - 1) * size + 64] = b"\xff" * 64
-    store_files.write_file(path, content)
+    damage_tree(path, "audit", b"\xff" * 64)
     async with open_store(path) as (store, _):
         assert (await store.read_audit(AuditQuery())).found == []
         assert any("the audit log cannot be read" in fault for fault in store.take_faults())

@@ -33,6 +33,7 @@ from jobd.storage.store import Store, StoreTooNew, StoreUnreadable
 from tests.support.factories import NOW, ChangeFactory
 from tests.support.store_files import (
     assert_holds,
+    damage_tree,
     edit_store,
     flip,
     job_of,
@@ -623,11 +624,7 @@ async def test_an_unreadable_page_of_events_is_missing_in_the_journal(path: str)
 
 async def test_a_journal_with_an_unreadable_index_is_read_without_it(path: str) -> None:
     maker = await make_store(path)
-    with edit_store(path) as conn:
-        (root,) = conn.execute("SELECT rootpage FROM sqlite_schema WHERE name = 'events_job'").fetchone()
-    content = bytearray(read_file(path))
-    content[(root - 1) * 4096] = 0x77
-    write_file(path, content)
+    damage_tree(path, "events_job")
     job = pick(maker, LIVE)
     async with open_store(path) as (store, _):
         row = None
@@ -642,11 +639,7 @@ async def test_an_unreadable_index_of_late_results_stops_no_plan(path: str) -> N
     maker = ChangeFactory()
     async with open_store(path) as (store, _):
         await store.write(maker.batch([maker.create("a")]))
-    with edit_store(path) as conn:
-        (root,) = conn.execute("SELECT rootpage FROM sqlite_schema WHERE name = 'late_results_job'").fetchone()
-    content = bytearray(read_file(path))
-    content[(root - 1) * 4096] = 0x77
-    write_file(path, content)
+    damage_tree(path, "late_results_job")
     async with open_store(path) as (store, _):
         assert await store.count_late_results([1]) == {}
         (fault,) = store.take_faults()
@@ -794,12 +787,7 @@ async def test_unreadable_late_results_are_left_out(path: str, table: str) -> No
     job = pick(maker, LIVE)
     async with open_store(path) as (store, _):
         await store.write(maker.batch([maker.late(job, 1)]))
-    with edit_store(path) as conn:
-        (page,) = conn.execute("SELECT rootpage FROM sqlite_schema WHERE name = ?", (table,)).fetchone()
-        (size,) = conn.execute("PRAGMA page_size").fetchone()
-    content = bytearray(read_file(path))
-    content[(page - 1) * size : page * size] = bytes(size)
-    write_file(path, content)
+    damage_tree(path, table, bytes(4096))
     async with open_store(path) as (store, _):
         known = await store.read_late_results([LateResultQuery(job.seq, "lock")])
         assert known.grants == {}

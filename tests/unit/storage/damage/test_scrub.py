@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from pathlib import Path
 
 import pytest
 
@@ -16,7 +15,7 @@ from jobd.model.responses import CheckedRows
 from jobd.storage.damage import scrub
 from jobd.storage.damage.scrub import TABLES
 from jobd.storage.store import Store
-from tests.support.store_files import edit_store, make_store, open_store, pick
+from tests.support.store_files import damage_tree, edit_store, make_store, open_store, pick
 from tests.unit.storage.offline.test_doctor import busy_store
 
 
@@ -148,13 +147,7 @@ async def test_other_work_runs_between_slices(path: str, monkeypatch: pytest.Mon
 
 async def test_an_unreadable_page_ends_only_its_table(path: str) -> None:
     await make_store(path)
-    with edit_store(path) as conn:
-        conn.execute("PRAGMA writable_schema = ON")
-        (root,) = conn.execute("SELECT rootpage FROM sqlite_schema WHERE name = 'audit'").fetchone()
-        conn.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-    content = bytearray(Path(path).read_bytes())
-    content[(root - 1) * 4096] = 0xFF  # an invalid page type
-    Path(path).write_bytes(content)
+    damage_tree(path, "audit")
     async with open_store(path) as (store, _):
         counts, damaged = await scan_all(store)
         assert damaged["audit after 0"].startswith("rows cannot be read")

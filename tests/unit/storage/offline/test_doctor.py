@@ -24,6 +24,7 @@ from jobd.storage.store import StoreBusy, StoreTooNew, StoreUnreadable
 from tests.support.factories import NOW, ChangeFactory
 from tests.support.store_files import (
     assert_holds,
+    damage_tree,
     edit_store,
     exists,
     flip,
@@ -168,11 +169,7 @@ async def test_a_damaged_index_is_reported_and_repaired_by_a_recount(path: str) 
 
 async def test_an_unreadable_page_is_reported_and_the_check_continues(path: str) -> None:
     await busy_store(path)
-    with edit_store(path) as conn:
-        (page,) = conn.execute("SELECT rootpage FROM sqlite_schema WHERE name = 'reports'").fetchone()
-    content = bytearray(read_file(path))
-    content[(page - 1) * 4096] = 0x77
-    write_file(path, content)
+    damage_tree(path, "reports")
     problems = check(path)
     assert "file" in places(problems)
     assert any("jobd restore" in problem.fix for problem in problems)

@@ -24,6 +24,7 @@ from jobd.storage.schema import migrations, upgrade
 from tests.support.factories import ChangeFactory
 from tests.support.store_files import (
     assert_holds,
+    damage_tree,
     edit_store,
     exists,
     fill,
@@ -186,13 +187,7 @@ UNREAD = (
 async def test_a_damaged_page_of_a_tree_that_is_not_read_does_not_prevent_a_migration(
     older: ChangeFactory, path: str, tree: str
 ) -> None:
-    with edit_store(path) as conn:
-        (number,) = conn.execute("SELECT rootpage FROM sqlite_schema WHERE name = ?", (tree,)).fetchone()
-        (page_bytes,) = conn.execute("PRAGMA page_size").fetchone()
-        conn.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-    content = bytearray(read_file(path))
-    content[(number - 1) * page_bytes : (number - 1) * page_bytes + 16] = b"\xff" * 16
-    write_file(path, content)
+    damage_tree(path, tree)
     with capture_logs() as logs:
         async with open_store(path) as (_, found):
             assert len(found.jobs) + len(found.packed_jobs) == sum(job.status in LIVE for job in older.jobs.values())
