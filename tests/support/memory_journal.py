@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable
 from typing import Final, TypeVar
 
@@ -142,6 +143,16 @@ class MemorySharedJournal:
         self._is_reachable = value
         if not value:
             self.disconnect()
+
+    def hold(self, hook: str = "before") -> asyncio.Event:
+        """Let all calls wait for the event that is returned."""
+        goes_on = asyncio.Event()
+
+        async def wait(call: str) -> None:
+            await goes_on.wait()
+
+        setattr(self, hook, wait)
+        return goes_on
 
     def fail(self, hook: str, *calls: str, error: Exception | None = None) -> None:
         """Raise an error once for each of these calls, by default that the outcome is unknown."""

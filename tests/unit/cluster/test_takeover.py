@@ -110,12 +110,7 @@ async def test_a_node_that_is_lost_is_replaced_after_the_lease(server: MemorySer
 async def test_a_stopped_leader_that_resumes_late_serves_nothing(server: MemoryServer) -> None:
     old, standby = await led_cluster(server, "a", "b")
     await old.ask(Create(id="a"))
-    frozen = asyncio.Event()
-
-    async def freeze(call: str) -> None:
-        await frozen.wait()
-
-    old.journal.before = freeze  # its renewals do not get out
+    frozen = old.journal.hold()  # its renewals do not get out
     append = asyncio.create_task(old.ask(Create(id="lost")))
     await settle()
     new = await leader_of([standby])
@@ -142,12 +137,7 @@ async def test_a_read_is_not_served_after_the_lease(server: MemoryServer) -> Non
 async def test_a_paused_machine_serves_no_stale_read(server: MemoryServer) -> None:
     """Its clocks stood still, and its wall clock was corrected."""
     old, standby = await led_cluster(server, "a", "b")
-    resumed = asyncio.Event()
-
-    async def pause(call: str) -> None:
-        await resumed.wait()
-
-    old.journal.before = pause
+    resumed = old.journal.hold()
     old.boot_ms -= 10_000
     new = await leader_of([standby])
     assert (await new.ask(Create(id="a"))).id == "a"

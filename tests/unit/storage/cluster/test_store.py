@@ -192,13 +192,9 @@ async def test_a_leader_opened_again_has_what_its_journal_has(path: str, server:
 
 
 async def test_tables_are_never_ahead_of_the_journal(leader: Node) -> None:
-    maker, gate = ChangeFactory(), asyncio.Event()
+    maker = ChangeFactory()
     await leader.store.write(maker.batch([maker.create("a")]))
-
-    async def wait(call: str) -> None:
-        await gate.wait()
-
-    leader.journal.after = wait  # the record is visible and not durable
+    gate = leader.journal.hold("after")  # the record is visible and not durable
     writing = asyncio.create_task(leader.store.write(maker.batch([maker.create("b")])))
     for _ in range(5):
         await asyncio.sleep(0)
@@ -255,12 +251,7 @@ async def test_a_write_waits_until_all_nodes_read_its_format(leader: Node, serve
 
 
 async def test_a_cancelled_caller_does_not_stop_its_write(leader: Node, server: MemoryServer) -> None:
-    gate = asyncio.Event()
-
-    async def wait(call: str) -> None:
-        await gate.wait()
-
-    leader.journal.before = wait
+    gate = leader.journal.hold()
     saving = asyncio.create_task(leader.store.save_stats(b"1"))
     await asyncio.sleep(0)
     await asyncio.sleep(0)
@@ -273,12 +264,7 @@ async def test_a_cancelled_caller_does_not_stop_its_write(leader: Node, server: 
 
 
 async def test_a_cancelled_batch_ends_the_leadership(leader: Node) -> None:
-    gate = asyncio.Event()
-
-    async def wait(call: str) -> None:
-        await gate.wait()
-
-    leader.journal.before = wait
+    gate = leader.journal.hold()
     maker = ChangeFactory()
     writing = asyncio.create_task(leader.store.write(maker.batch([maker.create()])))
     await asyncio.sleep(0)
@@ -366,14 +352,9 @@ async def test_an_unknown_outcome_ends_the_leadership_and_the_journal_says_what_
     path: str, server: MemoryServer, is_in: bool
 ) -> None:
     maker = ChangeFactory()
-
-    async def lose(call: str) -> None:
-        if call == "append":
-            raise JournalOutcomeUnknown
-
     async with leading(path, server) as leader:
         await leader.store.write(maker.batch([maker.create("a")]))
-        setattr(leader.journal, "after" if is_in else "before", lose)
+        leader.journal.fail("after" if is_in else "before", "append")
         with pytest.raises(JournalOutcomeUnknown):
             await leader.store.write(maker.batch([maker.create("b")]))
         assert [type(error) for error in leader.broken] == [JournalOutcomeUnknown]
@@ -403,15 +384,10 @@ async def test_a_fenced_leader_writes_nothing(path: str, server: MemoryServer) -
 
 async def test_a_full_server_writes_nothing_and_is_tried_again(leader: Node, server: MemoryServer) -> None:
     maker = ChangeFactory()
-
-    async def full(call: str) -> None:
-        raise DiskFull("the server's disk is full")
-
-    leader.journal.before = full
+    leader.journal.fail("before", "append", error=DiskFull("the server's disk is full"))
     batch = maker.batch([maker.create("a")])
     with pytest.raises(DiskFull):
         await leader.store.write(batch)
-    leader.journal.before = MemorySharedJournal(server).before
     await leader.store.write(batch)
     assert (server.head.number, leader.broken) == (1, [])
 
@@ -435,13 +411,9 @@ async def test_a_probe_during_an_append_does_not_set_the_numbers_back(leader: No
 
 
 async def test_a_probe_finds_the_full_disk_of_the_server(leader: Node, server: MemoryServer) -> None:
-    async def full(call: str) -> None:
-        raise DiskFull("the server's disk is full")
-
-    leader.journal.before = full
+    leader.journal.fail("before", "append", error=DiskFull("the server's disk is full"))
     with pytest.raises(DiskFull):
         await leader.store.probe(1 << 20)
-    leader.journal.before = MemorySharedJournal(server).before
     await leader.store.probe(1 << 20)
     assert server.head.number == 1
 
