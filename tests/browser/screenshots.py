@@ -72,7 +72,7 @@ SCENARIOS: Final[dict[str, Callable[[DashboardDaemon], None]]] = {
 }
 NODES: Final = ("leader", "standby")  # scenarios of a cluster, which show only the pages of ONLY_IN
 WIDTHS: Final = {"wide": 1280, "phone": 390}
-README: Final[dict[str, tuple[Literal["light", "dark"], int]]] = {"overview": ("light", 980), "job": ("dark", 1360)}
+README: Final[dict[str, Literal["light", "dark"]]] = {"overview": "light", "job": "dark"}
 IMAGES: Final = ROOT / "docs/images"
 
 
@@ -109,14 +109,14 @@ def shoot_for_readme() -> None:
         with Shop(Path(directory)) as shop:
             shop.replay(shop.end_ms - MINUTE_MS)
             pages = {}
-            for name, (scheme, height) in README.items():
-                pages[name] = browser.new_page(viewport={"width": 1280, "height": height}, color_scheme=scheme)
+            for name, scheme in README.items():
+                pages[name] = browser.new_page(viewport={"width": 1280, "height": 800}, color_scheme=scheme)
                 sign_in(pages[name], shop)
             shop.replay(shop.end_ms)
             for name, path in {"overview": "/", "job": f"/jobs/{shop.video}"}.items():
                 pages[name].goto(shop.url + path)
                 pages[name].wait_for_load_state("networkidle")
-                pages[name].screenshot(path=IMAGES / f"dashboard-{name}.png")
+                pages[name].screenshot(path=IMAGES / f"dashboard-{name}.png", full_page=True)
         browser.close()
 
 

@@ -94,9 +94,8 @@ class Shop(DashboardDaemon):
 
     @property
     def video(self) -> str:
-        """The id of a transcode that is half done."""
-        videos = sorted((each.started_at, each.job_id) for each in self._running if each.queue == "video")
-        return videos[len(videos) // 2][1]
+        """The id of the transcode that has run longest, which the overview shows too."""
+        return min((each.started_at, each.job_id) for each in self._running if each.queue == "video")[1]
 
     def replay(self, until_ms: int) -> None:
         """Create and run jobs up to this time, and at it."""
