@@ -253,5 +253,13 @@ def command(*options: Callable[[Any], Any], name: str | None = None) -> Callable
     return lambda function: click.command(name)(reduce(lambda made, add: add(made), reversed(options), function))
 
 
+def limit_option(what: str, default: int, most: int | None = None) -> Callable[[Any], Any]:
+    """Add --limit, the maximum number of `what`."""
+    kind = click.IntRange(1, most)
+    return click.option(
+        "--limit", type=kind, metavar="N", default=default, show_default=True, help=f"Maximum number of {what}."
+    )
+
+
 def json_option(command: Any) -> Any:
     return click.option("--json", "as_json", is_flag=True, help="Print JSON.")(command)

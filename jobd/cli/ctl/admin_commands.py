@@ -11,7 +11,7 @@ from jobd.cli.confirm import confirm, destructive_options, need_terminal, reason
 from jobd.cli.connection import admin_client, admin_options
 from jobd.cli.ctl import plan_commands
 from jobd.cli.ctl.completion import JOB, JOB_ID, QUEUE
-from jobd.cli.params import MOMENT, NAME, PAST, command, json_option
+from jobd.cli.params import MOMENT, NAME, PAST, command, json_option, limit_option
 from jobd.cli.progress import busy
 from jobd.cli.terminal import Listing
 from jobd.model.times import utc
@@ -258,7 +258,7 @@ def clock(what: str | None, reason: str | None, yes: bool, dry_run: bool, as_jso
 
 
 @click.command()
-@click.option("--limit", type=click.IntRange(1, 500), default=20, show_default=True, help="Maximum number of reports.")
+@limit_option("reports", 20, 500)
 @json_option
 @admin_options
 def reports(limit: int, as_json: bool) -> None:
@@ -267,15 +267,15 @@ def reports(limit: int, as_json: bool) -> None:
 
 
 @click.command()
-@click.option("--limit", type=click.IntRange(1, 200), default=20, show_default=True, help="Maximum number of groups.")
+@limit_option("groups", 20, 200)
 @json_option
 @admin_options
 def failures(limit: int, as_json: bool) -> None:
     """Group failed jobs by error, largest groups first.
 
     OVER A DAY AGO counts failed jobs that ended more than a day ago, by whole hours. RETRYING counts jobs that wait for
-    another attempt. Errors that differ only in numbers, quoted names, paths,
-    tracebacks and the like are in one group.
+    another attempt. Errors that differ only in numbers, quoted names, paths, tracebacks
+    and the like are in one group.
 
     \b
     List the jobs of a group:    jobctl jobs --error ERROR
@@ -293,7 +293,7 @@ def failures(limit: int, as_json: bool) -> None:
 @click.option("--what", type=NAME, hidden=True)
 @click.option("--job", "job_id", type=JOB_ID, metavar="ID", help="Only actions on this job, also by a plan.")
 @click.option("--since", type=PAST, metavar="TIME", help="Only since this time (UTC), or an age such as 2h.")
-@click.option("--limit", type=click.IntRange(min=1), default=50, show_default=True, help="Maximum number of entries.")
+@limit_option("entries", 50)
 @json_option
 @admin_options
 def audit(limit: int, action: str | None, what: str | None, as_json: bool, **match: Any) -> None:

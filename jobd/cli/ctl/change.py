@@ -208,7 +208,7 @@ def run_now(job_id: str, reason: str | None, **how: bool) -> int:
 
 @click.command()
 @JOB
-@click.option("--priority", type=PRIORITY, metavar="N", help="-1000 to 1000; smaller numbers run first.")
+@click.option("--priority", type=PRIORITY, metavar="N", help="Jobs with a smaller number run first.")
 @click.option("--run-at", type=MOMENT, metavar="TIME", help="Due at this time (UTC), or a duration from now.")
 @click.option("--max-attempts", type=MAX_ATTEMPTS, metavar="N", help="Maximum number of attempts.")
 @_REASON

@@ -12,7 +12,7 @@ from jobd.cli.connection import admin_client, all_options, has_admin_token, job_
 from jobd.cli.ctl import plan_commands
 from jobd.cli.ctl.completion import IDS, JOB, KIND, QUEUE
 from jobd.cli.ctl.plan_commands import is_plan, where_option
-from jobd.cli.params import NAME, PAST, STATUS, command, json_option
+from jobd.cli.params import NAME, PAST, STATUS, command, json_option, limit_option
 
 if TYPE_CHECKING:
     from jobd.model.responses import JobView
@@ -34,7 +34,7 @@ _ADMIN_FILTERS: Final = frozenset({"since", "until", "finished_since", "finished
 @click.option("--finished-until", type=PAST, metavar="TIME", help="Only jobs finished before this time. *")
 @click.option("--text", "q", metavar="TEXT", help="Only jobs with this text in their id, payload or error message. *")
 @click.option("--error", metavar="ERROR", help="Only jobs whose error is in this group of jobctl failures. *")
-@click.option("--limit", type=click.IntRange(min=1), default=50, show_default=True, help="Maximum number of jobs.")
+@limit_option("jobs", 50)
 @click.option("--all", "everything", is_flag=True, help="List all jobs.")
 @click.option("--cursor", metavar="CURSOR", help="Continue after the page that printed this cursor.")
 @click.option("-q", "--quiet", is_flag=True, help="Print only ids, one per line.")

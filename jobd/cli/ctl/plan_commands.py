@@ -316,7 +316,7 @@ def _jobs(count: int) -> str:
     return "1 job" if count == 1 else f"{count} jobs"
 
 
-@command(IDS, where_option, reason_option("Stored with the jobs."), destructive_options, admin_options)
+@command(IDS, where_option, reason_option("Stored with the job."), destructive_options, admin_options)
 def retry(ids: tuple[str, ...], where: tuple[str, ...], reason: str | None, **how: bool) -> int:
     """Requeue failed and cancelled jobs as new.
 

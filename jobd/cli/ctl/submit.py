@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 @click.option(
     "--id", "job_id", type=NAME, metavar="ID", help="Id of the job. Repeating the same command creates it once."
 )
-@click.option("--priority", type=PRIORITY, metavar="N", help="-1000 to 1000; smaller numbers run first.")
+@click.option("--priority", type=PRIORITY, metavar="N", help="Jobs with a smaller number run first.")
 @click.option("--delay", "delay_ms", type=DURATION, help="Make the job due after this time, such as 10s.")
 @click.option(
     "--run-at", type=MOMENT_OR_DELAY, metavar="TIME", help="Make the job due at this time (UTC), or after a duration."
@@ -73,7 +73,7 @@ if TYPE_CHECKING:
 @click.option(
     "--idempotency-key", type=NAME, metavar="KEY", help="Repeating the command with this key creates no second job."
 )
-@click.option("--text", "is_text", is_flag=True, help="The payload is PAYLOAD as a text, not JSON.")
+@click.option("--text", "is_text", is_flag=True, help="PAYLOAD is any text, not JSON.")
 @click.option("--lines", "is_lines", is_flag=True, help="Create a job for each line of stdin. A line is a payload.")
 @click.option("--full", "is_full", is_flag=True, help="With --lines: a line is a JSON object with the fields of a job.")
 @click.option("--wait", is_flag=True, help="Wait until the job is finished. Exit 0 if it is completed, else 1.")

@@ -8,7 +8,7 @@ import click
 
 from jobd.cli import confirm, exit_codes, tables_admin, terminal
 from jobd.cli.connection import admin_client, admin_options
-from jobd.cli.params import json_option
+from jobd.cli.params import json_option, limit_option
 
 if TYPE_CHECKING:
     from jobd.model.responses import DeliveryPage, DeliveryState
@@ -22,9 +22,7 @@ _PAGE: Final = 200
 @click.argument("name", required=False)
 @click.argument("delivery", required=False, type=click.IntRange(1))
 @click.option("--state", type=click.Choice(STATES), help="Only deliveries in this state.")
-@click.option(
-    "--limit", type=click.IntRange(1, 200), default=50, show_default=True, help="Maximum number of deliveries."
-)
+@limit_option("deliveries", 50, 200)
 @click.option("--cursor", metavar="CURSOR", help="Continue after the page that printed this cursor.")
 @click.option("--all", "everything", is_flag=True, help="List all deliveries.")
 @click.option("-y", "--yes", is_flag=True, help="Do not ask.")

@@ -27,11 +27,20 @@ SCENARIOS: Final = {
 
 
 @click.command()
-@click.argument("names", nargs=-1, metavar="[SCENARIO]...", type=click.Choice(list(SCENARIOS)))
-@click.option("--seconds", type=click.FloatRange(0.05), default=5.0, show_default=True, help="Duration of one run.")
-@click.option("--runs", type=click.IntRange(1), default=3, show_default=True, help="Number of runs of each scenario.")
+@click.argument("names", nargs=-1, metavar="[SCENARIO...]", type=click.Choice(list(SCENARIOS)))
 @click.option(
-    "--connections", type=click.IntRange(1), default=16, show_default=True, help="Number of connections of lifecycle."
+    "--seconds", type=click.FloatRange(0.05), metavar="N", default=5.0, show_default=True, help="Duration of one run."
+)
+@click.option(
+    "--runs", type=click.IntRange(1), metavar="N", default=3, show_default=True, help="Number of runs of each scenario."
+)
+@click.option(
+    "--connections",
+    type=click.IntRange(1),
+    metavar="N",
+    default=16,
+    show_default=True,
+    help="Number of connections of lifecycle.",
 )
 @click.option(
     "--dir",

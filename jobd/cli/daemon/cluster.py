@@ -130,11 +130,11 @@ def leave_command(yes: bool, config: str | None, flags: dict[str, str]) -> None:
 @config_option
 @flag_options
 def accept_loss_command(upto: int, yes: bool, is_dry_run: bool, config: str | None, flags: dict[str, str]) -> None:
-    """Continue after PostgreSQL has lost acknowledged records, without those after record N.
+    """Continue after PostgreSQL has lost acknowledged records.
 
-    Stop the daemons of all nodes first. Run it on a node that does not start because of the loss: it lists the jobs
-    that the lost records changed, and writes them to a file beside store.path, which `jobctl import` reads. All grants
-    end by their stall rule. Repeating it is harmless.
+    The cluster continues without the records after record N. Stop the daemons of all nodes first. Run it on a node that
+    does not start because of the loss: it lists the jobs that the lost records changed, and writes them to a file
+    beside store.path, which `jobctl import` reads. All grants end by their stall rule. Repeating it is harmless.
     """
     from jobd.cluster.loss import Loss, accept, find, write_file
 

@@ -99,7 +99,9 @@ def check_config(config: str | None, flags: dict[str, str], as_json: bool) -> No
 @click.command()
 @click.option("--ui", is_flag=True, help="Run a busy daemon until Ctrl-C, and print a link to its dashboard.")
 @click.option("--keep", type=click.Path(file_okay=False, path_type=Path), help="Copy the results to this directory.")
-@click.option("--seed", type=int, default=1, show_default=True, help="Seed of the pictures that the workers draw.")
+@click.option(
+    "--seed", type=int, metavar="N", default=1, show_default=True, help="Seed of the pictures that the workers draw."
+)
 def demo(ui: bool, keep: Path | None, seed: int) -> int:
     """Kill a worker in the middle of a job and show the recovery.
 

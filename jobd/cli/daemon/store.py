@@ -113,7 +113,7 @@ def restore_command(file: Path, yes: bool, is_dry_run: bool, store: str | None, 
 @click.option(
     "--dry-run", "is_dry_run", is_flag=True, help="Only print the changes (--accept, --recount, --cut-journal)."
 )
-@click.argument("ids", nargs=-1, metavar="[ID]...")
+@click.argument("ids", nargs=-1, metavar="[ID...]")
 @json_option
 @store_option
 @config_option

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import click
 import pytest
 from click.testing import CliRunner
 
 from jobd.cli.ctl import main
+from jobd.cli.daemon.main import jobd
 from tests import ROOT
 from tests.support.cli_harness import commands_of
 
@@ -228,3 +231,20 @@ def test_a_command_imports_only_its_own_module() -> None:
         f"jobd.cli.ctl.{name}" for name in ("main", "submit", "wait", "completion")
     }
     assert not names & {"jobd.client.admin", "jobd.client.aio", "rich"}
+
+
+def helps(command: click.Command, path: str) -> Iterator[tuple[str, str]]:
+    context = click.Context(command, info_name=path)
+    yield path, command.get_help(context)
+    if isinstance(command, click.Group):
+        for name in command.list_commands(context):
+            part = command.get_command(context, name)
+            assert part is not None
+            yield from helps(part, f"{path} {name}")
+
+
+def test_a_number_is_called_n_in_every_help() -> None:
+    """Without a metavar, click shows INTEGER, or INTEGER RANGE."""
+    shown = {**dict(helps(main.jobctl, "jobctl")), **dict(helps(jobd, "jobd"))}
+    assert len(shown) > 50
+    assert [path for path, text in shown.items() if "INTEGER" in text or "FLOAT" in text] == []
