@@ -1106,10 +1106,10 @@ class Moment(Struct, frozen=True, gc=False):
 
     @property
     def latest(self) -> int:
-        """The wall time from which retention counts.
+        """The wall time from which retention and `expires_in_ms` count.
 
         While the clock is behind its expected value, that value: otherwise a job that finishes now would be deleted as
-        soon as the clock is put right.
+        soon as the clock is put right, and a new one would expire.
         """
         return self.now - min(self.ahead, 0)
 

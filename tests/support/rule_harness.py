@@ -75,6 +75,7 @@ class RuleHarness:
         self.now = now
         self.lock_ms = lock_ms
         self.trusted: int | None = None  # the expected wall time while the clock is suspect
+        self.behind_ms = 0  # by how much the wall clock is behind its expected value
         self.rows: dict[str, Job] = {}
         self.events: list[Event] = []
         self.checked: list[int] = []
@@ -85,7 +86,7 @@ class RuleHarness:
 
     @property
     def moment(self) -> Moment:
-        return Moment(self.now, self.lock_ms, self.now - int(self.lock_ms), self.trusted)
+        return Moment(self.now, self.lock_ms, self.now - int(self.lock_ms), self.trusted, -self.behind_ms)
 
     def advance(self, ms: int) -> None:
         """Advance both clocks."""

@@ -25,6 +25,7 @@ from jobd.model.commands import (
     Extend,
     ExtendLock,
     Fail,
+    Moment,
     Progress,
     Release,
     ReleaseLock,
@@ -98,7 +99,7 @@ def _create(tx: Transaction, command: Create) -> tuple[Job, JobView, bool]:
     now, number, options = tx.now, tx.job_number(), transitions.requested_options(tx, command)
     run_at = command.run_at or now + (command.delay_ms or 0)
     job_id = command.id or tx.job_id(number)
-    expires_at = command.expires_at if command.expires_in_ms is UNSET else now + command.expires_in_ms
+    expires_at = command.expires_at if command.expires_in_ms is UNSET else tx.at.latest + command.expires_in_ms
     payload_bytes = recorded_bytes(command.payload)
     job = Job(number, job_id, options, "queued", now, now, run_at, expires_at=expires_at, payload_bytes=payload_bytes)
     tx.create(job, "created", bytes(command.payload), request_hash)
@@ -112,7 +113,7 @@ def _existing(tx: Transaction, command: Create, job_id: str, request_hash: str) 
     request = tx.requests.get(job_id)
     if job is None or (request is not None and request.request_hash == request_hash):
         return job
-    differs_in = _differences(job, command)
+    differs_in = _differences(job, command, tx.at)
     if request is not None and request.body != bytes(command.payload):
         differs_in.insert(0, "payload")
     if not differs_in:
@@ -128,8 +129,11 @@ def _existing(tx: Transaction, command: Create, job_id: str, request_hash: str) 
     raise api_error("job_exists", message, job_id=job_id, status=job.status, differs_in=differs_in)
 
 
-def _differences(job: Job, command: Create) -> list[str]:
-    """Return the fields, except payload, in which `command` certainly differs from the request that created `job`."""
+def _differences(job: Job, command: Create, at: Moment) -> list[str]:
+    """Return the fields, except payload, in which `command` certainly differs from the request that created `job`.
+
+    `expires_in_ms` also if the clock was behind then, and was put right since.
+    """
     options = job.options
     found = [name for name in _FIXED if getattr(command, name) != getattr(options, name)]
     for name in ("max_stalls", "on_stall"):  # without a value, the job has that of the configuration at its creation
@@ -141,8 +145,11 @@ def _differences(job: Job, command: Create) -> list[str]:
     delay_ms, expires_in_ms = command.delay_ms, command.expires_in_ms
     if (command.run_at or job.created_at + (delay_ms or 0)) != job.run_at:
         found.append("run_at" if delay_ms is None else "delay_ms")
-    if (command.expires_at if expires_in_ms is UNSET else job.created_at + expires_in_ms) != job.expires_at:
-        found.append("expires_at" if expires_in_ms is UNSET else "expires_in_ms")
+    if expires_in_ms is UNSET:
+        if command.expires_at != job.expires_at:
+            found.append("expires_at")
+    elif not 0 <= (job.expires_at or 0) - job.created_at - expires_in_ms <= at.latest - at.now:
+        found.append("expires_in_ms")
     return found
 
 

@@ -175,6 +175,16 @@ def test_a_repeated_request_with_durations_returns_the_current_job(rules: RuleHa
     assert rejection.message == "Give expires_at or expires_in_ms, not both."
 
 
+def test_a_job_does_not_expire_because_a_clock_that_was_behind_is_put_right(rules: RuleHarness) -> None:
+    rules.behind_ms = DAY_MS
+    assert rules.create(expires_in_ms=5).expires_at == NOW + DAY_MS + 5
+    rejection = rules.reject(Create(id="a", expires_in_ms=5, payload=Raw(b"1")), "job_exists")
+    assert rejection.details["differs_in"] == ["payload"]
+    rules.now, rules.behind_ms = NOW + DAY_MS + 4, 0
+    rules.accept(Expire(limit=9))
+    rules.start()
+
+
 @pytest.mark.parametrize(
     ("first", "second", "differs_in"),
     [
