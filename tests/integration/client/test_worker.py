@@ -8,7 +8,7 @@ import logging
 import os
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from datetime import timedelta
 from typing import Any
 
@@ -201,54 +201,96 @@ def test_a_snooze_is_from_a_second_to_a_year() -> None:
             Snooze(after)
 
 
-async def test_discard_fails_without_retry(client: AsyncJobClient, queue: str) -> None:
-    worker = Worker(client, queues=[queue])
-
-    @worker.handler()
-    def work(task: SyncTask) -> None:
-        raise Discard("not needed")
-
-    job = await client.create_job(queue=queue, max_attempts=5)
-    async with running_worker(worker):
-        failed = await wait_until_finished(client, job.id)
-    assert (failed.status, failed.error_message, failed.error_code) == ("failed", "not needed", "Discard")
+class NoText(Discard):
+    def __str__(self) -> str:
+        raise SystemExit
 
 
-async def test_an_error_of_any_class_fails_its_job_not_the_worker(
+class NoNotes(Exception):
+    __notes__ = None  # type: ignore[assignment]
+
+
+class ZoneError(Exception):
+    pass
+
+
+class Zone(datetime.tzinfo):
+    def utcoffset(self, when: datetime.datetime | None, /) -> datetime.timedelta:
+        raise ZoneError("no such zone")
+
+    dst = tzname = utcoffset  # type: ignore[assignment]
+
+
+def raises(make: Callable[[], BaseException]) -> Callable[[Task], Coroutine[Any, Any, None]]:
+    async def work(task: Task) -> None:
+        raise make()
+
+    return work
+
+
+def returns(value: Any) -> Callable[[Task], Coroutine[Any, Any, Any]]:
+    async def work(task: Task) -> Any:
+        return value
+
+    return work
+
+
+def sets(field: Any) -> Callable[[Task], Coroutine[Any, Any, None]]:
+    async def work(task: Task) -> None:
+        task.result[field] = 5
+
+    return work
+
+
+def exits(task: SyncTask) -> None:
+    sys.exit(3)
+
+
+# By kind: the handler, and the error code and a part of the message of its job.
+FAILURES: dict[str, tuple[Callable[..., Any], str, str]] = {
+    "discard": (raises(lambda: Discard("not needed")), "Discard", "not needed"),
+    "no text": (raises(NoText), "NoText", "<exception str() failed>"),
+    "no notes": (raises(lambda: NoNotes("with a text")), "NoNotes", "NoNotes: with a text"),
+    "retry": (raises(lambda: Retry(after_ms=object())), "TypeError",  # type: ignore[arg-type]
+              "after_ms must be a whole number of milliseconds, not object"),
+    "exit": (raises(SystemExit), "SystemExit", ""),
+    "exit in a thread": (exits, "SystemExit", ""),
+    "no JSON": (returns({"it": object()}), "TypeError", "TypeError: the result of handler 'work' cannot be encoded as "
+                "JSON: Encoding objects of type object is unsupported"),
+    "encoding": (returns({"at": datetime.datetime(2026, 1, 1, tzinfo=Zone())}), "ZoneError", "in utcoffset"),
+    **{
+        f"field {field!r}": (sets(field), "TypeError", f"task.result has unknown fields ({field!r})")
+        for field in ("rows", "lock_id", 5)
+    },
+    "rejected": (returns({"storage_key": "../outside"}), "complete:invalid_request", "rejected its `complete`"),
+}  # fmt: skip
+
+
+async def test_an_error_fails_its_job_and_not_the_worker(
     client: AsyncJobClient, queue: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "jobd.client")
-
-    class NoText(Discard):
-        def __str__(self) -> str:
-            raise SystemExit
-
-    class NoNotes(Exception):
-        __notes__ = None  # type: ignore[assignment]
-
     worker = Worker(client, queues=[queue])
-    errors: dict[str, Callable[[], BaseException]] = {
-        "NoText": NoText,
-        "NoNotes": lambda: NoNotes("with a text"),
-        "TypeError": lambda: Retry(after_ms=object()),  # type: ignore[arg-type]
-    }
-
-    @worker.handler
-    async def work(task: Task) -> None:
-        raise errors[task.job.kind]()
-
-    jobs = [await client.create_job(queue=queue, kind=kind) for kind in errors]
+    for kind, (handler, _, _) in FAILURES.items():
+        worker.handler(kind)(handler)
+    jobs = [await client.create_job(queue=queue, kind=kind) for kind in FAILURES]
     async with running_worker(worker):
-        failed = [await wait_until_finished(client, job.id) for job in jobs]
-    assert (
-        caplog.messages[0]
-        == f"worker {worker.name} claims jobs of queue {queue}, 1 at a time, at {client.endpoints[0]}"
-    )
-    assert [(job.error_code, (job.error_message or "").split("\n")[0]) for job in failed] == [
-        ("NoText", "<exception str() failed>"),
-        ("NoNotes", "NoNotes: with a text"),
-        ("TypeError", "TypeError: after_ms must be a whole number of milliseconds, not object"),
-    ]
+        for job in jobs:
+            failed = await wait_until_finished(client, job.id)
+            _, code, message = FAILURES[job.kind]
+            assert (failed.status, failed.error_code) == ("failed", code), job.kind
+            assert message in (failed.error_message or ""), job.kind
+    kinds = f"(only {', '.join(FAILURES)})"
+    claims = f"worker {worker.name} claims jobs of queue {queue} {kinds}, 1 at a time, at {client.endpoints[0]}"
+    assert caplog.messages[0] == claims
+
+
+async def test_a_discarded_job_is_not_retried(client: AsyncJobClient, queue: str) -> None:
+    worker = Worker(client, queues=[queue])
+    worker.handler()(raises(lambda: Discard("not needed")))
+    job = await client.create_job(queue=queue, max_attempts=5)
+    async with running_worker(worker):
+        assert (await wait_until_finished(client, job.id)).status == "failed"
 
 
 async def test_a_message_that_json_cannot_express_is_escaped(
@@ -267,96 +309,6 @@ async def test_a_message_that_json_cannot_express_is_escaped(
             failed = await wait_until_finished(client, job.id)
             assert (failed.error_message or "").startswith("FileNotFoundError: /srv/\\udcff\\x00\n")
             assert failed.error_code == "FileNotFoundError"
-
-
-async def test_sys_exit_in_a_handler_fails_the_job_not_the_worker(client: AsyncJobClient, queue: str) -> None:
-    worker = Worker(client, queues=[queue])
-
-    @worker.handler("plain")
-    def plain(task: SyncTask) -> None:
-        sys.exit(3)
-
-    @worker.handler()
-    async def work(task: Task) -> None:
-        sys.exit(3)
-
-    jobs = [await client.create_job(queue=queue, kind=kind) for kind in ("plain", "other")]
-    async with running_worker(worker):
-        for job in jobs:
-            assert (await wait_until_finished(client, job.id)).error_code == "SystemExit"
-
-
-async def test_a_result_that_json_cannot_express_fails_the_job(client: AsyncJobClient, queue: str) -> None:
-    worker = Worker(client, queues=[queue])
-
-    @worker.handler()
-    async def work(task: Task) -> Any:
-        return {"it": object()}
-
-    job = await client.create_job(queue=queue)
-    async with running_worker(worker):
-        failed = await wait_until_finished(client, job.id)
-    assert (failed.status, failed.error_code) == ("failed", "TypeError")
-    assert failed.error_message == (
-        "TypeError: the result of handler 'work' cannot be encoded as JSON: "
-        "Encoding objects of type object is unsupported"
-    )
-
-
-@pytest.mark.parametrize("field", ["rows", "lock_id", 5])
-async def test_an_unknown_field_of_the_result_fails_the_job(client: AsyncJobClient, queue: str, field: Any) -> None:
-    worker = Worker(client, queues=[queue])
-
-    @worker.handler()
-    async def work(task: Task) -> None:
-        task.result[field] = 5
-
-    job = await client.create_job(queue=queue)
-    async with running_worker(worker):
-        failed = await wait_until_finished(client, job.id)
-    assert (failed.status, failed.error_code) == ("failed", "TypeError")
-    assert f"task.result has unknown fields ({field!r})" in (failed.error_message or "")
-
-
-async def test_a_result_that_the_daemon_rejects_fails_the_job(client: AsyncJobClient, queue: str) -> None:
-    worker = Worker(client, queues=[queue])
-
-    @worker.handler()
-    async def work(task: Task) -> Any:
-        return {"storage_key": "../outside"}
-
-    job = await client.create_job(queue=queue)
-    async with running_worker(worker):
-        failed = await wait_until_finished(client, job.id)
-    assert (failed.status, failed.error_code) == ("failed", "complete:invalid_request")
-    assert "rejected its `complete`" in (failed.error_message or "")
-
-
-async def test_an_error_of_user_code_while_a_result_is_encoded_fails_only_its_job(
-    client: AsyncJobClient, queue: str
-) -> None:
-    worker = Worker(client, queues=[queue])
-
-    class ZoneError(Exception):
-        pass
-
-    class Zone(datetime.tzinfo):
-        def utcoffset(self, when: datetime.datetime | None, /) -> datetime.timedelta:
-            raise ZoneError("no such zone")
-
-        dst = tzname = utcoffset  # type: ignore[assignment]
-
-    @worker.handler()
-    async def work(task: Task) -> Any:
-        return {"at": datetime.datetime(2026, 1, 1, tzinfo=Zone())} if task.payload == "bad" else 1
-
-    bad, good = [await client.create_job(payload, queue=queue) for payload in ("bad", "good")]
-    async with running_worker(worker):
-        failed = await wait_until_finished(client, bad.id)
-        assert (await wait_until_finished(client, good.id)).metadata_value == 1
-    assert (failed.status, failed.error_code) == ("failed", "ZoneError")
-    assert (failed.error_message or "").startswith("ZoneError: no such zone\n")
-    assert "in utcoffset" in (failed.error_message or "")
 
 
 async def test_a_job_is_released_if_no_thread_can_be_started(
