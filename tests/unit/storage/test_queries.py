@@ -10,7 +10,7 @@ from msgspec.structs import replace
 
 from jobd.model.events import Change
 from jobd.model.fingerprints import fingerprint
-from jobd.model.job import FINISHED, MAX_LATE_RESULTS, Failure, Grant, Job, PreviousGrant, Result
+from jobd.model.job import FINISHED, Failure, Grant, Job, PreviousGrant, Result
 from jobd.model.storage import (
     JobQuery,
     LateResultQuery,
@@ -19,7 +19,7 @@ from jobd.storage import queries
 from jobd.storage.events import event_queries
 from jobd.storage.store import Store
 from tests.support.factories import NOW, OPTIONS, ChangeFactory, all_of, deadlines_at
-from tests.support.store_files import assert_holds, job_of, late_of, late_results, open_store
+from tests.support.store_files import job_of
 
 
 async def fill_for_pages(store: Store) -> ChangeFactory:
@@ -251,41 +251,6 @@ async def test_a_job_with_an_invalid_status_does_not_expire(store: Store) -> Non
     assert await store.expired_jobs(NOW + 1_000, 1, 1) == ["job-3"]
 
 
-async def test_late_results_survive_a_restart(path: str) -> None:
-    maker = ChangeFactory()
-    full = Result("https://x/y", "/a", "k/e/y", Raw(b'{"a": [1, null]}'))
-    async with open_store(path) as (store, _):
-        created = maker.create("a")
-        await store.write(maker.batch([created, maker.create("b")]))
-        job = job_of(created)
-        changes = [maker.late(job, 9, full), maker.late(job, 7, Result())]
-        await store.write(maker.batch(changes))
-        assert await store.timeline(job.seq) == [created.event, changes[0].event, changes[1].event]
-    async with open_store(path) as (store, found):
-        await assert_holds(store, found, maker)
-        assert await late_results(store, job) == [late_of(changes[1]), late_of(changes[0])], "the oldest grant first"
-        names = await late_results(store, job, whole=False)
-        addresses = [Result(), Result("https://x/y")]
-        assert names == [
-            replace(late_of(change), result=each) for change, each in zip(reversed(changes), addresses, strict=True)
-        ]
-        assert (await store.read_late_results([LateResultQuery(2), LateResultQuery(99)])).results == {2: [], 99: []}
-
-
-async def test_late_results_of_the_latest_grants_are_kept(store: Store) -> None:
-    maker = ChangeFactory()
-    first, second = maker.create("a"), maker.create("b")
-    await store.write(maker.batch([first, second]))
-    tokens = [5, 3, 9, 1, 8, 2, 7]
-    changes = [maker.late(job_of(first), token) for token in tokens]
-    await store.write(maker.batch([*changes[:3], maker.late(job_of(second), 4)]))
-    for change in changes[3:]:
-        await store.write(maker.batch([change]))
-    left = [late.fencing_token for late in await late_results(store, job_of(first))]
-    assert left == sorted(tokens)[-MAX_LATE_RESULTS:]
-    assert [late.fencing_token for late in await late_results(store, job_of(second))] == [4]
-
-
 async def test_late_results_are_counted_by_their_index(store: Store) -> None:
     maker = ChangeFactory()
     jobs = [maker.create(job_id) for job_id in "abc"]
@@ -295,18 +260,6 @@ async def test_late_results_are_counted_by_their_index(store: Store) -> None:
     seqs = [job_of(each).seq for each in jobs]
     assert await store.count_late_results([]) == {}
     assert await store.count_late_results([*seqs, 99]) == {seqs[0]: 2, seqs[2]: 1}
-
-
-async def test_late_results_are_deleted_with_their_job(store: Store) -> None:
-    maker = ChangeFactory()
-    created, other = maker.create("a"), maker.create("b")
-    cancelled = maker.finish(job_of(created), "cancelled")
-    await store.write(maker.batch([created, other, cancelled]))
-    await store.write(maker.batch([maker.late(job_of(cancelled), 1), maker.late(job_of(other), 2)]))
-    # A late result in the batch that deletes its job is deleted too.
-    await store.write(maker.batch([maker.late(job_of(cancelled), 3), maker.delete(job_of(cancelled))]))
-    await store.finish_upkeep()
-    assert store._connection.raw.execute("SELECT fencing_token FROM late_results").fetchall() == [(2,)]
 
 
 async def test_an_older_grant_is_found_only_in_the_journal_of_its_job(store: Store) -> None:

@@ -14,8 +14,6 @@ from msgspec.structs import replace
 from jobd.model.events import fold
 from jobd.model.job import FINISHED, LIVE, Job, Options, Result
 from jobd.model.storage import (
-    AuditEntry,
-    AuditQuery,
     BadRows,
     DueTombstones,
     EventPage,
@@ -25,7 +23,6 @@ from jobd.model.storage import (
     OpenedStore,
     Quarantined,
     QueueRow,
-    StoredResponse,
     Tombstone,
 )
 from jobd.storage.damage import quarantine
@@ -331,52 +328,6 @@ async def test_a_payload_quarantined_with_its_row_is_reported_with_the_job(path:
         assert list(caught.value.jobs) == ["a"]
 
 
-async def test_a_damaged_payload_that_is_loaded_quarantines_its_job(path: str) -> None:
-    maker = await make_store(path)
-    job = pick(maker, FINISHED)
-    flip(path, "payloads", "body", "job_seq", job.seq)
-    async with open_store(path) as (store, _):
-        loaded = await store.load([job.id], [job.seq], [])
-        assert loaded == LoadedRows(bad={job.id: "the payload is damaged: its checksum is wrong"})
-        assert job.seq not in [j.seq for j, _ in (await store.find_jobs(JobQuery(limit=200))).jobs]
-
-
-async def test_a_damaged_event_is_quarantined_and_reported(path: str) -> None:
-    maker = await make_store(path)
-    job = pick(maker, LIVE)
-    with edit_store(path) as conn:
-        sql = "SELECT seq, last FROM events WHERE job_seq = ? ORDER BY seq DESC LIMIT 1"
-        seq, last = conn.execute(sql, (job.seq,)).fetchone()
-    flip(path, "events", "body", "seq", seq)
-    async with open_store(path) as (store, found):
-        assert found.faults == []
-        events = await store.timeline(job.seq)
-        assert seq not in [event.seq for event in events]
-        numbers = f"{seq}" if seq == last else f"{seq} to {last}"
-        assert store.take_faults() == [
-            f"events {numbers} of job {job.id}: its checksum is wrong; the row was quarantined"
-        ]
-        assert (await store.events_after(last, 1)).gone_to == last
-        assert store.take_faults() == []
-    async with open_store(path) as (_, found):
-        assert found.faults == ["damaged rows of events in quarantine: 1; run `jobd doctor`"]
-
-
-async def test_damaged_keys_are_quarantined_and_reported(path: str) -> None:
-    maker = ChangeFactory()
-    keys = [StoredResponse(f"d{number}", "b", NOW + number, 200, b'{"n":1}') for number in range(4)]
-    async with open_store(path) as (store, _):
-        await store.write(maker.batch([], keys=keys))
-    with edit_store(path) as conn:
-        conn.execute("UPDATE keys SET status = 201 WHERE digest = 'd1'")
-        conn.execute("UPDATE keys SET response = X'31' WHERE digest = 'd2'")
-    async with open_store(path) as (store, found):
-        assert [key.digest for key in found.keys] == ["d0", "d2", "d3"]
-        assert found.faults[0] == "keys d1: its checksum is wrong; the row was quarantined"
-        assert list((await store.load([], [], ["d0", "d1", "d2", "d3"])).responses) == ["d0", "d3"]
-        assert "keys d2: the checksum of the stored response is wrong; the row was quarantined" in store.take_faults()
-
-
 async def test_damaged_queues_stats_and_reports_are_quarantined_and_queues_recounted(path: str) -> None:
     maker = await make_store(path)
     async with open_store(path) as (store, _):
@@ -408,19 +359,6 @@ async def test_a_damaged_tombstone_is_quarantined_and_deletes_nothing(path: str)
         assert due == DueTombstones([(waiting[1], False)], damaged=1)
         assert store.take_faults() == ["tombstones 901: its checksum is wrong; the row was quarantined"]
         assert (await store.due_tombstones(NOW, 9)).damaged == 0
-
-
-async def test_a_damaged_audit_entry_is_quarantined_and_reported(path: str) -> None:
-    maker = await make_store(path)
-    async with open_store(path) as (store, _):
-        entries = [AuditEntry(NOW + at, f"who-{at}", "unix", "pause", queue="q") for at in range(3)]
-        await store.write(maker.batch([], audit=entries))
-    flip(path, "audit", "who", "seq", 2)
-    async with open_store(path) as (store, _):
-        assert (await store.read_audit(AuditQuery())).found == [(3, entries[2]), (1, entries[0])]
-        assert store.take_faults() == ["audit 2: its checksum is wrong; the row was quarantined"]
-        assert len((await store.read_audit(AuditQuery())).found) == 2
-        assert store.take_faults() == []
 
 
 async def test_damaged_tombstones_that_cannot_be_moved_do_not_hide_later_ones(
