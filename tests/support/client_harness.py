@@ -12,6 +12,7 @@ from typing import Any
 from jobd.client import (
     AsyncJobClient,
     CommandWorker,
+    JobClient,
     JobView,
     Worker,
 )
@@ -22,6 +23,7 @@ from tests.support.scripted_server import (
     ScriptedServer,
     Step,
     ok,
+    serving,
 )
 
 JOB: dict[str, Any] = {
@@ -69,6 +71,20 @@ async def running_worker(worker: Worker) -> AsyncIterator[asyncio.Task[None]]:
     finally:
         serving.cancel()
         await asyncio.gather(serving, return_exceptions=True)
+
+
+def either(kind: str, where: str, *steps: Callable[[Any], Any], **options: Any) -> Any:
+    """Call `steps` with a blocking or an asyncio client, or one over a stream. Return the result of the last one."""
+    if kind == "sync":
+        with JobClient(where, **options) as client:
+            return [step(client) for step in steps][-1]
+
+    async def run() -> Any:
+        client = AsyncJobClient(where, **options)
+        async with client.stream() if kind == "stream" else client as jobs:
+            return [await step(jobs) for step in steps][-1]
+
+    return asyncio.run(run())
 
 
 async def wait_for_job(client: AsyncJobClient, job_id: str, condition: Callable[[JobView], bool]) -> JobView:
@@ -124,6 +140,23 @@ class ScriptedDaemon:
     async def receive(self, verb: str, count: int = 1) -> None:
         """Wait until the daemon has received `count` calls of this verb."""
         await wait_until(lambda: len(self.bodies(verb)) >= count)
+
+
+@contextlib.asynccontextmanager
+async def working(
+    directory: Path, handler: Callable[[Any], Any], *, responses: dict[str, list[Step]] | None = None, **options: Any
+) -> AsyncIterator[ScriptedDaemon]:
+    """Run a worker with this handler and a ScriptedDaemon during the block."""
+    daemon = ScriptedDaemon(**(responses or {}))
+    with serving(daemon.server, directory / "p") as endpoint:
+        worker = Worker(endpoint, **options)
+        worker.handler()(handler)
+        async with running_worker(worker):
+            yield daemon
+
+
+async def nothing(task: Any) -> None:
+    """Handle a job without work."""
 
 
 class ProgramRun:

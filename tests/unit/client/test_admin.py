@@ -7,7 +7,7 @@ import io
 import itertools
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,7 +20,6 @@ from jobd.client import (
     AdminClient,
     AsyncAdminClient,
     Unreachable,
-    WorkerNotSilent,
 )
 from tests.support.scripted_server import ScriptedServer, drop, early, ok, raw, rejected
 
@@ -54,41 +53,6 @@ def test_a_rejected_import_raises_its_error(server: ScriptedServer, admin: Admin
     many = ({"id": f"job-{n}", "payload": "x" * 1000} for n in range(20_000))
     with pytest.raises(ERRORS["unauthorized"]):
         admin.import_jobs(many)
-
-
-def test_webhook_messages_are_not_sent_again_after_a_lost_response(server: ScriptedServer, admin: AdminClient) -> None:
-    server.always = lambda received: drop
-    with pytest.raises(Unreachable):
-        admin.test_webhook("a")
-    with pytest.raises(Unreachable):
-        admin.deliver_again("a", 1)
-    assert len(server.received) == 2
-
-
-@pytest.mark.parametrize(
-    "call",
-    [
-        lambda admin: admin.take_back("w"),
-        lambda admin: admin.detect_and_recover_stuck_jobs(),
-        lambda admin: admin.deliver_all_again("a"),
-    ],
-    ids=["take_back", "recover_stuck", "deliver_all_again"],
-)
-def test_a_change_whose_repetition_has_another_result_is_not_repeated(
-    server: ScriptedServer, admin: AdminClient, call: Callable[[AdminClient], Any]
-) -> None:
-    server.script = [drop]
-    server.always = lambda received: rejected("worker_not_silent", 409)
-    with pytest.raises(Unreachable):
-        call(admin)
-    assert len(server.received) == 1
-
-
-def test_a_dry_run_of_a_take_back_is_repeated(server: ScriptedServer, admin: AdminClient) -> None:
-    server.script = [drop, rejected("worker_not_silent", 409)]
-    with pytest.raises(WorkerNotSilent):
-        admin.take_back("w", dry_run=True)
-    assert len(server.received) == 2
 
 
 def test_an_import_is_not_retried(server: ScriptedServer, admin: AdminClient) -> None:
@@ -257,18 +221,3 @@ def test_metrics_are_text(server: ScriptedServer, endpoint: str) -> None:
     server.script = [raw(b"jobd_jobs 1\n", kind="text/plain")]
     with AdminClient(endpoint, token="x") as client:
         assert client.metrics() == "jobd_jobs 1\n"
-
-
-def test_an_unhealthy_daemon_is_a_result(server: ScriptedServer, endpoint: str) -> None:
-    part = {"status": "healthy", "message": ""}
-    health = {
-        "status": "unhealthy",
-        "database": {"status": "unhealthy", "message": "slow", "totalJobs": 3},
-        "cache": part,
-        "storage": part,
-        "cleanupStatus": {"running": False, "timeSinceLastCleanup": None, "message": ""},
-        "timestamp": 1,
-    }
-    server.script = [ok(health, 503)]
-    with AdminClient(endpoint, token="x") as client:
-        assert client.health().database.message == "slow"

@@ -8,6 +8,8 @@ import shutil
 import ssl
 import subprocess
 import threading
+from collections.abc import Callable
+from operator import methodcaller
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,6 @@ import pytest
 from jobd.client import (
     AdminClient,
     AsyncJobClient,
-    InvalidRequest,
     JobClient,
     JobNotFound,
     JobView,
@@ -34,9 +35,7 @@ from jobd.client.protocol import (
 )
 from jobd.model.responses import LockState
 from tests.conftest import tool_missing
-from tests.support.client_harness import (
-    JOB,
-)
+from tests.support.client_harness import JOB, either
 from tests.support.scripted_server import ScriptedServer, Step, closing, drop, ok, rejected, serving
 
 EMPTY_PAGE = ok({"jobs": [], "next_cursor": None})
@@ -45,27 +44,22 @@ EMPTY_PAGE = ok({"jobs": [], "next_cursor": None})
 FAST = RetryOptions(total_s=5, base_s=0.001, max_s=0.002, timeout_s=5)
 
 
-class EitherClient:
-    """Send requests with the blocking or the asyncio client."""
-
-    def __init__(self, is_async: bool, endpoint: str) -> None:
-        self._is_async = is_async
-        self._endpoint = endpoint
-
-    def __call__(self, *requests: ApiRequest[Any], retry: RetryOptions | None = FAST) -> Any:
-        if not self._is_async:
-            with JobClient(self._endpoint) as client:
-                return [client.send(request, retry) for request in requests][-1]
-        return asyncio.run(self._async(requests, retry))
-
-    async def _async(self, requests: tuple[ApiRequest[Any], ...], retry: RetryOptions | None) -> Any:
-        async with AsyncJobClient(self._endpoint) as client:
-            return [await client.send(request, retry) for request in requests][-1]
+Send = Callable[..., Any]
 
 
-@pytest.fixture(params=[False, True], ids=["sync", "asyncio"])
-def send(request: pytest.FixtureRequest, endpoint: str) -> EitherClient:
-    return EitherClient(request.param, endpoint)
+@pytest.fixture(params=["sync", "asyncio"])
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def send(kind: str, endpoint: str) -> Send:
+    """Return a function that sends requests with one of the clients, and returns the last result."""
+
+    def send(*requests: ApiRequest[Any], retry: RetryOptions | None = FAST) -> Any:
+        return either(kind, endpoint, *(methodcaller("send", each, retry) for each in requests))
+
+    return send
 
 
 def test_the_name_of_the_operator_is_sent_as_ascii(server: ScriptedServer) -> None:
@@ -77,7 +71,7 @@ def test_the_name_of_the_operator_is_sent_as_ascii(server: ScriptedServer) -> No
     assert [received.headers["X-Jobd-Operator"] for received in server.received] == ["eve@build-3", "zo???X: y"]
 
 
-def test_a_call_sends_its_fields_and_returns_a_typed_result(server: ScriptedServer, send: EitherClient) -> None:
+def test_a_call_sends_its_fields_and_returns_a_typed_result(server: ScriptedServer, send: Send) -> None:
     server.script = [ok({"lock_expires_at": 5, "ttl_ms": 6, "progress_due_at": None, "cancel_requested": False})]
     assert send(
         request_for(WorkerApi.update_progress, "j1", lock_id="secret", progress=42, message="half")
@@ -109,7 +103,7 @@ async def test_calls_with_a_lock_take_only_the_job_by_position(
     assert server.received == []
 
 
-def test_a_call_is_retried_with_the_same_body_and_key(server: ScriptedServer, send: EitherClient) -> None:
+def test_a_call_is_retried_with_the_same_body_and_key(server: ScriptedServer, send: Send) -> None:
     server.script = [drop, drop, drop, ok({"grants": []})]
     assert send(requests.claim("w")) == []
     assert len(server.received) == 4
@@ -117,20 +111,20 @@ def test_a_call_is_retried_with_the_same_body_and_key(server: ScriptedServer, se
 
 
 @pytest.mark.parametrize("code", ["overloaded", "shutting_down", "outcome_unknown"])
-def test_a_temporary_error_is_retried(server: ScriptedServer, send: EitherClient, code: str) -> None:
+def test_a_temporary_error_is_retried(server: ScriptedServer, send: Send, code: str) -> None:
     server.script = [rejected(code, 503), rejected(code, 503), EMPTY_PAGE]
     assert send(request_for(WorkerApi.list_jobs, status="queued", limit=3)).jobs == []
     assert [received.path for received in server.received] == ["/v1/jobs?status=queued&limit=3"] * 3
 
 
-def test_a_final_error_is_raised_at_once(server: ScriptedServer, send: EitherClient) -> None:
+def test_a_final_error_is_raised_at_once(server: ScriptedServer, send: Send) -> None:
     server.script = [rejected("job_not_found", 404), EMPTY_PAGE]
     with pytest.raises(JobNotFound):
         send(request_for(WorkerApi.get_job, "j1"))
     assert len(server.received) == 1
 
 
-def test_an_idle_connection_is_reused(server: ScriptedServer, send: EitherClient) -> None:
+def test_an_idle_connection_is_reused(server: ScriptedServer, send: Send) -> None:
     server.script = [EMPTY_PAGE, EMPTY_PAGE, rejected("job_not_found", 404), EMPTY_PAGE]
     send(request_for(WorkerApi.list_jobs), request_for(WorkerApi.list_jobs))
     assert {received.connection for received in server.received} == {0}
@@ -148,32 +142,22 @@ def test_a_forked_process_does_not_use_the_connections_of_its_parent(
     assert [received.connection for received in server.received] == [0, 1]
 
 
-def test_a_closed_idle_connection_is_replaced(server: ScriptedServer, endpoint: str) -> None:
+def test_a_closed_idle_connection_is_replaced(server: ScriptedServer, endpoint: str, kind: str) -> None:
     server.script = [closing(EMPTY_PAGE), EMPTY_PAGE]
-    with JobClient(endpoint, retry_for_s=0) as client:
-        client.list_jobs()
-        assert server.closed.wait(5)
-        client.list_jobs()
+
+    def closed(client: Any) -> Any:
+        return server.closed.wait(5) if kind == "sync" else asyncio.to_thread(server.closed.wait, 5)
+
+    either(kind, endpoint, methodcaller("list_jobs"), closed, methodcaller("list_jobs"), retry_for_s=0)
     assert [received.connection for received in server.received] == [0, 1]
 
 
-async def test_a_closed_idle_connection_is_replaced_on_asyncio(server: ScriptedServer, endpoint: str) -> None:
-    server.script = [closing(EMPTY_PAGE), EMPTY_PAGE]
-    async with AsyncJobClient(endpoint, retry_for_s=0) as client:
-        await client.list_jobs()
-        await asyncio.to_thread(server.closed.wait, 5)
-        await client.list_jobs()
-    assert [received.connection for received in server.received] == [0, 1]
+def test_an_unreachable_daemon_is_an_error_with_its_address(tmp_path: Path, kind: str) -> None:
+    with pytest.raises(Unreachable, match="none cannot be reached"):
+        either(kind, f"unix:{tmp_path}/none", methodcaller("queues"), retry_for_s=0)
 
 
-def test_an_unreachable_daemon_is_an_error_with_its_address(tmp_path: Path) -> None:
-    send = EitherClient(False, f"unix:{tmp_path}/none")
-    for both in (send, EitherClient(True, f"unix:{tmp_path}/none")):
-        with pytest.raises(Unreachable, match="none cannot be reached"):
-            both(request_for(WorkerApi.queues), retry=RetryOptions(total_s=0))
-
-
-def test_a_missing_response_means_unreachable(server: ScriptedServer, send: EitherClient) -> None:
+def test_a_missing_response_means_unreachable(server: ScriptedServer, send: Send) -> None:
     server.script = [server.hang]
     with pytest.raises(Unreachable, match="no response in time"):
         send(request_for(WorkerApi.queues), retry=RetryOptions(total_s=0, timeout_s=0.2))
@@ -209,51 +193,25 @@ def test_a_closed_client_keeps_no_connection(server: ScriptedServer, endpoint: s
     assert client._idle == []
 
 
-def test_iterate_jobs_reads_all_pages(server: ScriptedServer, endpoint: str) -> None:
-    def pages() -> list[Any]:
-        return [
-            ok({"jobs": [{**JOB, "id": "c"}, {**JOB, "id": "b"}], "next_cursor": "7"}),
-            ok({"jobs": [], "next_cursor": "3"}),
-            ok({"jobs": [{**JOB, "id": "a"}], "next_cursor": None}),
-        ]
+def test_iterate_jobs_reads_all_pages(server: ScriptedServer, endpoint: str, kind: str) -> None:
+    server.script = [
+        ok({"jobs": [{**JOB, "id": "c"}, {**JOB, "id": "b"}], "next_cursor": "7"}),
+        ok({"jobs": [], "next_cursor": "3"}),
+        ok({"jobs": [{**JOB, "id": "a"}], "next_cursor": None}),
+    ]
 
-    server.script = pages()
-    with JobClient(endpoint) as client:
-        assert [job.id for job in client.iterate_jobs(queue="q")] == ["c", "b", "a"]
+    def read(client: Any) -> Any:
+        async def collect() -> list[str]:
+            return [job.id async for job in client.iterate_jobs(queue="q")]
+
+        return collect() if kind == "asyncio" else [job.id for job in client.iterate_jobs(queue="q")]
+
+    assert either(kind, endpoint, read) == ["c", "b", "a"]
     assert [received.path for received in server.received] == [
         "/v1/jobs?queue=q",
         "/v1/jobs?queue=q&cursor=7",
         "/v1/jobs?queue=q&cursor=3",
     ]
-
-    async def collect() -> list[str]:
-        async with AsyncJobClient(endpoint) as client:
-            return [job.id async for job in client.iterate_jobs(queue="q")]
-
-    server.script = pages()
-    assert asyncio.run(collect()) == ["c", "b", "a"]
-
-
-@pytest.mark.parametrize("blocking", [True, False])
-def test_iterate_queues_reads_all_pages(server: ScriptedServer, endpoint: str, blocking: bool) -> None:
-    counts = dict.fromkeys(("queued", "processing", "completed", "failed", "cancelled"), 1)
-    names = [f"q-{number:03}" for number in range(201)]
-    views = [{"name": name, "paused": False, "oldest_due_at": None, **counts} for name in names]
-    server.script = [
-        ok({"queues": views[:200], "next_cursor": "q-199"}),
-        ok({"queues": views[200:], "next_cursor": None}),
-    ]
-
-    async def collect() -> list[str]:
-        async with AsyncJobClient(endpoint) as client:
-            return [queue.name async for queue in client.iterate_queues()]
-
-    if blocking:
-        with JobClient(endpoint) as client:
-            assert [queue.name for queue in client.iterate_queues()] == names
-    else:
-        assert asyncio.run(collect()) == names
-    assert [received.path for received in server.received] == ["/v1/queues", "/v1/queues?cursor=q-199"]
 
 
 def test_over_tcp_the_token_is_sent(server: ScriptedServer) -> None:
@@ -275,82 +233,27 @@ def certificate(tmp_path: Path) -> tuple[Path, Path]:
     return files
 
 
-def test_the_certificate_is_verified(server: ScriptedServer, certificate: tuple[Path, Path]) -> None:
+def test_the_certificate_is_verified(server: ScriptedServer, certificate: tuple[Path, Path], kind: str) -> None:
     ours = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     ours.load_cert_chain(*certificate)
     trusting = ssl.create_default_context(cafile=certificate[0])
-    server.script = [EMPTY_PAGE, EMPTY_PAGE]
-
-    async def ask(url: str, tls: ssl.SSLContext | None) -> Any:
-        async with AsyncJobClient(url, token="t" * 24, tls=tls, retry_for_s=0) as client:
-            return await client.list_jobs()
-
+    server.script = [EMPTY_PAGE]
+    options: dict[str, Any] = {"token": "t" * 24, "retry_for_s": 0}
     with serving(server, tls=ours) as url:
         assert url.startswith("https://")
-        with JobClient(url, token="t" * 24, tls=trusting, retry_for_s=0) as client:
-            assert client.list_jobs().jobs == []
-        assert asyncio.run(ask(url, trusting)).jobs == []
-        with JobClient(url, token="t" * 24, retry_for_s=0) as client, pytest.raises(Unreachable, match="certificate"):
-            client.list_jobs()
+        assert either(kind, url, methodcaller("list_jobs"), tls=trusting, **options).jobs == []
         with pytest.raises(Unreachable, match="certificate"):
-            asyncio.run(ask(url, None))
-    assert len(server.received) == 2
+            either(kind, url, methodcaller("list_jobs"), **options)
+    assert len(server.received) == 1
 
 
-async def test_an_id_of_dots_is_escaped(server: ScriptedServer, endpoint: str) -> None:
-    server.script = [ok(JOB)]
-    async with AsyncJobClient(endpoint) as client:
-        await client.get_job("..")
-    assert server.received[0].path == "/v1/jobs/%2E%2E"
-
-
-def test_text_that_is_not_unicode_is_sent_for_the_daemon_to_reject(server: ScriptedServer, send: EitherClient) -> None:
-    server.script = [rejected("invalid_request", 400), rejected("invalid_request", 400)]
-    for request in (request_for(WorkerApi.get_job, "a\udcff"), request_for(WorkerApi.list_jobs, queue="\udcff")):
-        with pytest.raises(InvalidRequest):
-            send(request)
-    assert [each.path for each in server.received] == ["/v1/jobs/a%ED%B3%BF", "/v1/jobs?queue=%ED%B3%BF"]
-
-
-@pytest.mark.parametrize("key", ["", "ключ", "é", "a\nb", "k" * 201, "\udcff"])
-async def test_a_key_that_a_header_cannot_have_is_an_invalid_request(
-    server: ScriptedServer, endpoint: str, key: str
-) -> None:
-    server.always = lambda received: ok(JOB)
-    with JobClient(endpoint) as client, pytest.raises(InvalidRequest, match="1 to 200 printable ASCII characters"):
-        await asyncio.to_thread(client.create_job, idempotency_key=key)
-    async with AsyncJobClient(endpoint) as async_client, async_client.stream() as stream:
-        for each in (async_client, stream):
-            with pytest.raises(InvalidRequest, match="1 to 200 printable ASCII characters"):
-                await each.create_job(idempotency_key=key)
-    assert server.received == []
-
-
-class EitherWait:
-    """Wait for a job with the blocking or the asyncio client."""
-
-    def __init__(self, is_async: bool, endpoint: str) -> None:
-        self._is_async = is_async
-        self._endpoint = endpoint
-
-    def __call__(self, job_id: str, **options: Any) -> JobView:
-        if not self._is_async:
-            with JobClient(self._endpoint) as client:
-                return client.wait_for_job(job_id, **options)
-        return asyncio.run(self._async(job_id, options))
-
-    async def _async(self, job_id: str, options: dict[str, Any]) -> JobView:
-        async with AsyncJobClient(self._endpoint) as client:
-            return await client.wait_for_job(job_id, **options)
-
-
-@pytest.fixture(params=[False, True], ids=["sync", "asyncio"])
-def wait(request: pytest.FixtureRequest, endpoint: str) -> EitherWait:
-    return EitherWait(request.param, endpoint)
+@pytest.fixture
+def wait(kind: str, endpoint: str) -> Send:
+    return lambda job_id, **options: either(kind, endpoint, methodcaller("wait_for_job", job_id, **options))
 
 
 @pytest.mark.parametrize("status", ["completed", "failed", "cancelled"])
-def test_a_wait_returns_the_finished_job(server: ScriptedServer, wait: EitherWait, status: str) -> None:
+def test_a_wait_returns_the_finished_job(server: ScriptedServer, wait: Send, status: str) -> None:
     server.script = [ok(JOB), ok({**JOB, "status": "processing", "progress": 40}), ok({**JOB, "status": status})]
     seen: list[tuple[str, float]] = []
     job = wait("j1", timeout_s=30, on_poll=lambda job: seen.append((job.status, job.progress)))
@@ -359,7 +262,7 @@ def test_a_wait_returns_the_finished_job(server: ScriptedServer, wait: EitherWai
 
 
 @pytest.mark.parametrize("timeout_s", [0, 0.01])
-def test_a_wait_has_a_limit(server: ScriptedServer, wait: EitherWait, timeout_s: float) -> None:
+def test_a_wait_has_a_limit(server: ScriptedServer, wait: Send, timeout_s: float) -> None:
     server.script = [ok(JOB), ok(JOB)]
     with pytest.raises(TimeoutError, match=rf"^Job j1 is not finished after {timeout_s} s: it is queued\.$"):
         wait("j1", timeout_s=timeout_s)
@@ -374,7 +277,7 @@ def test_a_wait_for_an_unreachable_daemon_keeps_its_limit(tmp_path: Path, monkey
 @pytest.mark.timeout(20)
 @pytest.mark.parametrize("first", [[], [ok(JOB)]], ids=["first", "second"])
 def test_a_wait_for_a_daemon_that_does_not_respond_keeps_its_limit(
-    server: ScriptedServer, wait: EitherWait, first: list[Step], monkeypatch: pytest.MonkeyPatch
+    server: ScriptedServer, wait: Send, first: list[Step], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(job_wait, "_RESPONSE_S", 0.1)
     server.script, server.always = list(first), lambda received: server.hang

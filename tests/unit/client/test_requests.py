@@ -22,7 +22,8 @@ from jobd.client.protocol import (
     ApiRequest,
     request_for,
 )
-from jobd.model.calls import ADMIN
+from jobd.model.api_call import calls_of
+from jobd.model.calls import ADMIN, ADMIN_API, WORKER_API
 from jobd.model.responses import JobView
 from tests.support.client_harness import (
     JOB,
@@ -46,6 +47,14 @@ def test_a_request_has_the_given_fields_in_its_path_query_or_body() -> None:
     assert msgspec.json.decode(named.body or b"") == {"jobId": "j", "lockId": "secret", "additionalTime": 5}
     assert request_for(AdminApi.queue_page, limit=7, busiest=True).path == f"{ADMIN}/queues?limit=7&busiest=true"
     assert request_for(AdminApi.health).path == f"{ADMIN}/health"
+    assert request_for(WorkerApi.list_jobs, queue="\udcff").path == "/v1/jobs?queue=%ED%B3%BF", "the daemon rejects it"
+
+
+def test_a_call_whose_repetition_has_another_result_is_not_repeated() -> None:
+    assert {call.name for call in calls_of(*WORKER_API, *ADMIN_API) if not call.repeatable} == {
+        "take_back", "detect_and_recover_stuck_jobs", "step_down", "deliver_again", "deliver_all_again", "test_webhook",
+        "import_jobs", "preview_import",
+    }  # fmt: skip
     assert [request_for(AdminApi.take_back, "w", dry_run=dry).repeatable for dry in (False, True)] == [False, True]
 
 
@@ -58,8 +67,10 @@ def test_a_client_sends_the_key_and_the_version_of_its_caller_with_changes() -> 
         client.get_job("j")
     assert [each.headers.get("Idempotency-Key") for each in (sent[0], sent[1])] == ["k1", None]
     assert [each.headers.get("If-Match") for each in sent] == [None, None, '"0a1b"', None]
-    with pytest.raises(InvalidRequest, match="Idempotency-Key"):
-        keyed.with_key("")
+    for key in ("", "ключ", "é", "a\nb", "k" * 201, "\udcff"):
+        for use in (keyed.with_key, lambda key: requests.create_job(idempotency_key=key)):
+            with pytest.raises(InvalidRequest, match="Idempotency-Key must be 1 to 200 printable ASCII characters"):
+                use(key)
 
 
 def test_methods_show_the_arguments_and_docstrings_of_their_calls() -> None:
@@ -100,6 +111,7 @@ def test_uuid7_sorts_by_time_and_has_version_and_variant() -> None:
         ("..", "/v1/jobs/%2E%2E"),
         (".", "/v1/jobs/%2E"),
         ("é", "/v1/jobs/%C3%A9"),
+        ("a\udcff", "/v1/jobs/a%ED%B3%BF"),
     ],
 )
 def test_an_id_is_one_segment_of_the_path(job_id: str, path: str) -> None:

@@ -335,6 +335,7 @@ def test_a_socket_outside_the_list_is_followed_from_a_socket() -> None:
     nodes = NodeList([Endpoint(path="/a"), B], follows_unlisted=True)
     assert nodes.leader("unix:/c", nodes.endpoints[0]) == Endpoint(path="/c")
     assert nodes.leader("unix:/c", B) is None
+    assert nodes.leader("http://elsewhere:1", nodes.endpoints[0]) is None
 
 
 def test_the_leader_on_the_host_of_a_listed_url_is_that_url() -> None:

@@ -7,6 +7,7 @@ import io
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from operator import methodcaller
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,6 @@ from jobd.client import (
     AdminClient,
     AsyncJobClient,
     JobClient,
-    NotLeader,
     RetryOptions,
     Task,
     Unreachable,
@@ -32,7 +32,7 @@ from jobd.client.apis import WorkerApi
 from jobd.client.protocol import ApiRequest, request_for
 from jobd.client.worker.claimer import NODE_POLL_MS
 from jobd.model.calls import ADMIN
-from tests.support.client_harness import GRANT, JOB, CommandRun, running_worker
+from tests.support.client_harness import GRANT, JOB, CommandRun, either, running_worker
 from tests.support.polling import wait_until
 from tests.support.scripted_server import ReceivedRequest, ScriptedServer, Step, drop, ok, raw, rejected, serving
 
@@ -81,19 +81,10 @@ def nodes(tmp_path: Path) -> Iterator[Nodes]:
 def send(request: pytest.FixtureRequest) -> Send:
     """Return a function that sends requests to these URLs with one of the clients, and returns the last result."""
 
-    def blocking(urls: str, *requests: ApiRequest[Any], retry: RetryOptions = FAST) -> Any:
-        with JobClient(urls, token=TOKEN) as client:
-            return [client.send(each, retry) for each in requests][-1]
+    def send(urls: str, *requests: ApiRequest[Any], retry: RetryOptions = FAST) -> Any:
+        return either(request.param, urls, *(methodcaller("send", each, retry) for each in requests), token=TOKEN)
 
-    def asynchronous(urls: str, *requests: ApiRequest[Any], retry: RetryOptions = FAST) -> Any:
-        async def run() -> Any:
-            client = AsyncJobClient(urls, token=TOKEN)
-            async with client.stream() if request.param == "stream" else client as jobs:
-                return [await jobs.send(each, retry) for each in requests][-1]
-
-        return asyncio.run(run())
-
-    return blocking if request.param == "sync" else asynchronous
+    return send
 
 
 @pytest.fixture
@@ -111,44 +102,6 @@ def test_a_call_goes_to_the_leader_and_the_next_one_goes_there_at_once(nodes: No
     nodes.elect(2, lambda received: ok(EMPTY_PAGE))
     assert send(nodes.list, *[request_for(WorkerApi.list_jobs)] * 3).jobs == []
     assert nodes.counts == [1, 0, 3]
-
-
-def test_a_leader_outside_the_list_is_followed_with_the_token(send: Send) -> None:
-    leader, node = ScriptedServer(), ScriptedServer()
-    with serving(leader) as leader_url, serving(node) as url:
-        leader.always = lambda received: ok(EMPTY_PAGE)
-        node.always = lambda received: standby(leader_url)
-        send(f"{url},http://127.0.0.1:1", *[request_for(WorkerApi.list_jobs)] * 2)
-    assert len(node.received) == 1
-    assert [each.headers["Authorization"] for each in leader.received] == [f"Bearer {TOKEN}"] * 2
-
-
-def test_a_socket_does_not_send_the_token_to_a_tcp_address(nodes: Nodes, send: Send) -> None:
-    leader = ScriptedServer()
-    with serving(leader) as url:
-        for server in nodes.servers:
-            server.always = lambda received: standby(url)
-        with pytest.raises(NotLeader) as caught:
-            send(nodes.list, request_for(WorkerApi.list_jobs), retry=ONE_ROUND)
-    assert leader.received == []
-    assert caught.value.details["leader"] == url
-
-
-def test_standbys_that_name_each_other_or_themselves_do_not_make_a_loop(nodes: Nodes, send: Send) -> None:
-    for server, named in zip(nodes.servers, (1, 0, 2), strict=True):
-        server.always = lambda received, url=nodes.urls[named]: standby(url)
-    with pytest.raises(NotLeader):
-        send(nodes.list, request_for(WorkerApi.list_jobs), retry=ONE_ROUND)
-    assert nodes.counts == [1, 1, 1]
-
-
-def test_a_call_waits_until_a_node_leads(nodes: Nodes, send: Send) -> None:
-    rounds = 5
-    nodes.servers[1].script = [standby()] * rounds
-    nodes.servers[1].always = lambda received: ok(EMPTY_PAGE)
-    send(nodes.list, request_for(WorkerApi.list_jobs))
-    assert nodes.counts[1] == rounds + 1
-    assert nodes.counts[0] <= rounds + 1
 
 
 def test_the_error_of_a_call_names_every_url_with_its_outcome(nodes: Nodes, send: Send, rejecting: str) -> None:

@@ -34,7 +34,9 @@ from tests.support.client_harness import (
     TTL_MS,
     CommandRun,
     ScriptedDaemon,
+    nothing,
     running_worker,
+    working,
 )
 from tests.support.polling import wait_until
 from tests.support.scripted_server import ScriptedServer, drop, ok, rejected, serving
@@ -49,39 +51,27 @@ def fast_retries(monkeypatch: pytest.MonkeyPatch) -> None:
 async def test_there_is_no_progress_timeout_by_default(tmp_path: Path) -> None:
     limits: list[tuple[dict[str, Any], int]] = [({}, 0), ({"progress_timeout_ms": 5000}, 5000)]
     for limit, sent in limits:
-        daemon = ScriptedDaemon()
-        with serving(daemon.server, tmp_path / "p") as endpoint:
-            worker = Worker(endpoint, **limit)
-            worker.handler(lambda task: None)
-            async with running_worker(worker):
-                await daemon.receive("complete")
+        async with working(tmp_path, nothing, **limit) as daemon:
+            await daemon.receive("complete")
         assert daemon.bodies("claim")[0]["progress_timeout_ms"] == sent
 
 
 @pytest.mark.parametrize("code", ["overloaded", "shutting_down", "outcome_unknown", "storage_full"])
 async def test_complete_is_retried_and_the_lock_extended_meanwhile(tmp_path: Path, code: str) -> None:
-    daemon = ScriptedDaemon(complete=[*[rejected(code, 503)] * 4, ok(JOB)])
-    with serving(daemon.server, tmp_path / "p") as endpoint:
-        worker = Worker(endpoint)
+    async def work(task: Task) -> str:
+        return "result"
 
-        @worker.handler()
-        async def work(task: Task) -> str:
-            return "result"
-
-        async with running_worker(worker):
-            await daemon.receive("complete", 5)
+    async with working(tmp_path, work, responses={"complete": [*[rejected(code, 503)] * 4, ok(JOB)]}) as daemon:
+        await daemon.receive("complete", 5)
     assert daemon.bodies("complete") == [{"lock_id": "secret", "metadata": "result"}] * 5
     assert daemon.bodies("extend")
     assert daemon.bodies("fail") == daemon.bodies("release") == []
 
 
 async def test_a_job_fails_after_repeated_internal_errors_to_its_complete(tmp_path: Path) -> None:
-    daemon = ScriptedDaemon(complete=[rejected("internal_error", 500, "A bug.")])
-    with serving(daemon.server, tmp_path / "p") as endpoint:
-        worker = Worker(endpoint)
-        worker.handler()(lambda task: None)
-        async with running_worker(worker):
-            await daemon.receive("fail")
+    bug = [rejected("internal_error", 500, "A bug.")]
+    async with working(tmp_path, nothing, responses={"complete": bug}) as daemon:
+        await daemon.receive("fail")
     assert len(daemon.bodies("complete")) == 5
     (fail,) = daemon.bodies("fail")
     assert fail["error_code"] == "complete:internal_error"
@@ -89,16 +79,12 @@ async def test_a_job_fails_after_repeated_internal_errors_to_its_complete(tmp_pa
 
 
 async def test_a_rejected_failure_is_sent_again_without_its_options(tmp_path: Path) -> None:
-    daemon = ScriptedDaemon(fail=[rejected("invalid_request", 400, "`retry_after_ms` is too much."), ok(JOB)])
-    with serving(daemon.server, tmp_path / "p") as endpoint:
-        worker = Worker(endpoint)
+    async def work(task: Task) -> None:
+        raise Retry(after_ms=10**15)
 
-        @worker.handler()
-        async def work(task: Task) -> None:
-            raise Retry(after_ms=10**15)
-
-        async with running_worker(worker):
-            await daemon.receive("fail", 2)
+    too_much = rejected("invalid_request", 400, "`retry_after_ms` is too much.")
+    async with working(tmp_path, work, responses={"fail": [too_much, ok(JOB)]}) as daemon:
+        await daemon.receive("fail", 2)
     assert daemon.bodies("fail")[1]["error_code"] == "fail:invalid_request"
     assert "retry_after_ms" not in daemon.bodies("fail")[1]
 
@@ -107,12 +93,8 @@ async def test_a_rejected_failure_is_sent_again_without_its_options(tmp_path: Pa
 async def test_complete_after_the_end_of_the_grant_is_not_retried(
     tmp_path: Path, code: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    daemon = ScriptedDaemon(complete=[rejected(code, 409, "Too late.")])
-    with serving(daemon.server, tmp_path / "p") as endpoint:
-        worker = Worker(endpoint)
-        worker.handler()(lambda task: None)
-        async with running_worker(worker):
-            await daemon.receive("claim", 2)
+    async with working(tmp_path, nothing, responses={"complete": [rejected(code, 409, "Too late.")]}) as daemon:
+        await daemon.receive("claim", 2)
     assert len(daemon.bodies("complete")) == 1
     assert daemon.bodies("fail") == []
     assert "Too late." in caplog.text
@@ -122,33 +104,24 @@ async def test_complete_after_the_end_of_the_grant_is_not_retried(
 async def test_progress_that_json_cannot_express_is_an_error_of_the_handler(
     tmp_path: Path, message: Any, error: str
 ) -> None:
-    daemon = ScriptedDaemon()
-    with serving(daemon.server, tmp_path / "p") as endpoint:
-        worker = Worker(endpoint)
+    async def work(task: Task) -> None:
+        await task.progress(10, message)
 
-        @worker.handler()
-        async def work(task: Task) -> None:
-            await task.progress(10, message)
-
-        async with running_worker(worker):
-            await daemon.receive("fail")
+    async with working(tmp_path, work) as daemon:
+        await daemon.receive("fail")
     assert daemon.bodies("fail")[0]["error_code"] == error
 
 
 async def test_rejected_progress_extends_the_lock(tmp_path: Path) -> None:
     """Otherwise a handler that often reports progress over 100 would lose its lock."""
-    daemon = ScriptedDaemon(progress=[rejected("invalid_request", 400)])
-    with serving(daemon.server, tmp_path / "p") as endpoint:
-        worker = Worker(endpoint)
 
-        @worker.handler()
-        async def work(task: Task) -> None:
-            for _ in range(20):
-                with pytest.raises(InvalidRequest):
-                    await task.progress(101)
+    async def work(task: Task) -> None:
+        for _ in range(20):
+            with pytest.raises(InvalidRequest):
+                await task.progress(101)
 
-        async with running_worker(worker):
-            await daemon.receive("complete")
+    async with working(tmp_path, work, responses={"progress": [rejected("invalid_request", 400)]}) as daemon:
+        await daemon.receive("complete")
     assert len(daemon.bodies("progress")) == 20
     assert len(daemon.bodies("extend")) >= 19
 
@@ -157,23 +130,20 @@ async def test_a_single_error_stops_the_work_only_if_it_is_about_the_lock(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lock_keeper, "EXTENSIONS_PER_TTL", 1_000)
-    daemon = ScriptedDaemon(
-        claim=[ok({"grants": [GRANT | {"ttl_ms": 30_000}]}), ok({"grants": []})],
-        extend=[rejected("unauthorized", 401), rejected("internal_error", 500), rejected("lock_lost", 409)],
-    )
     stopped = asyncio.Event()
-    with serving(daemon.server, tmp_path / "p") as endpoint:
-        worker = Worker(endpoint)
 
-        @worker.handler()
-        async def work(task: Task) -> None:
-            try:
-                await asyncio.Event().wait()
-            finally:
-                stopped.set()
+    async def work(task: Task) -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            stopped.set()
 
-        async with running_worker(worker):
-            await stopped.wait()
+    responses = {
+        "claim": [ok({"grants": [GRANT | {"ttl_ms": 30_000}]}), ok({"grants": []})],
+        "extend": [rejected("unauthorized", 401), rejected("internal_error", 500), rejected("lock_lost", 409)],
+    }
+    async with working(tmp_path, work, responses=responses) as daemon:
+        await stopped.wait()
     assert len(daemon.bodies("extend")) == 3
     assert daemon.bodies("complete") == daemon.bodies("fail") == daemon.bodies("release") == []
 
@@ -215,16 +185,12 @@ async def test_an_ending_is_not_retried_after_rejections_for_a_ttl(
 
 
 async def test_the_time_without_a_daemon_is_no_time_of_rejections(tmp_path: Path) -> None:
-    daemon = ScriptedDaemon(extend=[drop, drop, rejected("unauthorized", 401), rejected("lock_lost", 409, "Held.")])
-    with serving(daemon.server, tmp_path / "p") as endpoint:
-        worker = Worker(endpoint)
+    async def work(task: Task) -> None:
+        await asyncio.Event().wait()
 
-        @worker.handler()
-        async def work(task: Task) -> None:
-            await asyncio.Event().wait()
-
-        async with running_worker(worker):
-            await daemon.receive("claim", 2)
+    extend = [drop, drop, rejected("unauthorized", 401), rejected("lock_lost", 409, "Held.")]
+    async with working(tmp_path, work, responses={"extend": extend}) as daemon:
+        await daemon.receive("claim", 2)
     assert len(daemon.bodies("extend")) == 4
 
 
@@ -240,20 +206,17 @@ async def test_rejections_for_a_ttl_end_jobctl_run_and_its_program(tmp_path: Pat
 
 @pytest.mark.parametrize("code", ["storage_full", "internal_error", "overloaded"])
 async def test_claims_are_retried_after_temporary_errors(tmp_path: Path, code: str) -> None:
-    daemon = ScriptedDaemon(claim=[rejected(code, 500), ok({"grants": [GRANT]}), ok({"grants": []})])
-    with serving(daemon.server, tmp_path / "p") as endpoint:
-        worker = Worker(endpoint)
-        go = asyncio.Event()
+    go = asyncio.Event()
 
-        @worker.handler()
-        async def work(task: Task) -> None:
-            await go.wait()
+    async def work(task: Task) -> None:
+        await go.wait()
 
-        async with running_worker(worker):
-            await daemon.receive("extend")  # at once, because the grant may be old
-            go.set()
-            await daemon.receive("complete")
-            await daemon.receive("claim", 3)
+    claim = [rejected(code, 500), ok({"grants": [GRANT]}), ok({"grants": []})]
+    async with working(tmp_path, work, responses={"claim": claim}) as daemon:
+        await daemon.receive("extend")  # at once, because the grant may be old
+        go.set()
+        await daemon.receive("complete")
+        await daemon.receive("claim", 3)
     keys = [received.headers["Idempotency-Key"] for received in daemon.server.received if received.path == "/v1/claim"]
     assert keys[0] == keys[1] != keys[2]
 
@@ -268,16 +231,6 @@ async def test_a_third_stop_ends_the_retries_of_complete(tmp_path: Path) -> None
             for _ in range(3):
                 worker.stop()
             await serving_
-
-
-async def test_an_invalid_token_ends_the_worker(tmp_path: Path) -> None:
-    server = ScriptedServer()
-    server.always = lambda received: rejected("unauthorized", 401) if received.path == "/v1/claim" else ok({})
-    with serving(server, tmp_path / "p") as endpoint:
-        worker = Worker(endpoint)
-        worker.handler()(print)
-        with pytest.raises(Unauthorized):
-            await worker.serve()
 
 
 async def test_a_worker_describes_itself(tmp_path: Path) -> None:
