@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import socket
 import sqlite3
 import subprocess
 import time
@@ -19,6 +18,7 @@ from jobd.api import admin_routes as admin_api
 from jobd.cli import exit_codes as exits
 from jobd.cli.ctl import main as ctl
 from jobd.cli.daemon import main as jobd_cli
+from jobd.cli.files import check_target
 from jobd.model import responses
 from jobd.model.storage import RESERVE_BYTES
 from tests.support.cli_harness import TOKEN, CliDaemon, Jobctl
@@ -126,91 +126,32 @@ def _written(running: CliDaemon, verb: str, file: Path) -> subprocess.CompletedP
     return running.run(*_OUT[verb], str(file), timeout=150)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("suffix", ["", "-wal", "-shm", "-journal", ".lock", ".epoch", ".ballast"])
 @pytest.mark.parametrize("verb", list(_OUT))
-def test_the_store_of_a_running_daemon_is_not_overwritten(
-    jobctl: Jobctl, running: CliDaemon, verb: str, suffix: str
-) -> None:
-    file = running.store.with_name(running.store.name + suffix)
+def test_the_store_of_a_running_daemon_is_not_overwritten(running: CliDaemon, tmp_path: Path, verb: str) -> None:
+    """Under its name, that of another of its files, and through a symlink."""
+    (tmp_path / "link.db").symlink_to(running.store)
     before = {path.name: path.stat().st_ino for path in running.directory.iterdir()}
-    done = _written(running, verb, file)
-    assert (done.returncode, done.stdout) == (75, "")
-    of = "belongs to" if suffix else "is"
-    message = f"{file} {of} the store of a running daemon (process {running.process.pid}): name another file"
-    assert message in done.stderr
+    for file in (running.store, running.store.with_name(f"{running.store.name}-wal"), tmp_path / "link.db"):
+        done = running.run(*_OUT[verb], str(file), timeout=150)
+        assert (done.returncode, done.stdout) == (75, "")
+        assert f"the store of a running daemon (process {running.process.pid}): name another file" in done.stderr
     assert {path.name: path.stat().st_ino for path in running.directory.iterdir()} == before
     assert running.process.poll() is None
 
 
-def test_a_store_is_not_overwritten_through_another_name(running: CliDaemon, tmp_path: Path) -> None:
-    (tmp_path / "link.db").symlink_to(running.store)
-    (tmp_path / "folder").symlink_to(running.directory)
-    for file in (tmp_path / "link.db", tmp_path / "folder" / running.store.name):
-        before = running.store.stat().st_ino
-        done = _written(running, "backup", file)
-        assert done.returncode == 75
-        assert f"(process {running.process.pid})" in done.stderr
-        assert running.store.stat().st_ino == before
-
-
 @pytest.mark.slow
-def test_a_store_that_its_daemon_opened_by_a_symlink_is_not_overwritten(running: CliDaemon, tmp_path: Path) -> None:
+def test_a_store_that_its_daemon_opened_by_a_symlink_is_not_overwritten(tmp_path: Path) -> None:
     folder = tmp_path / "elsewhere"
     folder.mkdir()
     (tmp_path / "jobd.db").symlink_to(folder / "real.db")
     (folder / "real.db").touch()
     with DaemonProcess(tmp_path):
         for name in ("real.db", "real.db-wal"):
-            before = (folder / name).stat().st_ino
-            done = _written(running, "backup", folder / name)
-            assert done.returncode == 75
-            assert "that another program uses: name another file" in done.stderr
-            assert (folder / name).stat().st_ino == before
-        assert _written(running, "backup", tmp_path / "jobd.db").returncode == 75
-
-
-@pytest.mark.parametrize("verb", list(_OUT))
-def test_only_a_regular_file_is_replaced(running: CliDaemon, tmp_path: Path, verb: str) -> None:
-    os.mkfifo(tmp_path / "pipe")
-    with socket.socket(socket.AF_UNIX) as bound:
-        bound.bind(str(tmp_path / "socket"))
-    (tmp_path / "stdout").symlink_to("/proc/self/fd/1")  # as /dev/stdout, which is a pipe here
-    files = [tmp_path / name for name in ("pipe", "socket", "stdout")]
-    for file in (*files, running.directory / "worker.sock"):
-        before = file.lstat()
-        done = _written(running, verb, file)
-        assert done.returncode == 2
-        assert f"{file} is not a regular file: name a new one, or one to overwrite" in done.stderr
-        assert (file.lstat().st_ino, file.lstat().st_mode) == (before.st_ino, before.st_mode)
-
-
-def test_a_backup_follows_a_symlink(running: CliDaemon, tmp_path: Path) -> None:
-    """Also for a file that does not exist."""
-    link, target = tmp_path / "latest.db", tmp_path / "disk" / "today.db"
-    target.parent.mkdir()
-    link.symlink_to(target)
-    for _ in range(2):
-        assert _written(running, "backup", link).returncode == 0
-        assert link.is_symlink()
-        assert target.read_bytes().startswith(b"SQLite format 3")
-    assert [path.name for path in target.parent.iterdir()] == ["today.db"]
-
-
-@pytest.mark.parametrize("is_there", [True, False])
-@pytest.mark.parametrize("suffix", ["-wal", "-journal"])
-def test_a_backup_is_not_written_beside_the_log_of_another_database(
-    running: CliDaemon, tmp_path: Path, suffix: str, is_there: bool
-) -> None:
-    """SQLite would apply that log to the copy."""
-    target = tmp_path / "killed.db"
-    if is_there:
-        target.write_bytes(b"old")
-    (tmp_path / f"killed.db{suffix}").write_bytes(b"log")
-    done = _written(running, "backup", target)
-    assert done.returncode == 2
-    assert f"killed.db{suffix} is left over from another database" in done.stderr
-    assert (target.read_bytes() if target.exists() else None) == (b"old" if is_there else None)
+            with pytest.raises(exits.CliError, match="that another program uses: name another file") as caught:
+                check_target(folder / name, yes=True)
+            assert caught.value.code == 75
+        with pytest.raises(exits.CliError, match="name another file"):
+            check_target(tmp_path / "jobd.db", yes=True)
 
 
 def test_a_damaged_row_is_named_with_its_fix(

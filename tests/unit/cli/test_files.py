@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import socket
 from pathlib import Path
 
 import click
@@ -43,6 +44,48 @@ def test_a_partial_file_of_another_user_is_not_used(tmp_path: Path, monkeypatch:
         _break_off(tmp_path / "copy.db")
     assert part.read_text() == "theirs"
     assert [path.name for path in tmp_path.iterdir()] == ["copy.db.part"]
+
+
+@pytest.mark.parametrize("suffix", ["", "-wal", "-shm", "-journal", ".lock", ".epoch", ".ballast"])
+@pytest.mark.parametrize("folder", ["store", "link"])
+def test_no_file_of_a_store_in_use_is_overwritten(tmp_path: Path, suffix: str, folder: str) -> None:
+    (tmp_path / "store").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "store")
+    relation = "belongs to" if suffix else "is"
+    with FileLock(str(tmp_path / "store" / "jobs.db")), pytest.raises(exit_codes.CliError) as caught:
+        files.check_target(tmp_path / folder / f"jobs.db{suffix}", yes=True)
+    assert caught.value.code == 75
+    message = f"jobs.db{suffix} {relation} the store of a running daemon (process {os.getpid()}): name another file"
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("place", ["pipe", "socket", "stdout"])
+def test_only_a_regular_file_is_replaced(tmp_path: Path, place: str) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "stdout").symlink_to(tmp_path / "pipe")  # as /dev/stdout may be
+    with socket.socket(socket.AF_UNIX) as bound:
+        bound.bind(str(tmp_path / "socket"))
+    with pytest.raises(click.UsageError, match="is not a regular file: name a new one"):
+        files.check_target(tmp_path / place, yes=True)
+
+
+def test_a_symlink_stays_and_its_target_is_written(tmp_path: Path) -> None:
+    link, target = tmp_path / "latest.db", tmp_path / "disk" / "today.db"
+    target.parent.mkdir()
+    link.symlink_to(target)
+    for content in (b"first", b"second"):
+        with files.atomic_file(link, lambda _: None) as file:
+            file.write(content)
+        assert (link.is_symlink(), target.read_bytes()) == (True, content)
+    assert [path.name for path in target.parent.iterdir()] == ["today.db"]
+
+
+@pytest.mark.parametrize("suffix", ["-wal", "-journal"])
+def test_a_file_is_not_written_beside_the_log_of_another_database(tmp_path: Path, suffix: str) -> None:
+    """SQLite would apply that log to the file."""
+    (tmp_path / f"killed.db{suffix}").write_bytes(b"log")
+    with pytest.raises(click.UsageError, match=f"killed.db{suffix} is left over from another database"):
+        files.check_target(tmp_path / "killed.db", yes=True)
 
 
 def test_an_incomplete_file_leaves_the_old_one(tmp_path: Path) -> None:

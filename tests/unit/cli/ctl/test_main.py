@@ -12,7 +12,9 @@ import pytest
 from click.testing import CliRunner
 
 from jobd.cli.ctl import main
+from jobd.cli.ctl.completion import KIND
 from jobd.cli.daemon.main import jobd
+from jobd.cli.params import NameParam
 from tests import ROOT
 from tests.support.cli_harness import commands_of
 
@@ -53,29 +55,17 @@ def test_a_usage_error_exits_with_2_and_one_line(
     assert "--help" in err
 
 
-@pytest.mark.parametrize(
-    "line",
-    [
-        "submit --id",
-        "submit --queue",
-        "submit --idempotency-key",
-        "jobs --queue",
-        "jobs --worker",
-        "export --queue",
-        "events --queue",
-        "events --job",
-        "events --type",
-        "audit --who",
-        "audit --action",
-        "audit --what",
-        "audit --job",
-        "run --queue",
-        "run --name",
-    ],
-)
-def test_an_empty_name_is_a_usage_error(line: str, capsys: pytest.CaptureFixture[str]) -> None:
+_NAMES = [
+    (verb, parameter.opts[0])
+    for verb, command in commands_of(main.jobctl).items()
+    for parameter in command.params
+    if isinstance(parameter, click.Option) and isinstance(parameter.type, NameParam) and parameter.type is not KIND
+]
+
+
+@pytest.mark.parametrize(("verb", "option"), _NAMES)
+def test_an_empty_name_is_a_usage_error(verb: str, option: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Otherwise a job would get a random id, a worker a default name, and a list would be unfiltered."""
-    verb, option = line.split()
     rest = ["true"] if verb == "run" else []
     assert run(verb, option, "", *rest) == 2
     out, err = capsys.readouterr()
