@@ -39,7 +39,7 @@ from jobd.model.responses import AuditPage, EmptyResponse, Response
 from jobd.model.storage import AUDITED_READS, SIGN_INS, AuditEntry, audit_share
 from tests.support.memory_storage import MemoryStorage
 from tests.support.rule_harness import RuleHarness
-from tests.support.virtual_engine import VirtualEngine, in_virtual_time
+from tests.support.virtual_engine import VirtualEngine, in_engine, in_virtual_time
 
 EVE = Operator("eve", "10.0.0.7")
 AUDIT_NAMES = {kind: kind.audit_name for kind in get_args(AnyCommand) if kind.audit_name is not None}
@@ -169,80 +169,74 @@ def test_a_recorded_action_is_stored_unchanged() -> None:
 # -- through the actor ------------------------------------------------------------------------------------------------
 
 
-@in_virtual_time
-async def test_an_entry_is_in_the_transaction_of_its_change() -> None:
-    async with VirtualEngine() as engine:
-        await engine.yes(Create(id="a"))
-        await engine.yes(ForceFail(id="a"), by=EVE.by, admin=True, operator=EVE)
-        batch = engine.disk.batches[-1]
-        assert [change.event.type for change in batch.changes] == ["force_failed"]
-        assert [change.event.by for change in batch.changes] == ["admin:eve"]
-        assert [row.what for row in batch.audit] == ["force-fail"]
+@in_engine()
+async def test_an_entry_is_in_the_transaction_of_its_change(engine: VirtualEngine) -> None:
+    await engine.yes(Create(id="a"))
+    await engine.yes(ForceFail(id="a"), by=EVE.by, admin=True, operator=EVE)
+    batch = engine.disk.batches[-1]
+    assert [change.event.type for change in batch.changes] == ["force_failed"]
+    assert [change.event.by for change in batch.changes] == ["admin:eve"]
+    assert [row.what for row in batch.audit] == ["force-fail"]
 
 
-@in_virtual_time
-async def test_a_rejected_action_has_an_entry_but_a_rejected_worker_has_none() -> None:
-    async with VirtualEngine() as engine:
-        await engine.no(Cancel(id="a"), operator=EVE)
-        await engine.no(Cancel(id="a"))
-        assert [(row.what, row.outcome) for row in audit_entries(engine)] == [("cancel", "job_not_found")]
+@in_engine()
+async def test_a_rejected_action_has_an_entry_but_a_rejected_worker_has_none(engine: VirtualEngine) -> None:
+    await engine.no(Cancel(id="a"), operator=EVE)
+    await engine.no(Cancel(id="a"))
+    assert [(row.what, row.outcome) for row in audit_entries(engine)] == [("cancel", "job_not_found")]
 
 
-@in_virtual_time
-async def test_a_repeated_idempotency_key_is_one_entry() -> None:
-    async with VirtualEngine() as engine:
-        await engine.yes(Create(id="a"))
-        for _ in range(2):
-            await engine.yes(ForceFail(id="a"), key=IdempotencyKey("k", "body"), operator=EVE)
-        assert len(audit_entries(engine)) == 1
+@in_engine()
+async def test_a_repeated_idempotency_key_is_one_entry(engine: VirtualEngine) -> None:
+    await engine.yes(Create(id="a"))
+    for _ in range(2):
+        await engine.yes(ForceFail(id="a"), key=IdempotencyKey("k", "body"), operator=EVE)
+    assert len(audit_entries(engine)) == 1
 
 
-@in_virtual_time
-async def test_a_change_that_was_not_written_leaves_no_entry() -> None:
-    async with VirtualEngine() as engine:
-        await engine.yes(Create(id="a"))
-        engine.disk.fits = lambda batch: not batch.audit
-        await engine.no(Transition(id="a", from_="queued", to="cancelled"), operator=EVE)
-        assert audit_entries(engine) == []
-        assert (await engine.yes(Get(id="a"))).status == "queued"
-        assert engine.actor.full_disk.write_limit == WriteLimit.ALL_BUT_ENDINGS
-        engine.disk.free()
+@in_engine()
+async def test_a_change_that_was_not_written_leaves_no_entry(engine: VirtualEngine) -> None:
+    await engine.yes(Create(id="a"))
+    engine.disk.fits = lambda batch: not batch.audit
+    await engine.no(Transition(id="a", from_="queued", to="cancelled"), operator=EVE)
+    assert audit_entries(engine) == []
+    assert (await engine.yes(Get(id="a"))).status == "queued"
+    assert engine.actor.full_disk.write_limit == WriteLimit.ALL_BUT_ENDINGS
+    engine.disk.free()
 
 
-@in_virtual_time
-async def test_on_a_full_disk_endings_have_entries_and_errors_have_none() -> None:
-    async with VirtualEngine() as engine:
-        await engine.yes(Create(id="a"))
-        engine.disk.fill()
-        await engine.no(Create(id="b"))
-        await engine.no(Pause(name="q"))
-        writes = len(engine.disk.batches)
-        await engine.no(Cancel(id="nobody"), operator=EVE)
-        assert len(engine.disk.batches) == writes
-        await engine.no(Pause(name="q"), operator=EVE)
-        await engine.yes(Cancel(id="a"), operator=EVE)
-        assert [(row.what, row.outcome) for row in audit_entries(engine)] == [("cancel", "done")]
-        engine.disk.free()
+@in_engine()
+async def test_on_a_full_disk_endings_have_entries_and_errors_have_none(engine: VirtualEngine) -> None:
+    await engine.yes(Create(id="a"))
+    engine.disk.fill()
+    await engine.no(Create(id="b"))
+    await engine.no(Pause(name="q"))
+    writes = len(engine.disk.batches)
+    await engine.no(Cancel(id="nobody"), operator=EVE)
+    assert len(engine.disk.batches) == writes
+    await engine.no(Pause(name="q"), operator=EVE)
+    await engine.yes(Cancel(id="a"), operator=EVE)
+    assert [(row.what, row.outcome) for row in audit_entries(engine)] == [("cancel", "done")]
+    engine.disk.free()
 
 
-@in_virtual_time
-async def test_while_creates_are_rejected_changes_have_entries_and_reads_have_none() -> None:
-    async with VirtualEngine() as engine:
-        engine.actor.full_disk.write_limit = WriteLimit.CREATES
-        engine.actor.full_disk.next_probe += 999
-        for what in sorted(AUDITED_READS | SIGN_INS):
-            await engine.yes(RecordAction(what=what), operator=EVE)
-        await engine.yes(RecordAction(what="sign-in", outcome="unauthorized"), operator=EVE)
-        await engine.no(Get(id="a"), operator=EVE)
-        await engine.yes(RecordAction(what="cleanup"), operator=EVE)
-        assert [row.what for row in audit_entries(engine)] == ["cleanup"]
-        engine.actor.full_disk.write_limit = WriteLimit.NONE
-        await engine.yes(RecordAction(what="artifact", job_id="a"), operator=EVE)
-        await engine.yes(RecordAction(what="sign-in", outcome="unauthorized"), operator=EVE)
-        assert [(row.what, row.job_id, row.outcome) for row in audit_entries(engine)[1:]] == [
-            ("artifact", "a", "done"),
-            ("sign-in", None, "unauthorized"),
-        ]
+@in_engine()
+async def test_while_creates_are_rejected_changes_have_entries_and_reads_have_none(engine: VirtualEngine) -> None:
+    engine.actor.full_disk.write_limit = WriteLimit.CREATES
+    engine.actor.full_disk.next_probe += 999
+    for what in sorted(AUDITED_READS | SIGN_INS):
+        await engine.yes(RecordAction(what=what), operator=EVE)
+    await engine.yes(RecordAction(what="sign-in", outcome="unauthorized"), operator=EVE)
+    await engine.no(Get(id="a"), operator=EVE)
+    await engine.yes(RecordAction(what="cleanup"), operator=EVE)
+    assert [row.what for row in audit_entries(engine)] == ["cleanup"]
+    engine.actor.full_disk.write_limit = WriteLimit.NONE
+    await engine.yes(RecordAction(what="artifact", job_id="a"), operator=EVE)
+    await engine.yes(RecordAction(what="sign-in", outcome="unauthorized"), operator=EVE)
+    assert [(row.what, row.job_id, row.outcome) for row in audit_entries(engine)[1:]] == [
+        ("artifact", "a", "done"),
+        ("sign-in", None, "unauthorized"),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -261,17 +255,16 @@ def test_every_action_belongs_to_a_share_of_the_log(what: str, outcome: str, sha
     assert audit_share(what, outcome) == share
 
 
-@in_virtual_time
-async def test_recovery_has_an_entry_only_if_an_operator_requested_it() -> None:
-    async with VirtualEngine() as engine:
-        await engine.held("a", lock_ttl_ms=SECOND_MS)
-        await asyncio.sleep(60)
-        await engine.maintainer.recover_stuck(replace(EVE, part_of="p"), "the rack is dark")
-        await engine.maintainer.recover_stuck()
-        found = [(row.what, row.who, row.jobs, row.reason) for row in audit_entries(engine)]
-        assert found == [("recover-stuck", "eve", 1, "the rack is dark")]
-        assert "No update from worker" in (engine.disk.events[-1].reason or "")
-        assert engine.disk.events[-1].by == "admin:eve"
+@in_engine()
+async def test_recovery_has_an_entry_only_if_an_operator_requested_it(engine: VirtualEngine) -> None:
+    await engine.held("a", lock_ttl_ms=SECOND_MS)
+    await asyncio.sleep(60)
+    await engine.maintainer.recover_stuck(replace(EVE, part_of="p"), "the rack is dark")
+    await engine.maintainer.recover_stuck()
+    found = [(row.what, row.who, row.jobs, row.reason) for row in audit_entries(engine)]
+    assert found == [("recover-stuck", "eve", 1, "the rack is dark")]
+    assert "No update from worker" in (engine.disk.events[-1].reason or "")
+    assert engine.disk.events[-1].by == "admin:eve"
 
 
 @in_virtual_time

@@ -33,7 +33,7 @@ from jobd.model.responses import ClockView, Response
 from jobd.model.storage import AuditEntry, StoredResponse
 from tests.support.memory_storage import MemoryStorage
 from tests.support.rule_harness import RuleHarness
-from tests.support.virtual_engine import VirtualEngine, in_virtual_time, seconds, until
+from tests.support.virtual_engine import VirtualEngine, in_engine, in_virtual_time, seconds, until
 
 STEP_MS: Final = 40 * DAY_MS
 PASSES: Final = CleanupSchedule(interval_ms=5 * MINUTE_MS, min_interval_ms=2 * MINUTE_MS, recover_every_ms=0)
@@ -57,26 +57,25 @@ def status(engine: VirtualEngine, job_id: str) -> str | None:
 # -- the rules, in the first batch after the step ----------------------------------------------------------------------
 
 
-@in_virtual_time
-async def test_the_first_command_after_a_step_fails_and_deletes_nothing() -> None:
-    async with VirtualEngine() as engine:
-        await create_completed(engine)
-        await create_expiring(engine)
-        for command in (
-            Claim(worker="w"),
-            Expire(limit=10),
-            DeleteExpired(ids=["done"]),
-            Recover(limit=10),
-            Preview(limit=10),
-        ):
-            engine.step_ms = STEP_MS
-            data = await engine.yes(command)
-            assert not getattr(data, "grants", None)
-            assert not getattr(data, "done", None)
-            assert not getattr(data, "expired", None)
-            assert (status(engine, "done"), status(engine, "waits")) == ("completed", "queued")
-            engine.step_ms = 0
-        assert [grant.job.id for grant in (await engine.yes(Claim(worker="w"))).grants] == ["waits"]
+@in_engine()
+async def test_the_first_command_after_a_step_fails_and_deletes_nothing(engine: VirtualEngine) -> None:
+    await create_completed(engine)
+    await create_expiring(engine)
+    for command in (
+        Claim(worker="w"),
+        Expire(limit=10),
+        DeleteExpired(ids=["done"]),
+        Recover(limit=10),
+        Preview(limit=10),
+    ):
+        engine.step_ms = STEP_MS
+        data = await engine.yes(command)
+        assert not getattr(data, "grants", None)
+        assert not getattr(data, "done", None)
+        assert not getattr(data, "expired", None)
+        assert (status(engine, "done"), status(engine, "waits")) == ("completed", "queued")
+        engine.step_ms = 0
+    assert [grant.job.id for grant in (await engine.yes(Claim(worker="w"))).grants] == ["waits"]
 
 
 def test_an_operator_can_still_end_and_delete_jobs() -> None:
@@ -144,18 +143,17 @@ async def test_a_clock_that_steps_between_scan_and_rule_costs_no_job_and_no_clea
         assert status(engine, "done") == "completed"
 
 
-@in_virtual_time
-async def test_after_acceptance_jobs_are_deleted_and_failed_by_age_again() -> None:
-    async with VirtualEngine(schedule=PASSES) as engine:
-        engine.run_maintainer()
-        await create_completed(engine)
-        await create_expiring(engine)
-        engine.step_ms = STEP_MS
-        await engine.maintainer.run_cleanup(forced=True)
-        engine.clock.accept()
-        report = await engine.maintainer.run_cleanup(forced=True)
-        assert report.expired_jobs_deleted == 1
-        assert (status(engine, "done"), status(engine, "waits")) == (None, "failed")
+@in_engine(schedule=PASSES)
+async def test_after_acceptance_jobs_are_deleted_and_failed_by_age_again(engine: VirtualEngine) -> None:
+    engine.run_maintainer()
+    await create_completed(engine)
+    await create_expiring(engine)
+    engine.step_ms = STEP_MS
+    await engine.maintainer.run_cleanup(forced=True)
+    engine.clock.accept()
+    report = await engine.maintainer.run_cleanup(forced=True)
+    assert report.expired_jobs_deleted == 1
+    assert (status(engine, "done"), status(engine, "waits")) == (None, "failed")
 
 
 # -- what is done meanwhile --------------------------------------------------------------------------------------------
@@ -177,18 +175,17 @@ async def test_a_job_that_ends_while_the_clock_is_suspect_is_kept_for_its_whole_
             assert status(engine, "done") == "completed"
 
 
-@in_virtual_time
-async def test_times_given_by_a_caller_are_not_rejected() -> None:
-    async with VirtualEngine() as engine:
-        right = engine.now
-        engine.step_ms = STEP_MS
-        await create_completed(engine, expires_at=right + DAY_MS)
-        await engine.yes(Create(id="new", expires_at=right + DAY_MS))
-        rejection = await engine.no(Create(id="past", expires_at=right - DAY_MS))
-        assert rejection.code == "invalid_request"
-        engine.step_ms = 0
-        assert not (await engine.yes(Expire(limit=10))).done
-        assert (status(engine, "done"), status(engine, "new")) == ("completed", "queued")
+@in_engine()
+async def test_times_given_by_a_caller_are_not_rejected(engine: VirtualEngine) -> None:
+    right = engine.now
+    engine.step_ms = STEP_MS
+    await create_completed(engine, expires_at=right + DAY_MS)
+    await engine.yes(Create(id="new", expires_at=right + DAY_MS))
+    rejection = await engine.no(Create(id="past", expires_at=right - DAY_MS))
+    assert rejection.code == "invalid_request"
+    engine.step_ms = 0
+    assert not (await engine.yes(Expire(limit=10))).done
+    assert (status(engine, "done"), status(engine, "new")) == ("completed", "queued")
 
 
 @in_virtual_time

@@ -13,7 +13,7 @@ from jobd.monitoring.alerts import CLUSTER_NAMES, Alerts
 from jobd.monitoring.cluster_conditions import cluster_conditions
 from jobd.monitoring.condition import Condition
 from jobd.monitoring.health import Health
-from tests.support.virtual_engine import VirtualEngine, in_virtual_time, seconds
+from tests.support.virtual_engine import VirtualEngine, in_engine, seconds
 
 A = NodeView("a", "", "leader", 100, 1_000, 0, 1, False)
 B = NodeView("b", "", "standby", 100, 1_000, 0, 1, False)
@@ -80,23 +80,22 @@ def test_each_condition_says_what_holds(changes: dict[str, Any], name: str, valu
     assert said in (found.hint if value > found.threshold else found.quiet or "")
 
 
-@in_virtual_time
-async def test_the_alerts_of_a_cluster_fire_and_resolve() -> None:
-    async with VirtualEngine() as engine:
-        alerts = Alerts(
-            engine.state, engine.clock, Health(engine.actor, engine.clock, engine.maintainer), engine.maintainer
-        )
-        view = replace(VIEW, nodes=[A])
-        alerts.cluster = lambda: view
-        with capture_logs() as logs:
-            alerts.evaluate()
-            await seconds(31)
-            assert [alert.name for alert in alerts.evaluate() if alert.firing] == ["no_standby"]
-            view = VIEW
-            alerts.evaluate()
-            await seconds(61)
-            assert not any(alert.firing for alert in alerts.evaluate())
-        assert [(each["event"], each["alert"]) for each in logs] == [
-            ("alert_firing", "no_standby"),
-            ("alert_resolved", "no_standby"),
-        ]
+@in_engine()
+async def test_the_alerts_of_a_cluster_fire_and_resolve(engine: VirtualEngine) -> None:
+    alerts = Alerts(
+        engine.state, engine.clock, Health(engine.actor, engine.clock, engine.maintainer), engine.maintainer
+    )
+    view = replace(VIEW, nodes=[A])
+    alerts.cluster = lambda: view
+    with capture_logs() as logs:
+        alerts.evaluate()
+        await seconds(31)
+        assert [alert.name for alert in alerts.evaluate() if alert.firing] == ["no_standby"]
+        view = VIEW
+        alerts.evaluate()
+        await seconds(61)
+        assert not any(alert.firing for alert in alerts.evaluate())
+    assert [(each["event"], each["alert"]) for each in logs] == [
+        ("alert_firing", "no_standby"),
+        ("alert_resolved", "no_standby"),
+    ]

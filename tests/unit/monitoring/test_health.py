@@ -32,7 +32,7 @@ from jobd.monitoring.health import (
 )
 from jobd.storage.artifacts.filesystem import FileArtifactStore
 from tests.support.memory_storage import MemoryStorage
-from tests.support.virtual_engine import VirtualEngine, in_virtual_time, row, seconds
+from tests.support.virtual_engine import VirtualEngine, in_engine, in_virtual_time, row, seconds
 
 
 def health_of(
@@ -85,98 +85,91 @@ class StaleOnce(MemoryStorage):
 # -- healthy ----------------------------------------------------------------------------------------------------------
 
 
-@in_virtual_time
-async def test_a_working_daemon_is_healthy() -> None:
-    async with VirtualEngine() as engine:
-        await engine.held("a")
-        await engine.yes(Create(id="b"))
-        engine.run_maintainer()
-        await seconds(1)
-        view = await measured(engine)
-        statuses = (view.status, view.database.status, view.cache.status, view.storage.status)
-        assert statuses == ("healthy",) * 4
-        assert view.database.total_jobs == 2
-        assert view.database.message.startswith("A write and a read took ")
-        assert view.cache.message.endswith(" 2 jobs match the disk.")
-        assert view.storage.message == "not configured"
-        assert view.cleanup_status.message == "Cleanup runs in time."
-        assert not view.cleanup_status.running
-        assert view.cleanup_status.time_since_last_cleanup == engine.maintainer.state().time_since_last_cleanup
-        assert view.timestamp == engine.now
+@in_engine()
+async def test_a_working_daemon_is_healthy(engine: VirtualEngine) -> None:
+    await engine.held("a")
+    await engine.yes(Create(id="b"))
+    engine.run_maintainer()
+    await seconds(1)
+    view = await measured(engine)
+    statuses = (view.status, view.database.status, view.cache.status, view.storage.status)
+    assert statuses == ("healthy",) * 4
+    assert view.database.total_jobs == 2
+    assert view.database.message.startswith("A write and a read took ")
+    assert view.cache.message.endswith(" 2 jobs match the disk.")
+    assert view.storage.message == "not configured"
+    assert view.cleanup_status.message == "Cleanup runs in time."
+    assert not view.cleanup_status.running
+    assert view.cleanup_status.time_since_last_cleanup == engine.maintainer.state().time_since_last_cleanup
+    assert view.timestamp == engine.now
 
 
-@in_virtual_time
-async def test_health_is_measured_again_after_five_seconds() -> None:
-    async with VirtualEngine() as engine:
-        health = health_of(engine)
-        first = await health.view()
-        await seconds(MAX_AGE_S - 0.1)
-        assert (await health.view()).timestamp == first.timestamp
-        assert engine.disk.calls["probe"] == 1
-        await seconds(0.2)
-        assert (await health.view()).timestamp > first.timestamp
-        assert engine.disk.calls["probe"] == 2
+@in_engine()
+async def test_health_is_measured_again_after_five_seconds(engine: VirtualEngine) -> None:
+    health = health_of(engine)
+    first = await health.view()
+    await seconds(MAX_AGE_S - 0.1)
+    assert (await health.view()).timestamp == first.timestamp
+    assert engine.disk.calls["probe"] == 1
+    await seconds(0.2)
+    assert (await health.view()).timestamp > first.timestamp
+    assert engine.disk.calls["probe"] == 2
 
 
-@in_virtual_time
-async def test_callers_share_one_measurement() -> None:
-    async with VirtualEngine() as engine:
-        health = health_of(engine)
-        views = await asyncio.gather(*(health.view() for _ in range(10)))
-        assert all(view is views[0] for view in views)
-        assert engine.disk.calls["probe"] == 1
+@in_engine()
+async def test_callers_share_one_measurement(engine: VirtualEngine) -> None:
+    health = health_of(engine)
+    views = await asyncio.gather(*(health.view() for _ in range(10)))
+    assert all(view is views[0] for view in views)
+    assert engine.disk.calls["probe"] == 1
 
 
-@in_virtual_time
-async def test_a_disconnected_caller_does_not_end_the_measurement() -> None:
-    async with VirtualEngine() as engine:
-        health = health_of(engine)
-        callers = [asyncio.create_task(health.view()) for _ in range(2)]
-        await seconds(0)
-        callers[0].cancel()
-        assert (await callers[1]).status == "healthy"
+@in_engine()
+async def test_a_disconnected_caller_does_not_end_the_measurement(engine: VirtualEngine) -> None:
+    health = health_of(engine)
+    callers = [asyncio.create_task(health.view()) for _ in range(2)]
+    await seconds(0)
+    callers[0].cancel()
+    assert (await callers[1]).status == "healthy"
 
 
 # -- the database -----------------------------------------------------------------------------------------------------
 
 
-@in_virtual_time
-async def test_a_failing_disk_is_unhealthy() -> None:
-    async with VirtualEngine() as engine:
-        engine.disk.errors["probe"] = OSError("I/O error")
-        view = await measured(engine)
-        assert view.status == view.database.status == "unhealthy"
-        assert "I/O error" in view.database.message
+@in_engine()
+async def test_a_failing_disk_is_unhealthy(engine: VirtualEngine) -> None:
+    engine.disk.errors["probe"] = OSError("I/O error")
+    view = await measured(engine)
+    assert view.status == view.database.status == "unhealthy"
+    assert "I/O error" in view.database.message
 
 
-@in_virtual_time
-async def test_a_full_disk_is_unhealthy_and_says_what_to_do() -> None:
-    async with VirtualEngine() as engine:
-        engine.disk.errors["probe"] = DiskFull("full")
-        engine.disk.disk_space = DiskSpace("/disk/jobd.db", 4096, 1 << 20)
-        view = await measured(engine)
-        assert view.status == view.database.status == "unhealthy"
-        assert view.database.message == (
-            "The disk of the store is full (4096 bytes free at /disk/jobd.db): "
-            "writes are accepted, but a test write failed. Free some space; jobd tries again every second."
-        )
-        found = (view.database.path, view.database.free_bytes, view.database.total_bytes)
-        assert found == ("/disk/jobd.db", 4096, 1 << 20)
-        engine.disk.errors["probe"] = JournalDiskFull("full")
-        assert (await measured(engine)).database.message.startswith("The disk of the journal's server is full: writes")
+@in_engine()
+async def test_a_full_disk_is_unhealthy_and_says_what_to_do(engine: VirtualEngine) -> None:
+    engine.disk.errors["probe"] = DiskFull("full")
+    engine.disk.disk_space = DiskSpace("/disk/jobd.db", 4096, 1 << 20)
+    view = await measured(engine)
+    assert view.status == view.database.status == "unhealthy"
+    assert view.database.message == (
+        "The disk of the store is full (4096 bytes free at /disk/jobd.db): "
+        "writes are accepted, but a test write failed. Free some space; jobd tries again every second."
+    )
+    found = (view.database.path, view.database.free_bytes, view.database.total_bytes)
+    assert found == ("/disk/jobd.db", 4096, 1 << 20)
+    engine.disk.errors["probe"] = JournalDiskFull("full")
+    assert (await measured(engine)).database.message.startswith("The disk of the journal's server is full: writes")
 
 
-@in_virtual_time
-async def test_a_full_disk_of_the_journals_server_makes_the_journal_unhealthy() -> None:
-    async with VirtualEngine() as engine:
-        health = health_of(engine)
-        health.cluster = lambda: ClusterView(role="leader", synchronous=True)
-        assert (await health.view()).journal == PartHealth("healthy", ANY)
-        engine.disk.write_errors.append(JournalDiskFull("full"))
-        engine.disk.errors["probe"] = JournalDiskFull("full")
-        await engine.no(Create(id="a"))
-        await asyncio.sleep(MAX_AGE_S)
-        assert (await health.view()).journal == PartHealth("unhealthy", "The disk of the journal's server is full.")
+@in_engine()
+async def test_a_full_disk_of_the_journals_server_makes_the_journal_unhealthy(engine: VirtualEngine) -> None:
+    health = health_of(engine)
+    health.cluster = lambda: ClusterView(role="leader", synchronous=True)
+    assert (await health.view()).journal == PartHealth("healthy", ANY)
+    engine.disk.write_errors.append(JournalDiskFull("full"))
+    engine.disk.errors["probe"] = JournalDiskFull("full")
+    await engine.no(Create(id="a"))
+    await asyncio.sleep(MAX_AGE_S)
+    assert (await health.view()).journal == PartHealth("unhealthy", "The disk of the journal's server is full.")
 
 
 @in_virtual_time
@@ -203,22 +196,21 @@ async def test_a_missing_reserve_file_is_degraded_until_it_is_rebuilt() -> None:
         assert "reserve" not in (await health.view()).database.message
 
 
-@in_virtual_time
-async def test_the_free_space_is_at_most_a_second_old() -> None:
-    async with VirtualEngine() as engine:
-        health = health_of(engine)
-        engine.disk.disk_space = first = DiskSpace("/disk/jobd.db", 2, 3)
-        assert [await space for space in (health.space(), health.space())] == [first, first]
-        engine.disk.disk_space = second = DiskSpace("/disk/jobd.db", 1, 3)
-        assert await health.space() == first
-        assert engine.disk.calls["space"] == 1
-        await seconds(SPACE_MAX_AGE_S)
-        assert await health.space() == second
-        engine.disk.disk_space = None
-        await seconds(SPACE_MAX_AGE_S)
-        assert await health.space() is None
-        database = (await health.view()).database
-        assert (database.path, database.free_bytes, database.total_bytes) == (None, None, None)
+@in_engine()
+async def test_the_free_space_is_at_most_a_second_old(engine: VirtualEngine) -> None:
+    health = health_of(engine)
+    engine.disk.disk_space = first = DiskSpace("/disk/jobd.db", 2, 3)
+    assert [await space for space in (health.space(), health.space())] == [first, first]
+    engine.disk.disk_space = second = DiskSpace("/disk/jobd.db", 1, 3)
+    assert await health.space() == first
+    assert engine.disk.calls["space"] == 1
+    await seconds(SPACE_MAX_AGE_S)
+    assert await health.space() == second
+    engine.disk.disk_space = None
+    await seconds(SPACE_MAX_AGE_S)
+    assert await health.space() is None
+    database = (await health.view()).database
+    assert (database.path, database.free_bytes, database.total_bytes) == (None, None, None)
 
 
 @in_virtual_time
@@ -248,19 +240,17 @@ async def test_a_hanging_disk_leaves_the_last_free_space() -> None:
         (WriteLimit.ALL_WRITES, "every change is rejected"),
     ],
 )
-def test_the_message_names_the_writes_that_a_full_disk_rejects(closed: WriteLimit, expected: str) -> None:
-    @in_virtual_time
-    async def test() -> None:
-        async with VirtualEngine() as engine:
-            engine.actor.full_disk.write_limit = closed
-            engine.actor.full_disk.next_probe = loop_time() + 60
-            view = await measured(engine)
-            assert view.status == view.database.status == "unhealthy"
-            assert expected in view.database.message
-            assert "8589934592 bytes free at /disk/jobd.db" in view.database.message
-            assert view.cache.status == "healthy"
-
-    test()
+@in_engine()
+async def test_the_message_names_the_writes_that_a_full_disk_rejects(
+    engine: VirtualEngine, closed: WriteLimit, expected: str
+) -> None:
+    engine.actor.full_disk.write_limit = closed
+    engine.actor.full_disk.next_probe = loop_time() + 60
+    view = await measured(engine)
+    assert view.status == view.database.status == "unhealthy"
+    assert expected in view.database.message
+    assert "8589934592 bytes free at /disk/jobd.db" in view.database.message
+    assert view.cache.status == "healthy"
 
 
 @in_virtual_time
@@ -293,22 +283,19 @@ class SlowStorage(MemoryStorage):
 
 
 @pytest.mark.parametrize("probe_s", [TIMEOUT_S + 1, MAX_AGE_S + 1, 3 * MAX_AGE_S])
-def test_a_slow_disk_is_unhealthy_in_every_measurement(probe_s: float) -> None:
-    @in_virtual_time
-    async def test() -> None:
-        storage = SlowStorage()
-        async with VirtualEngine(storage) as engine:
-            health = health_of(engine)
-            storage.probe_s = probe_s
-            for _ in range(6):
-                assert (await health.view()).database.status == "unhealthy"
-                await seconds(MAX_AGE_S)
-            storage.probe_s = 0.5
-            await seconds(probe_s)
-            assert (await health.view()).database.message == "A write and a read took 500.0 ms."
-            await health.close()
-
-    test()
+@in_virtual_time
+async def test_a_slow_disk_is_unhealthy_in_every_measurement(probe_s: float) -> None:
+    storage = SlowStorage()
+    async with VirtualEngine(storage) as engine:
+        health = health_of(engine)
+        storage.probe_s = probe_s
+        for _ in range(6):
+            assert (await health.view()).database.status == "unhealthy"
+            await seconds(MAX_AGE_S)
+        storage.probe_s = 0.5
+        await seconds(probe_s)
+        assert (await health.view()).database.message == "A write and a read took 500.0 ms."
+        await health.close()
 
 
 @in_virtual_time
@@ -325,14 +312,15 @@ async def test_close_waits_for_pending_requests() -> None:
         await closing
 
 
-@in_virtual_time
-async def test_a_replaced_database_is_unhealthy_and_the_message_says_how_to_keep_its_jobs() -> None:
-    async with VirtualEngine() as engine:
-        engine.disk.replaced = "/disk/jobd.db"
-        view = await measured(engine)
-        assert view.database.status == "unhealthy"
-        assert view.database.message.startswith("/disk/jobd.db was deleted or replaced while the daemon runs.")
-        assert "jobd backup FILE" in view.database.message
+@in_engine()
+async def test_a_replaced_database_is_unhealthy_and_the_message_says_how_to_keep_its_jobs(
+    engine: VirtualEngine,
+) -> None:
+    engine.disk.replaced = "/disk/jobd.db"
+    view = await measured(engine)
+    assert view.database.status == "unhealthy"
+    assert view.database.message.startswith("/disk/jobd.db was deleted or replaced while the daemon runs.")
+    assert "jobd backup FILE" in view.database.message
 
 
 @in_virtual_time
@@ -354,81 +342,72 @@ async def test_damage_is_named_with_its_repair() -> None:
             await seconds(MAX_AGE_S)
 
 
-@in_virtual_time
-async def test_the_number_of_kept_faults_is_limited() -> None:
-    async with VirtualEngine() as engine:
-        health = health_of(engine, (f"fault {number}" for number in range(10 * MAX_FAULTS)))
-        assert f"and {MAX_FAULTS - 5} more" in (await health.view()).database.message
+@in_engine()
+async def test_the_number_of_kept_faults_is_limited(engine: VirtualEngine) -> None:
+    health = health_of(engine, (f"fault {number}" for number in range(10 * MAX_FAULTS)))
+    assert f"and {MAX_FAULTS - 5} more" in (await health.view()).database.message
 
 
 # -- memory -----------------------------------------------------------------------------------------------------------
 
 
-@in_virtual_time
-async def test_a_hanging_mailbox_is_unhealthy() -> None:
-    async with VirtualEngine() as engine:
-        health = health_of(engine)
-        engine.disk.gate.clear()
-        task = asyncio.create_task(engine.yes(Create(id="a")))
-        await engine.disk.at_gate.wait()
-        view = await health.view()
-        assert view.status == view.cache.status == "unhealthy"
-        assert "1 commands are waiting" in view.cache.message
-        engine.disk.gate.set()
-        await task
-        await seconds(MAX_AGE_S)
-        assert (await health.view()).cache.status == "healthy"
+@in_engine()
+async def test_a_hanging_mailbox_is_unhealthy(engine: VirtualEngine) -> None:
+    health = health_of(engine)
+    engine.disk.gate.clear()
+    task = asyncio.create_task(engine.yes(Create(id="a")))
+    await engine.disk.at_gate.wait()
+    view = await health.view()
+    assert view.status == view.cache.status == "unhealthy"
+    assert "1 commands are waiting" in view.cache.message
+    engine.disk.gate.set()
+    await task
+    await seconds(MAX_AGE_S)
+    assert (await health.view()).cache.status == "healthy"
 
 
-@in_virtual_time
-async def test_a_full_mailbox_is_degraded_a_stopped_one_unhealthy() -> None:
-    async with VirtualEngine(bounds=Bounds(mailbox=0)) as engine:
-        health = health_of(engine)
-        assert (await health.view()).cache.status == "degraded"
-        engine.actor.stop()
-        await seconds(MAX_AGE_S)
-        assert (await health.view()).cache.status == "unhealthy"
+@in_engine(bounds=Bounds(mailbox=0))
+async def test_a_full_mailbox_is_degraded_a_stopped_one_unhealthy(engine: VirtualEngine) -> None:
+    health = health_of(engine)
+    assert (await health.view()).cache.status == "degraded"
+    engine.actor.stop()
+    await seconds(MAX_AGE_S)
+    assert (await health.view()).cache.status == "unhealthy"
 
 
 @pytest.mark.parametrize(("status", "name"), [("queued", "a"), ("processing", "b"), ("completed", "c")])
-def test_counters_that_disagree_are_unhealthy(status: str, name: str) -> None:
-    @in_virtual_time
-    async def test() -> None:
-        async with VirtualEngine() as engine:
-            await engine.yes(Create(id="a"))
-            await engine.held("b")
-            assert (await measured(engine)).status == "healthy"
-            engine.state.totals[status] += 1
-            one = (await measured(engine)).cache
-            assert one.status == "unhealthy"
-            assert f"{status} jobs in total, but" in one.message
-            engine.state.counts["default"][status] += 1
-            both = (await measured(engine)).cache
-            if status == "completed":  # finished jobs are not in memory, so there is nothing to compare
-                assert both.status == "healthy"
-            else:
-                assert f"jobs are {status}, but the daemon counts" in both.message
-
-    test()
+@in_engine()
+async def test_counters_that_disagree_are_unhealthy(engine: VirtualEngine, status: str, name: str) -> None:
+    await engine.yes(Create(id="a"))
+    await engine.held("b")
+    assert (await measured(engine)).status == "healthy"
+    engine.state.totals[status] += 1
+    one = (await measured(engine)).cache
+    assert one.status == "unhealthy"
+    assert f"{status} jobs in total, but" in one.message
+    engine.state.counts["default"][status] += 1
+    both = (await measured(engine)).cache
+    if status == "completed":  # finished jobs are not in memory, so there is nothing to compare
+        assert both.status == "healthy"
+    else:
+        assert f"jobs are {status}, but the daemon counts" in both.message
 
 
-@in_virtual_time
-async def test_memory_that_differs_from_the_disk_is_unhealthy() -> None:
-    async with VirtualEngine() as engine:
-        await engine.yes(Create(id="a"))
-        await engine.held("b")
-        engine.disk.jobs[2] = replace(engine.disk.jobs[2], progress=7)
-        view = await measured(engine)
-        assert view.status == view.cache.status == "unhealthy"
-        assert view.cache.message.startswith("Memory and disk differ for b.")
+@in_engine()
+async def test_memory_that_differs_from_the_disk_is_unhealthy(engine: VirtualEngine) -> None:
+    await engine.yes(Create(id="a"))
+    await engine.held("b")
+    engine.disk.jobs[2] = replace(engine.disk.jobs[2], progress=7)
+    view = await measured(engine)
+    assert view.status == view.cache.status == "unhealthy"
+    assert view.cache.message.startswith("Memory and disk differ for b.")
 
 
-@in_virtual_time
-async def test_a_row_missing_on_the_disk_is_detected() -> None:
-    async with VirtualEngine() as engine:
-        await engine.yes(Create(id="a"))
-        engine.disk.delete(1)
-        assert (await measured(engine)).cache.message.startswith("Memory and disk differ for a.")
+@in_engine()
+async def test_a_row_missing_on_the_disk_is_detected(engine: VirtualEngine) -> None:
+    await engine.yes(Create(id="a"))
+    engine.disk.delete(1)
+    assert (await measured(engine)).cache.message.startswith("Memory and disk differ for a.")
 
 
 @in_virtual_time
@@ -467,39 +446,36 @@ async def test_concurrent_work_never_looks_like_damage() -> None:
         await asyncio.gather(*working)
 
 
-@in_virtual_time
-async def test_a_bad_row_found_by_the_recount_is_quarantined() -> None:
-    async with VirtualEngine() as engine:
-        health = health_of(engine)
-        await engine.yes(Create(id="a"))
-        engine.disk.bad_jobs["a"] = "its checksum is wrong"
-        assert (await health.view()).cache.status == "healthy"
-        assert (await engine.no(Get(id="a"))).code == "job_quarantined"
-        await seconds(MAX_AGE_S)
-        assert "Quarantined jobs: a." in (await health.view()).database.message
+@in_engine()
+async def test_a_bad_row_found_by_the_recount_is_quarantined(engine: VirtualEngine) -> None:
+    health = health_of(engine)
+    await engine.yes(Create(id="a"))
+    engine.disk.bad_jobs["a"] = "its checksum is wrong"
+    assert (await health.view()).cache.status == "healthy"
+    assert (await engine.no(Get(id="a"))).code == "job_quarantined"
+    await seconds(MAX_AGE_S)
+    assert "Quarantined jobs: a." in (await health.view()).database.message
 
 
-@in_virtual_time
-async def test_samples_advance_over_the_oldest_jobs() -> None:
-    async with VirtualEngine() as engine:
-        for number in range(3 * SAMPLE):
-            await engine.yes(Create(id=f"job-{number}"))
-        health = health_of(engine)
-        seen = [set(health._sample()) for _ in range(3)]
-        assert len(set.union(*seen)) == 3 * SAMPLE
-        assert set(health._sample()) == seen[0]
-        assert SAMPLED_FROM > SAMPLE
+@in_engine()
+async def test_samples_advance_over_the_oldest_jobs(engine: VirtualEngine) -> None:
+    for number in range(3 * SAMPLE):
+        await engine.yes(Create(id=f"job-{number}"))
+    health = health_of(engine)
+    seen = [set(health._sample()) for _ in range(3)]
+    assert len(set.union(*seen)) == 3 * SAMPLE
+    assert set(health._sample()) == seen[0]
+    assert SAMPLED_FROM > SAMPLE
 
 
-@in_virtual_time
-async def test_a_part_that_cannot_be_measured_is_unhealthy_and_nothing_is_raised() -> None:
-    async with VirtualEngine() as engine:
-        await engine.yes(Create(id="a"))
-        engine.disk.errors["load"] = OSError("broken")
-        view = await measured(engine)
-        assert view.cache.status == "unhealthy"
-        assert "OSError: broken" in view.cache.message
-        assert view.database.status == "healthy"
+@in_engine()
+async def test_a_part_that_cannot_be_measured_is_unhealthy_and_nothing_is_raised(engine: VirtualEngine) -> None:
+    await engine.yes(Create(id="a"))
+    engine.disk.errors["load"] = OSError("broken")
+    view = await measured(engine)
+    assert view.cache.status == "unhealthy"
+    assert "OSError: broken" in view.cache.message
+    assert view.database.status == "healthy"
 
 
 # -- storage and cleanup ----------------------------------------------------------------------------------------------
@@ -528,13 +504,12 @@ class HangingArtifactStore:
         await asyncio.sleep(3600)
 
 
-@in_virtual_time
-async def test_a_hanging_artifact_store_is_unhealthy_in_time() -> None:
-    async with VirtualEngine() as engine:
-        health = health_of(engine, artifacts=HangingArtifactStore())
-        view = await health.view()
-        assert view.storage.status == "unhealthy"
-        assert view.storage.message == f"s3://far has not responded for {STORAGE_TIMEOUT_S:g} s."
+@in_engine()
+async def test_a_hanging_artifact_store_is_unhealthy_in_time(engine: VirtualEngine) -> None:
+    health = health_of(engine, artifacts=HangingArtifactStore())
+    view = await health.view()
+    assert view.storage.status == "unhealthy"
+    assert view.storage.message == f"s3://far has not responded for {STORAGE_TIMEOUT_S:g} s."
 
 
 @in_virtual_time
@@ -563,29 +538,27 @@ async def test_undeletable_artifacts_degrade_the_store(tmp_path: Path) -> None:
     await store.close()
 
 
-@in_virtual_time
-async def test_a_suspect_clock_is_degraded_until_it_is_accepted() -> None:
-    async with VirtualEngine() as engine:
-        health = health_of(engine)
-        assert (await health.view()).status == "healthy"
-        engine.step_ms = 40 * DAY_MS  # cached results have expired
-        view = await health.view()
-        assert view.status == "degraded"
-        assert "The wall clock is 40 d ahead of its expected value" in view.cleanup_status.message
-        assert "jobctl clock accept" in view.cleanup_status.message
-        engine.clock.accept()
-        assert (await health.view()).status == "healthy"
+@in_engine()
+async def test_a_suspect_clock_is_degraded_until_it_is_accepted(engine: VirtualEngine) -> None:
+    health = health_of(engine)
+    assert (await health.view()).status == "healthy"
+    engine.step_ms = 40 * DAY_MS  # cached results have expired
+    view = await health.view()
+    assert view.status == "degraded"
+    assert "The wall clock is 40 d ahead of its expected value" in view.cleanup_status.message
+    assert "jobctl clock accept" in view.cleanup_status.message
+    engine.clock.accept()
+    assert (await health.view()).status == "healthy"
 
 
-@in_virtual_time
-async def test_late_cleanup_is_degraded() -> None:
-    async with VirtualEngine() as engine:
-        health = health_of(engine)
-        await seconds(3 * 3600 + 1)
-        view = await health.view()
-        assert view.status == "degraded"
-        assert view.cleanup_status.message.startswith("No cleanup run has succeeded for 3 h")
-        assert view.cleanup_status.time_since_last_cleanup is None
+@in_engine()
+async def test_late_cleanup_is_degraded(engine: VirtualEngine) -> None:
+    health = health_of(engine)
+    await seconds(3 * 3600 + 1)
+    view = await health.view()
+    assert view.status == "degraded"
+    assert view.cleanup_status.message.startswith("No cleanup run has succeeded for 3 h")
+    assert view.cleanup_status.time_since_last_cleanup is None
 
 
 @in_virtual_time
@@ -604,19 +577,18 @@ async def test_a_bug_in_cleanup_is_unhealthy_and_nothing_is_raised() -> None:
 # -- the journal of a cluster -----------------------------------------------------------------------------------------
 
 
-@in_virtual_time
-async def test_the_journal_counts_in_a_cluster_only() -> None:
-    async with VirtualEngine() as engine:
-        engine.run_maintainer()
-        health = health_of(engine)
-        view = await health.view()
-        assert not view.journal
-        health.cluster = lambda: ClusterView(role="leader", synchronous=False, require_sync=True)
-        await seconds(MAX_AGE_S)
-        view = await health.view()
-        assert view.journal
-        assert (view.status, view.journal.status) == ("degraded", "degraded")
-        assert "synchronous_standby_names" in view.journal.message
+@in_engine()
+async def test_the_journal_counts_in_a_cluster_only(engine: VirtualEngine) -> None:
+    engine.run_maintainer()
+    health = health_of(engine)
+    view = await health.view()
+    assert not view.journal
+    health.cluster = lambda: ClusterView(role="leader", synchronous=False, require_sync=True)
+    await seconds(MAX_AGE_S)
+    view = await health.view()
+    assert view.journal
+    assert (view.status, view.journal.status) == ("degraded", "degraded")
+    assert "synchronous_standby_names" in view.journal.message
 
 
 @pytest.mark.parametrize(

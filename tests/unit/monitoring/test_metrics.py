@@ -47,7 +47,7 @@ from jobd.monitoring.metrics import (
 )
 from jobd.storage.store import Store
 from tests.support.memory_storage import MemoryStorage
-from tests.support.virtual_engine import VirtualEngine, in_virtual_time, row, seconds
+from tests.support.virtual_engine import VirtualEngine, in_engine, in_virtual_time, row, seconds
 
 
 def metrics_of(engine: VirtualEngine, *errors: Counter[str], store_path: str = ":memory:") -> Metrics:
@@ -190,33 +190,28 @@ async def test_the_events_that_the_tables_lack_are_counted() -> None:
         assert value(body, "jobd_unprojected_events") == engine.disk.behind > 0
 
 
-@in_virtual_time
-async def test_the_leader_of_a_cluster_counts_its_appends() -> None:
-    async with VirtualEngine() as engine:
-        metrics = metrics_of(engine)
-        assert not read(text(metrics.families()))["jobd_leader"].samples
-        metrics.cluster = lambda: ClusterView(role="leader")
-        metrics.append_seconds = Histogram.empty(COMMIT_BUCKETS_S)
-        metrics.append_seconds.add(0.0007, COMMIT_BUCKETS_S)
-        body = text(metrics.families())
-        assert value(body, "jobd_leader") == 1
-        assert value(body, "jobd_standby_lag_events") == 0
-        assert value(body, "jobd_journal_append_seconds_bucket", le="0.0005") == 0
-        assert value(body, "jobd_journal_append_seconds_bucket", le="0.001") == 1
-        assert value(body, "jobd_journal_append_seconds_sum") == 0.0007
+@in_engine()
+async def test_the_leader_of_a_cluster_counts_its_appends(engine: VirtualEngine) -> None:
+    metrics = metrics_of(engine)
+    assert not read(text(metrics.families()))["jobd_leader"].samples
+    metrics.cluster = lambda: ClusterView(role="leader")
+    metrics.append_seconds = Histogram.empty(COMMIT_BUCKETS_S)
+    metrics.append_seconds.add(0.0007, COMMIT_BUCKETS_S)
+    body = text(metrics.families())
+    assert value(body, "jobd_leader") == 1
+    assert value(body, "jobd_standby_lag_events") == 0
+    assert value(body, "jobd_journal_append_seconds_bucket", le="0.0005") == 0
+    assert value(body, "jobd_journal_append_seconds_bucket", le="0.001") == 1
+    assert value(body, "jobd_journal_append_seconds_sum") == 0.0007
 
 
 @pytest.mark.parametrize("inline", [True, False])
-def test_the_commit_mode_is_shown(inline: bool) -> None:
-    @in_virtual_time
-    async def test() -> None:
-        async with VirtualEngine() as engine:
-            engine.disk.commits_inline = inline
-            body = text(metrics_of(engine).families())
-            assert value(body, "jobd_commit_mode", mode="inline") == inline
-            assert value(body, "jobd_commit_mode", mode="thread") == (not inline)
-
-    test()
+@in_engine()
+async def test_the_commit_mode_is_shown(engine: VirtualEngine, inline: bool) -> None:
+    engine.disk.commits_inline = inline
+    body = text(metrics_of(engine).families())
+    assert value(body, "jobd_commit_mode", mode="inline") == inline
+    assert value(body, "jobd_commit_mode", mode="thread") == (not inline)
 
 
 @pytest.mark.parametrize(
@@ -236,27 +231,25 @@ def test_a_quantile_is_the_bound_of_its_bucket(counts: list[int], bound: float |
     assert quantile(0.99, counts, (1, 2)) == bound
 
 
-@in_virtual_time
-async def test_the_slowest_commits_are_those_of_the_last_minutes() -> None:
-    async with VirtualEngine() as engine:
-        metrics = metrics_of(engine)
-        engine.actor.commit_seconds.add(0.003, COMMIT_BUCKETS_S)
-        assert metrics.commit_p99_s() == 0.005
-        running = asyncio.create_task(metrics.run())
-        await seconds((COMMITS_KEPT + 2) * LAG_EVERY_S)
-        assert metrics.commit_p99_s() is None
-        metrics.stop()
-        await running
+@in_engine()
+async def test_the_slowest_commits_are_those_of_the_last_minutes(engine: VirtualEngine) -> None:
+    metrics = metrics_of(engine)
+    engine.actor.commit_seconds.add(0.003, COMMIT_BUCKETS_S)
+    assert metrics.commit_p99_s() == 0.005
+    running = asyncio.create_task(metrics.run())
+    await seconds((COMMITS_KEPT + 2) * LAG_EVERY_S)
+    assert metrics.commit_p99_s() is None
+    metrics.stop()
+    await running
 
 
-@in_virtual_time
-async def test_a_store_in_memory_has_no_files() -> None:
-    async with VirtualEngine() as engine:
-        engine.disk.disk_space = None
-        await engine.actor.full_disk.measure()
-        body = shown(engine)
-        assert value(body, "jobd_database_bytes") == value(body, "jobd_wal_bytes") == 0
-        assert read(body)["jobd_disk_free_bytes"].samples == read(body)["jobd_disk_total_bytes"].samples == []
+@in_engine()
+async def test_a_store_in_memory_has_no_files(engine: VirtualEngine) -> None:
+    engine.disk.disk_space = None
+    await engine.actor.full_disk.measure()
+    body = shown(engine)
+    assert value(body, "jobd_database_bytes") == value(body, "jobd_wal_bytes") == 0
+    assert read(body)["jobd_disk_free_bytes"].samples == read(body)["jobd_disk_total_bytes"].samples == []
 
 
 async def test_vitals_of_a_store_in_memory_have_no_sizes() -> None:
@@ -265,99 +258,93 @@ async def test_vitals_of_a_store_in_memory_have_no_sizes() -> None:
         assert (vitals.database_bytes, vitals.wal_bytes) == (0, 0)
 
 
-@in_virtual_time
-async def test_locks_stalled_jobs_and_waiting_claims() -> None:
-    async with VirtualEngine() as engine:
-        await engine.held("a", lock_ttl_ms=60_000)
-        await engine.held("b", lock_ttl_ms=600_000)
-        parked = asyncio.create_task(engine.yes(Claim(worker="w", wait_ms=60_000)))
-        await seconds(1)
-        engine.actor.unread.add(7)
-        assert value(shown(engine), "jobd_parked_claims") == 1
-        assert value(shown(engine), "jobd_response_bytes") == 7
-        assert value(shown(engine), "jobd_locked_jobs") == 2
-        await parked
-        await seconds(1)
-        engine.disk.gate.clear()
-        tasks = [asyncio.create_task(engine.yes(Create())) for _ in range(4)]
-        await engine.disk.at_gate.wait()
-        tasks += [asyncio.create_task(engine.yes(Create())) for _ in range(3)]
-        await seconds(0)
-        body = shown(engine)
-        assert value(body, "jobd_mailbox_commands") == 3
-        assert value(body, "jobd_locked_jobs") == 1
-        assert value(body, "jobd_stalled_jobs") == 1
-        engine.disk.gate.set()
-        await asyncio.gather(*tasks)
+@in_engine()
+async def test_locks_stalled_jobs_and_waiting_claims(engine: VirtualEngine) -> None:
+    await engine.held("a", lock_ttl_ms=60_000)
+    await engine.held("b", lock_ttl_ms=600_000)
+    parked = asyncio.create_task(engine.yes(Claim(worker="w", wait_ms=60_000)))
+    await seconds(1)
+    engine.actor.unread.add(7)
+    assert value(shown(engine), "jobd_parked_claims") == 1
+    assert value(shown(engine), "jobd_response_bytes") == 7
+    assert value(shown(engine), "jobd_locked_jobs") == 2
+    await parked
+    await seconds(1)
+    engine.disk.gate.clear()
+    tasks = [asyncio.create_task(engine.yes(Create())) for _ in range(4)]
+    await engine.disk.at_gate.wait()
+    tasks += [asyncio.create_task(engine.yes(Create())) for _ in range(3)]
+    await seconds(0)
+    body = shown(engine)
+    assert value(body, "jobd_mailbox_commands") == 3
+    assert value(body, "jobd_locked_jobs") == 1
+    assert value(body, "jobd_stalled_jobs") == 1
+    engine.disk.gate.set()
+    await asyncio.gather(*tasks)
 
 
-@in_virtual_time
-async def test_the_wait_of_the_oldest_due_job_of_each_queue() -> None:
-    async with VirtualEngine() as engine:
-        await engine.yes(Create(id="a", queue="film", priority=9))
-        await seconds(40)
-        await engine.yes(Create(id="b", queue="film"))
-        await engine.yes(Create(id="c", queue="later", run_at=engine.now + 9_000))
-        await engine.yes(Pause(name="film"), by="admin")
-        await seconds(2)
-        body = shown(engine)
-        assert value(body, "jobd_queue_oldest_due_seconds", queue="film") == 42
-        assert value(body, "jobd_queue_oldest_due_seconds", queue="later") == 0
-        assert value(body, "jobd_queue_paused", queue="film") == 1
-        assert value(body, "jobd_queue_paused", queue="later") == 0
+@in_engine()
+async def test_the_wait_of_the_oldest_due_job_of_each_queue(engine: VirtualEngine) -> None:
+    await engine.yes(Create(id="a", queue="film", priority=9))
+    await seconds(40)
+    await engine.yes(Create(id="b", queue="film"))
+    await engine.yes(Create(id="c", queue="later", run_at=engine.now + 9_000))
+    await engine.yes(Pause(name="film"), by="admin")
+    await seconds(2)
+    body = shown(engine)
+    assert value(body, "jobd_queue_oldest_due_seconds", queue="film") == 42
+    assert value(body, "jobd_queue_oldest_due_seconds", queue="later") == 0
+    assert value(body, "jobd_queue_paused", queue="film") == 1
+    assert value(body, "jobd_queue_paused", queue="later") == 0
 
 
-@in_virtual_time
-async def test_only_queues_with_very_many_kinds_are_skipped() -> None:
-    async with VirtualEngine() as engine:
-        for number in range(MAX_BUCKETS_SCANNED):
-            await engine.yes(Create(id=f"a-{number}", queue="many", kind=str(number)))
-        assert oldest_due_s(engine.state, engine.now + 1_000) == {"many": 1}
-        await engine.yes(Create(id="b", queue="many", kind="one more"))
-        await engine.yes(Create(id="c", queue="few"))
-        assert oldest_due_s(engine.state, engine.now + 1_000) == {"few": 1}
+@in_engine()
+async def test_only_queues_with_very_many_kinds_are_skipped(engine: VirtualEngine) -> None:
+    for number in range(MAX_BUCKETS_SCANNED):
+        await engine.yes(Create(id=f"a-{number}", queue="many", kind=str(number)))
+    assert oldest_due_s(engine.state, engine.now + 1_000) == {"many": 1}
+    await engine.yes(Create(id="b", queue="many", kind="one more"))
+    await engine.yes(Create(id="c", queue="few"))
+    assert oldest_due_s(engine.state, engine.now + 1_000) == {"few": 1}
 
 
-@in_virtual_time
-async def test_durations_double_grants_quarantine_and_the_clock() -> None:
-    async with VirtualEngine(policy=Policy(keep_failed_ms=4 * SECOND_MS)) as engine:
-        body = shown(engine)
-        assert value(body, "jobd_granted_twice_total") == value(body, "jobd_quarantined_jobs") == 0
-        assert value(body, "jobd_clock_suspect") == 0
-        assert value(body, "jobd_mailbox_limit_commands") == 10_000
-        assert read(body)["jobd_processing_p95_seconds"].samples == []
-        for hour in range(HOURS_NEEDED + 1):
-            for _ in range(SAMPLES_NEEDED):
-                engine.state.counters.baselines.add("film", engine.now, 1023 if hour < HOURS_NEEDED else 4095)
-            await seconds(3600 if hour < HOURS_NEEDED else 0)
-        await engine.held("a")
-        await engine.yes(EndGrants(ids=["a"], last=True), by="daemon")
-        await engine.yes(Start(id="a", worker="w-2"))
-        engine.state.quarantine("bad", "its checksum is wrong")
-        engine.step_ms = 3 * SECOND_MS
-        body = shown(engine)
-        assert value(body, "jobd_processing_p95_seconds", kind="film", window="hour") == 4.095
-        assert value(body, "jobd_processing_p95_seconds", kind="film", window="usual") == 1.023
-        assert value(body, "jobd_granted_twice_total") == value(body, "jobd_quarantined_jobs") == 1
-        assert value(body, "jobd_clock_suspect") == 1
+@in_engine(policy=Policy(keep_failed_ms=4 * SECOND_MS))
+async def test_durations_double_grants_quarantine_and_the_clock(engine: VirtualEngine) -> None:
+    body = shown(engine)
+    assert value(body, "jobd_granted_twice_total") == value(body, "jobd_quarantined_jobs") == 0
+    assert value(body, "jobd_clock_suspect") == 0
+    assert value(body, "jobd_mailbox_limit_commands") == 10_000
+    assert read(body)["jobd_processing_p95_seconds"].samples == []
+    for hour in range(HOURS_NEEDED + 1):
+        for _ in range(SAMPLES_NEEDED):
+            engine.state.counters.baselines.add("film", engine.now, 1023 if hour < HOURS_NEEDED else 4095)
+        await seconds(3600 if hour < HOURS_NEEDED else 0)
+    await engine.held("a")
+    await engine.yes(EndGrants(ids=["a"], last=True), by="daemon")
+    await engine.yes(Start(id="a", worker="w-2"))
+    engine.state.quarantine("bad", "its checksum is wrong")
+    engine.step_ms = 3 * SECOND_MS
+    body = shown(engine)
+    assert value(body, "jobd_processing_p95_seconds", kind="film", window="hour") == 4.095
+    assert value(body, "jobd_processing_p95_seconds", kind="film", window="usual") == 1.023
+    assert value(body, "jobd_granted_twice_total") == value(body, "jobd_quarantined_jobs") == 1
+    assert value(body, "jobd_clock_suspect") == 1
 
 
-@in_virtual_time
-async def test_errors_of_all_listeners_are_summed_and_every_code_is_listed() -> None:
-    async with VirtualEngine() as engine:
-        body = shown(engine, Counter(already_locked=2, not_found=1), Counter(already_locked=3))
-        assert value(body, "jobd_rejections_total", code="already_locked") == 5
-        assert value(body, "jobd_rejections_total", code="lock_lost") == 0
-        assert len(read(body)["jobd_rejections"].samples) == len(ERROR_STATUS)
+@in_engine()
+async def test_errors_of_all_listeners_are_summed_and_every_code_is_listed(engine: VirtualEngine) -> None:
+    body = shown(engine, Counter(already_locked=2, not_found=1), Counter(already_locked=3))
+    assert value(body, "jobd_rejections_total", code="already_locked") == 5
+    assert value(body, "jobd_rejections_total", code="lock_lost") == 0
+    assert len(read(body)["jobd_rejections"].samples) == len(ERROR_STATUS)
 
 
-@in_virtual_time
-async def test_the_write_limit_of_a_full_disk() -> None:
-    async with VirtualEngine() as engine:
-        assert value(shown(engine), "jobd_disk_full") == 0
-        for closed in WriteLimit:
-            engine.actor.full_disk.write_limit = closed
-            assert value(shown(engine), "jobd_disk_full") == closed
+@in_engine()
+async def test_the_write_limit_of_a_full_disk(engine: VirtualEngine) -> None:
+    assert value(shown(engine), "jobd_disk_full") == 0
+    for closed in WriteLimit:
+        engine.actor.full_disk.write_limit = closed
+        assert value(shown(engine), "jobd_disk_full") == closed
 
 
 @in_virtual_time
@@ -378,20 +365,19 @@ async def test_validation_issues_by_type_and_alerts() -> None:
         assert len(read(body)["jobd_alert_firing"].samples) == len(NAMES) - len(CLUSTER_NAMES)
 
 
-@in_virtual_time
-async def test_queue_labels_are_limited_and_the_rest_is_summed() -> None:
-    async with VirtualEngine() as engine:
-        for number in range(QUEUES_SHOWN + 30):
-            await engine.yes(Create(id=f"a-{number}", queue=f"q-{number}"))
-            await engine.yes(Start(id=f"a-{number}", worker="w"))
-        body = shown(engine)
-        queues = {sample.labels["queue"] for sample in read(body)["jobd_queue_jobs"].samples}
-        assert len(queues) == QUEUES_SHOWN + 1
-        assert value(body, "jobd_queue_jobs", queue=OTHER_QUEUES, status="processing") == 30
-        assert value(body, "jobd_queue_jobs", queue="q-0", status="processing") == 1
-        assert value(body, "jobd_grants_total", queue=OTHER_QUEUES) == 30
-        total = sum(sample.value for sample in read(body)["jobd_queue_jobs"].samples)
-        assert total == QUEUES_SHOWN + 30
+@in_engine()
+async def test_queue_labels_are_limited_and_the_rest_is_summed(engine: VirtualEngine) -> None:
+    for number in range(QUEUES_SHOWN + 30):
+        await engine.yes(Create(id=f"a-{number}", queue=f"q-{number}"))
+        await engine.yes(Start(id=f"a-{number}", worker="w"))
+    body = shown(engine)
+    queues = {sample.labels["queue"] for sample in read(body)["jobd_queue_jobs"].samples}
+    assert len(queues) == QUEUES_SHOWN + 1
+    assert value(body, "jobd_queue_jobs", queue=OTHER_QUEUES, status="processing") == 30
+    assert value(body, "jobd_queue_jobs", queue="q-0", status="processing") == 1
+    assert value(body, "jobd_grants_total", queue=OTHER_QUEUES) == 30
+    total = sum(sample.value for sample in read(body)["jobd_queue_jobs"].samples)
+    assert total == QUEUES_SHOWN + 30
 
 
 @pytest.mark.parametrize("count", [0, QUEUES_SHOWN, QUEUES_SHOWN + 1])
@@ -405,36 +391,34 @@ def test_capped_at_its_boundary(count: int) -> None:
     assert (shown_queues[-1][0] == OTHER_QUEUES) == (count > QUEUES_SHOWN) if shown_queues else True
 
 
-@in_virtual_time
-async def test_histograms_are_cumulative() -> None:
-    async with VirtualEngine() as engine:
-        for number, ms in enumerate((50, 100, 101, 15_000_000)):
-            lock_id = await engine.held(f"job-{number}", lock_ttl_ms=86_400_000, progress_timeout_ms=0)
-            await seconds(ms / 1000)
-            await engine.yes(Complete(id=f"job-{number}", lock_id=lock_id))
-        body = shown(engine)
-        buckets = {
-            sample.labels["le"]: sample.value
-            for sample in read(body)["jobd_processing_seconds"].samples
-            if sample.name.endswith("_bucket")
-        }
-        assert (buckets["0.1"], buckets["0.5"], buckets["14400.0"], buckets["+Inf"]) == (2, 3, 3, 4)
-        assert value(body, "jobd_processing_seconds_sum", queue="default") == pytest.approx(15_000.251, abs=0.01)
+@in_engine()
+async def test_histograms_are_cumulative(engine: VirtualEngine) -> None:
+    for number, ms in enumerate((50, 100, 101, 15_000_000)):
+        lock_id = await engine.held(f"job-{number}", lock_ttl_ms=86_400_000, progress_timeout_ms=0)
+        await seconds(ms / 1000)
+        await engine.yes(Complete(id=f"job-{number}", lock_id=lock_id))
+    body = shown(engine)
+    buckets = {
+        sample.labels["le"]: sample.value
+        for sample in read(body)["jobd_processing_seconds"].samples
+        if sample.name.endswith("_bucket")
+    }
+    assert (buckets["0.1"], buckets["0.5"], buckets["14400.0"], buckets["+Inf"]) == (2, 3, 3, 4)
+    assert value(body, "jobd_processing_seconds_sum", queue="default") == pytest.approx(15_000.251, abs=0.01)
 
 
-@in_virtual_time
-async def test_metrics_that_are_not_formatted_yet_share_nothing_with_the_state() -> None:
+@in_engine()
+async def test_metrics_that_are_not_formatted_yet_share_nothing_with_the_state(engine: VirtualEngine) -> None:
     """Values that the thread reads must not change meanwhile."""
-    async with VirtualEngine() as engine:
-        await engine.held("a")
-        metrics = metrics_of(engine, Counter(not_due=1))
-        families = metrics.families()
-        before = text(families)
-        lock_id = await engine.held("b", queue="other")
-        await engine.yes(Complete(id="b", lock_id=lock_id))
-        engine.state.counters.note(engine.disk.batches[-1].changes[-1:])
-        assert text(families) == before
-        assert text(metrics.families()) != before
+    await engine.held("a")
+    metrics = metrics_of(engine, Counter(not_due=1))
+    families = metrics.families()
+    before = text(families)
+    lock_id = await engine.held("b", queue="other")
+    await engine.yes(Complete(id="b", lock_id=lock_id))
+    engine.state.counters.note(engine.disk.batches[-1].changes[-1:])
+    assert text(families) == before
+    assert text(metrics.families()) != before
 
 
 @pytest.mark.slow

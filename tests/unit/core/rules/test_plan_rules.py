@@ -52,7 +52,7 @@ from jobd.model.responses import (
 from tests.support.factories import full_job
 from tests.support.plans import apply_plan, make_plan
 from tests.support.rule_harness import RuleHarness
-from tests.support.virtual_engine import WALL, VirtualEngine, in_virtual_time
+from tests.support.virtual_engine import WALL, VirtualEngine, in_engine, in_virtual_time
 
 NO_MORE = "It is no longer due for deletion or expiry."
 
@@ -262,84 +262,78 @@ def moves(plan: PlanView) -> list[tuple[str, str, str | None]]:
     return [(job.id, job.from_, job.to) for job in plan.jobs]
 
 
-@in_virtual_time
-async def test_a_maintenance_plan_shows_what_a_cleanup_run_would_do_and_does_it_once() -> None:
-    async with VirtualEngine() as engine:
-        planner = Planner(engine.actor, engine.clock)
-        await due_plan(engine)
-        plan = await make_plan(planner, "r", action="recover-stuck")
-        assert moves(plan) == [("stuck", "processing", "queued")]
-        plan = await make_plan(planner, action="cleanup", reason="now")
-        assert moves(plan) == [("stuck", "processing", "queued"), ("late", "queued", "failed"), ("old", "failed", None)]
-        assert (plan.filter, plan.more, plan.next_cursor, plan.skipped) == (None, False, None, [])
-        assert plan.scope is not None
-        assert "validation fixes are not part of a plan" in plan.scope
-        assert (await engine.yes(Get(id="stuck"))).status == "processing", "nothing is done yet"
-        result = await apply_plan(planner)
-        assert (result.applied, result.changed, result.rejected) == (3, [], [])
-        assert (await engine.yes(Get(id="late"))).status == "failed"
-        assert (await engine.no(Get(id="old"))).code == "job_not_found"
-        rows = [(row.what, row.reason, row.who) for row in engine.disk.audited.values()]
-        assert rows == [("plan-cleanup", "now", "eve"), ("plan-cleanup", None, "eve")], "a slice, and the whole"
-        assert (await apply_plan(planner)).repeated
-        other = await apply_plan(planner, "r")
-        assert (other.applied, [each.id for each in other.changed]) == (0, ["stuck"])
-        assert (await make_plan(planner, "n", action="cleanup")).count == 0
+@in_engine()
+async def test_a_maintenance_plan_shows_what_a_cleanup_run_would_do_and_does_it_once(engine: VirtualEngine) -> None:
+    planner = Planner(engine.actor, engine.clock)
+    await due_plan(engine)
+    plan = await make_plan(planner, "r", action="recover-stuck")
+    assert moves(plan) == [("stuck", "processing", "queued")]
+    plan = await make_plan(planner, action="cleanup", reason="now")
+    assert moves(plan) == [("stuck", "processing", "queued"), ("late", "queued", "failed"), ("old", "failed", None)]
+    assert (plan.filter, plan.more, plan.next_cursor, plan.skipped) == (None, False, None, [])
+    assert plan.scope is not None
+    assert "validation fixes are not part of a plan" in plan.scope
+    assert (await engine.yes(Get(id="stuck"))).status == "processing", "nothing is done yet"
+    result = await apply_plan(planner)
+    assert (result.applied, result.changed, result.rejected) == (3, [], [])
+    assert (await engine.yes(Get(id="late"))).status == "failed"
+    assert (await engine.no(Get(id="old"))).code == "job_not_found"
+    rows = [(row.what, row.reason, row.who) for row in engine.disk.audited.values()]
+    assert rows == [("plan-cleanup", "now", "eve"), ("plan-cleanup", None, "eve")], "a slice, and the whole"
+    assert (await apply_plan(planner)).repeated
+    other = await apply_plan(planner, "r")
+    assert (other.applied, [each.id for each in other.changed]) == (0, ["stuck"])
+    assert (await make_plan(planner, "n", action="cleanup")).count == 0
 
 
 @pytest.mark.parametrize(("action", "count"), [("recover-stuck", 1), ("cleanup", 3)])
-def test_jobs_that_revived_since_the_plan_are_listed(action: PlanAction, count: int) -> None:
-    @in_virtual_time
-    async def play() -> None:
-        async with VirtualEngine() as engine:
-            planner = Planner(engine.actor, engine.clock)
-            lock_id = await due_plan(engine)
-            assert (await make_plan(planner, action=action)).count == count
-            await engine.yes(Progress(id="stuck", lock_id=lock_id, progress=1))
-            result = await apply_plan(planner)
-            assert (result.applied, [each.id for each in result.changed]) == (count - 1, ["stuck"])
-            assert (await engine.yes(Get(id="stuck"))).status == "processing"
-            assert (await make_plan(planner, "q", action=action)).count == 0
-
-    play()
+@in_engine()
+async def test_jobs_that_revived_since_the_plan_are_listed(
+    engine: VirtualEngine, action: PlanAction, count: int
+) -> None:
+    planner = Planner(engine.actor, engine.clock)
+    lock_id = await due_plan(engine)
+    assert (await make_plan(planner, action=action)).count == count
+    await engine.yes(Progress(id="stuck", lock_id=lock_id, progress=1))
+    result = await apply_plan(planner)
+    assert (result.applied, [each.id for each in result.changed]) == (count - 1, ["stuck"])
+    assert (await engine.yes(Get(id="stuck"))).status == "processing"
+    assert (await make_plan(planner, "q", action=action)).count == 0
 
 
-@in_virtual_time
-async def test_maintenance_plans_take_no_selection() -> None:
-    async with VirtualEngine() as engine:
-        planner = Planner(engine.actor, engine.clock)
-        for action in get_args(PlanAction):
-            for name, given in (("filter", PlanFilter()), ("ids", ["a"]), ("cursor", "failed.7")):
-                wrong = await planner.make(MakePlan(action=action, **{name: given}), "x")  # type: ignore[arg-type]
-                if action in MAINTENANCE_ACTIONS:
-                    assert isinstance(wrong, ApiError)
-                    assert (wrong.code, wrong.details["field"]) == ("invalid_request", f"$.{name}")
-                    assert f"{action} does not accept `{name}`" in wrong.message
-        engine.actor.stop()
-        rejected = await planner.make(MakePlan(action="cleanup"), "x")
-        assert isinstance(rejected, ApiError)
-        assert rejected.code == "shutting_down"
+@in_engine()
+async def test_maintenance_plans_take_no_selection(engine: VirtualEngine) -> None:
+    planner = Planner(engine.actor, engine.clock)
+    for action in get_args(PlanAction):
+        for name, given in (("filter", PlanFilter()), ("ids", ["a"]), ("cursor", "failed.7")):
+            wrong = await planner.make(MakePlan(action=action, **{name: given}), "x")  # type: ignore[arg-type]
+            if action in MAINTENANCE_ACTIONS:
+                assert isinstance(wrong, ApiError)
+                assert (wrong.code, wrong.details["field"]) == ("invalid_request", f"$.{name}")
+                assert f"{action} does not accept `{name}`" in wrong.message
+    engine.actor.stop()
+    rejected = await planner.make(MakePlan(action="cleanup"), "x")
+    assert isinstance(rejected, ApiError)
+    assert rejected.code == "shutting_down"
 
 
-@in_virtual_time
-async def test_while_the_clock_is_suspect_no_deletion_is_planned() -> None:
-    async with VirtualEngine() as engine:
-        planner = Planner(engine.actor, engine.clock)
-        await due_plan(engine)
-        engine.step_ms = 2 * DAY_MS
-        assert [job.id for job in (await make_plan(planner, action="cleanup")).jobs] == ["stuck"]
+@in_engine()
+async def test_while_the_clock_is_suspect_no_deletion_is_planned(engine: VirtualEngine) -> None:
+    planner = Planner(engine.actor, engine.clock)
+    await due_plan(engine)
+    engine.step_ms = 2 * DAY_MS
+    assert [job.id for job in (await make_plan(planner, action="cleanup")).jobs] == ["stuck"]
 
 
-@in_virtual_time
-async def test_on_a_full_disk_maintenance_plans_are_allowed() -> None:
-    async with VirtualEngine() as engine:
-        planner = Planner(engine.actor, engine.clock)
-        await due_plan(engine)
-        await make_plan(planner, action="cleanup")
-        engine.disk.fill()
-        await engine.no(Create(id="x"))
-        assert (await apply_plan(planner)).applied == 3
-        engine.disk.free()
+@in_engine()
+async def test_on_a_full_disk_maintenance_plans_are_allowed(engine: VirtualEngine) -> None:
+    planner = Planner(engine.actor, engine.clock)
+    await due_plan(engine)
+    await make_plan(planner, action="cleanup")
+    engine.disk.fill()
+    await engine.no(Create(id="x"))
+    assert (await apply_plan(planner)).applied == 3
+    engine.disk.free()
 
 
 @pytest.fixture
@@ -372,112 +366,96 @@ async def crowd(engine: VirtualEngine, stalled: int, late: int, old: int) -> Non
         ((2, 1, 1), ["s0", "s1", "l0"], True),
     ],
 )
-def test_a_plan_is_limited_and_the_rest_is_planned_later(
-    counts: tuple[int, int, int], found: list[str], *, more: bool
+@in_engine()
+async def test_a_plan_is_limited_and_the_rest_is_planned_later(
+    engine: VirtualEngine, counts: tuple[int, int, int], found: list[str], *, more: bool
 ) -> None:
-    @in_virtual_time
-    async def play() -> None:
-        async with VirtualEngine() as engine:
-            planner = Planner(engine.actor, engine.clock)
-            await crowd(engine, *counts)
-            plan = await make_plan(planner, action="cleanup")
-            assert ([job.id for job in plan.jobs], plan.more, plan.next_cursor) == (found, more, None)
-            await apply_plan(planner)
-            assert (await make_plan(planner, "q", action="cleanup")).count == sum(counts) - 3
-
-    play()
+    planner = Planner(engine.actor, engine.clock)
+    await crowd(engine, *counts)
+    plan = await make_plan(planner, action="cleanup")
+    assert ([job.id for job in plan.jobs], plan.more, plan.next_cursor) == (found, more, None)
+    await apply_plan(planner)
+    assert (await make_plan(planner, "q", action="cleanup")).count == sum(counts) - 3
 
 
 @pytest.mark.parametrize(("counts", "found"), [((3, 0, 0), 0), ((0, 0, 3), 2)])
 @pytest.mark.usefixtures("small")
-def test_a_plan_ends_at_its_time_limit(
+@in_virtual_time
+async def test_a_plan_ends_at_its_time_limit(
     monkeypatch: pytest.MonkeyPatch, counts: tuple[int, int, int], found: int
 ) -> None:
     monkeypatch.setattr(plan_builder, "MAX_PLANNING_S", 0)
-
-    @in_virtual_time
-    async def play() -> None:
-        async with VirtualEngine() as engine:
-            await crowd(engine, *counts)
-            plan = await make_plan(Planner(engine.actor, engine.clock), action="cleanup")
-            assert (plan.count, plan.more) == (found, True)
-
-    play()
+    async with VirtualEngine() as engine:
+        await crowd(engine, *counts)
+        plan = await make_plan(Planner(engine.actor, engine.clock), action="cleanup")
+        assert (plan.count, plan.more) == (found, True)
 
 
 @pytest.mark.usefixtures("small")
-def test_a_job_that_revives_during_planning_is_not_in_the_plan() -> None:
-    @in_virtual_time
-    async def play() -> None:
-        async with VirtualEngine() as engine:
-            locks = [await engine.held(f"s{n}", lock_ttl_ms=SECOND_MS) for n in range(3)]
-            await asyncio.sleep(120)
-            making = asyncio.create_task(make_plan(Planner(engine.actor, engine.clock), action="recover-stuck"))
-            await asyncio.sleep(plan_builder.PAUSE_S / 2)
-            await engine.yes(Progress(id="s2", lock_id=locks[2], progress=1))
-            assert [job.id for job in (await making).jobs] == ["s0", "s1"]
-
-    play()
+@in_engine()
+async def test_a_job_that_revives_during_planning_is_not_in_the_plan(engine: VirtualEngine) -> None:
+    locks = [await engine.held(f"s{n}", lock_ttl_ms=SECOND_MS) for n in range(3)]
+    await asyncio.sleep(120)
+    making = asyncio.create_task(make_plan(Planner(engine.actor, engine.clock), action="recover-stuck"))
+    await asyncio.sleep(plan_builder.PAUSE_S / 2)
+    await engine.yes(Progress(id="s2", lock_id=locks[2], progress=1))
+    assert [job.id for job in (await making).jobs] == ["s0", "s1"]
 
 
-@in_virtual_time
-async def test_a_job_that_is_no_longer_finished_is_not_in_the_plan() -> None:
-    async with VirtualEngine() as engine:
-        await crowd(engine, 0, 0, 2)
-        expired = engine.disk.expired_jobs
+@in_engine()
+async def test_a_job_that_is_no_longer_finished_is_not_in_the_plan(engine: VirtualEngine) -> None:
+    await crowd(engine, 0, 0, 2)
+    expired = engine.disk.expired_jobs
 
-        async def moved_on(now: int, limit: int, skip: int = 0) -> list[str]:
-            found = await expired(now, limit, skip)
-            if not skip:
-                await engine.yes(ForceReset(id="o0"))
-            return found
+    async def moved_on(now: int, limit: int, skip: int = 0) -> list[str]:
+        found = await expired(now, limit, skip)
+        if not skip:
+            await engine.yes(ForceReset(id="o0"))
+        return found
 
-        engine.disk.expired_jobs = moved_on  # type: ignore[method-assign]
-        plan = await make_plan(Planner(engine.actor, engine.clock), action="cleanup")
-        assert [job.id for job in plan.jobs] == ["o1"]
+    engine.disk.expired_jobs = moved_on  # type: ignore[method-assign]
+    plan = await make_plan(Planner(engine.actor, engine.clock), action="cleanup")
+    assert [job.id for job in plan.jobs] == ["o1"]
 
 
-@in_virtual_time
-async def test_a_job_found_twice_is_in_the_plan_once() -> None:
+@in_engine()
+async def test_a_job_found_twice_is_in_the_plan_once(engine: VirtualEngine) -> None:
     """A damaged row that cannot be moved counts in the order but is not listed."""
-    async with VirtualEngine() as engine:
-        await crowd(engine, 0, 0, 3)
-        pages = {0: ["o0", "o1"], 2: ["o1", "o2"]}
+    await crowd(engine, 0, 0, 3)
+    pages = {0: ["o0", "o1"], 2: ["o1", "o2"]}
 
-        async def overlapping(now: int, limit: int, skip: int = 0) -> list[str]:
-            return pages.get(skip, [])
+    async def overlapping(now: int, limit: int, skip: int = 0) -> list[str]:
+        return pages.get(skip, [])
 
-        engine.disk.expired_jobs = overlapping  # type: ignore[method-assign]
-        plan = await make_plan(Planner(engine.actor, engine.clock), action="cleanup")
-        assert [job.id for job in plan.jobs] == ["o0", "o1", "o2"]
-
-
-@in_virtual_time
-async def test_late_results_of_deleted_jobs_are_counted_and_change_the_version() -> None:
-    async with VirtualEngine() as engine:
-        planner = Planner(engine.actor, engine.clock)
-        locks = {}
-        for job_id in ("a", "b"):
-            locks[job_id] = await engine.held(job_id)
-            await engine.yes(ForceFail(id=job_id))
-        await engine.no(Complete(id="a", lock_id=locks["a"], file_path="/out"))
-        await asyncio.sleep(40 * 24 * 3600)
-        plan = await make_plan(planner, action="cleanup")
-        assert sorted((job.id, job.late_results) for job in plan.jobs) == [("a", 1), ("b", 0)]
-        assert plan.with_late_results == 1
-        await engine.no(Complete(id="b", lock_id=locks["b"], file_path="/out"))
-        result = await apply_plan(planner)
-        assert (result.applied, [each.id for each in result.changed]) == (1, ["b"])
-        await engine.yes(Adopt(id="b"))
+    engine.disk.expired_jobs = overlapping  # type: ignore[method-assign]
+    plan = await make_plan(Planner(engine.actor, engine.clock), action="cleanup")
+    assert [job.id for job in plan.jobs] == ["o0", "o1", "o2"]
 
 
-@in_virtual_time
-async def test_a_long_maintenance_plan_is_applied_in_slices() -> None:
-    async with VirtualEngine() as engine:
-        planner = Planner(engine.actor, engine.clock)
-        await crowd(engine, 0, 0, plan_runner.SLICE + 5)
-        assert (await make_plan(planner, action="cleanup")).count == plan_runner.SLICE + 5
-        assert (await apply_plan(planner)).applied == plan_runner.SLICE + 5
+@in_engine()
+async def test_late_results_of_deleted_jobs_are_counted_and_change_the_version(engine: VirtualEngine) -> None:
+    planner = Planner(engine.actor, engine.clock)
+    locks = {}
+    for job_id in ("a", "b"):
+        locks[job_id] = await engine.held(job_id)
+        await engine.yes(ForceFail(id=job_id))
+    await engine.no(Complete(id="a", lock_id=locks["a"], file_path="/out"))
+    await asyncio.sleep(40 * 24 * 3600)
+    plan = await make_plan(planner, action="cleanup")
+    assert sorted((job.id, job.late_results) for job in plan.jobs) == [("a", 1), ("b", 0)]
+    assert plan.with_late_results == 1
+    await engine.no(Complete(id="b", lock_id=locks["b"], file_path="/out"))
+    result = await apply_plan(planner)
+    assert (result.applied, [each.id for each in result.changed]) == (1, ["b"])
+    await engine.yes(Adopt(id="b"))
+
+
+@in_engine()
+async def test_a_long_maintenance_plan_is_applied_in_slices(engine: VirtualEngine) -> None:
+    planner = Planner(engine.actor, engine.clock)
+    await crowd(engine, 0, 0, plan_runner.SLICE + 5)
+    assert (await make_plan(planner, action="cleanup")).count == plan_runner.SLICE + 5
+    assert (await apply_plan(planner)).applied == plan_runner.SLICE + 5
 
 
 def test_the_version_of_a_read_job_is_not_valid_for_maintenance_actions() -> None:
