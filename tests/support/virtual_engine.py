@@ -275,6 +275,11 @@ async def checked_engine(disk: MemoryStorage | None = None, **parts: Any) -> Asy
         assert_consistent(engine)
 
 
+def in_checked_engine(**options: Any) -> Callable[[Callable[..., Coroutine[Any, Any, None]]], Callable[..., None]]:
+    """Run an async test as `in_engine` does, and check at the end that memory and disk agree."""
+    return in_context(lambda: checked_engine(**options))
+
+
 def ask_all(engine: VirtualEngine, commands: Iterable[AnyCommand], size: int = 0) -> list[asyncio.Task[Any]]:
     return [start_task(engine.actor.ask(command, size=size)) for command in commands]
 

@@ -38,7 +38,15 @@ from jobd.model.responses import Response, TakeBackView, WorkerList, WorkerView
 from jobd.model.storage import DiskFull, Numbers, OpenedStore
 from tests.support.factories import deadlines_at
 from tests.support.rule_harness import NOW, RuleHarness
-from tests.support.virtual_engine import VirtualEngine, checked_engine, in_virtual_time, seconds, until, waiting_claim
+from tests.support.virtual_engine import (
+    VirtualEngine,
+    checked_engine,
+    in_checked_engine,
+    in_virtual_time,
+    seconds,
+    until,
+    waiting_claim,
+)
 
 TTL = 15 * MINUTE_MS
 LARGEST = About(instance="~" * 200, host="~" * 253, pid=2**32 - 1, version="~" * 100, concurrency=100_000)
@@ -280,39 +288,37 @@ def test_a_waiting_claim_counts_all_the_time(presence: WorkerPresence) -> None:
     assert presence.state(worker) == "gone"
 
 
-@in_virtual_time
-async def test_a_worker_is_seen_as_long_as_its_claim_waits() -> None:
-    async with checked_engine() as engine:
-        for is_cut in (False, True):
-            waiting = await waiting_claim(engine, "w", queues=["q"], wait_ms=60_000)
-            await seconds(50)
-            assert await state_of(engine) == ("idle", True, engine.now)
-            if is_cut:
-                waiting.cancel()
-            await until(lambda: len(engine.actor.waiting_claims) == 0)
-            state, waits, ended_at = await state_of(engine)
-            assert (state, waits, engine.now - ended_at <= 1) == ("idle", False, True)
-            await seconds(GONE_AFTER_MS / 1000 - 1)
-            assert await state_of(engine) == ("idle", False, ended_at)
-            await seconds(1)
-            assert (await engine.yes(Workers())).workers == []
-
-
-@in_virtual_time
-async def test_a_served_claim_stops_waiting_and_a_rolled_back_one_continues() -> None:
-    async with checked_engine() as engine:
-        waiting = await waiting_claim(engine, "w", wait_ms=60_000)
-        engine.disk.write_errors.append(DiskFull())
-        assert (await engine.no(Create(id="a"))).code == "storage_full"
+@in_checked_engine()
+async def test_a_worker_is_seen_as_long_as_its_claim_waits(engine: VirtualEngine) -> None:
+    for is_cut in (False, True):
+        waiting = await waiting_claim(engine, "w", queues=["q"], wait_ms=60_000)
+        await seconds(50)
         assert await state_of(engine) == ("idle", True, engine.now)
-        await seconds(2)
-        await engine.yes(Create(id="b"))
-        answer = await waiting
-        assert isinstance(answer, Response)
-        assert [granted.job.id for granted in answer.data.grants] == ["b"]
-        seen = engine.state.presence.workers["w"]
-        assert (seen.waiting, list(seen.jobs)) == (0, ["b"])
-        assert [claims.waiting for claims in engine.state.presence.claim_sets("default")] == [0]
+        if is_cut:
+            waiting.cancel()
+        await until(lambda: len(engine.actor.waiting_claims) == 0)
+        state, waits, ended_at = await state_of(engine)
+        assert (state, waits, engine.now - ended_at <= 1) == ("idle", False, True)
+        await seconds(GONE_AFTER_MS / 1000 - 1)
+        assert await state_of(engine) == ("idle", False, ended_at)
+        await seconds(1)
+        assert (await engine.yes(Workers())).workers == []
+
+
+@in_checked_engine()
+async def test_a_served_claim_stops_waiting_and_a_rolled_back_one_continues(engine: VirtualEngine) -> None:
+    waiting = await waiting_claim(engine, "w", wait_ms=60_000)
+    engine.disk.write_errors.append(DiskFull())
+    assert (await engine.no(Create(id="a"))).code == "storage_full"
+    assert await state_of(engine) == ("idle", True, engine.now)
+    await seconds(2)
+    await engine.yes(Create(id="b"))
+    answer = await waiting
+    assert isinstance(answer, Response)
+    assert [granted.job.id for granted in answer.data.grants] == ["b"]
+    seen = engine.state.presence.workers["w"]
+    assert (seen.waiting, list(seen.jobs)) == (0, ["b"])
+    assert [claims.waiting for claims in engine.state.presence.claim_sets("default")] == [0]
 
 
 async def state_of(engine: VirtualEngine) -> tuple[str, bool, int]:

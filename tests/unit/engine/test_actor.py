@@ -67,6 +67,7 @@ from tests.support.virtual_engine import (
     checked_engine,
     finished_disk,
     granted_ids,
+    in_checked_engine,
     in_virtual_time,
     seconds,
     settle,
@@ -119,15 +120,14 @@ async def test_the_bytes_in_flight_reserve_space_for_running_work() -> None:
         assert isinstance(await engine.actor.ask(Create(), size=70), Response)  # the bytes are free again
 
 
-@in_virtual_time
-async def test_waiting_claims_are_limited() -> None:
-    async with checked_engine(bounds=Bounds(parked_claims=1, claim_wait_ms=1_000)) as engine:
-        rejection = await engine.no(Claim(worker="w", wait_ms=1_001))
-        assert (rejection.code, rejection.details) == ("invalid_request", {"field": "$.wait_ms"})
-        waiting = await waiting_claim(engine, "w", wait_ms=1_000)
-        assert (await engine.no(Claim(worker="w", wait_ms=1))).code == "overloaded"
-        assert (await engine.yes(Claim(worker="w"))).grants == []
-        assert granted_ids(await waiting) == []
+@in_checked_engine(bounds=Bounds(parked_claims=1, claim_wait_ms=1_000))
+async def test_waiting_claims_are_limited(engine: VirtualEngine) -> None:
+    rejection = await engine.no(Claim(worker="w", wait_ms=1_001))
+    assert (rejection.code, rejection.details) == ("invalid_request", {"field": "$.wait_ms"})
+    waiting = await waiting_claim(engine, "w", wait_ms=1_000)
+    assert (await engine.no(Claim(worker="w", wait_ms=1))).code == "overloaded"
+    assert (await engine.yes(Claim(worker="w"))).grants == []
+    assert granted_ids(await waiting) == []
 
 
 @in_virtual_time
@@ -211,24 +211,23 @@ async def test_calls_that_store_the_view_of_a_job_weigh_as_much_as_payloads() ->
         assert await batches(*(Cancel(id=f"other-{job_id}") for job_id in ids)) == [20, 20, 20]
 
 
-@in_virtual_time
-async def test_no_response_is_sent_before_the_commit() -> None:
-    async with checked_engine() as engine:
-        engine.disk.gate.clear()
-        creating = start_task(engine.actor.ask(Create(id="a")))
-        await engine.disk.at_gate.wait()
-        reading = start_task(engine.actor.ask(Get(id="a")))
-        await settle()
-        assert not creating.done()
-        assert not reading.done()
-        received: list[str] = []
-        engine.actor.on_commit.append(lambda changes: received.extend(change.event.type for change in changes))
-        engine.disk.gate.set()
-        assert isinstance(await creating, Response)
-        assert (await reading).data.id == "a"
-        assert received == ["created"]
-        assert sum(engine.actor.commit_seconds.counts) == 1
-        assert engine.actor.batch_commands.total == 1
+@in_checked_engine()
+async def test_no_response_is_sent_before_the_commit(engine: VirtualEngine) -> None:
+    engine.disk.gate.clear()
+    creating = start_task(engine.actor.ask(Create(id="a")))
+    await engine.disk.at_gate.wait()
+    reading = start_task(engine.actor.ask(Get(id="a")))
+    await settle()
+    assert not creating.done()
+    assert not reading.done()
+    received: list[str] = []
+    engine.actor.on_commit.append(lambda changes: received.extend(change.event.type for change in changes))
+    engine.disk.gate.set()
+    assert isinstance(await creating, Response)
+    assert (await reading).data.id == "a"
+    assert received == ["created"]
+    assert sum(engine.actor.commit_seconds.counts) == 1
+    assert engine.actor.batch_commands.total == 1
 
 
 @in_virtual_time
@@ -272,22 +271,21 @@ async def test_internal_commands_are_written() -> None:
         assert len(disk.batches) == written
 
 
-@in_virtual_time
-async def test_the_daemon_extends_many_locks_in_batches_before_other_commands() -> None:
-    async with checked_engine() as engine:
-        count = 5 * BATCH_WEIGHT // 2
-        for first in range(0, count, 500):
-            ids = [f"job-{number}" for number in range(first, first + 500)]
-            await engine.yes(Bulk(jobs=[Create(id=job_id) for job_id in ids]))
-            for _ in range(5):
-                await engine.yes(Claim(worker="w", limit=100))
-        held, written = list(engine.state.processing), len(engine.disk.batches)
-        for first in range(0, count, 500):
-            engine.actor.enqueue_internal(ExtendAfterPause(ids=held[first : first + 500], grace_ms=3_600_000))
-        await engine.yes(Create(id="late"))
-        found = [[change.event.type for change in batch.changes] for batch in engine.disk.batches[written:]]
-        assert [len(each) for each in found] == [BATCH_WEIGHT, BATCH_WEIGHT, BATCH_WEIGHT // 2 + 1]
-        assert found[-1][-1] == "created"
+@in_checked_engine()
+async def test_the_daemon_extends_many_locks_in_batches_before_other_commands(engine: VirtualEngine) -> None:
+    count = 5 * BATCH_WEIGHT // 2
+    for first in range(0, count, 500):
+        ids = [f"job-{number}" for number in range(first, first + 500)]
+        await engine.yes(Bulk(jobs=[Create(id=job_id) for job_id in ids]))
+        for _ in range(5):
+            await engine.yes(Claim(worker="w", limit=100))
+    held, written = list(engine.state.processing), len(engine.disk.batches)
+    for first in range(0, count, 500):
+        engine.actor.enqueue_internal(ExtendAfterPause(ids=held[first : first + 500], grace_ms=3_600_000))
+    await engine.yes(Create(id="late"))
+    found = [[change.event.type for change in batch.changes] for batch in engine.disk.batches[written:]]
+    assert [len(each) for each in found] == [BATCH_WEIGHT, BATCH_WEIGHT, BATCH_WEIGHT // 2 + 1]
+    assert found[-1][-1] == "created"
 
 
 # -- finished jobs -----------------------------------------------------------------------------------------------------
@@ -371,45 +369,41 @@ async def test_one_batch_can_show_and_delete_a_job() -> None:
 # -- damaged rows ------------------------------------------------------------------------------------------------------
 
 
-@in_virtual_time
-async def test_a_damaged_payload_affects_only_its_job() -> None:
-    async with checked_engine() as engine:
-        await engine.yes(Create(id="a"))
-        await engine.yes(Create(id="b"))
-        engine.disk.bad_payloads[1] = "checksum"
-        tasks = ask_all(engine, [Get(id="a"), Get(id="b"), Create(id="c")])
-        bad, good, made = [await task for task in tasks]
-        assert (bad.code, bad.details) == ("job_quarantined", {"job_id": "a", "reason": "checksum"})
-        assert isinstance(good, Response)
-        assert made.status == 201
-        assert engine.disk.quarantined == engine.state.quarantined == {"a": "checksum"}
-        assert granted_ids(await engine.actor.ask(Claim(worker="w", limit=9))) == ["b", "c"]
+@in_checked_engine()
+async def test_a_damaged_payload_affects_only_its_job(engine: VirtualEngine) -> None:
+    await engine.yes(Create(id="a"))
+    await engine.yes(Create(id="b"))
+    engine.disk.bad_payloads[1] = "checksum"
+    tasks = ask_all(engine, [Get(id="a"), Get(id="b"), Create(id="c")])
+    bad, good, made = [await task for task in tasks]
+    assert (bad.code, bad.details) == ("job_quarantined", {"job_id": "a", "reason": "checksum"})
+    assert isinstance(good, Response)
+    assert made.status == 201
+    assert engine.disk.quarantined == engine.state.quarantined == {"a": "checksum"}
+    assert granted_ids(await engine.actor.ask(Claim(worker="w", limit=9))) == ["b", "c"]
 
 
-@in_virtual_time
-async def test_a_damaged_payload_is_not_served_by_a_read() -> None:
-    async with checked_engine() as engine:
-        await engine.yes(Create(id="a"))
-        engine.disk.bad_payloads[1] = "checksum"
-        assert (await engine.no(Get(id="a"))).code == "job_quarantined"
-        assert granted_ids(await engine.actor.ask(Claim(worker="w"))) == []
+@in_checked_engine()
+async def test_a_damaged_payload_is_not_served_by_a_read(engine: VirtualEngine) -> None:
+    await engine.yes(Create(id="a"))
+    engine.disk.bad_payloads[1] = "checksum"
+    assert (await engine.no(Get(id="a"))).code == "job_quarantined"
+    assert granted_ids(await engine.actor.ask(Claim(worker="w"))) == []
 
 
-@in_virtual_time
-async def test_a_damaged_payload_is_not_granted() -> None:
-    async with checked_engine() as engine:
-        await engine.yes(Create(id="a"))
-        await engine.yes(Create(id="b"))
-        engine.disk.bad_payloads[1] = "checksum"
-        assert granted_ids(await engine.actor.ask(Claim(worker="w"))) == ["b"]
+@in_checked_engine()
+async def test_a_damaged_payload_is_not_granted(engine: VirtualEngine) -> None:
+    await engine.yes(Create(id="a"))
+    await engine.yes(Create(id="b"))
+    engine.disk.bad_payloads[1] = "checksum"
+    assert granted_ids(await engine.actor.ask(Claim(worker="w"))) == ["b"]
 
 
-@in_virtual_time
-async def test_a_damaged_payload_that_a_decision_needs_quarantines_its_job() -> None:
-    async with checked_engine() as engine:
-        await engine.yes(Create(id="a"))
-        engine.disk.bad_payloads[1] = "checksum"
-        assert (await engine.no(Create(id="a"))).code == "job_quarantined"
+@in_checked_engine()
+async def test_a_damaged_payload_that_a_decision_needs_quarantines_its_job(engine: VirtualEngine) -> None:
+    await engine.yes(Create(id="a"))
+    engine.disk.bad_payloads[1] = "checksum"
+    assert (await engine.no(Create(id="a"))).code == "job_quarantined"
 
 
 @in_virtual_time
@@ -427,27 +421,25 @@ async def test_a_row_that_is_damaged_while_the_daemon_runs_is_quarantined() -> N
         assert engine.state.totals["completed"] == 0
 
 
-@in_virtual_time
-async def test_a_page_skips_damaged_rows() -> None:
-    async with checked_engine() as engine:
-        for name in "abc":
-            await engine.yes(Create(id=name))
-        engine.disk.bad_payloads[2] = "checksum"
-        assert [job.id for job in (await engine.yes(ListJobs())).jobs] == ["c", "a"]
-        assert engine.state.quarantined == {"b": "checksum"}
-        assert (await engine.no(Start(id="b", worker="w"))).code == "job_quarantined"
+@in_checked_engine()
+async def test_a_page_skips_damaged_rows(engine: VirtualEngine) -> None:
+    for name in "abc":
+        await engine.yes(Create(id=name))
+    engine.disk.bad_payloads[2] = "checksum"
+    assert [job.id for job in (await engine.yes(ListJobs())).jobs] == ["c", "a"]
+    assert engine.state.quarantined == {"b": "checksum"}
+    assert (await engine.no(Start(id="b", worker="w"))).code == "job_quarantined"
 
 
-@in_virtual_time
-async def test_a_deleted_or_quarantined_job_no_longer_needs_validation() -> None:
-    async with checked_engine() as engine:
-        for name in "ab":
-            await engine.yes(Import(id=name, status="failed", error_message="e"))
-        assert set(engine.state.unvalidated.values()) == {"a", "b"}
-        await engine.yes(Delete(id="a"))
-        assert engine.state.unvalidated == engine.disk.unvalidated == {2: "b"}
-        await engine.yes(RepairJobs(ids=["b"]))
-        assert engine.state.unvalidated == engine.disk.unvalidated == {}
+@in_checked_engine()
+async def test_a_deleted_or_quarantined_job_no_longer_needs_validation(engine: VirtualEngine) -> None:
+    for name in "ab":
+        await engine.yes(Import(id=name, status="failed", error_message="e"))
+    assert set(engine.state.unvalidated.values()) == {"a", "b"}
+    await engine.yes(Delete(id="a"))
+    assert engine.state.unvalidated == engine.disk.unvalidated == {2: "b"}
+    await engine.yes(RepairJobs(ids=["b"]))
+    assert engine.state.unvalidated == engine.disk.unvalidated == {}
 
 
 def test_bad_rows_name_their_jobs() -> None:
@@ -467,27 +459,24 @@ async def assert_ended(engine: VirtualEngine, running: asyncio.Task[None], code:
 
 @pytest.mark.usefixtures("both_commit_modes")
 @pytest.mark.parametrize("error", [Fenced(), JournalOutcomeUnknown("no response")])
-def test_a_leader_that_is_fenced_reports_unknown_outcomes_and_ends_the_actor(error: Exception) -> None:
-    @in_virtual_time
-    async def run() -> None:
-        engine = VirtualEngine()
-        running = start_task(engine.actor.run())
-        waiting = await waiting_claim(engine, "w", queues=["other"])
-        engine.disk.write_errors.append(error)
-        engine.disk.gate.clear()
-        task = start_task(engine.actor.ask(Create(id="a")))
-        await engine.disk.at_gate.wait()
-        later = start_task(engine.actor.ask(Create(id="b")))
-        await settle()
-        engine.disk.gate.set()
-        rejection = await task
-        assert (rejection.code, rejection.details) == ("outcome_unknown", {"outcome": "unknown"})
-        for undone in (waiting, later, start_task(engine.actor.ask(Create(id="c")))):
-            rejection = await undone
-            assert (rejection.code, rejection.details) == ("not_leader", {"leader": None}), "nothing was done"
-        await assert_ended(engine, running, "not_leader")
-
-    run()
+@in_virtual_time
+async def test_a_leader_that_is_fenced_reports_unknown_outcomes_and_ends_the_actor(error: Exception) -> None:
+    engine = VirtualEngine()
+    running = start_task(engine.actor.run())
+    waiting = await waiting_claim(engine, "w", queues=["other"])
+    engine.disk.write_errors.append(error)
+    engine.disk.gate.clear()
+    task = start_task(engine.actor.ask(Create(id="a")))
+    await engine.disk.at_gate.wait()
+    later = start_task(engine.actor.ask(Create(id="b")))
+    await settle()
+    engine.disk.gate.set()
+    rejection = await task
+    assert (rejection.code, rejection.details) == ("outcome_unknown", {"outcome": "unknown"})
+    for undone in (waiting, later, start_task(engine.actor.ask(Create(id="c")))):
+        rejection = await undone
+        assert (rejection.code, rejection.details) == ("not_leader", {"leader": None}), "nothing was done"
+    await assert_ended(engine, running, "not_leader")
 
 
 @in_virtual_time
@@ -552,34 +541,32 @@ async def test_damaged_rows_of_unknown_jobs_end_the_actor() -> None:
 
 
 @pytest.mark.usefixtures("both_commit_modes")
-@in_virtual_time
-async def test_damaged_rows_already_in_quarantine_change_nothing() -> None:
-    async with checked_engine() as engine:
-        await engine.yes(Create(id="a"))
-        engine.disk.bad_jobs["a"] = "checksum"
-        engine.disk.write_errors.append(BadRows({"a": "the payload is damaged"}))
-        # The rollback reads the row, finds the damage and quarantines it.
-        assert (await engine.no(Start(id="a", worker="w"))).code == "job_quarantined"
+@in_checked_engine()
+async def test_damaged_rows_already_in_quarantine_change_nothing(engine: VirtualEngine) -> None:
+    await engine.yes(Create(id="a"))
+    engine.disk.bad_jobs["a"] = "checksum"
+    engine.disk.write_errors.append(BadRows({"a": "the payload is damaged"}))
+    # The rollback reads the row, finds the damage and quarantines it.
+    assert (await engine.no(Start(id="a", worker="w"))).code == "job_quarantined"
 
 
 @pytest.mark.usefixtures("both_commit_modes")
-@in_virtual_time
-async def test_a_row_quarantined_by_a_concurrent_read_affects_only_its_command() -> None:
+@in_checked_engine()
+async def test_a_row_quarantined_by_a_concurrent_read_affects_only_its_command(engine: VirtualEngine) -> None:
     """Found by simulation, seed 5000: a read of history quarantined the row between decision and write."""
-    async with checked_engine() as engine:
-        await engine.yes(Create(id="a"))
-        await engine.yes(Create(id="b"))
-        lock_id = (await engine.yes(Start(id="a", worker="w"))).lock_id
-        engine.disk.bad_jobs["a"] = "checksum"
-        engine.disk.gate.clear()
-        late = start_task(engine.actor.ask(Progress(id="a", lock_id=lock_id, progress=5)))
-        await engine.disk.at_gate.wait()
-        assert [job.id for job, _ in (await engine.disk.find_jobs(JobQuery())).jobs] == ["b"]
-        other = start_task(engine.actor.ask(Start(id="b", worker="w")))
-        engine.disk.gate.set()
-        assert (await late).code == "job_quarantined"
-        assert isinstance(await other, Response)
-        assert engine.state.totals == {"queued": 0, "processing": 1, "completed": 0, "failed": 0, "cancelled": 0}
+    await engine.yes(Create(id="a"))
+    await engine.yes(Create(id="b"))
+    lock_id = (await engine.yes(Start(id="a", worker="w"))).lock_id
+    engine.disk.bad_jobs["a"] = "checksum"
+    engine.disk.gate.clear()
+    late = start_task(engine.actor.ask(Progress(id="a", lock_id=lock_id, progress=5)))
+    await engine.disk.at_gate.wait()
+    assert [job.id for job, _ in (await engine.disk.find_jobs(JobQuery())).jobs] == ["b"]
+    other = start_task(engine.actor.ask(Start(id="b", worker="w")))
+    engine.disk.gate.set()
+    assert (await late).code == "job_quarantined"
+    assert isinstance(await other, Response)
+    assert engine.state.totals == {"queued": 0, "processing": 1, "completed": 0, "failed": 0, "cancelled": 0}
 
 
 class QuarantiningStorage(MemoryStorage):
@@ -602,23 +589,20 @@ class QuarantiningStorage(MemoryStorage):
 
 
 @pytest.mark.parametrize("beside", ["nothing", "a change"])
-def test_a_row_quarantined_while_its_job_is_shown_affects_only_its_command(beside: str) -> None:
-    @in_virtual_time
-    async def test() -> None:
-        async with checked_engine(QuarantiningStorage()) as engine:
-            await engine.yes(Create(id="bad"))
-            engine.disk.gate.clear()
-            slow = start_task(engine.actor.ask(Tick()))
-            await engine.disk.at_gate.wait()
-            tasks = ask_all(engine, [Get(id="bad"), Create(id="other") if beside == "a change" else Ping()])
-            engine.disk.gate.set()
-            await slow
-            rejected, other = [await task for task in tasks]
-            assert rejected.code == "job_quarantined"
-            assert isinstance(other, Response)
-            assert engine.state.totals["queued"] == (beside == "a change")
-
-    test()
+@in_virtual_time
+async def test_a_row_quarantined_while_its_job_is_shown_affects_only_its_command(beside: str) -> None:
+    async with checked_engine(QuarantiningStorage()) as engine:
+        await engine.yes(Create(id="bad"))
+        engine.disk.gate.clear()
+        slow = start_task(engine.actor.ask(Tick()))
+        await engine.disk.at_gate.wait()
+        tasks = ask_all(engine, [Get(id="bad"), Create(id="other") if beside == "a change" else Ping()])
+        engine.disk.gate.set()
+        await slow
+        rejected, other = [await task for task in tasks]
+        assert rejected.code == "job_quarantined"
+        assert isinstance(other, Response)
+        assert engine.state.totals["queued"] == (beside == "a change")
 
 
 @in_virtual_time
@@ -650,78 +634,74 @@ def assert_counts_match_disk(engine: VirtualEngine) -> None:
         assert engine.state.totals[status] == counted == rows, status
 
 
-@in_virtual_time
-async def test_a_damaged_finished_job_is_uncounted_once_when_its_row_is_moved() -> None:
-    async with checked_engine() as engine:
-        for name in ("bad", "good"):
-            await engine.yes(Create(id=name))
-            await engine.yes(Cancel(id=name))
-        engine.disk.bad_payloads[1] = "checksum"
-        engine.disk.can_move = lambda job: False
-        for _ in range(2):
-            assert [job.id for job in (await engine.yes(ListJobs())).jobs] == ["good"]
-            assert (await engine.no(Get(id="bad"))).code == "job_quarantined"
-            assert_counts_match_disk(engine)
-        await engine.yes(Create(id="more"))
-        await engine.yes(Cancel(id="more"))
+@in_checked_engine()
+async def test_a_damaged_finished_job_is_uncounted_once_when_its_row_is_moved(engine: VirtualEngine) -> None:
+    for name in ("bad", "good"):
+        await engine.yes(Create(id=name))
+        await engine.yes(Cancel(id=name))
+    engine.disk.bad_payloads[1] = "checksum"
+    engine.disk.can_move = lambda job: False
+    for _ in range(2):
+        assert [job.id for job in (await engine.yes(ListJobs())).jobs] == ["good"]
+        assert (await engine.no(Get(id="bad"))).code == "job_quarantined"
         assert_counts_match_disk(engine)
-        engine.disk.can_move = lambda job: True
-        await engine.yes(ListJobs())
-        assert engine.disk.quarantined == {"bad": "checksum"}
-        assert engine.state.totals["cancelled"] == 2
-        assert_counts_match_disk(engine)
-        await engine.yes(Delete(id="more"))
-        assert_counts_match_disk(engine)
+    await engine.yes(Create(id="more"))
+    await engine.yes(Cancel(id="more"))
+    assert_counts_match_disk(engine)
+    engine.disk.can_move = lambda job: True
+    await engine.yes(ListJobs())
+    assert engine.disk.quarantined == {"bad": "checksum"}
+    assert engine.state.totals["cancelled"] == 2
+    assert_counts_match_disk(engine)
+    await engine.yes(Delete(id="more"))
+    assert_counts_match_disk(engine)
 
 
 @pytest.mark.parametrize("damage", ["row", "payload"])
 @pytest.mark.parametrize("end", ["written", "taken back", "moved and taken back"])
 @pytest.mark.parametrize("what", ["complete", "delete", "reset", "adopt"])
-def test_the_counts_of_a_damaged_row_match_the_disk_after_any_batch(what: str, end: str, damage: str) -> None:
+@in_checked_engine()
+async def test_the_counts_of_a_damaged_row_match_the_disk_after_any_batch(
+    engine: VirtualEngine, what: str, end: str, damage: str
+) -> None:
     """A read of history finds it after a batch about its job was decided, and the disk is too full to move it."""
-
-    @in_virtual_time
-    async def test() -> None:
-        async with checked_engine() as engine:
-            disk = engine.disk
-            await engine.yes(Create(id="a"))
-            lock_id = (await engine.yes(Start(id="a", worker="w"))).lock_id
-            commands: dict[str, AnyCommand] = {
-                "complete": Complete(id="a", lock_id=lock_id, file_path="/x"),
-                "delete": Delete(id="a"),
-                "reset": ForceReset(id="a"),
-                "adopt": Adopt(id="a"),
-            }
-            if what != "complete":
-                await engine.yes(Cancel(id="a"))
-                await engine.no(commands["complete"])  # stored as a late result
-            disk.gate.clear()
-            task = start_task(engine.actor.ask(commands[what], admin=True))
-            await disk.at_gate.wait()
-            if damage == "row":
-                disk.bad_jobs["a"] = "checksum"
-            else:
-                disk.bad_payloads[1] = "checksum"
-            disk.can_move = lambda job: False
-            assert (await disk.find_jobs(JobQuery())).jobs == []
-            assert list(engine.state.quarantined) == ["a"]
-            if end != "written":
-                disk.fits = lambda batch: False
-            if end == "moved and taken back":
-                disk.can_move = lambda job: True
-            disk.gate.set()
-            await task
-            assert_counts_match_disk(engine)
-            disk.free()
-            await seconds(3)
-            disk.can_move = lambda job: True
-            await disk.find_jobs(JobQuery())
-            await engine.yes(Create(id="b"))
-            await engine.yes(Cancel(id="b"))
-            assert_counts_match_disk(engine)
-            assert engine.state.totals["queued"] == engine.state.totals["processing"] == 0
-
-    test()
+    disk = engine.disk
+    await engine.yes(Create(id="a"))
+    lock_id = (await engine.yes(Start(id="a", worker="w"))).lock_id
+    commands: dict[str, AnyCommand] = {
+        "complete": Complete(id="a", lock_id=lock_id, file_path="/x"),
+        "delete": Delete(id="a"),
+        "reset": ForceReset(id="a"),
+        "adopt": Adopt(id="a"),
+    }
+    if what != "complete":
+        await engine.yes(Cancel(id="a"))
+        await engine.no(commands["complete"])  # stored as a late result
+    disk.gate.clear()
+    task = start_task(engine.actor.ask(commands[what], admin=True))
+    await disk.at_gate.wait()
+    if damage == "row":
+        disk.bad_jobs["a"] = "checksum"
+    else:
+        disk.bad_payloads[1] = "checksum"
+    disk.can_move = lambda job: False
+    assert (await disk.find_jobs(JobQuery())).jobs == []
+    assert list(engine.state.quarantined) == ["a"]
+    if end != "written":
+        disk.fits = lambda batch: False
+    if end == "moved and taken back":
+        disk.can_move = lambda job: True
+    disk.gate.set()
+    await task
+    assert_counts_match_disk(engine)
+    disk.free()
+    await seconds(3)
+    disk.can_move = lambda job: True
+    await disk.find_jobs(JobQuery())
+    await engine.yes(Create(id="b"))
+    await engine.yes(Cancel(id="b"))
+    assert_counts_match_disk(engine)
+    assert engine.state.totals["queued"] == engine.state.totals["processing"] == 0
 
 
 class CountingStorage(MemoryStorage):

@@ -52,6 +52,7 @@ from tests.support.virtual_engine import (
     checked_engine,
     finished_disk,
     granted_ids,
+    in_checked_engine,
     in_virtual_time,
     key,
     settle,
@@ -66,232 +67,218 @@ def write_limit(engine: VirtualEngine) -> str:
     return engine.actor.full_disk.write_limit.name
 
 
-@in_virtual_time
-async def test_a_full_disk_first_rejects_only_creates() -> None:
-    async with checked_engine() as engine:
-        lock_id = await engine.held("a")
-        engine.disk.fill_nearly()
-        tasks = ask_all(engine, [Create(id="b"), Progress(id="a", lock_id=lock_id, progress=5), Bulk(jobs=[Create()])])
-        created, reported, bulk = [await task for task in tasks]
-        assert (created.code, created.status, bulk.code) == ("storage_full", 507, "storage_full")
-        assert isinstance(reported, Response)
-        assert write_limit(engine) == "CREATES"
-        assert not engine.clock.held
-        assert (await engine.no(Import(id="c"))).code == "storage_full"
-        await engine.yes(Get(id="a"))
-        writes = engine.disk.calls["write"]
-        await engine.no(Create())
-        assert engine.disk.calls["write"] == writes  # rejected before it is decided
+@in_checked_engine()
+async def test_a_full_disk_first_rejects_only_creates(engine: VirtualEngine) -> None:
+    lock_id = await engine.held("a")
+    engine.disk.fill_nearly()
+    tasks = ask_all(engine, [Create(id="b"), Progress(id="a", lock_id=lock_id, progress=5), Bulk(jobs=[Create()])])
+    created, reported, bulk = [await task for task in tasks]
+    assert (created.code, created.status, bulk.code) == ("storage_full", 507, "storage_full")
+    assert isinstance(reported, Response)
+    assert write_limit(engine) == "CREATES"
+    assert not engine.clock.held
+    assert (await engine.no(Import(id="c"))).code == "storage_full"
+    await engine.yes(Get(id="a"))
+    writes = engine.disk.calls["write"]
+    await engine.no(Create())
+    assert engine.disk.calls["write"] == writes  # rejected before it is decided
 
 
-@in_virtual_time
-async def test_a_full_disk_of_the_server_of_a_shared_journal_is_named() -> None:
-    async with checked_engine() as engine:
-        full = JournalDiskFull("no room on the server")
-        engine.disk.write_errors.append(full)
-        engine.disk.errors["probe"] = full
-        error = await engine.no(Create(id="a"))
-        assert error.message.startswith("The disk of the journal's server is full; nothing was changed.")
-        assert (error.code, error.details) == ("storage_full", {})
-        await asyncio.sleep(1.5)
-        assert engine.actor.full_disk.described() == "The disk of the journal's server is full"
-        assert engine.actor.full_disk.is_remote
-        assert not engine.actor.full_disk.is_local
-        del engine.disk.errors["probe"]
-        await asyncio.sleep(1.5)
-        await engine.yes(Create(id="a"))
-        assert engine.actor.full_disk.described().startswith("The disk of the store is full")
+@in_checked_engine()
+async def test_a_full_disk_of_the_server_of_a_shared_journal_is_named(engine: VirtualEngine) -> None:
+    full = JournalDiskFull("no room on the server")
+    engine.disk.write_errors.append(full)
+    engine.disk.errors["probe"] = full
+    error = await engine.no(Create(id="a"))
+    assert error.message.startswith("The disk of the journal's server is full; nothing was changed.")
+    assert (error.code, error.details) == ("storage_full", {})
+    await asyncio.sleep(1.5)
+    assert engine.actor.full_disk.described() == "The disk of the journal's server is full"
+    assert engine.actor.full_disk.is_remote
+    assert not engine.actor.full_disk.is_local
+    del engine.disk.errors["probe"]
+    await asyncio.sleep(1.5)
+    await engine.yes(Create(id="a"))
+    assert engine.actor.full_disk.described().startswith("The disk of the store is full")
 
 
-@in_virtual_time
-async def test_a_probe_each_second_finds_free_space() -> None:
-    async with checked_engine() as engine:
-        engine.disk.fits = lambda batch: False
-        assert (await engine.no(Create(id="a"))).code == "storage_full"
-        assert write_limit(engine) == "CREATES"
-        assert engine.actor.full_disk.is_local
-        probes = engine.disk.calls.get("probe", 0)
-        await asyncio.sleep(3.5)
-        assert engine.disk.calls["probe"] == probes + 3
-        assert write_limit(engine) == "CREATES"
-        engine.disk.free()
-        await asyncio.sleep(1)
-        assert write_limit(engine) == "NONE"
-        assert (await engine.yes(Create(id="a"))).id == "a"
-        probes = engine.disk.calls["probe"]
-        await asyncio.sleep(10)
-        assert engine.disk.calls["probe"] == probes
+@in_checked_engine()
+async def test_a_probe_each_second_finds_free_space(engine: VirtualEngine) -> None:
+    engine.disk.fits = lambda batch: False
+    assert (await engine.no(Create(id="a"))).code == "storage_full"
+    assert write_limit(engine) == "CREATES"
+    assert engine.actor.full_disk.is_local
+    probes = engine.disk.calls.get("probe", 0)
+    await asyncio.sleep(3.5)
+    assert engine.disk.calls["probe"] == probes + 3
+    assert write_limit(engine) == "CREATES"
+    engine.disk.free()
+    await asyncio.sleep(1)
+    assert write_limit(engine) == "NONE"
+    assert (await engine.yes(Create(id="a"))).id == "a"
+    probes = engine.disk.calls["probe"]
+    await asyncio.sleep(10)
+    assert engine.disk.calls["probe"] == probes
 
 
-@in_virtual_time
-async def test_then_the_reserve_file_is_released_and_only_endings_are_accepted() -> None:
-    async with checked_engine() as engine:
-        ending, signing = await engine.held("a"), await engine.held("b")
-        engine.disk.fill()
-        tasks = ask_all(engine, [
-            Complete(id="a", lock_id=ending), Progress(id="b", lock_id=signing, progress=5), Create(), Tick(),
-            Claim(worker="w", wait_ms=1_000), Get(id="b"), Pause(name="q"),
-        ])  # fmt: skip
-        answers = [await task for task in tasks]
-        assert [answer.status for answer in answers] == [200, 507, 507, 507, 507, 200, 507]
-        assert write_limit(engine) == "ALL_BUT_ENDINGS"
-        assert not engine.disk.has_reserve
-        assert engine.clock.held
-        engine.disk.has_spare = False
-        lock_ms = engine.clock.moment().lock_ms
-        await asyncio.sleep(3.5)
-        assert engine.clock.moment().lock_ms == lock_ms  # no heartbeat is accepted, so no lock ages
-        assert write_limit(engine) == "ALL_BUT_ENDINGS"
-        assert not engine.disk.has_reserve
-        engine.disk.free()
-        await asyncio.sleep(1)
-        assert write_limit(engine) == "NONE"
-        assert engine.disk.has_reserve
-        assert not engine.clock.held
-        await engine.yes(Progress(id="b", lock_id=signing, progress=5))
+@in_checked_engine()
+async def test_then_the_reserve_file_is_released_and_only_endings_are_accepted(engine: VirtualEngine) -> None:
+    ending, signing = await engine.held("a"), await engine.held("b")
+    engine.disk.fill()
+    tasks = ask_all(engine, [
+        Complete(id="a", lock_id=ending), Progress(id="b", lock_id=signing, progress=5), Create(), Tick(),
+        Claim(worker="w", wait_ms=1_000), Get(id="b"), Pause(name="q"),
+    ])  # fmt: skip
+    answers = [await task for task in tasks]
+    assert [answer.status for answer in answers] == [200, 507, 507, 507, 507, 200, 507]
+    assert write_limit(engine) == "ALL_BUT_ENDINGS"
+    assert not engine.disk.has_reserve
+    assert engine.clock.held
+    engine.disk.has_spare = False
+    lock_ms = engine.clock.moment().lock_ms
+    await asyncio.sleep(3.5)
+    assert engine.clock.moment().lock_ms == lock_ms  # no heartbeat is accepted, so no lock ages
+    assert write_limit(engine) == "ALL_BUT_ENDINGS"
+    assert not engine.disk.has_reserve
+    engine.disk.free()
+    await asyncio.sleep(1)
+    assert write_limit(engine) == "NONE"
+    assert engine.disk.has_reserve
+    assert not engine.clock.held
+    await engine.yes(Progress(id="b", lock_id=signing, progress=5))
 
 
-@in_virtual_time
-async def test_at_worst_every_write_is_rejected_and_reads_continue() -> None:
-    async with checked_engine() as engine:
-        lock_id = await engine.held("a")
-        engine.disk.fits = lambda batch: False
-        tasks = ask_all(engine, [Complete(id="a", lock_id=lock_id), Get(id="a"), Stats(), Timeline(id="a"), ListJobs()])
-        answers = [await task for task in tasks]
-        assert [answer.status for answer in answers] == [507, 200, 200, 200, 200]
-        assert answers[1].data.status == "processing"
-        assert write_limit(engine) == "ALL_WRITES"
-        assert (await engine.no(Delete(id="a"))).code == "storage_full"
-        engine.disk.free()
-        await asyncio.sleep(1)
-        assert (await engine.yes(Complete(id="a", lock_id=lock_id))).status == "completed"
+@in_checked_engine()
+async def test_at_worst_every_write_is_rejected_and_reads_continue(engine: VirtualEngine) -> None:
+    lock_id = await engine.held("a")
+    engine.disk.fits = lambda batch: False
+    tasks = ask_all(engine, [Complete(id="a", lock_id=lock_id), Get(id="a"), Stats(), Timeline(id="a"), ListJobs()])
+    answers = [await task for task in tasks]
+    assert [answer.status for answer in answers] == [507, 200, 200, 200, 200]
+    assert answers[1].data.status == "processing"
+    assert write_limit(engine) == "ALL_WRITES"
+    assert (await engine.no(Delete(id="a"))).code == "storage_full"
+    engine.disk.free()
+    await asyncio.sleep(1)
+    assert (await engine.yes(Complete(id="a", lock_id=lock_id))).status == "completed"
 
 
 @pytest.mark.parametrize("error", [DiskFull("no room for 16 MiB"), OSError("the file cannot be made")])
-def test_writes_are_accepted_without_space_for_the_reserve_file(error: Exception) -> None:
-    @in_virtual_time
-    async def test() -> None:
-        async with checked_engine() as engine:
-            lock_id = await engine.held("a")
-            engine.disk.fill()
-            await engine.no(Progress(id="a", lock_id=lock_id, progress=1))
-            assert engine.actor.full_disk.has_reserve  # its space is there for endings
-            engine.disk.errors["build_reserve"] = error
-            with capture_logs() as lines:
-                await asyncio.sleep(1.1)
-                assert write_limit(engine) == "NONE"
-                assert not engine.clock.held
-                await engine.yes(Create())
-                await asyncio.sleep(5)
-            assert write_limit(engine) == "NONE"
-            assert not engine.actor.full_disk.has_reserve
-            expected = ["disk_has_room"] + ["reserve_file_not_rebuilt"] * isinstance(error, OSError)
-            assert [line["event"] for line in lines] == expected
-            engine.disk.free()
-            del engine.disk.errors["build_reserve"]
-            await asyncio.sleep(1.1)
-            assert engine.disk.has_reserve
-            assert engine.actor.full_disk.has_reserve
-            tries = engine.disk.calls["build_reserve"]
-            await asyncio.sleep(5)
-            assert engine.disk.calls["build_reserve"] == tries
-
-    test()
-
-
-@in_virtual_time
-async def test_writes_are_accepted_only_with_spare_space() -> None:
-    async with checked_engine() as engine:
-        engine.disk.fits = lambda batch: False
-        await engine.no(Create())
-        engine.disk.free()
-        engine.disk.has_spare = False
-        await asyncio.sleep(3)
-        assert write_limit(engine) == "CREATES"
-        engine.disk.has_spare = True
+@in_checked_engine()
+async def test_writes_are_accepted_without_space_for_the_reserve_file(engine: VirtualEngine, error: Exception) -> None:
+    lock_id = await engine.held("a")
+    engine.disk.fill()
+    await engine.no(Progress(id="a", lock_id=lock_id, progress=1))
+    assert engine.actor.full_disk.has_reserve  # its space is there for endings
+    engine.disk.errors["build_reserve"] = error
+    with capture_logs() as lines:
         await asyncio.sleep(1.1)
         assert write_limit(engine) == "NONE"
+        assert not engine.clock.held
+        await engine.yes(Create())
+        await asyncio.sleep(5)
+    assert write_limit(engine) == "NONE"
+    assert not engine.actor.full_disk.has_reserve
+    expected = ["disk_has_room"] + ["reserve_file_not_rebuilt"] * isinstance(error, OSError)
+    assert [line["event"] for line in lines] == expected
+    engine.disk.free()
+    del engine.disk.errors["build_reserve"]
+    await asyncio.sleep(1.1)
+    assert engine.disk.has_reserve
+    assert engine.actor.full_disk.has_reserve
+    tries = engine.disk.calls["build_reserve"]
+    await asyncio.sleep(5)
+    assert engine.disk.calls["build_reserve"] == tries
 
 
-@in_virtual_time
-async def test_endings_are_accepted_before_there_is_spare_space() -> None:
-    async with checked_engine() as engine:
-        lock_id = await engine.held("a")
-        engine.disk.fits = lambda batch: False
-        await engine.no(Complete(id="a", lock_id=lock_id))
-        assert write_limit(engine) == "ALL_WRITES"
-        engine.disk.free()
-        engine.disk.has_spare = False
-        await asyncio.sleep(1.1)
-        assert write_limit(engine) == "ALL_BUT_ENDINGS"
-        assert engine.clock.held
-        assert (await engine.no(Create())).code == "storage_full"
-        await engine.yes(Complete(id="a", lock_id=lock_id))
+@in_checked_engine()
+async def test_writes_are_accepted_only_with_spare_space(engine: VirtualEngine) -> None:
+    engine.disk.fits = lambda batch: False
+    await engine.no(Create())
+    engine.disk.free()
+    engine.disk.has_spare = False
+    await asyncio.sleep(3)
+    assert write_limit(engine) == "CREATES"
+    engine.disk.has_spare = True
+    await asyncio.sleep(1.1)
+    assert write_limit(engine) == "NONE"
 
 
-@in_virtual_time
-async def test_a_disk_that_stays_full_is_logged_once_per_step() -> None:
-    async with checked_engine() as engine:
-        lock_id = await engine.held("a")
-        engine.disk.fits = lambda batch: False
-        with capture_logs() as lines:
-            for _ in range(5):
-                await engine.no(Complete(id="a", lock_id=lock_id))
-                engine.disk.free()
-                engine.disk.has_spare = False
-                await asyncio.sleep(1.1)  # endings are tried again and do not fit
-                engine.disk.fits = lambda batch: False
-        assert [line["rejected"] for line in lines] == ["creates", "all_but_endings", "all_writes"]
-        engine.disk.free()
-        with capture_logs() as lines:
-            await asyncio.sleep(1.1)
-            engine.disk.fits = lambda batch: False
+@in_checked_engine()
+async def test_endings_are_accepted_before_there_is_spare_space(engine: VirtualEngine) -> None:
+    lock_id = await engine.held("a")
+    engine.disk.fits = lambda batch: False
+    await engine.no(Complete(id="a", lock_id=lock_id))
+    assert write_limit(engine) == "ALL_WRITES"
+    engine.disk.free()
+    engine.disk.has_spare = False
+    await asyncio.sleep(1.1)
+    assert write_limit(engine) == "ALL_BUT_ENDINGS"
+    assert engine.clock.held
+    assert (await engine.no(Create())).code == "storage_full"
+    await engine.yes(Complete(id="a", lock_id=lock_id))
+
+
+@in_checked_engine()
+async def test_a_disk_that_stays_full_is_logged_once_per_step(engine: VirtualEngine) -> None:
+    lock_id = await engine.held("a")
+    engine.disk.fits = lambda batch: False
+    with capture_logs() as lines:
+        for _ in range(5):
             await engine.no(Complete(id="a", lock_id=lock_id))
-        expected = ["disk_has_room", "reserve_file_rebuilt", "disk_full", "disk_full", "disk_full"]
-        assert [line["event"] for line in lines] == expected
-
-
-@in_virtual_time
-async def test_space_that_is_used_up_at_once_ages_no_lock() -> None:
-    """Each second the probe succeeds and the next write does not fit. Locks age only while writes are accepted."""
-    async with checked_engine() as engine:
-        lock_id = await engine.held("a")
-        engine.disk.fits = lambda batch: False
-        await engine.no(Complete(id="a", lock_id=lock_id))
-        began = engine.clock.moment().lock_ms
-        for _ in range(60):
             engine.disk.free()
-            await asyncio.sleep(1.1)
-            assert write_limit(engine) == "NONE"
+            engine.disk.has_spare = False
+            await asyncio.sleep(1.1)  # endings are tried again and do not fit
             engine.disk.fits = lambda batch: False
-            await engine.no(Complete(id="a", lock_id=lock_id))
-            assert engine.clock.held
-        assert engine.clock.moment().lock_ms - began < 60 * 150  # of 66 s
+    assert [line["rejected"] for line in lines] == ["creates", "all_but_endings", "all_writes"]
+    engine.disk.free()
+    with capture_logs() as lines:
+        await asyncio.sleep(1.1)
+        engine.disk.fits = lambda batch: False
+        await engine.no(Complete(id="a", lock_id=lock_id))
+    expected = ["disk_has_room", "reserve_file_rebuilt", "disk_full", "disk_full", "disk_full"]
+    assert [line["event"] for line in lines] == expected
+
+
+@in_checked_engine()
+async def test_space_that_is_used_up_at_once_ages_no_lock(engine: VirtualEngine) -> None:
+    """Each second the probe succeeds and the next write does not fit. Locks age only while writes are accepted."""
+    lock_id = await engine.held("a")
+    engine.disk.fits = lambda batch: False
+    await engine.no(Complete(id="a", lock_id=lock_id))
+    began = engine.clock.moment().lock_ms
+    for _ in range(60):
         engine.disk.free()
         await asyncio.sleep(1.1)
-        await engine.yes(Complete(id="a", lock_id=lock_id))
-
-
-@in_virtual_time
-async def test_the_error_contains_path_and_free_bytes() -> None:
-    async with checked_engine() as engine:
-        lock_id = await engine.held("a")
+        assert write_limit(engine) == "NONE"
         engine.disk.fits = lambda batch: False
-        engine.disk.disk_space = DiskSpace("/disk/jobd.db", 4096, 20 << 20)
-        no = await engine.no(Create())
-        assert no.message.startswith("The disk of the store is full (4096 bytes free at /disk/jobd.db); nothing was ")
-        assert no.details == {"path": "/disk/jobd.db", "free_bytes": 4096, "total_bytes": 20 << 20}
-        engine.disk.disk_space = DiskSpace("/disk/jobd.db", 512, 20 << 20)
-        await asyncio.sleep(1.1)
-        assert "(512 bytes free at" in (await engine.no(Create())).message
-        engine.disk.has_reserve = False  # deleted by hand
-        message = (await engine.no(Complete(id="a", lock_id=lock_id))).message
-        assert "the reserve file is missing, so endings may not fit either" in message
-        engine.disk.disk_space = None
-        await asyncio.sleep(1.1)
-        no = await engine.no(Create())
-        assert no.message.startswith("The disk of the store is full, and the reserve file is missing")
-        assert no.details == {}
+        await engine.no(Complete(id="a", lock_id=lock_id))
+        assert engine.clock.held
+    assert engine.clock.moment().lock_ms - began < 60 * 150  # of 66 s
+    engine.disk.free()
+    await asyncio.sleep(1.1)
+    await engine.yes(Complete(id="a", lock_id=lock_id))
+
+
+@in_checked_engine()
+async def test_the_error_contains_path_and_free_bytes(engine: VirtualEngine) -> None:
+    lock_id = await engine.held("a")
+    engine.disk.fits = lambda batch: False
+    engine.disk.disk_space = DiskSpace("/disk/jobd.db", 4096, 20 << 20)
+    no = await engine.no(Create())
+    assert no.message.startswith("The disk of the store is full (4096 bytes free at /disk/jobd.db); nothing was ")
+    assert no.details == {"path": "/disk/jobd.db", "free_bytes": 4096, "total_bytes": 20 << 20}
+    engine.disk.disk_space = DiskSpace("/disk/jobd.db", 512, 20 << 20)
+    await asyncio.sleep(1.1)
+    assert "(512 bytes free at" in (await engine.no(Create())).message
+    engine.disk.has_reserve = False  # deleted by hand
+    message = (await engine.no(Complete(id="a", lock_id=lock_id))).message
+    assert "the reserve file is missing, so endings may not fit either" in message
+    engine.disk.disk_space = None
+    await asyncio.sleep(1.1)
+    no = await engine.no(Create())
+    assert no.message.startswith("The disk of the store is full, and the reserve file is missing")
+    assert no.details == {}
 
 
 @in_virtual_time
@@ -305,33 +292,32 @@ async def test_a_start_on_a_full_disk() -> None:
         await engine.yes(Get(id="done"))
 
 
-@in_virtual_time
-async def test_a_rejected_batch_has_no_effect() -> None:
-    async with checked_engine() as engine:
-        lock_id = await engine.held("a")
-        await engine.yes(Create(id="b"))
-        token = (await engine.yes(Start(id="b", worker="w"))).fencing_token
-        await engine.yes(Complete(id="b", lock_id=engine.state.jobs["b"].grant.lock_id))  # type: ignore[union-attr]
-        await engine.yes(Pause(name="paused", reason="deploy"))
-        before = dict(engine.state.paused)
-        keys = dict(engine.disk.keys)
-        engine.disk.fits = lambda batch: False
-        tasks = ask_all(engine, [
-            Create(id="c"), Import(id="d", status="failed", error_message="e"), Delete(id="b"), Create(id="b"),
-            Release(id="a", lock_id=lock_id), Start(id="a", worker="w"), Pause(name="q"), Resume(name="paused"),
-            Pause(name="paused", reason="again"),
-        ])  # fmt: skip
-        keyed = start_task(engine.actor.ask(Claim(worker="w"), key=key("k")))
-        assert {(await task).code for task in tasks} == {"storage_full"}
-        assert (await keyed).code == "storage_full"
-        assert_consistent(engine)
-        assert engine.disk.keys == keys
-        assert (engine.state.paused, engine.state.unvalidated) == (before, {})
-        assert engine.state.holds("a", lock_id)
-        engine.disk.free()
-        await asyncio.sleep(1)
-        await engine.yes(Release(id="a", lock_id=lock_id))
-        assert (await engine.yes(Start(id="a", worker="w"))).fencing_token > token + 1  # assigned tokens are not reused
+@in_checked_engine()
+async def test_a_rejected_batch_has_no_effect(engine: VirtualEngine) -> None:
+    lock_id = await engine.held("a")
+    await engine.yes(Create(id="b"))
+    token = (await engine.yes(Start(id="b", worker="w"))).fencing_token
+    await engine.yes(Complete(id="b", lock_id=engine.state.jobs["b"].grant.lock_id))  # type: ignore[union-attr]
+    await engine.yes(Pause(name="paused", reason="deploy"))
+    before = dict(engine.state.paused)
+    keys = dict(engine.disk.keys)
+    engine.disk.fits = lambda batch: False
+    tasks = ask_all(engine, [
+        Create(id="c"), Import(id="d", status="failed", error_message="e"), Delete(id="b"), Create(id="b"),
+        Release(id="a", lock_id=lock_id), Start(id="a", worker="w"), Pause(name="q"), Resume(name="paused"),
+        Pause(name="paused", reason="again"),
+    ])  # fmt: skip
+    keyed = start_task(engine.actor.ask(Claim(worker="w"), key=key("k")))
+    assert {(await task).code for task in tasks} == {"storage_full"}
+    assert (await keyed).code == "storage_full"
+    assert_consistent(engine)
+    assert engine.disk.keys == keys
+    assert (engine.state.paused, engine.state.unvalidated) == (before, {})
+    assert engine.state.holds("a", lock_id)
+    engine.disk.free()
+    await asyncio.sleep(1)
+    await engine.yes(Release(id="a", lock_id=lock_id))
+    assert (await engine.yes(Start(id="a", worker="w"))).fencing_token > token + 1  # assigned tokens are not reused
 
 
 class TokenRecordingStorage(MemoryStorage):
@@ -379,61 +365,58 @@ async def test_a_full_counter_begins_the_next_epoch_within_a_batch() -> None:
         assert (disk.numbers.epoch, disk.numbers.next_token) == (epoch, 6)
 
 
-@in_virtual_time
-async def test_a_keyed_start_of_a_rejected_batch_is_decided_again() -> None:
-    async with checked_engine() as engine:
-        await engine.yes(Create(id="a"))
-        engine.disk.write_errors.append(DiskFull("once"))
-        answer = await engine.actor.ask(Start(id="a", worker="w"), key=key("k"))
-        assert isinstance(answer, Response)
-        assert not answer.replayed
-        engine.actor.undelivered(answer)
-        await settle()
-        assert engine.state.totals["queued"] == 1  # counted once, so one lost connection is enough
+@in_checked_engine()
+async def test_a_keyed_start_of_a_rejected_batch_is_decided_again(engine: VirtualEngine) -> None:
+    await engine.yes(Create(id="a"))
+    engine.disk.write_errors.append(DiskFull("once"))
+    answer = await engine.actor.ask(Start(id="a", worker="w"), key=key("k"))
+    assert isinstance(answer, Response)
+    assert not answer.replayed
+    engine.actor.undelivered(answer)
+    await settle()
+    assert engine.state.totals["queued"] == 1  # counted once, so one lost connection is enough
 
 
-@in_virtual_time
-async def test_a_repeat_in_a_rejected_batch_counts_as_one_connection() -> None:
-    async with checked_engine() as engine:
-        await engine.yes(Create(id="a"))
-        start = Start(id="a", worker="w")
-        first = await engine.actor.ask(start, key=key("k"))
-        engine.disk.gate.clear()
-        slow = start_task(engine.actor.ask(Tick()))
-        await engine.disk.at_gate.wait()
-        engine.disk.write_errors += [None, DiskFull("once")]
-        repeat = start_task(engine.actor.ask(start, key=key("k")))
-        await settle()
-        tick = start_task(engine.actor.ask(Tick()))
-        await settle()
-        engine.disk.gate.set()
-        await slow
-        second = await repeat
-        assert second.replayed
-        await tick
-        engine.actor.undelivered(second)
-        await settle()
-        assert engine.state.totals["processing"] == 1
-        assert isinstance(first, Response)
-        engine.actor.undelivered(first)
-        await settle()
-        assert engine.state.totals["queued"] == 1
+@in_checked_engine()
+async def test_a_repeat_in_a_rejected_batch_counts_as_one_connection(engine: VirtualEngine) -> None:
+    await engine.yes(Create(id="a"))
+    start = Start(id="a", worker="w")
+    first = await engine.actor.ask(start, key=key("k"))
+    engine.disk.gate.clear()
+    slow = start_task(engine.actor.ask(Tick()))
+    await engine.disk.at_gate.wait()
+    engine.disk.write_errors += [None, DiskFull("once")]
+    repeat = start_task(engine.actor.ask(start, key=key("k")))
+    await settle()
+    tick = start_task(engine.actor.ask(Tick()))
+    await settle()
+    engine.disk.gate.set()
+    await slow
+    second = await repeat
+    assert second.replayed
+    await tick
+    engine.actor.undelivered(second)
+    await settle()
+    assert engine.state.totals["processing"] == 1
+    assert isinstance(first, Response)
+    engine.actor.undelivered(first)
+    await settle()
+    assert engine.state.totals["queued"] == 1
 
 
-@in_virtual_time
-async def test_a_repeat_on_a_full_disk_gets_its_response() -> None:
+@in_checked_engine()
+async def test_a_repeat_on_a_full_disk_gets_its_response(engine: VirtualEngine) -> None:
     """An error would tell the client that the request was not executed."""
-    async with checked_engine() as engine:
-        await engine.yes(Create(id="a"), key=key("create"))
-        await engine.yes(Start(id="a", worker="w"), key=key("start"))
-        engine.disk.fits = lambda batch: False
-        await engine.no(Complete(id="a", lock_id=engine.state.jobs["a"].grant.lock_id))  # type: ignore[union-attr]
-        assert write_limit(engine) == "ALL_WRITES"
-        for command, name in ((Create(id="a"), "create"), (Start(id="a", worker="w"), "start")):
-            repeated = await engine.actor.ask(command, key=key(name))
-            assert isinstance(repeated, Response)
-            assert repeated.replayed
-        assert (await engine.no(Create(id="b"), key=key("new"))).code == "storage_full"
+    await engine.yes(Create(id="a"), key=key("create"))
+    await engine.yes(Start(id="a", worker="w"), key=key("start"))
+    engine.disk.fits = lambda batch: False
+    await engine.no(Complete(id="a", lock_id=engine.state.jobs["a"].grant.lock_id))  # type: ignore[union-attr]
+    assert write_limit(engine) == "ALL_WRITES"
+    for command, name in ((Create(id="a"), "create"), (Start(id="a", worker="w"), "start")):
+        repeated = await engine.actor.ask(command, key=key(name))
+        assert isinstance(repeated, Response)
+        assert repeated.replayed
+    assert (await engine.no(Create(id="b"), key=key("new"))).code == "storage_full"
 
 
 @in_virtual_time
@@ -454,18 +437,17 @@ async def test_a_rejected_batch_can_reuse_an_id_in_another_queue() -> None:
             assert engine.disk.queues["x"] == QueueRow()
 
 
-@in_virtual_time
-async def test_waiting_claims_keep_their_order_after_a_rejected_batch() -> None:
-    async with checked_engine() as engine:
-        first, second = await waiting_claim(engine, "first"), await waiting_claim(engine, "second")
-        engine.disk.write_errors.append(DiskFull("once"))
-        await engine.no(Create(id="a"))
-        assert len(engine.actor.waiting_claims) == 2
-        await asyncio.sleep(1)
-        await engine.yes(Create(id="b"))
-        assert granted_ids(await first) == ["b"]
-        await engine.yes(Create(id="c"))
-        assert granted_ids(await second) == ["c"]
+@in_checked_engine()
+async def test_waiting_claims_keep_their_order_after_a_rejected_batch(engine: VirtualEngine) -> None:
+    first, second = await waiting_claim(engine, "first"), await waiting_claim(engine, "second")
+    engine.disk.write_errors.append(DiskFull("once"))
+    await engine.no(Create(id="a"))
+    assert len(engine.actor.waiting_claims) == 2
+    await asyncio.sleep(1)
+    await engine.yes(Create(id="b"))
+    assert granted_ids(await first) == ["b"]
+    await engine.yes(Create(id="c"))
+    assert granted_ids(await second) == ["c"]
 
 
 @in_virtual_time
@@ -486,142 +468,133 @@ async def test_a_claim_of_a_rejected_batch_waits_once() -> None:
         assert_consistent(engine)
 
 
-@in_virtual_time
-async def test_a_claim_that_waited_and_was_served_in_a_rejected_batch_is_decided_again() -> None:
-    async with checked_engine() as engine:
-        await engine.yes(Create(id="a", delay_ms=DAY_MS))
-        engine.disk.gate.clear()
-        slow = start_task(engine.actor.ask(Tick()))
-        await engine.disk.at_gate.wait()
-        engine.disk.write_errors += [None, DiskFull("once")]
-        tasks = ask_all(engine, [Claim(worker="w", wait_ms=30_000), RunNow(id="a")])
-        await settle()
-        engine.disk.gate.set()
-        assert granted_ids(await tasks[0]) == ["a"]
-        assert isinstance(await tasks[1], Response)
-        await slow
-        assert write_limit(engine) == "CREATES"
-        assert [event.type for event in engine.disk.events] == ["created", "updated", "granted"]
+@in_checked_engine()
+async def test_a_claim_that_waited_and_was_served_in_a_rejected_batch_is_decided_again(engine: VirtualEngine) -> None:
+    await engine.yes(Create(id="a", delay_ms=DAY_MS))
+    engine.disk.gate.clear()
+    slow = start_task(engine.actor.ask(Tick()))
+    await engine.disk.at_gate.wait()
+    engine.disk.write_errors += [None, DiskFull("once")]
+    tasks = ask_all(engine, [Claim(worker="w", wait_ms=30_000), RunNow(id="a")])
+    await settle()
+    engine.disk.gate.set()
+    assert granted_ids(await tasks[0]) == ["a"]
+    assert isinstance(await tasks[1], Response)
+    await slow
+    assert write_limit(engine) == "CREATES"
+    assert [event.type for event in engine.disk.events] == ["created", "updated", "granted"]
 
 
-@in_virtual_time
-async def test_a_waiting_claim_gets_a_due_job_after_its_batch_was_rejected() -> None:
+@in_checked_engine()
+async def test_a_waiting_claim_gets_a_due_job_after_its_batch_was_rejected(engine: VirtualEngine) -> None:
     """The claim must not keep waiting next to a due job."""
-    async with checked_engine() as engine:
-        await engine.yes(Create(id="a", delay_ms=2_000))
-        waiting = await waiting_claim(engine, "w")
-        engine.disk.write_errors.append(DiskFull("once"))
-        begun = engine.now
-        assert granted_ids(await waiting) == ["a"]
-        assert engine.now == begun + 2_000
+    await engine.yes(Create(id="a", delay_ms=2_000))
+    waiting = await waiting_claim(engine, "w")
+    engine.disk.write_errors.append(DiskFull("once"))
+    begun = engine.now
+    assert granted_ids(await waiting) == ["a"]
+    assert engine.now == begun + 2_000
 
 
-@in_virtual_time
-async def test_jobs_that_became_due_on_a_full_disk_are_granted_when_there_is_space() -> None:
-    async with checked_engine() as engine:
-        await engine.yes(Create(id="a", delay_ms=2_000))
-        waiting = await waiting_claim(engine, "w")
-        engine.disk.fill()
-        engine.disk.has_spare = False
-        await engine.no(Tick())
-        assert write_limit(engine) == "ALL_BUT_ENDINGS"
-        await asyncio.sleep(5)
-        assert not waiting.done()
-        engine.disk.free()
-        await asyncio.sleep(1.1)
-        assert waiting.done()
-        assert granted_ids(await waiting) == ["a"]
+@in_checked_engine()
+async def test_jobs_that_became_due_on_a_full_disk_are_granted_when_there_is_space(engine: VirtualEngine) -> None:
+    await engine.yes(Create(id="a", delay_ms=2_000))
+    waiting = await waiting_claim(engine, "w")
+    engine.disk.fill()
+    engine.disk.has_spare = False
+    await engine.no(Tick())
+    assert write_limit(engine) == "ALL_BUT_ENDINGS"
+    await asyncio.sleep(5)
+    assert not waiting.done()
+    engine.disk.free()
+    await asyncio.sleep(1.1)
+    assert waiting.done()
+    assert granted_ids(await waiting) == ["a"]
 
 
-@in_virtual_time
-async def test_the_release_of_an_undelivered_grant_survives_a_full_disk() -> None:
+@in_checked_engine()
+async def test_the_release_of_an_undelivered_grant_survives_a_full_disk(engine: VirtualEngine) -> None:
     """A release frees no space, but it ends a grant, so it is accepted once the reserve file is released."""
-    async with checked_engine() as engine:
-        await engine.yes(Create(id="a"))
-        answer = await engine.actor.ask(Start(id="a", worker="w"))
-        assert isinstance(answer, Response)
-        engine.disk.fill()
-        engine.actor.undelivered(answer)
-        await settle()
-        assert engine.state.totals["queued"] == 1
+    await engine.yes(Create(id="a"))
+    answer = await engine.actor.ask(Start(id="a", worker="w"))
+    assert isinstance(answer, Response)
+    engine.disk.fill()
+    engine.actor.undelivered(answer)
+    await settle()
+    assert engine.state.totals["queued"] == 1
 
 
-@in_virtual_time
-async def test_pending_internal_commands_run_first_when_there_is_space() -> None:
+@in_checked_engine()
+async def test_pending_internal_commands_run_first_when_there_is_space(engine: VirtualEngine) -> None:
     """After a restore, no lock is valid until its grants are ended."""
-    async with checked_engine() as engine:
-        lock_id = await engine.held("a")
-        engine.disk.fits = lambda batch: False
-        engine.actor.enqueue_internal(EndGrants(ids=["a"], last=True))
-        await settle()
-        assert write_limit(engine) == "ALL_WRITES"
-        assert (await engine.no(Complete(id="a", lock_id=lock_id))).code == "storage_full"
-        assert engine.clock.held
-        engine.disk.free()
-        ending = start_task(engine.actor.ask(Complete(id="a", lock_id=lock_id)))
-        assert (await ending).code == "storage_full"
-        await asyncio.sleep(1.1)
-        assert engine.state.totals["queued"] == 1
-        late = await engine.no(Complete(id="a", lock_id=lock_id))
-        assert (late.code, late.details["rule"]) == ("lock_lost", "restore")
+    lock_id = await engine.held("a")
+    engine.disk.fits = lambda batch: False
+    engine.actor.enqueue_internal(EndGrants(ids=["a"], last=True))
+    await settle()
+    assert write_limit(engine) == "ALL_WRITES"
+    assert (await engine.no(Complete(id="a", lock_id=lock_id))).code == "storage_full"
+    assert engine.clock.held
+    engine.disk.free()
+    ending = start_task(engine.actor.ask(Complete(id="a", lock_id=lock_id)))
+    assert (await ending).code == "storage_full"
+    await asyncio.sleep(1.1)
+    assert engine.state.totals["queued"] == 1
+    late = await engine.no(Complete(id="a", lock_id=lock_id))
+    assert (late.code, late.details["rule"]) == ("lock_lost", "restore")
 
 
-@in_virtual_time
-async def test_the_extension_after_a_pause_survives_a_full_disk() -> None:
-    async with checked_engine() as engine:
-        await engine.held("a")
-        engine.disk.fits = lambda batch: False
-        engine.actor.enqueue_internal(ExtendAfterPause(ids=["a"], grace_ms=30 * MINUTE_MS))
-        await asyncio.sleep(20)  # lock time stands still meanwhile
-        engine.disk.free()
-        await asyncio.sleep(1.1)
-        deadlines = engine.state.jobs["a"].deadlines
-        assert deadlines is not None
-        assert deadlines.expires >= engine.clock.moment().lock_ms + 30 * MINUTE_MS - 2_000
+@in_checked_engine()
+async def test_the_extension_after_a_pause_survives_a_full_disk(engine: VirtualEngine) -> None:
+    await engine.held("a")
+    engine.disk.fits = lambda batch: False
+    engine.actor.enqueue_internal(ExtendAfterPause(ids=["a"], grace_ms=30 * MINUTE_MS))
+    await asyncio.sleep(20)  # lock time stands still meanwhile
+    engine.disk.free()
+    await asyncio.sleep(1.1)
+    deadlines = engine.state.jobs["a"].deadlines
+    assert deadlines is not None
+    assert deadlines.expires >= engine.clock.moment().lock_ms + 30 * MINUTE_MS - 2_000
 
 
-@in_virtual_time
-async def test_an_undelivered_grant_is_released_when_there_is_space() -> None:
-    async with checked_engine() as engine:
-        await engine.yes(Create(id="a"))
-        answer = await engine.actor.ask(Start(id="a", worker="w"))
-        assert isinstance(answer, Response)
-        engine.disk.fits = lambda batch: False
-        engine.actor.undelivered(answer)
-        await settle()
-        assert engine.state.totals["processing"] == 1
-        engine.disk.free()
-        await asyncio.sleep(1.1)
-        assert engine.state.totals["queued"] == 1
+@in_checked_engine()
+async def test_an_undelivered_grant_is_released_when_there_is_space(engine: VirtualEngine) -> None:
+    await engine.yes(Create(id="a"))
+    answer = await engine.actor.ask(Start(id="a", worker="w"))
+    assert isinstance(answer, Response)
+    engine.disk.fits = lambda batch: False
+    engine.actor.undelivered(answer)
+    await settle()
+    assert engine.state.totals["processing"] == 1
+    engine.disk.free()
+    await asyncio.sleep(1.1)
+    assert engine.state.totals["queued"] == 1
 
 
-@in_virtual_time
-async def test_a_store_without_space_for_its_reserve_file_opens() -> None:
-    async with checked_engine() as engine:
-        engine.disk.errors["build_reserve"] = DiskFull("too small")
-        engine.disk.has_reserve = False
-        engine.disk.fits = lambda batch: False
-        await engine.no(Tick())
-        assert write_limit(engine) == "ALL_BUT_ENDINGS"
-        engine.disk.free()
-        await asyncio.sleep(1.1)
-        assert write_limit(engine) == "NONE"
-        assert not engine.clock.held
+@in_checked_engine()
+async def test_a_store_without_space_for_its_reserve_file_opens(engine: VirtualEngine) -> None:
+    engine.disk.errors["build_reserve"] = DiskFull("too small")
+    engine.disk.has_reserve = False
+    engine.disk.fits = lambda batch: False
+    await engine.no(Tick())
+    assert write_limit(engine) == "ALL_BUT_ENDINGS"
+    engine.disk.free()
+    await asyncio.sleep(1.1)
+    assert write_limit(engine) == "NONE"
+    assert not engine.clock.held
 
 
-@in_virtual_time
-async def test_keys_do_not_expire_by_a_suspect_clock() -> None:
-    async with checked_engine() as engine:
-        first = await engine.actor.ask(Create(), key=key("k"))
-        engine.step_ms = 40 * DAY_MS
-        repeated = await engine.actor.ask(Create(), key=key("k"))
-        assert isinstance(first, Response)
-        assert isinstance(repeated, Response)
-        assert repeated.replayed
-        engine.clock.accept()
-        anew = await engine.actor.ask(Create(), key=key("k"))
-        assert isinstance(anew, Response)
-        assert not anew.replayed
+@in_checked_engine()
+async def test_keys_do_not_expire_by_a_suspect_clock(engine: VirtualEngine) -> None:
+    first = await engine.actor.ask(Create(), key=key("k"))
+    engine.step_ms = 40 * DAY_MS
+    repeated = await engine.actor.ask(Create(), key=key("k"))
+    assert isinstance(first, Response)
+    assert isinstance(repeated, Response)
+    assert repeated.replayed
+    engine.clock.accept()
+    anew = await engine.actor.ask(Create(), key=key("k"))
+    assert isinstance(anew, Response)
+    assert not anew.replayed
 
 
 class RaisingResponder:
@@ -725,21 +698,17 @@ async def test_reads_are_not_prepared() -> None:
 
 
 @pytest.mark.parametrize("others", [0, 1])
-def test_a_bug_while_responses_are_sent_ends_the_actor(others: int) -> None:
+@in_virtual_time
+async def test_a_bug_while_responses_are_sent_ends_the_actor(others: int) -> None:
     """Also if they are sent while the next batch is written; otherwise later commands would wait forever."""
-
-    @in_virtual_time
-    async def run() -> None:
-        engine = VirtualEngine()
-        running = start_task(engine.actor.run())
-        engine.disk.gate.clear()
-        engine.actor.send(Create(id="a"), RaisingResponder())
-        await engine.disk.at_gate.wait()
-        requests = ask_all(engine, [Create(id="b")] * others)
-        await settle()
-        engine.disk.gate.set()
-        with pytest.raises(DiskBroken, match="canary"):
-            await running
-        await asyncio.gather(*requests)  # no command waits forever
-
-    run()
+    engine = VirtualEngine()
+    running = start_task(engine.actor.run())
+    engine.disk.gate.clear()
+    engine.actor.send(Create(id="a"), RaisingResponder())
+    await engine.disk.at_gate.wait()
+    requests = ask_all(engine, [Create(id="b")] * others)
+    await settle()
+    engine.disk.gate.set()
+    with pytest.raises(DiskBroken, match="canary"):
+        await running
+    await asyncio.gather(*requests)  # no command waits forever

@@ -29,9 +29,8 @@ from jobd.model.storage import (
 )
 from tests.support.virtual_engine import (
     VirtualEngine,
-    checked_engine,
+    in_checked_engine,
     in_engine,
-    in_virtual_time,
 )
 
 
@@ -148,19 +147,18 @@ async def test_jobs_that_change_between_pages_are_shown_once(engine: VirtualEngi
     assert seen == ["j11", "j9", "j7", "j5", "j3", "j2", "j1"]
 
 
-@in_virtual_time
-async def test_a_search_for_an_error_defaults_to_failed_jobs() -> None:
-    async with checked_engine() as engine:
-        for job_id in ("a", "b"):
-            await engine.yes(Create(id=job_id))
-            await engine.yes(ForceFail(id=job_id, reason="no connection"))
-        await engine.yes(ForceReset(id="b"))  # this clears its error
-        failed = await engine.yes(Get(id="a"))
-        error = fingerprint(failed.error_message, failed.error_code)
-        page = await engine.yes(SearchJobs(error=error))
-        assert [job.id for job in page.jobs] == ["a"]
-        assert (await engine.yes(SearchJobs(error=error, status="queued"))).jobs == []
-        assert (await engine.yes(SearchJobs(error=error, worker="w"))).jobs == []
+@in_checked_engine()
+async def test_a_search_for_an_error_defaults_to_failed_jobs(engine: VirtualEngine) -> None:
+    for job_id in ("a", "b"):
+        await engine.yes(Create(id=job_id))
+        await engine.yes(ForceFail(id=job_id, reason="no connection"))
+    await engine.yes(ForceReset(id="b"))  # this clears its error
+    failed = await engine.yes(Get(id="a"))
+    error = fingerprint(failed.error_message, failed.error_code)
+    page = await engine.yes(SearchJobs(error=error))
+    assert [job.id for job in page.jobs] == ["a"]
+    assert (await engine.yes(SearchJobs(error=error, status="queued"))).jobs == []
+    assert (await engine.yes(SearchJobs(error=error, worker="w"))).jobs == []
 
 
 @in_engine()
@@ -182,26 +180,25 @@ async def test_finished_jobs_are_listed_by_their_ends(engine: VirtualEngine) -> 
         assert "another status" in rejected.message
 
 
-@in_virtual_time
-async def test_jobs_are_found_by_finish_time_and_last_worker() -> None:
-    async with checked_engine() as engine:
-        lock_id = await engine.held()
-        for job_id in ("b", "c"):
-            await engine.yes(Create(id=job_id))
-        await asyncio.sleep(10)
-        middle = engine.now
-        await engine.yes(Fail(id="a", lock_id=lock_id, error_message="no"))
-        await asyncio.sleep(10)
-        await engine.yes(ForceFail(id="b", reason="no"))
+@in_checked_engine()
+async def test_jobs_are_found_by_finish_time_and_last_worker(engine: VirtualEngine) -> None:
+    lock_id = await engine.held()
+    for job_id in ("b", "c"):
+        await engine.yes(Create(id=job_id))
+    await asyncio.sleep(10)
+    middle = engine.now
+    await engine.yes(Fail(id="a", lock_id=lock_id, error_message="no"))
+    await asyncio.sleep(10)
+    await engine.yes(ForceFail(id="b", reason="no"))
 
-        async def found(**asked: Any) -> list[str]:
-            return [job.id for job in (await engine.yes(SearchJobs(**asked))).jobs]
+    async def found(**asked: Any) -> list[str]:
+        return [job.id for job in (await engine.yes(SearchJobs(**asked))).jobs]
 
-        assert await found(finished_since=middle) == ["b", "a"]
-        assert await found(finished_since=middle, finished_until=middle + 1) == ["a"]
-        assert await found(worker="w-1") == ["a"]
-        assert await found(worker="w-1", status="failed", finished_since=middle) == ["a"]
-        assert await found(worker="w-1", status="processing") == []
+    assert await found(finished_since=middle) == ["b", "a"]
+    assert await found(finished_since=middle, finished_until=middle + 1) == ["a"]
+    assert await found(worker="w-1") == ["a"]
+    assert await found(worker="w-1", status="failed", finished_since=middle) == ["a"]
+    assert await found(worker="w-1", status="processing") == []
 
 
 @in_engine()

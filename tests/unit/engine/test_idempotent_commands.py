@@ -36,6 +36,7 @@ from tests.support.virtual_engine import (
     checked_engine,
     finished_disk,
     granted_ids,
+    in_checked_engine,
     in_virtual_time,
     key,
     settle,
@@ -44,26 +45,25 @@ from tests.support.virtual_engine import (
 )
 
 
-@in_virtual_time
-async def test_a_repeated_key_gets_the_same_response() -> None:
-    async with checked_engine() as engine:
-        create = Create(payload=Raw(b"[1]"))
-        first = await engine.actor.ask(create, key=key("k"))
-        second = await engine.actor.ask(create, key=key("k"))
-        assert isinstance(first, Response)
-        assert isinstance(second, Response)
-        assert (first.replayed, second.replayed) == (False, True)
-        assert (first.status, second.status) == (201, 201)
-        assert first.data.id.encode() in bytes(second.data)
-        assert b'"payload":[1]' in bytes(second.data)
-        assert len(engine.disk.jobs) == 1
-        other = await engine.no(create, key=key("k", "another body"))
-        assert (other.code, other.status) == ("idempotency_key_reused", 422)
-        await asyncio.sleep(KEPT_MS / 1000)
-        repeated = await engine.actor.ask(create, key=key("k"))
-        assert isinstance(repeated, Response)
-        assert not repeated.replayed
-        assert len(engine.disk.jobs) == 2
+@in_checked_engine()
+async def test_a_repeated_key_gets_the_same_response(engine: VirtualEngine) -> None:
+    create = Create(payload=Raw(b"[1]"))
+    first = await engine.actor.ask(create, key=key("k"))
+    second = await engine.actor.ask(create, key=key("k"))
+    assert isinstance(first, Response)
+    assert isinstance(second, Response)
+    assert (first.replayed, second.replayed) == (False, True)
+    assert (first.status, second.status) == (201, 201)
+    assert first.data.id.encode() in bytes(second.data)
+    assert b'"payload":[1]' in bytes(second.data)
+    assert len(engine.disk.jobs) == 1
+    other = await engine.no(create, key=key("k", "another body"))
+    assert (other.code, other.status) == ("idempotency_key_reused", 422)
+    await asyncio.sleep(KEPT_MS / 1000)
+    repeated = await engine.actor.ask(create, key=key("k"))
+    assert isinstance(repeated, Response)
+    assert not repeated.replayed
+    assert len(engine.disk.jobs) == 2
 
 
 @in_virtual_time
@@ -105,13 +105,12 @@ async def test_keys_outlive_a_restart() -> None:
         assert repeated.data.job.lock.worker == "w"
 
 
-@in_virtual_time
-async def test_a_damaged_stored_response_is_an_error() -> None:
-    async with checked_engine() as engine:
-        await engine.yes(Create(), key=key("k"))
-        engine.disk.keys.clear()
-        assert (await engine.no(Create(), key=key("k"))).code == "internal_error"
-        assert len(engine.disk.jobs) == 1
+@in_checked_engine()
+async def test_a_damaged_stored_response_is_an_error(engine: VirtualEngine) -> None:
+    await engine.yes(Create(), key=key("k"))
+    engine.disk.keys.clear()
+    assert (await engine.no(Create(), key=key("k"))).code == "internal_error"
+    assert len(engine.disk.jobs) == 1
 
 
 @in_virtual_time
@@ -127,28 +126,26 @@ async def test_a_key_whose_grants_have_ended_is_decided_again() -> None:
         assert disk.keys["k"].grants == [("a", answer.data.lock_id)]
 
 
-@in_virtual_time
-async def test_a_response_that_changed_nothing_is_not_stored() -> None:
-    async with checked_engine() as engine:
-        assert (await engine.no(Cancel(id="a"), key=key("k"))).code == "job_not_found"
-        await engine.yes(Create(id="a"))
-        assert (await engine.yes(Cancel(id="a"), key=key("k"))).status == "cancelled"
-        repeated = await engine.actor.ask(Cancel(id="a"), key=key("k"))
-        assert isinstance(repeated, Response)
-        assert repeated.replayed
-        await engine.yes(Claim(worker="w"), key=key("empty"))
-        await engine.yes(Create(id="b"))
-        assert granted_ids(await engine.actor.ask(Claim(worker="w"), key=key("empty"))) == ["b"]
+@in_checked_engine()
+async def test_a_response_that_changed_nothing_is_not_stored(engine: VirtualEngine) -> None:
+    assert (await engine.no(Cancel(id="a"), key=key("k"))).code == "job_not_found"
+    await engine.yes(Create(id="a"))
+    assert (await engine.yes(Cancel(id="a"), key=key("k"))).status == "cancelled"
+    repeated = await engine.actor.ask(Cancel(id="a"), key=key("k"))
+    assert isinstance(repeated, Response)
+    assert repeated.replayed
+    await engine.yes(Claim(worker="w"), key=key("empty"))
+    await engine.yes(Create(id="b"))
+    assert granted_ids(await engine.actor.ask(Claim(worker="w"), key=key("empty"))) == ["b"]
 
 
-@in_virtual_time
-async def test_an_empty_claim_is_not_stored_even_if_it_expired_jobs() -> None:
-    async with checked_engine() as engine:
-        await engine.yes(Create(id="a", expires_at=engine.now + 1_000))
-        await asyncio.sleep(1)
-        assert granted_ids(await engine.actor.ask(Claim(worker="w"), key=key("k"))) == []
-        await engine.yes(Create(id="b"))
-        assert granted_ids(await engine.actor.ask(Claim(worker="w"), key=key("k"))) == ["b"]
+@in_checked_engine()
+async def test_an_empty_claim_is_not_stored_even_if_it_expired_jobs(engine: VirtualEngine) -> None:
+    await engine.yes(Create(id="a", expires_at=engine.now + 1_000))
+    await asyncio.sleep(1)
+    assert granted_ids(await engine.actor.ask(Claim(worker="w"), key=key("k"))) == []
+    await engine.yes(Create(id="b"))
+    assert granted_ids(await engine.actor.ask(Claim(worker="w"), key=key("k"))) == ["b"]
 
 
 @pytest.mark.parametrize(
@@ -183,91 +180,86 @@ def test_a_stored_response_is_complete(command: AnyCommand) -> None:
     in_virtual_time(test)()
 
 
-@in_virtual_time
-async def test_a_repeated_start_returns_its_current_grant() -> None:
-    async with checked_engine() as engine:
-        await engine.yes(Create(id="a", payload=Raw(b"1")))
-        start = Start(id="a", worker="w")
-        first = await engine.actor.ask(start, key=key("k"))
-        assert isinstance(first, Response)
-        await engine.yes(Progress(id="a", lock_id=first.data.lock_id, progress=40))
-        repeated = await engine.actor.ask(start, key=key("k"))
-        assert isinstance(repeated, Response)
-        assert (repeated.replayed, repeated.data.lock_id) == (True, first.data.lock_id)
-        assert (repeated.data.job.progress, repeated.data.job.payload) == (40, Raw(b"1"))
-        await engine.yes(Release(id="a", lock_id=first.data.lock_id))
-        assert engine.disk.keys == {}
-        anew = await engine.actor.ask(start, key=key("k"))
-        assert isinstance(anew, Response)
-        assert not anew.replayed
-        assert anew.data.fencing_token == first.data.fencing_token + 1
-        await engine.yes(ForceReset(id="a"))
-        await engine.yes(Start(id="a", worker="other"))
-        rejection = await engine.no(start, key=key("k"))
-        assert (rejection.code, rejection.details["locked_by"]) == ("already_locked", "other")
+@in_checked_engine()
+async def test_a_repeated_start_returns_its_current_grant(engine: VirtualEngine) -> None:
+    await engine.yes(Create(id="a", payload=Raw(b"1")))
+    start = Start(id="a", worker="w")
+    first = await engine.actor.ask(start, key=key("k"))
+    assert isinstance(first, Response)
+    await engine.yes(Progress(id="a", lock_id=first.data.lock_id, progress=40))
+    repeated = await engine.actor.ask(start, key=key("k"))
+    assert isinstance(repeated, Response)
+    assert (repeated.replayed, repeated.data.lock_id) == (True, first.data.lock_id)
+    assert (repeated.data.job.progress, repeated.data.job.payload) == (40, Raw(b"1"))
+    await engine.yes(Release(id="a", lock_id=first.data.lock_id))
+    assert engine.disk.keys == {}
+    anew = await engine.actor.ask(start, key=key("k"))
+    assert isinstance(anew, Response)
+    assert not anew.replayed
+    assert anew.data.fencing_token == first.data.fencing_token + 1
+    await engine.yes(ForceReset(id="a"))
+    await engine.yes(Start(id="a", worker="other"))
+    rejection = await engine.no(start, key=key("k"))
+    assert (rejection.code, rejection.details["locked_by"]) == ("already_locked", "other")
 
 
-@in_virtual_time
-async def test_a_repeated_claim_returns_its_current_grants() -> None:
-    async with checked_engine() as engine:
-        for name in "abc":
-            await engine.yes(Create(id=name))
-        claim = Claim(worker="w", limit=2)
-        first = await engine.actor.ask(claim, key=key("k"))
-        assert granted_ids(first) == ["a", "b"]
-        assert isinstance(first, Response)
-        await engine.yes(Complete(id="a", lock_id=first.data.grants[0].lock_id))
-        assert granted_ids(await engine.actor.ask(claim, key=key("k"))) == ["b"]
-        await engine.yes(Complete(id="b", lock_id=first.data.grants[1].lock_id))
-        assert engine.disk.keys == {}
-        assert granted_ids(await engine.actor.ask(claim, key=key("k"))) == ["c"]
+@in_checked_engine()
+async def test_a_repeated_claim_returns_its_current_grants(engine: VirtualEngine) -> None:
+    for name in "abc":
+        await engine.yes(Create(id=name))
+    claim = Claim(worker="w", limit=2)
+    first = await engine.actor.ask(claim, key=key("k"))
+    assert granted_ids(first) == ["a", "b"]
+    assert isinstance(first, Response)
+    await engine.yes(Complete(id="a", lock_id=first.data.grants[0].lock_id))
+    assert granted_ids(await engine.actor.ask(claim, key=key("k"))) == ["b"]
+    await engine.yes(Complete(id="b", lock_id=first.data.grants[1].lock_id))
+    assert engine.disk.keys == {}
+    assert granted_ids(await engine.actor.ask(claim, key=key("k"))) == ["c"]
 
 
-@in_virtual_time
-async def test_a_repeated_waiting_claim_waits_once() -> None:
-    async with checked_engine() as engine:
-        first = await waiting_claim(engine, "w", key=key("k"))
-        repeat = await waiting_claim(engine, "w", key=key("k"))
-        other = await engine.no(Claim(worker="w", wait_ms=30_000), key=key("k", "other"))
-        assert other.code == "idempotency_key_reused"
-        assert len(engine.actor.waiting_claims) == 1
-        await engine.yes(Create(id="a"))
-        assert granted_ids(await first) == granted_ids(await repeat) == ["a"]
-        assert engine.state.totals["processing"] == 1
-        engine.actor.undelivered(await first)
-        await settle()
-        assert engine.state.totals["processing"] == 1  # the other connection has it
-        engine.actor.undelivered(await repeat)
-        await settle()
-        assert engine.state.totals["processing"] == 0
-        assert engine.disk.keys == {}
+@in_checked_engine()
+async def test_a_repeated_waiting_claim_waits_once(engine: VirtualEngine) -> None:
+    first = await waiting_claim(engine, "w", key=key("k"))
+    repeat = await waiting_claim(engine, "w", key=key("k"))
+    other = await engine.no(Claim(worker="w", wait_ms=30_000), key=key("k", "other"))
+    assert other.code == "idempotency_key_reused"
+    assert len(engine.actor.waiting_claims) == 1
+    await engine.yes(Create(id="a"))
+    assert granted_ids(await first) == granted_ids(await repeat) == ["a"]
+    assert engine.state.totals["processing"] == 1
+    engine.actor.undelivered(await first)
+    await settle()
+    assert engine.state.totals["processing"] == 1  # the other connection has it
+    engine.actor.undelivered(await repeat)
+    await settle()
+    assert engine.state.totals["processing"] == 0
+    assert engine.disk.keys == {}
 
 
-@in_virtual_time
-async def test_a_waiting_claim_is_removed_when_all_its_callers_are_gone() -> None:
-    async with checked_engine() as engine:
-        first = await waiting_claim(engine, "w", key=key("k"))
-        repeat = await waiting_claim(engine, "w", key=key("k"))
-        first.cancel()
-        await settle()
-        assert len(engine.actor.waiting_claims) == 1
-        repeat.cancel()
-        await settle()
-        assert len(engine.actor.waiting_claims) == 0
-        await engine.yes(Create(id="a"))
-        assert engine.state.totals["queued"] == 1
+@in_checked_engine()
+async def test_a_waiting_claim_is_removed_when_all_its_callers_are_gone(engine: VirtualEngine) -> None:
+    first = await waiting_claim(engine, "w", key=key("k"))
+    repeat = await waiting_claim(engine, "w", key=key("k"))
+    first.cancel()
+    await settle()
+    assert len(engine.actor.waiting_claims) == 1
+    repeat.cancel()
+    await settle()
+    assert len(engine.actor.waiting_claims) == 0
+    await engine.yes(Create(id="a"))
+    assert engine.state.totals["queued"] == 1
 
 
-@in_virtual_time
-async def test_a_repeat_gets_the_grant_of_an_abandoned_request() -> None:
-    async with checked_engine() as engine:
-        first = await waiting_claim(engine, "w", key=key("k"))
-        repeat = await waiting_claim(engine, "w", key=key("k"))
-        first.cancel()
-        await engine.yes(Create(id="a"))
-        assert granted_ids(await repeat) == ["a"]
-        await settle()
-        assert engine.state.totals["processing"] == 1
+@in_checked_engine()
+async def test_a_repeat_gets_the_grant_of_an_abandoned_request(engine: VirtualEngine) -> None:
+    first = await waiting_claim(engine, "w", key=key("k"))
+    repeat = await waiting_claim(engine, "w", key=key("k"))
+    first.cancel()
+    await engine.yes(Create(id="a"))
+    assert granted_ids(await repeat) == ["a"]
+    await settle()
+    assert engine.state.totals["processing"] == 1
 
 
 @in_virtual_time

@@ -37,6 +37,7 @@ from tests.support.virtual_engine import (
     VirtualEngine,
     ask_all,
     checked_engine,
+    in_checked_engine,
     in_virtual_time,
     key,
     late_calls,
@@ -63,31 +64,29 @@ def stored_paths(engine: VirtualEngine, job_id: str = "a") -> list[str | None]:
     return [late.result.file_path for late in engine.disk.late_results.get(job.seq, ())]
 
 
-@in_virtual_time
-async def test_a_late_result_is_stored_before_its_error_is_sent() -> None:
-    async with checked_engine() as engine:
-        lock_id = await lose_lock(engine)
-        engine.disk.gate.clear()
-        asking = start_task(engine.actor.ask(complete(lock_id)))
-        await engine.disk.at_gate.wait()
-        await settle()
-        assert not asking.done()
-        engine.disk.gate.set()
-        rejection = await asking
-        assert rejection.code == "lock_lost"
-        assert stored_paths(engine) == ["/out"]
+@in_checked_engine()
+async def test_a_late_result_is_stored_before_its_error_is_sent(engine: VirtualEngine) -> None:
+    lock_id = await lose_lock(engine)
+    engine.disk.gate.clear()
+    asking = start_task(engine.actor.ask(complete(lock_id)))
+    await engine.disk.at_gate.wait()
+    await settle()
+    assert not asking.done()
+    engine.disk.gate.set()
+    rejection = await asking
+    assert rejection.code == "lock_lost"
+    assert stored_paths(engine) == ["/out"]
 
 
-@in_virtual_time
-async def test_a_late_result_that_was_not_written_is_forgotten() -> None:
-    async with checked_engine() as engine:
-        lock_id = await lose_lock(engine)
-        version = (await engine.yes(GetVersion(id="a"))).version
-        engine.disk.write_errors.append(DiskFull("full"))
-        await engine.no(complete(lock_id))
-        assert stored_paths(engine) == []
-        assert (await engine.yes(GetVersion(id="a"))).version == version
-        engine.disk.free()
+@in_checked_engine()
+async def test_a_late_result_that_was_not_written_is_forgotten(engine: VirtualEngine) -> None:
+    lock_id = await lose_lock(engine)
+    version = (await engine.yes(GetVersion(id="a"))).version
+    engine.disk.write_errors.append(DiskFull("full"))
+    await engine.no(complete(lock_id))
+    assert stored_paths(engine) == []
+    assert (await engine.yes(GetVersion(id="a"))).version == version
+    engine.disk.free()
 
 
 @in_virtual_time
@@ -116,55 +115,52 @@ async def test_late_results_survive_a_restart_and_are_read_on_demand() -> None:
         assert disk.late_results == {}
 
 
-@in_virtual_time
-async def test_the_current_policy_decides_whether_a_late_result_can_be_adopted() -> None:
-    async with checked_engine() as engine:
-        lock_id = await lose_lock(engine)
-        await engine.no(complete(lock_id))
+@in_checked_engine()
+async def test_the_current_policy_decides_whether_a_late_result_can_be_adopted(engine: VirtualEngine) -> None:
+    lock_id = await lose_lock(engine)
+    await engine.no(complete(lock_id))
 
-        async def rejection_now() -> Any:
-            (late,) = (await engine.yes(LateResults(id="a"), admin=True)).late_results
-            return late.rejection
+    async def rejection_now() -> Any:
+        (late,) = (await engine.yes(LateResults(id="a"), admin=True)).late_results
+        return late.rejection
 
-        assert await rejection_now() is None
-        engine.actor.policy = Policy(require_download_url=True)
-        rejection = await engine.no(Adopt(id="a"), admin=True)
-        assert await rejection_now() == ErrorView(rejection.code, rejection.message)
-        assert "cannot be adopted" in (await engine.yes(Why(id="a"))).do[0]
-        engine.actor.policy = Policy()
-        assert await rejection_now() is None
-        written = len(engine.disk.batches)
-        dry_run = await engine.yes(Adopt(id="a", dry_run=True), admin=True, key=key("k"))
-        assert (dry_run.status, dry_run.file_path) == ("completed", "/out")
-        assert (len(engine.disk.batches), engine.disk.keys) == (written, {})
-        assert (await engine.yes(Get(id="a"))).status == "failed"
-
-
-@in_virtual_time
-async def test_repeated_late_completes_are_stored_once() -> None:
-    async with checked_engine() as engine:
-        lock_id = await lose_lock(engine)
-        for _ in range(3):
-            tasks = ask_all(engine, [complete(lock_id, metadata=Raw(b"%d" % number)) for number in range(40)])
-            answers = [await task for task in tasks]
-            assert {answer.code for answer in answers} == {"lock_lost"}
-        assert [event.type for event in engine.disk.events].count("late_result") == 1
-        assert stored_paths(engine) == ["/out"]
-        written = len(engine.disk.batches)
-        await engine.no(complete(lock_id))
-        await engine.no(complete("never-one"))
-        assert len(engine.disk.batches) == written
+    assert await rejection_now() is None
+    engine.actor.policy = Policy(require_download_url=True)
+    rejection = await engine.no(Adopt(id="a"), admin=True)
+    assert await rejection_now() == ErrorView(rejection.code, rejection.message)
+    assert "cannot be adopted" in (await engine.yes(Why(id="a"))).do[0]
+    engine.actor.policy = Policy()
+    assert await rejection_now() is None
+    written = len(engine.disk.batches)
+    dry_run = await engine.yes(Adopt(id="a", dry_run=True), admin=True, key=key("k"))
+    assert (dry_run.status, dry_run.file_path) == ("completed", "/out")
+    assert (len(engine.disk.batches), engine.disk.keys) == (written, {})
+    assert (await engine.yes(Get(id="a"))).status == "failed"
 
 
-@in_virtual_time
-async def test_an_old_grant_is_found_in_the_journal() -> None:
-    async with checked_engine() as engine:
-        old = await engine.held()
-        await engine.yes(ForceReset(id="a"), admin=True)
-        await engine.yes(Start(id="a", worker="w-2"))
-        await engine.yes(ForceReset(id="a"), admin=True)
-        assert "late_result" in (await engine.no(complete(old))).details
-        assert stored_paths(engine) == ["/out"]
+@in_checked_engine()
+async def test_repeated_late_completes_are_stored_once(engine: VirtualEngine) -> None:
+    lock_id = await lose_lock(engine)
+    for _ in range(3):
+        tasks = ask_all(engine, [complete(lock_id, metadata=Raw(b"%d" % number)) for number in range(40)])
+        answers = [await task for task in tasks]
+        assert {answer.code for answer in answers} == {"lock_lost"}
+    assert [event.type for event in engine.disk.events].count("late_result") == 1
+    assert stored_paths(engine) == ["/out"]
+    written = len(engine.disk.batches)
+    await engine.no(complete(lock_id))
+    await engine.no(complete("never-one"))
+    assert len(engine.disk.batches) == written
+
+
+@in_checked_engine()
+async def test_an_old_grant_is_found_in_the_journal(engine: VirtualEngine) -> None:
+    old = await engine.held()
+    await engine.yes(ForceReset(id="a"), admin=True)
+    await engine.yes(Start(id="a", worker="w-2"))
+    await engine.yes(ForceReset(id="a"), admin=True)
+    assert "late_result" in (await engine.no(complete(old))).details
+    assert stored_paths(engine) == ["/out"]
 
 
 class RecordingStorage(MemoryStorage):
@@ -194,27 +190,26 @@ async def test_a_lock_holder_needs_no_read_and_many_late_completes_need_one() ->
         assert [(each.lock_id, each.with_results) for each in disk.asked] == [(None, False), (None, True)]
 
 
-@in_virtual_time
-async def test_a_full_disk_stores_no_late_result_and_still_reports_the_lost_lock() -> None:
+@in_checked_engine()
+async def test_a_full_disk_stores_no_late_result_and_still_reports_the_lost_lock(engine: VirtualEngine) -> None:
     """A worker without its lock gets that error at every step of a disk that fills up."""
-    async with checked_engine() as engine:
-        locks = {name: await lose_lock(engine, name) for name in ("a", "b", "c")}
-        engine.disk.write_errors.append(DiskFull("no room for a nicety"))
-        rejection = await engine.no(complete(locks["a"]))
-        assert (rejection.code, "late_result" in rejection.details) == ("lock_lost", False)
-        assert engine.actor.full_disk.write_limit == WriteLimit.CREATES
-        engine.disk.fits = lambda batch: False
-        rejection = await engine.no(complete(locks["b"], "b"))
-        assert (rejection.code, "late_result" in rejection.details) == ("lock_lost", False)
-        assert (await engine.no(Cancel(id="a"))).code == "invalid_transition"
-        for _ in range(2):
-            await engine.actor.full_disk.escalate(DiskFull("full"))
-        assert (await engine.no(Tick())).code == "storage_full"
-        assert (await engine.no(complete(locks["c"], "c"))).code == "lock_lost"
-        assert engine.disk.late_results == {}
-        engine.disk.free()
-        await asyncio.sleep(2)
-        assert "late_result" in (await engine.no(complete(locks["c"], "c"))).details
+    locks = {name: await lose_lock(engine, name) for name in ("a", "b", "c")}
+    engine.disk.write_errors.append(DiskFull("no room for a nicety"))
+    rejection = await engine.no(complete(locks["a"]))
+    assert (rejection.code, "late_result" in rejection.details) == ("lock_lost", False)
+    assert engine.actor.full_disk.write_limit == WriteLimit.CREATES
+    engine.disk.fits = lambda batch: False
+    rejection = await engine.no(complete(locks["b"], "b"))
+    assert (rejection.code, "late_result" in rejection.details) == ("lock_lost", False)
+    assert (await engine.no(Cancel(id="a"))).code == "invalid_transition"
+    for _ in range(2):
+        await engine.actor.full_disk.escalate(DiskFull("full"))
+    assert (await engine.no(Tick())).code == "storage_full"
+    assert (await engine.no(complete(locks["c"], "c"))).code == "lock_lost"
+    assert engine.disk.late_results == {}
+    engine.disk.free()
+    await asyncio.sleep(2)
+    assert "late_result" in (await engine.no(complete(locks["c"], "c"))).details
 
 
 @in_virtual_time
@@ -239,28 +234,26 @@ async def test_repeated_late_calls_are_written_once_without_a_read() -> None:
         assert late_calls(engine) == ["progress", "release", "progress"]
 
 
-@in_virtual_time
-async def test_late_calls_on_a_full_disk_are_journaled_when_there_is_space() -> None:
-    async with checked_engine() as engine:
-        lock_id = await lose_lock(engine)
-        engine.disk.write_errors.append(DiskFull("no room for a nicety"))
-        assert (await engine.no(Release(id="a", lock_id=lock_id))).code == "lock_lost"
-        assert engine.actor.full_disk.write_limit == WriteLimit.CREATES
-        assert (await engine.no(Release(id="a", lock_id=lock_id))).code == "lock_lost"
-        assert late_calls(engine) == []
-        await asyncio.sleep(2)
-        assert (await engine.no(Release(id="a", lock_id=lock_id))).code == "lock_lost"
-        assert late_calls(engine) == ["release"]
+@in_checked_engine()
+async def test_late_calls_on_a_full_disk_are_journaled_when_there_is_space(engine: VirtualEngine) -> None:
+    lock_id = await lose_lock(engine)
+    engine.disk.write_errors.append(DiskFull("no room for a nicety"))
+    assert (await engine.no(Release(id="a", lock_id=lock_id))).code == "lock_lost"
+    assert engine.actor.full_disk.write_limit == WriteLimit.CREATES
+    assert (await engine.no(Release(id="a", lock_id=lock_id))).code == "lock_lost"
+    assert late_calls(engine) == []
+    await asyncio.sleep(2)
+    assert (await engine.no(Release(id="a", lock_id=lock_id))).code == "lock_lost"
+    assert late_calls(engine) == ["release"]
 
 
-@in_virtual_time
-async def test_a_full_disk_also_rejects_lock_holders() -> None:
-    async with checked_engine() as engine:
-        lock_id = await engine.held()
-        for _ in range(3):
-            await engine.actor.full_disk.escalate(DiskFull("full"))
-        engine.disk.fits = lambda batch: False
-        assert (await engine.no(complete(lock_id))).code == "storage_full"
-        engine.disk.free()
-        await asyncio.sleep(2)
-        assert (await engine.yes(complete(lock_id))).status == "completed"
+@in_checked_engine()
+async def test_a_full_disk_also_rejects_lock_holders(engine: VirtualEngine) -> None:
+    lock_id = await engine.held()
+    for _ in range(3):
+        await engine.actor.full_disk.escalate(DiskFull("full"))
+    engine.disk.fits = lambda batch: False
+    assert (await engine.no(complete(lock_id))).code == "storage_full"
+    engine.disk.free()
+    await asyncio.sleep(2)
+    assert (await engine.yes(complete(lock_id))).status == "completed"

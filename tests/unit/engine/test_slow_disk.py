@@ -35,6 +35,7 @@ from tests.support.virtual_engine import (
     ask_all,
     checked_engine,
     granted_ids,
+    in_checked_engine,
     in_virtual_time,
     settle,
     start_task,
@@ -66,24 +67,20 @@ class SlowStorage(MemoryStorage):
 
 
 @pytest.mark.parametrize(("waiting", "written"), [(1, [3, 4]), (2, [3, 2, 3])])
-def test_few_waiting_commands_join_the_next_commit(waiting: int, written: list[int]) -> None:
+@in_virtual_time
+async def test_few_waiting_commands_join_the_next_commit(waiting: int, written: list[int]) -> None:
     """Clients that got a response send their next command at once; with them the commit holds more."""
+    disk = SlowStorage()
+    async with checked_engine(disk) as engine:
 
-    @in_virtual_time
-    async def creating() -> None:
-        disk = SlowStorage()
-        async with checked_engine(disk) as engine:
+        async def create(times: int) -> None:
+            for _ in range(times):
+                await engine.yes(Create())
 
-            async def create(times: int) -> None:
-                for _ in range(times):
-                    await engine.yes(Create())
-
-            first = [start_task(create(2)) for _ in range(3)]
-            await asyncio.sleep(COMMIT_S / 2)
-            await asyncio.gather(*first, *(start_task(create(1)) for _ in range(waiting)))
-            assert disk.written == written
-
-    creating()
+        first = [start_task(create(2)) for _ in range(3)]
+        await asyncio.sleep(COMMIT_S / 2)
+        await asyncio.gather(*first, *(start_task(create(1)) for _ in range(waiting)))
+        assert disk.written == written
 
 
 class CountingResponder:
@@ -115,30 +112,26 @@ class BusyStorage(MemoryStorage):
 
 
 @pytest.mark.parametrize("inline", [True, False])
-def test_responses_do_not_wait_for_the_next_inline_commit(inline: bool) -> None:
+@in_virtual_time
+async def test_responses_do_not_wait_for_the_next_inline_commit(inline: bool) -> None:
     """They could not leave while it blocks the event loop. A commit in the thread runs beside them."""
+    disk = BusyStorage()
+    disk.commits_inline = inline
+    async with checked_engine(disk) as engine:
+        waiter = CountingResponder(disk)
+        disk.at_first_write = lambda: engine.actor.send(Create(), waiter)
+        engine.actor.send(Create(), waiter)
+        sent: list[bool] = []
+        turn = engine.actor._turn
 
-    @in_virtual_time
-    async def test() -> None:
-        disk = BusyStorage()
-        disk.commits_inline = inline
-        async with checked_engine(disk) as engine:
-            waiter = CountingResponder(disk)
-            disk.at_first_write = lambda: engine.actor.send(Create(), waiter)
-            engine.actor.send(Create(), waiter)
-            sent: list[bool] = []
-            turn = engine.actor._turn
+        async def note(*args: Any, **kwargs: Any) -> None:
+            sent.append(bool(waiter.committed))
+            await turn(*args, **kwargs)
 
-            async def note(*args: Any, **kwargs: Any) -> None:
-                sent.append(bool(waiter.committed))
-                await turn(*args, **kwargs)
-
-            engine.actor._turn = note  # type: ignore[method-assign]
-            await settle()
-            assert waiter.committed == [1, 2]
-            assert sent == [False, inline], "before the second batch is decided"
-
-    test()
+        engine.actor._turn = note  # type: ignore[method-assign]
+        await settle()
+        assert waiter.committed == [1, 2]
+        assert sent == [False, inline], "before the second batch is decided"
 
 
 @in_virtual_time
@@ -185,22 +178,19 @@ class BusyEngine:
 
 
 @pytest.mark.parametrize("read", [Get(id="a"), GetVersion(id="a"), ListJobs(), Stats(), Why(id="a"), Get(id="none")])
-def test_on_a_slow_disk_a_read_waits_for_one_commit(read: AnyCommand) -> None:
-    @in_virtual_time
-    async def test() -> None:
-        async with checked_engine(SlowStorage()) as engine:
-            busy = BusyEngine(engine)
-            await busy.begin()
-            answer, commits = await busy.ask(read)
-            assert commits == 1
-            assert not busy.behind.done()
-            if read == Get(id="a"):
-                assert answer.data.status == "queued"
-            if isinstance(read, Why):
-                assert answer.data.state == "queued"
-            assert (await busy.behind).data.status == "cancelled"
-
-    test()
+@in_virtual_time
+async def test_on_a_slow_disk_a_read_waits_for_one_commit(read: AnyCommand) -> None:
+    async with checked_engine(SlowStorage()) as engine:
+        busy = BusyEngine(engine)
+        await busy.begin()
+        answer, commits = await busy.ask(read)
+        assert commits == 1
+        assert not busy.behind.done()
+        if read == Get(id="a"):
+            assert answer.data.status == "queued"
+        if isinstance(read, Why):
+            assert answer.data.state == "queued"
+        assert (await busy.behind).data.status == "cancelled"
 
 
 @in_virtual_time
@@ -211,14 +201,13 @@ async def test_on_a_slow_disk_a_ping_waits_as_long_as_a_write() -> None:
         assert (await busy.ask(Ping()))[1] == 2, "health measures how long a command takes"
 
 
-@in_virtual_time
-async def test_on_a_fast_disk_a_batch_is_decided_in_order() -> None:
-    async with checked_engine() as engine:
-        await engine.actor.ask(Create(id="a"))
-        cancelling = start_task(engine.actor.ask(Cancel(id="a")))
-        looking = start_task(engine.actor.ask(Get(id="a")))
-        assert (await looking).data.status == "cancelled"
-        await cancelling
+@in_checked_engine()
+async def test_on_a_fast_disk_a_batch_is_decided_in_order(engine: VirtualEngine) -> None:
+    await engine.actor.ask(Create(id="a"))
+    cancelling = start_task(engine.actor.ask(Cancel(id="a")))
+    looking = start_task(engine.actor.ask(Get(id="a")))
+    assert (await looking).data.status == "cancelled"
+    await cancelling
 
 
 @in_virtual_time

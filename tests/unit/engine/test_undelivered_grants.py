@@ -21,6 +21,7 @@ from tests.support.memory_storage import MemoryStorage
 from tests.support.virtual_engine import (
     VirtualEngine,
     checked_engine,
+    in_checked_engine,
     in_virtual_time,
     key,
     settle,
@@ -28,22 +29,21 @@ from tests.support.virtual_engine import (
 )
 
 
-@in_virtual_time
-async def test_an_undelivered_grant_is_released() -> None:
-    async with checked_engine() as engine:
-        await engine.yes(Create(id="a"))
-        answer = await engine.actor.ask(Start(id="a", worker="w"))
-        assert isinstance(answer, Response)
-        engine.actor.undelivered(answer)
-        await settle()
-        view = await engine.yes(Get(id="a"))
-        assert (view.status, view.attempt) == ("queued", 0)
-        assert [event.type for event in engine.disk.events] == ["created", "granted", "undelivered"]
-        repeated = await engine.actor.ask(Start(id="a", worker="w"))
-        engine.actor.undelivered(answer)  # an old response ends no newer grant
-        await settle()
-        assert isinstance(repeated, Response)
-        assert engine.state.holds("a", repeated.data.lock_id)
+@in_checked_engine()
+async def test_an_undelivered_grant_is_released(engine: VirtualEngine) -> None:
+    await engine.yes(Create(id="a"))
+    answer = await engine.actor.ask(Start(id="a", worker="w"))
+    assert isinstance(answer, Response)
+    engine.actor.undelivered(answer)
+    await settle()
+    view = await engine.yes(Get(id="a"))
+    assert (view.status, view.attempt) == ("queued", 0)
+    assert [event.type for event in engine.disk.events] == ["created", "granted", "undelivered"]
+    repeated = await engine.actor.ask(Start(id="a", worker="w"))
+    engine.actor.undelivered(answer)  # an old response ends no newer grant
+    await settle()
+    assert isinstance(repeated, Response)
+    assert engine.state.holds("a", repeated.data.lock_id)
 
 
 @in_virtual_time
@@ -77,79 +77,75 @@ async def test_the_grant_of_a_caller_that_leaves_during_the_commit_is_released()
             assert engine.disk.keys == {}
 
 
-@in_virtual_time
-async def test_the_grant_of_a_caller_that_leaves_after_the_commit_is_released() -> None:
+@in_checked_engine()
+async def test_the_grant_of_a_caller_that_leaves_after_the_commit_is_released(engine: VirtualEngine) -> None:
     """The response is set, but the waiting task is cancelled before it reads it."""
-    async with checked_engine() as engine:
-        await engine.yes(Create(id="a"))
-        abandoned = start_task(engine.actor.ask(Start(id="a", worker="w")))
+    await engine.yes(Create(id="a"))
+    abandoned = start_task(engine.actor.ask(Start(id="a", worker="w")))
 
-        def hang_up(changes: Sequence[Change]) -> None:
-            abandoned.cancel()
+    def hang_up(changes: Sequence[Change]) -> None:
+        abandoned.cancel()
 
-        engine.actor.on_commit.append(hang_up)
-        with pytest.raises(asyncio.CancelledError):
-            await abandoned
-        engine.actor.on_commit.pop()
-        await settle()
-        assert engine.state.totals == {"queued": 1, "processing": 0, "completed": 0, "failed": 0, "cancelled": 0}
-
-
-@in_virtual_time
-async def test_a_keyed_grant_stays_while_one_connection_received_it() -> None:
-    async with checked_engine() as engine:
-        await engine.yes(Create(id="a"))
-        start = Start(id="a", worker="w")
-        first = await engine.actor.ask(start, key=key("k"))
-        second = await engine.actor.ask(start, key=key("k"))
-        assert isinstance(first, Response)
-        assert isinstance(second, Response)
-        engine.actor.undelivered(first)
-        await settle()
-        assert engine.state.totals["processing"] == 1
-        engine.actor.undelivered(second)
-        await settle()
-        assert engine.state.totals["queued"] == 1
-        assert engine.disk.keys == {}
-        # The stored response was deleted in the same transaction as the grant.
-        assert engine.disk.batches[-1].forget_keys == ["k"]
+    engine.actor.on_commit.append(hang_up)
+    with pytest.raises(asyncio.CancelledError):
+        await abandoned
+    engine.actor.on_commit.pop()
+    await settle()
+    assert engine.state.totals == {"queued": 1, "processing": 0, "completed": 0, "failed": 0, "cancelled": 0}
 
 
-@in_virtual_time
-async def test_a_repeat_before_the_release_keeps_the_grant() -> None:
-    async with checked_engine() as engine:
-        await engine.yes(Create(id="a"))
-        start = Start(id="a", worker="w")
-        first = await engine.actor.ask(start, key=key("k"))
-        repeat = start_task(engine.actor.ask(start, key=key("k")))
-        await asyncio.sleep(0)  # the release is in the mailbox
-        assert isinstance(first, Response)
-        engine.actor.undelivered(first)
-        repeated = await repeat
-        await settle()
-        assert repeated.replayed
-        assert engine.state.holds("a", repeated.data.lock_id)
+@in_checked_engine()
+async def test_a_keyed_grant_stays_while_one_connection_received_it(engine: VirtualEngine) -> None:
+    await engine.yes(Create(id="a"))
+    start = Start(id="a", worker="w")
+    first = await engine.actor.ask(start, key=key("k"))
+    second = await engine.actor.ask(start, key=key("k"))
+    assert isinstance(first, Response)
+    assert isinstance(second, Response)
+    engine.actor.undelivered(first)
+    await settle()
+    assert engine.state.totals["processing"] == 1
+    engine.actor.undelivered(second)
+    await settle()
+    assert engine.state.totals["queued"] == 1
+    assert engine.disk.keys == {}
+    # The stored response was deleted in the same transaction as the grant.
+    assert engine.disk.batches[-1].forget_keys == ["k"]
 
 
-@in_virtual_time
-async def test_an_abandoned_repeat_does_not_release_the_grant() -> None:
-    async with checked_engine() as engine:
-        await engine.yes(Create(id="a"))
-        start = Start(id="a", worker="w")
-        engine.disk.gate.clear()
-        first = start_task(engine.actor.ask(start, key=key("k")))
-        await engine.disk.at_gate.wait()
-        repeat = start_task(engine.actor.ask(start, key=key("k")))
-        await settle()
-        repeat.cancel()
-        await settle()
-        engine.disk.gate.set()
-        answer = await first
-        await settle()
-        assert engine.state.holds("a", answer.data.lock_id)
-        engine.actor.undelivered(answer)
-        await settle()
-        assert engine.state.totals["queued"] == 1
+@in_checked_engine()
+async def test_a_repeat_before_the_release_keeps_the_grant(engine: VirtualEngine) -> None:
+    await engine.yes(Create(id="a"))
+    start = Start(id="a", worker="w")
+    first = await engine.actor.ask(start, key=key("k"))
+    repeat = start_task(engine.actor.ask(start, key=key("k")))
+    await asyncio.sleep(0)  # the release is in the mailbox
+    assert isinstance(first, Response)
+    engine.actor.undelivered(first)
+    repeated = await repeat
+    await settle()
+    assert repeated.replayed
+    assert engine.state.holds("a", repeated.data.lock_id)
+
+
+@in_checked_engine()
+async def test_an_abandoned_repeat_does_not_release_the_grant(engine: VirtualEngine) -> None:
+    await engine.yes(Create(id="a"))
+    start = Start(id="a", worker="w")
+    engine.disk.gate.clear()
+    first = start_task(engine.actor.ask(start, key=key("k")))
+    await engine.disk.at_gate.wait()
+    repeat = start_task(engine.actor.ask(start, key=key("k")))
+    await settle()
+    repeat.cancel()
+    await settle()
+    engine.disk.gate.set()
+    answer = await first
+    await settle()
+    assert engine.state.holds("a", answer.data.lock_id)
+    engine.actor.undelivered(answer)
+    await settle()
+    assert engine.state.totals["queued"] == 1
 
 
 @in_virtual_time

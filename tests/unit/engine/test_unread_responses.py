@@ -32,6 +32,7 @@ from tests.support.virtual_engine import (
     ask_all,
     checked_engine,
     granted_ids,
+    in_checked_engine,
     in_virtual_time,
     key,
     settle,
@@ -87,41 +88,38 @@ def test_there_is_room_again_below_the_limit() -> None:
     assert (responses.is_full, told) == (False, [9])
 
 
-@in_virtual_time
-async def test_beyond_the_limit_only_holders_and_operators_are_served() -> None:
-    async with checked_engine(bounds=LIMIT) as engine:
-        lock_id = await engine.held()
-        engine.actor.unread.add(LIMIT.response_bytes)
-        for command in (Create(), Import(id="i"), Claim(worker="w"), Start(id="a", worker="w"), ListJobs()):
-            rejected = await engine.no(command)
-            assert rejected.code == "overloaded"
-            assert f"not read {5 * MIB} bytes" in rejected.message
-            assert "limits.response_bytes" in rejected.message
-        await engine.yes(Progress(id="a", lock_id=lock_id, progress=1))
-        await engine.yes(Ping())
-        await engine.yes(Complete(id="a", lock_id=lock_id, file_path="/f"))
-        engine.actor.unread.remove(1)
-        assert (await engine.yes(Get(id="a"))).status == "completed"
+@in_checked_engine(bounds=LIMIT)
+async def test_beyond_the_limit_only_holders_and_operators_are_served(engine: VirtualEngine) -> None:
+    lock_id = await engine.held()
+    engine.actor.unread.add(LIMIT.response_bytes)
+    for command in (Create(), Import(id="i"), Claim(worker="w"), Start(id="a", worker="w"), ListJobs()):
+        rejected = await engine.no(command)
+        assert rejected.code == "overloaded"
+        assert f"not read {5 * MIB} bytes" in rejected.message
+        assert "limits.response_bytes" in rejected.message
+    await engine.yes(Progress(id="a", lock_id=lock_id, progress=1))
+    await engine.yes(Ping())
+    await engine.yes(Complete(id="a", lock_id=lock_id, file_path="/f"))
+    engine.actor.unread.remove(1)
+    assert (await engine.yes(Get(id="a"))).status == "completed"
 
 
-@in_virtual_time
-async def test_claims_that_arrive_together_are_checked_when_they_are_decided() -> None:
-    async with checked_engine(bounds=LIMIT) as engine:
-        await create(engine, *[4 * MIB] * 6)
-        claims = [SlowReader(engine, Claim(worker="w", limit=2)) for _ in range(3)]
-        await settle()
-        assert [claim.outcome for claim in claims] == ["ok", "overloaded", "overloaded"]
-        assert [job.status for job in engine.disk.jobs.values()] == ["processing"] * 2 + ["queued"] * 4
+@in_checked_engine(bounds=LIMIT)
+async def test_claims_that_arrive_together_are_checked_when_they_are_decided(engine: VirtualEngine) -> None:
+    await create(engine, *[4 * MIB] * 6)
+    claims = [SlowReader(engine, Claim(worker="w", limit=2)) for _ in range(3)]
+    await settle()
+    assert [claim.outcome for claim in claims] == ["ok", "overloaded", "overloaded"]
+    assert [job.status for job in engine.disk.jobs.values()] == ["processing"] * 2 + ["queued"] * 4
 
 
-@in_virtual_time
-async def test_repeats_of_a_claim_that_arrive_together_are_checked_too() -> None:
-    async with checked_engine(bounds=LIMIT) as engine:
-        await create(engine, 5 * MIB)
-        await engine.yes(Claim(worker="w"), key=key("k"))
-        repeats = [SlowReader(engine, Claim(worker="w"), key=key("k")) for _ in range(4)]
-        await settle()
-        assert [repeat.outcome for repeat in repeats] == ["ok", "ok", "overloaded", "overloaded"]
+@in_checked_engine(bounds=LIMIT)
+async def test_repeats_of_a_claim_that_arrive_together_are_checked_too(engine: VirtualEngine) -> None:
+    await create(engine, 5 * MIB)
+    await engine.yes(Claim(worker="w"), key=key("k"))
+    repeats = [SlowReader(engine, Claim(worker="w"), key=key("k")) for _ in range(4)]
+    await settle()
+    assert [repeat.outcome for repeat in repeats] == ["ok", "ok", "overloaded", "overloaded"]
 
 
 @in_virtual_time
@@ -138,55 +136,51 @@ async def test_the_responses_of_a_batch_are_bounded() -> None:
             assert [read.outcome for read in reads] == ["ok", "ok", "overloaded", "overloaded", "overloaded"]
 
 
-@in_virtual_time
-async def test_commands_after_a_large_response_keep_their_order() -> None:
+@in_checked_engine()
+async def test_commands_after_a_large_response_keep_their_order(engine: VirtualEngine) -> None:
     """Also if the disk is full for a moment. The batch with the large response ends before the other commands."""
-    async with checked_engine() as engine:
-        await create(engine, 9 * MIB)
-        engine.disk.write_errors.append(DiskFull("once"))
-        tasks = ask_all(engine, [Claim(worker="w"), *(Pause(name=name) for name in "bcd")], size=7)
-        claimed, *_ = await asyncio.gather(*tasks)
-        assert granted_ids(claimed) == ["job-1"]
-        assert [event.queue for event in engine.disk.events] == ["default", "default", "b", "c", "d"]
-        assert [len(batch.changes) for batch in engine.disk.batches] == [1, 1, 3]
-        assert engine.actor._bytes == 0
+    await create(engine, 9 * MIB)
+    engine.disk.write_errors.append(DiskFull("once"))
+    tasks = ask_all(engine, [Claim(worker="w"), *(Pause(name=name) for name in "bcd")], size=7)
+    claimed, *_ = await asyncio.gather(*tasks)
+    assert granted_ids(claimed) == ["job-1"]
+    assert [event.queue for event in engine.disk.events] == ["default", "default", "b", "c", "d"]
+    assert [len(batch.changes) for batch in engine.disk.batches] == [1, 1, 3]
+    assert engine.actor._bytes == 0
 
 
-@in_virtual_time
-async def test_a_waiting_claim_is_served_once_there_is_room() -> None:
-    async with checked_engine(bounds=LIMIT) as engine:
-        lock_id = await engine.held(payload=Raw(b"1" * (9 * MIB)))
-        waiting = await waiting_claim(engine, "w-2")
+@in_checked_engine(bounds=LIMIT)
+async def test_a_waiting_claim_is_served_once_there_is_room(engine: VirtualEngine) -> None:
+    lock_id = await engine.held(payload=Raw(b"1" * (9 * MIB)))
+    waiting = await waiting_claim(engine, "w-2")
+    engine.actor.unread.add(LIMIT.response_bytes)
+    await engine.yes(Release(id="a", lock_id=lock_id))
+    await settle()
+    assert not waiting.done()
+    paused = engine.actor.enqueue_internal(Pause(name="q"))  # the next batch has no room for it
+    engine.actor.unread.remove(1)
+    assert granted_ids(await waiting) == ["a"]
+    assert isinstance(await paused, Response)
+    await settle()
+    assert engine.actor.batch_commands.total == 5  # create, start, release, claim and pause
+
+
+@in_checked_engine()
+async def test_waiting_claims_with_large_payloads_are_served_in_several_batches(engine: VirtualEngine) -> None:
+    waiting = [await waiting_claim(engine, f"w-{number}") for number in range(3)]
+    jobs = [Create(id=name, payload=Raw(b"1" * (9 * MIB))) for name in "abc"]
+    await engine.yes(Bulk(jobs=jobs))
+    assert [granted_ids(await task) for task in waiting] == [["a"], ["b"], ["c"]]
+    assert [len(batch.changes) for batch in engine.disk.batches] == [4, 1, 1]
+
+
+@in_checked_engine(bounds=LIMIT)
+async def test_a_page_that_was_read_meanwhile_is_not_sent(engine: VirtualEngine) -> None:
+    find = engine.disk.find_jobs
+
+    async def find_slowly(query: JobQuery) -> JobRows:
         engine.actor.unread.add(LIMIT.response_bytes)
-        await engine.yes(Release(id="a", lock_id=lock_id))
-        await settle()
-        assert not waiting.done()
-        paused = engine.actor.enqueue_internal(Pause(name="q"))  # the next batch has no room for it
-        engine.actor.unread.remove(1)
-        assert granted_ids(await waiting) == ["a"]
-        assert isinstance(await paused, Response)
-        await settle()
-        assert engine.actor.batch_commands.total == 5  # create, start, release, claim and pause
+        return await find(query)
 
-
-@in_virtual_time
-async def test_waiting_claims_with_large_payloads_are_served_in_several_batches() -> None:
-    async with checked_engine() as engine:
-        waiting = [await waiting_claim(engine, f"w-{number}") for number in range(3)]
-        jobs = [Create(id=name, payload=Raw(b"1" * (9 * MIB))) for name in "abc"]
-        await engine.yes(Bulk(jobs=jobs))
-        assert [granted_ids(await task) for task in waiting] == [["a"], ["b"], ["c"]]
-        assert [len(batch.changes) for batch in engine.disk.batches] == [4, 1, 1]
-
-
-@in_virtual_time
-async def test_a_page_that_was_read_meanwhile_is_not_sent() -> None:
-    async with checked_engine(bounds=LIMIT) as engine:
-        find = engine.disk.find_jobs
-
-        async def find_slowly(query: JobQuery) -> JobRows:
-            engine.actor.unread.add(LIMIT.response_bytes)
-            return await find(query)
-
-        engine.disk.find_jobs = find_slowly  # type: ignore[method-assign]
-        assert (await engine.no(ListJobs())).code == "overloaded"
+    engine.disk.find_jobs = find_slowly  # type: ignore[method-assign]
+    assert (await engine.no(ListJobs())).code == "overloaded"

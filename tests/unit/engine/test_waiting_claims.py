@@ -33,6 +33,7 @@ from tests.support.virtual_engine import (
     assert_consistent,
     checked_engine,
     granted_ids,
+    in_checked_engine,
     in_virtual_time,
     key,
     settle,
@@ -43,26 +44,24 @@ from tests.support.virtual_engine import (
 # -- the actor ---------------------------------------------------------------------------------------------------------
 
 
-@in_virtual_time
-async def test_waiting_claims_are_served_in_order_of_arrival() -> None:
-    async with checked_engine() as engine:
-        waiting = [await waiting_claim(engine, f"w-{number}", limit=limit) for number, limit in enumerate((1, 2, 1))]
-        await engine.yes(Bulk(jobs=[Create(id=name) for name in "abcde"]))
-        assert [granted_ids(await task) for task in waiting] == [["a"], ["b", "c"], ["d"]]
-        assert len(engine.actor.waiting_claims) == 0
-        assert engine.disk.batches[0].changes[0].event.type == "created"  # all in one transaction
-        assert len(engine.disk.batches) == 1
+@in_checked_engine()
+async def test_waiting_claims_are_served_in_order_of_arrival(engine: VirtualEngine) -> None:
+    waiting = [await waiting_claim(engine, f"w-{number}", limit=limit) for number, limit in enumerate((1, 2, 1))]
+    await engine.yes(Bulk(jobs=[Create(id=name) for name in "abcde"]))
+    assert [granted_ids(await task) for task in waiting] == [["a"], ["b", "c"], ["d"]]
+    assert len(engine.actor.waiting_claims) == 0
+    assert engine.disk.batches[0].changes[0].event.type == "created"  # all in one transaction
+    assert len(engine.disk.batches) == 1
 
 
-@in_virtual_time
-async def test_the_order_of_arrival_holds_across_queues() -> None:
+@in_checked_engine()
+async def test_the_order_of_arrival_holds_across_queues(engine: VirtualEngine) -> None:
     """A claim for several queues does not take a job that another claim has waited for longer."""
-    async with checked_engine() as engine:
-        first = await waiting_claim(engine, "first", queues=["q"])
-        second = await waiting_claim(engine, "second", queues=["default", "q"])
-        await engine.yes(Bulk(jobs=[Create(id="a"), Create(id="b", queue="q", priority=-1)]))
-        assert granted_ids(await first) == ["b"]
-        assert granted_ids(await second) == ["a"]
+    first = await waiting_claim(engine, "first", queues=["q"])
+    second = await waiting_claim(engine, "second", queues=["default", "q"])
+    await engine.yes(Bulk(jobs=[Create(id="a"), Create(id="b", queue="q", priority=-1)]))
+    assert granted_ids(await first) == ["b"]
+    assert granted_ids(await second) == ["a"]
 
 
 @in_virtual_time
@@ -80,126 +79,117 @@ async def test_a_waiting_claim_is_answered_when_the_disk_fails() -> None:
         await running
 
 
-@in_virtual_time
-async def test_a_waiting_claim_is_served_before_a_new_one() -> None:
-    async with checked_engine() as engine:
-        waiting = await waiting_claim(engine, "first")
-        tasks = ask_all(engine, [Create(id="a"), Claim(worker="second")])
-        assert granted_ids(await waiting) == ["a"]
-        assert granted_ids(await tasks[1]) == []
+@in_checked_engine()
+async def test_a_waiting_claim_is_served_before_a_new_one(engine: VirtualEngine) -> None:
+    waiting = await waiting_claim(engine, "first")
+    tasks = ask_all(engine, [Create(id="a"), Claim(worker="second")])
+    assert granted_ids(await waiting) == ["a"]
+    assert granted_ids(await tasks[1]) == []
 
 
-@in_virtual_time
-async def test_a_claim_waits_for_its_queues_and_kinds() -> None:
-    async with checked_engine() as engine:
-        one = await waiting_claim(engine, "one", queues=["q", "r", "q"], kinds=["k", "l", "k"])
-        any_kind = await waiting_claim(engine, "any", queues=["q"])
-        two = await waiting_claim(engine, "two", queues=["q"], kinds=["k"])
-        await engine.yes(Create(id="a", queue="elsewhere", kind="k"))
-        await engine.yes(Create(id="b", queue="r", kind="m"))
-        await settle()
-        assert len(engine.actor.waiting_claims) == 3
-        await engine.yes(Create(id="c", queue="q", kind="m"))
-        assert granted_ids(await any_kind) == ["c"]
-        await engine.yes(Create(id="d", queue="r", kind="l"))
-        assert granted_ids(await one) == ["d"]
-        await engine.yes(Create(id="e", queue="q", kind="k"))
-        assert granted_ids(await two) == ["e"]
+@in_checked_engine()
+async def test_a_claim_waits_for_its_queues_and_kinds(engine: VirtualEngine) -> None:
+    one = await waiting_claim(engine, "one", queues=["q", "r", "q"], kinds=["k", "l", "k"])
+    any_kind = await waiting_claim(engine, "any", queues=["q"])
+    two = await waiting_claim(engine, "two", queues=["q"], kinds=["k"])
+    await engine.yes(Create(id="a", queue="elsewhere", kind="k"))
+    await engine.yes(Create(id="b", queue="r", kind="m"))
+    await settle()
+    assert len(engine.actor.waiting_claims) == 3
+    await engine.yes(Create(id="c", queue="q", kind="m"))
+    assert granted_ids(await any_kind) == ["c"]
+    await engine.yes(Create(id="d", queue="r", kind="l"))
+    assert granted_ids(await one) == ["d"]
+    await engine.yes(Create(id="e", queue="q", kind="k"))
+    assert granted_ids(await two) == ["e"]
 
 
-@in_virtual_time
-async def test_commands_that_make_a_job_due_serve_a_waiting_claim() -> None:
-    async with checked_engine() as engine:
-        lock_id = await engine.held("a", lock_ttl_ms=60_000)
-        waiting = await waiting_claim(engine, "w")
-        await engine.yes(Release(id="a", lock_id=lock_id))
-        assert granted_ids(await waiting) == ["a"]
-        waiting = await waiting_claim(engine, "w")
-        await engine.yes(ForceReset(id="a"))
-        assert granted_ids(await waiting) == ["a"]
-        await engine.yes(Pause(name="default"))
-        await engine.yes(Create(id="b"))
-        waiting = await waiting_claim(engine, "w")
-        await engine.yes(Resume(name="default"))
-        assert granted_ids(await waiting) == ["b"]
-        await engine.yes(Create(id="c", delay_ms=DAY_MS))
-        waiting = await waiting_claim(engine, "w")
-        await engine.yes(RunNow(id="c"))
-        assert granted_ids(await waiting) == ["c"]
+@in_checked_engine()
+async def test_commands_that_make_a_job_due_serve_a_waiting_claim(engine: VirtualEngine) -> None:
+    lock_id = await engine.held("a", lock_ttl_ms=60_000)
+    waiting = await waiting_claim(engine, "w")
+    await engine.yes(Release(id="a", lock_id=lock_id))
+    assert granted_ids(await waiting) == ["a"]
+    waiting = await waiting_claim(engine, "w")
+    await engine.yes(ForceReset(id="a"))
+    assert granted_ids(await waiting) == ["a"]
+    await engine.yes(Pause(name="default"))
+    await engine.yes(Create(id="b"))
+    waiting = await waiting_claim(engine, "w")
+    await engine.yes(Resume(name="default"))
+    assert granted_ids(await waiting) == ["b"]
+    await engine.yes(Create(id="c", delay_ms=DAY_MS))
+    waiting = await waiting_claim(engine, "w")
+    await engine.yes(RunNow(id="c"))
+    assert granted_ids(await waiting) == ["c"]
 
 
-@in_virtual_time
-async def test_a_waiting_claim_gets_a_delayed_job_when_it_is_due() -> None:
-    async with checked_engine() as engine:
-        await engine.yes(Create(id="a", delay_ms=2_500))
-        waiting = await waiting_claim(engine, "w")
-        begun = engine.now
-        assert granted_ids(await waiting) == ["a"]
-        assert engine.now == begun + 2_500
+@in_checked_engine()
+async def test_a_waiting_claim_gets_a_delayed_job_when_it_is_due(engine: VirtualEngine) -> None:
+    await engine.yes(Create(id="a", delay_ms=2_500))
+    waiting = await waiting_claim(engine, "w")
+    begun = engine.now
+    assert granted_ids(await waiting) == ["a"]
+    assert engine.now == begun + 2_500
 
 
-@in_virtual_time
-async def test_a_step_of_the_clock_that_makes_a_job_eligible_wakes_a_waiting_claim() -> None:
-    async with checked_engine() as engine:
-        await engine.yes(Create(id="a", delay_ms=DAY_MS // 2))
-        await engine.yes(Create(id="b", queue="q", expires_at=engine.now + DAY_MS // 4))
-        ahead = await waiting_claim(engine, "ahead")
-        begun = asyncio.get_running_loop().time()
-        engine.step_ms += DAY_MS // 2
-        assert granted_ids(await ahead) == ["a"]
-        back = await waiting_claim(engine, "back", queues=["q"])
-        engine.step_ms -= DAY_MS // 2
-        assert granted_ids(await back) == ["b"]
-        assert asyncio.get_running_loop().time() - begun == 2 * CLOCK_CHECK_S
+@in_checked_engine()
+async def test_a_step_of_the_clock_that_makes_a_job_eligible_wakes_a_waiting_claim(engine: VirtualEngine) -> None:
+    await engine.yes(Create(id="a", delay_ms=DAY_MS // 2))
+    await engine.yes(Create(id="b", queue="q", expires_at=engine.now + DAY_MS // 4))
+    ahead = await waiting_claim(engine, "ahead")
+    begun = asyncio.get_running_loop().time()
+    engine.step_ms += DAY_MS // 2
+    assert granted_ids(await ahead) == ["a"]
+    back = await waiting_claim(engine, "back", queues=["q"])
+    engine.step_ms -= DAY_MS // 2
+    assert granted_ids(await back) == ["b"]
+    assert asyncio.get_running_loop().time() - begun == 2 * CLOCK_CHECK_S
 
 
-@in_virtual_time
-async def test_a_claim_is_answered_empty_when_its_wait_ends() -> None:
-    async with checked_engine() as engine:
-        short = await waiting_claim(engine, "short", wait_ms=1_000)
-        long = await waiting_claim(engine, "long", wait_ms=2_000)
-        begun = engine.now
-        answer = await short
-        assert (granted_ids(answer), engine.now - begun) == ([], 1_000)
-        assert len(engine.actor.waiting_claims) == 1
-        assert (granted_ids(await long), engine.now - begun) == ([], 2_000)
-        assert engine.disk.batches == []
+@in_checked_engine()
+async def test_a_claim_is_answered_empty_when_its_wait_ends(engine: VirtualEngine) -> None:
+    short = await waiting_claim(engine, "short", wait_ms=1_000)
+    long = await waiting_claim(engine, "long", wait_ms=2_000)
+    begun = engine.now
+    answer = await short
+    assert (granted_ids(answer), engine.now - begun) == ([], 1_000)
+    assert len(engine.actor.waiting_claims) == 1
+    assert (granted_ids(await long), engine.now - begun) == ([], 2_000)
+    assert engine.disk.batches == []
 
 
-@in_virtual_time
-async def test_an_abandoned_claim_gets_no_job() -> None:
-    async with checked_engine() as engine:
-        left, waiting = await waiting_claim(engine, "gone"), await waiting_claim(engine, "here")
-        left.cancel()
-        await settle()
-        assert len(engine.actor.waiting_claims) == 1
-        await engine.yes(Create(id="a"))
-        assert granted_ids(await waiting) == ["a"]
+@in_checked_engine()
+async def test_an_abandoned_claim_gets_no_job(engine: VirtualEngine) -> None:
+    left, waiting = await waiting_claim(engine, "gone"), await waiting_claim(engine, "here")
+    left.cancel()
+    await settle()
+    assert len(engine.actor.waiting_claims) == 1
+    await engine.yes(Create(id="a"))
+    assert granted_ids(await waiting) == ["a"]
 
 
-@in_virtual_time
-async def test_a_claim_skips_overdue_jobs_and_waits() -> None:
-    async with checked_engine() as engine:
-        await engine.yes(Create(id="a", expires_at=engine.now + 1_000))
-        await asyncio.sleep(1)
-        waiting = await waiting_claim(engine, "w")
-        assert (await engine.yes(Get(id="a"))).status == "queued"
-        await engine.yes(Create(id="b", expires_at=engine.now + 1_000, delay_ms=1_000))
-        await asyncio.sleep(1)
-        await settle()
-        assert (await engine.yes(Get(id="b"))).status == "queued"
-        await engine.yes(Create(id="c"))
-        assert granted_ids(await waiting) == ["c"]
+@in_checked_engine()
+async def test_a_claim_skips_overdue_jobs_and_waits(engine: VirtualEngine) -> None:
+    await engine.yes(Create(id="a", expires_at=engine.now + 1_000))
+    await asyncio.sleep(1)
+    waiting = await waiting_claim(engine, "w")
+    assert (await engine.yes(Get(id="a"))).status == "queued"
+    await engine.yes(Create(id="b", expires_at=engine.now + 1_000, delay_ms=1_000))
+    await asyncio.sleep(1)
+    await settle()
+    assert (await engine.yes(Get(id="b"))).status == "queued"
+    await engine.yes(Create(id="c"))
+    assert granted_ids(await waiting) == ["c"]
 
 
-@in_virtual_time
-async def test_end_claim_waits_answers_waiting_claims_and_accepts_no_new_ones() -> None:
-    async with checked_engine() as engine:
-        waiting = [await waiting_claim(engine, "w"), await waiting_claim(engine, "w", key=key("k"))]
-        engine.actor.end_claim_waits()
-        assert [granted_ids(await task) for task in waiting] == [[], []]
-        assert granted_ids(await engine.actor.ask(Claim(worker="w", wait_ms=30_000))) == []
-        await engine.yes(Create())  # other commands continue
+@in_checked_engine()
+async def test_end_claim_waits_answers_waiting_claims_and_accepts_no_new_ones(engine: VirtualEngine) -> None:
+    waiting = [await waiting_claim(engine, "w"), await waiting_claim(engine, "w", key=key("k"))]
+    engine.actor.end_claim_waits()
+    assert [granted_ids(await task) for task in waiting] == [[], []]
+    assert granted_ids(await engine.actor.ask(Claim(worker="w", wait_ms=30_000))) == []
+    await engine.yes(Create())  # other commands continue
 
 
 @in_virtual_time
@@ -278,17 +268,18 @@ async def test_a_claim_of_many_queues_and_kinds_takes_few_places() -> None:
         assert granted_ids(await first) == ["d"]
 
 
-@in_virtual_time
-async def test_a_claim_gets_the_next_job_if_its_first_one_is_quarantined_before_the_commit() -> None:
-    async with checked_engine() as engine:
-        await engine.yes(Bulk(jobs=[Create(id="a", kind="k", delay_ms=10), Create(id="b", kind="l", delay_ms=10)]))
-        waiting = await waiting_claim(engine, "w")
-        engine.disk.gate.clear()
-        await engine.disk.at_gate.wait()
-        engine.disk.bad_jobs["a"] = "checksum"
-        await engine.disk.find_jobs(JobQuery())
-        engine.disk.gate.set()
-        assert granted_ids(await waiting) == ["b"]
+@in_checked_engine()
+async def test_a_claim_gets_the_next_job_if_its_first_one_is_quarantined_before_the_commit(
+    engine: VirtualEngine,
+) -> None:
+    await engine.yes(Bulk(jobs=[Create(id="a", kind="k", delay_ms=10), Create(id="b", kind="l", delay_ms=10)]))
+    waiting = await waiting_claim(engine, "w")
+    engine.disk.gate.clear()
+    await engine.disk.at_gate.wait()
+    engine.disk.bad_jobs["a"] = "checksum"
+    await engine.disk.find_jobs(JobQuery())
+    engine.disk.gate.set()
+    assert granted_ids(await waiting) == ["b"]
 
 
 @in_virtual_time
@@ -305,16 +296,15 @@ async def test_a_keyed_claim_whose_caller_leaves_before_the_batch_does_not_wait(
         assert [event.type for event in engine.disk.events] == ["created"]
 
 
-@in_virtual_time
-async def test_a_claim_whose_caller_leaves_during_a_failed_commit_does_not_wait_again() -> None:
-    async with checked_engine() as engine:
-        waiting = await waiting_claim(engine, "w")
-        engine.disk.gate.clear()
-        engine.disk.write_errors.append(DiskFull("full"))
-        created = start_task(engine.actor.ask(Create(id="a")))
-        await engine.disk.at_gate.wait()
-        waiting.cancel()
-        await settle()
-        engine.disk.gate.set()
-        assert isinstance(await created, ApiError)
-        assert len(engine.actor.waiting_claims) == 0
+@in_checked_engine()
+async def test_a_claim_whose_caller_leaves_during_a_failed_commit_does_not_wait_again(engine: VirtualEngine) -> None:
+    waiting = await waiting_claim(engine, "w")
+    engine.disk.gate.clear()
+    engine.disk.write_errors.append(DiskFull("full"))
+    created = start_task(engine.actor.ask(Create(id="a")))
+    await engine.disk.at_gate.wait()
+    waiting.cancel()
+    await settle()
+    engine.disk.gate.set()
+    assert isinstance(await created, ApiError)
+    assert len(engine.actor.waiting_claims) == 0
