@@ -165,7 +165,7 @@ class ClusterNode:
                 record=None if head is None else head.number,
                 lag_events=standby.lag_events,
                 problem=standby.problem,
-                unheard_ms=int(standby.silent_s * 1000),
+                unheard_ms=int(standby.unheard_s * 1000),
             )
         loss = leadership.loss
         return Position(

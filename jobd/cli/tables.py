@@ -103,7 +103,7 @@ def timeline(events: Sequence[EventView]) -> None:
         "BY": "by",
         "REASON": lambda event: " ".join(filter(None, [_reason(event), _details(event.details)])),
     }
-    terminal.table(columns, events, empty="No events: the journal no longer has them.")
+    terminal.table(columns, events, empty="No events: the event log no longer has them.")
 
 
 def event_line(event: StreamedEvent) -> str:

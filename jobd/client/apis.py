@@ -57,9 +57,9 @@ Iterate over events as they happen, each once and in order, across lost connecti
 
 `queue`, `job_id` and `type` (one name or several) select events. The stream starts now; with `after`, after the
 event with that `seq`; with `last`, up to that many events ago. It never ends unless `follow` is False; then it ends
-at the end of the journal. The first connection is retried like other calls, later ones until they succeed.
+at the end of the event log. The first connection is retried like other calls, later ones until they succeed.
 `on_lost` is called with the error of each lost connection. Raises EventsGone if events after `after` are no longer
-in the journal: read the current state, then subscribe without `after`.
+in the event log: read the current state, then subscribe without `after`.
 """
 
 

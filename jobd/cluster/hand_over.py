@@ -8,12 +8,12 @@ from typing import Final
 
 import structlog
 
-from jobd.model.responses import SILENT_MS, ClusterView
+from jobd.model.responses import UNSEEN_MS, ClusterView
 
 FULL_S: Final = 2.0
-# The wait after a takeover. By then the entry of the former leader is silent, or shows how far its tables are behind.
+# The wait after a takeover. By then the entry of the former leader is unseen, or shows how far its tables are behind.
 # Otherwise two nodes with full disks would hand leadership back and forth.
-SETTLED_S: Final = 1.5 * SILENT_MS / 1000
+SETTLED_S: Final = 1.5 * UNSEEN_MS / 1000
 CHECK_S: Final = 0.5
 
 log = structlog.get_logger("jobd.cluster")

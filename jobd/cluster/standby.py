@@ -122,7 +122,7 @@ class Standby:
         self._stop = asyncio.Event()
 
     @property
-    def silent_s(self) -> float:
+    def unheard_s(self) -> float:
         """The seconds since this node has read the head of the journal."""
         return self._now_s() - self._heard_s
 

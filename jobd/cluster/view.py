@@ -10,7 +10,7 @@ from msgspec.structs import replace
 
 from jobd.cluster.node_registry import NodeRegistry
 from jobd.model.journal import NodeEntry
-from jobd.model.responses import SILENT_MS, ClusterView, NodeView
+from jobd.model.responses import UNSEEN_MS, ClusterView, NodeView
 from jobd.model.times import duration
 
 UNHEARD_MS: Final = 1_000  # since the last response of PostgreSQL
@@ -104,6 +104,6 @@ def _problems(nodes: Sequence[NodeEntry], leading: NodeEntry | None) -> Iterable
             "jobd cluster forget NAME"
         )
     for node in nodes:
-        if abs(node.ahead_ms) > AHEAD_MS and node.seen_ms < SILENT_MS:
+        if abs(node.ahead_ms) > AHEAD_MS and node.seen_ms < UNSEEN_MS:
             side = "ahead of" if node.ahead_ms > 0 else "behind"
             yield f"The wall clock of node {node.name} is {duration(abs(node.ahead_ms))} {side} that of PostgreSQL."

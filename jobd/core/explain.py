@@ -322,7 +322,7 @@ def _advice(job: Job, grant: Grant, deadlines: LockDeadlines, at: Moment) -> lis
 def _finished(job: Job, at: Moment) -> WhyView:
     deleted = None
     if job.expires_at is not None:
-        what = "A cleanup run deletes it" + _once_trusted(at)
+        what = "The first cleanup run from then on deletes it" + _once_trusted(at)
         deleted = NextEvent(what, max(job.expires_at, at.now), "retention")
     match job.status:
         case "completed":

@@ -1,4 +1,4 @@
-"""Send committed events to listeners: first from the journal, then live, in order, each event once.
+"""Send committed events to listeners: first from the event log, then live, in order, each event once.
 
 Publishing only queues the changes, so it never blocks the actor. A listener that reads too slowly is cut off; its
 client can resume from the event that it received last.
@@ -27,7 +27,7 @@ HEARTBEAT_S: Final = 15.0  # longest time without data, so that proxies and clie
 GATHER_S: Final = 0.01  # between two rounds, because each round wakes every listener
 BACKLOG_BYTES: Final = 8 << 20  # of events that listeners have not received; all listeners share it
 PIECE_BYTES: Final = 64 << 10  # approximate size of one write
-PAGE: Final = 100  # events of the journal read between two batches: below 2 ms
+PAGE: Final = 100  # events of the event log read between two batches: below 2 ms
 PAUSE_S: Final = 0.002  # after each page, so that workers get the disk in between
 SHARED_PAGES: Final = 8  # kept for listeners that resume from about the same event
 JOIN_WITHIN: Final = 2_000  # events before the newest; from there on a listener also gets live events
@@ -146,7 +146,7 @@ def _check_piece(after: int, piece: Piece) -> None:
         message = f"Event {after} does not exist yet; it may come from another store. {_READ_AGAIN}"
         raise api_error("events_gone", message, last=piece.last)
     if after < piece.gone_to:
-        message = f"Some events after {after} are no longer in the journal. {_READ_AGAIN}"
+        message = f"Some events after {after} are no longer in the event log. {_READ_AGAIN}"
         raise api_error("events_gone", message, last=piece.last)
 
 
@@ -286,12 +286,12 @@ class Subscriber:
         self._follow = follow
         self._cut = cut
         self._is_live = False  # gets live events
-        self._is_caught_up = False  # needs no more events from the journal
+        self._is_caught_up = False  # needs no more events from the event log
         self.is_cut = False
         self._round = 0
         self._until = 0  # later events are live; a stream that does not follow ends here
         self._page: Piece | None = None
-        self._silent_since_s = MonotonicS(0.0)
+        self._idle_since_s = MonotonicS(0.0)
 
     @property
     def is_behind(self) -> bool:
@@ -301,7 +301,7 @@ class Subscriber:
     async def begin(self, after: int | None, back: int = 0) -> bytes:
         """Return the first bytes. The stream starts after the event `after`, else `back` events ago, else now.
 
-        Raises ApiException if events after `after` are no longer in the journal.
+        Raises ApiException if events after `after` are no longer in the event log.
         """
         self._until = self._feed.last
         if after is not None:
@@ -321,7 +321,7 @@ class Subscriber:
             if self._follow:
                 return b""
             raise api_error("shutting_down", "The daemon is stopping, and some events were not sent.")
-        self._silent_since_s = loop_time()
+        self._idle_since_s = loop_time()
         return await (self._from_backlog() if self._is_caught_up else self._from_storage())
 
     def cut(self) -> None:
@@ -340,13 +340,13 @@ class Subscriber:
         self._until = self._feed.last
 
     async def _page_from_back(self, back: int) -> Piece:
-        """Return the page that begins `back` events ago, or after the last gap in the journal."""
+        """Return the page that begins `back` events ago, or after the last gap in the event log."""
         page = await self._feed.reader.page(self._feed.last, is_first=True)
         self.position = max(page.last - back, page.gone_to, 0)
         return await self._feed.reader.page(self.position, is_first=True)
 
     async def _from_storage(self) -> bytes:
-        """Return the selected events of the next page. Near the end of the journal, begin to queue live events.
+        """Return the selected events of the next page. Near the end of the event log, begin to queue live events.
 
         So no event is missed, even if events are committed faster than the pages are read.
         """
@@ -365,7 +365,7 @@ class Subscriber:
         while not (text := self._take()):
             if self.is_cut or self._feed.is_closed:
                 return b""
-            left_s = self._silent_since_s + HEARTBEAT_S - loop_time()
+            left_s = self._idle_since_s + HEARTBEAT_S - loop_time()
             try:
                 async with asyncio.timeout(left_s):
                     await self.news.wait()

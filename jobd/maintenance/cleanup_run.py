@@ -1,4 +1,4 @@
-"""Run a cleanup: recovery, expiry, deletion by age, validation, journal and audit log, with a report.
+"""Run a cleanup: recovery, expiry, deletion by age, validation, event log and audit log, with a report.
 
 Every change is a command, and the rules decide it again when they apply it. The run works in slices, with pauses.
 """
@@ -42,7 +42,7 @@ class CleanupSchedule(Struct, frozen=True):
     min_interval_ms: int = 2 * MINUTE_MS
     recover_every_ms: int = 10 * SECOND_MS
     batch: int = 200  # jobs per command
-    journal_ms: int = DAY_MS  # retention of the journal of a deleted job
+    journal_ms: int = DAY_MS  # retention of the events of a deleted job
     journal_bytes: int = 4 << 30  # of a larger store, it ends earlier
     audit_ms: int = 90 * DAY_MS  # retention of the audit log
 
@@ -161,7 +161,7 @@ class CleanupRun:
             ("expiry", partial(self._context.expire, "cleanup")),
             ("deletion", self._deletion_step),
             ("validation", self._validation_step),
-            ("journal", self._journal_step),
+            ("events", self._events_step),
             ("audit", self._audit_step),
         ):
             await self.step(name, step)
@@ -233,7 +233,7 @@ class CleanupRun:
             fields = {"severity": issue.type, "field": issue.field, "problem": issue.message, "fix": issue.fix}
             log.warning("validation_issue", job_id=job_id, **fields)
 
-    async def _journal_step(self) -> None:
+    async def _events_step(self) -> None:
         """Delete the events of jobs that were deleted long ago, the oldest first. A large store keeps them shorter."""
         limit, schedule, at = self._batch, self._context.schedule, self._clock.moment()
         while not (at.suspect or self._clock.suspect):

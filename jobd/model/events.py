@@ -43,11 +43,11 @@ EventType = Literal[
     "queue_resumed",
 ]
 
-# A grant can have many of these events: the journal keeps the last KEEP_HEARTBEATS of each type per grant.
+# A grant can have many of these events: the event log keeps the last KEEP_HEARTBEATS of each type per grant.
 HEARTBEATS: Final = frozenset({"progress", "extended"})
 KEEP_HEARTBEATS: Final = 100
 
-# A job that is granted and returned many times would fill the journal. Its first KEEP_FIRST_GRANTS and last
+# A job that is granted and returned many times would fill the event log. Its first KEEP_FIRST_GRANTS and last
 # KEEP_GRANTS grants are kept. A grant between them that ended with one of GIVEN_BACK loses its ROUTINE events.
 GIVEN_BACK: Final = frozenset({"released", "undelivered"})
 ROUTINE: Final = frozenset({"granted", "lock_expired", "resumed", "late_call", *HEARTBEATS, *GIVEN_BACK})
@@ -142,7 +142,7 @@ def describe_author(by: str) -> str:
 class EventView(Struct, frozen=True, rename={"from_": "from"}):
     """An event of a job."""
 
-    seq: Annotated[int, Meta(description="Position in the journal.")]
+    seq: Annotated[int, Meta(description="Position in the event log.")]
     at: Annotated[int, Meta(description="When, in Unix ms.")]
     type: Annotated[str, Meta(description="Type of the event.")]
     from_: Annotated[str | None, Meta(description="The status before, or null.")]
@@ -202,7 +202,7 @@ class Change(Struct, frozen=True, gc=False):
 
 
 def fold(job: Job | None, event: Event) -> Job | None:
-    """Return the row after `event`, given the row before it. Folding the journal of a job from None gives its row.
+    """Return the row after `event`, given the row before it. Folding the events of a job from None gives its row.
 
     Raises ValueError if the first event lacks a field that has no default.
     """

@@ -203,7 +203,7 @@ class ErrorView(Struct, frozen=True):
 class LateResultView(Struct, frozen=True):
     """A result that was submitted after the lock of its grant was lost."""
 
-    seq: Annotated[int, Meta(description="Position of its event in the journal. Identifies the late result.")]
+    seq: Annotated[int, Meta(description="Position of its event in the event log. Identifies the late result.")]
     at: Annotated[int, Meta(description="When it was submitted, in Unix ms.")]
     worker: WorkerText
     fencing_token: FencingToken
@@ -717,7 +717,7 @@ class DeliveryView(Struct, frozen=True):
     type: Annotated[str, Meta(description="Type of the message.")]
     subject: Annotated[str, Meta(description="What it is about: `jobs/ID`, `queues/NAME`, `alerts/NAME`.")]
     event_id: Annotated[str, Meta(description="Id of the message: its header `webhook-id`.")]
-    seq: Annotated[int | None, Meta(description="Position of the event in the journal. Null if it is not an event.")]
+    seq: Annotated[int | None, Meta(description="Position of the event in the event log. Null if it is not an event.")]
     at: Annotated[int, Meta(description="When the delivery was created, in Unix ms.")]
     due_at: Annotated[int | None, Meta(description="When the next attempt is due, in Unix ms. Null once it has ended.")]
     tries: Annotated[int, Meta(description="Number of attempts so far.")]
@@ -1020,7 +1020,7 @@ class FailuresView(Struct, frozen=True):
 
 
 NodeRole = Literal["leader", "standby", "single"]
-SILENT_MS: Final = 10_000  # a node describes itself every 2 s, and reads what the others wrote as often
+UNSEEN_MS: Final = 10_000  # a node describes itself every 2 s, and reads what the others wrote as often
 READY_MS: Final = 10_000  # a standby that is behind by less takes over within seconds
 
 
@@ -1042,14 +1042,14 @@ class NodeView(Struct, frozen=True):
     schema_version: Annotated[int, Meta(description="The schema version of its tables; 0 if it did not say.")] = 0
 
     @property
-    def is_silent(self) -> bool:
+    def is_unseen(self) -> bool:
         """Whether its process has probably ended."""
-        return self.seen_ms >= SILENT_MS
+        return self.seen_ms >= UNSEEN_MS
 
     @property
     def is_ready(self) -> bool:
         """Whether it can take over: it is a standby that runs and follows."""
-        return self.role == "standby" and not self.is_silent and self.behind_ms < READY_MS
+        return self.role == "standby" and not self.is_unseen and self.behind_ms < READY_MS
 
 
 class ClusterView(Struct, frozen=True, kw_only=True):

@@ -548,7 +548,7 @@ class OutboxStorage(EventStorage, Protocol):
     """The storage behind webhooks. Every method is one thread switch, and raises CannotWrite."""
 
     async def open_outbox(self, names: list[str], now: int) -> Outbox:
-        """Read the outbox of the webhooks `names`, and give new ones a cursor at the end of the journal.
+        """Read the outbox of the webhooks `names`, and give new ones a cursor at the end of the event log.
 
         The result has no cursor for a new one if it cannot be written.
         """

@@ -22,7 +22,7 @@ DELIVERY_STATES: Final[tuple[DeliveryState, ...]] = get_args(DeliveryState)
 FIRING: Final = "alert.firing"
 RESOLVED: Final = "alert.resolved"
 ALERTS: Final = (FIRING, RESOLVED)
-EVENTS_GONE: Final = "events.gone"  # sent to a webhook that missed events of the journal
+EVENTS_GONE: Final = "events.gone"  # sent to a webhook that missed events
 GAP_PENDING: Final = -1  # WebhookCursor.gone_to if a gap has not been reported yet
 MAX_BACKLOG: Final = 10_000  # per webhook: waiting deliveries, and dead-lettered ones that are kept
 TEST_TYPE: Final = "webhook.test"  # sent on request of an operator
@@ -101,7 +101,7 @@ class Delivery(Struct, frozen=True, gc=False):
     subject: str
     type: str
     event_id: str  # the same for each attempt, so that receivers can detect duplicates
-    seq: int  # of the event in the journal; 0 if the message is not an event
+    seq: int  # of the event in the event log; 0 if the message is not an event
     at: int  # when it was created
     due_at: int  # when the next attempt is due
     tries: int
@@ -112,7 +112,7 @@ class Delivery(Struct, frozen=True, gc=False):
 
 
 class WebhookCursor(Struct, frozen=True, gc=False):
-    """The position of a webhook in the journal: all its events up to `position` have deliveries."""
+    """The position of a webhook in the event log: all its events up to `position` have deliveries."""
 
     name: str
     position: int
@@ -125,7 +125,7 @@ class WebhookCursor(Struct, frozen=True, gc=False):
 class Outbox(Struct, frozen=True):
     """The stored state of the webhooks: their cursors and waiting deliveries.
 
-    `last` is the newest event of the journal, `next_delivery` the next delivery number.
+    `last` is the newest event of the event log, `next_delivery` the next delivery number.
     """
 
     cursors: dict[str, WebhookCursor]

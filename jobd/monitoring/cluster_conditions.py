@@ -31,13 +31,13 @@ def cluster_conditions(view: ClusterView, *, behind_ms: int, horizon_ms: int, cl
 def _behind(standbys: list[NodeView], threshold: float) -> Condition:
     """Report the seconds since the leader had a record that the last standby lacks."""
     value, quiet, hint = 0, "Every standby has followed the leader.", ""
-    found = [(max(node.behind_ms, node.seen_ms * node.is_silent), node) for node in standbys]
+    found = [(max(node.behind_ms, node.seen_ms * node.is_unseen), node) for node in standbys]
     behind_ms, last = max(found, key=lambda each: each[0], default=(0, None))
     if last is not None and behind_ms >= SECOND_MS:
         value = behind_ms // SECOND_MS
         quiet = f"Node {last.name} is {duration(behind_ms)} behind the leader ({last.lag_records} records)."
         advice = "Check its disk, its load and its connection to PostgreSQL"
-        if last.is_silent:
+        if last.is_unseen:
             quiet = f"Node {last.name} was last seen {duration(behind_ms)} ago."
             advice = f"Start or restart jobd there, or remove its entry: jobd cluster forget {shlex.quote(last.name)}"
         hint = f"{quiet} {advice}. {_SHOW}"
@@ -45,7 +45,7 @@ def _behind(standbys: list[NodeView], threshold: float) -> Condition:
 
 
 def _no_standby(standbys: list[NodeView]) -> Condition:
-    running = [node.name for node in standbys if not node.is_silent]
+    running = [node.name for node in standbys if not node.is_unseen]
     hint = f"No standby is running, so no node takes over from this one. Start jobd on another node. {_SHOW}"
     quiet = f"Standbys that can take over: {', '.join(running)}."
     return Condition("no_standby", int(not running), 0, hint, quiet)
@@ -90,7 +90,7 @@ def _horizon(view: ClusterView, threshold: float) -> Condition:
 def _clocks(view: ClusterView, threshold: float) -> Condition:
     """Report the wall clock that differs most from that of PostgreSQL, in seconds."""
     value, quiet, hint = 0.0, "The wall clocks of the nodes agree with that of PostgreSQL.", ""
-    running = [node for node in view.nodes if not node.is_silent]
+    running = [node for node in view.nodes if not node.is_unseen]
     worst = max(running, key=lambda node: abs(node.ahead_ms), default=None)
     if worst is not None and abs(worst.ahead_ms) >= NOTICEABLE_MS:
         value = abs(worst.ahead_ms) / SECOND_MS

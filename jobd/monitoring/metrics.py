@@ -199,7 +199,7 @@ class Metrics:
         waiting = ((name, each.waiting) for name, each in webhooks.items())
         yield _gauges("webhook_waiting_deliveries", "Messages that wait for delivery.", ["endpoint"], waiting)
         lags = ((name, each.lag) for name, each in webhooks.items())
-        yield _gauges("webhook_lag_events", "Journal events not read for the webhook yet.", ["endpoint"], lags)
+        yield _gauges("webhook_lag_events", "Events not read for the webhook yet.", ["endpoint"], lags)
         paused = ((name, int(each.paused)) for name, each in webhooks.items())
         help_ = "1 while the circuit breaker of the webhook is open or half-open."
         yield _gauges("webhook_paused", help_, ["endpoint"], paused)
@@ -275,7 +275,7 @@ def cluster_metrics(view: ClusterView, append_seconds: Histogram | None = None) 
     """Yield the metrics of a node of a cluster. They have no values without a cluster."""
     nodes = [] if view.role == "single" else [view]
     yield _gauges("leader", "1 if this node leads its cluster.", [], [(node.role == "leader",) for node in nodes])
-    help_ = "Events of the journal that this node has not applied."
+    help_ = "Events that this node has not applied."
     yield _gauges("standby_lag_events", help_, [], [(node.lag_events,) for node in nodes])
     help_ = "Duration of an append to the journal, by the leader."
     yield _histogram("journal_append_seconds", help_, append_seconds, COMMIT_BUCKETS_S)

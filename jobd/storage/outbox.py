@@ -54,7 +54,7 @@ def delivery(row: Row) -> Delivery:
 
 
 def plan_opening(db: Database, names: list[str], now: int) -> tuple[OutboxWrite | None, tuple[Outbox, Outbox]]:
-    """Read cursors and waiting deliveries of the endpoints. A new endpoint begins at the end of the journal.
+    """Read cursors and waiting deliveries of the endpoints. A new endpoint begins at the end of the event log.
 
     Return the cursors to write, the outbox with them, and the outbox if they cannot be written: without new endpoints.
     """

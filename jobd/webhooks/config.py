@@ -83,7 +83,7 @@ def read(tables: Any, duration: Callable[[str], int]) -> tuple[WebhookSetting, .
         try:
             setting = _setting(table, duration)
             if any(setting.section.name == each.section.name for each in settings):
-                raise BadWebhook("name: already used by another webhook. The position in the journal is kept by name")
+                raise BadWebhook("name: already used by another webhook. The position in the event log is kept by name")
         except BadWebhook as bad:
             name = table.get("name") if isinstance(table, dict) else None
             named = f" ({name})" if isinstance(name, str) and is_job_id(name) else ""

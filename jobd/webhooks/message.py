@@ -69,7 +69,7 @@ class Message(msgspec.Struct, frozen=True):
 
 
 def event_message(event: Event, source: str) -> Message:
-    """Return the message of a journal event. Its id contains the time, because a new store counts from 1 again."""
+    """Return the message of an event. Its id contains the time, because a new store counts from 1 again."""
     subject = f"jobs/{event.job_id}" if event.job_id else f"queues/{event.queue}"
     kind, event_id = webhook_type(event.type), f"evt_{event.at}_{event.seq}"
     more = {"sequence": str(event.seq)}
@@ -85,7 +85,7 @@ def alert_message(alert: AlertView, at: int, source: str) -> Message:
 
 
 def gap_message(name: str, after: int, upto: int, at: int, source: str) -> Message:
-    """Return a message about undelivered events that are no longer in the journal or the outbox."""
+    """Return a message about undelivered events that are no longer in the event log or the outbox."""
     subject, event_id = f"webhooks/{name}", f"gone_{after}_{upto}_{at}"
     message = (
         f"Some events after {after}, up to {upto}, were not delivered and are no longer kept. Read the state again."

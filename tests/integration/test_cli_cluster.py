@@ -170,7 +170,7 @@ def test_a_node_that_does_not_come_back_is_forgotten(
     asyncio.run(register())
     code, _, err = run(capsys, monkeypatch, database, "cluster", "forget", "b")
     assert (code, 'node "b" is running' in err) == (4, True)
-    monkeypatch.setattr(responses, "SILENT_MS", 0)
+    monkeypatch.setattr(responses, "UNSEEN_MS", 0)
     assert run(capsys, monkeypatch, database, "cluster", "forget", "b")[:2] == (0, "b: removed from journal main\n")
     code, _, err = run(capsys, monkeypatch, database, "cluster", "forget", "b")
     assert (code, 'has no node "b"; its nodes: none' in err) == (4, True)

@@ -107,7 +107,7 @@ def _show(view: ClusterView) -> None:
 
 
 def _note(node: NodeView) -> str:
-    notes = ["silent"] if node.is_silent else ["ready"] if node.is_ready else []
+    notes = ["not seen"] if node.is_unseen else ["ready"] if node.is_ready else []
     return ", ".join([*notes, *(["configuration differs from that of the leader"] if node.config_differs else [])])
 
 

@@ -82,13 +82,13 @@ def forget_command(name: str, config: str | None, flags: dict[str, str]) -> None
 
 
 async def _forget(journal: PostgresJournal, journal_name: str, name: str) -> None:
-    from jobd.model.responses import SILENT_MS
+    from jobd.model.responses import UNSEEN_MS
 
     nodes = {node.name: node for node in await journal.nodes()}
     if name not in nodes:
         text = f'journal {journal_name} has no node "{name}"; its nodes: {", ".join(nodes) or "none"}'
         raise exit_codes.CliError(text, exit_codes.REJECTED)
-    if nodes[name].seen_ms < SILENT_MS:
+    if nodes[name].seen_ms < UNSEEN_MS:
         raise exit_codes.CliError(f'node "{name}" is running: stop jobd there first', exit_codes.REJECTED)
     await journal.forget(name)
 

@@ -81,7 +81,7 @@ def _rows_of_job(db: Database, job_seq: int, after: int, order: str, limit: int)
 
 def _timeline_of_a_damaged_table(db: Database, job_seq: int) -> list[Row]:
     """Return the readable events and report the others. If the index is damaged, read the whole table."""
-    with db.noting_corruption("the index of the journal cannot be read"):
+    with db.noting_corruption("the index of the event log cannot be read"):
         seqs = db.rows("SELECT seq FROM events INDEXED BY events_job WHERE job_seq = ? ORDER BY seq", (job_seq,))
         return db.rows_one_by_one(_EVENTS, [seq for (seq,) in seqs], "events")
     sql = f"SELECT {SQL['events']} FROM events NOT INDEXED WHERE job_seq = ? ORDER BY seq"
@@ -95,7 +95,7 @@ def events_after(db: Database, after: int, limit: int) -> EventPage:
     """
     db.check()
     last = db.numbers.next_event - 1
-    with db.noting_corruption(f"the journal cannot be read after event {after}"):
+    with db.noting_corruption(f"the event log cannot be read after event {after}"):
         spanning = db.rows(_SPANNING, (after - event_rows.SPAN, after, after))
         rows, is_cut = db.rows_up_to(_LATER, (after, limit), SLICE_BYTES)
         is_cut = is_cut or len(rows) == limit

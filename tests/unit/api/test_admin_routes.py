@@ -30,7 +30,7 @@ from jobd.model.job import Policy
 from jobd.model.journal import JournalOutcomeUnknown, LeadershipLost
 from jobd.model.responses import (
     READY_MS,
-    SILENT_MS,
+    UNSEEN_MS,
     ClusterView,
     DeliveryView,
     NodeView,
@@ -168,7 +168,7 @@ async def test_a_leader_steps_down_after_its_audit_entry(harness: HttpHarness) -
     assert audited.command == RecordAction(what="step-down", reason="why")
 
 
-@pytest.mark.parametrize("changes", [{"seen_ms": SILENT_MS}, {"behind_ms": READY_MS}, {"role": "leader"}])
+@pytest.mark.parametrize("changes", [{"seen_ms": UNSEEN_MS}, {"behind_ms": READY_MS}, {"role": "leader"}])
 async def test_a_step_down_without_a_ready_standby_needs_force(harness: HttpHarness, changes: dict[str, Any]) -> None:
     path, stepped = f"{P}/cluster/step-down", []
     harness.services.cluster_view = lambda: ClusterView(role="leader", nodes=[replace(STANDBY, **changes)])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from jobd.cluster.hand_over import FULL_S, SETTLED_S, hand_over_if_full
-from jobd.model.responses import READY_MS, SILENT_MS, ClusterView, NodeView
+from jobd.model.responses import READY_MS, UNSEEN_MS, ClusterView, NodeView
 from tests.support.virtual_engine import in_virtual_time, seconds
 
 READY = NodeView("b", "http://b", "standby", 0, 1, 0, 2, False)
@@ -38,8 +38,8 @@ async def test_the_disk_has_to_be_full_for_some_time_and_a_standby_ready() -> No
 
 
 @in_virtual_time
-async def test_a_new_leader_waits_until_the_entry_of_the_former_one_is_silent() -> None:
-    assert SETTLED_S * 1000 > SILENT_MS
+async def test_a_new_leader_waits_until_the_entry_of_the_former_one_is_unseen() -> None:
+    assert SETTLED_S * 1000 > UNSEEN_MS
     steps: list[str] = []
     view = ClusterView(role="leader", nodes=[READY])
     task = asyncio.create_task(hand_over_if_full(lambda: True, lambda: view, lambda: steps.append("down")))

@@ -85,7 +85,7 @@ async def test_nodes_see_each_other(server: MemoryServer) -> None:
     assert [node.seen_ms > 8_000 for node in view(a).nodes] == [False, True]
     a.journal.is_reachable = False
     await seconds(10)
-    assert [node.is_silent for node in view(a).nodes] == [True, True]
+    assert [node.is_unseen for node in view(a).nodes] == [True, True]
 
 
 @in_virtual_time
@@ -113,8 +113,8 @@ async def test_problems_are_described(server: MemoryServer) -> None:
         shown = view(process, replace(FOLLOWS, problem="The disk is full."), require_sync=False)
         clock = f"The wall clock of node b is {text} that of PostgreSQL."
         assert shown.problems == ["The disk is full.", clock, two, waits]
-    silent = replace(process.registry.nodes[0], seen_ms=60_000)
-    process.registry.nodes = [silent]
+    unseen = replace(process.registry.nodes[0], seen_ms=60_000)
+    process.registry.nodes = [unseen]
     process.journal.is_reachable = False
     await seconds(EVERY_S)
     assert (view(process).synchronous, view(process).problems) == (None, ["The journal cannot be reached: try again"])

@@ -536,12 +536,12 @@ def test_a_processing_row_without_a_holder(rules: RuleHarness) -> None:
 
 def test_finished(rules: RuleHarness) -> None:
     rules.completed()
-    deleted = NextEvent("A cleanup run deletes it.", NOW + 7 * DAY_MS, "retention")
+    deleted = NextEvent("The first cleanup run from then on deletes it.", NOW + 7 * DAY_MS, "retention")
     assert why(rules) == WhyView("completed", "It was completed; that is final.", deleted, None, [])
     rules.advance(8 * DAY_MS)
     assert why(rules).next == replace(deleted, at=rules.now)
     suspect = explain(rules.job(), rules.state, replace(rules.moment, trusted=NOW), rules.policy)
-    later = "A cleanup run deletes it once the clock is no longer suspect."
+    later = "The first cleanup run from then on deletes it once the clock is no longer suspect."
     assert suspect.next == NextEvent(later, rules.now, "retention")
     rules.accept(Fail(id="b", lock_id=rules.held("b"), error_message="boom"))
     deleted = replace(deleted, at=rules.now + 30 * DAY_MS)

@@ -94,7 +94,7 @@ async def test_the_leader_shows_its_nodes(harness: DashboardHarness) -> None:
         "A &lt;write&gt; waits.",
         "a change is on one server",
         "900 ms ago",
-        ">silent for 1 h<",
+        ">not seen for 1 h<",
         '<strong class="badge bad">differs</strong>',
         '<span class="badge bad">2 h behind</span>',
         '<td data-label="Reads format" class="figure">2</td>',
@@ -118,7 +118,7 @@ async def test_an_operator_confirms_that_the_leader_steps_down(harness: Dashboar
     browser = await harness.browser()
     page = text(await browser.get("/cluster/step-down"))
     assert "<strong>b</strong>" in page
-    assert "<strong>c</strong>" not in page, "it is silent"
+    assert "<strong>c</strong>" not in page, "it is not seen"
     assert (await browser.post("/cluster/step-down")).status == 403, "a form of another site"
     reader = await harness.browser(READ_ONLY_TOKEN)
     assert (await reader.get("/cluster/step-down")).status == 403

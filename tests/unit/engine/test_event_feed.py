@@ -423,7 +423,7 @@ async def test_when_the_daemon_stops_subscribers_get_pending_events() -> None:
     live.leave()
     assert await replaying.more() == b""
     replaying.leave()
-    with pytest.raises(ApiException) as no:  # its end would be mistaken for the end of the journal
+    with pytest.raises(ApiException) as no:  # its end would be mistaken for the end of the event log
         await reading.more()
     assert no.value.error.code == "shutting_down"
     reading.leave()

@@ -589,7 +589,7 @@ async def test_no_audit_entry_is_old_while_the_clock_is_suspect() -> None:
     ("method", "error"),
     [
         ("expired", "deletion: OSError: broken"),
-        ("prune", "journal: OSError: broken"),
+        ("prune", "events: OSError: broken"),
         ("trim_audit", "audit: OSError: broken"),
         ("save_figures", "statistics: OSError: broken"),
     ],
@@ -670,8 +670,8 @@ async def test_health_is_degraded_after_three_intervals_without_success(engine: 
     await seconds(2)
     reason = engine.maintainer.degraded_reason()
     assert reason is not None
-    assert reason.startswith("No cleanup run has succeeded for 90")
-    assert "journal: OSError: broken" in reason
+    assert reason.startswith("No cleanup run has succeeded for 15 min")
+    assert "events: OSError: broken" in reason
     engine.disk.errors.clear()
     await engine.maintainer.run_cleanup(forced=True)
     assert engine.maintainer.degraded_reason() is None
@@ -686,7 +686,7 @@ async def test_steps_that_an_older_node_could_not_read_wait(engine: VirtualEngin
         report = await engine.maintainer.run_cleanup(forced=True)
     assert report.errors == []
     waits = [line["step"] for line in lines if line["event"] == "cleanup_step_waits"]
-    assert waits == ["journal", "audit", "statistics"]
+    assert waits == ["events", "audit", "statistics"]
 
 
 # -- reports and statistics after a restart ------------------------------------------------------------------------

@@ -47,12 +47,12 @@ def _is_plain(field: FieldInfo) -> bool:
     return isinstance(field.default, bool | int | str)
 
 
-def test_a_node_that_has_not_described_itself_for_ten_seconds_is_silent() -> None:
+def test_a_node_that_has_not_described_itself_for_ten_seconds_is_unseen() -> None:
     def node(seen_ms: int) -> responses.NodeView:
         return responses.NodeView("a", "http://a", "standby", seen_ms, 1, 0, 2, config_differs=False)
 
-    assert (node(9_999).is_silent, node(9_999).is_ready) == (False, True)
-    assert (node(10_000).is_silent, node(10_000).is_ready) == (True, False)
+    assert (node(9_999).is_unseen, node(9_999).is_ready) == (False, True)
+    assert (node(10_000).is_unseen, node(10_000).is_ready) == (True, False)
 
 
 def test_a_job_shows_its_payload_and_metadata_as_values() -> None:

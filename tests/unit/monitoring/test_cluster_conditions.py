@@ -8,7 +8,7 @@ import pytest
 from msgspec.structs import replace
 from structlog.testing import capture_logs
 
-from jobd.model.responses import SILENT_MS, ClusterView, NodeView
+from jobd.model.responses import UNSEEN_MS, ClusterView, NodeView
 from jobd.monitoring.alerts import CLUSTER_NAMES, Alerts
 from jobd.monitoring.cluster_conditions import cluster_conditions
 from jobd.monitoring.condition import Condition
@@ -46,12 +46,12 @@ def test_a_standby_is_behind_since_the_leader_had_a_record_that_it_lacks() -> No
     assert behind.hint.startswith("Node b is 39 s behind the leader (395 records). Check its disk")
 
 
-def test_a_silent_node_counts_as_behind_and_not_as_a_standby() -> None:
-    silent = replace(B, seen_ms=45_000)
-    found = conditions(replace(VIEW, nodes=[A, silent]))
+def test_an_unseen_node_counts_as_behind_and_not_as_a_standby() -> None:
+    unseen = replace(B, seen_ms=45_000)
+    found = conditions(replace(VIEW, nodes=[A, unseen]))
     assert (found["standby_behind"].value, found["no_standby"].value) == (45, 1)
     assert found["standby_behind"].hint.startswith("Node b was last seen 45 s ago. Start or restart jobd there")
-    just_heard = replace(B, seen_ms=SILENT_MS - 1)
+    just_heard = replace(B, seen_ms=UNSEEN_MS - 1)
     found = conditions(replace(VIEW, nodes=[A, just_heard]))
     assert (found["standby_behind"].value, found["no_standby"].value) == (0, 0)
 
