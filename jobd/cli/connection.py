@@ -22,6 +22,7 @@ CONFIG_PATH: Final = "/etc/jobd/config.toml"
 DEFAULT_LISTEN: Final = "127.0.0.1:8770"
 RETRY_FOR_S: Final = 3.0  # enough for a daemon that restarts, and short for an operator at a prompt
 TAKEOVER_S: Final = 10.0  # the same for a standby that takes over
+_PAGE: Final = 200  # the most items of a page
 _LOOPBACK: Final = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # reaches a listener on all addresses
 
 
@@ -176,6 +177,19 @@ def admin_client(*, timeout_s: float = 30.0) -> AdminClient:
     endpoints = admin_api_endpoints(current())
     client = AdminClient(endpoints, retry_for_s=_retry_for_s(endpoints), timeout_s=timeout_s)
     return click.get_current_context().with_resource(client)
+
+
+def read_pages(
+    get: Callable[..., Any], name: str, limit: int | None, cursor: str | None = None
+) -> tuple[list[Any], str | None]:
+    """Return up to `limit` items (None: all) of the lists `name` in the pages of `get`, and the cursor after them."""
+    found: list[Any] = []
+    while True:
+        page = get(limit=_PAGE if limit is None else min(_PAGE, limit - len(found)), cursor=cursor)
+        found += getattr(page, name)
+        cursor = page.next_cursor
+        if cursor is None or len(found) == limit:
+            return found, cursor
 
 
 def _retry_for_s(endpoints: tuple[Endpoint, ...]) -> float:

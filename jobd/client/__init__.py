@@ -32,24 +32,19 @@ if TYPE_CHECKING:
 
 # Imported on first use: most programs do not need all clients, and aiohttp takes 0.2 s to import.
 _LAZY_IMPORTS = {
-    "AdminClient": "jobd.client.admin",
-    "AsyncAdminClient": "jobd.client.aio",
-    "AsyncJobClient": "jobd.client.aio",
-    "CommandWorker": "jobd.client.worker.command_worker",
-    "Discard": "jobd.client.worker.task",
-    "Retry": "jobd.client.worker.task",
-    "Snooze": "jobd.client.worker.task",
-    "Stopped": "jobd.client.worker.task",
-    "SyncTask": "jobd.client.worker.task",
-    "Task": "jobd.client.worker.task",
-    "Worker": "jobd.client.worker.worker",
+    "jobd.client.admin": ["AdminClient"],
+    "jobd.client.aio": ["AsyncAdminClient", "AsyncJobClient"],
+    "jobd.client.worker.command_worker": ["CommandWorker"],
+    "jobd.client.worker.task": ["Discard", "Retry", "Snooze", "Stopped", "SyncTask", "Task"],
+    "jobd.client.worker.worker": ["Worker"],
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _LAZY_IMPORTS:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_LAZY_IMPORTS[name]), name)
+    for module, names in _LAZY_IMPORTS.items():
+        if name in names:
+            return getattr(importlib.import_module(module), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 __all__ = [

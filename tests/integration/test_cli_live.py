@@ -178,14 +178,6 @@ def rows_of_height(rows: int) -> int:
 
 
 @pytest.mark.slow
-def test_an_empty_daemon_has_a_frame(daemon: DaemonProcess, jobctl: Any) -> None:
-    code, out, err = jobctl("top", "--once", "--interval", "100ms")
-    assert (code, err) == (0, "")
-    assert "queued 0  processing 0" in out
-    assert "QUEUE" in out
-
-
-@pytest.mark.slow
 def test_once_prints_a_table_and_json(daemon: DaemonProcess, jobctl: Any) -> None:
     some_work(daemon)
     daemon.admin("POST", "queues/mail/pause", {})

@@ -23,17 +23,6 @@ from tests.support.daemon_process import DaemonProcess, die_with_us
 
 
 @pytest.mark.slow
-def test_a_question_is_asked_and_answered(running: CliDaemon) -> None:
-    running.client.create_job(id="t1", queue="t1")
-    code, out, shown = on_a_terminal(running, b"n\n", "cancel", "t1")
-    assert (code, out) == (1, "")
-    assert "cancel job t1, which is queued?" in shown
-    assert running.client.get_job("t1").status == "queued"
-    assert on_a_terminal(running, b"y\n", "cancel", "t1")[:2] == (0, "t1: cancelled\n")
-    assert running.client.get_job("t1").status == "cancelled"
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("verb", "before", "output"),
     [
@@ -112,7 +101,7 @@ def test_a_dry_run_shows_old_and_new_values(
     monkeypatch.setenv("ADMIN_TOKEN", token)
     before, at = running.client.get_job(name), r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d UTC"
     output = jobctl.ok("run-now", name, "--dry-run")
-    assert re.fullmatch(rf"{name}: would run-now \(due {at} \(in .*\) → {at} \(\d+ s ago\)\): it is queued\n", output)
+    assert re.fullmatch(rf"{name}: would run-now \(due {at} \(in .*\) → {at} \(\d+ m?s ago\)\): it is queued\n", output)
     output = jobctl.ok("update", name, "--priority", "5", "--max-attempts", "1", "--dry-run", "--reason", "r")
     assert output == f"{name}: would update (priority 4 → 5): it is queued\n"
     output = jobctl.ok("update", name, "--priority", "5", "--max-attempts", "3", "--run-at", "1h", "--dry-run")

@@ -9,15 +9,14 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import msgspec
 import pytest
 
 from jobd.cli.ctl import main
-from jobd.client import AdminClient
 from tests import ROOT
-from tests.support.cli_harness import TOKEN, CliDaemon
+from tests.support.cli_harness import CliDaemon
 from tests.support.store_files import edit_store
 
 # Payloads as callers write them. A conversion to Python values and back would change them.
@@ -190,19 +189,6 @@ def test_a_file_that_cannot_be_written_says_so(
         monkeypatch.setenv(name, value)
     assert main.main(["export", str(tmp_path / "nowhere" / "jobs")]) == 74
     assert "No such file" in capsys.readouterr().err
-
-
-def test_export_reads_page_after_page(source: CliDaemon) -> None:
-    with AdminClient(source.client_environ["JOBD_ADMIN_URL"], token=TOKEN) as admin:
-        cursor: str | None = None
-        found: list[Any] = []
-        while True:
-            page = admin.export_page(limit=100, cursor=cursor)
-            assert len(page.lines) <= 100
-            found += page.lines
-            if (cursor := page.next_cursor) is None:
-                break
-        assert found == list(admin.export_jobs()) == exported(source)
 
 
 @pytest.mark.slow

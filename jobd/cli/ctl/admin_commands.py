@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import click
 
 from jobd.cli import exit_codes, tables_admin, terminal
 from jobd.cli.confirm import confirm, destructive_options, need_terminal, reason_option
-from jobd.cli.connection import admin_client, admin_options
+from jobd.cli.connection import admin_client, admin_options, read_pages
 from jobd.cli.ctl import plan_commands
 from jobd.cli.ctl.completion import JOB, JOB_ID, QUEUE
 from jobd.cli.params import MOMENT, NAME, PAST, command, json_option, limit_option
@@ -19,7 +20,7 @@ from jobd.model.times import utc
 if TYPE_CHECKING:
     from jobd.client import AdminClient
     from jobd.model.commands import WorkerState
-    from jobd.model.responses import AuditView, PlanView, PreviewView, WorkerView
+    from jobd.model.responses import PlanView, PreviewView, WorkerView
 
 _REASON: Final = reason_option("Stored in the audit log.")
 
@@ -298,14 +299,7 @@ def failures(limit: int, as_json: bool) -> None:
 @admin_options
 def audit(limit: int, action: str | None, what: str | None, as_json: bool, **match: Any) -> None:
     """List the actions of operators, including rejected ones, newest first."""
-    client, cursor = admin_client(), None
-    found: list[AuditView] = []
-    while True:
-        page = client.audit(limit=min(limit - len(found), 200), cursor=cursor, what=action or what, **match)
-        found += page.entries
-        cursor = page.next_cursor
-        if cursor is None or len(found) >= limit:
-            break
+    found, cursor = read_pages(partial(admin_client().audit, what=action or what, **match), "entries", limit)
     if as_json:
         terminal.emit_json({"entries": found, "next_cursor": cursor})
     else:

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final
+from functools import partial
+from typing import Any, Final
 
 import click
 
 from jobd.cli import exit_codes, tables, terminal
 from jobd.cli.confirm import destructive_options, reason_option, run_action
-from jobd.cli.connection import admin_client, all_options, has_admin_token, job_client, worker_options
+from jobd.cli.connection import admin_client, all_options, has_admin_token, job_client, read_pages, worker_options
 from jobd.cli.ctl import plan_commands
 from jobd.cli.ctl.completion import IDS, JOB, KIND, QUEUE
 from jobd.cli.ctl.plan_commands import is_plan, where_option
 from jobd.cli.params import NAME, PAST, STATUS, command, json_option, limit_option
 
-if TYPE_CHECKING:
-    from jobd.model.responses import JobView
-
-_PAGE: Final = 200
 _ADMIN_FILTERS: Final = frozenset({"since", "until", "finished_since", "finished_until", "q", "error"})
 
 
@@ -45,7 +42,9 @@ def jobs(limit: int, everything: bool, cursor: str | None, quiet: bool, as_json:
 
     Options marked * use the admin API instead of the worker API.
     """
-    found, following = _pages(None if everything else limit, cursor, match)
+    filters = {name: value for name, value in match.items() if value is not None}
+    client = admin_client() if _ADMIN_FILTERS & filters.keys() else job_client()
+    found, following = read_pages(partial(client.list_jobs, **filters), "jobs", None if everything else limit, cursor)
     if as_json:
         terminal.emit_json({"jobs": found, "next_cursor": following})
         return
@@ -56,20 +55,6 @@ def jobs(limit: int, everything: bool, cursor: str | None, quiet: bool, as_json:
         terminal.table(tables.JOBS, found, empty="No jobs.")
     if following is not None:
         terminal.say(f"There are more: --cursor {following} continues, --all lists all.")
-
-
-def _pages(limit: int | None, cursor: str | None, match: dict[str, Any]) -> tuple[list[JobView], str | None]:
-    """Return up to `limit` jobs (None: all) and the cursor of the next page."""
-    filters = {name: value for name, value in match.items() if value is not None}
-    client = admin_client() if _ADMIN_FILTERS & filters.keys() else job_client()
-    found: list[JobView] = []
-    while True:
-        page_size = _PAGE if limit is None else min(_PAGE, limit - len(found))
-        page = client.list_jobs(limit=page_size, cursor=cursor, **filters)
-        found += page.jobs
-        cursor = page.next_cursor
-        if cursor is None or (limit is not None and len(found) >= limit):
-            return found, cursor
 
 
 @command(JOB, json_option, worker_options)

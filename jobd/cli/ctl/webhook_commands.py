@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 import click
 
 from jobd.cli import confirm, exit_codes, tables_admin, terminal
-from jobd.cli.connection import admin_client, admin_options
+from jobd.cli.connection import admin_client, admin_options, read_pages
 from jobd.cli.params import json_option, limit_option
 
 if TYPE_CHECKING:
     from jobd.model.responses import DeliveryPage, DeliveryState
 
 STATES: Final = ("waiting", "delivered", "dead-lettered")
-_PAGE: Final = 200
 
 
 @click.command()
@@ -75,14 +75,8 @@ def _deliveries_of(name: str, state: DeliveryState | None, limit: int | None, cu
     """Return up to `limit` deliveries (None: all)."""
     from jobd.model.responses import DeliveryPage
 
-    client, found = admin_client(), DeliveryPage([], cursor)
-    while True:
-        page_size = _PAGE if limit is None else min(_PAGE, limit - len(found.deliveries))
-        page = client.deliveries(name, state=state, limit=page_size, cursor=found.next_cursor)
-        found.deliveries += page.deliveries
-        found.next_cursor = page.next_cursor
-        if page.next_cursor is None or len(found.deliveries) == limit:
-            return found
+    get = partial(admin_client().deliveries, name, state=state)
+    return DeliveryPage(*read_pages(get, "deliveries", limit, cursor))
 
 
 def _resend_all(name: str, reason: str | None, *, yes: bool, dry_run: bool, as_json: bool) -> None:
