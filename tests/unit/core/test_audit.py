@@ -74,16 +74,14 @@ def test_the_audit_name_of_a_command_is_that_of_its_call() -> None:
     assert names | {Recover: "recover-stuck"} == AUDIT_NAMES, "an audit_name is the last part of the path of its route"
 
 
-def test_commands_without_an_operator_and_reads_have_no_entry() -> None:
-    rules = RuleHarness()
+def test_commands_without_an_operator_and_reads_have_no_entry(rules: RuleHarness) -> None:
     rules.create("a")
     assert entry(rules, Get(id="a")) is None
     assert entry(rules, Create(id="b")) is None
     assert entry(rules, Cancel(id="a"), operator=None) is None
 
 
-def test_a_dry_run_has_no_entry() -> None:
-    rules = RuleHarness()
+def test_a_dry_run_has_no_entry(rules: RuleHarness) -> None:
     rules.create("a")
     for job_id in ("a", "b"):
         for command in (RunNow(id=job_id), Update(id=job_id), Transition(id=job_id, from_="queued", to="failed")):
@@ -91,8 +89,7 @@ def test_a_dry_run_has_no_entry() -> None:
             assert entry(rules, command) is not None
 
 
-def test_an_entry_has_operator_address_action_reason_and_outcome() -> None:
-    rules = RuleHarness()
+def test_an_entry_has_operator_address_action_reason_and_outcome(rules: RuleHarness) -> None:
     rules.create("a", queue="video")
     found = entry(rules, ForceFail(id="a", reason="broken"))
     details = {"from": "queued", "to": "failed", "event": rules.last().seq}
@@ -103,8 +100,7 @@ def test_an_entry_has_operator_address_action_reason_and_outcome() -> None:
     assert (nameless.who, nameless.address, nameless.reason) == ("admin", "::1", None)
 
 
-def test_the_details_of_an_update_have_the_new_values() -> None:
-    rules = RuleHarness()
+def test_the_details_of_an_update_have_the_new_values(rules: RuleHarness) -> None:
     rules.create("a")
     found = entry(rules, Update(id="a", priority=-3, reason="urgent"))
     assert found is not None
@@ -112,8 +108,7 @@ def test_the_details_of_an_update_have_the_new_values() -> None:
     assert found.details == {"priority": -3, "from": "queued", "to": "queued", "event": rules.last().seq}
 
 
-def test_an_action_that_changed_nothing_has_an_entry() -> None:
-    rules = RuleHarness()
+def test_an_action_that_changed_nothing_has_an_entry(rules: RuleHarness) -> None:
     rules.create("a")
     for command, queue in ((RunNow(id="a"), None), (Pause(name="q"), "q"), (Pause(name="q"), "q")):
         found = entry(rules, command)
@@ -121,8 +116,7 @@ def test_an_action_that_changed_nothing_has_an_entry() -> None:
         assert (found.outcome, found.jobs, found.queue) == ("done", 0, queue)
 
 
-def test_the_outcome_of_a_rejected_action_is_its_error_code() -> None:
-    rules = RuleHarness()
+def test_the_outcome_of_a_rejected_action_is_its_error_code(rules: RuleHarness) -> None:
     rules.create("a")
     missing = entry(rules, Cancel(id="nobody", reason="why"))
     assert missing == AuditEntry(rules.now, "eve", "10.0.0.7", "cancel", "nobody", None, "why", "job_not_found")
@@ -131,8 +125,7 @@ def test_the_outcome_of_a_rejected_action_is_its_error_code() -> None:
     assert (rejected.outcome, rejected.jobs, rejected.details) == ("invalid_transition", 0, None)
 
 
-def test_an_action_of_many_commands_counts_its_jobs_and_names_none() -> None:
-    rules = RuleHarness()
+def test_an_action_of_many_commands_counts_its_jobs_and_names_none(rules: RuleHarness) -> None:
     operator = replace(EVE, part_of="p1")
     line = entry(rules, Import(id="a", status="failed", error_message="x"), operator)
     assert line == AuditEntry(rules.now, "eve", "10.0.0.7", "import", jobs=1, part_of="p1")
@@ -141,8 +134,7 @@ def test_an_action_of_many_commands_counts_its_jobs_and_names_none() -> None:
     assert none == AuditEntry(rules.now, "eve", "10.0.0.7", "recover-stuck", part_of="p1")
 
 
-def test_a_plan_counts_the_jobs_that_it_changed() -> None:
-    rules = RuleHarness()
+def test_a_plan_counts_the_jobs_that_it_changed(rules: RuleHarness) -> None:
     rules.create("a")
     known = ExpectedVersion("a", version(rules.job("a")))
     command = ApplyEndings(action="cancel", jobs=[known, ExpectedVersion("b", "x")], reason="why")
@@ -151,8 +143,7 @@ def test_a_plan_counts_the_jobs_that_it_changed() -> None:
     assert found == AuditEntry(rules.now, "eve", "10.0.0.7", "plan-cancel", reason="why", **one)
 
 
-def test_a_plan_of_one_job_names_it() -> None:
-    rules = RuleHarness()
+def test_a_plan_of_one_job_names_it(rules: RuleHarness) -> None:
     rules.create("a")
     command = ApplyEndings(action="cancel", jobs=[ExpectedVersion("a", version(rules.job("a")))])
     found = entry(rules, command, replace(EVE, part_of="p1"))

@@ -56,6 +56,11 @@ class FeedHarness:
         return listener
 
 
+@pytest.fixture
+def stage() -> FeedHarness:
+    return FeedHarness()
+
+
 def events_in(piece: bytes) -> list[dict[str, Any]]:
     """Return the events in the sent bytes."""
     blocks = [block.split("\n") for block in piece.decode().split("\n\n")]
@@ -75,8 +80,7 @@ async def received(listener: Subscriber, up_to: int) -> list[int]:
 
 
 @in_virtual_time
-async def test_an_event_is_encoded_for_the_stream() -> None:
-    stage = FeedHarness()
+async def test_an_event_is_encoded_for_the_stream(stage: FeedHarness) -> None:
     listener = stage.listen()
     assert await listener.begin(None) == b"retry: 2000\nid: 0\n\n"
     change = stage.maker.create()
@@ -92,8 +96,7 @@ async def test_an_event_is_encoded_for_the_stream() -> None:
 
 
 @in_virtual_time
-async def test_an_event_of_a_queue_names_no_job() -> None:
-    stage = FeedHarness()
+async def test_an_event_of_a_queue_names_no_job(stage: FeedHarness) -> None:
     listener = await stage.begun()
     await stage.write([stage.maker.queue_event("video", True)])
     [event] = events_in(await listener.more())
@@ -101,8 +104,7 @@ async def test_an_event_of_a_queue_names_no_job() -> None:
 
 
 @in_virtual_time
-async def test_a_new_subscriber_gets_only_new_events() -> None:
-    stage = FeedHarness()
+async def test_a_new_subscriber_gets_only_new_events(stage: FeedHarness) -> None:
     await stage.commit(3)
     listener = stage.listen()
     assert await listener.begin(None) == b"retry: 2000\nid: 3\n\n"
@@ -111,8 +113,7 @@ async def test_a_new_subscriber_gets_only_new_events() -> None:
 
 
 @in_virtual_time
-async def test_without_subscribers_nothing_is_kept() -> None:
-    stage = FeedHarness()
+async def test_without_subscribers_nothing_is_kept(stage: FeedHarness) -> None:
     await stage.commit(3)
     assert (stage.feed.last, stage.feed._news, len(stage.feed.rounds)) == (3, [], 0)
     replaying = stage.listen()
@@ -122,16 +123,14 @@ async def test_without_subscribers_nothing_is_kept() -> None:
 
 
 @in_virtual_time
-async def test_an_event_is_encoded_once_for_all_subscribers() -> None:
-    stage = FeedHarness()
+async def test_an_event_is_encoded_once_for_all_subscribers(stage: FeedHarness) -> None:
     first, second = await stage.begun(), await stage.begun()
     await stage.commit(5)
     assert await first.more() is await second.more()
 
 
 @in_virtual_time
-async def test_frequent_events_are_sent_in_batches() -> None:
-    stage = FeedHarness()
+async def test_frequent_events_are_sent_in_batches(stage: FeedHarness) -> None:
     listener = await stage.begun()
     await stage.commit()
     assert numbers(await listener.more()) == [1]
@@ -171,8 +170,7 @@ def test_the_switch_from_journal_to_live_has_no_gap_or_repeat(seed: int, wanted:
 
 
 @in_virtual_time
-async def test_unused_numbers_are_not_a_gap() -> None:
-    stage = FeedHarness()
+async def test_unused_numbers_are_not_a_gap(stage: FeedHarness) -> None:
     await stage.commit(3)
     stage.maker.numbers = stage.disk.numbers = type(stage.disk.numbers)(next_job=4, next_event=1000)
     listener = await stage.begun(after=2)
@@ -182,8 +180,7 @@ async def test_unused_numbers_are_not_a_gap() -> None:
 
 
 @in_virtual_time
-async def test_unwanted_events_are_skipped_and_the_position_advances() -> None:
-    stage = FeedHarness()
+async def test_unwanted_events_are_skipped_and_the_position_advances(stage: FeedHarness) -> None:
     await stage.commit(PAGE + 10)
     name = stage.disk.events[4].job_id
     listener = await stage.begun(EventFilter(job_ids=frozenset({name})), after=0)
@@ -196,8 +193,7 @@ async def test_unwanted_events_are_skipped_and_the_position_advances() -> None:
 
 
 @in_virtual_time
-async def test_a_filtered_stream_continues_within_a_page_that_another_has_read() -> None:
-    stage = FeedHarness()
+async def test_a_filtered_stream_continues_within_a_page_that_another_has_read(stage: FeedHarness) -> None:
     await stage.commit(3 * PAGE)
     wanted = EventFilter(types=frozenset({"created"}))
     readers = [await stage.begun(wanted, after, follow=False) for after in (0, PAGE // 2)]
@@ -206,8 +202,7 @@ async def test_a_filtered_stream_continues_within_a_page_that_another_has_read()
 
 
 @in_virtual_time
-async def test_all_filters_have_to_match() -> None:
-    stage = FeedHarness()
+async def test_all_filters_have_to_match(stage: FeedHarness) -> None:
     queue = EventFilter(queues=frozenset({"video", "mail"}), types=frozenset({"queue_paused"}))
     listener = await stage.begun(queue)
     await stage.write([stage.maker.queue_event(name, name != "mail") for name in ("video", "mail", "audio")])
@@ -215,8 +210,7 @@ async def test_all_filters_have_to_match() -> None:
 
 
 @in_virtual_time
-async def test_an_idle_stream_gets_heartbeats() -> None:
-    stage = FeedHarness()
+async def test_an_idle_stream_gets_heartbeats(stage: FeedHarness) -> None:
     listener = await stage.begun()
     loop = asyncio.get_running_loop()
     for _ in range(3):
@@ -226,8 +220,7 @@ async def test_an_idle_stream_gets_heartbeats() -> None:
 
 
 @in_virtual_time
-async def test_a_stream_that_skips_all_events_gets_heartbeats() -> None:
-    stage = FeedHarness()
+async def test_a_stream_that_skips_all_events_gets_heartbeats(stage: FeedHarness) -> None:
     listener = await stage.begun(EventFilter(job_ids=frozenset({"another"})))
     loop = asyncio.get_running_loop()
     more, before = asyncio.ensure_future(listener.more()), loop.time()
@@ -332,9 +325,8 @@ def test_many_resuming_subscribers_catch_up_while_events_continue(spread: int) -
 
 
 @in_virtual_time
-async def test_without_follow_the_stream_ends_at_the_initial_end_of_the_journal() -> None:
+async def test_without_follow_the_stream_ends_at_the_initial_end_of_the_journal(stage: FeedHarness) -> None:
     """It would never end if many events arrive meanwhile."""
-    stage = FeedHarness()
     await stage.commit(2 * PAGE + 50)
     listener = await stage.begun(after=0, follow=False)
     found: list[int] = []
@@ -346,8 +338,7 @@ async def test_without_follow_the_stream_ends_at_the_initial_end_of_the_journal(
 
 
 @in_virtual_time
-async def test_pruned_events_are_an_error_at_the_start_and_later() -> None:
-    stage = FeedHarness()
+async def test_pruned_events_are_an_error_at_the_start_and_later(stage: FeedHarness) -> None:
     await stage.commit(3 * PAGE)
     listener = await stage.begun(after=0)
     assert len(numbers(await listener.more())) == PAGE
@@ -363,8 +354,7 @@ async def test_pruned_events_are_an_error_at_the_start_and_later() -> None:
 
 
 @in_virtual_time
-async def test_a_position_beyond_the_journal_is_an_error() -> None:
-    stage = FeedHarness()
+async def test_a_position_beyond_the_journal_is_an_error(stage: FeedHarness) -> None:
     await stage.commit(3)
     with pytest.raises(ApiException) as no:
         await stage.begun(after=4)
@@ -374,8 +364,7 @@ async def test_a_position_beyond_the_journal_is_an_error() -> None:
 
 
 @in_virtual_time
-async def test_a_position_that_is_committed_but_not_published_is_valid() -> None:
-    stage = FeedHarness()
+async def test_a_position_that_is_committed_but_not_published_is_valid(stage: FeedHarness) -> None:
     await stage.commit(3, notify=False)
     listener = await stage.begun(after=0)
     assert await received(listener, 3) == [1, 2, 3]
@@ -387,8 +376,7 @@ async def test_a_position_that_is_committed_but_not_published_is_valid() -> None
 
 
 @in_virtual_time
-async def test_a_stream_can_begin_some_events_back() -> None:
-    stage = FeedHarness()
+async def test_a_stream_can_begin_some_events_back(stage: FeedHarness) -> None:
     await stage.commit(5)
     for gone_to, back, expected in ((0, 2, [4, 5]), (4, 2, [5]), (0, 100, [1, 2, 3, 4, 5])):
         stage.disk.gone_to = gone_to
@@ -399,8 +387,7 @@ async def test_a_stream_can_begin_some_events_back() -> None:
 
 
 @in_virtual_time
-async def test_without_follow_the_stream_ends_with_the_journal() -> None:
-    stage = FeedHarness()
+async def test_without_follow_the_stream_ends_with_the_journal(stage: FeedHarness) -> None:
     await stage.commit(PAGE + 1)
     listener = await stage.begun(after=0, follow=False)
     assert len(numbers(await listener.more())) == PAGE
@@ -412,8 +399,7 @@ async def test_without_follow_the_stream_ends_with_the_journal() -> None:
 
 
 @in_virtual_time
-async def test_when_the_daemon_stops_subscribers_get_pending_events() -> None:
-    stage = FeedHarness()
+async def test_when_the_daemon_stops_subscribers_get_pending_events(stage: FeedHarness) -> None:
     live, stalled = await stage.begun(), await stage.begun()
     replaying, reading = await stage.begun(after=0), await stage.begun(after=0, follow=False)
     await stage.commit(3)
@@ -436,8 +422,7 @@ async def test_when_the_daemon_stops_subscribers_get_pending_events() -> None:
 
 
 @in_virtual_time
-async def test_when_the_daemon_stops_idle_streams_end_at_once() -> None:
-    stage = FeedHarness()
+async def test_when_the_daemon_stops_idle_streams_end_at_once(stage: FeedHarness) -> None:
     listener = await stage.begun()
     more, before = asyncio.ensure_future(listener.more()), asyncio.get_running_loop().time()
     await seconds(1)

@@ -20,6 +20,11 @@ def path(tmp_path: Path) -> str:
 
 
 @pytest.fixture
+def maker() -> ChangeFactory:
+    return ChangeFactory()
+
+
+@pytest.fixture
 async def store(path: str) -> AsyncIterator[Store]:
     store, _ = await Store.open(path)
     async with store:

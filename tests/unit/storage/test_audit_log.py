@@ -37,8 +37,7 @@ async def test_parts_of_one_action_share_a_row_that_counts_their_jobs(store: Sto
     assert found == [(3, entry(4, part_of="p2")), (2, entry(1)), (1, replace(first, jobs=9))]
 
 
-async def test_an_entry_of_a_failed_transaction_is_written_again(store: Store) -> None:
-    maker = ChangeFactory()
+async def test_an_entry_of_a_failed_transaction_is_written_again(maker: ChangeFactory, store: Store) -> None:
     ghost = job_of(maker.create())
     with pytest.raises(BadRows):
         await store.write(maker.batch([], audit=[entry(part_of="p")], payloads=[ghost.seq]))

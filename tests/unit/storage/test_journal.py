@@ -58,9 +58,8 @@ async def test_the_last_heartbeats_of_each_grant_are_kept(path: str) -> None:
         assert maker.jobs[1].progress_message == "x"
 
 
-async def test_each_batch_thins_one_journal(store: Store) -> None:
+async def test_each_batch_thins_one_journal(maker: ChangeFactory, store: Store) -> None:
     """All commands wait for it, so sixteen workers that report together would delay them sixteen times as long."""
-    maker = ChangeFactory()
     created = [maker.create(), maker.create()]
     await store.write(maker.batch(created))
     held = [maker.grant(job_of(change)) for change in created]
@@ -81,9 +80,8 @@ async def test_each_batch_thins_one_journal(store: Store) -> None:
     assert heartbeats() == [KEEP_HEARTBEATS, KEEP_HEARTBEATS]
 
 
-async def test_a_pending_journal_is_thinned_from_its_recorded_grant(store: Store) -> None:
+async def test_a_pending_journal_is_thinned_from_its_recorded_grant(maker: ChangeFactory, store: Store) -> None:
     """The job may have another grant when its turn comes."""
-    maker = ChangeFactory()
     created = [maker.create(), maker.create()]
     held = [maker.grant(job_of(change)) for change in created]
     await store.write(maker.batch([*created, *held]))
@@ -177,8 +175,7 @@ async def test_a_long_journal_is_compacted_in_slices(path: str, monkeypatch: pyt
 
 
 @pytest.mark.usefixtures("rows_of_one_event")
-async def test_a_journal_is_compacted_after_a_damaged_row(path: str) -> None:
-    maker = ChangeFactory()
+async def test_a_journal_is_compacted_after_a_damaged_row(maker: ChangeFactory, path: str) -> None:
     change = maker.create()
     job, changes = job_of(change), [change]
     for _ in range(2 * KEEP_GRANTS):
@@ -216,15 +213,13 @@ async def test_returned_grants_are_counted_for_a_limited_number_of_jobs(
         assert store._projection._shortener._returned_grants == {2: (0, 2)}
 
 
-async def test_recently_written_payloads_are_cached(store: Store, path: str) -> None:
-    maker = ChangeFactory()
+async def test_recently_written_payloads_are_cached(maker: ChangeFactory, store: Store, path: str) -> None:
     await store.write(maker.batch([maker.create(), maker.create()]))
     assert store.cached_payloads([1, 2, 3]) == {seq: maker.payloads[seq] for seq in (1, 2)}
     assert store.cached_payloads([]) == {}
 
 
-async def test_a_timeline_can_be_limited_to_its_latest_events(store: Store) -> None:
-    maker = ChangeFactory()
+async def test_a_timeline_can_be_limited_to_its_latest_events(maker: ChangeFactory, store: Store) -> None:
     change = maker.create()
     await store.write(maker.batch([change]))
     for _ in range(5):
@@ -238,8 +233,7 @@ async def test_a_timeline_can_be_limited_to_its_latest_events(store: Store) -> N
         assert await store.timeline(1, limit) == whole[-limit:]
 
 
-async def test_old_journals_of_deleted_jobs_are_pruned(store: Store) -> None:
-    maker = ChangeFactory()
+async def test_old_journals_of_deleted_jobs_are_pruned(maker: ChangeFactory, store: Store) -> None:
     first, second = maker.create(), maker.create()
     ended = maker.finish(job_of(first))
     await store.write(maker.batch([first, second, ended, maker.queue_event("video", True)]))
@@ -270,8 +264,7 @@ async def test_the_used_bytes_grow_and_shrink_with_the_events(store: Store) -> N
     assert await store.used_bytes() < (full + empty) / 2
 
 
-async def test_pruned_events_are_reported_after_a_restart(path: str) -> None:
-    maker = ChangeFactory()
+async def test_pruned_events_are_reported_after_a_restart(maker: ChangeFactory, path: str) -> None:
     async with open_store(path) as (store, _):
         first, second = maker.create(), maker.create()
         ended = maker.finish(job_of(maker.grant(job_of(first))))
@@ -291,8 +284,7 @@ async def test_pruned_events_are_reported_after_a_restart(path: str) -> None:
         assert (await store.events_after(0, 100)).gone_to == last
 
 
-async def test_a_damaged_event_number_marks_no_future_events_as_missing(path: str) -> None:
-    maker = ChangeFactory()
+async def test_a_damaged_event_number_marks_no_future_events_as_missing(maker: ChangeFactory, path: str) -> None:
     async with open_store(path) as (store, _):
         await store.write(maker.batch([maker.create() for _ in range(5)]))
     with edit_store(path) as conn:

@@ -233,8 +233,7 @@ async def test_the_cursor_of_a_removed_endpoint_is_kept_for_a_while(store: Store
     assert await store.deliveries([1]) == []
 
 
-async def test_known_endpoints_start_on_a_full_disk(small_disk: Path) -> None:
-    maker = ChangeFactory()
+async def test_known_endpoints_start_on_a_full_disk(maker: ChangeFactory, small_disk: Path) -> None:
     async with open_store(str(small_disk / "jobd.db")) as (store, _):
         await store.open_outbox(["e"], NOW)
         await planned(store, made(1), position=3)
@@ -280,8 +279,7 @@ async def test_a_delivery_that_is_damaged_while_it_is_sent_gets_its_outcome(stor
     assert await store.deliveries([1]) == [delivered]
 
 
-async def test_a_damaged_cursor_continues_after_its_last_delivery(path: str) -> None:
-    maker = ChangeFactory()
+async def test_a_damaged_cursor_continues_after_its_last_delivery(maker: ChangeFactory, path: str) -> None:
     async with open_store(path) as (store, _):
         await store.write(maker.batch([maker.create() for _ in range(9)]))
         await store.open_outbox(["e", "f"], NOW)

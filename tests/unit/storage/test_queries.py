@@ -98,8 +98,7 @@ def _matches(job: Job, wanted: dict[str, str]) -> bool:
 
 
 @pytest.mark.parametrize("status", ["queued", "processing", "failed", "cancelled"])
-async def test_a_failed_job_is_found_behind_many_newer_ones(store: Store, status: str) -> None:
-    maker = ChangeFactory()
+async def test_a_failed_job_is_found_behind_many_newer_ones(maker: ChangeFactory, store: Store, status: str) -> None:
     created = maker.create("old")
     old = job_of(created)
     await store.write(maker.batch([created]))
@@ -113,8 +112,7 @@ async def test_a_failed_job_is_found_behind_many_newer_ones(store: Store, status
     assert ([job.id for job, _ in page.jobs], page.next_before, page.scanned_until) == (["old"], None, None)
 
 
-async def test_a_page_that_ends_early_reports_how_far_it_scanned(store: Store) -> None:
-    maker = ChangeFactory()
+async def test_a_page_that_ends_early_reports_how_far_it_scanned(maker: ChangeFactory, store: Store) -> None:
     await store.write(maker.batch([created_job(maker, f"j{n}", created_at=NOW + n) for n in range(9)]))
     page = await store.find_jobs(JobQuery(kind="none", scan=4))
     assert (page.jobs, page.next_before, page.scanned_until, page.scanned) == ([], 6, NOW + 5, 4)
@@ -126,9 +124,8 @@ async def test_a_page_that_ends_early_reports_how_far_it_scanned(store: Store) -
     assert (len(page.jobs), page.next_before, page.scanned_until) == (4, 6, NOW + 5)
 
 
-async def test_jobs_are_filtered_by_the_worker_of_their_latest_grant(store: Store) -> None:
+async def test_jobs_are_filtered_by_the_worker_of_their_latest_grant(maker: ChangeFactory, store: Store) -> None:
     """Also if it has ended. Workers of earlier grants do not count."""
-    maker = ChangeFactory()
     created = maker.create("a")
     await store.write(maker.batch([created]))
     first = PreviousGrant("old", 1, "w-before", NOW, "holder", "failed", "fail", "h")
@@ -147,8 +144,7 @@ async def test_jobs_are_filtered_by_the_worker_of_their_latest_grant(store: Stor
         assert await ids(store, worker="w-now") == (["a"] if grant else [])
 
 
-async def test_a_page_has_a_limited_amount_of_payload(store: Store) -> None:
-    maker = ChangeFactory()
+async def test_a_page_has_a_limited_amount_of_payload(maker: ChangeFactory, store: Store) -> None:
     changes = [replace(maker.create(), payload=b'"%s"' % (b"y" * 998)) for _ in range(10)]
     await store.write(maker.batch(changes))
     page = await store.find_jobs(JobQuery(payload_bytes=3_000))
@@ -175,8 +171,7 @@ def with_metadata(maker: ChangeFactory, count: int, size: int) -> list[Change]:
     return changes
 
 
-async def test_a_page_reads_a_limited_amount_of_metadata(store: Store) -> None:
-    maker = ChangeFactory()
+async def test_a_page_reads_a_limited_amount_of_metadata(maker: ChangeFactory, store: Store) -> None:
     await store.write(maker.batch(with_metadata(maker, 10, 1_000)))
     for after, expected in ((None, [10, 9, 8, 7, 6, 5, 4, 3, 2, 1]), (0, [1, 2, 3, 4, 5, 6, 7, 8, 9, 10])):
         seqs, sizes, query = [], [], JobQuery(payload_bytes=3_500, after=after)
@@ -217,8 +212,7 @@ async def test_slices_of_events_and_of_expired_jobs_have_a_limited_size(
     assert await store.expired_jobs(NOW, 100) == ["job-1"]
 
 
-async def test_expired_returns_only_finished_jobs_oldest_first(store: Store) -> None:
-    maker = ChangeFactory()
+async def test_expired_returns_only_finished_jobs_oldest_first(maker: ChangeFactory, store: Store) -> None:
     first, second, third = (maker.create(expires_at=NOW - 5) for _ in range(3))
     await store.write(maker.batch([first, second, third]))
     late = maker.finish(job_of(second))
@@ -235,9 +229,8 @@ async def test_expired_returns_only_finished_jobs_oldest_first(store: Store) -> 
     assert await store.expired_jobs(NOW + 1_000, 10) == ["job-2"]
 
 
-async def test_a_job_with_an_invalid_status_does_not_expire(store: Store) -> None:
+async def test_a_job_with_an_invalid_status_does_not_expire(maker: ChangeFactory, store: Store) -> None:
     """The index has it because it is not live, but no cleanup run could delete it."""
-    maker = ChangeFactory()
     jobs = [maker.create(expires_at=NOW - 5) for _ in range(3)]
     await store.write(maker.batch(jobs))
     ends = [maker.finish(job_of(job)) for job in jobs]
@@ -251,8 +244,7 @@ async def test_a_job_with_an_invalid_status_does_not_expire(store: Store) -> Non
     assert await store.expired_jobs(NOW + 1_000, 1, 1) == ["job-3"]
 
 
-async def test_late_results_are_counted_by_their_index(store: Store) -> None:
-    maker = ChangeFactory()
+async def test_late_results_are_counted_by_their_index(maker: ChangeFactory, store: Store) -> None:
     jobs = [maker.create(job_id) for job_id in "abc"]
     await store.write(maker.batch(jobs))
     await store.write(maker.batch([maker.late(job_of(jobs[0]), token) for token in (1, 2)]))
@@ -262,8 +254,7 @@ async def test_late_results_are_counted_by_their_index(store: Store) -> None:
     assert await store.count_late_results([*seqs, 99]) == {seqs[0]: 2, seqs[2]: 1}
 
 
-async def test_an_older_grant_is_found_only_in_the_journal_of_its_job(store: Store) -> None:
-    maker = ChangeFactory()
+async def test_an_older_grant_is_found_only_in_the_journal_of_its_job(maker: ChangeFactory, store: Store) -> None:
     created = maker.create("a")
     granted = maker.grant(job_of(created))
     back = maker.requeue(job_of(granted))
@@ -297,8 +288,7 @@ async def test_a_grant_is_searched_at_the_end_of_a_journal(store: Store, monkeyp
     assert sorted(grant.fencing_token for grant in found.values()) == [grant.fencing_token for grant in grants[2:]]
 
 
-async def test_many_queries_for_one_job_read_it_once(store: Store) -> None:
-    maker = ChangeFactory()
+async def test_many_queries_for_one_job_read_it_once(maker: ChangeFactory, store: Store) -> None:
     created = maker.create("a")
     await store.write(maker.batch([created]))
     change = maker.late(job_of(created), 1)
@@ -327,8 +317,7 @@ async def ids(store: Store, **query: Any) -> list[str]:
     return [job.id for job, _ in (await store.find_jobs(JobQuery(**query))).jobs]
 
 
-async def test_text_is_found_in_id_payload_and_error_ignoring_case(store: Store) -> None:
-    maker = ChangeFactory()
+async def test_text_is_found_in_id_payload_and_error_ignoring_case(maker: ChangeFactory, store: Store) -> None:
     changes = [
         created_job(maker, "Cat-1"),
         created_job(maker, "b", payload=b'{"pet": "big CAT"}'),
@@ -348,8 +337,7 @@ async def test_text_is_found_in_id_payload_and_error_ignoring_case(store: Store)
     assert await ids(store, text="cat", status="queued", limit=2) == ["c", "b"]
 
 
-async def test_jobs_are_found_by_creation_time(store: Store) -> None:
-    maker = ChangeFactory()
+async def test_jobs_are_found_by_creation_time(maker: ChangeFactory, store: Store) -> None:
     changes = [created_job(maker, f"j{n}", created_at=NOW + n) for n in range(5)]
     await store.write(maker.batch(changes))
     assert await ids(store, since=NOW + 2) == ["j4", "j3", "j2"]
@@ -357,8 +345,7 @@ async def test_jobs_are_found_by_creation_time(store: Store) -> None:
     assert await ids(store, since=NOW + 1, until=NOW + 3) == ["j2", "j1"]
 
 
-async def test_jobs_are_found_by_finish_time(store: Store) -> None:
-    maker = ChangeFactory()
+async def test_jobs_are_found_by_finish_time(maker: ChangeFactory, store: Store) -> None:
     finished = [
         created_job(maker, f"j{n}", status="failed", finished_at=NOW + 9 - n, expires_at=NOW * 2) for n in range(4)
     ]
@@ -385,8 +372,7 @@ async def test_a_text_search_ends_early_if_payloads_are_large(store: Store, monk
     assert pages == 3
 
 
-async def test_jobs_with_the_same_error_are_found(store: Store) -> None:
-    maker = ChangeFactory()
+async def test_jobs_with_the_same_error_are_found(maker: ChangeFactory, store: Store) -> None:
     alike = [created_job(maker, f"j{n}", error=f"took {n} s", status="failed") for n in range(3)]
     other = [
         created_job(maker, "k", error="lost", status="failed"),
@@ -401,7 +387,6 @@ async def test_jobs_with_the_same_error_are_found(store: Store) -> None:
     assert page.last_event == maker.numbers.next_event - 1
 
 
-async def test_a_page_can_omit_payloads(store: Store) -> None:
-    maker = ChangeFactory()
+async def test_a_page_can_omit_payloads(maker: ChangeFactory, store: Store) -> None:
     await store.write(maker.batch([created_job(maker, "a", payload=b'"p"')]))
     assert [body for _, body in (await store.find_jobs(JobQuery(payloads=False))).jobs] == [b"null"]

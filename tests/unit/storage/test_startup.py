@@ -186,8 +186,7 @@ async def test_no_thread_is_left_behind(path: str, tmp_path: Path) -> None:
 # Epochs
 
 
-async def test_a_marked_store_begins_a_new_epoch_until_its_grants_are_ended(path: str) -> None:
-    maker = ChangeFactory()
+async def test_a_marked_store_begins_a_new_epoch_until_its_grants_are_ended(maker: ChangeFactory, path: str) -> None:
     async with open_store(path) as (store, found):
         assert (found.marked, found.numbers.epoch) == (False, 1)
         await store.write(maker.batch([maker.create()]))

@@ -168,8 +168,7 @@ async def test_an_inline_commit_waits_for_the_read_of_a_cancelled_caller(path: s
     assert writers != [threading.get_ident()]
 
 
-async def test_commits_run_in_the_thread_during_a_backup(path: str, writers: list[int]) -> None:
-    maker = ChangeFactory()
+async def test_commits_run_in_the_thread_during_a_backup(maker: ChangeFactory, path: str, writers: list[int]) -> None:
     idle: list[bool] = []
     async with open_store(path, "inline") as (store, _):
         (await store.backup(lambda *_: idle.append(store._connection.is_idle))).close()
@@ -276,8 +275,7 @@ async def test_cancelling_the_opening_waits_for_it_and_releases_the_lock(path: s
         pass
 
 
-async def test_the_last_500_reports_are_kept(store: Store) -> None:
-    maker = ChangeFactory()
+async def test_the_last_500_reports_are_kept(maker: ChangeFactory, store: Store) -> None:
     for number in range(503):
         await store.write(maker.batch([], report=b"%d" % number))
     reports = await store.reports(1_000)

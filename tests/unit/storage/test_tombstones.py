@@ -26,8 +26,7 @@ async def due_seqs(store: Store, now: int = NOW, limit: int = 99) -> list[int]:
     return [tombstone.job_seq for tombstone, _ in (await store.due_tombstones(now, limit)).found]
 
 
-async def test_a_tombstone_is_written_with_its_batch_and_due_later(path: str) -> None:
-    maker = ChangeFactory()
+async def test_a_tombstone_is_written_with_its_batch_and_due_later(maker: ChangeFactory, path: str) -> None:
     async with open_store(path) as (store, _):
         await store.write(
             maker.batch(
@@ -65,8 +64,7 @@ async def test_a_tombstone_postponed_by_a_wrong_clock_is_due(store: Store) -> No
 
 
 @pytest.mark.parametrize("status", ["queued", "failed", "completed"])
-async def test_a_key_is_referenced_while_any_job_has_it(store: Store, status: str) -> None:
-    maker = ChangeFactory()
+async def test_a_key_is_referenced_while_any_job_has_it(maker: ChangeFactory, store: Store, status: str) -> None:
     change = maker.create("holder", status=status, result=Result(storage_key="k/ü'\n"))
     await store.write(
         maker.batch(
@@ -79,8 +77,7 @@ async def test_a_key_is_referenced_while_any_job_has_it(store: Store, status: st
     assert [named for _, named in (await store.due_tombstones(NOW, 9)).found] == [True, False, False]
 
 
-async def test_a_late_result_keeps_its_artifact_until_its_job_is_deleted(store: Store) -> None:
-    maker = ChangeFactory()
+async def test_a_late_result_keeps_its_artifact_until_its_job_is_deleted(maker: ChangeFactory, store: Store) -> None:
     job = job_of(maker.create("a", status="cancelled"))
     batch = maker.batch([], tombstones=[waiting_tombstone(90)])
     maker.jobs.clear()
@@ -109,8 +106,7 @@ async def tombstones_by_seq(store: Store, now: int = NOW) -> list[Tombstone]:
     return sorted(found, key=lambda each: each.job_seq)
 
 
-async def test_artifacts_of_late_results_are_deleted_with_their_job(path: str) -> None:
-    maker = ChangeFactory()
+async def test_artifacts_of_late_results_are_deleted_with_their_job(maker: ChangeFactory, path: str) -> None:
     reported: list[int] = []
     async with open_store(path) as (store, _):
         store.on_tombstones = reported.append
@@ -133,8 +129,7 @@ async def test_artifacts_of_late_results_are_deleted_with_their_job(path: str) -
         assert (await store.due_tombstones(maker.now, 9)).held == set()
 
 
-async def test_the_artifact_of_a_displaced_late_result_is_deleted(store: Store) -> None:
-    maker = ChangeFactory()
+async def test_the_artifact_of_a_displaced_late_result_is_deleted(maker: ChangeFactory, store: Store) -> None:
     created = maker.create("a")
     late = [late_result(maker, job_of(created), token, f"late/{token}") for token in (5, 3, 9, 1, 8)]
     await store.write(maker.batch([created, *late], sweeps=True))
@@ -154,8 +149,7 @@ async def test_a_late_result_in_the_batch_that_deletes_its_job_leaves_a_tombston
     assert await tombstones_by_seq(store) == tombstones_of(late)
 
 
-async def test_a_key_referenced_by_another_late_result_is_kept(store: Store) -> None:
-    maker = ChangeFactory()
+async def test_a_key_referenced_by_another_late_result_is_kept(maker: ChangeFactory, store: Store) -> None:
     created = [maker.create(name, status="failed") for name in "ab"]
     late = [late_result(maker, job_of(change), token, "shared") for token, change in enumerate(created)]
     await store.write(maker.batch([*created, *late]))
@@ -171,8 +165,7 @@ async def test_a_key_referenced_by_another_late_result_is_kept(store: Store) -> 
     assert await tombstones_by_seq(store) == tombstones_of(late[1])
 
 
-async def test_without_sweeping_late_results_leave_no_tombstones(store: Store) -> None:
-    maker = ChangeFactory()
+async def test_without_sweeping_late_results_leave_no_tombstones(maker: ChangeFactory, store: Store) -> None:
     created = maker.create("a", status="failed")
     late = [late_result(maker, job_of(created), token, f"late/{token}") for token in range(MAX_LATE_RESULTS + 1)]
     await store.write(maker.batch([created, *late]))
@@ -182,8 +175,7 @@ async def test_without_sweeping_late_results_leave_no_tombstones(store: Store) -
     assert store._connection.raw.execute("SELECT count(*) FROM late_results").fetchone() == (0,)
 
 
-async def test_the_key_of_a_damaged_late_result_is_not_deleted(path: str) -> None:
-    maker = ChangeFactory()
+async def test_the_key_of_a_damaged_late_result_is_not_deleted(maker: ChangeFactory, path: str) -> None:
     created = maker.create("a", status="failed")
     late = [late_result(maker, job_of(created), token, f"late/{token}") for token in (1, 2, 3)]
     async with open_store(path) as (store, _):
@@ -205,8 +197,7 @@ async def test_the_key_of_a_damaged_late_result_is_not_deleted(path: str) -> Non
         assert "ff6b" in bad_rows[1][1]
 
 
-async def test_a_job_without_its_key_keeps_no_artifact(store: Store) -> None:
-    maker = ChangeFactory()
+async def test_a_job_without_its_key_keeps_no_artifact(maker: ChangeFactory, store: Store) -> None:
     job = job_of(maker.create("holder", status="failed", result=Result(storage_key="k")))
     first = maker.batch([], tombstones=[waiting_tombstone(90)])
     await store.write(maker.batch([maker.create("x", status="failed", result=Result(storage_key="k"))]))

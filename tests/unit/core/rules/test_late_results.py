@@ -509,8 +509,7 @@ def test_adoption_needs_a_late_result(rules: RuleHarness) -> None:
     rules.reject(Adopt(id="b"), "job_not_found", admin=True)
 
 
-def test_adoption_checks_the_required_download_url() -> None:
-    rules = RuleHarness()
+def test_adoption_checks_the_required_download_url(rules: RuleHarness) -> None:
     late(rules, completing(stalled(rules)))
     rules.policy = Policy(require_download_url=True)
     for dry_run in (False, True):

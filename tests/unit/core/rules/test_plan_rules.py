@@ -90,8 +90,7 @@ def test_the_planned_status_of_a_stalled_job_matches_the_recovery(
     assert rules.job().status == ("queued" if repeated else "failed")
 
 
-def test_the_planned_statuses_and_the_actions_allowed_on_a_full_disk() -> None:
-    rules = RuleHarness()
+def test_the_planned_statuses_and_the_actions_allowed_on_a_full_disk(rules: RuleHarness) -> None:
     assert plan_rules.status_after("cleanup", rules.create()) == "failed"
     assert plan_rules.status_after("cleanup", rules.completed("b")) is None
     assert plan_rules.status_after("retry", rules.job()) == "queued"
@@ -124,8 +123,7 @@ def transaction(rules: RuleHarness) -> Transaction:
     return tx
 
 
-def test_maintenance_of_one_job_returns_the_result_or_an_error() -> None:
-    rules = RuleHarness()
+def test_maintenance_of_one_job_returns_the_result_or_an_error(rules: RuleHarness) -> None:
     rules.create("a")
     for rule in (maintenance_rules.recover_one, maintenance_rules.clean_one):
         tx = transaction(rules)
@@ -174,8 +172,7 @@ def due(rules: RuleHarness) -> list[str]:
 
 
 @pytest.mark.parametrize("action", sorted(MAINTENANCE_ACTIONS))
-def test_a_plan_changes_due_jobs_and_rejects_others(action: PlanAction) -> None:
-    rules = RuleHarness()
+def test_a_plan_changes_due_jobs_and_rejects_others(rules: RuleHarness, action: PlanAction) -> None:
     ids = due(rules)
     done = apply(rules, action, known(rules, action, *ids))
     some = ids[:1] if action == "recover-stuck" else ids[:3]
@@ -195,8 +192,7 @@ def test_a_plan_changes_due_jobs_and_rejects_others(action: PlanAction) -> None:
     assert (repeated.applied, len(repeated.rejected)) == (0, 1)
 
 
-def test_a_plan_applied_while_the_clock_is_suspect_says_why_it_deletes_nothing() -> None:
-    rules = RuleHarness()
+def test_a_plan_applied_while_the_clock_is_suspect_says_why_it_deletes_nothing(rules: RuleHarness) -> None:
     due(rules)
     seen = known(rules, "cleanup", "stuck", "late", "old")
     rules.trusted = rules.now - HOUR_MS
@@ -207,8 +203,7 @@ def test_a_plan_applied_while_the_clock_is_suspect_says_why_it_deletes_nothing()
 
 @pytest.mark.parametrize("how", ["extend", "progress", "complete", "recover", "delete"])
 @pytest.mark.parametrize("action", sorted(MAINTENANCE_ACTIONS))
-def test_a_plan_skips_revived_jobs(action: PlanAction, how: str) -> None:
-    rules = RuleHarness()
+def test_a_plan_skips_revived_jobs(rules: RuleHarness, action: PlanAction, how: str) -> None:
     lock_id = rules.held(max_attempts=2)
     rules.advance(20 * MINUTE_MS)  # silent, but not past its progress timeout
     seen = known(rules, action, "a")
@@ -234,9 +229,8 @@ def test_a_plan_skips_revived_jobs(action: PlanAction, how: str) -> None:
     assert (rules.rows.get("a"), len(rules.events)) == (before, count)
 
 
-def test_maintenance_of_an_unknown_job_is_rejected() -> None:
+def test_maintenance_of_an_unknown_job_is_rejected(rules: RuleHarness) -> None:
     """They check for themselves, like the rule of any other action."""
-    rules = RuleHarness()
     tx = transaction(rules)
     for rule in (maintenance_rules.recover_one, maintenance_rules.clean_one):
         with pytest.raises(ApiException, match="job_not_found"):
@@ -264,26 +258,25 @@ def moves(plan: PlanView) -> list[tuple[str, str, str | None]]:
 
 @in_engine()
 async def test_a_maintenance_plan_shows_what_a_cleanup_run_would_do_and_does_it_once(engine: VirtualEngine) -> None:
-    planner = Planner(engine.actor, engine.clock)
     await due_plan(engine)
-    plan = await make_plan(planner, "r", action="recover-stuck")
+    plan = await make_plan(engine.planner, "r", action="recover-stuck")
     assert moves(plan) == [("stuck", "processing", "queued")]
-    plan = await make_plan(planner, action="cleanup", reason="now")
+    plan = await make_plan(engine.planner, action="cleanup", reason="now")
     assert moves(plan) == [("stuck", "processing", "queued"), ("late", "queued", "failed"), ("old", "failed", None)]
     assert (plan.filter, plan.more, plan.next_cursor, plan.skipped) == (None, False, None, [])
     assert plan.scope is not None
     assert "validation fixes are not part of a plan" in plan.scope
     assert (await engine.yes(Get(id="stuck"))).status == "processing", "nothing is done yet"
-    result = await apply_plan(planner)
+    result = await apply_plan(engine.planner)
     assert (result.applied, result.changed, result.rejected) == (3, [], [])
     assert (await engine.yes(Get(id="late"))).status == "failed"
     assert (await engine.no(Get(id="old"))).code == "job_not_found"
     rows = [(row.what, row.reason, row.who) for row in engine.disk.audited.values()]
     assert rows == [("plan-cleanup", "now", "eve"), ("plan-cleanup", None, "eve")], "a slice, and the whole"
-    assert (await apply_plan(planner)).repeated
-    other = await apply_plan(planner, "r")
+    assert (await apply_plan(engine.planner)).repeated
+    other = await apply_plan(engine.planner, "r")
     assert (other.applied, [each.id for each in other.changed]) == (0, ["stuck"])
-    assert (await make_plan(planner, "n", action="cleanup")).count == 0
+    assert (await make_plan(engine.planner, "n", action="cleanup")).count == 0
 
 
 @pytest.mark.parametrize(("action", "count"), [("recover-stuck", 1), ("cleanup", 3)])
@@ -291,48 +284,44 @@ async def test_a_maintenance_plan_shows_what_a_cleanup_run_would_do_and_does_it_
 async def test_jobs_that_revived_since_the_plan_are_listed(
     engine: VirtualEngine, action: PlanAction, count: int
 ) -> None:
-    planner = Planner(engine.actor, engine.clock)
     lock_id = await due_plan(engine)
-    assert (await make_plan(planner, action=action)).count == count
+    assert (await make_plan(engine.planner, action=action)).count == count
     await engine.yes(Progress(id="stuck", lock_id=lock_id, progress=1))
-    result = await apply_plan(planner)
+    result = await apply_plan(engine.planner)
     assert (result.applied, [each.id for each in result.changed]) == (count - 1, ["stuck"])
     assert (await engine.yes(Get(id="stuck"))).status == "processing"
-    assert (await make_plan(planner, "q", action=action)).count == 0
+    assert (await make_plan(engine.planner, "q", action=action)).count == 0
 
 
 @in_engine()
 async def test_maintenance_plans_take_no_selection(engine: VirtualEngine) -> None:
-    planner = Planner(engine.actor, engine.clock)
     for action in get_args(PlanAction):
         for name, given in (("filter", PlanFilter()), ("ids", ["a"]), ("cursor", "failed.7")):
-            wrong = await planner.make(MakePlan(action=action, **{name: given}), "x")  # type: ignore[arg-type]
+            wrong = await engine.planner.make(MakePlan(action=action, **{name: given}), "x")  # type: ignore[arg-type]
             if action in MAINTENANCE_ACTIONS:
                 assert isinstance(wrong, ApiError)
                 assert (wrong.code, wrong.details["field"]) == ("invalid_request", f"$.{name}")
                 assert f"{action} does not accept `{name}`" in wrong.message
     engine.actor.stop()
-    rejected = await planner.make(MakePlan(action="cleanup"), "x")
+    rejected = await engine.planner.make(MakePlan(action="cleanup"), "x")
     assert isinstance(rejected, ApiError)
     assert rejected.code == "shutting_down"
 
 
 @in_engine()
 async def test_while_the_clock_is_suspect_no_deletion_is_planned(engine: VirtualEngine) -> None:
-    planner = Planner(engine.actor, engine.clock)
     await due_plan(engine)
     engine.step_ms = 2 * DAY_MS
-    assert [job.id for job in (await make_plan(planner, action="cleanup")).jobs] == ["stuck"]
+    assert [job.id for job in (await make_plan(engine.planner, action="cleanup")).jobs] == ["stuck"]
 
 
 @in_engine()
 async def test_on_a_full_disk_maintenance_plans_are_allowed(engine: VirtualEngine) -> None:
-    planner = Planner(engine.actor, engine.clock)
     await due_plan(engine)
-    await make_plan(planner, action="cleanup")
+    await make_plan(engine.planner, action="cleanup")
     engine.disk.fill()
     await engine.no(Create(id="x"))
-    assert (await apply_plan(planner)).applied == 3
+    assert (await apply_plan(engine.planner)).applied == 3
     engine.disk.free()
 
 
@@ -370,12 +359,11 @@ async def crowd(engine: VirtualEngine, stalled: int, late: int, old: int) -> Non
 async def test_a_plan_is_limited_and_the_rest_is_planned_later(
     engine: VirtualEngine, counts: tuple[int, int, int], found: list[str], *, more: bool
 ) -> None:
-    planner = Planner(engine.actor, engine.clock)
     await crowd(engine, *counts)
-    plan = await make_plan(planner, action="cleanup")
+    plan = await make_plan(engine.planner, action="cleanup")
     assert ([job.id for job in plan.jobs], plan.more, plan.next_cursor) == (found, more, None)
-    await apply_plan(planner)
-    assert (await make_plan(planner, "q", action="cleanup")).count == sum(counts) - 3
+    await apply_plan(engine.planner)
+    assert (await make_plan(engine.planner, "q", action="cleanup")).count == sum(counts) - 3
 
 
 @pytest.mark.parametrize(("counts", "found"), [((3, 0, 0), 0), ((0, 0, 3), 2)])
@@ -434,33 +422,30 @@ async def test_a_job_found_twice_is_in_the_plan_once(engine: VirtualEngine) -> N
 
 @in_engine()
 async def test_late_results_of_deleted_jobs_are_counted_and_change_the_version(engine: VirtualEngine) -> None:
-    planner = Planner(engine.actor, engine.clock)
     locks = {}
     for job_id in ("a", "b"):
         locks[job_id] = await engine.held(job_id)
         await engine.yes(ForceFail(id=job_id))
     await engine.no(Complete(id="a", lock_id=locks["a"], file_path="/out"))
     await asyncio.sleep(40 * 24 * 3600)
-    plan = await make_plan(planner, action="cleanup")
+    plan = await make_plan(engine.planner, action="cleanup")
     assert sorted((job.id, job.late_results) for job in plan.jobs) == [("a", 1), ("b", 0)]
     assert plan.with_late_results == 1
     await engine.no(Complete(id="b", lock_id=locks["b"], file_path="/out"))
-    result = await apply_plan(planner)
+    result = await apply_plan(engine.planner)
     assert (result.applied, [each.id for each in result.changed]) == (1, ["b"])
     await engine.yes(Adopt(id="b"))
 
 
 @in_engine()
 async def test_a_long_maintenance_plan_is_applied_in_slices(engine: VirtualEngine) -> None:
-    planner = Planner(engine.actor, engine.clock)
     await crowd(engine, 0, 0, plan_runner.SLICE + 5)
-    assert (await make_plan(planner, action="cleanup")).count == plan_runner.SLICE + 5
-    assert (await apply_plan(planner)).applied == plan_runner.SLICE + 5
+    assert (await make_plan(engine.planner, action="cleanup")).count == plan_runner.SLICE + 5
+    assert (await apply_plan(engine.planner)).applied == plan_runner.SLICE + 5
 
 
-def test_the_version_of_a_read_job_is_not_valid_for_maintenance_actions() -> None:
+def test_the_version_of_a_read_job_is_not_valid_for_maintenance_actions(rules: RuleHarness) -> None:
     """GetVersion returns the version for actions of operators; maintenance plans have their own."""
-    rules = RuleHarness()
     rules.held()
     rules.advance(HOUR_MS)
     seen = rules.accept(GetVersion(id="a")).version
@@ -469,8 +454,7 @@ def test_the_version_of_a_read_job_is_not_valid_for_maintenance_actions() -> Non
     assert job.status == "processing"
 
 
-def test_a_command_for_a_version_that_has_changed_says_so() -> None:
-    rules = RuleHarness()
+def test_a_command_for_a_version_that_has_changed_says_so(rules: RuleHarness) -> None:
     rules.create()
     seen = rules.accept(GetVersion(id="a")).version
     rules.start()
@@ -479,8 +463,7 @@ def test_a_command_for_a_version_that_has_changed_says_so() -> None:
     assert rejected.message == "The job has changed since you read it: it is processing now. Nothing was done."
 
 
-def test_a_command_for_the_current_version_is_applied() -> None:
-    rules = RuleHarness()
+def test_a_command_for_the_current_version_is_applied(rules: RuleHarness) -> None:
     rules.create()
     seen = rules.accept(GetVersion(id="a")).version
     assert not isinstance(rules.decide(Cancel(id="a"), admin=True, expected=seen).answer, ApiError)

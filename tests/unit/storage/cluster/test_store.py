@@ -191,8 +191,7 @@ async def test_a_leader_opened_again_has_what_its_journal_has(path: str, server:
         )
 
 
-async def test_tables_are_never_ahead_of_the_journal(leader: Node) -> None:
-    maker = ChangeFactory()
+async def test_tables_are_never_ahead_of_the_journal(maker: ChangeFactory, leader: Node) -> None:
     await leader.store.write(maker.batch([maker.create("a")]))
     gate = leader.journal.hold("after")  # the record is visible and not durable
     writing = asyncio.create_task(leader.store.write(maker.batch([maker.create("b")])))
@@ -205,17 +204,14 @@ async def test_tables_are_never_ahead_of_the_journal(leader: Node) -> None:
     assert [job.id for job, _ in (await leader.store.find_jobs(JobQuery())).jobs] == ["b", "a"]
 
 
-async def test_a_record_does_not_acknowledge_itself(leader: Node, server: MemoryServer) -> None:
+async def test_a_record_does_not_acknowledge_itself(maker: ChangeFactory, leader: Node, server: MemoryServer) -> None:
     """A standby would apply it although it may not be durable."""
-    maker = ChangeFactory()
     for number in range(3):
         await leader.store.write(maker.batch([maker.create()]))
         assert (server.head.number, server.head.acked) == (number + 1, number)
 
 
-async def test_writes_have_one_order(leader: Node, server: MemoryServer) -> None:
-    maker = ChangeFactory()
-
+async def test_writes_have_one_order(maker: ChangeFactory, leader: Node, server: MemoryServer) -> None:
     async def slow(call: str) -> None:
         await asyncio.sleep(0)
 
@@ -276,8 +272,7 @@ async def test_a_cancelled_batch_ends_the_leadership(leader: Node) -> None:
         await leader.store.save_stats(b"1")
 
 
-async def test_many_events_are_written_before_the_next_batch(leader: Node) -> None:
-    maker = ChangeFactory()
+async def test_many_events_are_written_before_the_next_batch(maker: ChangeFactory, leader: Node) -> None:
     leader.store._plan_slice = lambda: None  # type: ignore[method-assign]
     for _ in range(12):
         await leader.store.write(maker.batch([maker.create() for _ in range(100)]))
@@ -367,8 +362,7 @@ async def test_an_unknown_outcome_ends_the_leadership_and_the_journal_says_what_
         assert found == (["b", "a"] if is_in else ["a"])
 
 
-async def test_a_fenced_leader_writes_nothing(path: str, server: MemoryServer) -> None:
-    maker = ChangeFactory()
+async def test_a_fenced_leader_writes_nothing(maker: ChangeFactory, path: str, server: MemoryServer) -> None:
     async with leading(path, server) as leader, following(f"{path}.other", server) as other:
         await leader.store.write(maker.batch([maker.create("a")]))
         await other.catch_up()
@@ -574,8 +568,7 @@ async def test_a_snapshot_of_a_closed_store_is_refused(path: str, server: Memory
         await node.store.snapshot()
 
 
-async def test_appends_wait_for_a_call_in_the_thread(leader: Node) -> None:
-    maker = ChangeFactory()
+async def test_appends_wait_for_a_call_in_the_thread(maker: ChangeFactory, leader: Node) -> None:
     reading = asyncio.create_task(leader.store.find_jobs(JobQuery()))
     await asyncio.sleep(0)
     await leader.store.write(maker.batch([maker.create("a")]))
@@ -607,8 +600,7 @@ async def test_a_store_that_is_in_use_is_refused(path: str, server: MemoryServer
             await rejected(path, server)
 
 
-async def test_a_store_ahead_of_its_journal_is_refused(path: str, server: MemoryServer) -> None:
-    maker = ChangeFactory()
+async def test_a_store_ahead_of_its_journal_is_refused(maker: ChangeFactory, path: str, server: MemoryServer) -> None:
     async with leading(path, server) as leader:
         for _ in range(3):
             await leader.store.write(maker.batch([maker.create()]))
@@ -716,8 +708,7 @@ async def test_without_a_usable_snapshot_a_trimmed_journal_is_an_error(path: str
         pass  # it needs neither
 
 
-async def test_the_newest_usable_snapshot_is_taken(path: str, server: MemoryServer) -> None:
-    maker = ChangeFactory()
+async def test_the_newest_usable_snapshot_is_taken(maker: ChangeFactory, path: str, server: MemoryServer) -> None:
     async with leading(path, server) as leader:
         await leader.store.write(maker.batch([maker.create()]))
         await snapshot_of(leader)

@@ -81,8 +81,7 @@ async def test_the_tables_are_written_after_a_quarantine(path: str) -> None:
         assert found.stats == b'{"again":1}'
 
 
-async def test_a_job_is_quarantined_as_its_latest_record_has_it(path: str) -> None:
-    maker = ChangeFactory()
+async def test_a_job_is_quarantined_as_its_latest_record_has_it(maker: ChangeFactory, path: str) -> None:
     async with open_store(path) as (store, _):
         created = maker.create("a")
         await store.write(maker.batch([created, maker.create("b")]))
@@ -259,9 +258,8 @@ def raise_disk_full(*_: object) -> None:
     raise error
 
 
-async def test_damaged_expired_rows_do_not_hide_later_ones(store: Store) -> None:
+async def test_damaged_expired_rows_do_not_hide_later_ones(maker: ChangeFactory, store: Store) -> None:
     """Found by simulation, seed 17782: a slice with only damaged rows was mistaken for the end."""
-    maker = ChangeFactory()
     for name in "abc":
         created = maker.create(name)
         granted = maker.grant(job_of(created))
@@ -312,8 +310,7 @@ async def test_a_row_with_the_damaged_id_of_another_job_is_quarantined_at_the_st
         assert (await store.load(["job-0"], [], [])).bad == {"job-0": "its checksum is wrong"}
 
 
-async def test_a_payload_quarantined_with_its_row_is_reported_with_the_job(path: str) -> None:
-    maker = ChangeFactory()
+async def test_a_payload_quarantined_with_its_row_is_reported_with_the_job(maker: ChangeFactory, path: str) -> None:
     created = maker.create("a")
     async with open_store(path) as (store, _):
         await store.write(maker.batch([created]))
@@ -395,8 +392,7 @@ async def test_a_missing_live_row_is_reported_at_every_start(path: str) -> None:
             live += 1
 
 
-async def test_an_older_version_of_a_row_is_reported(path: str) -> None:
-    maker = ChangeFactory()
+async def test_an_older_version_of_a_row_is_reported(maker: ChangeFactory, path: str) -> None:
     change = maker.create("a")
     async with open_store(path) as (store, _):
         await store.write(maker.batch([change]))
@@ -573,8 +569,7 @@ async def test_a_journal_with_an_unreadable_index_is_read_without_it(path: str) 
         assert fault.startswith("the index of the journal cannot be read")
 
 
-async def test_an_unreadable_index_of_late_results_stops_no_plan(path: str) -> None:
-    maker = ChangeFactory()
+async def test_an_unreadable_index_of_late_results_stops_no_plan(maker: ChangeFactory, path: str) -> None:
     async with open_store(path) as (store, _):
         await store.write(maker.batch([maker.create("a")]))
     damage_tree(path, "late_results_job")

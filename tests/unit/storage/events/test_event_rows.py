@@ -69,8 +69,7 @@ def test_rows_have_the_events_of_one_job_in_order_and_close_to_each_other(span: 
     assert any(len(unpack(row)) > 1 for row in rows) == (span > 1)
 
 
-def test_a_large_event_has_a_row_of_its_own() -> None:
-    maker = ChangeFactory()
+def test_a_large_event_has_a_row_of_its_own(maker: ChangeFactory) -> None:
     created = maker.create("a")
     granted = maker.grant(job_of(created))
     ended = maker.finish(job_of(granted))
@@ -215,8 +214,7 @@ def test_a_part_of_a_row_can_be_pruned(path: str) -> None:
     db.conn.close()
 
 
-async def test_damage_in_a_row_that_began_earlier_is_a_gap(path: str) -> None:
-    maker = ChangeFactory()
+async def test_damage_in_a_row_that_began_earlier_is_a_gap(maker: ChangeFactory, path: str) -> None:
     async with open_store(path) as (store, _):
         created = [maker.create() for _ in range(3)]
         await store.write(maker.batch([*created, *(maker.grant(job_of(each)) for each in created)]))
@@ -233,9 +231,8 @@ async def test_damage_in_a_row_that_began_earlier_is_a_gap(path: str) -> None:
 
 
 @pytest.mark.parametrize("bit", range(8))
-def test_no_flipped_bit_of_a_row_is_silent(bit: int) -> None:
+def test_no_flipped_bit_of_a_row_is_silent(maker: ChangeFactory, bit: int) -> None:
     """Each byte of the body, and each bit of the other columns."""
-    maker = ChangeFactory()
     created = maker.create("a")
     projection = opened(":memory:")
     projection.append(maker.batch([created, *rounds(maker, job_of(created), 1, 1)]))

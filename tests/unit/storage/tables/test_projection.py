@@ -80,8 +80,7 @@ async def test_a_slice_is_bounded_and_reuses_the_pages_of_its_records(store: Sto
     assert after <= before + 30
 
 
-async def test_a_clean_end_leaves_no_tail(path: str, no_slices: None) -> None:
-    maker = ChangeFactory()
+async def test_a_clean_end_leaves_no_tail(maker: ChangeFactory, path: str, no_slices: None) -> None:
     async with open_store(path) as (store, _):
         await store.write(maker.batch([maker.create()]))
     assert tail(path) == []
@@ -108,9 +107,8 @@ async def test_enough_events_are_written_at_once(path: str, commit: Any, monkeyp
         await wait_until(lambda: store.behind == 1 and not store._projection.needs_upkeep)
 
 
-async def test_larger_batches_get_larger_slices(store: Store, no_slices: None) -> None:
+async def test_larger_batches_get_larger_slices(maker: ChangeFactory, store: Store, no_slices: None) -> None:
     """So that the changes of a job in several batches are written once."""
-    maker = ChangeFactory()
     for size, enough in ((1, 150), (100, 500), (1_000, 1_500)):
         await store.write(maker.batch([maker.create() for _ in range(size)]))
         assert store._projection.slice_events == enough

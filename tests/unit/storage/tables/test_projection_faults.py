@@ -266,8 +266,7 @@ async def test_a_read_has_everything_that_was_committed(store: Store, name: str)
     assert payloads
 
 
-async def test_a_job_quarantined_before_a_slice_is_not_counted_by_it(path: str) -> None:
-    maker = ChangeFactory()
+async def test_a_job_quarantined_before_a_slice_is_not_counted_by_it(maker: ChangeFactory, path: str) -> None:
     async with open_store(path) as (store, _):
         first, second = maker.create("a", options=OPTIONS[1]), maker.create("b", options=OPTIONS[1])
         await store.write(maker.batch([first, second, maker.finish(job_of(first))]))
@@ -280,8 +279,7 @@ async def test_a_job_quarantined_before_a_slice_is_not_counted_by_it(path: str) 
         assert found.queues == maker.queues
 
 
-async def test_tombstones_written_at_the_start_are_reported_once(path: str) -> None:
-    maker = ChangeFactory()
+async def test_tombstones_written_at_the_start_are_reported_once(maker: ChangeFactory, path: str) -> None:
     conn = connect(path, "FULL")
     projection, _ = start(conn, path)
     projection.append(maker.batch([], tombstones=[Tombstone(1, "a", "key", maker.now, maker.now)]), 0)

@@ -65,8 +65,7 @@ def test_the_checksum_of_a_recently_written_job_is_cached(tables: Projection, mo
     assert tables.db.totals == (0, 0, 1, checksum(job_row(maker.jobs[1])))
 
 
-def test_an_update_of_the_body_changes_no_index(tables: Projection) -> None:
-    maker = ChangeFactory()
+def test_an_update_of_the_body_changes_no_index(maker: ChangeFactory, tables: Projection) -> None:
     first = maker.create()
     (statement,) = statements(tables, maker, first)
     assert statement.startswith("INSERT INTO jobs ")
@@ -94,8 +93,7 @@ def test_removed_and_added_parts_are_both_written(tables: Projection, order: tup
         assert row_of(tables, change.event.job_seq) == (*row, checksum(row))
 
 
-def test_a_record_from_before_the_start_does_not_create_a_missing_row(tables: Projection) -> None:
-    maker = ChangeFactory()
+def test_a_record_from_before_the_start_does_not_create_a_missing_row(maker: ChangeFactory, tables: Projection) -> None:
     grant = replace(maker.grant(job_of(maker.create())), before=None)
     tables.project()
     write(tables, maker.batch([grant]))
@@ -103,8 +101,7 @@ def test_a_record_from_before_the_start_does_not_create_a_missing_row(tables: Pr
     assert tables.db.quarantined == {"job-1": "its row is missing"}
 
 
-def test_a_rolled_back_batch_leaves_no_cached_payload(tables: Projection) -> None:
-    maker = ChangeFactory()
+def test_a_rolled_back_batch_leaves_no_cached_payload(maker: ChangeFactory, tables: Projection) -> None:
     write(tables, maker.batch([maker.create()]))
     back = maker.snapshot()
     with pytest.raises(BadRows):
