@@ -431,7 +431,7 @@ async def test_a_store_that_fails_for_long_degrades_health(at: SweeperHarness) -
     assert at.sweeper.degraded_reason() is None
     await seconds(1 + POLL_S)
     reason = at.sweeper.degraded_reason() or ""
-    assert reason.startswith("2 artifacts of deleted jobs cannot be deleted, the first for 3")
+    assert reason.startswith("2 artifacts of deleted jobs cannot be deleted, the first for 5 min")
     assert reason.endswith("the bucket is gone")
     at.store.broken = ValueError("a bug")
     await seconds(MAX_RETRY_MS / 1000 + POLL_S)
