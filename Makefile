@@ -82,7 +82,7 @@ linearizability: $(READY)  ## check histories of concurrent clients under faults
 planted: $(READY)  ## plant known bugs, one at a time, and report which tests find them (ARGS: NAME ...)
 	$(BIN)/python -m tests.proof.planted --jobs $(PARALLEL) $(ARGS)
 
-MUTATION := build/mutation
+MUTATION := $(CURDIR)/build/mutation
 mutation: $(READY)  ## mutate core, engine, storage and cluster, list mutants that no unit test detects in build/survivors.txt: hours (ARGS="'jobd.core.views*'")
 	$(PIP) install --target $(MUTATION) --upgrade --no-deps mutmut==3.8.1 libcst==1.9.0 setproctitle==1.3.8
 	PYTHONPATH=$(MUTATION) $(BIN)/python -m mutmut run --max-children $(PARALLEL) $(ARGS)
