@@ -38,7 +38,6 @@ from jobd.http.decoding import Limits
 from jobd.http.routing import Route, Router
 from jobd.http.server import HttpListener, WorkerListener
 from jobd.model.storage import OpenedStore
-from jobd.monitoring.timeseries import Timeseries
 from jobd.node import ClusterNode, exit_code
 from jobd.resources import (
     EXIT_BUSY,
@@ -52,7 +51,7 @@ from jobd.resources import (
     open_store,
     reload_certificates,
 )
-from jobd.serving import Background, Serving
+from jobd.serving import Background, Leading, Serving
 from jobd.storage.artifacts.base import ArtifactStore
 from jobd.storage.store import Store
 
@@ -123,7 +122,6 @@ class Daemon:
         self._authenticators: dict[str, Authenticator] = {}
         self._preparing: asyncio.Future[None] | None = None
         self.node: ClusterNode | None = None  # None: the daemon has a journal of its own
-        self._artifacts: ArtifactStore | None = None  # of a node
         self.exit_code = 0
         self._serving: Serving | None = None  # None: the node is a standby, or the daemon starts
         self._watchdog_s = systemd.watchdog_s()
@@ -142,10 +140,11 @@ class Daemon:
             if not await self._follow():
                 return False
         else:
+            artifacts = await self._open_artifacts()
             store, opened = await open_store(settings, self._check_addresses)
             self._stack.push_async_exit(partial(_close_store, store))
             self._is_store_open = True
-            await self._lead(store, opened, State.opened(opened))
+            await self._lead(store, opened, State.opened(opened), artifacts)
         self._report_ready()
         self._background.run_until_cancelled("templates", self._compile_templates())
         assert self._serving is not None
@@ -157,7 +156,7 @@ class Daemon:
         node = self.node = ClusterNode(self._loaded)
         await node.open(self._stack, self._check_addresses)
         self._is_store_open = True
-        self._artifacts = await open_artifacts(self._loaded)  # an error must not end a takeover
+        artifacts = await self._open_artifacts()  # now, because an error must not end a takeover
         self._background.run_until_cancelled("registry", node.registry.run())
         self._background.run("snapshots", node.snapshots)
         self._stack.push_async_callback(self._close_listeners)
@@ -181,12 +180,19 @@ class Daemon:
             return False
         self._stack.push_async_callback(leadership.release)
         self._background.run("lease", leadership)
-        await self._lead(node.store, node.warm.opened(), node.warm.state, leadership)
+        leading = Leading(leadership, node.view, node.registry.refresh, self._step_down)
+        await self._lead(node.store, node.warm.opened(), node.warm.state, artifacts, leading)
         assert self._serving is not None
         full_disk = self._serving.actor.full_disk
         handing_over = hand_over_if_full(lambda: node.store.is_full or full_disk.is_local, node.view, self._step_down)
         self._background.run_until_cancelled("hand_over", handing_over)
         return True
+
+    async def _open_artifacts(self) -> ArtifactStore | None:
+        artifacts = await open_artifacts(self._loaded)
+        if artifacts is not None:
+            self._stack.push_async_callback(artifacts.close)
+        return artifacts
 
     async def _check_advertised(self) -> None:
         """Warn if the advertised address does not lead to this node."""
@@ -197,25 +203,24 @@ class Daemon:
                 self._warn([problem])
 
     async def _lead(
-        self, store: Store, opened: OpenedStore, state: State, leadership: Leadership | None = None
+        self,
+        store: Store,
+        opened: OpenedStore,
+        state: State,
+        artifacts: ArtifactStore | None,
+        leading: Leading | None = None,
     ) -> None:
         """Start all parts, and open the listeners or let those of a standby serve all routes. Raises CannotStart."""
         loaded = self._loaded
-        serving = Serving(self._stack, loaded, store, opened, state, self._apps)
-        if leadership is None:
-            await serving.start(self._stop.set)
-        else:
-            assert self.node is not None
-            serving.bind(leadership, self._artifacts)
-            await serving.start(self._stop.set, self.node.view, self._step_down)
-            serving.services.refresh_nodes = self.node.registry.refresh
+        serving = Serving(self._stack, loaded, store, opened, state, self._apps, artifacts, leading)
+        await serving.start(self._stop.set)
         self._serving = serving
         if self._loaded is not loaded:  # a standby was reloaded meanwhile
             serving.apply(self._loaded.config, self._loaded)
         await self._open_listeners(serving)
         self._background.run_until_cancelled("watchdog", self._feed_watchdog())
-        if leadership is not None:
-            self._stack.push_async_callback(self._release, serving, leadership)
+        if leading is not None:
+            self._stack.push_async_callback(self._release, serving, leading.leadership)
         if serving.running.done():
             await serving.running  # the disk failed during the start; raises before the daemon reports that it is ready
         serving.services.is_open = True
@@ -262,7 +267,6 @@ class Daemon:
             self._make_authenticators()
             await asyncio.to_thread(self._make_dashboard)
         await self._prepared()
-        self._dashboard.timeseries = serving.timeseries
         standbys = {app.authenticator.name: app for app in self._apps}
         for name, router in self._routers.items():
             pages = self._dashboard if name == "admin" else None
@@ -294,7 +298,7 @@ class Daemon:
 
     def _make_dashboard(self) -> None:
         view = None if self.node is None else self.node.view
-        self._dashboard = Dashboard(self._authenticators["admin"], Timeseries(0), cluster_view=view)
+        self._dashboard = Dashboard(self._authenticators["admin"], cluster_view=view)
 
     def _make_authenticators(self) -> None:
         settings, loaded = self._loaded.config, self._loaded

@@ -14,6 +14,7 @@ from urllib.parse import quote
 
 import msgspec
 import structlog
+from msgspec import Struct
 from msgspec.structs import replace
 
 from jobd.api.services import Services
@@ -47,7 +48,7 @@ from jobd.monitoring.failure_groups import FailureGroups
 from jobd.monitoring.health import Health
 from jobd.monitoring.metrics import Metrics
 from jobd.monitoring.timeseries import Timeseries
-from jobd.resources import RandomPool, open_artifacts
+from jobd.resources import RandomPool
 from jobd.storage.artifacts.base import ArtifactStore
 from jobd.storage.artifacts.downloads import Downloads
 from jobd.storage.startup import MEMORY
@@ -103,10 +104,21 @@ class Background:
         self._stack.push_async_callback(end)
 
 
+class Leading(Struct, frozen=True):
+    """What a node has when it begins to lead: `view` returns the state of the cluster, which `refresh` reads."""
+
+    leadership: Leadership
+    view: Callable[[], ClusterView]
+    refresh: Callable[[], Awaitable[None]]
+    step_down: Callable[[], None]
+
+
 class Serving:
     """The parts that serve the jobs of `store`. `stack` stops what `start` has started, in the reverse order.
 
-    `state` is as of `opened`. `apps` are those of the listeners, also of those that are added later.
+    `state` is as of `opened`. `apps` are those of the listeners, also of those that are added later. `leading` is None
+    without a cluster. The parts are made once, each with those that it calls. Only the store and the leadership are
+    older: their callbacks are set here.
     """
 
     def __init__(
@@ -117,6 +129,8 @@ class Serving:
         opened: OpenedStore,
         state: State,
         apps: list[App[Any]],
+        artifacts: ArtifactStore | None,
+        leading: Leading | None = None,
     ) -> None:
         self._stack = stack
         self._background = Background(stack)
@@ -124,45 +138,34 @@ class Serving:
         self._store = store
         self._opened = opened
         self._apps = apps
+        self._artifacts = artifacts
+        self._leading = leading
+        self._leadership = None if leading is None else leading.leadership
         settings, numbers = loaded.config, opened.numbers
         self.clock = Clock(numbers, keep_ms=settings.policy().shortest_keep_ms)
-        self.actor = _make_actor(store, opened, state, self.clock, settings)
-        store.on_broken = self.actor.lose_disk
-        self._sweeps = SweepStats(waiting=opened.tombstones)
-        store.on_tombstones = self._count_tombstones
-        self.feed = EventFeed(store, numbers.next_event - 1, settings.limits.event_streams)
-        self.failures = FailureGroups(store, self.clock.moment, numbers.next_job, opened.jobs)
-        self.actor.on_commit += [self.feed.publish, self.failures.committed]
-        self._leadership: Leadership | None = None
-        self._artifacts: ArtifactStore | None = None
-        self._due_jobs = DueJobs(self.actor, self.clock.moment)
         self._clock_monitor = ClockMonitor(
             self._on_pause, self._on_set_back, self.clock.moment, on_set_ahead=_log_set_ahead
         )
-        self.actor.before_batch = self._clock_monitor.check
+        self.actor = _make_actor(store, opened, state, self.clock, settings, self._before_batch)
+        self._due_jobs = DueJobs(self.actor, self.clock.moment)
+        self.webhooks = self._make_webhooks()
+        self.timeseries = Timeseries.opened(read_extra(opened.stats), self.clock.moment().now)
+        self.maintainer = Maintainer(
+            self.actor,
+            self.clock,
+            _schedule(settings),
+            hold_events_ms=self.webhooks.event_hold_ms,
+            extra=self.timeseries.saved,
+        )
+        self._sweeper = self._make_sweeper()
+        self.services = self._make_services()
+        store.on_broken = self.actor.lose_disk
+        if self._leadership is not None:
+            self._leadership.on_epoch, self._leadership.on_lost = self._begin_epoch, self.actor.lose_disk
 
-    def bind(self, leadership: Leadership, artifacts: ArtifactStore | None) -> None:
-        """Let the actor end when leadership is lost. `artifacts` is the store that the standby has opened."""
-
-        def check() -> Awaitable[None] | None:
-            self._clock_monitor.check()
-            return self.confirm_leadership()
-
-        def begin_epoch(epoch: int) -> None:
-            self.actor.state.epoch, self.actor.state.next_token = epoch, 1
-
-        self._leadership, self._artifacts = leadership, artifacts
-        self.actor.before_batch = check
-        leadership.on_epoch, leadership.on_lost = begin_epoch, self.actor.lose_disk
-
-    async def start(
-        self,
-        on_end: Callable[[], None],
-        cluster_view: Callable[[], ClusterView] | None = None,
-        step_down: Callable[[], None] | None = None,
-    ) -> None:
-        """Start the actor and the background parts. `on_end` is called when the actor ends. Raises CannotStart."""
-        settings, run = self._loaded.config, self._background.run
+    async def start(self, on_end: Callable[[], None]) -> None:
+        """Start the actor and the background parts. `on_end` is called when the actor ends."""
+        services, run = self.services, self._background.run
         run("clock monitor", self._clock_monitor)
         self._recover_processing()
         # The clock may have been set back since the last commit, or that of the former leader is ahead.
@@ -170,16 +173,22 @@ class Serving:
         self.running = asyncio.create_task(self.actor.run(), name="actor")
         self.running.add_done_callback(lambda _: on_end())
         self._stack.push_async_callback(self._stop_actor)
-        self.webhooks = self._make_webhooks()
-        self.maintainer = Maintainer(self.actor, self.clock, _schedule(settings))
-        self.maintainer.hold_events(self.webhooks.event_hold_ms)
         self._maintaining = run("cleanup", self.maintainer)
-        run("failures", self.failures)
-        sweeper = await self._start_sweeper()
-        self.services = self._make_services(sweeper, cluster_view, step_down)
-        self.timeseries = Timeseries.opened(read_extra(self._opened.stats), self.clock.moment().now)
-        self.actor.on_commit.append(self.timeseries.record)
-        self.maintainer.save_extra(self.timeseries.saved)
+        run("failures", services.failures)
+        if self._sweeper is not None:
+            run("sweeper", self._sweeper)
+        self._stack.push_async_callback(services.health.close)
+        run("alerts", services.alerts)
+        run("metrics", services.metrics)
+        self._stack.push_async_callback(services.planner.close)
+        run("webhooks", self.webhooks)
+
+    def _before_batch(self) -> Awaitable[None] | None:
+        self._clock_monitor.check()
+        return None if self._leadership is None else self._leadership.confirm()
+
+    def _begin_epoch(self, epoch: int) -> None:
+        self.actor.state.epoch, self.actor.state.next_token = epoch, 1
 
     def check_leadership(self) -> ApiError | None:
         """Return the error of a request if this node has lost its leadership."""
@@ -231,7 +240,7 @@ class Serving:
         self.actor.policy = settings.policy()
         self.clock.keep_ms = self.actor.policy.shortest_keep_ms
         self.maintainer.set_schedule(_schedule(settings))
-        self.alerts.thresholds = _thresholds(settings)
+        self.services.alerts.thresholds = _thresholds(settings)
 
     async def finish(self) -> None:
         """Stop the background parts, and decide the commands that were accepted. Nothing is decided after that.
@@ -279,30 +288,24 @@ class Serving:
         log.warning("clock_set_back", back_ms=back_ms)
         self._due_jobs.keep(until)
 
-    def _count_tombstones(self, count: int) -> None:
-        """Count those that jobs leave before the sweeper starts."""
-        self._sweeps.waiting += count
-
-    async def _start_sweeper(self) -> ArtifactSweeper | None:
-        """Start the deletion of the artifacts of deleted jobs, if there is an artifact store."""
-        if self._leadership is None:
-            self._artifacts = await open_artifacts(self._loaded)
+    def _make_sweeper(self) -> ArtifactSweeper | None:
+        """Make what deletes the artifacts of deleted jobs, if there is an artifact store."""
+        self._sweeps = SweepStats(waiting=self._opened.tombstones)
         if self._artifacts is None:
             if self._opened.tombstones:
                 log.warning(
                     "artifacts_wait", tombstones=self._opened.tombstones, reason="artifacts.url is no longer set"
                 )
+            self._store.on_tombstones = self._sweeps.expect
             return None
-        self._stack.push_async_callback(self._artifacts.close)
         check = self._leadership.check_confirmed if self._leadership is not None else lambda: None
         sweeper = ArtifactSweeper(self._store, self._artifacts, self.clock, self._sweeps, check=check)
         self._store.on_tombstones = sweeper.expect
         self.actor.on_commit.append(sweeper.committed)
-        self._background.run("sweeper", sweeper)
         return sweeper
 
     def _make_webhooks(self) -> WebhookManager:
-        """Make the webhooks. From now on the journal keeps the events that they need. They are started later."""
+        """Make the webhooks. From now on the journal keeps the events that they need."""
 
         def transport(endpoint: WebhookEndpoint) -> HttpTransport:
             return HttpTransport(
@@ -315,26 +318,12 @@ class Serving:
             source=f"/jobd/{quote(socket.gethostname(), safe='')}",
             may_write=lambda: self.actor.full_disk.write_limit == WriteLimit.NONE,
             may_send=self._may_send,
-            alerts=lambda: self.alerts.known(),
+            alerts=lambda: self.services.alerts.known(),
             chance=SystemRandom().random,
         )
         webhooks = WebhookManager(context, subscribe=self.actor.on_commit.append, make_transport=transport)
         webhooks.set_endpoints(each.endpoint for each in self._loaded.webhooks)
         return webhooks
-
-    def _make_health(self, sweeper: ArtifactSweeper | None) -> Health:
-        health = Health(
-            self.actor,
-            self.clock,
-            self.maintainer,
-            faults=self._opened.faults,
-            take_faults=self._store.take_faults,
-            artifacts=self._artifacts,
-            sweeper=sweeper,
-            is_in_memory=self._store.path == MEMORY,
-        )
-        self._stack.push_async_callback(health.close)
-        return health
 
     def _error_counts(self) -> Iterable[Counter[str]]:
         return (app.error_counts for app in self._apps)
@@ -346,62 +335,78 @@ class Serving:
             return replace(view, problems=[*view.problems, f"{full_disk.described()}."])
         return view
 
-    def _make_services(
-        self,
-        sweeper: ArtifactSweeper | None,
-        cluster_view: Callable[[], ClusterView] | None,
-        step_down: Callable[[], None] | None,
-    ) -> Services:
-        settings, store = self._loaded.config, self._store
-        health = self._make_health(sweeper)
-        self.alerts = Alerts(self.actor.state, self.clock, health, self.maintainer, _thresholds(settings))
-        self._background.run("alerts", self.alerts)
+    def _make_services(self) -> Services:
+        settings, store, clock, leading = self._loaded.config, self._store, self.clock, self._leading
+        view = partial(ClusterView, role="single") if leading is None else partial(self._with_full_disk, leading.view)
+        feed = EventFeed(store, self._opened.numbers.next_event - 1, settings.limits.event_streams)
+        failures = FailureGroups(store, clock.moment, self._opened.numbers.next_job, self._opened.jobs)
+        health = Health(
+            self.actor,
+            clock,
+            self.maintainer,
+            faults=self._opened.faults,
+            take_faults=store.take_faults,
+            artifacts=self._artifacts,
+            sweeper=self._sweeper,
+            is_in_memory=store.path == MEMORY,
+            cluster=view,
+        )
+        alerts = Alerts(
+            self.actor.state,
+            clock,
+            health,
+            self.maintainer,
+            _thresholds(settings),
+            failing_webhook=self.webhooks.worst,
+            cluster=view,
+            on_change=self.webhooks.alerts_changed,
+        )
         metrics = Metrics(
             self.actor,
             self.maintainer,
-            self.alerts,
-            self.clock,
+            alerts,
+            clock,
             self._sweeps,
             store.path,
             self._error_counts,
-            self.feed,
+            feed,
+            webhooks=self.webhooks.metrics,
+            cluster=view,
+            append_seconds=None if leading is None else leading.leadership.append_seconds,
         )
-        metrics.webhooks = self.webhooks.metrics
-        if cluster_view is not None:
-            view = partial(self._with_full_disk, cluster_view)
-            metrics.cluster = health.cluster = self.alerts.cluster = view
-        if self._leadership is not None:
-            metrics.append_seconds = self._leadership.append_seconds
-        self._background.run("metrics", metrics)
-        planner = Planner(self.actor, self.clock)
-        self._stack.push_async_callback(planner.close)
-        self.alerts.failing_webhook = self.webhooks.worst
-        self.actor.on_commit.append(self.alerts.attempts.note)
-        self.alerts.on_change.append(self.webhooks.alerts_changed)
-        self._background.run("webhooks", self.webhooks)
+        self.actor.on_commit += [feed.publish, failures.committed, alerts.attempts.note, self.timeseries.record]
         return Services(
             actor=self.actor,
-            alerts=self.alerts,
-            backups=Backups(store, lambda: self.clock.moment().now),
-            clock=self.clock,
+            alerts=alerts,
+            backups=Backups(store, lambda: clock.moment().now),
+            clock=clock,
             downloads=Downloads(self._artifacts, settings.limits.downloads),
-            failures=self.failures,
-            feed=self.feed,
+            failures=failures,
+            feed=feed,
             health=health,
             maintainer=self.maintainer,
             metrics=metrics,
-            planner=planner,
+            planner=Planner(self.actor, clock),
             scrubber=Scrubber(store),
+            timeseries=self.timeseries,
             webhooks=self.webhooks,
             is_alive=lambda: not self.running.done(),
             store=IN_MEMORY if store.path == MEMORY else store.path,
             may_serve=self.may_serve,
-            cluster_view=metrics.cluster,
-            step_down=step_down,
+            cluster_view=view,
+            step_down=None if leading is None else leading.step_down,
+            refresh_nodes=None if leading is None else leading.refresh,
         )
 
 
-def _make_actor(store: Store, opened: OpenedStore, state: State, clock: Clock, settings: Config) -> Actor:
+def _make_actor(
+    store: Store,
+    opened: OpenedStore,
+    state: State,
+    clock: Clock,
+    settings: Config,
+    before_batch: Callable[[], Awaitable[None] | None],
+) -> Actor:
     state.quarantined = dict(opened.quarantined)
     state.unvalidated = dict(opened.unvalidated)
     state.counters = read_stats(opened.stats)
@@ -420,6 +425,7 @@ def _make_actor(store: Store, opened: OpenedStore, state: State, clock: Clock, s
         is_full=opened.full,
         has_reserve=opened.has_reserve,
         now_s=monotonic_s,
+        before_batch=before_batch,
     )
     actor.on_commit.append(event_log.write_lines)
     return actor

@@ -35,6 +35,7 @@ from jobd.monitoring.alerts import Alerts
 from jobd.monitoring.failure_groups import FailureGroups
 from jobd.monitoring.health import Health
 from jobd.monitoring.metrics import Metrics
+from jobd.monitoring.timeseries import Timeseries
 from jobd.storage.artifacts.downloads import Downloads
 from jobd.webhooks.manager import WebhookManager
 
@@ -61,6 +62,7 @@ class Services(Struct, kw_only=True):
     metrics: Metrics
     planner: Planner
     scrubber: Scrubber
+    timeseries: Timeseries
     webhooks: WebhookManager
     is_alive: Callable[[], bool]
     store: str = ""  # its path, or IN_MEMORY

@@ -40,7 +40,6 @@ from jobd.model.job import STATUSES, may_adopt
 from jobd.model.requests import ArtifactRequest
 from jobd.model.responses import Response
 from jobd.model.storage import IN_MEMORY
-from jobd.monitoring.timeseries import Timeseries
 
 PageData = dict[str, Any]
 
@@ -102,7 +101,7 @@ async def query_responses(viewer: Viewer, *queries: Command) -> list[Response]:
     return [checked(each) for each in await asyncio.gather(*(viewer.ask(each) for each in queries))]
 
 
-async def overview(timeseries: Timeseries, viewer: Viewer, _: Command) -> PageData:
+async def overview(viewer: Viewer, _: Command) -> PageData:
     stats: responses.StatsView
     workers: responses.WorkerList
     stats, workers = await query(viewer, commands.Stats(), commands.Workers(state="silent", limit=MAX_SILENT_NAMES))
@@ -111,8 +110,8 @@ async def overview(timeseries: Timeseries, viewer: Viewer, _: Command) -> PageDa
         "stats": stats,
         "by_state": workers.by_state,
         "silent": workers.workers,
-        "rates": timeseries.rates(now),
-        "since": timeseries.since,
+        "rates": services.timeseries.rates(now),
+        "since": services.timeseries.since,
         "cleanup": services.maintainer.state(),
         "vitals": await services.metrics.vitals(),
         "disk": await services.disk_space(),
@@ -285,10 +284,11 @@ async def failures(viewer: Viewer, _: Command) -> PageData:
     return {"failures": viewer.app.services.failures.view(MAX_GROUPS)}
 
 
-async def queues(timeseries: Timeseries, viewer: Viewer, request: QueuesPageQuery) -> PageData:
+async def queues(viewer: Viewer, request: QueuesPageQuery) -> PageData:
     """Show queues by name, so that rows do not move under the pointer."""
     listed: responses.QueueList
     [listed] = await query(viewer, commands.Queues(limit=MAX_QUEUES, cursor=request.cursor))
+    timeseries = viewer.app.services.timeseries
     return {
         "queues": listed.queues,
         "rates": {queue.name: timeseries.queue(queue.name, viewer.now) for queue in listed.queues},

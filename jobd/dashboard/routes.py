@@ -46,7 +46,6 @@ from jobd.model.errors import ApiError, api_error, checked
 from jobd.model.fields import Text
 from jobd.model.requests import ArtifactRequest, NoFields
 from jobd.model.responses import ClusterView, JobView, Response
-from jobd.monitoring.timeseries import Timeseries
 
 CLUSTER: Final = "/cluster"
 WITHOUT_FLASH: Final = ("live.html", "docs.html")  # the flash message is for the next full page
@@ -163,7 +162,6 @@ class Dashboard:
     def __init__(
         self,
         authenticator: Authenticator,
-        timeseries: Timeseries,
         *,
         cluster_view: Callable[[], ClusterView] | None = None,
         clock_s: Callable[[], float] = time.monotonic,
@@ -171,7 +169,6 @@ class Dashboard:
         self.sessions = Sessions(authenticator.permission_of, clock_s)
         self._assets = Assets()
         self._renderer = Renderer(self._assets)
-        self.timeseries = timeseries
         self._cluster_view = cluster_view or (lambda: ClusterView(role="single"))
         self._sign_in_pages = SignInPages(self.sessions, self._render, clock_s)
 
@@ -182,8 +179,8 @@ class Dashboard:
     def routes(self) -> tuple[Route, ...]:
         page, form, public, sign_in = self._page_route, self._form_route, self._public_route, self._sign_in_pages
         return (
-            page(PageSpec("/", NoFields, "overview", "Overview", self._overview, on_standby=True)),
-            page(PageSpec("/queues", pages.QueuesPageQuery, "queues", "Queues", self._queues)),
+            page(PageSpec("/", NoFields, "overview", "Overview", pages.overview, on_standby=True)),
+            page(PageSpec("/queues", pages.QueuesPageQuery, "queues", "Queues", pages.queues)),
             *map(page, PAGES),
             *(form(path, fields, submit) for path, fields, submit in FORMS),
             *self._job_routes("/jobs/{id}"),
@@ -198,12 +195,6 @@ class Dashboard:
             _data_route("/live", Subscription, self._live, content_type=EVENT_STREAM),
             _data_route("/chart.json", NoFields, self._chart),
         )
-
-    async def _overview(self, viewer: Viewer, request: Command) -> PageData:
-        return await pages.overview(self.timeseries, viewer, request)
-
-    async def _queues(self, viewer: Viewer, request: pages.QueuesPageQuery) -> PageData:
-        return await pages.queues(self.timeseries, viewer, request)
 
     def _job_routes(self, path: str) -> tuple[Route, ...]:
         """Return the routes of one job under `path`."""
@@ -350,7 +341,7 @@ class Dashboard:
         viewer = find_viewer(app, context, self.sessions)
         if viewer is None:
             raise api_error("unauthorized", "Sign in first.")
-        return Response(self.timeseries.chart(viewer.now))
+        return Response(app.services.timeseries.chart(viewer.now))
 
     async def _artifact(
         self, app: App[Services], context: RequestContext, query: ArtifactRequest

@@ -126,6 +126,7 @@ class Actor:
     """Owns the state. `ask` puts a command into the mailbox and waits for its response; `run` decides and commits.
 
     `now_s` measures commits: monotonic seconds, precise to less than a millisecond. None: the loop's time.
+    `before_batch` is called before a batch is taken, which waits for what it returns. An error of it ends `run`.
     """
 
     def __init__(
@@ -141,6 +142,7 @@ class Actor:
         is_full: bool = False,
         has_reserve: bool = True,
         now_s: Callable[[], MonotonicS] | None = None,
+        before_batch: Callable[[], Awaitable[None] | None] = lambda: None,
     ) -> None:
         loop_time: Callable[[], MonotonicS] = asyncio.get_running_loop().time  # type: ignore[assignment]
         self.disk = disk
@@ -150,8 +152,7 @@ class Actor:
         self.waiting_claims = WaitingClaims(state.presence)
         self.full_disk = FullDisk(disk, clock, loop_time, is_full=is_full, has_reserve=has_reserve)
         self.slow_commit_s = SLOW_COMMIT_S
-        # Called before a batch is taken, which waits for what it returns. An error ends `run`.
-        self.before_batch: Callable[[], Awaitable[None] | None] = lambda: None
+        self.before_batch = before_batch
         self.on_commit: list[Callable[[Sequence[Change]], None]] = [lambda changes: self.state.counters.note(changes)]
         self.commit_seconds = Histogram.empty(COMMIT_BUCKETS_S)
         self.batch_commands = Histogram.empty(BATCH_BUCKETS)

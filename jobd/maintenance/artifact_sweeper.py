@@ -47,6 +47,10 @@ class SweepStats(Struct):
     failures: int = 0
     behind_ms: int = 0  # since the oldest due tombstone became due
 
+    def expect(self, count: int) -> None:
+        """Count new tombstones that were written to the disk."""
+        self.waiting += count
+
 
 class SweepResult(Struct, frozen=True):
     """The result of processing one tombstone. `error` is a sentence."""
@@ -106,8 +110,8 @@ class ArtifactSweeper:
         self._wake.set()
 
     def expect(self, count: int) -> None:
-        """Count new tombstones that were written to the disk."""
-        self.stats.waiting += count
+        """Count new tombstones, and sweep."""
+        self.stats.expect(count)
         self._wake.set()
 
     def committed(self, changes: Sequence[Change]) -> None:

@@ -70,11 +70,13 @@ class Unfinished(Exception):
 class MaintenanceContext:
     """Sends maintenance commands in slices until `stopping` is set."""
 
-    def __init__(self, actor: Actor, clock: Clock, schedule: CleanupSchedule) -> None:
+    def __init__(
+        self, actor: Actor, clock: Clock, schedule: CleanupSchedule, hold_events_ms: Callable[[], int]
+    ) -> None:
         self.actor = actor
         self.clock = clock
         self.schedule = schedule
-        self.hold_events_ms: Callable[[], int] = lambda: 0  # how far lagging readers are behind
+        self.hold_events_ms = hold_events_ms  # how far lagging readers are behind
         self.totals = MaintenanceTotals()
         self.stopping = False
 

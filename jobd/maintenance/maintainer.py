@@ -40,10 +40,22 @@ LATE_AFTER: Final = 3  # intervals without a successful run after which cleanup 
 
 
 class Maintainer:
-    """Runs recovery and cleanup in two loops until `stop`, so that a long cleanup run does not delay recovery."""
+    """Runs recovery and cleanup in two loops until `stop`, so that a long cleanup run does not delay recovery.
 
-    def __init__(self, actor: Actor, clock: Clock, schedule: CleanupSchedule | None = None) -> None:
-        self._context = MaintenanceContext(actor, clock, schedule or CleanupSchedule())
+    The events of deleted jobs are kept for at least `hold_events_ms`, for readers that lag behind. `extra` returns the
+    JSON that is saved with the statistics; `read_extra` reads it.
+    """
+
+    def __init__(
+        self,
+        actor: Actor,
+        clock: Clock,
+        schedule: CleanupSchedule | None = None,
+        *,
+        hold_events_ms: Callable[[], int] = lambda: 0,
+        extra: Callable[[], bytes] = lambda: b"null",
+    ) -> None:
+        self._context = MaintenanceContext(actor, clock, schedule or CleanupSchedule(), hold_events_ms)
         self.last_report: CleanupReport | None = None
         self.totals = self._context.totals
         self.is_running = False  # a cleanup run is active
@@ -61,20 +73,12 @@ class Maintainer:
         self._last_begin = self._started = loop_time()
         self._last_end: MonotonicS | None = None
         self._last_success: MonotonicS | None = None
-        self._extra: Callable[[], bytes] = lambda: b"null"
+        self._extra = extra
         self._announce_next_run()
 
     @property
     def schedule(self) -> CleanupSchedule:
         return self._context.schedule
-
-    def hold_events(self, for_ms: Callable[[], int]) -> None:
-        """Keep the events of deleted jobs for at least this many ms, for readers that lag behind."""
-        self._context.hold_events_ms = for_ms
-
-    def save_extra(self, read_extra_json: Callable[[], bytes]) -> None:
-        """Save this JSON with the statistics. `read_extra` reads it."""
-        self._extra = read_extra_json
 
     # -- interface -----------------------------------------------------------------------------------------------------
 
@@ -345,13 +349,13 @@ class Maintainer:
 
 
 class SavedStats(Counters):
-    """The saved statistics. `beside` is the JSON of `save_extra`."""
+    """The saved statistics. `beside` is the JSON of `extra`."""
 
     beside: Raw = Raw(b"null")
 
 
 def read_extra(body: bytes | None) -> bytes:
-    """Return the JSON that `save_extra` saved, or null."""
+    """Return the extra JSON that was saved, or null."""
     stats = None if body is None else _read(body, SavedStats)
     return b"null" if stats is None else bytes(stats.beside)
 

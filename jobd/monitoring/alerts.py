@@ -112,6 +112,7 @@ class Alerts:
     """Calls `check` every few seconds from `run` until `stop`. `evaluate` is cheap and may be called at any time.
 
     An alert fires after its condition has held for `hold_ms`, and resolves after it has been false for `clear_ms`.
+    `on_change` is called then. `failing_webhook` returns the webhook that has been failing for the longest time.
     """
 
     def __init__(
@@ -124,14 +125,16 @@ class Alerts:
         *,
         hold_ms: int = HOLD_MS,
         clear_ms: int = CLEAR_MS,
+        failing_webhook: Callable[[], FailingWebhook | None] = lambda: None,
+        cluster: Callable[[], ClusterView] = lambda: ClusterView(role="single"),
+        on_change: Callable[[], None] = lambda: None,
     ) -> None:
         self.thresholds = thresholds or Thresholds()
         self.durations: list[KindDurations] = []  # as of the latest check
-        self.on_change: list[Callable[[], None]] = []  # called when an alert fires or resolves
-        # Returns the webhook that has been failing for the longest time.
-        self.failing_webhook: Callable[[], FailingWebhook | None] = lambda: None
+        self.on_change = on_change
+        self.failing_webhook = failing_webhook
         self.attempts = Attempts()  # updated with every commit
-        self.cluster: Callable[[], ClusterView] = lambda: ClusterView(role="single")
+        self.cluster = cluster
         self._state = state
         self._clock = clock
         self._hold_ms = hold_ms
@@ -201,8 +204,7 @@ class Alerts:
                 found.unclaimed = replace(waits, for_ms=min(waits.for_ms, unclaimed_ms))
 
     def _notify(self) -> None:
-        for notify in self.on_change:
-            notify()
+        self.on_change()
 
     async def run(self) -> None:
         """Check every few seconds, and measure health now and then. Errors are logged."""

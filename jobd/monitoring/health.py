@@ -67,9 +67,10 @@ class Health:
         artifacts: ArtifactStore | None = None,
         sweeper: ArtifactSweeper | None = None,
         is_in_memory: bool = False,
+        cluster: Callable[[], ClusterView] = lambda: ClusterView(role="single"),
     ) -> None:
         self.last: HealthView | None = None
-        self.cluster: Callable[[], ClusterView] = lambda: ClusterView(role="single")
+        self.cluster = cluster
         self._actor = actor
         self._clock = clock
         self._cleanup = cleanup

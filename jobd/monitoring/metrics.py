@@ -65,6 +65,10 @@ class Metrics:
         store_path: str,
         error_counts: Callable[[], Iterable[Counter[str]]],
         feed: EventFeed,
+        *,
+        webhooks: Callable[[], Mapping[str, WebhookMetrics]] = dict,
+        cluster: Callable[[], ClusterView] = lambda: ClusterView(role="single"),
+        append_seconds: Histogram | None = None,
     ) -> None:
         self._actor = actor
         self._maintainer = maintainer
@@ -74,9 +78,9 @@ class Metrics:
         self._error_counts = error_counts
         self._feed = feed
         self._store_path = store_path
-        self.webhooks: Callable[[], Mapping[str, WebhookMetrics]] = dict
-        self.cluster: Callable[[], ClusterView] = lambda: ClusterView(role="single")
-        self.append_seconds: Histogram | None = None  # to the journal of a cluster, with COMMIT_BUCKETS_S
+        self.webhooks = webhooks
+        self.cluster = cluster
+        self.append_seconds = append_seconds  # to the journal of a cluster, with COMMIT_BUCKETS_S
         self._lags: deque[float] = deque(maxlen=LAGS_KEPT)
         self._commits: deque[list[int]] = deque([actor.commit_seconds.counts.copy()], COMMITS_KEPT)
         self._started_s = time.monotonic()

@@ -54,6 +54,7 @@ from jobd.model.responses import (
     WebhookView,
 )
 from jobd.model.storage import DiskSpace
+from jobd.monitoring.timeseries import Timeseries
 from jobd.storage.artifacts.downloads import Downloads
 from tests.conftest import tool_missing
 from tests.support.calls import ALERT, BACKUP, DELIVERY, PLAN, REPORT, WEBHOOK, result_of
@@ -358,6 +359,7 @@ def make_services(actor: Any, fakes: Fakes) -> Services:
         "failures": FakeFailures(),
         "planner": FakePlanner(fakes),
         "scrubber": FakeScrubber(),
+        "timeseries": Timeseries(0),
         "webhooks": FakeWebhooks(fakes),
         "is_alive": lambda: fakes.alive,
     }

@@ -1,4 +1,4 @@
-"""The start of a daemon in this process: what happens while it waits for the artifact store."""
+"""The start of a daemon in this process: what happens meanwhile."""
 
 from __future__ import annotations
 
@@ -18,16 +18,18 @@ from jobd.core.state import State
 from jobd.daemon import Daemon
 from jobd.engine.clock import boot_clock_ms, wall_clock_ms
 from jobd.engine.event_feed import EventFeed
+from jobd.maintenance.due_jobs import DueJobs
 from jobd.maintenance.restart_grace import GRACE_MS
 from jobd.model.commands import Ping
 from jobd.model.job import SECOND_MS
 from jobd.model.journal import LeadershipLost
 from jobd.serving import Serving
+from jobd.storage.artifacts.base import ArtifactStore
 from jobd.storage.store import Store
 from tests.support.factories import ChangeFactory
 from tests.support.memory_artifacts import MemoryArtifacts
 
-Start = Callable[[Callable[[Daemon, Store], None]], contextlib.AbstractAsyncContextManager[Serving]]
+Start = Callable[..., contextlib.AbstractAsyncContextManager[Serving]]
 
 
 def loaded(tmp_path: Path, **environ: str) -> LoadedConfig:
@@ -38,33 +40,37 @@ def loaded(tmp_path: Path, **environ: str) -> LoadedConfig:
 
 @pytest.fixture
 def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Start:
-    """Start a daemon that calls `meanwhile` while it opens the artifact store."""
+    """Start a daemon that calls `meanwhile` before its actor runs."""
 
     @contextlib.asynccontextmanager
-    async def started(meanwhile: Callable[[Daemon, Store], None]) -> AsyncIterator[Serving]:
+    async def started(
+        meanwhile: Callable[[Daemon, Store], None], artifacts: ArtifactStore | None = None
+    ) -> AsyncIterator[Serving]:
         async with contextlib.AsyncExitStack() as stack:
             store, opened = await Store.open(f"{tmp_path}/jobd.db")
             await stack.enter_async_context(store)
             daemon = Daemon(loaded(tmp_path), lambda: loaded(tmp_path), stack)
 
-            async def open_artifacts(_: LoadedConfig) -> MemoryArtifacts:
+            async def keep_at_start(*_: object) -> None:
                 await asyncio.sleep(0)
                 meanwhile(daemon, store)
-                return MemoryArtifacts(lambda: 0)
 
-            monkeypatch.setattr(serving, "open_artifacts", open_artifacts)
+            monkeypatch.setattr(DueJobs, "keep_at_start", keep_at_start)
             daemon._passed_sockets = {}
             daemon._make_authenticators()
             await asyncio.to_thread(daemon._make_dashboard)
-            await daemon._lead(store, opened, State.opened(opened))
+            await daemon._lead(store, opened, State.opened(opened), artifacts)
             assert daemon._serving is not None
             yield daemon._serving
 
     return started
 
 
-async def test_tombstones_that_are_left_during_the_start_are_counted(start: Start) -> None:
-    async with start(lambda _, store: store.on_tombstones(2)) as at:
+@pytest.mark.parametrize("artifacts", [None, MemoryArtifacts(lambda: 0)])
+async def test_tombstones_that_are_left_during_the_start_are_counted(
+    start: Start, artifacts: ArtifactStore | None
+) -> None:
+    async with start(lambda _, store: store.on_tombstones(2), artifacts) as at:
         assert at._sweeps.waiting == 2
 
 
@@ -77,7 +83,7 @@ async def test_a_reload_during_a_takeover_is_applied(
         daemon._apply(loaded(tmp_path, JOBD_ALERTS_PROCESSING_JOBS="7"))
 
     async with start(reload) as at:
-        assert at.alerts.thresholds.processing_jobs == 7
+        assert at.services.alerts.thresholds.processing_jobs == 7
 
 
 class LostLeadership:

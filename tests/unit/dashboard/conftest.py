@@ -52,7 +52,7 @@ async def harness(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncItera
     authenticator = Authenticator(
         "admin", tokens=[TOKEN], read_only_tokens=[READ_ONLY_TOKEN], hosts=accepted_hosts("127.0.0.1")
     )
-    dashboard = await asyncio.to_thread(Dashboard, authenticator, timeseries, clock_s=lambda: made[0].now_s)
+    dashboard = await asyncio.to_thread(Dashboard, authenticator, clock_s=lambda: made[0].now_s)
     async with contextlib.AsyncExitStack() as stack:
         worker = await stack.enter_async_context(HttpHarness(worker_api.ROUTES, tmp_path, actor=actor))
         routes = (*admin_api.ROUTES, *dashboard.routes(), worker_api.DOCUMENT)
@@ -68,10 +68,11 @@ async def harness(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncItera
         )
         admin.services.planner = numbering_planner
         admin.services.failures = failure_groups
+        admin.services.timeseries = timeseries
         fake_clock: Any = FakeClock(admin.fakes, lambda: clock.moment().now)
         admin.services.clock = fake_clock
         actor.state.quarantined["bad-1"] = "checksum"
-        context: Any = SimpleNamespace(_context=MaintenanceContext(actor, clock, CleanupSchedule()))
+        context: Any = SimpleNamespace(_context=MaintenanceContext(actor, clock, CleanupSchedule(), int))
         monkeypatch.setattr(admin.services.maintainer, "take_back", partial(Maintainer.take_back, context))
         made.append(DashboardHarness(worker, admin, dashboard, disk))
         yield made[0]

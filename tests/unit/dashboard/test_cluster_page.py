@@ -16,7 +16,6 @@ from jobd.dashboard.routes import Dashboard
 from jobd.http.auth import Authenticator, accepted_hosts
 from jobd.http.decoding import Limits
 from jobd.model.responses import ClusterView, NodeView
-from jobd.monitoring.timeseries import Timeseries
 from tests.support.dashboard_harness import READ_ONLY_TOKEN, Browser, DashboardHarness, audit_entries, text
 from tests.support.http_harness import TOKEN, HttpHarness
 
@@ -57,7 +56,7 @@ async def standby(tmp_path: Path) -> AsyncIterator[StandbyDashboard]:
     authenticator = Authenticator("admin", tokens=[TOKEN], read_only_tokens=[READ_ONLY_TOKEN], hosts=hosts)
     made: list[StandbyDashboard] = []
     dashboard = await asyncio.to_thread(
-        Dashboard, authenticator, Timeseries(0), cluster_view=lambda: made[0].view if made else STANDBY
+        Dashboard, authenticator, cluster_view=lambda: made[0].view if made else STANDBY
     )
     made.append(StandbyDashboard(tmp_path, dashboard, authenticator))
     async with made[0]:

@@ -420,7 +420,8 @@ async def test_a_large_store_keeps_the_newest_events_of_deleted_jobs() -> None:
     schedule = CleanupSchedule(
         interval_ms=MINUTE_MS, min_interval_ms=0, recover_every_ms=0, batch=3, journal_bytes=1_000
     )
-    async with VirtualEngine(schedule=schedule) as engine:
+    held: list[int] = [0]
+    async with VirtualEngine(schedule=schedule, hold_events_ms=lambda: held[-1]) as engine:
         for job_id in ("a", "b", "c", "d"):
             await engine.yes(Create(id=job_id))
             await engine.yes(Cancel(id=job_id))
@@ -431,7 +432,7 @@ async def test_a_large_store_keeps_the_newest_events_of_deleted_jobs() -> None:
         engine.run_maintainer()
         await engine.maintainer.run_cleanup(forced=True)
         assert [event.job_id for event in engine.disk.events] == [*"bbbcccddd", "lives"]
-        engine.maintainer.hold_events(lambda: DAY_MS)
+        held.append(DAY_MS)
         engine.disk.event_bytes = 1_000
         await engine.maintainer.run_cleanup(forced=True)
         assert len(engine.disk.events) == 10
@@ -749,9 +750,8 @@ async def test_cleanup_starts_even_if_no_report_can_be_read(engine: VirtualEngin
 
 @in_virtual_time
 async def test_extra_data_is_saved_with_the_statistics() -> None:
-    async with VirtualEngine() as engine:
+    async with VirtualEngine(extra=lambda: b'{"hour":[1]}') as engine:
         engine.state.counters.completions = {5: (1, 2)}
-        engine.maintainer.save_extra(lambda: b'{"hour":[1]}')
         engine.run_maintainer()
         await engine.maintainer.run_cleanup(forced=True)
         assert read_extra(engine.disk.figures) == b'{"hour":[1]}'

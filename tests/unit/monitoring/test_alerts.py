@@ -366,7 +366,7 @@ async def test_webhook_failing_fires_with_the_last_error(engine: VirtualEngine) 
 @in_engine()
 async def test_listeners_are_notified_of_changes_only(engine: VirtualEngine) -> None:
     alerts, announced = alerts_of(engine), []
-    alerts.on_change.append(lambda: announced.append(alerts.known()))
+    alerts.on_change = lambda: announced.append(alerts.known())
     alerts.evaluate()
     assert alerts.known() is None
     assert announced == []
@@ -467,10 +467,8 @@ async def test_a_value_that_flickers_fires_nothing_and_resolves_nothing(engine: 
 async def test_a_restart_resolves_nothing_too_early(engine: VirtualEngine) -> None:
     alerts = slow_alerts_of(engine, Thresholds(processing_jobs=0))
     announced: list[list[str] | None] = []
-    alerts.on_change.append(
-        lambda: announced.append(
-            None if (known := alerts.known()) is None else [each.name for each in known if each.firing]
-        )
+    alerts.on_change = lambda: announced.append(
+        None if (known := alerts.known()) is None else [each.name for each in known if each.firing]
     )
     await engine.held("a", lock_ttl_ms=HOUR_MS)
     running = asyncio.create_task(alerts.run())
