@@ -10,6 +10,7 @@ from jobd.client.errors import Unreachable
 from jobd.client.retries import RetryOptions
 from jobd.model.job import FINISHED
 from jobd.model.responses import JobView
+from jobd.model.times import duration
 
 _FIRST_S: Final = 0.1
 _LONGEST_S: Final = 2.0
@@ -22,6 +23,7 @@ class JobWait:
 
     def __init__(self, timeout_s: float | None, now_s: float) -> None:
         self._timeout_s = timeout_s
+        self._limit = duration((timeout_s or 0) * 1000)
         self._deadline_s = math.inf if timeout_s is None else now_s + timeout_s
         self._pause_s = _FIRST_S
 
@@ -39,7 +41,7 @@ class JobWait:
     def check_deadline(self, job_id: str, error: Unreachable, now_s: float) -> None:
         """Raise TimeoutError if `error` ends a poll after the deadline."""
         if now_s >= self._deadline_s - _EARLY_S:
-            text = f"It is unknown whether job {job_id} is finished after {self._timeout_s} s: {error.message}"
+            text = f"It is unknown whether job {job_id} is finished after {self._limit}: {error.message}"
             raise TimeoutError(text) from error
 
     def pause_s(self, job: JobView, now_s: float) -> float | None:
@@ -48,5 +50,5 @@ class JobWait:
             return None
         pause_s, self._pause_s = self._pause_s, min(self._pause_s * 1.5, _LONGEST_S)
         if now_s >= self._deadline_s:
-            raise TimeoutError(f"Job {job.id} is not finished after {self._timeout_s} s: it is {job.status}.")
+            raise TimeoutError(f"Job {job.id} is not finished after {self._limit}: it is {job.status}.")
         return min(pause_s, self._deadline_s - now_s)

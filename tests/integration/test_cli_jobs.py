@@ -105,7 +105,7 @@ def test_submitting_lines_stops_if_nothing_reads_the_ids(running: CliDaemon) -> 
 def test_wait_ends_when_all_jobs_are_finished(jobctl: Jobctl, running: CliDaemon) -> None:
     ids = [jobctl.ok("submit", "--queue", "w1").strip() for _ in range(3)]
     code, err = jobctl.rejected("wait", *ids, "--timeout", "1ms")
-    assert (code, "is not finished after 0.001 s:" in err) == (1, True), err
+    assert (code, "is not finished after 1 ms:" in err) == (1, True), err
     waiting = running.start("jobd.cli.ctl.main", "wait", "--queue", "w1", "--json", stdout=subprocess.PIPE)
     for grant in running.client.claim("w", queues=["w1"], limit=3):
         running.client.complete_job(grant.job.id, lock_id=grant.lock_id)

@@ -13,6 +13,7 @@ from jobd.cli import exit_codes, terminal
 from jobd.cli.connection import job_client, worker_options
 from jobd.cli.ctl.completion import IDS, QUEUE
 from jobd.cli.params import DURATION, json_option
+from jobd.model.times import duration
 
 if TYPE_CHECKING:
     from jobd.client import JobClient, JobdError
@@ -40,7 +41,7 @@ def wait(ids: tuple[str, ...], queue: str | None, timeout_ms: int | None, as_jso
     if bool(ids) == (queue is not None):
         raise click.UsageError("give either job IDs or --queue NAME")
     until_s = None if timeout_ms is None else time.monotonic() + timeout_ms / 1000
-    text = "" if timeout_ms is None else f"{timeout_ms / 1000:g} s"
+    text = "" if timeout_ms is None else duration(timeout_ms)
     client, counts = job_client(retry_for_s=RETRY_FOR_S), Counter[str]()
 
     def say_once(error: JobdError) -> None:
@@ -85,7 +86,9 @@ def _wait_for_all(
             counts["not found"] += 1
             continue
         except TimeoutError as error:  # its message has the time that was left, not that of --timeout
-            raise TimeoutError(str(error).replace(f" after {timeout_s} s", f" after {timeout_text}")) from None
+            raise TimeoutError(
+                str(error).replace(f" after {duration((timeout_s or 0) * 1000)}:", f" after {timeout_text}:")
+            ) from None
         counts[job.status] += 1
         if job.status != "completed":
             say_outcome(job)
