@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import assert_never
 
-from jobd.core import transitions, views
+from jobd.core import guards, views
 from jobd.core.explain import explain
 from jobd.core.row_checks import validate
 from jobd.core.rules import plan_rules
@@ -50,7 +50,7 @@ def read(tx: Transaction, command: Reading) -> Response:
             return _of_job(tx, command)
         case ListJobs():
             if command.cursor is not None and lists_by_end(command) != ("." in command.cursor):
-                raise transitions.invalid("cursor", "This cursor belongs to a list with another status.")
+                raise guards.invalid("cursor", "This cursor belongs to a list with another status.")
             return Response(JobPage([], None), read=HistoryRead(page=command))
         case Export():
             return Response(ExportPage([], None), read=HistoryRead(export=command))
@@ -80,12 +80,12 @@ def searched_status(command: ListJobs) -> str | None:
 
 
 def _of_job(tx: Transaction, command: OfJob) -> Response:
-    job = transitions.find(tx, command.id)
+    job = guards.find(tx, command.id)
     match command:
         case Get():
-            return transitions.job_response(tx, job)
+            return views.job_response(tx, job)
         case GetVersion():
-            shown = transitions.job_response(tx, job)
+            shown = views.job_response(tx, job)
             shown.data.version = plan_rules.version(job, tx.state.latest_late(job.seq))
             return shown
         case Timeline():
@@ -99,7 +99,7 @@ def _of_job(tx: Transaction, command: OfJob) -> Response:
             found = validate(job, tx.at, tx.policy)
             if not tx.call.admin:
                 return Response(found)
-            shown = transitions.job_response(tx, job)
+            shown = views.job_response(tx, job)
             shown.data = ValidateJobView(job.id, shown.data, found, tx.at.now)
             return shown
         case _:

@@ -13,10 +13,11 @@ from msgspec.structs import astuple
 
 from jobd.core.state import State
 from jobd.core.stats import Counters
+from jobd.core.transaction import Transaction
 from jobd.core.worker_presence import WorkerPresence, WorkerSeen
 from jobd.model.commands import Import, Locks, Moment, Queues, Workers, WorkerState
 from jobd.model.events import QueuePause
-from jobd.model.job import STATUSES, Failure, Grant, Job, LateResult, LockDeadlines, Policy, Result, Status
+from jobd.model.job import STATUSES, Failure, Grant, Job, LateResult, LockDeadlines, Policy, Result, Status, shown_bytes
 from jobd.model.responses import (
     ErrorView,
     GrantView,
@@ -31,6 +32,7 @@ from jobd.model.responses import (
     PausedView,
     QueueList,
     QueueView,
+    Response,
     StatsView,
     WorkerList,
     WorkerView,
@@ -98,6 +100,13 @@ def job_view(job: Job, at: Moment, policy: Policy, *, admin: bool = False, paylo
         error.code,
         grant.worker if grant is not None and job.deadlines is not None and job.deadlines.cleared else UNSET,
     )
+
+
+def job_response(tx: Transaction, job: Job, *, repeated: bool | UnsetType = UNSET) -> Response:
+    """Return the current view of the job. The actor adds the payload before the response is sent."""
+    view = job_view(job, tx.at, tx.policy, admin=tx.call.admin)
+    view.repeated = repeated
+    return Response(view, unread_payloads=[(job.seq, view)], large_bytes=shown_bytes(job))
 
 
 def as_import(job: Job, payload: Raw) -> Import:

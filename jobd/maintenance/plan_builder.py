@@ -9,7 +9,7 @@ from typing import Final
 
 from msgspec.structs import asdict
 
-from jobd.core import transitions
+from jobd.core import guards
 from jobd.core.rules import plan_rules
 from jobd.engine.actor import Actor
 from jobd.engine.clock import Clock, loop_time
@@ -63,10 +63,10 @@ class PlanBuilder:
         if request.action in MAINTENANCE_ACTIONS:
             return await self._find_due()
         if (request.filter is None) == (request.ids is None):
-            return transitions.invalid("filter", "Set either `filter` or `ids`.").error
+            return guards.invalid("filter", "Set either `filter` or `ids`.").error
         if request.ids is not None:
             if request.cursor is not None:
-                return transitions.invalid("cursor", "A `cursor` requires the `filter` of the previous plan.").error
+                return guards.invalid("cursor", "A `cursor` requires the `filter` of the previous plan.").error
             await self._find_ids(list(dict.fromkeys(request.ids)))
             return None
         assert request.filter is not None
@@ -93,7 +93,7 @@ class PlanBuilder:
         for name in ("filter", "ids", "cursor"):
             if getattr(self._request, name) is not None:
                 message = f"{self._request.action} does not accept `{name}`: the daemon chooses the jobs."
-                return transitions.invalid(name, message).error
+                return guards.invalid(name, message).error
         response = await self._actor.ask(Preview(limit=0), by="daemon")  # moves passed deadlines in the state
         if isinstance(response, ApiError):
             return response
@@ -144,9 +144,7 @@ class PlanBuilder:
         if self._request.cursor is not None:
             status, _, number = self._request.cursor.partition(".")
             if status not in statuses:
-                return transitions.invalid(
-                    "cursor", "This cursor belongs to a plan with another action or filter."
-                ).error
+                return guards.invalid("cursor", "This cursor belongs to a plan with another action or filter.").error
             statuses, before = statuses[statuses.index(status) :], int(number)
         until_s = loop_time() + MAX_PLANNING_S
         for status in statuses:

@@ -7,7 +7,7 @@ from typing import get_args
 import pytest
 from msgspec.structs import replace
 
-from jobd.core import transitions
+from jobd.core import guards, transitions
 from jobd.core.rules import worker as worker_rules
 from jobd.core.transaction import Transaction
 from jobd.model.clocks import LockMs
@@ -122,7 +122,7 @@ def test_a_rule_that_is_wrong_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
         return grant(tx, replace(job, attempt=job.attempt - 1), *given)  # type: ignore[arg-type]
 
     for layer, name, wrong in (
-        (transitions, "is_stalled", late),
+        (guards, "is_stalled", late),
         (worker_rules, "_held", anybody),
         (transitions, "grant", free),
     ):

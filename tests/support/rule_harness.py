@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from msgspec import Struct
 
-from jobd.core import decide, transitions
+from jobd.core import decide, guards
 from jobd.core.rules import late_results as late_result_rules
 from jobd.core.state import State
 from jobd.core.transaction import Transaction
@@ -266,7 +266,7 @@ def due_order(
         and job.run_at <= now
         and job.options.queue in allowed
         and (wanted is None or job.options.kind in wanted)
-        and not transitions.is_overdue(job, now)
+        and not guards.is_overdue(job, now)
     ]
     return [job.id for job in sorted(due, key=lambda job: (job.options.priority, job.run_at, job.seq))]
 
@@ -318,7 +318,7 @@ def _compare_orders(state: State, rows: dict[str, Job], at: Moment) -> None:
         queued = [job for job in jobs if job.status == "queued" and job.options.queue == queue]
         buckets = {(job.options.kind, job.options.priority) for job in queued}
         assert state.due_buckets(queue) == len(buckets)
-        due = [job.run_at for job in queued if job.run_at <= at.now and not transitions.is_overdue(job, at.now)]
+        due = [job.run_at for job in queued if job.run_at <= at.now and not guards.is_overdue(job, at.now)]
         assert state.oldest_due_at(queue) == min(due, default=None)
     waiting = [job.run_at for job in jobs if job.status == "queued" and job.run_at > at.now]
     assert state.next_run_at() == min(waiting, default=None)
@@ -336,7 +336,7 @@ def _compare_locks(state: State, rows: dict[str, Job], at: Moment) -> None:
     assert set(state.expired_locks) == {job_id for job_id in dead if not lock_deadlines[job_id].cleared}
     assert set(state.noted_expired) == {job_id for job_id in dead if lock_deadlines[job_id].cleared}
     assert state.live_locks() == len(lock_deadlines) - len(stalled) - len(dead)
-    assert set(state.overdue()) == {job.id for job in rows.values() if transitions.is_overdue(job, at.now)}
+    assert set(state.overdue()) == {job.id for job in rows.values() if guards.is_overdue(job, at.now)}
     ahead = [deadlines.stalled_at for job_id, deadlines in lock_deadlines.items() if job_id in dead]
     ahead += [
         min(lock_deadlines[job_id].expires, lock_deadlines[job_id].stalled_at)

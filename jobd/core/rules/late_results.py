@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from msgspec.structs import replace
 
-from jobd.core import transitions
+from jobd.core import guards, transitions, views
 from jobd.core.state import State
 from jobd.core.transaction import Transaction
 from jobd.model.commands import Adopt, AnyCommand, Complete, Extend, Fail, Progress, Release, Why
@@ -89,7 +89,7 @@ def complete(tx: Transaction, command: Complete, rejection: ApiError, body_hash:
 
 def _is_valid(tx: Transaction, command: Complete) -> bool:
     try:
-        transitions.check_result(tx, command)
+        guards.check_result(tx, command)
     except ApiException:
         return False
     return True
@@ -115,26 +115,26 @@ def note_call(tx: Transaction, job: Job, command: Calls) -> None:
 
 def adopt(tx: Transaction, command: Adopt) -> Response:
     """Complete the job with one of its late results."""
-    job = transitions.find(tx, command.id)
+    job = guards.find(tx, command.id)
     if job.status not in Adopt.allowed_from:
-        raise transitions.invalid_transition(job, "completed", _advice(job))
+        raise guards.invalid_transition(job, "completed", _advice(job))
     late = _chosen(tx.late.results.get(job.seq, []), command.result)
     if late is None:
         which = "late result" if command.result is None else f"late result {command.result}"
         message = f"Job {job.id} has no {which}. List its late results: jobctl late {job.id}"
         raise api_error("late_result_not_found", message, job_id=job.id)
     if (why := not_adoptable(late, tx.policy)) is not None:
-        raise transitions.invalid("download_url", why)
+        raise guards.invalid("download_url", why)
     details = {"late_result": late.seq, "worker": late.worker, "fencing_token": late.fencing_token}
     expires_at = late.expires_at if late.expires_at is not None and late.expires_at > tx.at.now else None
     fields = transitions.completion(late.result, expires_at)
     job = transitions.finish(tx, job, "adopted", "completed", job.ended, fields, reason=command.reason, details=details)
-    return transitions.job_response(tx, job)
+    return views.job_response(tx, job)
 
 
 def not_adoptable(late: LateResult, policy: Policy) -> str | None:
     """Return why the configuration forbids this late result, whatever the status of the job; None if it does not."""
-    if not transitions.lacks_url(policy, late.result.download_url):
+    if not guards.lacks_url(policy, late.result.download_url):
         return None
     message = f"Late result {late.seq} cannot be adopted: it has no download_url, which {_REQUIRING} requires."
     return f"{message} If the work is complete, set a URL yourself: {_BY_HAND}"
@@ -156,7 +156,7 @@ def _is_unclaimed(tx: Transaction, job: Job, lock_id: str) -> bool:
     ended = job.ended
     if ended is None or ended.lock_id != lock_id or ended.rule != "recovery":
         return False
-    if job.updated_at != ended.at or not job.stalls or transitions.is_overdue(job, tx.at.now):
+    if job.updated_at != ended.at or not job.stalls or guards.is_overdue(job, tx.at.now):
         return False
     return job.status == "queued" or (
         job.status == "failed" and job.error is not None and job.error.code == transitions.STALLED
@@ -175,7 +175,7 @@ def _accept(tx: Transaction, job: Job, late: LateResult) -> Response:
     job = transitions.finish(
         tx, job, "adopted", "completed", ended, fields, worker=late.worker, reason=reason, details=details
     )
-    return transitions.job_response(tx, job)
+    return views.job_response(tx, job)
 
 
 def _stored(tx: Transaction, job: Job, late: LateResult) -> LateResult | None:
@@ -205,7 +205,7 @@ def _with_late_result(tx: Transaction, job: Job, late: LateResult, rejection: Ap
     kept = f"Its result is stored as late result {late.seq}"
     if job.status == "completed":
         kept += "."
-    elif transitions.lacks_url(tx.policy, late.result.download_url):
+    elif guards.lacks_url(tx.policy, late.result.download_url):
         kept += f", but cannot be adopted: it has no download_url, which {_REQUIRING} requires."
     else:
         kept += f"; an operator can adopt it: jobctl adopt {job.id}"

@@ -11,7 +11,7 @@ from typing import Final, Literal, NamedTuple
 
 from msgspec.structs import replace
 
-from jobd.core import transitions
+from jobd.core import guards, transitions
 from jobd.core.row_checks import counts, safe_fixes, validate
 from jobd.core.transaction import Transaction
 from jobd.model.clocks import LockMs
@@ -45,13 +45,13 @@ def recover(tx: Transaction, command: Recover) -> Response:
     details = []
     for job_id in stalled:
         job = state.processing[job_id]
-        if transitions.is_stalled(job, lock_ms):
+        if guards.is_stalled(job, lock_ms):
             job = transitions.stall(tx, job, transitions.stall_reason(tx, job))
             details.append(_recovery(tx, job))
     cleared = 0
     for job_id in expired:
         job = state.processing[job_id]
-        if job.deadlines is not None and lock_ms >= job.deadlines.expires and not transitions.is_stalled(job, lock_ms):
+        if job.deadlines is not None and lock_ms >= job.deadlines.expires and not guards.is_stalled(job, lock_ms):
             _clear_lock(tx, job, job.deadlines)
             cleared += 1
     return Response(Recovered(details, cleared, more))
@@ -90,18 +90,18 @@ def _recovery(tx: Transaction, job: Job) -> Recovery:
 
 def recover_one(tx: Transaction, command: JobCommand) -> Response:
     """Recover this job, if it is stalled at this moment."""
-    job = transitions.find(tx, command.id)
-    if transitions.is_stalled(job, tx.at.lock_ms):
+    job = guards.find(tx, command.id)
+    if guards.is_stalled(job, tx.at.lock_ms):
         transitions.stall(tx, job, transitions.stall_reason(tx, job))
         return Response(MaintenanceResult(1))
-    message = transitions.CLOCK_SUSPECT if tx.at.suspect else "It is no longer due for deletion or expiry."
+    message = guards.CLOCK_SUSPECT if tx.at.suspect else "It is no longer due for deletion or expiry."
     raise api_error("invalid_transition", message, job_id=job.id, status=job.status)
 
 
 def clean_one(tx: Transaction, command: JobCommand) -> Response:
     """Do what a cleanup run would do to this job now, without repairs: recover, fail or delete it."""
-    job = transitions.find(tx, command.id)
-    if transitions.may_expire(job, tx.at):
+    job = guards.find(tx, command.id)
+    if guards.may_expire(job, tx.at):
         transitions.expire(tx, job)
     elif _is_past(job, tx.at):
         tx.delete(job)
@@ -114,7 +114,7 @@ def preview(tx: Transaction, command: Preview) -> Response:
     """Return what `recover` and `expire` would do now. The command is a dry run."""
     recovered = recover(tx, Recover(limit=command.limit)).data
     overdue, more_overdue = _overdue(tx, command.limit)
-    expired = [job.id for job in overdue if transitions.may_expire(job, tx.at)]
+    expired = [job.id for job in overdue if guards.may_expire(job, tx.at)]
     more = recovered.more or more_overdue
     return Response(PreviewResult(recovered.details, recovered.locks_cleared, expired, more))
 
@@ -169,7 +169,7 @@ def due_before(jobs: Iterable[Job], now: int, until: int) -> list[WasDue]:
 
     Since then, the wall clock was set back, or a node with another clock has become the leader.
     """
-    found = (WasDue(transitions.was_due(job, now), job.run_at, job.seq, job.id) for job in jobs)
+    found = (WasDue(guards.was_due(job, now), job.run_at, job.seq, job.id) for job in jobs)
     return [each for each in found if each.by_row or each.run_at <= until]
 
 
@@ -194,7 +194,7 @@ def _postponed(deadlines: LockDeadlines, since: LockMs, until: LockMs) -> LockDe
 def expire(tx: Transaction, command: Expire) -> Response:
     """Fail queued jobs past their `expires_at`."""
     overdue, more = _overdue(tx, command.limit)
-    late = [job for job in overdue if transitions.may_expire(job, tx.at)]
+    late = [job for job in overdue if guards.may_expire(job, tx.at)]
     for job in late:
         transitions.expire(tx, job)
     return Response(MaintenanceResult(len(late), more=more))

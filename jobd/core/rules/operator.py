@@ -9,7 +9,7 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from jobd.core import transitions, views
+from jobd.core import guards, transitions, views
 from jobd.core.transaction import Transaction
 from jobd.model.commands import (
     NO_REASON,
@@ -43,9 +43,9 @@ from jobd.model.responses import AdminLockView, Imported, LockState, Response, T
 
 
 def force_fail(tx: Transaction, command: ForceFail) -> Response:
-    job = transitions.find(tx, command.id)
+    job = guards.find(tx, command.id)
     if job.status not in ForceFail.allowed_from:
-        raise transitions.invalid_transition(job, "failed", "Only a queued or processing job can be failed.")
+        raise guards.invalid_transition(job, "failed", "Only a queued or processing job can be failed.")
     reason = command.reason or NO_REASON
     ended = transitions.ended_by(job, tx.at.now, "force-fail", "force_failed")
     error = Failure(reason, "force_failed")
@@ -55,13 +55,13 @@ def force_fail(tx: Transaction, command: ForceFail) -> Response:
 
 def force_reset(tx: Transaction, command: ForceReset) -> Response:
     """Requeue the job as new. For a failed or cancelled job this is a retry, whichever command asks for it."""
-    job = transitions.find(tx, command.id)
+    job = guards.find(tx, command.id)
     job = transitions.expire_if_overdue(tx, job)
     if job.status in ("queued", "completed"):  # a job whose row has an unknown status can be reset too
         what = "It needs no retry." if job.status == "queued" else "A completed job is final; create a new job instead."
-        raise transitions.invalid_transition(job, "queued", what)
+        raise guards.invalid_transition(job, "queued", what)
     if job.status == "processing" and isinstance(command, RetryJob):
-        raise transitions.invalid_transition(job, "queued", "Only failed and cancelled jobs can be retried.")
+        raise guards.invalid_transition(job, "queued", "Only failed and cancelled jobs can be retried.")
     ended = transitions.ended_by(job, tx.at.now, "force-reset", "force_reset")
     fresh = {"attempt": 0, "stalls": 0, "error": None, "run_at": tx.at.now} | _without_past_expiry(tx, job)
     event: EventType = "retried_by_operator" if job.status in RetryJob.allowed_from else "force_reset"
@@ -76,19 +76,19 @@ def _without_past_expiry(tx: Transaction, job: Job) -> dict[str, Any]:
 
 def transition(tx: Transaction, command: Transition) -> Response:
     """Compare and set: change the status only if it still is `from_`."""
-    job = transitions.find(tx, command.id)
+    job = guards.find(tx, command.id)
     job = transitions.expire_if_overdue(tx, job)
     if job.status != command.from_:
         what = f"The transition expected {command.from_}. Check the job again before you decide."
-        raise transitions.invalid_transition(job, command.to, what)
+        raise guards.invalid_transition(job, command.to, what)
     if command.to == "processing":
-        raise transitions.invalid_transition(job, command.to, "Only start and claim can make a job processing.")
+        raise guards.invalid_transition(job, command.to, "Only start and claim can make a job processing.")
     if (job.status, command.to) not in TRANSITIONS:
-        raise transitions.invalid_transition(job, command.to, f"It cannot go from {job.status} to {command.to}.")
+        raise guards.invalid_transition(job, command.to, f"It cannot go from {job.status} to {command.to}.")
     fields = _updated(tx, job, command.updates)
     if command.to == "completed":
         result = fields.get("result", job.result) or Result()
-        transitions.check_url(tx.policy, result.download_url, "updates.download_url")
+        guards.check_url(tx.policy, result.download_url, "updates.download_url")
     after = _transitioned(tx, job, command, fields)
     return _forced(tx, job, after, command.reason)
 
@@ -137,34 +137,34 @@ def _rescheduled(
 
 
 def run_now(tx: Transaction, command: RunNow) -> Response:
-    job = transitions.find(tx, command.id)
+    job = guards.find(tx, command.id)
     job = transitions.expire_if_overdue(tx, job)
     if job.status not in RunNow.allowed_from:
-        raise transitions.invalid_transition(job, "queued", "Only a queued job can be run now.")
+        raise guards.invalid_transition(job, "queued", "Only a queued job can be run now.")
     if job.run_at > tx.at.now:
         reason = command.reason or "run now"
         job = tx.update(job, "updated", {"run_at": tx.at.now}, reason=reason, details={"run_at": tx.at.now})
-    return transitions.job_response(tx, job)
+    return views.job_response(tx, job)
 
 
 def update(tx: Transaction, command: Update) -> Response:
-    job = transitions.find(tx, command.id)
+    job = guards.find(tx, command.id)
     job = transitions.expire_if_overdue(tx, job)
     if job.status == "completed":
-        raise transitions.invalid_transition(job, "completed", "A completed job cannot be changed.")
+        raise guards.invalid_transition(job, "completed", "A completed job cannot be changed.")
     fields = _rescheduled(tx, job, command.priority, command.run_at, command.max_attempts)
     if fields:
         given = {"priority": command.priority, "run_at": command.run_at, "max_attempts": command.max_attempts}
         details = {name: value for name, value in given.items() if value is not None}
         job = tx.update(job, "updated", fields, reason=command.reason, details=details)
-    return transitions.job_response(tx, job)
+    return views.job_response(tx, job)
 
 
 def delete(tx: Transaction, command: Delete) -> Response:
-    job = transitions.find(tx, command.id)
+    job = guards.find(tx, command.id)
     if job.status not in Delete.allowed_from:
-        raise transitions.invalid_transition(job, "deleted", "Only a finished job can be deleted: cancel it first.")
-    response = transitions.job_response(tx, job)
+        raise guards.invalid_transition(job, "deleted", "Only a finished job can be deleted: cancel it first.")
+    response = views.job_response(tx, job)
     tx.delete(job, command.reason)
     return response
 
@@ -177,7 +177,7 @@ def pause(tx: Transaction, command: Pause) -> Response:
             f"until {command.until} is not in the future; it is in Unix milliseconds. Leave it out to pause until an "
             "operator resumes the queue."
         )
-        raise transitions.invalid("until", message)
+        raise guards.invalid("until", message)
     given = command.reason, command.until
     if known is not None and given in ((None, None), (known.reason, known.until)):
         return Response(views.paused_view(command.name, known))
@@ -200,10 +200,10 @@ def import_job(tx: Transaction, command: Import) -> Response:
     if (there := tx.state.get(command.id)) is not None:
         reason = f"A job with this id exists: it is {there.status}."
         return Response(Imported(command.id, True, there.status, reason, room))
-    transitions.check_backoff(command.backoff)
+    guards.check_backoff(command.backoff)
     if command.status in LIVE:
-        transitions.check_live_jobs(tx)
-    transitions.check_queue(tx, command.queue)
+        guards.check_live_jobs(tx)
+    guards.check_queue(tx, command.queue)
     job = _imported(tx, command)
     tx.create(job, "imported", bytes(command.payload), "")
     if job.status == "processing":

@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import msgspec
 
-from jobd.core import transitions
+from jobd.core import guards
 from jobd.core.transaction import Transaction
 from jobd.model.commands import (
     MAINTENANCE_ACTIONS,
@@ -40,7 +40,7 @@ def apply(tx: Transaction, command: ApplyPlan, rules: Rules) -> Response:
 def check_version(tx: Transaction, command: AnyCommand, expected: str) -> None:
     """Reject `command` if its job is no longer in the version that the caller expects."""
     assert isinstance(command, JobCommand)
-    job = transitions.find(tx, command.id)
+    job = guards.find(tx, command.id)
     if version(job, tx.state.latest_late(job.seq)) != expected:
         message = f"The job has changed since you read it: it is {job.status} now. Nothing was done."
         raise api_error("invalid_transition", message, job_id=job.id, status=job.status)
@@ -48,7 +48,7 @@ def check_version(tx: Transaction, command: AnyCommand, expected: str) -> None:
 
 def _one(tx: Transaction, command: ApplyPlan, rules: Rules, expected: ExpectedVersion, done: PlanSlice) -> None:
     try:
-        job = transitions.find(tx, expected.id)
+        job = guards.find(tx, expected.id)
     except ApiException as missing:
         done.changed.append(ChangedJob(expected.id, "", None, missing.error.message))
         return

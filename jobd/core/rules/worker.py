@@ -11,7 +11,7 @@ from typing import Any, Final
 import msgspec
 from msgspec import UNSET
 
-from jobd.core import transitions, views
+from jobd.core import guards, transitions, views
 from jobd.core.rules import late_results as late_result_rules
 from jobd.core.rules import operator as operator_rules
 from jobd.core.transaction import Transaction
@@ -66,7 +66,7 @@ def bulk(tx: Transaction, command: Bulk) -> Response:
     ids = [item.id for item in command.jobs if item.id is not None]
     if len(ids) != len(set(ids)):
         twice = next(job_id for job_id in ids if ids.count(job_id) > 1)
-        raise transitions.invalid("jobs", f"The id {twice} is in the list twice; give each job its own id.")
+        raise guards.invalid("jobs", f"The id {twice} is in the list twice; give each job its own id.")
     response = Response(JobList([]), status=201)
     for index, item in enumerate(command.jobs):
         try:
@@ -94,8 +94,8 @@ def _create(tx: Transaction, command: Create) -> tuple[Job, JobView, bool]:
     if command.id is not None and (existing := _existing(tx, command, command.id, request_hash)) is not None:
         return existing, views.job_view(existing, tx.at, tx.policy, admin=tx.call.admin), False
     _check_options(tx, command)
-    transitions.check_live_jobs(tx)
-    transitions.check_queue(tx, command.queue)
+    guards.check_live_jobs(tx)
+    guards.check_queue(tx, command.queue)
     now, number, options = tx.now, tx.job_number(), transitions.requested_options(tx, command)
     run_at = command.run_at or now + (command.delay_ms or 0)
     job_id = command.id or tx.job_id(number)
@@ -108,7 +108,7 @@ def _create(tx: Transaction, command: Create) -> tuple[Job, JobView, bool]:
 
 def _existing(tx: Transaction, command: Create, job_id: str, request_hash: str) -> Job | None:
     if job_id in tx.state.quarantined:
-        raise transitions.no_such_job(tx, job_id)
+        raise guards.no_such_job(tx, job_id)
     job = tx.state.get(job_id)
     request = tx.requests.get(job_id)
     if job is None or (request is not None and request.request_hash == request_hash):
@@ -155,11 +155,11 @@ def _differences(job: Job, command: Create, at: Moment) -> list[str]:
 
 def _check_options(tx: Transaction, command: Create) -> None:
     if command.run_at is not None and command.delay_ms is not None:
-        raise transitions.invalid("run_at", "Give run_at or delay_ms, not both.")
+        raise guards.invalid("run_at", "Give run_at or delay_ms, not both.")
     if command.expires_at is not None and command.expires_in_ms is not UNSET:
-        raise transitions.invalid("expires_at", "Give expires_at or expires_in_ms, not both.")
-    transitions.check_backoff(command.backoff)
-    transitions.check_expiry(tx, command.expires_at)
+        raise guards.invalid("expires_at", "Give expires_at or expires_in_ms, not both.")
+    guards.check_backoff(command.backoff)
+    guards.check_expiry(tx, command.expires_at)
 
 
 # -- grants -----------------------------------------------------------------------------------------------------------
@@ -167,8 +167,8 @@ def _check_options(tx: Transaction, command: Create) -> None:
 
 def start(tx: Transaction, command: Start) -> Response:
     """Grant the named job: queued, due, and its queue not paused. A stalled job is recovered first."""
-    job = transitions.find(tx, command.id)
-    if transitions.is_stalled(job, tx.at.lock_ms):
+    job = guards.find(tx, command.id)
+    if guards.is_stalled(job, tx.at.lock_ms):
         job = transitions.stall(tx, job, transitions.stall_reason(tx, job))
     job = transitions.expire_if_overdue(tx, job)
     _check_start(tx, job)
@@ -184,10 +184,10 @@ def _check_start(tx: Transaction, job: Job) -> None:
         raise _already_locked(tx, job)
     if job.status != "queued":
         why = f" ({job.error.message})" if job.error and job.error.message else ""
-        raise transitions.invalid_transition(job, "processing", f"Only a queued job can be started{why}.")
-    if transitions.is_overdue(job, at.now):  # it has not failed, because the clock is suspect
-        what = f"It is not granted, because its expires_at has passed. {transitions.CLOCK_SUSPECT}"
-        raise transitions.invalid_transition(job, "processing", what)
+        raise guards.invalid_transition(job, "processing", f"Only a queued job can be started{why}.")
+    if guards.is_overdue(job, at.now):  # it has not failed, because the clock is suspect
+        what = f"It is not granted, because its expires_at has passed. {guards.CLOCK_SUSPECT}"
+        raise guards.invalid_transition(job, "processing", what)
     if job.run_at > at.now:
         wait_ms = job.run_at - at.now
         message = f"Job {job.id} is not due for another {time_left(wait_ms)}."
@@ -244,13 +244,13 @@ def _granted(tx: Transaction, jobs: list[Job]) -> Response:
 
 def undelivered(tx: Transaction, command: Undelivered) -> Response:
     """Put a job back whose grant was not delivered. It keeps its place, and the attempt does not count."""
-    job = transitions.find(tx, command.id)
+    job = guards.find(tx, command.id)
     if job.status != "processing" or job.grant is None or job.grant.lock_id != command.lock_id:
         raise _lock_lost(job, command.lock_id)
     ended = transitions.ended_by(job, tx.at.now, "undelivered", "undelivered")
     reason = "The connection closed before the grant was sent."
     fields = {"attempt": transitions.refunded_attempts(job), "releases": job.releases}
-    return transitions.job_response(tx, transitions.requeue(tx, job, "undelivered", ended, fields, reason=reason))
+    return views.job_response(tx, transitions.requeue(tx, job, "undelivered", ended, fields, reason=reason))
 
 
 # -- the holder's commands: the latest grant wins ---------------------------------------------------------------------
@@ -314,12 +314,12 @@ def complete(tx: Transaction, command: Complete) -> Response:
         return late_result_rules.complete(tx, command, rejected.error, digest(command))
     if not isinstance(job, Job):
         return job
-    transitions.check_result(tx, command)
+    guards.check_result(tx, command)
     ended = _ended_by_holder(tx, job, command, "complete")
     result = Result(command.download_url, command.file_path, command.storage_key, command.metadata)
     fields = transitions.completion(result, command.expires_at)
     job = transitions.finish(tx, job, "completed", "completed", ended, fields, worker=ended.worker)
-    return transitions.job_response(tx, job)
+    return views.job_response(tx, job)
 
 
 def fail(tx: Transaction, command: Fail) -> Response:
@@ -332,7 +332,7 @@ def fail(tx: Transaction, command: Fail) -> Response:
     worker, reason = ended.worker, error.message
     if not command.retry or job.attempt >= job.options.max_attempts:
         job = transitions.finish(tx, job, "failed", "failed", ended, {"error": error}, worker=worker, reason=reason)
-        return transitions.job_response(tx, job)
+        return views.job_response(tx, job)
     wait_ms = command.retry_after_ms
     if wait_ms is None:
         wait_ms = job.options.backoff.wait_ms(job.attempt, tx.fraction(job.attempt))
@@ -340,7 +340,7 @@ def fail(tx: Transaction, command: Fail) -> Response:
     details = {"attempt": job.attempt, "run_at": run_at}
     fields = {"run_at": run_at, "error": error}
     job = transitions.requeue(tx, job, "retried", ended, fields, worker=worker, reason=reason, details=details)
-    return transitions.job_response(tx, job)
+    return views.job_response(tx, job)
 
 
 def release(tx: Transaction, command: Release) -> Response:
@@ -350,7 +350,7 @@ def release(tx: Transaction, command: Release) -> Response:
 def release_lock(tx: Transaction, command: ReleaseLock) -> Response:
     """Release the job in place of its holder."""
     _release(tx, command, None)
-    job = _latest(tx) if tx.has_changed else transitions.find(tx, command.id)
+    job = _latest(tx) if tx.has_changed else guards.find(tx, command.id)
     return operator_rules.lock_response(tx, job, None)
 
 
@@ -377,16 +377,16 @@ def _release(tx: Transaction, command: Release | ReleaseLock, delay_ms: int | No
         fields["run_at"] = tx.at.now + delay_ms
     details = {"releases": releases, "delay_ms": delay_ms} if releases >= DELAYED_FROM else None
     job = transitions.requeue(tx, job, "released", ended, fields, worker=worker, reason=reason, details=details)
-    return transitions.job_response(tx, job)
+    return views.job_response(tx, job)
 
 
 def cancel(tx: Transaction, command: Cancel) -> Response:
     """Cancel the job at once. The next call of a holder gets lock_lost."""
-    job = transitions.find(tx, command.id)
+    job = guards.find(tx, command.id)
     if job.status not in Cancel.allowed_from:
-        raise transitions.invalid_transition(job, "cancelled", "Only a queued or processing job can be cancelled.")
+        raise guards.invalid_transition(job, "cancelled", "Only a queued or processing job can be cancelled.")
     ended = transitions.ended_by(job, tx.at.now, "cancel", "cancelled")
-    return transitions.job_response(
+    return views.job_response(
         tx, transitions.finish(tx, job, "cancelled", "cancelled", ended, {}, reason=command.reason)
     )
 
@@ -398,7 +398,7 @@ Holders = Progress | Extend | Complete | Fail | Release | ExtendLock | ReleaseLo
 
 def _held(tx: Transaction, command: Holders, verb: str) -> Job | Response:
     """Return the job if `command` names its latest grant, or the response to a repeated ending. Raises ApiException."""
-    job = transitions.find(tx, command.id)
+    job = guards.find(tx, command.id)
     if job.status == "processing" and job.grant is not None and job.grant.lock_id == command.lock_id:
         # A row without lock deadlines is invalid until a cleanup run repairs it; the job has no holder.
         if job.deadlines is None:
@@ -410,9 +410,9 @@ def _held(tx: Transaction, command: Holders, verb: str) -> Job | Response:
             late_result_rules.note_call(tx, job, command)
         raise _lock_lost(job, command.lock_id)
     if verb == ended.verb and digest(command) == ended.body_hash:
-        return transitions.job_response(tx, job, repeated=True)
+        return views.job_response(tx, job, repeated=True)
     if verb == "release" and ended.verb in ("complete", "fail"):
-        return transitions.job_response(tx, job, repeated=True)
+        return views.job_response(tx, job, repeated=True)
     message = f"This grant of job {job.id} was already ended by {ended.verb}; {verb} changes nothing."
     raise api_error("invalid_transition", message, status=job.status, ended_by=ended.verb, ended_at=ended.at)
 

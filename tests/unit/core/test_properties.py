@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from msgspec import Raw
 from msgspec.structs import replace
 
-from jobd.core import decide, transitions
+from jobd.core import decide, guards
 from jobd.core.row_checks import counts, validate
 from jobd.core.transaction import Transaction
 from jobd.model.commands import (
@@ -272,7 +272,7 @@ class PropertyRun(RuleHarness):
         if not isinstance(command, Claim):
             return None
         order = due_order(self.rows.values(), self.now, command.queues, command.kinds, self.state.paused)
-        wanted = [job_id for job_id in order if not transitions.is_overdue(self.rows[job_id], self.now)]
+        wanted = [job_id for job_id in order if not guards.is_overdue(self.rows[job_id], self.now)]
         return wanted[: command.limit]
 
     def _check_error(self, decision: Decision) -> None:
@@ -307,7 +307,7 @@ class PropertyRun(RuleHarness):
                 assert event.type in ("deleted", "fixed", *NOTES)
             if event.type == "stalled" and isinstance(command, (Recover, Start)):
                 assert before is not None
-                assert transitions.is_stalled(before, self.lock_ms)
+                assert guards.is_stalled(before, self.lock_ms)
             if event.type == "deleted":
                 assert before is not None
                 assert before.status in FINISHED
@@ -325,7 +325,7 @@ class PropertyRun(RuleHarness):
                 assert job.deadlines.expires <= job.deadlines.progress_due
             if job.seq not in self.state.unvalidated:
                 bad = [issue for issue in validate(job, self.moment, self.policy).issues if counts(issue)]
-                assert not bad or transitions.is_stalled(job, self.moment.lock_ms), bad  # only recovery is left to do
+                assert not bad or guards.is_stalled(job, self.moment.lock_ms), bad  # only recovery is left to do
             view = self.accept(Why(id=job.id))
             if job.status in ("queued", "processing") and job.options.queue not in self.state.paused:
                 assert view.next is not None

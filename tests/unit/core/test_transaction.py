@@ -12,7 +12,7 @@ import pytest
 from msgspec import Raw
 from msgspec.structs import replace
 
-from jobd.core import decide, transitions
+from jobd.core import decide, transitions, views
 from jobd.core.state import State
 from jobd.core.transaction import Transaction
 from jobd.model.clocks import LockMs
@@ -278,7 +278,7 @@ def test_a_batch_that_is_not_written_restores_the_counts_of_jobs_in_quarantine(r
 def test_a_rule_that_raises_leaves_nothing(rules: RuleHarness, monkeypatch: pytest.MonkeyPatch) -> None:
     rules.held()
     before = snapshot(rules.state)
-    monkeypatch.setattr(transitions, "job_response", lambda *_: 1 / 0)
+    monkeypatch.setattr(views, "job_response", lambda *_: 1 / 0)
     tx = Transaction(rules.state, rules.moment, rules.policy)
     with pytest.raises(ZeroDivisionError):
         decide.decide(tx, Call(Cancel(id="a")))

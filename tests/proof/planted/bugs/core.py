@@ -8,7 +8,7 @@ from typing import Any
 from msgspec import UNSET
 from msgspec.structs import replace
 
-from jobd.core import transitions
+from jobd.core import transitions, views
 from jobd.core.rules import late_results as late_result_rules
 from jobd.core.rules import maintenance as maintenance_rules
 from jobd.core.rules import plan_rules
@@ -88,7 +88,7 @@ def _(adopt: Any, tx: Transaction, command: Adopt) -> Any:
     late = tx.late.results.get(job.seq, []) if job is not None else []
     if job is not None and job.status == "completed" and late:
         fields = transitions.completion(late[-1].result)
-        return transitions.job_response(tx, transitions.finish(tx, job, "adopted", "completed", job.ended, fields))
+        return views.job_response(tx, transitions.finish(tx, job, "adopted", "completed", job.ended, fields))
     return adopt(tx, command)
 
 

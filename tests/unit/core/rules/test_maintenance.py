@@ -8,7 +8,7 @@ import pytest
 from msgspec import Raw
 from msgspec.structs import replace
 
-from jobd.core import decide, transitions
+from jobd.core import decide, guards
 from jobd.core.rules import maintenance as maintenance_rules
 from jobd.core.transaction import Transaction
 from jobd.model.clocks import LockMs
@@ -142,7 +142,7 @@ def test_a_stall_with_on_stall_fail_says_so(rules: RuleHarness) -> None:
 def test_without_a_grant_or_its_lease_a_job_is_stalled_at_once(rules: RuleHarness, missing: str) -> None:
     rules.held()
     rules.row(replace(rules.job(), **{missing: None}))
-    assert transitions.is_stalled(rules.job(), rules.lock_ms)
+    assert guards.is_stalled(rules.job(), rules.lock_ms)
     rules.start(worker="w-2")
     stalled = rules.events[-2]
     assert (stalled.type, stalled.reason) == ("stalled", "The job was processing, but no worker held it.")
@@ -314,7 +314,7 @@ def test_a_job_that_was_due_by_a_clock_that_was_ahead_is_due_again(rules: RuleHa
     rules.accept(Cancel(id="ended"))
     rules.now -= HOUR_MS
     rules.create("new")
-    assert not transitions.was_due(rules.job("first"), rules.job("first").run_at), "it is due"
+    assert not guards.was_due(rules.job("first"), rules.job("first").run_at), "it is due"
     found = due_before(rules, 0)
     assert found == {name: rules.job(name).run_at for name in ("first", "held", "second")}
     assert list(found) == ["first", "held", "second"]

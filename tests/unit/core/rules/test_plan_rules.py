@@ -8,11 +8,11 @@ from typing import Any, get_args
 import pytest
 from msgspec.structs import replace
 
+from jobd.core.guards import CLOCK_SUSPECT
 from jobd.core.rules import maintenance as maintenance_rules
 from jobd.core.rules import plan_rules
 from jobd.core.rules.plan_rules import version
 from jobd.core.transaction import Transaction
-from jobd.core.transitions import CLOCK_SUSPECT
 from jobd.maintenance import plan_builder, plan_runner
 from jobd.maintenance.plan_runner import Planner
 from jobd.model.commands import (

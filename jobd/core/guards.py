@@ -1,0 +1,127 @@
+"""The guards of the rules: whether a command is allowed, by the job, the limits and the time, and the error if not."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from jobd.core.transaction import Transaction
+from jobd.model.clocks import LockMs
+from jobd.model.commands import Complete, Moment
+from jobd.model.errors import ApiException, api_error
+from jobd.model.job import TRANSITIONS, Backoff, Job, Policy, storage_key_error
+
+CLOCK_SUSPECT: Final = (
+    "The wall clock is suspect, so nothing is deleted or failed by age. Check it. If it is correct: jobctl clock accept"
+)
+
+
+def find(tx: Transaction, job_id: str) -> Job:
+    """Return the job. Raises ApiException if it does not exist or is in quarantine."""
+    job = tx.state.get(job_id)
+    if job is None:
+        raise no_such_job(tx, job_id)
+    return job
+
+
+def no_such_job(tx: Transaction, job_id: str) -> ApiException:
+    """Return the error about a job that does not exist or is in quarantine."""
+    reason = tx.state.quarantined.get(job_id)
+    if reason is not None:
+        message = f"Job {job_id} is in quarantine: {reason}. An operator can repair it: jobd doctor shows how."
+        return api_error("job_quarantined", message, job_id=job_id, reason=reason)
+    message = (
+        f"There is no job {job_id}: it was never created, or it was deleted. "
+        "Search the list of jobs: GET /v1/jobs or jobctl jobs."
+    )
+    return api_error("job_not_found", message, job_id=job_id)
+
+
+def invalid_transition(job: Job, to: str, what: str) -> ApiException:
+    """Return the error of a transition that the status does not allow. `what` says what to do instead.
+
+    Its detail `allowed` has the statuses that an operator may set.
+    """
+    allowed = sorted(status for source, status in TRANSITIONS if source == job.status and status != "processing")
+    message = f"Job {job.id} is {job.status}. {what}"
+    return api_error("invalid_transition", message, status=job.status, to=to, allowed=allowed)
+
+
+def check_live_jobs(tx: Transaction) -> None:
+    """Reject a new job if the limit of unfinished jobs is reached."""
+    limit = tx.policy.live_jobs
+    if tx.state.live_count < limit:
+        return
+    message = f"There are {limit} unfinished jobs (limits.live_jobs). Wait until some are finished, or raise the limit."
+    raise api_error("too_many_jobs", message, limit=limit)
+
+
+def check_queue(tx: Transaction, queue: str) -> None:
+    """Reject the first job of a queue above the limit. Queues that exist above a lowered limit still get jobs."""
+    known, limit = tx.state.counts, tx.policy.queues
+    if queue in known or len(known) < limit:
+        return
+    message = (
+        f"Queue {queue} would be new, and {len(known)} queues have jobs (limits.queues {limit}). "
+        "Use a queue that has jobs, raise the limit, or wait until a queue has none. Finished jobs count too, until "
+        "they are deleted."
+    )
+    raise api_error("too_many_queues", message, queue=queue, limit=limit)
+
+
+def invalid(field: str, message: str) -> ApiException:
+    return api_error("invalid_request", message, field=f"$.{field}")
+
+
+def check_backoff(backoff: Backoff) -> None:
+    if backoff.max_ms < backoff.base_ms:
+        message = f"max_ms {backoff.max_ms} is less than base_ms {backoff.base_ms}. Raise max_ms, or lower base_ms."
+        raise invalid("backoff.max_ms", message)
+
+
+def check_expiry(tx: Transaction, expires_at: int | None) -> None:
+    if expires_at is not None and expires_at <= tx.at.believed:
+        raise invalid("expires_at", f"expires_at {expires_at} is not in the future; it is in Unix milliseconds.")
+
+
+def check_result(tx: Transaction, command: Complete) -> None:
+    """Reject a result that may not complete a job."""
+    if command.storage_key is not None and (fault := storage_key_error(command.storage_key)) is not None:
+        raise invalid("storage_key", f"storage_key {fault}.")
+    check_expiry(tx, command.expires_at)
+    check_url(tx.policy, command.download_url)
+
+
+def check_url(policy: Policy, download_url: str | None, field: str = "download_url") -> None:
+    """Reject a completion with this download_url, or without one, if the configuration requires one."""
+    if lacks_url(policy, download_url):
+        raise invalid(field, "download_url is missing; [validation] require_download_url requires it.")
+
+
+def lacks_url(policy: Policy, download_url: str | None) -> bool:
+    """Return whether the configuration requires a download_url and this one is missing."""
+    return policy.require_download_url and not download_url
+
+
+def was_due(job: Job, now: int) -> bool:
+    """Return whether the job was due when it last changed, and is not due `now`: the wall clock was set back.
+
+    A `run_at` before `created_at` was set after that step: `updated_at` is never before `created_at`.
+    """
+    return now < job.run_at and job.created_at <= job.run_at <= job.updated_at
+
+
+def may_expire(job: Job, at: Moment) -> bool:
+    """Return whether the job is overdue by a clock that is not suspect. Then it fails."""
+    return not at.suspect and is_overdue(job, at.now)
+
+
+def is_overdue(job: Job, now: int) -> bool:
+    """Return whether the job is queued and past its `expires_at`."""
+    return job.status == "queued" and job.expires_at is not None and job.expires_at <= now
+
+
+def is_stalled(job: Job, lock_ms: LockMs) -> bool:
+    """Return whether the job is processing and stalled at lock time `lock_ms`. Without a grant it always is."""
+    return job.status == "processing" and (
+        job.deadlines is None or job.grant is None or lock_ms >= job.deadlines.stalled_at
+    )
