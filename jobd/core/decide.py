@@ -6,11 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final, get_args
 
 from jobd.core import queries
-from jobd.core.rules import late_results as late_result_rules
-from jobd.core.rules import maintenance as maintenance_rules
-from jobd.core.rules import operator as operator_rules
-from jobd.core.rules import plan_rules
-from jobd.core.rules import worker as worker_rules
+from jobd.core.rules import late_result_rules, maintenance_rules, operator_rules, plan_rules, worker_rules
 from jobd.core.transaction import Transaction
 from jobd.model import commands
 from jobd.model.commands import ApplyPlan, Call, Command

@@ -12,7 +12,7 @@ from typing import Final, NamedTuple
 from msgspec.structs import replace
 
 from jobd.core.guards import is_overdue
-from jobd.core.rules.late_results import not_adoptable
+from jobd.core.rules.late_result_rules import not_adoptable
 from jobd.core.state import State
 from jobd.core.worker_presence import ClaimSet, WorkerPresence, WorkerSeen
 from jobd.model.commands import NO_REASON, Moment

@@ -57,7 +57,7 @@ import structlog
 from msgspec import Struct
 from msgspec.structs import replace
 
-from jobd.core.rules import late_results as late_result_rules
+from jobd.core.rules import late_result_rules
 from jobd.core.state import State
 from jobd.core.stats import Histogram
 from jobd.engine.batch import DecidedBatch, Decider, Preloaded

@@ -48,7 +48,7 @@ import structlog
 from msgspec import Raw, Struct, field
 
 from jobd.core import audit, decide, views
-from jobd.core.rules import late_results as late_result_rules
+from jobd.core.rules import late_result_rules
 from jobd.core.state import State
 from jobd.core.transaction import Transaction
 from jobd.engine.envelope import Envelope

@@ -16,7 +16,7 @@ from msgspec.structs import replace
 from jobd.core import views
 from jobd.core.explain import ending
 from jobd.core.queries import lists_by_end, searched_status
-from jobd.core.rules.late_results import not_adoptable
+from jobd.core.rules.late_result_rules import not_adoptable
 from jobd.engine.clock import loop_time
 from jobd.engine.envelope import Envelope
 from jobd.engine.unread_responses import UnreadResponses

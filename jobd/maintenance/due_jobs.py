@@ -8,7 +8,7 @@ from collections.abc import Callable
 from itertools import islice
 from typing import Final
 
-from jobd.core.rules.maintenance import WasDue, due_before
+from jobd.core.rules.maintenance_rules import WasDue, due_before
 from jobd.engine.actor import Actor
 from jobd.model.commands import KeepDue, Moment
 

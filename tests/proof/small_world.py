@@ -18,7 +18,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from jobd.core import decide
-from jobd.core.rules import worker as worker_rules
+from jobd.core.rules import worker_rules
 from jobd.core.state import State
 from jobd.core.transaction import Transaction
 from jobd.model.clocks import LockMs

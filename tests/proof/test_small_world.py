@@ -8,7 +8,7 @@ import pytest
 from msgspec.structs import replace
 
 from jobd.core import guards, transitions
-from jobd.core.rules import worker as worker_rules
+from jobd.core.rules import worker_rules
 from jobd.core.transaction import Transaction
 from jobd.model.clocks import LockMs
 from jobd.model.commands import (

@@ -10,7 +10,7 @@ from typing import Any, Final
 from msgspec import Struct
 
 from jobd.core import decide, guards
-from jobd.core.rules import late_results as late_result_rules
+from jobd.core.rules import late_result_rules
 from jobd.core.state import State
 from jobd.core.transaction import Transaction
 from jobd.model.clocks import LockMs

@@ -12,7 +12,7 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from jobd.core.rules import worker as worker_rules
+from jobd.core.rules import worker_rules
 from jobd.model import commands
 from jobd.model.commands import (
     AnyCommand,

@@ -9,7 +9,7 @@ import pytest
 from msgspec import Raw
 from msgspec.structs import replace
 
-from jobd.core.rules import worker as worker_rules
+from jobd.core.rules import worker_rules
 from jobd.core.state import State
 from jobd.model.commands import (
     Cancel,

@@ -13,7 +13,7 @@ import pytest
 from msgspec.structs import replace
 
 from jobd.core import audit, worker_presence
-from jobd.core.rules import maintenance as maintenance_rules
+from jobd.core.rules import maintenance_rules
 from jobd.core.state import State
 from jobd.core.views import workers
 from jobd.core.worker_presence import GONE_AFTER_MS, ClaimSet, WorkerPresence

@@ -9,10 +9,7 @@ from msgspec import UNSET
 from msgspec.structs import replace
 
 from jobd.core import transitions, views
-from jobd.core.rules import late_results as late_result_rules
-from jobd.core.rules import maintenance as maintenance_rules
-from jobd.core.rules import plan_rules
-from jobd.core.rules import worker as worker_rules
+from jobd.core.rules import late_result_rules, maintenance_rules, plan_rules, worker_rules
 from jobd.core.state import State
 from jobd.core.transaction import Transaction
 from jobd.model.clocks import LockMs

@@ -9,8 +9,7 @@ import pytest
 from msgspec.structs import replace
 
 from jobd.core.guards import CLOCK_SUSPECT
-from jobd.core.rules import maintenance as maintenance_rules
-from jobd.core.rules import plan_rules
+from jobd.core.rules import maintenance_rules, plan_rules
 from jobd.core.rules.plan_rules import version
 from jobd.core.transaction import Transaction
 from jobd.maintenance import plan_builder, plan_runner

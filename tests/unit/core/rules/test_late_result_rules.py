@@ -10,7 +10,7 @@ from msgspec import Raw
 from msgspec.structs import replace
 
 from jobd.core import decide
-from jobd.core.rules import late_results as late_result_rules
+from jobd.core.rules import late_result_rules
 from jobd.core.transaction import Transaction
 from jobd.model.commands import (
     Adopt,

@@ -9,7 +9,7 @@ from msgspec import Raw
 from msgspec.structs import replace
 
 from jobd.core import decide, guards
-from jobd.core.rules import maintenance as maintenance_rules
+from jobd.core.rules import maintenance_rules
 from jobd.core.transaction import Transaction
 from jobd.model.clocks import LockMs
 from jobd.model.commands import (

@@ -12,8 +12,7 @@ import msgspec
 from msgspec import UNSET
 
 from jobd.core import guards, transitions, views
-from jobd.core.rules import late_results as late_result_rules
-from jobd.core.rules import operator as operator_rules
+from jobd.core.rules import late_result_rules, operator_rules
 from jobd.core.transaction import Transaction
 from jobd.model.commands import (
     AnyCommand,
