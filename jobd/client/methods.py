@@ -22,6 +22,8 @@ from jobd.model.events import StreamedEvent
 
 P = ParamSpec("P")
 R = TypeVar("R")
+Blocking = TypeVar("Blocking")  # the result in a blocking client
+Async = TypeVar("Async")  # the same in an asyncio client
 
 
 class _Blocking(Protocol):
@@ -67,7 +69,7 @@ class _HasNextCursor(Protocol):
 Page = TypeVar("Page", bound=_HasNextCursor)
 
 
-class _ClientMethod:
+class _ClientMethod(Generic[P, Blocking, Async]):
     """Base of the descriptors. The method of a client calls the client's `run` with the result of `build`."""
 
     def __init__(self, build: Callable[..., Any], run: str, doc: str | None = None) -> None:
@@ -80,7 +82,13 @@ class _ClientMethod:
     def __set_name__(self, owner: type, name: str) -> None:
         self._name = name
 
-    def _get(self, client: object, owner: type) -> Any:
+    @overload
+    def __get__(self, client: None, owner: type) -> Callable[..., Any]: ...
+    @overload
+    def __get__(self, client: _Async, owner: type) -> Callable[P, Async]: ...
+    @overload
+    def __get__(self, client: _Blocking, owner: type) -> Callable[P, Blocking]: ...
+    def __get__(self, client: _Async | _Blocking | None, owner: type) -> Any:
         function = self._functions.get(owner)
         if function is None:
             function = self._functions[owner] = self._function(owner)
@@ -105,20 +113,11 @@ class _ClientMethod:
         return cast(FunctionType, function)
 
 
-class Method(_ClientMethod, Generic[P, T]):
+class Method(_ClientMethod[P, T, Coroutine[Any, Any, T]]):
     """A call with one response."""
 
     def __init__(self, build: Callable[P, ApiRequest[T]]) -> None:
         super().__init__(build, "send")
-
-    @overload
-    def __get__(self, client: None, owner: type) -> Callable[..., Any]: ...
-    @overload
-    def __get__(self, client: _Async, owner: type) -> Callable[P, Coroutine[Any, Any, T]]: ...
-    @overload
-    def __get__(self, client: _Blocking, owner: type) -> Callable[P, T]: ...
-    def __get__(self, client: _Async | _Blocking | None, owner: type) -> Any:
-        return self._get(client, owner)
 
 
 def requesting(call: ApiCall[P, T]) -> Callable[P, ApiRequest[T]]:
@@ -138,7 +137,7 @@ class PageWalk(Generic[T]):
     items: Callable[[Any], Iterable[T]]
 
 
-class PagedMethod(_ClientMethod, Generic[P, T]):
+class PagedMethod(_ClientMethod[P, Iterator[T], AsyncIterator[T]]):
     """A list that is read page by page."""
 
     def __init__(self, build: Callable[P, ApiRequest[Page]], items: Callable[[Page], Iterable[T]], doc: str) -> None:
@@ -153,17 +152,8 @@ class PagedMethod(_ClientMethod, Generic[P, T]):
 
         super().__init__(walk, "iterate", doc)
 
-    @overload
-    def __get__(self, client: None, owner: type) -> Callable[..., Any]: ...
-    @overload
-    def __get__(self, client: _Async, owner: type) -> Callable[P, AsyncIterator[T]]: ...
-    @overload
-    def __get__(self, client: _Blocking, owner: type) -> Callable[P, Iterator[T]]: ...
-    def __get__(self, client: _Async | _Blocking | None, owner: type) -> Any:
-        return self._get(client, owner)
 
-
-class EventMethod(_ClientMethod, Generic[P]):
+class EventMethod(_ClientMethod[P, Generator[StreamedEvent, None, None], AsyncIterator[StreamedEvent]]):
     """The stream of events of `call`."""
 
     def __init__(
@@ -173,12 +163,3 @@ class EventMethod(_ClientMethod, Generic[P]):
         doc: str,
     ) -> None:
         super().__init__(functools.partial(subscribe, call), "listen", doc)
-
-    @overload
-    def __get__(self, client: None, owner: type) -> Callable[..., Any]: ...
-    @overload
-    def __get__(self, client: _Async, owner: type) -> Callable[P, AsyncIterator[StreamedEvent]]: ...
-    @overload
-    def __get__(self, client: _Blocking, owner: type) -> Callable[P, Generator[StreamedEvent, None, None]]: ...
-    def __get__(self, client: _Async | _Blocking | None, owner: type) -> Any:
-        return self._get(client, owner)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import pty
 import re
 import signal
 import subprocess
@@ -24,6 +23,7 @@ from jobd.cli.ctl.top import HeldJob, Sampler, TopFrame, render, rows_of
 from jobd.client import AdminClient
 from jobd.model.events import StreamedEvent
 from jobd.model.responses import QueueView
+from tests.support.cli_harness import TerminalRun
 from tests.support.daemon_process import TOKEN, DaemonProcess, die_with_us
 
 
@@ -202,55 +202,16 @@ def test_without_a_terminal_top_names_its_options(jobctl: Any) -> None:
     assert jobctl("top", "--once", "--interval", "1ms")[0] == 2
 
 
-class TopTerminal:
-    """jobctl top on its own terminal."""
-
-    def __init__(self, daemon: DaemonProcess, **more: str) -> None:
-        self.said = b""
-        env = {**environ(daemon), "TERM": "xterm", "COLUMNS": "80", "LINES": "24", **more}
-        if not more:
-            env.pop("NO_COLOR", None)
-        self._ours, theirs = pty.openpty()
-        command = [sys.executable, "-m", "jobd.cli.ctl.main", "top", "--interval", "100ms"]
-        self.process = subprocess.Popen(
-            command, env=env, stdin=theirs, stdout=theirs, stderr=theirs, preexec_fn=die_with_us, start_new_session=True
-        )
-        os.close(theirs)
-
-    def until(self, text: bytes) -> None:
-        """Read until `text` has appeared since the last call."""
-        output = b""
-        while text not in output:
-            output += self._read()
-        self.said += output
-
-    def _read(self) -> bytes:
-        piece = os.read(self._ours, 65_536)
-        assert piece
-        return piece
-
-    def __enter__(self) -> TopTerminal:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.process.poll() is None:
-            self.process.kill()
-            self.process.wait()
-
-    def press(self, key: bytes) -> None:
-        os.write(self._ours, key)
-
-    def ended(self) -> int:
-        try:
-            while True:
-                self.said += self._read()
-        except OSError:  # EIO: no process has the terminal open
-            os.close(self._ours)
-        return self.process.wait()
+def top(daemon: DaemonProcess, **more: str) -> TerminalRun:
+    """Start jobctl top on its own terminal."""
+    env = {**environ(daemon), "TERM": "xterm", "COLUMNS": "80", "LINES": "24", **more}
+    if not more:
+        env.pop("NO_COLOR", None)
+    return TerminalRun(env, "jobd.cli.ctl.main", "top", "--interval", "100ms")
 
 
 def test_q_ends_top_and_restores_the_screen(daemon: DaemonProcess) -> None:
-    with TopTerminal(daemon) as terminal:
+    with top(daemon) as terminal:
         terminal.until(b"queued 0")
         daemon.post("/v1/jobs", {"id": "a", "queue": "video"})
         terminal.until(b"queued 1")
@@ -263,7 +224,7 @@ def test_q_ends_top_and_restores_the_screen(daemon: DaemonProcess) -> None:
 
 @pytest.mark.slow
 def test_top_waits_for_an_unreachable_daemon_and_ctrl_c_ends_it(daemon: DaemonProcess) -> None:
-    with TopTerminal(daemon) as terminal:
+    with top(daemon) as terminal:
         terminal.until(b"queued 0")
         daemon.kill()
         terminal.until(b"retrying")
@@ -277,7 +238,7 @@ def test_top_waits_for_an_unreachable_daemon_and_ctrl_c_ends_it(daemon: DaemonPr
 
 @pytest.mark.slow
 def test_without_escape_sequences_frames_are_appended(daemon: DaemonProcess) -> None:
-    with TopTerminal(daemon, NO_COLOR="1") as terminal:
+    with top(daemon, NO_COLOR="1") as terminal:
         terminal.until(b"queued 0")
         terminal.until(b"queued 0")
         terminal.press(b"q")

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-import pty
 import re
 import subprocess
 import sys
 import time
-from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,8 +15,16 @@ import pytest
 from jobd.cli.ctl import change as ctl_change
 from jobd.client import LockLost
 from tests import ROOT
-from tests.support.cli_harness import READ_ONLY_TOKEN, TOKEN, CliDaemon, Jobctl, on_a_terminal, rejected_on_a_terminal
-from tests.support.daemon_process import DaemonProcess, die_with_us
+from tests.support.cli_harness import (
+    READ_ONLY_TOKEN,
+    TOKEN,
+    CliDaemon,
+    Jobctl,
+    TerminalRun,
+    on_a_terminal,
+    rejected_on_a_terminal,
+)
+from tests.support.daemon_process import DaemonProcess
 
 
 @pytest.mark.slow
@@ -193,19 +198,11 @@ def test_the_effect_on_several_jobs_is_shown_before_the_question(running: CliDae
 
 
 def _drawn(running: CliDaemon, module: str, *argv: str, no_color: str) -> str:
-    """Return the output of a program whose stdout and stderr are a terminal."""
-    ours, theirs = pty.openpty()
+    """Return the output of a program on a terminal."""
     env = {**running.env, **running.client_environ, "NO_COLOR": no_color, "TERM": "xterm-256color"}
-    command = [sys.executable, "-m", module, *argv]
-    with os.fdopen(ours, "rb", buffering=0) as terminal:
-        process = subprocess.Popen(command, env=env, cwd=ROOT, stdout=theirs, stderr=theirs, preexec_fn=die_with_us)
-        os.close(theirs)
-        shown = b""
-        with suppress(OSError):  # EIO: all others have closed the terminal
-            while piece := terminal.read(4096):
-                shown += piece
-        assert process.wait() == 0, shown
-    return shown.decode()
+    with TerminalRun(env, module, *argv) as run:
+        assert run.ended() == 0, run.said
+    return run.said.decode()
 
 
 @pytest.mark.parametrize(

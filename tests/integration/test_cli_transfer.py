@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import pty
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,7 +14,7 @@ import pytest
 
 from jobd.cli.ctl import main
 from tests import ROOT
-from tests.support.cli_harness import CliDaemon
+from tests.support.cli_harness import CliDaemon, TerminalRun
 from tests.support.store_files import edit_store
 
 # Payloads as callers write them. A conversion to Python values and back would change them.
@@ -164,22 +162,12 @@ def test_an_export_can_be_filtered(source: CliDaemon) -> None:
 
 
 def test_a_terminal_shows_progress(source: CliDaemon) -> None:
-    main_end, terminal = pty.openpty()
-    process = source.start("jobd.cli.ctl.main", "export", stdout=subprocess.DEVNULL, stderr=terminal)
-    os.close(terminal)
-    seen = b""
-    while True:
-        try:
-            piece = os.read(main_end, 4096)
-        except OSError:  # the other end is closed
-            break
-        if not piece:
-            break
-        seen += piece
-    os.close(main_end)
-    assert process.wait() == 0
-    assert b"export" in seen
-    assert f"{len(ODD) + MANY + 7} jobs".encode() in seen
+    with TerminalRun(
+        {**source.env, **source.client_environ}, "jobd.cli.ctl.main", "export", stdout=subprocess.DEVNULL
+    ) as run:
+        assert run.ended() == 0
+    assert b"export" in run.said
+    assert f"{len(ODD) + MANY + 7} jobs".encode() in run.said
 
 
 def test_a_file_that_cannot_be_written_says_so(

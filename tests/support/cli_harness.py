@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import click
 import msgspec
@@ -143,43 +143,74 @@ def fields_of(shape: type[msgspec.Struct]) -> set[str]:
 JOB_FIELDS = fields_of(responses.JobView) - {"repeated", "worker", "version"}
 
 
+class TerminalRun:
+    """A program on a terminal of its own, except for the given streams. `said` is what was read from the terminal."""
+
+    def __init__(self, env: dict[str, str], module: str, *argv: str, **streams: Any) -> None:
+        self.said = b""
+        self._ours, theirs = pty.openpty()
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", module, *argv],
+            env=env,
+            cwd=ROOT,
+            preexec_fn=die_with_us,
+            start_new_session=True,
+            **{"stdin": theirs, "stdout": theirs, "stderr": theirs, **streams},
+        )
+        os.close(theirs)
+
+    def until(self, text: bytes) -> None:
+        """Read until `text` has appeared since the last call."""
+        output = b""
+        while text not in output:
+            output += os.read(self._ours, 65_536)
+        self.said += output
+
+    def press(self, key: bytes) -> None:
+        os.write(self._ours, key)
+
+    def ended(self) -> int:
+        """Read the rest, and return the exit code."""
+        with suppress(OSError):  # EIO: all others have closed the terminal
+            while piece := os.read(self._ours, 65_536):
+                self.said += piece
+        os.close(self._ours)
+        return self.process.wait()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+
+
 def on_a_terminal(
-    running: CliDaemon, answer: bytes, *argv: str, meanwhile: Callable[[], object] | None = None
+    running: CliDaemon, answer: bytes | None, *argv: str, meanwhile: Callable[[], object] | None = None
 ) -> tuple[int, str, str]:
     """Run jobctl on a terminal that answers `answer`. Return the exit code, stdout and the terminal output.
 
-    `meanwhile` is called between the question and the answer.
+    `meanwhile` is called between the question and the answer. None: there is no question.
     """
-    ours, theirs = pty.openpty()
-    try:
-        process = running.start("jobd.cli.ctl.main", *argv, stdin=theirs, stderr=theirs, stdout=subprocess.PIPE)
-        os.close(theirs)
-        shown = b""
-        while b"[y/N]" not in shown:
-            shown += os.read(ours, 1024)
-        if meanwhile is not None:
-            meanwhile()
-        os.write(ours, answer)
-        out, _ = process.communicate()
-        with suppress(OSError):  # EIO: all others have closed the terminal
-            while piece := os.read(ours, 1024):
-                shown += piece
-        return process.returncode, out, shown.decode()
-    finally:
-        os.close(ours)
+    env = {**running.env, **running.client_environ}
+    with TerminalRun(env, "jobd.cli.ctl.main", *argv, stdout=subprocess.PIPE) as run:
+        if answer is not None:
+            run.until(b"[y/N]")
+            if meanwhile is not None:
+                meanwhile()
+            run.press(answer)
+        assert run.process.stdout is not None
+        with run.process.stdout as stream:
+            out = stream.read().decode()
+        return run.ended(), out, run.said.decode()
 
 
 def rejected_on_a_terminal(running: CliDaemon, *argv: str) -> tuple[int, str]:
     """Run jobctl on a terminal with a command that is rejected without a question. Return exit code and output."""
-    ours, theirs = pty.openpty()
-    try:
-        process = running.start("jobd.cli.ctl.main", *argv, stdin=theirs, stderr=theirs, stdout=subprocess.PIPE)
-        assert process.communicate()[0] == ""
-        shown = os.read(ours, 4096).decode()
-        os.close(theirs)
-        return process.returncode, shown
-    finally:
-        os.close(ours)
+    code, out, shown = on_a_terminal(running, None, *argv)
+    assert out == ""
+    return code, shown
 
 
 def node_runs_typescript() -> bool:
