@@ -129,7 +129,7 @@ class Transaction:
         self,
         job: Job,
         event_type: EventType,
-        fields: dict[str, Any],
+        fields: Changes,
         *,
         worker: str | None = None,
         by: str | None = None,
@@ -165,7 +165,7 @@ class Transaction:
             by or self.call.by,
             reason,
             details,
-            Changes(**fields),
+            fields,
         )
         self.changes.append(Change(job, after, event))
         if not self.is_dry_run:

@@ -5,41 +5,23 @@ A row is a tuple in the order of EVENT_COLUMNS. The details and changes of an ev
 
 from __future__ import annotations
 
-from functools import reduce
-from operator import or_
-from typing import Any, Final, get_args
+from typing import Any, Final, TypedDict, cast
 
 import msgspec
-from msgspec import UNSET, Raw, Struct
-from msgspec.structs import astuple
+from msgspec import Raw
+from msgspec.structs import replace
 
 from jobd.model.events import GIVEN_BACK, HEARTBEATS, KEEP_HEARTBEATS, ROUTINE, Changes, Event
-from jobd.model.job import Result
+from jobd.model.job import Job
 
 EVENT_COLUMNS: Final = Event.__struct_fields__
 EventRow = tuple[Any, ...]
-_NULL: Final = b"null"
+_NULL: Final = Raw(b"null")
 _json = msgspec.json.Encoder().encode
 
 
-class _Result(Struct, frozen=True, gc=False, array_like=True):
-    """Result as decoded from JSON. Its `metadata` is never None, because msgspec cannot decode Raw | None."""
-
-    download_url: str | None = None
-    file_path: str | None = None
-    storage_key: str | None = None
-    metadata: Raw = Raw(_NULL)
-
-
-def _fields() -> list[tuple[str, Any, Any]]:
-    """Return the fields of Changes as they are decoded: with _Result in place of Result."""
-    types = ((field.name, get_args(field.type)) for field in msgspec.structs.fields(Changes))
-    return [
-        (name, reduce(or_, (_Result if part is Result else part for part in parts)), UNSET) for name, parts in types
-    ]
-
-
-_decode_changes = msgspec.json.Decoder(msgspec.defstruct("_Changes", _fields(), gc=False)).decode
+_TYPES: Final = {field.name: field.type for field in msgspec.structs.fields(Job)}
+_decode_changes = msgspec.json.Decoder(cast("Any", TypedDict)("_Changes", _TYPES, total=False)).decode
 _decode_json = msgspec.json.Decoder().decode
 
 
@@ -70,15 +52,12 @@ def decode(row: EventRow) -> Event:
 
 
 def _changes(body: bytes) -> Changes:
-    return Changes(*map(_part, astuple(_decode_changes(body))))
-
-
-def _part(value: Any) -> Any:
-    """Convert a decoded value to the type that Changes declares."""
-    if isinstance(value, _Result):
-        metadata = None if bytes(value.metadata) == _NULL else value.metadata.copy()
-        return Result(value.download_url, value.file_path, value.storage_key, metadata)
-    return value
+    changes: Changes = _decode_changes(body)
+    if (result := changes.get("result")) is not None:  # `metadata` is part of `body`, and null is not None
+        metadata = result.metadata
+        metadata = None if metadata is None or metadata == _NULL else metadata.copy()
+        changes["result"] = replace(result, metadata=metadata)
+    return changes
 
 
 def thin(events: list[Event]) -> list[Event]:
@@ -121,19 +100,12 @@ def shorten(events: list[Event]) -> list[Event]:
 def _without(events: list[Event], gone: set[int]) -> list[Event]:
     """Return the events that are not `gone`, with the values that `gone` events before them set."""
     kept: list[Event] = []
-    carried: Changes | None = None
+    carried: Changes = {}
     for event in events:
-        both = _merged(carried, event.changes)
+        both = {**carried, **(event.changes or {})}
         if event.seq in gone:
             carried = both
         else:
-            kept.append(event if carried is None else msgspec.structs.replace(event, changes=both))
-            carried = None
+            kept.append(replace(event, changes=both) if carried else event)
+            carried = {}
     return kept
-
-
-def _merged(first: Changes | None, then: Changes | None) -> Changes | None:
-    if first is None or then is None:
-        return then if first is None else first
-    later = {n: v for n in Changes.__struct_fields__ if (v := getattr(then, n)) is not UNSET}
-    return msgspec.structs.replace(first, **later)

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Final, Literal
 
-from msgspec import UNSET, Meta, Struct, UnsetType
-from msgspec.structs import astuple
+from msgspec import Meta, Struct
+from msgspec.structs import astuple, replace
 
-from jobd.model.job import Failure, Grant, Job, LateResult, LockDeadlines, Options, PreviousGrant, Result
+from jobd.model.job import Grant, Job, LateResult
 from jobd.model.times import utc
 
 EventType = Literal[
@@ -55,38 +55,9 @@ KEEP_FIRST_GRANTS: Final = 10
 KEEP_GRANTS: Final = 100
 
 
-class Changes(Struct, frozen=True, gc=False, omit_defaults=True):
-    """The fields of a job that an event set, with their new values. Unchanged fields are UNSET.
-
-    The fields are those of Job (a test compares them). The first event of a job may leave out fields that have the
-    default of Job, and `seq` and `id`, which are fields of the event.
-    """
-
-    seq: int | UnsetType = UNSET
-    id: str | UnsetType = UNSET
-    options: Options | UnsetType = UNSET
-    status: str | UnsetType = UNSET
-    created_at: int | UnsetType = UNSET
-    updated_at: int | UnsetType = UNSET
-    run_at: int | UnsetType = UNSET
-    progress: int | float | UnsetType = UNSET
-    progress_message: str | None | UnsetType = UNSET
-    attempt: int | UnsetType = UNSET
-    stalls: int | UnsetType = UNSET
-    started_at: int | None | UnsetType = UNSET
-    finished_at: int | None | UnsetType = UNSET
-    expires_at: int | None | UnsetType = UNSET
-    grant: Grant | None | UnsetType = UNSET
-    deadlines: LockDeadlines | None | UnsetType = UNSET
-    ended: PreviousGrant | None | UnsetType = UNSET
-    result: Result | None | UnsetType = UNSET
-    error: Failure | None | UnsetType = UNSET
-    releases: int | UnsetType = UNSET
-    payload_bytes: int | UnsetType = UNSET
-
-
-_AS_NEW: Final = Job.__struct_defaults__
-_OWN: Final = len(Job.__struct_fields__) - len(_AS_NEW)  # fields without a default
+# The fields of a job that an event set, with their new values. The first event of a job may leave out those with the
+# default of Job, and `seq` and `id`, which are fields of the event.
+Changes = dict[str, Any]
 
 
 class Event(Struct, frozen=True, gc=False):
@@ -109,6 +80,11 @@ class Event(Struct, frozen=True, gc=False):
     reason: str | None = None
     details: dict[str, Any] | None = None
     changes: Changes | None = None
+
+    @property
+    def grant(self) -> Grant | None:
+        """The grant that the event set."""
+        return None if self.changes is None else self.changes.get("grant")
 
 
 class QueuePause(Struct, frozen=True, gc=False):
@@ -209,52 +185,31 @@ def fold(job: Job | None, event: Event) -> Job | None:
     new = event.changes
     if new is None or event.type == "deleted":
         return None if event.type == "deleted" else job
-    if job is None:
-        job = _first_row(event, new)
-    # By position and without a loop, because every event of a store passes here.
-    return Job(
-        job.seq,
-        job.id,
-        job.options if new.options is UNSET else new.options,
-        job.status if new.status is UNSET else new.status,
-        job.created_at if new.created_at is UNSET else new.created_at,
-        job.updated_at if new.updated_at is UNSET else new.updated_at,
-        job.run_at if new.run_at is UNSET else new.run_at,
-        job.progress if new.progress is UNSET else new.progress,
-        job.progress_message if new.progress_message is UNSET else new.progress_message,
-        job.attempt if new.attempt is UNSET else new.attempt,
-        job.stalls if new.stalls is UNSET else new.stalls,
-        job.started_at if new.started_at is UNSET else new.started_at,
-        job.finished_at if new.finished_at is UNSET else new.finished_at,
-        job.expires_at if new.expires_at is UNSET else new.expires_at,
-        job.grant if new.grant is UNSET else new.grant,
-        job.deadlines if new.deadlines is UNSET else new.deadlines,
-        job.ended if new.ended is UNSET else new.ended,
-        job.result if new.result is UNSET else new.result,
-        job.error if new.error is UNSET else new.error,
-        job.releases if new.releases is UNSET else new.releases,
-        job.payload_bytes if new.payload_bytes is UNSET else new.payload_bytes,
-    )
+    if job is not None:
+        return replace(job, **new)
+    try:
+        return Job(**{"seq": event.job_seq, "id": event.job_id, **new})
+    except TypeError as error:
+        raise ValueError(f"event {event.seq} ({event.type}) is not the first of a job: {error}") from error
 
 
-def _first_row(event: Event, new: Changes) -> Job:
-    if (
-        new.options is UNSET
-        or new.status is UNSET
-        or new.created_at is UNSET
-        or new.updated_at is UNSET
-        or new.run_at is UNSET
-    ):
-        raise ValueError(f"event {event.seq} ({event.type}) is not the first of a job: fields are missing")
-    return Job(event.job_seq, event.job_id, new.options, new.status, new.created_at, new.updated_at, new.run_at)
+_AS_NEW: Final = Job.__struct_defaults__
 
 
 def initial_changes(job: Job) -> Changes:
-    """Return the changes of the first event of `job`: all fields, or only those without a default for a new job."""
-    values = astuple(job)  # the same fields, in the same order
-    if values[_OWN:] != _AS_NEW:
-        return Changes(*values)
-    return Changes(UNSET, UNSET, job.options, job.status, job.created_at, job.updated_at, job.run_at)
+    """Return the changes of the first event of `job`: all fields but `seq`, `id` and those with their default."""
+    changes: Changes = {
+        "options": job.options,
+        "status": job.status,
+        "created_at": job.created_at,
+        "updated_at": job.updated_at,
+        "run_at": job.run_at,
+    }
+    optional = astuple(job)[-len(_AS_NEW) :]
+    if optional != _AS_NEW:
+        fields = zip(Job.__struct_fields__[-len(_AS_NEW) :], optional, _AS_NEW, strict=True)
+        changes |= {name: value for name, value, default in fields if value != default}
+    return changes
 
 
 _Public = tuple[int, int, str, str | None, str | None, str, str | None, dict[str, Any]]  # the fields of EventView

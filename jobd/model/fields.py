@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Final
+from typing import Annotated, Final
 
 from msgspec import Meta, Raw
 
@@ -15,13 +15,9 @@ from jobd.model.job import (
     NEW_ID_PATTERN,
     SECOND_MS,
     YEAR_MS,
+    JsonValue,
     Status,
 )
-
-if TYPE_CHECKING:
-    JsonValue = Raw | None
-else:
-    JsonValue = Raw  # msgspec accepts only null for `Raw | None`; the default of a field can still be None
 
 MAX_NESTING: Final = 128  # levels of arrays and objects in a payload or in metadata
 MAX_PAGE: Final = 200

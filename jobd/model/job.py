@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection
-from typing import Annotated, Final, Literal
+from typing import TYPE_CHECKING, Annotated, Final, Literal
 
 import msgspec
 from msgspec import Meta, Struct
@@ -19,6 +19,10 @@ from jobd.model.times import YEAR_MS as YEAR_MS
 Status = Literal["queued", "processing", "completed", "failed", "cancelled"]
 OnStall = Literal["auto", "requeue", "fail"]
 LatePolicy = Literal["keep", "adopt_if_unclaimed", "drop"]
+if TYPE_CHECKING:
+    JsonValue = msgspec.Raw | None
+else:
+    JsonValue = msgspec.Raw  # msgspec accepts only null for `Raw | None`; the default of a field can still be None
 
 STATUSES: Final[tuple[Status, ...]] = ("queued", "processing", "completed", "failed", "cancelled")
 LIVE: Final = frozenset({"queued", "processing"})
@@ -278,7 +282,7 @@ class Result(Struct, frozen=True, gc=False, array_like=True):
     download_url: str | None = None
     file_path: str | None = None
     storage_key: str | None = None
-    metadata: msgspec.Raw | None = None
+    metadata: JsonValue = None
 
 
 class LateResult(Struct, frozen=True, gc=False):

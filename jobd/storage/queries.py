@@ -435,8 +435,7 @@ def _latest_grants(db: Database, job_seq: int) -> list[Grant]:
         return []  # `timeline` reports the error
     latest = event_queries.events_of(db, rows)[-GRANT_SEARCH_EVENTS:]
     events = [event_codec.decode(event) for event in latest if event[_TYPE] == "granted"]
-    grants = [event.changes.grant for event in events if event.job_seq == job_seq and event.changes is not None]
-    return [grant for grant in grants if isinstance(grant, Grant)]
+    return [event.grant for event in events if event.job_seq == job_seq and event.grant is not None]
 
 
 def expired_jobs(db: Database, now: int, limit: int, skip: int = 0) -> list[str]:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from msgspec import Raw
-from msgspec.structs import replace
+from msgspec.structs import asdict, replace
 
 from jobd.model.clocks import LockMs
 from jobd.model.events import Change, Changes, Event, initial_changes
@@ -74,13 +74,12 @@ def full_job(seq: int = 7) -> Job:
 
 def all_of(job: Job) -> Changes:
     """Return changes that set every field of `job`."""
-    return Changes(**{name: getattr(job, name) for name in Job.__struct_fields__})
+    return asdict(job)
 
 
 def between(before: Job, after: Job) -> Changes:
     """Return changes with only the fields that differ, the minimum for an event."""
-    names = (name for name in Job.__struct_fields__ if getattr(before, name) != getattr(after, name))
-    return Changes(**{name: getattr(after, name) for name in names})
+    return {name: value for name, value in asdict(after).items() if value != getattr(before, name)}
 
 
 class ChangeFactory:

@@ -19,7 +19,7 @@ from msgspec.structs import replace
 from jobd.journal import event_codec
 from jobd.model.events import Event
 from jobd.model.fingerprints import fingerprint
-from jobd.model.job import FINISHED, LIVE, Grant, Job, Result, packed
+from jobd.model.job import FINISHED, LIVE, Job, Result, packed
 from jobd.model.responses import CheckedRows, DamagedRow
 from jobd.model.storage import (
     MAX_POSTPONE_MS,
@@ -277,9 +277,8 @@ class MemoryStorage(MemoryProjection, MemoryOutbox, JobStorage, OutboxStorage):
             ]
             granted = (event for event in self.events if event.job_seq == each.job_seq and event.type == "granted")
             for event in granted:
-                grant = None if event.changes is None else event.changes.grant
-                if isinstance(grant, Grant) and grant.lock_id == each.lock_id:
-                    known.grants[each.job_seq, grant.lock_id] = grant
+                if event.grant is not None and event.grant.lock_id == each.lock_id:
+                    known.grants[each.job_seq, event.grant.lock_id] = event.grant
         return known
 
     async def count_late_results(self, job_seqs: list[int]) -> dict[int, int]:

@@ -28,7 +28,7 @@ from jobd.model.commands import (
 )
 from jobd.model.errors import ApiError
 from jobd.model.events import Change, Event, fold
-from jobd.model.job import LIVE, MAX_LATE_RESULTS, STATUSES, Grant, Job, LateResult, Policy, is_release_loop
+from jobd.model.job import LIVE, MAX_LATE_RESULTS, STATUSES, Job, LateResult, Policy, is_release_loop
 from jobd.model.responses import GrantView, Response
 from jobd.model.storage import LateResultRows, Payload
 from tests.support.calls import HOLDERS, aimed
@@ -199,8 +199,7 @@ class RuleHarness:
         if query is None:
             return LateResultRows()
         made = (event for event in self.events if event.job_seq == query.job_seq and event.type == "granted")
-        grants = [event.changes.grant for event in made if event.changes is not None]
-        older = [grant for grant in grants if isinstance(grant, Grant) and grant.lock_id == query.lock_id]
+        older = [event.grant for event in made if event.grant is not None and event.grant.lock_id == query.lock_id]
         late_results = list(self.late_results.get(query.job_seq, []))
         return LateResultRows({query.job_seq: late_results}, {(query.job_seq, grant.lock_id): grant for grant in older})
 

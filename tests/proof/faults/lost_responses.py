@@ -16,7 +16,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from typing import Any, Final
 
-from jobd.model.job import Grant
 from tests.proof.faults.daemons import slow_disk
 from tests.proof.faults.harness import Check, Counts, Trial, program
 from tests.proof.faults.ledger import JobRecord, Ledger, SentRequest, caused_by_clients, events_pattern
@@ -118,9 +117,8 @@ def _released_grants(ledger: Ledger, store: StoreContents) -> int:
         for event, after in itertools.pairwise([*events, None]):
             if event is None or event.type != "granted":
                 continue
-            assert event.changes is not None
-            assert isinstance(event.changes.grant, Grant)
-            if event.changes.grant.fencing_token not in ledger.tokens:
+            assert event.grant is not None
+            if event.grant.fencing_token not in ledger.tokens:
                 assert after is not None, f"{event.job_id} is held, but no response had the grant"
                 assert after.type == "undelivered", (
                     f"{event.job_id}: after a grant that was not delivered came {after.type}"

@@ -16,7 +16,7 @@ import msgspec
 from jobd.journal import event_codec
 from jobd.journal.sqlite import SqliteJournal
 from jobd.model.events import Event, fold
-from jobd.model.job import Grant, Job
+from jobd.model.job import Job
 from jobd.storage import codec, startup
 from jobd.storage.codec import SQL
 from jobd.storage.events import event_rows
@@ -86,9 +86,8 @@ def _note(found: StoreContents, event: Event) -> None:
         return
     found.events.setdefault(event.job_id, []).append(event)
     if event.type == "granted":
-        assert event.changes is not None
-        assert isinstance(event.changes.grant, Grant)
-        token = event.changes.grant.fencing_token
+        assert event.grant is not None
+        token = event.grant.fencing_token
         last = next(reversed(found.tokens), 0)
         assert token > last, f"token {token} of {event.job_id} was given after {last}"
         found.tokens[token] = event.job_id

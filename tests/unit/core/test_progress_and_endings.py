@@ -319,10 +319,7 @@ def test_the_last_ended_grant_is_kept_until_another_ends(rules: RuleHarness) -> 
 def test_an_event_has_only_changed_fields(rules: RuleHarness) -> None:
     rules.create()
     rules.accept(Cancel(id="a"))
-    changes = rules.last().changes
-    assert changes is not None
-    named = {name for name in changes.__struct_fields__ if getattr(changes, name) is not msgspec.UNSET}
-    assert named == {"status", "finished_at", "expires_at", "updated_at"}
+    assert set(rules.last().changes or ()) == {"status", "finished_at", "expires_at", "updated_at"}
 
 
 @pytest.mark.parametrize("left", [{"deadlines": None}, {"grant": None}])

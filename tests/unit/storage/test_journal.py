@@ -6,7 +6,7 @@ import pytest
 
 from jobd.journal import event_codec
 from jobd.model.events import KEEP_FIRST_GRANTS, KEEP_GRANTS, KEEP_HEARTBEATS, Change, Event, fold
-from jobd.model.job import Grant, Job
+from jobd.model.job import Job
 from jobd.model.storage import (
     Batch,
 )
@@ -104,8 +104,7 @@ def round_of(maker: ChangeFactory, job: Job, heartbeats: int = 0) -> tuple[Job, 
 
 
 def tokens_of(events: list[Event]) -> list[int]:
-    grants = (event.changes.grant for event in events if event.type == "granted" and event.changes is not None)
-    return [grant.fencing_token for grant in grants if isinstance(grant, Grant)]
+    return [event.grant.fencing_token for event in events if event.type == "granted" and event.grant is not None]
 
 
 def folded(events: list[Event]) -> Job | None:

@@ -237,7 +237,7 @@ async def test_a_job_with_an_invalid_status_does_not_expire(maker: ChangeFactory
     event, after = ends[0].event, ends[0].after
     assert event.changes is not None
     assert after is not None
-    changes = replace(event.changes, status="complete")
+    changes = {**event.changes, "status": "complete"}
     ends[0] = replace(ends[0], event=replace(event, changes=changes), after=replace(after, status="complete"))
     await store.write(maker.batch(ends))
     assert await store.expired_jobs(NOW + 1_000, 10) == ["job-2", "job-3"]

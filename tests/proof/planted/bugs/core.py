@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from msgspec import UNSET
 from msgspec.structs import replace
 
 from jobd.core import transitions, views
@@ -127,8 +126,7 @@ def _(update: Any, /, self: Transaction, job: Job, event_type: Any, *fields: Any
     after: Job = update(self, job, event_type, *fields, **more)
     change = self.changes[-1]
     assert change.event.changes is not None
-    changes = replace(change.event.changes, updated_at=UNSET)
-    self.changes[-1] = replace(change, event=replace(change.event, changes=changes))
+    del change.event.changes["updated_at"]
     return after
 
 

@@ -46,7 +46,6 @@ from jobd.model.job import (
     TRANSITIONS,
     Backoff,
     Failure,
-    Grant,
     LockDeadlines,
     Policy,
     Result,
@@ -579,14 +578,14 @@ def test_an_imported_processing_job_gets_a_grant_from_its_fields(
     rules: RuleHarness, started_at: int | None, updated_at: int, began: int
 ) -> None:
     rules.accept(Import(id="a", status="processing", started_at=started_at, updated_at=updated_at))
-    changes = rules.events[0].changes
+    changes, grant = rules.events[0].changes, rules.events[0].grant
     assert changes is not None
-    assert isinstance(changes.grant, Grant)
-    assert len(bytes.fromhex(changes.grant.lock_id)) == 16
-    assert changes.started_at == began
-    assert changes.deadlines == LockDeadlines(rules.lock_ms, rules.lock_ms, None)
-    assert (changes.grant.worker, changes.grant.acquired_at) == ("unknown", started_at or updated_at)
-    assert (changes.grant.ttl_ms, changes.grant.stall_after_ms, changes.grant.progress_timeout_ms) == (
+    assert grant is not None
+    assert len(bytes.fromhex(grant.lock_id)) == 16
+    assert changes["started_at"] == began
+    assert changes["deadlines"] == LockDeadlines(rules.lock_ms, rules.lock_ms, None)
+    assert (grant.worker, grant.acquired_at) == ("unknown", started_at or updated_at)
+    assert (grant.ttl_ms, grant.stall_after_ms, grant.progress_timeout_ms) == (
         TTL,
         STALL_AFTER,
         0,

@@ -75,7 +75,7 @@ def test_a_large_event_has_a_row_of_its_own(maker: ChangeFactory) -> None:
     ended = maker.finish(job_of(granted))
     assert ended.event.changes is not None
     result = Result(metadata=Raw(b'"' + b"x" * event_rows.ROW_BYTES + b'"'))
-    large = replace(ended.event, changes=replace(ended.event.changes, result=result))
+    large = replace(ended.event, changes={**ended.event.changes, "result": result})
     rows = pack(map(event_codec.encode, (created.event, granted.event, large)))
     assert sorted(len(unpack(row)) for row in rows) == [1, 1, 1]
 
