@@ -9,11 +9,12 @@ from typing import Any, Final
 
 from msgspec import Raw
 
-from jobd.core import guards, views
+from jobd.core import guards
 from jobd.core.transaction import Transaction
 from jobd.model.clocks import LockMs
-from jobd.model.commands import Claim, Create, Import, Start
+from jobd.model.commands import Claim, NewJob, Start
 from jobd.model.events import EventType
+from jobd.model.flat_job import FIELDS, NO_RESULT, maker
 from jobd.model.job import (
     LATEST_MS,
     MAX_PERCENT,
@@ -36,21 +37,14 @@ MAX_QUOTED_ERROR: Final = 500  # characters of the last error that the message o
 _NULL: Final = Raw(b"null")
 
 
-def requested_options(tx: Transaction, request: Create | Import) -> Options:
+_options = maker(Options, "request, max_stalls, on_stall", {name: f"request.{name}" for name in FIELDS})
+
+
+def requested_options(tx: Transaction, request: NewJob) -> Options:
     """Return the options of a new job. max_stalls and on_stall get their defaults here, so that the job shows them."""
     policy = tx.policy
-    options = Options(
-        request.queue,
-        request.kind,
-        request.priority,
-        request.max_attempts,
-        request.backoff,
-        policy.max_stalls if request.max_stalls is None else request.max_stalls,
-        request.on_stall or policy.on_stall,
-        request.stall_after_ms,
-        request.progress_timeout_ms,
-    )
-    return tx.state.shared(options)
+    max_stalls = policy.max_stalls if request.max_stalls is None else request.max_stalls
+    return tx.state.shared(_options(request, max_stalls, request.on_stall or policy.on_stall))
 
 
 def normalize_number(progress: float) -> int | float:
@@ -185,7 +179,7 @@ def normalize_result(result: Result) -> Result | None:
     if result.metadata is not None:
         metadata = None if result.metadata == _NULL else result.metadata.copy()
         result = Result(result.download_url, result.file_path, result.storage_key, metadata)
-    return None if result == views.NO_RESULT else result
+    return None if result == NO_RESULT else result
 
 
 def ended_by(job: Job, now: int, rule: str, reason: str) -> PreviousGrant | None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from functools import partial
 from heapq import nsmallest
 from itertools import islice
-from typing import Final, cast
+from typing import Final
 
 from msgspec import UNSET, Raw, UnsetType
 from msgspec.structs import astuple
@@ -17,7 +17,8 @@ from jobd.core.transaction import Transaction
 from jobd.core.worker_presence import WorkerPresence, WorkerSeen
 from jobd.model.commands import Import, Locks, Moment, Queues, Workers, WorkerState
 from jobd.model.events import QueuePause
-from jobd.model.job import STATUSES, Failure, Grant, Job, LateResult, LockDeadlines, Policy, Result, Status, shown_bytes
+from jobd.model.flat_job import NO_ERROR, NO_RESULT, PARTS, maker
+from jobd.model.job import STATUSES, Grant, Job, LateResult, LockDeadlines, Policy, shown_bytes
 from jobd.model.responses import (
     ErrorView,
     GrantView,
@@ -39,8 +40,6 @@ from jobd.model.responses import (
 )
 
 JOBS_SHOWN: Final = 100  # of a worker
-NO_RESULT = Result()
-NO_ERROR = Failure(None)
 
 
 def lock_view(job: Job, at: Moment, *, admin: bool = False) -> LockView | None:
@@ -59,45 +58,22 @@ def lock_view(job: Job, at: Moment, *, admin: bool = False) -> LockView | None:
 
 def job_view(job: Job, at: Moment, policy: Policy, *, admin: bool = False, payload: Raw | UnsetType = UNSET) -> JobView:
     """Return the view of `job`. Durations that the creator did not set are shown as they apply now."""
-    options, grant, result, error = job.options, job.grant, job.result or NO_RESULT, job.error or NO_ERROR
-    stall_after_ms, progress_timeout_ms = options.stall_after_ms, options.progress_timeout_ms
-    if grant is not None:
-        stall_after_ms, progress_timeout_ms = grant.stall_after_ms, grant.progress_timeout_ms
+    options, grant = job.options, job.grant
+    durations = options if grant is None else grant
+    stall_after_ms, progress_timeout_ms = durations.stall_after_ms, durations.progress_timeout_ms
     if stall_after_ms is None:
         stall_after_ms = policy.stall_after_ms
     if progress_timeout_ms is None:
         progress_timeout_ms = policy.progress_timeout_ms
-    # By position: a claim makes up to a hundred of these, and keyword arguments take six times as long.
-    return JobView(
-        job.id,
-        options.queue,
-        options.kind,
+    return _view(
+        job,
+        options,
+        job.result or NO_RESULT,
+        job.error or NO_ERROR,
         payload,
-        options.priority,
-        job.status,
-        job.progress,
-        job.progress_message,
-        job.attempt,
-        options.max_attempts,
-        options.backoff,
-        job.stalls,
-        options.max_stalls,
-        options.on_stall,
         stall_after_ms,
         progress_timeout_ms,
-        job.created_at,
-        job.updated_at,
-        job.run_at,
-        job.started_at,
-        job.finished_at,
-        job.expires_at,
         None if grant is None else lock_view(job, at, admin=admin),
-        result.download_url,
-        result.file_path,
-        result.storage_key,
-        result.metadata,
-        error.message,
-        error.code,
         grant.worker if grant is not None and job.deadlines is not None and job.deadlines.cleared else UNSET,
     )
 
@@ -109,40 +85,15 @@ def job_response(tx: Transaction, job: Job, *, repeated: bool | UnsetType = UNSE
     return Response(view, unread_payloads=[(job.seq, view)], large_bytes=shown_bytes(job))
 
 
+# By position: a claim makes up to a hundred of these, and keyword arguments take six times as long.
+_view = maker(JobView, f"{PARTS}, payload, stall_after_ms, progress_timeout_ms, lock, worker")
+_import = maker(Import, f"{PARTS}, payload, worker", by_name=True)
+
+
 def as_import(job: Job, payload: Raw) -> Import:
     """Return the job in the form that an import takes, even if it is invalid: the import rejects or repairs it."""
-    options, result, error = job.options, job.result or NO_RESULT, job.error or NO_ERROR
-    return Import(
-        id=job.id,
-        queue=options.queue,
-        kind=options.kind,
-        payload=payload,
-        priority=options.priority,
-        status=cast(Status, job.status),
-        progress=job.progress,
-        progress_message=job.progress_message,
-        attempt=job.attempt,
-        max_attempts=options.max_attempts,
-        backoff=options.backoff,
-        stalls=job.stalls,
-        max_stalls=options.max_stalls,
-        on_stall=options.on_stall,
-        stall_after_ms=options.stall_after_ms,
-        progress_timeout_ms=options.progress_timeout_ms,
-        created_at=job.created_at,
-        updated_at=job.updated_at,
-        run_at=job.run_at,
-        started_at=job.started_at,
-        finished_at=job.finished_at,
-        expires_at=job.expires_at,
-        worker=job.grant.worker if job.grant else None,
-        download_url=result.download_url,
-        file_path=result.file_path,
-        storage_key=result.storage_key,
-        metadata=result.metadata,
-        error_message=error.message,
-        error_code=error.code,
-    )
+    worker = job.grant.worker if job.grant else None
+    return _import(job, job.options, job.result or NO_RESULT, job.error or NO_ERROR, payload, worker)
 
 
 def late_view(late: LateResult, not_adoptable: str | None = None) -> LateResultView:

@@ -113,15 +113,10 @@ class Command(Struct, frozen=True, gc=False, forbid_unknown_fields=True, kw_only
 # Commands of workers and of programs that create jobs.
 
 
-class Create(Command, frozen=True, kw_only=True):
-    """Create a job. Repeating the request returns the same job.
-
-    An `id` that exists with other fields is rejected; `details.differs_in` names the fields that certainly differ.
-    """
+class NewJob(Command, frozen=True, kw_only=True):
+    """The fields of a new job, created or imported."""
 
     admission = "create"
-    errors = ("job_exists", "job_quarantined", "too_many_jobs", "too_many_queues")
-    needs_payload = True
 
     id: Annotated[NewJobId | None, Meta(description="Id of the job. Default: a new UUIDv7.")] = None
     queue: NewQueueName = "default"
@@ -135,6 +130,17 @@ class Create(Command, frozen=True, kw_only=True):
     stall_after_ms: StallAfterMs | None = None
     progress_timeout_ms: ProgressTimeoutMs | None = None
     run_at: DueAt | None = None
+
+
+class Create(NewJob, frozen=True, kw_only=True):
+    """Create a job. Repeating the request returns the same job.
+
+    An `id` that exists with other fields is rejected; `details.differs_in` names the fields that certainly differ.
+    """
+
+    errors = ("job_exists", "job_quarantined", "too_many_jobs", "too_many_queues")
+    needs_payload = True
+
     delay_ms: Annotated[DelayMs | None, Meta(description="Time from now until the job is due, in ms.")] = None
     expires_at: Annotated[
         UnixMs | None, Meta(description="If the job is still queued at this time (Unix ms), it fails.")
@@ -668,36 +674,24 @@ class TakeBack(Command, frozen=True):
     dry_run: DryRun = False
 
 
-class Import(Command, frozen=True, kw_only=True):
+class Import(NewJob, frozen=True, kw_only=True):
     """Import jobs from a stream of JSON lines, one job per line.
 
     Each line is created, skipped (its id exists) or rejected independently. Missing times become the time of the
     import. A job that was processing is handled as stalled.
     """
 
-    admission = "create"
     audit_name: ClassVar[str | None] = "import"
     errors: ClassVar[tuple[str, ...]] = ("too_many_jobs", "too_many_queues")
 
     id: NewJobId
-    queue: NewQueueName = "default"
-    kind: Kind = ""
-    payload: Payload = Raw(b"null")
-    priority: Priority = 0
     status: Annotated[Status, Meta(description="Status of the job.")] = "queued"
     progress: Percent | None = None
     progress_message: Annotated[Text | None, Meta(description="The latest message of the worker.")] = None
     attempt: Annotated[Count, Meta(description="Attempts used.")] = 0
-    max_attempts: MaxAttempts = 1
-    backoff: Annotated[Backoff, Meta(description="Wait between a failed attempt and the next one.")] = Backoff()
     stalls: Annotated[Count, Meta(description="Number of times the job has stalled.")] = 0
-    max_stalls: MaxStalls | None = None
-    on_stall: Annotated[OnStall | None, Meta(description="What happens to the job when it stalls.")] = None
-    stall_after_ms: StallAfterMs | None = None
-    progress_timeout_ms: ProgressTimeoutMs | None = None
     created_at: Annotated[UnixMs | None, Meta(description="When the job was created, in Unix ms.")] = None
     updated_at: Annotated[UnixMs | None, Meta(description="When the job last changed, in Unix ms.")] = None
-    run_at: DueAt | None = None
     started_at: Annotated[UnixMs | None, Meta(description="When the job was last granted, in Unix ms.")] = None
     finished_at: Annotated[
         UnixMs | None, Meta(description="When the job was finished, in Unix ms. Ignored for an unfinished job.")

@@ -10,20 +10,18 @@ import zlib
 from typing import Any, Final
 
 import msgspec
-from msgspec import Raw, Struct
+from msgspec import Raw
 from msgspec.structs import astuple
 
+from jobd.model.flat_job import FIELDS, NO_ERROR, NO_RESULT, PARTS, maker
 from jobd.model.job import (
     HOUR_MS,
     Backoff,
     Failure,
-    Grant,
     Job,
     LateResult,
-    LockDeadlines,
     Options,
     PackedJob,
-    PreviousGrant,
     Result,
     packed,
 )
@@ -99,12 +97,8 @@ COLUMNS: Final[dict[str, tuple[str, ...]]] = {
 }
 SQL: Final = {table: ", ".join(columns) for table, columns in COLUMNS.items()}
 
-_NULL: Final = b"null"
-_NO_METADATA: Final = Raw(_NULL)
-_NO_RESULT: Final = Result()
-_NO_ERROR: Final = Failure(None)
+_NO_METADATA: Final = Raw(b"null")
 _BACKOFF: Final = Backoff("exponential", 10_000, HOUR_MS, True)
-_OPTIONS: Final = 7  # fields of JobBody that are options, which come first
 _KEPT: Final = 10_000  # options that JobReader shares
 
 _pack = msgspec.msgpack.Encoder().encode
@@ -157,37 +151,33 @@ def original_checksum(row: Row) -> int:
 # Jobs
 
 
-class JobBody(Struct, omit_defaults=True, forbid_unknown_fields=True, gc=False):
-    """The fields of a job that SQL does not search, as the JSON object in its `body`.
-
-    A field with its default is omitted, so these defaults never change. Only None, booleans and integers up to 255 can
-    be defaults, because msgspec compares with `is`, and equal jobs must have equal bodies. New fields are appended.
-    """
-
-    priority: int = 0
-    max_attempts: int = 1
-    backoff: tuple[str, int, int, bool] | None = None  # None: _BACKOFF
-    max_stalls: int = 3
-    on_stall: str | None = None  # None: auto
-    stall_after_ms: int | None = None
-    progress_timeout_ms: int | None = None
-    updated_at: int | None = None  # None: created_at, as for run_at
-    run_at: int | None = None
-    progress: int | float = 0
-    progress_message: str | None = None
-    attempt: int = 0
-    stalls: int = 0
-    started_at: int | None = None
-    grant: Grant | None = None
-    deadlines: LockDeadlines | None = None
-    ended: PreviousGrant | None = None
-    download_url: str | None = None
-    file_path: str | None = None
-    metadata: Raw = _NO_METADATA
-    releases: int = 0
-    payload_bytes: int = 0
-
-
+# The body of a job is a JSON object with the fields that SQL does not search. A field with its default is omitted, so
+# the defaults of Job and Options never change. Only None, booleans and integers up to 255 can be defaults, because
+# msgspec compares with `is`, and equal jobs must have equal bodies.
+_IN_BODY: Final = tuple(name for name in FIELDS if name not in JOB_COLUMNS)
+_OPTIONS: Final = len(set(Options.__struct_fields__).intersection(_IN_BODY))  # fields of options, which come first
+_FORMS: Final[dict[str, tuple[Any, Any]]] = {  # type and default of the fields that have another form in the body
+    "backoff": (tuple[str, int, int, bool] | None, None),  # None: _BACKOFF
+    "on_stall": (str | None, None),  # None: auto
+    "updated_at": (int | None, None),  # None: created_at, as for run_at
+    "run_at": (int | None, None),
+    "metadata": (Raw, _NO_METADATA),
+}
+JobBody: Any = msgspec.defstruct(
+    "JobBody",
+    [(name, *_FORMS.get(name, (FIELDS[name].type, FIELDS[name].default))) for name in _IN_BODY],
+    omit_defaults=True,
+    forbid_unknown_fields=True,
+    gc=False,
+)
+_FROM_BODY: Final = {name: f"body.{name}" for name in _IN_BODY}
+_body = maker(JobBody, f"{PARTS}, backoff, on_stall, updated_at, run_at, progress, metadata")
+_job = maker(
+    Job,
+    "body, seq, id, options, status, created_at, updated_at, run_at, progress, finished_at, expires_at, result, error",
+    _FROM_BODY,
+)
+_result = maker(Result, "body, storage_key, metadata", _FROM_BODY)
 _decode_body = msgspec.json.Decoder(JobBody).decode
 _decode_fields = msgspec.json.Decoder(dict[str, Raw]).decode
 
@@ -195,32 +185,20 @@ _decode_fields = msgspec.json.Decoder(dict[str, Raw]).decode
 def job_row(job: Job) -> Row:
     """Return the columns of `job` in the order of JOB_COLUMNS, without the checksum. Equal jobs have equal rows."""
     options, created_at, progress = job.options, job.created_at, job.progress
-    backoff, result, error = options.backoff, job.result or _NO_RESULT, job.error or _NO_ERROR
+    backoff, result, error = options.backoff, job.result or NO_RESULT, job.error or NO_ERROR
     latest = job.ended if job.grant is None else job.grant
     metadata = result.metadata
-    body = JobBody(
-        options.priority,
-        options.max_attempts,
-        None if backoff == _BACKOFF else (backoff.kind, backoff.base_ms, backoff.max_ms, backoff.jitter),
-        options.max_stalls,
+    body = _body(
+        job,
+        options,
+        result,
+        error,
+        None if backoff == _BACKOFF else astuple(backoff),
         None if options.on_stall == "auto" else options.on_stall,
-        options.stall_after_ms,
-        options.progress_timeout_ms,
         None if job.updated_at == created_at else job.updated_at,
         None if job.run_at == created_at else job.run_at,
         int(progress) if type(progress) is float and progress.is_integer() else progress,
-        job.progress_message,
-        job.attempt,
-        job.stalls,
-        job.started_at,
-        job.grant,
-        job.deadlines,
-        job.ended,
-        result.download_url,
-        result.file_path,
         _NO_METADATA if metadata is None or metadata == _NO_METADATA else metadata,
-        job.releases,
-        job.payload_bytes,
     )
     return (
         job.seq,
@@ -255,8 +233,9 @@ class JobReader:
         except (msgspec.MsgspecError, UnicodeError, TypeError) as error:
             raise Unreadable(f"its body cannot be decoded: {error}") from error
         progress, metadata = body.progress, body.metadata
-        result = Result(body.download_url, body.file_path, key, None if metadata == _NO_METADATA else metadata.copy())
-        return Job(
+        result = _result(body, key, None if metadata == _NO_METADATA else metadata.copy())
+        return _job(
+            body,
             seq,
             id_,
             self._options_of(queue, kind, body),
@@ -265,19 +244,10 @@ class JobReader:
             created_at if body.updated_at is None else body.updated_at,
             created_at if body.run_at is None else body.run_at,
             int(progress) if isinstance(progress, float) and progress.is_integer() else progress,
-            body.progress_message,
-            body.attempt,
-            body.stalls,
-            body.started_at,
             finished_at,
             expires_at,
-            body.grant,
-            body.deadlines,
-            body.ended,
-            None if result == _NO_RESULT else result,
+            None if result == NO_RESULT else result,
             None if message is None and code is None else Failure(message, code),
-            body.releases,
-            body.payload_bytes,
         )
 
     def job_or_packed(self, row: Row) -> Job | PackedJob:
@@ -299,26 +269,20 @@ class JobReader:
         self._new[row[_QUEUE : _BODY + 1]] = short.options
         return short
 
-    def _options_of(self, queue: str, kind: str, body: JobBody) -> Options:
+    def _options_of(self, queue: str, kind: str, body: Any) -> Options:
         fields = (queue, kind, *astuple(body)[:_OPTIONS])
         if (options := self._options.get(fields)) is not None:
             return options
         if len(self._options) >= _KEPT:  # sharing is useless if most options differ
             self._options.clear()
             self._words.clear()
-        (priority, max_attempts, backoff, max_stalls, on_stall, *limits) = fields[2:]
         word = self._words.setdefault
-        options = Options(
-            word(queue, queue),
-            word(kind, kind),
-            priority,
-            max_attempts,
-            _BACKOFF if backoff is None else Backoff(word(backoff[0], backoff[0]), *backoff[1:]),
-            max_stalls,
-            "auto" if on_stall is None else word(on_stall, on_stall),
-            *limits,
-        )
-        self._options[fields] = options
+        shared = [word(value, value) if type(value) is str else value for value in fields]
+        given = dict(zip(Options.__struct_fields__, shared, strict=True))
+        backoff = given["backoff"]
+        given["backoff"] = _BACKOFF if backoff is None else Backoff(word(backoff[0], backoff[0]), *backoff[1:])
+        given["on_stall"] = "auto" if given["on_stall"] is None else given["on_stall"]
+        options = self._options[fields] = Options(**given)
         return options
 
 

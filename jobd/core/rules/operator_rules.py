@@ -5,7 +5,7 @@ If an operator ends a live grant, the next call of its holder gets lock_lost.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 from msgspec.structs import replace
 
@@ -26,6 +26,7 @@ from jobd.model.commands import (
     Updates,
 )
 from jobd.model.events import EventType, QueuePause
+from jobd.model.flat_job import NO_ERROR
 from jobd.model.job import (
     FINISHED,
     LIVE,
@@ -212,6 +213,10 @@ def import_job(tx: Transaction, command: Import) -> Response:
     return Response(Imported(command.id, False, last.after, last.reason, room), status=201)
 
 
+# Fields of a job that an import gives.
+_GIVEN: Final = [name for name in Job.__struct_fields__ if name in Import.__struct_fields__]
+
+
 def _imported(tx: Transaction, command: Import) -> Job:
     now = tx.at.now
     given = (command.started_at, command.finished_at, command.updated_at)
@@ -222,27 +227,21 @@ def _imported(tx: Transaction, command: Import) -> Job:
     if expires is None and command.status in FINISHED:
         # Counted from now, so that no imported job is deleted at once.
         expires = tx.at.latest + transitions.keep_ms(tx.policy, command.status)
-    job = Job(
-        seq=tx.job_number(),
-        id=command.id,
-        options=transitions.requested_options(tx, command),
-        status=command.status,
-        created_at=created,
-        updated_at=updated,
-        run_at=command.run_at or created,
-        progress=transitions.normalize_number(_progress(command.status, command.progress)),
-        progress_message=command.progress_message,
-        attempt=command.attempt,
-        stalls=command.stalls,
-        started_at=command.started_at,
-        finished_at=finished,
-        expires_at=expires,
-        result=transitions.normalize_result(
-            Result(command.download_url, command.file_path, command.storage_key, command.metadata)
-        ),
-        error=_imported_error(command),
-        payload_bytes=recorded_bytes(command.payload),
-    )
+    error = Failure(command.error_message, command.error_code)
+    fields = {name: getattr(command, name) for name in _GIVEN} | {
+        "seq": tx.job_number(),
+        "options": transitions.requested_options(tx, command),
+        "created_at": created,
+        "updated_at": updated,
+        "run_at": command.run_at or created,
+        "progress": transitions.normalize_number(_progress(command.status, command.progress)),
+        "finished_at": finished,
+        "expires_at": expires,
+        "result": transitions.normalize_result(Result(*[getattr(command, name) for name in Result.__struct_fields__])),
+        "error": None if error == NO_ERROR else error,
+        "payload_bytes": recorded_bytes(command.payload),
+    }
+    job = Job(**fields)
     return _held_elsewhere(tx, job, command.worker or "unknown") if command.status == "processing" else job
 
 
@@ -250,12 +249,6 @@ def _progress(status: Status, progress: float | None) -> float:
     if progress is not None:
         return progress
     return MAX_PERCENT if status == "completed" else 0
-
-
-def _imported_error(command: Import) -> Failure | None:
-    if command.error_message is None and command.error_code is None:
-        return None
-    return Failure(command.error_message, command.error_code)
 
 
 def _held_elsewhere(tx: Transaction, job: Job, worker: str) -> Job:

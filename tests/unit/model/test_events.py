@@ -24,7 +24,6 @@ from jobd.model.events import (
 )
 from jobd.model.job import Grant, Job, Options, Result
 from jobd.storage import codec
-from tests.support.factories import deadlines_at
 from tests.support.rule_harness import NOW, RuleHarness
 
 GRANT = Grant("secret", 1, "w", NOW, 1, 2, 3)
