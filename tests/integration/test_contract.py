@@ -9,15 +9,11 @@ from uuid import uuid4
 
 import pytest
 
+from jobd.model.responses import JobView
 from tests.support.daemon_process import TOKEN, DaemonProcess, DaemonResponse
 
 OLD_MS = 1_600_000_000_000
-JOB_FIELDS = {
-    "id", "queue", "kind", "payload", "priority", "status", "progress", "progress_message", "attempt", "max_attempts",
-    "backoff", "stalls", "max_stalls", "on_stall", "stall_after_ms", "progress_timeout_ms", "created_at", "updated_at",
-    "run_at", "started_at", "finished_at", "expires_at", "lock", "download_url", "file_path", "storage_key", "metadata",
-    "error_message", "error_code",
-}  # fmt: skip
+JOB_FIELDS = set(JobView.__struct_fields__) - {"worker", "repeated"}
 
 
 @pytest.fixture(scope="module")

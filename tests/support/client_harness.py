@@ -9,6 +9,8 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
+from msgspec import Raw, json
+
 from jobd.client import (
     AsyncJobClient,
     CommandWorker,
@@ -17,6 +19,10 @@ from jobd.client import (
     Worker,
 )
 from jobd.client.worker.process import Program
+from jobd.core.views import job_view
+from jobd.model.clocks import LockMs
+from jobd.model.commands import Moment
+from jobd.model.job import Job, Options, Policy
 from tests.support.polling import wait_until
 from tests.support.scripted_server import (
     ReceivedRequest,
@@ -26,38 +32,9 @@ from tests.support.scripted_server import (
     serving,
 )
 
-JOB: dict[str, Any] = {
-    "id": "j1",
-    "queue": "default",
-    "kind": "",
-    "payload": {"a": 1},
-    "priority": 0,
-    "status": "queued",
-    "progress": 0,
-    "progress_message": None,
-    "attempt": 0,
-    "max_attempts": 1,
-    "backoff": {"kind": "exponential", "base_ms": 10000, "max_ms": 3600000, "jitter": True},
-    "stalls": 0,
-    "max_stalls": 3,
-    "on_stall": "auto",
-    "stall_after_ms": 600000,
-    "progress_timeout_ms": 1800000,
-    "created_at": 1,
-    "updated_at": 1,
-    "run_at": 1,
-    "started_at": None,
-    "finished_at": None,
-    "expires_at": None,
-    "lock": None,
-    "download_url": None,
-    "file_path": None,
-    "storage_key": None,
-    "metadata": {"m": [1]},
-    "error_message": None,
-    "error_code": None,
-    "a_field_of_the_future": 1,
-}
+_NEW = Job(1, "j1", Options(), "queued", 1, 1, 1)
+_VIEW = job_view(_NEW, Moment(1, LockMs(1), 0), Policy(), payload=Raw(b'{"a": 1}'))
+JOB: dict[str, Any] = json.decode(json.encode(_VIEW)) | {"metadata": {"m": [1]}, "a_field_of_the_future": 1}
 
 
 @contextlib.asynccontextmanager

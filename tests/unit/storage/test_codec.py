@@ -62,7 +62,7 @@ def test_a_full_job_has_no_default() -> None:
     unset = [
         name for name, value in zip(names, Job.__struct_defaults__, strict=True) if getattr(full_job(), name) == value
     ]
-    assert not unset, f"set {unset} in factories.full_job; codec.JobBody, job_row and JobReader.job store a field"
+    assert not unset, f"set {unset} in factories.full_job"
 
 
 @pytest.mark.parametrize("part", ["", "grant", "deadlines", "ended", "result", "error"])
