@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any, Final
 
+from msgspec import UNSET
 from msgspec.structs import replace
 
 from jobd.core import guards, transitions, views
@@ -228,7 +229,7 @@ def _imported(tx: Transaction, command: Import) -> Job:
         # Counted from now, so that no imported job is deleted at once.
         expires = tx.at.latest + transitions.keep_ms(tx.policy, command.status)
     error = Failure(command.error_message, command.error_code)
-    fields = {name: getattr(command, name) for name in _GIVEN} | {
+    fields = {name: value for name in _GIVEN if (value := getattr(command, name)) is not UNSET} | {
         "seq": tx.job_number(),
         "options": transitions.requested_options(tx, command),
         "created_at": created,
