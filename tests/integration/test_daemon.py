@@ -318,6 +318,7 @@ def test_a_hanging_actor_does_not_feed_the_watchdog(tmp_path: Path) -> None:
             assert signs < 50
 
 
+@pytest.mark.slow
 def test_a_new_store_is_logged(tmp_path: Path) -> None:
     """A wrong path creates an empty store, so the log says so."""
     with DaemonProcess(tmp_path) as daemon:
@@ -387,6 +388,7 @@ def test_sighup_applies_reloadable_keys_and_keeps_the_old_on_error(tmp_path: Pat
         assert daemon.post("/v1/jobs/b/start", {"worker": "w"}).data["ttl_ms"] == 300_000
 
 
+@pytest.mark.slow
 def test_a_start_and_a_reload_warn_about_doubtful_settings(tmp_path: Path) -> None:
     with DaemonProcess(tmp_path, "[cleanup]\ninterval = '30s'\n", JOBD_LOCKS_TTL="1h") as daemon:
         assert daemon.process is not None
@@ -456,6 +458,7 @@ def test_a_reloaded_retention_limits_how_far_ahead_the_clock_may_be(tmp_path: Pa
         assert daemon.admin("GET", "clock").data["suspect"]
 
 
+@pytest.mark.slow
 def test_jobs_that_were_due_by_a_clock_that_was_ahead_are_due_after_a_restart(tmp_path: Path) -> None:
     with DaemonProcess.not_started(tmp_path) as daemon:
         daemon.module = "tests.support.daemon_variants hour_ahead"
@@ -498,6 +501,7 @@ def test_sigusr1_dumps_tasks_to_the_log(tmp_path: Path) -> None:
         assert "mailbox=" in daemon.wait_for_log(b"event=dump ")
 
 
+@pytest.mark.slow
 def test_sigusr1_dumps_tasks_at_every_log_level(tmp_path: Path) -> None:
     with DaemonProcess(tmp_path) as daemon:
         daemon.config.write_text('[log]\nlevel = "error"\n')
@@ -511,6 +515,7 @@ def test_sigusr1_dumps_tasks_at_every_log_level(tmp_path: Path) -> None:
         assert b"event=dump_task" in daemon.log
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signals_while_the_store_is_opened(tmp_path: Path, number: signal.Signals) -> None:
     with DaemonProcess.not_started(tmp_path) as daemon:
@@ -526,6 +531,7 @@ def test_signals_while_the_store_is_opened(tmp_path: Path, number: signal.Signal
         assert b"event=stopped" in daemon.log
 
 
+@pytest.mark.slow
 def test_sigterm_while_the_listeners_are_opened_stops_the_daemon(tmp_path: Path) -> None:
     with DaemonProcess.not_started(tmp_path) as daemon:
         daemon.module = "tests.support.daemon_variants stopped_start"
@@ -535,6 +541,7 @@ def test_sigterm_while_the_listeners_are_opened_stops_the_daemon(tmp_path: Path)
         assert daemon.process.wait(150) == 0
 
 
+@pytest.mark.slow
 def test_development_without_a_token_says_everywhere_that_jobs_are_in_memory(tmp_path: Path) -> None:
     text, port = "in memory: lost when the daemon stops", free_port()
     with DaemonProcess.not_started(

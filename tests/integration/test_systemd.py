@@ -103,6 +103,7 @@ def test_a_reload_ends_after_its_result_is_logged(manager: socket.socket, tmp_pa
             assert (tmp_path / "log").read_bytes().count(b"event=reload_failed") == number
 
 
+@pytest.mark.slow
 def test_a_reload_ends_after_an_internal_error(manager: socket.socket, tmp_path: Path) -> None:
     with DaemonProcess.not_started(tmp_path, NOTIFY_SOCKET=os.environ["NOTIFY_SOCKET"]) as daemon:
         daemon.module = "tests.support.daemon_variants failing_reload"
@@ -116,6 +117,7 @@ def test_a_reload_ends_after_an_internal_error(manager: socket.socket, tmp_path:
         assert daemon.stop() == 0
 
 
+@pytest.mark.slow
 def test_a_long_start_is_not_ended(manager: socket.socket, tmp_path: Path) -> None:
     with DaemonProcess.not_started(tmp_path, NOTIFY_SOCKET=os.environ["NOTIFY_SOCKET"]) as daemon:
         daemon.module = "tests.support.daemon_variants slow_start"
@@ -126,6 +128,7 @@ def test_a_long_start_is_not_ended(manager: socket.socket, tmp_path: Path) -> No
         assert daemon.stop() == 0
 
 
+@pytest.mark.slow
 def test_a_start_without_progress_is_ended(manager: socket.socket, tmp_path: Path) -> None:
     with DaemonProcess.not_started(tmp_path, NOTIFY_SOCKET=os.environ["NOTIFY_SOCKET"]) as daemon:
         daemon.module = "tests.support.daemon_variants hung_start"
