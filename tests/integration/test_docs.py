@@ -25,7 +25,6 @@ from typing import Any, Final, NamedTuple, get_args
 import click
 import pytest
 from msgspec import inspect, structs
-from prometheus_client.parser import text_string_to_metric_families
 
 import jobd
 from jobd import config
@@ -34,7 +33,6 @@ from jobd.cli import exit_codes
 from jobd.cli.ctl.main import jobctl as jobctl_program
 from jobd.cli.daemon.main import jobd as jobd_program
 from jobd.client.worker.command_worker import FIELDS, PREFIX
-from jobd.core.stats import SAMPLES_NEEDED
 from jobd.model import commands, errors, events, responses
 from jobd.model.commands import STREAMED_COMMANDS
 from jobd.monitoring import alerts
@@ -259,16 +257,6 @@ def test_every_alert_is_documented_with_its_threshold() -> None:
     assert thresholds == {key for key in config.KEYS if key.startswith("alerts.")}
 
 
-UNREACHABLE_WEBHOOK: Final = f"""
-[[webhooks]]
-name = "nobody"
-url = "http://127.0.0.1:9/"
-allow_private = true
-events = ["alert.*"]
-secret = "whsec_{"c2VjcmV0" * 4}"
-"""
-
-
 def test_messages_about_postgresql_exist() -> None:
     files = [*(ROOT / "jobd/journal/postgres").glob("*.py"), ROOT / "jobd/cluster/node_registry.py"]
     files += [ROOT / "jobd/cli/daemon/cluster.py", ROOT / "jobd/storage/cluster/membership.py"]
@@ -281,30 +269,6 @@ def test_messages_about_postgresql_exist() -> None:
     assert len(fragments) > 20
     for fragment in fragments:
         assert fragment.removesuffix(" N") in source, fragment
-
-
-def test_every_metric_is_documented(tmp_path: Path) -> None:
-    """Compare names, types and labels with those of a daemon that has completed enough jobs for a duration baseline."""
-    documented = {
-        ticked(name)[0]: (kind, set(ticked(labels)))
-        for name, kind, labels, _ in rows(OPERATIONS, "metric", "type", "labels")
-    }
-    with DaemonProcess(tmp_path, UNREACHABLE_WEBHOOK) as daemon:
-        complete_some(daemon, SAMPLES_NEEDED)
-        text = daemon.admin("GET", "/metrics").body.decode()
-    given: dict[str, tuple[str, set[str]]] = {}
-    for family in text_string_to_metric_families(text):
-        name = f"{family.name}_total" if family.type == "counter" else family.name
-        labels = {label for sample in family.samples for label in sample.labels} - {"le"}
-        given[name] = (family.type, labels)
-    assert documented == given, "docs/operations.md: each metric has a row with its type and labels"
-
-
-def complete_some(daemon: DaemonProcess, count: int) -> None:
-    daemon.post("/v1/jobs/bulk", {"jobs": [{"id": f"m{number}"} for number in range(count)]})
-    for grant in daemon.post("/v1/claim", {"worker": "w", "limit": count}).data["grants"]:
-        done = {"lock_id": grant["lock_id"], "metadata": 1}
-        daemon.post(f"/v1/jobs/{grant['job']['id']}/complete", done)
 
 
 def test_the_path_of_a_request_names_functions_that_exist() -> None:

@@ -35,7 +35,7 @@ from jobd.monitoring.metrics import cluster_metrics
 from jobd.storage.store import Store
 from tests import ROOT
 from tests.conftest import tool_missing
-from tests.integration.test_docs import UNREACHABLE_WEBHOOK, complete_some
+from tests.integration.test_docs import OPERATIONS, rows, ticked
 from tests.support.cli_harness import commands_of
 from tests.support.daemon_process import DaemonProcess
 
@@ -44,6 +44,16 @@ RULES, DASHBOARD = SHIPPED / FILES["rules"], SHIPPED / FILES["dashboard"]
 PROMETHEUS: Final = {"up"}  # metrics that Prometheus adds to every scrape
 TARGET: Final = {"instance", "job"}  # labels that it adds to all of them
 FREE: Final = {"queue", "kind", "endpoint", *TARGET}  # labels with values of the user
+
+
+UNREACHABLE_WEBHOOK: Final = f"""
+[[webhooks]]
+name = "nobody"
+url = "http://127.0.0.1:9/"
+allow_private = true
+events = ["alert.*"]
+secret = "whsec_{"c2VjcmV0" * 4}"
+"""
 
 
 class AlertRule(Struct, forbid_unknown_fields=True):
@@ -96,22 +106,46 @@ async def save_usual(path: Path) -> None:
         await store.save_stats(msgspec.json.encode(counters))
 
 
+def complete_some(daemon: DaemonProcess, count: int) -> None:
+    daemon.post("/v1/jobs/bulk", {"jobs": [{"id": f"m{number}"} for number in range(count)]})
+    for grant in daemon.post("/v1/claim", {"worker": "w", "limit": count}).data["grants"]:
+        done = {"lock_id": grant["lock_id"], "metadata": 1}
+        daemon.post(f"/v1/jobs/{grant['job']['id']}/complete", done)
+
+
 @pytest.fixture(scope="module")
-def scraped(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, str]]]:
-    """Return the sample names of a real scrape with their labels. The daemon knows usual durations."""
+def families(tmp_path_factory: pytest.TempPathFactory) -> list[Metric]:
+    """Return the metrics of a real scrape. The daemon knows usual durations."""
     directory = tmp_path_factory.mktemp("scraped")
     asyncio.run(save_usual(directory / "jobd.db"))
     with DaemonProcess(directory, UNREACHABLE_WEBHOOK) as daemon:
         complete_some(daemon, SAMPLES_NEEDED)
-        text = daemon.admin("GET", "/metrics").body.decode()
-    families: list[Metric] = list(text_string_to_metric_families(text))
-    leader = ClusterView(role="leader")
-    families += [make() for make in cluster_metrics(leader, Histogram.empty(COMMIT_BUCKETS_S))]
+        return list(text_string_to_metric_families(daemon.admin("GET", "/metrics").body.decode()))
+
+
+@pytest.fixture(scope="module")
+def scraped(families: list[Metric]) -> dict[str, list[dict[str, str]]]:
+    """Return the sample names of a scrape of a leader, with their labels."""
+    of_leader = cluster_metrics(ClusterView(role="leader"), Histogram.empty(COMMIT_BUCKETS_S))
     found: dict[str, list[dict[str, str]]] = {}
-    for sample in (sample for family in families for sample in family.samples):
-        found.setdefault(sample.name, []).append(sample.labels)
+    for family in [*families, *(make() for make in of_leader)]:
+        for sample in family.samples:
+            found.setdefault(sample.name, []).append(sample.labels)
     found["jobd_alert_firing"] += [{"alert": name} for name in alerts.CLUSTER_NAMES]
     return found
+
+
+def test_every_metric_is_documented(families: list[Metric]) -> None:
+    documented = {
+        ticked(name)[0]: (kind, set(ticked(labels)))
+        for name, kind, labels, _ in rows(OPERATIONS, "metric", "type", "labels")
+    }
+    given: dict[str, tuple[str, set[str]]] = {}
+    for family in families:
+        name = f"{family.name}_total" if family.type == "counter" else family.name
+        labels = {label for sample in family.samples for label in sample.labels} - {"le"}
+        given[name] = (family.type, labels)
+    assert documented == given, "docs/operations.md: each metric has a row with its type and labels"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
