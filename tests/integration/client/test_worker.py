@@ -282,7 +282,7 @@ async def test_an_error_fails_its_job_and_not_the_worker(
             assert message in (failed.error_message or ""), job.kind
     kinds = f"(only {', '.join(FAILURES)})"
     claims = f"worker {worker.name} claims jobs of queue {queue} {kinds}, 1 at a time, at {client.endpoints[0]}"
-    assert caplog.messages[0] == claims
+    assert claims in caplog.messages
 
 
 async def test_a_discarded_job_is_not_retried(client: AsyncJobClient, queue: str) -> None:
