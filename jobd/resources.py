@@ -36,7 +36,7 @@ from jobd.model.journal import JournalUnavailable, SharedJournal
 from jobd.model.storage import DiskFull, OpenedStore
 from jobd.storage.artifacts.base import ArtifactStore, ArtifactStoreError
 from jobd.storage.artifacts.filesystem import FileArtifactStore
-from jobd.storage.cluster.store import ClusterStore
+from jobd.storage.cluster.cluster_store import ClusterStore
 from jobd.storage.files import NotAStore, StoreError
 from jobd.storage.store import Store, Synchronous
 

@@ -148,7 +148,7 @@ def test_an_optional_dependency_is_imported_by_few_modules() -> None:
         return {str(source.relative_to(PACKAGE)) for source in found}
 
     assert users("obstore") == {"storage/artifacts/s3.py"}
-    assert users("asyncpg") == {"journal/postgres/errors.py", "journal/postgres/session.py"}
+    assert users("asyncpg") == {"journal/postgres/postgres_errors.py", "journal/postgres/session.py"}
 
 
 def test_pinned_versions_are_within_the_declared_bounds() -> None:

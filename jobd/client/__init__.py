@@ -6,9 +6,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from jobd.client import errors
+from jobd.client.api_request import uuid7
 from jobd.client.endpoint import Endpoint, admin_endpoints, default_socket, parse_endpoint, worker_endpoints
 from jobd.client.errors import *  # noqa: F403 - its `__all__` says which
-from jobd.client.protocol import uuid7
 from jobd.client.retries import RetryOptions
 from jobd.client.sync import JobClient
 from jobd.model.events import StreamedEvent

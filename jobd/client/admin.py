@@ -14,9 +14,7 @@ from typing import Any, BinaryIO, Final
 
 from msgspec.structs import replace
 
-from jobd.client.apis import CHUNK_BYTES, AdminApi, unreachable
-from jobd.client.errors import JobdError, Unreachable
-from jobd.client.protocol import (
+from jobd.client.api_request import (
     ApiRequest,
     ApiResponse,
     T,
@@ -27,6 +25,8 @@ from jobd.client.protocol import (
     request_for,
     uuid7,
 )
+from jobd.client.apis import CHUNK_BYTES, AdminApi, unreachable
+from jobd.client.errors import JobdError, Unreachable
 from jobd.client.retries import RetryOptions
 from jobd.client.sync import CONNECTION_ERRORS, BlockingClient, DaemonConnection, lower_headers
 from jobd.model.calls import AdminJobRequests, ManyJobRequests, StoreCalls, StoreRequests

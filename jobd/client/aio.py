@@ -13,6 +13,7 @@ from typing import Any, Final, Self
 import aiohttp
 from yarl import URL
 
+from jobd.client.api_request import ApiRequest, ApiResponse, T, read_result, request_for
 from jobd.client.apis import IDLE_S, AdminApi, BaseClient, WorkerApi, unreachable
 from jobd.client.command_stream import CommandStream, command_line, is_large
 from jobd.client.endpoint import Endpoint
@@ -20,7 +21,6 @@ from jobd.client.errors import JobdError, Unreachable
 from jobd.client.event_subscription import RECONNECT, EventSubscription
 from jobd.client.job_wait import JobWait
 from jobd.client.methods import P, PageWalk, command_of, described
-from jobd.client.protocol import ApiRequest, ApiResponse, T, read_result, request_for
 from jobd.client.retries import RetryOptions, RetryState
 from jobd.model.api_call import ApiCall
 from jobd.model.calls import JobCalls

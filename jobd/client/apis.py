@@ -12,11 +12,11 @@ from dataclasses import replace
 from typing import Any, Final, Self
 
 from jobd.client import requests
+from jobd.client.api_request import ApiRequest, T, checked_key, request_of
 from jobd.client.endpoint import Address, Endpoint, admin_endpoints, worker_endpoints
 from jobd.client.errors import JobdError, Unreachable
 from jobd.client.event_subscription import NODE_SILENCE_S, SILENCE_S, EventSubscription
 from jobd.client.methods import EventMethod, Method, PagedMethod, requesting
-from jobd.client.protocol import ApiRequest, T, checked_key, request_of
 from jobd.client.retries import NodeList, RetryOptions, RetryState
 from jobd.model.api_call import ApiCall
 from jobd.model.calls import (

@@ -12,9 +12,9 @@ import aiohttp
 import msgspec
 from msgspec import Struct
 
+from jobd.client.api_request import ApiRequest, ApiResponse, reader_of
 from jobd.client.apis import connection_reason
 from jobd.client.errors import BadResponse, JobdError, Unreachable
-from jobd.client.protocol import ApiRequest, ApiResponse, reader_of
 from jobd.model.api_call import LINES
 from jobd.model.responses import Grants, GrantView
 

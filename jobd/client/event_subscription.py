@@ -8,8 +8,8 @@ from typing import Any, Final
 
 import msgspec
 
+from jobd.client.api_request import ApiRequest, ApiResponse, build, raise_error
 from jobd.client.errors import BadResponse, JobdError
-from jobd.client.protocol import ApiRequest, ApiResponse, build, raise_error
 from jobd.client.retries import RetryOptions
 from jobd.model.api_call import EVENT_STREAM, ApiCall
 from jobd.model.events import StreamedEvent

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from types import FunctionType, MethodType
 from typing import Any, Concatenate, Generic, ParamSpec, Protocol, TypeVar, cast, overload
 
+from jobd.client.api_request import ApiRequest, T, request_for
 from jobd.client.event_subscription import EventSubscription
-from jobd.client.protocol import ApiRequest, T, request_for
 from jobd.model.api_call import ApiCall
 from jobd.model.commands import Command
 from jobd.model.events import StreamedEvent

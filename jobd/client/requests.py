@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from msgspec import Raw, Struct
 
-from jobd.client.protocol import ApiRequest, build, uuid7
+from jobd.client.api_request import ApiRequest, build, uuid7
 from jobd.model.calls import AdminJobRequests, JobRequests, ManyJobRequests
 from jobd.model.commands import MAINTENANCE_ACTIONS, About, PlanAction
 from jobd.model.job import Backoff, OnStall, Status

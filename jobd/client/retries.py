@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
+from jobd.client.api_request import ApiRequest
 from jobd.client.endpoint import Endpoint, parse_endpoint
 from jobd.client.errors import JobdError, Unreachable
-from jobd.client.protocol import ApiRequest
 
 # After these errors nothing has changed, or repeating the request is safe. All other errors are final.
 RETRIED: Final = frozenset({"unreachable", "overloaded", "shutting_down", "not_leader", "outcome_unknown"})

@@ -11,13 +11,13 @@ import time
 from collections.abc import Callable, Generator, Iterator, Mapping
 from typing import Any, Final, Self
 
+from jobd.client.api_request import ApiRequest, ApiResponse, T, read_result, request_for
 from jobd.client.apis import CHUNK_BYTES, CONNECT_S, IDLE_S, BaseClient, WorkerApi, unreachable
 from jobd.client.endpoint import Endpoint
 from jobd.client.errors import JobdError, Unreachable
 from jobd.client.event_subscription import RECONNECT, EventSubscription
 from jobd.client.job_wait import JobWait
 from jobd.client.methods import P, PageWalk, command_of, described
-from jobd.client.protocol import ApiRequest, ApiResponse, T, read_result, request_for
 from jobd.client.retries import RetryOptions, RetryState
 from jobd.model.api_call import ApiCall
 from jobd.model.calls import JobCalls

@@ -22,8 +22,8 @@ from jobd.model.journal import (
 )
 from jobd.model.storage import SPARE_BYTES
 from jobd.storage.cluster import joining, snapshots
+from jobd.storage.cluster.cluster_store import ClusterStore
 from jobd.storage.cluster.membership import WrongCluster
-from jobd.storage.cluster.store import ClusterStore
 from jobd.storage.files import StoreError
 
 _READ_LIMIT = 200  # records of one read

@@ -33,9 +33,9 @@ from jobd.model.responses import Response
 from jobd.model.storage import AuditEntry, Batch, EventPruning, OpenedStore
 from jobd.storage import files
 from jobd.storage.cluster import lost_records, membership, snapshots
+from jobd.storage.cluster.cluster_store import ClusterStore
 from jobd.storage.cluster.lost_records import LostChanges, LostJob
 from jobd.storage.cluster.membership import Followed, StoreAhead
-from jobd.storage.cluster.store import ClusterStore
 from jobd.storage.files import FileLock, StoreError
 
 CAUSE: Final = "The journal has lost records, which ends every grant in it."

@@ -20,7 +20,7 @@ from jobd.model.clocks import MonotonicS
 from jobd.model.journal import BadRecord, Head, JournalUnavailable, SharedJournal, SnapshotInfo
 from jobd.model.storage import BackupError, DiskFull
 from jobd.storage.cluster import snapshots
-from jobd.storage.cluster.store import ClusterStore
+from jobd.storage.cluster.cluster_store import ClusterStore
 from jobd.storage.files import StoreError
 
 CHECK_S: Final = 10.0

@@ -14,7 +14,7 @@ from jobd.journal.record import Decoded
 from jobd.model.job import Job
 from jobd.model.journal import Record, SharedJournal
 from jobd.model.storage import Batch, FiguresWrite, OpenedStore, Quarantined, StoredResponse, TombstoneWrite
-from jobd.storage.cluster.store import ClusterStore
+from jobd.storage.cluster.cluster_store import ClusterStore
 
 PIECE_EVENTS: Final = 200  # applied in one turn of the event loop, in about 5 ms
 

@@ -1,6 +1,6 @@
 """Find out from the system whether the client of a half-closed connection is still connected.
 
-`eof_received` (protocol.py) means that the client sends no more. It may have half-closed the connection
+`eof_received` (worker_connection.py) means that the client sends no more. It may have half-closed the connection
 (`shutdown`) and wait for its response, or be gone. A grant must not be given to a client that is gone.
 
     idle at the end of the input ──────────────────────────> close

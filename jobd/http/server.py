@@ -20,7 +20,7 @@ from typing import Any, Final
 import structlog
 
 from jobd.http.app import App
-from jobd.http.protocol import WorkerConnection
+from jobd.http.worker_connection import WorkerConnection
 
 BACKLOG: Final = 1024
 CLOSE_S: Final = 1.0  # for TLS clients to confirm the end of a connection

@@ -192,8 +192,8 @@ def test_a_damaged_row_is_named_with_its_fix(
         raise exits.CliError("nothing has changed")
 
     with monkeypatch.context() as patched:
-        patched.setattr("jobd.cli.daemon.store.need_terminal", lambda: None)
-        patched.setattr("jobd.cli.daemon.store.confirm", no)
+        patched.setattr("jobd.cli.daemon.store_commands.need_terminal", lambda: None)
+        patched.setattr("jobd.cli.daemon.store_commands.confirm", no)
         code, out, err = _jobd(capsys, "doctor", "--store", str(copy), "--accept", "b2")
         assert (code, out, prompts) == (1, "", ["write these changes"])
         assert "job b2: the row would be accepted" in err

@@ -25,9 +25,9 @@ from jobd.http.admin_listener import AdminListener
 from jobd.http.app import App, BrowserPages
 from jobd.http.auth import Authenticator
 from jobd.http.decoding import Limits
-from jobd.http.protocol import WorkerConnection
 from jobd.http.routing import Route
 from jobd.http.server import HttpListener, WorkerListener
+from jobd.http.worker_connection import WorkerConnection
 from jobd.model.calls import AdminQueueCalls, DaemonCalls, ManyJobCalls, StoreCalls
 from jobd.model.clocks import LockMs
 from jobd.model.commands import Command, IdempotencyKey, MakePlan, Moment, Operator, TakeBack

@@ -17,10 +17,10 @@ from jobd.daemon import Daemon
 from jobd.model.journal import Fenced, Record, SharedJournal
 from jobd.node import ClusterNode, config_hash
 from jobd.resources import CannotStart
-from jobd.storage.cluster.store import ClusterStore
+from jobd.storage.cluster.cluster_store import ClusterStore
 from tests.support.factories import ChangeFactory
 from tests.support.memory_journal import MemoryServer, MemorySharedJournal
-from tests.unit.storage.cluster.test_store import leading
+from tests.unit.storage.cluster.test_cluster_store import leading
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ import click
 
 from jobd import __version__
 from jobd.cli import exit_codes, terminal
-from jobd.cli.daemon import store
+from jobd.cli.daemon import store_commands
 from jobd.cli.daemon.bench import bench
 from jobd.cli.daemon.cluster import check_journal, cluster, join_command
 from jobd.cli.daemon.monitoring import monitoring
@@ -151,7 +151,7 @@ def _values(loaded: LoadedConfig) -> dict[str, dict[str, object]]:
 
 jobd.add_all("Daemon", serve, check_config, demo, bench, monitoring)
 jobd.add_all("Cluster", cluster, join_command)
-jobd.add_all("Files", store.backup_command, store.restore_command, store.doctor_command)
+jobd.add_all("Files", store_commands.backup_command, store_commands.restore_command, store_commands.doctor_command)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

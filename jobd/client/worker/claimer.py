@@ -15,8 +15,8 @@ from typing import Final
 from jobd import __version__
 from jobd.client import requests
 from jobd.client.aio import AsyncJobClient
+from jobd.client.api_request import ApiRequest, uuid7
 from jobd.client.errors import IdempotencyKeyReused, JobdError
-from jobd.client.protocol import ApiRequest, uuid7
 from jobd.client.retries import RETRIED, RetryOptions
 from jobd.client.worker.aio_utils import first_of
 from jobd.client.worker.service_thread import Log

@@ -14,6 +14,7 @@ from typing import Any, Final
 
 from jobd.client import requests
 from jobd.client.aio import AsyncJobClient
+from jobd.client.api_request import ApiRequest, T, request_for
 from jobd.client.errors import (
     IdempotencyKeyReused,
     InternalError,
@@ -26,7 +27,6 @@ from jobd.client.errors import (
     ProgressTimeout,
     TooLarge,
 )
-from jobd.client.protocol import ApiRequest, T, request_for
 from jobd.client.retries import RETRIED, RetryOptions
 from jobd.client.worker.aio_utils import within
 from jobd.client.worker.claimer import RETRIED_CLAIM

@@ -9,8 +9,8 @@ from typing import Any, Final, TypeVar
 from jobd.journal import url as journal_url
 from jobd.journal.checksum import checked
 from jobd.journal.postgres import nodes, partitions, schema, snapshots
-from jobd.journal.postgres.errors import explain, was_rejected
 from jobd.journal.postgres.leader_session import EXPIRES, NOW, LeaderSession, head_of
+from jobd.journal.postgres.postgres_errors import explain, was_rejected
 from jobd.journal.postgres.session import JournalSession, Target, check_commit, lock_keys
 from jobd.journal.shielding import to_end
 from jobd.model.journal import BadRecord, Head, JournalHealth, NodeEntry, Record, SnapshotInfo

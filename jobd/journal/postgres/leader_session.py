@@ -7,7 +7,7 @@ from typing import Any, Final, NoReturn
 
 from jobd.journal.checksum import checksum
 from jobd.journal.postgres import partitions
-from jobd.journal.postgres.errors import explain, is_disk_full, lacks_partition, was_rejected
+from jobd.journal.postgres.postgres_errors import explain, is_disk_full, lacks_partition, was_rejected
 from jobd.journal.postgres.session import JournalSession, Target, lock_keys
 from jobd.model.journal import Fenced, Head, JournalOutcomeUnknown, JournalUnavailable, Record
 from jobd.model.storage import JournalDiskFull

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from typing import Any, Final
 
-from jobd.journal.postgres.errors import exists_already, was_rejected
+from jobd.journal.postgres.postgres_errors import exists_already, was_rejected
 
 PARTITION_BYTES: Final = 256 << 20  # target size
 MIN_RECORDS: Final = 1_000

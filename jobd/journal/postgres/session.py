@@ -12,7 +12,7 @@ from typing import Any, Final, TypeVar
 
 import asyncpg
 
-from jobd.journal.postgres.errors import INIT, explain, is_unsupported, most_useful, pooler
+from jobd.journal.postgres.postgres_errors import INIT, explain, is_unsupported, most_useful, pooler
 from jobd.journal.url import JournalUrl
 from jobd.model.journal import JournalMisconfigured, JournalUnavailable
 

@@ -7,7 +7,7 @@ import zlib
 from collections.abc import AsyncIterable, AsyncIterator
 from typing import Any, Final
 
-from jobd.journal.postgres.errors import explain
+from jobd.journal.postgres.postgres_errors import explain
 from jobd.journal.postgres.session import Target, limited, lock_keys
 from jobd.model.journal import SNAPSHOT_PART_BYTES, BadSnapshot, SnapshotInfo
 

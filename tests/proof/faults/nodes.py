@@ -23,8 +23,8 @@ from typing import Any, Final, NamedTuple
 from uuid import uuid4
 
 from jobd.client import JobClient, JobdError
+from jobd.client.api_request import ApiRequest, ApiResponse
 from jobd.client.endpoint import Endpoint
-from jobd.client.protocol import ApiRequest, ApiResponse
 from jobd.journal.postgres.journal import create
 from jobd.model.job import Job
 from tests.proof.faults.harness import Counts, Tool, Trial

@@ -10,7 +10,7 @@ import msgspec.inspect
 import pytest
 
 from jobd.api import admin_routes, worker_routes
-from jobd.client.protocol import request_of
+from jobd.client.api_request import request_of
 from jobd.http.auth import Authenticator
 from jobd.model import commands
 from jobd.model.commands import JobCommand, RecordAction, Tick

@@ -27,12 +27,12 @@ from jobd.client import (
     job_wait,
     requests,
 )
-from jobd.client.apis import WorkerApi
-from jobd.client.job_wait import JobWait
-from jobd.client.protocol import (
+from jobd.client.api_request import (
     ApiRequest,
     request_for,
 )
+from jobd.client.apis import WorkerApi
+from jobd.client.job_wait import JobWait
 from jobd.model.responses import LockState
 from tests.conftest import tool_missing
 from tests.support.client_harness import JOB, either

@@ -25,9 +25,9 @@ from jobd.client import (
     command_stream,
     requests,
 )
+from jobd.client.api_request import ApiRequest, request_for
 from jobd.client.apis import WorkerApi
 from jobd.client.command_stream import command_line
-from jobd.client.protocol import ApiRequest, request_for
 from jobd.client.retries import RetryOptions
 from jobd.http.auth import Authenticator
 from tests.support.http_harness import TOKEN

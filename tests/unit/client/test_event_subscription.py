@@ -22,8 +22,8 @@ from jobd.client import (
     Unauthorized,
     Unreachable,
 )
+from jobd.client.api_request import ApiResponse
 from jobd.client.event_subscription import EventSubscription
-from jobd.client.protocol import ApiResponse
 from jobd.model.calls import EventRequests
 from tests.support.scripted_server import ScriptedServer, Step, drop, raw, rejected
 

@@ -17,11 +17,11 @@ from jobd.client import (
     requests,
     uuid7,
 )
-from jobd.client.apis import AdminApi, WorkerApi
-from jobd.client.protocol import (
+from jobd.client.api_request import (
     ApiRequest,
     request_for,
 )
+from jobd.client.apis import AdminApi, WorkerApi
 from jobd.model.api_call import calls_of
 from jobd.model.calls import ADMIN, ADMIN_API, WORKER_API
 from jobd.model.responses import JobView

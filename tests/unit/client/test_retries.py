@@ -19,8 +19,8 @@ from jobd.client import (
     parse_endpoint,
     requests,
 )
+from jobd.client.api_request import request_for
 from jobd.client.apis import AdminApi, WorkerApi
-from jobd.client.protocol import request_for
 from jobd.client.retries import RETRIED, NodeList, RetryState
 
 READ = request_for(WorkerApi.queues)

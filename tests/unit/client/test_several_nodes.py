@@ -28,8 +28,8 @@ from jobd.client import (
     requests,
     retries,
 )
+from jobd.client.api_request import ApiRequest, request_for
 from jobd.client.apis import WorkerApi
-from jobd.client.protocol import ApiRequest, request_for
 from jobd.client.worker.claimer import NODE_POLL_MS
 from jobd.model.calls import ADMIN
 from tests.support.client_harness import GRANT, JOB, CommandRun, either, running_worker

@@ -19,9 +19,9 @@ from jobd.model.journal import BadRecord, JournalUnavailable, NodeEntry
 from jobd.model.storage import DiskFull
 from jobd.storage import files
 from jobd.storage.cluster import joining
+from jobd.storage.cluster.cluster_store import ClusterStore
 from jobd.storage.cluster.joining import FIRST_RECORD
 from jobd.storage.cluster.membership import WrongCluster
-from jobd.storage.cluster.store import ClusterStore
 from jobd.storage.files import StoreUnreadable, read_epoch
 from tests.support.factories import ChangeFactory
 from tests.support.memory_journal import MemoryServer, MemorySharedJournal

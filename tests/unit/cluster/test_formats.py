@@ -17,7 +17,7 @@ from tests.support.cluster_harness import in_cluster, led_cluster
 from tests.support.factories import ChangeFactory
 from tests.support.memory_journal import MemoryServer
 from tests.support.virtual_engine import seconds
-from tests.unit.storage.cluster.test_store import leading
+from tests.unit.storage.cluster.test_cluster_store import leading
 
 
 @pytest.mark.parametrize(

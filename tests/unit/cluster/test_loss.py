@@ -26,7 +26,7 @@ from jobd.storage.files import StoreBusy
 from tests.support.factories import ChangeFactory
 from tests.support.memory_journal import MemoryServer
 from tests.support.store_files import edit_store, job_of, make_store, read_file
-from tests.unit.storage.cluster.test_store import Node, following, leading, rows_of
+from tests.unit.storage.cluster.test_cluster_store import Node, following, leading, rows_of
 
 KEPT = 3
 

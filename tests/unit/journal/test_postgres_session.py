@@ -16,8 +16,8 @@ import pytest
 
 from jobd.journal import url as journal_url
 from jobd.journal.postgres import session
-from jobd.journal.postgres.errors import explain, most_useful
 from jobd.journal.postgres.journal import PostgresJournal, create
+from jobd.journal.postgres.postgres_errors import explain, most_useful
 from jobd.journal.postgres.session import Target
 from jobd.model.journal import JournalMisconfigured, JournalUnavailable
 from tests.conftest import tool_missing

@@ -190,7 +190,7 @@ def _(check: Any, self: Leadership) -> None:
     "record-that-a-node-does-not-read",
     Appender._check_format,
     breaks="a leader writes a format that an older node does not read",
-    found_by="tests/unit/storage/cluster/test_store.py",
+    found_by="tests/unit/storage/cluster/test_cluster_store.py",
 )
 def _(check: Any, self: Appender, made: Record) -> None:
     """Accept every format."""

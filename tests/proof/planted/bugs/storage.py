@@ -15,7 +15,7 @@ from jobd.model.journal import BadRecord, Record
 from jobd.model.storage import Batch
 from jobd.storage import files, startup
 from jobd.storage.cluster import membership
-from jobd.storage.cluster.store import ClusterStore
+from jobd.storage.cluster.cluster_store import ClusterStore
 from jobd.storage.connection import StoreConnection
 from jobd.storage.database import Database
 from jobd.storage.schema import migrations
@@ -27,7 +27,7 @@ from tests.proof.planted.registry import SIMULATION, bug
 PROJECTION = "tests/unit/storage/tables/test_projection_faults.py"
 STORE = "tests/unit/storage/test_store.py"
 WALK = "tests/unit/storage/tables/test_projection_walk.py"
-CLUSTER = "tests/unit/storage/cluster/test_store.py"
+CLUSTER = "tests/unit/storage/cluster/test_cluster_store.py"
 OUTAGES = "tests/integration/test_outages.py"
 
 _late_records: WeakKeyDictionary[SqliteJournal, Record] = WeakKeyDictionary()

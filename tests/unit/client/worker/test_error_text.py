@@ -10,8 +10,8 @@ from jobd.client import (
     Discard,
     Retry,
 )
+from jobd.client.api_request import request_for
 from jobd.client.apis import WorkerApi
-from jobd.client.protocol import request_for
 from jobd.client.worker.handlers import failure_message, failure_options
 
 
@@ -78,7 +78,7 @@ def test_the_message_has_the_chain_notes_and_group_of_an_error() -> None:
 def test_an_error_without_frames_of_the_handler_is_one_line() -> None:
     assert failure_message(asyncio.CancelledError()) == "CancelledError"
     assert failure_message(TypeError("no result")) == "TypeError: no result"
-    assert "client" + "/protocol.py" not in raised(lambda: request_for(WorkerApi.get_job, ""))
+    assert "client" + "/api_request.py" not in raised(lambda: request_for(WorkerApi.get_job, ""))
 
 
 def test_an_error_whose_str_raises_has_a_message() -> None:

@@ -27,7 +27,15 @@ from tests.support.store_files import (
     open_store,
     read_file,
 )
-from tests.unit.storage.cluster.test_store import Node, finished_job, following, leading, rejected, rows_of, write_much
+from tests.unit.storage.cluster.test_cluster_store import (
+    Node,
+    finished_job,
+    following,
+    leading,
+    rejected,
+    rows_of,
+    write_much,
+)
 
 
 async def founded(path: str, server: MemoryServer) -> ChangeFactory:

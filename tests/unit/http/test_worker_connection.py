@@ -16,7 +16,7 @@ from jobd.api.worker_routes import ROUTES
 from jobd.http.auth import Authenticator
 from jobd.http.decoding import Limits
 from jobd.http.parser import AHEAD_BYTES, PIECE_BYTES, PIECE_LINES
-from jobd.http.protocol import WorkerConnection
+from jobd.http.worker_connection import WorkerConnection
 from jobd.model.errors import ApiError
 from jobd.model.responses import EmptyResponse, Response
 from tests.support.http_harness import (
@@ -776,9 +776,9 @@ async def test_a_response_with_grants_waits_for_the_probe(
         checks.append(transport.is_closing())
         return not transport.is_closing() and (len(checks) < 3 or not is_there)
 
-    monkeypatch.setattr("jobd.http.protocol.is_probing", is_probing)
+    monkeypatch.setattr("jobd.http.worker_connection.is_probing", is_probing)
     monkeypatch.setattr("jobd.http.hangup.FIRST_CHECK_S", 3600)
-    monkeypatch.setattr("jobd.http.protocol.PROBE_S", 3600 if is_there else 0.01)
+    monkeypatch.setattr("jobd.http.worker_connection.PROBE_S", 3600 if is_there else 0.01)
     response = Response(EmptyResponse(), grants=[("a", "lock")])
     held = HeldResponse(tcp, response)
     client = await tcp.connect()
@@ -802,7 +802,7 @@ async def test_every_request_of_a_half_closed_connection_has_a_probe(
         transport.abort()  # the client has reset the connection
         return False
 
-    monkeypatch.setattr("jobd.http.protocol.is_probing", is_probing)
+    monkeypatch.setattr("jobd.http.worker_connection.is_probing", is_probing)
     held = HeldResponse(tcp)
     client = await tcp.connect()
     client.send(CLAIM + CLAIM)
@@ -827,7 +827,7 @@ async def test_a_connection_that_closes_during_the_probe_releases_its_grants(
         checked.set()
         return not transport.is_closing()
 
-    monkeypatch.setattr("jobd.http.protocol.is_probing", is_probing)
+    monkeypatch.setattr("jobd.http.worker_connection.is_probing", is_probing)
     response = Response(EmptyResponse(), grants=[("a", "lock")])
     held = HeldResponse(tcp, response)
     client = await tcp.connect()

@@ -15,7 +15,7 @@ from jobd.client import (
     Overloaded,
     Unreachable,
 )
-from jobd.client.protocol import ApiRequest, ApiResponse, build, json_lines, read_result, reader_of
+from jobd.client.api_request import ApiRequest, ApiResponse, build, json_lines, read_result, reader_of
 from jobd.model.calls import JobRequests
 from jobd.model.errors import ERROR_STATUS
 

@@ -27,9 +27,9 @@ from jobd.model.storage import AuditQuery, DiskFull, FormatNotRead, JobQuery, Op
 from jobd.model.webhooks import Delivery, WebhookCursor
 from jobd.storage import files
 from jobd.storage.cluster import snapshots
+from jobd.storage.cluster.cluster_store import ClusterStore
 from jobd.storage.cluster.lost_records import membership_of
 from jobd.storage.cluster.membership import StoreAhead, StoreDamaged, WrongCluster
-from jobd.storage.cluster.store import ClusterStore
 from jobd.storage.store import Store, StoreBroken, StoreBusy, StoreUnreadable
 from jobd.storage.tables.projection import MAX_BEHIND_FULL
 from tests.support.factories import NOW, ChangeFactory
