@@ -198,16 +198,8 @@ def test_fields_of_create_import_and_updates_are_documented() -> None:
 
 
 CALLS: Final[dict[str, type[commands.Command]]] = {
-    "start": commands.Start,
-    "claim": commands.Claim,
-    "progress": commands.Progress,
-    "extend": commands.Extend,
-    "complete": commands.Complete,
-    "fail": commands.Fail,
-    "release": commands.Release,
-    "cancel": commands.Cancel,
-    "list": commands.ListJobs,
-}
+    op: command for op, command in STREAMED_COMMANDS.items() if op not in ("create", "bulk", "get")
+} | {"list": commands.ListJobs}
 
 
 DESCRIBED_WITH_THE_CALL: Final = {"id", "retry", "expires_at", "status", "queue", "kind"}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Any
 from uuid import UUID
 
 import msgspec
@@ -58,17 +58,11 @@ from jobd.model.responses import (
 )
 from tests.support.calls import JOB_COMMANDS, aimed
 from tests.support.rule_harness import NOW, RuleHarness
+from tests.unit.core.rules.test_operator_rules import ALLOWED
 
 TTL = 15 * MINUTE_MS
 STALL_AFTER = 10 * MINUTE_MS
 PROGRESS_TIMEOUT = 30 * MINUTE_MS
-ALLOWED: Final = {
-    "queued": ["cancelled", "completed", "failed"],
-    "processing": ["cancelled", "completed", "failed", "queued"],
-    "completed": [],
-    "failed": ["completed", "queued"],
-    "cancelled": ["completed", "queued"],
-}
 
 
 def no_progress_timeout(**fields: Any) -> dict[str, Any]:
