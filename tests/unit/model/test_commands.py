@@ -217,6 +217,7 @@ def test_a_moment_converts_lock_time_to_wall_time() -> None:
     at = Moment(now=1_000, lock_ms=LockMs(300), offset=700)
     assert (at.believed, at.wall(LockMs(301))) == (1_000, 1_001)
     assert Moment(1_000, LockMs(300), 700, trusted=900).believed == 900
+    assert [Moment(1_000, LockMs(300), 700, ahead=ms).aging for ms in (-5, 5)] == [1_005, 1_000]
 
 
 def test_a_command_names_its_worker_as_the_sender() -> None:
