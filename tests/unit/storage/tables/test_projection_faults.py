@@ -29,7 +29,7 @@ from jobd.model.storage import (
 )
 from jobd.storage import startup
 from jobd.storage.backup import finish_copy
-from jobd.storage.files import StoreBroken, StoreUnreadable
+from jobd.storage.files import StoreBroken, StoreUnreadable, write_epoch
 from jobd.storage.startup import connect, start
 from jobd.storage.store import Store
 from jobd.storage.tables import projection as projections
@@ -307,15 +307,20 @@ async def test_tombstones_that_the_start_could_not_write_are_reported_later(
         assert found.tombstones + sum(reported) == 1
 
 
-def test_a_restored_backup_is_marked_although_its_journal_removed_a_mark(opened: Projection, path: str) -> None:
-    """The copy has a record that removed an earlier mark, and its tables lack it."""
+@pytest.mark.parametrize("restore", [finish_copy, lambda path: write_epoch(path, 100)])
+def test_a_restored_store_is_marked_although_its_journal_removed_a_mark(
+    opened: Projection, path: str, restore: Callable[[str], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The copy has a record that removed an earlier mark, and its tables lack it also after the first start."""
     opened.append(replace(Writer(0).batch(), unmark=True), 0)
     opened.db.conn.close()
-    finish_copy(path)
-    conn = connect(path, "FULL")
-    _, found = start(conn, path)
-    conn.close()
-    assert found.marked
+    restore(path)
+    monkeypatch.setattr(Projection, "project", lambda self: raise_full())
+    for _ in range(2):
+        conn = connect(path, "FULL")
+        _, found = start(conn, path)
+        conn.close()
+        assert found.marked
 
 
 def test_an_epoch_that_began_before_a_crash_ends_no_grant(opened: Projection, path: str) -> None:
