@@ -60,7 +60,7 @@ _LATE: Final = f"SELECT rowid, {SQL['late_results']} FROM late_results NOT INDEX
 GRANT_SEARCH_EVENTS: Final = 1_000  # latest events of a job that are searched for an ended grant
 MAX_DAMAGED_SLICES: Final = 10  # slices of damaged tombstones after which the search ends
 _REFERENCED_LATE: Final = "SELECT 1 FROM late_results INDEXED BY late_results_storage_key WHERE storage_key = ?"
-_DUE: Final = f"SELECT {SQL['tombstones']} FROM tombstones WHERE due_at {{}} ? ORDER BY due_at LIMIT ?"
+_DUE: Final = f"SELECT {SQL['tombstones']} FROM tombstones {{}} WHERE due_at {{}} ? ORDER BY due_at LIMIT ?"
 TEXT_BYTES: Final = 2 << 20  # of payloads searched per query
 _SIZE: Final = "ifnull((SELECT length(body) FROM payloads WHERE job_seq = jobs.seq), 0)"
 _HAS_TEXT: Final = (
@@ -476,10 +476,7 @@ def due_tombstones(db: Database, now: int, limit: int) -> DueTombstones:
     damaged_seqs: set[int] = set()
     unmoved: set[int] = set()
     for _ in range(MAX_DAMAGED_SLICES):
-        row_limit = limit + len(unmoved)
-        rows = db.rows(_DUE.format("<="), (now, row_limit)) or db.rows(
-            _DUE.format(">"), (now + MAX_POSTPONE_MS, row_limit)
-        )
+        rows = _due_rows(db, now, limit + len(unmoved))
         new = [(row[0], row, error) for row in rows if row[0] not in damaged_seqs and (error := fault(row)) is not None]
         unmoved |= quarantine_rows(db, "tombstones", new)
         damaged_seqs |= {seq for seq, _, _ in new}
@@ -489,6 +486,18 @@ def due_tombstones(db: Database, now: int, limit: int) -> DueTombstones:
     late = {each.job_seq for each in undamaged if db.conn.execute(_REFERENCED_LATE, (each.key,)).fetchone() is not None}
     due = [(each, is_referenced(db, each.key)) for each in undamaged]
     return DueTombstones(due, len(damaged_seqs) - len(unmoved), late, len(unmoved))
+
+
+def _due_rows(db: Database, now: int, limit: int) -> list[Row]:
+    """Return rows of due tombstones, from a scan if the index leads to missing rows."""
+    for scan in ("", "NOT INDEXED"):
+        try:
+            due = db.rows(_DUE.format(scan, "<="), (now, limit))
+            return due or db.rows(_DUE.format(scan, ">"), (now + MAX_POSTPONE_MS, limit))
+        except sqlite3.DatabaseError as error:
+            if scan or not is_corrupt(error):
+                raise
+    raise AssertionError("unreachable")
 
 
 def is_referenced(db: Database, key: str) -> bool:

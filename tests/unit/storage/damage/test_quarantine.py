@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import sqlite3
+from typing import Final
 
 import msgspec
 import pytest
@@ -45,6 +46,8 @@ from tests.support.store_files import (
     without_indexes,
     write_file,
 )
+
+REBUILT: Final = "an index did not match its rows: all indexes were rebuilt; run `jobd doctor`"
 
 
 @pytest.mark.parametrize("bit", [0, 7])
@@ -344,17 +347,22 @@ async def test_damaged_queues_stats_and_reports_are_quarantined_and_queues_recou
         assert await store.reports(9) == [b"r2"]
 
 
-async def test_a_damaged_tombstone_is_quarantined_and_deletes_nothing(path: str) -> None:
+@pytest.mark.parametrize(("column", "reported"), [("key", []), ("job_seq", [REBUILT])])
+async def test_a_damaged_tombstone_is_quarantined_and_deletes_nothing(
+    path: str, column: str, reported: list[str]
+) -> None:
     maker = await make_store(path)
     async with open_store(path) as (store, _):
         waiting = [Tombstone(seq, f"gone-{seq}", f"k/{seq}", NOW, NOW) for seq in (901, 902)]
         await store.write(maker.batch([], tombstones=waiting))
-    flip(path, "tombstones", "key", "job_seq", 901)
+    flip(path, "tombstones", column, "job_seq", 901)
+    seq = 901 if column == "key" else 900
     async with open_store(path) as (store, found):
         assert found.tombstones == 2
         due = await store.due_tombstones(NOW, 9)
         assert due == DueTombstones([(waiting[1], False)], damaged=1)
-        assert store.take_faults() == ["tombstones 901: its checksum is wrong; the row was quarantined"]
+        quarantined = f"tombstones {seq}: its checksum is wrong; the row was quarantined"
+        assert store.take_faults() == [*reported, quarantined]
         assert (await store.due_tombstones(NOW, 9)).damaged == 0
 
 
@@ -418,7 +426,7 @@ async def test_a_damaged_index_of_live_jobs_is_rebuilt_at_the_start(path: str) -
         conn.execute("PRAGMA writable_schema = ON")
         conn.execute("UPDATE sqlite_schema SET sql = ? WHERE name = 'jobs_live'", (sql,))
     async with open_store(path) as (store, found):
-        assert found.faults == ["an index did not match its rows: all indexes were rebuilt; run `jobd doctor`"]
+        assert found.faults == [REBUILT]
         found.faults.clear()
         await assert_holds(store, found, maker)
 
