@@ -553,7 +553,7 @@ async def test_an_unreadable_page_of_events_is_skipped_in_a_timeline(path: str) 
         assert fault.startswith("events 300 to 300: 1 cannot be read")
 
 
-async def test_an_unreadable_page_of_events_is_missing_in_the_journal(path: str) -> None:
+async def test_an_unreadable_page_of_events_is_missing_in_the_event_log(path: str) -> None:
     maker = await make_long_store(path)
     spoil_page(path, event_of(maker.jobs[300]))
     async with open_store(path) as (store, _):
@@ -561,10 +561,10 @@ async def test_an_unreadable_page_of_events_is_missing_in_the_journal(path: str)
         assert (len(first.events), first.gone_to) == (5, 0)  # another page of the index
         hidden = await store.events_after(290, 100)
         assert hidden == EventPage([], hidden.last, hidden.last)
-        assert "the journal cannot be read after event 290" in store.take_faults()[-1]
+        assert "the event log cannot be read after event 290" in store.take_faults()[-1]
 
 
-async def test_a_journal_with_an_unreadable_index_is_read_without_it(path: str) -> None:
+async def test_an_event_log_with_an_unreadable_index_is_read_without_it(path: str) -> None:
     maker = await make_store(path)
     damage_tree(path, "events_job")
     job = pick(maker, LIVE)
@@ -574,7 +574,7 @@ async def test_a_journal_with_an_unreadable_index_is_read_without_it(path: str) 
             row = fold(row, event)
         assert row == job
         (fault,) = store.take_faults()
-        assert fault.startswith("the index of the journal cannot be read")
+        assert fault.startswith("the index of the event log cannot be read")
 
 
 async def test_an_unreadable_index_of_late_results_stops_no_plan(maker: ChangeFactory, path: str) -> None:
