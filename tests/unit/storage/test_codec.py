@@ -162,11 +162,11 @@ def test_an_incomplete_part_is_an_error_that_names_it(place: str) -> None:
         codec.JobReader().job((*columns, edited, 0))
 
 
-def test_every_flipped_bit_is_detected() -> None:
+def test_every_flipped_bit_and_emptied_column_is_detected() -> None:
     row = codec.with_checksum(codec.job_row(full_job()))
     assert codec.fault(row) is None
     for place, value in enumerate(row):
-        for other in _flipped(value):
+        for other in (*_flipped(value), *((None, "") if value and place < len(row) - 1 else ())):
             changed = (*row[:place], other, *row[place + 1 :])
             assert codec.fault(changed) is not None, codec.JOB_COLUMNS[place]
             # The original checksum can be recovered, whichever column was damaged.
