@@ -8,12 +8,13 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
+from msgspec import structs
 
 from jobd.model.responses import JobView
 from tests.support.daemon_process import TOKEN, DaemonProcess, DaemonResponse
 
 OLD_MS = 1_600_000_000_000
-JOB_FIELDS = set(JobView.__struct_fields__) - {"worker", "repeated"}
+JOB_FIELDS = {field.name for field in structs.fields(JobView) if field.required}
 
 
 @pytest.fixture(scope="module")
