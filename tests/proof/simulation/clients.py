@@ -135,9 +135,8 @@ class SimOperator(SimClient):
         roll = self.dice.random()
         if roll < 0.7:
             command = self.requests.operation(self.machine.wall())
-            may_be_dry = hasattr(command, "dry_run") and not isinstance(
-                command, TakeBack
-            )  # it is drawn with the command
+            # `dry_run` of a TakeBack is drawn with the command, and an ImportCheck always is one.
+            may_be_dry = "dry_run" in command.__struct_fields__ and not isinstance(command, TakeBack)
             if may_be_dry and self._careful is not None and self._careful.random() < 0.4:
                 await self.machine.call(self.name, replace(command, dry_run=True), by="admin", admin=True)
             await self.ask(command)
