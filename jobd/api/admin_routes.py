@@ -5,11 +5,13 @@ Paths, names and units are those that existing dashboards expect.
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
+from inspect import isawaitable
 from typing import Any, Final
 
 from msgspec.structs import replace
 
-from jobd.api import operator_actions
+from jobd.api import operator_actions as actions
 from jobd.api.auditing import audit_read, check_audit_filter
 from jobd.api.downloads import send_artifact, send_backup
 from jobd.api.event_stream import send_events
@@ -23,20 +25,9 @@ from jobd.http.response import RawBody
 from jobd.http.routing import RouteHandler
 from jobd.model import calls, commands, responses
 from jobd.model.api_call import ApiCall
+from jobd.model.commands import Operator
 from jobd.model.errors import ApiError, checked
-from jobd.model.requests import (
-    DeliverAgain,
-    DeliverAllAgain,
-    Deliveries,
-    FailuresRequest,
-    NoFields,
-    Reports,
-    RowCheckRequest,
-    StepDown,
-    TestWebhook,
-    ValidateJob,
-    WithReason,
-)
+from jobd.model.requests import Deliveries, NoFields, Reports, ValidateJob
 from jobd.model.responses import Response
 
 
@@ -67,71 +58,9 @@ async def _validate_job(app: App[Services], ctx: RequestContext, command: Valida
     return response
 
 
-async def _cleanup(app: App[Services], ctx: RequestContext, command: WithReason) -> Response:
-    return Response(await operator_actions.run_cleanup(app, ctx.operator, command.reason))
-
-
-async def _cleanup_state(app: App[Services], ctx: RequestContext, command: NoFields) -> Response:
-    return Response(app.services.maintainer.state())
-
-
-async def _recover_stuck(app: App[Services], ctx: RequestContext, command: WithReason) -> Response:
-    return Response(checked(await app.services.maintainer.recover_stuck(as_one_entry(ctx.operator), command.reason)))
-
-
-async def _take_back(app: App[Services], ctx: RequestContext, command: commands.TakeBack) -> Response:
-    return Response(checked(await app.services.maintainer.take_back(command, as_one_entry(ctx.operator))))
-
-
-async def _failures(app: App[Services], ctx: RequestContext, command: FailuresRequest) -> Response:
-    return Response(app.services.failures.view(command.limit))
-
-
-async def _preview(app: App[Services], ctx: RequestContext, command: NoFields) -> Response:
-    return Response(checked(await app.services.maintainer.preview()))
-
-
-async def _make_plan(app: App[Services], ctx: RequestContext, command: commands.MakePlan) -> Response:
-    return Response(checked(await app.services.make_plan(command)))
-
-
-async def _plan(app: App[Services], ctx: RequestContext, command: commands.PlanCommand) -> Response:
-    return Response(checked(app.services.planner.find(command.plan_id)))
-
-
-async def _apply_plan(app: App[Services], ctx: RequestContext, command: commands.PlanCommand) -> Response:
-    return Response(checked(await app.services.planner.apply(command.plan_id, ctx.operator or operator_of(ctx))))
-
-
-async def _reports(app: App[Services], ctx: RequestContext, command: Reports) -> Response:
-    return Response(responses.ReportList(await app.services.maintainer.reports(command.limit)))
-
-
-async def _alerts(app: App[Services], ctx: RequestContext, command: NoFields) -> Response:
-    return Response(responses.AlertList(app.services.alerts.evaluate()))
-
-
-async def _webhooks(app: App[Services], ctx: RequestContext, command: NoFields) -> Response:
-    return Response(responses.WebhookList(app.services.webhooks.views()))
-
-
 async def _deliveries(app: App[Services], ctx: RequestContext, command: Deliveries) -> Response:
     before = None if command.cursor is None else int(command.cursor)
     return Response(checked(await app.services.deliveries(command.name, command.state, before, command.limit)))
-
-
-async def _deliver_again(app: App[Services], ctx: RequestContext, command: DeliverAgain) -> Response:
-    operator, name = ctx.operator, command.name
-    return Response(await operator_actions.deliver_again(app, operator, name, command.id, command.reason))
-
-
-async def _deliver_all_again(app: App[Services], ctx: RequestContext, command: DeliverAllAgain) -> Response:
-    operator, name = ctx.operator, command.name
-    return Response(await operator_actions.deliver_all_again(app, operator, name, command.upto, command.reason))
-
-
-async def _test_webhook(app: App[Services], ctx: RequestContext, command: TestWebhook) -> Response:
-    return Response(await operator_actions.test_webhook(app, ctx.operator, command.name, command.reason))
 
 
 async def _export(app: App[Services], ctx: RequestContext, command: commands.Export) -> Response | ApiError:
@@ -146,32 +75,35 @@ async def _audit(app: App[Services], ctx: RequestContext, command: commands.Audi
     return await run_command(app, ctx, command)
 
 
-async def _clock(app: App[Services], ctx: RequestContext, command: NoFields) -> Response:
-    return Response(app.services.clock_view())
-
-
-async def _accept_clock(app: App[Services], ctx: RequestContext, command: WithReason) -> Response:
-    return Response(await operator_actions.accept_clock(app, ctx.operator, command.reason))
-
-
-async def _step_down(app: App[Services], ctx: RequestContext, command: StepDown) -> Response:
-    return Response(await operator_actions.step_down(app, ctx.operator, command.reason, force=command.force))
-
-
-async def _quarantine(app: App[Services], ctx: RequestContext, command: NoFields) -> Response:
-    return Response(responses.QuarantineList(app.services.quarantine()))
-
-
-async def _check_rows(app: App[Services], ctx: RequestContext, command: RowCheckRequest) -> Response:
-    return Response(checked(await app.services.scrubber.scan(command.cursor)))
-
-
-async def _backups(app: App[Services], ctx: RequestContext, command: NoFields) -> Response:
-    return Response(responses.BackupList(app.services.backups.views()))
+async def _apply_plan(app: App[Services], ctx: RequestContext, command: commands.PlanCommand) -> Response:
+    return Response(checked(await app.services.planner.apply(command.plan_id, ctx.operator or operator_of(ctx))))
 
 
 async def _metrics(app: App[Services], ctx: RequestContext, command: NoFields) -> Response:
     return Response(RawBody(calls.METRICS_TYPE, await app.services.metrics_text()))
+
+
+async def _reports(app: App[Services], ctx: RequestContext, command: Reports) -> Response:
+    return Response(responses.ReportList(await app.services.maintainer.reports(command.limit)))
+
+
+def _respond(result_of: Callable[[Services, Any], Any]) -> RouteHandler:
+    """Return a handler that responds with a result of the services, or with the ApiError that they return."""
+
+    async def handle(app: App[Services], ctx: RequestContext, command: Any) -> Response:
+        result = result_of(app.services, command)
+        return Response(checked(await result if isawaitable(result) else result))
+
+    return handle
+
+
+def _respond_to_operator(act: Callable[[App[Services], Operator | None, Any], Awaitable[Any]]) -> RouteHandler:
+    """Return a handler that responds with the result of an operator's action."""
+
+    async def handle(app: App[Services], ctx: RequestContext, command: Any) -> Response:
+        return Response(checked(await act(app, ctx.operator, command)))
+
+    return handle
 
 
 _HANDLERS: Final[dict[ApiCall[Any, Any], RouteHandler]] = {
@@ -180,34 +112,50 @@ _HANDLERS: Final[dict[ApiCall[Any, Any], RouteHandler]] = {
     calls.ManyJobRequests.import_jobs: import_jobs,
     calls.ManyJobRequests.preview_import: preview_import,
     calls.ManyJobRequests.export: _export,
-    calls.ManyJobRequests.plan: _make_plan,
-    calls.ManyJobCalls.failures: _failures,
-    calls.ManyJobCalls.preview: _preview,
-    calls.ManyJobCalls.get_plan: _plan,
+    calls.ManyJobRequests.plan: _respond(Services.make_plan),
+    calls.ManyJobCalls.failures: _respond(lambda services, query: services.failures.view(query.limit)),
+    calls.ManyJobCalls.preview: _respond(lambda services, _: services.maintainer.preview()),
+    calls.ManyJobCalls.get_plan: _respond(lambda services, query: services.planner.find(query.plan_id)),
     calls.ManyJobCalls.apply_plan: _apply_plan,
-    calls.AdminQueueCalls.take_back: _take_back,
+    calls.AdminQueueCalls.take_back: _respond_to_operator(
+        lambda app, operator, command: app.services.maintainer.take_back(command, as_one_entry(operator))
+    ),
     calls.AdminEventRequests.events: send_events,
     calls.AdminEventCalls.audit: _audit,
-    calls.AdminEventCalls.webhooks: _webhooks,
+    calls.AdminEventCalls.webhooks: _respond(lambda services, _: responses.WebhookList(services.webhooks.views())),
     calls.AdminEventCalls.deliveries: _deliveries,
-    calls.AdminEventCalls.deliver_again: _deliver_again,
-    calls.AdminEventCalls.deliver_all_again: _deliver_all_again,
-    calls.AdminEventCalls.test_webhook: _test_webhook,
+    calls.AdminEventCalls.deliver_again: _respond_to_operator(
+        lambda app, operator, form: actions.deliver_again(app, operator, form.name, form.id, form.reason)
+    ),
+    calls.AdminEventCalls.deliver_all_again: _respond_to_operator(
+        lambda app, operator, form: actions.deliver_all_again(app, operator, form.name, form.upto, form.reason)
+    ),
+    calls.AdminEventCalls.test_webhook: _respond_to_operator(
+        lambda app, operator, form: actions.test_webhook(app, operator, form.name, form.reason)
+    ),
     calls.DaemonCalls.stats: _stats,
     calls.DaemonCalls.health: _health,
-    calls.DaemonCalls.force_cleanup: _cleanup,
-    calls.DaemonCalls.cleanup_state: _cleanup_state,
-    calls.DaemonCalls.detect_and_recover_stuck_jobs: _recover_stuck,
+    calls.DaemonCalls.force_cleanup: _respond_to_operator(
+        lambda app, operator, form: actions.run_cleanup(app, operator, form.reason)
+    ),
+    calls.DaemonCalls.cleanup_state: _respond(lambda services, _: services.maintainer.state()),
+    calls.DaemonCalls.detect_and_recover_stuck_jobs: _respond_to_operator(
+        lambda app, operator, form: app.services.maintainer.recover_stuck(as_one_entry(operator), form.reason)
+    ),
     calls.DaemonCalls.reports: _reports,
-    calls.DaemonCalls.alerts: _alerts,
-    calls.DaemonCalls.clock: _clock,
-    calls.DaemonCalls.accept_clock: _accept_clock,
-    calls.DaemonCalls.step_down: _step_down,
+    calls.DaemonCalls.alerts: _respond(lambda services, _: responses.AlertList(services.alerts.evaluate())),
+    calls.DaemonCalls.clock: _respond(lambda services, _: services.clock_view()),
+    calls.DaemonCalls.accept_clock: _respond_to_operator(
+        lambda app, operator, form: actions.accept_clock(app, operator, form.reason)
+    ),
+    calls.DaemonCalls.step_down: _respond_to_operator(
+        lambda app, operator, form: actions.step_down(app, operator, form.reason, force=form.force)
+    ),
     calls.AdminNodeCalls.cluster: send_cluster,
     calls.AdminNodeCalls.metrics: _metrics,
     calls.StoreRequests.backup: send_backup,
-    calls.StoreCalls.quarantine: _quarantine,
-    calls.StoreCalls.check_rows: _check_rows,
-    calls.StoreCalls.backups: _backups,
+    calls.StoreCalls.quarantine: _respond(lambda services, _: responses.QuarantineList(services.quarantine())),
+    calls.StoreCalls.check_rows: _respond(lambda services, query: services.scrubber.scan(query.cursor)),
+    calls.StoreCalls.backups: _respond(lambda services, _: responses.BackupList(services.backups.views())),
 }
 ROUTES: Final = with_document("jobd admin API", (*routes_of(calls.ADMIN_API, _HANDLERS), *PROBES))
