@@ -322,39 +322,41 @@ class Claim(Command, frozen=True, kw_only=True):
         return self.limit
 
 
-class Progress(JobCommand, frozen=True, kw_only=True):
+class HolderCommand(JobCommand, frozen=True, kw_only=True):
+    """A command of the worker that holds the job."""
+
+    is_of_holder: ClassVar[bool] = True
+
+    lock_id: LockId
+
+
+class Progress(HolderCommand, frozen=True, kw_only=True):
     """Report progress and renew the lock."""
 
     admission = "change"
     errors = ("lock_lost", "invalid_transition", "progress_timeout")
-    is_of_holder = True
 
-    lock_id: LockId
     progress: Percent
     message: Annotated[
         Text | None, Meta(description="A human-readable message. Without one, the previous message is cleared.")
     ] = None
 
 
-class Extend(JobCommand, frozen=True, kw_only=True):
+class Extend(HolderCommand, frozen=True, kw_only=True):
     """Extend the lock. It is never shortened."""
 
     admission = "change"
     errors = Progress.errors
-    is_of_holder = True
 
-    lock_id: LockId
     additional_ms: AdditionalMs | None = None
 
 
-class Complete(JobCommand, frozen=True, kw_only=True):
+class Complete(HolderCommand, frozen=True, kw_only=True):
     """Complete the job. `expires_at` sets when it is deleted."""
 
     admission = "ending"
     errors = ("lock_lost", "invalid_transition")
-    is_of_holder = True
 
-    lock_id: LockId
     download_url: DownloadUrl | None = None
     file_path: FilePath | None = None
     storage_key: StorageKey | None = None
@@ -362,14 +364,12 @@ class Complete(JobCommand, frozen=True, kw_only=True):
     expires_at: Annotated[UnixMs | None, Meta(description="When the completed job is deleted, in Unix ms.")] = None
 
 
-class Fail(JobCommand, frozen=True, kw_only=True):
+class Fail(HolderCommand, frozen=True, kw_only=True):
     """End the attempt as failed. The job returns to its queue if attempts are left, unless `retry` is false."""
 
     admission = "ending"
     errors = Complete.errors
-    is_of_holder = True
 
-    lock_id: LockId
     error_message: ErrorMessage
     error_code: FailureCode | None = None
     retry: Annotated[bool, Meta(description="Whether the job may be tried again.")] = True
@@ -378,7 +378,7 @@ class Fail(JobCommand, frozen=True, kw_only=True):
     ] = None
 
 
-class Release(JobCommand, frozen=True, kw_only=True):
+class Release(HolderCommand, frozen=True, kw_only=True):
     """Return the job to its queue. The attempt does not count.
 
     From the fifth release in a row without progress, the job waits.
@@ -386,9 +386,7 @@ class Release(JobCommand, frozen=True, kw_only=True):
 
     admission = "ending"
     errors = Complete.errors
-    is_of_holder = True
 
-    lock_id: LockId
     delay_ms: Annotated[
         DelayMs | None,
         Meta(
