@@ -9,7 +9,9 @@ import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Final, TypeVar
 
+import msgspec
 import structlog
+from msgspec.structs import replace
 
 from jobd.model.events import Change
 from jobd.model.responses import DeliveryPage, DeliveryState, DeliveryView, WebhookView
@@ -232,17 +234,5 @@ class WebhookManager:
 
 def delivery_view(delivery: Delivery) -> DeliveryView:
     """Return the view of a delivery, without its body."""
-    return DeliveryView(
-        id=delivery.id,
-        state=delivery.state,
-        type=delivery.type,
-        subject=delivery.subject,
-        event_id=delivery.event_id,
-        seq=delivery.seq or None,
-        at=delivery.at,
-        due_at=delivery.due_at if delivery.state == "waiting" else None,
-        tries=delivery.tries,
-        ended_at=delivery.ended_at,
-        status=delivery.status,
-        error=delivery.error,
-    )
+    view = msgspec.convert(delivery, DeliveryView, from_attributes=True)
+    return replace(view, seq=view.seq or None, due_at=view.due_at if view.state == "waiting" else None)
