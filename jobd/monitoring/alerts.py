@@ -155,7 +155,7 @@ class Alerts:
         at, boot_ms, before = self._clock.moment(), self._clock.boot_ms(), set(self._since)
         self._views = [self._evaluate(condition, at.now, boot_ms) for condition in self._conditions(at)]
         if before != set(self._since):
-            self._notify()
+            self.on_change()
         return self._views
 
     def known(self) -> list[AlertView] | None:
@@ -203,9 +203,6 @@ class Alerts:
             if unclaimed_ms > found.unclaimed.for_ms:
                 found.unclaimed = replace(waits, for_ms=min(waits.for_ms, unclaimed_ms))
 
-    def _notify(self) -> None:
-        self.on_change()
-
     async def run(self) -> None:
         """Check every few seconds, and measure health now and then. Errors are logged."""
         next_measurement = loop_time()
@@ -219,7 +216,7 @@ class Alerts:
                 if self._first is None:
                     self._first = self._clock.boot_ms()
                 if not was_known and self.known() is not None:
-                    self._notify()
+                    self.on_change()
             except Exception:
                 log.exception("alerts_failed")
             with contextlib.suppress(TimeoutError):
@@ -344,13 +341,8 @@ class Alerts:
 
     def _unhealthy(self) -> Iterator[Condition]:
         """Report the parts of the latest health. A part that has not been measured yet is not unhealthy."""
-        view = self._health.last
-        parts: dict[str, DatabaseHealth | PartHealth | None] = {
-            "database": None if view is None else view.database,
-            "cache": None if view is None else view.cache,
-            "storage": None if view is None else view.storage,
-        }
-        for name, part in parts.items():
+        for name in ("database", "cache", "storage"):
+            part: DatabaseHealth | PartHealth | None = getattr(self._health.last, name, None)
             wrong = part is not None and part.status != "healthy"
             yield Condition(name, int(wrong), 0, "Not measured yet." if part is None else part.message)
 
