@@ -56,8 +56,8 @@ TOP: Final = [
 ]  # fmt: skip
 PURE: Final = ("model", "core")
 PURE_IMPORTS: Final = {
-    "__future__", "bisect", "collections", "datetime", "functools", "hashlib", "heapq", "itertools", "msgspec",
-    "operator", "re", "shlex", "typing",
+    "__future__", "bisect", "collections", "datetime", "functools", "hashlib", "heapq", "itertools", "math",
+    "msgspec", "operator", "re", "shlex", "typing",
 }  # fmt: skip
 IMPURE_CALLS: Final = {"now", "today", "utcnow", "uuid1", "uuid4", "open", "print", "input"}
 

@@ -342,6 +342,7 @@ ALERTS: Final = Listing(
         "HINT": "hint",
     },
 )
+FIRING: Final = Listing("alerts", "No alert is firing.", ALERTS.columns)
 
 
 def _state(view: WebhookView) -> str:

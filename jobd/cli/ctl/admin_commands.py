@@ -217,8 +217,7 @@ def resume(queue: str, reason: str | None, as_json: bool) -> None:
 def alerts(firing: bool, as_json: bool) -> int:
     """List the alerts with their values and thresholds."""
     found = [alert for alert in admin_client().alerts() if alert.firing or not firing]
-    empty = "No alert is firing." if firing else tables_admin.ALERTS.empty
-    terminal.show_list(tables_admin.ALERTS._replace(empty=empty), found, as_json)
+    terminal.show_list(tables_admin.FIRING if firing else tables_admin.ALERTS, found, as_json)
     return exit_codes.FAILED if firing and found else exit_codes.DONE
 
 
