@@ -72,7 +72,7 @@ class BaseClient:
     _follows_unlisted = True
     on_retry: Callable[[JobdError], object] | None = None
     idempotency_key: str | None = None  # of all calls, see with_key
-    _version: str | None = None  # of the job that all calls change, see if_match
+    job_version: str | None = None  # of the job that all calls change, see if_match
 
     def __init__(
         self,
@@ -114,9 +114,9 @@ class BaseClient:
 
     def _request(self, call: ApiCall[Any, T], command: Command) -> ApiRequest[T]:
         request = request_of(call, command, self.idempotency_key)
-        if self._version is None or call.method == "GET":
+        if self.job_version is None or call.method == "GET":
             return request
-        return replace(request, headers={**request.headers, "If-Match": f'"{self._version}"'})
+        return replace(request, headers={**request.headers, "If-Match": f'"{self.job_version}"'})
 
     def _attempts(self, request: ApiRequest[Any], retry: RetryOptions | None = None) -> RetryState:
         return RetryState(retry or self._retry, request, self._nodes, time.monotonic())
@@ -199,7 +199,7 @@ class AdminApi(
         `get_job` returns the version. A job that has changed is rejected with InvalidTransition.
         """
         conditional = copy(self)
-        conditional._version = version
+        conditional.job_version = version
         return conditional
 
     transition_job_state = Method(requests.transition_job_state)
