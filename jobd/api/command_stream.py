@@ -203,7 +203,7 @@ class _StreamSession:
         self._grants = 0  # in the piece that is being written
 
     async def run(self) -> None:
-        await self._ctx.start({"Content-Type": LINES, **SAFE_HEADERS})
+        self._ctx.start({"Content-Type": LINES, **SAFE_HEADERS})
         reading = asyncio.ensure_future(self._read())
         reading.add_done_callback(self._on_read_end)
 

@@ -47,7 +47,7 @@ async def send_artifact(app: App[Services], ctx: RequestContext, query: Any, nam
     try:
         if ctx.method != "HEAD":
             await audit_read(app, ctx, "artifact", name=name, job_id=query.id)
-        await ctx.start(_headers(key), download.size)
+        ctx.start(_headers(key), download.size)
         await _send_pieces(download, ctx)
         return None
     finally:
@@ -124,7 +124,7 @@ async def send_backup(app: App[Services], ctx: RequestContext, request: BackupRe
         return copy
     failure: str | None = "the client did not read all of it"
     try:
-        await ctx.start({"Content-Type": DATABASE_TYPE, **SAFE_HEADERS}, copy.size)
+        ctx.start({"Content-Type": DATABASE_TYPE, **SAFE_HEADERS}, copy.size)
         await _send_backup(copy, ctx)
         failure = None
         return None

@@ -34,7 +34,7 @@ async def send_events(app: App[Services], ctx: RequestContext, query: EventsRequ
     subscriber = app.services.feed.listen(event_filter, follow=query.follow, cut=ctx.abort)
     try:
         first = await subscriber.begin(after, query.last or 0)
-        await ctx.start(STREAM_HEADERS)
+        ctx.start(STREAM_HEADERS)
         await _send_pieces(ctx, first, subscriber)
     finally:
         subscriber.leave()

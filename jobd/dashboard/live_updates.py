@@ -61,7 +61,7 @@ async def live_stream(
         return Response(RawBody(EVENT_STREAM, b"", HEADERS))
     watcher = app.services.feed.watch(queue=subscription.queue, job_id=subscription.job_id, cut=context.abort)
     try:
-        await context.start({"Content-Type": EVENT_STREAM, **SAFE_HEADERS, **HEADERS})
+        context.start({"Content-Type": EVENT_STREAM, **SAFE_HEADERS, **HEADERS})
         interval_s = MIN_LIST_INTERVAL_S if subscription.job_id is None else MIN_INTERVAL_S
         try:
             await _send_events(context, watcher, current_viewer, interval_s)

@@ -1,42 +1,44 @@
-"""Serve an app with aiohttp: the admin listener, whose speed does not matter."""
+"""Serve an app with aiohttp: the admin listener, whose speed does not matter.
+
+The parser of aiohttp rejects malformed heads, as docs/decisions/http-listeners.md lists them.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from functools import partial
 from typing import Any, Final, cast
 
 import structlog
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError, LineTooLong
 
 from jobd.engine.unread_responses import UnreadResponses
-from jobd.http.app import SUPPORTED_VERSIONS, App
-from jobd.http.hangup import is_hung_up
-from jobd.http.parser import AHEAD_BYTES, PIECE_BYTES, MalformedRequest, RequestParser, malformed_request, piece_size
-from jobd.http.read_deadline import read_deadline, slow_client
-from jobd.http.request import BodyError, RequestContext, add_header, without_authority
+from jobd.http.app import App
+from jobd.http.parser import LONG_LINE, PIECE_BYTES, WRONG_HEAD, MalformedRequest, malformed_request
+from jobd.http.read_deadline import read_deadline, slow_client, write_all
+from jobd.http.request import BodyError, RequestContext, add_header, announces_body, without_authority
 from jobd.http.response import HttpResponse
 from jobd.http.server import HttpListener
-from jobd.http.worker_request import WorkerRequest
+from jobd.http.worker_connection import LINGER_S
 
-LINGER_S: Final = 5.0  # to read the rest of a rejected body, without which the client would not get the response
 CANCEL_GRACE_S: Final = 0.1  # for cancelled handlers, after the deadline of a stop
-FLUSH_POLL_S: Final = 0.05
-SERVER: Final = {"Server": "jobd"}  # in place of the versions of aiohttp and Python
-
+# aiohttp drops input behind an upgrade that it does not support, and adds a trailer of a body to the next head.
+ENDING_HEADERS: Final = ("transfer-encoding", "upgrade")
 
 log = structlog.get_logger("jobd.web")
 
 
 class AdminRequest(RequestContext, eq=False):
-    """A request on the admin listener. `streamed` is the response after `start`."""
+    """A request on the admin listener."""
 
-    _request: web.Request = cast(Any, None)
-    streamed: web.StreamResponse | None = None
+    _request: web.BaseRequest = cast(Any, None)
 
     @classmethod
-    def of(cls, request: web.Request) -> AdminRequest:
+    def of(cls, request: web.BaseRequest) -> AdminRequest:
         headers: dict[str, bytes] = {}
         fields = [(name.lower().decode("utf-8", "surrogateescape"), value) for name, value in request.raw_headers]
         repeated = [name for name, value in fields if add_header(headers, name, value)]
@@ -49,8 +51,8 @@ class AdminRequest(RequestContext, eq=False):
             headers,
             frozenset(repeated),
             f"{request.version.major}.{request.version.minor}",
-            request.keep_alive,
-            request.can_read_body,
+            request.keep_alive and request.method != "CONNECT" and headers.keys().isdisjoint(ENDING_HEADERS),
+            announces_body(headers),
             _request=request,
         )
 
@@ -63,278 +65,146 @@ class AdminRequest(RequestContext, eq=False):
         return self._request.content.is_eof()
 
     async def read(self) -> bytes:
+        await asyncio.sleep(0)  # aiohttp parses more of its input in `readany`: other connections must have their turn
         try:
             return await self._request.content.readany()
         except web.RequestPayloadError:
             raise BodyError from None
 
-    async def start(self, headers: Mapping[str, str], length: int | None = None) -> None:
-        self.streamed = web.StreamResponse(headers={**headers, **SERVER})
-        self.streamed.content_length = length
-        await self.streamed.prepare(self._request)
+    async def drop_body(self) -> None:
+        """Read the rest of a body that is not wanted. Without that, the client might not get the response."""
+        with contextlib.suppress(TimeoutError, BodyError):
+            async with asyncio.timeout(LINGER_S):
+                while not (self.is_complete or self.is_disconnected):
+                    await self.read()
 
-    async def write(self, piece: bytes) -> None:
-        assert self.streamed is not None
-        await self.streamed.write(piece)
+    async def drain(self) -> None:
+        await cast(_AdminConnection, self._request.protocol).drained.wait()
 
-    async def finish(self) -> None:
-        assert self.streamed is not None
-        await self.streamed.write_eof()
-        await self._flush()
-
-    async def send(self, response: HttpResponse, unread: UnreadResponses) -> web.StreamResponse:
+    async def respond(self, response: HttpResponse, unread: UnreadResponses) -> None:
         """Send a complete response. Aborts the connection of a client that does not read it."""
-        made = web.Response(status=response.status, headers={**response.headers, **SERVER}, body=response.body)
-        if response.close:
-            made.force_close()
+        data, transport = response.encode(self), self.open_transport()
+        if self.is_streamed:  # too late for a response
+            transport.abort()
+            return
+        self.keep_alive &= not response.close
         try:
-            async with read_deadline(self.transport, unread, len(response.body)):
-                await made.prepare(self._request)
-                await made.write_eof()
-                await self._flush()
+            async with read_deadline(transport, unread, len(data)):
+                write_all(transport, data)
+                await self.drain()
         except TimeoutError:
             log.warning("response_cut_off", reason=slow_client(), by=self.by)
-            self.abort()
-        if response.close_at_once and self.transport is not None:
-            self.transport.close()
-        return made
+            transport.abort()
+        if response.close_at_once:
+            transport.close()
 
-    async def _flush(self) -> None:
-        """Wait until the system has taken all bytes: a closed transport would wait forever for the client."""
-        # aiohttp has no call that waits for an empty buffer.
-        while (transport := self.transport) is not None and transport.get_write_buffer_size():  # noqa: ASYNC110
-            await asyncio.sleep(FLUSH_POLL_S)
+
+class _Sent(web.StreamResponse):
+    """Tell aiohttp that the response is sent, and whether the connection stays open."""
+
+    def __init__(self, ctx: RequestContext) -> None:
+        super().__init__()
+        self._ctx = ctx
+
+    @property
+    def keep_alive(self) -> bool:
+        return self._ctx.keep_alive
+
+    async def prepare(self, request: web.BaseRequest) -> None:
+        pass
+
+    async def write_eof(self, data: bytes = b"") -> None:
+        pass
 
 
 class AdminListener(HttpListener):
-    """The listener of the admin API and the dashboard: an application of aiohttp with one handler."""
+    """The listener of the admin API and the dashboard: a server of aiohttp with one handler."""
 
     def __init__(self, app: App[Any]) -> None:
         super().__init__(app)
+        self._server = web.Server(self._handle, handler_cancellation=True)
 
-        @web.middleware
-        async def handle(request: web.Request, handler: object) -> web.StreamResponse:
-            return await self._handle(request)
-
-        application = web.Application(middlewares=[handle])  # it also runs for targets without a route, such as *
-        application.router.add_route("*", "/{path:[\\s\\S]*}", self._handle, expect_handler=_expect_nothing)
-        self.busy: set[object] = set()  # transports with a request in progress
-        self._runner = web.AppRunner(
-            application,
-            access_log=None,
-            auto_decompress=False,
-            handler_cancellation=True,
-            keepalive_timeout=app.limits.idle_s,
-            lingering_time=LINGER_S,
-            logger=_quiet_logger(),
-            read_bufsize=PIECE_BYTES,
-            shutdown_timeout=CANCEL_GRACE_S,
-        )
-
-    async def protocol_factory(self) -> Callable[[], asyncio.Protocol]:
-        if self._runner.server is None:
-            await self._runner.setup()
-        server = self._runner.server
-        assert server is not None
-        return lambda: _AdminConnection(self, server())
+    def protocol_factory(self) -> Callable[[], asyncio.Protocol]:
+        return partial(_AdminConnection, self._server, self.app)
 
     @property
     def connections(self) -> int:
-        return 0 if self._runner.server is None else len(self._runner.server.connections)
+        return len(self._server.connections)
 
     def close_idle(self) -> None:
-        if self._runner.server is not None:
-            for connection in self._runner.server.connections:
-                if connection.transport not in self.busy:  # aiohttp drops the input of a connection that it closes
-                    connection.close()
+        busy = {ctx.transport for ctx in self.app.pending}
+        for connection in self._server.connections:
+            if connection.transport not in busy:  # aiohttp drops the input of a connection that it closes
+                connection.close()
 
     async def close_all(self) -> None:
-        await self._runner.cleanup()
+        await self.abort_all()
 
     async def abort_all(self) -> None:
-        await self._runner.cleanup()
+        await self._server.shutdown(CANCEL_GRACE_S)
 
-    async def _handle(self, request: web.Request) -> web.StreamResponse:
-        if request.transport is not None:
-            request.transport.set_write_buffer_limits(0)  # writes show if the client has disconnected
-        ctx, transport = AdminRequest.of(request), request.transport
+    async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
+        ctx = AdminRequest.of(request)
         self.app.pending.add(ctx)
-        self.busy.add(transport)
         try:
-            response = self.app.authorize(ctx) or await self.app.handle(ctx)
+            response = await self._response(ctx)
             if response is not None:
-                return await ctx.send(response, self.app.actor.unread)
-            assert ctx.streamed is not None
-            return ctx.streamed
+                await ctx.respond(response, self.app.actor.unread)
         finally:
-            self.busy.discard(transport)
             self.app.pending.discard(ctx)
+        await ctx.drop_body()
+        return _Sent(ctx)
+
+    async def _response(self, ctx: AdminRequest) -> HttpResponse | None:
+        try:
+            return self.app.authorize(ctx) or await self.app.handle(ctx)
+        except ConnectionError:
+            raise
+        except Exception as bug:
+            return self.app.bug_response(ctx, bug)
 
 
-class _Transport:
-    """The transport of a connection, as aiohttp sees it. It reads unless aiohttp or the connection pauses it."""
+class _AdminConnection(web.RequestHandler):
+    """A connection of aiohttp with the errors of the app. Those of aiohttp repeat input, which may contain a token."""
 
-    def __init__(self, transport: asyncio.Transport, on_resume: Callable[[], None]) -> None:
-        self._transport = transport
-        self._on_resume = on_resume
-        self.is_paused = False  # by aiohttp
-        self._is_full = False
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._transport, name)
-
-    def pause_reading(self) -> None:
-        self.is_paused = True
-        self._regulate()
-
-    def resume_reading(self) -> None:
-        if self.is_paused:
-            self.is_paused = False
-            self._regulate()
-            self._on_resume()
-
-    def set_full(self, is_full: bool) -> None:
-        """Pause reading while too much input waits."""
-        if is_full != self._is_full:
-            self._is_full = is_full
-            self._regulate()
-
-    def _regulate(self) -> None:
-        if self.is_paused or self._is_full:
-            self._transport.pause_reading()
-        else:
-            self._transport.resume_reading()
-
-
-class _AdminConnection(asyncio.Protocol):
-    """Reject malformed input as the worker listener does, and pass the rest on to the protocol of aiohttp.
-
-    aiohttp would repeat the malformed line, which may contain a token, in its response and in its log. Input of many
-    lines is passed on in pieces, one per turn of the loop, so that other connections do not wait for it.
-    """
-
-    def __init__(self, listener: AdminListener, protocol: asyncio.Protocol) -> None:
-        self._listener = listener
-        self._protocol = protocol
-        self._loop = asyncio.get_running_loop()
-        self._transport: _Transport | None = None
-        self._parser = RequestParser(self._add)
-        self._held = b""  # input that is not parsed yet
-        self._is_scheduled = False
-        self._is_ended = False  # the client sends no more
-        self._is_broken = False
-        self._unsupported: WorkerRequest | None = None  # of another version of HTTP
+    def __init__(self, server: web.Server, app: App[Any]) -> None:
+        super().__init__(
+            server,
+            loop=asyncio.get_running_loop(),
+            access_log=cast(logging.Logger, None),  # aiohttp does not log requests then
+            auto_decompress=False,
+            keepalive_timeout=app.limits.idle_s,
+            lingering_time=0,
+            read_bufsize=PIECE_BYTES,
+        )
+        self.app = app
+        self.drained = asyncio.Event()  # unless the client reads too slowly
+        self.drained.set()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = _Transport(cast("asyncio.Transport", transport), self._schedule)
-        self._protocol.connection_made(cast("asyncio.Transport", self._transport))
-
-    def data_received(self, data: bytes) -> None:
-        if self._is_broken:
-            return
-        if self._held or piece_size(data) < len(data):
-            self._hold(self._held + data)
-            self._schedule()
-        else:
-            self._parse(data)
-
-    def _hold(self, data: bytes) -> None:
-        assert self._transport is not None
-        self._held = data
-        self._transport.set_full(len(data) > AHEAD_BYTES)
-
-    def _schedule(self) -> None:
-        """Go on in the next turn of the loop."""
-        if self._held and not self._is_scheduled:
-            self._is_scheduled = True
-            self._loop.call_soon(self._go_on)
-
-    def _go_on(self) -> None:
-        """Parse the next piece of the input that was held, unless aiohttp has not read enough."""
-        self._is_scheduled = False
-        transport = self._transport
-        assert transport is not None
-        if not self._held or transport.is_paused or transport.is_closing():
-            return
-        if is_hung_up(cast("asyncio.Transport", transport)):
-            transport.abort()
-            return
-        size = piece_size(self._held)
-        piece = self._held[:size]
-        self._hold(self._held[size:])
-        self._parse(piece)
-        self._schedule()
-        if self._is_ended and not self._held:
-            transport.close()
-
-    def _parse(self, data: bytes) -> None:
-        try:
-            self._parser.feed(data)
-        except MalformedRequest as malformed:
-            self._reject(malformed_request(malformed.error))
-            return
-        if self._unsupported is not None:
-            self._reject(self._unsupported)
-        else:
-            self._protocol.data_received(data)
-
-    def eof_received(self) -> bool | None:
-        """Close the connection, after the input that was held. A TLS connection closes at once."""
-        self._is_ended = True
-        assert self._transport is not None
-        if self._held and self._transport.get_extra_info("sslcontext") is None:
-            return True
-        return self._protocol.eof_received()
+        if transport.get_extra_info("sslcontext") is None:
+            cast(asyncio.Transport, transport).set_write_buffer_limits(0)  # writes show if the client has disconnected
+        super().connection_made(transport)
 
     def pause_writing(self) -> None:
-        self._protocol.pause_writing()
+        super().pause_writing()
+        self.drained.clear()
 
     def resume_writing(self) -> None:
-        self._protocol.resume_writing()
+        super().resume_writing()
+        self.drained.set()
 
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._held = b""
-        self._parser.close()
-        self._protocol.connection_lost(exc)
+    def handle_error(
+        self, request: web.BaseRequest, status: int = 500, exc: BaseException | None = None, message: str | None = None
+    ) -> web.StreamResponse:
+        """Respond to malformed input. Another error closes the connection."""
+        if not isinstance(exc, HttpProcessingError):
+            raise exc or TimeoutError
+        assert self.transport is not None
+        error = MalformedRequest(LONG_LINE if isinstance(exc, LineTooLong) else WRONG_HEAD).error
+        malformed = malformed_request(error)
+        self.transport.write(self.app.error_response(malformed, error, close=True).encode(malformed))
+        return _Sent(malformed)
 
-    def _add(self, request: WorkerRequest) -> None:
-        request.is_dropped = True  # aiohttp reads the body
-        if request.version not in SUPPORTED_VERSIONS:
-            self._unsupported = request
-
-    def _reject(self, request: WorkerRequest) -> None:
-        """Respond to malformed input, unless a response is in progress, and close the connection."""
-        self._is_broken = True
-        self._held = b""
-        assert self._transport is not None
-        if self._transport not in self._listener.busy or self._parser.incoming is not None:
-            app = self._listener.app
-            response = app.authorize(request) if request.error is None else app.error_response(request, request.error)
-            assert response is not None
-            request.keep_alive = False
-            self._transport.write(response.encode(request))
-        self._transport.close()
-
-
-async def _expect_nothing(request: web.Request) -> None:
-    """Leave the Expect header to the app, which sends `100 Continue` once the request is authorized."""
-
-
-def _quiet_logger() -> logging.Logger:
-    """Return aiohttp's logger without the text of exceptions, which may contain a token.
-
-    Bad requests and clients that have disconnected are not logged.
-    """
-    logger = logging.getLogger("jobd.http.admin")
-    if not logger.filters:
-        logger.addFilter(_without_exception)
-    return logger
-
-
-def _without_exception(record: logging.LogRecord) -> bool:
-    error = record.exc_info[1] if record.exc_info else None
-    record.exc_info = None
-    if error is not None:
-        record.msg, record.args = f"{record.getMessage()}: {type(error).__name__}", ()
-    is_client_error = isinstance(error, web.HTTPException | ConnectionError)
-    return not is_client_error and "http_exceptions" not in type(error).__module__
+    def log_exception(self, *_: object, exc_info: BaseException | None = None, **__: object) -> None:
+        log.error("connection_bug", error=type(exc_info).__name__)

@@ -372,8 +372,7 @@ class App(Generic[S]):
 
     def _resolve(self, ctx: RequestContext, resolved: ResolvedRoute | None) -> ResolvedRoute:
         """Authenticate a request, then check Host and Origin, then the path. Raises ApiException."""
-        if ctx.version not in SUPPORTED_VERSIONS:
-            raise api_error("invalid_request", "Only HTTP/1.1 and HTTP/1.0 are supported.", field="$")
+        check_framing(ctx)
         ctx.resolved = resolved
         is_reader = False
         if self.admin:
@@ -421,10 +420,9 @@ class App(Generic[S]):
 
     async def _read_body(self, ctx: RequestContext) -> bytes:
         """Read the whole body, within its size and time limits."""
-        if not ctx.is_complete:
-            if self.announces_too_much(ctx):
-                raise ApiException(self.body_too_large())
-            ctx.send_continue()
+        if self.announces_too_much(ctx):
+            raise ApiException(self.body_too_large())
+        ctx.send_continue()
         body = bytearray()
         limit = asyncio.timeout(self.limits.body_deadline_s)
         try:
@@ -497,6 +495,19 @@ class App(Generic[S]):
             where=f"{at.filename}:{at.lineno} {at.name}",
         )
         return INTERNAL_ERROR
+
+
+def check_framing(ctx: RequestContext) -> None:
+    """Raise a 400 error if a proxy might see another end of the request. The connection closes after the response."""
+    coding = ctx.headers.get("transfer-encoding")
+    if ctx.version not in SUPPORTED_VERSIONS:
+        message = "Only HTTP/1.1 and HTTP/1.0 are supported."
+    elif coding is not None and (ctx.version != "1.1" or b"identity" in coding.lower()):  # RFC 9112, 6.1
+        message = "The Transfer-Encoding is `identity`, or the version is not HTTP/1.1. Use `chunked` with HTTP/1.1."
+    else:
+        return
+    ctx.keep_alive = False
+    raise api_error("invalid_request", message, field="$")
 
 
 def check_read_only(route: Route) -> None:

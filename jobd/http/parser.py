@@ -12,7 +12,7 @@ from typing import Final
 
 from httptools import HttpParserCallbackError, HttpParserError, HttpParserUpgrade, HttpRequestParser
 
-from jobd.http.request import add_header, without_authority
+from jobd.http.request import add_header, announces_body, without_authority
 from jobd.http.worker_request import WorkerRequest
 from jobd.model.errors import ApiError
 
@@ -29,7 +29,6 @@ WRONG_HEAD: Final = (
     "its head or its framing is wrong (a line without a colon or with a forbidden character, a repeated header that "
     "may occur only once, such as Content-Length, or chunks of a wrong length)"
 )
-WRONG_CODING: Final = "its Transfer-Encoding is `identity`, or its version is not HTTP/1.1. Use `chunked` with HTTP/1.1"
 _NO_NAMES: Final[frozenset[str]] = frozenset()
 # Headers that may occur only once.
 _SINGLE: Final = frozenset(
@@ -159,9 +158,6 @@ class RequestParser:
         method, target = parser.get_method().decode(), url.decode("utf-8", "surrogateescape")
         if (version == "1.1" and "host" not in headers) or OLD_WEBSOCKET in headers:
             raise MalformedRequest(WRONG_HEAD)
-        coding = headers.get("transfer-encoding")
-        if coding is not None and (version != "1.1" or b"identity" in coding.lower()):  # RFC 9112, 6.1
-            raise MalformedRequest(WRONG_CODING)
         if target[0] != "/":
             if not _is_uri(url, method):
                 raise MalformedRequest(WRONG_HEAD)
@@ -175,7 +171,7 @@ class RequestParser:
             repeated,
             version,
             keep_alive,
-            coding is not None or headers.get("content-length", b"").strip(b"0 \t") != b"",
+            announces_body(headers),
         )
         self._add_request(request)
 

@@ -15,6 +15,7 @@ from msgspec.structs import replace
 
 from jobd.engine.envelope import Envelope
 from jobd.http.auth import OPERATOR_HEADER, header_text, operator_name
+from jobd.http.response import stream_head
 from jobd.http.routing import ResolvedRoute, Route
 from jobd.model.commands import IdempotencyKey, Operator
 
@@ -58,6 +59,8 @@ class RequestContext(Struct, eq=False):
     size: int = 0
     envelope: Envelope | None = None  # while the actor has the command
     job_id: str | None = None
+    is_streamed: bool = False
+    _is_chunked: bool = False
 
     @property
     def route(self) -> Route | None:
@@ -73,6 +76,13 @@ class RequestContext(Struct, eq=False):
     def transport(self) -> Transport | None:
         """The transport of the connection, None after its end."""
         raise NotImplementedError
+
+    def open_transport(self) -> Transport:
+        """Return the transport. Raises ConnectionError if the client has disconnected."""
+        transport = self.transport
+        if transport is None or transport.is_closing():
+            raise ConnectionResetError("the client has disconnected")
+        return transport
 
     @property
     def is_disconnected(self) -> bool:
@@ -113,17 +123,36 @@ class RequestContext(Struct, eq=False):
 
     # -- streamed response ---------------------------------------------------------------------------------------------
 
-    async def start(self, headers: Mapping[str, str], length: int | None = None) -> None:
+    def start(self, headers: Mapping[str, str], length: int | None = None) -> None:
         """Send the head of a streamed response. Raises ConnectionError."""
+        transport = self.open_transport()
+        self.is_streamed = True
+        self._is_chunked = length is None and self.version == "1.1"
+        if length is None and not self._is_chunked:
+            self.keep_alive = False
+        transport.write(stream_head(self, headers, length))
+
+    def send(self, piece: bytes) -> None:
+        """Send a part of the body, without waiting. Raises ConnectionError."""
+        transport = self.open_transport()
+        transport.write(b"%x\r\n%b\r\n" % (len(piece), piece) if self._is_chunked else piece)
+        self.open_transport()  # the write shows if the client has disconnected
+
+    async def drain(self) -> None:
+        """Wait until the client has read enough. Raises ConnectionError."""
         raise NotImplementedError
 
     async def write(self, piece: bytes) -> None:
         """Send a part of the body, and wait while the client reads too slowly. Raises ConnectionError."""
-        raise NotImplementedError
+        self.send(piece)
+        await self.drain()
 
     async def finish(self) -> None:
         """Send the end of the body, and wait until all of it is sent. Raises ConnectionError."""
-        raise NotImplementedError
+        if self._is_chunked:
+            self._is_chunked = False  # no probe after this
+            self.open_transport().write(b"0\r\n\r\n")
+        await self.drain()
 
 
 def add_header(headers: dict[str, bytes], name: str, value: bytes) -> bool:
@@ -133,6 +162,10 @@ def add_header(headers: dict[str, bytes], name: str, value: bytes) -> bool:
         return False
     headers[name] += (b"; " if name == "cookie" else b", ") + value
     return True
+
+
+def announces_body(headers: Mapping[str, bytes]) -> bool:
+    return "transfer-encoding" in headers or headers.get("content-length", b"").strip(b"0 \t") != b""
 
 
 def without_authority(target: str, headers: dict[str, bytes]) -> str:

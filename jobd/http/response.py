@@ -7,12 +7,11 @@ from collections.abc import Callable, Mapping
 from email.utils import formatdate
 from functools import lru_cache
 from http import HTTPStatus
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, Protocol
 
 import msgspec
 from msgspec import Meta, Struct
 
-from jobd.http.request import RequestContext
 from jobd.model.api_call import JSON
 from jobd.model.errors import ApiError
 from jobd.model.responses import Response
@@ -31,6 +30,14 @@ _BLANKS: Final = bytes.maketrans(b"\r\n", b"  ")
 # Integers, because a search for bytes of length 1 takes several times as long.
 _CR: Final = ord("\r")
 _LF: Final = ord("\n")
+
+
+class _Request(Protocol):
+    """What a response depends on."""
+
+    method: str
+    version: str
+    keep_alive: bool
 
 
 class RawBody(Struct, frozen=True):
@@ -111,7 +118,7 @@ class HttpResponse(Struct, eq=False):
     on_lost: Callable[[], None] | None = None
     grants: int = 0
 
-    def encode(self, ctx: RequestContext) -> bytes:
+    def encode(self, ctx: _Request) -> bytes:
         head = _JSON_HEADS[self.status] if self.headers is _JSON_HEADERS else _head(self.status, self.headers)
         is_usual = ctx.version == "1.1" and ctx.keep_alive and not self.close
         connection = b"" if is_usual else connection_line(ctx, self.close)
@@ -119,7 +126,7 @@ class HttpResponse(Struct, eq=False):
         return b"".join((head, _date.line(), connection, _length_line(len(self.body)), body))
 
 
-def stream_head(ctx: RequestContext, headers: Mapping[str, str], length: int | None) -> bytes:
+def stream_head(ctx: _Request, headers: Mapping[str, str], length: int | None) -> bytes:
     """Return the head of a streamed response. Without `length`, its body is chunked or ends with the connection."""
     if length is not None:
         body = _length_line(length)
@@ -128,7 +135,7 @@ def stream_head(ctx: RequestContext, headers: Mapping[str, str], length: int | N
     return b"".join((_head(200, headers), _date.line(), connection_line(ctx), body))
 
 
-def connection_line(ctx: RequestContext, close: bool = False) -> bytes:
+def connection_line(ctx: _Request, close: bool = False) -> bytes:
     """Return the Connection header, or nothing if it would only state the default of the HTTP version."""
     if close or not ctx.keep_alive:
         return b"Connection: close\r\n"

@@ -41,12 +41,12 @@ class HttpListener(ABC):
         self._is_closing = False
 
     @abstractmethod
-    async def protocol_factory(self) -> Callable[[], asyncio.Protocol]:
+    def protocol_factory(self) -> Callable[[], asyncio.Protocol]:
         """Return the function that makes the protocol of a connection."""
 
     async def open_tcp(self, host: str, port: int, *, tls: ssl.SSLContext | None = None) -> list[tuple[str, int]]:
         """Listen on `host` and `port` (0: any free port). Return the addresses. Raises OSError."""
-        factory = await self.protocol_factory()
+        factory = self.protocol_factory()
         server = await asyncio.get_running_loop().create_server(factory, host, port, ssl=tls, backlog=BACKLOG)
         self._sockets.append(server)
         return [opened.getsockname()[:2] for opened in server.sockets]
@@ -63,7 +63,7 @@ class HttpListener(ABC):
 
     async def open_socket(self, opened: socket.socket, *, tls: ssl.SSLContext | None = None) -> None:
         """Listen on a bound socket, such as one from systemd."""
-        loop, factory = asyncio.get_running_loop(), await self.protocol_factory()
+        loop, factory = asyncio.get_running_loop(), self.protocol_factory()
         if opened.family == socket.AF_UNIX:
             # Since Python 3.13 a loop unlinks the socket when it closes, but systemd's sockets must stay.
             keep: dict[str, Any] = {"cleanup_socket": False} if sys.version_info >= (3, 13) else {}
@@ -130,7 +130,7 @@ class WorkerListener(HttpListener):
         transports = [each.transport for each in self._connections if each.transport is not None]
         return any(each.get_extra_info("peername")[1] == port for each in transports)
 
-    async def protocol_factory(self) -> Callable[[], asyncio.Protocol]:
+    def protocol_factory(self) -> Callable[[], asyncio.Protocol]:
         return partial(WorkerConnection, self.app, self._connections)
 
     @property

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
 from typing import Any, Final, Protocol, cast
 
 from jobd.http.app import MALFORMED_BODY, App
 from jobd.http.read_deadline import ReadDeadline
 from jobd.http.request import BodyError, RequestContext
-from jobd.http.response import HttpResponse, stream_head
+from jobd.http.response import HttpResponse
 from jobd.model.errors import ApiError
 from jobd.model.responses import Response
 
@@ -42,9 +41,7 @@ class WorkerRequest(RequestContext, eq=False):
     is_written: bool = False
     task: asyncio.Task[None] | None = None
     timer: asyncio.TimerHandle | ReadDeadline | None = None
-    is_streamed: bool = False
     is_dropped: bool = False  # the rest of the body is not read
-    _is_chunked: bool = False
     _is_done: bool = False
     _is_cancelled: bool = False
     _arrival: asyncio.Future[None] | None = None
@@ -79,12 +76,6 @@ class WorkerRequest(RequestContext, eq=False):
     @property
     def transport(self) -> asyncio.Transport | None:
         return self.connection.transport
-
-    def _open_transport(self) -> asyncio.Transport:
-        transport = self.transport
-        if transport is None or transport.is_closing():
-            raise ConnectionResetError("the client has disconnected")
-        return transport
 
     # -- body ----------------------------------------------------------------------------------------------------------
 
@@ -124,39 +115,14 @@ class WorkerRequest(RequestContext, eq=False):
 
     # -- streamed response ---------------------------------------------------------------------------------------------
 
-    async def start(self, headers: Mapping[str, str], length: int | None = None) -> None:
-        transport = self._open_transport()
-        self.is_streamed = True
-        self._is_chunked = length is None and self.version == "1.1"
-        if length is None and not self._is_chunked:
-            self.keep_alive = False
-        transport.write(stream_head(self, headers, length))
-
-    def send(self, piece: bytes) -> None:
-        """Send a part of the body, without waiting. Raises ConnectionError."""
-        transport = self._open_transport()
-        transport.write(b"%x\r\n%b\r\n" % (len(piece), piece) if self._is_chunked else piece)
-        self._open_transport()  # the write shows if the client has disconnected
-
     @property
     def unsent_bytes(self) -> int:
         """The number of bytes that the system has not taken, because the client reads too slowly."""
-        return self._open_transport().get_write_buffer_size()
+        return self.open_transport().get_write_buffer_size()
 
     async def drain(self) -> None:
-        """Wait until the client has read enough. Raises ConnectionError."""
-        self._open_transport()
+        self.open_transport()
         await self.connection.drain()
-
-    async def write(self, piece: bytes) -> None:
-        self.send(piece)
-        await self.drain()
-
-    async def finish(self) -> None:
-        if self._is_chunked:
-            self._is_chunked = False  # no probe after this
-            self._open_transport().write(b"0\r\n\r\n")
-        await self.drain()
 
     def probe(self) -> bytes:
         """Return bytes that change nothing if they are sent now."""

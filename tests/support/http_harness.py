@@ -498,6 +498,7 @@ async def _shared_tls_pair(directory: Path) -> tuple[ssl.SSLContext, ssl.SSLCont
 
 
 TRANSPORTS: Final = ("unix", "tcp", "tls")
+LISTENERS: Final = (*TRANSPORTS, "admin unix", "admin tls")
 
 
 class HttpHarness:
@@ -542,10 +543,11 @@ class HttpHarness:
     async def on(
         cls, transport: str, routes: tuple[Route, ...], directory: Path, *, limits: Limits | None = None
     ) -> HttpHarness:
-        """Return a worker listener on one of TRANSPORTS, for clients that call it localhost, x or ::1."""
-        authenticator = Authenticator("worker", hosts=None if transport == "unix" else ["localhost", "x", "::1"])
-        tls = await _shared_tls_pair(directory) if transport == "tls" else None
-        return cls(routes, directory, authenticator=authenticator, limits=limits, tls=tls)
+        """Return one of LISTENERS, for clients that call it localhost, x or ::1. Its requests need no token."""
+        hosts = None if transport.endswith("unix") else ["localhost", "x", "::1"]
+        tls = await _shared_tls_pair(directory) if transport.endswith("tls") else None
+        authenticator, admin = Authenticator("worker", hosts=hosts), transport.startswith("admin")
+        return cls(routes, directory, authenticator=authenticator, limits=limits, admin=admin, tls=tls)
 
     async def __aenter__(self) -> HttpHarness:
         if self.app.authenticator.hosts is None:
