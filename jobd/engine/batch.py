@@ -303,6 +303,8 @@ class Decider:
             self.waiting_claims.add(envelope)
             decided.began_waiting.append(envelope)
             return None
+        if self._unread.is_full and _is_large_repeat(decided.tx, response):
+            return self._unread.rejection()
         if key is not None:
             self._store_response(decided, envelope, key, response)
         return response
@@ -470,6 +472,11 @@ def _join(first: Envelope, envelope: Envelope) -> ApiError | None:
         return _key_reused()
     first.futures += [future for future in envelope.futures if future not in first.futures]
     return None
+
+
+def _is_large_repeat(tx: Transaction, response: Response | ApiError) -> bool:
+    """Return whether a large response only repeats the end of a grant, for example because the client lost the first."""
+    return isinstance(response, Response) and response.large_bytes > 0 and not tx.has_changed
 
 
 def _key_reused() -> ApiError:

@@ -122,6 +122,17 @@ async def test_repeats_of_a_claim_that_arrive_together_are_checked_too(engine: V
     assert [repeat.outcome for repeat in repeats] == ["ok", "ok", "overloaded", "overloaded"]
 
 
+@in_checked_engine(bounds=LIMIT)
+async def test_a_large_ending_is_repeated_only_below_the_limit(engine: VirtualEngine) -> None:
+    ending = Complete(id="a", lock_id=await engine.held(payload=Raw(b"1" * (5 * MIB))), file_path="/f")
+    engine.actor.unread.add(LIMIT.response_bytes)
+    await engine.yes(ending)
+    engine.actor.unread.remove(LIMIT.response_bytes)
+    repeats = [SlowReader(engine, ending) for _ in range(4)]
+    await settle()
+    assert [repeat.outcome for repeat in repeats] == ["ok", "ok", "overloaded", "overloaded"]
+
+
 @in_virtual_time
 async def test_the_responses_of_a_batch_are_bounded() -> None:
     for large_metadata in (False, True):
