@@ -299,17 +299,19 @@ class _StreamSession:
     async def _write_piece(self) -> None:
         """Write the next responses in one piece. Release the grants in lines of which no byte was written."""
         piece, grants = self._next_piece()
+        size = len(piece)
         self._has_capacity.set()
         self._grants = sum(len(response.grants) for _, response in grants)
         written = 0
         try:
             self._ctx.send(piece)
+            del piece  # only the transport keeps the bytes
             # The rest is buffered behind bytes that the client has not read, and may never be sent.
-            written = len(piece) + len(b"\r\n") - self._ctx.unsent_bytes
+            written = size + len(b"\r\n") - self._ctx.unsent_bytes
             if self._ctx.unsent_bytes:
-                async with read_deadline(self._ctx.transport, self.unread, len(piece)):
+                async with read_deadline(self._ctx.transport, self.unread, size):
                     await self._ctx.drain()
-                written = len(piece)
+                written = size
         finally:
             for begins_at, response in grants:
                 if begins_at >= written:
@@ -328,7 +330,7 @@ class _StreamSession:
                 try:
                     piece += response_line(response)
                     if response.grants:
-                        grants.append((begins_at, response))
+                        grants.append((begins_at, Response(None, grants=response.grants)))  # without the payloads
                     continue
                 except Exception as bug:
                     if response.grants:

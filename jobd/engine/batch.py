@@ -475,7 +475,7 @@ def _join(first: Envelope, envelope: Envelope) -> ApiError | None:
 
 
 def _is_large_repeat(tx: Transaction, response: Response | ApiError) -> bool:
-    """Return whether a large response only repeats the end of a grant, for example because the client lost the first."""
+    """Return whether a large response only repeats the end of a grant, because the client lost the first, say."""
     return isinstance(response, Response) and response.large_bytes > 0 and not tx.has_changed
 
 

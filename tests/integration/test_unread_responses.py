@@ -9,13 +9,17 @@ from typing import Final
 
 import pytest
 
+from jobd.model.api_call import LINES
 from tests.support.daemon_process import DaemonProcess, DaemonResponse, UnixConnection, call
 from tests.support.http_harness import request_bytes
 from tests.support.polling import poll_until
 
 JOBS: Final = 2_400
 LIMIT: Final = 256 << 20
-CLAIM: Final = request_bytes("POST", "/v1/claim", '{"worker":"w","limit":100}')
+CLAIMS: Final = [
+    request_bytes("POST", "/v1/claim", '{"worker":"w","limit":100}'),
+    request_bytes("POST", "/v1/commands", '{"op":"claim","worker":"w","limit":100}\n', {"Content-Type": LINES}),
+]
 
 
 def peak_mib(daemon: DaemonProcess) -> int:
@@ -35,7 +39,8 @@ def claim_one(worker: UnixConnection) -> DaemonResponse:
 
 
 @pytest.mark.slow
-def test_claims_that_are_not_read_take_bounded_memory(tmp_path: Path) -> None:
+@pytest.mark.parametrize("claim", CLAIMS, ids=["request", "stream"])
+def test_claims_that_are_not_read_take_bounded_memory(tmp_path: Path, claim: bytes) -> None:
     """24 clients claim 100 jobs of 250 KB each and do not read. 16 more reach the limit."""
     with DaemonProcess(tmp_path) as daemon, closing(daemon.worker()) as worker, ExitStack() as clients:
 
@@ -43,7 +48,7 @@ def test_claims_that_are_not_read_take_bounded_memory(tmp_path: Path) -> None:
             for _ in range(count):
                 client = clients.enter_context(socket.socket(socket.AF_UNIX))
                 client.connect(daemon.socket)
-                client.sendall(CLAIM)
+                client.sendall(claim)
 
         for _ in range(JOBS // 4):
             jobs = [{"payload": "x" * 250_000}] * 4
