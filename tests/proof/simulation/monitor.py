@@ -58,7 +58,7 @@ class Monitor(DecisionChecks):
         self._decided: dict[int, Decision | None] = {}  # by the identity of a pending command
         self._durable: dict[int, str] = {}  # event seq -> type, of this daemon
         self._calls: set[tuple[Any, ...]] = set()  # job seq, token and verb of the late calls that this daemon noted
-        self._latest_wall = 0  # that this daemon has seen
+        self._latest_wall = 0  # that this daemon has seen or expected
         self._earliest_wall = sys.maxsize  # of the decisions since the latest commit
         self._held_at: LockMs | None = None  # lock time while the full disk holds it
         self._good_run_s = 0.0  # loop time of the start, or of the latest cleanup run without errors
@@ -147,7 +147,7 @@ class Monitor(DecisionChecks):
             self.must(before == snapshot(tx.state), "S8", f"undoing {type(call.command).__name__} left a change")
         decision = self.check(self._decide, tx, call)
         self._earliest_wall = min(self._earliest_wall, tx.at.believed)
-        self._latest_wall = max(self._latest_wall, tx.at.believed)
+        self._latest_wall = max(self._latest_wall, tx.at.believed, tx.at.expected)
         if id(call.command) in self._decided:
             self._decided[id(call.command)] = decision
         if isinstance(call.command, Claim):
