@@ -51,7 +51,7 @@ def test_the_program_reports_which_test_finds_a_bug(capsys: pytest.CaptureFixtur
 def test_a_bug_that_no_test_finds_is_reported(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    missed = Bug("missed", "nothing", "tests/unit/core/test_transaction.py", len, len)
+    missed = Bug("missed", "tests/unit/core/test_transaction.py", len, len)
     monkeypatch.setitem(BUGS, "missed", missed)
     monkeypatch.setattr(program, "run", lambda planted: program.BugResult(planted, 1.0, "", "12 passed"))
     assert program.main(["missed"]) == 1

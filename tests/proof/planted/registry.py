@@ -38,11 +38,10 @@ CLUSTER_SIMULATION: Final = "tests/proof/test_cluster_simulation.py"
 class Bug(Struct, frozen=True):
     """One bug: `replacement` is called in place of `target`, with `target` as its first argument.
 
-    `breaks` describes the effect. A test must fail in `found_by`, a directory, a file or a single test.
+    A test must fail in `found_by`, a directory, a file or a single test.
     """
 
     name: str
-    breaks: str
     found_by: str
     target: Callable[..., Any]
     replacement: Callable[..., Any]
@@ -55,14 +54,16 @@ class Bug(Struct, frozen=True):
 BUGS: Final[dict[str, Bug]] = {}
 
 
-def bug(
-    name: str, target: Callable[P, R], *, breaks: str, found_by: str
-) -> Callable[[Callable[Concatenate[Callable[P, R], P], R]], None]:
-    """Register the decorated function as a bug in `target`. mypy checks that its signature fits."""
+def bug(target: Callable[P, R], *, found_by: str) -> Callable[[Callable[Concatenate[Callable[P, R], P], R]], None]:
+    """Register the decorated function as a bug in `target`. mypy checks that its signature fits.
+
+    The bug has the name of the function, with hyphens. The docstring of the function says what the bug breaks.
+    """
 
     def register(replacement: Callable[Concatenate[Callable[P, R], P], R]) -> None:
+        name = replacement.__name__.replace("_", "-")
         assert name not in BUGS, f"two bugs are named {name}"
-        BUGS[name] = Bug(name, breaks, found_by, target, replacement)
+        BUGS[name] = Bug(name, found_by, target, replacement)
 
     return register
 

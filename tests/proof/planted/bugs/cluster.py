@@ -22,47 +22,33 @@ from tests.proof.planted.registry import CLUSTER_SIMULATION, bug
 from tests.support.memory_journal import MemorySharedJournal
 
 
-@bug(
-    "fence-left-out",
-    MemorySharedJournal._append,
-    breaks="a leader that was replaced appends",
-    found_by=CLUSTER_SIMULATION,
-)
-async def _(append: Any, self: MemorySharedJournal, record: Record, acked: int, epoch: int) -> None:
+@bug(MemorySharedJournal._append, found_by=CLUSTER_SIMULATION)
+async def fence_left_out(append: Any, self: MemorySharedJournal, record: Record, acked: int, epoch: int) -> None:
+    """A leader that was replaced appends."""
     await self._begin("append")
     head = self.server.head
     self.server.records.append(replace(record, number=head.number + 1))
     await self._confirm("append", self.server.change(replace(head, number=head.number + 1)), self.server.failovers)
 
 
-@bug(
-    "response-before-the-quorum",
-    MemorySharedJournal._confirm,
-    breaks="an append returns when one machine has it",
-    found_by=CLUSTER_SIMULATION,
-)
-async def _(confirm: Any, self: MemorySharedJournal, call: str, head: Any, failovers: int) -> None:
+@bug(MemorySharedJournal._confirm, found_by=CLUSTER_SIMULATION)
+async def response_before_the_quorum(
+    confirm: Any, self: MemorySharedJournal, call: str, head: Any, failovers: int
+) -> None:
+    """An append returns when one machine has it."""
     if call != "append":
         await confirm(self, call, head, failovers)
 
 
-@bug(
-    "lease-counted-from-the-response",
-    LeaderLease.renewed,
-    breaks="a renewal counts from its response, not from before it was sent",
-    found_by=CLUSTER_SIMULATION,
-)
-def _(renewed: Any, self: LeaderLease, sent: Instant) -> None:
+@bug(LeaderLease.renewed, found_by=CLUSTER_SIMULATION)
+def lease_counted_from_the_response(renewed: Any, self: LeaderLease, sent: Instant) -> None:
+    """A renewal counts from its response, not from before it was sent."""
     renewed(self, self.now())
 
 
-@bug(
-    "takeover-before-the-lease-is-over",
-    StandbyLease.see,
-    breaks="a standby waits for half of the lease",
-    found_by="tests/unit/cluster/test_lease.py::test_the_leader_stops_before_a_standby_takes_over",
-)
-def _(see: Any, self: StandbyLease, head: Head) -> bool:
+@bug(StandbyLease.see, found_by="tests/unit/cluster/test_lease.py::test_the_leader_stops_before_a_standby_takes_over")
+def takeover_before_the_lease_is_over(see: Any, self: StandbyLease, head: Head) -> bool:
+    """A standby waits for half of the lease."""
     lease_s, self.lease_s = self.lease_s, self.lease_s / 2
     try:
         return bool(see(self, head))
@@ -70,54 +56,34 @@ def _(see: Any, self: StandbyLease, head: Head) -> bool:
         self.lease_s = lease_s
 
 
-@bug(
-    "longer-lease-of-the-leader-ignored",
-    StandbyLease.respect,
-    breaks="a leader with a longer lease serves reads after another node leads",
-    found_by="tests/unit/cluster/test_standby.py",
-)
-def _(respect: Any, self: StandbyLease, leader_s: float) -> bool:
+@bug(StandbyLease.respect, found_by="tests/unit/cluster/test_standby.py")
+def longer_lease_of_the_leader_ignored(respect: Any, self: StandbyLease, leader_s: float) -> bool:
+    """A leader with a longer lease serves reads after another node leads."""
     return bool(respect(self, 0.0))
 
 
-@bug(
-    "numbers-reused-after-a-failover",
-    Standby._is_complete,
-    breaks="events get the numbers of events that a failover of the server has lost",
-    found_by="tests/unit/cluster/test_standby.py",
-)
-async def _(is_complete: Any, self: Standby) -> bool:
+@bug(Standby._is_complete, found_by="tests/unit/cluster/test_standby.py")
+async def numbers_reused_after_a_failover(is_complete: Any, self: Standby) -> bool:
+    """Events get the numbers of events that a failover of the server has lost."""
     return self.settings.is_synchronous
 
 
-@bug(
-    "lease-judged-by-the-wall-clock",
-    StandbyLease.see,
-    breaks="a standby measures the lease with the wall clock of the server",
-    found_by="tests/unit/cluster/test_lease.py::test_the_wall_clock_of_the_server_does_not_matter",
-)
-def _(see: Any, self: StandbyLease, head: Head) -> bool:
+@bug(StandbyLease.see, found_by="tests/unit/cluster/test_lease.py::test_the_wall_clock_of_the_server_does_not_matter")
+def lease_judged_by_the_wall_clock(see: Any, self: StandbyLease, head: Head) -> bool:
+    """A standby measures the lease with the wall clock of the server."""
     self._now_s = lambda: BootS(head.at / 1000)
     return bool(see(self, head))
 
 
-@bug(
-    "unacknowledged-records-applied",
-    standby.acknowledged,
-    breaks="a standby applies a record that a failover can lose",
-    found_by=CLUSTER_SIMULATION,
-)
-def _(acknowledged: Any, records: list[Record], acked: int) -> list[Record]:
+@bug(standby.acknowledged, found_by=CLUSTER_SIMULATION)
+def unacknowledged_records_applied(acknowledged: Any, records: list[Record], acked: int) -> list[Record]:
+    """A standby applies a record that a failover can lose."""
     return records
 
 
-@bug(
-    "takeover-without-the-tail",
-    Standby._take_over,
-    breaks="a new leader lacks the last records",
-    found_by=CLUSTER_SIMULATION,
-)
-async def _(take_over: Any, self: Standby) -> Leadership | None:
+@bug(Standby._take_over, found_by=CLUSTER_SIMULATION)
+async def takeover_without_the_tail(take_over: Any, self: Standby) -> Leadership | None:
+    """A new leader lacks the last records."""
     lease = LeaderLease(self.settings.lease_s, self._now_s, self._wall_s)
     if (head := await self._take_leadership(lease)) is None:
         return None
@@ -128,13 +94,9 @@ async def _(take_over: Any, self: Standby) -> Leadership | None:
 _followed: WeakSet[WarmState] = WeakSet()
 
 
-@bug(
-    "snapshot-without-its-tail",
-    WarmState.apply,
-    breaks="a node that starts from a snapshot skips the records after it",
-    found_by=CLUSTER_SIMULATION,
-)
-async def _(apply: Any, self: WarmState, records: list[Record]) -> None:
+@bug(WarmState.apply, found_by=CLUSTER_SIMULATION)
+async def snapshot_without_its_tail(apply: Any, self: WarmState, records: list[Record]) -> None:
+    """A node that starts from a snapshot skips the records after it."""
     if self in _followed or not records:
         await apply(self, records)
     else:
@@ -142,67 +104,42 @@ async def _(apply: Any, self: WarmState, records: list[Record]) -> None:
         self.number, self.last_event = records[-1].number, records[-1].last_event
 
 
-@bug(
-    "locks-age-without-a-leader",
-    WarmState.opened,
-    breaks="lock time goes on between two leaders",
-    found_by=CLUSTER_SIMULATION,
-)
-def _(opened: Any, self: WarmState) -> OpenedStore:
+@bug(WarmState.opened, found_by=CLUSTER_SIMULATION)
+def locks_age_without_a_leader(opened: Any, self: WarmState) -> OpenedStore:
+    """Lock time goes on between two leaders."""
     found: OpenedStore = opened(self)
     return replace(found, numbers=replace(found.numbers, lock_ms=found.numbers.lock_ms + 5_000))
 
 
-@bug(
-    "keys-lost-at-a-takeover",
-    WarmState.opened,
-    breaks="a repeat after a takeover is done again",
-    found_by=CLUSTER_SIMULATION,
-)
-def _(opened: Any, self: WarmState) -> OpenedStore:
+@bug(WarmState.opened, found_by=CLUSTER_SIMULATION)
+def keys_lost_at_a_takeover(opened: Any, self: WarmState) -> OpenedStore:
+    """A repeat after a takeover is done again."""
     found: OpenedStore = opened(self)
     return replace(found, keys=[])
 
 
-@bug(
-    "lost-response-appended-twice",
-    Leadership._ensure_appended,
-    breaks="a record whose response was lost is appended again",
-    found_by=CLUSTER_SIMULATION,
-)
-async def _(ensure_appended: Any, self: Leadership, record: Record, acked: int) -> None:
+@bug(Leadership._ensure_appended, found_by=CLUSTER_SIMULATION)
+async def lost_response_appended_twice(ensure_appended: Any, self: Leadership, record: Record, acked: int) -> None:
+    """A record whose response was lost is appended again."""
     head = await self._resolve()
     await self._journal.append(replace(record, number=head.number + 1), acked)
 
 
-@bug(
-    "lease-not-checked-before-reads",
-    Leadership.check,
-    breaks="responses to reads are sent after the lease",
-    found_by=CLUSTER_SIMULATION,
-)
-def _(check: Any, self: Leadership) -> None:
+@bug(Leadership.check, found_by=CLUSTER_SIMULATION)
+def lease_not_checked_before_reads(check: Any, self: Leadership) -> None:
+    """Responses to reads are sent after the lease."""
     if self._lost is not None:
         raise self._lost
 
 
-@bug(
-    "record-that-a-node-does-not-read",
-    Appender._check_format,
-    breaks="a leader writes a format that an older node does not read",
-    found_by="tests/unit/storage/cluster/test_cluster_store.py",
-)
-def _(check: Any, self: Appender, made: Record) -> None:
-    """Accept every format."""
+@bug(Appender._check_format, found_by="tests/unit/storage/cluster/test_cluster_store.py")
+def record_that_a_node_does_not_read(check: Any, self: Appender, made: Record) -> None:
+    """A leader writes a format that an older node does not read."""
 
 
-@bug(
-    "record-that-acknowledges-itself",
-    Appender.append,
-    breaks="a record says that it is acknowledged while it is written, so a standby applies it too early",
-    found_by=CLUSTER_SIMULATION,
-)
-async def _(append: Any, self: Appender, prepare: Any, accept: Any) -> Any:
+@bug(Appender.append, found_by=CLUSTER_SIMULATION)
+async def record_that_acknowledges_itself(append: Any, self: Appender, prepare: Any, accept: Any) -> Any:
+    """A record says that it is acknowledged while it is written, so a standby applies it too early."""
     to_journal = self._to_journal
 
     async def acknowledge(made: Record, acked: int) -> None:
@@ -218,11 +155,9 @@ async def _(append: Any, self: Appender, prepare: Any, accept: Any) -> Any:
             self._to_journal = to_journal
 
 
-@bug(
-    "outbox-forgotten-at-a-takeover",
-    Dispatcher.__init__,
-    breaks="a new leader does not send what the former one had in its outbox",
-    found_by=CLUSTER_SIMULATION,
-)
-def _(init: Any, self: Dispatcher, endpoint: WebhookEndpoint, outbox: Outbox, context: Any, stats: Any) -> None:
+@bug(Dispatcher.__init__, found_by=CLUSTER_SIMULATION)
+def outbox_forgotten_at_a_takeover(
+    init: Any, self: Dispatcher, endpoint: WebhookEndpoint, outbox: Outbox, context: Any, stats: Any
+) -> None:
+    """A new leader does not send what the former one had in its outbox."""
     init(self, endpoint, replace(outbox, waiting={endpoint.name: []}), context, stats)

@@ -20,66 +20,47 @@ from jobd.model.storage import OpenedStore
 from tests.proof.planted.registry import ACTOR, RULES, SIMULATION, bug
 
 
-@bug(
-    "no-fence-on-complete",
-    worker_rules._held,
-    breaks="complete accepts an older grant",
-    found_by=RULES,
-)
-def _(held: Any, tx: Transaction, command: worker_rules.Holders, verb: str) -> Any:
+@bug(worker_rules._held, found_by=RULES)
+def no_fence_on_complete(held: Any, tx: Transaction, command: worker_rules.Holders, verb: str) -> Any:
+    """Complete accepts an older grant."""
     job = tx.state.get(command.id)
     if verb == "complete" and job is not None and job.status == "processing" and job.deadlines is not None:
         return job
     return held(tx, command, verb)
 
 
-@bug(
-    "rejected-bulk-creates-jobs",
-    worker_rules.bulk,
-    breaks="a rejected bulk keeps its first jobs",
-    found_by=RULES,
-)
-def _(bulk: Any, tx: Transaction, command: Bulk) -> Any:
+@bug(worker_rules.bulk, found_by=RULES)
+def rejected_bulk_creates_jobs(bulk: Any, tx: Transaction, command: Bulk) -> Any:
+    """A rejected bulk keeps its first jobs."""
     response = bulk(tx, command)
     if isinstance(response, ApiError):
         worker_rules.create(tx, command.jobs[0])
     return response
 
 
-@bug(
-    "recovered-before-its-time",
-    maintenance_rules.recover,
-    breaks="an expired lock counts as stalled",
-    found_by=RULES,
-)
-def _(recover: Any, tx: Transaction, command: Recover) -> Any:
+@bug(maintenance_rules.recover, found_by=RULES)
+def recovered_before_its_time(recover: Any, tx: Transaction, command: Recover) -> Any:
+    """An expired lock counts as stalled."""
     for job_id in list(tx.state.expired_locks):
         transitions.stall(tx, tx.state.processing[job_id], "too early")
     return recover(tx, command)
 
 
-@bug("downtime-not-credited", maintenance_rules._postponed, breaks="downtime ends locks", found_by=RULES)
-def _(postponed: Any, deadlines: Any, since: LockMs, until: LockMs) -> Any:
+@bug(maintenance_rules._postponed, found_by=RULES)
+def downtime_not_credited(postponed: Any, deadlines: Any, since: LockMs, until: LockMs) -> Any:
+    """Downtime ends locks."""
     return deadlines
 
 
-@bug(
-    "deletion-by-a-suspect-clock",
-    maintenance_rules._is_past,
-    breaks="a clock that jumps a year ahead empties the store",
-    found_by=ACTOR,
-)
-def _(is_past: Any, job: Job, at: Moment) -> Any:
+@bug(maintenance_rules._is_past, found_by=ACTOR)
+def deletion_by_a_suspect_clock(is_past: Any, job: Job, at: Moment) -> Any:
+    """A clock that jumps a year ahead empties the store."""
     return is_past(job, replace(at, trusted=None))
 
 
-@bug(
-    "late-result-adopted-twice",
-    late_result_rules.adopt,
-    breaks="a late result replaces the result of a completed job",
-    found_by=RULES,
-)
-def _(adopt: Any, tx: Transaction, command: Adopt) -> Any:
+@bug(late_result_rules.adopt, found_by=RULES)
+def late_result_adopted_twice(adopt: Any, tx: Transaction, command: Adopt) -> Any:
+    """A late result replaces the result of a completed job."""
     job = tx.state.get(command.id)
     late = tx.late.results.get(job.seq, []) if job is not None else []
     if job is not None and job.status == "completed" and late:
@@ -88,41 +69,34 @@ def _(adopt: Any, tx: Transaction, command: Adopt) -> Any:
     return adopt(tx, command)
 
 
-@bug(
-    "late-result-overrides-an-operator",
-    late_result_rules._is_unclaimed,
-    breaks="a job that an operator put back is completed by the worker that lost it",
-    found_by=RULES,
-)
-def _(is_unclaimed: Any, tx: Transaction, job: Job, lock_id: str) -> bool:
+@bug(late_result_rules._is_unclaimed, found_by=RULES)
+def late_result_overrides_an_operator(is_unclaimed: Any, tx: Transaction, job: Job, lock_id: str) -> bool:
+    """A job that an operator put back is completed by the worker that lost it."""
     ended = job.ended
     return ended is not None and ended.lock_id == lock_id and ended.rule == "recovery" and job.status == "queued"
 
 
-@bug(
-    "plan-applied-blindly",
-    plan_rules.version,
-    breaks="a plan cancels a job that a worker has taken since the plan was made",
-    found_by="tests/unit/maintenance/test_plan_runner.py",
-)
-def _(version: Any, job: Job, late: int | None = None, action: PlanAction | None = None) -> str:
+@bug(plan_rules.version, found_by="tests/unit/maintenance/test_plan_runner.py")
+def plan_applied_blindly(version: Any, job: Job, late: int | None = None, action: PlanAction | None = None) -> str:
+    """A plan cancels a job that a worker has taken since the plan was made."""
     return str(job.seq)
 
 
-@bug(
-    "undo-forgets-an-index",
-    Transaction._restore,
-    breaks="an undone command leaves its mark in the average processing time",
-    found_by=RULES,
-)
-def _(restore: Any, self: Transaction, changes: Sequence[Change], pauses: dict[str, QueuePause | None]) -> None:
+@bug(Transaction._restore, found_by=RULES)
+def undo_forgets_an_index(
+    restore: Any, self: Transaction, changes: Sequence[Change], pauses: dict[str, QueuePause | None]
+) -> None:
+    """An undone command leaves its mark in the average processing time."""
     started_sum = self.state.started_sum
     restore(self, changes, pauses)
     self.state.started_sum = started_sum
 
 
-@bug("event-omits-a-change", Transaction.update, breaks="the journal lacks updated_at", found_by=SIMULATION)
-def _(update: Any, /, self: Transaction, job: Job, event_type: Any, *fields: Any, **more: Any) -> Job:
+@bug(Transaction.update, found_by=SIMULATION)
+def event_omits_a_change(
+    update: Any, /, self: Transaction, job: Job, event_type: Any, *fields: Any, **more: Any
+) -> Job:
+    """The journal lacks updated_at."""
     after: Job = update(self, job, event_type, *fields, **more)
     change = self.changes[-1]
     assert change.event.changes is not None
@@ -130,41 +104,30 @@ def _(update: Any, /, self: Transaction, job: Job, event_type: Any, *fields: Any
     return after
 
 
-@bug(
-    "tokens-of-a-backup-repeat",
-    new_epoch,
-    breaks="two restores of one backup issue equal tokens",
-    found_by="tests/unit/storage/test_startup.py",
-)
-def _(epoch: Any, highest: int, now_ms: int) -> int:
+@bug(new_epoch, found_by="tests/unit/storage/test_startup.py")
+def tokens_of_a_backup_repeat(epoch: Any, highest: int, now_ms: int) -> int:
+    """Two restores of one backup issue equal tokens."""
     return highest + 1
 
 
-@bug(
-    "suspicion-lost-in-a-restart",
-    State.numbers,
-    breaks="the next start trusts a clock that was suspect, and deletes by it",
-    found_by=ACTOR,
-)
-def _(numbers: Any, self: State, lock_ms: LockMs, wall_ms: int, clock: ClockTrust) -> Any:
+@bug(State.numbers, found_by=ACTOR)
+def suspicion_lost_in_a_restart(numbers: Any, self: State, lock_ms: LockMs, wall_ms: int, clock: ClockTrust) -> Any:
+    """The next start trusts a clock that was suspect, and deletes by it."""
     return numbers(self, lock_ms, wall_ms, replace(clock, suspect=False))
 
 
-@bug("tokens-reused-after-a-restart", State.opened, breaks="tokens continue from the live grants", found_by=SIMULATION)
-def _(opened: Any, found: OpenedStore) -> State:
+@bug(State.opened, found_by=SIMULATION)
+def tokens_reused_after_a_restart(opened: Any, found: OpenedStore) -> State:
+    """Tokens continue from the live grants."""
     state: State = opened(found)
     held = [job.grant.fencing_token & COUNTER_MASK for job in state.processing.values() if job.grant is not None]
     state.next_token = max(held, default=0) + 1
     return state
 
 
-@bug(
-    "job-numbers-reused-after-a-restart",
-    State.opened,
-    breaks="a new job gets a deleted one's number",
-    found_by=SIMULATION,
-)
-def _(opened: Any, found: OpenedStore) -> State:
+@bug(State.opened, found_by=SIMULATION)
+def job_numbers_reused_after_a_restart(opened: Any, found: OpenedStore) -> State:
+    """A new job gets a deleted one's number."""
     state: State = opened(found)
     state.next_job = max((job.seq for job in found.live()), default=0) + 1
     return state

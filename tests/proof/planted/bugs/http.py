@@ -14,13 +14,9 @@ from tests.proof.planted.registry import bug
 HTTP = "tests/unit/http"
 
 
-@bug(
-    "lost-grants-not-reported",
-    App[Any]._ok_response,
-    breaks="a grant whose response is lost stays until its lock expires",
-    found_by=HTTP,
-)
-def _(ok_response: Any, self: App[Any], response: Response) -> HttpResponse:
+@bug(App[Any]._ok_response, found_by=HTTP)
+def lost_grants_not_reported(ok_response: Any, self: App[Any], response: Response) -> HttpResponse:
+    """A grant whose response is lost stays until its lock expires."""
     grants, response.grants = response.grants, []
     try:
         made: HttpResponse = ok_response(self, response)
@@ -29,32 +25,20 @@ def _(ok_response: Any, self: App[Any], response: Response) -> HttpResponse:
         response.grants = grants
 
 
-@bug(
-    "stream-error-overtakes",
-    _StreamSession._reject,
-    breaks="an immediate error of a stream takes the place of the response before it",
-    found_by="tests/integration/test_command_stream.py",
-)
-def _(reject: Any, self: _StreamSession, slot: Any, error: Any) -> None:
+@bug(_StreamSession._reject, found_by="tests/integration/test_command_stream.py")
+def stream_error_overtakes(reject: Any, self: _StreamSession, slot: Any, error: Any) -> None:
+    """An immediate error of a stream takes the place of the response before it."""
     reject(self, slot, error)
     self._slots.rotate(1)
 
 
-@bug(
-    "closed-stream-keeps-its-grants",
-    _StreamSession._release_unwritten,
-    breaks="grants in a stream whose client has left stay until their locks expire",
-    found_by="tests/integration/test_command_stream.py",
-)
-def _(give_up: Any, self: _StreamSession) -> None:
+@bug(_StreamSession._release_unwritten, found_by="tests/integration/test_command_stream.py")
+def closed_stream_keeps_its_grants(give_up: Any, self: _StreamSession) -> None:
+    """Grants in a stream whose client has left stay until their locks expire."""
     self._slots.clear()
 
 
-@bug(
-    "upgrade-body-is-run",
-    RequestParser._decline_upgrade,
-    breaks="the body of a request with an Upgrade is run as a request",
-    found_by=HTTP,
-)
-def _(decline: Any, self: RequestParser, rest: bytes) -> bytes:
+@bug(RequestParser._decline_upgrade, found_by=HTTP)
+def upgrade_body_is_run(decline: Any, self: RequestParser, rest: bytes) -> bytes:
+    """The body of a request with an Upgrade is run as a request."""
     return rest

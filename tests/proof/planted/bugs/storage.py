@@ -33,13 +33,9 @@ OUTAGES = "tests/integration/test_outages.py"
 _late_records: WeakKeyDictionary[SqliteJournal, Record] = WeakKeyDictionary()
 
 
-@bug(
-    "key-in-its-own-record",
-    Projection.append,
-    breaks="a crash leaves a change without its key",
-    found_by=PROJECTION,
-)
-def _(append: Any, self: Projection, given: Any, reported: int = 0) -> Any:
+@bug(Projection.append, found_by=PROJECTION)
+def key_in_its_own_record(append: Any, self: Projection, given: Any, reported: int = 0) -> Any:
+    """A crash leaves a change without its key."""
     if not isinstance(given, Batch):
         return append(self, given, reported)
     shown = append(self, replace(given, keys=[]), reported)
@@ -48,36 +44,24 @@ def _(append: Any, self: Projection, given: Any, reported: int = 0) -> Any:
     return shown
 
 
-@bug(
-    "record-without-its-keys",
-    record.encode,
-    breaks="a restart forgets the responses of the last commands",
-    found_by=SIMULATION,
-)
-def _(encode: Any, batch: Batch) -> tuple[bytes, list[EventRow]]:
+@bug(record.encode, found_by=SIMULATION)
+def record_without_its_keys(encode: Any, batch: Batch) -> tuple[bytes, list[EventRow]]:
+    """A restart forgets the responses of the last commands."""
     body: tuple[bytes, list[EventRow]] = encode(replace(batch, keys=[]))
     return body
 
 
-@bug(
-    "response-before-its-record",
-    SqliteJournal.append,
-    breaks="a crash loses a change that was acknowledged",
-    found_by=PROJECTION,
-)
-def _(append: Any, /, self: SqliteJournal, record: Record) -> None:
+@bug(SqliteJournal.append, found_by=PROJECTION)
+def response_before_its_record(append: Any, /, self: SqliteJournal, record: Record) -> None:
+    """A crash loses a change that was acknowledged."""
     late, _late_records[self] = _late_records.get(self), record
     if late is not None:
         append(self, late)
 
 
-@bug(
-    "slice-marked-before-it-is-written",
-    Projection._apply,
-    breaks="a crash in a slice loses its changes",
-    found_by=PROJECTION,
-)
-def _(apply: Any, self: Projection, pending: Iterable[Pending]) -> int:
+@bug(Projection._apply, found_by=PROJECTION)
+def slice_marked_before_it_is_written(apply: Any, self: Projection, pending: Iterable[Pending]) -> int:
+    """A crash in a slice loses its changes."""
     chosen = list(pending)
     if not self.db._is_uncommitted:
         self.db.projected_to = chosen[-1].number
@@ -87,81 +71,54 @@ def _(apply: Any, self: Projection, pending: Iterable[Pending]) -> int:
     return int(apply(self, chosen))
 
 
-@bug(
-    "journal-trimmed-ahead-of-the-tables",
-    Projection._add,
-    breaks="a start does not find the records that the tables lack",
-    found_by=PROJECTION,
-)
-def _(add: Any, self: Projection, pending: Pending) -> None:
+@bug(Projection._add, found_by=PROJECTION)
+def journal_trimmed_ahead_of_the_tables(add: Any, self: Projection, pending: Pending) -> None:
+    """A start does not find the records that the tables lack."""
     add(self, pending)
     self.journal.trim(pending.number - 1)
 
 
-@bug("history-read-before-the-slices", Projection.read, breaks="a read lacks the last changes", found_by=PROJECTION)
-def _(read: Any, self: Projection, fn: Any, *args: object) -> Any:
+@bug(Projection.read, found_by=PROJECTION)
+def history_read_before_the_slices(read: Any, self: Projection, fn: Any, *args: object) -> Any:
+    """A read lacks the last changes."""
     return fn(*args)
 
 
-@bug(
-    "pending-job-read-from-the-tables",
-    Projection.touches,
-    breaks="a repeated request does not find its key",
-    found_by=PROJECTION,
-)
-def _(touches: Any, self: Projection, ids: Any, seqs: Any, digests: Any) -> bool:
+@bug(Projection.touches, found_by=PROJECTION)
+def pending_job_read_from_the_tables(touches: Any, self: Projection, ids: Any, seqs: Any, digests: Any) -> bool:
+    """A repeated request does not find its key."""
     return bool(touches(self, ids, seqs, []))
 
 
-@bug(
-    "gap-in-the-journal-skipped",
-    SqliteJournal.read,
-    breaks="a start goes on without a record that is missing",
-    found_by=PROJECTION,
-)
-def _(read: Any, self: SqliteJournal, after: int, limit: int) -> Any:
+@bug(SqliteJournal.read, found_by=PROJECTION)
+def gap_in_the_journal_skipped(read: Any, self: SqliteJournal, after: int, limit: int) -> Any:
+    """A start goes on without a record that is missing."""
     try:
         return read(self, after, limit)
     except BadRecord as error:
         return read(self, error.number, limit)
 
 
-@bug(
-    "job-quarantined-before-the-slices",
-    Projection._catch_up,
-    breaks="a slice counts a job that was moved to quarantine before it",
-    found_by=PROJECTION,
-)
-def _(catch_up: Any, self: Projection) -> None: ...
+@bug(Projection._catch_up, found_by=PROJECTION)
+def job_quarantined_before_the_slices(catch_up: Any, self: Projection) -> None:
+    """A slice counts a job that was moved to quarantine before it."""
 
 
-@bug(
-    "quarantined-job-in-pending-counts",
-    Projection._uncount,
-    breaks="a slice counts a job that it has moved to quarantine",
-    found_by=WALK,
-)
-def _(uncount: Any, self: Projection, seq: int) -> None: ...
+@bug(Projection._uncount, found_by=WALK)
+def quarantined_job_in_pending_counts(uncount: Any, self: Projection, seq: int) -> None:
+    """A slice counts a job that it has moved to quarantine."""
 
 
-@bug(
-    "outbox-cursor-in-another-record",
-    Store.plan_deliveries,
-    breaks="a crash between two records loses events",
-    found_by="tests/unit/storage/test_outbox.py",
-)
-async def _(plan_deliveries: Any, self: Store, moved: Any, new: Any) -> None:
+@bug(Store.plan_deliveries, found_by="tests/unit/storage/test_outbox.py")
+async def outbox_cursor_in_another_record(plan_deliveries: Any, self: Store, moved: Any, new: Any) -> None:
+    """A crash between two records loses events."""
     await plan_deliveries(self, moved, [])
     await plan_deliveries(self, moved, new)
 
 
-@bug(
-    "tables-ahead-of-a-shared-journal",
-    ClusterStore._append_shared,
-    breaks="a node has a change that the journal never gets",
-    found_by=CLUSTER,
-)
-async def _(append_shared: Any, self: ClusterStore, given: Any, reported: int) -> Any:
+@bug(ClusterStore._append_shared, found_by=CLUSTER)
+async def tables_ahead_of_a_shared_journal(append_shared: Any, self: ClusterStore, given: Any, reported: int) -> Any:
+    """A node has a change that the journal never gets."""
     prepared = self._projection.prepare(given, reported)
     self._projection.accept(prepared)
     assert self._appender._to_journal is not None
@@ -169,13 +126,11 @@ async def _(append_shared: Any, self: ClusterStore, given: Any, reported: int) -
     return prepared.payloads
 
 
-@bug(
-    "append-goes-on-after-an-unknown-outcome",
-    ClusterStore._append_shared,
-    breaks="a record is appended behind one that may be in the journal",
-    found_by=CLUSTER,
-)
-async def _(append_shared: Any, self: ClusterStore, given: Any, reported: int) -> Any:
+@bug(ClusterStore._append_shared, found_by=CLUSTER)
+async def append_goes_on_after_an_unknown_outcome(
+    append_shared: Any, self: ClusterStore, given: Any, reported: int
+) -> Any:
+    """A record is appended behind one that may be in the journal."""
     append = self._appender._to_journal
     try:
         return await append_shared(self, given, reported)
@@ -183,39 +138,28 @@ async def _(append_shared: Any, self: ClusterStore, given: Any, reported: int) -
         self._appender._to_journal = append
 
 
-@bug(
-    "branch-not-compared",
-    membership.is_on_branch,
-    breaks="a node with records that the journal has lost leads",
-    found_by=CLUSTER,
-)
-async def _(is_on_branch: Any, path: str, journal: Any, last: Any) -> bool:
+@bug(membership.is_on_branch, found_by=CLUSTER)
+async def branch_not_compared(is_on_branch: Any, path: str, journal: Any, last: Any) -> bool:
+    """A node with records that the journal has lost leads."""
     return True
 
 
-@bug(
-    "gap-in-followed-records",
-    Projection.follow,
-    breaks="a standby goes on without a record that is missing",
-    found_by=CLUSTER,
-)
-def _(follow: Any, self: Projection, records: Any, decoded: Any = ()) -> None:
+@bug(Projection.follow, found_by=CLUSTER)
+def gap_in_followed_records(follow: Any, self: Projection, records: Any, decoded: Any = ()) -> None:
+    """A standby goes on without a record that is missing."""
     for each in records:
         self.last = each.number - 1
         follow(self, [each])
 
 
-@bug(
-    "damaged-row-quarantined-on-one-node",
-    Database.raise_if_clustered,
-    breaks="the nodes of a cluster have different rows",
-    found_by=CLUSTER,
-)
-def _(raise_if_clustered: Any, self: Database, what: str) -> None: ...
+@bug(Database.raise_if_clustered, found_by=CLUSTER)
+def damaged_row_quarantined_on_one_node(raise_if_clustered: Any, self: Database, what: str) -> None:
+    """The nodes of a cluster have different rows."""
 
 
-@bug("sums-kept-over-a-rollback", Database.commit, breaks="totals count a rejected batch", found_by=OUTAGES)
-def _(commit: Any, self: Database, fn: Any, *args: Any) -> Any:
+@bug(Database.commit, found_by=OUTAGES)
+def sums_kept_over_a_rollback(commit: Any, self: Database, fn: Any, *args: Any) -> Any:
+    """Totals count a rejected batch."""
     totals = self.totals
 
     def run(*given: Any) -> Any:
@@ -231,41 +175,30 @@ def _(commit: Any, self: Database, fn: Any, *args: Any) -> Any:
         raise
 
 
-@bug(
-    "inline-commit-error-swallowed",
-    StoreConnection.run_inline,
-    breaks="a batch is acknowledged although its inline commit failed",
-    found_by=OUTAGES,
-)
-def _(run_inline: Any, self: StoreConnection, fn: Any, *args: Any) -> Any:
+@bug(StoreConnection.run_inline, found_by=OUTAGES)
+def inline_commit_error_swallowed(run_inline: Any, self: StoreConnection, fn: Any, *args: Any) -> Any:
+    """A batch is acknowledged although its inline commit failed."""
     try:
         return run_inline(self, fn, *args)
     except Exception:
         return {}
 
 
-@bug("commit-before-fsync", startup.connect, breaks="a commit returns before its fsync", found_by=STORE)
-def _(connect: Any, path: str, synchronous: str) -> Any:
+@bug(startup.connect, found_by=STORE)
+def commit_before_fsync(connect: Any, path: str, synchronous: str) -> Any:
+    """A commit returns before its fsync."""
     conn = connect(path, synchronous)
     conn.execute("PRAGMA synchronous = NORMAL")
     return conn
 
 
-@bug(
-    "epoch-file-not-read",
-    files.read_epoch,
-    breaks="a second restore of one backup takes the epoch of the first",
-    found_by="tests/unit/storage/test_startup.py",
-)
-def _(read_epoch: Any, path: str) -> Any:
+@bug(files.read_epoch, found_by="tests/unit/storage/test_startup.py")
+def epoch_file_not_read(read_epoch: Any, path: str) -> Any:
+    """A second restore of one backup takes the epoch of the first."""
     return files.EpochFile(exists=True)
 
 
-@bug(
-    "backup-without-its-mark",
-    migrations.change_meta,
-    breaks="a restored backup continues as if nothing had happened since",
-    found_by="tests/unit/storage/test_backup.py",
-)
-def _(change_meta: Any, /, conn: Any, **values: int) -> None:
+@bug(migrations.change_meta, found_by="tests/unit/storage/test_backup.py")
+def backup_without_its_mark(change_meta: Any, /, conn: Any, **values: int) -> None:
+    """A restored backup continues as if nothing had happened since."""
     change_meta(conn, **{name: value for name, value in values.items() if name != "marked"})
