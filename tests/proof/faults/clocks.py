@@ -17,7 +17,7 @@ from jobd.model.clocks import LockMs
 from jobd.model.events import fold
 from jobd.model.job import Grant, Job, LockDeadlines
 from tests.proof.faults.daemons import sigstopped
-from tests.proof.faults.harness import Check, Counts, Tool, Trial
+from tests.proof.faults.harness import Counts, Tool, Trial, check
 from tests.proof.faults.store_check import StoreContents, checked_contents
 from tests.proof.faults.workers import LATE_MS, RealWorker
 from tests.support.daemon_process import DaemonProcess
@@ -101,7 +101,9 @@ class SteppedClockDaemon(DaemonProcess):
         return [grant["job"]["id"] for grant in self.post("/v1/claim", body).data["grants"]]
 
 
+@check(rounds=24, needs=(FAKETIME,))
 def clock_steps(trial: Trial) -> Counts:
+    """The wall clock jumps by days: no lock is freed or prolonged; a suspect clock deletes and fails nothing."""
     counts: Counter[str] = Counter()
     dice = random.Random(trial.rounds)
     daemon = SteppedClockDaemon(trial.directory)
@@ -239,8 +241,9 @@ def _check_times(store: StoreContents) -> int:
 # -- while the daemon is down ------------------------------------------------------------------------------------------
 
 
-def steps_while_down(trial: Trial) -> Counts:
-    """Step the clock during a restart: locks keep the time that they had left, and nothing is deleted."""
+@check(rounds=12, few=0, needs=(FAKETIME,))
+def clock_steps_while_down(trial: Trial) -> Counts:
+    """The same over restarts: locks keep the time they had left; 40 days ahead deletes nothing until accepted."""
     counts: Counter[str] = Counter()
     daemon = SteppedClockDaemon(trial.directory)
     with daemon:
@@ -287,8 +290,9 @@ def _start_40_days_ahead(daemon: SteppedClockDaemon, *, again: bool) -> None:
 # -- suspended ---------------------------------------------------------------------------------------------------------
 
 
-def suspended(trial: Trial) -> Counts:
-    """Suspend the daemon for longer than the TTL of the locks. Live workers keep their jobs, dead ones lose them."""
+@check(rounds=5)
+def suspended_daemon(trial: Trial) -> Counts:
+    """A daemon is suspended for longer than the TTL of its locks: live workers keep their jobs, dead ones lose them."""
     counts: Counter[str] = Counter()
     with DaemonProcess(trial.directory, f"[cleanup]\nrecover_every = '{RECOVER_EVERY_MS}ms'\n") as daemon:
         with RealWorker(daemon, "q", 4_000) as worker:
@@ -327,28 +331,3 @@ def _wait_until_not(daemon: DaemonProcess, job_id: str, status: str) -> dict[str
         time.sleep(0.02)
     found: dict[str, Any] = job
     return found
-
-
-CHECKS = (
-    Check(
-        "clock-steps",
-        "the wall clock jumps by days: no lock is freed or prolonged; a suspect clock deletes and fails nothing",
-        clock_steps,
-        rounds=24,
-        needs=(FAKETIME,),
-    ),
-    Check(
-        "clock-steps-while-down",
-        "the same over restarts: locks keep the time they had left; 40 days ahead deletes nothing until accepted",
-        steps_while_down,
-        rounds=12,
-        few=0,
-        needs=(FAKETIME,),
-    ),
-    Check(
-        "suspended-daemon",
-        "a daemon is suspended for longer than the TTL of its locks: live workers keep their jobs, dead ones lose them",
-        suspended,
-        rounds=5,
-    ),
-)

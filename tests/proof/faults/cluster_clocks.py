@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Final
 
 from tests.proof.faults.clocks import FAKETIME, faked_clock, set_offset
-from tests.proof.faults.harness import Check, Counts, Trial
+from tests.proof.faults.harness import Counts, Trial, check
 from tests.proof.faults.lost_leaders import kill_leader, suspend_leader
 from tests.proof.faults.lost_servers import lose_primary, replace_lost, revive_until_led
 from tests.proof.faults.nodes import NODES, POSTGRES, NodesUnderLoad, nodes_under_load, under_load
@@ -24,8 +24,9 @@ CACHED: Final = {"FAKETIME_NO_CACHE": "0", "FAKETIME_CACHE_DURATION": f"{CACHE_S
 ALERT_S: Final = 45.0  # in which an alert fires
 
 
-def node_clocks(trial: Trial) -> Counts:
-    """Step the clock of the leader by an hour, then those of the others, and kill the leader."""
+@check(rounds=8, few=0, needs=(POSTGRES, FAKETIME))
+def cluster_node_clocks(trial: Trial) -> Counts:
+    """Wall clocks of nodes step an hour ahead or back in turn, and the leader is lost: no lock ends early."""
     with nodes_under_load(trial) as cluster:
         files = {name: trial.directory / f"{name}.offset" for name in NODES}
         for name, file in files.items():
@@ -42,8 +43,11 @@ def node_clocks(trial: Trial) -> Counts:
     return {"steps of each clock": trial.rounds, **cluster.counts}
 
 
-def server_clock(trial: Trial) -> Counts:
-    """Step the clock of the primary by an hour, then by two with a restart, and go on with a server that is right."""
+@check(rounds=4, few=0, needs=(POSTGRES, FAKETIME))
+def cluster_server_clock(trial: Trial) -> Counts:
+    """The wall clock of PostgreSQL is an hour off, and changes at a restart and a failover, while leaders are lost: one
+    node leads, no lock ends early, and an alert fires.
+    """
     with nodes_under_load(trial) as cluster:
         for server in cluster.servers:
             server.stop()
@@ -103,25 +107,3 @@ def _wait_until_shown(cluster: NodesUnderLoad, trial: Trial) -> None:
 def _fires(leader: NodeProcess) -> bool:
     alerts = leader.admin("GET", "alerts").data["alerts"]
     return any(alert["name"] == "clocks_differ" and alert["firing"] for alert in alerts)
-
-
-CHECKS = (
-    Check(
-        "cluster-node-clocks",
-        "wall clocks of nodes step an hour ahead or back, one after the other, and the leader is lost: no lock ends "
-        "early",
-        node_clocks,
-        rounds=8,
-        few=0,
-        needs=(POSTGRES, FAKETIME),
-    ),
-    Check(
-        "cluster-server-clock",
-        "the wall clock of PostgreSQL is an hour off, and changes at a restart and a failover, while leaders are lost: "
-        "one node leads, no lock ends early, and an alert fires",
-        server_clock,
-        rounds=4,
-        few=0,
-        needs=(POSTGRES, FAKETIME),
-    ),
-)

@@ -18,7 +18,7 @@ from jobd.storage import startup
 from jobd.storage.offline import doctor
 from jobd.storage.store import Store
 from tests.proof.faults.crash_states import UNSYNCED_OUTCOMES, LoggedCall, ReplayedDisk, records
-from tests.proof.faults.harness import ONE_SLICE, Check, Counts, Tool, Trial, program
+from tests.proof.faults.harness import ONE_SLICE, Counts, Tool, Trial, check, program
 from tests.proof.faults.ledger import Ledger
 from tests.proof.faults.load import load
 from tests.proof.faults.store_check import contents
@@ -30,7 +30,9 @@ SOURCE: Final = Path(__file__).with_name("writes.c")
 BY_DAEMON: Final = 100  # one of this many states is tested with a daemon, all with the store
 
 
-def replay(trial: Trial) -> Counts:
+@check(rounds=2_000, few=10, needs=(COMPILER, HEADERS))
+def unsynced_writes(trial: Trial) -> Counts:
+    """A crash at any moment, unsynced writes dropped, partly kept or torn (512 bytes): nothing acknowledged is lost."""
     ledger = Ledger()
     log = _log_writes(trial, ledger, acknowledgements=200 if trial.timed else 40)
     states = [(cut, outcome) for cut in range(len(log) + 1) for outcome in UNSYNCED_OUTCOMES]
@@ -117,15 +119,3 @@ async def _next_token(path: str) -> int:
     async with store:
         assert opened.faults == [], opened.faults
         return opened.numbers.epoch << TOKEN_COUNTER_BITS | opened.numbers.next_token
-
-
-CHECKS: Final = (
-    Check(
-        "unsynced-writes",
-        "a crash at any moment, unsynced writes dropped, partly kept or torn (512 bytes): nothing acknowledged is lost",
-        replay,
-        rounds=2_000,
-        few=10,
-        needs=(COMPILER, HEADERS),
-    ),
-)

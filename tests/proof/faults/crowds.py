@@ -21,7 +21,7 @@ from contextlib import ExitStack, closing, contextmanager
 from typing import Any, Final
 
 from tests.proof.faults.crowd_process import connection_limit
-from tests.proof.faults.harness import Check, Counts, Tool, Trial, program
+from tests.proof.faults.harness import Counts, Tool, Trial, check, program
 from tests.support.daemon_process import DaemonProcess, call, die_with_us
 
 MAX_SLOWDOWN: Final = 2.0  # the highest p99 with the others, relative to the one without
@@ -117,15 +117,22 @@ def measure_with_crowd(kind: str, count: int, trial: Trial, prepare: Any = None)
     return {"connections": count, **figures, "percent of its own p99": round(ratio * 100), **outcomes}
 
 
+@check(rounds=5, needs=(MANY_FILES,))
 def idle_connections(trial: Trial) -> Counts:
+    """10 000 idle connections: a normal client's p99 at most doubles."""
     return measure_with_crowd("idle", IDLE if trial.timed else 1_000, trial)
 
 
+@check(rounds=5)
 def half_sent_bodies(trial: Trial) -> Counts:
+    """500 clients that never finish sending a body: the same."""
     return measure_with_crowd("half", 500 if trial.timed else 100, trial)
 
 
+@check(rounds=5)
 def slow_readers(trial: Trial) -> Counts:
+    """100 clients that read long lists very slowly: the same."""
+
     def long_list(daemon: DaemonProcess) -> None:
         jobs = [{"queue": "long", "payload": "x" * 10_000} for _ in range(90)]
         for _ in range(3):
@@ -148,8 +155,9 @@ def _flood(daemon: DaemonProcess, stop: threading.Event, responses: Counter[str]
                 responses[str(reply.status)] += 1
 
 
+@check(rounds=50)
 def mailbox_flood(trial: Trial) -> Counts:
-    """Fill a small mailbox with creates: running work still reports, and operators act."""
+    """A full mailbox: creates get 503 with Retry-After; running jobs can report and operators can act throughout."""
     responses: Counter[str] = Counter()
     lock, stop = threading.Lock(), threading.Event()
     reports = 0
@@ -187,8 +195,9 @@ def mailbox_flood(trial: Trial) -> Counts:
 # -- no descriptors left ----------------------------------------------------------------------------------------------
 
 
+@check(rounds=10, needs=(program("prlimit", "util-linux"),))
 def no_descriptors(trial: Trial) -> Counts:
-    """Open more connections than the daemon has descriptors: it survives, and later connections are served."""
+    """More connections than file descriptors: the daemon serves open connections, and accepts new ones later."""
     excess = 0
     daemon = DaemonProcess(trial.directory)
     prlimit = shutil.which("prlimit")
@@ -213,39 +222,3 @@ def no_descriptors(trial: Trial) -> Counts:
         assert daemon.stop() == 0
         assert len(daemon.log) < 1_000_000, "the log was flooded"
     return {"connections over the limit": excess, "bytes of log": len(daemon.log)}
-
-
-CHECKS = (
-    Check(
-        "idle-connections",
-        "10 000 idle connections: a normal client's p99 at most doubles",
-        idle_connections,
-        rounds=5,
-        needs=(MANY_FILES,),
-    ),
-    Check(
-        "half-sent-bodies",
-        "500 clients that never finish sending a body: the same",
-        half_sent_bodies,
-        rounds=5,
-    ),
-    Check(
-        "slow-readers",
-        "100 clients that read long lists very slowly: the same",
-        slow_readers,
-        rounds=5,
-    ),
-    Check(
-        "mailbox-flood",
-        "a full mailbox: creates get 503 with Retry-After; running jobs can report and operators can act throughout",
-        mailbox_flood,
-        rounds=50,
-    ),
-    Check(
-        "no-descriptors",
-        "more connections than file descriptors: the daemon serves open connections, and accepts new ones later",
-        no_descriptors,
-        rounds=10,
-        needs=(program("prlimit", "util-linux"),),
-    ),
-)

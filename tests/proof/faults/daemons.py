@@ -19,7 +19,7 @@ from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
 
-from tests.proof.faults.harness import Check, Counts, Trial, program
+from tests.proof.faults.harness import Counts, Trial, check, program
 from tests.proof.faults.ledger import Ledger, caused_by_clients, events_pattern
 from tests.proof.faults.load import load
 from tests.proof.faults.store_check import StoreContents, checked_contents
@@ -63,7 +63,9 @@ def snapshot(directory: Path) -> dict[str, tuple[Any, ...]]:
     }
 
 
+@check(rounds=5)
 def two_daemons(trial: Trial) -> Counts:
+    """A second daemon on the same store, socket or port exits with 75 and changes neither store nor socket."""
     rejected: Counter[str] = Counter()
     with DaemonProcess(_make_directory(trial, "first")) as first:
         assert first.process is not None
@@ -123,8 +125,9 @@ def _sockets(daemon: DaemonProcess) -> dict[str, str]:
     return {"JOBD_WORKER_SOCKET": daemon.socket, "JOBD_ADMIN_LISTEN": f"unix:{daemon.admin_socket}"}
 
 
-def racing_daemons(trial: Trial) -> Counts:
-    """Start daemons at the same moment: one gets the resource and keeps it, the others fail."""
+@check(rounds=20)
+def daemons_racing(trial: Trial) -> Counts:
+    """Of daemons that start at the same moment one gets the store or socket; the others exit with 75."""
     rejected = 0
     for number in range(trial.rounds):
         directory = _make_directory(trial, f"race-{number}")
@@ -261,7 +264,9 @@ def _wait_until_rejected(daemon: DaemonProcess) -> None:
         time.sleep(0.005)
 
 
+@check(rounds=20, needs=(program("strace"),))
 def graceful_stop(trial: Trial) -> Counts:
+    """SIGTERM: listeners close, requests in flight are answered (waiting claims: no job), nothing else, exit 0."""
     ledger = Ledger()
     grants, slowest_s = 0, 0.0
     with DaemonProcess(trial.directory) as daemon, ThreadPoolExecutor(WAITING_CLAIMS) as pool:
@@ -319,26 +324,3 @@ def check_all_answered(ledger: Ledger, store: StoreContents) -> None:
         assert re.fullmatch(events_pattern(record.events), events_pattern(done)), (
             f"{record.job_id}: responses {record.events}, no response to {record.open}; the store has {done}"
         )
-
-
-CHECKS = (
-    Check(
-        "two-daemons",
-        "a second daemon on the same store, socket or port exits with 75 and changes neither store nor socket",
-        two_daemons,
-        rounds=5,
-    ),
-    Check(
-        "daemons-racing",
-        "of daemons that start at the same moment one gets the store or socket; the others exit with 75",
-        racing_daemons,
-        rounds=20,
-    ),
-    Check(
-        "graceful-stop",
-        "SIGTERM: listeners close, requests in flight are answered (waiting claims: no job), nothing else, exit 0",
-        graceful_stop,
-        rounds=20,
-        needs=(program("strace"),),
-    ),
-)

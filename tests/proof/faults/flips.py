@@ -23,7 +23,7 @@ from jobd.storage import startup
 from jobd.storage.files import StoreError
 from jobd.storage.offline import doctor
 from jobd.storage.store import Store
-from tests.proof.faults.harness import Check, Counts, Trial
+from tests.proof.faults.harness import Counts, Trial, check
 from tests.proof.faults.ledger import Ledger
 from tests.proof.faults.load import load
 from tests.proof.faults.store_check import StoreContents, contents
@@ -307,26 +307,19 @@ class LastTransaction:
         return self._begins <= at < self._ends or 0 <= at - self._head_before < 24
 
 
-CHECKS: Final = (
-    Check(
-        "flipped-bits",
-        "one bit of the closed database is flipped: no wrong response, missing rows are reported",
-        lambda trial: flips(trial, "database"),
-        rounds=3_000,
-        few=10,
-    ),
-    Check(
-        "flipped-bits-in-the-log",
-        "one bit of the write-ahead log is flipped after a kill: no commit is skipped silently",
-        lambda trial: flips(trial, "log"),
-        rounds=1_000,
-        few=5,
-    ),
-    Check(
-        "flipped-bits-in-the-journal",
-        "one bit of the journal is flipped after a kill, before the tables are written: no commit is skipped silently",
-        lambda trial: flips(trial, "journal"),
-        rounds=1_000,
-        few=5,
-    ),
-)
+@check(rounds=3_000, few=10)
+def flipped_bits(trial: Trial) -> Counts:
+    """One bit of the closed database is flipped: no wrong response, missing rows are reported."""
+    return flips(trial, "database")
+
+
+@check(rounds=1_000, few=5)
+def flipped_bits_in_the_log(trial: Trial) -> Counts:
+    """One bit of the write-ahead log is flipped after a kill: no commit is skipped silently."""
+    return flips(trial, "log")
+
+
+@check(rounds=1_000, few=5)
+def flipped_bits_in_the_journal(trial: Trial) -> Counts:
+    """One bit of the journal is flipped after a kill, before the tables are written: no commit is skipped silently."""
+    return flips(trial, "journal")

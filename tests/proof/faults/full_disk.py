@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from jobd.storage.files import RESERVE_FILE_BYTES
-from tests.proof.faults.harness import ONE_SLICE, Check, Counts, Trial
+from tests.proof.faults.harness import ONE_SLICE, Counts, Trial, check
 from tests.proof.faults.ledger import JobRecord, Ledger, SentRequest
 from tests.proof.faults.load import work_alone
 from tests.proof.faults.mounts import MOUNTS, tmpfs
@@ -68,7 +68,9 @@ class RecordingClient:
         return record, reply.data["lock_id"]
 
 
+@check(rounds=10, needs=(MOUNTS,))
 def full_disk(trial: Trial) -> Counts:
+    """Creates get storage_full, running jobs can end; when there is space, all continues without a restart."""
     ledger = Ledger()
     endings = 0
     with tmpfs(trial.directory / "disk", RESERVE_FILE_BYTES + FREE_BYTES) as place:
@@ -124,8 +126,9 @@ def _fill_and_free(daemon: DaemonProcess, ledger: Ledger, directory: Path, name:
     return len(held)
 
 
+@check(rounds=10, needs=(MOUNTS,))
 def tiny_disk(trial: Trial) -> Counts:
-    """Start without space for the reserve file: nothing acknowledged is lost, and no restart is needed."""
+    """The same on a disk of 1 MiB, which has no space for a reserve file."""
     checked = rejected = 0
     for number in range(trial.rounds):
         # Each on its own disk: after some rounds the write-ahead log alone would fill one of this size.
@@ -155,8 +158,9 @@ def _fill_and_free_tiny_disk(daemon: DaemonProcess, ledger: Ledger, directory: P
     assert ledger.codes.total() == rejected, f"rejected although there is space: {ledger.codes}"
 
 
+@check(rounds=5, needs=(MOUNTS,))
 def full_disk_at_a_slice(trial: Trial) -> Counts:
-    """Fill the disk when appends fit and the slice does not, and kill the daemon; then delete all jobs."""
+    """The journal fits and its slice does not: history is read, also after a kill, and deletions make space."""
     created = behind = 0
     for number in range(trial.rounds):
         ledger = Ledger()
@@ -231,28 +235,3 @@ def _delete_all(daemon: DaemonProcess, queue: str) -> None:
         more = plan["more"]
         result = daemon.admin("POST", f"plans/{plan['plan_id']}/apply").data
         assert result["applied"] == plan["count"], result
-
-
-CHECKS: Final = (
-    Check(
-        "full-disk",
-        "creates get storage_full, running jobs can end; when there is space, all continues without a restart",
-        full_disk,
-        rounds=10,
-        needs=(MOUNTS,),
-    ),
-    Check(
-        "tiny-disk",
-        "the same on a disk of 1 MiB, which has no space for a reserve file",
-        tiny_disk,
-        rounds=10,
-        needs=(MOUNTS,),
-    ),
-    Check(
-        "full-disk-at-a-slice",
-        "the journal fits and its slice does not: history is read, also after a kill, and deletions make space",
-        full_disk_at_a_slice,
-        rounds=5,
-        needs=(MOUNTS,),
-    ),
-)

@@ -28,7 +28,7 @@ from jobd.api.openapi import document
 from jobd.http.routing import Route
 from jobd.model.api_call import LINES
 from jobd.model.job import STATUSES
-from tests.proof.faults.harness import Check, Counts, Trial
+from tests.proof.faults.harness import Counts, Trial, check
 from tests.support.daemon_process import TOKEN, DaemonProcess, free_port
 
 # Rules that no schema expresses: only these messages may reject a request that is valid by its schema.
@@ -203,7 +203,9 @@ class ApiFuzzer:
             assert any(words in message for words in ALLOWED_REJECTIONS), f"{case.as_curl_command()}\n{message}"
 
 
-def fuzz_both_apis(trial: Trial) -> Counts:
+@check(rounds=200, few=3)
+def openapi(trial: Trial) -> Counts:
+    """Requests that follow or violate the OpenAPI documents: never a 5xx, each response is as documented."""
     token = trial.directory / "worker-token"
     token.write_text(TOKEN)
     ports = {"WORKER": free_port(), "ADMIN": free_port()}
@@ -230,14 +232,3 @@ def fuzz_both_apis(trial: Trial) -> Counts:
         "requests": statuses.total(),
         **counts,
     }
-
-
-CHECKS = (
-    Check(
-        "openapi",
-        "requests that follow or violate the OpenAPI documents: never a 5xx, each response is as documented",
-        fuzz_both_apis,
-        rounds=200,
-        few=3,
-    ),
-)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import platform
 import shutil
 import subprocess
@@ -16,7 +17,7 @@ from typing import Final, Literal
 
 from tests import ROOT
 
-# Each module has a tuple CHECKS.
+# Modules with checks.
 MODULES: Final = (
     "kills",
     "syscall_faults",
@@ -89,6 +90,16 @@ class Check:
     needs: tuple[Tool, ...] = ()
 
 
+def check(*, rounds: int, few: int = 1, needs: tuple[Tool, ...] = ()) -> Callable[[Callable[[Trial], Counts]], Check]:
+    """Make a check of a function, with the first paragraph of its docstring as the promise."""
+
+    def made(run: Callable[[Trial], Counts]) -> Check:
+        promise, *_ = inspect.cleandoc(run.__doc__ or "").removesuffix(".").split(".\n\n")
+        return Check(run.__name__.replace("_", "-"), " ".join(promise.split()), run, rounds, few, needs)
+
+    return made
+
+
 @dataclass(frozen=True)
 class CheckOutcome:
     """The outcome of a check. `story` says what broke, or which tools are missing.
@@ -116,7 +127,8 @@ def checks(names: Collection[str] = ()) -> dict[str, Check]:
     """
     found: dict[str, Check] = {}
     for module in sorted(MODULES, key="fuzz".__eq__) if names else MODULES:
-        found |= {check.name: check for check in import_module(f"tests.proof.faults.{module}").CHECKS}
+        members = vars(import_module(f"tests.proof.faults.{module}")).values()
+        found |= {each.name: each for each in members if isinstance(each, Check)}
         if names and found.keys() >= set(names):
             break
     return found

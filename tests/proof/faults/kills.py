@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Final
 
-from tests.proof.faults.harness import ONE_SLICE, Check, Counts, Trial
+from tests.proof.faults.harness import ONE_SLICE, Counts, Trial, check
 from tests.proof.faults.ledger import Ledger
 from tests.proof.faults.load import load
 from tests.proof.faults.store_check import checked_contents
@@ -31,7 +31,9 @@ def _ready_again(daemon: DaemonProcess, trial: Trial) -> float:
     return took_s
 
 
+@check(rounds=40)
 def kill_under_load(trial: Trial) -> Counts:
+    """kill -9 at any moment: nothing acknowledged is lost, no token is granted twice, ready again within 2 s."""
     ledger = Ledger()
     settled, slowest_s = 0, 0.0
     with DaemonProcess(trial.directory) as daemon:
@@ -53,7 +55,9 @@ def kill_under_load(trial: Trial) -> Counts:
     }
 
 
+@check(rounds=5)
 def kill_with_many_jobs(trial: Trial) -> Counts:
+    """The same with 100 000 live jobs."""
     ledger = Ledger()
     live = LIVE_JOBS if trial.timed else LIVE_JOBS // 10
     slowest_s = 0.0
@@ -80,8 +84,9 @@ def kill_with_many_jobs(trial: Trial) -> Counts:
     }
 
 
+@check(rounds=20, needs=(STRACE,))
 def kill_inside_slices(trial: Trial) -> Counts:
-    """Kill before the tables are written, then at any write of the log: in a start, an append or a slice."""
+    """kill -9 before and inside a slice: the next start writes the tables from the journal, and nothing is lost."""
     ledger = Ledger()
     counts: Counter[str] = Counter()
     with DaemonProcess.not_started(trial.directory, INLINE) as daemon:
@@ -128,27 +133,3 @@ def _transaction_writes(calls: list[TracedCall], last: TracedCall) -> int:
     """Return the number of writes before `last` in its transaction."""
     mine = [seen.call for seen in calls if seen.thread == last.thread]
     return next((number for number, call in enumerate(reversed(mine)) if call in SYNCS), len(mine))
-
-
-CHECKS = (
-    Check(
-        "kill-under-load",
-        "kill -9 at any moment: nothing acknowledged is lost, no token is granted twice, ready again within 2 s",
-        kill_under_load,
-        rounds=40,
-        few=1,
-    ),
-    Check(
-        "kill-with-many-jobs",
-        "the same with 100 000 live jobs",
-        kill_with_many_jobs,
-        rounds=5,
-    ),
-    Check(
-        "kill-inside-slices",
-        "kill -9 before and inside a slice: the next start writes the tables from the journal, and nothing is lost",
-        kill_inside_slices,
-        rounds=20,
-        needs=(STRACE,),
-    ),
-)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextlib import closing
 from typing import Final
 
-from tests.proof.faults.harness import Check, Counts, Trial
+from tests.proof.faults.harness import Counts, Trial, check
 from tests.proof.faults.nodes import POSTGRES, STEPPED_DOWN, NodesUnderLoad, exit_code, freeze, running, thaw
 from tests.support.node_process import NodeProcess
 
@@ -69,50 +69,34 @@ def restart_each(cluster: NodesUnderLoad) -> None:
     cluster.revive()
 
 
-def _repeated(fault: Callable[[NodesUnderLoad], None], what: str) -> Callable[[Trial], Counts]:
-    """Return a check that makes a fault `rounds` times, with some changes between."""
-
-    def run(trial: Trial) -> Counts:
-        with running(trial) as cluster:
-            for number in range(trial.rounds):
-                cluster.wait_for_changes(CHANGES + 17 * (number % 7))
-                fault(cluster)
-        return {what: trial.rounds, **cluster.counts}
-
-    return run
+def _repeat(trial: Trial, fault: Callable[[NodesUnderLoad], None], what: str) -> Counts:
+    """Make a fault `rounds` times, with some changes between."""
+    with running(trial) as cluster:
+        for number in range(trial.rounds):
+            cluster.wait_for_changes(CHANGES + 17 * (number % 7))
+            fault(cluster)
+    return {what: trial.rounds, **cluster.counts}
 
 
-CHECKS = (
-    Check(
-        "cluster-leader-killed",
-        "kill -9 of the leader: a standby leads with everything that was acknowledged, and no token is granted twice",
-        _repeated(kill_leader, "kills"),
-        rounds=100,
-        few=0,
-        needs=(POSTGRES,),
-    ),
-    Check(
-        "cluster-leader-suspended",
-        "the leader is suspended beyond its lease and resumed: it serves no read, changes nothing, and exits with 75",
-        _repeated(suspend_leader, "suspensions"),
-        rounds=20,
-        few=0,
-        needs=(POSTGRES,),
-    ),
-    Check(
-        "cluster-step-downs",
-        "a leader that steps down loses nothing, and clients only notice a delay",
-        _repeated(step_down, "step-downs"),
-        rounds=1_000,
-        few=0,
-        needs=(POSTGRES,),
-    ),
-    Check(
-        "cluster-rolling-restart",
-        "nodes are restarted one after the other under load: nothing is lost, and each follows again",
-        _repeated(restart_each, "restarts of all nodes"),
-        rounds=10,
-        few=0,
-        needs=(POSTGRES,),
-    ),
-)
+@check(rounds=100, few=0, needs=(POSTGRES,))
+def cluster_leader_killed(trial: Trial) -> Counts:
+    """kill -9 of the leader: a standby leads with everything that was acknowledged, and no token is granted twice."""
+    return _repeat(trial, kill_leader, "kills")
+
+
+@check(rounds=20, few=0, needs=(POSTGRES,))
+def cluster_leader_suspended(trial: Trial) -> Counts:
+    """The leader is suspended beyond its lease and resumed: it serves no read, changes nothing, and exits with 75."""
+    return _repeat(trial, suspend_leader, "suspensions")
+
+
+@check(rounds=1_000, few=0, needs=(POSTGRES,))
+def cluster_step_downs(trial: Trial) -> Counts:
+    """A leader that steps down loses nothing, and clients only notice a delay."""
+    return _repeat(trial, step_down, "step-downs")
+
+
+@check(rounds=10, few=0, needs=(POSTGRES,))
+def cluster_rolling_restart(trial: Trial) -> Counts:
+    """Nodes are restarted one after the other under load: nothing is lost, and each follows again."""
+    return _repeat(trial, restart_each, "restarts of all nodes")

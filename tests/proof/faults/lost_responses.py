@@ -17,7 +17,7 @@ from contextlib import closing
 from typing import Any, Final
 
 from tests.proof.faults.daemons import slow_disk
-from tests.proof.faults.harness import Check, Counts, Trial, program
+from tests.proof.faults.harness import Counts, Trial, check, program
 from tests.proof.faults.ledger import JobRecord, Ledger, SentRequest, caused_by_clients, events_pattern
 from tests.proof.faults.load import CLIENTS, LoadClient, load
 from tests.proof.faults.proxy import FAULTS, Proxy
@@ -85,7 +85,9 @@ class RetryingClient(LoadClient):
             assert reply.body == first[1], f"{request}: first {first[1]}, then {reply.body}"
 
 
+@check(rounds=50)
 def lost_responses(trial: Trial) -> Counts:
+    """Responses, requests and connections are lost: a repeat gets the first response, and the effect happens once."""
     ledger = Ledger()
     stop = threading.Event()
     with DaemonProcess(trial.directory) as daemon, Proxy(trial.directory, daemon.socket) as proxy:
@@ -130,8 +132,9 @@ def _released_grants(ledger: Ledger, store: StoreContents) -> int:
 # -- grants without a waiting caller -----------------------------------------------------------------------------------
 
 
+@check(rounds=50, few=2, needs=(program("strace"),))
 def lost_grants(trial: Trial) -> Counts:
-    """Disconnect claims while they are decided, written and answered; the next claim gets all jobs in order."""
+    """Claims whose connection was closed: their jobs have no holder and keep their position and attempt."""
     counts = Counter[str]()
     with DaemonProcess(trial.directory) as daemon, slow_disk(daemon, 20):
         for number in range(trial.rounds):
@@ -187,8 +190,9 @@ def _release(daemon: DaemonProcess, grant: dict[str, Any]) -> None:
 # -- killed between commit and reply -----------------------------------------------------------------------------------
 
 
+@check(rounds=30, needs=(program("strace"),))
 def killed_before_reply(trial: Trial) -> Counts:
-    """Kill the daemon when it would send its Nth response: the change is committed, and its caller does not know it."""
+    """kill -9 between commit and response: a repeat returns the result, and nothing is done twice."""
     ledger = Ledger()
     applied = 0
     with DaemonProcess(trial.directory) as daemon:
@@ -236,28 +240,3 @@ def _kill_at_write(daemon: DaemonProcess, number: int) -> None:
             assert daemon.process.wait(150) == -signal.SIGKILL, daemon.log[-2000:]
         finally:
             strace.terminate()
-
-
-CHECKS = (
-    Check(
-        "lost-responses",
-        "responses, requests and connections are lost: a repeat gets the first response, and the effect happens once",
-        lost_responses,
-        rounds=50,
-    ),
-    Check(
-        "lost-grants",
-        "claims whose connection was closed: their jobs have no holder and keep their position and attempt",
-        lost_grants,
-        rounds=50,
-        few=2,
-        needs=(program("strace"),),
-    ),
-    Check(
-        "killed-before-reply",
-        "kill -9 between commit and response: a repeat returns the result, and nothing is done twice",
-        killed_before_reply,
-        rounds=30,
-        needs=(program("strace"),),
-    ),
-)

@@ -5,10 +5,9 @@ from __future__ import annotations
 import re
 import shutil
 import time
-from functools import partial
 from typing import Final
 
-from tests.proof.faults.harness import Check, Counts, Trial
+from tests.proof.faults.harness import Counts, Trial, check
 from tests.proof.faults.lost_leaders import kill_leader, suspend_leader
 from tests.proof.faults.network import NETWORKS, Link, networks
 from tests.proof.faults.nodes import (
@@ -33,7 +32,19 @@ RECEIVED: Final = "SELECT pg_last_wal_receive_lsn() - '0/0'::pg_lsn"
 HAS_ALL: Final = "SELECT NOT EXISTS (SELECT FROM pg_stat_wal_receiver WHERE status = 'streaming')"
 
 
-def primaries_killed(trial: Trial, default: str = "on") -> Counts:
+@check(rounds=10, few=0, needs=(POSTGRES,))
+def cluster_primary_killed(trial: Trial) -> Counts:
+    """kill -9 of the PostgreSQL primary, a standby is promoted by hand: nothing that was acknowledged is lost."""
+    return _kill_primaries(trial, "on")
+
+
+@check(rounds=3, few=0, needs=(POSTGRES,))
+def cluster_asynchronous_role(trial: Trial) -> Counts:
+    """The same if the default of the role is `synchronous_commit = off`."""
+    return _kill_primaries(trial, "off")
+
+
+def _kill_primaries(trial: Trial, default: str) -> Counts:
     """Kill one primary after the other. `default` is that of the role for `synchronous_commit`."""
     restarts = 0
     with nodes_under_load(trial) as cluster:
@@ -104,8 +115,11 @@ def revive_until_led(cluster: NodesUnderLoad) -> int:
 # -- partitions -------------------------------------------------------------------------------------------------------
 
 
-def leader_cut_off(trial: Trial) -> Counts:
-    """Cut the leader off from PostgreSQL and from clients in turn."""
+@check(rounds=20, few=0, needs=(POSTGRES, NETWORKS))
+def cluster_leader_cut_off(trial: Trial) -> Counts:
+    """The leader is cut off from PostgreSQL: another node leads; or from clients, for 4.5 s: it leads until a
+    step-down.
+    """
     with networks(len(NODES)) as each, running(trial, networks=each) as cluster:
         for number in range(trial.rounds):
             cluster.wait_for_changes(CHANGES)
@@ -131,7 +145,9 @@ def cut_off_leader(cluster: NodesUnderLoad, link: Link) -> None:
     cluster.revive()
 
 
-def standby_cut_off(trial: Trial) -> Counts:
+@check(rounds=10, few=0, needs=(POSTGRES, NETWORKS))
+def cluster_standby_cut_off(trial: Trial) -> Counts:
+    """A standby is cut off from PostgreSQL: the leader goes on, and the standby follows again afterwards."""
     with networks(len(NODES)) as each, running(trial, networks=each) as cluster:
         for number in range(trial.rounds):
             leader = cluster.leader()
@@ -147,8 +163,9 @@ def standby_cut_off(trial: Trial) -> Counts:
     return {"partitions": trial.rounds, **cluster.counts}
 
 
-def append_answer_lost(trial: Trial) -> Counts:
-    """Lose the answers of PostgreSQL to the leader, then its connection, within the lease."""
+@check(rounds=100, few=0, needs=(POSTGRES,))
+def cluster_append_answer_lost(trial: Trial) -> Counts:
+    """An append or its response is lost with its connection: the leader finds out which, and no client notices."""
     with nodes_under_load(trial) as cluster, ProxyThread(cluster.servers[0].port) as proxy:
         with started(cluster, port=proxy.proxy.port):
             epoch = cluster.leader().cluster()["epoch"]
@@ -165,8 +182,9 @@ def append_answer_lost(trial: Trial) -> Counts:
     return {"cut connections": trial.rounds, "appends with an unknown outcome": unknown, **cluster.counts}
 
 
-def in_turn(trial: Trial) -> Counts:
-    """Make one fault after the other on the same nodes."""
+@check(rounds=5, needs=(POSTGRES, NETWORKS))
+def cluster_faults_in_turn(trial: Trial) -> Counts:
+    """The leader is killed, suspended, cut off, and the primary killed, one after the other: nothing is lost."""
     with networks(len(NODES)) as each, running(trial, networks=each) as cluster:
         for _ in range(trial.rounds):
             for fault in (kill_leader, suspend_leader, lambda _: cut_off_leader(cluster, "database"), lose_primary):
@@ -175,55 +193,3 @@ def in_turn(trial: Trial) -> Counts:
             if trial.timed:
                 replace_lost(cluster.servers)
     return {"faults": 4 * trial.rounds, **cluster.counts}
-
-
-CHECKS = (
-    Check(
-        "cluster-faults-in-turn",
-        "the leader is killed, suspended, cut off, and the primary killed, one after the other: nothing is lost",
-        in_turn,
-        rounds=5,
-        needs=(POSTGRES, NETWORKS),
-    ),
-    Check(
-        "cluster-primary-killed",
-        "kill -9 of the PostgreSQL primary, a standby is promoted by hand: nothing that was acknowledged is lost",
-        primaries_killed,
-        rounds=10,
-        few=0,
-        needs=(POSTGRES,),
-    ),
-    Check(
-        "cluster-asynchronous-role",
-        "the same if the default of the role is `synchronous_commit = off`",
-        partial(primaries_killed, default="off"),
-        rounds=3,
-        few=0,
-        needs=(POSTGRES,),
-    ),
-    Check(
-        "cluster-leader-cut-off",
-        "the leader is cut off from PostgreSQL: another node leads; or from clients, for 4.5 s: it leads until a "
-        "step-down",
-        leader_cut_off,
-        rounds=20,
-        few=0,
-        needs=(POSTGRES, NETWORKS),
-    ),
-    Check(
-        "cluster-standby-cut-off",
-        "a standby is cut off from PostgreSQL: the leader goes on, and the standby follows again afterwards",
-        standby_cut_off,
-        rounds=10,
-        few=0,
-        needs=(POSTGRES, NETWORKS),
-    ),
-    Check(
-        "cluster-append-answer-lost",
-        "an append or its response is lost with its connection: the leader finds out which, and no client notices",
-        append_answer_lost,
-        rounds=100,
-        few=0,
-        needs=(POSTGRES,),
-    ),
-)

@@ -19,7 +19,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Final
 
-from tests.proof.faults.harness import Check, Counts, Trial
+from tests.proof.faults.harness import Counts, Trial, check
 from tests.support.daemon_process import TOKEN, DaemonProcess, call, free_port
 from tests.support.malformed_requests import EXPENSIVE, EXTENDED, HOSTILE, post
 
@@ -141,7 +141,9 @@ def running_daemon(directory: Path) -> Iterator[tuple[DaemonProcess, dict[str, C
         assert b"Traceback" not in daemon.log
 
 
+@check(rounds=5)
 def hostile_requests(trial: Trial) -> Counts:
+    """Giant, malformed, compressed requests to each listener: 4xx or disconnect, others wait 20 ms at most."""
     statuses: Counter[int] = Counter()
     lags: dict[str, list[float]] = {}
     sys.setswitchinterval(0.0005)  # the normal client does not wait for this one
@@ -162,8 +164,9 @@ def hostile_requests(trial: Trial) -> Counts:
     return {"requests": statuses.total(), **counts, "ms of waiting for other clients, at most": round(worst)}
 
 
-def smuggled(trial: Trial) -> Counts:
-    """Send many requests in one piece, some of them malformed: responses come in order, and nothing is done."""
+@check(rounds=5)
+def smuggled_requests(trial: Trial) -> Counts:
+    """Pipelined requests are answered in order; nothing behind a malformed request is done."""
     requests = ended = 0
     with running_daemon(trial.directory) as (daemon, listeners):
         for number in range(trial.rounds):
@@ -190,19 +193,3 @@ def smuggled(trial: Trial) -> Counts:
                 ended += is_over
                 requests += 1
     return {"requests": requests, "connections closed after a malformed one": ended}
-
-
-CHECKS = (
-    Check(
-        "hostile-requests",
-        "giant, malformed, compressed requests to each listener: 4xx or disconnect, others wait 20 ms at most",
-        hostile_requests,
-        rounds=5,
-    ),
-    Check(
-        "smuggled-requests",
-        "pipelined requests are answered in order; nothing behind a malformed request is done",
-        smuggled,
-        rounds=5,
-    ),
-)

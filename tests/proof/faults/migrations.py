@@ -15,7 +15,7 @@ from typing import Final
 
 from jobd.storage import startup
 from jobd.storage.schema import migrations
-from tests.proof.faults.harness import Check, Counts, Trial
+from tests.proof.faults.harness import Counts, Trial, check
 from tests.proof.faults.ledger import Ledger
 from tests.proof.faults.load import load
 from tests.proof.faults.next_version import AHEAD
@@ -51,7 +51,9 @@ def _copy_store(old: Path, directory: Path) -> Path:
     return directory
 
 
-def interrupted_migration(trial: Trial) -> Counts:
+@check(rounds=50, needs=(STRACE,))
+def migration_cut_short(trial: Trial) -> Counts:
+    """kill -9 or a failing disk at any write of a migration: the old store is unchanged, or migrated with its copy."""
     ledger = Ledger()
     old = _stopped_store(trial, ledger)
     rows = _dump(old / "jobd.db")
@@ -135,8 +137,12 @@ def _check_next_start(home: Path, ledger: Ledger) -> None:
     assert glob.glob(f"{daemon.store}.v{OLD}-*"), "the old store was not kept"
 
 
-def newer_store(trial: Trial) -> Counts:
-    """Check that a store of a newer version, also with the migration only in its log, is rejected and unchanged."""
+@check(rounds=4)
+def newer_schema(trial: Trial) -> Counts:
+    """A store of a newer version is rejected with exit code 78 and not changed by a byte.
+
+    In every second round the migration is only in its log.
+    """
     ledger = Ledger()
     stopped = _stopped_store(trial, ledger)
     compared = 0
@@ -165,22 +171,3 @@ def _fingerprints(home: Path) -> dict[str, str]:
     """Hash all files of the directory except sockets and the lock file, which names its holder."""
     files = [file for file in home.iterdir() if file.is_file() and file.suffix != ".lock"]
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
-
-
-CHECKS: Final = (
-    Check(
-        "migration-cut-short",
-        "kill -9 or a failing disk at any write of a migration: the old store is unchanged, or migrated with its copy",
-        interrupted_migration,
-        rounds=50,
-        few=1,
-        needs=(STRACE,),
-    ),
-    Check(
-        "newer-schema",
-        "a store of a newer version is rejected with exit code 78 and not changed by a byte",
-        newer_store,
-        rounds=4,
-        few=1,
-    ),
-)

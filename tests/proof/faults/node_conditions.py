@@ -10,7 +10,7 @@ from typing import Final
 
 from jobd.cluster.hand_over import SETTLED_S
 from tests.proof.faults.full_disk import FREE_BYTES, fill
-from tests.proof.faults.harness import Check, Counts, Trial
+from tests.proof.faults.harness import Counts, Trial, check
 from tests.proof.faults.lost_leaders import step_down
 from tests.proof.faults.mounts import MOUNTS, tmpfs
 from tests.proof.faults.nodes import (
@@ -33,8 +33,9 @@ TRANSACTION_S: Final = 600
 SHORT_TRANSACTION_S: Final = 15
 
 
-def standby_disk(trial: Trial) -> Counts:
-    """Fill the disk of a standby for a while, and free it; then remove its files."""
+@check(rounds=5, few=0, needs=(POSTGRES, MOUNTS))
+def cluster_standby_disk(trial: Trial) -> Counts:
+    """The disk of a standby is full, then lost: the leader goes on, and the standby follows again."""
     small = trial.directory / "small"
     with tmpfs(small, 2 * FREE_BYTES), nodes_under_load(trial) as cluster:
         for name in NODES[:2]:
@@ -51,8 +52,9 @@ def standby_disk(trial: Trial) -> Counts:
     return {"full disks": trial.rounds, "lost disks": trial.rounds, **cluster.counts}
 
 
-def leader_disk(trial: Trial) -> Counts:
-    """Fill the disk of the leader, which hands over. Free it, so that the node follows again."""
+@check(rounds=3, few=0, needs=(POSTGRES, MOUNTS))
+def cluster_leader_disk(trial: Trial) -> Counts:
+    """The disk of the leader is full: it hands over to a standby, and follows when there is space."""
     with contextlib.ExitStack() as stack:
         disks = {name: stack.enter_context(tmpfs(trial.directory / name, 4 * FREE_BYTES)) for name in NODES}
         cluster = stack.enter_context(nodes_under_load(trial))
@@ -90,8 +92,12 @@ def _lose_disk(standby: NodeProcess) -> None:
     standby.start()
 
 
-def open_transaction(trial: Trial) -> Counts:
-    """Keep a transaction open under load, which keeps every old version of the row that appends change."""
+@check(rounds=1, few=0, needs=(POSTGRES,))
+def cluster_open_transaction(trial: Trial) -> Counts:
+    """A long transaction is open in the database: nothing is lost, and the nodes show its age.
+
+    It keeps every old version of the row that appends change.
+    """
     seconds = TRANSACTION_S if trial.timed else SHORT_TRANSACTION_S
     statements = ("BEGIN", "SELECT txid_current()", f"SELECT pg_sleep({seconds})", "COMMIT")
     with running(trial) as cluster:
@@ -115,31 +121,3 @@ def _changes_per_s(cluster: NodesUnderLoad, seconds: float) -> int:
     acknowledged = cluster.ledger.acknowledged
     time.sleep(seconds)
     return round((cluster.ledger.acknowledged - acknowledged) / seconds)
-
-
-CHECKS = (
-    Check(
-        "cluster-standby-disk",
-        "the disk of a standby is full, then lost: the leader goes on, and the standby follows again",
-        standby_disk,
-        rounds=5,
-        few=0,
-        needs=(POSTGRES, MOUNTS),
-    ),
-    Check(
-        "cluster-leader-disk",
-        "the disk of the leader is full: it hands over to a standby, and follows when there is space",
-        leader_disk,
-        rounds=3,
-        few=0,
-        needs=(POSTGRES, MOUNTS),
-    ),
-    Check(
-        "cluster-open-transaction",
-        "a long transaction is open in the database: nothing is lost, and the nodes show its age",
-        open_transaction,
-        rounds=1,
-        few=0,
-        needs=(POSTGRES,),
-    ),
-)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from typing import Final
 
-from tests.proof.faults.harness import ONE_SLICE, Check, Counts, Trial
+from tests.proof.faults.harness import ONE_SLICE, Counts, Trial, check
 from tests.proof.faults.ledger import Ledger
 from tests.proof.faults.load import load
 from tests.proof.faults.mounts import LOOP_MOUNTS, loop_disk
@@ -19,7 +19,9 @@ DISK_BYTES: Final = 128 << 20
 EXIT_IO: Final = 74
 
 
-def cut_power(trial: Trial) -> Counts:
+@check(rounds=40, needs=(LOOP_MOUNTS,))
+def power_cut(trial: Trial) -> Counts:
+    """The power is cut under load, unsynced data is gone: nothing acknowledged is lost."""
     ledger = Ledger()
     settled, forgotten, longest = 0, 0, 0
     with loop_disk(trial.directory / "disk", DISK_BYTES) as disk:
@@ -58,14 +60,3 @@ def cut_power(trial: Trial) -> Counts:
         "events that the tables lacked, at most": longest,
         "without a response, settled by a repeat": settled,
     }
-
-
-CHECKS: Final = (
-    Check(
-        "power-cut",
-        "the power is cut under load, unsynced data is gone: nothing acknowledged is lost",
-        cut_power,
-        rounds=40,
-        needs=(LOOP_MOUNTS,),
-    ),
-)

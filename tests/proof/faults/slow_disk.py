@@ -16,7 +16,7 @@ from collections import Counter
 from contextlib import closing
 from typing import Any, Final
 
-from tests.proof.faults.harness import Check, Counts, Trial
+from tests.proof.faults.harness import Counts, Trial, check
 from tests.proof.faults.store_check import checked_contents
 from tests.proof.faults.strace import STRACE, SYNCS, Strace
 from tests.support.daemon_process import DaemonProcess, DaemonResponse, call
@@ -52,7 +52,9 @@ class PendingRequest:
         return self.reply
 
 
+@check(rounds=10, needs=(STRACE,))
 def slow_disk(trial: Trial) -> Counts:
+    """Every sync takes 500 ms: /healthz within 100 ms, a bounded mailbox, 503 beyond it, running jobs can report."""
     health_times_s: list[float] = []
     outcomes: Counter[str] = Counter()
     most_waiting = 0
@@ -128,14 +130,3 @@ def _read_all(daemon: DaemonProcess, pending: list[PendingRequest], health_times
                 selector.unregister(key.fileobj)
                 key.data.read()
     return waiting
-
-
-CHECKS: Final = (
-    Check(
-        "slow-disk",
-        "every sync takes 500 ms: /healthz within 100 ms, a bounded mailbox, 503 beyond it, running jobs can report",
-        slow_disk,
-        rounds=10,
-        needs=(STRACE,),
-    ),
-)

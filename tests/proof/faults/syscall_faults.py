@@ -14,11 +14,10 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Final
 
-from tests.proof.faults.harness import Check, Counts, Trial
+from tests.proof.faults.harness import Counts, Trial, check
 from tests.proof.faults.ledger import Ledger, SentRequest
 from tests.proof.faults.load import work_alone
 from tests.proof.faults.store_check import checked_contents
@@ -236,37 +235,25 @@ def _check_exit(position: FaultPosition, ended: DaemonExit) -> str:
     return "no commit hit, continues"
 
 
-def _check(name: str, promise: str, rounds: int, few: int, run: Callable[[Trial], Counts]) -> Check:
-    return Check(name, promise, run, rounds=rounds, few=few, needs=(STRACE,))
+@check(rounds=ALL_POSITIONS, needs=(STRACE,))
+def kill_at_each_write(trial: Trial) -> Counts:
+    """kill -9 at any sync or write of the storage thread: nothing acknowledged is lost, the next start continues."""
+    return sweep(trial, calls=(*SYNCS, *WRITES), errors=(None,), work=lifecycles)
 
 
-CHECKS: Final = (
-    _check(
-        "kill-at-each-write",
-        "kill -9 at any sync or write of the storage thread: nothing acknowledged is lost, the next start continues",
-        rounds=ALL_POSITIONS,
-        few=1,
-        run=partial(sweep, calls=(*SYNCS, *WRITES), errors=(None,), work=lifecycles),
-    ),
-    _check(
-        "failed-syncs",
-        "a sync fails (EIO, ENOSPC, EROFS): 503 outcome unknown, exit code 74, the next start continues",
-        rounds=ALL_POSITIONS,
-        few=1,
-        run=partial(sweep, calls=SYNCS, errors=ERRORS, work=lifecycles),
-    ),
-    _check(
-        "failed-writes",
-        "a write fails: ENOSPC gives storage_full and the daemon continues; EIO and EROFS give exit code 74",
-        rounds=120,
-        few=1,
-        run=partial(sweep, calls=WRITES, errors=ERRORS, work=lifecycles),
-    ),
-    _check(
-        "failed-checkpoints",
-        "a checkpoint is killed or fails: nothing is lost, its data is still in the write-ahead log",
-        rounds=25,
-        few=1,
-        run=partial(sweep, calls=(*SYNCS, *WRITES), errors=(None, *ERRORS), work=large_jobs, at_checkpoints=True),
-    ),
-)
+@check(rounds=ALL_POSITIONS, needs=(STRACE,))
+def failed_syncs(trial: Trial) -> Counts:
+    """A sync fails (EIO, ENOSPC, EROFS): 503 outcome unknown, exit code 74, the next start continues."""
+    return sweep(trial, calls=SYNCS, errors=ERRORS, work=lifecycles)
+
+
+@check(rounds=120, needs=(STRACE,))
+def failed_writes(trial: Trial) -> Counts:
+    """A write fails: ENOSPC gives storage_full and the daemon continues; EIO and EROFS give exit code 74."""
+    return sweep(trial, calls=WRITES, errors=ERRORS, work=lifecycles)
+
+
+@check(rounds=25, needs=(STRACE,))
+def failed_checkpoints(trial: Trial) -> Counts:
+    """A checkpoint is killed or fails: nothing is lost, its data is still in the write-ahead log."""
+    return sweep(trial, calls=(*SYNCS, *WRITES), errors=(None, *ERRORS), work=large_jobs, at_checkpoints=True)

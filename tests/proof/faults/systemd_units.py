@@ -19,7 +19,7 @@ from typing import Any, Final
 
 from tests import ROOT
 from tests.proof.faults.daemons import check_all_answered, waiting_claim
-from tests.proof.faults.harness import Check, Counts, Trial, program
+from tests.proof.faults.harness import Counts, Trial, check, program
 from tests.proof.faults.ledger import Ledger
 from tests.proof.faults.load import load
 from tests.proof.faults.machine import NEEDS, SERVICE, UNITS, SystemdMachine
@@ -93,7 +93,9 @@ def _ttl_ms(machine: SystemdMachine, job_id: str) -> int:
     return ttl_ms
 
 
-def activation(trial: Trial) -> Counts:
+@check(rounds=4, needs=NEEDS)
+def systemd_start(trial: Trial) -> Counts:
+    """Started by its first client, ready when systemd says so, sockets stay open at a restart, down when stopped."""
     counts: Counter[str] = Counter()
     for number in range(trial.rounds):
         unix_only = number % 2 == 1
@@ -169,8 +171,9 @@ def _check_reloads(machine: SystemdMachine) -> list[str]:
 # -- crashes ----------------------------------------------------------------------------------------------------------
 
 
-def crashes(trial: Trial) -> Counts:
-    """Kill the daemon repeatedly, then hang it; clients can always connect."""
+@check(rounds=10, needs=NEEDS)
+def systemd_deaths(trial: Trial) -> Counts:
+    """Killed ten times in a row, or hung: up again within seconds each time, clients can always connect."""
     slowest_s, hung_s = 0.0, 0.0
     with SystemdMachine(trial.directory) as machine:
         machine.drop_in(f"[Service]\nWatchdogSec={WATCHDOG_S}s\n")
@@ -211,8 +214,9 @@ def _downtime_s(machine: SystemdMachine, signal_name: str) -> float:
 # -- stops -------------------------------------------------------------------------------------------------------------
 
 
-def stop_under_load(trial: Trial) -> Counts:
-    """Run `systemctl stop` with requests in flight: it acts as SIGTERM, and systemd reports success."""
+@check(rounds=10, needs=NEEDS)
+def systemd_stop(trial: Trial) -> Counts:
+    """systemctl stop with requests in flight: all are answered, nothing else is done, success."""
     ledger = Ledger()
     with SystemdMachine(trial.directory) as machine:
         for number in range(trial.rounds):
@@ -232,8 +236,9 @@ def stop_under_load(trial: Trial) -> Counts:
     return {"stops": trial.rounds, "acknowledgements checked": checked}
 
 
-def wrong_configuration(trial: Trial) -> Counts:
-    """Check that only connecting clients cause retries after exit 78, and that they start the daemon once it can."""
+@check(rounds=3, needs=NEEDS)
+def systemd_misconfigured(trial: Trial) -> Counts:
+    """Exit 78 is retried only for connecting clients, every two seconds; the daemon starts once it is fixed."""
     by_clients = 0
     with SystemdMachine(trial.directory) as machine:
         for _ in range(trial.rounds):
@@ -266,7 +271,9 @@ def _count_client_starts(machine: SystemdMachine, seconds: float) -> int:
 # -- the units as systemd-analyze checks them ------------------------------------------------------------------------
 
 
-def analyze_units(trial: Trial) -> Counts:
+@check(rounds=1, needs=(program("systemd-analyze", "systemd"),))
+def systemd_verdict(trial: Trial) -> Counts:
+    """systemd-analyze finds nothing wrong with the units; exposure at most 1.3 with an admin port, 0.6 without."""
     counts: dict[str, int] = {}
     for variant, most in MOST_EXPOSED.items():
         directory = _units(trial.directory / variant, variant)
@@ -295,42 +302,3 @@ def _units(directory: Path, variant: str) -> Path:
     if variant == "unix-only":
         shutil.copytree(ROOT / "systemd/unix-only", directory, dirs_exist_ok=True)
     return directory
-
-
-CHECKS = (
-    Check(
-        "systemd-start",
-        "started by its first client, ready when systemd says so, sockets stay open at a restart, down when stopped",
-        activation,
-        rounds=4,
-        needs=NEEDS,
-    ),
-    Check(
-        "systemd-deaths",
-        "killed ten times in a row, or hung: up again within seconds each time, clients can always connect",
-        crashes,
-        rounds=10,
-        needs=NEEDS,
-    ),
-    Check(
-        "systemd-stop",
-        "systemctl stop with requests in flight: all are answered, nothing else is done, success",
-        stop_under_load,
-        rounds=10,
-        needs=NEEDS,
-    ),
-    Check(
-        "systemd-misconfigured",
-        "exit 78 is retried only for connecting clients, every two seconds; the daemon starts once it is fixed",
-        wrong_configuration,
-        rounds=3,
-        needs=NEEDS,
-    ),
-    Check(
-        "systemd-verdict",
-        "systemd-analyze finds nothing wrong with the units; exposure at most 1.3 with an admin port, 0.6 without",
-        analyze_units,
-        rounds=1,
-        needs=(program("systemd-analyze", "systemd"),),
-    ),
-)

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from typing import Any, Final
 
-from tests.proof.faults.harness import Check, Counts, Trial
+from tests.proof.faults.harness import Counts, Trial, check
 from tests.proof.faults.store_check import checked_contents
 from tests.support.daemon_process import DaemonProcess, call, die_with_us
 
@@ -107,8 +107,12 @@ def _wait_until_ended(daemon: DaemonProcess, job_id: str) -> dict[str, Any]:
     return found
 
 
+@check(rounds=15)
 def sleeping_worker(trial: Trial) -> Counts:
-    """Suspend workers past the end of their lock. Recovery runs on request, so that it does not come first."""
+    """A worker sleeps past its lock: accepted until recovery has acted, then lock_lost; the new token is larger.
+
+    Recovery runs on request, so that it does not come first.
+    """
     counts = {"endings accepted after the lock expired": 0, "endings rejected": 0, "running jobs stopped": 0}
     with DaemonProcess(trial.directory, "[cleanup]\nrecover_every = '0'\ninterval = '1h'\n") as daemon:
         with RealWorker(daemon, "q") as worker:
@@ -191,8 +195,9 @@ def _check_new_grant(daemon: DaemonProcess, before: dict[str, Any], grant: dict[
 # -- dead --------------------------------------------------------------------------------------------------------------
 
 
+@check(rounds=10)
 def dead_worker(trial: Trial) -> Counts:
-    """Kill workers at different moments: other workers get their jobs in time, and not too early."""
+    """The job of a dead worker is offered again within the recovery period + 1 s, and not before its lock expires."""
     late_ms: list[int] = []
     at_once = WORKERS if trial.timed else WORKERS // 2
     with DaemonProcess(trial.directory, f"[cleanup]\nrecover_every = '{RECOVER_EVERY_MS}ms'\n") as daemon:
@@ -244,19 +249,3 @@ def _check_grant_time(daemon: DaemonProcess, job_id: str, offered_at: int, trial
     late_ms: int = offered_at - expires_at
     assert late_ms <= RECOVER_EVERY_MS + LATE_MS or not trial.timed, f"{job_id} was offered {late_ms} ms late"
     return late_ms
-
-
-CHECKS = (
-    Check(
-        "sleeping-worker",
-        "a worker sleeps past its lock: accepted until recovery has acted, then lock_lost; the new token is larger",
-        sleeping_worker,
-        rounds=15,
-    ),
-    Check(
-        "dead-worker",
-        "the job of a dead worker is offered again within the recovery period + 1 s, and not before its lock expires",
-        dead_worker,
-        rounds=10,
-    ),
-)
