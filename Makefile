@@ -16,7 +16,7 @@ SLOW_PROCESSES ?= $(shell expr $(PARALLEL) + 3)
 export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test check stock lint coverage faults planted mutation format demo cluster-tests cluster-demo bench bench-peers vendor screenshots linearizability simulation cluster-simulation world proof pins clean
+.PHONY: help venv test check stock lint coverage faults planted mutation format demo cluster-tests cluster-demo bench bench-cpu bench-peers vendor screenshots linearizability simulation cluster-simulation world proof pins clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,8 +41,9 @@ test: $(READY)  ## run the fast tests, in under three minutes (ARGS="-k name": a
 FAST := -m "not slow" --ignore tests/browser --ignore tests/proof
 REST := "These were the fast tests. make check also runs the slow ones, make cluster-tests those of clusters, make proof the long proofs."
 
-check: $(READY)  ## run what CI runs: format, lint, types, coverage, the demo, all tests
+check: $(READY)  ## run what CI runs: format, lint, types, coverage, the demo, all tests, instructions
 	$(MAKE) --jobs $(PARALLEL) --output-sync=target test lint coverage demo stock STOCK=client
+	$(MAKE) bench-cpu ARGS=--check
 	$(BIN)/pytest -m "slow and not long" --numprocesses $(SLOW_PROCESSES) --dist worksteal --durations 20
 
 # Daemon and tests use uvloop. Programs that use the clients may run them on the event loop of asyncio.
@@ -122,6 +123,9 @@ cluster-demo: $(READY)  ## start PostgreSQL and three nodes, kill the leader whi
 
 bench: $(READY)  ## measure throughput, latency, memory and startup (ARGS="SCENARIO ... --runs N --json")
 	$(BIN)/python -m tests.benchmarks $(ARGS)
+
+bench-cpu: $(READY)  ## count the instructions of a lifecycle by stage, and measure its time (needs valgrind; ARGS=--http, --check, --record)
+	$(BIN)/python -m tests.benchmarks.cpu $(ARGS)
 
 PIN := uv pip compile --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate --quiet \
 	--custom-compile-command 'make pins'

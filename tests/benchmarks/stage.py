@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
@@ -31,13 +31,16 @@ class BenchFailed(Exception):
 
 
 class BenchDaemon:
-    """A daemon in a new directory in `place` (None: the default). It runs while the context is open.
+    """A daemon in a new directory in `directory` (None: the default). It runs while the context is open.
 
-    `settings` are additional environment variables of the daemon.
+    `settings` are additional environment variables of the daemon, `command` the words before its own.
     """
 
-    def __init__(self, directory: Path | None, settings: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, directory: Path | None, settings: Mapping[str, str] | None = None, command: Sequence[str] = ()
+    ) -> None:
         self._settings = dict(settings or {})
+        self._command = command
         self._directory = Path(tempfile.mkdtemp(prefix="jobd-bench-", dir=directory))
         self._sockets = tempfile.mkdtemp(prefix="jobd-bench-")  # the path of a socket can have 107 bytes
         self._token = secrets.token_urlsafe(32)
@@ -81,7 +84,8 @@ class BenchDaemon:
         }
         others = {name: value for name, value in os.environ.items() if not name.startswith("JOBD_")}
         began = time.perf_counter()
-        self._process = subprocess.Popen([sys.executable, "-m", "jobd", "serve"], env=others | own, stderr=self._log)
+        words = [*self._command, sys.executable, "-m", "jobd", "serve"]
+        self._process = subprocess.Popen(words, env=others | own, stderr=self._log)
         if not self._wait_ready(self._process.pid):
             raise BenchFailed(f"the daemon did not start: {self._log_tail()}")
         return time.perf_counter() - began

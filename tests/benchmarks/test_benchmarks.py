@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from msgspec import structs
 
 from jobd.cli.daemon.bench_load import LoadConnection, clock
-from tests.benchmarks import beside, load, stage, work
+from tests.benchmarks import beside, cpu, load, stage, work
 from tests.benchmarks.__main__ import LARGE, _bars, benchmarks
 from tests.benchmarks.scenarios import SCENARIOS, BenchmarkScenario, Size, measure
 from tests.benchmarks.stage import BenchDaemon, BenchFailed
@@ -156,3 +156,11 @@ def test_figures_are_shown_as_a_table(tmp_path: Path) -> None:
 def test_a_series_is_drawn_as_bars() -> None:
     assert _bars([0.0, 1.0, 8.0]) == "▁▂█"
     assert _bars([0.0, 0.0]) == "▁▁"
+
+
+def test_the_sum_of_instructions_may_grow_by_three_percent_and_a_stage_by_one_percent_of_it() -> None:
+    recorded = {"decode": 10.0, "slice": 90.0, "sum": 100.0}
+    assert cpu.exceeded({"decode": 11.0, "slice": 92.0, "sum": 103.0}, recorded) == []
+    decode, total = cpu.exceeded({"decode": 11.1, "slice": 90.0, "sum": 103.1}, recorded)
+    assert decode.startswith("decode: 11.1 thousand instructions")
+    assert total.startswith("sum: ")
