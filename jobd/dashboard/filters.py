@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import re
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 from urllib.parse import urlencode
 
 import msgspec
@@ -15,6 +15,8 @@ from jobd.http.decoding import validation_error
 from jobd.model.commands import Command, SearchJobs
 from jobd.model.errors import invalid_request_error
 from jobd.model.job import DAY_MS, HOUR_MS, MINUTE_MS, SECOND_MS, is_job_id
+
+T = TypeVar("T", bound=msgspec.Struct)
 
 TIME_FILTERS: Final = ("since", "until", "finished_since", "finished_until")
 FILTERS: Final = ("status", "queue", "kind", "worker", *TIME_FILTERS, "q", "error")
@@ -70,10 +72,15 @@ def search_fields(filters: JobFilter, now: int) -> dict[str, Any]:
 def search_command(query: JobsPageQuery, now: int, limit: int) -> SearchJobs:
     """Return the search for a page of jobs. Raise ApiException if a filter is out of its bounds."""
     fields = {**search_fields(query, now), "limit": limit, **({"cursor": query.cursor} if query.cursor else {})}
+    return convert_fields(fields, SearchJobs)
+
+
+def convert_fields(fields: dict[str, Any], kind: type[T]) -> T:
+    """Make a struct of fields. Raise ApiException if one is out of its bounds."""
     try:
-        return msgspec.convert(fields, SearchJobs)
+        return msgspec.convert(fields, kind)
     except msgspec.ValidationError as error:
-        raise validation_error(str(error), SearchJobs) from None
+        raise validation_error(str(error), kind) from None
 
 
 def parse_time_field(name: str, text: str, now: int) -> int:

@@ -18,7 +18,14 @@ from msgspec.structs import replace
 from jobd.api.auditing import check_audit_filter
 from jobd.core.queries import lists_by_end
 from jobd.dashboard.context import Viewer, is_live_update, is_secure
-from jobd.dashboard.filters import JobsPageQuery, active_filters, filtered_url, parse_time_field, search_command
+from jobd.dashboard.filters import (
+    JobsPageQuery,
+    active_filters,
+    convert_fields,
+    filtered_url,
+    parse_time_field,
+    search_command,
+)
 from jobd.dashboard.job_actions import (
     JOB_ACTIONS,
     ActionTarget,
@@ -31,7 +38,6 @@ from jobd.dashboard.job_actions import (
 from jobd.dashboard.rendering import pretty_json
 from jobd.dashboard.urls import no_link_reason
 from jobd.http.auth import host_name
-from jobd.http.decoding import validation_error
 from jobd.model import commands, responses
 from jobd.model.commands import Command, JobCommand, WorkerState
 from jobd.model.errors import ApiException, api_error, checked
@@ -363,13 +369,10 @@ async def audit(viewer: Viewer, request: AuditPageQuery) -> PageData:
     try:
         if request.since.strip():
             fields["since"] = parse_time_field("since", request.since.strip(), viewer.now)
-        command = msgspec.convert(fields, commands.AuditLog)
+        command = convert_fields(fields, commands.AuditLog)
         check_audit_filter(command)
-    except (ApiException, msgspec.ValidationError) as exception:
-        known = (
-            exception if isinstance(exception, ApiException) else validation_error(str(exception), commands.AuditLog)
-        )
-        return {**data, "error": known.error.message, "status": known.error.status, "interval_s": 0}
+    except ApiException as exception:
+        return {**data, "error": exception.error.message, "status": exception.error.status, "interval_s": 0}
     page: responses.AuditPage
     [page] = await query(viewer, command)
     data["entries"] = page.entries

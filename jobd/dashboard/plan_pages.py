@@ -9,11 +9,10 @@ from urllib.parse import urlencode
 import msgspec
 
 from jobd.dashboard.context import Viewer, redirect_with_flash
-from jobd.dashboard.filters import JobFilter, search_fields
+from jobd.dashboard.filters import JobFilter, convert_fields, search_fields
 from jobd.dashboard.job_actions import JOB_ACTIONS
 from jobd.dashboard.pages import BULK_ACTIONS, PageData
 from jobd.dashboard.rendering import iso_time
-from jobd.http.decoding import validation_error
 from jobd.model.commands import (
     MAINTENANCE_ACTIONS,
     MAX_PLAN,
@@ -90,12 +89,8 @@ def _plan_command(viewer: Viewer, form: PlanForm) -> MakePlan:
                 "This failure group has no fingerprint, so its jobs cannot be found.",
                 field="$.error",
             )
-        try:
-            return MakePlan(
-                action=form.action, filter=msgspec.convert(search_fields(form, viewer.now), PlanFilter), reason=reason
-            )
-        except msgspec.ValidationError as error:
-            raise validation_error(str(error), PlanFilter) from None
+        selected = convert_fields(search_fields(form, viewer.now), PlanFilter)
+        return MakePlan(action=form.action, filter=selected, reason=reason)
     if not form.ids:
         raise api_error("invalid_request", "No job is selected. Select jobs, or choose all that match.", field="$.ids")
     return MakePlan(action=form.action, ids=form.ids, reason=reason)

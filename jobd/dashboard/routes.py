@@ -138,6 +138,10 @@ PAGES: Final = (
     PageSpec("/clock", NoFields, "clock", "Clock", maintenance.confirm_clock),
 )  # fmt: skip
 
+JOB_PAGE: Final = PageSpec(
+    "/jobs/{id}", JobCommand, "job", "Job", pages.open_job, subscription=lambda query: Subscription(job_id=query.id)
+)
+
 FORMS: Final[tuple[tuple[str, type[Command], HandleForm], ...]] = (
     ("/plans", plan_pages.PlanForm, plan_pages.create_plan),
     ("/plans/{plan_id}/apply", plan_pages.PlanIdForm, plan_pages.apply_plan),
@@ -199,10 +203,9 @@ class Dashboard:
     def _job_routes(self, path: str) -> tuple[Route, ...]:
         """Return the routes of one job under `path`."""
         page, form, public = self._page_route, self._form_route, self._public_route
-        job = PageSpec(path, JobCommand, "job", "Job", pages.open_job, subscription=_job_subscription)
         confirm = PageSpec(f"{path}/confirm", pages.ConfirmPageQuery, "confirm", "Confirm", pages.confirm, changes=True)
         return (
-            page(job),
+            page(replace(JOB_PAGE, path=path)),
             page(confirm),
             form(f"{path}/do", JobActionForm, self._run_action),
             public("GET", f"{path}/artifact", ArtifactRequest, self._artifact),
@@ -231,8 +234,7 @@ class Dashboard:
 
     def _page_route(self, spec: PageSpec) -> Route:
         """Return the route of a page for signed-in viewers."""
-        part = f"{spec.name}.live.html"
-        has_live_region = (TEMPLATES / part).is_file()
+        has_live_region = (TEMPLATES / f"{spec.name}.live.html").is_file()
 
         async def handle(app: App[Services], context: RequestContext, query: Any) -> Response:
             viewer = find_viewer(app, context, self.sessions)
@@ -252,13 +254,7 @@ class Dashboard:
             if data.pop("reload", False):
                 return Response(RawBody(HTML, b"", {**HEADERS, "HX-Refresh": "true"}))
             data |= await pages.banners(viewer)
-            page = {
-                "name": spec.name,
-                "title": spec.title,
-                "interval_s": spec.interval_s,
-                "events_url": live_url(subscription) if spec.has_stream else "",
-                "part": part,
-            }
+            page = _page_data(spec, subscription)
             template = "live.html" if has_live_region and is_live_update(context) else f"{spec.name}.html"
             return Response(await self._render(template, viewer, **{**page, **data}), status=status)
 
@@ -396,15 +392,8 @@ class Dashboard:
         """Show the job's page with the error of an action, unless the job was deleted."""
         viewer.app.error_counts[error.code] += 1
         data = {**await pages.job(viewer, job_id), **await pages.banners(viewer)}
-        page = {
-            "name": "job",
-            "title": "Job",
-            "interval_s": 2,
-            "part": "job.live.html",
-            "page_url": job_url(job_id),
-            "events_url": live_url(Subscription(job_id=job_id)),
-        }
-        return Response(await self._render("job.html", viewer, **data, **page, api_error=error), status=error.status)
+        page = {**_page_data(JOB_PAGE, Subscription(job_id=job_id)), "page_url": job_url(job_id), "api_error": error}
+        return Response(await self._render("job.html", viewer, **data, **page), status=error.status)
 
 
 def _data_route(path: str, query: type[Command], handler: Any, **options: Any) -> Route:
@@ -412,5 +401,12 @@ def _data_route(path: str, query: type[Command], handler: Any, **options: Any) -
     return Route(method="GET", path=path, request=query, response=bytes, auth="anyone", handler=handler, **options)
 
 
-def _job_subscription(query: JobCommand) -> Subscription:
-    return Subscription(job_id=query.id)
+def _page_data(spec: PageSpec, subscription: Subscription) -> PageData:
+    """Return what the templates of a page need in addition to its own data."""
+    return {
+        "name": spec.name,
+        "title": spec.title,
+        "interval_s": spec.interval_s,
+        "events_url": live_url(subscription) if spec.has_stream else "",
+        "part": f"{spec.name}.live.html",
+    }

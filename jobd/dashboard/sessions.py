@@ -110,9 +110,28 @@ class FailedSignIn(Struct, frozen=True):
     window: str
 
 
-class _FailureWindow(Struct):
+class SignInWindow(Struct):
+    """Failed sign-ins, sign-ins or sign-outs of one address in a limited time. `window` identifies them."""
+
     start_s: float
+    window: str
     count: int = 0
+    names: list[str] = msgspec.field(default_factory=list)  # the first MAX_NAMES that were given
+
+
+class _Windows(dict[str, SignInWindow]):
+    """The latest MAX_ADDRESSES windows by key, in the order of their start."""
+
+    def count(self, key: str, now_s: float, duration_s: float) -> SignInWindow:
+        """Return the current window of `key`, with this event counted."""
+        window = self.get(key)
+        if window is None or now_s - window.start_s >= duration_s:
+            self.pop(key, None)
+            self[key] = window = SignInWindow(now_s, f"{key} {now_s:.3f}")
+            while len(self) > MAX_ADDRESSES:
+                del self[next(iter(self))]
+        window.count += 1
+        return window
 
 
 class LoginThrottle:
@@ -123,35 +142,20 @@ class LoginThrottle:
 
     def __init__(self, clock_s: Callable[[], float]) -> None:
         self._clock_s = clock_s
-        self._windows: dict[str, _FailureWindow] = {}  # by address, in the order of their start
+        self._windows = _Windows()  # by address
         self._audited: deque[float] = deque(maxlen=MAX_AUDITED_FAILURES)
 
     def record_failure(self, address: str) -> FailedSignIn:
         """Count a failure. The first FREE_FAILURES of a window are audited, then numbers 16, 32, 64 and so on."""
         now_s = self._clock_s()
-        window = self._windows.get(address)
-        if window is None or now_s - window.start_s >= FAILURE_WINDOW_S:
-            self._windows.pop(address, None)
-            self._windows[address] = window = _FailureWindow(now_s)
-            while len(self._windows) > MAX_ADDRESSES:
-                del self._windows[next(iter(self._windows))]
-        window.count += 1
+        window = self._windows.count(address, now_s, FAILURE_WINDOW_S)
         is_audited = window.count <= FREE_FAILURES or window.count.bit_count() == 1
         if is_audited and len(self._audited) == MAX_AUDITED_FAILURES and now_s - self._audited[0] < FAILURE_WINDOW_S:
             is_audited = False
         if is_audited:
             self._audited.append(now_s)
         delay_s = FAILURE_DELAY_S if window.count > FREE_FAILURES else 0.0
-        return FailedSignIn(window.count, delay_s, is_audited, f"{address} {window.start_s:.3f}")
-
-
-class SignInWindow(Struct):
-    """Sign-ins, or sign-outs, of one address and permission within SIGN_IN_WINDOW_S. `window` identifies them."""
-
-    start_s: float
-    window: str
-    count: int = 0
-    names: list[str] = msgspec.field(default_factory=list)  # the first MAX_NAMES that were given
+        return FailedSignIn(window.count, delay_s, is_audited, window.window)
 
 
 class SignInLog:
@@ -159,18 +163,11 @@ class SignInLog:
 
     def __init__(self, clock_s: Callable[[], float]) -> None:
         self._clock_s = clock_s
-        self._windows: dict[str, SignInWindow] = {}  # in the order of their start
+        self._windows = _Windows()
 
     def record(self, what: str, access: Permission, address: str, name: str) -> SignInWindow:
         """Count a sign-in or sign-out, and return its window."""
-        now_s, key = self._clock_s(), f"{what} {access} {address}"
-        window = self._windows.get(key)
-        if window is None or now_s - window.start_s >= SIGN_IN_WINDOW_S:
-            self._windows.pop(key, None)
-            self._windows[key] = window = SignInWindow(now_s, f"{key} {now_s:.3f}")
-            while len(self._windows) > MAX_ADDRESSES:
-                del self._windows[next(iter(self._windows))]
-        window.count += 1
+        window = self._windows.count(f"{what} {access} {address}", self._clock_s(), SIGN_IN_WINDOW_S)
         if name not in window.names and len(window.names) < MAX_NAMES:
             window.names.append(name)
         return window
