@@ -8,69 +8,9 @@ from __future__ import annotations
 
 from typing import Final
 
-from jobd.model import responses
+from jobd.model import commands, requests, responses
 from jobd.model.api_call import EVENT_STREAM, ApiCall, CallGroup
-from jobd.model.commands import (
-    Adopt,
-    AuditLog,
-    Bulk,
-    Cancel,
-    Claim,
-    Complete,
-    Create,
-    Delete,
-    Export,
-    Extend,
-    ExtendLock,
-    Fail,
-    ForceFail,
-    ForceReset,
-    Get,
-    GetVersion,
-    Import,
-    ImportCheck,
-    LateResults,
-    ListJobs,
-    Locks,
-    MakePlan,
-    Pause,
-    PlanCommand,
-    Progress,
-    Queues,
-    Release,
-    ReleaseLock,
-    Resume,
-    RetryJob,
-    RunNow,
-    SearchJobs,
-    Start,
-    Stats,
-    TakeBack,
-    Timeline,
-    Transition,
-    Update,
-    Validate,
-    Why,
-    Workers,
-)
 from jobd.model.events import StreamedEvent
-from jobd.model.requests import (
-    ArtifactRequest,
-    BackupRequest,
-    DeliverAgain,
-    DeliverAllAgain,
-    Deliveries,
-    EventsRequest,
-    FailuresRequest,
-    NoFields,
-    Reports,
-    RowCheckRequest,
-    StepDown,
-    TestWebhook,
-    ValidateJob,
-    WithReason,
-)
-from jobd.model.responses import AdminLockView, JobPage, JobView, LockState, TransitionView
 
 ADMIN: Final = "/admin/job-management"
 FILE_TYPE: Final = "application/octet-stream"
@@ -84,47 +24,49 @@ RUN_MS: Final = 5 * 60_000  # a run over millions of jobs
 
 class JobRequests(CallGroup, tag="Jobs"):
     create = ApiCall(
-        Create,
-        JobView,
+        commands.Create,
+        responses.JobView,
         "POST",
         "/v1/jobs",
         key=True,
         status=201,
         other_statuses={200: "An earlier request with the same content created this job."},
     )
-    bulk = ApiCall(Bulk, responses.JobList, "POST", "/v1/jobs/bulk", key=True, status=201)
-    claim = ApiCall(Claim, responses.Grants, "POST", "/v1/claim", key=True)
-    complete = ApiCall(Complete, JobView, "POST", "/v1/jobs/{id}/complete")
+    bulk = ApiCall(commands.Bulk, responses.JobList, "POST", "/v1/jobs/bulk", key=True, status=201)
+    claim = ApiCall(commands.Claim, responses.Grants, "POST", "/v1/claim", key=True)
+    complete = ApiCall(commands.Complete, responses.JobView, "POST", "/v1/jobs/{id}/complete")
 
 
 class JobCalls(CallGroup, tag="Jobs"):
-    get_job = ApiCall(Get, JobView, "GET", "/v1/jobs/{id}")
-    list_jobs = ApiCall(ListJobs, JobPage, "GET", "/v1/jobs")
-    timeline = ApiCall(Timeline, responses.TimelineView, "GET", "/v1/jobs/{id}/timeline").then(lambda view: view.events)
-    why = ApiCall(Why, responses.WhyView, "GET", "/v1/jobs/{id}/why")
-    validate_job_state = ApiCall(Validate, responses.Validation, "GET", "/v1/jobs/{id}/validate")
-    start_processing = ApiCall(Start, responses.GrantView, "POST", "/v1/jobs/{id}/start", key=True)
-    update_progress = ApiCall(Progress, LockState, "POST", "/v1/jobs/{id}/progress")
-    extend_job_lock = ApiCall(Extend, LockState, "POST", "/v1/jobs/{id}/extend")
-    fail_job = ApiCall(Fail, JobView, "POST", "/v1/jobs/{id}/fail")
-    release_job = ApiCall(Release, JobView, "POST", "/v1/jobs/{id}/release")
-    cancel_job = ApiCall(Cancel, JobView, "POST", "/v1/jobs/{id}/cancel", key=True)
+    get_job = ApiCall(commands.Get, responses.JobView, "GET", "/v1/jobs/{id}")
+    list_jobs = ApiCall(commands.ListJobs, responses.JobPage, "GET", "/v1/jobs")
+    timeline = ApiCall(commands.Timeline, responses.TimelineView, "GET", "/v1/jobs/{id}/timeline").then(
+        lambda view: view.events
+    )
+    why = ApiCall(commands.Why, responses.WhyView, "GET", "/v1/jobs/{id}/why")
+    validate_job_state = ApiCall(commands.Validate, responses.Validation, "GET", "/v1/jobs/{id}/validate")
+    start_processing = ApiCall(commands.Start, responses.GrantView, "POST", "/v1/jobs/{id}/start", key=True)
+    update_progress = ApiCall(commands.Progress, responses.LockState, "POST", "/v1/jobs/{id}/progress")
+    extend_job_lock = ApiCall(commands.Extend, responses.LockState, "POST", "/v1/jobs/{id}/extend")
+    fail_job = ApiCall(commands.Fail, responses.JobView, "POST", "/v1/jobs/{id}/fail")
+    release_job = ApiCall(commands.Release, responses.JobView, "POST", "/v1/jobs/{id}/release")
+    cancel_job = ApiCall(commands.Cancel, responses.JobView, "POST", "/v1/jobs/{id}/cancel", key=True)
 
 
 class QueueCalls(CallGroup, tag="Queues and workers"):
-    queue_page = ApiCall(Queues, responses.QueueList, "GET", "/v1/queues")
+    queue_page = ApiCall(commands.Queues, responses.QueueList, "GET", "/v1/queues")
     queues = queue_page.then(lambda page: page.queues)
-    worker_page = ApiCall(Workers, responses.WorkerList, "GET", "/v1/workers")
+    worker_page = ApiCall(commands.Workers, responses.WorkerList, "GET", "/v1/workers")
     workers = worker_page.then(lambda page: page.workers)
 
 
 class EventRequests(CallGroup, tag="Events"):
-    events = ApiCall(EventsRequest, StreamedEvent, "GET", "/v1/events", content_type=EVENT_STREAM)
+    events = ApiCall(requests.EventsRequest, StreamedEvent, "GET", "/v1/events", content_type=EVENT_STREAM)
 
 
 class NodeCalls(CallGroup, tag="The daemon"):
     cluster = ApiCall(
-        NoFields,
+        requests.NoFields,
         responses.ClusterView,
         "GET",
         "/v1/cluster",
@@ -138,45 +80,49 @@ class NodeCalls(CallGroup, tag="The daemon"):
 
 
 class AdminJobRequests(CallGroup, tag="Jobs", base=ADMIN, auth="admin"):
-    transition = ApiCall(Transition, TransitionView, "POST", "/transition", key=True)
-    artifact = ApiCall(ArtifactRequest, bytes, "GET", "/jobs/{id}/artifact", content_type=FILE_TYPE, audited=True)
+    transition = ApiCall(commands.Transition, responses.TransitionView, "POST", "/transition", key=True)
+    artifact = ApiCall(
+        requests.ArtifactRequest, bytes, "GET", "/jobs/{id}/artifact", content_type=FILE_TYPE, audited=True
+    )
 
 
 class AdminJobCalls(CallGroup, tag="Jobs", base=ADMIN, auth="admin"):
-    validate_job = ApiCall(ValidateJob, responses.ValidateJobView, "GET", "/validate-job")
-    force_fail = ApiCall(ForceFail, TransitionView, "POST", "/force-fail", key=True)
-    force_reset = ApiCall(ForceReset, TransitionView, "POST", "/force-reset", key=True)
-    retry = ApiCall(RetryJob, TransitionView, "POST", "/retry", key=True)
-    extend_lock = ApiCall(ExtendLock, AdminLockView, "POST", "/extend-lock", key=True)
-    release_lock = ApiCall(ReleaseLock, AdminLockView, "POST", "/release-lock", key=True)
-    list_jobs = ApiCall(SearchJobs, JobPage, "GET", "/jobs")
-    get_job = ApiCall(GetVersion, JobView, "GET", "/jobs/{id}")
-    delete_job = ApiCall(Delete, JobView, "DELETE", "/jobs/{id}", key=True)
-    timeline = ApiCall(Timeline, responses.TimelineView, "GET", "/jobs/{id}/timeline").then(lambda view: view.events)
-    why = ApiCall(Why, responses.WhyView, "GET", "/jobs/{id}/why")
-    late_results = ApiCall(LateResults, responses.LateResultList, "GET", "/jobs/{id}/late-results").then(
+    validate_job = ApiCall(requests.ValidateJob, responses.ValidateJobView, "GET", "/validate-job")
+    force_fail = ApiCall(commands.ForceFail, responses.TransitionView, "POST", "/force-fail", key=True)
+    force_reset = ApiCall(commands.ForceReset, responses.TransitionView, "POST", "/force-reset", key=True)
+    retry = ApiCall(commands.RetryJob, responses.TransitionView, "POST", "/retry", key=True)
+    extend_lock = ApiCall(commands.ExtendLock, responses.AdminLockView, "POST", "/extend-lock", key=True)
+    release_lock = ApiCall(commands.ReleaseLock, responses.AdminLockView, "POST", "/release-lock", key=True)
+    list_jobs = ApiCall(commands.SearchJobs, responses.JobPage, "GET", "/jobs")
+    get_job = ApiCall(commands.GetVersion, responses.JobView, "GET", "/jobs/{id}")
+    delete_job = ApiCall(commands.Delete, responses.JobView, "DELETE", "/jobs/{id}", key=True)
+    timeline = ApiCall(commands.Timeline, responses.TimelineView, "GET", "/jobs/{id}/timeline").then(
+        lambda view: view.events
+    )
+    why = ApiCall(commands.Why, responses.WhyView, "GET", "/jobs/{id}/why")
+    late_results = ApiCall(commands.LateResults, responses.LateResultList, "GET", "/jobs/{id}/late-results").then(
         lambda view: view.late_results
     )
-    adopt = ApiCall(Adopt, JobView, "POST", "/jobs/{id}/adopt", key=True)
-    cancel_job = ApiCall(Cancel, JobView, "POST", "/jobs/{id}/cancel", key=True)
-    run_now = ApiCall(RunNow, JobView, "POST", "/jobs/{id}/run-now", key=True)
-    update_job = ApiCall(Update, JobView, "POST", "/jobs/{id}/update", key=True)
-    locks = ApiCall(Locks, responses.LockList, "GET", "/locks").then(lambda view: view.locks)
+    adopt = ApiCall(commands.Adopt, responses.JobView, "POST", "/jobs/{id}/adopt", key=True)
+    cancel_job = ApiCall(commands.Cancel, responses.JobView, "POST", "/jobs/{id}/cancel", key=True)
+    run_now = ApiCall(commands.RunNow, responses.JobView, "POST", "/jobs/{id}/run-now", key=True)
+    update_job = ApiCall(commands.Update, responses.JobView, "POST", "/jobs/{id}/update", key=True)
+    locks = ApiCall(commands.Locks, responses.LockList, "GET", "/locks").then(lambda view: view.locks)
 
 
 class ManyJobRequests(CallGroup, tag="Many jobs", base=ADMIN, auth="admin"):
-    import_jobs = ApiCall(Import, responses.ImportResult, "POST", "/import", body="lines", repeatable=False)
+    import_jobs = ApiCall(commands.Import, responses.ImportResult, "POST", "/import", body="lines", repeatable=False)
     preview_import = ApiCall(
-        ImportCheck, responses.ImportPreview, "POST", "/import/preview", body="lines", repeatable=False
+        commands.ImportCheck, responses.ImportPreview, "POST", "/import/preview", body="lines", repeatable=False
     )
-    export = ApiCall(Export, responses.ExportPage, "GET", "/export", audited=True)
-    plan = ApiCall(MakePlan, responses.PlanView, "POST", "/plans", run_ms=RUN_MS)
+    export = ApiCall(commands.Export, responses.ExportPage, "GET", "/export", audited=True)
+    plan = ApiCall(commands.MakePlan, responses.PlanView, "POST", "/plans", run_ms=RUN_MS)
 
 
 class ManyJobCalls(CallGroup, tag="Many jobs", base=ADMIN, auth="admin"):
-    failures = ApiCall(FailuresRequest, responses.FailuresView, "GET", "/failures")
+    failures = ApiCall(requests.FailuresRequest, responses.FailuresView, "GET", "/failures")
     preview = ApiCall(
-        NoFields,
+        requests.NoFields,
         responses.PreviewView,
         "GET",
         "/preview",
@@ -184,14 +130,14 @@ class ManyJobCalls(CallGroup, tag="Many jobs", base=ADMIN, auth="admin"):
         errors=("overloaded", "shutting_down", "outcome_unknown"),
     )
     get_plan = ApiCall(
-        PlanCommand,
+        commands.PlanCommand,
         responses.PlanView,
         "GET",
         "/plans/{plan_id}",
         summary="Get a plan, with its result if it was applied. Plans are kept for 15 min, applied plans for 12 h.",
     )
     apply_plan = ApiCall(
-        PlanCommand,
+        commands.PlanCommand,
         responses.PlanResult,
         "POST",
         "/plans/{plan_id}/apply",
@@ -201,39 +147,47 @@ class ManyJobCalls(CallGroup, tag="Many jobs", base=ADMIN, auth="admin"):
 
 
 class AdminQueueCalls(CallGroup, tag="Queues and workers", base=ADMIN, auth="admin"):
-    pause_queue = ApiCall(Pause, responses.PausedView, "POST", "/queues/{name}/pause", key=True)
-    resume_queue = ApiCall(Resume, responses.PausedView, "POST", "/queues/{name}/resume", key=True)
-    queue_page = ApiCall(Queues, responses.QueueList, "GET", "/queues")
+    pause_queue = ApiCall(commands.Pause, responses.PausedView, "POST", "/queues/{name}/pause", key=True)
+    resume_queue = ApiCall(commands.Resume, responses.PausedView, "POST", "/queues/{name}/resume", key=True)
+    queue_page = ApiCall(commands.Queues, responses.QueueList, "GET", "/queues")
     queues = queue_page.then(lambda page: page.queues)
-    worker_page = ApiCall(Workers, responses.WorkerList, "GET", "/workers")
+    worker_page = ApiCall(commands.Workers, responses.WorkerList, "GET", "/workers")
     workers = worker_page.then(lambda page: page.workers)
     # Without a dry run it is not repeated, because the worker is not silent any more.
     take_back = ApiCall(
-        TakeBack, responses.TakeBackView, "POST", "/workers/{name}/take-back", repeatable=False, run_ms=RUN_MS
+        commands.TakeBack, responses.TakeBackView, "POST", "/workers/{name}/take-back", repeatable=False, run_ms=RUN_MS
     )
 
 
 class AdminEventRequests(CallGroup, tag="Events", base=ADMIN, auth="admin"):
-    events = ApiCall(EventsRequest, StreamedEvent, "GET", "/events", content_type=EVENT_STREAM)
+    events = ApiCall(requests.EventsRequest, StreamedEvent, "GET", "/events", content_type=EVENT_STREAM)
 
 
 class AdminEventCalls(CallGroup, tag="Events", base=ADMIN, auth="admin"):
-    audit = ApiCall(AuditLog, responses.AuditPage, "GET", "/audit")
+    audit = ApiCall(commands.AuditLog, responses.AuditPage, "GET", "/audit")
     webhooks = ApiCall(
-        NoFields, responses.WebhookList, "GET", "/webhooks", summary="List the configured webhooks and their state."
+        requests.NoFields,
+        responses.WebhookList,
+        "GET",
+        "/webhooks",
+        summary="List the configured webhooks and their state.",
     ).then(lambda view: view.webhooks)
-    deliveries = ApiCall(Deliveries, responses.DeliveryPage, "GET", "/webhooks/{name}/deliveries")
-    deliver_again = ApiCall(DeliverAgain, responses.DeliveryView, "POST", "/webhooks/{name}/resend", repeatable=False)
+    deliveries = ApiCall(requests.Deliveries, responses.DeliveryPage, "GET", "/webhooks/{name}/deliveries")
+    deliver_again = ApiCall(
+        requests.DeliverAgain, responses.DeliveryView, "POST", "/webhooks/{name}/resend", repeatable=False
+    )
     deliver_all_again = ApiCall(
-        DeliverAllAgain, responses.Resent, "POST", "/webhooks/{name}/resend-dead-lettered", repeatable=False
+        requests.DeliverAllAgain, responses.Resent, "POST", "/webhooks/{name}/resend-dead-lettered", repeatable=False
     ).then(lambda view: view.resent)
-    test_webhook = ApiCall(TestWebhook, responses.DeliveryView, "POST", "/webhooks/{name}/test", repeatable=False)
+    test_webhook = ApiCall(
+        requests.TestWebhook, responses.DeliveryView, "POST", "/webhooks/{name}/test", repeatable=False
+    )
 
 
 class DaemonCalls(CallGroup, tag="The daemon", base=ADMIN, auth="admin"):
-    stats = ApiCall(Stats, responses.StatsView, "GET", "/stats")
+    stats = ApiCall(commands.Stats, responses.StatsView, "GET", "/stats")
     health = ApiCall(
-        NoFields,
+        requests.NoFields,
         responses.HealthView,
         "GET",
         "/health",
@@ -241,7 +195,7 @@ class DaemonCalls(CallGroup, tag="The daemon", base=ADMIN, auth="admin"):
         other_statuses={503: "A part is unhealthy; the same body says which."},
     )
     force_cleanup = ApiCall(
-        WithReason,
+        requests.WithReason,
         responses.CleanupReport,
         "POST",
         "/cleanup",
@@ -249,7 +203,7 @@ class DaemonCalls(CallGroup, tag="The daemon", base=ADMIN, auth="admin"):
         summary="Start a cleanup run, or wait for the one in progress, and return its report.",
     )
     cleanup_state = ApiCall(
-        NoFields,
+        requests.NoFields,
         responses.CleanupState,
         "GET",
         "/cleanup",
@@ -257,7 +211,7 @@ class DaemonCalls(CallGroup, tag="The daemon", base=ADMIN, auth="admin"):
     )
     # Not repeated, because the second request would find no stalled job.
     detect_and_recover_stuck_jobs = ApiCall(
-        WithReason,
+        requests.WithReason,
         responses.RecoverStuckView,
         "POST",
         "/recover-stuck",
@@ -265,19 +219,19 @@ class DaemonCalls(CallGroup, tag="The daemon", base=ADMIN, auth="admin"):
         run_ms=RUN_MS,
         summary="Recover the jobs that are stalled now.",
     )
-    reports = ApiCall(Reports, responses.ReportList, "GET", "/reports").then(lambda view: view.reports)
-    alerts = ApiCall(NoFields, responses.AlertList, "GET", "/alerts", summary="List all alerts, firing or not.").then(
-        lambda view: view.alerts
-    )
+    reports = ApiCall(requests.Reports, responses.ReportList, "GET", "/reports").then(lambda view: view.reports)
+    alerts = ApiCall(
+        requests.NoFields, responses.AlertList, "GET", "/alerts", summary="List all alerts, firing or not."
+    ).then(lambda view: view.alerts)
     clock = ApiCall(
-        NoFields,
+        requests.NoFields,
         responses.ClockView,
         "GET",
         "/clock",
         summary="Return the time of the daemon's clock, and whether the clock is suspect.",
     )
     accept_clock = ApiCall(
-        WithReason,
+        requests.WithReason,
         responses.ClockView,
         "POST",
         "/clock/accept",
@@ -285,7 +239,7 @@ class DaemonCalls(CallGroup, tag="The daemon", base=ADMIN, auth="admin"):
     )
     # Not repeated, because the second request would reach the next leader.
     step_down = ApiCall(
-        StepDown,
+        requests.StepDown,
         responses.ClusterView,
         "POST",
         "/cluster/step-down",
@@ -297,9 +251,9 @@ class DaemonCalls(CallGroup, tag="The daemon", base=ADMIN, auth="admin"):
 
 
 class AdminNodeCalls(CallGroup, tag="The daemon", auth="admin"):
-    cluster = ApiCall(NoFields, responses.ClusterView, "GET", "/v1/cluster", **NodeCalls.cluster.options)
+    cluster = ApiCall(requests.NoFields, responses.ClusterView, "GET", "/v1/cluster", **NodeCalls.cluster.options)
     metrics = ApiCall(
-        NoFields,
+        requests.NoFields,
         str,
         "GET",
         "/metrics",
@@ -310,16 +264,20 @@ class AdminNodeCalls(CallGroup, tag="The daemon", auth="admin"):
 
 
 class StoreRequests(CallGroup, tag="The store", base=ADMIN, auth="admin"):
-    backup = ApiCall(BackupRequest, bytes, "GET", "/backup", content_type=DATABASE_TYPE, secret=True)
+    backup = ApiCall(requests.BackupRequest, bytes, "GET", "/backup", content_type=DATABASE_TYPE, secret=True)
 
 
 class StoreCalls(CallGroup, tag="The store", base=ADMIN, auth="admin"):
     quarantine = ApiCall(
-        NoFields, responses.QuarantineList, "GET", "/quarantine", summary="List the damaged jobs in quarantine."
+        requests.NoFields,
+        responses.QuarantineList,
+        "GET",
+        "/quarantine",
+        summary="List the damaged jobs in quarantine.",
     ).then(lambda view: view.jobs)
-    check_rows = ApiCall(RowCheckRequest, responses.CheckedRows, "GET", "/check-rows")
+    check_rows = ApiCall(requests.RowCheckRequest, responses.CheckedRows, "GET", "/check-rows")
     backups = ApiCall(
-        NoFields,
+        requests.NoFields,
         responses.BackupList,
         "GET",
         "/backups",

@@ -170,6 +170,12 @@ class Bulk(Command, frozen=True, kw_only=True):
         return len(self.jobs)
 
 
+class Read(Command, frozen=True):
+    """A command that changes nothing."""
+
+    admission = "read"
+
+
 class JobCommand(Command, frozen=True):
     """A command on one job. Over HTTP the path gives its id.
 
@@ -189,40 +195,34 @@ class JobCommand(Command, frozen=True):
         return [self.id]
 
 
-class Get(JobCommand, frozen=True, kw_only=True):
+class JobRead(JobCommand, Read, frozen=True):
+    """A read of one job."""
+
+
+class Get(JobRead, frozen=True, kw_only=True):
     """Get one job."""
 
-    admission = "read"
 
-
-class Timeline(JobCommand, frozen=True, kw_only=True):
+class Timeline(JobRead, frozen=True, kw_only=True):
     """List the events of a job, oldest first. With `limit`, only the latest ones."""
-
-    admission = "read"
 
     limit: Annotated[int, Meta(ge=1, le=MAX_EVENTS, description="Maximum number of events.")] | None = None
 
 
-class Why(JobCommand, frozen=True, kw_only=True):
+class Why(JobRead, frozen=True, kw_only=True):
     """Explain why a job is in its state and what happens next."""
 
-    admission = "read"
 
-
-class Validate(JobCommand, frozen=True, kw_only=True):
+class Validate(JobRead, frozen=True, kw_only=True):
     """List the issues in the record of a job."""
 
-    admission = "read"
 
-
-class ListJobs(Command, frozen=True, kw_only=True):
+class ListJobs(Read, frozen=True, kw_only=True):
     """List jobs, newest first. With a finished status, the latest to end is first.
 
     A page may be short; `looked_to_at` then says how far jobs were read. The last page has no `next_cursor`. `worker`
     matches the worker of the latest grant, which holds the job or was the last to hold it.
     """
-
-    admission = "read"
 
     status: StatusFilter | None = None
     queue: QueueFilter | None = None
@@ -416,14 +416,12 @@ STREAMED_COMMANDS: Final[dict[str, type[Command]]] = {
 }
 
 
-class Queues(Command, frozen=True, kw_only=True):
+class Queues(Read, frozen=True, kw_only=True):
     """List the queues that have jobs or are paused, with their counts, oldest due job and pause.
 
     Pages are ordered by name and have up to 200 queues. With `busiest` there is one page: the queues with the most
     queued and processing jobs.
     """
-
-    admission = "read"
 
     limit: PageLimit = MAX_PAGE
     cursor: Annotated[QueueName | None, Meta(description="The `next_cursor` of the previous page.")] = None
@@ -439,13 +437,11 @@ class Queues(Command, frozen=True, kw_only=True):
 WorkerState = Literal["busy", "idle", "silent", "gone"]
 
 
-class Workers(Command, frozen=True, kw_only=True):
+class Workers(Read, frozen=True, kw_only=True):
     """List workers with their state, latest claim and jobs, most recently seen first.
 
     Workers that are gone are listed only with `state=gone`.
     """
-
-    admission = "read"
 
     limit: PageLimit = MAX_PAGE
     cursor: Annotated[WorkerCursor | None, Meta(description="The `next_cursor` of the previous page.")] = None
@@ -590,16 +586,12 @@ class Update(JobCommand, frozen=True, kw_only=True):
     dry_run: DryRun = False
 
 
-class GetVersion(JobCommand, frozen=True, kw_only=True):
+class GetVersion(JobRead, frozen=True, kw_only=True):
     """Get one job with its `version`, which an action on it can require in the header `If-Match`."""
 
-    admission = "read"
 
-
-class LateResults(JobCommand, frozen=True, kw_only=True):
+class LateResults(JobRead, frozen=True, kw_only=True):
     """List the results that workers submitted for this job after their lock was lost, oldest grant first."""
-
-    admission = "read"
 
 
 class Adopt(JobCommand, frozen=True):
@@ -718,10 +710,8 @@ class ImportCheck(Import, frozen=True, kw_only=True):
     dry_run: ClassVar[bool] = True
 
 
-class Export(Command, frozen=True, kw_only=True):
+class Export(Read, frozen=True, kw_only=True):
     """List jobs, oldest first, in the form that an import takes."""
-
-    admission = "read"
 
     status: StatusFilter | None = None
     queue: QueueFilter | None = None
@@ -730,13 +720,11 @@ class Export(Command, frozen=True, kw_only=True):
     cursor: Cursor | None = None
 
 
-class AuditLog(Command, frozen=True, kw_only=True):
+class AuditLog(Read, frozen=True, kw_only=True):
     """List audit entries, newest first: changes and rejected requests of operators.
 
     A page may be short. The last page has no `next_cursor`.
     """
-
-    admission = "read"
 
     who: Annotated[OperatorName | None, Meta(description="Only entries of this operator.")] = None
     what: (
@@ -837,25 +825,20 @@ class ApplyEndings(ApplyPlan, frozen=True, kw_only=True):
     admission = "ending"
 
 
-class Preview(Command, frozen=True, kw_only=True):
+class Preview(Read, frozen=True, kw_only=True):
     """Return what recovery and expiry would do now, up to `limit` jobs of each. Changes nothing."""
 
-    admission = "read"
     dry_run: ClassVar[bool] = True
 
     limit: int
 
 
-class Stats(Command, frozen=True, kw_only=True):
+class Stats(Read, frozen=True, kw_only=True):
     """Count jobs and locks, and show the oldest processing job. `averageProcessingTime` and `age` are in seconds."""
 
-    admission = "read"
 
-
-class Locks(Command, frozen=True, kw_only=True):
+class Locks(Read, frozen=True, kw_only=True):
     """List the current grants, oldest first: all of them, or a page."""
-
-    admission = "read"
 
     limit: Annotated[int, Meta(ge=1, le=MAX_PAGE, description="Maximum number of grants. Default: all.")] | None = None
     cursor: Cursor | None = None
