@@ -12,7 +12,7 @@ from typing import Annotated, Any, Final, Literal
 
 import msgspec
 import structlog
-from msgspec import Meta, Struct
+from msgspec import Struct
 
 from jobd.api.services import Services
 from jobd.engine.envelope import Envelope
@@ -27,6 +27,7 @@ from jobd.http.worker_request import WorkerRequest
 from jobd.model.api_call import LINES
 from jobd.model.commands import STREAMED_COMMANDS, Command, IdempotencyKey
 from jobd.model.errors import ApiError, ApiException, invalid_request_error, too_large_error
+from jobd.model.fields import doc
 from jobd.model.responses import Response
 
 AHEAD_WEIGHT: Final = 256  # of the pending commands of one stream; a bulk or claim weighs as much as its jobs
@@ -36,8 +37,8 @@ TURN_LINES: Final = 64  # lines read before other tasks run
 
 log = structlog.get_logger("jobd.web")
 
-OP_TEXT: Final = Meta(description="The call that the line stands for.")
-KEY_TEXT: Final = Meta(description="Like the header `Idempotency-Key`. For create, bulk, start, claim and cancel.")
+OP_TEXT: Final = doc("The call that the line stands for.")
+KEY_TEXT: Final = doc("Like the header `Idempotency-Key`. For create, bulk, start, claim and cancel.")
 
 
 class StreamedCommand(Command, frozen=True, kw_only=True):
@@ -48,20 +49,20 @@ class StreamedCommand(Command, frozen=True, kw_only=True):
     """
 
     op: Annotated[str, OP_TEXT]
-    id: Annotated[str | None, Meta(description="Id of the job.")] = None
+    id: Annotated[str | None, doc("Id of the job.")] = None
     idempotency_key: Annotated[str | None, KEY_TEXT] = None
 
 
 class StreamedResponse(Struct, frozen=True, omit_defaults=True):
     """The response to a line: the response of its call, with the HTTP status."""
 
-    success: Annotated[bool, Meta(description="Whether the command succeeded.")]
-    status: Annotated[int, Meta(description="The HTTP status that the call would have.")]
-    data: Annotated[Any, Meta(description="The data of the response.")] = None
-    replayed: Annotated[bool, Meta(description="Present, and true, if a stored response was returned.")] = False
-    error: Annotated[str, Meta(description="The error code.")] = ""
-    message: Annotated[str, Meta(description="A human-readable message.")] = ""
-    details: Annotated[dict[str, Any], Meta(description="Machine-readable details of the error.")] = {}
+    success: Annotated[bool, doc("Whether the command succeeded.")]
+    status: Annotated[int, doc("The HTTP status that the call would have.")]
+    data: Annotated[Any, doc("The data of the response.")] = None
+    replayed: Annotated[bool, doc("Present, and true, if a stored response was returned.")] = False
+    error: Annotated[str, doc("The error code.")] = ""
+    message: Annotated[str, doc("A human-readable message.")] = ""
+    details: Annotated[dict[str, Any], doc("Machine-readable details of the error.")] = {}
 
 
 class _LineKind(Struct, frozen=True):

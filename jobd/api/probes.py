@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated, Final, Literal, Protocol
 
-from msgspec import UNSET, Meta, Struct, UnsetType
+from msgspec import UNSET, Struct, UnsetType
 
 from jobd.http.app import App
 from jobd.http.request import RequestContext
 from jobd.http.routing import Route, RouteHandler
+from jobd.model.fields import doc
 from jobd.model.requests import NoFields
 from jobd.model.responses import ClusterView, Response
 
@@ -16,10 +17,9 @@ from jobd.model.responses import ClusterView, Response
 class Probe(Struct, frozen=True):
     """The result of a probe. A standby also names the leader."""
 
-    status: Annotated[Literal["ok", "unavailable", "standby"], Meta(description="Whether the probe succeeded.")]
+    status: Annotated[Literal["ok", "unavailable", "standby"], doc("Whether the probe succeeded.")]
     leader: Annotated[
-        str | None | UnsetType,
-        Meta(description="URL of the leader, if the node is a standby; null if it knows of none."),
+        str | None | UnsetType, doc("URL of the leader, if the node is a standby; null if it knows of none.")
     ] = UNSET
 
 

@@ -10,10 +10,11 @@ from http import HTTPStatus
 from typing import Annotated, Any, Final, Literal, Protocol
 
 import msgspec
-from msgspec import Meta, Struct
+from msgspec import Struct
 
 from jobd.model.api_call import JSON
 from jobd.model.errors import ApiError
+from jobd.model.fields import doc
 from jobd.model.responses import Response
 
 RETRY_AFTER_S: Final = 1
@@ -58,10 +59,10 @@ class _SuccessBody(Struct, frozen=True, gc=False):
 class ErrorBody(Struct, frozen=True):
     """An error response."""
 
-    error: Annotated[str, Meta(description="The error code.")]
-    message: Annotated[str, Meta(description="A human-readable message.")]
-    details: Annotated[dict[str, Any], Meta(description="Machine-readable details of the error.")]
-    success: Annotated[bool, Meta(description="Whether the request succeeded.")] = False
+    error: Annotated[str, doc("The error code.")]
+    message: Annotated[str, doc("A human-readable message.")]
+    details: Annotated[dict[str, Any], doc("Machine-readable details of the error.")]
+    success: Annotated[bool, doc("Whether the request succeeded.")] = False
 
 
 class LineError(ErrorBody, frozen=True, kw_only=True):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Final, Literal, get_args
 
-from msgspec import UNSET, Meta, Raw, Struct, UnsetType, field
+from msgspec import UNSET, Raw, Struct, UnsetType, field
 
 from jobd.model.clocks import LockMs
 from jobd.model.fields import (
@@ -65,6 +65,7 @@ from jobd.model.fields import (
     WorkerCursor,
     WorkerFilter,
     WorkerName,
+    doc,
 )
 from jobd.model.job import Backoff, OnStall, Status
 
@@ -118,15 +119,15 @@ class NewJob(Command, frozen=True, kw_only=True):
 
     admission = "create"
 
-    id: Annotated[NewJobId | None, Meta(description="Id of the job. Default: a new UUIDv7.")] = None
+    id: Annotated[NewJobId | None, doc("Id of the job. Default: a new UUIDv7.")] = None
     queue: NewQueueName = "default"
     kind: Kind = ""
     payload: Payload = Raw(b"null")
     priority: Priority = 0
     max_attempts: MaxAttempts = 1
-    backoff: Annotated[Backoff, Meta(description="Wait between a failed attempt and the next one.")] = Backoff()
+    backoff: Annotated[Backoff, doc("Wait between a failed attempt and the next one.")] = Backoff()
     max_stalls: MaxStalls | None = None
-    on_stall: Annotated[OnStall | None, Meta(description="What happens to the job when it stalls.")] = None
+    on_stall: Annotated[OnStall | None, doc("What happens to the job when it stalls.")] = None
     stall_after_ms: StallAfterMs | None = None
     progress_timeout_ms: ProgressTimeoutMs | None = None
     run_at: DueAt | None = None
@@ -141,14 +142,10 @@ class Create(NewJob, frozen=True, kw_only=True):
     errors = ("job_exists", "job_quarantined", "too_many_jobs", "too_many_queues")
     needs_payload = True
 
-    delay_ms: Annotated[DelayMs | None, Meta(description="Time from now until the job is due, in ms.")] = None
-    expires_at: Annotated[
-        UnixMs | None, Meta(description="If the job is still queued at this time (Unix ms), it fails.")
-    ] = None
+    delay_ms: Annotated[DelayMs | None, doc("Time from now until the job is due, in ms.")] = None
+    expires_at: Annotated[UnixMs | None, doc("If the job is still queued at this time (Unix ms), it fails.")] = None
     # A field without a value is not part of the hash of a request, so the hashes on disk do not change.
-    expires_in_ms: Annotated[ExpiresInMs | UnsetType, Meta(description="Time from now until `expires_at`, in ms.")] = (
-        UNSET
-    )
+    expires_in_ms: Annotated[ExpiresInMs | UnsetType, doc("Time from now until `expires_at`, in ms.")] = UNSET
 
     def job_ids(self) -> list[str]:
         return [] if self.id is None else [self.id]
@@ -161,7 +158,7 @@ class Bulk(Command, frozen=True, kw_only=True):
     errors = Create.errors
     needs_payload = True
 
-    jobs: Annotated[list[Create], Meta(min_length=1, description="The jobs to create.")]
+    jobs: Annotated[list[Create], doc("The jobs to create.", min_length=1)]
 
     def job_ids(self) -> list[str]:
         return [job.id for job in self.jobs if job.id is not None]
@@ -206,7 +203,7 @@ class Get(JobRead, frozen=True, kw_only=True):
 class Timeline(JobRead, frozen=True, kw_only=True):
     """List the events of a job, oldest first. With `limit`, only the latest ones."""
 
-    limit: Annotated[int, Meta(ge=1, le=MAX_EVENTS, description="Maximum number of events.")] | None = None
+    limit: Annotated[int, doc("Maximum number of events.", ge=1, le=MAX_EVENTS)] | None = None
 
 
 class Why(JobRead, frozen=True, kw_only=True):
@@ -251,24 +248,13 @@ class About(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True,
     """A worker's description of itself, for display only. The bounds keep it below 1 KiB."""
 
     instance: (
-        Annotated[
-            str,
-            Meta(
-                pattern=PRINTABLE, max_length=200, description="Distinguishes the worker from others of the same name."
-            ),
-        ]
+        Annotated[str, doc("Distinguishes the worker from others of the same name.", pattern=PRINTABLE, max_length=200)]
         | None
     ) = None
-    host: Annotated[str, Meta(pattern=PRINTABLE, max_length=253, description="The machine of the worker.")] | None = (
-        None
-    )
-    pid: Annotated[int, Meta(ge=1, le=2**32 - 1, description="The process id of the worker.")] | None = None
-    version: (
-        Annotated[str, Meta(pattern=PRINTABLE, max_length=100, description="The version of the worker.")] | None
-    ) = None
-    concurrency: (
-        Annotated[int, Meta(ge=1, le=100_000, description="How many jobs the worker runs at the same time.")] | None
-    ) = None
+    host: Annotated[str, doc("The machine of the worker.", pattern=PRINTABLE, max_length=253)] | None = None
+    pid: Annotated[int, doc("The process id of the worker.", ge=1, le=2**32 - 1)] | None = None
+    version: Annotated[str, doc("The version of the worker.", pattern=PRINTABLE, max_length=100)] | None = None
+    concurrency: Annotated[int, doc("How many jobs the worker runs at the same time.", ge=1, le=100_000)] | None = None
 
 
 class _StartByWorker(JobCommand, frozen=True):
@@ -288,7 +274,7 @@ class Start(_StartByWorker, frozen=True, kw_only=True):
     lock_ttl_ms: LockTtlMs | None = None
     stall_after_ms: GrantStallAfterMs | None = None
     progress_timeout_ms: GrantProgressTimeoutMs | None = None
-    about: Annotated[About | None, Meta(description="The worker's description of itself, for display only.")] = None
+    about: Annotated[About | None, doc("The worker's description of itself, for display only.")] = None
 
 
 class Claim(Command, frozen=True, kw_only=True):
@@ -298,22 +284,19 @@ class Claim(Command, frozen=True, kw_only=True):
     can_wait = True
 
     worker: WorkerName
-    queues: Annotated[
-        list[QueueName], Meta(min_length=1, max_length=MAX_NAMES, description="Only jobs of these queues.")
-    ] = field(default_factory=["default"].copy)
+    queues: Annotated[list[QueueName], doc("Only jobs of these queues.", min_length=1, max_length=MAX_NAMES)] = field(
+        default_factory=["default"].copy
+    )
     kinds: (
-        Annotated[
-            list[Kind],
-            Meta(min_length=1, max_length=MAX_NAMES, description="Only jobs of these kinds. Default: all kinds."),
-        ]
+        Annotated[list[Kind], doc("Only jobs of these kinds. Default: all kinds.", min_length=1, max_length=MAX_NAMES)]
         | None
     ) = None
-    limit: Annotated[int, Meta(ge=1, le=MAX_CLAIM, description="Maximum number of jobs, or 8 MiB of payloads.")] = 1
-    wait_ms: Annotated[int, Meta(ge=0, le=MAX_WAIT_MS, description="How long to wait for a job, in ms.")] = 0
+    limit: Annotated[int, doc("Maximum number of jobs, or 8 MiB of payloads.", ge=1, le=MAX_CLAIM)] = 1
+    wait_ms: Annotated[int, doc("How long to wait for a job, in ms.", ge=0, le=MAX_WAIT_MS)] = 0
     lock_ttl_ms: LockTtlMs | None = None
     stall_after_ms: GrantStallAfterMs | None = None
     progress_timeout_ms: GrantProgressTimeoutMs | None = None
-    about: Annotated[About | None, Meta(description="The worker's description of itself, for display only.")] = None
+    about: Annotated[About | None, doc("The worker's description of itself, for display only.")] = None
 
     def sender(self) -> str | None:
         return f"worker:{self.worker}"
@@ -337,9 +320,9 @@ class Progress(HolderCommand, frozen=True, kw_only=True):
     errors = ("lock_lost", "invalid_transition", "progress_timeout")
 
     progress: Percent
-    message: Annotated[
-        Text | None, Meta(description="A human-readable message. Without one, the previous message is cleared.")
-    ] = None
+    message: Annotated[Text | None, doc("A human-readable message. Without one, the previous message is cleared.")] = (
+        None
+    )
 
 
 class Extend(HolderCommand, frozen=True, kw_only=True):
@@ -361,7 +344,7 @@ class Complete(HolderCommand, frozen=True, kw_only=True):
     file_path: FilePath | None = None
     storage_key: StorageKey | None = None
     metadata: Metadata = None
-    expires_at: Annotated[UnixMs | None, Meta(description="When the completed job is deleted, in Unix ms.")] = None
+    expires_at: Annotated[UnixMs | None, doc("When the completed job is deleted, in Unix ms.")] = None
 
 
 class Fail(HolderCommand, frozen=True, kw_only=True):
@@ -372,10 +355,8 @@ class Fail(HolderCommand, frozen=True, kw_only=True):
 
     error_message: ErrorMessage
     error_code: FailureCode | None = None
-    retry: Annotated[bool, Meta(description="Whether the job may be tried again.")] = True
-    retry_after_ms: Annotated[
-        DelayMs | None, Meta(description="Time until the next attempt, in ms, instead of the backoff.")
-    ] = None
+    retry: Annotated[bool, doc("Whether the job may be tried again.")] = True
+    retry_after_ms: Annotated[DelayMs | None, doc("Time until the next attempt, in ms, instead of the backoff.")] = None
 
 
 class Release(HolderCommand, frozen=True, kw_only=True):
@@ -389,8 +370,8 @@ class Release(HolderCommand, frozen=True, kw_only=True):
 
     delay_ms: Annotated[
         DelayMs | None,
-        Meta(
-            description="Time from now until the job is due, in ms. Default: 0; from the 5th release in a row without "
+        doc(
+            "Time from now until the job is due, in ms. Default: 0; from the 5th release in a row without "
             "progress on, a growing delay. A release with 1000 or more is not counted."
         ),
     ] = None
@@ -424,13 +405,10 @@ class Queues(Read, frozen=True, kw_only=True):
     """
 
     limit: PageLimit = MAX_PAGE
-    cursor: Annotated[QueueName | None, Meta(description="The `next_cursor` of the previous page.")] = None
-    paused: Annotated[bool | None, Meta(description="Only queues that are paused, or only those that are not.")] = None
+    cursor: Annotated[QueueName | None, doc("The `next_cursor` of the previous page.")] = None
+    paused: Annotated[bool | None, doc("Only queues that are paused, or only those that are not.")] = None
     busiest: Annotated[
-        bool,
-        Meta(
-            description="Order by the number of queued and processing jobs instead of by name. There is no next page."
-        ),
+        bool, doc("Order by the number of queued and processing jobs instead of by name. There is no next page.")
     ] = False
 
 
@@ -444,11 +422,11 @@ class Workers(Read, frozen=True, kw_only=True):
     """
 
     limit: PageLimit = MAX_PAGE
-    cursor: Annotated[WorkerCursor | None, Meta(description="The `next_cursor` of the previous page.")] = None
+    cursor: Annotated[WorkerCursor | None, doc("The `next_cursor` of the previous page.")] = None
     state: Annotated[
         WorkerState | None,
-        Meta(
-            description="Only workers in this state: `busy`, `idle`, `silent` (it holds a job whose lock has expired) "
+        doc(
+            "Only workers in this state: `busy`, `idle`, `silent` (it holds a job whose lock has expired) "
             "or `gone`. Default: all but `gone`."
         ),
     ] = None
@@ -524,11 +502,11 @@ class Transition(NamedJobCommand, frozen=True, kw_only=True):
     audit_name = "transition"
     errors = ("invalid_transition",)
 
-    from_: Annotated[Status, Meta(description="The expected status of the job.")] = field(name="from")
-    to: Annotated[Status, Meta(description="The new status.")]
-    updates: Annotated[
-        Updates, Meta(description="Fields to set together with the status. Omitted fields stay unchanged.")
-    ] = Updates()
+    from_: Annotated[Status, doc("The expected status of the job.")] = field(name="from")
+    to: Annotated[Status, doc("The new status.")]
+    updates: Annotated[Updates, doc("Fields to set together with the status. Omitted fields stay unchanged.")] = (
+        Updates()
+    )
     reason: Reason | None = None
     dry_run: DryRun = False
 
@@ -603,10 +581,7 @@ class Adopt(JobCommand, frozen=True):
     allowed_from = ("queued", "failed", "cancelled")
     leads_to = "completed"
 
-    result: (
-        Annotated[int, Meta(ge=1, description="The `seq` of the late result. Default: that of the latest grant.")]
-        | None
-    ) = None
+    result: Annotated[int, doc("The `seq` of the late result. Default: that of the latest grant.", ge=1)] | None = None
     reason: Reason | None = None
     dry_run: DryRun = False
 
@@ -636,7 +611,7 @@ class Pause(Command, frozen=True):
 
     name: QueueName
     reason: Reason | None = None
-    until: Annotated[UnixMs | None, Meta(description="When the daemon resumes the queue, in Unix ms.")] = None
+    until: Annotated[UnixMs | None, doc("When the daemon resumes the queue, in Unix ms.")] = None
 
 
 class Resume(Command, frozen=True):
@@ -675,27 +650,26 @@ class Import(NewJob, frozen=True, kw_only=True):
     errors: ClassVar[tuple[str, ...]] = ("too_many_jobs", "too_many_queues")
 
     id: NewJobId
-    status: Annotated[Status, Meta(description="Status of the job.")] = "queued"
+    status: Annotated[Status, doc("Status of the job.")] = "queued"
     progress: Percent | None = None
-    progress_message: Annotated[Text | None, Meta(description="The latest message of the worker.")] = None
-    attempt: Annotated[Count, Meta(description="Attempts used.")] = 0
-    stalls: Annotated[Count, Meta(description="Number of times the job has stalled.")] = 0
-    created_at: Annotated[UnixMs | None, Meta(description="When the job was created, in Unix ms.")] = None
-    updated_at: Annotated[UnixMs | None, Meta(description="When the job last changed, in Unix ms.")] = None
-    started_at: Annotated[UnixMs | None, Meta(description="When the job was last granted, in Unix ms.")] = None
+    progress_message: Annotated[Text | None, doc("The latest message of the worker.")] = None
+    attempt: Annotated[Count, doc("Attempts used.")] = 0
+    stalls: Annotated[Count, doc("Number of times the job has stalled.")] = 0
+    created_at: Annotated[UnixMs | None, doc("When the job was created, in Unix ms.")] = None
+    updated_at: Annotated[UnixMs | None, doc("When the job last changed, in Unix ms.")] = None
+    started_at: Annotated[UnixMs | None, doc("When the job was last granted, in Unix ms.")] = None
     finished_at: Annotated[
-        UnixMs | None, Meta(description="When the job was finished, in Unix ms. Ignored for an unfinished job.")
+        UnixMs | None, doc("When the job was finished, in Unix ms. Ignored for an unfinished job.")
     ] = None
     expires_at: Annotated[
-        UnixMs | None,
-        Meta(description="When a finished job is deleted, or a job that is still queued fails, in Unix ms."),
+        UnixMs | None, doc("When a finished job is deleted, or a job that is still queued fails, in Unix ms.")
     ] = None
     worker: WorkerName | None = None
     download_url: DownloadUrl | None = None
     file_path: FilePath | None = None
     storage_key: StorageKey | None = None
     metadata: Metadata = None
-    error_message: Annotated[Text | None, Meta(description="A human-readable error message.")] = None
+    error_message: Annotated[Text | None, doc("A human-readable error message.")] = None
     error_code: FailureCode | None = None
 
     def job_ids(self) -> list[str]:
@@ -726,15 +700,12 @@ class AuditLog(Read, frozen=True, kw_only=True):
     A page may be short. The last page has no `next_cursor`.
     """
 
-    who: Annotated[OperatorName | None, Meta(description="Only entries of this operator.")] = None
+    who: Annotated[OperatorName | None, doc("Only entries of this operator.")] = None
     what: (
-        Annotated[
-            str, Meta(min_length=1, max_length=40, description="Only entries of this action, such as `force-fail`.")
-        ]
-        | None
+        Annotated[str, doc("Only entries of this action, such as `force-fail`.", min_length=1, max_length=40)] | None
     ) = None
-    job_id: Annotated[JobId | None, Meta(description="Only entries about this job, and plans that changed it.")] = None
-    since: Annotated[MomentMs | None, Meta(description="Only entries from this time on, in Unix ms.")] = None
+    job_id: Annotated[JobId | None, doc("Only entries about this job, and plans that changed it.")] = None
+    since: Annotated[MomentMs | None, doc("Only entries from this time on, in Unix ms.")] = None
     limit: PageLimit = 50
     cursor: Cursor | None = None
 
@@ -776,12 +747,10 @@ class MakePlan(Command, frozen=True, kw_only=True):
     actions `recover-stuck` and `cleanup` take no `filter`, `ids` or `cursor`, because the daemon selects the jobs.
     """
 
-    action: Annotated[PlanAction, Meta(description="The action on each job.")]
-    filter: Annotated[PlanFilter | None, Meta(description="Only jobs that match these filters.")] = None
-    cursor: Annotated[PlanCursor | None, Meta(description="The `next_cursor` of the previous plan.")] = None
-    ids: (
-        Annotated[list[JobId], Meta(min_length=1, max_length=MAX_PLAN, description="Only jobs with these ids.")] | None
-    ) = None
+    action: Annotated[PlanAction, doc("The action on each job.")]
+    filter: Annotated[PlanFilter | None, doc("Only jobs that match these filters.")] = None
+    cursor: Annotated[PlanCursor | None, doc("The `next_cursor` of the previous plan.")] = None
+    ids: Annotated[list[JobId], doc("Only jobs with these ids.", min_length=1, max_length=MAX_PLAN)] | None = None
     reason: Reason | None = None
 
 
@@ -790,7 +759,7 @@ class PlanCommand(Command, frozen=True):
 
     errors = ("plan_not_found",)
 
-    plan_id: Annotated[JobId, Meta(description="Id of the plan.")]
+    plan_id: Annotated[JobId, doc("Id of the plan.")]
 
 
 class ExpectedVersion(Struct, frozen=True, gc=False):
@@ -840,7 +809,7 @@ class Stats(Read, frozen=True, kw_only=True):
 class Locks(Read, frozen=True, kw_only=True):
     """List the current grants, oldest first: all of them, or a page."""
 
-    limit: Annotated[int, Meta(ge=1, le=MAX_PAGE, description="Maximum number of grants. Default: all.")] | None = None
+    limit: Annotated[int, doc("Maximum number of grants. Default: all.", ge=1, le=MAX_PAGE)] | None = None
     cursor: Cursor | None = None
 
 

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Final, Literal
 
-from msgspec import Meta, Struct
+from msgspec import Struct
 from msgspec.structs import astuple, replace
 
+from jobd.model.fields import doc
 from jobd.model.job import Grant, Job, LateResult
 from jobd.model.times import utc
 
@@ -118,27 +119,27 @@ def describe_author(by: str) -> str:
 class EventView(Struct, frozen=True, rename={"from_": "from"}):
     """An event of a job."""
 
-    seq: Annotated[int, Meta(description="Position in the event log.")]
-    at: Annotated[int, Meta(description="When, in Unix ms.")]
-    type: Annotated[str, Meta(description="Type of the event.")]
-    from_: Annotated[str | None, Meta(description="The status before, or null.")]
-    to: Annotated[str | None, Meta(description="The status after, or null.")]
+    seq: Annotated[int, doc("Position in the event log.")]
+    at: Annotated[int, doc("When, in Unix ms.")]
+    type: Annotated[str, doc("Type of the event.")]
+    from_: Annotated[str | None, doc("The status before, or null.")]
+    to: Annotated[str | None, doc("The status after, or null.")]
     by: Annotated[
         str,
-        Meta(
-            description="The author: `worker:NAME`, `client`, `admin:NAME` (`admin` if no name was given), "
+        doc(
+            "The author: `worker:NAME`, `client`, `admin:NAME` (`admin` if no name was given), "
             "`recovery`, `cleanup` or `daemon`."
         ),
     ]
-    reason: Annotated[str | None, Meta(description="Why, in words, or null.")]
-    details: Annotated[dict[str, Any], Meta(description="Machine-readable details.")]
+    reason: Annotated[str | None, doc("Why, in words, or null.")]
+    details: Annotated[dict[str, Any], doc("Machine-readable details.")]
 
 
 class StreamedEvent(EventView, frozen=True, rename={"from_": "from"}):
     """An event of a stream, with its job and queue."""
 
-    job_id: Annotated[str | None, Meta(description="The job. Null if the event is about a queue.")]
-    queue: Annotated[str, Meta(description="Name of the queue.")]
+    job_id: Annotated[str | None, doc("The job. Null if the event is about a queue.")]
+    queue: Annotated[str, doc("Name of the queue.")]
 
 
 class EventFilter(Struct, frozen=True):

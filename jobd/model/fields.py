@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Final
+from typing import Annotated, Any, Final
 
 from msgspec import Meta, Raw
 
@@ -25,6 +25,12 @@ MAX_TEXT: Final = 200  # characters of a search text
 MAX_OPERATOR: Final = 64
 PRINTABLE: Final = r"^[ -~]*$(?!\n)"  # ASCII
 
+
+def doc(text: str, **bounds: Any) -> Meta:
+    """Return the description of a field in the OpenAPI document, with its bounds."""
+    return Meta(description=text, **bounds)
+
+
 # `expected` describes a pattern in an error message.
 _ID_TEXT: Final = {"expected": "1 to 200 characters of A-Z a-z 0-9 . _ : -"}
 _NEW_ID_TEXT: Final = {"expected": "1 to 200 characters of A-Z a-z 0-9 . _ : - except . and .. alone"}
@@ -33,68 +39,40 @@ _NEXT_CURSOR: Final = {"expected": "the `next_cursor` of the page before"}
 
 # Types of request fields and of the job record. A value out of bounds is rejected, never clamped.
 JobId = Annotated[str, Meta(pattern=ID_PATTERN, max_length=200, extra=_ID_TEXT)]
-QueueName = Annotated[JobId, Meta(description="Name of the queue.")]
+QueueName = Annotated[JobId, doc("Name of the queue.")]
 _NewId = Annotated[str, Meta(pattern=NEW_ID_PATTERN, max_length=200, extra=_NEW_ID_TEXT)]
-NewJobId = Annotated[_NewId, Meta(description="Id of the job.")]
-NewQueueName = Annotated[_NewId, Meta(description="Name of the queue.")]
+NewJobId = Annotated[_NewId, doc("Id of the job.")]
+NewQueueName = Annotated[_NewId, doc("Name of the queue.")]
 _PlainText = Annotated[str, Meta(pattern=r"^[^\x00-\x1f\x7f]*$(?!\n)", max_length=200, extra=_PLAIN_TEXT)]
-Kind = Annotated[_PlainText, Meta(description="Kind of the job; selects the handler.")]
+Kind = Annotated[_PlainText, doc("Kind of the job; selects the handler.")]
 WorkerName = Annotated[
     str,
-    Meta(
-        pattern=r"^[^\x00-\x1f\x7f]+$(?!\n)",
-        min_length=1,
-        max_length=200,
-        extra=_PLAIN_TEXT,
-        description="Name of the worker.",
-    ),
+    doc("Name of the worker.", pattern=r"^[^\x00-\x1f\x7f]+$(?!\n)", min_length=1, max_length=200, extra=_PLAIN_TEXT),
 ]
 LockId = Annotated[
-    str,
-    Meta(
-        min_length=1,
-        max_length=200,
-        description="Secret of the grant. The worker sends it with every call about the job.",
-    ),
+    str, doc("Secret of the grant. The worker sends it with every call about the job.", min_length=1, max_length=200)
 ]
-Priority = Annotated[
-    int, Meta(ge=-MAX_PRIORITY, le=MAX_PRIORITY, description="Priority. Jobs with smaller values run first.")
-]
-Percent = Annotated[float, Meta(ge=0, le=100, description="Progress in percent, 0 to 100.")]
-MaxAttempts = Annotated[int, Meta(ge=1, le=1000, description="Maximum number of attempts.")]
-MaxStalls = Annotated[int, Meta(ge=0, le=1000, description="A job that stalls more often fails.")]
+Priority = Annotated[int, doc("Priority. Jobs with smaller values run first.", ge=-MAX_PRIORITY, le=MAX_PRIORITY)]
+Percent = Annotated[float, doc("Progress in percent, 0 to 100.", ge=0, le=100)]
+MaxAttempts = Annotated[int, doc("Maximum number of attempts.", ge=1, le=1000)]
+MaxStalls = Annotated[int, doc("A job that stalls more often fails.", ge=0, le=1000)]
 Count = Annotated[int, Meta(ge=0, le=1_000_000)]  # of attempts or stalls, which can exceed the maximum of the job
 LockTtlMs = Annotated[
-    int,
-    Meta(
-        ge=SECOND_MS,
-        le=DAY_MS,
-        description="How long the lock lasts after the grant and after each progress report, in ms.",
-    ),
+    int, doc("How long the lock lasts after the grant and after each progress report, in ms.", ge=SECOND_MS, le=DAY_MS)
 ]
 AdditionalMs = Annotated[
-    int,
-    Meta(
-        ge=1,
-        le=DAY_MS,
-        description="How long the lock lasts from now on, at least, in ms. Default: the TTL of the grant.",
-    ),
+    int, doc("How long the lock lasts from now on, at least, in ms. Default: the TTL of the grant.", ge=1, le=DAY_MS)
 ]
 StallAfterMs = Annotated[
-    int,
-    Meta(
-        ge=0,
-        le=YEAR_MS,
-        description="A job without a live lock is stalled this long after its latest report, in ms.",
-    ),
+    int, doc("A job without a live lock is stalled this long after its latest report, in ms.", ge=0, le=YEAR_MS)
 ]
 ProgressTimeoutMs = Annotated[
     int,
-    Meta(
+    doc(
+        "Progress timeout, in ms: without a progress report, the lock ends after this time even if it is "
+        "extended. 0: no timeout.",
         ge=0,
         le=YEAR_MS,
-        description="Progress timeout, in ms: without a progress report, the lock ends after this time even if it is "
-        "extended. 0: no timeout.",
     ),
 ]
 DelayMs = Annotated[int, Meta(ge=0, le=YEAR_MS)]
@@ -102,13 +80,12 @@ ExpiresInMs = Annotated[int, Meta(ge=1, le=YEAR_MS)]
 UnixMs = Annotated[int, Meta(ge=EARLIEST_MS, le=LATEST_MS)]
 Text = Annotated[str, Meta(max_length=4096)]
 Location = Annotated[  # URL or path of the caller
-    str,
-    Meta(pattern=r"^[^\x00]*$", min_length=1, max_length=4096, extra={"expected": "text without NUL characters"}),
+    str, Meta(pattern=r"^[^\x00]*$", min_length=1, max_length=4096, extra={"expected": "text without NUL characters"})
 ]
-DownloadUrl = Annotated[Location, Meta(description="Where the result can be downloaded.")]
-FilePath = Annotated[Location, Meta(description="Where the result is stored.")]
-StorageKey = Annotated[Location, Meta(description="Key of the artifact: relative, without a `..` segment.")]
-FailureCode = Annotated[_PlainText, Meta(description="A code for the failure.")]
+DownloadUrl = Annotated[Location, doc("Where the result can be downloaded.")]
+FilePath = Annotated[Location, doc("Where the result is stored.")]
+StorageKey = Annotated[Location, doc("Key of the artifact: relative, without a `..` segment.")]
+FailureCode = Annotated[_PlainText, doc("A code for the failure.")]
 
 Fingerprint = Annotated[
     str,
@@ -120,16 +97,11 @@ Fingerprint = Annotated[
 MomentMs = Annotated[int, Meta(ge=0, le=LATEST_MS)]  # Unix ms, up to the year 9999
 OperatorName = Annotated[str, Meta(min_length=1, max_length=MAX_OPERATOR)]
 Cursor = Annotated[
-    str,
-    Meta(pattern=r"^[0-9]{1,18}$(?!\n)", extra=_NEXT_CURSOR, description="The `next_cursor` of the previous page."),
+    str, doc("The `next_cursor` of the previous page.", pattern=r"^[0-9]{1,18}$(?!\n)", extra=_NEXT_CURSOR)
 ]
 JobCursor = Annotated[  # in lists of finished jobs, the end of the last job, and its number
     str,
-    Meta(
-        pattern=r"^([0-9]{1,18}\.)?[0-9]{1,18}$(?!\n)",
-        extra=_NEXT_CURSOR,
-        description="The `next_cursor` of the previous page.",
-    ),
+    doc("The `next_cursor` of the previous page.", pattern=r"^([0-9]{1,18}\.)?[0-9]{1,18}$(?!\n)", extra=_NEXT_CURSOR),
 ]
 WorkerCursor = Annotated[  # the time of the worker's last request, and its name
     str, Meta(pattern=r"^[0-9]{1,18} ", max_length=220, extra=_NEXT_CURSOR)
@@ -138,59 +110,46 @@ RowCursor = Annotated[  # a table and a row of it
     str, Meta(pattern=r"^[a-z_]{1,20}:(-?[0-9]{1,18})?$(?!\n)", extra=_NEXT_CURSOR)
 ]
 PlanCursor = Annotated[  # a status and a job with it
-    str,
-    Meta(pattern=r"^[a-z]{1,20}\.[0-9]{1,18}$(?!\n)", extra={"expected": "the `next_cursor` of the plan before"}),
+    str, Meta(pattern=r"^[a-z]{1,20}\.[0-9]{1,18}$(?!\n)", extra={"expected": "the `next_cursor` of the plan before"})
 ]
-PageLimit = Annotated[int, Meta(ge=1, le=MAX_PAGE, description="Maximum number of entries on the page.")]
+PageLimit = Annotated[int, doc("Maximum number of entries on the page.", ge=1, le=MAX_PAGE)]
 BackupId = Annotated[
-    str,
-    Meta(pattern=r"^[A-Za-z0-9._-]{1,64}$(?!\n)", extra={"expected": "1 to 64 characters of A-Z a-z 0-9 . _ -"}),
+    str, Meta(pattern=r"^[A-Za-z0-9._-]{1,64}$(?!\n)", extra={"expected": "1 to 64 characters of A-Z a-z 0-9 . _ -"})
 ]
-Payload = Annotated[
-    Raw, Meta(description=f"Any JSON, nested at most {MAX_NESTING} levels deep. jobd does not interpret it.")
-]
+Payload = Annotated[Raw, doc(f"Any JSON, nested at most {MAX_NESTING} levels deep. jobd does not interpret it.")]
 Metadata = Annotated[
-    JsonValue,
-    Meta(description=f"Any JSON about the result, nested at most {MAX_NESTING} levels deep. It is stored as sent."),
+    JsonValue, doc(f"Any JSON about the result, nested at most {MAX_NESTING} levels deep. It is stored as sent.")
 ]
-Reason = Annotated[Text, Meta(description="Human-readable reason. Shown in timelines and in the audit log.")]
-DryRun = Annotated[bool, Meta(description="Change nothing. The response is that of the change, or its error.")]
-NamedJobId = Annotated[JobId, Meta(description="Id of the job.")]
-ErrorMessage = Annotated[str, Meta(min_length=1, max_length=4096, description="A human-readable error message.")]
-DueAt = Annotated[UnixMs, Meta(description="When the job is due, in Unix ms.")]
+Reason = Annotated[Text, doc("Human-readable reason. Shown in timelines and in the audit log.")]
+DryRun = Annotated[bool, doc("Change nothing. The response is that of the change, or its error.")]
+NamedJobId = Annotated[JobId, doc("Id of the job.")]
+ErrorMessage = Annotated[str, doc("A human-readable error message.", min_length=1, max_length=4096)]
+DueAt = Annotated[UnixMs, doc("When the job is due, in Unix ms.")]
 GrantStallAfterMs = Annotated[
     StallAfterMs,
-    Meta(
-        description="A job without a live lock is stalled this long after its latest report, in ms. Default: that "
-        "of the job."
-    ),
+    doc("A job without a live lock is stalled this long after its latest report, in ms. Default: that of the job."),
 ]
 GrantProgressTimeoutMs = Annotated[
     ProgressTimeoutMs,
-    Meta(
-        description="Progress timeout of this grant, in ms: without a progress report, the lock ends after this time "
+    doc(
+        "Progress timeout of this grant, in ms: without a progress report, the lock ends after this time "
         "even if it is extended. 0: no timeout. A timeout of the job takes precedence."
     ),
 ]
 
 # Filters of jobs.
-StatusFilter = Annotated[Status, Meta(description="Only jobs in this status.")]
-QueueFilter = Annotated[QueueName, Meta(description="Only jobs of this queue.")]
-KindFilter = Annotated[Kind, Meta(description="Only jobs of this kind.")]
-WorkerFilter = Annotated[WorkerName, Meta(description="Only jobs that this worker holds or was the last to hold.")]
-Since = Annotated[MomentMs, Meta(description="Only jobs created at this time or later, in Unix ms.")]
-Until = Annotated[MomentMs, Meta(description="Only jobs created before this time, in Unix ms.")]
-FinishedSince = Annotated[MomentMs, Meta(description="Only jobs finished at this time or later, in Unix ms.")]
-FinishedUntil = Annotated[MomentMs, Meta(description="Only jobs finished before this time, in Unix ms.")]
+StatusFilter = Annotated[Status, doc("Only jobs in this status.")]
+QueueFilter = Annotated[QueueName, doc("Only jobs of this queue.")]
+KindFilter = Annotated[Kind, doc("Only jobs of this kind.")]
+WorkerFilter = Annotated[WorkerName, doc("Only jobs that this worker holds or was the last to hold.")]
+Since = Annotated[MomentMs, doc("Only jobs created at this time or later, in Unix ms.")]
+Until = Annotated[MomentMs, doc("Only jobs created before this time, in Unix ms.")]
+FinishedSince = Annotated[MomentMs, doc("Only jobs finished at this time or later, in Unix ms.")]
+FinishedUntil = Annotated[MomentMs, doc("Only jobs finished before this time, in Unix ms.")]
 SearchText = Annotated[
     str,
-    Meta(
-        min_length=1,
-        max_length=MAX_TEXT,
-        description="A text in the id, payload or error message. Case is ignored for A to Z.",
-    ),
+    doc("A text in the id, payload or error message. Case is ignored for A to Z.", min_length=1, max_length=MAX_TEXT),
 ]
 ErrorFilter = Annotated[
-    Fingerprint,
-    Meta(description="Fingerprint of an error, as `failures` returns it. Only failed jobs, unless `status` is given."),
+    Fingerprint, doc("Fingerprint of an error, as `failures` returns it. Only failed jobs, unless `status` is given.")
 ]

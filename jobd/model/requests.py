@@ -7,7 +7,7 @@ from typing import Annotated, Final
 from msgspec import Meta
 
 from jobd.model.commands import MAX_NAMES, Command, JobCommand, NamedJobCommand
-from jobd.model.fields import BackupId, Cursor, PageLimit, Reason, RowCursor
+from jobd.model.fields import BackupId, Cursor, PageLimit, Reason, RowCursor, doc
 from jobd.model.responses import DeliveryState
 from jobd.model.webhooks import WebhookName
 
@@ -32,7 +32,7 @@ class WithReason(Command, frozen=True):
 class StepDown(WithReason, frozen=True, kw_only=True):
     """Make this node step down."""
 
-    force: Annotated[bool, Meta(description="Step down even if no standby is ready to take over.")] = False
+    force: Annotated[bool, doc("Step down even if no standby is ready to take over.")] = False
 
 
 class ValidateJob(NamedJobCommand, frozen=True):
@@ -42,13 +42,13 @@ class ValidateJob(NamedJobCommand, frozen=True):
 class Reports(Command, frozen=True):
     """List the reports of cleanup runs, newest first. The latest 500 are kept."""
 
-    limit: Annotated[int, Meta(ge=1, le=MAX_REPORTS, description="Maximum number of reports.")] = 50
+    limit: Annotated[int, doc("Maximum number of reports.", ge=1, le=MAX_REPORTS)] = 50
 
 
 class FailuresRequest(Command, frozen=True):
     """Group failed and retrying jobs by error, largest groups first."""
 
-    limit: Annotated[int, Meta(ge=1, le=MAX_GROUPS, description="Maximum number of groups.")] = 50
+    limit: Annotated[int, doc("Maximum number of groups.", ge=1, le=MAX_GROUPS)] = 50
 
 
 class WebhookCommand(Command, frozen=True):
@@ -56,13 +56,13 @@ class WebhookCommand(Command, frozen=True):
 
     errors = ("not_found",)
 
-    name: Annotated[WebhookName, Meta(description="Name of the webhook.")]
+    name: Annotated[WebhookName, doc("Name of the webhook.")]
 
 
 class Deliveries(WebhookCommand, frozen=True, kw_only=True):
     """List the waiting and recent deliveries of a webhook, newest first."""
 
-    state: Annotated[DeliveryState | None, Meta(description="Only deliveries in this state.")] = None
+    state: Annotated[DeliveryState | None, doc("Only deliveries in this state.")] = None
     limit: PageLimit = 50
     cursor: Cursor | None = None
 
@@ -73,20 +73,20 @@ class RowCheckRequest(Command, frozen=True):
     A request takes about a quarter of a second.
     """
 
-    cursor: Annotated[RowCursor | None, Meta(description="The `next_cursor` of the previous call.")] = None
+    cursor: Annotated[RowCursor | None, doc("The `next_cursor` of the previous call.")] = None
 
 
 class DeliverAgain(WebhookCommand, frozen=True):
     """Send a delivery again now, in any state."""
 
-    id: Annotated[int, Meta(ge=1, le=MAX_NUMBER, description="Number of the delivery.")]
+    id: Annotated[int, doc("Number of the delivery.", ge=1, le=MAX_NUMBER)]
     reason: Reason | None = None
 
 
 class DeliverAllAgain(WebhookCommand, frozen=True):
     """Send all dead-lettered deliveries again, or those up to a delivery number."""
 
-    upto: Annotated[int, Meta(ge=1, le=MAX_NUMBER, description="Only deliveries up to this number.")] | None = None
+    upto: Annotated[int, doc("Only deliveries up to this number.", ge=1, le=MAX_NUMBER)] | None = None
     reason: Reason | None = None
 
 
@@ -105,28 +105,25 @@ class EventsRequest(Command, frozen=True, kw_only=True):
 
     errors = ("events_gone",)
 
-    queue: Annotated[Names | None, Meta(description="Only events of these queues, separated by commas.")] = None
-    job_id: Annotated[Names | None, Meta(description="Only events of these jobs, separated by commas.")] = None
-    type: Annotated[Names | None, Meta(description="Only events of these types, separated by commas.")] = None
+    queue: Annotated[Names | None, doc("Only events of these queues, separated by commas.")] = None
+    job_id: Annotated[Names | None, doc("Only events of these jobs, separated by commas.")] = None
+    type: Annotated[Names | None, doc("Only events of these types, separated by commas.")] = None
     last_event_id: (
         Annotated[
             int,
-            Meta(
+            doc(
+                "Continue after this event, like the header `Last-Event-ID`, which takes precedence.",
                 ge=0,
                 le=MAX_NUMBER,
-                description="Continue after this event, like the header `Last-Event-ID`, which takes precedence.",
             ),
         ]
         | None
     ) = None
     last: (
-        Annotated[
-            int,
-            Meta(ge=1, le=MAX_BACK, description="Begin this many events ago, with those that the event log still has."),
-        ]
+        Annotated[int, doc("Begin this many events ago, with those that the event log still has.", ge=1, le=MAX_BACK)]
         | None
     ) = None
-    follow: Annotated[bool, Meta(description="Whether to wait for more events at the end of the event log.")] = True
+    follow: Annotated[bool, doc("Whether to wait for more events at the end of the event log.")] = True
 
 
 class ArtifactRequest(JobCommand, frozen=True, kw_only=True):
@@ -134,9 +131,7 @@ class ArtifactRequest(JobCommand, frozen=True, kw_only=True):
 
     errors = ("not_found", "storage_unavailable", "late_result_not_found")
 
-    late_result: (
-        Annotated[int, Meta(ge=1, description="The `seq` of a late result. Default: the result of the job.")] | None
-    ) = None
+    late_result: Annotated[int, doc("The `seq` of a late result. Default: the result of the job.", ge=1)] | None = None
 
 
 class BackupRequest(Command, frozen=True, kw_only=True):
@@ -147,4 +142,4 @@ class BackupRequest(Command, frozen=True, kw_only=True):
 
     errors = ("storage_full",)
 
-    id: Annotated[BackupId | None, Meta(description="Id under which `backups` shows the progress.")] = None
+    id: Annotated[BackupId | None, doc("Id under which `backups` shows the progress.")] = None

@@ -9,54 +9,49 @@ from collections.abc import Sequence
 from typing import Annotated, Any, Final, Literal
 
 import msgspec
-from msgspec import UNSET, Meta, Raw, Struct, UnsetType
+from msgspec import UNSET, Raw, Struct, UnsetType
 
 from jobd.model.commands import About, AuditLog, Export, Import, ListJobs, PlanAction, PlanFilter, WorkerState
 from jobd.model.events import EventView, QueuePause
-from jobd.model.fields import Metadata
+from jobd.model.fields import Metadata, doc
 from jobd.model.job import Backoff, Job
 
 # Fields that several responses have.
-JobIdText = Annotated[str, Meta(description="Id of the job.")]
-QueueText = Annotated[str, Meta(description="Name of the queue.")]
-KindText = Annotated[str, Meta(description="Kind of the job; selects the handler.")]
-StatusText = Annotated[str, Meta(description="Status of the job.")]
-WorkerText = Annotated[str, Meta(description="Name of the worker.")]
-MessageText = Annotated[str, Meta(description="A human-readable message.")]
+JobIdText = Annotated[str, doc("Id of the job.")]
+QueueText = Annotated[str, doc("Name of the queue.")]
+KindText = Annotated[str, doc("Kind of the job; selects the handler.")]
+StatusText = Annotated[str, doc("Status of the job.")]
+WorkerText = Annotated[str, doc("Name of the worker.")]
+MessageText = Annotated[str, doc("A human-readable message.")]
 FencingToken = Annotated[
     int,
-    Meta(
-        description="Rises with every grant of this store and stays below 2^53. A resource can reject requests with a "
-        "lower token."
+    doc(
+        "Rises with every grant of this store and stays below 2^53. A resource can reject requests with a lower token."
     ),
 ]
-LockSecret = Annotated[str, Meta(description="Secret of the grant. The worker sends it with every call about the job.")]
-LockExpiresAt = Annotated[int, Meta(description="When the lock expires unless it is renewed, in Unix ms.")]
-TtlMs = Annotated[int, Meta(description="How long the lock lasts after each progress report, in ms.")]
-ProgressDueAt = Annotated[
-    int | None,
-    Meta(description="When the progress timeout ends the lock, in Unix ms. Null: no timeout."),
-]
-ProgressPercent = Annotated[int | float, Meta(description="Progress in percent, 0 to 100.")]
-ResultUrl = Annotated[str | None, Meta(description="Where the result can be downloaded, as the worker gave it.")]
-ResultPath = Annotated[str | None, Meta(description="Where the result is stored, as the worker gave it.")]
-ResultKey = Annotated[str | None, Meta(description="Key of the artifact: relative, without a `..` segment.")]
-NextCursor = Annotated[str | None, Meta(description="Cursor of the next page. Null on the last page.")]
-PausedAt = Annotated[int | None, Meta(description="When the queue was paused, in Unix ms, or null.")]
-PausedBy = Annotated[str | None, Meta(description="The operator who paused the queue, as in `by` of events, or null.")]
-PauseReason = Annotated[str | None, Meta(description="Why the queue is paused, or null.")]
-PausedUntil = Annotated[int | None, Meta(description="When the daemon resumes the queue, in Unix ms, or null.")]
-IsPaused = Annotated[bool, Meta(description="Whether the queue is paused.")]
-ReasonText = Annotated[str | None, Meta(description="Reason given by the operator, or null.")]
-Timestamp = Annotated[int, Meta(description="Time of the response, in Unix ms.")]
-DiskPath = Annotated[str | None, Meta(description="Path of the store. Null for an in-memory store.")]
+LockSecret = Annotated[str, doc("Secret of the grant. The worker sends it with every call about the job.")]
+LockExpiresAt = Annotated[int, doc("When the lock expires unless it is renewed, in Unix ms.")]
+TtlMs = Annotated[int, doc("How long the lock lasts after each progress report, in ms.")]
+ProgressDueAt = Annotated[int | None, doc("When the progress timeout ends the lock, in Unix ms. Null: no timeout.")]
+ProgressPercent = Annotated[int | float, doc("Progress in percent, 0 to 100.")]
+ResultUrl = Annotated[str | None, doc("Where the result can be downloaded, as the worker gave it.")]
+ResultPath = Annotated[str | None, doc("Where the result is stored, as the worker gave it.")]
+ResultKey = Annotated[str | None, doc("Key of the artifact: relative, without a `..` segment.")]
+NextCursor = Annotated[str | None, doc("Cursor of the next page. Null on the last page.")]
+PausedAt = Annotated[int | None, doc("When the queue was paused, in Unix ms, or null.")]
+PausedBy = Annotated[str | None, doc("The operator who paused the queue, as in `by` of events, or null.")]
+PauseReason = Annotated[str | None, doc("Why the queue is paused, or null.")]
+PausedUntil = Annotated[int | None, doc("When the daemon resumes the queue, in Unix ms, or null.")]
+IsPaused = Annotated[bool, doc("Whether the queue is paused.")]
+ReasonText = Annotated[str | None, doc("Reason given by the operator, or null.")]
+Timestamp = Annotated[int, doc("Time of the response, in Unix ms.")]
+DiskPath = Annotated[str | None, doc("Path of the store. Null for an in-memory store.")]
 FreeBytes = Annotated[
-    int | None,
-    Meta(description="Space on the disk of the store that is available to the daemon. Null for an in-memory store."),
+    int | None, doc("Space on the disk of the store that is available to the daemon. Null for an in-memory store.")
 ]
-TotalBytes = Annotated[int | None, Meta(description="Size of the disk of the store. Null for an in-memory store.")]
-CleanupRunning = Annotated[bool, Meta(description="Whether a cleanup run is in progress.")]
-SinceCleanup = Annotated[int | None, Meta(description="Time since the last successful cleanup run, in ms, or null.")]
+TotalBytes = Annotated[int | None, doc("Size of the disk of the store. Null for an in-memory store.")]
+CleanupRunning = Annotated[bool, doc("Whether a cleanup run is in progress.")]
+SinceCleanup = Annotated[int | None, doc("Time since the last successful cleanup run, in ms, or null.")]
 
 
 class LockView(Struct, frozen=True, gc=False, repr_omit_defaults=True):
@@ -64,7 +59,7 @@ class LockView(Struct, frozen=True, gc=False, repr_omit_defaults=True):
 
     worker: WorkerText
     fencing_token: FencingToken
-    acquired_at: Annotated[int, Meta(description="When the lock was granted, in Unix ms.")]
+    acquired_at: Annotated[int, doc("When the lock was granted, in Unix ms.")]
     expires_at: LockExpiresAt
     lock_id: LockSecret | UnsetType = UNSET
 
@@ -85,52 +80,48 @@ class JobView(Struct, gc=False):
     id: JobIdText
     queue: QueueText
     kind: KindText
-    payload: Annotated[Raw | UnsetType, Meta(description="The payload as sent by the creator.")]
-    priority: Annotated[int, Meta(description="Priority. Jobs with smaller values run first.")]
+    payload: Annotated[Raw | UnsetType, doc("The payload as sent by the creator.")]
+    priority: Annotated[int, doc("Priority. Jobs with smaller values run first.")]
     status: StatusText
     progress: ProgressPercent
-    progress_message: Annotated[str | None, Meta(description="The latest message of the worker.")]
-    attempt: Annotated[int, Meta(description="Attempts used, including the running one.")]
-    max_attempts: Annotated[int, Meta(description="Maximum number of attempts.")]
-    backoff: Annotated[Backoff, Meta(description="Wait between a failed attempt and the next one.")]
-    stalls: Annotated[int, Meta(description="Number of times the job has stalled.")]
-    max_stalls: Annotated[int, Meta(description="A job that stalls more often fails.")]
-    on_stall: Annotated[str, Meta(description="What happens to the job when it stalls.")]
+    progress_message: Annotated[str | None, doc("The latest message of the worker.")]
+    attempt: Annotated[int, doc("Attempts used, including the running one.")]
+    max_attempts: Annotated[int, doc("Maximum number of attempts.")]
+    backoff: Annotated[Backoff, doc("Wait between a failed attempt and the next one.")]
+    stalls: Annotated[int, doc("Number of times the job has stalled.")]
+    max_stalls: Annotated[int, doc("A job that stalls more often fails.")]
+    on_stall: Annotated[str, doc("What happens to the job when it stalls.")]
     stall_after_ms: Annotated[
-        int,
-        Meta(description="A job without a live lock is stalled this long after its latest report, in ms."),
+        int, doc("A job without a live lock is stalled this long after its latest report, in ms.")
     ]
     progress_timeout_ms: Annotated[
         int,
-        Meta(
-            description="Progress timeout, in ms: without a progress report, the lock ends after this time even if "
+        doc(
+            "Progress timeout, in ms: without a progress report, the lock ends after this time even if "
             "it is extended. 0: no timeout."
         ),
     ]
-    created_at: Annotated[int, Meta(description="When the job was created, in Unix ms.")]
-    updated_at: Annotated[int, Meta(description="When the job last changed, in Unix ms.")]
-    run_at: Annotated[int, Meta(description="When the job is due, in Unix ms.")]
-    started_at: Annotated[int | None, Meta(description="When the job was last granted, in Unix ms.")]
-    finished_at: Annotated[int | None, Meta(description="When the job finished, in Unix ms.")]
+    created_at: Annotated[int, doc("When the job was created, in Unix ms.")]
+    updated_at: Annotated[int, doc("When the job last changed, in Unix ms.")]
+    run_at: Annotated[int, doc("When the job is due, in Unix ms.")]
+    started_at: Annotated[int | None, doc("When the job was last granted, in Unix ms.")]
+    finished_at: Annotated[int | None, doc("When the job finished, in Unix ms.")]
     expires_at: Annotated[
-        int | None,
-        Meta(description="When a finished job is deleted, or a job that is still queued fails, in Unix ms."),
+        int | None, doc("When a finished job is deleted, or a job that is still queued fails, in Unix ms.")
     ]
-    lock: Annotated[LockView | None, Meta(description="The lock, or null.")]
+    lock: Annotated[LockView | None, doc("The lock, or null.")]
     download_url: ResultUrl
     file_path: ResultPath
     storage_key: ResultKey
     metadata: Metadata
-    error_message: Annotated[str | None, Meta(description="A human-readable error message.")]
-    error_code: Annotated[str | None, Meta(description="A code for the failure, as the worker gave it.")]
-    worker: Annotated[
-        str | UnsetType, Meta(description="The worker whose lock has expired and that may still end the job.")
-    ] = UNSET
-    repeated: Annotated[
-        bool | UnsetType, Meta(description="True if an earlier request with the same content ended the job.")
-    ] = UNSET
+    error_message: Annotated[str | None, doc("A human-readable error message.")]
+    error_code: Annotated[str | None, doc("A code for the failure, as the worker gave it.")]
+    worker: Annotated[str | UnsetType, doc("The worker whose lock has expired and that may still end the job.")] = UNSET
+    repeated: Annotated[bool | UnsetType, doc("True if an earlier request with the same content ended the job.")] = (
+        UNSET
+    )
     version: Annotated[
-        str | UnsetType, Meta(description="In GET /jobs/{id} of the admin API: changes with all but progress reports.")
+        str | UnsetType, doc("In GET /jobs/{id} of the admin API: changes with all but progress reports.")
     ] = UNSET
 
     def __repr__(self) -> str:
@@ -163,12 +154,12 @@ def _decoded(value: Any) -> Any:
 class JobPage(Struct):
     """A page of jobs."""
 
-    jobs: Annotated[list[JobView], Meta(description="The jobs.")]
+    jobs: Annotated[list[JobView], doc("The jobs.")]
     next_cursor: NextCursor
     looked_to_at: Annotated[
         int | None,
-        Meta(
-            description="Creation time of the last job that was read (with a finished `status`, its end), in Unix ms, "
+        doc(
+            "Creation time of the last job that was read (with a finished `status`, its end), in Unix ms, "
             "if the page ended early. Null if it is full or the last page."
         ),
     ] = None
@@ -177,45 +168,45 @@ class JobPage(Struct):
 class ExportPage(Struct):
     """A page of jobs, oldest first, in the form that an import takes. Options that the creator did not set are null."""
 
-    jobs: Annotated[list[Import], Meta(description="The jobs.")]
+    jobs: Annotated[list[Import], doc("The jobs.")]
     next_cursor: NextCursor
 
 
 class JobList(Struct):
     """A list of jobs."""
 
-    jobs: Annotated[list[JobView], Meta(description="The jobs.")]
+    jobs: Annotated[list[JobView], doc("The jobs.")]
 
 
 class TimelineView(Struct):
     """The events of a job."""
 
-    events: Annotated[list[EventView], Meta(description="The events, oldest first.")]
+    events: Annotated[list[EventView], doc("The events, oldest first.")]
 
 
 class ErrorView(Struct, frozen=True):
     """The error that an action would return."""
 
-    error: Annotated[str, Meta(description="The error code.")]
+    error: Annotated[str, doc("The error code.")]
     message: MessageText
 
 
 class LateResultView(Struct, frozen=True):
     """A result that was submitted after the lock of its grant was lost."""
 
-    seq: Annotated[int, Meta(description="Position of its event in the event log. Identifies the late result.")]
-    at: Annotated[int, Meta(description="When it was submitted, in Unix ms.")]
+    seq: Annotated[int, doc("Position of its event in the event log. Identifies the late result.")]
+    at: Annotated[int, doc("When it was submitted, in Unix ms.")]
     worker: WorkerText
     fencing_token: FencingToken
     download_url: ResultUrl
     file_path: ResultPath
     storage_key: ResultKey
     metadata: Metadata
-    expires_at: Annotated[int | None, Meta(description="Deletion time that the worker requested, in Unix ms, or null.")]
+    expires_at: Annotated[int | None, doc("Deletion time that the worker requested, in Unix ms, or null.")]
     rejection: Annotated[
         ErrorView | None,
-        Meta(
-            description="The error with which the current configuration rejects its adoption, whatever the status of "
+        doc(
+            "The error with which the current configuration rejects its adoption, whatever the status of "
             "the job, or null."
         ),
     ] = None
@@ -224,13 +215,13 @@ class LateResultView(Struct, frozen=True):
 class LateResultList(Struct):
     """The late results of a job."""
 
-    late_results: Annotated[list[LateResultView], Meta(description="The late results, oldest grant first.")]
+    late_results: Annotated[list[LateResultView], doc("The late results, oldest grant first.")]
 
 
 class GrantView(Struct, gc=False):
     """A grant: a job and the lock under which the worker holds it."""
 
-    job: Annotated[JobView, Meta(description="The job.")]
+    job: Annotated[JobView, doc("The job.")]
     lock_id: LockSecret
     fencing_token: FencingToken
     lock_expires_at: LockExpiresAt
@@ -241,7 +232,7 @@ class GrantView(Struct, gc=False):
 class Grants(Struct, gc=False):
     """The grants of a claim."""
 
-    grants: Annotated[list[GrantView], Meta(description="One grant for each job. Empty if no job is due.")]
+    grants: Annotated[list[GrantView], doc("One grant for each job. Empty if no job is due.")]
 
 
 class LockState(Struct, gc=False, repr_omit_defaults=True):
@@ -250,51 +241,50 @@ class LockState(Struct, gc=False, repr_omit_defaults=True):
     lock_expires_at: LockExpiresAt
     ttl_ms: TtlMs
     progress_due_at: ProgressDueAt
-    cancel_requested: Annotated[bool, Meta(description="Whether the worker should stop working on the job.")] = False
-    extended: Annotated[
-        bool | UnsetType, Meta(description="Only in responses to an extension. False if it changed nothing.")
-    ] = UNSET
+    cancel_requested: Annotated[bool, doc("Whether the worker should stop working on the job.")] = False
+    extended: Annotated[bool | UnsetType, doc("Only in responses to an extension. False if it changed nothing.")] = (
+        UNSET
+    )
 
 
 class NextEvent(Struct, frozen=True):
     """What happens to a job next without an action of a worker or an operator."""
 
-    what: Annotated[str, Meta(description="What will happen.")]
-    at: Annotated[int | None, Meta(description="When, in Unix ms. Null if it depends on a worker.")]
-    rule: Annotated[str, Meta(description="The rule by which it happens.")]
+    what: Annotated[str, doc("What will happen.")]
+    at: Annotated[int | None, doc("When, in Unix ms. Null if it depends on a worker.")]
+    rule: Annotated[str, doc("The rule by which it happens.")]
 
 
 class WhyView(Struct, frozen=True):
     """Why a job is in its state, and what happens next."""
 
-    state: Annotated[str, Meta(description="The state of the job.")]
+    state: Annotated[str, doc("The state of the job.")]
     because: Annotated[
         str,
-        Meta(
-            description="The reason, in words. For a finished job, it says how the job ended, if the "
-            "timeline still has that event."
+        doc(
+            "The reason, in words. For a finished job, it says how the job ended, if the timeline still has that event."
         ),
     ]
-    next: Annotated[NextEvent | None, Meta(description="What happens next without an action, or null.")]
-    blocked_by: Annotated[str | None, Meta(description="What prevents the job from running, or null.")]
-    do: Annotated[list[str], Meta(description="What an operator can do about it.")]
+    next: Annotated[NextEvent | None, doc("What happens next without an action, or null.")]
+    blocked_by: Annotated[str | None, doc("What prevents the job from running, or null.")]
+    do: Annotated[list[str], doc("What an operator can do about it.")]
 
 
 class Issue(Struct, frozen=True):
     """An issue in the record of a job."""
 
-    type: Annotated[Literal["warning", "error", "critical"], Meta(description="How serious it is.")]
-    field: Annotated[str, Meta(description="The affected field.")]
+    type: Annotated[Literal["warning", "error", "critical"], doc("How serious it is.")]
+    field: Annotated[str, doc("The affected field.")]
     message: MessageText
-    fix: Annotated[str, Meta(description="How to fix it.")]
+    fix: Annotated[str, doc("How to fix it.")]
 
 
 class Validation(Struct, frozen=True, rename="camel"):
     """The issues in the record of a job."""
 
-    is_valid: Annotated[bool, Meta(description="Whether there are no issues.")]
-    issues: Annotated[list[Issue], Meta(description="The issues.")]
-    can_proceed: Annotated[bool, Meta(description="False if an issue is critical.")]
+    is_valid: Annotated[bool, doc("Whether there are no issues.")]
+    issues: Annotated[list[Issue], doc("The issues.")]
+    can_proceed: Annotated[bool, doc("False if an issue is critical.")]
 
 
 class QueueView(Struct, frozen=True):
@@ -302,12 +292,12 @@ class QueueView(Struct, frozen=True):
 
     name: QueueText
     paused: IsPaused
-    queued: Annotated[int, Meta(description="Number of queued jobs.")]
-    processing: Annotated[int, Meta(description="Number of processing jobs.")]
-    completed: Annotated[int, Meta(description="Number of completed jobs.")]
-    failed: Annotated[int, Meta(description="Number of failed jobs.")]
-    cancelled: Annotated[int, Meta(description="Number of cancelled jobs.")]
-    oldest_due_at: Annotated[int | None, Meta(description="When the oldest due job became due, in Unix ms, or null.")]
+    queued: Annotated[int, doc("Number of queued jobs.")]
+    processing: Annotated[int, doc("Number of processing jobs.")]
+    completed: Annotated[int, doc("Number of completed jobs.")]
+    failed: Annotated[int, doc("Number of failed jobs.")]
+    cancelled: Annotated[int, doc("Number of cancelled jobs.")]
+    oldest_due_at: Annotated[int | None, doc("When the oldest due job became due, in Unix ms, or null.")]
     paused_at: PausedAt = None
     paused_by: PausedBy = None
     pause_reason: PauseReason = None
@@ -321,7 +311,7 @@ class QueueView(Struct, frozen=True):
 class QueueList(Struct):
     """A page of queues."""
 
-    queues: Annotated[list[QueueView], Meta(description="The queues, by name or the busiest first.")]
+    queues: Annotated[list[QueueView], doc("The queues, by name or the busiest first.")]
     next_cursor: NextCursor = None
 
 
@@ -329,29 +319,26 @@ class WorkerView(Struct, frozen=True):
     """A worker: its state, its latest claim and the jobs that it holds."""
 
     worker: WorkerText
-    state: Annotated[
-        WorkerState, Meta(description="`busy`, `idle`, `silent` (it holds a job whose lock has expired) or `gone`.")
-    ]
-    jobs: Annotated[list[str], Meta(description="Ids of the first jobs that the worker holds.")]
-    held: Annotated[int, Meta(description="How many jobs the worker holds.")]
-    expired: Annotated[int, Meta(description="How many of the jobs have an expired lock.")]
-    queues: Annotated[list[str] | None, Meta(description="Queues of the latest claim. Null if none is known.")]
-    kinds: Annotated[list[str] | None, Meta(description="Kinds of the latest claim. Null: all kinds.")]
-    waiting: Annotated[bool, Meta(description="Whether a claim of the worker waits for a job now.")]
-    about: Annotated[About | None, Meta(description="The worker's description of itself, or null.")]
+    state: Annotated[WorkerState, doc("`busy`, `idle`, `silent` (it holds a job whose lock has expired) or `gone`.")]
+    jobs: Annotated[list[str], doc("Ids of the first jobs that the worker holds.")]
+    held: Annotated[int, doc("How many jobs the worker holds.")]
+    expired: Annotated[int, doc("How many of the jobs have an expired lock.")]
+    queues: Annotated[list[str] | None, doc("Queues of the latest claim. Null if none is known.")]
+    kinds: Annotated[list[str] | None, doc("Kinds of the latest claim. Null: all kinds.")]
+    waiting: Annotated[bool, doc("Whether a claim of the worker waits for a job now.")]
+    about: Annotated[About | None, doc("The worker's description of itself, or null.")]
     last_seen_at: Annotated[
-        int,
-        Meta(description="When the worker was last seen, in Unix ms. The current time while one of its claims waits."),
+        int, doc("When the worker was last seen, in Unix ms. The current time while one of its claims waits.")
     ]
 
 
 class WorkerList(Struct):
     """A page of workers, most recently seen first."""
 
-    workers: Annotated[list[WorkerView], Meta(description="The workers.")]
+    workers: Annotated[list[WorkerView], doc("The workers.")]
     next_cursor: NextCursor
-    by_state: Annotated[dict[WorkerState, int], Meta(description="Number of workers in each state, over all pages.")]
-    since: Annotated[int, Meta(description="Start of the daemon, in Unix ms. Workers last seen before it are unknown.")]
+    by_state: Annotated[dict[WorkerState, int], doc("Number of workers in each state, over all pages.")]
+    since: Annotated[int, doc("Start of the daemon, in Unix ms. Workers last seen before it are unknown.")]
 
 
 class LockedJob(Struct, frozen=True, kw_only=True, repr_omit_defaults=True):
@@ -363,18 +350,18 @@ class LockedJob(Struct, frozen=True, kw_only=True, repr_omit_defaults=True):
     worker: WorkerText
     lock_id: LockSecret | UnsetType = UNSET
     fencing_token: FencingToken
-    acquired_at: Annotated[int, Meta(description="When the lock was granted, in Unix ms.")]
+    acquired_at: Annotated[int, doc("When the lock was granted, in Unix ms.")]
     expires_at: LockExpiresAt
-    live: Annotated[bool, Meta(description="False if the lock has expired.")]
+    live: Annotated[bool, doc("False if the lock has expired.")]
     progress_due_at: ProgressDueAt
-    stalled_at: Annotated[int, Meta(description="When the job is stalled if the worker sends no report, in Unix ms.")]
+    stalled_at: Annotated[int, doc("When the job is stalled if the worker sends no report, in Unix ms.")]
     progress: ProgressPercent
 
 
 class LockList(Struct):
     """The current grants."""
 
-    locks: Annotated[list[LockedJob], Meta(description="The grants, oldest first.")]
+    locks: Annotated[list[LockedJob], doc("The grants, oldest first.")]
     next_cursor: NextCursor = None
 
 
@@ -382,7 +369,7 @@ class OldestProcessing(Struct, frozen=True):
     """The job that has been processing longest."""
 
     id: JobIdText
-    age: Annotated[float, Meta(description="Seconds since it was granted.")]
+    age: Annotated[float, doc("Seconds since it was granted.")]
     progress: ProgressPercent
 
 
@@ -398,41 +385,39 @@ class OldestDue(Struct, frozen=True):
 class DiskView(Struct, frozen=True, rename="camel"):
     """The disk of the store."""
 
-    path: Annotated[str, Meta(description="Path of the store.")]
-    free_bytes: Annotated[int, Meta(description="Space on the disk of the store that is available to the daemon.")]
-    total_bytes: Annotated[int, Meta(description="Size of the disk of the store.")]
+    path: Annotated[str, doc("Path of the store.")]
+    free_bytes: Annotated[int, doc("Space on the disk of the store that is available to the daemon.")]
+    total_bytes: Annotated[int, doc("Size of the disk of the store.")]
 
 
 class StatsView(Struct, frozen=True, rename="camel"):
     """Counts of jobs and locks. Some times are in seconds, because existing dashboards expect seconds."""
 
-    total_jobs: Annotated[int, Meta(description="Number of jobs.")]
-    by_status: Annotated[dict[str, int], Meta(description="Number of jobs by status.")]
-    stuck_jobs: Annotated[int, Meta(description="Jobs that are stalled now.")]
-    locked_jobs: Annotated[int, Meta(description="Jobs with a live lock.")]
+    total_jobs: Annotated[int, doc("Number of jobs.")]
+    by_status: Annotated[dict[str, int], doc("Number of jobs by status.")]
+    stuck_jobs: Annotated[int, doc("Jobs that are stalled now.")]
+    locked_jobs: Annotated[int, doc("Jobs with a live lock.")]
     average_processing_time: Annotated[
         float,
-        Meta(
-            description="Average time since the latest grant, in seconds: up to the end for jobs completed in the last "
+        doc(
+            "Average time since the latest grant, in seconds: up to the end for jobs completed in the last "
             "hour, up to now for jobs that are processing. 0 without such jobs."
         ),
     ]
-    oldest_processing_job: Annotated[
-        OldestProcessing | None, Meta(description="The job that has been processing longest, or null.")
-    ]
-    stuck_jobs_recovered: Annotated[int, Meta(description="Stalled jobs that were recovered.")]
+    oldest_processing_job: Annotated[OldestProcessing | None, doc("The job that has been processing longest, or null.")]
+    stuck_jobs_recovered: Annotated[int, doc("Stalled jobs that were recovered.")]
     timestamp: Timestamp
     cleanup_running: CleanupRunning = False
     time_since_last_cleanup: SinceCleanup = None
-    disk: Annotated[DiskView | None, Meta(description="The disk of the store. Null for an in-memory store.")] = None
-    store: Annotated[str, Meta(description="Path of the store, or `in memory: lost when the daemon stops`.")] = ""
+    disk: Annotated[DiskView | None, doc("The disk of the store. Null for an in-memory store.")] = None
+    store: Annotated[str, doc("Path of the store, or `in memory: lost when the daemon stops`.")] = ""
 
 
 class TransitionView(Struct, frozen=True, rename="camel"):
     """The result of force-fail, force-reset, retry and transition."""
 
     job_id: JobIdText
-    previous_status: Annotated[str, Meta(description="The status before.")]
+    previous_status: Annotated[str, doc("The status before.")]
     status: StatusText
     reason: ReasonText
     timestamp: Timestamp
@@ -443,10 +428,10 @@ class AdminLockView(Struct, frozen=True, rename="camel"):
 
     job_id: JobIdText
     status: StatusText
-    lock: Annotated[LockView | None, Meta(description="The lock, or null.")]
-    lock_expires_at: Annotated[int | None, Meta(description="When the lock expires, in Unix ms, or null.")]
+    lock: Annotated[LockView | None, doc("The lock, or null.")]
+    lock_expires_at: Annotated[int | None, doc("When the lock expires, in Unix ms, or null.")]
     progress_due_at: ProgressDueAt
-    extended: Annotated[bool, Meta(description="False if the extension changed nothing.")]
+    extended: Annotated[bool, doc("False if the extension changed nothing.")]
     timestamp: Timestamp
 
 
@@ -454,8 +439,8 @@ class Recovery(Struct, frozen=True, rename="camel"):
     """What recovery did to one job."""
 
     job_id: JobIdText
-    action: Annotated[Literal["reset", "failed"], Meta(description="What was done to the job, or would be done.")]
-    reason: Annotated[str, Meta(description="Why, in words.")]
+    action: Annotated[Literal["reset", "failed"], doc("What was done to the job, or would be done.")]
+    reason: Annotated[str, doc("Why, in words.")]
 
 
 class Recovered(Struct, frozen=True):
@@ -470,11 +455,11 @@ class TakeBackView(Struct, frozen=True, rename="camel"):
     """The grants that a take-back ended, or would end."""
 
     worker: WorkerText
-    recovered_jobs: Annotated[int, Meta(description="How many stalled jobs were recovered.")]
-    reset_jobs: Annotated[int, Meta(description="How many of them returned to their queue.")]
-    failed_jobs: Annotated[int, Meta(description="How many of them failed.")]
-    details: Annotated[list[Recovery], Meta(description="What was done to each job.")]
-    more: Annotated[bool, Meta(description="Whether there are more jobs than `details` shows.")]
+    recovered_jobs: Annotated[int, doc("How many stalled jobs were recovered.")]
+    reset_jobs: Annotated[int, doc("How many of them returned to their queue.")]
+    failed_jobs: Annotated[int, doc("How many of them failed.")]
+    details: Annotated[list[Recovery], doc("What was done to each job.")]
+    more: Annotated[bool, doc("Whether there are more jobs than `details` shows.")]
     timestamp: Timestamp
 
 
@@ -519,80 +504,75 @@ class Imported(Struct, frozen=True):
 class RejectedLine(Struct, frozen=True):
     """A line of an import that was rejected."""
 
-    line: Annotated[int, Meta(description="Number of the line, from 1.")]
-    id: Annotated[str | None, Meta(description="Id of the job. Null if the line has none.")]
-    reason: Annotated[str, Meta(description="Why the line was rejected.")]
+    line: Annotated[int, doc("Number of the line, from 1.")]
+    id: Annotated[str | None, doc("Id of the job. Null if the line has none.")]
+    reason: Annotated[str, doc("Why the line was rejected.")]
 
 
 class ImportResult(Struct, rename="camel"):
     """The result of an import."""
 
-    imported: Annotated[int, Meta(description="How many jobs were created.")] = 0
-    skipped: Annotated[int, Meta(description="How many lines have the id of an existing job.")] = 0
-    refused_count: Annotated[int, Meta(description="How many lines were rejected.")] = 0
-    refused: Annotated[list[RejectedLine], Meta(description="The first 1000 rejected lines.")] = []
+    imported: Annotated[int, doc("How many jobs were created.")] = 0
+    skipped: Annotated[int, doc("How many lines have the id of an existing job.")] = 0
+    refused_count: Annotated[int, doc("How many lines were rejected.")] = 0
+    refused: Annotated[list[RejectedLine], doc("The first 1000 rejected lines.")] = []
 
 
 class PreviewedLine(Struct, frozen=True):
     """What an import would do with a line."""
 
-    line: Annotated[int, Meta(description="Number of the line, from 1.")]
-    id: Annotated[str | None, Meta(description="Id of the job. Null if the line has none.")]
-    what: Annotated[Literal["create", "skip", "reject"], Meta(description="What an import would do with the line.")]
-    status: Annotated[str | None, Meta(description="Status of the job afterwards, or null.")]
-    reason: Annotated[str | None, Meta(description="Why, or null.")]
+    line: Annotated[int, doc("Number of the line, from 1.")]
+    id: Annotated[str | None, doc("Id of the job. Null if the line has none.")]
+    what: Annotated[Literal["create", "skip", "reject"], doc("What an import would do with the line.")]
+    status: Annotated[str | None, doc("Status of the job afterwards, or null.")]
+    reason: Annotated[str | None, doc("Why, or null.")]
 
 
 class ImportPreview(Struct, rename="camel"):
     """What an import would do."""
 
-    would_import: Annotated[int, Meta(description="How many jobs would be created.")] = 0
-    would_skip: Annotated[
-        int, Meta(description="How many lines have the id of an existing job or of an earlier line.")
-    ] = 0
-    would_reject: Annotated[int, Meta(description="How many lines would be rejected.")] = 0
-    lines: Annotated[list[PreviewedLine], Meta(description="The first 10,000 lines.")] = []
-    more: Annotated[bool, Meta(description="Whether there are more lines than are shown.")] = False
-    stops_at: Annotated[int | None, Meta(description="The line at which the import would stop early, or null.")] = None
-    stop_reason: Annotated[str | None, Meta(description="Why it would stop there, or null.")] = None
+    would_import: Annotated[int, doc("How many jobs would be created.")] = 0
+    would_skip: Annotated[int, doc("How many lines have the id of an existing job or of an earlier line.")] = 0
+    would_reject: Annotated[int, doc("How many lines would be rejected.")] = 0
+    lines: Annotated[list[PreviewedLine], doc("The first 10,000 lines.")] = []
+    more: Annotated[bool, doc("Whether there are more lines than are shown.")] = False
+    stops_at: Annotated[int | None, doc("The line at which the import would stop early, or null.")] = None
+    stop_reason: Annotated[str | None, doc("Why it would stop there, or null.")] = None
 
 
 class CleanupReport(Struct, frozen=True, rename="camel"):
     """What cleanup and recovery did since the previous report, with the names that existing dashboards expect."""
 
     timestamp: Timestamp
-    stuck_jobs_recovered: Annotated[int, Meta(description="Stalled jobs that were recovered.")]
-    expired_jobs_deleted: Annotated[int, Meta(description="Finished jobs that were deleted by age.")]
-    expired_locks_cleared: Annotated[int, Meta(description="Expired locks that were cleared.")]
-    validation_issues_fixed: Annotated[int, Meta(description="Issues that were fixed.")]
-    validation_issues_found: Annotated[int, Meta(description="Issues that were found.")]
-    total_processing_time: Annotated[int, Meta(description="How long the run took, in ms.")]
-    errors: Annotated[list[str], Meta(description="Steps of the run that failed.")]
-    forced: Annotated[bool, Meta(description="Whether an operator requested the run.")]
+    stuck_jobs_recovered: Annotated[int, doc("Stalled jobs that were recovered.")]
+    expired_jobs_deleted: Annotated[int, doc("Finished jobs that were deleted by age.")]
+    expired_locks_cleared: Annotated[int, doc("Expired locks that were cleared.")]
+    validation_issues_fixed: Annotated[int, doc("Issues that were fixed.")]
+    validation_issues_found: Annotated[int, doc("Issues that were found.")]
+    total_processing_time: Annotated[int, doc("How long the run took, in ms.")]
+    errors: Annotated[list[str], doc("Steps of the run that failed.")]
+    forced: Annotated[bool, doc("Whether an operator requested the run.")]
 
 
 class CleanupState(Struct, frozen=True, rename="camel"):
     """The state of cleanup. A run with errors is a failed run."""
 
-    last_report: Annotated[CleanupReport | None, Meta(description="The report of the last run, or null.")]
+    last_report: Annotated[CleanupReport | None, doc("The report of the last run, or null.")]
     cleanup_running: CleanupRunning
     time_since_last_cleanup: SinceCleanup
-    failed_since_last_success: Annotated[
-        int, Meta(description="Number of runs with errors since the last successful one.")
-    ] = 0
+    failed_since_last_success: Annotated[int, doc("Number of runs with errors since the last successful one.")] = 0
     last_failure: Annotated[
-        CleanupReport | None,
-        Meta(description="The report of the latest failed run since the last successful one, or null."),
+        CleanupReport | None, doc("The report of the latest failed run since the last successful one, or null.")
     ] = None
 
 
 class RecoverStuckView(Struct, frozen=True, rename="camel"):
     """The result of a recovery."""
 
-    recovered_jobs: Annotated[int, Meta(description="How many stalled jobs were recovered.")]
-    reset_jobs: Annotated[int, Meta(description="How many of them returned to their queue.")]
-    failed_jobs: Annotated[int, Meta(description="How many of them failed.")]
-    details: Annotated[list[Recovery], Meta(description="What was done to each job.")]
+    recovered_jobs: Annotated[int, doc("How many stalled jobs were recovered.")]
+    reset_jobs: Annotated[int, doc("How many of them returned to their queue.")]
+    failed_jobs: Annotated[int, doc("How many of them failed.")]
+    details: Annotated[list[Recovery], doc("What was done to each job.")]
     timestamp: Timestamp
 
 
@@ -600,13 +580,13 @@ class ValidateJobView(Struct, frozen=True, rename="camel"):
     """A job and the issues in its record."""
 
     job_id: JobIdText
-    job: Annotated[JobView, Meta(description="The job.")]
-    validation: Annotated[Validation, Meta(description="The issues in its record.")]
+    job: Annotated[JobView, doc("The job.")]
+    validation: Annotated[Validation, doc("The issues in its record.")]
     timestamp: Timestamp
 
 
 HealthStatus = Literal["healthy", "degraded", "unhealthy"]
-HealthLevel = Annotated[HealthStatus, Meta(description="`healthy`, `degraded` or `unhealthy`.")]
+HealthLevel = Annotated[HealthStatus, doc("`healthy`, `degraded` or `unhealthy`.")]
 
 
 class DatabaseHealth(Struct, frozen=True, rename="camel"):
@@ -614,7 +594,7 @@ class DatabaseHealth(Struct, frozen=True, rename="camel"):
 
     status: HealthLevel
     message: MessageText
-    total_jobs: Annotated[int, Meta(description="Number of jobs.")]
+    total_jobs: Annotated[int, doc("Number of jobs.")]
     path: DiskPath = None
     free_bytes: FreeBytes = None
     total_bytes: TotalBytes = None
@@ -638,13 +618,13 @@ class CleanupHealth(Struct, frozen=True, rename="camel"):
 class HealthView(Struct, frozen=True, rename="camel"):
     """Health of the daemon, measured at most 5 s ago."""
 
-    status: Annotated[HealthStatus, Meta(description="The worst of all parts.")]
-    database: Annotated[DatabaseHealth, Meta(description="The store.")]
-    cache: Annotated[PartHealth, Meta(description="The state in memory.")]
-    storage: Annotated[PartHealth, Meta(description="The artifact store.")]
-    cleanup_status: Annotated[CleanupHealth, Meta(description="The cleanup runs.")]
-    timestamp: Annotated[int, Meta(description="When it was measured, in Unix ms.")]
-    journal: Annotated[PartHealth | UnsetType, Meta(description="The journal of a cluster.")] = UNSET
+    status: Annotated[HealthStatus, doc("The worst of all parts.")]
+    database: Annotated[DatabaseHealth, doc("The store.")]
+    cache: Annotated[PartHealth, doc("The state in memory.")]
+    storage: Annotated[PartHealth, doc("The artifact store.")]
+    cleanup_status: Annotated[CleanupHealth, doc("The cleanup runs.")]
+    timestamp: Annotated[int, doc("When it was measured, in Unix ms.")]
+    journal: Annotated[PartHealth | UnsetType, doc("The journal of a cluster.")] = UNSET
 
 
 AlertSeverity = Literal["critical", "warning", "notice"]
@@ -653,57 +633,54 @@ AlertSeverity = Literal["critical", "warning", "notice"]
 class AlertView(Struct, frozen=True):
     """An alert."""
 
-    name: Annotated[str, Meta(description="Name of the alert.")]
-    firing: Annotated[bool, Meta(description="Whether it fires now.")]
-    since: Annotated[int | None, Meta(description="When it began to fire, in Unix ms, or null.")]
-    value: Annotated[float, Meta(description="The measured value.")]
-    threshold: Annotated[float, Meta(description="The value from which it fires.")]
-    hint: Annotated[str, Meta(description="What to check while it fires; otherwise the current state.")]
-    severity: Annotated[AlertSeverity, Meta(description="How urgent it is: `critical`, `warning` or `notice`.")] = (
-        "warning"
-    )
+    name: Annotated[str, doc("Name of the alert.")]
+    firing: Annotated[bool, doc("Whether it fires now.")]
+    since: Annotated[int | None, doc("When it began to fire, in Unix ms, or null.")]
+    value: Annotated[float, doc("The measured value.")]
+    threshold: Annotated[float, doc("The value from which it fires.")]
+    hint: Annotated[str, doc("What to check while it fires; otherwise the current state.")]
+    severity: Annotated[AlertSeverity, doc("How urgent it is: `critical`, `warning` or `notice`.")] = "warning"
 
 
 class AlertList(Struct):
     """All alerts, firing or not."""
 
-    alerts: Annotated[list[AlertView], Meta(description="The alerts.")]
+    alerts: Annotated[list[AlertView], doc("The alerts.")]
 
 
 class WebhookView(Struct, frozen=True):
     """A webhook and the state of its deliveries. Counters start at 0 with the daemon."""
 
-    name: Annotated[str, Meta(description="Name of the webhook.")]
-    url: Annotated[str, Meta(description="Scheme and host of its URL. Parts that may be secret are left out.")]
-    events: Annotated[list[str], Meta(description="The types of its events.")]
-    queues: Annotated[list[str], Meta(description="Only events of these queues. Empty: all queues.")]
+    name: Annotated[str, doc("Name of the webhook.")]
+    url: Annotated[str, doc("Scheme and host of its URL. Parts that may be secret are left out.")]
+    events: Annotated[list[str], doc("The types of its events.")]
+    queues: Annotated[list[str], doc("Only events of these queues. Empty: all queues.")]
     state: Annotated[
         Literal["starting", "closed", "open", "half_open"],
-        Meta(
-            description="State of its circuit breaker: `closed` is normal, `open` sends nothing, `half_open` sends one "
+        doc(
+            "State of its circuit breaker: `closed` is normal, `open` sends nothing, `half_open` sends one "
             "delivery as a trial."
         ),
     ]
-    failing_since: Annotated[int | None, Meta(description="Since when every attempt has failed, in Unix ms, or null.")]
+    failing_since: Annotated[int | None, doc("Since when every attempt has failed, in Unix ms, or null.")]
     next_try_at: Annotated[
-        int | None,
-        Meta(description="When the next attempt is possible, in Unix ms. Null: now, or no delivery waits for a retry."),
+        int | None, doc("When the next attempt is possible, in Unix ms. Null: now, or no delivery waits for a retry.")
     ]
-    position: Annotated[int, Meta(description="The newest event that was read for it.")]
-    lag: Annotated[int, Meta(description="How many events have not been read for it yet.")]
-    waiting: Annotated[int, Meta(description="How many deliveries are waiting.")]
-    delivered: Annotated[int, Meta(description="How many deliveries succeeded.")]
-    failed: Annotated[int, Meta(description="How many attempts failed.")]
-    dead_lettered: Annotated[int, Meta(description="How many deliveries were dead-lettered.")]
-    last_success_at: Annotated[int | None, Meta(description="When a delivery last succeeded, in Unix ms, or null.")]
-    last_error: Annotated[str | None, Meta(description="The error of the last attempt that failed, or null.")]
-    last_error_at: Annotated[int | None, Meta(description="When that attempt failed, in Unix ms, or null.")]
+    position: Annotated[int, doc("The newest event that was read for it.")]
+    lag: Annotated[int, doc("How many events have not been read for it yet.")]
+    waiting: Annotated[int, doc("How many deliveries are waiting.")]
+    delivered: Annotated[int, doc("How many deliveries succeeded.")]
+    failed: Annotated[int, doc("How many attempts failed.")]
+    dead_lettered: Annotated[int, doc("How many deliveries were dead-lettered.")]
+    last_success_at: Annotated[int | None, doc("When a delivery last succeeded, in Unix ms, or null.")]
+    last_error: Annotated[str | None, doc("The error of the last attempt that failed, or null.")]
+    last_error_at: Annotated[int | None, doc("When that attempt failed, in Unix ms, or null.")]
 
 
 class WebhookList(Struct):
     """The configured webhooks."""
 
-    webhooks: Annotated[list[WebhookView], Meta(description="The webhooks.")]
+    webhooks: Annotated[list[WebhookView], doc("The webhooks.")]
 
 
 DeliveryState = Literal["waiting", "delivered", "dead-lettered"]
@@ -712,48 +689,45 @@ DeliveryState = Literal["waiting", "delivered", "dead-lettered"]
 class DeliveryView(Struct, frozen=True):
     """A delivery: one message to one webhook."""
 
-    id: Annotated[int, Meta(description="Number of the delivery.")]
-    state: Annotated[DeliveryState, Meta(description="`waiting`, `delivered` or `dead-lettered`.")]
-    type: Annotated[str, Meta(description="Type of the message.")]
-    subject: Annotated[str, Meta(description="What it is about: `jobs/ID`, `queues/NAME`, `alerts/NAME`.")]
-    event_id: Annotated[str, Meta(description="Id of the message: its header `webhook-id`.")]
-    seq: Annotated[int | None, Meta(description="Position of the event in the event log. Null if it is not an event.")]
-    at: Annotated[int, Meta(description="When the delivery was created, in Unix ms.")]
-    due_at: Annotated[int | None, Meta(description="When the next attempt is due, in Unix ms. Null once it has ended.")]
-    tries: Annotated[int, Meta(description="Number of attempts so far.")]
-    ended_at: Annotated[int | None, Meta(description="When it was delivered or dead-lettered, in Unix ms, or null.")]
-    status: Annotated[int | None, Meta(description="HTTP status of the last response, or null.")]
-    error: Annotated[str | None, Meta(description="What was wrong with the last attempt, or null.")]
+    id: Annotated[int, doc("Number of the delivery.")]
+    state: Annotated[DeliveryState, doc("`waiting`, `delivered` or `dead-lettered`.")]
+    type: Annotated[str, doc("Type of the message.")]
+    subject: Annotated[str, doc("What it is about: `jobs/ID`, `queues/NAME`, `alerts/NAME`.")]
+    event_id: Annotated[str, doc("Id of the message: its header `webhook-id`.")]
+    seq: Annotated[int | None, doc("Position of the event in the event log. Null if it is not an event.")]
+    at: Annotated[int, doc("When the delivery was created, in Unix ms.")]
+    due_at: Annotated[int | None, doc("When the next attempt is due, in Unix ms. Null once it has ended.")]
+    tries: Annotated[int, doc("Number of attempts so far.")]
+    ended_at: Annotated[int | None, doc("When it was delivered or dead-lettered, in Unix ms, or null.")]
+    status: Annotated[int | None, doc("HTTP status of the last response, or null.")]
+    error: Annotated[str | None, doc("What was wrong with the last attempt, or null.")]
 
 
 class DeliveryPage(Struct):
     """A page of deliveries, newest first."""
 
-    deliveries: Annotated[list[DeliveryView], Meta(description="The deliveries.")]
+    deliveries: Annotated[list[DeliveryView], doc("The deliveries.")]
     next_cursor: NextCursor
 
 
 class Resent(Struct):
     """The result of retrying dead-lettered deliveries."""
 
-    resent: Annotated[int, Meta(description="How many dead-lettered deliveries are queued again.")]
+    resent: Annotated[int, doc("How many dead-lettered deliveries are queued again.")]
 
 
 class ReportList(Struct):
     """Reports of cleanup runs."""
 
-    reports: Annotated[list[CleanupReport], Meta(description="The reports, newest first.")]
+    reports: Annotated[list[CleanupReport], doc("The reports, newest first.")]
 
 
 class ClockView(Struct, frozen=True):
     """The clock of the daemon. While it is suspect, `message` says why and what to do."""
 
-    now: Annotated[int, Meta(description="Wall time of the daemon, in Unix ms.")]
+    now: Annotated[int, doc("Wall time of the daemon, in Unix ms.")]
     suspect: Annotated[
-        bool,
-        Meta(
-            description="Whether the clock has jumped ahead. While it is suspect, nothing is deleted or failed by age."
-        ),
+        bool, doc("Whether the clock has jumped ahead. While it is suspect, nothing is deleted or failed by age.")
     ]
     message: MessageText
 
@@ -762,13 +736,13 @@ class QuarantinedJob(Struct, frozen=True):
     """A damaged job in quarantine."""
 
     id: JobIdText
-    reason: Annotated[str, Meta(description="The damage.")]
+    reason: Annotated[str, doc("The damage.")]
 
 
 class QuarantineList(Struct):
     """The damaged jobs in quarantine."""
 
-    jobs: Annotated[list[QuarantinedJob], Meta(description="The jobs.")]
+    jobs: Annotated[list[QuarantinedJob], doc("The jobs.")]
 
 
 class ProcessStats(Struct, frozen=True):
@@ -790,23 +764,23 @@ class ProcessStats(Struct, frozen=True):
 class AuditView(Struct, frozen=True):
     """An audit entry: a change or a rejected request of an operator."""
 
-    seq: Annotated[int, Meta(description="Position in the audit log.")]
-    at: Annotated[int, Meta(description="When, in Unix ms.")]
-    who: Annotated[str, Meta(description="Name of the operator; `admin` if none was given.")]
-    address: Annotated[str, Meta(description="Where the request came from.")]
-    what: Annotated[str, Meta(description="The action, such as `force-fail`.")]
-    job_id: Annotated[str | None, Meta(description="The job, or null.")]
-    queue: Annotated[str | None, Meta(description="The queue, or null.")]
+    seq: Annotated[int, doc("Position in the audit log.")]
+    at: Annotated[int, doc("When, in Unix ms.")]
+    who: Annotated[str, doc("Name of the operator; `admin` if none was given.")]
+    address: Annotated[str, doc("Where the request came from.")]
+    what: Annotated[str, doc("The action, such as `force-fail`.")]
+    job_id: Annotated[str | None, doc("The job, or null.")]
+    queue: Annotated[str | None, doc("The queue, or null.")]
     reason: ReasonText
-    outcome: Annotated[str, Meta(description="`done` or an error code.")]
-    changed: Annotated[int, Meta(description="How many jobs were changed.")]
-    details: Annotated[dict[str, Any], Meta(description="Machine-readable details.")]
+    outcome: Annotated[str, doc("`done` or an error code.")]
+    changed: Annotated[int, doc("How many jobs were changed.")]
+    details: Annotated[dict[str, Any], doc("Machine-readable details.")]
 
 
 class AuditPage(Struct):
     """A page of audit entries, newest first."""
 
-    entries: Annotated[list[AuditView], Meta(description="The entries.")]
+    entries: Annotated[list[AuditView], doc("The entries.")]
     next_cursor: NextCursor
 
 
@@ -814,57 +788,55 @@ class PlannedJob(Struct, frozen=True, gc=False, rename={"from_": "from"}):
     """A job that a plan would change."""
 
     id: JobIdText
-    from_: Annotated[str, Meta(description="The status when the plan was made.")]
-    to: Annotated[str | None, Meta(description="The status afterwards. Null for a deletion.")]
-    late_results: Annotated[
-        int, Meta(description="How many of its late results were not adopted. 0 for a completed job.")
-    ] = 0
+    from_: Annotated[str, doc("The status when the plan was made.")]
+    to: Annotated[str | None, doc("The status afterwards. Null for a deletion.")]
+    late_results: Annotated[int, doc("How many of its late results were not adopted. 0 for a completed job.")] = 0
 
 
 class SkippedJob(Struct, frozen=True, gc=False):
     """A job that a plan skips."""
 
     id: JobIdText
-    status: Annotated[str | None, Meta(description="Status of the job. Null if the job does not exist.")]
-    why: Annotated[str, Meta(description="Why the job is skipped.")]
+    status: Annotated[str | None, doc("Status of the job. Null if the job does not exist.")]
+    why: Annotated[str, doc("Why the job is skipped.")]
 
 
 class ChangedJob(Struct, frozen=True, gc=False, rename={"from_": "from"}):
     """A job of a plan that the plan did not change."""
 
     id: JobIdText
-    from_: Annotated[str, Meta(description="The status when the plan was made.")]
-    now: Annotated[str | None, Meta(description="The current status. Null if the job was deleted.")]
-    why: Annotated[str, Meta(description="Why the job was not changed.")]
+    from_: Annotated[str, doc("The status when the plan was made.")]
+    now: Annotated[str | None, doc("The current status. Null if the job was deleted.")]
+    why: Annotated[str, doc("Why the job was not changed.")]
 
 
 class PlanResult(Struct, frozen=True):
     """The result of a plan."""
 
-    plan_id: Annotated[str, Meta(description="Id of the plan.")]
-    action: Annotated[str, Meta(description="The action of the plan.")]
-    applied: Annotated[int, Meta(description="How many jobs the plan changed.")]
-    changed: Annotated[list[ChangedJob], Meta(description="The jobs that had changed since the plan was made.")]
-    rejected: Annotated[list[ChangedJob], Meta(description="The jobs that a rule rejected.")]
-    applied_at: Annotated[int, Meta(description="When the last job was changed, in Unix ms.")]
+    plan_id: Annotated[str, doc("Id of the plan.")]
+    action: Annotated[str, doc("The action of the plan.")]
+    applied: Annotated[int, doc("How many jobs the plan changed.")]
+    changed: Annotated[list[ChangedJob], doc("The jobs that had changed since the plan was made.")]
+    rejected: Annotated[list[ChangedJob], doc("The jobs that a rule rejected.")]
+    applied_at: Annotated[int, doc("When the last job was changed, in Unix ms.")]
     repeated: Annotated[
-        bool, Meta(description="Whether the plan had been applied before, so that this request changed nothing.")
+        bool, doc("Whether the plan had been applied before, so that this request changed nothing.")
     ] = False
 
 
 class DamagedRow(Struct, frozen=True):
     """A row whose checksum is wrong, or that cannot be read."""
 
-    where: Annotated[str, Meta(description="The row.")]
-    what: Annotated[str, Meta(description="The damage.")]
+    where: Annotated[str, doc("The row.")]
+    what: Annotated[str, doc("The damage.")]
 
 
 class CheckedRows(Struct, frozen=True):
     """Rows whose checksums were checked."""
 
-    table: Annotated[str, Meta(description="The table of the rows.")]
-    checked: Annotated[int, Meta(description="How many rows were checked.")]
-    damaged: Annotated[list[DamagedRow], Meta(description="The damaged rows.")]
+    table: Annotated[str, doc("The table of the rows.")]
+    checked: Annotated[int, doc("How many rows were checked.")]
+    damaged: Annotated[list[DamagedRow], doc("The damaged rows.")]
     next_cursor: NextCursor
 
 
@@ -874,20 +846,20 @@ BackupState = Literal["waiting", "copying", "checking", "sending", "sent", "fail
 class BackupView(Struct, frozen=True):
     """An online backup."""
 
-    id: Annotated[str, Meta(description="Id of the backup, as its caller gave it.")]
-    state: Annotated[BackupState, Meta(description="State of the backup.")]
-    bytes_done: Annotated[int, Meta(description="How many bytes are copied, or sent.")]
-    bytes_total: Annotated[int | None, Meta(description="How many bytes there are in total. Null until known.")]
-    quiet_ms: Annotated[int, Meta(description="Time since the last progress, in ms.")]
-    started_at: Annotated[int, Meta(description="When the backup began, in Unix ms.")]
-    ended_at: Annotated[int | None, Meta(description="When it was sent or failed, in Unix ms, or null.")]
-    message: Annotated[str | None, Meta(description="Why it failed, or null.")]
+    id: Annotated[str, doc("Id of the backup, as its caller gave it.")]
+    state: Annotated[BackupState, doc("State of the backup.")]
+    bytes_done: Annotated[int, doc("How many bytes are copied, or sent.")]
+    bytes_total: Annotated[int | None, doc("How many bytes there are in total. Null until known.")]
+    quiet_ms: Annotated[int, doc("Time since the last progress, in ms.")]
+    started_at: Annotated[int, doc("When the backup began, in Unix ms.")]
+    ended_at: Annotated[int | None, doc("When it was sent or failed, in Unix ms, or null.")]
+    message: Annotated[str | None, doc("Why it failed, or null.")]
 
 
 class BackupList(Struct, frozen=True):
     """The online backups in progress and the last ones that ended."""
 
-    backups: Annotated[list[BackupView], Meta(description="The backups, newest first.")]
+    backups: Annotated[list[BackupView], doc("The backups, newest first.")]
 
 
 class PlanView(Struct, frozen=True):
@@ -897,26 +869,23 @@ class PlanView(Struct, frozen=True):
     `next_cursor`; if that is null, create the plan again after applying this one.
     """
 
-    plan_id: Annotated[str, Meta(description="Id of the plan.")]
-    action: Annotated[PlanAction, Meta(description="What is done to each job.")]
+    plan_id: Annotated[str, doc("Id of the plan.")]
+    action: Annotated[PlanAction, doc("What is done to each job.")]
     reason: ReasonText
     filter: Annotated[
-        PlanFilter | None,
-        Meta(description="The filter of the plan. Null for a plan by ids, for `recover-stuck` and for `cleanup`."),
+        PlanFilter | None, doc("The filter of the plan. Null for a plan by ids, for `recover-stuck` and for `cleanup`.")
     ]
-    scope: Annotated[str | None, Meta(description="Which jobs the plan contains, in words. Null for a plan by ids.")]
-    count: Annotated[int, Meta(description="How many jobs the plan would change.")]
-    jobs: Annotated[list[PlannedJob], Meta(description="The jobs that the plan would change.")]
-    skipped: Annotated[list[SkippedJob], Meta(description="The first 1000 jobs that are skipped.")]
-    skipped_count: Annotated[int, Meta(description="How many jobs are skipped.")]
-    more: Annotated[bool, Meta(description="Whether the plan may not cover all jobs.")]
-    next_cursor: Annotated[str | None, Meta(description="Cursor of the next plan, or null.")]
-    made_at: Annotated[int, Meta(description="When the plan was made, in Unix ms.")]
-    expires_at: Annotated[int, Meta(description="When the plan is removed, in Unix ms.")]
-    result: Annotated[PlanResult | None, Meta(description="The result. Null until the plan is applied.")] = None
-    with_late_results: Annotated[
-        int, Meta(description="How many of the jobs have late results that were not adopted.")
-    ] = 0
+    scope: Annotated[str | None, doc("Which jobs the plan contains, in words. Null for a plan by ids.")]
+    count: Annotated[int, doc("How many jobs the plan would change.")]
+    jobs: Annotated[list[PlannedJob], doc("The jobs that the plan would change.")]
+    skipped: Annotated[list[SkippedJob], doc("The first 1000 jobs that are skipped.")]
+    skipped_count: Annotated[int, doc("How many jobs are skipped.")]
+    more: Annotated[bool, doc("Whether the plan may not cover all jobs.")]
+    next_cursor: Annotated[str | None, doc("Cursor of the next plan, or null.")]
+    made_at: Annotated[int, doc("When the plan was made, in Unix ms.")]
+    expires_at: Annotated[int, doc("When the plan is removed, in Unix ms.")]
+    result: Annotated[PlanResult | None, doc("The result. Null until the plan is applied.")] = None
+    with_late_results: Annotated[int, doc("How many of the jobs have late results that were not adopted.")] = 0
 
 
 def late_results_note(action: str, late: Sequence[int]) -> str | None:
@@ -964,20 +933,20 @@ class PreviewResult(Struct, frozen=True):
 class PreviewView(Struct, frozen=True, rename="camel"):
     """What recovery and a cleanup run would do now: the first jobs of each kind."""
 
-    recover: Annotated[list[Recovery], Meta(description="Stalled jobs that would be recovered.")]
-    expired_locks: Annotated[int, Meta(description="Number of expired locks that would be cleared.")]
-    expired_jobs: Annotated[list[str], Meta(description="Queued jobs past their `expires_at` that would fail.")]
-    deleted_jobs: Annotated[list[str], Meta(description="Finished jobs that would be deleted by age.")]
-    mended_jobs: Annotated[list[str], Meta(description="Jobs with validation issues that would be fixed or reported.")]
-    more: Annotated[bool, Meta(description="Whether there are more jobs than are shown.")]
+    recover: Annotated[list[Recovery], doc("Stalled jobs that would be recovered.")]
+    expired_locks: Annotated[int, doc("Number of expired locks that would be cleared.")]
+    expired_jobs: Annotated[list[str], doc("Queued jobs past their `expires_at` that would fail.")]
+    deleted_jobs: Annotated[list[str], doc("Finished jobs that would be deleted by age.")]
+    mended_jobs: Annotated[list[str], doc("Jobs with validation issues that would be fixed or reported.")]
+    more: Annotated[bool, doc("Whether there are more jobs than are shown.")]
     timestamp: Timestamp
     held_jobs: Annotated[
-        list[str], Meta(description="Finished jobs past their retention that are kept while the clock is suspect.")
+        list[str], doc("Finished jobs past their retention that are kept while the clock is suspect.")
     ] = []
-    more_held: Annotated[bool, Meta(description="Whether `heldJobs` does not show all of them.")] = False
-    more_mended: Annotated[
-        bool, Meta(description="Whether `mendedJobs` may be incomplete: the time limit ended the search.")
-    ] = False
+    more_held: Annotated[bool, doc("Whether `heldJobs` does not show all of them.")] = False
+    more_mended: Annotated[bool, doc("Whether `mendedJobs` may be incomplete: the time limit ended the search.")] = (
+        False
+    )
 
 
 class FailureGroup(Struct, frozen=True):
@@ -985,38 +954,34 @@ class FailureGroup(Struct, frozen=True):
 
     fingerprint: Annotated[
         str,
-        Meta(
-            description="Identifies the error. Errors that differ only in numbers, quoted texts, URLs, paths or the "
+        doc(
+            "Identifies the error. Errors that differ only in numbers, quoted texts, URLs, paths or the "
             "id of the job, or in their traceback, have the same fingerprint."
         ),
     ]
-    message: Annotated[str, Meta(description="The error message of the latest job.")]
-    error_code: Annotated[str | None, Meta(description="The error code, or null.")]
-    count: Annotated[int, Meta(description="Number of failed jobs.")]
+    message: Annotated[str, doc("The error message of the latest job.")]
+    error_code: Annotated[str | None, doc("The error code, or null.")]
+    count: Annotated[int, doc("Number of failed jobs.")]
     older_than_day: Annotated[
-        int,
-        Meta(description="How many of `count` ended over a day ago, by whole hours: a job counts after 24 to 25 h."),
+        int, doc("How many of `count` ended over a day ago, by whole hours: a job counts after 24 to 25 h.")
     ]
-    retrying: Annotated[int, Meta(description="Number of queued jobs that wait for a retry after this error.")]
-    kinds: Annotated[list[str], Meta(description="Kinds of the jobs.")]
-    queues: Annotated[list[str], Meta(description="Queues of the jobs.")]
-    first_at: Annotated[
-        int,
-        Meta(description="When the first job failed, in Unix ms. Not reset while the group is empty."),
-    ]
-    last_at: Annotated[int, Meta(description="When the latest job failed, in Unix ms.")]
-    job_ids: Annotated[list[str], Meta(description="Ids of some of the latest jobs.")]
+    retrying: Annotated[int, doc("Number of queued jobs that wait for a retry after this error.")]
+    kinds: Annotated[list[str], doc("Kinds of the jobs.")]
+    queues: Annotated[list[str], doc("Queues of the jobs.")]
+    first_at: Annotated[int, doc("When the first job failed, in Unix ms. Not reset while the group is empty.")]
+    last_at: Annotated[int, doc("When the latest job failed, in Unix ms.")]
+    job_ids: Annotated[list[str], doc("Ids of some of the latest jobs.")]
 
 
 class FailuresView(Struct, frozen=True):
     """Failed and retrying jobs, grouped by error."""
 
-    groups: Annotated[list[FailureGroup], Meta(description="The groups, the largest first.")]
-    total: Annotated[int, Meta(description="Number of failed jobs.")]
-    retrying: Annotated[int, Meta(description="Number of queued jobs that wait for a retry after an error.")]
-    other: Annotated[int, Meta(description="Number of failed jobs that are in none of these groups.")]
-    other_retrying: Annotated[int, Meta(description="Number of retrying jobs that are in none of these groups.")]
-    whole: Annotated[bool, Meta(description="False until the jobs from before the start of the daemon are counted.")]
+    groups: Annotated[list[FailureGroup], doc("The groups, the largest first.")]
+    total: Annotated[int, doc("Number of failed jobs.")]
+    retrying: Annotated[int, doc("Number of queued jobs that wait for a retry after an error.")]
+    other: Annotated[int, doc("Number of failed jobs that are in none of these groups.")]
+    other_retrying: Annotated[int, doc("Number of retrying jobs that are in none of these groups.")]
+    whole: Annotated[bool, doc("False until the jobs from before the start of the daemon are counted.")]
 
 
 NodeRole = Literal["leader", "standby", "single"]
@@ -1027,19 +992,19 @@ READY_MS: Final = 10_000  # a standby that is behind by less takes over within s
 class NodeView(Struct, frozen=True):
     """A node of a cluster, as it last described itself."""
 
-    name: Annotated[str, Meta(description="Its name, `node.name`.")]
-    url: Annotated[str, Meta(description="Its address for clients, `node.advertise`.")]
-    role: Annotated[NodeRole, Meta(description="`leader` or `standby`.")]
-    seen_ms: Annotated[int, Meta(description="Time since it last described itself, in ms.")]
-    record: Annotated[int, Meta(description="The last record of the journal that its tables have.")]
-    lag_records: Annotated[int, Meta(description="Number of records that its tables lack.")]
-    format: Annotated[int, Meta(description="The highest format of a record that it reads.")]
-    config_differs: Annotated[bool, Meta(description="Whether its configuration differs from that of the leader.")]
+    name: Annotated[str, doc("Its name, `node.name`.")]
+    url: Annotated[str, doc("Its address for clients, `node.advertise`.")]
+    role: Annotated[NodeRole, doc("`leader` or `standby`.")]
+    seen_ms: Annotated[int, doc("Time since it last described itself, in ms.")]
+    record: Annotated[int, doc("The last record of the journal that its tables have.")]
+    lag_records: Annotated[int, doc("Number of records that its tables lack.")]
+    format: Annotated[int, doc("The highest format of a record that it reads.")]
+    config_differs: Annotated[bool, doc("Whether its configuration differs from that of the leader.")]
     ahead_ms: Annotated[
-        int, Meta(description="By how much its wall clock is ahead of that of PostgreSQL, in ms; negative if behind.")
+        int, doc("By how much its wall clock is ahead of that of PostgreSQL, in ms; negative if behind.")
     ] = 0
-    behind_ms: Annotated[int, Meta(description="Time since the responding node had a record that it lacks, in ms.")] = 0
-    schema_version: Annotated[int, Meta(description="The schema version of its tables; 0 if it did not say.")] = 0
+    behind_ms: Annotated[int, doc("Time since the responding node had a record that it lacks, in ms.")] = 0
+    schema_version: Annotated[int, doc("The schema version of its tables; 0 if it did not say.")] = 0
 
     @property
     def is_unseen(self) -> bool:
@@ -1055,30 +1020,27 @@ class NodeView(Struct, frozen=True):
 class ClusterView(Struct, frozen=True, kw_only=True):
     """The cluster, as the node that responds sees it. A daemon with a journal of its own is `single`."""
 
-    role: Annotated[NodeRole, Meta(description="Role of the node that responds.")]
-    node: Annotated[str | None, Meta(description="Its name.")] = None
-    journal: Annotated[str | None, Meta(description="Name of the journal.")] = None
-    leader: Annotated[str | None, Meta(description="URL of the leader, or null if this node knows of none.")] = None
-    epoch: Annotated[int | None, Meta(description="The epoch of the leader.")] = None
-    record: Annotated[int | None, Meta(description="Number of the last record of the journal.")] = None
-    lag_events: Annotated[int, Meta(description="Number of events that the node has not applied.")] = 0
-    lease_ms: Annotated[int | None, Meta(description="Duration of the lease, in ms.")] = None
+    role: Annotated[NodeRole, doc("Role of the node that responds.")]
+    node: Annotated[str | None, doc("Its name.")] = None
+    journal: Annotated[str | None, doc("Name of the journal.")] = None
+    leader: Annotated[str | None, doc("URL of the leader, or null if this node knows of none.")] = None
+    epoch: Annotated[int | None, doc("The epoch of the leader.")] = None
+    record: Annotated[int | None, doc("Number of the last record of the journal.")] = None
+    lag_events: Annotated[int, doc("Number of events that the node has not applied.")] = 0
+    lease_ms: Annotated[int | None, doc("Duration of the lease, in ms.")] = None
     synchronous: Annotated[
-        bool | None, Meta(description="Whether a record is on two machines before it is acknowledged; null if unknown.")
+        bool | None, doc("Whether a record is on two machines before it is acknowledged; null if unknown.")
     ] = None
-    require_sync: Annotated[bool, Meta(description="Whether it must be: `journal.require_sync`.")] = False
-    waits_for_sync: Annotated[
-        bool, Meta(description="Whether a write waits for a synchronous standby of PostgreSQL.")
-    ] = False
+    require_sync: Annotated[bool, doc("Whether it must be: `journal.require_sync`.")] = False
+    waits_for_sync: Annotated[bool, doc("Whether a write waits for a synchronous standby of PostgreSQL.")] = False
     oldest_transaction_ms: Annotated[
-        int | None, Meta(description="Age of the oldest transaction in the database, in ms; null if unknown.")
+        int | None, doc("Age of the oldest transaction in the database, in ms; null if unknown.")
     ] = None
     writable: Annotated[
-        list[str],
-        Meta(description="Hosts of `journal.url` that accept writes: more than one if a former primary runs again."),
+        list[str], doc("Hosts of `journal.url` that accept writes: more than one if a former primary runs again.")
     ] = []
-    problems: Annotated[list[str], Meta(description="What is wrong, in words.")] = []
-    nodes: Annotated[list[NodeView], Meta(description="The nodes, by name.")] = []
+    problems: Annotated[list[str], doc("What is wrong, in words.")] = []
+    nodes: Annotated[list[NodeView], doc("The nodes, by name.")] = []
 
 
 class EmptyResponse(Struct, frozen=True):
