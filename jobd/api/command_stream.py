@@ -73,9 +73,7 @@ class _LineKind(Struct, frozen=True):
 
 
 class DecodedLine(Struct, frozen=True):
-    """A decoded line."""
-
-    command: Command
+    command: Any
     by: str
     job_id: str | None
     key: IdempotencyKey | None

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterable
+from typing import cast
 
 from jobd.api.probes import Probe
+from jobd.engine.actor import Actor
 from jobd.engine.clock import Clock
 from jobd.engine.unread_responses import UnreadResponses
 from jobd.http.app import App, BrowserPages
@@ -35,22 +37,13 @@ class StandbyServices:
 
 
 class NoActor:
-    """Rejects all commands. The routes of a standby send none."""
+    """Rejects commands, such as those for the audit log. The routes of a standby send no others."""
 
     def __init__(self) -> None:
         self.unread = UnreadResponses()
 
     async def ask(self, command: object, **options: object) -> ApiError:
         return not_leader_error(None)
-
-    def send(self, command: object, responder: object, **options: object) -> ApiError:
-        return not_leader_error(None)
-
-    def abandon(self, envelope: object) -> None:
-        """Do nothing."""
-
-    def undelivered(self, response: object) -> None:
-        """Do nothing."""
 
 
 def standby_app(
@@ -66,7 +59,7 @@ def standby_app(
     return App(
         authenticator,
         [route for route in routes if route.on_standby],
-        NoActor(),
+        cast(Actor, NoActor()),
         services,
         limits=limits,
         admin=admin,

@@ -18,15 +18,14 @@ from urllib.parse import unquote
 
 import structlog
 
+from jobd.engine.actor import Actor
 from jobd.engine.envelope import Envelope, Waiter
-from jobd.engine.unread_responses import UnreadResponses
 from jobd.http.auth import FORM, Authenticator, check_content_type
 from jobd.http.decoding import Limits, path_value
 from jobd.http.request import BodyError, RequestContext, operator_of
 from jobd.http.response import HttpResponse, RawBody, error_response, ok_response
 from jobd.http.routing import ResolvedRoute, Route, Router
 from jobd.model.api_call import JSON, LINES
-from jobd.model.commands import Command, IdempotencyKey, Operator
 from jobd.model.errors import SHUTTING_DOWN, ApiError, ApiException, api_error, not_leader_error, too_large_error
 from jobd.model.journal import JournalOutcomeUnknown, LeadershipLost
 from jobd.model.responses import Response
@@ -79,52 +78,6 @@ class LogRateLimiter:
         return None
 
 
-class ActorClient(Protocol):
-    """The part of the actor that handlers use."""
-
-    unread: UnreadResponses
-
-    async def ask(
-        self,
-        command: Any,
-        *,
-        by: str = "client",
-        admin: bool = False,
-        key: IdempotencyKey | None = None,
-        size: int = 0,
-        operator: Operator | None = None,
-        expected: str | None = None,
-    ) -> Response | ApiError:
-        """Send a command and wait for the response.
-
-        `size` is the memory that the command holds while it waits, in bytes. `expected` is the version of the job that
-        the caller has seen.
-        """
-
-    def send(
-        self,
-        command: Any,
-        responder: Waiter,
-        *,
-        by: str = "client",
-        admin: bool = False,
-        key: IdempotencyKey | None,
-        size: int,
-        operator: Operator | None = None,
-        ordered: bool = False,
-    ) -> Envelope | ApiError:
-        """Send a command whose response `responder` receives.
-
-        `ordered`: the command is decided after the earlier ones of its sender.
-        """
-
-    def abandon(self, envelope: Envelope) -> None:
-        """Drop a command whose client has disconnected, if it has not been decided."""
-
-    def undelivered(self, response: Response) -> None:
-        """Release the grants of a response that could not be delivered."""
-
-
 class BrowserPages(Protocol):
     """The HTML pages of an app."""
 
@@ -167,7 +120,7 @@ class App(Generic[S]):
         self,
         authenticator: Authenticator,
         routes: Iterable[Route] | Router,
-        actor: ActorClient,
+        actor: Actor,
         services: S,
         *,
         limits: Limits | None = None,
@@ -192,7 +145,7 @@ class App(Generic[S]):
     def serve(
         self,
         routes: Iterable[Route] | Router,
-        actor: ActorClient,
+        actor: Actor,
         services: S,
         *,
         pages: BrowserPages | None = None,
@@ -352,7 +305,7 @@ class App(Generic[S]):
         lost = partial(self.actor.undelivered, response) if response.grants else None
         return ok_response(response, self.closing, lost)
 
-    def _decode(self, ctx: RequestContext, body: bytes) -> Command:
+    def _decode(self, ctx: RequestContext, body: bytes) -> Any:
         """Decode the command, and set the caller and the job in the context."""
         resolved = ctx.resolved
         assert resolved is not None
@@ -364,11 +317,11 @@ class App(Generic[S]):
             self._read_idempotency_key(ctx, resolved.route, body)
         if IF_MATCH in ctx.headers:
             ctx.expected = _expected_version(ctx, resolved.route)
-        command: Any = resolved.decode(body, ctx.path_value)
+        command = resolved.decode(body, ctx.path_value)
         ctx.by = command.sender() or ctx.by
         if len(job_ids := command.job_ids()) == 1:
             ctx.job_id = job_ids[0]
-        return command  # type: ignore[no-any-return]
+        return command
 
     def _resolve(self, ctx: RequestContext, resolved: ResolvedRoute | None) -> ResolvedRoute:
         """Authenticate a request, then check Host and Origin, then the path. Raises ApiException."""

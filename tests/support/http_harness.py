@@ -520,7 +520,7 @@ class HttpHarness:
         pages: BrowserPages | None = None,
         tls: tuple[ssl.SSLContext, ssl.SSLContext] | None = None,
     ) -> None:
-        self.actor = actor or FakeActor()
+        self.actor: Any = actor or cast("Any", FakeActor())
         self.fakes = Fakes()
         self.services = make_services(self.actor, self.fakes)
         self.app = App(
