@@ -12,28 +12,7 @@ from jobd.api import admin_routes
 from jobd.core import audit
 from jobd.core.rules.plan_rules import version
 from jobd.engine.disk_full import WriteLimit
-from jobd.model.commands import (
-    AnyCommand,
-    ApplyEndings,
-    AuditLog,
-    Call,
-    Cancel,
-    Create,
-    Delete,
-    ExpectedVersion,
-    ForceFail,
-    ForceReset,
-    Get,
-    IdempotencyKey,
-    Import,
-    Operator,
-    Pause,
-    RecordAction,
-    Recover,
-    RunNow,
-    Transition,
-    Update,
-)
+from jobd.model import commands as cmd
 from jobd.model.job import SECOND_MS
 from jobd.model.responses import AuditPage, EmptyResponse, Response
 from jobd.model.storage import AUDITED_READS, SIGN_INS, AuditEntry, audit_share
@@ -41,23 +20,23 @@ from tests.support.memory_storage import MemoryStorage
 from tests.support.rule_harness import RuleHarness
 from tests.support.virtual_engine import VirtualEngine, in_engine, in_virtual_time
 
-EVE = Operator("eve", "10.0.0.7")
-AUDIT_NAMES = {kind: kind.audit_name for kind in get_args(AnyCommand) if kind.audit_name is not None}
+EVE = cmd.Operator("eve", "10.0.0.7")
+AUDIT_NAMES = {kind: kind.audit_name for kind in get_args(cmd.AnyCommand) if kind.audit_name is not None}
 
 
 def audit_entries(engine: VirtualEngine) -> list[AuditEntry]:
     return list(engine.disk.audited.values())
 
 
-def entry(rules: RuleHarness, command: AnyCommand, operator: Operator | None = EVE) -> AuditEntry | None:
+def entry(rules: RuleHarness, command: cmd.AnyCommand, operator: cmd.Operator | None = EVE) -> AuditEntry | None:
     by = "client" if operator is None else operator.by
     decision = rules.decide(command, by=by, admin=True)
-    return audit.entry(Call(command, by, b"", True, operator), decision.answer, decision.changes, rules.now)
+    return audit.entry(cmd.Call(command, by, b"", True, operator), decision.answer, decision.changes, rules.now)
 
 
 def test_every_command_of_operators_is_audited() -> None:
     commands = {
-        route.request for route in admin_routes.ROUTES if route.changes and route.request in get_args(AnyCommand)
+        route.request for route in admin_routes.ROUTES if route.changes and route.request in get_args(cmd.AnyCommand)
     }
     missing = {kind.__name__ for kind in commands if kind.audit_name is None} - {"ImportCheck"}  # changes nothing
     assert not missing, f"{missing} need an audit_name (model/commands.py)"
@@ -71,38 +50,44 @@ def test_the_audit_name_of_a_command_is_that_of_its_call() -> None:
         for request, route in calls.items()
     }
     # The call of Recover continues until nothing is stuck.
-    assert names | {Recover: "recover-stuck"} == AUDIT_NAMES, "an audit_name is the last part of the path of its route"
+    assert names | {cmd.Recover: "recover-stuck"} == AUDIT_NAMES, (
+        "an audit_name is the last part of the path of its route"
+    )
 
 
 def test_commands_without_an_operator_and_reads_have_no_entry(rules: RuleHarness) -> None:
     rules.create("a")
-    assert entry(rules, Get(id="a")) is None
-    assert entry(rules, Create(id="b")) is None
-    assert entry(rules, Cancel(id="a"), operator=None) is None
+    assert entry(rules, cmd.Get(id="a")) is None
+    assert entry(rules, cmd.Create(id="b")) is None
+    assert entry(rules, cmd.Cancel(id="a"), operator=None) is None
 
 
 def test_a_dry_run_has_no_entry(rules: RuleHarness) -> None:
     rules.create("a")
     for job_id in ("a", "b"):
-        for command in (RunNow(id=job_id), Update(id=job_id), Transition(id=job_id, from_="queued", to="failed")):
+        for command in (
+            cmd.RunNow(id=job_id),
+            cmd.Update(id=job_id),
+            cmd.Transition(id=job_id, from_="queued", to="failed"),
+        ):
             assert entry(rules, replace(command, dry_run=True)) is None
             assert entry(rules, command) is not None
 
 
 def test_an_entry_has_operator_address_action_reason_and_outcome(rules: RuleHarness) -> None:
     rules.create("a", queue="video")
-    found = entry(rules, ForceFail(id="a", reason="broken"))
+    found = entry(rules, cmd.ForceFail(id="a", reason="broken"))
     details = {"from": "queued", "to": "failed", "event": rules.last().seq}
     expected = AuditEntry(rules.now, "eve", "10.0.0.7", "force-fail", "a", "video", "broken", "done", 1, details)
     assert found == expected
-    nameless = entry(rules, ForceReset(id="a"), Operator("", "::1"))
+    nameless = entry(rules, cmd.ForceReset(id="a"), cmd.Operator("", "::1"))
     assert nameless is not None
     assert (nameless.who, nameless.address, nameless.reason) == ("admin", "::1", None)
 
 
 def test_the_details_of_an_update_have_the_new_values(rules: RuleHarness) -> None:
     rules.create("a")
-    found = entry(rules, Update(id="a", priority=-3, reason="urgent"))
+    found = entry(rules, cmd.Update(id="a", priority=-3, reason="urgent"))
     assert found is not None
     assert found.reason == "urgent"
     assert found.details == {"priority": -3, "from": "queued", "to": "queued", "event": rules.last().seq}
@@ -110,7 +95,7 @@ def test_the_details_of_an_update_have_the_new_values(rules: RuleHarness) -> Non
 
 def test_an_action_that_changed_nothing_has_an_entry(rules: RuleHarness) -> None:
     rules.create("a")
-    for command, queue in ((RunNow(id="a"), None), (Pause(name="q"), "q"), (Pause(name="q"), "q")):
+    for command, queue in ((cmd.RunNow(id="a"), None), (cmd.Pause(name="q"), "q"), (cmd.Pause(name="q"), "q")):
         found = entry(rules, command)
         assert found is not None
         assert (found.outcome, found.jobs, found.queue) == ("done", 0, queue)
@@ -118,26 +103,26 @@ def test_an_action_that_changed_nothing_has_an_entry(rules: RuleHarness) -> None
 
 def test_the_outcome_of_a_rejected_action_is_its_error_code(rules: RuleHarness) -> None:
     rules.create("a")
-    missing = entry(rules, Cancel(id="nobody", reason="why"))
+    missing = entry(rules, cmd.Cancel(id="nobody", reason="why"))
     assert missing == AuditEntry(rules.now, "eve", "10.0.0.7", "cancel", "nobody", None, "why", "job_not_found")
-    rejected = entry(rules, Delete(id="a"))
+    rejected = entry(rules, cmd.Delete(id="a"))
     assert rejected is not None
     assert (rejected.outcome, rejected.jobs, rejected.details) == ("invalid_transition", 0, None)
 
 
 def test_an_action_of_many_commands_counts_its_jobs_and_names_none(rules: RuleHarness) -> None:
     operator = replace(EVE, part_of="p1")
-    line = entry(rules, Import(id="a", status="failed", error_message="x"), operator)
+    line = entry(rules, cmd.Import(id="a", status="failed", error_message="x"), operator)
     assert line == AuditEntry(rules.now, "eve", "10.0.0.7", "import", jobs=1, part_of="p1")
-    assert entry(rules, Import(id="a", status="failed"), operator) is None  # skipped
-    none = entry(rules, Recover(limit=9), operator)
+    assert entry(rules, cmd.Import(id="a", status="failed"), operator) is None  # skipped
+    none = entry(rules, cmd.Recover(limit=9), operator)
     assert none == AuditEntry(rules.now, "eve", "10.0.0.7", "recover-stuck", part_of="p1")
 
 
 def test_a_plan_counts_the_jobs_that_it_changed(rules: RuleHarness) -> None:
     rules.create("a")
-    known = ExpectedVersion("a", version(rules.job("a")))
-    command = ApplyEndings(action="cancel", jobs=[known, ExpectedVersion("b", "x")], reason="why")
+    known = cmd.ExpectedVersion("a", version(rules.job("a")))
+    command = cmd.ApplyEndings(action="cancel", jobs=[known, cmd.ExpectedVersion("b", "x")], reason="why")
     found = entry(rules, command, replace(EVE, part_of="p1"))
     one: dict[str, Any] = {"jobs": 1, "part_of": "p1", "changed_ids": ["a"]}
     assert found == AuditEntry(rules.now, "eve", "10.0.0.7", "plan-cancel", reason="why", **one)
@@ -145,14 +130,14 @@ def test_a_plan_counts_the_jobs_that_it_changed(rules: RuleHarness) -> None:
 
 def test_a_plan_of_one_job_names_it(rules: RuleHarness) -> None:
     rules.create("a")
-    command = ApplyEndings(action="cancel", jobs=[ExpectedVersion("a", version(rules.job("a")))])
+    command = cmd.ApplyEndings(action="cancel", jobs=[cmd.ExpectedVersion("a", version(rules.job("a")))])
     found = entry(rules, command, replace(EVE, part_of="p1"))
     one: dict[str, Any] = {"jobs": 1, "part_of": "p1", "changed_ids": ["a"]}
     assert found == AuditEntry(rules.now, "eve", "10.0.0.7", "plan-cancel", "a", **one)
 
 
 def test_a_recorded_action_is_stored_unchanged() -> None:
-    call = Call(RecordAction(what="backup", details={"n": 1}, reason="why"), operator=EVE)
+    call = cmd.Call(cmd.RecordAction(what="backup", details={"n": 1}, reason="why"), operator=EVE)
     found = audit.entry(call, Response(EmptyResponse()), [], 5)
     assert found == AuditEntry(5, "eve", "10.0.0.7", "backup", reason="why", details={"n": 1})
 
@@ -162,8 +147,8 @@ def test_a_recorded_action_is_stored_unchanged() -> None:
 
 @in_engine()
 async def test_an_entry_is_in_the_transaction_of_its_change(engine: VirtualEngine) -> None:
-    await engine.yes(Create(id="a"))
-    await engine.yes(ForceFail(id="a"), by=EVE.by, admin=True, operator=EVE)
+    await engine.yes(cmd.Create(id="a"))
+    await engine.yes(cmd.ForceFail(id="a"), by=EVE.by, admin=True, operator=EVE)
     batch = engine.disk.batches[-1]
     assert [change.event.type for change in batch.changes] == ["force_failed"]
     assert [change.event.by for change in batch.changes] == ["admin:eve"]
@@ -172,41 +157,41 @@ async def test_an_entry_is_in_the_transaction_of_its_change(engine: VirtualEngin
 
 @in_engine()
 async def test_a_rejected_action_has_an_entry_but_a_rejected_worker_has_none(engine: VirtualEngine) -> None:
-    await engine.no(Cancel(id="a"), operator=EVE)
-    await engine.no(Cancel(id="a"))
+    await engine.no(cmd.Cancel(id="a"), operator=EVE)
+    await engine.no(cmd.Cancel(id="a"))
     assert [(row.what, row.outcome) for row in audit_entries(engine)] == [("cancel", "job_not_found")]
 
 
 @in_engine()
 async def test_a_repeated_idempotency_key_is_one_entry(engine: VirtualEngine) -> None:
-    await engine.yes(Create(id="a"))
+    await engine.yes(cmd.Create(id="a"))
     for _ in range(2):
-        await engine.yes(ForceFail(id="a"), key=IdempotencyKey("k", "body"), operator=EVE)
+        await engine.yes(cmd.ForceFail(id="a"), key=cmd.IdempotencyKey("k", "body"), operator=EVE)
     assert len(audit_entries(engine)) == 1
 
 
 @in_engine()
 async def test_a_change_that_was_not_written_leaves_no_entry(engine: VirtualEngine) -> None:
-    await engine.yes(Create(id="a"))
+    await engine.yes(cmd.Create(id="a"))
     engine.disk.fits = lambda batch: not batch.audit
-    await engine.no(Transition(id="a", from_="queued", to="cancelled"), operator=EVE)
+    await engine.no(cmd.Transition(id="a", from_="queued", to="cancelled"), operator=EVE)
     assert audit_entries(engine) == []
-    assert (await engine.yes(Get(id="a"))).status == "queued"
+    assert (await engine.yes(cmd.Get(id="a"))).status == "queued"
     assert engine.actor.full_disk.write_limit == WriteLimit.ALL_BUT_ENDINGS
     engine.disk.free()
 
 
 @in_engine()
 async def test_on_a_full_disk_endings_have_entries_and_errors_have_none(engine: VirtualEngine) -> None:
-    await engine.yes(Create(id="a"))
+    await engine.yes(cmd.Create(id="a"))
     engine.disk.fill()
-    await engine.no(Create(id="b"))
-    await engine.no(Pause(name="q"))
+    await engine.no(cmd.Create(id="b"))
+    await engine.no(cmd.Pause(name="q"))
     writes = len(engine.disk.batches)
-    await engine.no(Cancel(id="nobody"), operator=EVE)
+    await engine.no(cmd.Cancel(id="nobody"), operator=EVE)
     assert len(engine.disk.batches) == writes
-    await engine.no(Pause(name="q"), operator=EVE)
-    await engine.yes(Cancel(id="a"), operator=EVE)
+    await engine.no(cmd.Pause(name="q"), operator=EVE)
+    await engine.yes(cmd.Cancel(id="a"), operator=EVE)
     assert [(row.what, row.outcome) for row in audit_entries(engine)] == [("cancel", "done")]
     engine.disk.free()
 
@@ -216,14 +201,14 @@ async def test_while_creates_are_rejected_changes_have_entries_and_reads_have_no
     engine.actor.full_disk.write_limit = WriteLimit.CREATES
     engine.actor.full_disk.next_probe += 999
     for what in sorted(AUDITED_READS | SIGN_INS):
-        await engine.yes(RecordAction(what=what), operator=EVE)
-    await engine.yes(RecordAction(what="sign-in", outcome="unauthorized"), operator=EVE)
-    await engine.no(Get(id="a"), operator=EVE)
-    await engine.yes(RecordAction(what="cleanup"), operator=EVE)
+        await engine.yes(cmd.RecordAction(what=what), operator=EVE)
+    await engine.yes(cmd.RecordAction(what="sign-in", outcome="unauthorized"), operator=EVE)
+    await engine.no(cmd.Get(id="a"), operator=EVE)
+    await engine.yes(cmd.RecordAction(what="cleanup"), operator=EVE)
     assert [row.what for row in audit_entries(engine)] == ["cleanup"]
     engine.actor.full_disk.write_limit = WriteLimit.NONE
-    await engine.yes(RecordAction(what="artifact", job_id="a"), operator=EVE)
-    await engine.yes(RecordAction(what="sign-in", outcome="unauthorized"), operator=EVE)
+    await engine.yes(cmd.RecordAction(what="artifact", job_id="a"), operator=EVE)
+    await engine.yes(cmd.RecordAction(what="sign-in", outcome="unauthorized"), operator=EVE)
     assert [(row.what, row.job_id, row.outcome) for row in audit_entries(engine)[1:]] == [
         ("artifact", "a", "done"),
         ("sign-in", None, "unauthorized"),
@@ -262,21 +247,21 @@ async def test_recovery_has_an_entry_only_if_an_operator_requested_it(engine: Vi
 async def test_the_log_is_read_in_pages_newest_first() -> None:
     async with VirtualEngine(MemoryStorage()) as engine:
         for n in range(5):
-            await engine.yes(RecordAction(what=f"n{n}", details={"n": n}), operator=EVE)
-        page: AuditPage = await engine.yes(AuditLog(limit=3))
+            await engine.yes(cmd.RecordAction(what=f"n{n}", details={"n": n}), operator=EVE)
+        page: AuditPage = await engine.yes(cmd.AuditLog(limit=3))
         assert [(each.seq, each.what, each.details) for each in page.entries] == [
             (5, "n4", {"n": 4}),
             (4, "n3", {"n": 3}),
             (3, "n2", {"n": 2}),
         ]
         assert page.next_cursor == "3"
-        rest: AuditPage = await engine.yes(AuditLog(limit=3, cursor="3"))
+        rest: AuditPage = await engine.yes(cmd.AuditLog(limit=3, cursor="3"))
         assert [each.what for each in rest.entries] == ["n1", "n0"]
         assert rest.next_cursor is None
-        assert (await engine.yes(AuditLog(who="bob"))).entries == []
+        assert (await engine.yes(cmd.AuditLog(who="bob"))).entries == []
 
 
 @pytest.mark.parametrize(("name", "who", "by"), [("", "admin", "admin"), ("eve", "eve", "admin:eve")])
 def test_an_operator_without_a_name_is_admin(name: str, who: str, by: str) -> None:
-    operator = Operator(name, "unix uid=0")
+    operator = cmd.Operator(name, "unix uid=0")
     assert (operator.who, operator.by) == (who, by)

@@ -10,25 +10,7 @@ from msgspec.structs import replace
 
 from jobd.core import stats
 from jobd.core.stats import DoubleGrant, DoubleGrants, lock_end
-from jobd.model.commands import (
-    AnyCommand,
-    Cancel,
-    Complete,
-    EndGrants,
-    Extend,
-    ExtendAfterPause,
-    Fail,
-    ForceFail,
-    ForceReset,
-    Import,
-    Progress,
-    Recover,
-    Release,
-    ReleaseLock,
-    TakeBack,
-    Transition,
-    Undelivered,
-)
+from jobd.model import commands as cmd
 from jobd.model.job import DAY_MS, HOUR_MS, MINUTE_MS, Grant, LockDeadlines
 from tests.support.factories import deadlines_at
 from tests.support.rule_harness import RuleHarness
@@ -52,33 +34,33 @@ def double_grants(rules: RuleHarness) -> DoubleGrants:
     return rules.state.counters.double_grants
 
 
-def restored(job_id: str = "a") -> EndGrants:
+def restored(job_id: str = "a") -> cmd.EndGrants:
     """Restore a backup: the worker does not know that its grant has ended."""
-    return EndGrants(ids=[job_id], last=True)
+    return cmd.EndGrants(ids=[job_id], last=True)
 
 
 # A time that passes, or a command with the lock of the job.
-Step = int | Callable[[str], AnyCommand]
+Step = int | Callable[[str], cmd.AnyCommand]
 
 
-def restore(_: str) -> AnyCommand:
+def restore(_: str) -> cmd.AnyCommand:
     return restored()
 
 
-def recover(_: str) -> AnyCommand:
-    return Recover(limit=9)
+def recover(_: str) -> cmd.AnyCommand:
+    return cmd.Recover(limit=9)
 
 
-def reset(_: str) -> AnyCommand:
-    return ForceReset(id="a")
+def reset(_: str) -> cmd.AnyCommand:
+    return cmd.ForceReset(id="a")
 
 
-def extend(lock: str) -> AnyCommand:
-    return Extend(id="a", lock_id=lock)
+def extend(lock: str) -> cmd.AnyCommand:
+    return cmd.Extend(id="a", lock_id=lock)
 
 
-def fail(lock: str) -> AnyCommand:
-    return Fail(id="a", lock_id=lock, error_message="e", retry_after_ms=0)
+def fail(lock: str) -> cmd.AnyCommand:
+    return cmd.Fail(id="a", lock_id=lock, error_message="e", retry_after_ms=0)
 
 
 # Options of the job, what happens between its two grants, and the number of double grants.
@@ -87,18 +69,18 @@ HISTORIES: dict[str, tuple[dict[str, Any], tuple[Step, ...], int]] = {
     # A lock has expired exactly at its end.
     "restored backup, until the lock has ended": ({}, (1_000, restore, MINUTE_MS - 1_000), 0),
     "force-reset": ({}, (reset,), 0),
-    "transition": ({}, (lambda _: Transition(id="a", from_="processing", to="queued"),), 0),
-    "cancel and reset": ({}, (lambda _: Cancel(id="a"), reset), 0),
-    "force-fail and reset": ({}, (lambda _: ForceFail(id="a"), reset), 0),
-    "release-lock": ({}, (lambda lock: ReleaseLock(id="a", lock_id=lock),), 0),
-    "release": ({}, (lambda lock: Release(id="a", lock_id=lock),), 0),
+    "transition": ({}, (lambda _: cmd.Transition(id="a", from_="processing", to="queued"),), 0),
+    "cancel and reset": ({}, (lambda _: cmd.Cancel(id="a"), reset), 0),
+    "force-fail and reset": ({}, (lambda _: cmd.ForceFail(id="a"), reset), 0),
+    "release-lock": ({}, (lambda lock: cmd.ReleaseLock(id="a", lock_id=lock),), 0),
+    "release": ({}, (lambda lock: cmd.Release(id="a", lock_id=lock),), 0),
     "fail and retry": ({"max_attempts": 2}, (fail,), 0),
     "fail and reset": ({}, (fail, reset), 0),
-    "undelivered": ({}, (lambda lock: Undelivered(id="a", lock_id=lock),), 0),
+    "undelivered": ({}, (lambda lock: cmd.Undelivered(id="a", lock_id=lock),), 0),
     "stall": ({}, (MINUTE_MS, recover), 0),
     # At its progress timeout a grant can end although its worker reported within the time of its lock.
     "take back": (
-        {"progress_timeout_ms": 90_000}, (50_000, extend, 40_000, lambda _: TakeBack(name="w-1")), 0
+        {"progress_timeout_ms": 90_000}, (50_000, extend, 40_000, lambda _: cmd.TakeBack(name="w-1")), 0
     ),
     # The worker extended its lock until then, so it is probably still working.
     "stall at the progress timeout": (
@@ -109,9 +91,9 @@ HISTORIES: dict[str, tuple[dict[str, Any], tuple[Step, ...], int]] = {
     "extended": ({}, (50_000, extend, restore, 59_999), 1),
     # A short extension counts as requested.
     "extended by less": (
-        {}, (50_000, lambda lock: Extend(id="a", lock_id=lock, additional_ms=20_000), restore, 20_000), 0
+        {}, (50_000, lambda lock: cmd.Extend(id="a", lock_id=lock, additional_ms=20_000), restore, 20_000), 0
     ),
-    "postponed": ({}, (lambda _: ExtendAfterPause(ids=["a"], grace_ms=HOUR_MS), restore, HOUR_MS - 1), 1),
+    "postponed": ({}, (lambda _: cmd.ExtendAfterPause(ids=["a"], grace_ms=HOUR_MS), restore, HOUR_MS - 1), 1),
 }  # fmt: skip
 
 
@@ -132,17 +114,17 @@ def test_a_grant_is_double_if_the_previous_worker_may_still_work(
     assert (double_grants(rules).last, double_grants(rules).ended_grants) == (expected, {})
 
 
-CALLS: dict[str, Callable[[str], AnyCommand]] = {
-    "extend": lambda lock: Extend(id="a", lock_id=lock),
-    "progress": lambda lock: Progress(id="a", lock_id=lock, progress=5),
-    "complete": lambda lock: Complete(id="a", lock_id=lock, file_path="/late"),
-    "fail": lambda lock: Fail(id="a", lock_id=lock, error_message="e"),
+CALLS: dict[str, Callable[[str], cmd.AnyCommand]] = {
+    "extend": lambda lock: cmd.Extend(id="a", lock_id=lock),
+    "progress": lambda lock: cmd.Progress(id="a", lock_id=lock, progress=5),
+    "complete": lambda lock: cmd.Complete(id="a", lock_id=lock, file_path="/late"),
+    "fail": lambda lock: cmd.Fail(id="a", lock_id=lock, error_message="e"),
 }
 
 
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 def test_a_worker_that_received_lock_lost_does_not_count(
-    rules: CountingHarness, call: Callable[[str], AnyCommand]
+    rules: CountingHarness, call: Callable[[str], cmd.AnyCommand]
 ) -> None:
     lock = held(rules)
     rules.accept(restored())
@@ -155,7 +137,7 @@ def test_lock_lost_for_an_older_grant_does_not_affect_the_latest(rules: Counting
     lock = held(rules)
     rules.accept(restored())
     ended = double_grants(rules).ended_grants[rules.job().seq]
-    event = rules.decide(Extend(id="a", lock_id=lock)).changes[0].event
+    event = rules.decide(cmd.Extend(id="a", lock_id=lock)).changes[0].event
     assert event.type == "late_call"
     double_grants(rules).ended_grants[rules.job().seq] = ended
     double_grants(rules).rejected(replace(event, details={"fencing_token": ended.fencing_token - 1}))
@@ -164,7 +146,7 @@ def test_lock_lost_for_an_older_grant_does_not_affect_the_latest(rules: Counting
 
 
 def test_an_imported_job_has_no_known_worker(rules: CountingHarness) -> None:
-    rules.accept(Import(id="a", status="processing", max_attempts=2), admin=True)
+    rules.accept(cmd.Import(id="a", status="processing", max_attempts=2), admin=True)
     rules.start(worker="w-2")
     assert double_grants(rules).total == 0
 
@@ -178,13 +160,13 @@ def test_only_the_last_grant_of_a_job_is_watched(rules: CountingHarness) -> None
     assert double_grants(rules).total == 2
     assert double_grants(rules).last == DoubleGrant("a", (rules.tokens[1], rules.tokens[2]), ("w-2", "w-3"))
     assert lock
-    rules.accept(Complete(id="a", lock_id=rules.job().grant.lock_id))  # type: ignore[union-attr]
+    rules.accept(cmd.Complete(id="a", lock_id=rules.job().grant.lock_id))  # type: ignore[union-attr]
     assert double_grants(rules).ended_grants == {}
 
 
 def test_a_cancelled_queued_job_had_no_worker(rules: CountingHarness) -> None:
     rules.create()
-    rules.accept(Cancel(id="a"))
+    rules.accept(cmd.Cancel(id="a"))
     assert double_grants(rules).ended_grants == {}
 
 

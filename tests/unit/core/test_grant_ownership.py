@@ -10,25 +10,7 @@ from msgspec import Raw
 from msgspec.structs import replace
 
 from jobd.core.rules import worker_rules
-from jobd.model.commands import (
-    Cancel,
-    Complete,
-    Create,
-    Delete,
-    EndGrants,
-    Extend,
-    Fail,
-    ForceFail,
-    ForceReset,
-    Pause,
-    Progress,
-    Release,
-    Resume,
-    RunNow,
-    Start,
-    Transition,
-    Undelivered,
-)
+from jobd.model import commands as cmd
 from jobd.model.errors import ApiError
 from jobd.model.job import (
     MINUTE_MS,
@@ -60,13 +42,13 @@ def test_a_call_leads_to_its_event_or_error(rules: RuleHarness, example: Example
 
 
 def test_the_events_of_creation_wait_and_deletion(rules: RuleHarness) -> None:
-    rules.accept(Create(id="a", queue="q", delay_ms=5), by="client")
-    rules.accept(RunNow(id="a"), by="admin")
-    rules.accept(Start(id="a", worker="w-1", lock_ttl_ms=3_000))
-    rules.accept(Cancel(id="a"))
-    rules.accept(Delete(id="a", reason="old"), by="admin")
-    rules.accept(Pause(name="q", reason="deploy", until=NOW + 9), by="admin")
-    rules.accept(Resume(name="q", reason="deployed"), by="admin")
+    rules.accept(cmd.Create(id="a", queue="q", delay_ms=5), by="client")
+    rules.accept(cmd.RunNow(id="a"), by="admin")
+    rules.accept(cmd.Start(id="a", worker="w-1", lock_ttl_ms=3_000))
+    rules.accept(cmd.Cancel(id="a"))
+    rules.accept(cmd.Delete(id="a", reason="old"), by="admin")
+    rules.accept(cmd.Pause(name="q", reason="deploy", until=NOW + 9), by="admin")
+    rules.accept(cmd.Resume(name="q", reason="deployed"), by="admin")
     granted = {"worker": "w-1", "fencing_token": 1 << TOKEN_COUNTER_BITS | 1, "attempt": 1, "ttl_ms": 3_000}
     actual = [(e.type, e.before, e.after, e.by, e.reason, e.details, e.queue) for e in rules.events]
     assert actual == [
@@ -90,9 +72,9 @@ def test_an_older_grant_is_rejected(rules: RuleHarness, holder: str) -> None:
     old = rules.held(worker="w-1")
     rules.advance(TTL)
     rules.start(worker=holder)
-    for command in [*holder_commands(old), Undelivered(id="a", lock_id=old)]:
+    for command in [*holder_commands(old), cmd.Undelivered(id="a", lock_id=old)]:
         rejection = rules.reject(command, "lock_lost")
-        kept = {"late_result": rules.late()[0].seq} if isinstance(command, Complete) else {}
+        kept = {"late_result": rules.late()[0].seq} if isinstance(command, cmd.Complete) else {}
         assert rejection.details == kept | {
             "status": "processing",
             "held_by": holder,
@@ -135,11 +117,11 @@ def test_a_queued_job_has_no_holder(rules: RuleHarness) -> None:
 @pytest.mark.parametrize(
     ("end", "reason", "rule"),
     [
-        (ForceFail(id="a"), "force_failed", "force-fail"),
-        (ForceReset(id="a"), "force_reset", "force-reset"),
-        (Transition(id="a", from_="processing", to="queued"), "transitioned", "transition"),
-        (Cancel(id="a"), "cancelled", "cancel"),
-        (EndGrants(ids=["a"], last=True), "restored", "restore"),
+        (cmd.ForceFail(id="a"), "force_failed", "force-fail"),
+        (cmd.ForceReset(id="a"), "force_reset", "force-reset"),
+        (cmd.Transition(id="a", from_="processing", to="queued"), "transitioned", "transition"),
+        (cmd.Cancel(id="a"), "cancelled", "cancel"),
+        (cmd.EndGrants(ids=["a"], last=True), "restored", "restore"),
     ],
 )
 def test_a_grant_ended_by_others_is_lost(rules: RuleHarness, end: Any, reason: str, rule: str) -> None:
@@ -152,16 +134,16 @@ def test_a_grant_ended_by_others_is_lost(rules: RuleHarness, end: Any, reason: s
         message = f"This lock of job a is lost: it was ended by {rule}; the job is {status}. Stop working on the job."
         if rule == "cancel":
             details["cancel_requested"] = True
-        if isinstance(command, Complete):
+        if isinstance(command, cmd.Complete):
             details["late_result"] = seq = rules.last().seq
             message += f" Its result is stored as late result {seq}; an operator can adopt it: jobctl adopt a"
         assert (rejection.details, rejection.message) == (details, message)
 
 
 ENDINGS: dict[str, Any] = {
-    "complete": Complete(id="a", lock_id="L", download_url="u"),
-    "fail": Fail(id="a", lock_id="L", error_message="e"),
-    "release": Release(id="a", lock_id="L"),
+    "complete": cmd.Complete(id="a", lock_id="L", download_url="u"),
+    "fail": cmd.Fail(id="a", lock_id="L", error_message="e"),
+    "release": cmd.Release(id="a", lock_id="L"),
 }
 
 
@@ -186,11 +168,11 @@ def test_another_ending_after_the_first_changes_nothing(rules: RuleHarness, verb
     lock_id = rules.held(max_attempts=2)
     rules.accept(replace(ENDINGS[verb], lock_id=lock_id))
     others: dict[str, Any] = {
-        "complete": Complete(id="a", lock_id=lock_id, download_url="another"),
-        "fail": Fail(id="a", lock_id=lock_id, error_message="another"),
-        "release": Release(id="a", lock_id=lock_id, delay_ms=1),
-        "progress": Progress(id="a", lock_id=lock_id, progress=1),
-        "extend": Extend(id="a", lock_id=lock_id),
+        "complete": cmd.Complete(id="a", lock_id=lock_id, download_url="another"),
+        "fail": cmd.Fail(id="a", lock_id=lock_id, error_message="another"),
+        "release": cmd.Release(id="a", lock_id=lock_id, delay_ms=1),
+        "progress": cmd.Progress(id="a", lock_id=lock_id, progress=1),
+        "extend": cmd.Extend(id="a", lock_id=lock_id),
     }
     if second == "release" and verb != "release":  # a `finally` block
         assert rules.accept(others[second]).repeated is True
@@ -203,10 +185,10 @@ def test_another_ending_after_the_first_changes_nothing(rules: RuleHarness, verb
 
 def test_the_next_ended_grant_replaces_the_previous_one(rules: RuleHarness) -> None:
     first = rules.held()
-    rules.accept(Release(id="a", lock_id=first))
-    rules.accept(Release(id="a", lock_id=rules.start()))
+    rules.accept(cmd.Release(id="a", lock_id=first))
+    rules.accept(cmd.Release(id="a", lock_id=rules.start()))
     rules.start()
-    assert rules.reject(Release(id="a", lock_id=first), "lock_lost").details["reason"] == "not_current"
+    assert rules.reject(cmd.Release(id="a", lock_id=first), "lock_lost").details["reason"] == "not_current"
 
 
 def test_completed_is_final(rules: RuleHarness) -> None:
@@ -214,9 +196,9 @@ def test_completed_is_final(rules: RuleHarness) -> None:
     changes = [
         each.command
         for each in JOB_COMMANDS
-        if each.command.admission not in ("read", "create") and not isinstance(each.command, Delete)
+        if each.command.admission not in ("read", "create") and not isinstance(each.command, cmd.Delete)
     ]
-    for command in [*changes, *(Transition(id="a", from_="completed", to=to) for to in STATUSES)]:
+    for command in [*changes, *(cmd.Transition(id="a", from_="completed", to=to) for to in STATUSES)]:
         rules.reject(command, "lock_lost" if hasattr(command, "lock_id") else "invalid_transition")
 
 
@@ -227,32 +209,32 @@ def test_a_processing_row_without_a_complete_lock_has_no_holder(rules: RuleHarne
     for command in holder_commands(lock_id):
         rules.reject(command, "lock_lost")
     if "grant" in missing:
-        rules.reject(Undelivered(id="a", lock_id=lock_id), "lock_lost")
+        rules.reject(cmd.Undelivered(id="a", lock_id=lock_id), "lock_lost")
 
 
 def test_a_lock_on_a_job_that_is_not_processing_is_not_accepted(rules: RuleHarness) -> None:
     lock_id = rules.held()
     rules.state.unvalidated[1] = "a"
     rules.row(replace(rules.job(), status="queued"))
-    for command in [*holder_commands(lock_id), Undelivered(id="a", lock_id=lock_id)]:
+    for command in [*holder_commands(lock_id), cmd.Undelivered(id="a", lock_id=lock_id)]:
         rules.reject(command, "lock_lost")
 
 
 def test_requests_are_distinguished_by_a_hash_of_all_fields() -> None:
-    hashes = {worker_rules.digest(Create(**fields)) for fields in ({}, {"id": "a"}, {"id": "b"}, {"priority": 1})}
+    hashes = {worker_rules.digest(cmd.Create(**fields)) for fields in ({}, {"id": "a"}, {"id": "b"}, {"priority": 1})}
     assert len(hashes) == 4
-    assert worker_rules.digest(Create(id="a")) == worker_rules.digest(Create(id="a", queue="default"))
+    assert worker_rules.digest(cmd.Create(id="a")) == worker_rules.digest(cmd.Create(id="a", queue="default"))
     assert {len(each) for each in hashes} == {32}  # as in the store
 
 
 @pytest.mark.parametrize(
     ("command", "digest"),
     [
-        (Create(id="a"), "921226c1656518a38168a64e486372da"),
-        (Create(id="a", queue="q", payload=Raw(b'{"x":1}'), priority=3), "18a9bbb234fe39e01c6a172933b5b944"),
-        (Complete(id="a", lock_id="l"), "93fb111300f6de1128947d984fb8ba84"),
-        (Fail(id="a", lock_id="l", error_message="m"), "62cd7eef3b63902a413d5942929126e9"),
-        (Release(id="a", lock_id="l"), "5d6df6a6a3d543f07a07dc2ef429c2a2"),
+        (cmd.Create(id="a"), "921226c1656518a38168a64e486372da"),
+        (cmd.Create(id="a", queue="q", payload=Raw(b'{"x":1}'), priority=3), "18a9bbb234fe39e01c6a172933b5b944"),
+        (cmd.Complete(id="a", lock_id="l"), "93fb111300f6de1128947d984fb8ba84"),
+        (cmd.Fail(id="a", lock_id="l", error_message="m"), "62cd7eef3b63902a413d5942929126e9"),
+        (cmd.Release(id="a", lock_id="l"), "5d6df6a6a3d543f07a07dc2ef429c2a2"),
     ],
 )
 def test_the_hash_of_a_request_does_not_change_with_an_upgrade(command: Any, digest: str) -> None:
@@ -262,11 +244,11 @@ def test_the_hash_of_a_request_does_not_change_with_an_upgrade(command: Any, dig
 
 def test_an_undelivered_grant_requeues_the_job(rules: RuleHarness) -> None:
     lock_id = rules.held()
-    view = rules.accept(Undelivered(id="a", lock_id=lock_id), by="daemon")
+    view = rules.accept(cmd.Undelivered(id="a", lock_id=lock_id), by="daemon")
     assert (view.status, view.attempt, view.run_at) == ("queued", 0, NOW)
     event = rules.last()
     assert (event.type, event.by) == ("undelivered", "daemon")
     assert event.reason == "The connection closed before the grant was sent."
-    details = rules.reject(Undelivered(id="a", lock_id=lock_id), "lock_lost").details
+    details = rules.reject(cmd.Undelivered(id="a", lock_id=lock_id), "lock_lost").details
     assert (details["reason"], details["at"]) == ("undelivered", NOW)
-    assert rules.reject(Complete(id="a", lock_id=lock_id), "lock_lost").details["rule"] == "undelivered"
+    assert rules.reject(cmd.Complete(id="a", lock_id=lock_id), "lock_lost").details["rule"] == "undelivered"

@@ -11,24 +11,7 @@ from msgspec.structs import replace
 
 from jobd.core.rules import worker_rules
 from jobd.core.state import State
-from jobd.model.commands import (
-    Cancel,
-    Complete,
-    EndGrants,
-    Extend,
-    Fail,
-    ForceFail,
-    ForceReset,
-    Get,
-    Import,
-    Progress,
-    Recover,
-    Release,
-    ReleaseLock,
-    Transition,
-    Undelivered,
-    Update,
-)
+from jobd.model import commands as cmd
 from jobd.model.job import (
     DAY_MS,
     HOUR_MS,
@@ -64,7 +47,7 @@ def no_progress_timeout(**fields: Any) -> dict[str, Any]:
 def test_progress_renews_lock_silence_and_progress_timeout(rules: RuleHarness) -> None:
     lock_id = rules.held()
     rules.advance(MINUTE_MS)
-    state = rules.accept(Progress(id="a", lock_id=lock_id, progress=12.5, message="half"))
+    state = rules.accept(cmd.Progress(id="a", lock_id=lock_id, progress=12.5, message="half"))
     assert (state.lock_expires_at, state.ttl_ms, state.progress_due_at) == (
         rules.now + TTL,
         TTL,
@@ -91,18 +74,18 @@ def test_progress_gives_a_progress_timeout_to_a_row_that_lacks_it(rules: RuleHar
 
 def test_progress_never_shortens_a_lock(rules: RuleHarness) -> None:
     lock_id = rules.held()
-    rules.accept(Extend(id="a", lock_id=lock_id, additional_ms=20 * MINUTE_MS))
+    rules.accept(cmd.Extend(id="a", lock_id=lock_id, additional_ms=20 * MINUTE_MS))
     assert rules.progress(lock_id).lock_expires_at == NOW + 20 * MINUTE_MS
 
 
 def test_extend_means_at_least_this_long_from_now(rules: RuleHarness) -> None:
     lock_id = rules.held()
-    assert rules.accept(Extend(id="a", lock_id=lock_id, additional_ms=1)).extended is False
+    assert rules.accept(cmd.Extend(id="a", lock_id=lock_id, additional_ms=1)).extended is False
     assert rules.job().updated_at == rules.now
-    state = rules.accept(Extend(id="a", lock_id=lock_id, additional_ms=TTL + 1))
+    state = rules.accept(cmd.Extend(id="a", lock_id=lock_id, additional_ms=TTL + 1))
     assert (state.extended, state.lock_expires_at) == (True, NOW + TTL + 1)
     rules.advance(2)
-    assert rules.accept(Extend(id="a", lock_id=lock_id)).lock_expires_at == rules.now + TTL
+    assert rules.accept(cmd.Extend(id="a", lock_id=lock_id)).lock_expires_at == rules.now + TTL
     assert rules.job().deadlines == LockDeadlines(
         rules.lock_ms + TTL, rules.lock_ms + STALL_AFTER, rules.lock_ms - 2 + PROGRESS_TIMEOUT
     )
@@ -110,21 +93,21 @@ def test_extend_means_at_least_this_long_from_now(rules: RuleHarness) -> None:
 
 def test_an_extension_is_cut_to_the_progress_timeout_which_only_progress_moves(rules: RuleHarness) -> None:
     lock_id = rules.held()
-    state = rules.accept(Extend(id="a", lock_id=lock_id, additional_ms=DAY_MS))
+    state = rules.accept(cmd.Extend(id="a", lock_id=lock_id, additional_ms=DAY_MS))
     assert state.lock_expires_at == state.progress_due_at == NOW + PROGRESS_TIMEOUT
-    assert rules.accept(Extend(id="a", lock_id=lock_id, additional_ms=DAY_MS)).extended is False
+    assert rules.accept(cmd.Extend(id="a", lock_id=lock_id, additional_ms=DAY_MS)).extended is False
     rules.advance(PROGRESS_TIMEOUT - 1)
     rules.progress(lock_id)
-    state = rules.accept(Extend(id="a", lock_id=lock_id, additional_ms=DAY_MS))
+    state = rules.accept(cmd.Extend(id="a", lock_id=lock_id, additional_ms=DAY_MS))
     assert state.lock_expires_at == state.progress_due_at == rules.now + PROGRESS_TIMEOUT
 
 
 def test_at_the_progress_timeout_only_endings_are_accepted(rules: RuleHarness) -> None:
     lock_id = rules.held()
-    rules.accept(Extend(id="a", lock_id=lock_id, additional_ms=DAY_MS))
+    rules.accept(cmd.Extend(id="a", lock_id=lock_id, additional_ms=DAY_MS))
     rules.advance(PROGRESS_TIMEOUT)
     assert "a" in rules.state.stalled
-    for command in (Extend(id="a", lock_id=lock_id), Progress(id="a", lock_id=lock_id, progress=1)):
+    for command in (cmd.Extend(id="a", lock_id=lock_id), cmd.Progress(id="a", lock_id=lock_id, progress=1)):
         rejection = rules.reject(command, "progress_timeout")
         assert rejection.details == {"progress_timeout_ms": PROGRESS_TIMEOUT, "progress_due_at": rules.now}
         assert rejection.message == (
@@ -132,7 +115,7 @@ def test_at_the_progress_timeout_only_endings_are_accepted(rules: RuleHarness) -
             "Next time report progress in time, or raise progress_timeout_ms of the job, of the start or claim, or "
             "progress_timeout under [locks]; 0 means no timeout."
         )
-    rules.accept(Complete(id="a", lock_id=lock_id))
+    rules.accept(cmd.Complete(id="a", lock_id=lock_id))
 
 
 def test_an_expired_lock_still_belongs_to_its_holder(rules: RuleHarness) -> None:
@@ -140,13 +123,13 @@ def test_an_expired_lock_still_belongs_to_its_holder(rules: RuleHarness) -> None
     rules.advance(TTL)
     assert rules.job().deadlines is not None
     assert not rules.job().deadlines.is_live(rules.lock_ms)  # type: ignore[union-attr]
-    rules.accept(Recover(limit=9))
+    rules.accept(cmd.Recover(limit=9))
     assert rules.types()[-1] == "lock_expired"
-    assert rules.accept(Get(id="a")).lock is None
-    rules.accept(Extend(id="a", lock_id=lock_id))
-    assert rules.accept(Get(id="a")).lock.expires_at == rules.now + TTL
+    assert rules.accept(cmd.Get(id="a")).lock is None
+    rules.accept(cmd.Extend(id="a", lock_id=lock_id))
+    assert rules.accept(cmd.Get(id="a")).lock.expires_at == rules.now + TTL
     rules.advance(TTL)
-    rules.accept(Recover(limit=9))
+    rules.accept(cmd.Recover(limit=9))
     rules.progress(lock_id)
     assert rules.state.live_locks() == 1
 
@@ -158,7 +141,7 @@ def test_complete(rules: RuleHarness) -> None:
     lock_id = rules.held()
     rules.advance(7)
     metadata = Raw(b'{"frames":3}')
-    done = Complete(
+    done = cmd.Complete(
         id="a", lock_id=lock_id, download_url="https://x/y", file_path="/f", storage_key="k/1", metadata=metadata
     )
     grant = rules.job().grant
@@ -179,30 +162,30 @@ def test_complete(rules: RuleHarness) -> None:
 def test_retention_begins_at_the_finish_time_if_the_clock_stepped_back(rules: RuleHarness) -> None:
     lock_id = rules.held()
     created_at, rules.now = rules.now, rules.now - 30 * DAY_MS
-    view = rules.accept(Complete(id="a", lock_id=lock_id))
+    view = rules.accept(cmd.Complete(id="a", lock_id=lock_id))
     assert (view.finished_at, view.expires_at) == (created_at, created_at + 7 * DAY_MS)
 
 
 def test_complete_clears_the_error_and_treats_null_as_absent(rules: RuleHarness) -> None:
     lock_id = rules.held(max_attempts=2)
-    rules.accept(Fail(id="a", lock_id=lock_id, error_message="once", retry_after_ms=0))
+    rules.accept(cmd.Fail(id="a", lock_id=lock_id, error_message="once", retry_after_ms=0))
     assert rules.job().error == Failure("once")
-    rules.accept(Complete(id="a", lock_id=rules.start(), metadata=Raw(b"null")))
+    rules.accept(cmd.Complete(id="a", lock_id=rules.start(), metadata=Raw(b"null")))
     assert rules.job().error is None
     assert rules.job().result is None
 
 
 def test_complete_can_set_the_deletion_time(rules: RuleHarness) -> None:
     lock_id = rules.held()
-    bad = Complete(id="a", lock_id=lock_id, expires_at=NOW)
+    bad = cmd.Complete(id="a", lock_id=lock_id, expires_at=NOW)
     assert rules.reject(bad, "invalid_request").details == {"field": "$.expires_at"}
-    assert rules.accept(Complete(id="a", lock_id=lock_id, expires_at=NOW + 1)).expires_at == NOW + 1
+    assert rules.accept(cmd.Complete(id="a", lock_id=lock_id, expires_at=NOW + 1)).expires_at == NOW + 1
 
 
 @pytest.mark.parametrize("key", ["/etc/x", "\\x", "a/../b", "..", "a\\..\\b", "a\x00b"])
 def test_a_storage_key_is_relative(rules: RuleHarness, key: str) -> None:
     lock_id = rules.held()
-    rejection = rules.reject(Complete(id="a", lock_id=lock_id, storage_key=key), "invalid_request")
+    rejection = rules.reject(cmd.Complete(id="a", lock_id=lock_id, storage_key=key), "invalid_request")
     assert rejection.details == {"field": "$.storage_key"}
     assert rejection.message == f"storage_key {storage_key_error(key)}."
 
@@ -210,16 +193,16 @@ def test_a_storage_key_is_relative(rules: RuleHarness, key: str) -> None:
 def test_a_download_url_can_be_required() -> None:
     rules = RuleHarness(Policy(require_download_url=True))
     lock_id = rules.held()
-    rejection = rules.reject(Complete(id="a", lock_id=lock_id, file_path="/f"), "invalid_request")
+    rejection = rules.reject(cmd.Complete(id="a", lock_id=lock_id, file_path="/f"), "invalid_request")
     assert (rejection.status, rejection.details) == (400, {"field": "$.download_url"})
     assert rejection.message == "download_url is missing; [validation] require_download_url requires it."
-    rules.accept(Complete(id="a", lock_id=lock_id, download_url="u"))
+    rules.accept(cmd.Complete(id="a", lock_id=lock_id, download_url="u"))
 
 
 def test_fail_without_attempts_left(rules: RuleHarness) -> None:
     lock_id = rules.held()
     rules.progress(lock_id, 30)
-    view = rules.accept(Fail(id="a", lock_id=lock_id, error_message="boom", error_code="E"))
+    view = rules.accept(cmd.Fail(id="a", lock_id=lock_id, error_message="boom", error_code="E"))
     assert (view.status, view.error_message, view.error_code, view.progress) == ("failed", "boom", "E", 30)
     assert (view.attempt, view.expires_at) == (1, NOW + 30 * DAY_MS)
 
@@ -227,23 +210,23 @@ def test_fail_without_attempts_left(rules: RuleHarness) -> None:
 def test_fail_with_attempts_left_requeues_the_job_with_a_delay(rules: RuleHarness) -> None:
     lock_id = rules.held(max_attempts=3, backoff=Backoff("exponential", 1_000, 1_500, False))
     rules.progress(lock_id, 30)
-    view = rules.accept(Fail(id="a", lock_id=lock_id, error_message="boom"))
+    view = rules.accept(cmd.Fail(id="a", lock_id=lock_id, error_message="boom"))
     assert (view.status, view.run_at, view.attempt, view.progress) == ("queued", NOW + 1_000, 1, 0)
     assert (view.started_at, view.finished_at, view.error_message) == (None, None, "boom")
     rules.advance(1_000)
     lock_id = rules.start()
-    assert rules.accept(Fail(id="a", lock_id=lock_id, error_message="boom")).run_at == rules.now + 1_500
+    assert rules.accept(cmd.Fail(id="a", lock_id=lock_id, error_message="boom")).run_at == rules.now + 1_500
     rules.advance(1_500)
     lock_id = rules.start()
     assert rules.job().attempt == 3
-    assert rules.accept(Fail(id="a", lock_id=lock_id, error_message="boom")).status == "failed"
+    assert rules.accept(cmd.Fail(id="a", lock_id=lock_id, error_message="boom")).status == "failed"
 
 
 def test_the_worker_can_set_the_retry_delay_or_prevent_the_retry(rules: RuleHarness) -> None:
     lock_id = rules.held(max_attempts=3)
-    assert rules.accept(Fail(id="a", lock_id=lock_id, error_message="e", retry_after_ms=5)).run_at == NOW + 5
+    assert rules.accept(cmd.Fail(id="a", lock_id=lock_id, error_message="e", retry_after_ms=5)).run_at == NOW + 5
     rules.advance(5)
-    assert rules.accept(Fail(id="a", lock_id=rules.start(), error_message="e", retry=False)).status == "failed"
+    assert rules.accept(cmd.Fail(id="a", lock_id=rules.start(), error_message="e", retry=False)).status == "failed"
 
 
 @pytest.mark.parametrize(
@@ -277,7 +260,7 @@ def test_jitter_comes_from_the_seed() -> None:
     for _ in range(2):
         rules = RuleHarness()
         lock_id = rules.held(max_attempts=2, backoff=Backoff("fixed", DAY_MS, DAY_MS, True))
-        waits.add(rules.accept(Fail(id="a", lock_id=lock_id, error_message="e")).run_at - NOW)
+        waits.add(rules.accept(cmd.Fail(id="a", lock_id=lock_id, error_message="e")).run_at - NOW)
     assert len(waits) == 1
     assert DAY_MS // 2 < waits.pop() <= DAY_MS
 
@@ -288,37 +271,37 @@ def test_release_restores_place_and_attempt(rules: RuleHarness) -> None:
     rules.advance(5)
     lock_id = rules.start("a")
     rules.progress(lock_id, 50)
-    view = rules.accept(Release(id="a", lock_id=lock_id))
+    view = rules.accept(cmd.Release(id="a", lock_id=lock_id))
     assert (view.status, view.run_at, view.attempt, view.progress) == ("queued", NOW, 0, 0)
     assert rules.claim() == ["a"]
 
 
 def test_only_the_attempt_of_the_current_grant_is_refunded(rules: RuleHarness) -> None:
     lock_id = rules.held(max_attempts=3)
-    rules.accept(Fail(id="a", lock_id=lock_id, error_message="e", retry_after_ms=0))
-    assert rules.accept(Release(id="a", lock_id=rules.start())).attempt == 1
+    rules.accept(cmd.Fail(id="a", lock_id=lock_id, error_message="e", retry_after_ms=0))
+    assert rules.accept(cmd.Release(id="a", lock_id=rules.start())).attempt == 1
 
 
 def test_progress_is_cleared_with_its_grant(rules: RuleHarness) -> None:
     lock_id = rules.held()
-    rules.accept(Progress(id="a", lock_id=lock_id, progress=50, message="half"))
-    view = rules.accept(Release(id="a", lock_id=lock_id))
+    rules.accept(cmd.Progress(id="a", lock_id=lock_id, progress=50, message="half"))
+    view = rules.accept(cmd.Release(id="a", lock_id=lock_id))
     assert (view.progress, view.progress_message) == (0, None)
-    rules.accept(Import(id="b", progress=50, progress_message="half"))
+    rules.accept(cmd.Import(id="b", progress=50, progress_message="half"))
     rules.start("b")
     assert (rules.job("b").progress, rules.job("b").progress_message) == (0, None)
 
 
 def test_the_last_ended_grant_is_kept_until_another_ends(rules: RuleHarness) -> None:
     lock_id = rules.held()
-    rules.accept(Release(id="a", lock_id=lock_id))
-    rules.accept(Cancel(id="a"))
-    assert rules.accept(Release(id="a", lock_id=lock_id)).repeated is True
+    rules.accept(cmd.Release(id="a", lock_id=lock_id))
+    rules.accept(cmd.Cancel(id="a"))
+    assert rules.accept(cmd.Release(id="a", lock_id=lock_id)).repeated is True
 
 
 def test_an_event_has_only_changed_fields(rules: RuleHarness) -> None:
     rules.create()
-    rules.accept(Cancel(id="a"))
+    rules.accept(cmd.Cancel(id="a"))
     assert set(rules.last().changes or ()) == {"status", "finished_at", "expires_at", "updated_at"}
 
 
@@ -326,7 +309,7 @@ def test_an_event_has_only_changed_fields(rules: RuleHarness) -> None:
 def test_an_incomplete_lock_is_removed_with_the_job(rules: RuleHarness, left: dict[str, Any]) -> None:
     rules.held()
     rules.row(replace(rules.job(), **left))
-    rules.accept(Cancel(id="a"))
+    rules.accept(cmd.Cancel(id="a"))
     assert (rules.job().grant, rules.job().deadlines) == (None, None)
 
 
@@ -335,7 +318,7 @@ def test_a_job_finishes_after_its_start_whatever_the_clock(rules: RuleHarness) -
     rules.advance(10)
     lock_id = rules.start()
     rules.now -= 5
-    assert rules.accept(Complete(id="a", lock_id=lock_id)).finished_at == NOW + 10
+    assert rules.accept(cmd.Complete(id="a", lock_id=lock_id)).finished_at == NOW + 10
 
 
 @pytest.mark.parametrize("end", ["recovery", "undelivered"])
@@ -345,17 +328,17 @@ def test_ending_a_grant_without_its_holder_keeps_the_place(rules: RuleHarness, e
     rules.advance(5)
     lock_id = rules.start("a")
     rules.advance(TTL)
-    rules.accept(Recover(limit=1) if end == "recovery" else Undelivered(id="a", lock_id=lock_id))
+    rules.accept(cmd.Recover(limit=1) if end == "recovery" else cmd.Undelivered(id="a", lock_id=lock_id))
     assert (rules.job("a").status, rules.job("a").run_at) == ("queued", NOW)
     assert rules.claim() == ["a"]
 
 
 def test_release_can_have_a_delay(rules: RuleHarness) -> None:
     lock_id = rules.held()
-    assert rules.accept(Release(id="a", lock_id=lock_id, delay_ms=9)).run_at == NOW + 9
+    assert rules.accept(cmd.Release(id="a", lock_id=lock_id, delay_ms=9)).run_at == NOW + 9
     rules.advance(9)
     rules.advance(1)
-    assert rules.accept(Release(id="a", lock_id=rules.start(), delay_ms=0)).run_at == NOW + 10
+    assert rules.accept(cmd.Release(id="a", lock_id=rules.start(), delay_ms=0)).run_at == NOW + 10
 
 
 DELAYS: Final = [0, 0, 0, 0, 1_000, 2_000, 4_000, 8_000, 16_000, 32_000, 60_000, 60_000, 60_000]
@@ -366,7 +349,7 @@ def released(rules: RuleHarness, times: int, job_id: str = "a", **fields: Any) -
     view: JobView
     for _ in range(times):
         rules.advance(max(rules.job(job_id).run_at - rules.now, 0))
-        view = rules.accept(Release(id=job_id, lock_id=rules.start(job_id), **fields))
+        view = rules.accept(cmd.Release(id=job_id, lock_id=rules.start(job_id), **fields))
     return view
 
 
@@ -403,35 +386,35 @@ def test_a_repeated_release_counts_once(rules: RuleHarness) -> None:
     rules.create()
     released(rules, 4)
     lock_id = rules.start()
-    first = rules.accept(Release(id="a", lock_id=lock_id))
-    repeated = rules.accept(Release(id="a", lock_id=lock_id))
+    first = rules.accept(cmd.Release(id="a", lock_id=lock_id))
+    repeated = rules.accept(cmd.Release(id="a", lock_id=lock_id))
     assert (repeated.repeated, repeated.run_at, rules.job().releases) == (True, first.run_at, 5)
 
 
 def test_a_release_by_an_operator_counts_too(rules: RuleHarness) -> None:
     rules.create()
     released(rules, 4)
-    rules.accept_admin(ReleaseLock(id="a", lock_id=rules.start()))
+    rules.accept_admin(cmd.ReleaseLock(id="a", lock_id=rules.start()))
     assert (rules.job().releases, rules.job().run_at) == (5, rules.now + 1_000)
 
 
 @pytest.mark.parametrize(
     ("between", "count"),
     [
-        (lambda lock: [Progress(id="a", lock_id=lock, progress=0.1)], 0),
-        (lambda lock: [Progress(id="a", lock_id=lock, progress=0, message="getting ready")], 6),
-        (lambda lock: [Extend(id="a", lock_id=lock)], 6),
-        (lambda lock: [Undelivered(id="a", lock_id=lock)], 6),
-        (lambda lock: [Fail(id="a", lock_id=lock, error_message="e", retry_after_ms=0)], 0),
-        (lambda lock: [Fail(id="a", lock_id=lock, error_message="e", retry=False)], 0),
-        (lambda lock: [Complete(id="a", lock_id=lock)], 0),
-        (lambda lock: [Cancel(id="a")], 0),
-        (lambda lock: [ForceFail(id="a")], 0),
-        (lambda lock: [ForceReset(id="a")], 0),
-        (lambda lock: [Transition(id="a", from_="processing", to="queued")], 0),
-        (lambda lock: [EndGrants(ids=["a"], last=True)], 0),
-        (lambda lock: [Undelivered(id="a", lock_id=lock), Update(id="a", priority=1)], 6),
-        (lambda lock: [Undelivered(id="a", lock_id=lock), Cancel(id="a"), ForceReset(id="a")], 0),
+        (lambda lock: [cmd.Progress(id="a", lock_id=lock, progress=0.1)], 0),
+        (lambda lock: [cmd.Progress(id="a", lock_id=lock, progress=0, message="getting ready")], 6),
+        (lambda lock: [cmd.Extend(id="a", lock_id=lock)], 6),
+        (lambda lock: [cmd.Undelivered(id="a", lock_id=lock)], 6),
+        (lambda lock: [cmd.Fail(id="a", lock_id=lock, error_message="e", retry_after_ms=0)], 0),
+        (lambda lock: [cmd.Fail(id="a", lock_id=lock, error_message="e", retry=False)], 0),
+        (lambda lock: [cmd.Complete(id="a", lock_id=lock)], 0),
+        (lambda lock: [cmd.Cancel(id="a")], 0),
+        (lambda lock: [cmd.ForceFail(id="a")], 0),
+        (lambda lock: [cmd.ForceReset(id="a")], 0),
+        (lambda lock: [cmd.Transition(id="a", from_="processing", to="queued")], 0),
+        (lambda lock: [cmd.EndGrants(ids=["a"], last=True)], 0),
+        (lambda lock: [cmd.Undelivered(id="a", lock_id=lock), cmd.Update(id="a", priority=1)], 6),
+        (lambda lock: [cmd.Undelivered(id="a", lock_id=lock), cmd.Cancel(id="a"), cmd.ForceReset(id="a")], 0),
     ],
     ids=[
         "progress",
@@ -465,7 +448,7 @@ def test_a_stall_resets_the_count_of_releases(rules: RuleHarness) -> None:
     rules.advance(2_000)
     rules.start(lock_ttl_ms=1_000, stall_after_ms=0)
     rules.advance(1_000)
-    rules.accept(Recover(limit=1))
+    rules.accept(cmd.Recover(limit=1))
     assert (rules.job().status, rules.job().releases) == ("queued", 0)
     assert rules.job().run_at <= rules.now, "recovery keeps the place"
 
@@ -482,13 +465,13 @@ def test_release_loops_are_detected(rules: RuleHarness) -> None:
     rules.advance(999)
     lock_id = rules.start("a")
     assert loops == {"a": 20}, "also while a worker holds it"
-    rules.accept(Undelivered(id="a", lock_id=lock_id))
+    rules.accept(cmd.Undelivered(id="a", lock_id=lock_id))
     assert loops == {}, "the delay before it is not known any more"
     released(rules, 1, "a", delay_ms=0)
     assert loops == {"a": 21}
     released(rules, LOOP_FROM + 5, "b")
     assert loops == {"a": 21}, "this one waits a minute each time"
-    rules.accept_admin(ReleaseLock(id="a", lock_id=rules.start("a")))
+    rules.accept_admin(cmd.ReleaseLock(id="a", lock_id=rules.start("a")))
     assert loops == {}, "so does this one now"
     released(rules, 1, "a", delay_ms=0)
     released(rules, 1, "a", delay_ms=1_000)
@@ -498,12 +481,14 @@ def test_release_loops_are_detected(rules: RuleHarness) -> None:
     numbers = rules.state.numbers(rules.lock_ms, rules.now, rules.state.clock)
     opened = OpenedStore(numbers, [rules.job(job_id) for job_id in "abc"])
     assert State.opened(opened).release_loops == {"c": 20}
-    rules.accept(Progress(id="c", lock_id=rules.start("c"), progress=1))
+    rules.accept(cmd.Progress(id="c", lock_id=rules.start("c"), progress=1))
     assert loops == {}
 
 
 @pytest.mark.parametrize(
-    "command", [Cancel(id="a"), ForceFail(id="a"), Transition(id="a", from_="queued", to="completed")], ids=str
+    "command",
+    [cmd.Cancel(id="a"), cmd.ForceFail(id="a"), cmd.Transition(id="a", from_="queued", to="completed")],
+    ids=str,
 )
 def test_a_finished_job_is_in_no_release_loop(rules: RuleHarness, command: Any) -> None:
     rules.create()
@@ -516,8 +501,8 @@ def test_a_finished_job_is_in_no_release_loop(rules: RuleHarness, command: Any) 
 def test_each_finished_status_has_its_retention() -> None:
     rules = RuleHarness(Policy(keep_completed_ms=1_000, keep_failed_ms=2_000, keep_cancelled_ms=3_000))
     rules.completed("completed")
-    rules.accept(Fail(id="failed", lock_id=rules.held("failed"), error_message="e", retry=False))
+    rules.accept(cmd.Fail(id="failed", lock_id=rules.held("failed"), error_message="e", retry=False))
     rules.create("cancelled")
-    rules.accept(Cancel(id="cancelled"))
+    rules.accept(cmd.Cancel(id="cancelled"))
     expiry = {name: rules.job(name).expires_at for name in ("completed", "failed", "cancelled")}
     assert expiry == {"completed": rules.now + 1_000, "failed": rules.now + 2_000, "cancelled": rules.now + 3_000}

@@ -17,39 +17,7 @@ from msgspec.structs import replace
 from jobd.core import decide, guards
 from jobd.core.row_checks import counts, validate
 from jobd.core.transaction import Transaction
-from jobd.model.commands import (
-    AnyCommand,
-    Bulk,
-    Call,
-    Claim,
-    Complete,
-    Create,
-    Delete,
-    DeleteExpired,
-    EndGrants,
-    Expire,
-    Extend,
-    ExtendAfterPause,
-    ExtendLock,
-    Fail,
-    GetVersion,
-    Import,
-    KeepDue,
-    Ping,
-    Progress,
-    Recover,
-    Release,
-    ReleaseLock,
-    RepairJobs,
-    Report,
-    Start,
-    TakeBack,
-    Tick,
-    Undelivered,
-    Update,
-    Updates,
-    Why,
-)
+from jobd.model import commands as cmd
 from jobd.model.errors import ApiError
 from jobd.model.job import (
     FINISHED,
@@ -133,7 +101,7 @@ FIELDS: Final[dict[str, st.SearchStrategy[Any]]] = {
     "limit": slices,
     "dry_run": st.sampled_from([False, False, False, True]),
     "updates": st.builds(
-        Updates,
+        cmd.Updates,
         error_message=maybe_text,
         priority=st.none() | st.integers(-1, 1),
         run_at=maybe_time,
@@ -144,14 +112,14 @@ FIELDS: Final[dict[str, st.SearchStrategy[Any]]] = {
 }
 # Fields whose values depend on the command.
 OF_COMMANDS: Final[dict[type, dict[str, st.SearchStrategy[Any]]]] = {
-    Create: {"id": st.none() | ids},
-    Update: {"priority": st.none() | st.integers(-1, 1), "run_at": maybe_time, "max_attempts": st.none() | slices},
-    Import: {"progress": st.none() | percents, "run_at": maybe_time, "expires_at": maybe_time},
-    TakeBack: {"name": workers},
+    cmd.Create: {"id": st.none() | ids},
+    cmd.Update: {"priority": st.none() | st.integers(-1, 1), "run_at": maybe_time, "max_attempts": st.none() | slices},
+    cmd.Import: {"progress": st.none() | percents, "run_at": maybe_time, "expires_at": maybe_time},
+    cmd.TakeBack: {"name": workers},
 }
 
 
-def varied(command: AnyCommand) -> st.SearchStrategy[Any]:
+def varied(command: cmd.AnyCommand) -> st.SearchStrategy[Any]:
     """Return a strategy of commands like an example."""
     kind = type(command)
     drawn = {name: FIELDS[name] for name in kind.__struct_fields__ if name in FIELDS}
@@ -164,32 +132,32 @@ def varied_examples(select: Callable[[Any], bool]) -> st.SearchStrategy[Any]:
     return st.one_of([*chosen.values()])
 
 
-creates = varied(Create())
+creates = varied(cmd.Create())
 grants = varied_examples(lambda command: command.admission == "grant")
 holders = st.one_of(
     varied_examples(lambda command: hasattr(command, "lock_id")),
-    st.builds(Undelivered, id=ids, lock_id=FIELDS["lock_id"]),
+    st.builds(cmd.Undelivered, id=ids, lock_id=FIELDS["lock_id"]),
 )
 reads = st.one_of(
-    varied_examples(lambda command: command.admission == "read"), st.builds(GetVersion, id=ids), st.just(Ping())
+    varied_examples(lambda command: command.admission == "read"), st.builds(cmd.GetVersion, id=ids), st.just(cmd.Ping())
 )
 operators = varied_examples(
     lambda command: (
         command.admission not in ("read", "grant")
         and not hasattr(command, "lock_id")
-        and not isinstance(command, Create | Bulk)
+        and not isinstance(command, cmd.Create | cmd.Bulk)
     )
 )
 of_time = st.one_of(
-    st.builds(Recover, limit=slices),
-    st.builds(Expire, limit=slices),
-    st.builds(DeleteExpired, ids=some_ids),
-    st.builds(RepairJobs, ids=some_ids),
-    st.builds(ExtendAfterPause, ids=some_ids, grace_ms=waits),
-    st.builds(KeepDue, jobs=st.dictionaries(ids, st.sampled_from([NOW, NOW + 2_000]), max_size=3)),
-    st.builds(EndGrants, ids=some_ids, last=st.booleans()),
-    st.just(Tick()),
-    st.just(Report(body=b"{}")),
+    st.builds(cmd.Recover, limit=slices),
+    st.builds(cmd.Expire, limit=slices),
+    st.builds(cmd.DeleteExpired, ids=some_ids),
+    st.builds(cmd.RepairJobs, ids=some_ids),
+    st.builds(cmd.ExtendAfterPause, ids=some_ids, grace_ms=waits),
+    st.builds(cmd.KeepDue, jobs=st.dictionaries(ids, st.sampled_from([NOW, NOW + 2_000]), max_size=3)),
+    st.builds(cmd.EndGrants, ids=some_ids, last=st.booleans()),
+    st.just(cmd.Tick()),
+    st.just(cmd.Report(body=b"{}")),
 )
 
 
@@ -200,7 +168,7 @@ def weighted(*choices: tuple[int, st.SearchStrategy[Any]]) -> st.SearchStrategy[
 
 commands = weighted(
     (3, creates),
-    (1, st.builds(Bulk, jobs=st.lists(creates, min_size=1, max_size=3))),
+    (1, st.builds(cmd.Bulk, jobs=st.lists(creates, min_size=1, max_size=3))),
     (5, grants),
     (5, holders),
     (2, operators),
@@ -250,10 +218,10 @@ class PropertyRun(RuleHarness):
             assert isinstance(decision.answer, Response)
             assert [granted.job.id for granted in decision.answer.data.grants] == expected
 
-    def _named(self, command: AnyCommand) -> AnyCommand:
+    def _named(self, command: cmd.AnyCommand) -> cmd.AnyCommand:
         """Choose an existing job, and replace the placeholder of its lock id."""
         job_id, name = getattr(command, "id", None), getattr(command, "lock_id", None)
-        if job_id is None or isinstance(command, (Create, Import)):
+        if job_id is None or isinstance(command, (cmd.Create, cmd.Import)):
             return command
         held = [job.id for job in self.rows.values() if job.grant is not None]
         if name == "current" and held and job_id not in held:
@@ -267,9 +235,9 @@ class PropertyRun(RuleHarness):
             return replace(command, id=job_id, lock_id=job.ended.lock_id)
         return replace(command, id=job_id)
 
-    def _expected_claim(self, command: AnyCommand) -> list[str] | None:
+    def _expected_claim(self, command: cmd.AnyCommand) -> list[str] | None:
         """Check the grants of a claim against a plain sort."""
-        if not isinstance(command, Claim):
+        if not isinstance(command, cmd.Claim):
             return None
         order = due_order(self.rows.values(), self.now, command.queues, command.kinds, self.state.paused)
         wanted = [job_id for job_id in order if not guards.is_overdue(self.rows[job_id], self.now)]
@@ -282,14 +250,23 @@ class PropertyRun(RuleHarness):
             assert decision.answer.status in range(400, 600)
             assert decision.answer.message.endswith(".") or "jobctl" in decision.answer.message
 
-    def _check_holder(self, command: AnyCommand, decision: Decision, before: dict[str, Job]) -> None:
+    def _check_holder(self, command: cmd.AnyCommand, decision: Decision, before: dict[str, Job]) -> None:
         """Only the latest grant of a processing job changes it."""
-        held = (Progress, Extend, Complete, Fail, Release, ExtendLock, ReleaseLock, Undelivered)
+        held = (
+            cmd.Progress,
+            cmd.Extend,
+            cmd.Complete,
+            cmd.Fail,
+            cmd.Release,
+            cmd.ExtendLock,
+            cmd.ReleaseLock,
+            cmd.Undelivered,
+        )
         if not isinstance(command, held) or not decision.changes:
             return
         job = before[command.id]
         if isinstance(decision.answer, ApiError):
-            kinds = ["late_call"], *([["late_result"]] if isinstance(command, Complete) else [])
+            kinds = ["late_call"], *([["late_result"]] if isinstance(command, cmd.Complete) else [])
             assert [change.event.type for change in decision.changes] in kinds
             assert self.rows == before
             return
@@ -298,20 +275,20 @@ class PropertyRun(RuleHarness):
         assert job.grant.lock_id == command.lock_id
         assert [change.event.job_id for change in decision.changes] == [command.id]
 
-    def _check_changes(self, command: AnyCommand, decision: Decision) -> None:
+    def _check_changes(self, command: cmd.AnyCommand, decision: Decision) -> None:
         for change in decision.changes:
             before, after, event = change.before, change.after, change.event
             if before is not None and after is not None and before.status != after.status:
                 assert (before.status, after.status) in TRANSITIONS
             if before is not None and before.status == "completed":
                 assert event.type in ("deleted", "fixed", *NOTES)
-            if event.type == "stalled" and isinstance(command, (Recover, Start)):
+            if event.type == "stalled" and isinstance(command, (cmd.Recover, cmd.Start)):
                 assert before is not None
                 assert guards.is_stalled(before, self.lock_ms)
             if event.type == "deleted":
                 assert before is not None
                 assert before.status in FINISHED
-                assert isinstance(command, Delete) or (before.expires_at or 0) <= self.now
+                assert isinstance(command, cmd.Delete) or (before.expires_at or 0) <= self.now
             if event.type == "granted":
                 assert before is not None
                 assert before.status == "queued"
@@ -326,7 +303,7 @@ class PropertyRun(RuleHarness):
             if job.seq not in self.state.unvalidated:
                 bad = [issue for issue in validate(job, self.moment, self.policy).issues if counts(issue)]
                 assert not bad or guards.is_stalled(job, self.moment.lock_ms), bad  # only recovery is left to do
-            view = self.accept(Why(id=job.id))
+            view = self.accept(cmd.Why(id=job.id))
             if job.status in ("queued", "processing") and job.options.queue not in self.state.paused:
                 assert view.next is not None
 
@@ -334,8 +311,8 @@ class PropertyRun(RuleHarness):
 @pytest.mark.slow
 @settings(max_examples=50)
 @given(sequences)
-@example([(Create(id="a"), False), (Start(id="a", worker="w"), False), (TimeStep(1_500, 1_500), False),
-          (Start(id="a", worker="w"), False)])  # fmt: skip
+@example([(cmd.Create(id="a"), False), (cmd.Start(id="a", worker="w"), False), (TimeStep(1_500, 1_500), False),
+          (cmd.Start(id="a", worker="w"), False)])  # fmt: skip
 def test_any_sequence_of_commands(sequence: list[tuple[Any, bool]]) -> None:
     run = PropertyRun()
     for command, admin in sequence:
@@ -373,7 +350,7 @@ def test_every_job_ends_once_time_passes(sequence: list[tuple[Any, bool]], away:
     run.advance(away)
     for _ in range(20):
         run.advance(POLICY.lock_ttl_ms + 5_000)
-        run.accept(Recover(limit=9))
+        run.accept(cmd.Recover(limit=9))
     assert not run.state.processing
 
 
@@ -410,7 +387,7 @@ hand_made = st.builds(
 @pytest.mark.slow
 @settings(max_examples=120)
 @given(hand_made, st.lists(st.tuples(commands, waits), min_size=1, max_size=6))
-def test_rules_accept_any_manually_edited_row(job: Job, sequence: list[tuple[AnyCommand, int]]) -> None:
+def test_rules_accept_any_manually_edited_row(job: Job, sequence: list[tuple[cmd.AnyCommand, int]]) -> None:
     """`decide` is total: for any state there is a response or an error, and the state remains usable."""
     rules = RuleHarness(POLICY)
     state = rules.state
@@ -420,14 +397,14 @@ def test_rules_accept_any_manually_edited_row(job: Job, sequence: list[tuple[Any
         rules.lock_ms += ms
         state.advance(rules.now, rules.lock_ms)
         tx = Transaction(state, rules.moment, POLICY)
-        call = Call(_aimed(command), "client", number.to_bytes(16, "little"))
+        call = cmd.Call(_aimed(command), "client", number.to_bytes(16, "little"))
         assert isinstance(decide.decide(tx, call), (Response, ApiError))
         assert state.total() == sum(
             each.status in STATUSES for each in [*state.jobs.values(), *state.finished.values()]
         )
 
 
-def _aimed(command: AnyCommand) -> AnyCommand:
+def _aimed(command: cmd.AnyCommand) -> cmd.AnyCommand:
     return replace(command, lock_id="l") if hasattr(command, "lock_id") else command
 
 
@@ -441,7 +418,7 @@ def test_a_cleanup_run_leaves_no_row_that_it_could_repair(job: Job) -> None:
     def repair() -> Any:
         rules.state.advance(rules.now, rules.lock_ms)
         tx = Transaction(rules.state, rules.moment, POLICY)
-        response = decide.decide(tx, Call(RepairJobs(ids=["a"]), "cleanup", SEED))
+        response = decide.decide(tx, cmd.Call(cmd.RepairJobs(ids=["a"]), "cleanup", SEED))
         assert isinstance(response, Response)
         return response.data
 

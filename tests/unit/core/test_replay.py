@@ -11,25 +11,8 @@ from msgspec.structs import replace
 from jobd.core import replay
 from jobd.core.state import State
 from jobd.journal import record
+from jobd.model import commands as cmd
 from jobd.model.clocks import LockMs
-from jobd.model.commands import (
-    AnyCommand,
-    Cancel,
-    Claim,
-    Complete,
-    Create,
-    Delete,
-    Fail,
-    ForceReset,
-    Import,
-    Pause,
-    Progress,
-    Recover,
-    Release,
-    RepairJobs,
-    Resume,
-    Start,
-)
 from jobd.model.journal import Record
 from tests.support.factories import full_job
 from tests.support.rule_harness import compare, snapshot
@@ -72,8 +55,8 @@ class Follower:
         compare(self.state, {job.id: job for job in self.engine.disk.jobs.values()}, at, finished_at_hand=False)
 
 
-def grant(engine: VirtualEngine, job_id: str, **fields: Any) -> AnyCommand:
-    return Start(id=job_id, worker="w-1", lock_ttl_ms=60_000, **fields)
+def grant(engine: VirtualEngine, job_id: str, **fields: Any) -> cmd.AnyCommand:
+    return cmd.Start(id=job_id, worker="w-1", lock_ttl_ms=60_000, **fields)
 
 
 @in_engine()
@@ -81,25 +64,25 @@ async def test_every_kind_of_change_is_applied(engine: VirtualEngine) -> None:
     follower = Follower(engine)
     for number in range(8):
         queue = "a" if number % 2 else "b"
-        job = Create(id=f"job-{number}", queue=queue, priority=number % 3, max_attempts=2, payload=Raw(b"1"))
+        job = cmd.Create(id=f"job-{number}", queue=queue, priority=number % 3, max_attempts=2, payload=Raw(b"1"))
         await engine.yes(job)
-    await engine.yes(Create(id="later", run_at=engine.now + 5_000))
-    await engine.yes(Create(id="overdue", expires_at=engine.now + 2_000))
+    await engine.yes(cmd.Create(id="later", run_at=engine.now + 5_000))
+    await engine.yes(cmd.Create(id="overdue", expires_at=engine.now + 2_000))
     held = {number: await engine.yes(grant(engine, f"job-{number}")) for number in range(6)}
-    await engine.yes(Progress(id="job-0", lock_id=held[0].lock_id, progress=10))
-    await engine.yes(Complete(id="job-1", lock_id=held[1].lock_id, file_path="/f"))
-    await engine.yes(Fail(id="job-2", lock_id=held[2].lock_id, error_message="no", retry=False))
-    await engine.yes(Release(id="job-3", lock_id=held[3].lock_id))
-    await engine.yes(Cancel(id="job-4"))
-    await engine.yes(Pause(name="b", reason="stop"), admin=True)
-    await engine.yes(Pause(name="empty"), admin=True)
+    await engine.yes(cmd.Progress(id="job-0", lock_id=held[0].lock_id, progress=10))
+    await engine.yes(cmd.Complete(id="job-1", lock_id=held[1].lock_id, file_path="/f"))
+    await engine.yes(cmd.Fail(id="job-2", lock_id=held[2].lock_id, error_message="no", retry=False))
+    await engine.yes(cmd.Release(id="job-3", lock_id=held[3].lock_id))
+    await engine.yes(cmd.Cancel(id="job-4"))
+    await engine.yes(cmd.Pause(name="b", reason="stop"), admin=True)
+    await engine.yes(cmd.Pause(name="empty"), admin=True)
     follower.check()
     await seconds(3)
-    await engine.yes(Resume(name="b"), admin=True)
-    await engine.yes(Claim(worker="w-2", queues=["a", "b"], limit=2))
+    await engine.yes(cmd.Resume(name="b"), admin=True)
+    await engine.yes(cmd.Claim(worker="w-2", queues=["a", "b"], limit=2))
     follower.check()
     await seconds(120)  # the locks of w-1 expire
-    await engine.yes(Recover(limit=10))
+    await engine.yes(cmd.Recover(limit=10))
     follower.check()
 
 
@@ -107,12 +90,12 @@ async def test_every_kind_of_change_is_applied(engine: VirtualEngine) -> None:
 async def test_rows_of_finished_jobs_are_loaded_only_for_changes(engine: VirtualEngine) -> None:
     for name in ("reset", "deleted", "late"):
         lock_id = await engine.held(name)
-        await engine.yes(Fail(id=name, lock_id=lock_id, error_message="no", retry=False))
+        await engine.yes(cmd.Fail(id=name, lock_id=lock_id, error_message="no", retry=False))
     follower = Follower(engine)  # it has not seen how they ended
-    await engine.yes(ForceReset(id="reset"), admin=True)
+    await engine.yes(cmd.ForceReset(id="reset"), admin=True)
     assert follower.loaded == ["reset"]
-    await engine.yes(Cancel(id="reset"))
-    await engine.yes(ForceReset(id="reset"), admin=True)
+    await engine.yes(cmd.Cancel(id="reset"))
+    await engine.yes(cmd.ForceReset(id="reset"), admin=True)
     assert follower.loaded == ["reset"], "it has seen how it ended this time"
     follower.check()
 
@@ -121,7 +104,7 @@ async def test_rows_of_finished_jobs_are_loaded_only_for_changes(engine: Virtual
 async def test_jobs_with_equal_options_share_them(engine: VirtualEngine) -> None:
     follower = Follower(engine)
     for name in ("a", "b"):
-        await engine.yes(Create(id=name, queue="video", kind="encode", run_at=engine.now + 5_000))
+        await engine.yes(cmd.Create(id=name, queue="video", kind="encode", run_at=engine.now + 5_000))
     first, second = (follower.state.jobs[name] for name in ("a", "b"))
     assert first.options is second.options
 
@@ -135,15 +118,15 @@ def test_a_row_with_a_grant_and_no_lease_has_no_worker() -> None:
 
 @in_engine()
 async def test_a_deleted_job_that_is_not_in_memory_is_no_longer_counted(engine: VirtualEngine) -> None:
-    await engine.yes(Create(id="a"))
-    await engine.yes(Cancel(id="a"))
+    await engine.yes(cmd.Create(id="a"))
+    await engine.yes(cmd.Cancel(id="a"))
     follower = Follower(engine)
-    await engine.yes(Delete(id="a"), admin=True)
+    await engine.yes(cmd.Delete(id="a"), admin=True)
     assert (follower.loaded, follower.state.totals["cancelled"]) == ([], 0)
     follower.check()
-    await engine.yes(Create(id="a"))  # the same id, another job
-    await engine.yes(Cancel(id="a"))
-    await engine.yes(Delete(id="a"), admin=True)
+    await engine.yes(cmd.Create(id="a"))  # the same id, another job
+    await engine.yes(cmd.Cancel(id="a"))
+    await engine.yes(cmd.Delete(id="a"), admin=True)
     follower.check()
 
 
@@ -151,11 +134,11 @@ async def test_a_deleted_job_that_is_not_in_memory_is_no_longer_counted(engine: 
 async def test_imported_rows_wait_for_their_validation(engine: VirtualEngine) -> None:
     follower = Follower(engine)
     for name in ("a", "b"):
-        await engine.yes(Import(id=name, status="failed"), admin=True)
+        await engine.yes(cmd.Import(id=name, status="failed"), admin=True)
     follower.check()
     assert set(follower.state.unvalidated.values()) == {"a", "b"}
-    await engine.yes(RepairJobs(ids=["a"]))
-    await engine.yes(Delete(id="b"), admin=True)
+    await engine.yes(cmd.RepairJobs(ids=["a"]))
+    await engine.yes(cmd.Delete(id="b"), admin=True)
     assert follower.state.unvalidated == {}
     follower.check()
 
@@ -163,9 +146,9 @@ async def test_imported_rows_wait_for_their_validation(engine: VirtualEngine) ->
 @in_engine()
 async def test_a_late_result_changes_no_row(engine: VirtualEngine) -> None:
     lock_id = await engine.held("a")
-    await engine.yes(Cancel(id="a"))
+    await engine.yes(cmd.Cancel(id="a"))
     follower = Follower(engine)
-    await engine.no(Complete(id="a", lock_id=lock_id, file_path="/late"))
+    await engine.no(cmd.Complete(id="a", lock_id=lock_id, file_path="/late"))
     assert engine.disk.events[-1].type == "late_result"
     assert follower.loaded == []
     follower.check()
@@ -174,21 +157,21 @@ async def test_a_late_result_changes_no_row(engine: VirtualEngine) -> None:
 @in_engine()
 async def test_a_quarantined_job_is_left_out(engine: VirtualEngine) -> None:
     lock_id = await engine.held("a")
-    await engine.yes(Fail(id="a", lock_id=lock_id, error_message="no", retry=False))
+    await engine.yes(cmd.Fail(id="a", lock_id=lock_id, error_message="no", retry=False))
     follower = Follower(engine)
     follower.state.quarantine("a", "damaged", ("default", "failed"))
-    await engine.yes(ForceReset(id="a"), admin=True)
+    await engine.yes(cmd.ForceReset(id="a"), admin=True)
     assert (follower.loaded, len(follower.state.jobs), follower.state.total()) == ([], 0, 0)
 
 
 @in_engine()
 async def test_a_missing_row_is_an_error(engine: VirtualEngine) -> None:
     lock_id = await engine.held("a")
-    await engine.yes(Fail(id="a", lock_id=lock_id, error_message="no", retry=False))
+    await engine.yes(cmd.Fail(id="a", lock_id=lock_id, error_message="no", retry=False))
     state = State.opened(engine.disk.opened())
     records: list[Record] = []
     engine.disk.log.before_append = records.append
-    await engine.yes(ForceReset(id="a"), admin=True)
+    await engine.yes(cmd.ForceReset(id="a"), admin=True)
     with pytest.raises(LookupError, match="changes job a, which has no row"):
         replay.apply(state, record.decode(records[0])[0])
 

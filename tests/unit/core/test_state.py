@@ -11,19 +11,8 @@ from msgspec.structs import replace
 
 from jobd.core.ready_queue import SLACK, PriorityBucket
 from jobd.core.state import FINISHED_KEPT, LiveJobs, State
+from jobd.model import commands as cmd
 from jobd.model.clocks import LockMs
-from jobd.model.commands import (
-    Cancel,
-    ClockTrust,
-    Delete,
-    ForceReset,
-    Pause,
-    Recover,
-    Release,
-    RepairJobs,
-    Resume,
-    Update,
-)
 from jobd.model.events import QueuePause
 from jobd.model.job import (
     HOUR_MS,
@@ -59,7 +48,7 @@ def test_an_empty_book() -> None:
     assert (state.next_run_at(), state.next_deadline(), state.next_expiry()) == (None, None, None)
     assert list(state.due(["q"], None)) == []
     assert state.queue_row("q") == QueueRow()
-    assert state.numbers(LockMs(7), 9, ClockTrust()) == Numbers(lock_ms=LockMs(7), wall_ms=9)
+    assert state.numbers(LockMs(7), 9, cmd.ClockTrust()) == Numbers(lock_ms=LockMs(7), wall_ms=9)
 
 
 def test_a_start_loads_live_jobs_and_the_counts_of_finished_ones() -> None:
@@ -68,7 +57,7 @@ def test_a_start_loads_live_jobs_and_the_counts_of_finished_ones() -> None:
     queues = {"default": QueueRow(completed=5, failed=2), "idle": QueueRow(paused=True, failed=3, cancelled=1)}
     state = State.opened(OpenedStore(numbers, jobs, queues=queues))
     assert state.numbers(LockMs(400), NOW, state.clock) == numbers
-    assert state.clock == ClockTrust(True, NOW - 5, NOW - 6, 7)
+    assert state.clock == cmd.ClockTrust(True, NOW - 5, NOW - 6, 7)
     assert state.total() == 15
     assert state.counts["default"] == {"queued": 2, "processing": 2, "completed": 5, "failed": 2, "cancelled": 0}
     assert (state.totals["failed"], state.totals["cancelled"]) == (5, 1)
@@ -122,8 +111,8 @@ def test_only_new_jobs_are_compact(rules: RuleHarness) -> None:
     rules.create("b", delay_ms=5)
     lock_id = rules.held("c")
     assert rules.state.jobs.touched() == {"b", "c"}
-    rules.accept(Release(id="c", lock_id=lock_id))
-    rules.accept(Update(id="a", priority=1))
+    rules.accept(cmd.Release(id="c", lock_id=lock_id))
+    rules.accept(cmd.Update(id="a", priority=1))
     assert rules.state.jobs.touched() == {"a", "b", "c"}
     assert rules.claim(limit=9) == ["c", "a"]
 
@@ -273,16 +262,16 @@ def test_the_first_due_jobs_are_in_order_and_not_of_paused_queues(
 
 def test_a_reused_id_does_not_inherit_deadlines(rules: RuleHarness) -> None:
     rules.create("a", delay_ms=5, expires_at=NOW + 7)
-    rules.accept(Cancel(id="a"))
-    rules.accept(Delete(id="a"))
+    rules.accept(cmd.Cancel(id="a"))
+    rules.accept(cmd.Delete(id="a"))
     rules.create("a", delay_ms=5, expires_at=NOW + 7)
     rules.advance(7)
     assert list(rules.state.overdue()) == ["a"]
-    rules.accept(Cancel(id="a"))
-    rules.accept(Delete(id="a"))
+    rules.accept(cmd.Cancel(id="a"))
+    rules.accept(cmd.Delete(id="a"))
     rules.held("a")
     rules.advance(TTL)
-    rules.accept(Recover(limit=1))
+    rules.accept(cmd.Recover(limit=1))
     assert rules.claim() == ["a"]
 
 
@@ -291,7 +280,7 @@ def test_the_job_that_has_been_due_longest_over_all_queues(rules: RuleHarness) -
     rules.create("gone", queue="b")
     rules.create("z", queue="a")
     rules.create("y", queue="b")
-    rules.accept(Cancel(id="gone"))
+    rules.accept(cmd.Cancel(id="gone"))
 
     def oldest() -> tuple[str, str]:
         found = rules.state.oldest_due()
@@ -299,10 +288,10 @@ def test_the_job_that_has_been_due_longest_over_all_queues(rules: RuleHarness) -
         return found[0], found[1][3]
 
     assert oldest() == ("a", "z"), "of the same moment the first"
-    rules.accept(Update(id="y", run_at=NOW - 1))
+    rules.accept(cmd.Update(id="y", run_at=NOW - 1))
     assert oldest() == ("b", "y")
-    rules.accept(Update(id="y", run_at=NOW + 1))
-    rules.accept(Update(id="z", priority=5))  # its old position is empty
+    rules.accept(cmd.Update(id="y", run_at=NOW + 1))
+    rules.accept(cmd.Update(id="z", priority=5))  # its old position is empty
     assert oldest() == ("a", "z")
 
 
@@ -380,13 +369,13 @@ def test_advancing_time_does_not_read_every_job(rules: RuleHarness, monkeypatch:
 def test_resuming_announces_every_due_kind(rules: RuleHarness) -> None:
     rules.create("a", kind="x")
     rules.create("b", kind="y")
-    rules.accept(Pause(name="default"))
-    rules.accept(Pause(name="empty"))
+    rules.accept(cmd.Pause(name="default"))
+    rules.accept(cmd.Pause(name="empty"))
     announced: list[tuple[str, str]] = []
     rules.state.on_due = lambda queue, kind: announced.append((queue, kind))
-    rules.accept(Resume(name="empty"))
+    rules.accept(cmd.Resume(name="empty"))
     assert announced == []
-    rules.accept(Resume(name="default"))
+    rules.accept(cmd.Resume(name="default"))
     assert set(announced) == {("default", "x"), ("default", "y")}
 
 
@@ -464,7 +453,7 @@ def test_a_cleared_lock_that_is_revived_is_live_again(rules: RuleHarness) -> Non
     """Also if the job would be stuck before the new lock ends."""
     lock_id = rules.held(stall_after_ms=20 * MINUTE_MS)
     rules.advance(TTL)
-    rules.accept(Recover(limit=1))
+    rules.accept(cmd.Recover(limit=1))
     assert list(rules.state.noted_expired) == ["a"]
     rules.progress(lock_id)
     assert (list(rules.state.noted_expired), rules.state.live_locks()) == ([], 1)
@@ -510,10 +499,10 @@ def test_manually_edited_rows_do_not_break_the_counts(rules: RuleHarness) -> Non
 def test_an_unknown_status_breaks_nothing(rules: RuleHarness, status: str) -> None:
     job = rules.rows["job-1"] = queued(1, status=status, progress=101)
     rules.state.keep_finished(job)  # as read from the disk: no start has counted it
-    rules.accept(RepairJobs(ids=[job.id]))
+    rules.accept(cmd.RepairJobs(ids=[job.id]))
     assert (rules.job(job.id).status, rules.job(job.id).progress) == (status, 100)
     compare(rules.state, rules.rows, rules.moment)
-    rules.accept(ForceReset(id=job.id))
+    rules.accept(cmd.ForceReset(id=job.id))
     assert rules.job(job.id).status == "queued"
     compare(rules.state, rules.rows, rules.moment)
 

@@ -7,19 +7,7 @@ import pytest
 
 from jobd.core import stats
 from jobd.core.stats import ATTEMPT_QUEUES, OTHER_QUEUES, PROCESSING_BUCKETS_S, Attempts, Counters, Histogram
-from jobd.model.commands import (
-    Adopt,
-    AnyCommand,
-    Cancel,
-    Complete,
-    Delete,
-    DeleteExpired,
-    EndGrants,
-    Fail,
-    ForceFail,
-    ForceReset,
-    Recover,
-)
+from jobd.model import commands as cmd
 from jobd.model.events import Change, Event
 from jobd.model.job import DAY_MS, HOUR_MS, MINUTE_MS, Job, Options
 from tests.support.rule_harness import NOW, Decision, RuleHarness
@@ -29,7 +17,7 @@ class CountingHarness(RuleHarness):
     """A harness whose statistics see every committed change, like the actor's."""
 
     def decide(
-        self, command: AnyCommand, *, admin: bool = False, by: str = "client", expected: str | None = None
+        self, command: cmd.AnyCommand, *, admin: bool = False, by: str = "client", expected: str | None = None
     ) -> Decision:
         decision = super().decide(command, admin=admin, by=by, expected=expected)
         self.state.counters.note(decision.changes)
@@ -44,7 +32,7 @@ def rules() -> CountingHarness:
 def work(rules: RuleHarness, job_id: str, ms: int) -> None:
     lock_id = rules.held(job_id)
     rules.advance(ms)
-    rules.accept(Complete(id=job_id, lock_id=lock_id))
+    rules.accept(cmd.Complete(id=job_id, lock_id=lock_id))
 
 
 def test_completions_of_the_last_hour(rules: RuleHarness) -> None:
@@ -63,9 +51,9 @@ def test_completions_of_the_last_hour(rules: RuleHarness) -> None:
 def test_late_results_are_counted_one_by_one(rules: RuleHarness) -> None:
     for job_id in ("a", "b"):
         lock_id = rules.held(job_id)
-        rules.accept(ForceReset(id=job_id))
-        rules.reject(Complete(id=job_id, lock_id=lock_id, file_path="/late"), "lock_lost")
-        rules.accept(Adopt(id=job_id))
+        rules.accept(cmd.ForceReset(id=job_id))
+        rules.reject(cmd.Complete(id=job_id, lock_id=lock_id, file_path="/late"), "lock_lost")
+        rules.accept(cmd.Adopt(id=job_id))
     assert (rules.state.counters.late_kept, rules.state.counters.late_adopted) == (2, 2)
 
 
@@ -101,7 +89,7 @@ def test_recoveries_of_the_last_day(rules: RuleHarness) -> None:
     rules.held("b")
     rules.held("c")
     rules.advance(HOUR_MS + 1)
-    rules.accept(Recover(limit=9))
+    rules.accept(cmd.Recover(limit=9))
     counters = rules.state.counters
     assert counters.recovered_lately(rules.now) == 3
     assert counters.recovered_last_day(rules.now) == 3
@@ -113,21 +101,21 @@ def test_the_counts_since_the_last_report(rules: RuleHarness) -> None:
     rules.held("a", stall_after_ms=HOUR_MS, progress_timeout_ms=0)
     rules.held("d", stall_after_ms=HOUR_MS, progress_timeout_ms=0)
     rules.advance(15 * MINUTE_MS)
-    rules.accept(Recover(limit=9))
+    rules.accept(cmd.Recover(limit=9))
     for name in ("b", "e"):
         rules.completed(name, expires_at=rules.now + 1)
     rules.completed("c")
     rules.advance(1)
-    rules.accept(DeleteExpired(ids=["b", "e"]), by="cleanup")
-    rules.accept(Delete(id="c"), by="admin")  # a deletion by an operator does not count for cleanup
+    rules.accept(cmd.DeleteExpired(ids=["b", "e"]), by="cleanup")
+    rules.accept(cmd.Delete(id="c"), by="admin")  # a deletion by an operator does not count for cleanup
     since = rules.state.counters.since_report
     assert (since.locks_cleared, since.deleted, since.recovered, since.fixed) == (2, 2, 0, 0)
 
 
 def test_other_endings_are_not_counted(rules: RuleHarness) -> None:
-    rules.accept(Fail(id="a", lock_id=rules.held("a"), error_message="e"))
+    rules.accept(cmd.Fail(id="a", lock_id=rules.held("a"), error_message="e"))
     rules.create("b")
-    rules.accept(Cancel(id="b"))
+    rules.accept(cmd.Cancel(id="b"))
     counters = rules.state.counters
     assert counters.completed_last_hour(rules.now) == (0, 0)
     assert counters.grants == {"default": 1}
@@ -176,9 +164,9 @@ def test_completions_feed_the_baseline_and_stalls_the_double_grants(rules: Count
     counters = rules.state.counters
     lock_id = rules.held("a", kind="thumbnail")
     rules.advance(2_000)
-    rules.accept(Complete(id="a", lock_id=lock_id))
+    rules.accept(cmd.Complete(id="a", lock_id=lock_id))
     rules.held("b", kind="film")
-    rules.accept(EndGrants(ids=["b"], last=True))
+    rules.accept(cmd.EndGrants(ids=["b"], last=True))
     assert counters.double_grants.total == 0
     rules.start("b")
     assert counters.double_grants.total == 1
@@ -187,12 +175,12 @@ def test_completions_feed_the_baseline_and_stalls_the_double_grants(rules: Count
 
 def test_stored_statistics_are_read_again_even_if_older_ones_lack_fields(rules: CountingHarness) -> None:
     lock_id = rules.held("a", kind="thumbnail")
-    rules.accept(Complete(id="a", lock_id=lock_id))
+    rules.accept(cmd.Complete(id="a", lock_id=lock_id))
     rules.held("b")
-    rules.accept(ForceReset(id="b"))
+    rules.accept(cmd.ForceReset(id="b"))
     rules.start("b")
     rules.held("c")
-    rules.accept(Cancel(id="c"))
+    rules.accept(cmd.Cancel(id="c"))
     body = msgspec.json.encode(rules.state.counters)
     assert msgspec.json.decode(body, type=Counters) == rules.state.counters
     older = msgspec.json.decode(body)
@@ -238,7 +226,7 @@ def test_attempts_of_very_many_queues_are_bounded() -> None:
 def test_force_failing_a_queued_job_ends_no_attempt(rules: CountingHarness) -> None:
     rules.create("a")
     attempts = Attempts()
-    attempts.note(rules.decide(ForceFail(id="a")).changes)
+    attempts.note(rules.decide(cmd.ForceFail(id="a")).changes)
     assert attempts.by_queue == {}
 
 

@@ -15,23 +15,8 @@ from msgspec.structs import replace
 from jobd.core import decide, transitions, views
 from jobd.core.state import State
 from jobd.core.transaction import Transaction
+from jobd.model import commands as cmd
 from jobd.model.clocks import LockMs
-from jobd.model.commands import (
-    AnyCommand,
-    Call,
-    Cancel,
-    Complete,
-    Create,
-    ForceFail,
-    ForceReset,
-    Import,
-    Moment,
-    Pause,
-    Ping,
-    Preview,
-    Progress,
-    Recover,
-)
 from jobd.model.errors import ApiError
 from jobd.model.events import QueuePause
 from jobd.model.job import COUNTER_MASK, DAY_MS, TOKEN_COUNTER_BITS, Job, Options, Policy, new_epoch
@@ -39,14 +24,14 @@ from jobd.model.responses import Response
 from jobd.model.storage import Numbers
 from tests.support.rule_harness import NOW, SEED, RuleHarness, snapshot
 
-AT = Moment(NOW, LockMs(1_000), NOW - 1_000)
+AT = cmd.Moment(NOW, LockMs(1_000), NOW - 1_000)
 JOB = Job(1, "a", Options(), "queued", NOW, NOW, NOW)
 MANY = range(1, 500)
 
 
-def transaction(seed: bytes = SEED, at: Moment = AT, state: State | None = None) -> Transaction:
+def transaction(seed: bytes = SEED, at: cmd.Moment = AT, state: State | None = None) -> Transaction:
     tx = Transaction(state or State(), at, Policy())
-    tx.begin(Call(Ping(), "client", seed))
+    tx.begin(cmd.Call(cmd.Ping(), "client", seed))
     return tx
 
 
@@ -66,7 +51,7 @@ def test_numbers_go_up_by_one() -> None:
 def test_a_full_counter_begins_an_epoch_of_the_trusted_time() -> None:
     for trusted, believed in ((None, NOW), (NOW - DAY_MS, NOW - DAY_MS)):
         state = State(Numbers(epoch=3, next_token=COUNTER_MASK))
-        tx = transaction(at=Moment(NOW, LockMs(0), NOW, trusted), state=state)
+        tx = transaction(at=cmd.Moment(NOW, LockMs(0), NOW, trusted), state=state)
         epoch = new_epoch(3, believed)
         assert epoch > 4
         tokens = [tx.token() for _ in range(3)]
@@ -155,13 +140,13 @@ def test_undo_restores_everything_that_a_command_changed(rules: RuleHarness) -> 
     """Rows, pauses, hashes, numbers and validated rows; the commands before it stay."""
     for job_id in ("a", "b", "c"):
         rules.held(job_id)
-    rules.accept(Pause(name="p", reason="before"))
+    rules.accept(cmd.Pause(name="p", reason="before"))
     before = snapshot(rules.state)
     tx = Transaction(rules.state, rules.moment, rules.policy)
-    tx.begin(Call(Ping(), seed=SEED))
+    tx.begin(cmd.Call(cmd.Ping(), seed=SEED))
     tx.update(rules.job("b"), "updated", {"run_at": 5})
     between = snapshot(rules.state)
-    tx.begin(Call(Ping(), seed=SEED))
+    tx.begin(cmd.Call(cmd.Ping(), seed=SEED))
     transitions.stall(tx, rules.job("a"), "It was slow.")
     tx.create(replace(JOB, id="new", seq=tx.job_number()), "imported", b"null", "hash")
     tx.token()
@@ -174,7 +159,7 @@ def test_undo_restores_everything_that_a_command_changed(rules: RuleHarness) -> 
     assert not tx.has_changed
     assert (snapshot(rules.state), len(tx.changes), tx.checked) == (between, 1, [])
     assert list(rules.state.processing) == ["a", "b", "c"]
-    tx.begin(Call(Ping(), seed=SEED))
+    tx.begin(cmd.Call(cmd.Ping(), seed=SEED))
     tx.resume("p", None)
     numbers = rules.state.numbers(0, 0, rules.state.clock)
     tx.roll_back()
@@ -184,23 +169,23 @@ def test_undo_restores_everything_that_a_command_changed(rules: RuleHarness) -> 
 
 def test_undo_forgets_the_hash_of_an_undone_job_only(rules: RuleHarness) -> None:
     tx = Transaction(rules.state, rules.moment, rules.policy)
-    assert isinstance(decide.decide(tx, Call(Create(id="a"))), Response)
+    assert isinstance(decide.decide(tx, cmd.Call(cmd.Create(id="a"))), Response)
     assert set(tx.requests) == {"a"}
-    assert isinstance(decide.decide(tx, Call(Import(id="c"))), Response)
-    assert isinstance(decide.decide(tx, Call(Create(id="b"))), Response)
+    assert isinstance(decide.decide(tx, cmd.Call(cmd.Import(id="c"))), Response)
+    assert isinstance(decide.decide(tx, cmd.Call(cmd.Create(id="b"))), Response)
     tx.undo()
     assert set(tx.requests) == {"a"}
-    assert isinstance(decide.decide(tx, Call(Create(id="a"))), Response)
+    assert isinstance(decide.decide(tx, cmd.Call(cmd.Create(id="a"))), Response)
 
 
 def test_undo_forgets_late_results_and_calls(rules: RuleHarness) -> None:
     lock_id = rules.held()
     rules.advance(rules.policy.lock_ttl_ms + rules.policy.stall_after_ms)
-    rules.accept(Recover(limit=1))
-    for command in (Complete(id="a", lock_id=lock_id), Progress(id="a", lock_id=lock_id, progress=1)):
+    rules.accept(cmd.Recover(limit=1))
+    for command in (cmd.Complete(id="a", lock_id=lock_id), cmd.Progress(id="a", lock_id=lock_id, progress=1)):
         tx = Transaction(rules.state, rules.moment, rules.policy)
         for _ in range(2):
-            assert isinstance(decide.decide(tx, Call(command)), ApiError)
+            assert isinstance(decide.decide(tx, cmd.Call(command)), ApiError)
             assert tx.has_changed, "it is known from the undone command"
             tx.undo()
         assert (tx.late.results.get(1, []), rules.state.latest_late(1)) == ([], None)
@@ -210,16 +195,16 @@ def test_undo_restores_the_latest_late_result(rules: RuleHarness) -> None:
     """Otherwise a plan from before the first late result could delete the job with it."""
     lock_ids = [rules.held()]
     for _ in range(2):
-        rules.accept(ForceFail(id="a"))
-        rules.accept(ForceReset(id="a"))
+        rules.accept(cmd.ForceFail(id="a"))
+        rules.accept(cmd.ForceReset(id="a"))
         lock_ids.append(rules.start())
-    rules.accept(ForceFail(id="a"))
-    rules.reject(Complete(id="a", lock_id=lock_ids[1]), "lock_lost")
+    rules.accept(cmd.ForceFail(id="a"))
+    rules.reject(cmd.Complete(id="a", lock_id=lock_ids[1]), "lock_lost")
     latest = rules.state.latest_late(1)
     assert latest == rules.last().seq
-    command = Complete(id="a", lock_id=lock_ids[2])
+    command = cmd.Complete(id="a", lock_id=lock_ids[2])
     tx = Transaction(rules.state, rules.moment, rules.policy, late=rules.known_late(command))
-    assert isinstance(decide.decide(tx, Call(command)), ApiError)
+    assert isinstance(decide.decide(tx, cmd.Call(command)), ApiError)
     assert rules.state.latest_late(1) != latest
     tx.roll_back()
     assert rules.state.latest_late(1) == latest
@@ -229,7 +214,7 @@ def test_a_dry_run_changes_nothing(rules: RuleHarness) -> None:
     rules.held()
     before = snapshot(rules.state)
     tx = Transaction(rules.state, rules.moment, rules.policy)
-    tx.begin(Call(Preview(limit=1), seed=SEED))
+    tx.begin(cmd.Call(cmd.Preview(limit=1), seed=SEED))
     tx.delete(tx.update(rules.job(), "updated", {"run_at": 5}))
     assert [change.event.type for change in tx.changed()] == ["updated", "deleted"]
     assert snapshot(rules.state) | {"next_event": before["next_event"]} == before
@@ -242,7 +227,7 @@ def test_the_lock_of_a_deleted_job_has_ended(rules: RuleHarness) -> None:
     lock_id = rules.held()
     row = rules.row(replace(rules.job(), status="failed"))
     tx = Transaction(rules.state, rules.moment, rules.policy)
-    tx.begin(Call(Ping(), seed=SEED))
+    tx.begin(cmd.Call(cmd.Ping(), seed=SEED))
     tx.delete(row)
     assert tx.ended == [lock_id]
     tx.undo()
@@ -252,8 +237,8 @@ def test_the_lock_of_a_deleted_job_has_ended(rules: RuleHarness) -> None:
 def test_undo_keeps_the_ended_locks_of_earlier_commands(rules: RuleHarness) -> None:
     first, second = rules.held("a"), rules.held("b")
     tx = Transaction(rules.state, rules.moment, rules.policy)
-    decide.decide(tx, Call(Complete(id="a", lock_id=first)))
-    decide.decide(tx, Call(Complete(id="b", lock_id=second)))
+    decide.decide(tx, cmd.Call(cmd.Complete(id="a", lock_id=first)))
+    decide.decide(tx, cmd.Call(cmd.Complete(id="b", lock_id=second)))
     assert tx.ended == [first, second]
     tx.undo()
     assert tx.ended == [first]
@@ -262,11 +247,11 @@ def test_undo_keeps_the_ended_locks_of_earlier_commands(rules: RuleHarness) -> N
 def test_a_batch_that_is_not_written_restores_the_counts_of_jobs_in_quarantine(rules: RuleHarness) -> None:
     """Their damaged rows could not be moved, so that the disk still counts finished ones."""
     rules.held("failed")
-    rules.accept(ForceFail(id="failed"))
+    rules.accept(cmd.ForceFail(id="failed"))
     lock_id = rules.held("held")
     tx = Transaction(rules.state, rules.moment, rules.policy)
-    decide.decide(tx, Call(Complete(id="held", lock_id=lock_id)))
-    decide.decide(tx, Call(ForceReset(id="failed")))
+    decide.decide(tx, cmd.Call(cmd.Complete(id="held", lock_id=lock_id)))
+    decide.decide(tx, cmd.Call(cmd.ForceReset(id="failed")))
     for job_id in ("held", "failed"):
         rules.state.quarantine(job_id, "bad", is_moved=False)
     assert (rules.state.totals["completed"], rules.state.totals["failed"]) == (1, 0)
@@ -281,19 +266,19 @@ def test_a_rule_that_raises_leaves_nothing(rules: RuleHarness, monkeypatch: pyte
     monkeypatch.setattr(views, "job_response", lambda *_: 1 / 0)
     tx = Transaction(rules.state, rules.moment, rules.policy)
     with pytest.raises(ZeroDivisionError):
-        decide.decide(tx, Call(Cancel(id="a")))
+        decide.decide(tx, cmd.Call(cmd.Cancel(id="a")))
     assert (snapshot(rules.state), tx.changes) == (before, [])
 
 
 def test_every_command_has_a_rule() -> None:
-    different = set(decide.RULES) ^ set(get_args(AnyCommand))
+    different = set(decide.RULES) ^ set(get_args(cmd.AnyCommand))
     assert not different, f"{different} must be in RULES (core/decide.py) and in AnyCommand (model/commands.py)"
 
 
 def test_undo_drops_the_payloads_of_new_jobs(rules: RuleHarness) -> None:
     tx = Transaction(rules.state, rules.moment, rules.policy)
-    decide.decide(tx, Call(Create(id="kept", payload=Raw(b"1"))))
-    decide.decide(tx, Call(Create(id="undone", payload=Raw(b"2"))))
+    decide.decide(tx, cmd.Call(cmd.Create(id="kept", payload=Raw(b"1"))))
+    decide.decide(tx, cmd.Call(cmd.Create(id="undone", payload=Raw(b"2"))))
     assert len(tx.payloads) == 2
     tx.undo()
     assert [change.event.job_seq for change in tx.changes] == list(tx.payloads)

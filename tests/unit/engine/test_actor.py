@@ -14,38 +14,8 @@ from structlog.testing import capture_logs
 from jobd.core import decide
 from jobd.core.transaction import Transaction
 from jobd.engine.actor import BATCH_BYTES, BATCH_WEIGHT, Bounds, DiskBroken
+from jobd.model import commands as cmd
 from jobd.model.clocks import MonotonicS
-from jobd.model.commands import (
-    Adopt,
-    AnyCommand,
-    Bulk,
-    Call,
-    Cancel,
-    Claim,
-    Complete,
-    Create,
-    Delete,
-    DeleteExpired,
-    EndGrants,
-    Export,
-    ExtendAfterPause,
-    ForceFail,
-    ForceReset,
-    Get,
-    IdempotencyKey,
-    Import,
-    ListJobs,
-    Pause,
-    Ping,
-    Progress,
-    RepairJobs,
-    Report,
-    Start,
-    Stats,
-    Tick,
-    Timeline,
-    Why,
-)
 from jobd.model.errors import ApiError
 from jobd.model.job import DAY_MS
 from jobd.model.journal import Fenced, JournalOutcomeUnknown, LeadershipLost
@@ -82,16 +52,29 @@ from tests.support.virtual_engine import (
 async def test_the_mailbox_reserves_space_for_running_work() -> None:
     """Creates fill a part of it; starts and reads may use more; calls for running work may use all of it."""
     engine = VirtualEngine(bounds=Bounds(mailbox=20))
-    tasks = ask_all(engine, [Create() for _ in range(20)])
+    tasks = ask_all(engine, [cmd.Create() for _ in range(20)])
     await settle()
     assert [task.result().code for task in tasks if task.done()] == ["overloaded"] * 6
     tasks += ask_all(
-        engine, [Get(id="x"), Claim(worker="w"), Start(id="x", worker="w"), Stats(), ListJobs(), Why(id="x")]
+        engine,
+        [
+            cmd.Get(id="x"),
+            cmd.Claim(worker="w"),
+            cmd.Start(id="x", worker="w"),
+            cmd.Stats(),
+            cmd.ListJobs(),
+            cmd.Why(id="x"),
+        ],
     )
     await settle()
     assert engine.actor.waiting == 17
-    assert (await engine.actor.ask(Import(id="x"))).code == "overloaded"  # type: ignore[union-attr]
-    last: list[AnyCommand] = [Ping(), Progress(id="x", lock_id="l", progress=1), ForceFail(id="x"), Tick()]
+    assert (await engine.actor.ask(cmd.Import(id="x"))).code == "overloaded"  # type: ignore[union-attr]
+    last: list[cmd.AnyCommand] = [
+        cmd.Ping(),
+        cmd.Progress(id="x", lock_id="l", progress=1),
+        cmd.ForceFail(id="x"),
+        cmd.Tick(),
+    ]
     tasks += ask_all(engine, last)
     await settle()
     assert engine.actor.waiting == 20
@@ -107,26 +90,26 @@ async def test_the_mailbox_reserves_space_for_running_work() -> None:
 @in_virtual_time
 async def test_the_bytes_in_flight_reserve_space_for_running_work() -> None:
     engine = VirtualEngine(bounds=Bounds(inflight_bytes=100))
-    assert (await engine.actor.ask(Create(), size=71)).code == "overloaded"  # type: ignore[union-attr]
-    first = start_task(engine.actor.ask(Create(), size=70))
+    assert (await engine.actor.ask(cmd.Create(), size=71)).code == "overloaded"  # type: ignore[union-attr]
+    first = start_task(engine.actor.ask(cmd.Create(), size=70))
     await settle()
-    assert (await engine.actor.ask(Get(id="x"), size=16)).code == "overloaded"  # type: ignore[union-attr]
-    second = start_task(engine.actor.ask(Complete(id="x", lock_id="l"), size=30))
+    assert (await engine.actor.ask(cmd.Get(id="x"), size=16)).code == "overloaded"  # type: ignore[union-attr]
+    second = start_task(engine.actor.ask(cmd.Complete(id="x", lock_id="l"), size=30))
     await settle()
-    assert (await engine.actor.ask(Tick(), size=1)).code == "overloaded"  # type: ignore[union-attr]
+    assert (await engine.actor.ask(cmd.Tick(), size=1)).code == "overloaded"  # type: ignore[union-attr]
     async with engine:
         assert isinstance(await first, Response)
         assert (await second).code == "job_not_found"
-        assert isinstance(await engine.actor.ask(Create(), size=70), Response)  # the bytes are free again
+        assert isinstance(await engine.actor.ask(cmd.Create(), size=70), Response)  # the bytes are free again
 
 
 @in_checked_engine(bounds=Bounds(parked_claims=1, claim_wait_ms=1_000))
 async def test_waiting_claims_are_limited(engine: VirtualEngine) -> None:
-    rejection = await engine.no(Claim(worker="w", wait_ms=1_001))
+    rejection = await engine.no(cmd.Claim(worker="w", wait_ms=1_001))
     assert (rejection.code, rejection.details) == ("invalid_request", {"field": "$.wait_ms"})
     waiting = await waiting_claim(engine, "w", wait_ms=1_000)
-    assert (await engine.no(Claim(worker="w", wait_ms=1))).code == "overloaded"
-    assert (await engine.yes(Claim(worker="w"))).grants == []
+    assert (await engine.no(cmd.Claim(worker="w", wait_ms=1))).code == "overloaded"
+    assert (await engine.yes(cmd.Claim(worker="w"))).grants == []
     assert granted_ids(await waiting) == []
 
 
@@ -134,7 +117,10 @@ async def test_waiting_claims_are_limited(engine: VirtualEngine) -> None:
 async def test_waiting_commands_form_one_batch() -> None:
     """Each command sees the changes of the ones before it, and one transaction writes all of them."""
     engine = VirtualEngine()
-    tasks = ask_all(engine, [Create(id="a", payload=Raw(b"7")), Start(id="a", worker="w"), Create(id="a"), Get(id="a")])
+    tasks = ask_all(
+        engine,
+        [cmd.Create(id="a", payload=Raw(b"7")), cmd.Start(id="a", worker="w"), cmd.Create(id="a"), cmd.Get(id="a")],
+    )
     async with engine:
         created, started, twice, got = [await task for task in tasks]
         assert (created.status, created.data.status) == (201, "queued")
@@ -151,9 +137,9 @@ async def test_the_commands_of_a_batch_are_decided_at_one_moment(monkeypatch: py
     moments, loop_times = iter([engine.clock.moment()]), iter(map(MonotonicS, range(9)))
     monkeypatch.setattr(engine.clock, "moment", lambda: next(moments))
     monkeypatch.setattr(engine.actor._decider, "_loop_time", lambda: next(loop_times))
-    key = IdempotencyKey("key", "body")
-    claims = [Claim(worker="w", queues=[queue], wait_ms=9_000) for queue in "pq"]
-    tasks = [start_task(engine.actor.ask(Create(id="a"), key=key)), *ask_all(engine, claims)]
+    key = cmd.IdempotencyKey("key", "body")
+    claims = [cmd.Claim(worker="w", queues=[queue], wait_ms=9_000) for queue in "pq"]
+    tasks = [start_task(engine.actor.ask(cmd.Create(id="a"), key=key)), *ask_all(engine, claims)]
     await asyncio.sleep(0)
     await engine.actor._turn(engine.actor._take())
     assert [envelope.deadline for envelope, _, _ in engine.actor.waiting_claims.by_ticket.values()] == [9.0, 9.0]
@@ -166,8 +152,8 @@ async def test_the_commands_of_a_batch_are_decided_at_one_moment(monkeypatch: py
 @in_virtual_time
 async def test_a_batch_is_limited_by_what_it_writes() -> None:
     engine = VirtualEngine()
-    bulk = Bulk(jobs=[Create() for _ in range(BATCH_WEIGHT)])
-    tasks = ask_all(engine, [bulk, bulk, *(Claim(worker="w", limit=100) for _ in range(11))])
+    bulk = cmd.Bulk(jobs=[cmd.Create() for _ in range(BATCH_WEIGHT)])
+    tasks = ask_all(engine, [bulk, bulk, *(cmd.Claim(worker="w", limit=100) for _ in range(11))])
     async with engine:
         for task in tasks:
             await task
@@ -180,9 +166,9 @@ async def test_a_batch_is_limited_by_the_bytes_of_its_bodies() -> None:
     engine = VirtualEngine()
     half = BATCH_BYTES // 2
     sizes = [half, 0, half, 1, 0, BATCH_BYTES, BATCH_BYTES + 1, 2, 3]
-    tasks = [start_task(engine.actor.ask(Create(), size=size)) for size in sizes]
+    tasks = [start_task(engine.actor.ask(cmd.Create(), size=size)) for size in sizes]
     await settle()
-    engine.actor.enqueue_internal(Tick())  # has no body
+    engine.actor.enqueue_internal(cmd.Tick())  # has no body
     async with engine:
         for task in tasks:
             assert isinstance(await task, Response)
@@ -193,9 +179,11 @@ async def test_a_batch_is_limited_by_the_bytes_of_its_bodies() -> None:
 async def test_calls_that_store_the_view_of_a_job_weigh_as_much_as_payloads() -> None:
     """A thousand cancels with a key would make a record of 256 MB."""
 
-    async def batches(*calls: Adopt | Cancel) -> list[int]:
+    async def batches(*calls: cmd.Adopt | cmd.Cancel) -> list[int]:
         written = len(engine.disk.batches)
-        tasks = [start_task(engine.actor.ask(call, admin=True, key=IdempotencyKey(call.id, "body"))) for call in calls]
+        tasks = [
+            start_task(engine.actor.ask(call, admin=True, key=cmd.IdempotencyKey(call.id, "body"))) for call in calls
+        ]
         for task in tasks:
             assert isinstance(await task, Response)
         return [len(batch.keys) for batch in engine.disk.batches[written:]]
@@ -204,19 +192,19 @@ async def test_calls_that_store_the_view_of_a_job_weigh_as_much_as_payloads() ->
         ids = [f"job-{number}" for number in range(60)]
         for job_id in ids:
             lock_id = await engine.held(job_id)
-            await engine.yes(ForceFail(id=job_id), admin=True)
-            await engine.no(Complete(id=job_id, lock_id=lock_id, file_path="/out"))
-        assert await batches(*(Adopt(id=job_id) for job_id in ids)) == [20, 20, 20]
-        await engine.yes(Bulk(jobs=[Create(id=f"other-{job_id}") for job_id in ids]))
-        assert await batches(*(Cancel(id=f"other-{job_id}") for job_id in ids)) == [20, 20, 20]
+            await engine.yes(cmd.ForceFail(id=job_id), admin=True)
+            await engine.no(cmd.Complete(id=job_id, lock_id=lock_id, file_path="/out"))
+        assert await batches(*(cmd.Adopt(id=job_id) for job_id in ids)) == [20, 20, 20]
+        await engine.yes(cmd.Bulk(jobs=[cmd.Create(id=f"other-{job_id}") for job_id in ids]))
+        assert await batches(*(cmd.Cancel(id=f"other-{job_id}") for job_id in ids)) == [20, 20, 20]
 
 
 @in_checked_engine()
 async def test_no_response_is_sent_before_the_commit(engine: VirtualEngine) -> None:
     engine.disk.gate.clear()
-    creating = start_task(engine.actor.ask(Create(id="a")))
+    creating = start_task(engine.actor.ask(cmd.Create(id="a")))
     await engine.disk.at_gate.wait()
-    reading = start_task(engine.actor.ask(Get(id="a")))
+    reading = start_task(engine.actor.ask(cmd.Get(id="a")))
     await settle()
     assert not creating.done()
     assert not reading.done()
@@ -235,14 +223,14 @@ async def test_a_bug_in_a_rule_costs_one_command() -> None:
     engine = VirtualEngine()
     original = decide.decide
 
-    def broken(tx: Transaction, call: Call) -> Response | ApiError:
-        if isinstance(call.command, Pause):
+    def broken(tx: Transaction, call: cmd.Call) -> Response | ApiError:
+        if isinstance(call.command, cmd.Pause):
             raise ZeroDivisionError
         return original(tx, call)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(decide, "decide", broken)
-        tasks = ask_all(engine, [Create(id="a"), Pause(name="q"), Create(id="b")])
+        tasks = ask_all(engine, [cmd.Create(id="a"), cmd.Pause(name="q"), cmd.Create(id="b")])
         async with engine:
             answers = [await task for task in tasks]
             assert_consistent(engine)
@@ -257,17 +245,17 @@ async def test_internal_commands_are_written() -> None:
     async with checked_engine(disk) as engine:
         before = disk.numbers.lock_ms
         await asyncio.sleep(2)
-        assert await engine.yes(Tick()) == EmptyResponse()
+        assert await engine.yes(cmd.Tick()) == EmptyResponse()
         assert disk.numbers.lock_ms == before + 2_000
-        assert await engine.yes(Report(body=b"{}")) == EmptyResponse()
+        assert await engine.yes(cmd.Report(body=b"{}")) == EmptyResponse()
         assert list(disk.kept_reports) == [b"{}"]
-        await engine.yes(EndGrants(ids=[], last=False))
+        await engine.yes(cmd.EndGrants(ids=[], last=False))
         assert disk.marked
-        await engine.yes(EndGrants(ids=[], last=True))
+        await engine.yes(cmd.EndGrants(ids=[], last=True))
         assert not disk.marked
         written = len(disk.batches)
-        await engine.yes(Ping())
-        await engine.yes(Stats())
+        await engine.yes(cmd.Ping())
+        await engine.yes(cmd.Stats())
         assert len(disk.batches) == written
 
 
@@ -276,13 +264,13 @@ async def test_the_daemon_extends_many_locks_in_batches_before_other_commands(en
     count = 5 * BATCH_WEIGHT // 2
     for first in range(0, count, 500):
         ids = [f"job-{number}" for number in range(first, first + 500)]
-        await engine.yes(Bulk(jobs=[Create(id=job_id) for job_id in ids]))
+        await engine.yes(cmd.Bulk(jobs=[cmd.Create(id=job_id) for job_id in ids]))
         for _ in range(5):
-            await engine.yes(Claim(worker="w", limit=100))
+            await engine.yes(cmd.Claim(worker="w", limit=100))
     held, written = list(engine.state.processing), len(engine.disk.batches)
     for first in range(0, count, 500):
-        engine.actor.enqueue_internal(ExtendAfterPause(ids=held[first : first + 500], grace_ms=3_600_000))
-    await engine.yes(Create(id="late"))
+        engine.actor.enqueue_internal(cmd.ExtendAfterPause(ids=held[first : first + 500], grace_ms=3_600_000))
+    await engine.yes(cmd.Create(id="late"))
     found = [[change.event.type for change in batch.changes] for batch in engine.disk.batches[written:]]
     assert [len(each) for each in found] == [BATCH_WEIGHT, BATCH_WEIGHT, BATCH_WEIGHT // 2 + 1]
     assert found[-1][-1] == "created"
@@ -296,54 +284,56 @@ async def test_finished_jobs_are_loaded_when_a_command_names_them() -> None:
     async with checked_engine(await finished_disk()) as engine:
         assert engine.state.get("done") is None
         assert engine.state.total() == 1
-        view: JobView = await engine.yes(Get(id="done"))
+        view: JobView = await engine.yes(cmd.Get(id="done"))
         assert (view.status, view.payload, view.file_path) == ("completed", Raw(b'"p"'), "/f")
-        assert (await engine.no(Get(id="never"))).code == "job_not_found"
-        assert (await engine.no(Create(id="done"))).code == "job_exists"
-        assert (await engine.yes(Import(id="done"))).skipped
-        same = await engine.actor.ask(Create(id="done", payload=Raw(b'"p"')))
+        assert (await engine.no(cmd.Get(id="never"))).code == "job_not_found"
+        assert (await engine.no(cmd.Create(id="done"))).code == "job_exists"
+        assert (await engine.yes(cmd.Import(id="done"))).skipped
+        same = await engine.actor.ask(cmd.Create(id="done", payload=Raw(b'"p"')))
         assert isinstance(same, Response)
         assert (same.status, same.data.status, same.data.payload) == (200, "completed", Raw(b'"p"'))
-        assert (await engine.yes(Delete(id="done"))).payload == Raw(b'"p"')
+        assert (await engine.yes(cmd.Delete(id="done"))).payload == Raw(b'"p"')
         assert engine.disk.jobs == {}
 
 
 @in_virtual_time
 async def test_a_bulk_create_finds_finished_jobs() -> None:
     async with checked_engine(await finished_disk()) as engine:
-        made = await engine.yes(Bulk(jobs=[Create(), Create(id="done", payload=Raw(b'"p"'))]))
+        made = await engine.yes(cmd.Bulk(jobs=[cmd.Create(), cmd.Create(id="done", payload=Raw(b'"p"'))]))
         assert (made.jobs[1].status, made.jobs[1].payload) == ("completed", Raw(b'"p"'))
 
 
 @in_virtual_time
 async def test_history_is_read_between_batches() -> None:
     async with checked_engine(await finished_disk()) as engine:
-        events = (await engine.yes(Timeline(id="done"))).events
+        events = (await engine.yes(cmd.Timeline(id="done"))).events
         assert [event.type for event in events] == ["created", "granted", "completed"]
         for number in range(3):
-            await engine.yes(Create(id=f"{number}"))
-        page = await engine.yes(ListJobs(limit=2))
+            await engine.yes(cmd.Create(id=f"{number}"))
+        page = await engine.yes(cmd.ListJobs(limit=2))
         assert [job.id for job in page.jobs] == ["2", "1"]
-        page = await engine.yes(ListJobs(limit=2, cursor=page.next_cursor))
+        page = await engine.yes(cmd.ListJobs(limit=2, cursor=page.next_cursor))
         assert ([job.id for job in page.jobs], page.next_cursor) == (["0", "done"], None)
         assert page.jobs[1].payload == Raw(b'"p"')
-        assert [job.id for job in (await engine.yes(ListJobs(status="completed", queue="default"))).jobs] == ["done"]
-        page = await engine.yes(Export(limit=3))
+        assert [job.id for job in (await engine.yes(cmd.ListJobs(status="completed", queue="default"))).jobs] == [
+            "done"
+        ]
+        page = await engine.yes(cmd.Export(limit=3))
         assert [job.id for job in page.jobs] == ["done", "0", "1"]
         assert page.jobs[0].payload == Raw(b'"p"')
-        page = await engine.yes(Export(limit=3, cursor=page.next_cursor))
+        page = await engine.yes(cmd.Export(limit=3, cursor=page.next_cursor))
         assert ([job.id for job in page.jobs], page.next_cursor) == (["2"], None)
-        assert [job.id for job in (await engine.yes(Export(status="completed", queue="default"))).jobs] == ["done"]
+        assert [job.id for job in (await engine.yes(cmd.Export(status="completed", queue="default"))).jobs] == ["done"]
         engine.disk.errors["timeline"] = OSError("unreadable")
-        assert (await engine.no(Timeline(id="done"))).code == "internal_error"
-        assert (await engine.yes(Get(id="0"))).id == "0"
+        assert (await engine.no(cmd.Timeline(id="done"))).code == "internal_error"
+        assert (await engine.yes(cmd.Get(id="0"))).id == "0"
 
 
 @in_virtual_time
 async def test_reads_of_history_are_answered_before_the_actor_stops() -> None:
     engine = VirtualEngine(await finished_disk())
     async with engine:
-        tasks = ask_all(engine, [Timeline(id="done") for _ in range(10)])
+        tasks = ask_all(engine, [cmd.Timeline(id="done") for _ in range(10)])
         await asyncio.sleep(0)
         engine.actor.stop()
     await asyncio.sleep(0)
@@ -356,7 +346,7 @@ async def test_one_batch_can_show_and_delete_a_job() -> None:
     engine = VirtualEngine(disk)
     engine.step_ms = 8 * DAY_MS
     engine.clock.accept()
-    tasks = ask_all(engine, [Get(id="done"), DeleteExpired(ids=["done"]), Get(id="done")])
+    tasks = ask_all(engine, [cmd.Get(id="done"), cmd.DeleteExpired(ids=["done"]), cmd.Get(id="done")])
     async with engine:
         shown, deleted, gone = [await task for task in tasks]
         assert shown.data.payload == Raw(b'"p"')
@@ -371,47 +361,47 @@ async def test_one_batch_can_show_and_delete_a_job() -> None:
 
 @in_checked_engine()
 async def test_a_damaged_payload_affects_only_its_job(engine: VirtualEngine) -> None:
-    await engine.yes(Create(id="a"))
-    await engine.yes(Create(id="b"))
+    await engine.yes(cmd.Create(id="a"))
+    await engine.yes(cmd.Create(id="b"))
     engine.disk.bad_payloads[1] = "checksum"
-    tasks = ask_all(engine, [Get(id="a"), Get(id="b"), Create(id="c")])
+    tasks = ask_all(engine, [cmd.Get(id="a"), cmd.Get(id="b"), cmd.Create(id="c")])
     bad, good, made = [await task for task in tasks]
     assert (bad.code, bad.details) == ("job_quarantined", {"job_id": "a", "reason": "checksum"})
     assert isinstance(good, Response)
     assert made.status == 201
     assert engine.disk.quarantined == engine.state.quarantined == {"a": "checksum"}
-    assert granted_ids(await engine.actor.ask(Claim(worker="w", limit=9))) == ["b", "c"]
+    assert granted_ids(await engine.actor.ask(cmd.Claim(worker="w", limit=9))) == ["b", "c"]
 
 
 @in_checked_engine()
 async def test_a_damaged_payload_is_not_served_by_a_read(engine: VirtualEngine) -> None:
-    await engine.yes(Create(id="a"))
+    await engine.yes(cmd.Create(id="a"))
     engine.disk.bad_payloads[1] = "checksum"
-    assert (await engine.no(Get(id="a"))).code == "job_quarantined"
-    assert granted_ids(await engine.actor.ask(Claim(worker="w"))) == []
+    assert (await engine.no(cmd.Get(id="a"))).code == "job_quarantined"
+    assert granted_ids(await engine.actor.ask(cmd.Claim(worker="w"))) == []
 
 
 @in_checked_engine()
 async def test_a_damaged_payload_is_not_granted(engine: VirtualEngine) -> None:
-    await engine.yes(Create(id="a"))
-    await engine.yes(Create(id="b"))
+    await engine.yes(cmd.Create(id="a"))
+    await engine.yes(cmd.Create(id="b"))
     engine.disk.bad_payloads[1] = "checksum"
-    assert granted_ids(await engine.actor.ask(Claim(worker="w"))) == ["b"]
+    assert granted_ids(await engine.actor.ask(cmd.Claim(worker="w"))) == ["b"]
 
 
 @in_checked_engine()
 async def test_a_damaged_payload_that_a_decision_needs_quarantines_its_job(engine: VirtualEngine) -> None:
-    await engine.yes(Create(id="a"))
+    await engine.yes(cmd.Create(id="a"))
     engine.disk.bad_payloads[1] = "checksum"
-    assert (await engine.no(Create(id="a"))).code == "job_quarantined"
+    assert (await engine.no(cmd.Create(id="a"))).code == "job_quarantined"
 
 
 @in_virtual_time
 async def test_a_row_that_is_damaged_while_the_daemon_runs_is_quarantined() -> None:
     async with VirtualEngine(await finished_disk()) as engine:
         engine.disk.bad_jobs["done"] = "checksum"
-        assert (await engine.no(Get(id="done"))).code == "job_quarantined"
-        assert (await engine.no(Get(id="done"))).code == "job_quarantined"
+        assert (await engine.no(cmd.Get(id="done"))).code == "job_quarantined"
+        assert (await engine.no(cmd.Get(id="done"))).code == "job_quarantined"
         assert engine.disk.quarantined == engine.state.quarantined == {"done": "checksum"}
         # A row that could not be moved is found and reported again, but counted and logged once.
         with capture_logs() as lines:
@@ -424,21 +414,21 @@ async def test_a_row_that_is_damaged_while_the_daemon_runs_is_quarantined() -> N
 @in_checked_engine()
 async def test_a_page_skips_damaged_rows(engine: VirtualEngine) -> None:
     for name in "abc":
-        await engine.yes(Create(id=name))
+        await engine.yes(cmd.Create(id=name))
     engine.disk.bad_payloads[2] = "checksum"
-    assert [job.id for job in (await engine.yes(ListJobs())).jobs] == ["c", "a"]
+    assert [job.id for job in (await engine.yes(cmd.ListJobs())).jobs] == ["c", "a"]
     assert engine.state.quarantined == {"b": "checksum"}
-    assert (await engine.no(Start(id="b", worker="w"))).code == "job_quarantined"
+    assert (await engine.no(cmd.Start(id="b", worker="w"))).code == "job_quarantined"
 
 
 @in_checked_engine()
 async def test_a_deleted_or_quarantined_job_no_longer_needs_validation(engine: VirtualEngine) -> None:
     for name in "ab":
-        await engine.yes(Import(id=name, status="failed", error_message="e"))
+        await engine.yes(cmd.Import(id=name, status="failed", error_message="e"))
     assert set(engine.state.unvalidated.values()) == {"a", "b"}
-    await engine.yes(Delete(id="a"))
+    await engine.yes(cmd.Delete(id="a"))
     assert engine.state.unvalidated == engine.disk.unvalidated == {2: "b"}
-    await engine.yes(RepairJobs(ids=["b"]))
+    await engine.yes(cmd.RepairJobs(ids=["b"]))
     assert engine.state.unvalidated == engine.disk.unvalidated == {}
 
 
@@ -452,7 +442,7 @@ def test_bad_rows_name_their_jobs() -> None:
 async def assert_ended(engine: VirtualEngine, running: asyncio.Task[None], code: str = "shutting_down") -> None:
     with pytest.raises(DiskBroken):
         await running
-    rejection = await engine.actor.ask(Ping())
+    rejection = await engine.actor.ask(cmd.Ping())
     assert isinstance(rejection, ApiError)
     assert rejection.code == code
 
@@ -466,14 +456,14 @@ async def test_a_leader_that_is_fenced_reports_unknown_outcomes_and_ends_the_act
     waiting = await waiting_claim(engine, "w", queues=["other"])
     engine.disk.write_errors.append(error)
     engine.disk.gate.clear()
-    task = start_task(engine.actor.ask(Create(id="a")))
+    task = start_task(engine.actor.ask(cmd.Create(id="a")))
     await engine.disk.at_gate.wait()
-    later = start_task(engine.actor.ask(Create(id="b")))
+    later = start_task(engine.actor.ask(cmd.Create(id="b")))
     await settle()
     engine.disk.gate.set()
     rejection = await task
     assert (rejection.code, rejection.details) == ("outcome_unknown", {"outcome": "unknown"})
-    for undone in (waiting, later, start_task(engine.actor.ask(Create(id="c")))):
+    for undone in (waiting, later, start_task(engine.actor.ask(cmd.Create(id="c")))):
         rejection = await undone
         assert (rejection.code, rejection.details) == ("not_leader", {"leader": None}), "nothing was done"
     await assert_ended(engine, running, "not_leader")
@@ -483,13 +473,13 @@ async def test_a_leader_that_is_fenced_reports_unknown_outcomes_and_ends_the_act
 async def test_no_read_is_served_after_the_check_before_a_batch_fails() -> None:
     engine = VirtualEngine()
     running = start_task(engine.actor.run())
-    await engine.yes(Create(id="a"))
+    await engine.yes(cmd.Create(id="a"))
 
     def fail() -> None:
         raise LeadershipLost("the lease is over")
 
     engine.actor.before_batch = fail
-    assert (await engine.no(Get(id="a"))).code == "not_leader"
+    assert (await engine.no(cmd.Get(id="a"))).code == "not_leader"
     await assert_ended(engine, running, "not_leader")
 
 
@@ -501,9 +491,9 @@ async def test_an_unknown_outcome_is_reported_and_ends_the_actor() -> None:
     waiting = await waiting_claim(engine, "w", queues=["other"])
     engine.disk.lost_commits = 1
     engine.disk.gate.clear()
-    tasks = ask_all(engine, [Create(id="a"), Get(id="a")])
+    tasks = ask_all(engine, [cmd.Create(id="a"), cmd.Get(id="a")])
     await engine.disk.at_gate.wait()
-    later = start_task(engine.actor.ask(Create(id="b")))
+    later = start_task(engine.actor.ask(cmd.Create(id="b")))
     await settle()
     engine.disk.gate.set()
     for task in [*tasks, waiting]:
@@ -522,7 +512,7 @@ def test_any_disk_error_ends_the_actor(method: str) -> None:
         engine = VirtualEngine(await finished_disk())
         running = start_task(engine.actor.run())
         engine.disk.errors[method] = OSError("EIO")
-        tasks = ask_all(engine, [Get(id="done"), Create(id="a")])
+        tasks = ask_all(engine, [cmd.Get(id="done"), cmd.Create(id="a")])
         assert {(await task).code for task in tasks} == {"outcome_unknown"}
         await assert_ended(engine, running)
 
@@ -536,33 +526,33 @@ async def test_damaged_rows_of_unknown_jobs_end_the_actor() -> None:
     engine = VirtualEngine()
     running = start_task(engine.actor.run())
     engine.disk.write_errors.append(BadRows({"seq 7": "the payload is missing"}))
-    assert (await engine.no(Create())).code == "outcome_unknown"
+    assert (await engine.no(cmd.Create())).code == "outcome_unknown"
     await assert_ended(engine, running)
 
 
 @pytest.mark.usefixtures("both_commit_modes")
 @in_checked_engine()
 async def test_damaged_rows_already_in_quarantine_change_nothing(engine: VirtualEngine) -> None:
-    await engine.yes(Create(id="a"))
+    await engine.yes(cmd.Create(id="a"))
     engine.disk.bad_jobs["a"] = "checksum"
     engine.disk.write_errors.append(BadRows({"a": "the payload is damaged"}))
     # The rollback reads the row, finds the damage and quarantines it.
-    assert (await engine.no(Start(id="a", worker="w"))).code == "job_quarantined"
+    assert (await engine.no(cmd.Start(id="a", worker="w"))).code == "job_quarantined"
 
 
 @pytest.mark.usefixtures("both_commit_modes")
 @in_checked_engine()
 async def test_a_row_quarantined_by_a_concurrent_read_affects_only_its_command(engine: VirtualEngine) -> None:
     """Found by simulation, seed 5000: a read of history quarantined the row between decision and write."""
-    await engine.yes(Create(id="a"))
-    await engine.yes(Create(id="b"))
-    lock_id = (await engine.yes(Start(id="a", worker="w"))).lock_id
+    await engine.yes(cmd.Create(id="a"))
+    await engine.yes(cmd.Create(id="b"))
+    lock_id = (await engine.yes(cmd.Start(id="a", worker="w"))).lock_id
     engine.disk.bad_jobs["a"] = "checksum"
     engine.disk.gate.clear()
-    late = start_task(engine.actor.ask(Progress(id="a", lock_id=lock_id, progress=5)))
+    late = start_task(engine.actor.ask(cmd.Progress(id="a", lock_id=lock_id, progress=5)))
     await engine.disk.at_gate.wait()
     assert [job.id for job, _ in (await engine.disk.find_jobs(JobQuery())).jobs] == ["b"]
-    other = start_task(engine.actor.ask(Start(id="b", worker="w")))
+    other = start_task(engine.actor.ask(cmd.Start(id="b", worker="w")))
     engine.disk.gate.set()
     assert (await late).code == "job_quarantined"
     assert isinstance(await other, Response)
@@ -592,11 +582,11 @@ class QuarantiningStorage(MemoryStorage):
 @in_virtual_time
 async def test_a_row_quarantined_while_its_job_is_shown_affects_only_its_command(beside: str) -> None:
     async with checked_engine(QuarantiningStorage()) as engine:
-        await engine.yes(Create(id="bad"))
+        await engine.yes(cmd.Create(id="bad"))
         engine.disk.gate.clear()
-        slow = start_task(engine.actor.ask(Tick()))
+        slow = start_task(engine.actor.ask(cmd.Tick()))
         await engine.disk.at_gate.wait()
-        tasks = ask_all(engine, [Get(id="bad"), Create(id="other") if beside == "a change" else Ping()])
+        tasks = ask_all(engine, [cmd.Get(id="bad"), cmd.Create(id="other") if beside == "a change" else cmd.Ping()])
         engine.disk.gate.set()
         await slow
         rejected, other = [await task for task in tasks]
@@ -612,16 +602,16 @@ async def test_a_quarantined_finished_job_is_no_longer_counted() -> None:
     disk.job_id = "none yet"
     for name in ("bad", "good", "worse"):
         async with VirtualEngine(disk) as engine:
-            await engine.yes(Create(id=name))
-            await engine.yes(Cancel(id=name))
+            await engine.yes(cmd.Create(id=name))
+            await engine.yes(cmd.Cancel(id=name))
     async with VirtualEngine(disk) as engine:
         disk.job_id, disk.bad_jobs["worse"] = "bad", "checksum"
-        assert (await engine.no(Get(id="worse"))).code == "job_quarantined"
+        assert (await engine.no(cmd.Get(id="worse"))).code == "job_quarantined"
         assert engine.state.totals["cancelled"] == 2
-        assert (await engine.no(Delete(id="bad"))).code == "job_quarantined"
+        assert (await engine.no(cmd.Delete(id="bad"))).code == "job_quarantined"
         assert engine.state.totals["cancelled"] == 1
-        await engine.yes(Create(id="new"))
-        await engine.yes(Cancel(id="new"))
+        await engine.yes(cmd.Create(id="new"))
+        await engine.yes(cmd.Cancel(id="new"))
         assert disk.queues["default"].cancelled == engine.state.totals["cancelled"] == 2
 
 
@@ -637,23 +627,23 @@ def assert_counts_match_disk(engine: VirtualEngine) -> None:
 @in_checked_engine()
 async def test_a_damaged_finished_job_is_uncounted_once_when_its_row_is_moved(engine: VirtualEngine) -> None:
     for name in ("bad", "good"):
-        await engine.yes(Create(id=name))
-        await engine.yes(Cancel(id=name))
+        await engine.yes(cmd.Create(id=name))
+        await engine.yes(cmd.Cancel(id=name))
     engine.disk.bad_payloads[1] = "checksum"
     engine.disk.can_move = lambda job: False
     for _ in range(2):
-        assert [job.id for job in (await engine.yes(ListJobs())).jobs] == ["good"]
-        assert (await engine.no(Get(id="bad"))).code == "job_quarantined"
+        assert [job.id for job in (await engine.yes(cmd.ListJobs())).jobs] == ["good"]
+        assert (await engine.no(cmd.Get(id="bad"))).code == "job_quarantined"
         assert_counts_match_disk(engine)
-    await engine.yes(Create(id="more"))
-    await engine.yes(Cancel(id="more"))
+    await engine.yes(cmd.Create(id="more"))
+    await engine.yes(cmd.Cancel(id="more"))
     assert_counts_match_disk(engine)
     engine.disk.can_move = lambda job: True
-    await engine.yes(ListJobs())
+    await engine.yes(cmd.ListJobs())
     assert engine.disk.quarantined == {"bad": "checksum"}
     assert engine.state.totals["cancelled"] == 2
     assert_counts_match_disk(engine)
-    await engine.yes(Delete(id="more"))
+    await engine.yes(cmd.Delete(id="more"))
     assert_counts_match_disk(engine)
 
 
@@ -666,16 +656,16 @@ async def test_the_counts_of_a_damaged_row_match_the_disk_after_any_batch(
 ) -> None:
     """A read of history finds it after a batch about its job was decided, and the disk is too full to move it."""
     disk = engine.disk
-    await engine.yes(Create(id="a"))
-    lock_id = (await engine.yes(Start(id="a", worker="w"))).lock_id
-    commands: dict[str, AnyCommand] = {
-        "complete": Complete(id="a", lock_id=lock_id, file_path="/x"),
-        "delete": Delete(id="a"),
-        "reset": ForceReset(id="a"),
-        "adopt": Adopt(id="a"),
+    await engine.yes(cmd.Create(id="a"))
+    lock_id = (await engine.yes(cmd.Start(id="a", worker="w"))).lock_id
+    commands: dict[str, cmd.AnyCommand] = {
+        "complete": cmd.Complete(id="a", lock_id=lock_id, file_path="/x"),
+        "delete": cmd.Delete(id="a"),
+        "reset": cmd.ForceReset(id="a"),
+        "adopt": cmd.Adopt(id="a"),
     }
     if what != "complete":
-        await engine.yes(Cancel(id="a"))
+        await engine.yes(cmd.Cancel(id="a"))
         await engine.no(commands["complete"])  # stored as a late result
     disk.gate.clear()
     task = start_task(engine.actor.ask(commands[what], admin=True))
@@ -698,8 +688,8 @@ async def test_the_counts_of_a_damaged_row_match_the_disk_after_any_batch(
     await seconds(3)
     disk.can_move = lambda job: True
     await disk.find_jobs(JobQuery())
-    await engine.yes(Create(id="b"))
-    await engine.yes(Cancel(id="b"))
+    await engine.yes(cmd.Create(id="b"))
+    await engine.yes(cmd.Cancel(id="b"))
     assert_counts_match_disk(engine)
     assert engine.state.totals["queued"] == engine.state.totals["processing"] == 0
 
@@ -724,11 +714,13 @@ async def test_late_completes_weigh_as_much_as_their_journal_reads() -> None:
         locks: dict[str, str] = {}
         for number in range(100):
             name = f"job-{number}"
-            await engine.yes(Create(id=name))
-            locks[name] = (await engine.yes(Start(id=name, worker="w"))).lock_id
-            await engine.yes(ForceReset(id=name))
-            await engine.yes(Start(id=name, worker="w"))
-        tasks = ask_all(engine, [Complete(id=name, lock_id=lock_id, file_path="/f") for name, lock_id in locks.items()])
+            await engine.yes(cmd.Create(id=name))
+            locks[name] = (await engine.yes(cmd.Start(id=name, worker="w"))).lock_id
+            await engine.yes(cmd.ForceReset(id=name))
+            await engine.yes(cmd.Start(id=name, worker="w"))
+        tasks = ask_all(
+            engine, [cmd.Complete(id=name, lock_id=lock_id, file_path="/f") for name, lock_id in locks.items()]
+        )
         answers = [await task for task in tasks]
         assert all(answer.code == "lock_lost" and "late_result" in answer.details for answer in answers)
         assert disk.asked == [20] * 5
@@ -738,9 +730,9 @@ async def test_late_completes_weigh_as_much_as_their_journal_reads() -> None:
 async def test_a_missing_payload_without_a_reason_ends_the_actor() -> None:
     engine = VirtualEngine()
     running = start_task(engine.actor.run())
-    await engine.yes(Create(id="a"))
+    await engine.yes(cmd.Create(id="a"))
     engine.disk.payloads.clear()
-    assert (await engine.no(Get(id="a"))).code == "outcome_unknown"
+    assert (await engine.no(cmd.Get(id="a"))).code == "outcome_unknown"
     await assert_ended(engine, running)
 
 
@@ -749,7 +741,7 @@ async def test_a_failing_probe_ends_the_actor() -> None:
     engine = VirtualEngine()
     running = start_task(engine.actor.run())
     engine.disk.fits = lambda batch: False
-    assert (await engine.no(Create())).code == "storage_full"
+    assert (await engine.no(cmd.Create())).code == "storage_full"
     engine.disk.errors["probe"] = OSError("EIO")
     await assert_ended(engine, running)
 
@@ -760,7 +752,7 @@ async def test_a_reserve_file_that_cannot_be_dropped_ends_the_actor() -> None:
     running = start_task(engine.actor.run())
     engine.disk.errors["drop_reserve"] = OSError("EIO")
     engine.disk.fits = lambda batch: False
-    assert (await engine.no(Tick())).code == "outcome_unknown"
+    assert (await engine.no(cmd.Tick())).code == "outcome_unknown"
     await assert_ended(engine, running)
 
 
@@ -768,6 +760,6 @@ async def test_a_reserve_file_that_cannot_be_dropped_ends_the_actor() -> None:
 async def test_a_failed_commit_outside_the_actor_ends_it() -> None:
     engine = VirtualEngine()
     running = start_task(engine.actor.run())
-    await engine.yes(Create(id="a"))
+    await engine.yes(cmd.Create(id="a"))
     engine.actor.lose_disk(OSError("EIO"))
     await assert_ended(engine, running)

@@ -11,28 +11,7 @@ from structlog.testing import capture_logs
 
 from jobd.engine.actor import DiskBroken
 from jobd.engine.envelope import Envelope
-from jobd.model.commands import (
-    Bulk,
-    Cancel,
-    Claim,
-    Complete,
-    Create,
-    Delete,
-    EndGrants,
-    ExtendAfterPause,
-    Get,
-    Import,
-    ListJobs,
-    Pause,
-    Progress,
-    Release,
-    Resume,
-    RunNow,
-    Start,
-    Stats,
-    Tick,
-    Timeline,
-)
+from jobd.model import commands as cmd
 from jobd.model.errors import ApiError
 from jobd.model.job import COUNTER_MASK, DAY_MS, MINUTE_MS, TOKEN_COUNTER_BITS, new_epoch
 from jobd.model.responses import Response
@@ -71,16 +50,18 @@ def write_limit(engine: VirtualEngine) -> str:
 async def test_a_full_disk_first_rejects_only_creates(engine: VirtualEngine) -> None:
     lock_id = await engine.held("a")
     engine.disk.fill_nearly()
-    tasks = ask_all(engine, [Create(id="b"), Progress(id="a", lock_id=lock_id, progress=5), Bulk(jobs=[Create()])])
+    tasks = ask_all(
+        engine, [cmd.Create(id="b"), cmd.Progress(id="a", lock_id=lock_id, progress=5), cmd.Bulk(jobs=[cmd.Create()])]
+    )
     created, reported, bulk = [await task for task in tasks]
     assert (created.code, created.status, bulk.code) == ("storage_full", 507, "storage_full")
     assert isinstance(reported, Response)
     assert write_limit(engine) == "CREATES"
     assert not engine.clock.held
-    assert (await engine.no(Import(id="c"))).code == "storage_full"
-    await engine.yes(Get(id="a"))
+    assert (await engine.no(cmd.Import(id="c"))).code == "storage_full"
+    await engine.yes(cmd.Get(id="a"))
     writes = engine.disk.calls["write"]
-    await engine.no(Create())
+    await engine.no(cmd.Create())
     assert engine.disk.calls["write"] == writes  # rejected before it is decided
 
 
@@ -89,7 +70,7 @@ async def test_a_full_disk_of_the_server_of_a_shared_journal_is_named(engine: Vi
     full = JournalDiskFull("no room on the server")
     engine.disk.write_errors.append(full)
     engine.disk.errors["probe"] = full
-    error = await engine.no(Create(id="a"))
+    error = await engine.no(cmd.Create(id="a"))
     assert error.message.startswith("The disk of the journal's server is full; nothing was changed.")
     assert (error.code, error.details) == ("storage_full", {})
     await asyncio.sleep(1.5)
@@ -98,14 +79,14 @@ async def test_a_full_disk_of_the_server_of_a_shared_journal_is_named(engine: Vi
     assert not engine.actor.full_disk.is_local
     del engine.disk.errors["probe"]
     await asyncio.sleep(1.5)
-    await engine.yes(Create(id="a"))
+    await engine.yes(cmd.Create(id="a"))
     assert engine.actor.full_disk.described().startswith("The disk of the store is full")
 
 
 @in_checked_engine()
 async def test_a_probe_each_second_finds_free_space(engine: VirtualEngine) -> None:
     engine.disk.fits = lambda batch: False
-    assert (await engine.no(Create(id="a"))).code == "storage_full"
+    assert (await engine.no(cmd.Create(id="a"))).code == "storage_full"
     assert write_limit(engine) == "CREATES"
     assert engine.actor.full_disk.is_local
     probes = engine.disk.calls.get("probe", 0)
@@ -115,7 +96,7 @@ async def test_a_probe_each_second_finds_free_space(engine: VirtualEngine) -> No
     engine.disk.free()
     await asyncio.sleep(1)
     assert write_limit(engine) == "NONE"
-    assert (await engine.yes(Create(id="a"))).id == "a"
+    assert (await engine.yes(cmd.Create(id="a"))).id == "a"
     probes = engine.disk.calls["probe"]
     await asyncio.sleep(10)
     assert engine.disk.calls["probe"] == probes
@@ -126,8 +107,8 @@ async def test_then_the_reserve_file_is_released_and_only_endings_are_accepted(e
     ending, signing = await engine.held("a"), await engine.held("b")
     engine.disk.fill()
     tasks = ask_all(engine, [
-        Complete(id="a", lock_id=ending), Progress(id="b", lock_id=signing, progress=5), Create(), Tick(),
-        Claim(worker="w", wait_ms=1_000), Get(id="b"), Pause(name="q"),
+        cmd.Complete(id="a", lock_id=ending), cmd.Progress(id="b", lock_id=signing, progress=5), cmd.Create(),
+        cmd.Tick(), cmd.Claim(worker="w", wait_ms=1_000), cmd.Get(id="b"), cmd.Pause(name="q"),
     ])  # fmt: skip
     answers = [await task for task in tasks]
     assert [answer.status for answer in answers] == [200, 507, 507, 507, 507, 200, 507]
@@ -145,22 +126,25 @@ async def test_then_the_reserve_file_is_released_and_only_endings_are_accepted(e
     assert write_limit(engine) == "NONE"
     assert engine.disk.has_reserve
     assert not engine.clock.held
-    await engine.yes(Progress(id="b", lock_id=signing, progress=5))
+    await engine.yes(cmd.Progress(id="b", lock_id=signing, progress=5))
 
 
 @in_checked_engine()
 async def test_at_worst_every_write_is_rejected_and_reads_continue(engine: VirtualEngine) -> None:
     lock_id = await engine.held("a")
     engine.disk.fits = lambda batch: False
-    tasks = ask_all(engine, [Complete(id="a", lock_id=lock_id), Get(id="a"), Stats(), Timeline(id="a"), ListJobs()])
+    tasks = ask_all(
+        engine,
+        [cmd.Complete(id="a", lock_id=lock_id), cmd.Get(id="a"), cmd.Stats(), cmd.Timeline(id="a"), cmd.ListJobs()],
+    )
     answers = [await task for task in tasks]
     assert [answer.status for answer in answers] == [507, 200, 200, 200, 200]
     assert answers[1].data.status == "processing"
     assert write_limit(engine) == "ALL_WRITES"
-    assert (await engine.no(Delete(id="a"))).code == "storage_full"
+    assert (await engine.no(cmd.Delete(id="a"))).code == "storage_full"
     engine.disk.free()
     await asyncio.sleep(1)
-    assert (await engine.yes(Complete(id="a", lock_id=lock_id))).status == "completed"
+    assert (await engine.yes(cmd.Complete(id="a", lock_id=lock_id))).status == "completed"
 
 
 @pytest.mark.parametrize("error", [DiskFull("no room for 16 MiB"), OSError("the file cannot be made")])
@@ -168,14 +152,14 @@ async def test_at_worst_every_write_is_rejected_and_reads_continue(engine: Virtu
 async def test_writes_are_accepted_without_space_for_the_reserve_file(engine: VirtualEngine, error: Exception) -> None:
     lock_id = await engine.held("a")
     engine.disk.fill()
-    await engine.no(Progress(id="a", lock_id=lock_id, progress=1))
+    await engine.no(cmd.Progress(id="a", lock_id=lock_id, progress=1))
     assert engine.actor.full_disk.has_reserve  # its space is there for endings
     engine.disk.errors["build_reserve"] = error
     with capture_logs() as lines:
         await asyncio.sleep(1.1)
         assert write_limit(engine) == "NONE"
         assert not engine.clock.held
-        await engine.yes(Create())
+        await engine.yes(cmd.Create())
         await asyncio.sleep(5)
     assert write_limit(engine) == "NONE"
     assert not engine.actor.full_disk.has_reserve
@@ -194,7 +178,7 @@ async def test_writes_are_accepted_without_space_for_the_reserve_file(engine: Vi
 @in_checked_engine()
 async def test_writes_are_accepted_only_with_spare_space(engine: VirtualEngine) -> None:
     engine.disk.fits = lambda batch: False
-    await engine.no(Create())
+    await engine.no(cmd.Create())
     engine.disk.free()
     engine.disk.has_spare = False
     await asyncio.sleep(3)
@@ -208,15 +192,15 @@ async def test_writes_are_accepted_only_with_spare_space(engine: VirtualEngine) 
 async def test_endings_are_accepted_before_there_is_spare_space(engine: VirtualEngine) -> None:
     lock_id = await engine.held("a")
     engine.disk.fits = lambda batch: False
-    await engine.no(Complete(id="a", lock_id=lock_id))
+    await engine.no(cmd.Complete(id="a", lock_id=lock_id))
     assert write_limit(engine) == "ALL_WRITES"
     engine.disk.free()
     engine.disk.has_spare = False
     await asyncio.sleep(1.1)
     assert write_limit(engine) == "ALL_BUT_ENDINGS"
     assert engine.clock.held
-    assert (await engine.no(Create())).code == "storage_full"
-    await engine.yes(Complete(id="a", lock_id=lock_id))
+    assert (await engine.no(cmd.Create())).code == "storage_full"
+    await engine.yes(cmd.Complete(id="a", lock_id=lock_id))
 
 
 @in_checked_engine()
@@ -225,7 +209,7 @@ async def test_a_disk_that_stays_full_is_logged_once_per_step(engine: VirtualEng
     engine.disk.fits = lambda batch: False
     with capture_logs() as lines:
         for _ in range(5):
-            await engine.no(Complete(id="a", lock_id=lock_id))
+            await engine.no(cmd.Complete(id="a", lock_id=lock_id))
             engine.disk.free()
             engine.disk.has_spare = False
             await asyncio.sleep(1.1)  # endings are tried again and do not fit
@@ -235,7 +219,7 @@ async def test_a_disk_that_stays_full_is_logged_once_per_step(engine: VirtualEng
     with capture_logs() as lines:
         await asyncio.sleep(1.1)
         engine.disk.fits = lambda batch: False
-        await engine.no(Complete(id="a", lock_id=lock_id))
+        await engine.no(cmd.Complete(id="a", lock_id=lock_id))
     expected = ["disk_has_room", "reserve_file_rebuilt", "disk_full", "disk_full", "disk_full"]
     assert [line["event"] for line in lines] == expected
 
@@ -245,19 +229,19 @@ async def test_space_that_is_used_up_at_once_ages_no_lock(engine: VirtualEngine)
     """Each second the probe succeeds and the next write does not fit. Locks age only while writes are accepted."""
     lock_id = await engine.held("a")
     engine.disk.fits = lambda batch: False
-    await engine.no(Complete(id="a", lock_id=lock_id))
+    await engine.no(cmd.Complete(id="a", lock_id=lock_id))
     began = engine.clock.moment().lock_ms
     for _ in range(60):
         engine.disk.free()
         await asyncio.sleep(1.1)
         assert write_limit(engine) == "NONE"
         engine.disk.fits = lambda batch: False
-        await engine.no(Complete(id="a", lock_id=lock_id))
+        await engine.no(cmd.Complete(id="a", lock_id=lock_id))
         assert engine.clock.held
     assert engine.clock.moment().lock_ms - began < 60 * 150  # of 66 s
     engine.disk.free()
     await asyncio.sleep(1.1)
-    await engine.yes(Complete(id="a", lock_id=lock_id))
+    await engine.yes(cmd.Complete(id="a", lock_id=lock_id))
 
 
 @in_checked_engine()
@@ -265,18 +249,18 @@ async def test_the_error_contains_path_and_free_bytes(engine: VirtualEngine) -> 
     lock_id = await engine.held("a")
     engine.disk.fits = lambda batch: False
     engine.disk.disk_space = DiskSpace("/disk/jobd.db", 4096, 20 << 20)
-    no = await engine.no(Create())
+    no = await engine.no(cmd.Create())
     assert no.message.startswith("The disk of the store is full (4096 bytes free at /disk/jobd.db); nothing was ")
     assert no.details == {"path": "/disk/jobd.db", "free_bytes": 4096, "total_bytes": 20 << 20}
     engine.disk.disk_space = DiskSpace("/disk/jobd.db", 512, 20 << 20)
     await asyncio.sleep(1.1)
-    assert "(512 bytes free at" in (await engine.no(Create())).message
+    assert "(512 bytes free at" in (await engine.no(cmd.Create())).message
     engine.disk.has_reserve = False  # deleted by hand
-    message = (await engine.no(Complete(id="a", lock_id=lock_id))).message
+    message = (await engine.no(cmd.Complete(id="a", lock_id=lock_id))).message
     assert "the reserve file is missing, so endings may not fit either" in message
     engine.disk.disk_space = None
     await asyncio.sleep(1.1)
-    no = await engine.no(Create())
+    no = await engine.no(cmd.Create())
     assert no.message.startswith("The disk of the store is full, and the reserve file is missing")
     assert no.details == {}
 
@@ -287,27 +271,27 @@ async def test_a_start_on_a_full_disk() -> None:
     disk.fits = lambda batch: False
     async with checked_engine(disk) as engine:
         assert write_limit(engine) == "CREATES"
-        assert (await engine.no(Create())).code == "storage_full"
+        assert (await engine.no(cmd.Create())).code == "storage_full"
         assert disk.calls.get("write", 0) == 3  # none since
-        await engine.yes(Get(id="done"))
+        await engine.yes(cmd.Get(id="done"))
 
 
 @in_checked_engine()
 async def test_a_rejected_batch_has_no_effect(engine: VirtualEngine) -> None:
     lock_id = await engine.held("a")
-    await engine.yes(Create(id="b"))
-    token = (await engine.yes(Start(id="b", worker="w"))).fencing_token
-    await engine.yes(Complete(id="b", lock_id=engine.state.jobs["b"].grant.lock_id))  # type: ignore[union-attr]
-    await engine.yes(Pause(name="paused", reason="deploy"))
+    await engine.yes(cmd.Create(id="b"))
+    token = (await engine.yes(cmd.Start(id="b", worker="w"))).fencing_token
+    await engine.yes(cmd.Complete(id="b", lock_id=engine.state.jobs["b"].grant.lock_id))  # type: ignore[union-attr]
+    await engine.yes(cmd.Pause(name="paused", reason="deploy"))
     before = dict(engine.state.paused)
     keys = dict(engine.disk.keys)
     engine.disk.fits = lambda batch: False
     tasks = ask_all(engine, [
-        Create(id="c"), Import(id="d", status="failed", error_message="e"), Delete(id="b"), Create(id="b"),
-        Release(id="a", lock_id=lock_id), Start(id="a", worker="w"), Pause(name="q"), Resume(name="paused"),
-        Pause(name="paused", reason="again"),
+        cmd.Create(id="c"), cmd.Import(id="d", status="failed", error_message="e"), cmd.Delete(id="b"),
+        cmd.Create(id="b"), cmd.Release(id="a", lock_id=lock_id), cmd.Start(id="a", worker="w"), cmd.Pause(name="q"),
+        cmd.Resume(name="paused"), cmd.Pause(name="paused", reason="again"),
     ])  # fmt: skip
-    keyed = start_task(engine.actor.ask(Claim(worker="w"), key=key("k")))
+    keyed = start_task(engine.actor.ask(cmd.Claim(worker="w"), key=key("k")))
     assert {(await task).code for task in tasks} == {"storage_full"}
     assert (await keyed).code == "storage_full"
     assert_consistent(engine)
@@ -316,8 +300,8 @@ async def test_a_rejected_batch_has_no_effect(engine: VirtualEngine) -> None:
     assert engine.state.holds("a", lock_id)
     engine.disk.free()
     await asyncio.sleep(1)
-    await engine.yes(Release(id="a", lock_id=lock_id))
-    assert (await engine.yes(Start(id="a", worker="w"))).fencing_token > token + 1  # assigned tokens are not reused
+    await engine.yes(cmd.Release(id="a", lock_id=lock_id))
+    assert (await engine.yes(cmd.Start(id="a", worker="w"))).fencing_token > token + 1  # assigned tokens are not reused
 
 
 class TokenRecordingStorage(MemoryStorage):
@@ -337,12 +321,12 @@ class TokenRecordingStorage(MemoryStorage):
 async def test_a_token_of_a_rejected_batch_is_never_issued_again() -> None:
     disk = TokenRecordingStorage()
     async with checked_engine(disk) as engine:
-        await engine.yes(Bulk(jobs=[Create(id=f"job-{number}") for number in range(4)]))
+        await engine.yes(cmd.Bulk(jobs=[cmd.Create(id=f"job-{number}") for number in range(4)]))
         disk.write_errors.append(DiskFull("full"))
         answers = [
-            await task for task in ask_all(engine, [Start(id=f"job-{number}", worker="w") for number in range(3)])
+            await task for task in ask_all(engine, [cmd.Start(id=f"job-{number}", worker="w") for number in range(3)])
         ]
-        last = await engine.yes(Start(id="job-3", worker="w"))
+        last = await engine.yes(cmd.Start(id="job-3", worker="w"))
         assert len(disk.tokens) == 7
         assert disk.tokens == sorted(set(disk.tokens))
         assert [answer.data.fencing_token for answer in answers] == disk.tokens[3:6]
@@ -353,11 +337,11 @@ async def test_a_token_of_a_rejected_batch_is_never_issued_again() -> None:
 async def test_a_full_counter_begins_the_next_epoch_within_a_batch() -> None:
     disk = TokenRecordingStorage(Numbers(epoch=5, next_token=COUNTER_MASK))
     async with checked_engine(disk) as engine:
-        await engine.yes(Bulk(jobs=[Create(id=f"job-{number}") for number in range(4)]))
+        await engine.yes(cmd.Bulk(jobs=[cmd.Create(id=f"job-{number}") for number in range(4)]))
         epoch = new_epoch(5, engine.now)
         disk.write_errors.append(DiskFull("full"))  # its tokens are not used again either
         answers = [
-            await task for task in ask_all(engine, [Start(id=f"job-{number}", worker="w") for number in range(3)])
+            await task for task in ask_all(engine, [cmd.Start(id=f"job-{number}", worker="w") for number in range(3)])
         ]
         expected = [5 << TOKEN_COUNTER_BITS | COUNTER_MASK, *((epoch << TOKEN_COUNTER_BITS) + n for n in range(1, 6))]
         assert disk.tokens == expected
@@ -367,9 +351,9 @@ async def test_a_full_counter_begins_the_next_epoch_within_a_batch() -> None:
 
 @in_checked_engine()
 async def test_a_keyed_start_of_a_rejected_batch_is_decided_again(engine: VirtualEngine) -> None:
-    await engine.yes(Create(id="a"))
+    await engine.yes(cmd.Create(id="a"))
     engine.disk.write_errors.append(DiskFull("once"))
-    answer = await engine.actor.ask(Start(id="a", worker="w"), key=key("k"))
+    answer = await engine.actor.ask(cmd.Start(id="a", worker="w"), key=key("k"))
     assert isinstance(answer, Response)
     assert not answer.replayed
     engine.actor.undelivered(answer)
@@ -379,16 +363,16 @@ async def test_a_keyed_start_of_a_rejected_batch_is_decided_again(engine: Virtua
 
 @in_checked_engine()
 async def test_a_repeat_in_a_rejected_batch_counts_as_one_connection(engine: VirtualEngine) -> None:
-    await engine.yes(Create(id="a"))
-    start = Start(id="a", worker="w")
+    await engine.yes(cmd.Create(id="a"))
+    start = cmd.Start(id="a", worker="w")
     first = await engine.actor.ask(start, key=key("k"))
     engine.disk.gate.clear()
-    slow = start_task(engine.actor.ask(Tick()))
+    slow = start_task(engine.actor.ask(cmd.Tick()))
     await engine.disk.at_gate.wait()
     engine.disk.write_errors += [None, DiskFull("once")]
     repeat = start_task(engine.actor.ask(start, key=key("k")))
     await settle()
-    tick = start_task(engine.actor.ask(Tick()))
+    tick = start_task(engine.actor.ask(cmd.Tick()))
     await settle()
     engine.disk.gate.set()
     await slow
@@ -407,33 +391,33 @@ async def test_a_repeat_in_a_rejected_batch_counts_as_one_connection(engine: Vir
 @in_checked_engine()
 async def test_a_repeat_on_a_full_disk_gets_its_response(engine: VirtualEngine) -> None:
     """An error would tell the client that the request was not executed."""
-    await engine.yes(Create(id="a"), key=key("create"))
-    await engine.yes(Start(id="a", worker="w"), key=key("start"))
+    await engine.yes(cmd.Create(id="a"), key=key("create"))
+    await engine.yes(cmd.Start(id="a", worker="w"), key=key("start"))
     engine.disk.fits = lambda batch: False
-    await engine.no(Complete(id="a", lock_id=engine.state.jobs["a"].grant.lock_id))  # type: ignore[union-attr]
+    await engine.no(cmd.Complete(id="a", lock_id=engine.state.jobs["a"].grant.lock_id))  # type: ignore[union-attr]
     assert write_limit(engine) == "ALL_WRITES"
-    for command, name in ((Create(id="a"), "create"), (Start(id="a", worker="w"), "start")):
+    for command, name in ((cmd.Create(id="a"), "create"), (cmd.Start(id="a", worker="w"), "start")):
         repeated = await engine.actor.ask(command, key=key(name))
         assert isinstance(repeated, Response)
         assert repeated.replayed
-    assert (await engine.no(Create(id="b"), key=key("new"))).code == "storage_full"
+    assert (await engine.no(cmd.Create(id="b"), key=key("new"))).code == "storage_full"
 
 
 @in_virtual_time
 async def test_a_rejected_batch_can_reuse_an_id_in_another_queue() -> None:
     """The counts of both queues are right after the rollback."""
-    repeated = Import(id="a", queue="y", status="completed"), Import(id="a", queue="y", status="cancelled")
-    for command in (Create(id="a", queue="y"), *repeated):
+    repeated = cmd.Import(id="a", queue="y", status="completed"), cmd.Import(id="a", queue="y", status="cancelled")
+    for command in (cmd.Create(id="a", queue="y"), *repeated):
         async with checked_engine() as engine:
-            await engine.yes(Create(id="a", queue="x"))
-            await engine.yes(Cancel(id="a"))
+            await engine.yes(cmd.Create(id="a", queue="x"))
+            await engine.yes(cmd.Cancel(id="a"))
             engine.disk.write_errors.append(DiskFull("once"))
-            deleted, made = ask_all(engine, [Delete(id="a"), command])
+            deleted, made = ask_all(engine, [cmd.Delete(id="a"), command])
             assert isinstance(await deleted, Response)
             assert isinstance(await made, ApiError)
             assert_consistent(engine)
             await asyncio.sleep(1)
-            await engine.yes(Create(queue="x"))
+            await engine.yes(cmd.Create(queue="x"))
             assert engine.disk.queues["x"] == QueueRow()
 
 
@@ -441,12 +425,12 @@ async def test_a_rejected_batch_can_reuse_an_id_in_another_queue() -> None:
 async def test_waiting_claims_keep_their_order_after_a_rejected_batch(engine: VirtualEngine) -> None:
     first, second = await waiting_claim(engine, "first"), await waiting_claim(engine, "second")
     engine.disk.write_errors.append(DiskFull("once"))
-    await engine.no(Create(id="a"))
+    await engine.no(cmd.Create(id="a"))
     assert len(engine.actor.waiting_claims) == 2
     await asyncio.sleep(1)
-    await engine.yes(Create(id="b"))
+    await engine.yes(cmd.Create(id="b"))
     assert granted_ids(await first) == ["b"]
-    await engine.yes(Create(id="c"))
+    await engine.yes(cmd.Create(id="c"))
     assert granted_ids(await second) == ["c"]
 
 
@@ -454,14 +438,14 @@ async def test_waiting_claims_keep_their_order_after_a_rejected_batch(engine: Vi
 async def test_a_claim_of_a_rejected_batch_waits_once() -> None:
     engine = VirtualEngine()
     engine.disk.write_errors.append(DiskFull("once"))
-    claim = Claim(worker="w", wait_ms=30_000)
+    claim = cmd.Claim(worker="w", wait_ms=30_000)
     tasks = [start_task(engine.actor.ask(claim, key=key("k"))) for _ in range(2)]
-    tasks += ask_all(engine, [Tick()])
+    tasks += ask_all(engine, [cmd.Tick()])
     async with engine:
         assert isinstance(await tasks[2], Response)
         assert len(engine.actor.waiting_claims) == 1
         await asyncio.sleep(1)
-        await engine.yes(Create(id="a"))
+        await engine.yes(cmd.Create(id="a"))
         assert [granted_ids(await task) for task in tasks[:2]] == [["a"], ["a"]]
         await settle()
         assert engine.state.totals["processing"] == 1
@@ -470,12 +454,12 @@ async def test_a_claim_of_a_rejected_batch_waits_once() -> None:
 
 @in_checked_engine()
 async def test_a_claim_that_waited_and_was_served_in_a_rejected_batch_is_decided_again(engine: VirtualEngine) -> None:
-    await engine.yes(Create(id="a", delay_ms=DAY_MS))
+    await engine.yes(cmd.Create(id="a", delay_ms=DAY_MS))
     engine.disk.gate.clear()
-    slow = start_task(engine.actor.ask(Tick()))
+    slow = start_task(engine.actor.ask(cmd.Tick()))
     await engine.disk.at_gate.wait()
     engine.disk.write_errors += [None, DiskFull("once")]
-    tasks = ask_all(engine, [Claim(worker="w", wait_ms=30_000), RunNow(id="a")])
+    tasks = ask_all(engine, [cmd.Claim(worker="w", wait_ms=30_000), cmd.RunNow(id="a")])
     await settle()
     engine.disk.gate.set()
     assert granted_ids(await tasks[0]) == ["a"]
@@ -488,7 +472,7 @@ async def test_a_claim_that_waited_and_was_served_in_a_rejected_batch_is_decided
 @in_checked_engine()
 async def test_a_waiting_claim_gets_a_due_job_after_its_batch_was_rejected(engine: VirtualEngine) -> None:
     """The claim must not keep waiting next to a due job."""
-    await engine.yes(Create(id="a", delay_ms=2_000))
+    await engine.yes(cmd.Create(id="a", delay_ms=2_000))
     waiting = await waiting_claim(engine, "w")
     engine.disk.write_errors.append(DiskFull("once"))
     begun = engine.now
@@ -498,11 +482,11 @@ async def test_a_waiting_claim_gets_a_due_job_after_its_batch_was_rejected(engin
 
 @in_checked_engine()
 async def test_jobs_that_became_due_on_a_full_disk_are_granted_when_there_is_space(engine: VirtualEngine) -> None:
-    await engine.yes(Create(id="a", delay_ms=2_000))
+    await engine.yes(cmd.Create(id="a", delay_ms=2_000))
     waiting = await waiting_claim(engine, "w")
     engine.disk.fill()
     engine.disk.has_spare = False
-    await engine.no(Tick())
+    await engine.no(cmd.Tick())
     assert write_limit(engine) == "ALL_BUT_ENDINGS"
     await asyncio.sleep(5)
     assert not waiting.done()
@@ -515,8 +499,8 @@ async def test_jobs_that_became_due_on_a_full_disk_are_granted_when_there_is_spa
 @in_checked_engine()
 async def test_the_release_of_an_undelivered_grant_survives_a_full_disk(engine: VirtualEngine) -> None:
     """A release frees no space, but it ends a grant, so it is accepted once the reserve file is released."""
-    await engine.yes(Create(id="a"))
-    answer = await engine.actor.ask(Start(id="a", worker="w"))
+    await engine.yes(cmd.Create(id="a"))
+    answer = await engine.actor.ask(cmd.Start(id="a", worker="w"))
     assert isinstance(answer, Response)
     engine.disk.fill()
     engine.actor.undelivered(answer)
@@ -529,17 +513,17 @@ async def test_pending_internal_commands_run_first_when_there_is_space(engine: V
     """After a restore, no lock is valid until its grants are ended."""
     lock_id = await engine.held("a")
     engine.disk.fits = lambda batch: False
-    engine.actor.enqueue_internal(EndGrants(ids=["a"], last=True))
+    engine.actor.enqueue_internal(cmd.EndGrants(ids=["a"], last=True))
     await settle()
     assert write_limit(engine) == "ALL_WRITES"
-    assert (await engine.no(Complete(id="a", lock_id=lock_id))).code == "storage_full"
+    assert (await engine.no(cmd.Complete(id="a", lock_id=lock_id))).code == "storage_full"
     assert engine.clock.held
     engine.disk.free()
-    ending = start_task(engine.actor.ask(Complete(id="a", lock_id=lock_id)))
+    ending = start_task(engine.actor.ask(cmd.Complete(id="a", lock_id=lock_id)))
     assert (await ending).code == "storage_full"
     await asyncio.sleep(1.1)
     assert engine.state.totals["queued"] == 1
-    late = await engine.no(Complete(id="a", lock_id=lock_id))
+    late = await engine.no(cmd.Complete(id="a", lock_id=lock_id))
     assert (late.code, late.details["rule"]) == ("lock_lost", "restore")
 
 
@@ -547,7 +531,7 @@ async def test_pending_internal_commands_run_first_when_there_is_space(engine: V
 async def test_the_extension_after_a_pause_survives_a_full_disk(engine: VirtualEngine) -> None:
     await engine.held("a")
     engine.disk.fits = lambda batch: False
-    engine.actor.enqueue_internal(ExtendAfterPause(ids=["a"], grace_ms=30 * MINUTE_MS))
+    engine.actor.enqueue_internal(cmd.ExtendAfterPause(ids=["a"], grace_ms=30 * MINUTE_MS))
     await asyncio.sleep(20)  # lock time stands still meanwhile
     engine.disk.free()
     await asyncio.sleep(1.1)
@@ -558,8 +542,8 @@ async def test_the_extension_after_a_pause_survives_a_full_disk(engine: VirtualE
 
 @in_checked_engine()
 async def test_an_undelivered_grant_is_released_when_there_is_space(engine: VirtualEngine) -> None:
-    await engine.yes(Create(id="a"))
-    answer = await engine.actor.ask(Start(id="a", worker="w"))
+    await engine.yes(cmd.Create(id="a"))
+    answer = await engine.actor.ask(cmd.Start(id="a", worker="w"))
     assert isinstance(answer, Response)
     engine.disk.fits = lambda batch: False
     engine.actor.undelivered(answer)
@@ -575,7 +559,7 @@ async def test_a_store_without_space_for_its_reserve_file_opens(engine: VirtualE
     engine.disk.errors["build_reserve"] = DiskFull("too small")
     engine.disk.has_reserve = False
     engine.disk.fits = lambda batch: False
-    await engine.no(Tick())
+    await engine.no(cmd.Tick())
     assert write_limit(engine) == "ALL_BUT_ENDINGS"
     engine.disk.free()
     await asyncio.sleep(1.1)
@@ -585,14 +569,14 @@ async def test_a_store_without_space_for_its_reserve_file_opens(engine: VirtualE
 
 @in_checked_engine()
 async def test_keys_do_not_expire_by_a_suspect_clock(engine: VirtualEngine) -> None:
-    first = await engine.actor.ask(Create(), key=key("k"))
+    first = await engine.actor.ask(cmd.Create(), key=key("k"))
     engine.step_ms = 40 * DAY_MS
-    repeated = await engine.actor.ask(Create(), key=key("k"))
+    repeated = await engine.actor.ask(cmd.Create(), key=key("k"))
     assert isinstance(first, Response)
     assert isinstance(repeated, Response)
     assert repeated.replayed
     engine.clock.accept()
-    anew = await engine.actor.ask(Create(), key=key("k"))
+    anew = await engine.actor.ask(cmd.Create(), key=key("k"))
     assert isinstance(anew, Response)
     assert not anew.replayed
 
@@ -650,12 +634,12 @@ async def test_responses_are_prepared_while_the_disk_writes() -> None:
     disk = CachingStorage(1)
     disk.commits_inline = False
     async with checked_engine(disk) as engine:
-        await engine.yes(Create(id="a", payload=Raw(b"1")))
-        await engine.yes(Create(id="b", payload=Raw(b"2")))
+        await engine.yes(cmd.Create(id="a", payload=Raw(b"1")))
+        await engine.yes(cmd.Create(id="b", payload=Raw(b"2")))
         for job_id, ready in (("a", True), ("b", False)):
             waiter = PreparingResponder()
             disk.gate.clear()
-            assert isinstance(engine.actor.send(Start(id=job_id, worker="w"), waiter), Envelope)
+            assert isinstance(engine.actor.send(cmd.Start(id=job_id, worker="w"), waiter), Envelope)
             await disk.at_gate.wait()
             await settle()
             assert [what for what, _ in waiter.received] == ["ready"] * ready
@@ -673,7 +657,7 @@ async def test_a_response_is_not_sent_if_its_commit_fails() -> None:
     async with checked_engine(disk) as engine:
         waiter = PreparingResponder()
         disk.write_errors.append(DiskFull("full"))
-        assert isinstance(engine.actor.send(Create(id="a"), waiter), Envelope)
+        assert isinstance(engine.actor.send(cmd.Create(id="a"), waiter), Envelope)
         await settle()
         *prepared, (_, final) = waiter.received
         assert [type(ready) for _, ready in prepared] == [Response] * (not disk.commits_inline)
@@ -684,15 +668,15 @@ async def test_a_response_is_not_sent_if_its_commit_fails() -> None:
 @in_virtual_time
 async def test_reads_are_not_prepared() -> None:
     async with checked_engine(MemoryStorage()) as engine:
-        await engine.yes(Create(id="a"))
-        for read in (Get(id="a"), Timeline(id="a")):
+        await engine.yes(cmd.Create(id="a"))
+        for read in (cmd.Get(id="a"), cmd.Timeline(id="a")):
             waiter = PreparingResponder()
             engine.actor.send(read, waiter)
             await settle()
             assert [what for what, _ in waiter.received] == ["response"]
         waiter = PreparingResponder()
-        engine.actor.send(Create(id="b"), PreparingResponder())
-        engine.actor.send(Timeline(id="a"), waiter)
+        engine.actor.send(cmd.Create(id="b"), PreparingResponder())
+        engine.actor.send(cmd.Timeline(id="a"), waiter)
         await settle()
         assert [what for what, _ in waiter.received] == ["response"]
 
@@ -704,9 +688,9 @@ async def test_a_bug_while_responses_are_sent_ends_the_actor(others: int) -> Non
     engine = VirtualEngine()
     running = start_task(engine.actor.run())
     engine.disk.gate.clear()
-    engine.actor.send(Create(id="a"), RaisingResponder())
+    engine.actor.send(cmd.Create(id="a"), RaisingResponder())
     await engine.disk.at_gate.wait()
-    requests = ask_all(engine, [Create(id="b")] * others)
+    requests = ask_all(engine, [cmd.Create(id="b")] * others)
     await settle()
     engine.disk.gate.set()
     with pytest.raises(DiskBroken, match="canary"):

@@ -9,33 +9,12 @@ from msgspec import inspect
 from msgspec.structs import fields
 
 from jobd.engine.envelope import SHARES
-from jobd.model.commands import (
-    AnyCommand,
-    ApplyEndings,
-    ApplyPlan,
-    Bulk,
-    Command,
-    Create,
-    DeleteExpired,
-    EndGrants,
-    ExpectedVersion,
-    Fail,
-    ForceReset,
-    ImportCheck,
-    KeepDue,
-    Pause,
-    Ping,
-    PlanAction,
-    Recover,
-    RepairJobs,
-    RetryJob,
-)
-from jobd.model.commands import ExtendAfterPause as Credit
+from jobd.model import commands as cmd
 from jobd.model.job import FINISHED, LIVE, Job
 from jobd.model.responses import EmptyResponse, Response
 from tests.support.rule_harness import RuleHarness
 
-COMMANDS = get_args(AnyCommand)
+COMMANDS = get_args(cmd.AnyCommand)
 
 # The admission class that follows from what a command does, the strongest effect first.
 CLASS_OF_EFFECT: dict[str, str] = {
@@ -46,8 +25,9 @@ CLASS_OF_EFFECT: dict[str, str] = {
 # would be. The action of a plan selects one of two classes. RepairJobs changes only damaged jobs. Ping measures the
 # mailbox.
 BY_PURPOSE: dict[Any, str] = {
-    ForceReset: "change", RetryJob: "change", Credit: "ending", KeepDue: "ending", ImportCheck: "create",
-    ApplyPlan: "change", ApplyEndings: "ending", RepairJobs: "change", Ping: "ping",
+    cmd.ForceReset: "change", cmd.RetryJob: "change", cmd.ExtendAfterPause: "ending", cmd.KeepDue: "ending",
+    cmd.ImportCheck: "create", cmd.ApplyPlan: "change", cmd.ApplyEndings: "ending", cmd.RepairJobs: "change",
+    cmd.Ping: "ping",
 }  # fmt: skip
 JOB_IDS = ["new", "due", "running", "stalled", "failed", "expired"]
 
@@ -62,22 +42,22 @@ def test_the_admission_class_of_a_command_follows_from_its_effect(kind: Any) -> 
 
 def _effects(kind: Any) -> set[str]:
     """Decide commands of this type about jobs in each state, and return what they do."""
-    of_grants = kind in (EndGrants, Credit)
+    of_grants = kind in (cmd.EndGrants, cmd.ExtendAfterPause)
     required = {field.name: _value(field.type) for field in _fields(kind) if field.required}
     found: set[str] = set()
     for job_id in ("running", "stalled") if of_grants else JOB_IDS if {"id", "ids"} & {*required} else ("any",):
         rules, locks = RuleHarness(), {}
         rules.completed("expired")
-        rules.accept(Fail(id="failed", lock_id=rules.held("failed"), error_message="e"))
+        rules.accept(cmd.Fail(id="failed", lock_id=rules.held("failed"), error_message="e"))
         locks["stalled"] = rules.held("stalled", worker="silent")
         rules.create("late", expires_at=rules.now + 1)
-        rules.accept_admin(Pause(name="paused", until=rules.now + 1))
+        rules.accept_admin(cmd.Pause(name="paused", until=rules.now + 1))
         rules.advance(rules.policy.keep_completed_ms + 1)
         locks["running"] = rules.held("running")
         rules.create("due")
         known: dict[str, Any] = {"id": job_id, "ids": [job_id], "lock_id": locks.get(job_id, "other"), "name": "silent"}
-        if kind is Bulk:
-            known["jobs"] = [Create()]
+        if kind is cmd.Bulk:
+            known["jobs"] = [cmd.Create()]
         decision = rules.decide(kind(**{name: known.get(name, value) for name, value in required.items()}), admin=True)
         found |= {_effect(change.before, change.after) for change in decision.changes}
         if isinstance(decision.answer, Response) and not isinstance(decision.answer.data, EmptyResponse):
@@ -131,7 +111,7 @@ def test_every_command_has_a_share_of_the_mailbox(kind: Any) -> None:
 
 @pytest.mark.parametrize("kind", COMMANDS, ids=lambda kind: kind.__name__)
 def test_only_commands_with_several_jobs_or_reads_have_a_weight_of_their_own(kind: Any) -> None:
-    assert kind.weight is not Command.weight or _made(kind).weight() == 1
+    assert kind.weight is not cmd.Command.weight or _made(kind).weight() == 1
 
 
 @pytest.mark.parametrize("kind", COMMANDS, ids=lambda kind: kind.__name__)
@@ -139,12 +119,12 @@ def test_the_jobs_that_a_command_names_are_loaded_first(kind: Any) -> None:
     """Those that end or credit grants, or keep jobs due, name live jobs, which memory holds."""
     names = {field.name for field in fields(kind)}
     named = _made(kind).job_ids()
-    if kind is Bulk or issubclass(kind, ApplyPlan):
+    if kind is cmd.Bulk or issubclass(kind, cmd.ApplyPlan):
         assert named == ["a", "b"]
-    elif kind in (Credit, EndGrants, KeepDue, Recover):
+    elif kind in (cmd.ExtendAfterPause, cmd.EndGrants, cmd.KeepDue, cmd.Recover):
         assert named == []
     elif "ids" in names:
-        assert kind in (DeleteExpired, RepairJobs)
+        assert kind in (cmd.DeleteExpired, cmd.RepairJobs)
         assert named == ["a", "b"]
     else:
         assert named == (["a"] if "id" in names else [])
@@ -152,8 +132,10 @@ def test_the_jobs_that_a_command_names_are_loaded_first(kind: Any) -> None:
 
 def test_a_plan_that_can_delete_names_its_jobs() -> None:
     """A later command of the batch that shows one of its jobs needs the payload before the deletion."""
-    jobs = [ExpectedVersion("a", "1")]
-    deleting = {action for action in get_args(PlanAction) if ApplyEndings(action=action, jobs=jobs).deleted_ids()}
+    jobs = [cmd.ExpectedVersion("a", "1")]
+    deleting = {
+        action for action in get_args(cmd.PlanAction) if cmd.ApplyEndings(action=action, jobs=jobs).deleted_ids()
+    }
     assert deleting == {"delete", "cleanup"}
 
 
@@ -164,10 +146,10 @@ def _made(kind: Any) -> Any:
         given["id"] = "a"
     if "ids" in kind.__struct_fields__:
         given["ids"] = ["a", "b"]
-    if issubclass(kind, ApplyPlan):
-        given["jobs"] = [ExpectedVersion("a", "1"), ExpectedVersion("b", "2")]
-    if kind is Bulk:
-        given["jobs"] = [Create(id="a"), Create(), Create(id="b")]
-    if kind is KeepDue:
+    if issubclass(kind, cmd.ApplyPlan):
+        given["jobs"] = [cmd.ExpectedVersion("a", "1"), cmd.ExpectedVersion("b", "2")]
+    if kind is cmd.Bulk:
+        given["jobs"] = [cmd.Create(id="a"), cmd.Create(), cmd.Create(id="b")]
+    if kind is cmd.KeepDue:
         given["jobs"] = {"a": 1, "b": 2}
     return kind(**given)

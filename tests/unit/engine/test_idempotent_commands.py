@@ -8,23 +8,7 @@ import pytest
 from msgspec import UNSET, Raw
 
 from jobd.engine.idempotency import KEPT_MS
-from jobd.model.commands import (
-    AnyCommand,
-    Bulk,
-    Cancel,
-    Claim,
-    Complete,
-    Create,
-    Delete,
-    ForceFail,
-    ForceReset,
-    Pause,
-    Progress,
-    Release,
-    RunNow,
-    Start,
-    Update,
-)
+from jobd.model import commands as cmd
 from jobd.model.responses import JobView, Response
 from jobd.model.storage import (
     StoredResponse,
@@ -47,7 +31,7 @@ from tests.support.virtual_engine import (
 
 @in_checked_engine()
 async def test_a_repeated_key_gets_the_same_response(engine: VirtualEngine) -> None:
-    create = Create(payload=Raw(b"[1]"))
+    create = cmd.Create(payload=Raw(b"[1]"))
     first = await engine.actor.ask(create, key=key("k"))
     second = await engine.actor.ask(create, key=key("k"))
     assert isinstance(first, Response)
@@ -69,7 +53,7 @@ async def test_a_repeated_key_gets_the_same_response(engine: VirtualEngine) -> N
 @in_virtual_time
 async def test_a_repeat_waits_for_the_first_request_in_flight() -> None:
     engine = VirtualEngine()
-    create = Create(id="a", payload=Raw(b"[1]"))
+    create = cmd.Create(id="a", payload=Raw(b"[1]"))
     tasks = [start_task(engine.actor.ask(create, key=key("k"))) for _ in range(3)]
     tasks.append(start_task(engine.actor.ask(create, key=key("k", "other"))))
     async with engine:
@@ -78,9 +62,9 @@ async def test_a_repeat_waits_for_the_first_request_in_flight() -> None:
         assert bytes(second.data) == bytes(third.data)
         assert other.code == "idempotency_key_reused"
         engine.disk.gate.clear()
-        slow = start_task(engine.actor.ask(Create(), key=key("l")))
+        slow = start_task(engine.actor.ask(cmd.Create(), key=key("l")))
         await engine.disk.at_gate.wait()
-        repeat = start_task(engine.actor.ask(Create(), key=key("l")))
+        repeat = start_task(engine.actor.ask(cmd.Create(), key=key("l")))
         await settle()
         assert not repeat.done()
         engine.disk.gate.set()
@@ -92,14 +76,14 @@ async def test_a_repeat_waits_for_the_first_request_in_flight() -> None:
 @in_virtual_time
 async def test_keys_outlive_a_restart() -> None:
     async with checked_engine() as engine:
-        await engine.yes(Create(id="a"), key=key("create"))
-        await engine.yes(Start(id="a", worker="w"), key=key("start"))
+        await engine.yes(cmd.Create(id="a"), key=key("create"))
+        await engine.yes(cmd.Start(id="a", worker="w"), key=key("start"))
         disk = engine.disk
     async with checked_engine(disk) as engine:
-        repeated = await engine.actor.ask(Create(id="a"), key=key("create"))
+        repeated = await engine.actor.ask(cmd.Create(id="a"), key=key("create"))
         assert isinstance(repeated, Response)
         assert (repeated.replayed, repeated.status) == (True, 201)
-        repeated = await engine.actor.ask(Start(id="a", worker="w"), key=key("start"))
+        repeated = await engine.actor.ask(cmd.Start(id="a", worker="w"), key=key("start"))
         assert isinstance(repeated, Response)
         assert repeated.replayed
         assert repeated.data.job.lock.worker == "w"
@@ -107,9 +91,9 @@ async def test_keys_outlive_a_restart() -> None:
 
 @in_checked_engine()
 async def test_a_damaged_stored_response_is_an_error(engine: VirtualEngine) -> None:
-    await engine.yes(Create(), key=key("k"))
+    await engine.yes(cmd.Create(), key=key("k"))
     engine.disk.keys.clear()
-    assert (await engine.no(Create(), key=key("k"))).code == "internal_error"
+    assert (await engine.no(cmd.Create(), key=key("k"))).code == "internal_error"
     assert len(engine.disk.jobs) == 1
 
 
@@ -119,8 +103,8 @@ async def test_a_key_whose_grants_have_ended_is_decided_again() -> None:
     disk = MemoryStorage()
     disk.keys["k"] = StoredResponse("k", key("k").body_hash, 0, grants=[("a", "old")])
     async with checked_engine(disk) as engine:
-        await engine.yes(Create(id="a"))
-        answer = await engine.actor.ask(Start(id="a", worker="w"), key=key("k"))
+        await engine.yes(cmd.Create(id="a"))
+        answer = await engine.actor.ask(cmd.Start(id="a", worker="w"), key=key("k"))
         assert isinstance(answer, Response)
         assert not answer.replayed
         assert disk.keys["k"].grants == [("a", answer.data.lock_id)]
@@ -128,44 +112,44 @@ async def test_a_key_whose_grants_have_ended_is_decided_again() -> None:
 
 @in_checked_engine()
 async def test_a_response_that_changed_nothing_is_not_stored(engine: VirtualEngine) -> None:
-    assert (await engine.no(Cancel(id="a"), key=key("k"))).code == "job_not_found"
-    await engine.yes(Create(id="a"))
-    assert (await engine.yes(Cancel(id="a"), key=key("k"))).status == "cancelled"
-    repeated = await engine.actor.ask(Cancel(id="a"), key=key("k"))
+    assert (await engine.no(cmd.Cancel(id="a"), key=key("k"))).code == "job_not_found"
+    await engine.yes(cmd.Create(id="a"))
+    assert (await engine.yes(cmd.Cancel(id="a"), key=key("k"))).status == "cancelled"
+    repeated = await engine.actor.ask(cmd.Cancel(id="a"), key=key("k"))
     assert isinstance(repeated, Response)
     assert repeated.replayed
-    await engine.yes(Claim(worker="w"), key=key("empty"))
-    await engine.yes(Create(id="b"))
-    assert granted_ids(await engine.actor.ask(Claim(worker="w"), key=key("empty"))) == ["b"]
+    await engine.yes(cmd.Claim(worker="w"), key=key("empty"))
+    await engine.yes(cmd.Create(id="b"))
+    assert granted_ids(await engine.actor.ask(cmd.Claim(worker="w"), key=key("empty"))) == ["b"]
 
 
 @in_checked_engine()
 async def test_an_empty_claim_is_not_stored_even_if_it_expired_jobs(engine: VirtualEngine) -> None:
-    await engine.yes(Create(id="a", expires_at=engine.now + 1_000))
+    await engine.yes(cmd.Create(id="a", expires_at=engine.now + 1_000))
     await asyncio.sleep(1)
-    assert granted_ids(await engine.actor.ask(Claim(worker="w"), key=key("k"))) == []
-    await engine.yes(Create(id="b"))
-    assert granted_ids(await engine.actor.ask(Claim(worker="w"), key=key("k"))) == ["b"]
+    assert granted_ids(await engine.actor.ask(cmd.Claim(worker="w"), key=key("k"))) == []
+    await engine.yes(cmd.Create(id="b"))
+    assert granted_ids(await engine.actor.ask(cmd.Claim(worker="w"), key=key("k"))) == ["b"]
 
 
 @pytest.mark.parametrize(
     "command",
     [
-        Update(id="a", priority=3),
-        Cancel(id="a", reason="r"),
-        ForceFail(id="a"),
-        Delete(id="done"),
-        Pause(name="q"),
-        Bulk(jobs=[Create(id="x", payload=Raw(b"5")), Create(id="done", payload=Raw(b'"p"'))]),
-        RunNow(id="a"),
+        cmd.Update(id="a", priority=3),
+        cmd.Cancel(id="a", reason="r"),
+        cmd.ForceFail(id="a"),
+        cmd.Delete(id="done"),
+        cmd.Pause(name="q"),
+        cmd.Bulk(jobs=[cmd.Create(id="x", payload=Raw(b"5")), cmd.Create(id="done", payload=Raw(b'"p"'))]),
+        cmd.RunNow(id="a"),
     ],
     ids=lambda command: type(command).__name__,
 )
-def test_a_stored_response_is_complete(command: AnyCommand) -> None:
+def test_a_stored_response_is_complete(command: cmd.AnyCommand) -> None:
     async def test() -> None:
         disk = await finished_disk()
         async with checked_engine(disk) as engine:
-            await engine.yes(Create(id="a", payload=Raw(b"[9]"), delay_ms=5))
+            await engine.yes(cmd.Create(id="a", payload=Raw(b"[9]"), delay_ms=5))
             first = await engine.actor.ask(command, key=key("k"))
             repeated = await engine.actor.ask(command, key=key("k"))
             assert isinstance(first, Response)
@@ -182,23 +166,23 @@ def test_a_stored_response_is_complete(command: AnyCommand) -> None:
 
 @in_checked_engine()
 async def test_a_repeated_start_returns_its_current_grant(engine: VirtualEngine) -> None:
-    await engine.yes(Create(id="a", payload=Raw(b"1")))
-    start = Start(id="a", worker="w")
+    await engine.yes(cmd.Create(id="a", payload=Raw(b"1")))
+    start = cmd.Start(id="a", worker="w")
     first = await engine.actor.ask(start, key=key("k"))
     assert isinstance(first, Response)
-    await engine.yes(Progress(id="a", lock_id=first.data.lock_id, progress=40))
+    await engine.yes(cmd.Progress(id="a", lock_id=first.data.lock_id, progress=40))
     repeated = await engine.actor.ask(start, key=key("k"))
     assert isinstance(repeated, Response)
     assert (repeated.replayed, repeated.data.lock_id) == (True, first.data.lock_id)
     assert (repeated.data.job.progress, repeated.data.job.payload) == (40, Raw(b"1"))
-    await engine.yes(Release(id="a", lock_id=first.data.lock_id))
+    await engine.yes(cmd.Release(id="a", lock_id=first.data.lock_id))
     assert engine.disk.keys == {}
     anew = await engine.actor.ask(start, key=key("k"))
     assert isinstance(anew, Response)
     assert not anew.replayed
     assert anew.data.fencing_token == first.data.fencing_token + 1
-    await engine.yes(ForceReset(id="a"))
-    await engine.yes(Start(id="a", worker="other"))
+    await engine.yes(cmd.ForceReset(id="a"))
+    await engine.yes(cmd.Start(id="a", worker="other"))
     rejection = await engine.no(start, key=key("k"))
     assert (rejection.code, rejection.details["locked_by"]) == ("already_locked", "other")
 
@@ -206,14 +190,14 @@ async def test_a_repeated_start_returns_its_current_grant(engine: VirtualEngine)
 @in_checked_engine()
 async def test_a_repeated_claim_returns_its_current_grants(engine: VirtualEngine) -> None:
     for name in "abc":
-        await engine.yes(Create(id=name))
-    claim = Claim(worker="w", limit=2)
+        await engine.yes(cmd.Create(id=name))
+    claim = cmd.Claim(worker="w", limit=2)
     first = await engine.actor.ask(claim, key=key("k"))
     assert granted_ids(first) == ["a", "b"]
     assert isinstance(first, Response)
-    await engine.yes(Complete(id="a", lock_id=first.data.grants[0].lock_id))
+    await engine.yes(cmd.Complete(id="a", lock_id=first.data.grants[0].lock_id))
     assert granted_ids(await engine.actor.ask(claim, key=key("k"))) == ["b"]
-    await engine.yes(Complete(id="b", lock_id=first.data.grants[1].lock_id))
+    await engine.yes(cmd.Complete(id="b", lock_id=first.data.grants[1].lock_id))
     assert engine.disk.keys == {}
     assert granted_ids(await engine.actor.ask(claim, key=key("k"))) == ["c"]
 
@@ -222,10 +206,10 @@ async def test_a_repeated_claim_returns_its_current_grants(engine: VirtualEngine
 async def test_a_repeated_waiting_claim_waits_once(engine: VirtualEngine) -> None:
     first = await waiting_claim(engine, "w", key=key("k"))
     repeat = await waiting_claim(engine, "w", key=key("k"))
-    other = await engine.no(Claim(worker="w", wait_ms=30_000), key=key("k", "other"))
+    other = await engine.no(cmd.Claim(worker="w", wait_ms=30_000), key=key("k", "other"))
     assert other.code == "idempotency_key_reused"
     assert len(engine.actor.waiting_claims) == 1
-    await engine.yes(Create(id="a"))
+    await engine.yes(cmd.Create(id="a"))
     assert granted_ids(await first) == granted_ids(await repeat) == ["a"]
     assert engine.state.totals["processing"] == 1
     engine.actor.undelivered(await first)
@@ -247,7 +231,7 @@ async def test_a_waiting_claim_is_removed_when_all_its_callers_are_gone(engine: 
     repeat.cancel()
     await settle()
     assert len(engine.actor.waiting_claims) == 0
-    await engine.yes(Create(id="a"))
+    await engine.yes(cmd.Create(id="a"))
     assert engine.state.totals["queued"] == 1
 
 
@@ -256,7 +240,7 @@ async def test_a_repeat_gets_the_grant_of_an_abandoned_request(engine: VirtualEn
     first = await waiting_claim(engine, "w", key=key("k"))
     repeat = await waiting_claim(engine, "w", key=key("k"))
     first.cancel()
-    await engine.yes(Create(id="a"))
+    await engine.yes(cmd.Create(id="a"))
     assert granted_ids(await repeat) == ["a"]
     await settle()
     assert engine.state.totals["processing"] == 1
@@ -267,13 +251,13 @@ async def test_keyed_requests_are_rejected_at_the_limit_of_keys() -> None:
     engine = VirtualEngine()
     engine.actor._decider.keys.limit = 1
     async with engine:
-        await engine.yes(Create(), key=key("k"))
-        rejection = await engine.no(Create(), key=key("l"))
+        await engine.yes(cmd.Create(), key=key("k"))
+        rejection = await engine.no(cmd.Create(), key=key("l"))
         assert (rejection.code, rejection.status) == ("overloaded", 503)
-        await engine.yes(Create())
+        await engine.yes(cmd.Create())
         await asyncio.sleep(600)
-        assert (await engine.no(RunNow(id="a", dry_run=True), key=key("m"))).code == "job_not_found"
-        await engine.yes(Create())
+        assert (await engine.no(cmd.RunNow(id="a", dry_run=True), key=key("m"))).code == "job_not_found"
+        await engine.yes(cmd.Create())
         assert set(engine.disk.keys) == {"k"}, "a dry run stores no key"
-        await engine.yes(Create(), key=key("l"))
+        await engine.yes(cmd.Create(), key=key("l"))
         assert set(engine.disk.keys) == {"l"}

@@ -8,23 +8,7 @@ from typing import Any
 from msgspec import Raw
 
 from jobd.engine.disk_full import WriteLimit
-from jobd.model.commands import (
-    Adopt,
-    Cancel,
-    Complete,
-    Delete,
-    Extend,
-    ForceFail,
-    ForceReset,
-    Get,
-    GetVersion,
-    LateResults,
-    Progress,
-    Release,
-    Start,
-    Tick,
-    Why,
-)
+from jobd.model import commands as cmd
 from jobd.model.job import Policy
 from jobd.model.responses import ErrorView, Response
 from jobd.model.storage import (
@@ -49,12 +33,12 @@ from tests.support.virtual_engine import (
 async def lose_lock(engine: VirtualEngine, job_id: str = "a", **fields: Any) -> str:
     """Create a job whose worker has lost its lock. Return the lock id."""
     lock_id = await engine.held(job_id, **fields)
-    await engine.yes(ForceFail(id=job_id), admin=True)
+    await engine.yes(cmd.ForceFail(id=job_id), admin=True)
     return lock_id
 
 
-def complete(lock_id: str, job_id: str = "a", **fields: Any) -> Complete:
-    return Complete(id=job_id, lock_id=lock_id, **({"file_path": "/out"} | fields))
+def complete(lock_id: str, job_id: str = "a", **fields: Any) -> cmd.Complete:
+    return cmd.Complete(id=job_id, lock_id=lock_id, **({"file_path": "/out"} | fields))
 
 
 def stored_paths(engine: VirtualEngine, job_id: str = "a") -> list[str | None]:
@@ -81,11 +65,11 @@ async def test_a_late_result_is_stored_before_its_error_is_sent(engine: VirtualE
 @in_checked_engine()
 async def test_a_late_result_that_was_not_written_is_forgotten(engine: VirtualEngine) -> None:
     lock_id = await lose_lock(engine)
-    version = (await engine.yes(GetVersion(id="a"))).version
+    version = (await engine.yes(cmd.GetVersion(id="a"))).version
     engine.disk.write_errors.append(DiskFull("full"))
     await engine.no(complete(lock_id))
     assert stored_paths(engine) == []
-    assert (await engine.yes(GetVersion(id="a"))).version == version
+    assert (await engine.yes(cmd.GetVersion(id="a"))).version == version
     engine.disk.free()
 
 
@@ -97,21 +81,21 @@ async def test_late_results_survive_a_restart_and_are_read_on_demand() -> None:
         await engine.no(complete(lock_id, metadata=Raw(b'{"n": 1}')))
     async with checked_engine(disk) as engine:
         assert engine.state.get("a") is None
-        (late,) = (await engine.yes(LateResults(id="a"), admin=True)).late_results
+        (late,) = (await engine.yes(cmd.LateResults(id="a"), admin=True)).late_results
         assert (late.worker, late.file_path, bytes(late.metadata)) == ("w-1", "/out", b'{"n": 1}')
-        assert "jobctl adopt a" in (await engine.yes(Why(id="a"))).do[0]
-        assert (await engine.yes(Why(id="a"))).because == "It was failed by a client."
+        assert "jobctl adopt a" in (await engine.yes(cmd.Why(id="a"))).do[0]
+        assert (await engine.yes(cmd.Why(id="a"))).because == "It was failed by a client."
         second = await engine.no(complete(lock_id, metadata=Raw(b'{"n": 1}')))
         assert second.details["late_result"] == late.seq
-        assert (await engine.no(Adopt(id="a", result=late.seq + 1))).code == "late_result_not_found"
-        adopted = await engine.yes(Adopt(id="a", result=late.seq), admin=True, key=key("k"))
+        assert (await engine.no(cmd.Adopt(id="a", result=late.seq + 1))).code == "late_result_not_found"
+        adopted = await engine.yes(cmd.Adopt(id="a", result=late.seq), admin=True, key=key("k"))
         assert (adopted.status, adopted.file_path, adopted.payload) == ("completed", "/out", Raw(b"[9]"))
-        repeated = await engine.actor.ask(Adopt(id="a", result=late.seq), admin=True, key=key("k"))
+        repeated = await engine.actor.ask(cmd.Adopt(id="a", result=late.seq), admin=True, key=key("k"))
         assert isinstance(repeated, Response)
         assert repeated.replayed
     async with checked_engine(disk) as engine:
-        assert (await engine.yes(Get(id="a"))).file_path == "/out"
-        assert (await engine.yes(Delete(id="a"), admin=True)).status == "completed"
+        assert (await engine.yes(cmd.Get(id="a"))).file_path == "/out"
+        assert (await engine.yes(cmd.Delete(id="a"), admin=True)).status == "completed"
         assert disk.late_results == {}
 
 
@@ -121,21 +105,21 @@ async def test_the_current_policy_decides_whether_a_late_result_can_be_adopted(e
     await engine.no(complete(lock_id))
 
     async def rejection_now() -> Any:
-        (late,) = (await engine.yes(LateResults(id="a"), admin=True)).late_results
+        (late,) = (await engine.yes(cmd.LateResults(id="a"), admin=True)).late_results
         return late.rejection
 
     assert await rejection_now() is None
     engine.actor.policy = Policy(require_download_url=True)
-    rejection = await engine.no(Adopt(id="a"), admin=True)
+    rejection = await engine.no(cmd.Adopt(id="a"), admin=True)
     assert await rejection_now() == ErrorView(rejection.code, rejection.message)
-    assert "cannot be adopted" in (await engine.yes(Why(id="a"))).do[0]
+    assert "cannot be adopted" in (await engine.yes(cmd.Why(id="a"))).do[0]
     engine.actor.policy = Policy()
     assert await rejection_now() is None
     written = len(engine.disk.batches)
-    dry_run = await engine.yes(Adopt(id="a", dry_run=True), admin=True, key=key("k"))
+    dry_run = await engine.yes(cmd.Adopt(id="a", dry_run=True), admin=True, key=key("k"))
     assert (dry_run.status, dry_run.file_path) == ("completed", "/out")
     assert (len(engine.disk.batches), engine.disk.keys) == (written, {})
-    assert (await engine.yes(Get(id="a"))).status == "failed"
+    assert (await engine.yes(cmd.Get(id="a"))).status == "failed"
 
 
 @in_checked_engine()
@@ -156,9 +140,9 @@ async def test_repeated_late_completes_are_stored_once(engine: VirtualEngine) ->
 @in_checked_engine()
 async def test_an_old_grant_is_found_in_the_journal(engine: VirtualEngine) -> None:
     old = await engine.held()
-    await engine.yes(ForceReset(id="a"), admin=True)
-    await engine.yes(Start(id="a", worker="w-2"))
-    await engine.yes(ForceReset(id="a"), admin=True)
+    await engine.yes(cmd.ForceReset(id="a"), admin=True)
+    await engine.yes(cmd.Start(id="a", worker="w-2"))
+    await engine.yes(cmd.ForceReset(id="a"), admin=True)
     assert "late_result" in (await engine.no(complete(old))).details
     assert stored_paths(engine) == ["/out"]
 
@@ -183,7 +167,7 @@ async def test_a_lock_holder_needs_no_read_and_many_late_completes_need_one() ->
         await engine.no(complete("none", "never created"))
         assert disk.asked == []
         lock_id = await lose_lock(engine, "b")
-        tasks = ask_all(engine, [Adopt(id="b"), *(complete(lock_id, "b") for _ in range(9)), Why(id="b")])
+        tasks = ask_all(engine, [cmd.Adopt(id="b"), *(complete(lock_id, "b") for _ in range(9)), cmd.Why(id="b")])
         for task in tasks:
             await task
         assert disk.calls["late"] == 1
@@ -201,10 +185,10 @@ async def test_a_full_disk_stores_no_late_result_and_still_reports_the_lost_lock
     engine.disk.fits = lambda batch: False
     rejection = await engine.no(complete(locks["b"], "b"))
     assert (rejection.code, "late_result" in rejection.details) == ("lock_lost", False)
-    assert (await engine.no(Cancel(id="a"))).code == "invalid_transition"
+    assert (await engine.no(cmd.Cancel(id="a"))).code == "invalid_transition"
     for _ in range(2):
         await engine.actor.full_disk.escalate(DiskFull("full"))
-    assert (await engine.no(Tick())).code == "storage_full"
+    assert (await engine.no(cmd.Tick())).code == "storage_full"
     assert (await engine.no(complete(locks["c"], "c"))).code == "lock_lost"
     assert engine.disk.late_results == {}
     engine.disk.free()
@@ -218,19 +202,19 @@ async def test_repeated_late_calls_are_written_once_without_a_read() -> None:
     async with checked_engine(disk) as engine:
         lock_id = await lose_lock(engine)
         for _ in range(20):
-            assert (await engine.no(Progress(id="a", lock_id=lock_id, progress=1))).code == "lock_lost"
+            assert (await engine.no(cmd.Progress(id="a", lock_id=lock_id, progress=1))).code == "lock_lost"
         written = len(disk.batches)
         assert late_calls(engine) == ["progress"]
-        await engine.no(Release(id="a", lock_id=lock_id))
+        await engine.no(cmd.Release(id="a", lock_id=lock_id))
         for _ in range(20):
-            await engine.no(Release(id="a", lock_id=lock_id))
-            await engine.no(Extend(id="a", lock_id="never-one"))
+            await engine.no(cmd.Release(id="a", lock_id=lock_id))
+            await engine.no(cmd.Extend(id="a", lock_id="never-one"))
         assert late_calls(engine) == ["progress", "release"]
         assert len(disk.batches) == written + 1
         assert disk.asked == []
     async with checked_engine(disk) as engine:  # memory is empty again
-        await engine.no(Progress(id="a", lock_id=lock_id, progress=1))
-        await engine.no(Progress(id="a", lock_id=lock_id, progress=1))
+        await engine.no(cmd.Progress(id="a", lock_id=lock_id, progress=1))
+        await engine.no(cmd.Progress(id="a", lock_id=lock_id, progress=1))
         assert late_calls(engine) == ["progress", "release", "progress"]
 
 
@@ -238,12 +222,12 @@ async def test_repeated_late_calls_are_written_once_without_a_read() -> None:
 async def test_late_calls_on_a_full_disk_are_journaled_when_there_is_space(engine: VirtualEngine) -> None:
     lock_id = await lose_lock(engine)
     engine.disk.write_errors.append(DiskFull("no room for a nicety"))
-    assert (await engine.no(Release(id="a", lock_id=lock_id))).code == "lock_lost"
+    assert (await engine.no(cmd.Release(id="a", lock_id=lock_id))).code == "lock_lost"
     assert engine.actor.full_disk.write_limit == WriteLimit.CREATES
-    assert (await engine.no(Release(id="a", lock_id=lock_id))).code == "lock_lost"
+    assert (await engine.no(cmd.Release(id="a", lock_id=lock_id))).code == "lock_lost"
     assert late_calls(engine) == []
     await asyncio.sleep(2)
-    assert (await engine.no(Release(id="a", lock_id=lock_id))).code == "lock_lost"
+    assert (await engine.no(cmd.Release(id="a", lock_id=lock_id))).code == "lock_lost"
     assert late_calls(engine) == ["release"]
 
 

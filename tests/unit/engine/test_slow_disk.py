@@ -9,19 +9,7 @@ from typing import Any
 import pytest
 
 from jobd.engine.actor import BATCH_WEIGHT, DiskBroken
-from jobd.model.commands import (
-    AnyCommand,
-    Cancel,
-    Create,
-    ExtendAfterPause,
-    Get,
-    GetVersion,
-    ListJobs,
-    Ping,
-    Start,
-    Stats,
-    Why,
-)
+from jobd.model import commands as cmd
 from jobd.model.errors import ApiError
 from jobd.model.responses import Response
 from jobd.model.storage import (
@@ -75,7 +63,7 @@ async def test_few_waiting_commands_join_the_next_commit(waiting: int, written: 
 
         async def create(times: int) -> None:
             for _ in range(times):
-                await engine.yes(Create())
+                await engine.yes(cmd.Create())
 
         first = [start_task(create(2)) for _ in range(3)]
         await asyncio.sleep(COMMIT_S / 2)
@@ -119,8 +107,8 @@ async def test_responses_do_not_wait_for_the_next_inline_commit(inline: bool) ->
     disk.commits_inline = inline
     async with checked_engine(disk) as engine:
         waiter = CountingResponder(disk)
-        disk.at_first_write = lambda: engine.actor.send(Create(), waiter)
-        engine.actor.send(Create(), waiter)
+        disk.at_first_write = lambda: engine.actor.send(cmd.Create(), waiter)
+        engine.actor.send(cmd.Create(), waiter)
         sent: list[bool] = []
         turn = engine.actor._turn
 
@@ -148,7 +136,7 @@ async def test_a_full_mailbox_with_inline_commits_leaves_the_event_loop_to_other
                 turns += bool(disk.batches)
 
         other = start_task(others())
-        last = ask_all(engine, [Create()] * (3 * BATCH_WEIGHT + 1))[-1]
+        last = ask_all(engine, [cmd.Create()] * (3 * BATCH_WEIGHT + 1))[-1]
         await last
         other.cancel()
         assert len(disk.batches) == 4
@@ -164,31 +152,33 @@ class BusyEngine:
         self.behind: asyncio.Task[Any]
 
     async def begin(self) -> None:
-        await self.engine.actor.ask(Create(id="a"))
+        await self.engine.actor.ask(cmd.Create(id="a"))
         self.began_s = asyncio.get_running_loop().time()
-        start_task(self.engine.actor.ask(Create(id="b")))
+        start_task(self.engine.actor.ask(cmd.Create(id="b")))
         await settle()
-        self.behind = start_task(self.engine.actor.ask(Cancel(id="a")))
+        self.behind = start_task(self.engine.actor.ask(cmd.Cancel(id="a")))
         await settle()
 
-    async def ask(self, command: AnyCommand) -> tuple[Any, int]:
+    async def ask(self, command: cmd.AnyCommand) -> tuple[Any, int]:
         """Return the response and the number of commits until it came."""
         answer = await self.engine.actor.ask(command)
         return answer, round((asyncio.get_running_loop().time() - self.began_s) / COMMIT_S)
 
 
-@pytest.mark.parametrize("read", [Get(id="a"), GetVersion(id="a"), ListJobs(), Stats(), Why(id="a"), Get(id="none")])
+@pytest.mark.parametrize(
+    "read", [cmd.Get(id="a"), cmd.GetVersion(id="a"), cmd.ListJobs(), cmd.Stats(), cmd.Why(id="a"), cmd.Get(id="none")]
+)
 @in_virtual_time
-async def test_on_a_slow_disk_a_read_waits_for_one_commit(read: AnyCommand) -> None:
+async def test_on_a_slow_disk_a_read_waits_for_one_commit(read: cmd.AnyCommand) -> None:
     async with checked_engine(SlowStorage()) as engine:
         busy = BusyEngine(engine)
         await busy.begin()
         answer, commits = await busy.ask(read)
         assert commits == 1
         assert not busy.behind.done()
-        if read == Get(id="a"):
+        if read == cmd.Get(id="a"):
             assert answer.data.status == "queued"
-        if isinstance(read, Why):
+        if isinstance(read, cmd.Why):
             assert answer.data.state == "queued"
         assert (await busy.behind).data.status == "cancelled"
 
@@ -198,14 +188,14 @@ async def test_on_a_slow_disk_a_ping_waits_as_long_as_a_write() -> None:
     async with checked_engine(SlowStorage()) as engine:
         busy = BusyEngine(engine)
         await busy.begin()
-        assert (await busy.ask(Ping()))[1] == 2, "health measures how long a command takes"
+        assert (await busy.ask(cmd.Ping()))[1] == 2, "health measures how long a command takes"
 
 
 @in_checked_engine()
 async def test_on_a_fast_disk_a_batch_is_decided_in_order(engine: VirtualEngine) -> None:
-    await engine.actor.ask(Create(id="a"))
-    cancelling = start_task(engine.actor.ask(Cancel(id="a")))
-    looking = start_task(engine.actor.ask(Get(id="a")))
+    await engine.actor.ask(cmd.Create(id="a"))
+    cancelling = start_task(engine.actor.ask(cmd.Cancel(id="a")))
+    looking = start_task(engine.actor.ask(cmd.Get(id="a")))
     assert (await looking).data.status == "cancelled"
     await cancelling
 
@@ -213,21 +203,21 @@ async def test_on_a_fast_disk_a_batch_is_decided_in_order(engine: VirtualEngine)
 @in_virtual_time
 async def test_an_ordered_read_stays_behind_earlier_commands() -> None:
     async with checked_engine(SlowStorage()) as engine:
-        await engine.actor.ask(Create(id="a"))
+        await engine.actor.ask(cmd.Create(id="a"))
         futures: list[asyncio.Future[Any]] = [asyncio.get_running_loop().create_future() for _ in range(2)]
-        engine.actor.send(Cancel(id="a"), futures[0], ordered=True)
-        engine.actor.send(Get(id="a"), futures[1], ordered=True)
+        engine.actor.send(cmd.Cancel(id="a"), futures[0], ordered=True)
+        engine.actor.send(cmd.Get(id="a"), futures[1], ordered=True)
         assert (await futures[1]).data.status == "cancelled"
 
 
 @in_virtual_time
 async def test_a_read_does_not_overtake_internal_commands() -> None:
     async with checked_engine(SlowStorage()) as engine:
-        await engine.actor.ask(Create(id="a", stall_after_ms=0))
-        await engine.actor.ask(Start(id="a", worker="w", lock_ttl_ms=1_000))
+        await engine.actor.ask(cmd.Create(id="a", stall_after_ms=0))
+        await engine.actor.ask(cmd.Start(id="a", worker="w", lock_ttl_ms=1_000))
         await asyncio.sleep(10)
-        engine.actor.enqueue_internal(ExtendAfterPause(ids=["a"], grace_ms=30_000))
-        stats = await engine.actor.ask(Stats())
+        engine.actor.enqueue_internal(cmd.ExtendAfterPause(ids=["a"], grace_ms=30_000))
+        stats = await engine.actor.ask(cmd.Stats())
         assert isinstance(stats, Response)
         assert stats.data.stuck_jobs == 0
 
@@ -235,12 +225,12 @@ async def test_a_read_does_not_overtake_internal_commands() -> None:
 @in_virtual_time
 async def test_a_read_does_not_wait_for_grants_to_waiting_claims() -> None:
     async with checked_engine(SlowStorage()) as engine:
-        await engine.actor.ask(Create(id="late", queue="q", delay_ms=1_000))
+        await engine.actor.ask(cmd.Create(id="late", queue="q", delay_ms=1_000))
         claim = await waiting_claim(engine, "w", queues=["q"])
         await asyncio.sleep(0.95)
         busy = BusyEngine(engine)
         await busy.begin()  # the job becomes due during this write
-        answer, commits = await busy.ask(Get(id="late"))
+        answer, commits = await busy.ask(cmd.Get(id="late"))
         assert (answer.data.status, commits) == ("queued", 1)
         assert granted_ids(await claim) == ["late"]
 
@@ -250,10 +240,10 @@ async def test_a_read_is_answered_even_if_the_next_commit_fails() -> None:
     disk = SlowStorage()
     engine = VirtualEngine(disk)
     running = asyncio.create_task(engine.actor.run())
-    await engine.actor.ask(Create(id="a"))
+    await engine.actor.ask(cmd.Create(id="a"))
     disk.write_errors.append(OSError("gone"))
-    cancelling = start_task(engine.actor.ask(Cancel(id="a")))
-    looking = start_task(engine.actor.ask(Get(id="a")))
+    cancelling = start_task(engine.actor.ask(cmd.Cancel(id="a")))
+    looking = start_task(engine.actor.ask(cmd.Get(id="a")))
     assert (await looking).data.status == "queued"
     assert (await cancelling).code == "outcome_unknown"
     with pytest.raises(DiskBroken):
@@ -263,10 +253,10 @@ async def test_a_read_is_answered_even_if_the_next_commit_fails() -> None:
 @in_virtual_time
 async def test_a_full_disk_after_an_early_read_is_handled_as_usual() -> None:
     async with checked_engine(SlowStorage()) as engine:
-        await engine.actor.ask(Create(id="a"))
+        await engine.actor.ask(cmd.Create(id="a"))
         engine.disk.fill_nearly()
-        creating = start_task(engine.actor.ask(Create(id="b")))
-        looking = start_task(engine.actor.ask(Get(id="a")))
+        creating = start_task(engine.actor.ask(cmd.Create(id="b")))
+        looking = start_task(engine.actor.ask(cmd.Get(id="a")))
         assert (await looking).data.status == "queued"
         assert (await creating).code == "storage_full"
         engine.disk.free()
@@ -283,7 +273,7 @@ async def test_a_bug_in_a_callback_ends_the_actor_after_all_responses() -> None:
     engine.actor.on_commit.append(fail)
     asked = []
     for _ in range(3):  # the responses of each batch are sent while the next one is written
-        asked += ask_all(engine, [Create()])
+        asked += ask_all(engine, [cmd.Create()])
         await asyncio.sleep(COMMIT_S * 0.7)
     with pytest.raises(DiskBroken, match="a bug"):
         await running

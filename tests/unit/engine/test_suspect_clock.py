@@ -11,22 +11,7 @@ import pytest
 
 from jobd.api.services import AGREES, Services
 from jobd.maintenance.cleanup_run import CleanupSchedule
-from jobd.model.commands import (
-    Cancel,
-    Claim,
-    Complete,
-    Create,
-    Delete,
-    DeleteExpired,
-    EndPauses,
-    Expire,
-    Get,
-    IdempotencyKey,
-    Pause,
-    Preview,
-    Recover,
-    Tick,
-)
+from jobd.model import commands as cmd
 from jobd.model.errors import ApiError
 from jobd.model.job import DAY_MS, HOUR_MS, MINUTE_MS, SECOND_MS, Policy
 from jobd.model.responses import ClockView, Response
@@ -41,12 +26,12 @@ PASSES: Final = CleanupSchedule(interval_ms=5 * MINUTE_MS, min_interval_ms=2 * M
 
 async def create_completed(engine: VirtualEngine, job_id: str = "done", **fields: Any) -> None:
     """Create a completed job."""
-    await engine.yes(Complete(id=job_id, lock_id=await engine.held(job_id), download_url="https://x/y", **fields))
+    await engine.yes(cmd.Complete(id=job_id, lock_id=await engine.held(job_id), download_url="https://x/y", **fields))
 
 
 async def create_expiring(engine: VirtualEngine, job_id: str = "waits") -> None:
     """Create a queued job that expires after 20 days."""
-    await engine.yes(Create(id=job_id, expires_at=engine.now + 20 * DAY_MS))
+    await engine.yes(cmd.Create(id=job_id, expires_at=engine.now + 20 * DAY_MS))
 
 
 def status(engine: VirtualEngine, job_id: str) -> str | None:
@@ -62,11 +47,11 @@ async def test_the_first_command_after_a_step_fails_and_deletes_nothing(engine: 
     await create_completed(engine)
     await create_expiring(engine)
     for command in (
-        Claim(worker="w"),
-        Expire(limit=10),
-        DeleteExpired(ids=["done"]),
-        Recover(limit=10),
-        Preview(limit=10),
+        cmd.Claim(worker="w"),
+        cmd.Expire(limit=10),
+        cmd.DeleteExpired(ids=["done"]),
+        cmd.Recover(limit=10),
+        cmd.Preview(limit=10),
     ):
         engine.step_ms = STEP_MS
         data = await engine.yes(command)
@@ -75,15 +60,15 @@ async def test_the_first_command_after_a_step_fails_and_deletes_nothing(engine: 
         assert not getattr(data, "expired", None)
         assert (status(engine, "done"), status(engine, "waits")) == ("completed", "queued")
         engine.step_ms = 0
-    assert [grant.job.id for grant in (await engine.yes(Claim(worker="w"))).grants] == ["waits"]
+    assert [grant.job.id for grant in (await engine.yes(cmd.Claim(worker="w"))).grants] == ["waits"]
 
 
 def test_an_operator_can_still_end_and_delete_jobs() -> None:
     rules = RuleHarness()
     rules.create("waits", expires_at=rules.now + DAY_MS)
     rules.now, rules.trusted = rules.now + STEP_MS, rules.now
-    rules.accept(Cancel(id="waits"))
-    rules.accept(Delete(id="waits"), admin=True)
+    rules.accept(cmd.Cancel(id="waits"))
+    rules.accept(cmd.Delete(id="waits"), admin=True)
     assert "waits" not in rules.rows
 
 
@@ -91,11 +76,11 @@ def test_a_pause_ends_by_the_expected_time_and_may_end_at_any_time_after_it() ->
     rules = RuleHarness()
     expected = rules.now
     rules.now, rules.trusted = rules.now + STEP_MS, expected
-    rules.reject(Pause(name="q", until=expected), "invalid_request")
-    rules.accept(Pause(name="q", until=expected + HOUR_MS))
-    assert rules.accept(EndPauses()).done == 0
+    rules.reject(cmd.Pause(name="q", until=expected), "invalid_request")
+    rules.accept(cmd.Pause(name="q", until=expected + HOUR_MS))
+    assert rules.accept(cmd.EndPauses()).done == 0
     rules.trusted = expected + HOUR_MS
-    assert rules.accept(EndPauses()).done == 1
+    assert rules.accept(cmd.EndPauses()).done == 1
 
 
 # -- cleanup runs ------------------------------------------------------------------------------------------------------
@@ -109,7 +94,7 @@ async def test_forty_days_ahead_for_six_seconds_and_a_forced_cleanup_run_lose_no
         for job_id in ("a", "b", "c", "gone"):
             await create_completed(engine, job_id)
         await create_expiring(engine)
-        await engine.yes(Delete(id="gone"))
+        await engine.yes(cmd.Delete(id="gone"))
         disk.audited = {1: AuditEntry(1, "admin", "", "pause")}
         engine.step_ms = STEP_MS
         report = await engine.maintainer.run_cleanup(forced=True)
@@ -180,11 +165,11 @@ async def test_times_given_by_a_caller_are_not_rejected(engine: VirtualEngine) -
     right = engine.now
     engine.step_ms = STEP_MS
     await create_completed(engine, expires_at=right + DAY_MS)
-    await engine.yes(Create(id="new", expires_at=right + DAY_MS))
-    rejection = await engine.no(Create(id="past", expires_at=right - DAY_MS))
+    await engine.yes(cmd.Create(id="new", expires_at=right + DAY_MS))
+    rejection = await engine.no(cmd.Create(id="past", expires_at=right - DAY_MS))
     assert rejection.code == "invalid_request"
     engine.step_ms = 0
-    assert not (await engine.yes(Expire(limit=10))).done
+    assert not (await engine.yes(cmd.Expire(limit=10))).done
     assert (status(engine, "done"), status(engine, "new")) == ("completed", "queued")
 
 
@@ -192,13 +177,13 @@ async def test_times_given_by_a_caller_are_not_rejected(engine: VirtualEngine) -
 async def test_idempotency_keys_age_by_the_expected_time() -> None:
     disk = MemoryStorage()
     async with VirtualEngine(disk) as engine:
-        use = IdempotencyKey("k", "body")
-        await engine.actor.ask(Create(id="a"), key=use)
+        use = cmd.IdempotencyKey("k", "body")
+        await engine.actor.ask(cmd.Create(id="a"), key=use)
         engine.step_ms = STEP_MS
-        answer = await engine.actor.ask(Create(id="a"), key=use)
+        answer = await engine.actor.ask(cmd.Create(id="a"), key=use)
         assert isinstance(answer, Response)
         assert answer.replayed
-        await engine.actor.ask(Create(id="b"), key=IdempotencyKey("l", "body"))
+        await engine.actor.ask(cmd.Create(id="b"), key=cmd.IdempotencyKey("l", "body"))
         rows: dict[str, StoredResponse] = disk.keys
         assert rows["l"].at < engine.now - DAY_MS
 
@@ -214,25 +199,25 @@ async def test_the_suspicion_is_on_disk_with_the_first_batch_and_stays_with_the_
         writes = len(disk.batches)
         right = engine.now
         engine.step_ms = 2 * DAY_MS  # less than half of the shortest retention: the next start would not notice
-        await engine.yes(Get(id="done"))
+        await engine.yes(cmd.Get(id="done"))
         assert (len(disk.batches) - writes, disk.numbers.clock_suspect, disk.numbers.wall_ms) == (1, True, right)
-        await engine.yes(Get(id="done"))
+        await engine.yes(cmd.Get(id="done"))
         assert len(disk.batches) - writes == 1
         await seconds(3)
-        await engine.yes(Create(id="a"))
+        await engine.yes(cmd.Create(id="a"))
         assert (disk.numbers.clock_suspect, disk.numbers.wall_ms) == (True, right + 3 * SECOND_MS)
     for _ in range(2):
         async with VirtualEngine(disk, step_ms=2 * DAY_MS) as engine:
             engine.run_maintainer()
             assert engine.clock.suspect
             assert (await engine.maintainer.run_cleanup(forced=True)).expired_jobs_deleted == 0
-            await engine.yes(Tick())
+            await engine.yes(cmd.Tick())
             assert disk.numbers.clock_suspect
             assert status(engine, "done") == "completed"
     async with VirtualEngine(disk, step_ms=2 * DAY_MS) as engine:
         engine.run_maintainer()
         engine.clock.accept()
-        await engine.yes(Get(id="done"))
+        await engine.yes(cmd.Get(id="done"))
         assert not disk.numbers.clock_suspect
         assert disk.numbers.wall_ms == engine.now
     async with VirtualEngine(disk, step_ms=2 * DAY_MS) as engine:
@@ -289,12 +274,12 @@ async def test_on_a_full_disk_the_suspicion_is_written_when_there_is_space() -> 
     disk = MemoryStorage()
     async with VirtualEngine(disk) as engine:
         engine.run_maintainer()
-        await engine.yes(Create(id="a"))
+        await engine.yes(cmd.Create(id="a"))
         disk.fill()
-        await engine.no(Create(id="b"))
+        await engine.no(cmd.Create(id="b"))
         writes = disk.calls["write"]
         engine.step_ms = STEP_MS
-        await engine.yes(Get(id="a"))
+        await engine.yes(cmd.Get(id="a"))
         assert (disk.calls["write"], disk.numbers.clock_suspect) == (writes, False)
         disk.free()
         await until(lambda: disk.numbers.clock_suspect)
@@ -304,10 +289,10 @@ async def test_on_a_full_disk_the_suspicion_is_written_when_there_is_space() -> 
 async def test_a_read_is_answered_even_if_the_suspicion_cannot_be_written() -> None:
     disk = MemoryStorage()
     async with VirtualEngine(disk) as engine:
-        await engine.yes(Create(id="a"))
+        await engine.yes(cmd.Create(id="a"))
         disk.fill()
         engine.step_ms = STEP_MS
-        await engine.yes(Get(id="a"))
+        await engine.yes(cmd.Get(id="a"))
         assert engine.actor.full_disk.write_limit
         disk.free()
 
@@ -326,7 +311,7 @@ async def test_an_accepted_clock_is_on_disk_before_the_response() -> None:
         engine.step_ms = STEP_MS
         assert services.clock_view().suspect
         assert "40 d ahead" in services.clock_view().message
-        await engine.yes(Tick())
+        await engine.yes(cmd.Tick())
         assert disk.numbers.clock_suspect
         view = await services.accept_clock()
         assert not isinstance(view, ApiError)
@@ -338,7 +323,7 @@ async def test_an_accepted_clock_is_on_disk_before_the_response() -> None:
 async def test_a_job_that_finishes_while_the_clock_is_behind_is_kept_for_its_whole_retention() -> None:
     disk = MemoryStorage()
     async with VirtualEngine(disk, schedule=PASSES) as engine:
-        await engine.yes(Create(id="seen"))
+        await engine.yes(cmd.Create(id="seen"))
     async with VirtualEngine(disk, schedule=PASSES, step_ms=-STEP_MS) as engine:
         engine.run_maintainer()
         await create_completed(engine)
@@ -356,12 +341,12 @@ async def test_a_job_that_finishes_while_the_clock_is_behind_is_kept_for_its_who
 async def test_a_key_outlives_the_step_of_a_clock_that_is_put_right() -> None:
     disk = MemoryStorage()
     async with VirtualEngine(disk) as engine:
-        await engine.yes(Create(id="seen"))
+        await engine.yes(cmd.Create(id="seen"))
     async with VirtualEngine(disk, step_ms=-STEP_MS) as engine:
-        key = IdempotencyKey("k", "body")
-        first = await engine.actor.ask(Create(), key=key)
+        key = cmd.IdempotencyKey("k", "body")
+        first = await engine.actor.ask(cmd.Create(), key=key)
         engine.step_ms = 0
-        again = await engine.actor.ask(Create(), key=key)
+        again = await engine.actor.ask(cmd.Create(), key=key)
         assert isinstance(again, Response)
         assert (engine.clock.suspect, again.replayed, len(engine.state.jobs)) == (False, True, 2), first
 
@@ -372,9 +357,9 @@ async def test_a_forced_run_prunes_no_event_by_a_clock_that_is_or_becomes_suspec
     schedule = CleanupSchedule(journal_ms=HOUR_MS)
     async with VirtualEngine(disk, schedule=schedule) as engine:
         engine.run_maintainer()
-        await engine.yes(Create(id="gone"))
-        await engine.yes(Cancel(id="gone"))
-        await engine.yes(Delete(id="gone"), admin=True)
+        await engine.yes(cmd.Create(id="gone"))
+        await engine.yes(cmd.Cancel(id="gone"))
+        await engine.yes(cmd.Delete(id="gone"), admin=True)
 
         def kept() -> int:
             return sum(event.job_id == "gone" for event in disk.events)
@@ -405,8 +390,8 @@ async def test_a_clock_is_not_accepted_if_that_cannot_be_stored() -> None:
     async with VirtualEngine(disk) as engine:
         engine.step_ms = STEP_MS
         disk.fill()
-        await engine.no(Create(id="a"))
-        await engine.no(Tick())
+        await engine.no(cmd.Create(id="a"))
+        await engine.no(cmd.Tick())
         rejected = await services_of(engine).accept_clock()
         assert isinstance(rejected, ApiError)
         assert rejected.code == "storage_full"

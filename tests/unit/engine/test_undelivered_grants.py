@@ -7,14 +7,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from jobd.model.commands import (
-    Cancel,
-    Claim,
-    Complete,
-    Create,
-    Get,
-    Start,
-)
+from jobd.model import commands as cmd
 from jobd.model.events import Change
 from jobd.model.responses import Response
 from tests.support.memory_storage import MemoryStorage
@@ -31,15 +24,15 @@ from tests.support.virtual_engine import (
 
 @in_checked_engine()
 async def test_an_undelivered_grant_is_released(engine: VirtualEngine) -> None:
-    await engine.yes(Create(id="a"))
-    answer = await engine.actor.ask(Start(id="a", worker="w"))
+    await engine.yes(cmd.Create(id="a"))
+    answer = await engine.actor.ask(cmd.Start(id="a", worker="w"))
     assert isinstance(answer, Response)
     engine.actor.undelivered(answer)
     await settle()
-    view = await engine.yes(Get(id="a"))
+    view = await engine.yes(cmd.Get(id="a"))
     assert (view.status, view.attempt) == ("queued", 0)
     assert [event.type for event in engine.disk.events] == ["created", "granted", "undelivered"]
-    repeated = await engine.actor.ask(Start(id="a", worker="w"))
+    repeated = await engine.actor.ask(cmd.Start(id="a", worker="w"))
     engine.actor.undelivered(answer)  # an old response ends no newer grant
     await settle()
     assert isinstance(repeated, Response)
@@ -50,8 +43,8 @@ async def test_an_undelivered_grant_is_released(engine: VirtualEngine) -> None:
 async def test_a_caller_that_leaves_before_the_batch_gets_no_grant() -> None:
     engine = VirtualEngine()
     await asyncio.sleep(0)
-    created = start_task(engine.actor.ask(Create(id="a")))
-    abandoned = start_task(engine.actor.ask(Start(id="a", worker="w")))
+    created = start_task(engine.actor.ask(cmd.Create(id="a")))
+    abandoned = start_task(engine.actor.ask(cmd.Start(id="a", worker="w")))
     await settle()
     abandoned.cancel()
     await settle()
@@ -65,9 +58,9 @@ async def test_a_caller_that_leaves_before_the_batch_gets_no_grant() -> None:
 async def test_the_grant_of_a_caller_that_leaves_during_the_commit_is_released() -> None:
     for name in (None, key("k")):
         async with checked_engine() as engine:
-            await engine.yes(Create(id="a"))
+            await engine.yes(cmd.Create(id="a"))
             engine.disk.gate.clear()
-            abandoned = start_task(engine.actor.ask(Claim(worker="w"), key=name))
+            abandoned = start_task(engine.actor.ask(cmd.Claim(worker="w"), key=name))
             await engine.disk.at_gate.wait()
             abandoned.cancel()
             await settle()
@@ -80,8 +73,8 @@ async def test_the_grant_of_a_caller_that_leaves_during_the_commit_is_released()
 @in_checked_engine()
 async def test_the_grant_of_a_caller_that_leaves_after_the_commit_is_released(engine: VirtualEngine) -> None:
     """The response is set, but the waiting task is cancelled before it reads it."""
-    await engine.yes(Create(id="a"))
-    abandoned = start_task(engine.actor.ask(Start(id="a", worker="w")))
+    await engine.yes(cmd.Create(id="a"))
+    abandoned = start_task(engine.actor.ask(cmd.Start(id="a", worker="w")))
 
     def hang_up(changes: Sequence[Change]) -> None:
         abandoned.cancel()
@@ -96,8 +89,8 @@ async def test_the_grant_of_a_caller_that_leaves_after_the_commit_is_released(en
 
 @in_checked_engine()
 async def test_a_keyed_grant_stays_while_one_connection_received_it(engine: VirtualEngine) -> None:
-    await engine.yes(Create(id="a"))
-    start = Start(id="a", worker="w")
+    await engine.yes(cmd.Create(id="a"))
+    start = cmd.Start(id="a", worker="w")
     first = await engine.actor.ask(start, key=key("k"))
     second = await engine.actor.ask(start, key=key("k"))
     assert isinstance(first, Response)
@@ -115,8 +108,8 @@ async def test_a_keyed_grant_stays_while_one_connection_received_it(engine: Virt
 
 @in_checked_engine()
 async def test_a_repeat_before_the_release_keeps_the_grant(engine: VirtualEngine) -> None:
-    await engine.yes(Create(id="a"))
-    start = Start(id="a", worker="w")
+    await engine.yes(cmd.Create(id="a"))
+    start = cmd.Start(id="a", worker="w")
     first = await engine.actor.ask(start, key=key("k"))
     repeat = start_task(engine.actor.ask(start, key=key("k")))
     await asyncio.sleep(0)  # the release is in the mailbox
@@ -130,8 +123,8 @@ async def test_a_repeat_before_the_release_keeps_the_grant(engine: VirtualEngine
 
 @in_checked_engine()
 async def test_an_abandoned_repeat_does_not_release_the_grant(engine: VirtualEngine) -> None:
-    await engine.yes(Create(id="a"))
-    start = Start(id="a", worker="w")
+    await engine.yes(cmd.Create(id="a"))
+    start = cmd.Start(id="a", worker="w")
     engine.disk.gate.clear()
     first = start_task(engine.actor.ask(start, key=key("k")))
     await engine.disk.at_gate.wait()
@@ -151,9 +144,9 @@ async def test_an_abandoned_repeat_does_not_release_the_grant(engine: VirtualEng
 @in_virtual_time
 async def test_a_grant_that_an_earlier_daemon_may_have_sent_is_not_released() -> None:
     """Found by simulation, seed 22611: a power cut after delivery, then an abandoned repeat under the key."""
-    disk, start = MemoryStorage(), Start(id="a", worker="w")
+    disk, start = MemoryStorage(), cmd.Start(id="a", worker="w")
     async with VirtualEngine(disk) as engine:
-        await engine.yes(Create(id="a"))
+        await engine.yes(cmd.Create(id="a"))
         first = await engine.yes(start, key=key("k"))
     async with VirtualEngine(disk) as engine:
         repeated = await engine.actor.ask(start, key=key("k"))
@@ -162,16 +155,16 @@ async def test_a_grant_that_an_earlier_daemon_may_have_sent_is_not_released() ->
         engine.actor.undelivered(repeated)
         await settle()
         assert engine.state.holds("a", first.lock_id)
-        await engine.yes(Complete(id="a", lock_id=first.lock_id))
+        await engine.yes(cmd.Complete(id="a", lock_id=first.lock_id))
 
 
 @in_virtual_time
 async def test_nothing_is_remembered_of_a_keyed_grant_that_ended_before_its_caller_left() -> None:
     engine = VirtualEngine()
     engine.disk.gate.clear()
-    created = start_task(engine.actor.ask(Create(id="a")))
-    started = start_task(engine.actor.ask(Start(id="a", worker="w"), key=key("k")))
-    cancelled = start_task(engine.actor.ask(Cancel(id="a")))
+    created = start_task(engine.actor.ask(cmd.Create(id="a")))
+    started = start_task(engine.actor.ask(cmd.Start(id="a", worker="w"), key=key("k")))
+    cancelled = start_task(engine.actor.ask(cmd.Cancel(id="a")))
     await settle()
     async with engine:
         await engine.disk.at_gate.wait()

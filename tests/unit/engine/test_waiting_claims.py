@@ -11,19 +11,8 @@ from jobd.core.worker_presence import WorkerPresence
 from jobd.engine.actor import CLOCK_CHECK_S, DiskBroken
 from jobd.engine.envelope import Envelope
 from jobd.engine.waiting_claims import WaitingClaims
+from jobd.model import commands as cmd
 from jobd.model.clocks import MonotonicS
-from jobd.model.commands import (
-    Bulk,
-    Claim,
-    Create,
-    ForceReset,
-    Get,
-    Pause,
-    Ping,
-    Release,
-    Resume,
-    RunNow,
-)
 from jobd.model.errors import ApiError
 from jobd.model.job import DAY_MS
 from jobd.model.storage import DiskFull, JobQuery
@@ -47,7 +36,7 @@ from tests.support.virtual_engine import (
 @in_checked_engine()
 async def test_waiting_claims_are_served_in_order_of_arrival(engine: VirtualEngine) -> None:
     waiting = [await waiting_claim(engine, f"w-{number}", limit=limit) for number, limit in enumerate((1, 2, 1))]
-    await engine.yes(Bulk(jobs=[Create(id=name) for name in "abcde"]))
+    await engine.yes(cmd.Bulk(jobs=[cmd.Create(id=name) for name in "abcde"]))
     assert [granted_ids(await task) for task in waiting] == [["a"], ["b", "c"], ["d"]]
     assert len(engine.actor.waiting_claims) == 0
     assert engine.disk.batches[0].changes[0].event.type == "created"  # all in one transaction
@@ -59,7 +48,7 @@ async def test_the_order_of_arrival_holds_across_queues(engine: VirtualEngine) -
     """A claim for several queues does not take a job that another claim has waited for longer."""
     first = await waiting_claim(engine, "first", queues=["q"])
     second = await waiting_claim(engine, "second", queues=["default", "q"])
-    await engine.yes(Bulk(jobs=[Create(id="a"), Create(id="b", queue="q", priority=-1)]))
+    await engine.yes(cmd.Bulk(jobs=[cmd.Create(id="a"), cmd.Create(id="b", queue="q", priority=-1)]))
     assert granted_ids(await first) == ["b"]
     assert granted_ids(await second) == ["a"]
 
@@ -70,7 +59,7 @@ async def test_a_waiting_claim_is_answered_when_the_disk_fails() -> None:
     running = asyncio.create_task(engine.actor.run())
     waiting = await waiting_claim(engine, "w")
     engine.disk.write_errors.append(OSError("EIO"))
-    rejection = await engine.no(Create(id="a"))
+    rejection = await engine.no(cmd.Create(id="a"))
     assert rejection.code == "outcome_unknown"
     answer = await waiting
     assert isinstance(answer, ApiError)
@@ -82,7 +71,7 @@ async def test_a_waiting_claim_is_answered_when_the_disk_fails() -> None:
 @in_checked_engine()
 async def test_a_waiting_claim_is_served_before_a_new_one(engine: VirtualEngine) -> None:
     waiting = await waiting_claim(engine, "first")
-    tasks = ask_all(engine, [Create(id="a"), Claim(worker="second")])
+    tasks = ask_all(engine, [cmd.Create(id="a"), cmd.Claim(worker="second")])
     assert granted_ids(await waiting) == ["a"]
     assert granted_ids(await tasks[1]) == []
 
@@ -92,15 +81,15 @@ async def test_a_claim_waits_for_its_queues_and_kinds(engine: VirtualEngine) -> 
     one = await waiting_claim(engine, "one", queues=["q", "r", "q"], kinds=["k", "l", "k"])
     any_kind = await waiting_claim(engine, "any", queues=["q"])
     two = await waiting_claim(engine, "two", queues=["q"], kinds=["k"])
-    await engine.yes(Create(id="a", queue="elsewhere", kind="k"))
-    await engine.yes(Create(id="b", queue="r", kind="m"))
+    await engine.yes(cmd.Create(id="a", queue="elsewhere", kind="k"))
+    await engine.yes(cmd.Create(id="b", queue="r", kind="m"))
     await settle()
     assert len(engine.actor.waiting_claims) == 3
-    await engine.yes(Create(id="c", queue="q", kind="m"))
+    await engine.yes(cmd.Create(id="c", queue="q", kind="m"))
     assert granted_ids(await any_kind) == ["c"]
-    await engine.yes(Create(id="d", queue="r", kind="l"))
+    await engine.yes(cmd.Create(id="d", queue="r", kind="l"))
     assert granted_ids(await one) == ["d"]
-    await engine.yes(Create(id="e", queue="q", kind="k"))
+    await engine.yes(cmd.Create(id="e", queue="q", kind="k"))
     assert granted_ids(await two) == ["e"]
 
 
@@ -108,25 +97,25 @@ async def test_a_claim_waits_for_its_queues_and_kinds(engine: VirtualEngine) -> 
 async def test_commands_that_make_a_job_due_serve_a_waiting_claim(engine: VirtualEngine) -> None:
     lock_id = await engine.held("a", lock_ttl_ms=60_000)
     waiting = await waiting_claim(engine, "w")
-    await engine.yes(Release(id="a", lock_id=lock_id))
+    await engine.yes(cmd.Release(id="a", lock_id=lock_id))
     assert granted_ids(await waiting) == ["a"]
     waiting = await waiting_claim(engine, "w")
-    await engine.yes(ForceReset(id="a"))
+    await engine.yes(cmd.ForceReset(id="a"))
     assert granted_ids(await waiting) == ["a"]
-    await engine.yes(Pause(name="default"))
-    await engine.yes(Create(id="b"))
+    await engine.yes(cmd.Pause(name="default"))
+    await engine.yes(cmd.Create(id="b"))
     waiting = await waiting_claim(engine, "w")
-    await engine.yes(Resume(name="default"))
+    await engine.yes(cmd.Resume(name="default"))
     assert granted_ids(await waiting) == ["b"]
-    await engine.yes(Create(id="c", delay_ms=DAY_MS))
+    await engine.yes(cmd.Create(id="c", delay_ms=DAY_MS))
     waiting = await waiting_claim(engine, "w")
-    await engine.yes(RunNow(id="c"))
+    await engine.yes(cmd.RunNow(id="c"))
     assert granted_ids(await waiting) == ["c"]
 
 
 @in_checked_engine()
 async def test_a_waiting_claim_gets_a_delayed_job_when_it_is_due(engine: VirtualEngine) -> None:
-    await engine.yes(Create(id="a", delay_ms=2_500))
+    await engine.yes(cmd.Create(id="a", delay_ms=2_500))
     waiting = await waiting_claim(engine, "w")
     begun = engine.now
     assert granted_ids(await waiting) == ["a"]
@@ -135,8 +124,8 @@ async def test_a_waiting_claim_gets_a_delayed_job_when_it_is_due(engine: Virtual
 
 @in_checked_engine()
 async def test_a_step_of_the_clock_that_makes_a_job_eligible_wakes_a_waiting_claim(engine: VirtualEngine) -> None:
-    await engine.yes(Create(id="a", delay_ms=DAY_MS // 2))
-    await engine.yes(Create(id="b", queue="q", expires_at=engine.now + DAY_MS // 4))
+    await engine.yes(cmd.Create(id="a", delay_ms=DAY_MS // 2))
+    await engine.yes(cmd.Create(id="b", queue="q", expires_at=engine.now + DAY_MS // 4))
     ahead = await waiting_claim(engine, "ahead")
     begun = asyncio.get_running_loop().time()
     engine.step_ms += DAY_MS // 2
@@ -165,21 +154,21 @@ async def test_an_abandoned_claim_gets_no_job(engine: VirtualEngine) -> None:
     left.cancel()
     await settle()
     assert len(engine.actor.waiting_claims) == 1
-    await engine.yes(Create(id="a"))
+    await engine.yes(cmd.Create(id="a"))
     assert granted_ids(await waiting) == ["a"]
 
 
 @in_checked_engine()
 async def test_a_claim_skips_overdue_jobs_and_waits(engine: VirtualEngine) -> None:
-    await engine.yes(Create(id="a", expires_at=engine.now + 1_000))
+    await engine.yes(cmd.Create(id="a", expires_at=engine.now + 1_000))
     await asyncio.sleep(1)
     waiting = await waiting_claim(engine, "w")
-    assert (await engine.yes(Get(id="a"))).status == "queued"
-    await engine.yes(Create(id="b", expires_at=engine.now + 1_000, delay_ms=1_000))
+    assert (await engine.yes(cmd.Get(id="a"))).status == "queued"
+    await engine.yes(cmd.Create(id="b", expires_at=engine.now + 1_000, delay_ms=1_000))
     await asyncio.sleep(1)
     await settle()
-    assert (await engine.yes(Get(id="b"))).status == "queued"
-    await engine.yes(Create(id="c"))
+    assert (await engine.yes(cmd.Get(id="b"))).status == "queued"
+    await engine.yes(cmd.Create(id="c"))
     assert granted_ids(await waiting) == ["c"]
 
 
@@ -188,8 +177,8 @@ async def test_end_claim_waits_answers_waiting_claims_and_accepts_no_new_ones(en
     waiting = [await waiting_claim(engine, "w"), await waiting_claim(engine, "w", key=key("k"))]
     engine.actor.end_claim_waits()
     assert [granted_ids(await task) for task in waiting] == [[], []]
-    assert granted_ids(await engine.actor.ask(Claim(worker="w", wait_ms=30_000))) == []
-    await engine.yes(Create())  # other commands continue
+    assert granted_ids(await engine.actor.ask(cmd.Claim(worker="w", wait_ms=30_000))) == []
+    await engine.yes(cmd.Create())  # other commands continue
 
 
 @in_virtual_time
@@ -198,12 +187,12 @@ async def test_stop_drains_the_mailbox() -> None:
     running = start_task(engine.actor.run())
     waiting = await waiting_claim(engine, "w")
     engine.disk.gate.clear()
-    under_way = start_task(engine.actor.ask(Create(id="a", queue="q")))
+    under_way = start_task(engine.actor.ask(cmd.Create(id="a", queue="q")))
     await engine.disk.at_gate.wait()
-    in_mailbox = start_task(engine.actor.ask(Create(id="b", queue="q")))
+    in_mailbox = start_task(engine.actor.ask(cmd.Create(id="b", queue="q")))
     await settle()
     engine.actor.stop()
-    assert (await engine.actor.ask(Ping())).code == "shutting_down"  # type: ignore[union-attr]
+    assert (await engine.actor.ask(cmd.Ping())).code == "shutting_down"  # type: ignore[union-attr]
     engine.disk.gate.set()
     await running
     assert [(await task).status for task in (under_way, in_mailbox)] == [201, 201]
@@ -229,7 +218,7 @@ def test_the_claim_that_waits_longest_is_found() -> None:
         loop = asyncio.get_running_loop()
 
         def claim(deadline: float, **fields: Any) -> Envelope:
-            envelope = Envelope(Claim(worker="w", **fields), futures=[loop.create_future()])
+            envelope = Envelope(cmd.Claim(worker="w", **fields), futures=[loop.create_future()])
             envelope.deadline = MonotonicS(deadline)
             return envelope
 
@@ -262,9 +251,9 @@ async def test_a_claim_of_many_queues_and_kinds_takes_few_places() -> None:
         last = await waiting_claim(engine, "last", queues=["q-7"], kinds=["k-99"])
         places = [places for _, places, _ in engine.actor.waiting_claims.by_ticket.values()]
         assert [len(each) for each in places] == [100, 100, 100, 1]
-        await engine.yes(Bulk(jobs=[Create(id=name, queue="q-7", kind="k-99") for name in "abc"]))
+        await engine.yes(cmd.Bulk(jobs=[cmd.Create(id=name, queue="q-7", kind="k-99") for name in "abc"]))
         assert [granted_ids(await task) for task in [*waiting, last]] == [["a"], ["b"], ["c"]]
-        await engine.yes(Create(id="d", queue="q-7", kind="k-9"))
+        await engine.yes(cmd.Create(id="d", queue="q-7", kind="k-9"))
         assert granted_ids(await first) == ["d"]
 
 
@@ -272,7 +261,9 @@ async def test_a_claim_of_many_queues_and_kinds_takes_few_places() -> None:
 async def test_a_claim_gets_the_next_job_if_its_first_one_is_quarantined_before_the_commit(
     engine: VirtualEngine,
 ) -> None:
-    await engine.yes(Bulk(jobs=[Create(id="a", kind="k", delay_ms=10), Create(id="b", kind="l", delay_ms=10)]))
+    await engine.yes(
+        cmd.Bulk(jobs=[cmd.Create(id="a", kind="k", delay_ms=10), cmd.Create(id="b", kind="l", delay_ms=10)])
+    )
     waiting = await waiting_claim(engine, "w")
     engine.disk.gate.clear()
     await engine.disk.at_gate.wait()
@@ -285,14 +276,14 @@ async def test_a_claim_gets_the_next_job_if_its_first_one_is_quarantined_before_
 @in_virtual_time
 async def test_a_keyed_claim_whose_caller_leaves_before_the_batch_does_not_wait() -> None:
     engine = VirtualEngine()
-    left = start_task(engine.actor.ask(Claim(worker="gone", wait_ms=30_000), key=key("k")))
+    left = start_task(engine.actor.ask(cmd.Claim(worker="gone", wait_ms=30_000), key=key("k")))
     await settle()
     left.cancel()
     await settle()
     async with engine:
         await settle()
         assert len(engine.actor.waiting_claims) == 0
-        await engine.yes(Create(id="a"))
+        await engine.yes(cmd.Create(id="a"))
         assert [event.type for event in engine.disk.events] == ["created"]
 
 
@@ -301,7 +292,7 @@ async def test_a_claim_whose_caller_leaves_during_a_failed_commit_does_not_wait_
     waiting = await waiting_claim(engine, "w")
     engine.disk.gate.clear()
     engine.disk.write_errors.append(DiskFull("full"))
-    created = start_task(engine.actor.ask(Create(id="a")))
+    created = start_task(engine.actor.ask(cmd.Create(id="a")))
     await engine.disk.at_gate.wait()
     waiting.cancel()
     await settle()

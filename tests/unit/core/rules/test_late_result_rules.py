@@ -12,29 +12,7 @@ from msgspec.structs import replace
 from jobd.core import decide
 from jobd.core.rules import late_result_rules
 from jobd.core.transaction import Transaction
-from jobd.model.commands import (
-    Adopt,
-    Call,
-    Cancel,
-    Claim,
-    Complete,
-    Delete,
-    Extend,
-    ExtendLock,
-    Fail,
-    ForceFail,
-    ForceReset,
-    Get,
-    LateResults,
-    Progress,
-    Recover,
-    Release,
-    ReleaseLock,
-    Transition,
-    Undelivered,
-    Update,
-    Why,
-)
+from jobd.model import commands as cmd
 from jobd.model.errors import ApiError
 from jobd.model.job import DAY_MS, MAX_LATE_RESULTS, MINUTE_MS, LatePolicy, Policy, Result
 from jobd.model.responses import HistoryRead, JobView, LateResultList, Response, WhyView
@@ -51,12 +29,12 @@ def stalled(rules: RuleHarness, *, worker: str = "w-1", **fields: Any) -> str:
     """Create a job that stalled; return its former lock."""
     lock_id = rules.held(worker=worker, **fields)
     rules.advance(LONG)
-    rules.accept(Recover(limit=1))
+    rules.accept(cmd.Recover(limit=1))
     return lock_id
 
 
-def completing(lock_id: str, **fields: Any) -> Complete:
-    return Complete(id="a", lock_id=lock_id, **({"file_path": "/out"} | fields))
+def completing(lock_id: str, **fields: Any) -> cmd.Complete:
+    return cmd.Complete(id="a", lock_id=lock_id, **({"file_path": "/out"} | fields))
 
 
 def late(
@@ -71,7 +49,7 @@ def late(
 
 
 def advice(rules: RuleHarness) -> list[str]:
-    view: WhyView = rules.accept(Why(id="a"))
+    view: WhyView = rules.accept(cmd.Why(id="a"))
     return view.do
 
 
@@ -128,7 +106,7 @@ def test_an_unknown_lock_leaves_nothing(rules: RuleHarness) -> None:
     for lock_id in ("never-one", others):
         assert "late_result" not in late(rules, completing(lock_id), is_stored=False).details
     rules.create("c")
-    rules.reject(Complete(id="c", lock_id="never-one"), "lock_lost")
+    rules.reject(cmd.Complete(id="c", lock_id="never-one"), "lock_lost")
     assert rules.last().type == "created"
 
 
@@ -137,7 +115,7 @@ def test_an_older_grant_is_found_in_the_journal(rules: RuleHarness) -> None:
     rules.start(worker="w-new")
     latest = rules.job().grant
     assert latest is not None
-    rules.accept(ForceReset(id="a"), admin=True)
+    rules.accept(cmd.ForceReset(id="a"), admin=True)
     assert rules.job().ended is not None
     rejection = late(rules, completing(old))
     assert rules.last().by == "worker:w-old"
@@ -169,7 +147,7 @@ def test_only_the_results_of_the_latest_grants_are_stored_and_replaced_ones_do_n
     for _ in range(MAX_LATE_RESULTS):
         locks.append(rules.start())
         rules.advance(LONG)
-        rules.accept(Recover(limit=1))
+        rules.accept(cmd.Recover(limit=1))
     for lock_id in locks:
         late(rules, completing(lock_id))
     assert [stored.fencing_token for stored in rules.late()] == rules.tokens[1:]
@@ -182,7 +160,7 @@ def test_a_result_between_stored_ones_replaces_the_oldest(rules: RuleHarness) ->
     for _ in range(MAX_LATE_RESULTS):
         locks.append(rules.start())
         rules.advance(LONG)
-        rules.accept(Recover(limit=1))
+        rules.accept(cmd.Recover(limit=1))
     for lock_id in locks[:2] + locks[3:]:
         late(rules, completing(lock_id))
     late(rules, completing(locks[2]))
@@ -193,7 +171,7 @@ def test_a_result_of_an_older_grant_is_stored_while_there_is_space(rules: RuleHa
     locks = [stalled(rules)]
     locks.append(rules.start())
     rules.advance(LONG)
-    rules.accept(Recover(limit=1))
+    rules.accept(cmd.Recover(limit=1))
     for lock_id in reversed(locks):
         late(rules, completing(lock_id))
     assert [stored.fencing_token for stored in rules.late()] == rules.tokens
@@ -215,9 +193,9 @@ def test_a_result_with_an_invalid_storage_key_is_not_stored(rules: RuleHarness) 
 
 def test_an_empty_late_result_is_stored(rules: RuleHarness) -> None:
     lock_id = stalled(rules)
-    late(rules, Complete(id="a", lock_id=lock_id, metadata=Raw(b"null")))
+    late(rules, cmd.Complete(id="a", lock_id=lock_id, metadata=Raw(b"null")))
     assert rules.late()[0].result == Result()
-    assert rules.accept(Adopt(id="a"), admin=True).status == "completed"
+    assert rules.accept(cmd.Adopt(id="a"), admin=True).status == "completed"
 
 
 def test_a_row_without_a_grant_leaves_nothing(rules: RuleHarness) -> None:
@@ -229,9 +207,9 @@ def test_a_row_without_a_grant_leaves_nothing(rules: RuleHarness) -> None:
 def test_a_lock_that_ends_in_the_same_batch_leaves_its_result(rules: RuleHarness) -> None:
     """Before the batch it was not late, so nothing was read from disk."""
     lock_id = rules.held()
-    rules.accept(ForceReset(id="a"), admin=True)
+    rules.accept(cmd.ForceReset(id="a"), admin=True)
     tx = Transaction(rules.state, rules.moment, rules.policy)
-    rejection = decide.decide(tx, Call(completing(lock_id)))
+    rejection = decide.decide(tx, cmd.Call(completing(lock_id)))
     assert isinstance(rejection, ApiError)
     assert rejection.details["late_result"] == tx.changes[0].event.seq
 
@@ -253,23 +231,23 @@ def test_a_queue_can_have_its_own_policy(policy: LatePolicy, queues: dict[str, L
 
 def test_a_worker_can_complete_after_an_operator_released_its_lock(rules: RuleHarness) -> None:
     lock_id = rules.held()
-    rules.accept(ReleaseLock(id="a", lock_id=lock_id), admin=True)
+    rules.accept(cmd.ReleaseLock(id="a", lock_id=lock_id), admin=True)
     late(rules, completing(lock_id))
 
 
 def test_a_grant_ended_by_its_holder_has_no_late_result(rules: RuleHarness) -> None:
     lock_id = rules.held(max_attempts=2)
-    rules.accept(Fail(id="a", lock_id=lock_id, error_message="e"))
+    rules.accept(cmd.Fail(id="a", lock_id=lock_id, error_message="e"))
     rules.reject(completing(lock_id), "invalid_transition")
     assert rules.late() == []
 
 
 def test_late_results_are_deleted_with_the_job(rules: RuleHarness) -> None:
     lock_id = rules.held()
-    rules.accept(ForceFail(id="a"), admin=True)
+    rules.accept(cmd.ForceFail(id="a"), admin=True)
     late(rules, completing(lock_id))
-    rules.accept(Delete(id="a"), admin=True)
-    rules.reject(LateResults(id="a"), "job_not_found", admin=True)
+    rules.accept(cmd.Delete(id="a"), admin=True)
+    rules.reject(cmd.LateResults(id="a"), "job_not_found", admin=True)
     assert not any(rules.late_results.values())
 
 
@@ -313,39 +291,39 @@ def test_a_job_that_failed_by_the_stall_is_adopted_too() -> None:
     rules = taking()
     lock_id = rules.held(on_stall="fail")
     rules.advance(LONG)
-    rules.accept(Recover(limit=1))
+    rules.accept(cmd.Recover(limit=1))
     assert rules.job().status == "failed"
     assert rules.accept(completing(lock_id)).status == "completed"
     assert rules.job().error is None
 
 
 def cancel(rules: RuleHarness) -> None:
-    rules.accept(Cancel(id="a"))
+    rules.accept(cmd.Cancel(id="a"))
 
 
 def grant_to_another(rules: RuleHarness) -> None:
-    rules.accept(Claim(worker="w-2"))
+    rules.accept(cmd.Claim(worker="w-2"))
 
 
 def update(rules: RuleHarness) -> None:
     rules.advance(1)
-    rules.accept(Update(id="a", priority=1), admin=True)
+    rules.accept(cmd.Update(id="a", priority=1), admin=True)
 
 
 def release_another(rules: RuleHarness) -> None:
-    rules.accept(ReleaseLock(id="a", lock_id=rules.start(worker="w-2")), admin=True)
+    rules.accept(cmd.ReleaseLock(id="a", lock_id=rules.start(worker="w-2")), admin=True)
 
 
 def stall_of_another(rules: RuleHarness) -> None:
     rules.start(worker="w-2")
     rules.advance(LONG)
-    rules.accept(Recover(limit=1))
+    rules.accept(cmd.Recover(limit=1))
 
 
 def move(rules: RuleHarness) -> None:
     rules.advance(1)
-    rules.accept(Transition(id="a", from_="queued", to="failed"), admin=True)
-    rules.accept(Transition(id="a", from_="failed", to="queued"), admin=True)
+    rules.accept(cmd.Transition(id="a", from_="queued", to="failed"), admin=True)
+    rules.accept(cmd.Transition(id="a", from_="failed", to="queued"), admin=True)
 
 
 def expire(rules: RuleHarness) -> None:
@@ -358,9 +336,12 @@ CHANGES: dict[str, tuple[dict[str, Any], Callable[[RuleHarness], object]]] = {
     "released by another": ({}, release_another),
     "stalled with another": ({}, stall_of_another),
     "cancelled": ({}, cancel),
-    "force-failed": ({}, lambda rules: rules.accept_admin(ForceFail(id="a"))),
+    "force-failed": ({}, lambda rules: rules.accept_admin(cmd.ForceFail(id="a"))),
     "moved": ({}, move),
-    "reset within the same millisecond": ({"on_stall": "fail"}, lambda rules: rules.accept_admin(ForceReset(id="a"))),
+    "reset within the same millisecond": (
+        {"on_stall": "fail"},
+        lambda rules: rules.accept_admin(cmd.ForceReset(id="a")),
+    ),
     "overdue": ({"expires_at": NOW + LONG + 5}, expire),
 }
 
@@ -381,12 +362,12 @@ def test_the_result_for_a_job_that_failed_by_an_earlier_stall_is_stored(touch: A
     rules = taking()
     rules.held(on_stall="fail")
     rules.advance(LONG)
-    rules.accept(Recover(limit=1))
-    rules.accept(Transition(id="a", from_="failed", to="queued"), admin=True)
+    rules.accept(cmd.Recover(limit=1))
+    rules.accept(cmd.Transition(id="a", from_="failed", to="queued"), admin=True)
     rules.row(replace(rules.job(), options=replace(rules.job().options, on_stall="requeue")))
     lock_id = rules.start()
     rules.advance(LONG)
-    rules.accept(Recover(limit=1))
+    rules.accept(cmd.Recover(limit=1))
     touch(rules)
     late(rules, completing(lock_id))
 
@@ -396,7 +377,7 @@ def test_the_result_for_a_row_without_error_or_last_grant_is_stored() -> None:
     rules = taking()
     lock_id = rules.held(on_stall="fail")
     rules.advance(LONG)
-    rules.accept(Recover(limit=1))
+    rules.accept(cmd.Recover(limit=1))
     whole = rules.row(replace(rules.job(), error=None))
     late(rules, completing(lock_id))
     rules.row(replace(whole, ended=None))
@@ -407,7 +388,7 @@ def test_the_result_for_a_row_without_error_or_last_grant_is_stored() -> None:
 def test_the_result_of_a_grant_that_an_operator_ended_is_stored() -> None:
     rules = taking()
     lock_id = rules.held()
-    rules.accept(ForceReset(id="a"), admin=True)
+    rules.accept(cmd.ForceReset(id="a"), admin=True)
     late(rules, completing(lock_id))
 
 
@@ -415,7 +396,7 @@ def test_the_result_for_a_job_that_stalled_before_is_stored() -> None:
     rules = taking()
     stalled(rules)
     lock_id = rules.start(worker="w-2")
-    rules.accept(ReleaseLock(id="a", lock_id=lock_id), admin=True)
+    rules.accept(cmd.ReleaseLock(id="a", lock_id=lock_id), admin=True)
     late(rules, completing(lock_id))
 
 
@@ -429,7 +410,7 @@ def test_a_result_that_may_not_complete_the_job_is_stored() -> None:
     )
     lock_id = rules.start()
     rules.advance(LONG)
-    rules.accept(Recover(limit=1))
+    rules.accept(cmd.Recover(limit=1))
     assert rules.accept(completing(lock_id, download_url="u")).status == "completed"
 
 
@@ -440,7 +421,7 @@ def test_an_operator_adopts_a_late_result(rules: RuleHarness) -> None:
     command = completing(stalled(rules), metadata=Raw(b"[1]"))
     late(rules, command)
     (result,), ended = rules.late(), rules.job().ended
-    view: JobView = rules.accept(Adopt(id="a", reason="it is whole"), admin=True, by="admin")
+    view: JobView = rules.accept(cmd.Adopt(id="a", reason="it is whole"), admin=True, by="admin")
     job, event = rules.job(), rules.last()
     assert (view.status, view.progress, view.file_path, view.metadata) == ("completed", 100, "/out", Raw(b"[1]"))
     assert (event.type, event.by, event.reason) == ("adopted", "admin", "it is whole")
@@ -453,11 +434,11 @@ def test_an_operator_adopts_a_late_result(rules: RuleHarness) -> None:
 def test_adoption_from_every_allowed_status(rules: RuleHarness, status: str) -> None:
     late(rules, completing(stalled(rules)))
     if status == "failed":
-        rules.accept(ForceFail(id="a"), admin=True)
+        rules.accept(cmd.ForceFail(id="a"), admin=True)
     if status == "cancelled":
-        rules.accept(Cancel(id="a"))
+        rules.accept(cmd.Cancel(id="a"))
     assert rules.job().status == status
-    assert rules.accept(Adopt(id="a"), admin=True).status == "completed"
+    assert rules.accept(cmd.Adopt(id="a"), admin=True).status == "completed"
     assert rules.job().error is None
 
 
@@ -466,27 +447,27 @@ def test_the_named_result_or_that_of_the_latest_grant_is_adopted(rules: RuleHarn
     old = stalled(rules)
     new = rules.start(worker="w-2")
     rules.advance(LONG)
-    rules.accept(Recover(limit=1))
+    rules.accept(cmd.Recover(limit=1))
     late(rules, completing(new, file_path="/new"))
     late(rules, completing(old, file_path="/old"))
     older, newer = rules.late()
-    rejection = rules.reject(Adopt(id="a", result=1), "late_result_not_found", admin=True)
+    rejection = rules.reject(cmd.Adopt(id="a", result=1), "late_result_not_found", admin=True)
     assert rejection.message == "Job a has no late result 1. List its late results: jobctl late a"
     result = {"the older": older.seq, "the newer": newer.seq, "none": None}[named]
-    rules.accept(Adopt(id="a", result=result), admin=True)
+    rules.accept(cmd.Adopt(id="a", result=result), admin=True)
     assert rules.job().result == Result(file_path="/old" if named == "the older" else "/new")
 
 
 def test_a_processing_job_cannot_adopt_and_the_error_names_its_holder(rules: RuleHarness) -> None:
     late(rules, completing(stalled(rules)))
     rules.start(worker="w-2")
-    rejection = rules.reject(Adopt(id="a"), "invalid_transition", admin=True)
+    rejection = rules.reject(cmd.Adopt(id="a"), "invalid_transition", admin=True)
     assert rejection.message == (
         "Job a is processing. Worker w-2 holds it. Wait until its grant ends, or end it "
         "(jobctl force-fail a); then adopt."
     )
     rules.row(replace(rules.job(), grant=None, deadlines=None))
-    rejection = rules.reject(Adopt(id="a"), "invalid_transition", admin=True)
+    rejection = rules.reject(cmd.Adopt(id="a"), "invalid_transition", admin=True)
     assert rejection.message == (
         "Job a is processing. Wait until its grant ends, or end it (jobctl force-fail a); then adopt."
     )
@@ -496,24 +477,24 @@ def test_a_job_created_in_the_same_batch_has_no_late_results(rules: RuleHarness)
     """Before the batch it did not exist, so nothing was read from disk."""
     rules.create()
     tx = Transaction(rules.state, rules.moment, rules.policy)
-    rejection = decide.decide(tx, Call(Adopt(id="a"), admin=True))
+    rejection = decide.decide(tx, cmd.Call(cmd.Adopt(id="a"), admin=True))
     assert isinstance(rejection, ApiError)
     assert rejection.code == "late_result_not_found"
 
 
 def test_adoption_needs_a_late_result(rules: RuleHarness) -> None:
     rules.create()
-    rejection = rules.reject(Adopt(id="a"), "late_result_not_found", admin=True)
+    rejection = rules.reject(cmd.Adopt(id="a"), "late_result_not_found", admin=True)
     assert (rejection.status, rejection.details) == (404, {"job_id": "a"})
     assert rejection.message == "Job a has no late result. List its late results: jobctl late a"
-    rules.reject(Adopt(id="b"), "job_not_found", admin=True)
+    rules.reject(cmd.Adopt(id="b"), "job_not_found", admin=True)
 
 
 def test_adoption_checks_the_required_download_url(rules: RuleHarness) -> None:
     late(rules, completing(stalled(rules)))
     rules.policy = Policy(require_download_url=True)
     for dry_run in (False, True):
-        rejection = rules.reject(Adopt(id="a", dry_run=dry_run), "invalid_request", admin=True)
+        rejection = rules.reject(cmd.Adopt(id="a", dry_run=dry_run), "invalid_request", admin=True)
         assert rejection.details == {"field": "$.download_url"}
         assert rejection.message == (
             f"Late result {rules.late()[0].seq} cannot be adopted: it has no download_url, which [validation] "
@@ -522,30 +503,32 @@ def test_adoption_checks_the_required_download_url(rules: RuleHarness) -> None:
             "keep)"
         )
     rules.policy = Policy()
-    assert rules.accept(Adopt(id="a"), admin=True).status == "completed"
+    assert rules.accept(cmd.Adopt(id="a"), admin=True).status == "completed"
 
 
 def test_a_late_result_that_may_complete_the_job_can_be_chosen() -> None:
     rules = RuleHarness(Policy(require_download_url=True))
     locks = [stalled(rules), rules.start()]
-    rules.accept(ForceReset(id="a"), admin=True)
+    rules.accept(cmd.ForceReset(id="a"), admin=True)
     late(rules, completing(locks[0], download_url="u"))
     late(rules, completing(locks[1]))
     good, newer = rules.late()
     assert late_result_rules.not_adoptable(good, rules.policy) is None
-    assert rules.reject(Adopt(id="a"), "invalid_request", admin=True).message.startswith(f"Late result {newer.seq} ")
-    assert rules.accept(Adopt(id="a", result=good.seq), admin=True).download_url == "u"
+    assert rules.reject(cmd.Adopt(id="a"), "invalid_request", admin=True).message.startswith(
+        f"Late result {newer.seq} "
+    )
+    assert rules.accept(cmd.Adopt(id="a", result=good.seq), admin=True).download_url == "u"
 
 
 def test_a_dry_run_of_an_adoption_changes_nothing(rules: RuleHarness) -> None:
-    rules.reject(Adopt(id="a", dry_run=True), "job_not_found", admin=True)
+    rules.reject(cmd.Adopt(id="a", dry_run=True), "job_not_found", admin=True)
     late(rules, completing(stalled(rules)))
     before = rules.job()
-    decision = rules.decide(Adopt(id="a", dry_run=True), admin=True)
+    decision = rules.decide(cmd.Adopt(id="a", dry_run=True), admin=True)
     assert (decision.changes, rules.job()) == ([], before)
     assert isinstance(decision.answer, Response)
-    assert decision.answer.data == rules.accept(Adopt(id="a"), admin=True)
-    rules.reject(Adopt(id="a", dry_run=True), "invalid_transition", admin=True)
+    assert decision.answer.data == rules.accept(cmd.Adopt(id="a"), admin=True)
+    rules.reject(cmd.Adopt(id="a", dry_run=True), "invalid_transition", admin=True)
 
 
 @pytest.mark.parametrize(("ahead", "used"), [(1, True), (0, False), (-1, False)])
@@ -553,7 +536,7 @@ def test_the_requested_deletion_time_counts_if_it_is_in_the_future(rules: RuleHa
     command = completing(stalled(rules), expires_at=rules.now + 10)
     late(rules, command)
     rules.advance(10 - ahead)
-    rules.accept(Adopt(id="a"), admin=True)
+    rules.accept(cmd.Adopt(id="a"), admin=True)
     assert rules.job().expires_at == (command.expires_at if used else rules.now + 7 * DAY_MS)
 
 
@@ -562,7 +545,7 @@ def test_the_requested_deletion_time_counts_if_it_is_in_the_future(rules: RuleHa
 
 def test_late_results_are_read_from_the_storage(rules: RuleHarness) -> None:
     rules.create()
-    answer = rules.ask(LateResults(id="a"), admin=True)
+    answer = rules.ask(cmd.LateResults(id="a"), admin=True)
     assert isinstance(answer, Response)
     assert answer.read == HistoryRead(late=rules.job().seq)
     assert answer.data == LateResultList([])
@@ -590,7 +573,7 @@ def test_why_does_not_suggest_an_adoption_that_would_be_rejected(rules: RuleHarn
     rules.policy = Policy()
     assert "jobctl adopt a" in advice(rules)[0], "the policy is that of now"
     rules.policy = Policy(require_download_url=True)
-    rules.accept(ForceFail(id="a"), admin=True)
+    rules.accept(cmd.ForceFail(id="a"), admin=True)
     rejected = late(rules, completing(lock_id, download_url="u"))
     assert rejected.message.endswith("an operator can adopt it: jobctl adopt a")
     assert advice(rules)[0] == "Worker w-8 submitted a late result. To adopt it: jobctl adopt a"
@@ -599,7 +582,7 @@ def test_why_does_not_suggest_an_adoption_that_would_be_rejected(rules: RuleHarn
 def test_why_names_the_late_result_that_can_be_adopted_even_if_it_is_not_the_latest() -> None:
     rules = RuleHarness(Policy(require_download_url=True))
     locks = [stalled(rules, worker="w-7"), rules.start(worker="w-8")]
-    rules.accept(ForceReset(id="a"), admin=True)
+    rules.accept(cmd.ForceReset(id="a"), admin=True)
     late(rules, completing(locks[0], download_url="u"))
     late(rules, completing(locks[1]))
     named = f"jobctl adopt a --result {rules.late()[0].seq}"
@@ -610,7 +593,7 @@ def test_why_first_names_the_late_result_of_the_latest_grant(rules: RuleHarness)
     locks = [stalled(rules, worker="w-7"), rules.start(worker="w-8")]
     held = advice(rules)
     rules.advance(LONG)
-    rules.accept(Recover(limit=1))
+    rules.accept(cmd.Recover(limit=1))
     queued = advice(rules)
     for lock_id in reversed(locks):
         late(rules, completing(lock_id))
@@ -625,24 +608,24 @@ def test_the_late_results_to_read_before_a_decision(rules: RuleHarness) -> None:
 
     lock_id = rules.held()
     seq = rules.job().seq
-    assert asks(Get(id="a")) is None
+    assert asks(cmd.Get(id="a")) is None
     assert asks(completing(lock_id)) is None, "its holder is who holds it"
-    assert asks(Complete(id="b", lock_id="x")) is None
-    assert asks(Adopt(id="b")) is None
+    assert asks(cmd.Complete(id="b", lock_id="x")) is None
+    assert asks(cmd.Adopt(id="b")) is None
     found = asks(completing("x"))
     assert (found.job_seq, found.lock_id, found.with_results) == (seq, "x", False)
-    found = asks(Adopt(id="a"))
+    found = asks(cmd.Adopt(id="a"))
     assert (found.job_seq, found.lock_id, found.with_results) == (seq, None, True)
-    found = asks(Why(id="a"))
+    found = asks(cmd.Why(id="a"))
     assert (found.job_seq, found.lock_id, found.with_results) == (seq, None, False)
-    rules.accept(ForceReset(id="a"), admin=True)
+    rules.accept(cmd.ForceReset(id="a"), admin=True)
     assert asks(completing(lock_id)).lock_id is None, "the job knows its last grant"
     rules.policy = Policy(late_results="drop")
     assert asks(completing(lock_id)) is None
     other = rules.held("c")
     rules.policy = Policy()
-    rules.accept(Complete(id="c", lock_id=other))
-    assert asks(Complete(id="c", lock_id=other)) is None, "it repeats what its holder said"
+    rules.accept(cmd.Complete(id="c", lock_id=other))
+    assert asks(cmd.Complete(id="c", lock_id=other)) is None, "it repeats what its holder said"
 
 
 def test_a_transaction_numbers_late_results(rules: RuleHarness) -> None:
@@ -650,7 +633,7 @@ def test_a_transaction_numbers_late_results(rules: RuleHarness) -> None:
     late(rules, completing(stalled(rules)))
     expected = rules.state.next_event
     tx = Transaction(rules.state, rules.moment, rules.policy)
-    tx.begin(Call(Get(id="a")))
+    tx.begin(cmd.Call(cmd.Get(id="a")))
     first = tx.keep_late(rules.job(), rules.late()[0], "r", {})
     second = tx.keep_late(rules.job(), first, "r", {})
     assert (first.seq, second.seq) == (expected, expected + 1)
@@ -661,15 +644,15 @@ def test_a_transaction_numbers_late_results(rules: RuleHarness) -> None:
 
 
 CALLS: dict[str, Any] = {
-    "progress": (Progress, {"progress": 42.0, "message": "half"}, {"progress": 42, "message": "half"}),
-    "extend": (Extend, {"additional_ms": 5_000}, {}),
+    "progress": (cmd.Progress, {"progress": 42.0, "message": "half"}, {"progress": 42, "message": "half"}),
+    "extend": (cmd.Extend, {"additional_ms": 5_000}, {}),
     "fail": (
-        Fail,
+        cmd.Fail,
         {"error_message": "disk on fire", "error_code": "E1"},
         {"error_message": "disk on fire", "error_code": "E1"},
     ),
-    "release": (Release, {"delay_ms": 5}, {}),
-    "complete": (Complete, {"file_path": "/out"}, {}),
+    "release": (cmd.Release, {"delay_ms": 5}, {}),
+    "complete": (cmd.Complete, {"file_path": "/out"}, {}),
 }
 WORDS = {
     "progress": "report progress",
@@ -697,10 +680,10 @@ def test_the_first_rejected_call_of_an_ended_grant_is_recorded_with_its_content(
 ) -> None:
     rules = dropping
     lock_id = rules.held()
-    rules.accept(ForceFail(id="a"), admin=True)
+    rules.accept(cmd.ForceFail(id="a"), admin=True)
     plain = RuleHarness(Policy(late_results="drop", late_calls=False))
     old = plain.held()
-    plain.accept(ForceFail(id="a"), admin=True)
+    plain.accept(cmd.ForceFail(id="a"), admin=True)
     assert late(rules, call(verb, lock_id), is_stored=False, is_recorded=True) == late(
         plain, call(verb, old), is_stored=False
     )
@@ -717,7 +700,7 @@ def test_the_first_rejected_call_of_an_ended_grant_is_recorded_with_its_content(
 
 def test_absent_fields_of_a_rejected_call_are_not_recorded(dropping: RuleHarness) -> None:
     lock_id = dropping.held()
-    dropping.accept(ForceFail(id="a"), admin=True)
+    dropping.accept(cmd.ForceFail(id="a"), admin=True)
     late(dropping, call("progress", lock_id, message=None), is_stored=False, is_recorded=True)
     expected = {"verb": "progress", "worker": "w-1", "fencing_token": dropping.tokens[-1], "progress": 42}
     assert dropping.last().details == expected
@@ -742,7 +725,7 @@ def test_rejected_calls_are_recorded_per_grant_and_name_the_holder(rules: RuleHa
     late(rules, call("progress", first), is_stored=False, is_recorded=True)
     assert (rules.last().reason or "").endswith("(recovery); worker w-2 holds the job. The call was rejected.")
     rules.accept(call("progress", second))
-    rules.accept(ForceReset(id="a"), admin=True)
+    rules.accept(cmd.ForceReset(id="a"), admin=True)
     late(rules, call("progress", second), is_stored=False, is_recorded=True)
     assert (rules.last().details or {})["fencing_token"] == rules.tokens[-1]
     late(rules, call("extend", first), is_stored=False)  # no longer in memory
@@ -751,7 +734,7 @@ def test_rejected_calls_are_recorded_per_grant_and_name_the_holder(rules: RuleHa
 def test_calls_with_unknown_locks_are_not_recorded(rules: RuleHarness) -> None:
     stalled(rules)
     others = rules.held("b")
-    rules.accept(ForceFail(id="b"), admin=True)
+    rules.accept(cmd.ForceFail(id="b"), admin=True)
     for verb in CALLS:
         for lock_id in ("never-one", others):
             late(rules, call(verb, lock_id), is_stored=False)
@@ -774,9 +757,9 @@ def test_calls_of_a_grant_that_its_holder_ended_are_not_recorded(rules: RuleHarn
 def test_calls_of_operators_with_an_old_lock_are_not_recorded(rules: RuleHarness) -> None:
     lock_id = stalled(rules)
     before = len(rules.events)
-    rules.reject(ExtendLock(id="a", lock_id=lock_id), "lock_lost", admin=True)
-    rules.reject(ReleaseLock(id="a", lock_id=lock_id), "lock_lost", admin=True)
-    rules.reject(Undelivered(id="a", lock_id=lock_id), "lock_lost")
+    rules.reject(cmd.ExtendLock(id="a", lock_id=lock_id), "lock_lost", admin=True)
+    rules.reject(cmd.ReleaseLock(id="a", lock_id=lock_id), "lock_lost", admin=True)
+    rules.reject(cmd.Undelivered(id="a", lock_id=lock_id), "lock_lost")
     assert len(rules.events) == before
 
 

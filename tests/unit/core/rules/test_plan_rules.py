@@ -14,29 +14,7 @@ from jobd.core.rules.plan_rules import version
 from jobd.core.transaction import Transaction
 from jobd.maintenance import plan_builder, plan_runner
 from jobd.maintenance.plan_runner import Planner
-from jobd.model.commands import (
-    MAINTENANCE_ACTIONS,
-    Adopt,
-    ApplyEndings,
-    Call,
-    Cancel,
-    Complete,
-    Create,
-    Delete,
-    ExpectedVersion,
-    Extend,
-    ForceFail,
-    ForceReset,
-    Get,
-    GetVersion,
-    Import,
-    JobCommand,
-    MakePlan,
-    PlanAction,
-    PlanFilter,
-    Progress,
-    Recover,
-)
+from jobd.model import commands as cmd
 from jobd.model.errors import ApiError, ApiException
 from jobd.model.job import DAY_MS, HOUR_MS, MINUTE_MS, SECOND_MS, Job, requeues_on_stall
 from jobd.model.responses import (
@@ -85,7 +63,7 @@ def test_the_planned_status_of_a_stalled_job_matches_the_recovery(
         == plan_rules.status_after("cleanup", job)
         == ("queued" if repeated else "failed")
     )
-    rules.accept(Recover(limit=1))
+    rules.accept(cmd.Recover(limit=1))
     assert rules.job().status == ("queued" if repeated else "failed")
 
 
@@ -93,7 +71,7 @@ def test_the_planned_statuses_and_the_actions_allowed_on_a_full_disk(rules: Rule
     assert plan_rules.status_after("cleanup", rules.create()) == "failed"
     assert plan_rules.status_after("cleanup", rules.completed("b")) is None
     assert plan_rules.status_after("retry", rules.job()) == "queued"
-    endings = {action for action in get_args(PlanAction) if plan_rules.is_ending(action)}
+    endings = {action for action in get_args(cmd.PlanAction) if plan_rules.is_ending(action)}
     assert endings == {"cancel", "force-fail", "delete", "recover-stuck", "cleanup"}
 
 
@@ -102,9 +80,9 @@ def test_for_maintenance_actions_reports_change_the_version() -> None:
     assert job.deadlines is not None
     alive = replace(job, deadlines=replace(job.deadlines, stall_due=job.deadlines.stall_due + 1))
     further = replace(job, progress=job.progress + 1)
-    for action in get_args(PlanAction):
+    for action in get_args(cmd.PlanAction):
         versions = {version(each, None, action) for each in (job, alive, further)}
-        assert len(versions) == (3 if action in MAINTENANCE_ACTIONS else 1), action
+        assert len(versions) == (3 if action in cmd.MAINTENANCE_ACTIONS else 1), action
     assert version(job, None, "delete") == version(job)
 
 
@@ -118,7 +96,7 @@ def test_a_cleanup_plan_notes_only_late_results_that_it_deletes() -> None:
 
 def transaction(rules: RuleHarness) -> Transaction:
     tx = Transaction(rules.state, rules.moment, rules.policy)
-    tx.begin(Call(Recover(limit=1), "daemon", b"s" * 16))
+    tx.begin(cmd.Call(cmd.Recover(limit=1), "daemon", b"s" * 16))
     return tx
 
 
@@ -127,7 +105,7 @@ def test_maintenance_of_one_job_returns_the_result_or_an_error(rules: RuleHarnes
     for rule in (maintenance_rules.recover_one, maintenance_rules.clean_one):
         tx = transaction(rules)
         with pytest.raises(ApiException) as caught:
-            rule(tx, JobCommand(id="a"))
+            rule(tx, cmd.JobCommand(id="a"))
         assert caught.value.error == ApiError("invalid_transition", NO_MORE, {"job_id": "a", "status": "queued"})
     rules.start("a")
     rules.advance(HOUR_MS)
@@ -139,7 +117,7 @@ def test_maintenance_of_one_job_returns_the_result_or_an_error(rules: RuleHarnes
         (maintenance_rules.clean_one, "b"),
     ):
         tx = transaction(rules)
-        assert rule(tx, JobCommand(id=job_id)) == Response(MaintenanceResult(1))
+        assert rule(tx, cmd.JobCommand(id=job_id)) == Response(MaintenanceResult(1))
         assert len(tx.changes) == 1
         tx.undo()
 
@@ -147,13 +125,13 @@ def test_maintenance_of_one_job_returns_the_result_or_an_error(rules: RuleHarnes
 # -- the rule ---------------------------------------------------------------------------------------------------------
 
 
-def known(rules: RuleHarness, action: PlanAction, *ids: str) -> list[ExpectedVersion]:
+def known(rules: RuleHarness, action: cmd.PlanAction, *ids: str) -> list[cmd.ExpectedVersion]:
     jobs = [rules.job(job_id) for job_id in ids]
-    return [ExpectedVersion(job.id, version(job, rules.state.latest_late(job.seq), action)) for job in jobs]
+    return [cmd.ExpectedVersion(job.id, version(job, rules.state.latest_late(job.seq), action)) for job in jobs]
 
 
-def apply(rules: RuleHarness, action: PlanAction, jobs: list[ExpectedVersion]) -> PlanSlice:
-    command = ApplyEndings(action=action, jobs=jobs, reason="the operator's")
+def apply(rules: RuleHarness, action: cmd.PlanAction, jobs: list[cmd.ExpectedVersion]) -> PlanSlice:
+    command = cmd.ApplyEndings(action=action, jobs=jobs, reason="the operator's")
     done: PlanSlice = rules.accept(command, admin=True, by="admin:eve")
     return done
 
@@ -163,15 +141,15 @@ def due(rules: RuleHarness) -> list[str]:
     rules.create("late", expires_at=rules.now + MINUTE_MS)
     rules.create("waits", expires_at=rules.now + 2 * HOUR_MS)
     for job_id, after in (("old", MINUTE_MS), ("kept", 2 * HOUR_MS)):
-        rules.accept(Complete(id=job_id, lock_id=rules.held(job_id), expires_at=rules.now + after))
+        rules.accept(cmd.Complete(id=job_id, lock_id=rules.held(job_id), expires_at=rules.now + after))
     rules.held("stuck")
     rules.advance(HOUR_MS)
     rules.held("held")
     return ["stuck", "late", "old", "waits", "kept", "held"]
 
 
-@pytest.mark.parametrize("action", sorted(MAINTENANCE_ACTIONS))
-def test_a_plan_changes_due_jobs_and_rejects_others(rules: RuleHarness, action: PlanAction) -> None:
+@pytest.mark.parametrize("action", sorted(cmd.MAINTENANCE_ACTIONS))
+def test_a_plan_changes_due_jobs_and_rejects_others(rules: RuleHarness, action: cmd.PlanAction) -> None:
     ids = due(rules)
     done = apply(rules, action, known(rules, action, *ids))
     some = ids[:1] if action == "recover-stuck" else ids[:3]
@@ -201,24 +179,24 @@ def test_a_plan_applied_while_the_clock_is_suspect_says_why_it_deletes_nothing(r
 
 
 @pytest.mark.parametrize("how", ["extend", "progress", "complete", "recover", "delete"])
-@pytest.mark.parametrize("action", sorted(MAINTENANCE_ACTIONS))
-def test_a_plan_skips_revived_jobs(rules: RuleHarness, action: PlanAction, how: str) -> None:
+@pytest.mark.parametrize("action", sorted(cmd.MAINTENANCE_ACTIONS))
+def test_a_plan_skips_revived_jobs(rules: RuleHarness, action: cmd.PlanAction, how: str) -> None:
     lock_id = rules.held(max_attempts=2)
     rules.advance(20 * MINUTE_MS)  # silent, but not past its progress timeout
     seen = known(rules, action, "a")
     if how == "extend":
-        rules.accept(Extend(id="a", lock_id=lock_id, additional_ms=1))
+        rules.accept(cmd.Extend(id="a", lock_id=lock_id, additional_ms=1))
         rules.advance(HOUR_MS)  # stuck again, at another time
     elif how == "progress":
         rules.progress(lock_id, 40)
         rules.advance(HOUR_MS)
     elif how == "complete":
-        rules.accept(Complete(id="a", lock_id=lock_id))
+        rules.accept(cmd.Complete(id="a", lock_id=lock_id))
     elif how == "recover":
-        rules.accept(Recover(limit=1))
+        rules.accept(cmd.Recover(limit=1))
     else:
-        rules.accept(Complete(id="a", lock_id=lock_id))
-        rules.accept(Delete(id="a"))
+        rules.accept(cmd.Complete(id="a", lock_id=lock_id))
+        rules.accept(cmd.Delete(id="a"))
     before, count = rules.rows.get("a"), len(rules.events)
     done = apply(rules, action, seen)
     gone = "There is no job a: it was never created, or it was deleted. "
@@ -233,7 +211,7 @@ def test_maintenance_of_an_unknown_job_is_rejected(rules: RuleHarness) -> None:
     tx = transaction(rules)
     for rule in (maintenance_rules.recover_one, maintenance_rules.clean_one):
         with pytest.raises(ApiException, match="job_not_found"):
-            rule(tx, JobCommand(id="gone"))
+            rule(tx, cmd.JobCommand(id="gone"))
 
 
 # -- made, and applied ------------------------------------------------------------------------------------------------
@@ -242,12 +220,12 @@ def test_maintenance_of_an_unknown_job_is_rejected(rules: RuleHarness) -> None:
 async def due_plan(engine: VirtualEngine) -> str:
     """Create jobs that are due for maintenance and as many that are not; return the lock of the stuck one."""
     lock_id = await engine.held("stuck", lock_ttl_ms=SECOND_MS)
-    await engine.yes(Create(id="late", expires_at=engine.now + SECOND_MS))
-    await engine.yes(Import(id="old", status="failed", error_message="x", expires_at=WALL + SECOND_MS))
-    await engine.yes(Import(id="kept", status="failed", error_message="x", expires_at=engine.now + HOUR_MS))
+    await engine.yes(cmd.Create(id="late", expires_at=engine.now + SECOND_MS))
+    await engine.yes(cmd.Import(id="old", status="failed", error_message="x", expires_at=WALL + SECOND_MS))
+    await engine.yes(cmd.Import(id="kept", status="failed", error_message="x", expires_at=engine.now + HOUR_MS))
     await asyncio.sleep(120)
     await engine.held("held")
-    await engine.yes(Create(id="waits"))
+    await engine.yes(cmd.Create(id="waits"))
     return lock_id
 
 
@@ -265,11 +243,11 @@ async def test_a_maintenance_plan_shows_what_a_cleanup_run_would_do_and_does_it_
     assert (plan.filter, plan.more, plan.next_cursor, plan.skipped) == (None, False, None, [])
     assert plan.scope is not None
     assert "validation fixes are not part of a plan" in plan.scope
-    assert (await engine.yes(Get(id="stuck"))).status == "processing", "nothing is done yet"
+    assert (await engine.yes(cmd.Get(id="stuck"))).status == "processing", "nothing is done yet"
     result = await apply_plan(engine.planner)
     assert (result.applied, result.changed, result.rejected) == (3, [], [])
-    assert (await engine.yes(Get(id="late"))).status == "failed"
-    assert (await engine.no(Get(id="old"))).code == "job_not_found"
+    assert (await engine.yes(cmd.Get(id="late"))).status == "failed"
+    assert (await engine.no(cmd.Get(id="old"))).code == "job_not_found"
     rows = [(row.what, row.reason, row.who) for row in engine.disk.audited.values()]
     assert rows == [("plan-cleanup", "now", "eve"), ("plan-cleanup", None, "eve")], "a slice, and the whole"
     assert (await apply_plan(engine.planner)).repeated
@@ -281,28 +259,28 @@ async def test_a_maintenance_plan_shows_what_a_cleanup_run_would_do_and_does_it_
 @pytest.mark.parametrize(("action", "count"), [("recover-stuck", 1), ("cleanup", 3)])
 @in_engine()
 async def test_jobs_that_revived_since_the_plan_are_listed(
-    engine: VirtualEngine, action: PlanAction, count: int
+    engine: VirtualEngine, action: cmd.PlanAction, count: int
 ) -> None:
     lock_id = await due_plan(engine)
     assert (await make_plan(engine.planner, action=action)).count == count
-    await engine.yes(Progress(id="stuck", lock_id=lock_id, progress=1))
+    await engine.yes(cmd.Progress(id="stuck", lock_id=lock_id, progress=1))
     result = await apply_plan(engine.planner)
     assert (result.applied, [each.id for each in result.changed]) == (count - 1, ["stuck"])
-    assert (await engine.yes(Get(id="stuck"))).status == "processing"
+    assert (await engine.yes(cmd.Get(id="stuck"))).status == "processing"
     assert (await make_plan(engine.planner, "q", action=action)).count == 0
 
 
 @in_engine()
 async def test_maintenance_plans_take_no_selection(engine: VirtualEngine) -> None:
-    for action in get_args(PlanAction):
-        for name, given in (("filter", PlanFilter()), ("ids", ["a"]), ("cursor", "failed.7")):
-            wrong = await engine.planner.make(MakePlan(action=action, **{name: given}), "x")  # type: ignore[arg-type]
-            if action in MAINTENANCE_ACTIONS:
+    for action in get_args(cmd.PlanAction):
+        for name, given in (("filter", cmd.PlanFilter()), ("ids", ["a"]), ("cursor", "failed.7")):
+            wrong = await engine.planner.make(cmd.MakePlan(action=action, **{name: given}), "x")  # type: ignore[arg-type]
+            if action in cmd.MAINTENANCE_ACTIONS:
                 assert isinstance(wrong, ApiError)
                 assert (wrong.code, wrong.details["field"]) == ("invalid_request", f"$.{name}")
                 assert f"{action} does not accept `{name}`" in wrong.message
     engine.actor.stop()
-    rejected = await engine.planner.make(MakePlan(action="cleanup"), "x")
+    rejected = await engine.planner.make(cmd.MakePlan(action="cleanup"), "x")
     assert isinstance(rejected, ApiError)
     assert rejected.code == "shutting_down"
 
@@ -319,7 +297,7 @@ async def test_on_a_full_disk_maintenance_plans_are_allowed(engine: VirtualEngin
     await due_plan(engine)
     await make_plan(engine.planner, action="cleanup")
     engine.disk.fill()
-    await engine.no(Create(id="x"))
+    await engine.no(cmd.Create(id="x"))
     assert (await apply_plan(engine.planner)).applied == 3
     engine.disk.free()
 
@@ -334,10 +312,10 @@ async def crowd(engine: VirtualEngine, stalled: int, late: int, old: int) -> Non
     for n in range(stalled):
         await engine.held(f"s{n}", lock_ttl_ms=SECOND_MS)
     for n in range(late):
-        await engine.yes(Create(id=f"l{n}", expires_at=engine.now + SECOND_MS))
+        await engine.yes(cmd.Create(id=f"l{n}", expires_at=engine.now + SECOND_MS))
     for n in range(old):
         expires_at = WALL + (n + 1) * SECOND_MS
-        await engine.yes(Import(id=f"o{n}", status="failed", error_message="x", expires_at=expires_at))
+        await engine.yes(cmd.Import(id=f"o{n}", status="failed", error_message="x", expires_at=expires_at))
     await asyncio.sleep(120)
 
 
@@ -385,7 +363,7 @@ async def test_a_job_that_revives_during_planning_is_not_in_the_plan(engine: Vir
     await asyncio.sleep(120)
     making = asyncio.create_task(make_plan(Planner(engine.actor, engine.clock), action="recover-stuck"))
     await asyncio.sleep(plan_builder.PAUSE_S / 2)
-    await engine.yes(Progress(id="s2", lock_id=locks[2], progress=1))
+    await engine.yes(cmd.Progress(id="s2", lock_id=locks[2], progress=1))
     assert [job.id for job in (await making).jobs] == ["s0", "s1"]
 
 
@@ -397,7 +375,7 @@ async def test_a_job_that_is_no_longer_finished_is_not_in_the_plan(engine: Virtu
     async def moved_on(now: int, limit: int, skip: int = 0) -> list[str]:
         found = await expired(now, limit, skip)
         if not skip:
-            await engine.yes(ForceReset(id="o0"))
+            await engine.yes(cmd.ForceReset(id="o0"))
         return found
 
     engine.disk.expired_jobs = moved_on  # type: ignore[method-assign]
@@ -424,16 +402,16 @@ async def test_late_results_of_deleted_jobs_are_counted_and_change_the_version(e
     locks = {}
     for job_id in ("a", "b"):
         locks[job_id] = await engine.held(job_id)
-        await engine.yes(ForceFail(id=job_id))
-    await engine.no(Complete(id="a", lock_id=locks["a"], file_path="/out"))
+        await engine.yes(cmd.ForceFail(id=job_id))
+    await engine.no(cmd.Complete(id="a", lock_id=locks["a"], file_path="/out"))
     await asyncio.sleep(40 * 24 * 3600)
     plan = await make_plan(engine.planner, action="cleanup")
     assert sorted((job.id, job.late_results) for job in plan.jobs) == [("a", 1), ("b", 0)]
     assert plan.with_late_results == 1
-    await engine.no(Complete(id="b", lock_id=locks["b"], file_path="/out"))
+    await engine.no(cmd.Complete(id="b", lock_id=locks["b"], file_path="/out"))
     result = await apply_plan(engine.planner)
     assert (result.applied, [each.id for each in result.changed]) == (1, ["b"])
-    await engine.yes(Adopt(id="b"))
+    await engine.yes(cmd.Adopt(id="b"))
 
 
 @in_engine()
@@ -447,23 +425,23 @@ def test_the_version_of_a_read_job_is_not_valid_for_maintenance_actions(rules: R
     """GetVersion returns the version for actions of operators; maintenance plans have their own."""
     rules.held()
     rules.advance(HOUR_MS)
-    seen = rules.accept(GetVersion(id="a")).version
-    assert apply(rules, "cleanup", [ExpectedVersion("a", seen)]).applied == 0
+    seen = rules.accept(cmd.GetVersion(id="a")).version
+    assert apply(rules, "cleanup", [cmd.ExpectedVersion("a", seen)]).applied == 0
     job: Job = rules.job()
     assert job.status == "processing"
 
 
 def test_a_command_for_a_version_that_has_changed_says_so(rules: RuleHarness) -> None:
     rules.create()
-    seen = rules.accept(GetVersion(id="a")).version
+    seen = rules.accept(cmd.GetVersion(id="a")).version
     rules.start()
-    rejected = rules.decide(Cancel(id="a"), admin=True, expected=seen).answer
+    rejected = rules.decide(cmd.Cancel(id="a"), admin=True, expected=seen).answer
     assert isinstance(rejected, ApiError)
     assert rejected.message == "The job has changed since you read it: it is processing now. Nothing was done."
 
 
 def test_a_command_for_the_current_version_is_applied(rules: RuleHarness) -> None:
     rules.create()
-    seen = rules.accept(GetVersion(id="a")).version
-    assert not isinstance(rules.decide(Cancel(id="a"), admin=True, expected=seen).answer, ApiError)
+    seen = rules.accept(cmd.GetVersion(id="a")).version
+    assert not isinstance(rules.decide(cmd.Cancel(id="a"), admin=True, expected=seen).answer, ApiError)
     assert rules.job().status == "cancelled"

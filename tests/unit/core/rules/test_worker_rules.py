@@ -13,32 +13,7 @@ from msgspec.structs import replace
 from jobd.core import decide
 from jobd.core.state import State
 from jobd.core.transaction import Transaction
-from jobd.model.commands import (
-    Bulk,
-    Call,
-    Cancel,
-    Claim,
-    Create,
-    Delete,
-    Expire,
-    Extend,
-    Fail,
-    ForceReset,
-    Get,
-    GetVersion,
-    Import,
-    ImportCheck,
-    Pause,
-    Queues,
-    Recover,
-    Release,
-    Resume,
-    RunNow,
-    Start,
-    Transition,
-    Undelivered,
-    Update,
-)
+from jobd.model import commands as cmd
 from jobd.model.errors import ApiError
 from jobd.model.job import (
     DAY_MS,
@@ -73,7 +48,7 @@ def no_progress_timeout(**fields: Any) -> dict[str, Any]:
 
 
 def test_a_created_job_has_the_defaults(rules: RuleHarness) -> None:
-    view: JobView = rules.accept(Create(id="a", payload=Raw(b'{"x":1}')))
+    view: JobView = rules.accept(cmd.Create(id="a", payload=Raw(b'{"x":1}')))
     assert (view.id, view.status, view.queue, view.kind, view.priority) == ("a", "queued", "default", "", 0)
     assert (view.attempt, view.max_attempts, view.stalls, view.max_stalls, view.on_stall) == (0, 1, 0, 3, "auto")
     assert (view.stall_after_ms, view.progress_timeout_ms) == (STALL_AFTER, PROGRESS_TIMEOUT)
@@ -84,7 +59,7 @@ def test_a_created_job_has_the_defaults(rules: RuleHarness) -> None:
 
 
 def test_the_options_of_the_creator_are_stored(rules: RuleHarness) -> None:
-    requested_ms = Create(
+    requested_ms = cmd.Create(
         id="a",
         queue="video",
         kind="cut",
@@ -111,11 +86,11 @@ def test_max_stalls_and_on_stall_come_from_the_policy() -> None:
 
 
 def test_a_job_without_an_id_gets_one(rules: RuleHarness) -> None:
-    decision = rules.decide(Create())
+    decision = rules.decide(cmd.Create())
     assert isinstance(decision.answer, Response)
     assert (decision.answer.status, decision.answer.unread_payloads) == (201, [])
     assert [change.request_hash for change in decision.changes] == [""], "it cannot be repeated"
-    first, second = decision.answer.data.id, rules.accept(Create()).id
+    first, second = decision.answer.data.id, rules.accept(cmd.Create()).id
     assert first != second
     made = UUID(first)
     assert (made.version, made.variant) == (7, "specified in RFC 4122")
@@ -125,20 +100,20 @@ def test_a_job_without_an_id_gets_one(rules: RuleHarness) -> None:
 def test_a_delay_moves_run_at(rules: RuleHarness) -> None:
     assert rules.create(delay_ms=0).run_at == NOW
     assert rules.create("b", delay_ms=1_500).run_at == NOW + 1_500
-    rejection = rules.reject(Create(run_at=NOW, delay_ms=1), "invalid_request")
+    rejection = rules.reject(cmd.Create(run_at=NOW, delay_ms=1), "invalid_request")
     assert rejection.details == {"field": "$.run_at"}
     assert rejection.message == "Give run_at or delay_ms, not both."
 
 
 def test_the_longest_wait_is_at_least_the_first(rules: RuleHarness) -> None:
-    rejection = rules.reject(Create(backoff=Backoff(base_ms=5_000, max_ms=10)), "invalid_request")
+    rejection = rules.reject(cmd.Create(backoff=Backoff(base_ms=5_000, max_ms=10)), "invalid_request")
     assert rejection.details == {"field": "$.backoff.max_ms"}
     assert rejection.message == "max_ms 10 is less than base_ms 5000. Raise max_ms, or lower base_ms."
     assert rules.create(backoff=Backoff(base_ms=10, max_ms=10)).options.backoff.max_ms == 10
 
 
 def test_expires_at_must_be_in_the_future(rules: RuleHarness) -> None:
-    rejection = rules.reject(Create(expires_at=NOW), "invalid_request")
+    rejection = rules.reject(cmd.Create(expires_at=NOW), "invalid_request")
     assert rejection.details == {"field": "$.expires_at"}
     assert rejection.message == f"expires_at {NOW} is not in the future; it is in Unix milliseconds."
     assert rules.create(expires_at=NOW + 1).expires_at == NOW + 1
@@ -146,12 +121,12 @@ def test_expires_at_must_be_in_the_future(rules: RuleHarness) -> None:
 
 def test_a_repeated_request_returns_the_current_job(rules: RuleHarness) -> None:
     rules.held("a", payload=Raw(b"1"))
-    decision = rules.decide(Create(id="a", payload=Raw(b"1")))
+    decision = rules.decide(cmd.Create(id="a", payload=Raw(b"1")))
     assert not isinstance(decision.answer, ApiError)
     assert (decision.answer.status, decision.answer.data.status) == (200, "processing")
     assert decision.answer.unread_payloads == [(1, decision.answer.data)]
     assert not decision.changes
-    rejection = rules.reject(Create(id="a", payload=Raw(b"2")), "job_exists")
+    rejection = rules.reject(cmd.Create(id="a", payload=Raw(b"2")), "job_exists")
     assert rejection.details == {"job_id": "a", "status": "processing", "differs_in": ["payload"]}
     assert rejection.message == (
         "Job a exists, created by a request that differs in payload. Use another id, or omit it."
@@ -159,12 +134,12 @@ def test_a_repeated_request_returns_the_current_job(rules: RuleHarness) -> None:
 
 
 def test_a_repeated_request_with_durations_returns_the_current_job(rules: RuleHarness) -> None:
-    request = Create(id="a", delay_ms=5, expires_in_ms=3_600_000)
+    request = cmd.Create(id="a", delay_ms=5, expires_in_ms=3_600_000)
     assert rules.accept(request).expires_at == NOW + 3_600_000
     rules.advance(60_000)
     assert rules.accept(request).run_at == NOW + 5
     assert len(rules.rows) == 1
-    rejection = rules.reject(Create(expires_at=NOW * 2, expires_in_ms=1), "invalid_request")
+    rejection = rules.reject(cmd.Create(expires_at=NOW * 2, expires_in_ms=1), "invalid_request")
     assert rejection.details == {"field": "$.expires_at"}
     assert rejection.message == "Give expires_at or expires_in_ms, not both."
 
@@ -172,10 +147,10 @@ def test_a_repeated_request_with_durations_returns_the_current_job(rules: RuleHa
 def test_a_job_does_not_expire_because_a_clock_that_was_behind_is_put_right(rules: RuleHarness) -> None:
     rules.behind_ms = DAY_MS
     assert rules.create(expires_in_ms=5).expires_at == NOW + DAY_MS + 5
-    rejection = rules.reject(Create(id="a", expires_in_ms=5, payload=Raw(b"1")), "job_exists")
+    rejection = rules.reject(cmd.Create(id="a", expires_in_ms=5, payload=Raw(b"1")), "job_exists")
     assert rejection.details["differs_in"] == ["payload"]
     rules.now, rules.behind_ms = NOW + DAY_MS + 4, 0
-    rules.accept(Expire(limit=9))
+    rules.accept(cmd.Expire(limit=9))
     rules.start()
 
 
@@ -202,7 +177,7 @@ def test_job_exists_names_the_fields_that_differ(
     rules: RuleHarness, first: dict[str, Any], second: dict[str, Any], differs_in: list[str]
 ) -> None:
     rules.create("a", **first)
-    rejection = rules.reject(Create(id="a", **second), "job_exists")
+    rejection = rules.reject(cmd.Create(id="a", **second), "job_exists")
     assert rejection.details["differs_in"] == differs_in
     assert ("use delay_ms and expires_in_ms" in rejection.message) == bool({"run_at", "expires_at"} & set(differs_in))
 
@@ -210,41 +185,51 @@ def test_job_exists_names_the_fields_that_differ(
 def test_job_exists_does_not_name_what_an_operator_may_have_changed(rules: RuleHarness) -> None:
     rules.create("a", kind="k", payload=Raw(b"1"), run_at=NOW + 5)
     rules.advance(1)
-    rules.accept_admin(Update(id="a", priority=5, max_attempts=3, run_at=NOW + 9))
-    rejection = rules.reject(Create(id="a", kind="k", payload=Raw(b"1"), expires_at=NOW * 2), "job_exists")
+    rules.accept_admin(cmd.Update(id="a", priority=5, max_attempts=3, run_at=NOW + 9))
+    rejection = rules.reject(cmd.Create(id="a", kind="k", payload=Raw(b"1"), expires_at=NOW * 2), "job_exists")
     assert rejection.details["differs_in"] == []
     assert rejection.message == (
         "Job a exists, created by another request. The job does not show in which field: priority, max_attempts, "
         "run_at and expires_at may have changed since. Use another id, or omit it."
     )
-    rejection = rules.reject(Create(id="a", payload=Raw(b"1"), priority=5), "job_exists")
+    rejection = rules.reject(cmd.Create(id="a", payload=Raw(b"1"), priority=5), "job_exists")
     assert rejection.details["differs_in"] == ["kind"]
 
 
 def test_job_exists_names_no_payload_of_a_job_that_this_batch_imports(rules: RuleHarness) -> None:
-    rules.accept(Import(id="a", payload=Raw(b"1")))
-    assert rules.reject(Create(id="a", kind="k"), "job_exists").details["differs_in"] == ["kind"]
+    rules.accept(cmd.Import(id="a", payload=Raw(b"1")))
+    assert rules.reject(cmd.Create(id="a", kind="k"), "job_exists").details["differs_in"] == ["kind"]
 
 
 def test_every_command_rejects_a_quarantined_id(rules: RuleHarness) -> None:
     rules.create()
     rules.state.quarantine("a", "bad checksum")
     del rules.rows["a"]
-    for command in (Create(id="a"), Start(id="a", worker="w"), Get(id="a"), Cancel(id="a"), Delete(id="a")):
+    for command in (
+        cmd.Create(id="a"),
+        cmd.Start(id="a", worker="w"),
+        cmd.Get(id="a"),
+        cmd.Cancel(id="a"),
+        cmd.Delete(id="a"),
+    ):
         rejection = rules.reject(command, "job_quarantined")
         assert rejection.details == {"job_id": "a", "reason": "bad checksum"}
         assert rejection.message == (
             "Job a is in quarantine: bad checksum. An operator can repair it: jobd doctor shows how."
         )
         assert rejection.status == 409
-    assert rules.accept(Import(id="a")).skipped
+    assert rules.accept(cmd.Import(id="a")).skipped
 
 
 def test_the_number_of_queues_with_jobs_is_bounded() -> None:
     rules = RuleHarness(Policy(queues=2))
     rules.create("a", queue="p")
     rules.create("b", queue="q")
-    for command in (Create(queue="r"), Import(id="c", queue="r", status="completed"), ImportCheck(id="c", queue="r")):
+    for command in (
+        cmd.Create(queue="r"),
+        cmd.Import(id="c", queue="r", status="completed"),
+        cmd.ImportCheck(id="c", queue="r"),
+    ):
         rejection = rules.reject(command, "too_many_queues")
         assert (rejection.status, rejection.details) == (507, {"queue": "r", "limit": 2})
         assert rejection.message == (
@@ -252,18 +237,20 @@ def test_the_number_of_queues_with_jobs_is_bounded() -> None:
             "limit, or wait until a queue has none. Finished jobs count too, until they are deleted."
         )
     rules.create("c", queue="q")
-    rules.accept(Cancel(id="a"))
-    rules.reject(Create(queue="r"), "too_many_queues")
-    rules.accept_admin(Delete(id="a"))  # its queue is empty now
+    rules.accept(cmd.Cancel(id="a"))
+    rules.reject(cmd.Create(queue="r"), "too_many_queues")
+    rules.accept_admin(cmd.Delete(id="a"))  # its queue is empty now
     rules.create("d", queue="r")
 
 
 def test_a_bulk_create_counts_its_new_queues() -> None:
     rules = RuleHarness(Policy(queues=2))
     rules.create("a", queue="p")
-    rejection = rules.reject(Bulk(jobs=[Create(queue="q"), Create(queue="q"), Create(queue="r")]), "too_many_queues")
+    rejection = rules.reject(
+        cmd.Bulk(jobs=[cmd.Create(queue="q"), cmd.Create(queue="q"), cmd.Create(queue="r")]), "too_many_queues"
+    )
     assert (rejection.details["index"], rules.state.total()) == (2, 1)
-    rules.accept(Bulk(jobs=[Create(queue="q"), Create(queue="q"), Create(queue="p")]))
+    rules.accept(cmd.Bulk(jobs=[cmd.Create(queue="q"), cmd.Create(queue="q"), cmd.Create(queue="p")]))
     assert rules.state.total() == 4
 
 
@@ -273,22 +260,22 @@ def test_above_a_lowered_limit_existing_queues_accept_jobs() -> None:
         rules.create(name, queue=name)
     rules.policy = Policy(queues=1)
     rules.create("a", queue="r")
-    rules.reject(Create(queue="s"), "too_many_queues")
+    rules.reject(cmd.Create(queue="s"), "too_many_queues")
 
 
 def test_a_queue_without_jobs_is_listed_only_while_it_is_paused(rules: RuleHarness) -> None:
     rules.create("a", queue="q")
-    rules.accept_admin(Pause(name="q"))
-    rules.accept(Cancel(id="a"))
-    rules.accept_admin(Delete(id="a"))
-    assert [(each.name, each.cancelled) for each in rules.accept(Queues()).queues] == [("q", 0)]
-    rules.accept_admin(Resume(name="q"))
-    assert rules.accept(Queues()) == QueueList([])
-    rules.accept_admin(Pause(name="q"))
-    rules.accept_admin(Pause(name="q", reason="again"))
+    rules.accept_admin(cmd.Pause(name="q"))
+    rules.accept(cmd.Cancel(id="a"))
+    rules.accept_admin(cmd.Delete(id="a"))
+    assert [(each.name, each.cancelled) for each in rules.accept(cmd.Queues()).queues] == [("q", 0)]
+    rules.accept_admin(cmd.Resume(name="q"))
+    assert rules.accept(cmd.Queues()) == QueueList([])
+    rules.accept_admin(cmd.Pause(name="q"))
+    rules.accept_admin(cmd.Pause(name="q", reason="again"))
     rules.create("b", queue="q")
-    rules.accept_admin(Resume(name="q"))
-    assert [each.name for each in rules.accept(Queues()).queues] == ["q"]
+    rules.accept_admin(cmd.Resume(name="q"))
+    assert [each.name for each in rules.accept(cmd.Queues()).queues] == ["q"]
 
 
 def test_a_page_of_queues_reads_no_other_queue(rules: RuleHarness, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -296,7 +283,7 @@ def test_a_page_of_queues_reads_no_other_queue(rules: RuleHarness, monkeypatch: 
         rules.state.reindex(None, Job(number, f"j-{number}", Options(f"q-{number:03}"), "queued", NOW, NOW, NOW))
     scanned: list[str] = []
     monkeypatch.setattr(State, "oldest_due_at", lambda state, queue: scanned.append(queue))
-    found = decide.decide(Transaction(rules.state, rules.moment, rules.policy), Call(Queues(cursor="q-499")))
+    found = decide.decide(Transaction(rules.state, rules.moment, rules.policy), cmd.Call(cmd.Queues(cursor="q-499")))
     assert isinstance(found, Response)
     assert [each.name for each in found.data.queues] == [f"q-{number}" for number in range(500, 700)]
     assert (found.data.next_cursor, len(scanned)) == ("q-699", 200)
@@ -306,44 +293,46 @@ def test_the_number_of_live_jobs_is_bounded() -> None:
     rules = RuleHarness(Policy(live_jobs=2))
     rules.create("a")
     rules.held("b")
-    rejection = rules.reject(Create(), "too_many_jobs")
+    rejection = rules.reject(cmd.Create(), "too_many_jobs")
     assert (rejection.status, rejection.details) == (507, {"limit": 2})
     assert rejection.message == (
         "There are 2 unfinished jobs (limits.live_jobs). Wait until some are finished, or raise the limit."
     )
-    rules.reject(Import(id="c"), "too_many_jobs")
-    rules.reject(ImportCheck(id="c"), "too_many_jobs")
-    assert rules.accept(ImportCheck(id="c", status="cancelled")) == Imported("c", False, "cancelled")
-    rules.accept(Release(id="b", lock_id=rules.job("b").grant.lock_id))  # type: ignore[union-attr]
-    for command in (Import(id="c"), Create()):
+    rules.reject(cmd.Import(id="c"), "too_many_jobs")
+    rules.reject(cmd.ImportCheck(id="c"), "too_many_jobs")
+    assert rules.accept(cmd.ImportCheck(id="c", status="cancelled")) == Imported("c", False, "cancelled")
+    rules.accept(cmd.Release(id="b", lock_id=rules.job("b").grant.lock_id))  # type: ignore[union-attr]
+    for command in (cmd.Import(id="c"), cmd.Create()):
         rules.reject(command, "too_many_jobs")  # both jobs wait, and both count
-    rules.accept(Import(id="c", status="failed", error_message="x"))
-    rules.accept(Cancel(id="a"))
+    rules.accept(cmd.Import(id="c", status="failed", error_message="x"))
+    rules.accept(cmd.Cancel(id="a"))
     rules.create("d")
 
 
 def test_a_bulk_creates_all_jobs_in_order_or_none(rules: RuleHarness) -> None:
-    answer = rules.ask(Bulk(jobs=[Create(id="a"), Create(), Create(id="c")]))
+    answer = rules.ask(cmd.Bulk(jobs=[cmd.Create(id="a"), cmd.Create(), cmd.Create(id="c")]))
     assert isinstance(answer, Response)
     assert answer.status == 201
     assert [job.id for job in answer.data.jobs][::2] == ["a", "c"]
     assert [job.seq for job in rules.rows.values()] == [1, 2, 3]
-    rejection = rules.reject(Bulk(jobs=[Create(id="d"), Create(id="a", queue="other")]), "job_exists")
+    rejection = rules.reject(cmd.Bulk(jobs=[cmd.Create(id="d"), cmd.Create(id="a", queue="other")]), "job_exists")
     assert rejection.details == {"job_id": "a", "status": "queued", "differs_in": ["queue"], "index": 1}
     assert rejection.message == (
         "jobs[1]: Job a exists, created by a request that differs in queue. Use another id, or omit it. "
         "No job was created."
     )
     assert "d" not in rules.rows
-    rejection = rules.reject(Bulk(jobs=[Create(id="d"), Create(), Create(id="e"), Create(id="e")]), "invalid_request")
+    rejection = rules.reject(
+        cmd.Bulk(jobs=[cmd.Create(id="d"), cmd.Create(), cmd.Create(id="e"), cmd.Create(id="e")]), "invalid_request"
+    )
     assert rejection.details == {"field": "$.jobs"}
     assert rejection.message == "The id e is in the list twice; give each job its own id."
 
 
 def test_a_repeated_bulk_returns_its_jobs(rules: RuleHarness) -> None:
-    bulk = Bulk(jobs=[Create(id="a"), Create(id="b")])
+    bulk = cmd.Bulk(jobs=[cmd.Create(id="a"), cmd.Create(id="b")])
     rules.accept(bulk)
-    decision = rules.decide(Bulk(jobs=[Create(id="c"), Create(id="b")]))
+    decision = rules.decide(cmd.Bulk(jobs=[cmd.Create(id="c"), cmd.Create(id="b")]))
     assert not isinstance(decision.answer, ApiError)
     assert [job.id for job in decision.answer.data.jobs] == ["c", "b"]
     assert [seq for seq, _ in decision.answer.unread_payloads] == [2]
@@ -352,13 +341,16 @@ def test_a_repeated_bulk_returns_its_jobs(rules: RuleHarness) -> None:
 
 def test_a_bulk_counts_its_own_jobs_towards_the_limit() -> None:
     rules = RuleHarness(Policy(live_jobs=2))
-    assert rules.reject(Bulk(jobs=[Create(), Create(), Create()]), "too_many_jobs").details == {"limit": 2, "index": 2}
+    assert rules.reject(cmd.Bulk(jobs=[cmd.Create(), cmd.Create(), cmd.Create()]), "too_many_jobs").details == {
+        "limit": 2,
+        "index": 2,
+    }
 
 
 def test_the_error_of_a_bulk_names_the_path_of_the_field(rules: RuleHarness) -> None:
-    rejection = rules.reject(Bulk(jobs=[Create(), Create(expires_at=NOW)]), "invalid_request")
+    rejection = rules.reject(cmd.Bulk(jobs=[cmd.Create(), cmd.Create(expires_at=NOW)]), "invalid_request")
     assert rejection.details == {"field": "$.jobs[1].expires_at", "index": 1}
-    assert len(rules.accept(Bulk(jobs=[Create(), Create()])).jobs) == 2
+    assert len(rules.accept(cmd.Bulk(jobs=[cmd.Create(), cmd.Create()])).jobs) == 2
 
 
 # -- start ------------------------------------------------------------------------------------------------------------
@@ -367,7 +359,7 @@ def test_the_error_of_a_bulk_names_the_path_of_the_field(rules: RuleHarness) -> 
 def test_a_grant_sets_every_field(rules: RuleHarness) -> None:
     rules.create()
     rules.advance(5)
-    answer = rules.ask(Start(id="a", worker="w-1"))
+    answer = rules.ask(cmd.Start(id="a", worker="w-1"))
     assert isinstance(answer, Response)
     granted, job = answer.data, rules.job()
     assert answer == Response(granted, 200, [(1, granted.job)], [("a", granted.lock_id)])
@@ -387,16 +379,16 @@ def test_a_grant_sets_every_field(rules: RuleHarness) -> None:
 
 def test_an_admin_sees_the_lock_id(rules: RuleHarness) -> None:
     lock_id = rules.held()
-    assert rules.accept(Get(id="a"), admin=True).lock.lock_id == lock_id
-    assert rules.accept(Get(id="a")).lock.lock_id is msgspec.UNSET
+    assert rules.accept(cmd.Get(id="a"), admin=True).lock.lock_id == lock_id
+    assert rules.accept(cmd.Get(id="a")).lock.lock_id is msgspec.UNSET
 
 
 def test_an_admin_sees_the_lock_id_in_every_response_with_the_job(rules: RuleHarness) -> None:
-    lock_id = rules.accept(Bulk(jobs=[Create(id="a")])) and rules.start()
-    assert rules.accept(Create(id="a"), admin=True).lock.lock_id == lock_id
-    assert rules.accept(Bulk(jobs=[Create(id="a")]), admin=True).jobs[0].lock.lock_id == lock_id
-    rules.accept(Release(id="a", lock_id=lock_id))
-    (granted,) = rules.accept(Claim(worker="w"), admin=True).grants
+    lock_id = rules.accept(cmd.Bulk(jobs=[cmd.Create(id="a")])) and rules.start()
+    assert rules.accept(cmd.Create(id="a"), admin=True).lock.lock_id == lock_id
+    assert rules.accept(cmd.Bulk(jobs=[cmd.Create(id="a")]), admin=True).jobs[0].lock.lock_id == lock_id
+    rules.accept(cmd.Release(id="a", lock_id=lock_id))
+    (granted,) = rules.accept(cmd.Claim(worker="w"), admin=True).grants
     assert granted.job.lock.lock_id == granted.lock_id
 
 
@@ -421,7 +413,7 @@ def test_times_of_a_grant_take_precedence_over_job_and_policy(rules: RuleHarness
 
 def test_a_lock_is_cut_to_its_progress_timeout(rules: RuleHarness) -> None:
     rules.create(progress_timeout_ms=500)
-    granted = rules.accept(Start(id="a", worker="w", lock_ttl_ms=1_000))
+    granted = rules.accept(cmd.Start(id="a", worker="w", lock_ttl_ms=1_000))
     assert granted.lock_expires_at == granted.progress_due_at == NOW + 500
 
 
@@ -445,16 +437,16 @@ def test_the_progress_timeout_of_the_job_takes_precedence_over_grant_and_configu
 ) -> None:
     rules.create(progress_timeout_ms=creator)
     if by == "start":
-        granted = rules.accept(Start(id="a", worker="w", progress_timeout_ms=requested_ms))
+        granted = rules.accept(cmd.Start(id="a", worker="w", progress_timeout_ms=requested_ms))
     else:
-        (granted,) = rules.accept(Claim(worker="w", progress_timeout_ms=requested_ms)).grants
+        (granted,) = rules.accept(cmd.Claim(worker="w", progress_timeout_ms=requested_ms)).grants
     assert granted.progress_due_at == (rules.now + holds if holds else None)
     assert granted.job.progress_timeout_ms == holds
     assert granted.lock_expires_at == rules.now + (min(TTL, holds) if holds else TTL)
     view = rules.progress(granted.lock_id)
     assert view.progress_due_at == granted.progress_due_at
-    rules.accept(Release(id="a", lock_id=granted.lock_id))
-    assert rules.accept(Get(id="a")).progress_timeout_ms == (PROGRESS_TIMEOUT if creator is None else creator), (
+    rules.accept(cmd.Release(id="a", lock_id=granted.lock_id))
+    assert rules.accept(cmd.Get(id="a")).progress_timeout_ms == (PROGRESS_TIMEOUT if creator is None else creator), (
         "it was of that grant"
     )
 
@@ -464,27 +456,27 @@ def test_without_a_progress_timeout_a_lock_can_be_extended_without_limit(rules: 
     lock_id = rules.start(lock_ttl_ms=MINUTE_MS, stall_after_ms=0, progress_timeout_ms=0)
     for _ in range(3 * 60):
         rules.advance(MINUTE_MS - 1)
-        assert rules.accept(Extend(id="a", lock_id=lock_id)).lock_expires_at == rules.now + MINUTE_MS
+        assert rules.accept(cmd.Extend(id="a", lock_id=lock_id)).lock_expires_at == rules.now + MINUTE_MS
     rules.advance(MINUTE_MS)
-    rules.accept(Recover(limit=1))
+    rules.accept(cmd.Recover(limit=1))
     assert rules.job().status == "queued", "it counts as stuck only when nothing is heard"
 
 
 def test_a_progress_timeout_of_0_means_none(rules: RuleHarness) -> None:
     rules.create(**no_progress_timeout())
-    assert rules.accept(Start(id="a", worker="w")).progress_due_at is None
+    assert rules.accept(cmd.Start(id="a", worker="w")).progress_due_at is None
 
 
 def test_start_checks_the_due_time_before_the_pause(rules: RuleHarness) -> None:
     rules.create(delay_ms=10)
-    rules.accept(Pause(name="default"))
-    rejection = rules.reject(Start(id="a", worker="w"), "not_due")
+    rules.accept(cmd.Pause(name="default"))
+    rejection = rules.reject(cmd.Start(id="a", worker="w"), "not_due")
     assert rejection.details == {"run_at": NOW + 10, "retry_after_ms": 10}
     assert rejection.message == "Job a is not due for another 10 ms."
     rules.advance(9)
-    rules.reject(Start(id="a", worker="w"), "not_due")
+    rules.reject(cmd.Start(id="a", worker="w"), "not_due")
     rules.advance(1)
-    rejection = rules.reject(Start(id="a", worker="w"), "queue_paused")
+    rejection = rules.reject(cmd.Start(id="a", worker="w"), "queue_paused")
     assert rejection.message == (
         "Queue default was paused by a client at 2023-11-14 22:13:20 UTC, until resumed: no reason given. An operator "
         "can resume it: jobctl resume default"
@@ -497,25 +489,25 @@ def test_start_checks_the_due_time_before_the_pause(rules: RuleHarness) -> None:
         "pause_reason": None,
         "paused_until": None,
     }
-    rules.accept(Resume(name="default"))
+    rules.accept(cmd.Resume(name="default"))
     rules.start()
 
 
 def test_a_held_job_is_already_locked(rules: RuleHarness) -> None:
     rules.held(worker="w-7", stall_after_ms=20 * MINUTE_MS)
-    rejection = rules.reject(Start(id="a", worker="w"), "already_locked")
+    rejection = rules.reject(cmd.Start(id="a", worker="w"), "already_locked")
     assert rejection.details == {"locked_by": "w-7", "lock_expires_at": NOW + TTL, "retry_after_ms": TTL}
     assert rejection.message == "Job a is held by worker w-7. Try again in 15 min."
     rules.advance(TTL)  # the lock has expired, so the time until recovery counts
-    rejection = rules.reject(Start(id="a", worker="w"), "already_locked")
+    rejection = rules.reject(cmd.Start(id="a", worker="w"), "already_locked")
     assert rejection.details["retry_after_ms"] == 5 * MINUTE_MS
     rules.advance(5 * MINUTE_MS - 1)
-    assert rules.reject(Start(id="a", worker="w"), "already_locked").details["retry_after_ms"] == 1
+    assert rules.reject(cmd.Start(id="a", worker="w"), "already_locked").details["retry_after_ms"] == 1
 
 
 def test_a_held_job_is_locked_for_a_worker_of_the_same_name_too(rules: RuleHarness) -> None:
     rules.held(worker="w-1")
-    assert rules.reject(Start(id="a", worker="w-1"), "already_locked").details["locked_by"] == "w-1"
+    assert rules.reject(cmd.Start(id="a", worker="w-1"), "already_locked").details["locked_by"] == "w-1"
 
 
 def test_a_stalled_job_is_recovered_first_then_started(rules: RuleHarness) -> None:
@@ -532,7 +524,7 @@ def test_a_stalled_job_that_fails_by_recovery_is_not_started(rules: RuleHarness)
     lock_id = rules.held()
     rules.progress(lock_id, 45)
     rules.advance(TTL)
-    decision = rules.decide(Start(id="a", worker="w-2"))
+    decision = rules.decide(cmd.Start(id="a", worker="w-2"))
     assert isinstance(decision.answer, ApiError)
     assert decision.answer.code == "invalid_transition"
     assert decision.answer.message == (
@@ -548,7 +540,7 @@ def test_an_overdue_job_fails_with_the_next_command_on_it(rules: RuleHarness) ->
     rules.create("b", expires_at=NOW + 10, priority=-1)
     rules.create("c")
     rules.advance(10)
-    decision = rules.decide(Start(id="a", worker="w"))
+    decision = rules.decide(cmd.Start(id="a", worker="w"))
     assert isinstance(decision.answer, ApiError)
     assert decision.answer.code == "invalid_transition"
     job = rules.job("a")
@@ -563,7 +555,7 @@ def test_the_message_of_an_expired_job_without_an_attempt(rules: RuleHarness) ->
     rules.create(expires_at=NOW + 10)
     rules.row(replace(rules.job(), error=Failure(None, "odd")))
     rules.advance(10)
-    assert rules.accept(Expire(limit=1)).done == 1
+    assert rules.accept(cmd.Expire(limit=1)).done == 1
     error = rules.job().error
     assert error is not None
     assert error.message == (
@@ -574,9 +566,9 @@ def test_the_message_of_an_expired_job_without_an_attempt(rules: RuleHarness) ->
 def test_the_message_of_an_expired_retry_has_the_last_error(rules: RuleHarness) -> None:
     lock_id = rules.held(expires_at=NOW + 10, max_attempts=3)
     rules.advance(10)
-    rules.accept(Fail(id="a", lock_id=lock_id, error_message="the disk exploded" + "!" * 600))
+    rules.accept(cmd.Fail(id="a", lock_id=lock_id, error_message="the disk exploded" + "!" * 600))
     ended = rules.job().ended
-    assert rules.accept(Expire(limit=1)).done == 1
+    assert rules.accept(cmd.Expire(limit=1)).done == 1
     message = "Its expires_at passed while it waited for a retry. Create it again if it is still needed. "
     message += "Its last error: the disk exploded" + "!" * (500 - 17)
     assert rules.job().error == Failure(message, "expired")
@@ -588,13 +580,13 @@ def test_operators_see_an_overdue_job_as_failed(rules: RuleHarness) -> None:
     for job_id in "abcd":
         rules.create(job_id, expires_at=NOW + 10)
     rules.advance(10)
-    for command in (RunNow(id="a"), Transition(id="b", from_="queued", to="completed")):
+    for command in (cmd.RunNow(id="a"), cmd.Transition(id="b", from_="queued", to="completed")):
         rejection = rules.ask(command, admin=True)
         assert isinstance(rejection, ApiError)
         assert (rejection.code, rejection.details["status"]) == ("invalid_transition", "failed")
-    rules.accept_admin(Update(id="c", priority=3))
+    rules.accept_admin(cmd.Update(id="c", priority=3))
     assert [rules.job(job_id).status for job_id in "abc"] == ["failed"] * 3
-    assert rules.accept_admin(ForceReset(id="d", reason="still wanted")).previous_status == "failed"
+    assert rules.accept_admin(cmd.ForceReset(id="d", reason="still wanted")).previous_status == "failed"
     assert (rules.job("d").status, rules.job("d").expires_at, rules.job("d").error) == ("queued", None, None)
 
 
@@ -602,9 +594,9 @@ def test_any_command_ends_an_overdue_job(rules: RuleHarness) -> None:
     for job_id in "ab":
         rules.create(job_id, expires_at=NOW + 10)
     rules.advance(10)
-    changes = rules.decide(Start(id="a", worker="w"), by="worker:w").changes
+    changes = rules.decide(cmd.Start(id="a", worker="w"), by="worker:w").changes
     assert [(change.event.type, change.event.by) for change in changes] == [("expired", "daemon")]
-    assert not rules.decide(Claim(worker="w"), by="worker:w").changes
+    assert not rules.decide(cmd.Claim(worker="w"), by="worker:w").changes
 
 
 def test_resetting_a_processing_job_past_its_expiry_clears_the_expiry(rules: RuleHarness) -> None:
@@ -612,11 +604,11 @@ def test_resetting_a_processing_job_past_its_expiry_clears_the_expiry(rules: Rul
     rules.held("b", expires_at=NOW + 11)
     rules.advance(10)
     for job_id in "ab":
-        rules.accept_admin(ForceReset(id=job_id, reason="hangs"))
+        rules.accept_admin(cmd.ForceReset(id=job_id, reason="hangs"))
     assert (rules.job("a").expires_at, rules.job("b").expires_at) == (None, NOW + 11)
     rules.held("c", expires_at=NOW + 20)
     rules.advance(10)
-    rules.accept_admin(Transition(id="c", from_="processing", to="queued"))
+    rules.accept_admin(cmd.Transition(id="c", from_="processing", to="queued"))
     assert (rules.job("c").status, rules.job("c").expires_at) == ("queued", None)
 
 
@@ -624,7 +616,7 @@ def test_an_overdue_job_is_neither_started_nor_failed_while_the_clock_is_suspect
     rules.create(expires_at=NOW + 10)
     rules.advance(10)
     rules.trusted = NOW
-    rejection = rules.reject(Start(id="a", worker="w"), "invalid_transition")
+    rejection = rules.reject(cmd.Start(id="a", worker="w"), "invalid_transition")
     assert rejection.details == {"status": "queued", "to": "processing", "allowed": ALLOWED["queued"]}
     assert rejection.message == (
         "Job a is queued. It is not granted, because its expires_at has passed. The wall clock is suspect, so nothing "
@@ -634,21 +626,21 @@ def test_an_overdue_job_is_neither_started_nor_failed_while_the_clock_is_suspect
 
 @pytest.mark.parametrize("status", ["completed", "failed", "cancelled"])
 def test_a_finished_job_is_not_started(rules: RuleHarness, status: Any) -> None:
-    rules.accept(Import(id="a", status=status, error_message="why" if status == "failed" else None))
-    rejection = rules.reject(Start(id="a", worker="w"), "invalid_transition")
+    rules.accept(cmd.Import(id="a", status=status, error_message="why" if status == "failed" else None))
+    rejection = rules.reject(cmd.Start(id="a", worker="w"), "invalid_transition")
     assert rejection.details == {"status": status, "to": "processing", "allowed": ALLOWED[status]}
     why = " (why)" if status == "failed" else ""
     assert rejection.message == f"Job a is {status}. Only a queued job can be started{why}."
 
 
 def test_a_job_that_failed_without_a_message_is_not_started(rules: RuleHarness) -> None:
-    rules.accept(Import(id="a", status="failed", error_code="E"))
-    assert rules.reject(Start(id="a", worker="w"), "invalid_transition").message.endswith("can be started.")
+    rules.accept(cmd.Import(id="a", status="failed", error_code="E"))
+    assert rules.reject(cmd.Start(id="a", worker="w"), "invalid_transition").message.endswith("can be started.")
 
 
 def test_an_unknown_job_is_not_found(rules: RuleHarness) -> None:
-    named = [aimed(each.command, id="x") for each in JOB_COMMANDS if not isinstance(each.command, Import)]
-    for command in [*named, GetVersion(id="x"), Undelivered(id="x", lock_id="l")]:
+    named = [aimed(each.command, id="x") for each in JOB_COMMANDS if not isinstance(each.command, cmd.Import)]
+    for command in [*named, cmd.GetVersion(id="x"), cmd.Undelivered(id="x", lock_id="l")]:
         rejection = rules.reject(command, "job_not_found")
         assert (rejection.status, rejection.details) == (404, {"job_id": "x"})
         assert rejection.message == (
@@ -687,9 +679,9 @@ def test_claims_merge_queues_and_filter_kinds(rules: RuleHarness) -> None:
 def test_claims_skip_paused_queues(rules: RuleHarness) -> None:
     rules.create("a")
     rules.create("b", queue="y")
-    rules.accept(Pause(name="default"))
+    rules.accept(cmd.Pause(name="default"))
     assert rules.claim(queues=["default", "y"], limit=9) == ["b"]
-    rules.accept(Resume(name="default"))
+    rules.accept(cmd.Resume(name="default"))
     assert rules.claim(queues=["default", "y"], limit=9) == ["a"]
 
 
@@ -714,12 +706,12 @@ def test_a_claim_grants_at_most_8_mib_of_payloads_and_at_least_one_job(
 def test_every_token_is_greater_than_the_one_before(rules: RuleHarness) -> None:
     for name in "abc":
         rules.create(name)
-    answer = rules.ask(Claim(worker="w", limit=3))
+    answer = rules.ask(cmd.Claim(worker="w", limit=3))
     assert isinstance(answer, Response)
     granted = answer.data.grants
     assert answer.grants == [(grant.job.id, grant.lock_id) for grant in granted]
     assert answer.unread_payloads == [(seq, grant.job) for seq, grant in enumerate(granted, 1)]
     assert [grant.fencing_token & 0xFF for grant in granted] == [1, 2, 3]
     assert len({grant.lock_id for grant in granted}) == 3
-    rules.accept(ForceReset(id="a"))
-    assert rules.accept(Start(id="a", worker="w")).fencing_token & 0xFF == 4
+    rules.accept(cmd.ForceReset(id="a"))
+    assert rules.accept(cmd.Start(id="a", worker="w")).fencing_token & 0xFF == 4
