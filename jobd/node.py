@@ -26,13 +26,7 @@ from jobd.http.decoding import Limits
 from jobd.http.routing import Route
 from jobd.journal import record
 from jobd.model.job import new_epoch
-from jobd.model.journal import (
-    BadRecord,
-    JournalOutcomeUnknown,
-    JournalUnavailable,
-    LeadershipLost,
-    NodeEntry,
-)
+from jobd.model.journal import BadRecord, JournalOutcomeUnknown, JournalUnavailable, LeadershipLost, NodeEntry
 from jobd.model.responses import ClusterView
 from jobd.resources import EXIT_BUSY, EXIT_CONFIG, EXIT_IO, CannotStart, open_cluster_store
 from jobd.storage.cluster.lost_records import membership_of

@@ -11,26 +11,14 @@ from typing import Any
 
 from msgspec import Raw, json
 
-from jobd.client import (
-    AsyncJobClient,
-    CommandWorker,
-    JobClient,
-    JobView,
-    Worker,
-)
+from jobd.client import AsyncJobClient, CommandWorker, JobClient, JobView, Worker
 from jobd.client.worker.process import Program
 from jobd.core.views import job_view
 from jobd.model.clocks import LockMs
 from jobd.model.commands import Moment
 from jobd.model.job import Job, Options, Policy
 from tests.support.polling import wait_until
-from tests.support.scripted_server import (
-    ReceivedRequest,
-    ScriptedServer,
-    Step,
-    ok,
-    serving,
-)
+from tests.support.scripted_server import ReceivedRequest, ScriptedServer, Step, ok, serving
 
 _NEW = Job(1, "j1", Options(), "queued", 1, 1, 1)
 _VIEW = job_view(_NEW, Moment(1, LockMs(1), 0), Policy(), payload=Raw(b'{"a": 1}'))

@@ -6,11 +6,7 @@ from collections.abc import AsyncIterator, Iterator
 
 import pytest
 
-from jobd.client import (
-    AsyncAdminClient,
-    AsyncJobClient,
-    uuid7,
-)
+from jobd.client import AsyncAdminClient, AsyncJobClient, uuid7
 from jobd.client.worker import lock_keeper
 from tests.support.daemon_process import TOKEN, DaemonProcess
 

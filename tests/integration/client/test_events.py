@@ -8,14 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from jobd.client import (
-    AdminClient,
-    AsyncAdminClient,
-    AsyncJobClient,
-    JobClient,
-    aio,
-    sync,
-)
+from jobd.client import AdminClient, AsyncAdminClient, AsyncJobClient, JobClient, aio, sync
 from jobd.client.retries import RetryOptions
 from tests.support.daemon_process import TOKEN, DaemonProcess
 

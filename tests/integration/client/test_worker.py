@@ -15,23 +15,9 @@ from typing import Any
 import msgspec
 import pytest
 
-from jobd.client import (
-    AsyncJobClient,
-    Discard,
-    InvalidRequest,
-    Retry,
-    Snooze,
-    SyncTask,
-    Task,
-    Worker,
-)
+from jobd.client import AsyncJobClient, Discard, InvalidRequest, Retry, Snooze, SyncTask, Task, Worker
 from jobd.client.worker import handlers
-from tests.support.client_harness import (
-    event_types,
-    running_worker,
-    wait_for_job,
-    wait_until_finished,
-)
+from tests.support.client_harness import event_types, running_worker, wait_for_job, wait_until_finished
 
 
 async def test_an_async_handler_completes_its_job_with_its_return_value(client: AsyncJobClient, queue: str) -> None:

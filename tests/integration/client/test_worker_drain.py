@@ -19,21 +19,10 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from jobd.client import (
-    AsyncJobClient,
-    JobClient,
-    Stopped,
-    SyncTask,
-    Task,
-    Worker,
-)
+from jobd.client import AsyncJobClient, JobClient, Stopped, SyncTask, Task, Worker
 from jobd.client.worker import claimer
 from tests import ROOT
-from tests.support.client_harness import (
-    event_types,
-    running_worker,
-    wait_for_job,
-)
+from tests.support.client_harness import event_types, running_worker, wait_for_job
 from tests.support.daemon_process import DaemonProcess, die_with_us
 from tests.support.scripted_server import ScriptedServer, serving
 

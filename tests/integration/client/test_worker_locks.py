@@ -14,24 +14,10 @@ from typing import Any
 
 import pytest
 
-from jobd.client import (
-    AsyncAdminClient,
-    AsyncJobClient,
-    JobClient,
-    LockLost,
-    Stopped,
-    SyncTask,
-    Task,
-    Worker,
-)
+from jobd.client import AsyncAdminClient, AsyncJobClient, JobClient, LockLost, Stopped, SyncTask, Task, Worker
 from jobd.client.worker import handlers, lock_keeper
 from jobd.client.worker.lock_keeper import LockKeeper
-from tests.support.client_harness import (
-    event_types,
-    running_worker,
-    wait_for_job,
-    wait_until_finished,
-)
+from tests.support.client_harness import event_types, running_worker, wait_for_job, wait_until_finished
 from tests.support.daemon_process import DaemonProcess
 from tests.support.polling import wait_until
 

@@ -7,10 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.scripted_server import (
-    ScriptedServer,
-    serving,
-)
+from tests.support.scripted_server import ScriptedServer, serving
 
 
 @pytest.fixture

@@ -15,12 +15,7 @@ import pytest
 from aiohttp import web
 
 import jobd.client
-from jobd.client import (
-    ERRORS,
-    AdminClient,
-    AsyncAdminClient,
-    Unreachable,
-)
+from jobd.client import ERRORS, AdminClient, AsyncAdminClient, Unreachable
 from tests.support.scripted_server import ScriptedServer, drop, early, ok, raw, rejected
 
 

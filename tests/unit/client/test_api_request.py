@@ -7,14 +7,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from jobd.client import (
-    ERRORS,
-    BadResponse,
-    InvalidRequest,
-    JobdError,
-    Overloaded,
-    Unreachable,
-)
+from jobd.client import ERRORS, BadResponse, InvalidRequest, JobdError, Overloaded, Unreachable
 from jobd.client.api_request import ApiRequest, ApiResponse, build, json_lines, read_result, reader_of
 from jobd.model.calls import JobRequests
 from jobd.model.errors import ERROR_STATUS

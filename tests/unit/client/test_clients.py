@@ -27,10 +27,7 @@ from jobd.client import (
     job_wait,
     requests,
 )
-from jobd.client.api_request import (
-    ApiRequest,
-    request_for,
-)
+from jobd.client.api_request import ApiRequest, request_for
 from jobd.client.apis import WorkerApi
 from jobd.client.job_wait import JobWait
 from jobd.model.responses import LockState

@@ -8,13 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from jobd.client import (
-    Endpoint,
-    admin_endpoints,
-    default_socket,
-    parse_endpoint,
-    worker_endpoints,
-)
+from jobd.client import Endpoint, admin_endpoints, default_socket, parse_endpoint, worker_endpoints
 from jobd.client.endpoint import Address
 
 

@@ -7,11 +7,7 @@ import pickle
 import pytest
 
 import jobd.client
-from jobd.client import (
-    ERRORS,
-    AlreadyLocked,
-    LockLost,
-)
+from jobd.client import ERRORS, AlreadyLocked, LockLost
 from jobd.model.errors import ERROR_STATUS
 
 

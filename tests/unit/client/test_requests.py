@@ -8,26 +8,13 @@ from typing import Any
 import msgspec
 import pytest
 
-from jobd.client import (
-    AdminClient,
-    AsyncAdminClient,
-    AsyncJobClient,
-    InvalidRequest,
-    JobClient,
-    requests,
-    uuid7,
-)
-from jobd.client.api_request import (
-    ApiRequest,
-    request_for,
-)
+from jobd.client import AdminClient, AsyncAdminClient, AsyncJobClient, InvalidRequest, JobClient, requests, uuid7
+from jobd.client.api_request import ApiRequest, request_for
 from jobd.client.apis import AdminApi, WorkerApi
 from jobd.model.api_call import calls_of
 from jobd.model.calls import ADMIN, ADMIN_API, WORKER_API
 from jobd.model.responses import JobView
-from tests.support.client_harness import (
-    JOB,
-)
+from tests.support.client_harness import JOB
 
 
 def test_the_clients_differ_only_in_the_calls_that_transfer_files() -> None:

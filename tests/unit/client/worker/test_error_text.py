@@ -6,10 +6,7 @@ import asyncio
 from collections.abc import Callable
 from typing import Any
 
-from jobd.client import (
-    Discard,
-    Retry,
-)
+from jobd.client import Discard, Retry
 from jobd.client.api_request import request_for
 from jobd.client.apis import WorkerApi
 from jobd.client.worker.handlers import failure_message, failure_options

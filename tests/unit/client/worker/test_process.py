@@ -14,10 +14,7 @@ import pytest
 
 from jobd.client.worker import exec_program, process
 from jobd.client.worker.process import Program, has_members
-from tests.support.client_harness import (
-    ProgramRun,
-    is_alive,
-)
+from tests.support.client_harness import ProgramRun, is_alive
 from tests.support.polling import wait_until
 
 LINGER_S = 0.05

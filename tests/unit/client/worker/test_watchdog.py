@@ -8,9 +8,7 @@ import subprocess
 
 from jobd.client.worker import watchdog
 from jobd.client.worker.watchdog import Watchdog
-from tests.support.client_harness import (
-    ProgramRun,
-)
+from tests.support.client_harness import ProgramRun
 from tests.support.polling import wait_until
 
 

@@ -11,11 +11,7 @@ from typing import Any
 
 import pytest
 
-from jobd.client import (
-    AsyncJobClient,
-    Task,
-    Worker,
-)
+from jobd.client import AsyncJobClient, Task, Worker
 from jobd.client.worker.claimer import ClaimOptions, describe_claims, describe_process
 from jobd.client.worker.handlers import merged_result
 from tests.support.scripted_server import ScriptedServer, rejected
