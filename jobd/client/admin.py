@@ -20,6 +20,7 @@ from jobd.client.api_request import (
     T,
     json_lines,
     lines_request,
+    lower_headers,
     raise_error,
     read_result,
     request_for,
@@ -28,7 +29,7 @@ from jobd.client.api_request import (
 from jobd.client.apis import CHUNK_BYTES, AdminApi, unreachable
 from jobd.client.errors import JobdError, Unreachable
 from jobd.client.retries import RetryOptions
-from jobd.client.sync import CONNECTION_ERRORS, BlockingClient, DaemonConnection, lower_headers
+from jobd.client.sync import CONNECTION_ERRORS, BlockingClient, DaemonConnection
 from jobd.model.calls import AdminJobRequests, ManyJobRequests, StoreCalls, StoreRequests
 from jobd.model.responses import BackupView, ImportPreview, ImportResult
 
@@ -76,7 +77,7 @@ class AdminClient(AdminApi, BlockingClient):
                     raise
                 response = http.client.HTTPResponse(connection.sock, method=request.method)
                 response.begin()
-            return ApiResponse(response.status, lower_headers(response), response.read())
+            return ApiResponse(response.status, lower_headers(response.getheaders()), response.read())
         except CONNECTION_ERRORS as error:
             raise unreachable(self.endpoint, error) from error
 
@@ -148,7 +149,7 @@ class AdminClient(AdminApi, BlockingClient):
     def _save(self, response: http.client.HTTPResponse, file: BinaryIO, stall: StallTimeout | None = None) -> int:
         copied, total = 0, response.length
         if response.status >= 400:
-            raise_error(ApiResponse(response.status, lower_headers(response), self._read(response)))
+            raise_error(ApiResponse(response.status, lower_headers(response.getheaders()), self._read(response)))
         while chunk := self._read(response, CHUNK_BYTES):
             copied += file.write(chunk)
             if stall is not None:

@@ -13,7 +13,7 @@ from typing import Any, Final, Self
 import aiohttp
 from yarl import URL
 
-from jobd.client.api_request import ApiRequest, ApiResponse, T, read_result, request_for
+from jobd.client.api_request import ApiRequest, ApiResponse, T, lower_headers, read_result, request_for
 from jobd.client.apis import IDLE_S, AdminApi, BaseClient, WorkerApi, unreachable
 from jobd.client.command_stream import CommandStream, command_line, is_large
 from jobd.client.endpoint import Endpoint
@@ -128,7 +128,7 @@ class AsyncClient(BaseClient):
                 async with asyncio.timeout(head_s):
                     response = await stack.enter_async_context(self._open(endpoint, request, timeout))
                 body = await response.read() if response.status >= 400 else b""
-                subscription.begin(ApiResponse(response.status, _lower_headers(response), body))
+                subscription.begin(ApiResponse(response.status, lower_headers(response.headers.items()), body))
                 while chunk := await response.content.readany():
                     yield chunk
         except _CONNECTION_ERRORS as error:
@@ -149,7 +149,7 @@ class AsyncClient(BaseClient):
     async def _exchange_over_http(self, endpoint: Endpoint, request: ApiRequest[Any], timeout_s: float) -> ApiResponse:
         timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=min(self._connect_s, timeout_s))
         async with self._open(endpoint, request, timeout) as response:
-            return ApiResponse(response.status, _lower_headers(response), await response.read())
+            return ApiResponse(response.status, lower_headers(response.headers.items()), await response.read())
 
     def _open(
         self,
@@ -198,10 +198,6 @@ def _unreachable(endpoint: Endpoint, error: Exception) -> Unreachable:
     if isinstance(error, aiohttp.ConnectionTimeoutError):
         error = OSError("no connection in time")
     return unreachable(endpoint, error)
-
-
-def _lower_headers(response: aiohttp.ClientResponse) -> dict[str, str]:
-    return {name.lower(): value for name, value in response.headers.items()}
 
 
 class AsyncJobClient(WorkerApi, AsyncClient):

@@ -6,7 +6,7 @@ import functools
 import re
 import secrets
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, Generic, ParamSpec, TypeVar, cast
 from urllib.parse import quote, urlencode
@@ -22,6 +22,8 @@ P = ParamSpec("P")
 T = TypeVar("T")
 U = TypeVar("U")
 
+# Puts JSON on one line. A line end in JSON is white space, never part of a string, so this changes no value.
+LINE_ENDS_TO_SPACES: Final = bytes.maketrans(b"\r\n", b"  ")
 _KEY: Final = re.compile(r"[ -~]{1,200}")
 _BRACES: Final = re.compile(r"\{(\w+)\}")
 
@@ -98,6 +100,10 @@ class ApiResponse:
     status: int
     headers: Mapping[str, str]
     body: bytes
+
+
+def lower_headers(headers: Iterable[tuple[str, str]]) -> dict[str, str]:
+    return {name.lower(): value for name, value in headers}
 
 
 _OPS: Final = {command: op for op, command in STREAMED_COMMANDS.items()}

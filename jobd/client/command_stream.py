@@ -12,7 +12,7 @@ import aiohttp
 import msgspec
 from msgspec import Struct
 
-from jobd.client.api_request import ApiRequest, ApiResponse, reader_of
+from jobd.client.api_request import LINE_ENDS_TO_SPACES, ApiRequest, ApiResponse, lower_headers, reader_of
 from jobd.client.apis import connection_reason
 from jobd.client.errors import BadResponse, JobdError, Unreachable
 from jobd.model.api_call import LINES
@@ -21,8 +21,6 @@ from jobd.model.responses import Grants, GrantView
 COMMANDS: Final = "/v1/commands"
 LARGE_BYTES: Final = 1 << 20  # the daemon's default limit of a body
 CLOSE_S: Final = 5.0  # a closing stream waits this long for its last responses
-
-_LINE_ENDS_TO_SPACES: Final = bytes.maketrans(b"\r\n", b"  ")
 
 # Opens a stream for a request with a body.
 Open = Callable[[ApiRequest[Any], AsyncIterator[bytes]], AbstractAsyncContextManager[aiohttp.ClientResponse]]
@@ -57,7 +55,7 @@ def command_line(request: ApiRequest[Any]) -> bytes | None:
     if (key := request.headers.get("Idempotency-Key")) is not None:
         fields["idempotency_key"] = key
     head = msgspec.json.encode(fields)
-    body = (request.body or b"{}").translate(_LINE_ENDS_TO_SPACES)
+    body = (request.body or b"{}").translate(LINE_ENDS_TO_SPACES)
     return head + b"\n" if body == b"{}" else head[:-1] + b"," + body[1:] + b"\n"
 
 
@@ -179,7 +177,7 @@ class _StreamConnection:
             self.send(msgspec.json.encode(release) + b"\n").cancel()
 
     def _reject(self, response: aiohttp.ClientResponse, body: bytes) -> None:
-        headers = {name.lower(): value for name, value in response.headers.items()}
+        headers = lower_headers(response.headers.items())
         for pending in self._pending:
             if not pending.response.done():
                 pending.response.set_result(ApiResponse(response.status, headers, body))

@@ -7,11 +7,11 @@ times in Unix milliseconds, as in the API.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Final
+from typing import Any
 
 from msgspec import Raw, Struct
 
-from jobd.client.api_request import ApiRequest, build, uuid7
+from jobd.client.api_request import LINE_ENDS_TO_SPACES, ApiRequest, build, uuid7
 from jobd.model.calls import AdminJobRequests, JobRequests, ManyJobRequests
 from jobd.model.commands import MAINTENANCE_ACTIONS, About, PlanAction
 from jobd.model.job import Backoff, OnStall, Status
@@ -120,12 +120,8 @@ class _RawExportPage(Struct):
     next_cursor: str | None
 
 
-_LINE_ENDS_TO_SPACES: Final = bytes.maketrans(b"\r\n", b"  ")
-
-
 def _job_lines(page: Any) -> JobLines:
-    """Put each job on one line. A line end in JSON is white space, never part of a string, so this changes no value."""
-    return JobLines([bytes(job).translate(_LINE_ENDS_TO_SPACES) for job in page.jobs], page.next_cursor)
+    return JobLines([bytes(job).translate(LINE_ENDS_TO_SPACES) for job in page.jobs], page.next_cursor)
 
 
 def export_page(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import os
 import socket
@@ -11,7 +12,7 @@ import time
 from collections.abc import Callable, Generator, Iterator, Mapping
 from typing import Any, Final, Self
 
-from jobd.client.api_request import ApiRequest, ApiResponse, T, read_result, request_for
+from jobd.client.api_request import ApiRequest, ApiResponse, T, lower_headers, read_result, request_for
 from jobd.client.apis import CHUNK_BYTES, CONNECT_S, IDLE_S, BaseClient, WorkerApi, unreachable
 from jobd.client.endpoint import Endpoint
 from jobd.client.errors import JobdError, Unreachable
@@ -56,23 +57,16 @@ class DaemonConnection(http.client.HTTPConnection):
 
     def connect(self) -> None:
         try:
-            self._connect()
+            if self.endpoint.path is not None:
+                self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+                self.sock.settimeout(self.timeout)
+                self.sock.connect(self.endpoint.path)
+                return
+            super().connect()
+            if self._tls is not None:
+                self.sock = self._tls.wrap_socket(self.sock, server_hostname=self.endpoint.host)
         except TimeoutError as error:
             raise OSError("no connection in time") from error
-
-    def _connect(self) -> None:
-        if self.endpoint.path is not None:
-            self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            self.sock.settimeout(self.timeout)
-            self.sock.connect(self.endpoint.path)
-            return
-        super().connect()
-        if self._tls is not None:
-            self.sock = self._tls.wrap_socket(self.sock, server_hostname=self.endpoint.host)
-
-
-def lower_headers(response: http.client.HTTPResponse) -> dict[str, str]:
-    return {name.lower(): value for name, value in response.getheaders()}
 
 
 class BlockingClient(BaseClient):
@@ -158,7 +152,7 @@ class BlockingClient(BaseClient):
             response = connection.getresponse()
             stream.settimeout(silence_s)
             body = response.read() if response.status >= 400 else b""
-            subscription.begin(ApiResponse(response.status, lower_headers(response), body))
+            subscription.begin(ApiResponse(response.status, lower_headers(response.getheaders()), body))
             while chunk := response.read1(CHUNK_BYTES):
                 yield chunk
         except CONNECTION_ERRORS as error:
@@ -168,15 +162,11 @@ class BlockingClient(BaseClient):
 
     def _exchange(self, endpoint: Endpoint, request: ApiRequest[Any], timeout_s: float) -> ApiResponse:
         """Send `request` once. If the daemon has closed the idle connection, repeat it on a new one."""
-        connection = self._take_idle(endpoint) if request.repeatable else None
-        if connection is not None:
-            try:
-                return self._exchange_over(connection, request, timeout_s)
-            except ConnectionError:
-                pass
-            except CONNECTION_ERRORS as error:
-                raise unreachable(endpoint, error) from error
+        idle = self._take_idle(endpoint) if request.repeatable else None
         try:
+            if idle is not None:
+                with contextlib.suppress(ConnectionError):
+                    return self._exchange_over(idle, request, timeout_s)
             return self._exchange_over(DaemonConnection(endpoint, self._tls), request, timeout_s)
         except CONNECTION_ERRORS as error:
             raise unreachable(endpoint, error) from error
@@ -184,7 +174,7 @@ class BlockingClient(BaseClient):
     def _exchange_over(self, connection: DaemonConnection, request: ApiRequest[Any], timeout_s: float) -> ApiResponse:
         try:
             head = self._response(connection, request, timeout_s)
-            response = ApiResponse(head.status, lower_headers(head), head.read())
+            response = ApiResponse(head.status, lower_headers(head.getheaders()), head.read())
         except BaseException:  # also KeyboardInterrupt: the next call would read the rest of this response
             connection.close()
             raise

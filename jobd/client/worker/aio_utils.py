@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Callable
 from typing import Any
 
 
@@ -19,6 +20,18 @@ async def within(time_s: float, event: asyncio.Event) -> bool:
     return event.is_set()
 
 
-def mark_done(future: asyncio.Future[None]) -> None:
-    if not future.done():
-        future.set_result(None)
+def settle(future: asyncio.Future[Any], result: object = None, error: BaseException | None = None) -> None:
+    """End `future`, unless it has ended."""
+    if future.done():
+        return
+    if error is None:
+        future.set_result(result)
+    else:
+        future.set_exception(error)
+        future.exception()  # marks it as retrieved, because the caller may ignore it
+
+
+def call_on(loop: asyncio.AbstractEventLoop, function: Callable[..., object], *args: object, **how: Any) -> None:
+    """Schedule `function` on the loop of another thread. Does nothing if that loop is closed."""
+    with contextlib.suppress(RuntimeError):
+        loop.call_soon_threadsafe(function, *args, **how)

@@ -215,22 +215,21 @@ class CommandWorker:
         return _ProgramExecution(program, directives, tail, self._timeout_s, log)
 
 
-class _ProgramExecution:
-    """The run of a program for one job."""
-
-    is_thread: Final = False
-    gave_up: Final = False
-    has_result: Final = False  # most programs exit with 0 on SIGTERM, too
+class _ProgramExecution(Execution):
+    """The run of a program for one job. It `has_result` never: most programs exit with 0 on SIGTERM, too."""
 
     def __init__(self, program: Program, directives: Directives, tail: Tail, timeout_s: float | None, log: Log) -> None:
-        self.timeout_s: Final = timeout_s
+        super().__init__(program.done, timeout_s)
         self._program = program
         self._directives = directives
         self._tail = tail
         self._log = log
-        self.done: Final = program.done
-        self.stop: Final = program.stop
-        self.abort: Final = program.abort
+
+    async def stop(self, at_once: asyncio.Event) -> None:
+        await self._program.stop(at_once)
+
+    def abort(self) -> None:
+        self._program.abort()
 
     async def finish(self, keeper: LockKeeper, give_up: asyncio.Event) -> bool:
         """Complete the job if the exit status is 0, else fail it."""
@@ -248,10 +247,8 @@ class _ProgramExecution:
         return False
 
     def describe_timeout(self) -> str:
-        return f"{'' if self.done.done() else ' It cannot be killed.'}{self._last_lines()}"
-
-    def _last_lines(self) -> str:
-        return f" Last lines of stderr:\n{self._tail.text}" if self._tail.text else ""
+        last_lines = f" Last lines of stderr:\n{self._tail.text}" if self._tail.text else ""
+        return f"{'' if self.done.done() else ' It cannot be killed.'}{last_lines}"
 
 
 async def _are_completed(client: AsyncJobClient, job_ids: set[str]) -> bool:

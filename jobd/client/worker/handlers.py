@@ -7,17 +7,16 @@ import contextvars
 import functools
 import logging
 import threading
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Coroutine
-from typing import Any, ClassVar, Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import msgspec
 
-from jobd.client.worker.aio_utils import first_of, within
+from jobd.client.worker.aio_utils import call_on, first_of, settle, within
 from jobd.client.worker.error_text import describe_error, join_message, safe_text
 from jobd.client.worker.lock_keeper import LockKeeper
-from jobd.client.worker.runner import STOP_S
-from jobd.client.worker.service_thread import Log, call_on
+from jobd.client.worker.runner import STOP_S, Execution
+from jobd.client.worker.service_thread import Log
 from jobd.client.worker.task import BaseTask, Discard, Retry, Snooze, Stopped, SyncTask, Task
 
 RESULT_FIELDS: Final = frozenset({"download_url", "file_path", "storage_key", "metadata"})
@@ -85,16 +84,14 @@ class HandlerLoop:
         return f"job {', '.join(jobs)}" if jobs else "no async job"
 
 
-class _HandlerExecution(ABC):
+class _HandlerExecution(Execution):
     """The run of a handler for one job. Created and read in the service thread."""
 
     task: BaseTask
-    is_thread: ClassVar[bool]
 
     def __init__(self, handler: RegisteredHandler) -> None:
-        self.timeout_s: Final = handler.timeout_s
+        super().__init__(asyncio.get_running_loop().create_future(), handler.timeout_s)
         self._function = handler.function
-        self.done: Final[asyncio.Future[None]] = asyncio.get_running_loop().create_future()
         self._returned: Any = None
         self._raised: BaseException | None = None
 
@@ -104,16 +101,9 @@ class _HandlerExecution(ABC):
 
     def _end(self, returned: Any, raised: BaseException | None) -> None:
         self._returned, self._raised = returned, raised
-        if not self.done.done():
-            self.done.set_result(None)
-
-    @property
-    def gave_up(self) -> bool:
-        return isinstance(self._raised, Stopped)
-
-    @property
-    def has_result(self) -> bool:
-        return self.is_thread and self._raised is None
+        self.gave_up = isinstance(raised, Stopped)
+        self.has_result = self.is_thread and raised is None
+        settle(self.done)
 
     async def stop(self, at_once: asyncio.Event) -> None:
         """Ask the handler to stop, and wait up to STOP_S for its end."""
@@ -121,10 +111,6 @@ class _HandlerExecution(ABC):
         timeout = asyncio.ensure_future(within(STOP_S, at_once))
         await first_of(self.done, timeout)
         timeout.cancel()
-
-    @abstractmethod
-    def abort(self) -> None:
-        """Ask the handler to stop."""
 
     def describe_timeout(self) -> str:
         return "" if self.done.done() else " The handler was asked to stop, but it is still running."
@@ -178,8 +164,6 @@ class _HandlerFailure(NamedTuple):
 
 
 class AsyncExecution(_HandlerExecution):
-    is_thread = False
-
     def __init__(self, handler: RegisteredHandler, keeper: LockKeeper, loop: HandlerLoop) -> None:
         super().__init__(handler)
         self.task: Task = Task(keeper)

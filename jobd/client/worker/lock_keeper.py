@@ -28,7 +28,7 @@ from jobd.client.errors import (
     TooLarge,
 )
 from jobd.client.retries import RETRIED, RetryOptions
-from jobd.client.worker.aio_utils import within
+from jobd.client.worker.aio_utils import settle, within
 from jobd.client.worker.claimer import RETRIED_CLAIM
 from jobd.client.worker.error_text import MESSAGE_CHARACTERS
 from jobd.client.worker.service_thread import Log
@@ -113,13 +113,14 @@ class LockKeeper:
         """
         reported = self._pending.reported if self._pending else asyncio.get_running_loop().create_future()
         if self.lost.done() or self._is_over:
-            _resolve(reported, self.lost.result() if self.lost.done() else LockLost("This run of the job has ended."))
+            error = self.lost.result() if self.lost.done() else LockLost("This run of the job has ended.")
+            settle(reported, error=error)
             return reported
         self._pending = _ProgressReport(request, reported)
         if self._is_reachable:
             self._wake.set()
         else:
-            _resolve(reported)
+            settle(reported)
         return reported
 
     async def complete(self, give_up: asyncio.Event, **result: Any) -> bool:
@@ -150,7 +151,7 @@ class LockKeeper:
             report, self._pending = self._pending, None
             if flush:
                 await self._try(report)
-            _resolve(report.reported)
+            settle(report.reported)
 
     async def _extend(self, first_s: float) -> None:
         loop = asyncio.get_running_loop()
@@ -190,14 +191,14 @@ class LockKeeper:
         else:
             self._on_response()
             if report is not None:
-                _resolve(report.reported)
+                settle(report.reported)
             return state
         return None
 
     def _on_lost(self, error: JobdError, report: _ProgressReport | None) -> None:
         for pending in (report, self._pending):
             if pending is not None:
-                _resolve(pending.reported, error)
+                settle(pending.reported, error=error)
         if not self.lost.done():
             self.lost.set_result(error)
 
@@ -208,7 +209,7 @@ class LockKeeper:
             return
         if error.code not in RETRIED and report is not None:
             self._on_response()
-            _resolve(report.reported, error)
+            settle(report.reported, error=error)
             return
         if self._is_reachable:
             self._is_reachable = False
@@ -219,7 +220,7 @@ class LockKeeper:
         """Keep progress that was not sent, unless there is newer progress. Its caller waits no longer."""
         if report is not None:
             self._pending = self._pending or report
-            _resolve(report.reported)
+            settle(report.reported)
 
     def _is_rejected(self, error: JobdError) -> bool:
         """Return whether the daemon has rejected the worker's calls for the TTL of the lock, which has expired then.
@@ -342,13 +343,3 @@ def _delay(job: JobView) -> str:
     """Return how long after its last change the job is due."""
     delay_ms = job.run_at - job.updated_at
     return f"in {time_left(delay_ms)}" if delay_ms > 0 else "at once"
-
-
-def _resolve(reported: asyncio.Future[None], error: JobdError | None = None) -> None:
-    if reported.done():
-        return
-    if error is None:
-        reported.set_result(None)
-    else:
-        reported.set_exception(error)
-        reported.exception()  # marks it as retrieved, because the caller may ignore it

@@ -15,7 +15,7 @@ from typing import Any, Final
 
 import msgspec
 
-from jobd.client.worker.aio_utils import mark_done
+from jobd.client.worker.aio_utils import call_on, settle
 from jobd.model.fields import MAX_NESTING
 from jobd.model.job import MAX_PERCENT, storage_key_error
 
@@ -255,7 +255,4 @@ class OutputWriter:
                     write_all(self._fd, data)
             except OSError:
                 self._is_broken = True
-            try:
-                self._loop.call_soon_threadsafe(mark_done, written)
-            except RuntimeError:  # the loop is closed
-                return
+            call_on(self._loop, settle, written)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO, Final
 
 from jobd.client.worker import exec_program
-from jobd.client.worker.aio_utils import first_of, mark_done, within
+from jobd.client.worker.aio_utils import call_on, first_of, settle, within
 from jobd.client.worker.watchdog import Watchdog
 
 KILLED_S: Final = 5.0  # for processes to end after SIGKILL, unless they hang in the kernel
@@ -246,7 +246,7 @@ async def _ready(pipe: IO[bytes], *, to_write: bool = False) -> None:
     loop = asyncio.get_running_loop()
     ready: asyncio.Future[None] = loop.create_future()
     add, remove = (loop.add_writer, loop.remove_writer) if to_write else (loop.add_reader, loop.remove_reader)
-    add(pipe.fileno(), mark_done, ready)
+    add(pipe.fileno(), settle, ready)
     try:
         await ready
     finally:
@@ -291,13 +291,7 @@ def _wait_for(pid: int, exited: asyncio.Future[int | None]) -> None:
         ended = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
         if ended is not None:
             status = ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status
-    with contextlib.suppress(RuntimeError):  # the loop is closed
-        exited.get_loop().call_soon_threadsafe(_resolve, exited, status)
-
-
-def _resolve(exited: asyncio.Future[int | None], status: int | None) -> None:
-    if not exited.done():
-        exited.set_result(status)
+    call_on(exited.get_loop(), settle, exited, status)
 
 
 def has_members(group: int) -> bool:

@@ -6,10 +6,11 @@ import asyncio
 import contextlib
 import functools
 import signal
+from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from datetime import timedelta
 from types import FrameType
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 from jobd.client.aio import AsyncJobClient
 from jobd.client.worker.aio_utils import first_of, within
@@ -25,41 +26,33 @@ NAMED: Final = 3  # jobs that the message at a stop names
 REPORT_S: Final = 10.0  # for a stopping worker to report the ends of its jobs to an unreachable daemon
 
 
-class Execution(Protocol):
-    """The running work on one job."""
+class Execution(ABC):
+    """The running work on one job. `done` is done when no part of it is running any more."""
 
-    @property
-    def done(self) -> asyncio.Future[None]:
-        """Done when no part of the work is running any more."""
+    is_thread = False  # the work cannot be stopped before it returns
+    gave_up = False  # the work has ended because it was asked to
+    has_result = False  # the work has ended with a result, although it was asked to stop
 
-    @property
-    def timeout_s(self) -> float | None:
-        """The time limit of the whole run in seconds; None: no limit."""
+    def __init__(self, done: asyncio.Future[None], timeout_s: float | None) -> None:
+        self.done: Final = done
+        self.timeout_s: Final = timeout_s  # of the whole run; None: no limit
 
-    @property
-    def is_thread(self) -> bool:
-        """Whether the work cannot be stopped before it returns."""
-
-    @property
-    def gave_up(self) -> bool:
-        """Whether the work has ended because it was asked to."""
-
-    @property
-    def has_result(self) -> bool:
-        """Whether the work has ended with a result, although it was asked to stop."""
-
+    @abstractmethod
     async def stop(self, at_once: asyncio.Event) -> None:
         """Stop the work before its end. Return when it has ended, or if it does not stop; `done` is then not done.
 
         If `at_once` is set, there is no time for a graceful end.
         """
 
+    @abstractmethod
     def abort(self) -> None:
         """Ask the work to stop, without waiting."""
 
+    @abstractmethod
     async def finish(self, keeper: LockKeeper, give_up: asyncio.Event) -> bool:
         """Complete or fail the job after the work has ended by itself. Return whether it is completed."""
 
+    @abstractmethod
     def describe_timeout(self) -> str:
         """Return a suffix for the error message of a timeout. The work was stopped, but may still be running."""
 

@@ -9,6 +9,8 @@ import threading
 from collections.abc import Callable, Coroutine
 from typing import Any, Final
 
+from jobd.client.worker.aio_utils import call_on, settle
+
 LOG_S: Final = 1.0  # at the end, for a log that is not read
 Log = Callable[[str], None]
 
@@ -64,7 +66,7 @@ class ServiceThread:
         if self._logging is not None:
             self._messages.put(None)
             self._logging.join(LOG_S)
-        call_on(done.get_loop(), lambda: _end(done, error))
+        call_on(done.get_loop(), settle, done, None, error)
 
 
 def _log_all(messages: queue.SimpleQueue[tuple[Log, str] | None]) -> None:
@@ -72,18 +74,3 @@ def _log_all(messages: queue.SimpleQueue[tuple[Log, str] | None]) -> None:
         log, text = message
         with contextlib.suppress(Exception):  # a log that is full or closed must not end the work
             log(text)
-
-
-def call_on(loop: asyncio.AbstractEventLoop, function: Callable[..., object], *args: object, **how: Any) -> None:
-    """Schedule `function` on the loop of another thread. Does nothing if that loop is closed."""
-    with contextlib.suppress(RuntimeError):
-        loop.call_soon_threadsafe(function, *args, **how)
-
-
-def _end(done: asyncio.Future[None], error: BaseException | None) -> None:
-    if done.cancelled():
-        return
-    if error is None:
-        done.set_result(None)
-    else:
-        done.set_exception(error)
