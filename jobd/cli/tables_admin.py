@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from operator import itemgetter
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Literal
 
 from jobd.cli import tables, terminal
 from jobd.cli.terminal import Columns, Listing, ago
@@ -67,9 +68,22 @@ def workers(views: Sequence[WorkerView], page: WorkerList, state: WorkerState | 
         "JOBS": _held,
     }
     terminal.table(columns, views, empty=empty)
-    gone = page.by_state["gone"]
-    if gone and state is None:
-        terminal.say(f"{gone} more {'is' if gone == 1 else 'are'} gone: jobctl workers --state gone")
+    for away, count in page.by_state.items():
+        if state is None and away in ("died", "gone") and count:
+            terminal.say(f"{count} more {'died' if away == 'died' else 'left'}: jobctl workers --state {away}")
+
+
+def worker_groups(page: WorkerList, by: Literal["host", "version"]) -> None:
+    """Show how many workers of each host or version are in each state."""
+    counts: dict[str, Counter[str]] = {}
+    for group in page.groups:
+        counts.setdefault(getattr(group, by) or "", Counter()).update(group.by_state)
+    columns: Columns = {
+        by.upper(): itemgetter("name"),
+        **{f">{state.upper()}": itemgetter(state) for state in page.by_state},
+    }
+    rows = [{"name": name or "unknown", **states} for name, states in sorted(counts.items())]
+    terminal.table(columns, rows, empty="No worker has been seen since the start.")
 
 
 def claims(worker: WorkerView) -> str | None:

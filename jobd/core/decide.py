@@ -48,6 +48,7 @@ RULES: Final[Mapping[type[Command], Rule]] = {
     commands.Release: worker_rules.release,
     commands.Cancel: worker_rules.cancel,
     commands.Undelivered: worker_rules.undelivered,
+    commands.Goodbye: worker_rules.goodbye,
     commands.ExtendLock: worker_rules.extend_lock,
     commands.ReleaseLock: worker_rules.release_lock,
     commands.ForceFail: operator_rules.force_fail,

@@ -150,7 +150,7 @@ def _outlook(job: Job, state: State, at: Moment) -> _Outlook:
         offered = NextEvent("A waiting worker gets it at once, unless the disk is full.", at.now, "claim")
         return _Outlook("a worker waits for such jobs", offered, None, [see])
     workers = [(name, presence.workers[name]) for claims in fitting for name in claims.workers]
-    idle = [each for each in workers if presence.state(each[1]) == "idle"]
+    idle = [each for each in workers if presence.state(each[1]) in ("waiting", "idle")]
     busy = [each for each in workers if each[1].jobs]
     what = "The first worker that claims its queue and kind gets it, unless another job comes first."
     offered = NextEvent(what, None, "claim")
@@ -163,7 +163,7 @@ def _outlook(job: Job, state: State, at: Moment) -> _Outlook:
         return _Outlook(_busy(busy, state, at), offered, "no free worker", [see, *silent[:MAX_NAMED], start])
     if fitting:
         last = max(claims.claimed for claims in fitting)
-        who = next((f", by {name}, which is gone" for name, each in workers if each.claimed == last), "")
+        who = next((f", by {name}, which {_departure(each)}" for name, each in workers if each.claimed == last), "")
         clause = f"no worker claims such jobs now; the last claim was {duration(presence.lock_ms - last)} ago{who}"
         return _Outlook(clause, offered, "no worker", [see, start])
     if sets and (others := _others(sets, presence)):
@@ -198,6 +198,13 @@ def _busy(busy: list[tuple[str, WorkerSeen]], state: State, at: Moment) -> str:
     return f"{clause}; silent, with an expired lock: {_listed(silent)}" if silent else clause
 
 
+def _departure(worker: WorkerSeen) -> str:
+    """Describe why a worker is not there any more."""
+    if worker.lost is not None:
+        return f"died with {worker.lost.id}"
+    return "is gone" if worker.goodbye is None else "said goodbye"
+
+
 def _longest(busy: list[tuple[str, WorkerSeen]], state: State, at: Moment) -> str:
     return duration(at.now - min(_busy_since(worker, state) for _, worker in busy))
 
@@ -212,7 +219,7 @@ def _busy_since(worker: WorkerSeen, state: State) -> int:
 def _others(sets: list[ClaimSet], presence: WorkerPresence) -> str:
     """Describe the workers of the queue that take other kinds only; empty if all of them are gone."""
     found = [(name, presence.workers[name]) for claims in sets for name in claims.workers]
-    there = [each for each in found if presence.state(each[1]) != "gone"]
+    there = [each for each in found if presence.state(each[1]) not in ("died", "gone")]
     if not there:
         return ""
     name, worker = max(there, key=lambda each: (each[1].waiting > 0, each[1].claimed))

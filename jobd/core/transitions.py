@@ -203,6 +203,8 @@ def stall(tx: Transaction, job: Job, cause: str, *, rule: str = "recovery", why:
     attempt = refunded_attempts(job) if job.progress == 0 else job.attempt
     ended = ended_by(job, tx.at.now, rule, why)
     details = {"worker": job.grant.worker if job.grant else None, "progress": job.progress, "stalls": stalls}
+    if job.grant is not None:
+        tx.state.presence.note_lost(job.grant.worker, job)
     if requeues_on_stall(job):
         fields = {"attempt": attempt, "stalls": stalls}
         return requeue(tx, job, "stalled", ended, fields, reason=cause, details=details)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
-from heapq import nsmallest
+from heapq import nlargest, nsmallest
 from itertools import islice
-from typing import Final
+from typing import Final, get_args
 
 from msgspec import UNSET, Raw, UnsetType
 from msgspec.structs import astuple
@@ -28,6 +28,7 @@ from jobd.model.responses import (
     LockList,
     LockState,
     LockView,
+    LostJobView,
     OldestDue,
     OldestProcessing,
     PausedView,
@@ -35,11 +36,13 @@ from jobd.model.responses import (
     QueueView,
     Response,
     StatsView,
+    WorkerGroup,
     WorkerList,
     WorkerView,
 )
 
 JOBS_SHOWN: Final = 100  # of a worker
+GROUPS_SHOWN: Final = 100
 
 
 def lock_view(job: Job, at: Moment, *, admin: bool = False) -> LockView | None:
@@ -180,17 +183,21 @@ def paused_view(queue: str, pause: QueuePause | None) -> PausedView:
 
 
 def workers(state: State, at: Moment, command: Workers) -> WorkerList:
-    """Return a page of the workers in a state, or of all that are not gone, most recently seen first.
+    """Return a page of the workers in a state, or of all that are there, most recently seen first.
 
     A worker that is seen between two pages moves to the front, so later pages may lack it.
     """
     presence = state.presence
-    by_state: dict[WorkerState, int] = {"busy": 0, "idle": 0, "silent": 0, "gone": 0}
+    by_state, groups = dict.fromkeys(get_args(WorkerState), 0), {}
     selected: list[tuple[str, WorkerSeen]] = []
     for each in presence.remembered():
-        activity = presence.state(each[1])
+        activity, about = presence.state(each[1]), each[1].about
         by_state[activity] += 1
-        if activity == command.state or (command.state is None and activity != "gone"):
+        key = (about.host, about.version) if about is not None else (None, None)
+        if key not in groups:
+            groups[key] = dict.fromkeys(by_state, 0)
+        groups[key][activity] += 1
+        if activity == command.state or (command.state is None and activity not in ("died", "gone")):
             selected.append(each)
     if command.cursor is not None:
         before, _, last = command.cursor.partition(" ")
@@ -200,7 +207,9 @@ def workers(state: State, at: Moment, command: Workers) -> WorkerList:
     shown = selected[: command.limit]
     following = f"{shown[-1][1].last_seen_at} {shown[-1][0]}" if len(selected) > len(shown) else None
     since = at.now if presence.started_at is None else presence.started_at
-    return WorkerList([_worker(presence, *each) for each in shown], following, by_state, since)
+    largest = nlargest(GROUPS_SHOWN, groups.items(), key=lambda each: sum(each[1].values()))
+    grouped = [WorkerGroup(*key, states) for key, states in largest]
+    return WorkerList([_worker(presence, *each) for each in shown], following, by_state, grouped, since)
 
 
 def _by_latest(each: tuple[str, WorkerSeen]) -> tuple[int, str]:
@@ -220,6 +229,8 @@ def _worker(presence: WorkerPresence, name: str, seen: WorkerSeen) -> WorkerView
         seen.waiting > 0,
         seen.about,
         presence.heard_at(seen),
+        seen.goodbye,
+        None if seen.lost is None else LostJobView(*seen.lost),
     )
 
 

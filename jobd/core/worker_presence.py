@@ -1,20 +1,29 @@
 """Presence of workers: for each, when it was last seen, its latest claim, its jobs, and its description of itself.
 
 In memory only: after a start, only the holders of jobs are known. Ages are in lock time, so that a step of the wall
-clock does not make a worker gone.
+clock does not make a worker gone. The states of a worker, the first that holds:
+
+    silent    it holds a job whose lock has expired
+    busy      it holds a job
+    waiting   a claim of it waits, or its connection closed less than LEFT_AFTER_MS ago, as a proxy may close it
+    died      recovery or an operator took back its last job, and it was not heard since
+    gone      it said goodbye, or the connection of its waiting claim closed, or it was not heard for its idle time
+    idle      else
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator
-from typing import Final
+from typing import Final, NamedTuple
 
 from jobd.model.clocks import LockMs
-from jobd.model.commands import About, Claim, Start, WorkerState
-from jobd.model.job import DAY_MS, MINUTE_MS
+from jobd.model.commands import About, Claim, GoodbyeReason, Start, WorkerState
+from jobd.model.job import DAY_MS, MINUTE_MS, SECOND_MS, Job
 
-GONE_AFTER_MS: Final = 5 * MINUTE_MS
+IDLE_AT_LEAST_MS: Final = 15 * SECOND_MS
+IDLE_AT_MOST_MS: Final = 10 * MINUTE_MS  # also before the second claim, when the worker's rhythm is unknown
+LEFT_AFTER_MS: Final = 10 * SECOND_MS
 FORGOTTEN_AFTER_MS: Final = DAY_MS
 WORKERS_KEPT: Final = 10_000  # workers that hold no job and wait for none
 NAMES_KEPT: Final = 100_000  # queues and kinds over all claim sets
@@ -57,25 +66,44 @@ class ClaimSet:
 class WorkerSeen:
     """One worker. `jobs` are the jobs that it holds, `expired` those of them whose lock has expired.
 
-    `last_seen_at` (wall time) and `heard` (lock time) are when it was last seen, `claimed` is the lock time of its
-    latest claim. `claims` is None if no claim is remembered. `waiting` is the number of its claims that wait now.
+    `last_seen_at` (wall time) and `heard` (lock time) are when it was last seen, `asked` is when its latest claim
+    arrived, `claimed` until when it waited. The idle time `idle_ms` is twice the time between its last two claims.
+    `claims` is None if no claim is remembered. `waiting` is the number of its claims that wait now. `left` (when the
+    connection of a waiting claim closed), `goodbye` and `lost` (the latest job that was taken back from it) are None
+    once it is heard again.
     """
 
-    __slots__ = ("about", "claimed", "claims", "expired", "heard", "jobs", "last_seen_at", "waiting")
+    __slots__ = (
+        "about", "asked", "claimed", "claims", "expired", "goodbye", "heard", "idle_ms", "jobs", "last_seen_at", "left",
+        "lost", "waiting",
+    )  # fmt: skip
 
     def __init__(self) -> None:
         self.jobs: dict[str, None] = {}
         self.expired: dict[str, None] = {}
         self.last_seen_at = 0
         self.heard = self.claimed = LockMs(0)
+        self.asked: LockMs | None = None
+        self.idle_ms = IDLE_AT_MOST_MS
         self.claims: ClaimSet | None = None
         self.waiting = 0
         self.about: About | None = None
+        self.left: LockMs | None = None
+        self.goodbye: GoodbyeReason | None = None
+        self.lost: LostJob | None = None
 
     @property
     def is_resting(self) -> bool:
         """Whether it holds no job and no claim of it waits."""
         return not (self.jobs or self.waiting)
+
+
+class LostJob(NamedTuple):
+    """A job that recovery or an operator took back from a worker, its progress in percent, and the wall time."""
+
+    id: str
+    progress: float
+    at: int
 
 
 class WorkerPresence:
@@ -104,7 +132,13 @@ class WorkerPresence:
             return "silent"
         if worker.jobs:
             return "busy"
-        return "idle" if worker.waiting or self.lock_ms - worker.heard < GONE_AFTER_MS else "gone"
+        has_left = worker.left is not None and self.lock_ms - worker.left >= LEFT_AFTER_MS
+        if worker.waiting or (worker.left is not None and not has_left and worker.goodbye is None):
+            return "waiting"
+        if worker.lost is not None:
+            return "died"
+        is_gone = has_left or worker.goodbye is not None or self.lock_ms - worker.heard >= worker.idle_ms
+        return "gone" if is_gone else "idle"
 
     def remembered(self) -> Iterator[tuple[str, WorkerSeen]]:
         """Iterate over names and workers, without those that have been gone for a day."""
@@ -147,6 +181,7 @@ class WorkerPresence:
             self.workers.move_to_end(name)
         worker.last_seen_at = at
         worker.heard = self.lock_ms - (self.now - at)
+        worker.left = worker.goodbye = worker.lost = None
         return worker
 
     def note_request(self, command: Start | Claim) -> WorkerSeen:
@@ -159,7 +194,9 @@ class WorkerPresence:
             if claims is None or claims.queues != command.queues or claims.kinds != command.kinds:
                 claims = self._set_of(command)
                 self._assign(command.worker, worker, claims)
-            claims.claimed = worker.claimed = self.lock_ms
+            if worker.asked is not None and self.lock_ms > worker.asked:  # not when this claim begins to wait
+                worker.idle_ms = min(max(2 * (self.lock_ms - worker.asked), IDLE_AT_LEAST_MS), IDLE_AT_MOST_MS)
+            claims.claimed = worker.claimed = worker.asked = self.lock_ms
         return worker
 
     def begin_wait(self, command: Claim) -> ClaimSet:
@@ -171,17 +208,39 @@ class WorkerPresence:
         claims.waiting += 1
         return claims
 
-    def end_wait(self, name: str, claims: ClaimSet) -> None:
-        """Record that a wait has ended. The worker counts as seen until now."""
+    def end_wait(self, name: str, claims: ClaimSet, *, has_left: bool = False) -> None:
+        """Record that a wait has ended. `has_left`: because its connection closed. The worker was seen until now."""
         worker = self.note_seen(name, self.now)
         worker.waiting -= 1
         claims.waiting -= 1
         claims.claimed = worker.claimed = self.lock_ms
+        if has_left:
+            worker.left = self.lock_ms
+
+    def note_left(self, name: str) -> None:
+        """Record that the connection closed on which a worker would have received a job."""
+        if (worker := self.workers.get(name)) is not None:
+            worker.left = self.lock_ms
+
+    def say_goodbye(self, name: str, instance: str | None, reason: GoodbyeReason) -> WorkerState:
+        """Record that a worker ends, unless another instance of its name was heard later. Return its state."""
+        worker = self.workers.get(name)
+        if worker is None:
+            return "gone"
+        if worker.about is None or worker.about.instance == instance:
+            self.note_seen(name, self.now).goodbye = reason
+        return self.state(worker)
+
+    def note_lost(self, name: str, job: Job) -> None:
+        """Record that a job was taken back from a worker that was not heard for too long."""
+        if (worker := self.workers.get(name)) is not None:
+            worker.lost = LostJob(job.id, job.progress, self.now)
 
     def add_job(self, name: str, job_id: str, at: int) -> None:
         """Record that a worker holds a job. An unknown worker was last seen at wall time `at`."""
         worker = self.workers.get(name) or self.note_seen(name, at)
         worker.jobs[job_id] = None
+        worker.lost = None  # a dry run or a batch that was not written gives the job back
 
     def remove_job(self, name: str, job_id: str) -> None:
         """Record that a worker no longer holds this job."""

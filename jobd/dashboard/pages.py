@@ -321,6 +321,7 @@ async def workers(viewer: Viewer, request: WorkersPageQuery) -> PageData:
     return {
         "workers": workers.workers,
         "by_state": workers.by_state,
+        "groups": workers.groups,
         "state": request.state,
         "since": workers.since,
         "next_workers": f"/workers?{urlencode(state_filter | {'seen': workers.next_cursor})}"

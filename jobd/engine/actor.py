@@ -240,7 +240,7 @@ class Actor:
         """Record that the caller of `envelope` is gone. Its claim stops waiting."""
         first = self.waiting_claims.waiting_with(envelope.key.digest) if envelope.key is not None else envelope
         if first is not None and first.is_abandoned:
-            self.waiting_claims.remove(first)
+            self.waiting_claims.remove(first, has_left=True)
 
     def undelivered(self, response: Response) -> None:
         """Release the grants of a response whose connection closed before its first byte, if no other received them."""

@@ -56,14 +56,14 @@ class WaitingClaims:
         if envelope.key is not None:
             self._by_digest[envelope.key.digest] = envelope
 
-    def remove(self, envelope: Envelope) -> bool:
-        """Remove a claim. Return whether it waited."""
+    def remove(self, envelope: Envelope, *, has_left: bool = False) -> bool:
+        """Remove a claim. `has_left`: because its connection closed. Return whether it waited."""
         found = self.by_ticket.pop(envelope.ticket, None)
         if found is None:
             return False
         claim = envelope.command
         assert isinstance(claim, Claim)
-        self._presence.end_wait(claim.worker, found[2])
+        self._presence.end_wait(claim.worker, found[2], has_left=has_left)
         for place in found[1]:
             del self._at[place][envelope.ticket]
             if not self._at[place]:

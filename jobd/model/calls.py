@@ -58,6 +58,7 @@ class QueueCalls(CallGroup, tag="Queues and workers"):
     queues = queue_page.then(lambda page: page.queues)
     worker_page = ApiCall(commands.Workers, responses.WorkerList, "GET", "/v1/workers")
     workers = worker_page.then(lambda page: page.workers)
+    goodbye = ApiCall(commands.Goodbye, responses.GoodbyeView, "POST", "/v1/workers/{name}/goodbye")
 
 
 class EventRequests(CallGroup, tag="Events"):

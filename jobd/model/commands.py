@@ -244,13 +244,21 @@ class SearchJobs(ListJobs, frozen=True, kw_only=True):
     error: ErrorFilter | None = None
 
 
+Instance = Annotated[
+    str,
+    doc(
+        "Distinguishes the worker from others of the same name.",
+        pattern=PRINTABLE,
+        max_length=200,
+        extra={"expected": "printable ASCII characters"},
+    ),
+]
+
+
 class About(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, kw_only=True, gc=False):
     """A worker's description of itself, for display only. The bounds keep it below 1 KiB."""
 
-    instance: (
-        Annotated[str, doc("Distinguishes the worker from others of the same name.", pattern=PRINTABLE, max_length=200)]
-        | None
-    ) = None
+    instance: Instance | None = None
     host: Annotated[str, doc("The machine of the worker.", pattern=PRINTABLE, max_length=253)] | None = None
     pid: Annotated[int, doc("The process id of the worker.", ge=1, le=2**32 - 1)] | None = None
     version: Annotated[str, doc("The version of the worker.", pattern=PRINTABLE, max_length=100)] | None = None
@@ -412,13 +420,13 @@ class Queues(Read, frozen=True, kw_only=True):
     ] = False
 
 
-WorkerState = Literal["busy", "idle", "silent", "gone"]
+WorkerState = Literal["silent", "busy", "waiting", "idle", "died", "gone"]
 
 
 class Workers(Read, frozen=True, kw_only=True):
     """List workers with their state, latest claim and jobs, most recently seen first.
 
-    Workers that are gone are listed only with `state=gone`.
+    Workers that died or are gone are listed only with their `state`.
     """
 
     limit: PageLimit = MAX_PAGE
@@ -426,10 +434,26 @@ class Workers(Read, frozen=True, kw_only=True):
     state: Annotated[
         WorkerState | None,
         doc(
-            "Only workers in this state: `busy`, `idle`, `silent` (it holds a job whose lock has expired) "
-            "or `gone`. Default: all but `gone`."
+            "Only workers in this state. `silent`: it holds a job whose lock has expired. `died`: its last job was "
+            "taken back from it, and it was not heard since. Default: all but `died` and `gone`."
         ),
     ] = None
+
+
+GoodbyeReason = Literal["stopped", "drained", "once", "error"]
+
+
+class Goodbye(Command, frozen=True):
+    """Say that a worker ends, so that it is not taken for one that is there. Changes no job.
+
+    It is ignored if another instance of the worker was heard later. A worker that holds a job stays busy.
+    """
+
+    admission = "read"
+
+    name: WorkerName
+    instance: Instance | None = None
+    reason: Annotated[GoodbyeReason, doc("Why the worker ends.")] = "stopped"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1120,6 +1144,7 @@ AnyCommand = (
     | Preview
     | Stats
     | Locks
+    | Goodbye
     | Undelivered
     | ExtendAfterPause
     | KeepDue

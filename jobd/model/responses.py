@@ -11,7 +11,17 @@ from typing import Annotated, Any, Final, Literal
 import msgspec
 from msgspec import UNSET, Raw, Struct, UnsetType
 
-from jobd.model.commands import About, AuditLog, Export, Import, ListJobs, PlanAction, PlanFilter, WorkerState
+from jobd.model.commands import (
+    About,
+    AuditLog,
+    Export,
+    GoodbyeReason,
+    Import,
+    ListJobs,
+    PlanAction,
+    PlanFilter,
+    WorkerState,
+)
 from jobd.model.events import EventView, QueuePause
 from jobd.model.fields import Metadata, doc
 from jobd.model.job import Backoff, Job
@@ -315,11 +325,25 @@ class QueueList(Struct):
     next_cursor: NextCursor = None
 
 
+class LostJobView(Struct, frozen=True):
+    """A job that was taken back from a worker."""
+
+    id: JobIdText
+    progress: Annotated[float, doc("Its progress, in percent.")]
+    at: Annotated[int, doc("When it was taken back, in Unix ms.")]
+
+
 class WorkerView(Struct, frozen=True):
     """A worker: its state, its latest claim and the jobs that it holds."""
 
     worker: WorkerText
-    state: Annotated[WorkerState, doc("`busy`, `idle`, `silent` (it holds a job whose lock has expired) or `gone`.")]
+    state: Annotated[
+        WorkerState,
+        doc(
+            "`silent` (it holds a job whose lock has expired), `busy`, `waiting` (for a job), `idle`, `died` (its last "
+            "job was taken back from it, and it was not heard since) or `gone`."
+        ),
+    ]
     jobs: Annotated[list[str], doc("Ids of the first jobs that the worker holds.")]
     held: Annotated[int, doc("How many jobs the worker holds.")]
     expired: Annotated[int, doc("How many of the jobs have an expired lock.")]
@@ -330,6 +354,23 @@ class WorkerView(Struct, frozen=True):
     last_seen_at: Annotated[
         int, doc("When the worker was last seen, in Unix ms. The current time while one of its claims waits.")
     ]
+    goodbye: Annotated[GoodbyeReason | None, doc("Why the worker ended, if it said so.")] = None
+    lost: Annotated[LostJobView | None, doc("The job that was taken back from a worker that died.")] = None
+
+
+class WorkerGroup(Struct, frozen=True):
+    """The workers of one version on one host. Null: they did not say."""
+
+    host: Annotated[str | None, doc("The `host` of their `about`.")]
+    version: Annotated[str | None, doc("The `version` of their `about`.")]
+    by_state: Annotated[dict[WorkerState, int], doc("Number of workers in each state.")]
+
+
+class GoodbyeView(Struct, frozen=True):
+    """The state of a worker after its goodbye."""
+
+    worker: WorkerText
+    state: Annotated[WorkerState, doc("`busy` if it holds a job.")]
 
 
 class WorkerList(Struct):
@@ -338,6 +379,7 @@ class WorkerList(Struct):
     workers: Annotated[list[WorkerView], doc("The workers.")]
     next_cursor: NextCursor
     by_state: Annotated[dict[WorkerState, int], doc("Number of workers in each state, over all pages.")]
+    groups: Annotated[list[WorkerGroup], doc("The same by host and version: the 100 largest groups, over all pages.")]
     since: Annotated[int, doc("Start of the daemon, in Unix ms. Workers last seen before it are unknown.")]
 
 

@@ -488,7 +488,7 @@ _SHAPES: Final = {
     "clock": fields_of(responses.ClockView),
     "reports": {"reports"},
     "alerts": {"alerts"},
-    "workers": {"workers", "by_state", "since"},
+    "workers": {"workers", "by_state", "groups", "since"},
     "locks": {"locks"},
     "queues": {"queues"},
     "audit": {"entries", "next_cursor"},

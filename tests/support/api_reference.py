@@ -57,6 +57,7 @@ SHAPES: Final[dict[str, Any]] = {
     "cleanup state": responses.CleanupState,
     "recovered": responses.RecoverStuckView,
     "taken back": responses.TakeBackView,
+    "goodbye": responses.GoodbyeView,
     "recovery": responses.Recovery,
     "validated job": responses.ValidateJobView,
     "forced": responses.TransitionView,

@@ -195,6 +195,8 @@ def _queues() -> Iterator[Example]:
         yield Example(api.queue_page, commands.Queues(limit=5, busiest=True))
         yield Example(api.worker_page, commands.Workers())
         yield Example(api.worker_page, commands.Workers(state="silent", limit=5))
+    goodbye = commands.Goodbye(name="w-2", instance="i", reason="drained")
+    yield Example(calls.QueueCalls.goodbye, goodbye)
     admin = calls.AdminQueueCalls
     paused = EventOf("queue_paused", None, {"since": AT, "until": AT + 9})
     yield Example(admin.pause_queue, commands.Pause(name="q", reason="r", until=AT + 9), paused)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import click
 
@@ -119,19 +119,22 @@ def queues(as_json: bool) -> None:
 @click.command()
 @click.option(
     "--state",
-    type=click.Choice(["busy", "idle", "silent", "gone"]),
-    help="List only workers in this state.  [default: all but gone]",
+    type=click.Choice(["silent", "busy", "waiting", "idle", "died", "gone"]),
+    help="List only workers in this state.  [default: all but died and gone]",
 )
+@click.option("--by", type=click.Choice(["host", "version"]), help="Count the workers instead of listing them.")
 @json_option
 @admin_options
-def workers(state: WorkerState | None, as_json: bool) -> None:
+def workers(state: WorkerState | None, by: Literal["host", "version"] | None, as_json: bool) -> None:
     """List the workers with their state, latest claim and jobs.
 
     \b
-    busy    holds a job
-    silent  holds a job whose lock has expired (see jobctl take-back)
-    idle    holds no job, and was seen in the last 5 minutes
-    gone    holds no job, and was not seen for 5 minutes
+    silent   holds a job whose lock has expired (see jobctl take-back)
+    busy     holds a job
+    waiting  waits for a job
+    idle     was seen recently, by the rhythm of its claims
+    died     its last job was taken back, and it was not heard since
+    gone     said goodbye, or closed its connection, or was not seen recently
     """
     client, cursor = admin_client(), None
     found: list[WorkerView] = []
@@ -141,7 +144,10 @@ def workers(state: WorkerState | None, as_json: bool) -> None:
         if (cursor := page.next_cursor) is None:
             break
     if as_json:
-        terminal.emit_json({"workers": found, "by_state": page.by_state, "since": page.since})
+        listed = {"workers": found, "by_state": page.by_state, "groups": page.groups, "since": page.since}
+        terminal.emit_json(listed)
+    elif by is not None:
+        tables_admin.worker_groups(page, by)
     else:
         tables_admin.workers(found, page, state)
 

@@ -103,7 +103,16 @@ class Sampler:
             for each in sorted(seen.workers, key=lambda each: (-each.held, each.worker))
         ]
         more = max_queues is not None and len(queues) > max_queues
-        return TopFrame(stats, per_second, over_s, queues[:max_queues], workers, alerts, more, seen.by_state["gone"])
+        return TopFrame(
+            stats,
+            per_second,
+            over_s,
+            queues[:max_queues],
+            workers,
+            alerts,
+            more,
+            seen.by_state["gone"] + seen.by_state["died"],
+        )
 
     def rates(self, metrics: str) -> tuple[dict[str, float], float]:
         """Return events per second since the oldest sample of the window, and the time since then."""
@@ -274,7 +283,7 @@ def _workers(frame: TopFrame, rows: int, width: int) -> list[RenderableType]:
         "JOBS": lambda worker: "  ".join(f"{job.id} {terminal.cell(job.progress)} %" for job in worker.jobs),
     }
     lines = _table(columns, frame.workers, rows, width)
-    return [*lines, _line(f"{frame.gone} gone")] if frame.gone else lines
+    return [*lines, _line(f"{frame.gone} died or gone")] if frame.gone else lines
 
 
 def _clipped(name: str) -> Callable[[Any], str | None]:

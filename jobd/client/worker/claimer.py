@@ -80,6 +80,7 @@ class Claimer:
         self._running: set[asyncio.Future[None]] = set()
         self._retries: dict[str, float] = {}  # job id -> loop time at which its retry is due
         self._is_resent = False
+        self.has_claimed = False
 
     @property
     def is_stopping(self) -> bool:
@@ -140,6 +141,7 @@ class Claimer:
 
     async def _claim(self, limit: int) -> list[GrantView]:
         """Claim up to `limit` jobs. Retries with the same key until the daemon responds or `stop` is called."""
+        self.has_claimed = True
         key = uuid7()
         wait_ms = POLL_MS if len(self._client.endpoints) == 1 else NODE_POLL_MS
         if self._options.drain:

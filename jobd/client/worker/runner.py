@@ -13,16 +13,19 @@ from types import FrameType
 from typing import Any, Final
 
 from jobd.client.aio import AsyncJobClient
+from jobd.client.errors import JobdError
 from jobd.client.worker.aio_utils import first_of, within
 from jobd.client.worker.claimer import Claimer, ClaimOptions
 from jobd.client.worker.error_text import MESSAGE_CHARACTERS, describe_error
 from jobd.client.worker.lock_keeper import LockKeeper, describe_end, describe_failure
 from jobd.client.worker.service_thread import Log
+from jobd.model.commands import About, GoodbyeReason
 from jobd.model.responses import GrantView
 from jobd.model.times import duration
 
 STOP_S: Final = 10.0  # for an execution to stop
 NAMED: Final = 3  # jobs that the message at a stop names
+GOODBYE_S: Final = 1.0
 REPORT_S: Final = 10.0  # for a stopping worker to report the ends of its jobs to an unreachable daemon
 
 
@@ -82,6 +85,7 @@ class WorkerRunner:
         report: Log | None = None,
     ) -> None:
         self._client = client
+        self._options = options
         self._begin = begin
         self._log = log
         self._announce = announce or log
@@ -130,9 +134,22 @@ class WorkerRunner:
         grace = asyncio.ensure_future(self._end_grace())
         try:
             await self._claimer.run()
+            if self._options.about is not None and self._claimer.has_claimed:
+                await self._say_goodbye(self._options.about)
         finally:
             grace.cancel()
             await asyncio.gather(grace, return_exceptions=True)
+
+    async def _say_goodbye(self, about: About) -> None:
+        """Tell the daemon that this worker ends, so that operators do not take it for one that is there."""
+        reason: GoodbyeReason = "stopped"
+        if self.start_error is not None:
+            reason = "error"
+        elif not self._stopping.is_set():
+            reason = "once" if self._options.once else "drained"
+        with contextlib.suppress(JobdError, TimeoutError):
+            async with asyncio.timeout(GOODBYE_S):
+                await self._client.goodbye(self._options.worker, instance=about.instance, reason=reason)
 
     async def _end_grace(self) -> None:
         await self._stopping.wait()

@@ -69,7 +69,7 @@ def take_back(tx: Transaction, command: TakeBack) -> Response:
         count = len(worker.jobs)
         held = "the lock of its job is live" if count == 1 else f"the locks of its {count} jobs are live"
         why = held if count else "it holds no job"
-        message = f"Worker {name} is {state}, not silent: {why}. To end a live grant: jobctl force-fail ID"
+        message = f"Worker {name} is not silent, but {state}: {why}. To end a live grant: jobctl force-fail ID"
         raise api_error("worker_not_silent", message, worker=name, state=state)
     more = len(worker.expired) > TAKEN_BACK
     details = []

@@ -24,6 +24,7 @@ from jobd.model.commands import (
     Extend,
     ExtendLock,
     Fail,
+    Goodbye,
     Moment,
     Progress,
     Release,
@@ -43,7 +44,7 @@ from jobd.model.job import (
     recorded_bytes,
     release_delay_ms,
 )
-from jobd.model.responses import Grants, JobList, JobView, Response
+from jobd.model.responses import GoodbyeView, Grants, JobList, JobView, Response
 from jobd.model.times import duration, time_left
 
 _encode: Final = msgspec.json.Encoder().encode
@@ -249,7 +250,14 @@ def undelivered(tx: Transaction, command: Undelivered) -> Response:
     ended = transitions.ended_by(job, tx.at.now, "undelivered", "undelivered")
     reason = "The connection closed before the grant was sent."
     fields = {"attempt": transitions.refunded_attempts(job), "releases": job.releases}
+    tx.state.presence.note_left(job.grant.worker)
     return views.job_response(tx, transitions.requeue(tx, job, "undelivered", ended, fields, reason=reason))
+
+
+def goodbye(tx: Transaction, command: Goodbye) -> Response:
+    """Record that a worker ends. Nothing is written."""
+    state = tx.state.presence.say_goodbye(command.name, command.instance, command.reason)
+    return Response(GoodbyeView(command.name, state))
 
 
 # -- the holder's commands: the latest grant wins ---------------------------------------------------------------------
@@ -404,6 +412,8 @@ def _held(tx: Transaction, command: Holders, verb: str) -> Job | Response:
             raise _lock_lost(job, command.lock_id)
         return job
     ended = job.ended
+    if ended is not None and ended.lock_id == command.lock_id:
+        tx.state.presence.note_seen(ended.worker, tx.now)
     if ended is None or ended.lock_id != command.lock_id or ended.verb is None:
         if isinstance(command, (Progress, Extend, Fail, Release)):
             late_result_rules.note_call(tx, job, command)

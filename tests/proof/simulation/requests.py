@@ -32,6 +32,7 @@ from jobd.model.commands import (
     ForceReset,
     Get,
     GetVersion,
+    Goodbye,
     Import,
     ImportCheck,
     LateResults,
@@ -334,4 +335,4 @@ class RequestGenerator:
             case 9:
                 return LateResults(id=self.job_id()) if self.chance(0.7) else AuditLog(limit=2)
             case _:
-                return Ping()
+                return Ping() if self.chance(0.5) else Goodbye(f"w-{self.dice.randrange(3)}")

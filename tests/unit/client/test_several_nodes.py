@@ -345,7 +345,7 @@ async def test_the_end_of_a_job_is_reported_to_the_next_leader(nodes: Nodes, tmp
     await wait_until(lambda: extends(2))
     (tmp_path / "go").touch()
     assert await running == 0
-    assert nodes.servers[2].received[-1].path == "/v1/jobs/j1/complete"
+    assert [each.path for each in nodes.servers[2].received[-2:]] == ["/v1/jobs/j1/complete", "/v1/workers/run/goodbye"]
     assert len(run.messages) == 1, "a takeover is nothing to report"
 
 

@@ -147,7 +147,7 @@ def test_of_the_workers_of_other_kinds_the_one_that_claimed_last_is_named(rules:
 def test_workers_of_other_kinds_that_are_gone_do_not_count(rules: RuleHarness) -> None:
     rules.create(queue="q", kind="crop")
     claims(rules, "w-1", "resize")
-    rules.advance(5 * MINUTE_MS)
+    rules.advance(10 * MINUTE_MS)
     assert clause(rules) == "no worker has claimed kind `crop` of queue `q` since the start at 2023-11-14 22:13:20 UTC"
     assert why(rules).blocked_by == "no worker"
 
@@ -212,7 +212,7 @@ def test_no_worker_waits_but_one_claimed_recently(rules: RuleHarness) -> None:
     assert clause(rules) == "no worker is waiting now; worker-0 claimed this queue 0 ms ago; 2 more are idle"
 
 
-def test_busy_workers_are_named_before_one_that_stopped_a_moment_ago(rules: RuleHarness) -> None:
+def test_a_worker_that_died_is_no_candidate(rules: RuleHarness) -> None:
     rules.create("a", queue="q")
     rules.held("b", worker="w-1", queue="q", stall_after_ms=0)
     claims(rules, "w-1")
@@ -222,12 +222,11 @@ def test_busy_workers_are_named_before_one_that_stopped_a_moment_ago(rules: Rule
     claims(rules, "w-2")
     rules.advance(4_000)
     rules.accept(Recover(limit=9))
-    last = "w-1 claimed this queue 4 s ago"
-    assert clause(rules) == f"no worker is waiting now: w-2 has been busy for 4 s; {last}"
+    assert clause(rules) == "w-2, the only worker that takes such jobs, has been busy for 4 s"
     rules.held("d", worker="w-3", queue="q")
     claims(rules, "w-3")
     claims(rules, "w-4")
-    last = "w-4 claimed this queue 0 ms ago; 1 more is idle"
+    last = "w-4 claimed this queue 0 ms ago"
     assert clause(rules) == f"no worker is waiting now: 2 are busy, the longest for 4 s; {last}"
     assert why(rules).blocked_by == "no waiting worker"
 

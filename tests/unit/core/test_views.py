@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from msgspec import UNSET, Raw
@@ -12,7 +12,7 @@ from jobd.core import views
 from jobd.core.state import State
 from jobd.core.stats import Counters
 from jobd.model.clocks import LockMs
-from jobd.model.commands import Locks, Moment, Workers
+from jobd.model.commands import Locks, Moment, Workers, WorkerState
 from jobd.model.job import (
     HOUR_MS,
     MINUTE_MS,
@@ -149,9 +149,8 @@ def test_the_list_of_locks_has_every_field() -> None:
 
 
 def test_the_list_of_workers_counts_every_state() -> None:
-    assert views.workers(State(), AT, Workers()) == WorkerList(
-        [], None, {"busy": 0, "idle": 0, "silent": 0, "gone": 0}, NOW
-    )
+    none = dict.fromkeys(get_args(WorkerState), 0)
+    assert views.workers(State(), AT, Workers()) == WorkerList([], None, none, [], NOW)
 
 
 @pytest.mark.parametrize("admin", [True, False])

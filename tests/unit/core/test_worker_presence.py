@@ -6,7 +6,7 @@ import asyncio
 import random
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 import pytest
@@ -16,7 +16,7 @@ from jobd.core import audit, worker_presence
 from jobd.core.rules import maintenance_rules
 from jobd.core.state import State
 from jobd.core.views import workers
-from jobd.core.worker_presence import GONE_AFTER_MS, ClaimSet, WorkerPresence
+from jobd.core.worker_presence import IDLE_AT_LEAST_MS, IDLE_AT_MOST_MS, LEFT_AFTER_MS, ClaimSet, WorkerPresence
 from jobd.model.clocks import LockMs
 from jobd.model.commands import (
     About,
@@ -25,16 +25,20 @@ from jobd.model.commands import (
     Complete,
     Create,
     Extend,
+    ForceFail,
+    Goodbye,
     Operator,
     Recover,
     Release,
     Start,
     TakeBack,
+    Undelivered,
     Workers,
+    WorkerState,
 )
 from jobd.model.errors import ApiError
 from jobd.model.job import DAY_MS, HOUR_MS, MINUTE_MS, Grant, Job, Options
-from jobd.model.responses import Response, TakeBackView, WorkerList, WorkerView
+from jobd.model.responses import LostJobView, Response, TakeBackView, WorkerGroup, WorkerList, WorkerView
 from jobd.model.storage import DiskFull, Numbers, OpenedStore
 from tests.support.factories import deadlines_at
 from tests.support.rule_harness import NOW, RuleHarness
@@ -94,7 +98,7 @@ def one(rules: RuleHarness) -> WorkerView:
 # -- states -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_worker_is_busy_idle_silent_and_gone(rules: RuleHarness) -> None:
+def test_a_worker_is_busy_silent_idle_and_gone(rules: RuleHarness) -> None:
     lock_id = rules.held(worker="w-1", stall_after_ms=HOUR_MS, progress_timeout_ms=0)
     assert listed(rules) == [("w-1", "busy")]
     rules.advance(TTL - 1)
@@ -111,7 +115,7 @@ def test_a_worker_is_busy_idle_silent_and_gone(rules: RuleHarness) -> None:
     assert (one(rules).state, one(rules).expired) == ("silent", 1)
     rules.accept(Complete(id="a", lock_id=lock_id))
     assert (one(rules).state, one(rules).expired, one(rules).held) == ("idle", 0, 0)
-    rules.advance(GONE_AFTER_MS - 1)
+    rules.advance(IDLE_AT_MOST_MS - 1)
     assert listed(rules) == [("w-1", "idle")]
     rules.advance(1)
     assert listed(rules) == []
@@ -127,6 +131,82 @@ def test_a_worker_is_silent_while_it_holds_an_expired_lock(rules: RuleHarness) -
     assert (one(rules).state, one(rules).held, one(rules).expired) == ("silent", 2, 1)
     rules.accept(Recover(limit=9))
     assert (one(rules).state, one(rules).jobs, one(rules).expired) == ("busy", ["b"], 0)
+
+
+@pytest.mark.parametrize("is_taken_back", [False, True])
+def test_a_worker_whose_last_job_is_taken_back_died_until_it_is_heard(rules: RuleHarness, is_taken_back: bool) -> None:
+    lock_id = rules.held(worker="w", max_stalls=1)
+    rules.progress(lock_id, 40)
+    rules.advance(HOUR_MS)
+    rules.accept(TakeBack("w", dry_run=True))
+    assert listed(rules) == [("w", "silent")]
+    rules.accept(TakeBack("w") if is_taken_back else Recover(limit=9))
+    assert listed(rules) == []
+    page: WorkerList = rules.accept(Workers(state="died"))
+    assert page.workers[0].lost == LostJobView("a", 40, rules.now)
+    rules.reject(Extend(id="a", lock_id=lock_id), "lock_lost")
+    assert listed(rules) == [("w", "idle")], "it is late, but lives"
+    assert one(rules).lost is None
+
+
+def test_the_end_of_a_grant_by_an_operator_is_no_death(rules: RuleHarness) -> None:
+    rules.held(worker="w")
+    rules.accept_admin(ForceFail(id="a"))
+    assert listed(rules) == [("w", "idle")]
+
+
+@pytest.mark.parametrize(
+    ("between_ms", "idle_ms"), [(1, IDLE_AT_LEAST_MS), (20_000, 40_000), (HOUR_MS, IDLE_AT_MOST_MS)]
+)
+def test_a_worker_is_idle_for_twice_the_time_between_its_claims(
+    presence: WorkerPresence, between_ms: int, idle_ms: int
+) -> None:
+    presence.note_request(claim())
+    advance(presence, between_ms)
+    worker = presence.note_request(claim())
+    advance(presence, idle_ms - 1)
+    assert presence.state(worker) == "idle"
+    advance(presence, 1)
+    assert presence.state(worker) == "gone"
+
+
+@pytest.mark.parametrize("is_undelivered", [False, True])
+def test_a_worker_whose_connection_closes_is_waiting_then_gone(rules: RuleHarness, is_undelivered: bool) -> None:
+    if is_undelivered:
+        rules.accept(Undelivered(id="a", lock_id=rules.held(worker="w")))
+    else:
+        presence = rules.state.presence
+        presence.end_wait("w", presence.begin_wait(claim("w", wait_ms=60_000)), has_left=True)
+    rules.advance(LEFT_AFTER_MS - 1)
+    assert listed(rules) == [("w", "waiting")]
+    rules.advance(1)
+    assert (listed(rules), listed(rules, state="gone")) == ([], [("w", "gone")])
+    rules.state.presence.note_request(claim("w"))
+    assert listed(rules) == [("w", "idle")]
+
+
+def test_a_worker_that_says_goodbye_is_gone_until_it_is_heard(rules: RuleHarness) -> None:
+    presence = rules.state.presence
+    presence.note_request(claim("w", about=About(instance="new")))
+    assert rules.accept(Goodbye("w", "old", "stopped")).state == "idle"
+    assert rules.accept(Goodbye("w", "new", "drained")).state == "gone"
+    assert rules.accept(Workers(state="gone")).workers[0].goodbye == "drained"
+    presence.note_request(claim("w"))
+    assert (one(rules).state, one(rules).goodbye) == ("idle", None)
+    rules.held(worker="w")
+    assert rules.accept(Goodbye("w", "new")).state == "busy"
+    assert (rules.accept(Goodbye("unknown")).state, listed(rules)) == ("gone", [("w", "busy")])
+
+
+def test_workers_are_counted_by_host_and_version(rules: RuleHarness) -> None:
+    for name, about in (("a", About(host="h", version="1")), ("b", About(host="h", version="1")), ("c", None)):
+        rules.state.presence.note_request(claim(name, about=about))
+    rules.accept(Goodbye("b"))
+    none = dict.fromkeys(get_args(WorkerState), 0)
+    assert rules.accept(Workers(limit=1)).groups == [
+        WorkerGroup("h", "1", none | {"idle": 1, "gone": 1}),
+        WorkerGroup(None, None, none | {"idle": 1}),
+    ]
 
 
 def test_workers_are_forgotten_after_a_day(rules: RuleHarness) -> None:
@@ -149,9 +229,9 @@ def test_a_step_of_the_clock_does_not_change_the_state_of_workers(rules: RuleHar
     rules.now -= 40 * DAY_MS
     rules.state.advance(rules.now, rules.lock_ms)
     assert [each.last_seen_at for each in rules.accept(Workers()).workers] == [NOW, NOW], "none was heard in the future"
-    rules.advance(GONE_AFTER_MS)
+    rules.advance(IDLE_AT_MOST_MS)
     assert listed(rules) == []
-    assert rules.state.presence.unclaimed_ms("default", "", rules.lock_ms) == GONE_AFTER_MS
+    assert rules.state.presence.unclaimed_ms("default", "", rules.lock_ms) == IDLE_AT_MOST_MS
 
 
 def test_a_worker_is_known_by_its_jobs_and_last_request(rules: RuleHarness) -> None:
@@ -278,13 +358,13 @@ def test_a_waiting_claim_counts_all_the_time(presence: WorkerPresence) -> None:
     presence.end_wait("w-1", other)
     advance(presence, HOUR_MS)
     worker = presence.workers["w-1"]
-    assert (presence.state(worker), presence.heard_at(worker)) == ("idle", NOW + HOUR_MS)
+    assert (presence.state(worker), presence.heard_at(worker)) == ("waiting", NOW + HOUR_MS)
     assert presence.unclaimed_ms("q", "k", presence.lock_ms + 9) == 0
     advance(presence, DAY_MS)
     assert [name for name, _ in presence.remembered()] == ["w-1"]
     presence.end_wait("w-1", claims)
     assert presence.unclaimed_ms("q", "k", presence.lock_ms + 9) == 9
-    advance(presence, GONE_AFTER_MS)
+    advance(presence, IDLE_AT_MOST_MS)
     assert presence.state(worker) == "gone"
 
 
@@ -293,14 +373,15 @@ async def test_a_worker_is_seen_as_long_as_its_claim_waits(engine: VirtualEngine
     for is_cut in (False, True):
         waiting = await waiting_claim(engine, "w", queues=["q"], wait_ms=60_000)
         await seconds(50)
-        assert await state_of(engine) == ("idle", True, engine.now)
+        assert await state_of(engine) == ("waiting", True, engine.now)
         if is_cut:
             waiting.cancel()
         await until(lambda: len(engine.actor.waiting_claims) == 0)
         state, waits, ended_at = await state_of(engine)
-        assert (state, waits, engine.now - ended_at <= 1) == ("idle", False, True)
-        await seconds(GONE_AFTER_MS / 1000 - 1)
-        assert await state_of(engine) == ("idle", False, ended_at)
+        there = "waiting" if is_cut else "idle"
+        assert (state, waits, engine.now - ended_at <= 1) == (there, False, True)
+        await seconds((LEFT_AFTER_MS if is_cut else IDLE_AT_MOST_MS) / 1000 - 1)
+        assert await state_of(engine) == (there, False, ended_at)
         await seconds(1)
         assert (await engine.yes(Workers())).workers == []
 
@@ -310,7 +391,7 @@ async def test_a_served_claim_stops_waiting_and_a_rolled_back_one_continues(engi
     waiting = await waiting_claim(engine, "w", wait_ms=60_000)
     engine.disk.write_errors.append(DiskFull())
     assert (await engine.no(Create(id="a"))).code == "storage_full"
-    assert await state_of(engine) == ("idle", True, engine.now)
+    assert await state_of(engine) == ("waiting", True, engine.now)
     await seconds(2)
     await engine.yes(Create(id="b"))
     answer = await waiting
@@ -397,7 +478,7 @@ def test_only_the_jobs_of_a_silent_worker_are_taken_back(rules: RuleHarness) -> 
     rules.held("a", worker="w")
     error = rules.reject(TakeBack(name="w"), "worker_not_silent", admin=True)
     assert error.message == (
-        "Worker w is busy, not silent: the lock of its job is live. To end a live grant: jobctl force-fail ID"
+        "Worker w is not silent, but busy: the lock of its job is live. To end a live grant: jobctl force-fail ID"
     )
     rules.held("b", worker="w")
     error = rules.reject(TakeBack(name="w", dry_run=True), "worker_not_silent", admin=True)
@@ -405,7 +486,7 @@ def test_only_the_jobs_of_a_silent_worker_are_taken_back(rules: RuleHarness) -> 
     other = rules.held("d", worker="v")
     rules.accept(Complete(id="d", lock_id=other))
     error = rules.reject(TakeBack(name="v"), "worker_not_silent", admin=True)
-    assert (error.details, "not silent: it holds no job. To" in error.message) == (
+    assert (error.details, "not silent, but idle: it holds no job. To" in error.message) == (
         {"worker": "v", "state": "idle"},
         True,
     )
@@ -658,7 +739,7 @@ def test_the_cost_of_a_page_of_workers_depends_on_its_size(rules: RuleHarness) -
         rules.state.presence.note_request(claim(f"w-{number:03}"))
     page = workers(rules.state, rules.moment, Workers())
     assert (len(page.workers), page.next_cursor, page.by_state["idle"]) == (200, f"{NOW} w-199", 500)
-    rules.advance(GONE_AFTER_MS)
+    rules.advance(IDLE_AT_MOST_MS)
     folded = workers(rules.state, rules.moment, Workers())
     assert (folded.workers, folded.next_cursor, folded.by_state["gone"]) == ([], None, 500)
     last = workers(rules.state, rules.moment, Workers(state="gone", cursor=f"{NOW} w-399"))

@@ -102,7 +102,7 @@ async def test_the_jobs_of_a_silent_worker_are_taken_back(harness: DashboardHarn
     assert "Jobs taken back: 1 (1 requeued, 0 failed)." in text(await browser.get("/workers"))
     assert await harness.status("held") == "queued"
     response = await browser.get(url)
-    assert (response.status, "is gone, not silent: it holds no job" in text(response)) == (409, True)
+    assert (response.status, "is not silent, but died: it holds no job" in text(response)) == (409, True)
     response = await browser.post("/workers/take-back", name="w <7>", csrf=csrf)
     assert (response.status, "not silent" in text(response)) == (409, True)
     assert (await browser.get("/workers/take-back?name=nobody")).status == 404

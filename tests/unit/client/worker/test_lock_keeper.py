@@ -265,7 +265,8 @@ async def test_stop_ends_a_waiting_claim(tmp_path: Path) -> None:
             await wait_until(lambda: bool(server.received))
             worker.stop()
             await serving_
-    assert {received.path for received in server.received} == {"/v1/claim"}
+    assert {received.path for received in server.received[:-1]} == {"/v1/claim"}
+    assert server.received[-1].path == f"/v1/workers/{worker.name}/goodbye"
     assert server.received[0].json["stall_after_ms"] == 0
     assert server.received[0].json["lock_ttl_ms"] == 60_000
 
