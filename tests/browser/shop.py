@@ -75,7 +75,7 @@ class Shop(DashboardDaemon):
 
     def __init__(self, directory: Path) -> None:
         super().__init__(directory, CONFIG)
-        self.module = "tests.support.daemon_variants replayed_time"
+        self.variant = "replayed_time"
         now = time.time_ns() // 1_000_000
         self.end_ms = now - (now - END_OF_DAY_MS) % DAY_MS
         self._at = self.end_ms - BUSY_MS

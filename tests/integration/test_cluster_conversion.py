@@ -115,7 +115,7 @@ def test_a_node_of_an_older_version_does_not_follow_newer_records(tmp_path: Path
     leader.post("/v1/jobs", {"id": "one"})
     assert leader.stop() == 0  # its last record has statistics, and format 2
     old = stack.push(NodeProcess(tmp_path / "old", url, "old"))
-    old.module = "tests.support.daemon_variants older_format"
+    old.variant = "older_format"
     old.launch()
     assert old.process is not None
     assert old.process.wait(WAIT_S) == 78

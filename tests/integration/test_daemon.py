@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import http.client
-import os
 import re
 import shutil
 import signal
 import socket
 import subprocess
-import sys
-import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 import pytest
 from msgspec.structs import replace
@@ -33,110 +29,9 @@ from tests.support.factories import ChangeFactory
 from tests.support.polling import poll_until
 
 
-class DaemonStopping(Exception):
-    """The daemon responded that it is shutting down, so nothing was done."""
-
-
-def _ask(connection: http.client.HTTPConnection, path: str, body: Any) -> Any:
-    reply = call(connection, "POST", path, body)
-    if reply.status == 503 and reply.error == "shutting_down":
-        raise DaemonStopping
-    return reply.data
-
-
-class RecordedLoad:
-    """Job lifecycles from several threads. Records every acknowledged change."""
-
-    def __init__(self, daemon: DaemonProcess) -> None:
-        self._daemon = daemon
-        self._lock = threading.Lock()
-        self.created: set[str] = set()
-        self.completed: set[str] = set()
-        self.tokens: list[int] = []
-        self.enough = threading.Event()
-
-    def work(self, number: int) -> None:
-        # If the daemon is killed, the outcome of pending requests is unknown.
-        with suppress(OSError, http.client.HTTPException, DaemonStopping), closing(self._daemon.worker()) as connection:
-            for step in range(10_000):
-                self._lifecycle(connection, f"{id(self)}-{number}-{step}")
-
-    def _lifecycle(self, connection: http.client.HTTPConnection, job_id: str) -> None:
-        _ask(connection, "/v1/jobs", {"id": job_id, "payload": {"n": job_id}})
-        self._note(created=job_id)
-        grant = _ask(connection, f"/v1/jobs/{job_id}/start", {"worker": "w"})
-        self._note(token=grant["fencing_token"])
-        done = _ask(connection, f"/v1/jobs/{job_id}/complete", {"lock_id": grant["lock_id"]})
-        assert done["status"] == "completed"
-        self._note(completed=job_id)
-
-    def _note(self, created: str | None = None, completed: str | None = None, token: int | None = None) -> None:
-        with self._lock:
-            if created is not None:
-                self.created.add(created)
-            if completed is not None:
-                self.completed.add(completed)
-            if token is not None:
-                self.tokens.append(token)
-            if len(self.completed) >= 60:
-                self.enough.set()
-
-
-@pytest.mark.slow
-def test_kill_9_under_load_loses_nothing_that_was_acknowledged(tmp_path: Path) -> None:
-    with DaemonProcess(tmp_path) as daemon:
-        highest = 0
-        loads = []
-        for _ in range(2):
-            load = RecordedLoad(daemon)
-            loads.append(load)
-            with ThreadPoolExecutor(6) as pool:
-                threads = [pool.submit(load.work, number) for number in range(6)]
-                assert load.enough.wait(120)
-                daemon.kill()
-            for thread in threads:
-                thread.result()  # only the kill has stopped it
-            daemon.start()
-            assert min(load.tokens) > highest  # no fencing token is used twice, also across restarts
-            highest = max(load.tokens)
-        for load in loads:
-            for job_id in load.created:
-                job = daemon.get(f"/v1/jobs/{job_id}").data
-                assert job["payload"] == {"n": job_id}
-                assert job["status"] == "completed" or job_id not in load.completed
-        stats = daemon.admin("GET", "stats").data
-        assert stats["totalJobs"] == sum(stats["byStatus"].values()) >= sum(len(load.created) for load in loads)
-        while daemon.admin("GET", "health").data["database"]["status"] != "healthy":  # it may be slow for a moment
-            time.sleep(0.1)
-        assert daemon.stop() == 0
-
-
-@pytest.mark.slow
-def test_sigterm_answers_pending_requests_and_waiting_claims(tmp_path: Path) -> None:
-    with DaemonProcess(tmp_path) as daemon, closing(daemon.worker()) as parked:
-        body = '{"worker": "w-1", "wait_ms": 60000, "queues": ["idle"]}'
-        parked.request("POST", "/v1/claim", body, {"Content-Type": "application/json"})
-        _wait_for(daemon, "jobd_parked_claims 1.0")
-        load = RecordedLoad(daemon)
-        with ThreadPoolExecutor(4) as pool:
-            threads = [pool.submit(load.work, number) for number in range(4)]
-            assert load.enough.wait(120)
-            assert daemon.stop() == 0
-        for thread in threads:
-            thread.result()
-        response = parked.getresponse()
-        assert response.status == 200
-        assert response.read() == b'{"success":true,"data":{"grants":[]}}'
-        daemon.start()
-        for job_id in load.completed:
-            assert daemon.get(f"/v1/jobs/{job_id}").data["status"] == "completed"
-
-
 @pytest.mark.slow
 def test_listeners_close_before_the_actor_and_the_store_last(tmp_path: Path) -> None:
-    with DaemonProcess.not_started(tmp_path) as daemon:
-        daemon.module = "tests.support.daemon_variants reported_stop"
-        daemon.start()
+    with DaemonProcess(tmp_path, variant="reported_stop") as daemon:
         daemon.post("/v1/jobs", {"id": "a"})
         assert daemon.stop() == 0
         found = re.findall(rb"^(begins|ended): (\w+)$", daemon.log, re.M)
@@ -144,12 +39,6 @@ def test_listeners_close_before_the_actor_and_the_store_last(tmp_path: Path) -> 
     assert order[-3:] == ["begins actor", "begins store", "ended store"], order
     listeners = order[:-3]  # of the worker API and of the admin API
     assert sorted(listeners) == ["begins listener"] * 2 + ["ended listener"] * 2, order
-
-
-def _wait_for(daemon: DaemonProcess, metric: str) -> None:
-    """Wait for a metric. The timeout of the test ends the wait."""
-    while metric not in daemon.admin("GET", "/metrics").body.decode().splitlines():
-        pass
 
 
 @pytest.mark.slow
@@ -176,7 +65,6 @@ def test_no_lock_expires_while_the_daemon_stops(tmp_path: Path) -> None:
         slow.sock.sendall(b"POST /v1/jobs HTTP/1.1\r\nHost: jobd\r\nContent-Type: application/json\r\n")
         slow.sock.sendall(b"Content-Length: 14\r\n\r\n{")
         grant = daemon.post("/v1/jobs/a/start", {"worker": "w-1", "lock_ttl_ms": 5000, "stall_after_ms": 0}).data
-        assert daemon.process is not None
         daemon.process.terminate()
         daemon.wait_for_log(b"event=stopping")
         time.sleep(6.5)  # the lock would have expired, and recovery have run
@@ -212,34 +100,34 @@ def test_a_restore_ends_the_grants_of_the_copy_and_issues_higher_tokens(tmp_path
         assert repeated["fencing_token"] > later["fencing_token"] > old["fencing_token"]
 
 
-@pytest.mark.slow
-def test_a_second_daemon_does_not_start_and_changes_nothing(tmp_path: Path) -> None:
-    with DaemonProcess(tmp_path) as daemon:
-        assert daemon.process is not None
-        before = os.stat(daemon.socket).st_ino
-        second = daemon.spawn()
-        _, log = second.communicate(timeout=150)
-        assert second.returncode == 75
-        assert f"process {daemon.process.pid}".encode() in log
-        assert os.stat(daemon.socket).st_ino == before
-        assert daemon.get("/readyz").status == 200
+OWN_DIRECTORY = "a separate directory"
+NOT_A_FILE = "store.path must name a file in a directory"
 
 
 @pytest.mark.parametrize(
-    ("config", "expected"),
+    ("config", "environ", "expected"),
     [
-        ("[locks]\nttl = 15\n", "locks.ttl"),
-        ("[lock]\nttl = '15m'\n", "unknown section [lock]"),
-        ("[locks]\nttk = '15m'\n", "unknown key locks.ttk"),
-        ("[worker]\nlisten = '127.0.0.1:0'\n", "worker.token_file"),
-        ("[store]\nsynchronous = 'off'\n", "store.synchronous"),
+        ("[locks]\nttl = 15\n", {}, "locks.ttl"),
+        ("[worker]\nlisten = '127.0.0.1:0'\n", {}, "worker.token_file"),
+        ("", {"ADMIN_TOKEN": "hunter2"}, "24 characters"),
+        ("", {"JOBD_ARTIFACTS_URL": "file://{}/."}, OWN_DIRECTORY),
+        ("", {"JOBD_ARTIFACTS_URL": "file://{}/link"}, OWN_DIRECTORY),
+        ("", {"JOBD_STORE_PATH": "{}/directory"}, NOT_A_FILE),
+        ("", {"JOBD_STORE_PATH": "{}/file/jobd.db"}, NOT_A_FILE),
+        ("", {"JOBD_STORE_PATH": "{}/file"}, "/file is not a jobd database: set store.path to another file"),
     ],
 )
-def test_a_wrong_configuration_is_exit_78(tmp_path: Path, config: str, expected: str) -> None:
-    run = DaemonProcess(tmp_path, config).spawn()
-    _, log = run.communicate(timeout=150)
-    assert run.returncode == 78
-    assert expected in log.decode()
+def test_a_wrong_configuration_is_exit_78(tmp_path: Path, config: str, environ: dict[str, str], expected: str) -> None:
+    (tmp_path / "link").symlink_to(tmp_path)
+    (tmp_path / "directory").mkdir()
+    (tmp_path / "file").write_text("text")
+    code, log = DaemonProcess(
+        tmp_path, config, **{name: value.format(tmp_path) for name, value in environ.items()}
+    ).failed_start()
+    assert code == 78, log
+    assert expected in log
+    assert "hunter2" not in log
+    assert (tmp_path / "file").read_text() == "text"
 
 
 def test_workers_may_use_any_host_name_over_tcp(tmp_path: Path) -> None:
@@ -266,30 +154,13 @@ def test_workers_may_use_any_host_name_over_tcp(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("place", [".", "link"])
-def test_artifacts_in_the_daemons_own_directory_are_exit_78(tmp_path: Path, place: str) -> None:
-    (tmp_path / "link").symlink_to(tmp_path)
-    daemon = DaemonProcess(tmp_path, JOBD_ARTIFACTS_URL=f"file://{tmp_path / place}")
-    run = daemon.spawn()
-    _, log = run.communicate(timeout=150)
-    assert run.returncode == 78
-    assert "a separate directory" in log.decode()
-    checked = [sys.executable, "-m", "jobd", "check-config", "--config", str(daemon.config)]
-    assert subprocess.run(checked, env=daemon.environ, capture_output=True, timeout=150, check=False).returncode == 78
-
-
-@pytest.mark.slow
 def test_a_hanging_artifact_directory_does_not_block_the_stop(tmp_path: Path) -> None:
     (tmp_path / "results").mkdir()
-    with DaemonProcess.not_started(tmp_path, JOBD_ARTIFACTS_URL=f"file://{tmp_path / 'results'}") as daemon:
-        daemon.module = "tests.support.hanging_mount"
-        daemon.start()
+    url = f"file://{tmp_path / 'results'}"
+    with DaemonProcess(tmp_path, variant="hanging_mount", JOBD_ARTIFACTS_URL=url) as daemon:
         assert daemon.admin("GET", "health").data["storage"]["status"] == "unhealthy"
-        assert daemon.process is not None
-        daemon.process.send_signal(signal.SIGTERM)
-        assert daemon.process.wait(150) == 0
+        assert daemon.stop() == 0
         daemon.start()
-        assert daemon.admin("GET", "health").data["storage"]["status"] == "unhealthy"
         daemon.process.send_signal(signal.SIGUSR2)  # makes the disk of the store fail
         with suppress(OSError, http.client.HTTPException):
             daemon.post("/v1/jobs", {"id": "a"})
@@ -303,12 +174,9 @@ def test_a_hanging_actor_does_not_feed_the_watchdog(tmp_path: Path) -> None:
         systemd.bind(str(tmp_path / "notify"))
         systemd.settimeout(150)
         own = {"NOTIFY_SOCKET": str(tmp_path / "notify"), "WATCHDOG_USEC": "100000"}
-        with DaemonProcess.not_started(tmp_path, **own) as daemon:
-            daemon.module = "tests.support.daemon_variants hung_actor"
-            daemon.start()
+        with DaemonProcess(tmp_path, variant="hung_actor", **own) as daemon:
             while systemd.recv(4096) != b"WATCHDOG=1":
                 pass
-            assert daemon.process is not None
             daemon.process.send_signal(signal.SIGUSR2)
             systemd.settimeout(2)
             signs = 0
@@ -343,47 +211,18 @@ def test_a_new_store_is_logged(tmp_path: Path) -> None:
 def test_a_start_whose_address_is_taken_leaves_no_files(tmp_path: Path) -> None:
     with closing(socket.create_server(("127.0.0.1", 0))) as other:
         own = {"JOBD_ADMIN_LISTEN": f"127.0.0.1:{other.getsockname()[1]}", "JOBD_STORE_PATH": f"{tmp_path}/new/jobd.db"}
-        with DaemonProcess.not_started(tmp_path, **own) as daemon:
-            daemon.launch()
-            assert daemon.process is not None
-            assert daemon.process.wait(150) == 75
+        assert DaemonProcess(tmp_path, **own).failed_start()[0] == 75
     assert [path.name for path in tmp_path.iterdir()] == ["config.toml"]
-
-
-def test_a_file_that_is_no_store_is_exit_78_and_is_not_changed(tmp_path: Path) -> None:
-    with DaemonProcess.not_started(tmp_path) as daemon:
-        daemon.store.write_text("text")
-        daemon.launch()
-        assert daemon.process is not None
-        assert daemon.process.wait(150) == 78
-        line = daemon.wait_for_log(b"is not a jobd database")
-        assert f"{daemon.store} is not a jobd database: set store.path to another file" in line
-    assert (tmp_path / "jobd.db").read_text() == "text"
-
-
-def test_no_token_or_a_short_one_is_exit_78_and_is_not_shown(tmp_path: Path) -> None:
-    run = DaemonProcess(tmp_path, ADMIN_TOKEN="hunter2").spawn()
-    _, log = run.communicate(timeout=150)
-    assert run.returncode == 78
-    assert "24 characters" in log.decode()
-    assert "hunter2" not in log.decode()
 
 
 def test_sighup_applies_reloadable_keys_and_keeps_the_old_on_error(tmp_path: Path) -> None:
     with DaemonProcess(tmp_path) as daemon:
-        assert daemon.process is not None
-
-        def reload(config: str) -> str:
-            daemon.config.write_text(config)
-            daemon.process.send_signal(signal.SIGHUP)  # type: ignore[union-attr]
-            return daemon.wait_for_log(b"reload")
-
-        output = reload("[locks]\nttl = '5m'\n[limits]\nbody = 2000000\n")
+        output = daemon.reload("[locks]\nttl = '5m'\n[limits]\nbody = 2000000\n")
         assert "locks.ttl" in output
         assert "limits.body" in output
         daemon.post("/v1/jobs", {"id": "a"})
         assert daemon.post("/v1/jobs/a/start", {"worker": "w"}).data["ttl_ms"] == 300_000
-        assert "reload_failed" in reload("[locks]\nttl = 'soon'\n")
+        assert "reload_failed" in daemon.reload("[locks]\nttl = 'soon'\n")
         daemon.post("/v1/jobs", {"id": "b"})
         assert daemon.post("/v1/jobs/b/start", {"worker": "w"}).data["ttl_ms"] == 300_000
 
@@ -391,15 +230,13 @@ def test_sighup_applies_reloadable_keys_and_keeps_the_old_on_error(tmp_path: Pat
 @pytest.mark.slow
 def test_a_start_and_a_reload_warn_about_doubtful_settings(tmp_path: Path) -> None:
     with DaemonProcess(tmp_path, "[cleanup]\ninterval = '30s'\n", JOBD_LOCKS_TTL="1h") as daemon:
-        assert daemon.process is not None
         assert daemon.log.count(b"event=config_warning") == 2
         assert b"cleanup.min_interval" in daemon.log
         assert b"locks.progress_timeout" in daemon.log
-        daemon.config.write_text("[cleanup]\ninterval = '1m'\n")
-        daemon.process.send_signal(signal.SIGHUP)
-        assert "1m" in daemon.wait_for_log(b"level=warning event=config_warning")
-        daemon.wait_for_log(b"event=reloaded")
-        assert daemon.log.count(b"event=config_warning") == 3  # a warning is not repeated
+        daemon.reload("[cleanup]\ninterval = '1m'\n")
+        warnings = [line for line in daemon.log.splitlines() if b"level=warning event=config_warning" in line]
+        assert len(warnings) == 3  # a warning is not repeated
+        assert b"1m" in warnings[2]
 
 
 async def _left_suspect(store: Path, expected_ms: int) -> None:
@@ -450,19 +287,14 @@ def test_a_job_that_a_step_of_the_clock_has_missed_is_due_after_a_start(tmp_path
 def test_a_reloaded_retention_limits_how_far_ahead_the_clock_may_be(tmp_path: Path) -> None:
     asyncio.run(_left_suspect(tmp_path / "jobd.db", wall_clock_ms() - 20 * HOUR_MS))
     with DaemonProcess(tmp_path) as daemon:
-        assert daemon.process is not None
         assert not daemon.admin("GET", "clock").data["suspect"]
-        daemon.config.write_text("[retention]\ncancelled = '1d'\n")
-        daemon.process.send_signal(signal.SIGHUP)
-        daemon.wait_for_log(b"event=reloaded")
+        daemon.reload("[retention]\ncancelled = '1d'\n")
         assert daemon.admin("GET", "clock").data["suspect"]
 
 
 @pytest.mark.slow
 def test_jobs_that_were_due_by_a_clock_that_was_ahead_are_due_after_a_restart(tmp_path: Path) -> None:
-    with DaemonProcess.not_started(tmp_path) as daemon:
-        daemon.module = "tests.support.daemon_variants hour_ahead"
-        daemon.start()
+    with DaemonProcess(tmp_path, variant="hour_ahead") as daemon:
         daemon.post("/v1/jobs", {"id": "a"})
         daemon.post("/v1/jobs", {"id": "retried", "max_attempts": 2, "delay_ms": 1})
         poll_until(lambda: daemon.get("/v1/jobs/retried/why").data["blocked_by"] != "run_at")
@@ -471,7 +303,7 @@ def test_jobs_that_were_due_by_a_clock_that_was_ahead_are_due_after_a_restart(tm
         poll_until(lambda: daemon.get("/v1/jobs/retried/why").data["blocked_by"] != "run_at")
         daemon.post("/v1/jobs", {"id": "b", "delay_ms": 60_000})
         daemon.kill()
-        daemon.module = "jobd"
+        daemon.variant = ""
         daemon.start()
         assert daemon.post("/v1/jobs/a/start", {"worker": "w"}).status == 200
         assert daemon.post("/v1/jobs/retried/start", {"worker": "w"}).status == 200
@@ -480,32 +312,21 @@ def test_jobs_that_were_due_by_a_clock_that_was_ahead_are_due_after_a_restart(tm
 
 @pytest.mark.slow
 def test_a_stop_waits_until_all_due_jobs_are_kept_due(tmp_path: Path) -> None:
-    with DaemonProcess.not_started(tmp_path) as daemon:
-        daemon.module = "tests.support.daemon_variants hour_ahead"
-        daemon.start()
+    with DaemonProcess(tmp_path, variant="hour_ahead") as daemon:
         for first in range(0, 20_000, 1_000):
             jobs = [{"id": f"job-{first + number}"} for number in range(1_000)]
             assert daemon.post("/v1/jobs/bulk", {"jobs": jobs}).status == 201
         daemon.kill()
-        daemon.module = "jobd"
+        daemon.variant = ""
         daemon.start()
         daemon.stop()
         daemon.start()
         assert daemon.post("/v1/jobs/job-19999/start", {"worker": "w"}).status == 200
 
 
-def test_sigusr1_dumps_tasks_to_the_log(tmp_path: Path) -> None:
-    with DaemonProcess(tmp_path) as daemon:
-        assert daemon.process is not None
-        daemon.process.send_signal(signal.SIGUSR1)
-        assert "mailbox=" in daemon.wait_for_log(b"event=dump ")
-
-
-@pytest.mark.slow
 def test_sigusr1_dumps_tasks_at_every_log_level(tmp_path: Path) -> None:
     with DaemonProcess(tmp_path) as daemon:
         daemon.config.write_text('[log]\nlevel = "error"\n')
-        assert daemon.process is not None
         daemon.process.send_signal(signal.SIGHUP)
         for _ in range(10):
             assert daemon.get("/healthz").status == 200  # the daemon handles signals between requests
@@ -513,16 +334,15 @@ def test_sigusr1_dumps_tasks_at_every_log_level(tmp_path: Path) -> None:
         assert daemon.stop() == 0
         assert b"event=stopping" not in daemon.log, "the level is in force"
         assert b"event=dump_task" in daemon.log
+        assert "mailbox=" in daemon.wait_for_log(b"event=dump ")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signals_while_the_store_is_opened(tmp_path: Path, number: signal.Signals) -> None:
-    with DaemonProcess.not_started(tmp_path) as daemon:
-        daemon.module = "tests.support.daemon_variants endless_start"
+    with DaemonProcess.not_started(tmp_path, variant="endless_start") as daemon:
         daemon.launch()
         daemon.wait_for_log(b"opens: store")
-        assert daemon.process is not None
         daemon.process.send_signal(signal.SIGHUP)
         daemon.wait_for_log(b"event=reload_ignored")
         daemon.process.send_signal(signal.SIGUSR1)
@@ -533,11 +353,9 @@ def test_signals_while_the_store_is_opened(tmp_path: Path, number: signal.Signal
 
 @pytest.mark.slow
 def test_sigterm_while_the_listeners_are_opened_stops_the_daemon(tmp_path: Path) -> None:
-    with DaemonProcess.not_started(tmp_path) as daemon:
-        daemon.module = "tests.support.daemon_variants stopped_start"
+    with DaemonProcess.not_started(tmp_path, variant="stopped_start") as daemon:
         daemon.launch()
         daemon.wait_for_log(b"event=stopped")
-        assert daemon.process is not None
         assert daemon.process.wait(150) == 0
 
 
@@ -566,7 +384,6 @@ def test_any_failed_fsync_ends_the_daemon(tmp_path: Path) -> None:
     if shutil.which("strace") is None:
         tool_missing("strace", "strace")
     with DaemonProcess(tmp_path) as daemon:
-        assert daemon.process is not None
         assert daemon.post("/v1/jobs", {"id": "a"}).status == 201
         inject = ["-e", "trace=fdatasync,fsync", "-e", "inject=fdatasync,fsync:error=EIO"]
         with subprocess.Popen(
@@ -590,7 +407,6 @@ def creating_a_job(daemon: DaemonProcess, fault: str) -> Iterator[Future[DaemonR
     """Create the job `a` with `fault` in its fdatasync. Yield the pending response once the commit is there."""
     if shutil.which("strace") is None:
         tool_missing("strace", "strace")
-    assert daemon.process is not None
     inject = ["-e", "trace=fdatasync", "-e", f"inject=fdatasync:{fault}"]
     command = ["strace", "-f", "-p", str(daemon.process.pid), *inject]
     with subprocess.Popen(command, stderr=subprocess.PIPE, bufsize=0) as strace, ThreadPoolExecutor(1) as pool:
@@ -628,13 +444,11 @@ def test_a_commit_that_fails_while_the_daemon_stops_is_exit_74(tmp_path: Path) -
 
 @pytest.mark.slow
 def test_a_last_slice_that_fails_is_exit_74_and_loses_nothing(tmp_path: Path) -> None:
-    with DaemonProcess.not_started(tmp_path) as daemon:
-        daemon.module = "tests.support.daemon_variants failing_last_slice"
-        daemon.start()
+    with DaemonProcess(tmp_path, variant="failing_last_slice") as daemon:
         assert daemon.post("/v1/jobs", {"id": "a"}).status == 201
         assert daemon.stop() == 74, daemon.log.decode()
         assert b"event=stopped_by_disk" in daemon.log
-        daemon.module = "jobd"
+        daemon.variant = ""
         daemon.start()
         assert daemon.get("/v1/jobs/a").data["status"] == "queued"
 
@@ -649,19 +463,7 @@ def test_a_disk_that_fails_at_the_start_is_exit_74_in_one_line(tmp_path: Path, n
         daemon.prefix = ["strace", "-D", "-f", "-o", str(tmp_path / "strace"), *inject]
         daemon.launch()
         assert not daemon.gets_ready()
-        assert daemon.process is not None
         assert daemon.process.wait(150) == 74
         (line,) = daemon.log.decode().splitlines()
         assert "event=cannot_start" in line
         assert "the disk failed" in line
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("place", ["a-directory", "a-file/jobd.db"])
-def test_a_store_path_that_cannot_work_is_exit_78(tmp_path: Path, place: str) -> None:
-    (tmp_path / "a-directory").mkdir()
-    (tmp_path / "a-file").touch()
-    run = DaemonProcess(tmp_path, JOBD_STORE_PATH=str(tmp_path / place)).spawn()
-    _, log = run.communicate(timeout=150)
-    assert run.returncode == 78, log
-    assert "store.path must name a file in a directory" in log.decode()

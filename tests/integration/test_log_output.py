@@ -126,25 +126,20 @@ def test_a_process_whose_stderr_is_not_read_still_ends(kind: str) -> None:
 
 @pytest.mark.slow
 def test_a_daemon_whose_log_is_not_read_continues_and_reports_dropped_lines(tmp_path: Path) -> None:
-    daemon = DaemonProcess(tmp_path, "[log]\nlevel = 'debug'\n")
     ours, theirs = os.pipe()
-    daemon.process = daemon.spawn(stderr=theirs)
-    os.close(theirs)
-    with open(ours, "rb") as log:
-        try:
-            assert any(b"event=ready" in line for line in log)
-            for first in range(0, 20_000, 1_000):  # with one line for each job
-                jobs = [{"id": f"{first + number}"} for number in range(1_000)]
-                assert daemon.post("/v1/jobs/bulk", {"jobs": jobs}).status == 201
-            assert daemon.get("/healthz").status == 200
-            while daemon.admin("GET", "health").data["status"] != "healthy":  # it may have been slow for a moment
-                time.sleep(0.1)
-            daemon.process.terminate()
-            rest = log.read().decode().splitlines()
-            assert daemon.process.wait(150) == 0
-        finally:
-            daemon.process.kill()
-            daemon.process.wait()
+    with open(ours, "rb") as log, DaemonProcess.not_started(tmp_path, "[log]\nlevel = 'debug'\n") as daemon:
+        daemon.launch(theirs)
+        os.close(theirs)
+        assert any(b"event=ready" in line for line in log)
+        for first in range(0, 20_000, 1_000):  # with one line for each job
+            jobs = [{"id": f"{first + number}"} for number in range(1_000)]
+            assert daemon.post("/v1/jobs/bulk", {"jobs": jobs}).status == 201
+        assert daemon.get("/healthz").status == 200
+        while daemon.admin("GET", "health").data["status"] != "healthy":  # it may have been slow for a moment
+            time.sleep(0.1)
+        daemon.process.terminate()
+        rest = log.read().decode().splitlines()
+        assert daemon.process.wait(150) == 0
     assert "event=stopped" in rest[-1]
     lost = sum(int(count) for count in re.findall(r"event=log_lines_dropped .*count=(\d+)", "\n".join(rest)))
     assert lost

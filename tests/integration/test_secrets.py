@@ -8,8 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from http.client import HTTPConnection
 from pathlib import Path
@@ -21,6 +20,7 @@ from jobd.api import admin_routes as admin_api
 from jobd.api import worker_routes as worker_api
 from tests.support.daemon_process import DaemonProcess, DaemonResponse, call, free_port
 from tests.support.http_harness import tls_pair
+from tests.support.polling import poll_until
 from tests.support.webhook_receiver import Receiver, echoing, raw_server
 
 ADMIN = ["canary-admin-one-0123456789", "canary-admin-two-0123456789", "canary-admin-new-0123456789"]
@@ -51,9 +51,9 @@ class TokenDaemon:
         self.write(ADMIN[:2], WORKER[:2])
         places = {f"JOBD_{name.upper()}_LISTEN": f"127.0.0.1:{port}" for name, port in self.ports.items()}
         files = {f"JOBD_{name.upper()}_TOKEN_FILE": str(path) for name, path in self.files.items()}
-        self.daemon = DaemonProcess(directory, f"[log]\nlevel = 'debug'\n{more}", **places, **files)
+        config = f"[log]\nlevel = 'debug'\n{more}"
+        self.daemon = DaemonProcess(directory, config, variant="prompt_alerts", **places, **files)
         del self.daemon.environ["ADMIN_TOKEN"]
-        self.daemon.module = "tests.support.daemon_variants prompt_alerts"  # alert messages are checked too
         self.said: list[tuple[str, str]] = []
 
     def write(self, admin: list[str], worker: list[str]) -> None:
@@ -69,11 +69,6 @@ class TokenDaemon:
 
     def statuses(self, api: str, path: str, *tokens: str) -> list[int]:
         return [self.ask(api, token, "GET", path).status for token in tokens]
-
-    def reload(self) -> str:
-        assert self.daemon.process is not None
-        self.daemon.process.send_signal(signal.SIGHUP)
-        return self.daemon.wait_for_log(b"event=reload")
 
     def raw(self, api: str, data: bytes) -> None:
         with socket.create_connection(("127.0.0.1", self.ports[api]), timeout=30) as client:
@@ -102,14 +97,14 @@ def test_tokens_can_be_rotated_while_the_daemon_runs(running: TokenDaemon) -> No
     assert running.statuses("admin", STATS, *ADMIN, *WORKER[:2], WRONG) == [200, 200, 401, 401, 401, 401]
     assert running.statuses("worker", LIST, *WORKER, *ADMIN[:2], WRONG) == [200, 200, 401, 401, 401, 401]
     running.write(ADMIN[1:], WORKER[1:])
-    output = running.reload()
+    output = running.daemon.reload()
     assert "admin tokens" in output
     assert "worker tokens" in output
     assert running.statuses("admin", STATS, *ADMIN) == [401, 200, 200]
     assert running.statuses("worker", LIST, *WORKER) == [401, 200, 200]
     for bad in ([SHORT], [*ADMIN], [], ["canary-é-0123456789-0123456789"], ["canary with blanks 0123456789"]):
         running.write(bad, WORKER[:1])
-        output = running.reload()
+        output = running.daemon.reload()
         assert "reload_failed" in output
         assert "canary" not in output
         assert running.statuses("admin", STATS, *ADMIN) == [401, 200, 200]
@@ -215,7 +210,7 @@ def test_of_a_webhook_url_only_the_host_is_shown(hooks: tuple[str, Receiver], tm
     with running.daemon:
         running.ask("worker", WORKER[0], "POST", "/v1/jobs", {"id": "a"})
         names = [line.split('"')[1] for line in config.splitlines() if line.startswith("name = ")]
-        _until(lambda: _tried(running) == len(names) - 1)
+        poll_until(lambda: _tried(running) == len(names) - 1)
         receiver.wait_for(lambda response: bool(response))
         listed = running.ask("admin", ADMIN[0], "GET", "/admin/job-management/webhooks").data["webhooks"]
         assert {each["url"].rpartition("/")[2] for each in listed} == {"…"}
@@ -226,12 +221,11 @@ def test_of_a_webhook_url_only_the_host_is_shown(hooks: tuple[str, Receiver], tm
             path = f"/admin/job-management/webhooks/{name}/deliveries"
             found = running.ask("admin", ADMIN[0], "GET", path).data["deliveries"]
             assert all(each["error"] for each in found) == (name != "receiver"), found
-        running.reload()
+        running.daemon.reload()
         running.run("check-config", "--config", str(running.daemon.config))
         running.run("check-config", "--json", "--config", str(running.daemon.config))
         running.run("doctor", "--running", ADMIN_TOKEN=ADMIN[0])
         running.run("webhooks", ADMIN_TOKEN=ADMIN[0], module="jobd.cli.ctl.main")
-        assert running.daemon.process is not None
         running.daemon.process.send_signal(signal.SIGUSR1)
         running.daemon.wait_for_log(b"event=dump_thread")
         assert running.daemon.stop() == 0
@@ -246,13 +240,6 @@ def _tried(running: TokenDaemon) -> int:
     """Return how many webhooks have failed."""
     listed = running.ask("admin", ADMIN[0], "GET", "/admin/job-management/webhooks").data["webhooks"]
     return sum(each["last_error"] is not None for each in listed)
-
-
-def _until(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + 150
-    while not condition():
-        assert time.monotonic() < end, "it never happened"
-        time.sleep(0.05)
 
 
 def _work(running: TokenDaemon) -> list[str]:
@@ -313,7 +300,6 @@ def _send_wrong_requests(running: TokenDaemon, locks: list[str]) -> None:
 def _inspect_process(running: TokenDaemon) -> None:
     """Read metrics, dumps and /proc while jobs are processing."""
     process = running.daemon.process
-    assert process is not None
     with closing(running.daemon.worker()) as parked:
         parked.request(
             "POST",
@@ -326,9 +312,9 @@ def _inspect_process(running: TokenDaemon) -> None:
         process.send_signal(signal.SIGUSR1)
         running.daemon.wait_for_log(b"event=dump_thread")
     running.write([SHORT], WORKER)
-    running.reload()
+    running.daemon.reload()
     running.write(ADMIN[:2], WORKER[:2])
-    running.reload()
+    running.daemon.reload()
     proc = Path(f"/proc/{process.pid}")
     for name in ("cmdline", "comm", "status", "maps"):
         running.said.append((name, (proc / name).read_bytes().decode()))

@@ -91,10 +91,9 @@ def test_a_reload_ends_after_its_result_is_logged(manager: socket.socket, tmp_pa
     """`systemctl reload` returns with READY=1, and its caller may read the log at once."""
     with (
         (tmp_path / "log").open("wb") as stderr,
-        DaemonProcess.not_started(tmp_path, NOTIFY_SOCKET=os.environ["NOTIFY_SOCKET"]) as daemon,
+        DaemonProcess.not_started(tmp_path, variant="slow_log", NOTIFY_SOCKET=os.environ["NOTIFY_SOCKET"]) as daemon,
     ):
-        daemon.module = "tests.support.daemon_variants slow_log"
-        daemon.process = daemon.spawn(stderr.fileno())
+        daemon.launch(stderr.fileno())
         wait_for(manager, b"READY=1")
         daemon.config.write_text("[locks]\nttl = 'soon'\n")
         for number in range(1, 4):
@@ -105,11 +104,8 @@ def test_a_reload_ends_after_its_result_is_logged(manager: socket.socket, tmp_pa
 
 @pytest.mark.slow
 def test_a_reload_ends_after_an_internal_error(manager: socket.socket, tmp_path: Path) -> None:
-    with DaemonProcess.not_started(tmp_path, NOTIFY_SOCKET=os.environ["NOTIFY_SOCKET"]) as daemon:
-        daemon.module = "tests.support.daemon_variants failing_reload"
-        daemon.start()
+    with DaemonProcess(tmp_path, variant="failing_reload", NOTIFY_SOCKET=os.environ["NOTIFY_SOCKET"]) as daemon:
         wait_for(manager, b"READY=1")
-        assert daemon.process is not None
         daemon.process.send_signal(signal.SIGHUP)
         wait_for(manager, b"READY=1")
         daemon.wait_for_log(b"event=reload_failed")
@@ -119,8 +115,7 @@ def test_a_reload_ends_after_an_internal_error(manager: socket.socket, tmp_path:
 
 @pytest.mark.slow
 def test_a_long_start_is_not_ended(manager: socket.socket, tmp_path: Path) -> None:
-    with DaemonProcess.not_started(tmp_path, NOTIFY_SOCKET=os.environ["NOTIFY_SOCKET"]) as daemon:
-        daemon.module = "tests.support.daemon_variants slow_start"
+    with DaemonProcess.not_started(tmp_path, variant="slow_start", NOTIFY_SOCKET=os.environ["NOTIFY_SOCKET"]) as daemon:
         daemon.launch()
         for _ in range(3):
             assert manager.recv(1000).startswith(b"EXTEND_TIMEOUT_USEC=")
@@ -130,8 +125,7 @@ def test_a_long_start_is_not_ended(manager: socket.socket, tmp_path: Path) -> No
 
 @pytest.mark.slow
 def test_a_start_without_progress_is_ended(manager: socket.socket, tmp_path: Path) -> None:
-    with DaemonProcess.not_started(tmp_path, NOTIFY_SOCKET=os.environ["NOTIFY_SOCKET"]) as daemon:
-        daemon.module = "tests.support.daemon_variants hung_start"
+    with DaemonProcess.not_started(tmp_path, variant="hung_start", NOTIFY_SOCKET=os.environ["NOTIFY_SOCKET"]) as daemon:
         daemon.launch()
         states = []
         while b"READY=1" not in states:

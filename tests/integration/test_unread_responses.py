@@ -24,7 +24,6 @@ CLAIMS: Final = [
 
 def peak_mib(daemon: DaemonProcess) -> int:
     """Return the highest resident memory of the daemon so far."""
-    assert daemon.process is not None
     status = Path(f"/proc/{daemon.process.pid}/status").read_text("ascii")
     return int(status.partition("VmHWM:")[2].split()[0]) >> 10
 

@@ -64,7 +64,7 @@ class Demo:
             self._hand_over(client)
             jobs = self._wait_for(client, finished=len(jobs))
             self._check_jobs(client, jobs)
-        codes = [node.stop() for node in self.cluster.nodes if node.process is not None and node.process.poll() is None]
+        codes = [node.stop() for node in self._alive()]
         self.checks.append(("the nodes stopped cleanly on SIGTERM", bool(codes) and not any(codes)))
         return self.checks
 
@@ -85,7 +85,7 @@ class Demo:
             node = self.cluster.add(name)
             if name == NODES[0]:
                 node.wait_leads()
-            self.say(f"node {name} runs at {node.url} (pid {node.process.pid if node.process else 0})")
+            self.say(f"node {name} runs at {node.url} (pid {node.process.pid})")
         self._wait_until(lambda: len(self.cluster.nodes[0].cluster()["nodes"]) == len(NODES))
         self._show_cluster()
 
@@ -108,7 +108,6 @@ class Demo:
         began_s = time.monotonic()
         self._jobd("jobd.cli.ctl.main", "cluster", "step-down", "--yes", JOBD_ADMIN_URL=self.admin_urls)
         again = self._see_takeover(client, began_s)
-        assert leader.process is not None
         self.checks.append(("another node led after a step-down", again is not leader))
         self.checks.append(("the node that stepped down exited with 75", leader.process.wait(DEADLINE_S) == 75))
         leader.start()  # as systemd does
@@ -131,7 +130,7 @@ class Demo:
         return leading()[0]
 
     def _alive(self) -> list[NodeProcess]:
-        return [node for node in self.cluster.nodes if node.process is not None and node.process.poll() is None]
+        return [node for node in self.cluster.nodes if node.is_running]
 
     def _show_cluster(self) -> None:
         text = self._jobd("jobd.cli.ctl.main", "cluster", JOBD_ADMIN_URL=self.admin_urls)

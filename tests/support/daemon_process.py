@@ -114,9 +114,12 @@ class ApiCalls:
 
 
 class DaemonProcess(ApiCalls):
-    """A daemon process. Its context waits until the daemon is ready, and kills it at the end if it still runs."""
+    """A daemon process. Its context waits until the daemon is ready, and kills it at the end if it still runs.
 
-    def __init__(self, directory: Path, config: str = "", **environ: str) -> None:
+    `variant` is a function of daemon_variants, or empty. `prefix` is a program that starts the daemon, such as strace.
+    """
+
+    def __init__(self, directory: Path, config: str = "", *, variant: str = "", **environ: str) -> None:
         self.directory = directory
         self.socket = str(directory / "worker.sock")
         self.admin_socket = str(directory / "admin.sock")
@@ -132,9 +135,9 @@ class DaemonProcess(ApiCalls):
             "JOBD_LOG_FORMAT": "logfmt",
             **environ,
         }
-        self.prefix: list[str] = []  # a program that starts the daemon, such as strace
-        self.module = "jobd"  # or a variant, such as "tests.support.daemon_variants short_pages"
-        self.process: subprocess.Popen[bytes] | None = None
+        self.prefix: list[str] = []
+        self.variant = variant
+        self._process: subprocess.Popen[bytes] | None = None
         self._has_output = threading.Condition()
         self._lines: list[bytes] = []
         self._next_index = 0
@@ -145,20 +148,38 @@ class DaemonProcess(ApiCalls):
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.process is not None and self.process.poll() is None:
+        if self.is_running:
             self.process.kill()
             self.process.wait()
         self._join_reader()
 
     @classmethod
     @contextmanager
-    def not_started(cls, directory: Path, config: str = "", **environ: str) -> Iterator[DaemonProcess]:
+    def not_started(
+        cls, directory: Path, config: str = "", *, variant: str = "", **environ: str
+    ) -> Iterator[DaemonProcess]:
         """Prepare the daemon without starting it."""
         with ExitStack() as stack:
-            yield stack.push(cls(directory, config, **environ))
+            yield stack.push(cls(directory, config, variant=variant, **environ))
+
+    @property
+    def process(self) -> subprocess.Popen[bytes]:
+        """The process that was started last."""
+        assert self._process is not None, "the daemon was not started"
+        return self._process
+
+    @property
+    def is_running(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    @property
+    def exit_code(self) -> int | None:
+        """The code of the process that was started last, or None while it runs and before."""
+        return self._process.poll() if self._process else None
 
     def spawn(self, stderr: int = subprocess.PIPE) -> subprocess.Popen[bytes]:
-        command = [*self.prefix, sys.executable, "-m", *self.module.split(), "serve", "--config", str(self.config)]
+        program = ["tests.support.daemon_variants", self.variant] if self.variant else ["jobd"]
+        command = [*self.prefix, sys.executable, "-m", *program, "serve", "--config", str(self.config)]
         return subprocess.Popen(command, env=self.environ, stderr=stderr, preexec_fn=die_with_us)
 
     def start(self) -> None:
@@ -166,11 +187,20 @@ class DaemonProcess(ApiCalls):
         self.launch()
         self.wait_for_log(READY)
 
-    def launch(self) -> None:
-        """Start the process without waiting."""
-        self.process = self.spawn()
-        self._log_reader = threading.Thread(target=self._read_log, args=(self.process,))
-        self._log_reader.start()
+    def launch(self, stderr: int = subprocess.PIPE) -> None:
+        """Start the process without waiting. Its log is read only from a pipe."""
+        self._process = self.spawn(stderr)
+        if stderr == subprocess.PIPE:
+            self._log_reader = threading.Thread(target=self._read_log, args=(self._process,))
+            self._log_reader.start()
+
+    def failed_start(self) -> tuple[int, str]:
+        """Start a daemon that must fail. Return its exit code and output."""
+        with ExitStack() as stack:
+            stack.push(self)
+            self.launch()
+            code = self.process.wait(TIMEOUT_S)
+        return code, self.log.decode()
 
     def gets_ready(self) -> bool:
         """Wait until the daemon is ready. Return False if it ends instead."""
@@ -217,15 +247,20 @@ class DaemonProcess(ApiCalls):
                     return None
                 assert self._has_output.wait(TIMEOUT_S), f"no such log line: {text!r}"
 
+    def reload(self, config: str | None = None) -> str:
+        """Reload the configuration, or this one. Return the line of the log that says what was reloaded."""
+        if config is not None:
+            self.config.write_text(config)
+        self.process.send_signal(signal.SIGHUP)
+        return self.wait_for_log(b"event=reload")
+
     def kill(self) -> None:
-        assert self.process is not None
         self.process.kill()
         self.process.wait()
         self._join_reader()
 
     def stop(self, signal_number: signal.Signals = signal.SIGTERM) -> int:
         """Send SIGTERM and return the exit code."""
-        assert self.process is not None
         self.process.send_signal(signal_number)
         code = self.process.wait(TIMEOUT_S)
         self._join_reader()

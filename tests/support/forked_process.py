@@ -16,8 +16,8 @@ from multiprocessing.connection import Connection
 from typing import Final, cast
 
 from jobd.cli.daemon.main import main
+from tests.support import daemon_variants
 from tests.support.daemon_process import DaemonProcess, die_with_us
-from tests.support.daemon_variants import VARIANTS
 
 # One process per test process, in which all modules are imported that were named before the first use.
 PROCESSES: Final = multiprocessing.get_context("forkserver")
@@ -73,9 +73,8 @@ class ForkedDaemon(DaemonProcess):
 
     def spawn(self, stderr: int = subprocess.PIPE) -> subprocess.Popen[bytes]:
         assert (self.prefix, stderr) == ([], subprocess.PIPE)
-        variant = self.module.removeprefix("jobd").removeprefix("tests.support.daemon_variants ")
         words = ["serve", "--config", str(self.config)]
-        return cast("subprocess.Popen[bytes]", ForkedProcess(variant, words, self.environ))
+        return cast("subprocess.Popen[bytes]", ForkedProcess(self.variant, words, self.environ))
 
 
 def _run(variant: str, arguments: Sequence[str], environ: Mapping[str, str], stderr: Connection) -> None:
@@ -86,6 +85,6 @@ def _run(variant: str, arguments: Sequence[str], environ: Mapping[str, str], std
     os.environ.clear()
     os.environ.update(environ)
     if variant:
-        VARIANTS[variant]()
+        getattr(daemon_variants, variant)()
     sys.argv = ["jobd", *arguments]
     sys.exit(main())

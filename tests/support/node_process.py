@@ -64,8 +64,7 @@ class Cluster:
         """Start a node. `variant` is one of tests.support.daemon_variants."""
         node = NodeProcess(self.directory / name, self.url, name, **self.environ | environ)
         node.config.write_text(config)
-        if variant:
-            node.module = f"tests.support.daemon_variants {variant}"
+        node.variant = variant
         self._stack.enter_context(node)
         self.nodes.append(node)
         return node

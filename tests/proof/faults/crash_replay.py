@@ -18,7 +18,7 @@ from jobd.storage import startup
 from jobd.storage.offline import doctor
 from jobd.storage.store import Store
 from tests.proof.faults.crash_states import UNSYNCED_OUTCOMES, LoggedCall, ReplayedDisk, records
-from tests.proof.faults.harness import ONE_SLICE, Counts, Tool, Trial, check, program
+from tests.proof.faults.harness import Counts, Tool, Trial, check, program
 from tests.proof.faults.ledger import Ledger
 from tests.proof.faults.load import load
 from tests.proof.faults.store_check import contents
@@ -65,9 +65,7 @@ def _log_writes(trial: Trial, ledger: Ledger, acknowledgements: int) -> list[Log
     home = trial.directory / "logged"
     home.mkdir()
     environ = {"LD_PRELOAD": str(library), "WRITES_OF": str(home / "jobd.db"), "WRITES_LOG": str(log)}
-    with DaemonProcess.not_started(home, **environ) as daemon:
-        daemon.module = ONE_SLICE
-        daemon.start()
+    with DaemonProcess(home, variant="one_slice", **environ) as daemon:
         for number, ends_by in enumerate(("kill", "stop", "stop")):
             with load(daemon, ledger, f"load-{number}"):
                 assert ledger.wait_for(acknowledgements), daemon.log[-2000:]
@@ -76,7 +74,7 @@ def _log_writes(trial: Trial, ledger: Ledger, acknowledgements: int) -> list[Log
             if ends_by == "stop":
                 assert daemon.stop() == 0
             if number < 2:
-                daemon.module = "jobd"
+                daemon.variant = ""
                 daemon.start()
                 ledger.settle(daemon)
     found = list(records(log))

@@ -58,7 +58,6 @@ def crowd(kind: str, daemon: DaemonProcess, count: int) -> Iterator[dict[str, in
 
 def descriptors(daemon: DaemonProcess) -> int:
     """Return the number of files and sockets that the daemon has open."""
-    assert daemon.process is not None
     return len(os.listdir(f"/proc/{daemon.process.pid}/fd"))
 
 

@@ -34,24 +34,12 @@ STOPPED_S: Final = 10.0  # the longest stop if every request in flight can be an
 @contextmanager
 def sigstopped(daemon: DaemonProcess) -> Iterator[None]:
     """Stop a daemon with SIGSTOP, so that any change meanwhile was made by another process."""
-    assert daemon.process is not None
     os.kill(daemon.process.pid, signal.SIGSTOP)
     try:
         os.waitid(os.P_PID, daemon.process.pid, os.WSTOPPED | os.WNOWAIT)
         yield
     finally:
         os.kill(daemon.process.pid, signal.SIGCONT)
-
-
-def failed_start(daemon: DaemonProcess) -> tuple[int, str]:
-    """Start a daemon that must fail; return its exit code and output."""
-    process = daemon.spawn()
-    try:
-        _, log = process.communicate(timeout=150)
-    finally:
-        process.kill()
-        process.wait()
-    return process.returncode, log.decode()
 
 
 def snapshot(directory: Path) -> dict[str, tuple[Any, ...]]:
@@ -68,14 +56,13 @@ def two_daemons(trial: Trial) -> Counts:
     """A second daemon on the same store, socket or port exits with 75 and changes neither store nor socket."""
     rejected: Counter[str] = Counter()
     with DaemonProcess(_make_directory(trial, "first")) as first:
-        assert first.process is not None
         assert first.post("/v1/jobs", {"id": "a"}).status == 201
         for number in range(trial.rounds):
             each = _contested_resources(_make_directory(trial, f"rival-{number}"), first)
             for want, second, culprit in each if trial.timed else itertools.islice(each, 3):
                 with sigstopped(first):
                     before = [snapshot(first.directory), snapshot(second.directory)]
-                    code, log = failed_start(second)
+                    code, log = second.failed_start()
                     assert code == BUSY, f"the same {want}: exit {code}\n{log}"
                     assert culprit in log, f"the same {want}: {log}"
                     after = [snapshot(first.directory), snapshot(second.directory)]
@@ -101,7 +88,6 @@ def _contested_resources(directory: Path, first: DaemonProcess) -> Iterator[tupl
 
     The store of the second daemon has a processing job.
     """
-    assert first.process is not None
     holder = f"process {first.process.pid}"
     yield "store and sockets", DaemonProcess(directory, JOBD_STORE_PATH=str(first.store), **_sockets(first)), holder
     with DaemonProcess(directory) as early:
@@ -144,7 +130,6 @@ def daemons_racing(trial: Trial) -> Counts:
             winner = each.pop(ready.index(True))
             winner.socket = shared["JOBD_WORKER_SOCKET"]
             for loser in each:
-                assert loser.process is not None
                 assert loser.process.wait(150) == BUSY, loser.log.decode()
                 rejected += 1
             assert winner.post("/v1/jobs", {"id": "a"}).status == 201
@@ -236,7 +221,6 @@ def _wait_for(daemon: DaemonProcess, metric: str) -> None:
 @contextmanager
 def slow_disk(daemon: DaemonProcess, delay_ms: int) -> Iterator[None]:
     """Delay every fdatasync until the daemon ends."""
-    assert daemon.process is not None
     inject = ["-e", "trace=fdatasync", "-e", f"inject=fdatasync:delay_enter={1000 * delay_ms}"]
     command = ["strace", "-f", "-q", "-o", "/dev/null", "-p", str(daemon.process.pid), *inject]
     with subprocess.Popen(command, stderr=subprocess.PIPE, preexec_fn=die_with_us) as strace:
@@ -284,7 +268,6 @@ def graceful_stop(trial: Trial) -> Counts:
                 with load(daemon, ledger, f"round-{number}"):
                     assert ledger.wait_for(60), daemon.log[-2000:]
                     began_s = time.monotonic()
-                    assert daemon.process is not None
                     daemon.process.send_signal(signal.SIGTERM)
                     _wait_until_rejected(daemon)
                     assert daemon.process.poll() is None, "the stop did not wait for a half-sent request"

@@ -209,7 +209,6 @@ def _check_over_http(path: Path, responses: dict[str, Any]) -> None:
     with DaemonProcess.not_started(path.parent) as daemon:
         daemon.launch()
         if not daemon.gets_ready():
-            assert daemon.process is not None
             assert daemon.process.wait() in EXIT_CODES
             assert b"event=cannot_start" in daemon.log, daemon.log.decode()
             return

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from jobd.storage.files import RESERVE_FILE_BYTES
-from tests.proof.faults.harness import ONE_SLICE, Counts, Trial, check
+from tests.proof.faults.harness import Counts, Trial, check
 from tests.proof.faults.ledger import JobRecord, Ledger, SentRequest
 from tests.proof.faults.load import work_alone
 from tests.proof.faults.mounts import MOUNTS, tmpfs
@@ -75,8 +75,7 @@ def full_disk(trial: Trial) -> Counts:
     endings = 0
     with tmpfs(trial.directory / "disk", RESERVE_FILE_BYTES + FREE_BYTES) as place:
         store = place / "jobd.db"
-        with DaemonProcess.not_started(trial.directory, JOBD_STORE_PATH=str(store)) as daemon:
-            daemon.start()
+        with DaemonProcess(trial.directory, JOBD_STORE_PATH=str(store)) as daemon:
             for number in range(trial.rounds):
                 endings += _fill_and_free(daemon, ledger, place, f"round-{number}")
             assert daemon.stop() == 0
@@ -91,7 +90,6 @@ def full_disk(trial: Trial) -> Counts:
 
 def _fill_and_free(daemon: DaemonProcess, ledger: Ledger, directory: Path, name: str) -> int:
     """Fill the disk, then free it; return how many jobs ended in between."""
-    assert daemon.process is not None
     caller = RecordingClient(daemon, ledger)
     held = [caller.create_and_start(f"{name}-held-{number}") for number in range(HELD)]
     filler = fill(directory)
@@ -135,8 +133,7 @@ def tiny_disk(trial: Trial) -> Counts:
         ledger = Ledger()
         with tmpfs(trial.directory / f"disk-{number}", 1 << 20) as place:
             store = place / "jobd.db"
-            with DaemonProcess.not_started(trial.directory, JOBD_STORE_PATH=str(store)) as daemon:
-                daemon.start()
+            with DaemonProcess(trial.directory, JOBD_STORE_PATH=str(store)) as daemon:
                 _fill_and_free_tiny_disk(daemon, ledger, place)
                 assert daemon.stop() == 0
             checked += ledger.check(checked_contents(store))
@@ -167,9 +164,7 @@ def full_disk_at_a_slice(trial: Trial) -> Counts:
         place = trial.directory / f"disk-{number}"
         with tmpfs(place, RESERVE_FILE_BYTES + 2 * FREE_BYTES):
             store = place / "jobd.db"
-            with DaemonProcess.not_started(trial.directory, JOBD_STORE_PATH=str(store)) as daemon:
-                daemon.module = ONE_SLICE
-                daemon.start()
+            with DaemonProcess(trial.directory, variant="one_slice", JOBD_STORE_PATH=str(store)) as daemon:
                 _create_many(daemon, "old")
                 for each in range(JOBS):
                     assert daemon.post(f"/v1/jobs/old-{each}/cancel").status == 200
@@ -180,7 +175,7 @@ def full_disk_at_a_slice(trial: Trial) -> Counts:
                 _check_history(daemon)
                 daemon.kill()
                 behind += _check_copy(store, trial.directory / f"copy-{number}", ledger)
-                daemon.module = "jobd"
+                daemon.variant = ""
                 daemon.start()
                 _check_history(daemon)
                 _delete_all(daemon, "old")

@@ -42,8 +42,6 @@ MODULES: Final = (
     "upgrades",
 )
 
-ONE_SLICE: Final = "tests.support.daemon_variants one_slice"  # a daemon that a kill leaves with a long tail
-
 Counts = dict[str, int]
 Verdict = Literal["passed", "FAILED", "skipped"]
 

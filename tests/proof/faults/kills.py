@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Final
 
-from tests.proof.faults.harness import ONE_SLICE, Counts, Trial, check
+from tests.proof.faults.harness import Counts, Trial, check
 from tests.proof.faults.ledger import Ledger
 from tests.proof.faults.load import load
 from tests.proof.faults.store_check import checked_contents
@@ -91,7 +91,7 @@ def kill_inside_slices(trial: Trial) -> Counts:
     counts: Counter[str] = Counter()
     with DaemonProcess.not_started(trial.directory, INLINE) as daemon:
         for number in range(trial.rounds):
-            daemon.module, daemon.prefix = ONE_SLICE, []
+            daemon.variant, daemon.prefix = "one_slice", []
             daemon.start()
             ledger.settle(daemon)
             with load(daemon, ledger, f"tail-{number}"):
@@ -101,7 +101,7 @@ def kill_inside_slices(trial: Trial) -> Counts:
             ledger.check(found)
             counts["events that the tables lacked"] += found.tail
             when = 1 + number * (LOAD_WRITES if number % 2 else START_WRITES) // trial.rounds
-            daemon.module = "jobd"
+            daemon.variant = ""
             strace = Strace(daemon, (*SYNCS, *WRITES), f"pwrite64:signal=SIGKILL:when={when}", _log_of(daemon))
             daemon.launch()
             counts[_killed(daemon, ledger, f"round-{number}", strace)] += 1
@@ -120,7 +120,6 @@ def _log_of(daemon: DaemonProcess) -> Path:
 
 def _killed(daemon: DaemonProcess, ledger: Ledger, name: str, strace: Strace) -> str:
     """Run a load until the daemon is killed. Return where that was."""
-    assert daemon.process is not None
     if not daemon.gets_ready():
         return "killed in the slice of a start"
     with load(daemon, ledger, name):

@@ -232,7 +232,6 @@ def _was_done(record: JobRecord, store: StoreContents) -> bool:
 
 def _kill_at_write(daemon: DaemonProcess, number: int) -> None:
     """Kill the daemon at the Nth write of its event loop's thread, which sends the responses."""
-    assert daemon.process is not None
     inject = ["-e", "trace=write", "-e", f"inject=write:signal=SIGKILL:when={number}"]
     command = ["strace", "-q", "-o", "/dev/null", "-p", str(daemon.process.pid), *inject]
     with subprocess.Popen(command, preexec_fn=die_with_us) as strace:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import glob
 import hashlib
 import random
 import shutil
 import signal
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
@@ -18,14 +16,13 @@ from jobd.storage.schema import migrations
 from tests.proof.faults.harness import Counts, Trial, check
 from tests.proof.faults.ledger import Ledger
 from tests.proof.faults.load import load
-from tests.proof.faults.next_version import AHEAD
 from tests.proof.faults.store_check import checked_contents, contents
 from tests.proof.faults.strace import STRACE, SYNCS, WRITES, Strace
 from tests.proof.faults.syscall_faults import EXIT_IO, FaultPosition
 from tests.support.daemon_process import DaemonProcess
+from tests.support.daemon_variants import AHEAD
 
 OLD: Final = migrations.VERSION
-NEXT: Final = "tests.proof.faults.next_version"
 NEWER: Final = migrations.VERSION + AHEAD
 ERRORS: Final = (None, "EIO", "ENOSPC")
 EXIT_CONFIG: Final = 78
@@ -71,17 +68,9 @@ def migration_cut_short(trial: Trial) -> Counts:
     return dict(counts)
 
 
-@contextlib.contextmanager
-def _next_version(home: Path) -> Iterator[DaemonProcess]:
-    """Prepare a daemon of the later version, which migrates."""
-    with DaemonProcess.not_started(home) as daemon:
-        daemon.module = NEXT
-        yield daemon
-
-
 def _fault_positions(home: Path) -> list[FaultPosition]:
     """Return all writes and syncs of a start that migrates and of the stop after it, with the possible faults."""
-    with _next_version(home) as daemon:
+    with DaemonProcess.not_started(home, variant="next_version") as daemon:
         strace = Strace(daemon, (*SYNCS, *WRITES))
         daemon.start()
         assert daemon.stop() == 0
@@ -94,10 +83,9 @@ def _fault_positions(home: Path) -> list[FaultPosition]:
 
 
 def _migrate_with_fault(home: Path, position: FaultPosition) -> str:
-    with _next_version(home) as daemon:
+    with DaemonProcess.not_started(home, variant="next_version") as daemon:
         Strace(daemon, (*SYNCS, *WRITES), position.inject)
         daemon.launch()
-        assert daemon.process is not None
         code = daemon.stop() if daemon.gets_ready() else daemon.process.wait(150)
         assert b"Traceback" not in daemon.log, daemon.log.decode()
     if position.error is None and code == -signal.SIGKILL:
@@ -128,8 +116,7 @@ def _dump(path: Path) -> list[str]:
 
 def _check_next_start(home: Path, ledger: Ledger) -> None:
     """Check that the next start finishes the migration and leaves no partial copies."""
-    with _next_version(home) as daemon:
-        daemon.start()
+    with DaemonProcess(home, variant="next_version") as daemon:
         assert daemon.stop() == 0
     assert startup.peek(str(daemon.store))[1] == NEWER
     ledger.check(contents(daemon.store))
@@ -148,20 +135,16 @@ def newer_schema(trial: Trial) -> Counts:
     compared = 0
     for number in range(trial.rounds):
         home = _copy_store(stopped, trial.directory / "newer")
-        with DaemonProcess.not_started(home) as daemon:
-            daemon.module = NEXT
-            daemon.start()
+        with DaemonProcess(home, variant="next_version") as daemon:
             if number % 2:
                 daemon.kill()
             else:
                 assert daemon.stop() == 0
             before = _fingerprints(home)
-            daemon.module = "jobd"
-            daemon.launch()
-            assert not daemon.gets_ready()
-            assert daemon.process is not None
-            assert daemon.process.wait(150) == EXIT_CONFIG, daemon.log.decode()
-            assert f"has schema version {NEWER}, but this jobd supports {migrations.VERSION}".encode() in daemon.log
+            daemon.variant = ""
+            code, log = daemon.failed_start()
+            assert code == EXIT_CONFIG, log
+            assert f"has schema version {NEWER}, but this jobd supports {migrations.VERSION}" in log
         assert _fingerprints(home) == before, "the files are not as they were"
         compared += len(before)
     return {"starts rejected": trial.rounds, "files compared": compared}

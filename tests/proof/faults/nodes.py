@@ -248,9 +248,9 @@ class NodesUnderLoad:
 
     def revive(self) -> int:
         """Start the nodes that have ended, as systemd does. Return their number."""
-        ended = [node for node in self.nodes if node.process is None or node.process.poll() is not None]
+        ended = [node for node in self.nodes if not node.is_running]
         for node in ended:
-            code = None if node.process is None else node.process.poll()
+            code = node.exit_code
             assert code in (None, 0, STEPPED_DOWN, -signal.SIGKILL), f"{node.name} exited with {code}:\n{self.log}"
             node.start()
         return len(ended)
@@ -319,10 +319,8 @@ class NodesUnderLoad:
 
 
 def leads(node: NodeProcess) -> bool:
-    if node.process is None or node.process.poll() is not None:
-        return False
     with suppress(OSError, http.client.HTTPException):
-        return node.get("/readyz").status == 200
+        return node.is_running and node.get("/readyz").status == 200
     return False
 
 
@@ -423,16 +421,13 @@ def remove_store(node: NodeProcess) -> None:
 
 
 def freeze(node: NodeProcess) -> None:
-    assert node.process is not None
     node.process.send_signal(signal.SIGSTOP)
 
 
 def thaw(node: NodeProcess) -> None:
-    assert node.process is not None
     node.process.send_signal(signal.SIGCONT)
 
 
 def exit_code(node: NodeProcess) -> int:
     """Wait until the process has ended."""
-    assert node.process is not None
     return node.process.wait(TIMEOUT_S)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from typing import Final
 
-from tests.proof.faults.harness import ONE_SLICE, Counts, Trial, check
+from tests.proof.faults.harness import Counts, Trial, check
 from tests.proof.faults.ledger import Ledger
 from tests.proof.faults.load import load
 from tests.proof.faults.mounts import LOOP_MOUNTS, loop_disk
@@ -26,10 +26,7 @@ def power_cut(trial: Trial) -> Counts:
     settled, forgotten, longest = 0, 0, 0
     with loop_disk(trial.directory / "disk", DISK_BYTES) as disk:
         store = disk.place / "jobd.db"
-        with DaemonProcess.not_started(trial.directory, JOBD_STORE_PATH=str(store)) as daemon:
-            daemon.module = ONE_SLICE
-            daemon.start()
-            assert daemon.process is not None
+        with DaemonProcess(trial.directory, variant="one_slice", JOBD_STORE_PATH=str(store)) as daemon:
             for number in range(trial.rounds):
                 with load(daemon, ledger, f"round-{number}"):
                     assert ledger.wait_for(150 + 37 * (number % 7)), daemon.log[-2000:]
@@ -46,7 +43,7 @@ def power_cut(trial: Trial) -> Counts:
                 longest = max(longest, found.tail)
                 ledger.check(found, until_s=cut_s)
                 forgotten += ledger.forget_lost(found, cut_s)
-                daemon.module = ONE_SLICE if number % 2 else "jobd"
+                daemon.variant = "one_slice" if number % 2 else ""
                 daemon.start()
                 settled += ledger.settle(daemon)
             assert daemon.stop() == 0

@@ -192,7 +192,6 @@ def _round(directory: Path, position: FaultPosition, work: Work, at_checkpoints:
 
 def _stop(daemon: DaemonProcess) -> int:
     """Stop the daemon, if it has not ended already, and return its exit code."""
-    assert daemon.process is not None
     return code if (code := daemon.process.poll()) is not None else daemon.stop(signal.SIGTERM)
 
 

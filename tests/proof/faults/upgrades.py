@@ -23,8 +23,8 @@ from tests.support.node_process import NodeProcess
 from tests.support.polling import poll_until
 from tests.support.webhook_receiver import Receiver
 
-NEW: Final = "jobd"
-OLD: Final = "tests.support.daemon_variants older_format"
+NEW: Final = ""  # variants of the daemon
+OLD: Final = "older_format"
 CHANGES: Final = 60  # between two steps
 SETTINGS: Final = {
     "JOBD_CLEANUP_INTERVAL": "500ms",  # its statistics need a record of the newest format
@@ -75,7 +75,7 @@ def _go_back(cluster: NodesUnderLoad) -> None:
     first, second = cluster.others(leader)
     assert first.stop() == 0, first.log[-2000:]
     _wait_for_newest(cluster, after=_last_record(cluster))
-    first.module = OLD
+    first.variant = OLD
     first.launch()
     assert exit_code(first) == 78, first.log[-2000:]
     assert f"has format {FORMAT}" in first.wait_for_log(b"cannot_start")
@@ -101,24 +101,24 @@ def _upgrade(cluster: NodesUnderLoad) -> None:
     cluster.wait_for_changes(CHANGES)
     poll_until(lambda: _is_reported(cluster.leader(), leader))
     assert _last_newest(cluster) == before, "a record was written that an older node does not read"
-    leader.module = NEW
+    leader.variant = NEW
     cluster.revive()
     _wait_for_newest(cluster, after=before)
 
 
-def _install(cluster: NodesUnderLoad, module: str, node: NodeProcess) -> None:
+def _install(cluster: NodesUnderLoad, version: str, node: NodeProcess) -> None:
     """Install a version on a standby."""
     assert node.stop() == 0, node.log[-2000:]
-    node.module = module
+    node.variant = version
     cluster.wait_for_changes(CHANGES)
     cluster.revive()
     cluster.wait_until_followed()
 
 
-def _install_on_leader(cluster: NodesUnderLoad, module: str, leader: NodeProcess) -> None:
+def _install_on_leader(cluster: NodesUnderLoad, version: str, leader: NodeProcess) -> None:
     with cluster.outage("a stop", cluster.others(leader)):
         assert leader.stop() == 0, leader.log[-2000:]
-    leader.module = module
+    leader.variant = version
     cluster.wait_for_changes(CHANGES)
     cluster.revive()
 
