@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Final
 
 from msgspec.structs import astuple
 
@@ -22,12 +22,12 @@ _TRIM: Final = "DELETE FROM journal WHERE number <= ?"
 
 
 class SqliteJournal:
-    """The journal of one store. `commit` runs a function in a transaction, and translates its errors.
+    """The journal of one store. `commit` runs a statement as a transaction, and translates its errors.
 
     `trim` deletes the records that the tables have. It belongs to the transaction that writes these.
     """
 
-    def __init__(self, conn: sqlite3.Connection, commit: Callable[..., Any]) -> None:
+    def __init__(self, conn: sqlite3.Connection, commit: Callable[..., object]) -> None:
         self._conn = conn
         self._commit = commit
 
@@ -51,7 +51,7 @@ class SqliteJournal:
 
         Raises DiskFull if nothing was written. After any other exception the outcome is unknown.
         """
-        self._commit(self._conn.execute, _INSERT, (*astuple(record), checksum(record)))
+        self._commit(_INSERT, (*astuple(record), checksum(record)))
 
     def read(self, after: int, limit: int) -> list[Record]:
         """Return up to `limit` records with a number above `after`, in order. Raises BadRecord."""

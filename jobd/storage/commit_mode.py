@@ -7,7 +7,10 @@ then, so a single stall decides nothing unless it is long.
 
 from __future__ import annotations
 
+import contextlib
 import math
+import os
+import threading
 from collections import deque
 from typing import Final, Literal
 
@@ -20,6 +23,34 @@ MEDIAN_S: Final = 0.003  # of the recent commits
 TRIAL: Final = 200  # commits in the thread that decide whether the disk has become fast
 TRIAL_STALLS: Final = 4  # stalls allowed among these
 PAUSE_S: Final = 10.0  # between the change to the thread and the change back
+
+
+class _RunQueue(threading.local):
+    """The file in which Linux counts for the thread, in ns: run time, wait for a processor, number of runs."""
+
+    def __init__(self) -> None:
+        self.file: _Descriptor | None = None
+        with contextlib.suppress(OSError):  # a kernel without these counts
+            self.file = _Descriptor(os.open("/proc/thread-self/schedstat", os.O_RDONLY | os.O_CLOEXEC))
+
+
+class _Descriptor:
+    """A file descriptor, closed at the end of its thread."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def __del__(self) -> None:
+        os.close(self.number)
+
+
+_run_queue: Final = _RunQueue()
+
+
+def processor_wait_s() -> float:
+    """Return how long the calling thread has waited for a processor since it began; 0 if the kernel does not say."""
+    file = _run_queue.file
+    return 0.0 if file is None else int(os.pread(file.number, 64, 0).split()[1]) / 1e9
 
 
 class CommitMode:

@@ -242,6 +242,8 @@ def start(conn: sqlite3.Connection, path: str, cluster_id: str | None = None) ->
         if path != MEMORY:  # from now on Projection.upkeep makes checkpoints, outside commits
             (page_bytes,) = conn.execute("PRAGMA page_size").fetchone()
             db.log = wal.LogGauge(files.log_of(path), page_bytes)
+            if not opened.full:
+                wal.extend(files.log_of(path), CHECKPOINT_FRAMES, page_bytes)
             conn.execute("PRAGMA wal_autocheckpoint = 0")
         return projection, opened
 
@@ -318,7 +320,7 @@ def read_meta(conn: sqlite3.Connection, path: str) -> Database:
 def check_tail(conn: sqlite3.Connection, path: str) -> JournalTail:
     """Return the tail of the journal. Raises StoreUnreadable if a record of it cannot be used."""
     db = read_meta(conn, path)
-    tail = read_tail(SqliteJournal(conn, db.commit), db.projected_to)
+    tail = read_tail(SqliteJournal(conn, db.commit_statement), db.projected_to)
     tail.check(path)
     return tail
 

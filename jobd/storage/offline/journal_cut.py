@@ -58,7 +58,7 @@ def find(db: Database, number: int) -> Cut:
     if not numbers:
         raise RepairRejected(f"the journal has no record {number} or later")
     cut = Cut(number)
-    journal = SqliteJournal(db.conn, db.commit)
+    journal = SqliteJournal(db.conn, db.commit_statement)
     for each in numbers:
         try:
             [found] = journal.read(each - 1, 1)

@@ -113,7 +113,7 @@ class Projection:
 
     def __init__(self, db: Database) -> None:
         self.db = db
-        self.journal = SqliteJournal(db.conn, db.commit)
+        self.journal = SqliteJournal(db.conn, db.commit_statement)
         self.behind = 0  # events that the tables lack
         self.append_s: float | None = None  # duration of the COMMIT of the latest `append`; None if it made none
         self.tombstones_written = 0

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import pytest
 
@@ -23,10 +22,7 @@ def connection() -> sqlite3.Connection:
 
 
 def sqlite_journal(conn: sqlite3.Connection) -> SqliteJournal:
-    def commit(fn: Callable[..., Any], *args: Any) -> Any:
-        return fn(*args)
-
-    return SqliteJournal(conn, commit)
+    return SqliteJournal(conn, conn.execute)
 
 
 @pytest.fixture(params=["sqlite", "memory"])
