@@ -28,8 +28,20 @@ from jobd.model.commands import (
 )
 from jobd.model.errors import ApiError
 from jobd.model.events import Change, Event, fold
-from jobd.model.job import LIVE, MAX_LATE_RESULTS, STATUSES, Job, LateResult, Policy, is_release_loop
-from jobd.model.responses import GrantView, Response
+from jobd.model.job import (
+    LIVE,
+    MAX_LATE_RESULTS,
+    STATUSES,
+    Failure,
+    Grant,
+    Job,
+    LateResult,
+    LockDeadlines,
+    Policy,
+    PreviousGrant,
+    is_release_loop,
+)
+from jobd.model.responses import GrantView, Recovered, Response
 from jobd.model.storage import LateResultRows, Payload
 from tests.support.calls import HOLDERS, aimed
 
@@ -125,11 +137,15 @@ class RuleHarness:
     def ask(self, command: AnyCommand, *, admin: bool = False, by: str = "client") -> Response | ApiError:
         return self.decide(command, admin=admin, by=by).answer
 
-    def accept(self, command: AnyCommand, *, admin: bool = False, by: str = "client") -> Any:
-        """Decide a command that must succeed; return the data of the response."""
+    def respond(self, command: AnyCommand, *, admin: bool = False, by: str = "client") -> Response:
+        """Decide a command that must succeed; return the response."""
         response = self.ask(command, admin=admin, by=by)
         assert isinstance(response, Response), response
-        return response.data
+        return response
+
+    def accept(self, command: AnyCommand, *, admin: bool = False, by: str = "client") -> Any:
+        """Decide a command that must succeed; return the data of the response."""
+        return self.respond(command, admin=admin, by=by).data
 
     def reject(self, command: AnyCommand, code: str, *, admin: bool = False, by: str = "client") -> ApiError:
         """Decide a command that must return the error `code` and change no job; late calls may be recorded."""
@@ -147,6 +163,27 @@ class RuleHarness:
 
     def job(self, job_id: str = "a") -> Job:
         return self.rows[job_id]
+
+    def grant(self, job_id: str = "a") -> Grant:
+        grant = self.job(job_id).grant
+        assert grant is not None
+        return grant
+
+    def deadlines(self, job_id: str = "a") -> LockDeadlines:
+        deadlines = self.job(job_id).deadlines
+        assert deadlines is not None
+        return deadlines
+
+    def ended(self, job_id: str = "a") -> PreviousGrant:
+        """Return the last grant of the job that ended."""
+        ended = self.job(job_id).ended
+        assert ended is not None
+        return ended
+
+    def error(self, job_id: str = "a") -> Failure:
+        error = self.job(job_id).error
+        assert error is not None
+        return error
 
     def create(self, job_id: str = "a", **fields: Any) -> Job:
         self.accept(Create(id=job_id, **fields))
@@ -172,6 +209,12 @@ class RuleHarness:
     def completed(self, job_id: str = "a", **fields: Any) -> Job:
         self.accept(Complete(id=job_id, lock_id=self.held(job_id), **fields))
         return self.job(job_id)
+
+    def recover(self, after_ms: int) -> Recovered:
+        """Recover the jobs that are stalled after this time."""
+        self.advance(after_ms)
+        recovered: Recovered = self.accept(Recover(limit=9))
+        return recovered
 
     def types(self, job_id: str = "a") -> list[str]:
         """Return the event types of the timeline of a job."""

@@ -12,11 +12,7 @@ from msgspec.structs import replace
 from jobd.core.rules import worker_rules
 from jobd.model import commands as cmd
 from jobd.model.errors import ApiError
-from jobd.model.job import (
-    MINUTE_MS,
-    STATUSES,
-    TOKEN_COUNTER_BITS,
-)
+from jobd.model.job import MINUTE_MS, STATUSES, TOKEN_COUNTER_BITS
 from tests.support.calls import COMMANDS, JOB_COMMANDS, EventOf, Example, aimed
 from tests.support.rule_harness import NOW, RuleHarness, holder_commands
 

@@ -25,10 +25,7 @@ from jobd.model.job import (
     release_delay_ms,
     storage_key_error,
 )
-from jobd.model.responses import (
-    JobView,
-    Response,
-)
+from jobd.model.responses import JobView
 from jobd.model.storage import OpenedStore
 from tests.support.rule_harness import NOW, RuleHarness
 
@@ -121,15 +118,13 @@ def test_at_the_progress_timeout_only_endings_are_accepted(rules: RuleHarness) -
 def test_an_expired_lock_still_belongs_to_its_holder(rules: RuleHarness) -> None:
     lock_id = rules.held(stall_after_ms=HOUR_MS, **no_progress_timeout())
     rules.advance(TTL)
-    assert rules.job().deadlines is not None
-    assert not rules.job().deadlines.is_live(rules.lock_ms)  # type: ignore[union-attr]
+    assert not rules.deadlines().is_live(rules.lock_ms)
     rules.accept(cmd.Recover(limit=9))
     assert rules.types()[-1] == "lock_expired"
     assert rules.accept(cmd.Get(id="a")).lock is None
     rules.accept(cmd.Extend(id="a", lock_id=lock_id))
     assert rules.accept(cmd.Get(id="a")).lock.expires_at == rules.now + TTL
-    rules.advance(TTL)
-    rules.accept(cmd.Recover(limit=9))
+    rules.recover(TTL)
     rules.progress(lock_id)
     assert rules.state.live_locks() == 1
 
@@ -145,8 +140,7 @@ def test_complete(rules: RuleHarness) -> None:
         id="a", lock_id=lock_id, download_url="https://x/y", file_path="/f", storage_key="k/1", metadata=metadata
     )
     grant = rules.job().grant
-    answer = rules.ask(done)
-    assert isinstance(answer, Response)
+    answer = rules.respond(done)
     view = answer.data
     assert (answer.status, answer.unread_payloads, answer.grants) == (200, [(1, view)], [])
     assert (view.status, view.progress, view.download_url, view.file_path) == ("completed", 100, "https://x/y", "/f")
@@ -447,8 +441,7 @@ def test_a_stall_resets_the_count_of_releases(rules: RuleHarness) -> None:
     released(rules, 6)
     rules.advance(2_000)
     rules.start(lock_ttl_ms=1_000, stall_after_ms=0)
-    rules.advance(1_000)
-    rules.accept(cmd.Recover(limit=1))
+    rules.recover(1_000)
     assert (rules.job().status, rules.job().releases) == ("queued", 0)
     assert rules.job().run_at <= rules.now, "recovery keeps the place"
 

@@ -10,10 +10,7 @@ from msgspec.structs import replace
 from jobd.core import views
 from jobd.model import commands as cmd
 from jobd.model.errors import ApiError
-from jobd.model.job import (
-    MINUTE_MS,
-    STATUSES,
-)
+from jobd.model.job import MINUTE_MS, STATUSES
 from jobd.model.responses import (
     AuditPage,
     EmptyResponse,

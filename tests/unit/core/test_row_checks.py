@@ -13,16 +13,7 @@ from msgspec.structs import replace
 from jobd.core.row_checks import NO_MESSAGE, counts, safe_fixes, validate
 from jobd.model.clocks import LockMs
 from jobd.model.commands import Moment
-from jobd.model.job import (
-    STATUSES,
-    Failure,
-    Grant,
-    Job,
-    Options,
-    Policy,
-    PreviousGrant,
-    Result,
-)
+from jobd.model.job import STATUSES, Failure, Grant, Job, Options, Policy, PreviousGrant, Result
 from jobd.model.responses import Issue, Validation
 from tests.support.factories import deadlines_at
 from tests.support.rule_harness import NOW

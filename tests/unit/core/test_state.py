@@ -14,16 +14,7 @@ from jobd.core.state import FINISHED_KEPT, LiveJobs, State
 from jobd.model import commands as cmd
 from jobd.model.clocks import LockMs
 from jobd.model.events import QueuePause
-from jobd.model.job import (
-    HOUR_MS,
-    MINUTE_MS,
-    Grant,
-    Job,
-    LockDeadlines,
-    Options,
-    PackedJob,
-    Result,
-)
+from jobd.model.job import HOUR_MS, MINUTE_MS, Grant, Job, LockDeadlines, Options, PackedJob, Result
 from jobd.model.storage import Numbers, OpenedStore, QueueRow
 from tests.support.factories import deadlines_at
 from tests.support.rule_harness import NOW, RuleHarness, compare, due_order, snapshot
@@ -270,8 +261,7 @@ def test_a_reused_id_does_not_inherit_deadlines(rules: RuleHarness) -> None:
     rules.accept(cmd.Cancel(id="a"))
     rules.accept(cmd.Delete(id="a"))
     rules.held("a")
-    rules.advance(TTL)
-    rules.accept(cmd.Recover(limit=1))
+    rules.recover(TTL)
     assert rules.claim() == ["a"]
 
 
@@ -452,8 +442,7 @@ def test_a_deadline_that_moves_back_takes_effect_at_once(
 def test_a_cleared_lock_that_is_revived_is_live_again(rules: RuleHarness) -> None:
     """Also if the job would be stuck before the new lock ends."""
     lock_id = rules.held(stall_after_ms=20 * MINUTE_MS)
-    rules.advance(TTL)
-    rules.accept(cmd.Recover(limit=1))
+    rules.recover(TTL)
     assert list(rules.state.noted_expired) == ["a"]
     rules.progress(lock_id)
     assert (list(rules.state.noted_expired), rules.state.live_locks()) == ([], 1)

@@ -88,8 +88,7 @@ def test_recoveries_of_the_last_day(rules: RuleHarness) -> None:
     rules.progress(lock_id, 10)
     rules.held("b")
     rules.held("c")
-    rules.advance(HOUR_MS + 1)
-    rules.accept(cmd.Recover(limit=9))
+    rules.recover(HOUR_MS + 1)
     counters = rules.state.counters
     assert counters.recovered_lately(rules.now) == 3
     assert counters.recovered_last_day(rules.now) == 3
@@ -100,8 +99,7 @@ def test_recoveries_of_the_last_day(rules: RuleHarness) -> None:
 def test_the_counts_since_the_last_report(rules: RuleHarness) -> None:
     rules.held("a", stall_after_ms=HOUR_MS, progress_timeout_ms=0)
     rules.held("d", stall_after_ms=HOUR_MS, progress_timeout_ms=0)
-    rules.advance(15 * MINUTE_MS)
-    rules.accept(cmd.Recover(limit=9))
+    rules.recover(15 * MINUTE_MS)
     for name in ("b", "e"):
         rules.completed(name, expires_at=rules.now + 1)
     rules.completed("c")

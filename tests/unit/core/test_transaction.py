@@ -180,8 +180,7 @@ def test_undo_forgets_the_hash_of_an_undone_job_only(rules: RuleHarness) -> None
 
 def test_undo_forgets_late_results_and_calls(rules: RuleHarness) -> None:
     lock_id = rules.held()
-    rules.advance(rules.policy.lock_ttl_ms + rules.policy.stall_after_ms)
-    rules.accept(cmd.Recover(limit=1))
+    rules.recover(rules.policy.lock_ttl_ms + rules.policy.stall_after_ms)
     for command in (cmd.Complete(id="a", lock_id=lock_id), cmd.Progress(id="a", lock_id=lock_id, progress=1)):
         tx = Transaction(rules.state, rules.moment, rules.policy)
         for _ in range(2):

@@ -20,15 +20,7 @@ from jobd.model.errors import ApiError
 from jobd.model.job import DAY_MS
 from jobd.model.journal import Fenced, JournalOutcomeUnknown, LeadershipLost
 from jobd.model.responses import EmptyResponse, JobView, Response
-from jobd.model.storage import (
-    BadRows,
-    Batch,
-    JobQuery,
-    LateResultQuery,
-    LateResultRows,
-    LoadedRows,
-    Quarantined,
-)
+from jobd.model.storage import BadRows, Batch, JobQuery, LateResultQuery, LateResultRows, LoadedRows, Quarantined
 from tests.support.memory_storage import MemoryStorage
 from tests.support.virtual_engine import (
     VirtualEngine,

@@ -15,14 +15,7 @@ from jobd.model import commands as cmd
 from jobd.model.errors import ApiError
 from jobd.model.job import COUNTER_MASK, DAY_MS, MINUTE_MS, TOKEN_COUNTER_BITS, new_epoch
 from jobd.model.responses import Response
-from jobd.model.storage import (
-    Batch,
-    DiskFull,
-    DiskSpace,
-    JournalDiskFull,
-    Numbers,
-    QueueRow,
-)
+from jobd.model.storage import Batch, DiskFull, DiskSpace, JournalDiskFull, Numbers, QueueRow
 from tests.support.memory_storage import MemoryStorage
 from tests.support.virtual_engine import (
     VirtualEngine,

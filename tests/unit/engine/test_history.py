@@ -14,14 +14,8 @@ from jobd.model import commands as cmd
 from jobd.model.errors import ApiError
 from jobd.model.fingerprints import fingerprint
 from jobd.model.responses import JobPage
-from jobd.model.storage import (
-    JobQuery,
-)
-from tests.support.virtual_engine import (
-    VirtualEngine,
-    in_checked_engine,
-    in_engine,
-)
+from jobd.model.storage import JobQuery
+from tests.support.virtual_engine import VirtualEngine, in_checked_engine, in_engine
 
 
 @pytest.fixture

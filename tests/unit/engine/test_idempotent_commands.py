@@ -10,9 +10,7 @@ from msgspec import UNSET, Raw
 from jobd.engine.idempotency import KEPT_MS
 from jobd.model import commands as cmd
 from jobd.model.responses import JobView, Response
-from jobd.model.storage import (
-    StoredResponse,
-)
+from jobd.model.storage import StoredResponse
 from tests.support.memory_storage import MemoryStorage
 from tests.support.virtual_engine import (
     VirtualEngine,

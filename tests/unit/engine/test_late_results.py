@@ -11,11 +11,7 @@ from jobd.engine.disk_full import WriteLimit
 from jobd.model import commands as cmd
 from jobd.model.job import Policy
 from jobd.model.responses import ErrorView, Response
-from jobd.model.storage import (
-    DiskFull,
-    LateResultQuery,
-    LateResultRows,
-)
+from jobd.model.storage import DiskFull, LateResultQuery, LateResultRows
 from tests.support.memory_storage import MemoryStorage
 from tests.support.virtual_engine import (
     VirtualEngine,

@@ -12,11 +12,7 @@ from jobd.engine.actor import BATCH_WEIGHT, DiskBroken
 from jobd.model import commands as cmd
 from jobd.model.errors import ApiError
 from jobd.model.responses import Response
-from jobd.model.storage import (
-    Batch,
-    JobQuery,
-    JobRows,
-)
+from jobd.model.storage import Batch, JobQuery, JobRows
 from tests.support.memory_storage import MemoryStorage
 from tests.support.virtual_engine import (
     VirtualEngine,

@@ -28,8 +28,7 @@ def taking(**fields: Any) -> RuleHarness:
 def stalled(rules: RuleHarness, *, worker: str = "w-1", **fields: Any) -> str:
     """Create a job that stalled; return its former lock."""
     lock_id = rules.held(worker=worker, **fields)
-    rules.advance(LONG)
-    rules.accept(cmd.Recover(limit=1))
+    rules.recover(LONG)
     return lock_id
 
 
@@ -113,8 +112,7 @@ def test_an_unknown_lock_leaves_nothing(rules: RuleHarness) -> None:
 def test_an_older_grant_is_found_in_the_journal(rules: RuleHarness) -> None:
     old = stalled(rules, worker="w-old")
     rules.start(worker="w-new")
-    latest = rules.job().grant
-    assert latest is not None
+    latest = rules.grant()
     rules.accept(cmd.ForceReset(id="a"), admin=True)
     assert rules.job().ended is not None
     rejection = late(rules, completing(old))
@@ -146,8 +144,7 @@ def test_only_the_results_of_the_latest_grants_are_stored_and_replaced_ones_do_n
     locks = [stalled(rules, max_stalls=20)]
     for _ in range(MAX_LATE_RESULTS):
         locks.append(rules.start())
-        rules.advance(LONG)
-        rules.accept(cmd.Recover(limit=1))
+        rules.recover(LONG)
     for lock_id in locks:
         late(rules, completing(lock_id))
     assert [stored.fencing_token for stored in rules.late()] == rules.tokens[1:]
@@ -159,8 +156,7 @@ def test_a_result_between_stored_ones_replaces_the_oldest(rules: RuleHarness) ->
     locks = [stalled(rules, max_stalls=20)]
     for _ in range(MAX_LATE_RESULTS):
         locks.append(rules.start())
-        rules.advance(LONG)
-        rules.accept(cmd.Recover(limit=1))
+        rules.recover(LONG)
     for lock_id in locks[:2] + locks[3:]:
         late(rules, completing(lock_id))
     late(rules, completing(locks[2]))
@@ -170,8 +166,7 @@ def test_a_result_between_stored_ones_replaces_the_oldest(rules: RuleHarness) ->
 def test_a_result_of_an_older_grant_is_stored_while_there_is_space(rules: RuleHarness) -> None:
     locks = [stalled(rules)]
     locks.append(rules.start())
-    rules.advance(LONG)
-    rules.accept(cmd.Recover(limit=1))
+    rules.recover(LONG)
     for lock_id in reversed(locks):
         late(rules, completing(lock_id))
     assert [stored.fencing_token for stored in rules.late()] == rules.tokens
@@ -290,8 +285,7 @@ def test_an_adopted_result_is_like_a_complete_in_time() -> None:
 def test_a_job_that_failed_by_the_stall_is_adopted_too() -> None:
     rules = taking()
     lock_id = rules.held(on_stall="fail")
-    rules.advance(LONG)
-    rules.accept(cmd.Recover(limit=1))
+    rules.recover(LONG)
     assert rules.job().status == "failed"
     assert rules.accept(completing(lock_id)).status == "completed"
     assert rules.job().error is None
@@ -316,8 +310,7 @@ def release_another(rules: RuleHarness) -> None:
 
 def stall_of_another(rules: RuleHarness) -> None:
     rules.start(worker="w-2")
-    rules.advance(LONG)
-    rules.accept(cmd.Recover(limit=1))
+    rules.recover(LONG)
 
 
 def move(rules: RuleHarness) -> None:
@@ -361,13 +354,11 @@ def test_the_result_for_a_job_that_failed_by_an_earlier_stall_is_stored(touch: A
     """Its last error remains and looks like that of an unclaimed job."""
     rules = taking()
     rules.held(on_stall="fail")
-    rules.advance(LONG)
-    rules.accept(cmd.Recover(limit=1))
+    rules.recover(LONG)
     rules.accept(cmd.Transition(id="a", from_="failed", to="queued"), admin=True)
     rules.row(replace(rules.job(), options=replace(rules.job().options, on_stall="requeue")))
     lock_id = rules.start()
-    rules.advance(LONG)
-    rules.accept(cmd.Recover(limit=1))
+    rules.recover(LONG)
     touch(rules)
     late(rules, completing(lock_id))
 
@@ -376,8 +367,7 @@ def test_the_result_for_a_row_without_error_or_last_grant_is_stored() -> None:
     """Manual edits leave such rows, and the worker must not get an internal error."""
     rules = taking()
     lock_id = rules.held(on_stall="fail")
-    rules.advance(LONG)
-    rules.accept(cmd.Recover(limit=1))
+    rules.recover(LONG)
     whole = rules.row(replace(rules.job(), error=None))
     late(rules, completing(lock_id))
     rules.row(replace(whole, ended=None))
@@ -409,8 +399,7 @@ def test_a_result_that_may_not_complete_the_job_is_stored() -> None:
         "require_download_url requires."
     )
     lock_id = rules.start()
-    rules.advance(LONG)
-    rules.accept(cmd.Recover(limit=1))
+    rules.recover(LONG)
     assert rules.accept(completing(lock_id, download_url="u")).status == "completed"
 
 
@@ -446,8 +435,7 @@ def test_adoption_from_every_allowed_status(rules: RuleHarness, status: str) -> 
 def test_the_named_result_or_that_of_the_latest_grant_is_adopted(rules: RuleHarness, named: str) -> None:
     old = stalled(rules)
     new = rules.start(worker="w-2")
-    rules.advance(LONG)
-    rules.accept(cmd.Recover(limit=1))
+    rules.recover(LONG)
     late(rules, completing(new, file_path="/new"))
     late(rules, completing(old, file_path="/old"))
     older, newer = rules.late()
@@ -545,8 +533,7 @@ def test_the_requested_deletion_time_counts_if_it_is_in_the_future(rules: RuleHa
 
 def test_late_results_are_read_from_the_storage(rules: RuleHarness) -> None:
     rules.create()
-    answer = rules.ask(cmd.LateResults(id="a"), admin=True)
-    assert isinstance(answer, Response)
+    answer = rules.respond(cmd.LateResults(id="a"), admin=True)
     assert answer.read == HistoryRead(late=rules.job().seq)
     assert answer.data == LateResultList([])
 
@@ -592,8 +579,7 @@ def test_why_names_the_late_result_that_can_be_adopted_even_if_it_is_not_the_lat
 def test_why_first_names_the_late_result_of_the_latest_grant(rules: RuleHarness) -> None:
     locks = [stalled(rules, worker="w-7"), rules.start(worker="w-8")]
     held = advice(rules)
-    rules.advance(LONG)
-    rules.accept(cmd.Recover(limit=1))
+    rules.recover(LONG)
     queued = advice(rules)
     for lock_id in reversed(locks):
         late(rules, completing(lock_id))

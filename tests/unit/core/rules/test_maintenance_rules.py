@@ -14,20 +14,8 @@ from jobd.core.transaction import Transaction
 from jobd.model import commands as cmd
 from jobd.model.clocks import LockMs
 from jobd.model.errors import ApiError
-from jobd.model.job import (
-    DAY_MS,
-    HOUR_MS,
-    MINUTE_MS,
-    Failure,
-    Job,
-    LockDeadlines,
-    Options,
-)
-from jobd.model.responses import (
-    MaintenanceResult,
-    Recovered,
-    Response,
-)
+from jobd.model.job import DAY_MS, HOUR_MS, MINUTE_MS, Failure, Job, LockDeadlines, Options
+from jobd.model.responses import MaintenanceResult, Recovered, Response
 from tests.support.rule_harness import NOW, SEED, RuleHarness
 
 TTL = 15 * MINUTE_MS
@@ -88,31 +76,27 @@ def test_the_message_of_a_stall() -> None:
     rules.create()
     lock_id = rules.start(worker="w-7", lock_ttl_ms=1_000)
     rules.progress(lock_id, 45)
-    rules.advance(12 * MINUTE_MS)
-    rules.accept(cmd.Recover(limit=1))
+    rules.recover(12 * MINUTE_MS)
     assert rules.job().error == Failure(
         "No update from worker w-7 for 12 min at 45 % (attempt 1 of 1). The lock had expired. The work may be half "
         "done; check it, then retry the job to run it again.",
         "stalled",
     )
-    assert (rules.last().by, rules.last().reason) == ("client", rules.job().error.message)  # type: ignore[union-attr]
+    assert (rules.last().by, rules.last().reason) == ("client", rules.error().message)
     assert rules.last().details == {"worker": "w-7", "progress": 45, "stalls": 1}
 
 
 def test_a_stall_that_requeues_the_job_has_a_reason(rules: RuleHarness) -> None:
     rules.held(max_attempts=2)
-    rules.advance(TTL)
-    rules.accept(cmd.Recover(limit=1))
+    rules.recover(TTL)
     assert rules.last().reason == "No update from worker w-1 for 15 min at 0 % (attempt 1 of 2). The lock had expired."
     assert rules.last().details == {"worker": "w-1", "progress": 0, "stalls": 1}
 
 
 def test_a_stall_with_on_stall_fail_says_so(rules: RuleHarness) -> None:
     rules.held(on_stall="fail")
-    rules.advance(TTL)
-    rules.accept(cmd.Recover(limit=1))
-    error = rules.job().error
-    assert error is not None
+    rules.recover(TTL)
+    error = rules.error()
     assert error.message is not None
     assert error.message.endswith("Its on_stall is fail; retry the job to run it again.")
 
@@ -132,12 +116,10 @@ def test_a_poison_job_fails_in_the_end(rules: RuleHarness) -> None:
     rules.create(on_stall="requeue")
     for stalls in range(1, 4):
         rules.start()
-        rules.advance(TTL)
-        rules.accept(cmd.Recover(limit=1))
+        rules.recover(TTL)
         assert (rules.job().status, rules.job().stalls) == ("queued", stalls)
     rules.start()
-    rules.advance(TTL)
-    rules.accept(cmd.Recover(limit=1))
+    rules.recover(TTL)
     error = rules.job().error
     assert rules.job().status == "failed"
     assert error is not None
@@ -157,10 +139,8 @@ def test_a_poison_job_fails_in_the_end(rules: RuleHarness) -> None:
 def test_why_a_first_stall_fails_a_job(rules: RuleHarness, on_stall: Any, max_stalls: int, expected: str) -> None:
     rules.create(on_stall=on_stall, max_stalls=max_stalls)
     rules.start()
-    rules.advance(TTL)
-    rules.accept(cmd.Recover(limit=1))
-    error = rules.job().error
-    assert error is not None
+    rules.recover(TTL)
+    error = rules.error()
     assert expected in (error.message or "")
 
 
@@ -258,10 +238,9 @@ def test_deadlines_are_postponed_after_a_pause_of_the_daemon(rules: RuleHarness)
     assert rules.types("live")[-1] == "resumed"
     assert rules.last().details == {"grace_ms": 30_000}
     assert rules.types("calm")[-1] == "granted"
-    grant = rules.job("live").grant
-    assert grant is not None
+    grant = rules.grant("live")
     rules.progress(grant.lock_id, 1, "live")
-    assert rules.job("live").deadlines.progress_due == until  # type: ignore[union-attr]  # no report takes it back
+    assert rules.deadlines("live").progress_due == until  # no report takes it back
     rules.row(replace(rules.job("calm"), deadlines=None))
     assert rules.accept(cmd.ExtendAfterPause(ids=["calm"], grace_ms=30_000)).done == 0
 
@@ -271,8 +250,7 @@ def test_a_report_does_not_shorten_the_time_that_a_pause_added(rules: RuleHarnes
     rules.accept(cmd.ExtendAfterPause(ids=["a"], grace_ms=30_000))
     silent = rules.lock_ms + 30_000
     rules.progress(lock_id, 1)
-    deadlines = rules.job().deadlines
-    assert deadlines is not None
+    deadlines = rules.deadlines()
     assert deadlines.stall_due == silent
 
 
@@ -356,8 +334,7 @@ def test_a_restored_backup_ends_its_grants(rules: RuleHarness) -> None:
     rules.held("d")
     assert rules.accept(cmd.EndGrants(ids=["a", "b", "c", "a", "d"], last=True)).done == 2
     assert rules.job("a").status == "failed"
-    error = rules.job("a").error
-    assert error is not None
+    error = rules.error("a")
     assert (error.message or "").startswith(cmd.EndGrants(ids=[], last=True).cause)
     assert rules.job("b").status == "queued"
 

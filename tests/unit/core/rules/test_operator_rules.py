@@ -25,13 +25,7 @@ from jobd.model.job import (
     Result,
     Status,
 )
-from jobd.model.responses import (
-    Imported,
-    MaintenanceResult,
-    PausedView,
-    Response,
-    TransitionView,
-)
+from jobd.model.responses import Imported, MaintenanceResult, PausedView, Response, TransitionView
 from tests.support.rule_harness import NOW, RuleHarness, holder_commands
 
 TTL = 15 * MINUTE_MS
@@ -178,8 +172,7 @@ def test_transition_allows_every_listed_change_except_into_processing(rules: Rul
 def test_a_transition_records_the_grant_that_it_ends(rules: RuleHarness, to: Any) -> None:
     lock_id = rules.held()
     rules.accept_admin(cmd.Transition(id="a", from_="processing", to=to))
-    ended = rules.job().ended
-    assert ended is not None
+    ended = rules.ended()
     assert (ended.lock_id, ended.at, ended.rule, ended.reason) == (lock_id, NOW, "transition", "transitioned")
 
 
@@ -243,8 +236,7 @@ def test_a_transition_sets_only_the_given_parts_of_the_result(rules: RuleHarness
 def test_a_late_result_is_adopted(rules: RuleHarness) -> None:
     lock_id = rules.held()
     rules.progress(lock_id, 45)
-    rules.advance(TTL)
-    rules.accept(cmd.Recover(limit=1))
+    rules.recover(TTL)
     adopted = cmd.Transition(id="a", from_="failed", to="completed", updates=cmd.Updates(storage_key="k", priority=3))
     assert rules.accept_admin(adopted).status == "completed"
     assert rules.job().result == Result(storage_key="k")
