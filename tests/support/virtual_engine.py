@@ -174,11 +174,15 @@ class VirtualEngine:
     def now(self) -> int:
         return self.clock.moment().now
 
-    async def yes(self, command: AnyCommand, **asked: Any) -> Any:
-        """Return the data of a successful response."""
+    async def respond(self, command: AnyCommand, **asked: Any) -> Response:
+        """Return a successful response."""
         response = await self.actor.ask(command, **asked)
         assert isinstance(response, Response), response
-        return response.data
+        return response
+
+    async def yes(self, command: AnyCommand, **asked: Any) -> Any:
+        """Return the data of a successful response."""
+        return (await self.respond(command, **asked)).data
 
     async def no(self, command: AnyCommand, **asked: Any) -> ApiError:
         response = await self.actor.ask(command, **asked)
@@ -193,6 +197,18 @@ class VirtualEngine:
         start = Start(id=job_id, worker="w-1", lock_ttl_ms=lock_ttl_ms, stall_after_ms=stall_after_ms)
         granted: GrantView = await self.yes(start)
         return granted.lock_id
+
+    async def writing(self, command: AnyCommand, **asked: Any) -> asyncio.Task[Any]:
+        """Start a command, and wait until its commit waits at the gate of the disk, which the test opens."""
+        self.disk.gate.clear()
+        task = start_task(self.actor.ask(command, **asked))
+        await self.disk.at_gate.wait()
+        return task
+
+    async def free_disk(self) -> None:
+        """Free the space of a full disk, and wait until the actor has found it."""
+        self.disk.free()
+        await asyncio.sleep(1.1)
 
 
 def row(seq: int, job_id: str = "", status: str = "queued", **fields: Any) -> Job:

@@ -16,9 +16,8 @@ from jobd.model import commands as cmd
 from jobd.model.job import SECOND_MS
 from jobd.model.responses import AuditPage, EmptyResponse, Response
 from jobd.model.storage import AUDITED_READS, SIGN_INS, AuditEntry, audit_share
-from tests.support.memory_storage import MemoryStorage
 from tests.support.rule_harness import RuleHarness
-from tests.support.virtual_engine import VirtualEngine, in_engine, in_virtual_time
+from tests.support.virtual_engine import VirtualEngine, in_engine
 
 EVE = cmd.Operator("eve", "10.0.0.7")
 AUDIT_NAMES = {kind: kind.audit_name for kind in get_args(cmd.AnyCommand) if kind.audit_name is not None}
@@ -243,22 +242,21 @@ async def test_recovery_has_an_entry_only_if_an_operator_requested_it(engine: Vi
     assert engine.disk.events[-1].by == "admin:eve"
 
 
-@in_virtual_time
-async def test_the_log_is_read_in_pages_newest_first() -> None:
-    async with VirtualEngine(MemoryStorage()) as engine:
-        for n in range(5):
-            await engine.yes(cmd.RecordAction(what=f"n{n}", details={"n": n}), operator=EVE)
-        page: AuditPage = await engine.yes(cmd.AuditLog(limit=3))
-        assert [(each.seq, each.what, each.details) for each in page.entries] == [
-            (5, "n4", {"n": 4}),
-            (4, "n3", {"n": 3}),
-            (3, "n2", {"n": 2}),
-        ]
-        assert page.next_cursor == "3"
-        rest: AuditPage = await engine.yes(cmd.AuditLog(limit=3, cursor="3"))
-        assert [each.what for each in rest.entries] == ["n1", "n0"]
-        assert rest.next_cursor is None
-        assert (await engine.yes(cmd.AuditLog(who="bob"))).entries == []
+@in_engine()
+async def test_the_log_is_read_in_pages_newest_first(engine: VirtualEngine) -> None:
+    for n in range(5):
+        await engine.yes(cmd.RecordAction(what=f"n{n}", details={"n": n}), operator=EVE)
+    page: AuditPage = await engine.yes(cmd.AuditLog(limit=3))
+    assert [(each.seq, each.what, each.details) for each in page.entries] == [
+        (5, "n4", {"n": 4}),
+        (4, "n3", {"n": 3}),
+        (3, "n2", {"n": 2}),
+    ]
+    assert page.next_cursor == "3"
+    rest: AuditPage = await engine.yes(cmd.AuditLog(limit=3, cursor="3"))
+    assert [each.what for each in rest.entries] == ["n1", "n0"]
+    assert rest.next_cursor is None
+    assert (await engine.yes(cmd.AuditLog(who="bob"))).entries == []
 
 
 @pytest.mark.parametrize(("name", "who", "by"), [("", "admin", "admin"), ("eve", "eve", "admin:eve")])

@@ -92,7 +92,7 @@ async def test_the_bytes_in_flight_reserve_space_for_running_work() -> None:
     async with engine:
         assert isinstance(await first, Response)
         assert (await second).code == "job_not_found"
-        assert isinstance(await engine.actor.ask(cmd.Create(), size=70), Response)  # the bytes are free again
+        await engine.respond(cmd.Create(), size=70)  # the bytes are free again
 
 
 @in_checked_engine(bounds=Bounds(parked_claims=1, claim_wait_ms=1_000))
@@ -193,9 +193,7 @@ async def test_calls_that_store_the_view_of_a_job_weigh_as_much_as_payloads() ->
 
 @in_checked_engine()
 async def test_no_response_is_sent_before_the_commit(engine: VirtualEngine) -> None:
-    engine.disk.gate.clear()
-    creating = start_task(engine.actor.ask(cmd.Create(id="a")))
-    await engine.disk.at_gate.wait()
+    creating = await engine.writing(cmd.Create(id="a"))
     reading = start_task(engine.actor.ask(cmd.Get(id="a")))
     await settle()
     assert not creating.done()
@@ -281,8 +279,7 @@ async def test_finished_jobs_are_loaded_when_a_command_names_them() -> None:
         assert (await engine.no(cmd.Get(id="never"))).code == "job_not_found"
         assert (await engine.no(cmd.Create(id="done"))).code == "job_exists"
         assert (await engine.yes(cmd.Import(id="done"))).skipped
-        same = await engine.actor.ask(cmd.Create(id="done", payload=Raw(b'"p"')))
-        assert isinstance(same, Response)
+        same = await engine.respond(cmd.Create(id="done", payload=Raw(b'"p"')))
         assert (same.status, same.data.status, same.data.payload) == (200, "completed", Raw(b'"p"'))
         assert (await engine.yes(cmd.Delete(id="done"))).payload == Raw(b'"p"')
         assert engine.disk.jobs == {}
@@ -434,8 +431,7 @@ def test_bad_rows_name_their_jobs() -> None:
 async def assert_ended(engine: VirtualEngine, running: asyncio.Task[None], code: str = "shutting_down") -> None:
     with pytest.raises(DiskBroken):
         await running
-    rejection = await engine.actor.ask(cmd.Ping())
-    assert isinstance(rejection, ApiError)
+    rejection = await engine.no(cmd.Ping())
     assert rejection.code == code
 
 
@@ -447,9 +443,7 @@ async def test_a_leader_that_is_fenced_reports_unknown_outcomes_and_ends_the_act
     running = start_task(engine.actor.run())
     waiting = await waiting_claim(engine, "w", queues=["other"])
     engine.disk.write_errors.append(error)
-    engine.disk.gate.clear()
-    task = start_task(engine.actor.ask(cmd.Create(id="a")))
-    await engine.disk.at_gate.wait()
+    task = await engine.writing(cmd.Create(id="a"))
     later = start_task(engine.actor.ask(cmd.Create(id="b")))
     await settle()
     engine.disk.gate.set()
@@ -540,9 +534,7 @@ async def test_a_row_quarantined_by_a_concurrent_read_affects_only_its_command(e
     await engine.yes(cmd.Create(id="b"))
     lock_id = (await engine.yes(cmd.Start(id="a", worker="w"))).lock_id
     engine.disk.bad_jobs["a"] = "checksum"
-    engine.disk.gate.clear()
-    late = start_task(engine.actor.ask(cmd.Progress(id="a", lock_id=lock_id, progress=5)))
-    await engine.disk.at_gate.wait()
+    late = await engine.writing(cmd.Progress(id="a", lock_id=lock_id, progress=5))
     assert [job.id for job, _ in (await engine.disk.find_jobs(JobQuery())).jobs] == ["b"]
     other = start_task(engine.actor.ask(cmd.Start(id="b", worker="w")))
     engine.disk.gate.set()
@@ -575,9 +567,7 @@ class QuarantiningStorage(MemoryStorage):
 async def test_a_row_quarantined_while_its_job_is_shown_affects_only_its_command(beside: str) -> None:
     async with checked_engine(QuarantiningStorage()) as engine:
         await engine.yes(cmd.Create(id="bad"))
-        engine.disk.gate.clear()
-        slow = start_task(engine.actor.ask(cmd.Tick()))
-        await engine.disk.at_gate.wait()
+        slow = await engine.writing(cmd.Tick())
         tasks = ask_all(engine, [cmd.Get(id="bad"), cmd.Create(id="other") if beside == "a change" else cmd.Ping()])
         engine.disk.gate.set()
         await slow

@@ -86,8 +86,7 @@ async def test_a_probe_each_second_finds_free_space(engine: VirtualEngine) -> No
     await asyncio.sleep(3.5)
     assert engine.disk.calls["probe"] == probes + 3
     assert write_limit(engine) == "CREATES"
-    engine.disk.free()
-    await asyncio.sleep(1)
+    await engine.free_disk()
     assert write_limit(engine) == "NONE"
     assert (await engine.yes(cmd.Create(id="a"))).id == "a"
     probes = engine.disk.calls["probe"]
@@ -114,8 +113,7 @@ async def test_then_the_reserve_file_is_released_and_only_endings_are_accepted(e
     assert engine.clock.moment().lock_ms == lock_ms  # no heartbeat is accepted, so no lock ages
     assert write_limit(engine) == "ALL_BUT_ENDINGS"
     assert not engine.disk.has_reserve
-    engine.disk.free()
-    await asyncio.sleep(1)
+    await engine.free_disk()
     assert write_limit(engine) == "NONE"
     assert engine.disk.has_reserve
     assert not engine.clock.held
@@ -135,8 +133,7 @@ async def test_at_worst_every_write_is_rejected_and_reads_continue(engine: Virtu
     assert answers[1].data.status == "processing"
     assert write_limit(engine) == "ALL_WRITES"
     assert (await engine.no(cmd.Delete(id="a"))).code == "storage_full"
-    engine.disk.free()
-    await asyncio.sleep(1)
+    await engine.free_disk()
     assert (await engine.yes(cmd.Complete(id="a", lock_id=lock_id))).status == "completed"
 
 
@@ -225,15 +222,13 @@ async def test_space_that_is_used_up_at_once_ages_no_lock(engine: VirtualEngine)
     await engine.no(cmd.Complete(id="a", lock_id=lock_id))
     began = engine.clock.moment().lock_ms
     for _ in range(60):
-        engine.disk.free()
-        await asyncio.sleep(1.1)
+        await engine.free_disk()
         assert write_limit(engine) == "NONE"
         engine.disk.fits = lambda batch: False
         await engine.no(cmd.Complete(id="a", lock_id=lock_id))
         assert engine.clock.held
     assert engine.clock.moment().lock_ms - began < 60 * 150  # of 66 s
-    engine.disk.free()
-    await asyncio.sleep(1.1)
+    await engine.free_disk()
     await engine.yes(cmd.Complete(id="a", lock_id=lock_id))
 
 
@@ -291,8 +286,7 @@ async def test_a_rejected_batch_has_no_effect(engine: VirtualEngine) -> None:
     assert engine.disk.keys == keys
     assert (engine.state.paused, engine.state.unvalidated) == (before, {})
     assert engine.state.holds("a", lock_id)
-    engine.disk.free()
-    await asyncio.sleep(1)
+    await engine.free_disk()
     await engine.yes(cmd.Release(id="a", lock_id=lock_id))
     assert (await engine.yes(cmd.Start(id="a", worker="w"))).fencing_token > token + 1  # assigned tokens are not reused
 
@@ -346,8 +340,7 @@ async def test_a_full_counter_begins_the_next_epoch_within_a_batch() -> None:
 async def test_a_keyed_start_of_a_rejected_batch_is_decided_again(engine: VirtualEngine) -> None:
     await engine.yes(cmd.Create(id="a"))
     engine.disk.write_errors.append(DiskFull("once"))
-    answer = await engine.actor.ask(cmd.Start(id="a", worker="w"), key=key("k"))
-    assert isinstance(answer, Response)
+    answer = await engine.respond(cmd.Start(id="a", worker="w"), key=key("k"))
     assert not answer.replayed
     engine.actor.undelivered(answer)
     await settle()
@@ -358,10 +351,8 @@ async def test_a_keyed_start_of_a_rejected_batch_is_decided_again(engine: Virtua
 async def test_a_repeat_in_a_rejected_batch_counts_as_one_connection(engine: VirtualEngine) -> None:
     await engine.yes(cmd.Create(id="a"))
     start = cmd.Start(id="a", worker="w")
-    first = await engine.actor.ask(start, key=key("k"))
-    engine.disk.gate.clear()
-    slow = start_task(engine.actor.ask(cmd.Tick()))
-    await engine.disk.at_gate.wait()
+    first = await engine.respond(start, key=key("k"))
+    slow = await engine.writing(cmd.Tick())
     engine.disk.write_errors += [None, DiskFull("once")]
     repeat = start_task(engine.actor.ask(start, key=key("k")))
     await settle()
@@ -375,7 +366,6 @@ async def test_a_repeat_in_a_rejected_batch_counts_as_one_connection(engine: Vir
     engine.actor.undelivered(second)
     await settle()
     assert engine.state.totals["processing"] == 1
-    assert isinstance(first, Response)
     engine.actor.undelivered(first)
     await settle()
     assert engine.state.totals["queued"] == 1
@@ -390,8 +380,7 @@ async def test_a_repeat_on_a_full_disk_gets_its_response(engine: VirtualEngine) 
     await engine.no(cmd.Complete(id="a", lock_id=engine.state.jobs["a"].grant.lock_id))  # type: ignore[union-attr]
     assert write_limit(engine) == "ALL_WRITES"
     for command, name in ((cmd.Create(id="a"), "create"), (cmd.Start(id="a", worker="w"), "start")):
-        repeated = await engine.actor.ask(command, key=key(name))
-        assert isinstance(repeated, Response)
+        repeated = await engine.respond(command, key=key(name))
         assert repeated.replayed
     assert (await engine.no(cmd.Create(id="b"), key=key("new"))).code == "storage_full"
 
@@ -448,9 +437,7 @@ async def test_a_claim_of_a_rejected_batch_waits_once() -> None:
 @in_checked_engine()
 async def test_a_claim_that_waited_and_was_served_in_a_rejected_batch_is_decided_again(engine: VirtualEngine) -> None:
     await engine.yes(cmd.Create(id="a", delay_ms=DAY_MS))
-    engine.disk.gate.clear()
-    slow = start_task(engine.actor.ask(cmd.Tick()))
-    await engine.disk.at_gate.wait()
+    slow = await engine.writing(cmd.Tick())
     engine.disk.write_errors += [None, DiskFull("once")]
     tasks = ask_all(engine, [cmd.Claim(worker="w", wait_ms=30_000), cmd.RunNow(id="a")])
     await settle()
@@ -483,8 +470,7 @@ async def test_jobs_that_became_due_on_a_full_disk_are_granted_when_there_is_spa
     assert write_limit(engine) == "ALL_BUT_ENDINGS"
     await asyncio.sleep(5)
     assert not waiting.done()
-    engine.disk.free()
-    await asyncio.sleep(1.1)
+    await engine.free_disk()
     assert waiting.done()
     assert granted_ids(await waiting) == ["a"]
 
@@ -493,8 +479,7 @@ async def test_jobs_that_became_due_on_a_full_disk_are_granted_when_there_is_spa
 async def test_the_release_of_an_undelivered_grant_survives_a_full_disk(engine: VirtualEngine) -> None:
     """A release frees no space, but it ends a grant, so it is accepted once the reserve file is released."""
     await engine.yes(cmd.Create(id="a"))
-    answer = await engine.actor.ask(cmd.Start(id="a", worker="w"))
-    assert isinstance(answer, Response)
+    answer = await engine.respond(cmd.Start(id="a", worker="w"))
     engine.disk.fill()
     engine.actor.undelivered(answer)
     await settle()
@@ -526,8 +511,7 @@ async def test_the_extension_after_a_pause_survives_a_full_disk(engine: VirtualE
     engine.disk.fits = lambda batch: False
     engine.actor.enqueue_internal(cmd.ExtendAfterPause(ids=["a"], grace_ms=30 * MINUTE_MS))
     await asyncio.sleep(20)  # lock time stands still meanwhile
-    engine.disk.free()
-    await asyncio.sleep(1.1)
+    await engine.free_disk()
     deadlines = engine.state.jobs["a"].deadlines
     assert deadlines is not None
     assert deadlines.expires >= engine.clock.moment().lock_ms + 30 * MINUTE_MS - 2_000
@@ -536,14 +520,12 @@ async def test_the_extension_after_a_pause_survives_a_full_disk(engine: VirtualE
 @in_checked_engine()
 async def test_an_undelivered_grant_is_released_when_there_is_space(engine: VirtualEngine) -> None:
     await engine.yes(cmd.Create(id="a"))
-    answer = await engine.actor.ask(cmd.Start(id="a", worker="w"))
-    assert isinstance(answer, Response)
+    answer = await engine.respond(cmd.Start(id="a", worker="w"))
     engine.disk.fits = lambda batch: False
     engine.actor.undelivered(answer)
     await settle()
     assert engine.state.totals["processing"] == 1
-    engine.disk.free()
-    await asyncio.sleep(1.1)
+    await engine.free_disk()
     assert engine.state.totals["queued"] == 1
 
 
@@ -554,24 +536,9 @@ async def test_a_store_without_space_for_its_reserve_file_opens(engine: VirtualE
     engine.disk.fits = lambda batch: False
     await engine.no(cmd.Tick())
     assert write_limit(engine) == "ALL_BUT_ENDINGS"
-    engine.disk.free()
-    await asyncio.sleep(1.1)
+    await engine.free_disk()
     assert write_limit(engine) == "NONE"
     assert not engine.clock.held
-
-
-@in_checked_engine()
-async def test_keys_do_not_expire_by_a_suspect_clock(engine: VirtualEngine) -> None:
-    first = await engine.actor.ask(cmd.Create(), key=key("k"))
-    engine.step_ms = 40 * DAY_MS
-    repeated = await engine.actor.ask(cmd.Create(), key=key("k"))
-    assert isinstance(first, Response)
-    assert isinstance(repeated, Response)
-    assert repeated.replayed
-    engine.clock.accept()
-    anew = await engine.actor.ask(cmd.Create(), key=key("k"))
-    assert isinstance(anew, Response)
-    assert not anew.replayed
 
 
 class RaisingResponder:
@@ -644,34 +611,31 @@ async def test_responses_are_prepared_while_the_disk_writes() -> None:
             assert all(answer is final for _, answer in before)
 
 
-@in_virtual_time
-async def test_a_response_is_not_sent_if_its_commit_fails() -> None:
-    disk = MemoryStorage()
-    async with checked_engine(disk) as engine:
-        waiter = PreparingResponder()
-        disk.write_errors.append(DiskFull("full"))
-        assert isinstance(engine.actor.send(cmd.Create(id="a"), waiter), Envelope)
-        await settle()
-        *prepared, (_, final) = waiter.received
-        assert [type(ready) for _, ready in prepared] == [Response] * (not disk.commits_inline)
-        assert isinstance(final, ApiError)
-        assert final.code == "storage_full"
+@in_checked_engine()
+async def test_a_response_is_not_sent_if_its_commit_fails(engine: VirtualEngine) -> None:
+    waiter = PreparingResponder()
+    engine.disk.write_errors.append(DiskFull("full"))
+    assert isinstance(engine.actor.send(cmd.Create(id="a"), waiter), Envelope)
+    await settle()
+    *prepared, (_, final) = waiter.received
+    assert [type(ready) for _, ready in prepared] == [Response] * (not engine.disk.commits_inline)
+    assert isinstance(final, ApiError)
+    assert final.code == "storage_full"
 
 
-@in_virtual_time
-async def test_reads_are_not_prepared() -> None:
-    async with checked_engine(MemoryStorage()) as engine:
-        await engine.yes(cmd.Create(id="a"))
-        for read in (cmd.Get(id="a"), cmd.Timeline(id="a")):
-            waiter = PreparingResponder()
-            engine.actor.send(read, waiter)
-            await settle()
-            assert [what for what, _ in waiter.received] == ["response"]
+@in_checked_engine()
+async def test_reads_are_not_prepared(engine: VirtualEngine) -> None:
+    await engine.yes(cmd.Create(id="a"))
+    for read in (cmd.Get(id="a"), cmd.Timeline(id="a")):
         waiter = PreparingResponder()
-        engine.actor.send(cmd.Create(id="b"), PreparingResponder())
-        engine.actor.send(cmd.Timeline(id="a"), waiter)
+        engine.actor.send(read, waiter)
         await settle()
         assert [what for what, _ in waiter.received] == ["response"]
+    waiter = PreparingResponder()
+    engine.actor.send(cmd.Create(id="b"), PreparingResponder())
+    engine.actor.send(cmd.Timeline(id="a"), waiter)
+    await settle()
+    assert [what for what, _ in waiter.received] == ["response"]
 
 
 @pytest.mark.parametrize("others", [0, 1])

@@ -9,7 +9,7 @@ from msgspec import UNSET, Raw
 
 from jobd.engine.idempotency import KEPT_MS
 from jobd.model import commands as cmd
-from jobd.model.responses import JobView, Response
+from jobd.model.responses import JobView
 from jobd.model.storage import StoredResponse
 from tests.support.memory_storage import MemoryStorage
 from tests.support.virtual_engine import (
@@ -30,10 +30,8 @@ from tests.support.virtual_engine import (
 @in_checked_engine()
 async def test_a_repeated_key_gets_the_same_response(engine: VirtualEngine) -> None:
     create = cmd.Create(payload=Raw(b"[1]"))
-    first = await engine.actor.ask(create, key=key("k"))
-    second = await engine.actor.ask(create, key=key("k"))
-    assert isinstance(first, Response)
-    assert isinstance(second, Response)
+    first = await engine.respond(create, key=key("k"))
+    second = await engine.respond(create, key=key("k"))
     assert (first.replayed, second.replayed) == (False, True)
     assert (first.status, second.status) == (201, 201)
     assert first.data.id.encode() in bytes(second.data)
@@ -42,8 +40,7 @@ async def test_a_repeated_key_gets_the_same_response(engine: VirtualEngine) -> N
     other = await engine.no(create, key=key("k", "another body"))
     assert (other.code, other.status) == ("idempotency_key_reused", 422)
     await asyncio.sleep(KEPT_MS / 1000)
-    repeated = await engine.actor.ask(create, key=key("k"))
-    assert isinstance(repeated, Response)
+    repeated = await engine.respond(create, key=key("k"))
     assert not repeated.replayed
     assert len(engine.disk.jobs) == 2
 
@@ -59,9 +56,7 @@ async def test_a_repeat_waits_for_the_first_request_in_flight() -> None:
         assert (first.replayed, second.replayed, third.replayed) == (False, True, True)
         assert bytes(second.data) == bytes(third.data)
         assert other.code == "idempotency_key_reused"
-        engine.disk.gate.clear()
-        slow = start_task(engine.actor.ask(cmd.Create(), key=key("l")))
-        await engine.disk.at_gate.wait()
+        slow = await engine.writing(cmd.Create(), key=key("l"))
         repeat = start_task(engine.actor.ask(cmd.Create(), key=key("l")))
         await settle()
         assert not repeat.done()
@@ -78,11 +73,9 @@ async def test_keys_outlive_a_restart() -> None:
         await engine.yes(cmd.Start(id="a", worker="w"), key=key("start"))
         disk = engine.disk
     async with checked_engine(disk) as engine:
-        repeated = await engine.actor.ask(cmd.Create(id="a"), key=key("create"))
-        assert isinstance(repeated, Response)
+        repeated = await engine.respond(cmd.Create(id="a"), key=key("create"))
         assert (repeated.replayed, repeated.status) == (True, 201)
-        repeated = await engine.actor.ask(cmd.Start(id="a", worker="w"), key=key("start"))
-        assert isinstance(repeated, Response)
+        repeated = await engine.respond(cmd.Start(id="a", worker="w"), key=key("start"))
         assert repeated.replayed
         assert repeated.data.job.lock.worker == "w"
 
@@ -102,8 +95,7 @@ async def test_a_key_whose_grants_have_ended_is_decided_again() -> None:
     disk.keys["k"] = StoredResponse("k", key("k").body_hash, 0, grants=[("a", "old")])
     async with checked_engine(disk) as engine:
         await engine.yes(cmd.Create(id="a"))
-        answer = await engine.actor.ask(cmd.Start(id="a", worker="w"), key=key("k"))
-        assert isinstance(answer, Response)
+        answer = await engine.respond(cmd.Start(id="a", worker="w"), key=key("k"))
         assert not answer.replayed
         assert disk.keys["k"].grants == [("a", answer.data.lock_id)]
 
@@ -113,8 +105,7 @@ async def test_a_response_that_changed_nothing_is_not_stored(engine: VirtualEngi
     assert (await engine.no(cmd.Cancel(id="a"), key=key("k"))).code == "job_not_found"
     await engine.yes(cmd.Create(id="a"))
     assert (await engine.yes(cmd.Cancel(id="a"), key=key("k"))).status == "cancelled"
-    repeated = await engine.actor.ask(cmd.Cancel(id="a"), key=key("k"))
-    assert isinstance(repeated, Response)
+    repeated = await engine.respond(cmd.Cancel(id="a"), key=key("k"))
     assert repeated.replayed
     await engine.yes(cmd.Claim(worker="w"), key=key("empty"))
     await engine.yes(cmd.Create(id="b"))
@@ -148,10 +139,8 @@ def test_a_stored_response_is_complete(command: cmd.AnyCommand) -> None:
         disk = await finished_disk()
         async with checked_engine(disk) as engine:
             await engine.yes(cmd.Create(id="a", payload=Raw(b"[9]"), delay_ms=5))
-            first = await engine.actor.ask(command, key=key("k"))
-            repeated = await engine.actor.ask(command, key=key("k"))
-            assert isinstance(first, Response)
-            assert isinstance(repeated, Response)
+            first = await engine.respond(command, key=key("k"))
+            repeated = await engine.respond(command, key=key("k"))
             assert repeated.replayed
             assert repeated.status == first.status
             body = bytes(repeated.data)
@@ -166,17 +155,14 @@ def test_a_stored_response_is_complete(command: cmd.AnyCommand) -> None:
 async def test_a_repeated_start_returns_its_current_grant(engine: VirtualEngine) -> None:
     await engine.yes(cmd.Create(id="a", payload=Raw(b"1")))
     start = cmd.Start(id="a", worker="w")
-    first = await engine.actor.ask(start, key=key("k"))
-    assert isinstance(first, Response)
+    first = await engine.respond(start, key=key("k"))
     await engine.yes(cmd.Progress(id="a", lock_id=first.data.lock_id, progress=40))
-    repeated = await engine.actor.ask(start, key=key("k"))
-    assert isinstance(repeated, Response)
+    repeated = await engine.respond(start, key=key("k"))
     assert (repeated.replayed, repeated.data.lock_id) == (True, first.data.lock_id)
     assert (repeated.data.job.progress, repeated.data.job.payload) == (40, Raw(b"1"))
     await engine.yes(cmd.Release(id="a", lock_id=first.data.lock_id))
     assert engine.disk.keys == {}
-    anew = await engine.actor.ask(start, key=key("k"))
-    assert isinstance(anew, Response)
+    anew = await engine.respond(start, key=key("k"))
     assert not anew.replayed
     assert anew.data.fencing_token == first.data.fencing_token + 1
     await engine.yes(cmd.ForceReset(id="a"))
@@ -190,9 +176,8 @@ async def test_a_repeated_claim_returns_its_current_grants(engine: VirtualEngine
     for name in "abc":
         await engine.yes(cmd.Create(id=name))
     claim = cmd.Claim(worker="w", limit=2)
-    first = await engine.actor.ask(claim, key=key("k"))
+    first = await engine.respond(claim, key=key("k"))
     assert granted_ids(first) == ["a", "b"]
-    assert isinstance(first, Response)
     await engine.yes(cmd.Complete(id="a", lock_id=first.data.grants[0].lock_id))
     assert granted_ids(await engine.actor.ask(claim, key=key("k"))) == ["b"]
     await engine.yes(cmd.Complete(id="b", lock_id=first.data.grants[1].lock_id))

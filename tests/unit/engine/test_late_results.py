@@ -10,7 +10,7 @@ from msgspec import Raw
 from jobd.engine.disk_full import WriteLimit
 from jobd.model import commands as cmd
 from jobd.model.job import Policy
-from jobd.model.responses import ErrorView, Response
+from jobd.model.responses import ErrorView
 from jobd.model.storage import DiskFull, LateResultQuery, LateResultRows
 from tests.support.memory_storage import MemoryStorage
 from tests.support.virtual_engine import (
@@ -22,7 +22,6 @@ from tests.support.virtual_engine import (
     key,
     late_calls,
     settle,
-    start_task,
 )
 
 
@@ -47,9 +46,7 @@ def stored_paths(engine: VirtualEngine, job_id: str = "a") -> list[str | None]:
 @in_checked_engine()
 async def test_a_late_result_is_stored_before_its_error_is_sent(engine: VirtualEngine) -> None:
     lock_id = await lose_lock(engine)
-    engine.disk.gate.clear()
-    asking = start_task(engine.actor.ask(complete(lock_id)))
-    await engine.disk.at_gate.wait()
+    asking = await engine.writing(complete(lock_id))
     await settle()
     assert not asking.done()
     engine.disk.gate.set()
@@ -86,8 +83,7 @@ async def test_late_results_survive_a_restart_and_are_read_on_demand() -> None:
         assert (await engine.no(cmd.Adopt(id="a", result=late.seq + 1))).code == "late_result_not_found"
         adopted = await engine.yes(cmd.Adopt(id="a", result=late.seq), admin=True, key=key("k"))
         assert (adopted.status, adopted.file_path, adopted.payload) == ("completed", "/out", Raw(b"[9]"))
-        repeated = await engine.actor.ask(cmd.Adopt(id="a", result=late.seq), admin=True, key=key("k"))
-        assert isinstance(repeated, Response)
+        repeated = await engine.respond(cmd.Adopt(id="a", result=late.seq), admin=True, key=key("k"))
         assert repeated.replayed
     async with checked_engine(disk) as engine:
         assert (await engine.yes(cmd.Get(id="a"))).file_path == "/out"

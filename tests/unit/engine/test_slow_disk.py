@@ -20,6 +20,7 @@ from tests.support.virtual_engine import (
     checked_engine,
     granted_ids,
     in_checked_engine,
+    in_context,
     in_virtual_time,
     settle,
     start_task,
@@ -48,6 +49,9 @@ class SlowStorage(MemoryStorage):
     @property
     def written(self) -> list[int]:
         return [len(batch.changes) for batch in self.batches]
+
+
+in_slow_engine = in_context(lambda: checked_engine(SlowStorage()))
 
 
 @pytest.mark.parametrize(("waiting", "written"), [(1, [3, 4]), (2, [3, 2, 3])])
@@ -164,27 +168,25 @@ class BusyEngine:
 @pytest.mark.parametrize(
     "read", [cmd.Get(id="a"), cmd.GetVersion(id="a"), cmd.ListJobs(), cmd.Stats(), cmd.Why(id="a"), cmd.Get(id="none")]
 )
-@in_virtual_time
-async def test_on_a_slow_disk_a_read_waits_for_one_commit(read: cmd.AnyCommand) -> None:
-    async with checked_engine(SlowStorage()) as engine:
-        busy = BusyEngine(engine)
-        await busy.begin()
-        answer, commits = await busy.ask(read)
-        assert commits == 1
-        assert not busy.behind.done()
-        if read == cmd.Get(id="a"):
-            assert answer.data.status == "queued"
-        if isinstance(read, cmd.Why):
-            assert answer.data.state == "queued"
-        assert (await busy.behind).data.status == "cancelled"
+@in_slow_engine
+async def test_on_a_slow_disk_a_read_waits_for_one_commit(engine: VirtualEngine, read: cmd.AnyCommand) -> None:
+    busy = BusyEngine(engine)
+    await busy.begin()
+    answer, commits = await busy.ask(read)
+    assert commits == 1
+    assert not busy.behind.done()
+    if read == cmd.Get(id="a"):
+        assert answer.data.status == "queued"
+    if isinstance(read, cmd.Why):
+        assert answer.data.state == "queued"
+    assert (await busy.behind).data.status == "cancelled"
 
 
-@in_virtual_time
-async def test_on_a_slow_disk_a_ping_waits_as_long_as_a_write() -> None:
-    async with checked_engine(SlowStorage()) as engine:
-        busy = BusyEngine(engine)
-        await busy.begin()
-        assert (await busy.ask(cmd.Ping()))[1] == 2, "health measures how long a command takes"
+@in_slow_engine
+async def test_on_a_slow_disk_a_ping_waits_as_long_as_a_write(engine: VirtualEngine) -> None:
+    busy = BusyEngine(engine)
+    await busy.begin()
+    assert (await busy.ask(cmd.Ping()))[1] == 2, "health measures how long a command takes"
 
 
 @in_checked_engine()
@@ -196,39 +198,35 @@ async def test_on_a_fast_disk_a_batch_is_decided_in_order(engine: VirtualEngine)
     await cancelling
 
 
-@in_virtual_time
-async def test_an_ordered_read_stays_behind_earlier_commands() -> None:
-    async with checked_engine(SlowStorage()) as engine:
-        await engine.actor.ask(cmd.Create(id="a"))
-        futures: list[asyncio.Future[Any]] = [asyncio.get_running_loop().create_future() for _ in range(2)]
-        engine.actor.send(cmd.Cancel(id="a"), futures[0], ordered=True)
-        engine.actor.send(cmd.Get(id="a"), futures[1], ordered=True)
-        assert (await futures[1]).data.status == "cancelled"
+@in_slow_engine
+async def test_an_ordered_read_stays_behind_earlier_commands(engine: VirtualEngine) -> None:
+    await engine.actor.ask(cmd.Create(id="a"))
+    futures: list[asyncio.Future[Any]] = [asyncio.get_running_loop().create_future() for _ in range(2)]
+    engine.actor.send(cmd.Cancel(id="a"), futures[0], ordered=True)
+    engine.actor.send(cmd.Get(id="a"), futures[1], ordered=True)
+    assert (await futures[1]).data.status == "cancelled"
 
 
-@in_virtual_time
-async def test_a_read_does_not_overtake_internal_commands() -> None:
-    async with checked_engine(SlowStorage()) as engine:
-        await engine.actor.ask(cmd.Create(id="a", stall_after_ms=0))
-        await engine.actor.ask(cmd.Start(id="a", worker="w", lock_ttl_ms=1_000))
-        await asyncio.sleep(10)
-        engine.actor.enqueue_internal(cmd.ExtendAfterPause(ids=["a"], grace_ms=30_000))
-        stats = await engine.actor.ask(cmd.Stats())
-        assert isinstance(stats, Response)
-        assert stats.data.stuck_jobs == 0
+@in_slow_engine
+async def test_a_read_does_not_overtake_internal_commands(engine: VirtualEngine) -> None:
+    await engine.actor.ask(cmd.Create(id="a", stall_after_ms=0))
+    await engine.actor.ask(cmd.Start(id="a", worker="w", lock_ttl_ms=1_000))
+    await asyncio.sleep(10)
+    engine.actor.enqueue_internal(cmd.ExtendAfterPause(ids=["a"], grace_ms=30_000))
+    stats = await engine.respond(cmd.Stats())
+    assert stats.data.stuck_jobs == 0
 
 
-@in_virtual_time
-async def test_a_read_does_not_wait_for_grants_to_waiting_claims() -> None:
-    async with checked_engine(SlowStorage()) as engine:
-        await engine.actor.ask(cmd.Create(id="late", queue="q", delay_ms=1_000))
-        claim = await waiting_claim(engine, "w", queues=["q"])
-        await asyncio.sleep(0.95)
-        busy = BusyEngine(engine)
-        await busy.begin()  # the job becomes due during this write
-        answer, commits = await busy.ask(cmd.Get(id="late"))
-        assert (answer.data.status, commits) == ("queued", 1)
-        assert granted_ids(await claim) == ["late"]
+@in_slow_engine
+async def test_a_read_does_not_wait_for_grants_to_waiting_claims(engine: VirtualEngine) -> None:
+    await engine.actor.ask(cmd.Create(id="late", queue="q", delay_ms=1_000))
+    claim = await waiting_claim(engine, "w", queues=["q"])
+    await asyncio.sleep(0.95)
+    busy = BusyEngine(engine)
+    await busy.begin()  # the job becomes due during this write
+    answer, commits = await busy.ask(cmd.Get(id="late"))
+    assert (answer.data.status, commits) == ("queued", 1)
+    assert granted_ids(await claim) == ["late"]
 
 
 @in_virtual_time
@@ -246,16 +244,15 @@ async def test_a_read_is_answered_even_if_the_next_commit_fails() -> None:
         await running
 
 
-@in_virtual_time
-async def test_a_full_disk_after_an_early_read_is_handled_as_usual() -> None:
-    async with checked_engine(SlowStorage()) as engine:
-        await engine.actor.ask(cmd.Create(id="a"))
-        engine.disk.fill_nearly()
-        creating = start_task(engine.actor.ask(cmd.Create(id="b")))
-        looking = start_task(engine.actor.ask(cmd.Get(id="a")))
-        assert (await looking).data.status == "queued"
-        assert (await creating).code == "storage_full"
-        engine.disk.free()
+@in_slow_engine
+async def test_a_full_disk_after_an_early_read_is_handled_as_usual(engine: VirtualEngine) -> None:
+    await engine.actor.ask(cmd.Create(id="a"))
+    engine.disk.fill_nearly()
+    creating = start_task(engine.actor.ask(cmd.Create(id="b")))
+    looking = start_task(engine.actor.ask(cmd.Get(id="a")))
+    assert (await looking).data.status == "queued"
+    assert (await creating).code == "storage_full"
+    engine.disk.free()
 
 
 @in_virtual_time

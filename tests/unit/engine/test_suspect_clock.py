@@ -14,8 +14,8 @@ from jobd.maintenance.cleanup_run import CleanupSchedule
 from jobd.model import commands as cmd
 from jobd.model.errors import ApiError
 from jobd.model.job import DAY_MS, HOUR_MS, MINUTE_MS, SECOND_MS, Policy
-from jobd.model.responses import ClockView, Response
-from jobd.model.storage import AuditEntry, StoredResponse
+from jobd.model.responses import ClockView
+from jobd.model.storage import AuditEntry
 from tests.support.memory_storage import MemoryStorage
 from tests.support.rule_harness import RuleHarness
 from tests.support.virtual_engine import VirtualEngine, in_engine, in_virtual_time, seconds, until
@@ -86,46 +86,42 @@ def test_a_pause_ends_by_the_expected_time_and_may_end_at_any_time_after_it() ->
 # -- cleanup runs ------------------------------------------------------------------------------------------------------
 
 
-@in_virtual_time
-async def test_forty_days_ahead_for_six_seconds_and_a_forced_cleanup_run_lose_nothing() -> None:
-    disk = MemoryStorage()
-    async with VirtualEngine(disk, schedule=PASSES) as engine:
-        engine.run_maintainer()
-        for job_id in ("a", "b", "c", "gone"):
-            await create_completed(engine, job_id)
-        await create_expiring(engine)
-        await engine.yes(cmd.Delete(id="gone"))
-        disk.audited = {1: AuditEntry(1, "admin", "", "pause")}
+@in_engine(schedule=PASSES)
+async def test_forty_days_ahead_for_six_seconds_and_a_forced_cleanup_run_lose_nothing(engine: VirtualEngine) -> None:
+    engine.run_maintainer()
+    for job_id in ("a", "b", "c", "gone"):
+        await create_completed(engine, job_id)
+    await create_expiring(engine)
+    await engine.yes(cmd.Delete(id="gone"))
+    engine.disk.audited = {1: AuditEntry(1, "admin", "", "pause")}
+    engine.step_ms = STEP_MS
+    report = await engine.maintainer.run_cleanup(forced=True)
+    assert (report.expired_jobs_deleted, report.errors) == (0, [])
+    await seconds(6)
+    assert [event.type for event in engine.disk.events if event.job_id == "gone"][-1] == "deleted"
+    assert list(engine.disk.audited) == [1]
+    engine.step_ms = 0
+    report = await engine.maintainer.run_cleanup(forced=True)
+    assert (report.expired_jobs_deleted, report.errors) == (0, [])
+    assert [status(engine, job_id) for job_id in ("a", "b", "c")] == ["completed"] * 3
+    assert status(engine, "waits") == "queued"
+
+
+@in_engine()
+async def test_a_clock_that_steps_between_scan_and_rule_costs_no_job_and_no_cleanup_run(engine: VirtualEngine) -> None:
+    await create_completed(engine)
+    expired_jobs = engine.disk.expired_jobs
+
+    async def expired(now: int, limit: int, skip: int = 0) -> list[str]:
         engine.step_ms = STEP_MS
+        return await expired_jobs(engine.now, limit, skip)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine.disk, "expired_jobs", expired)
+        engine.run_maintainer()
         report = await engine.maintainer.run_cleanup(forced=True)
-        assert (report.expired_jobs_deleted, report.errors) == (0, [])
-        await seconds(6)
-        assert [event.type for event in disk.events if event.job_id == "gone"][-1] == "deleted"
-        assert list(disk.audited) == [1]
-        engine.step_ms = 0
-        report = await engine.maintainer.run_cleanup(forced=True)
-        assert (report.expired_jobs_deleted, report.errors) == (0, [])
-        assert [status(engine, job_id) for job_id in ("a", "b", "c")] == ["completed"] * 3
-        assert status(engine, "waits") == "queued"
-
-
-@in_virtual_time
-async def test_a_clock_that_steps_between_scan_and_rule_costs_no_job_and_no_cleanup_run() -> None:
-    disk = MemoryStorage()
-    async with VirtualEngine(disk) as engine:
-        await create_completed(engine)
-        expired_jobs = disk.expired_jobs
-
-        async def expired(now: int, limit: int, skip: int = 0) -> list[str]:
-            engine.step_ms = STEP_MS
-            return await expired_jobs(engine.now, limit, skip)
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(disk, "expired_jobs", expired)
-            engine.run_maintainer()
-            report = await engine.maintainer.run_cleanup(forced=True)
-        assert (report.expired_jobs_deleted, report.errors) == (0, [])
-        assert status(engine, "done") == "completed"
+    assert (report.expired_jobs_deleted, report.errors) == (0, [])
+    assert status(engine, "done") == "completed"
 
 
 @in_engine(schedule=PASSES)
@@ -173,19 +169,16 @@ async def test_times_given_by_a_caller_are_not_rejected(engine: VirtualEngine) -
     assert (status(engine, "done"), status(engine, "new")) == ("completed", "queued")
 
 
-@in_virtual_time
-async def test_idempotency_keys_age_by_the_expected_time() -> None:
-    disk = MemoryStorage()
-    async with VirtualEngine(disk) as engine:
-        use = cmd.IdempotencyKey("k", "body")
-        await engine.actor.ask(cmd.Create(id="a"), key=use)
-        engine.step_ms = STEP_MS
-        answer = await engine.actor.ask(cmd.Create(id="a"), key=use)
-        assert isinstance(answer, Response)
-        assert answer.replayed
-        await engine.actor.ask(cmd.Create(id="b"), key=cmd.IdempotencyKey("l", "body"))
-        rows: dict[str, StoredResponse] = disk.keys
-        assert rows["l"].at < engine.now - DAY_MS
+@in_engine()
+async def test_idempotency_keys_age_by_the_expected_time(engine: VirtualEngine) -> None:
+    use = cmd.IdempotencyKey("k", "body")
+    await engine.actor.ask(cmd.Create(id="a"), key=use)
+    engine.step_ms = STEP_MS
+    assert (await engine.respond(cmd.Create(id="a"), key=use)).replayed
+    await engine.actor.ask(cmd.Create(id="b"), key=cmd.IdempotencyKey("l", "body"))
+    assert engine.disk.keys["l"].at < engine.now - DAY_MS
+    engine.clock.accept()
+    assert not (await engine.respond(cmd.Create(), key=use)).replayed
 
 
 # -- durable -----------------------------------------------------------------------------------------------------------
@@ -250,51 +243,47 @@ async def test_a_short_retention_does_not_make_the_clock_suspect_after_idle_time
 
 
 @pytest.mark.slow
-@in_virtual_time
-async def test_an_idle_daemon_notices_a_step_and_its_end_by_itself() -> None:
-    disk = MemoryStorage()
-    async with VirtualEngine(disk) as engine:
-        engine.run_maintainer()
-        await seconds(60)
-        engine.step_ms = STEP_MS
-        await until(lambda: disk.numbers.clock_suspect)
-        engine.step_ms = 0
-        await until(lambda: not disk.numbers.clock_suspect)
-        engine.step_ms = STEP_MS
-        engine.synchronised = True
-        await until(lambda: disk.numbers.clock_suspect)
-        await seconds(9 * 60)
-        assert disk.numbers.clock_suspect
-        await until(lambda: not disk.numbers.clock_suspect)
-        assert disk.numbers.wall_ms >= engine.now - 10 * SECOND_MS
+@in_engine()
+async def test_an_idle_daemon_notices_a_step_and_its_end_by_itself(engine: VirtualEngine) -> None:
+    disk = engine.disk
+    engine.run_maintainer()
+    await seconds(60)
+    engine.step_ms = STEP_MS
+    await until(lambda: disk.numbers.clock_suspect)
+    engine.step_ms = 0
+    await until(lambda: not disk.numbers.clock_suspect)
+    engine.step_ms = STEP_MS
+    engine.synchronised = True
+    await until(lambda: disk.numbers.clock_suspect)
+    await seconds(9 * 60)
+    assert disk.numbers.clock_suspect
+    await until(lambda: not disk.numbers.clock_suspect)
+    assert disk.numbers.wall_ms >= engine.now - 10 * SECOND_MS
 
 
-@in_virtual_time
-async def test_on_a_full_disk_the_suspicion_is_written_when_there_is_space() -> None:
-    disk = MemoryStorage()
-    async with VirtualEngine(disk) as engine:
-        engine.run_maintainer()
-        await engine.yes(cmd.Create(id="a"))
-        disk.fill()
-        await engine.no(cmd.Create(id="b"))
-        writes = disk.calls["write"]
-        engine.step_ms = STEP_MS
-        await engine.yes(cmd.Get(id="a"))
-        assert (disk.calls["write"], disk.numbers.clock_suspect) == (writes, False)
-        disk.free()
-        await until(lambda: disk.numbers.clock_suspect)
+@in_engine()
+async def test_on_a_full_disk_the_suspicion_is_written_when_there_is_space(engine: VirtualEngine) -> None:
+    disk = engine.disk
+    engine.run_maintainer()
+    await engine.yes(cmd.Create(id="a"))
+    disk.fill()
+    await engine.no(cmd.Create(id="b"))
+    writes = disk.calls["write"]
+    engine.step_ms = STEP_MS
+    await engine.yes(cmd.Get(id="a"))
+    assert (disk.calls["write"], disk.numbers.clock_suspect) == (writes, False)
+    disk.free()
+    await until(lambda: disk.numbers.clock_suspect)
 
 
-@in_virtual_time
-async def test_a_read_is_answered_even_if_the_suspicion_cannot_be_written() -> None:
-    disk = MemoryStorage()
-    async with VirtualEngine(disk) as engine:
-        await engine.yes(cmd.Create(id="a"))
-        disk.fill()
-        engine.step_ms = STEP_MS
-        await engine.yes(cmd.Get(id="a"))
-        assert engine.actor.full_disk.write_limit
-        disk.free()
+@in_engine()
+async def test_a_read_is_answered_even_if_the_suspicion_cannot_be_written(engine: VirtualEngine) -> None:
+    await engine.yes(cmd.Create(id="a"))
+    engine.disk.fill()
+    engine.step_ms = STEP_MS
+    await engine.yes(cmd.Get(id="a"))
+    assert engine.actor.full_disk.write_limit
+    engine.disk.free()
 
 
 def services_of(engine: VirtualEngine) -> Services:
@@ -303,20 +292,18 @@ def services_of(engine: VirtualEngine) -> Services:
     return Services(**{**parts, "actor": engine.actor, "clock": engine.clock, "is_alive": lambda: True})
 
 
-@in_virtual_time
-async def test_an_accepted_clock_is_on_disk_before_the_response() -> None:
-    disk = MemoryStorage()
-    async with VirtualEngine(disk) as engine:
-        services = services_of(engine)
-        engine.step_ms = STEP_MS
-        assert services.clock_view().suspect
-        assert "40 d ahead" in services.clock_view().message
-        await engine.yes(cmd.Tick())
-        assert disk.numbers.clock_suspect
-        view = await services.accept_clock()
-        assert not isinstance(view, ApiError)
-        assert not view.suspect
-        assert (disk.numbers.clock_suspect, disk.numbers.wall_ms) == (False, view.now)
+@in_engine()
+async def test_an_accepted_clock_is_on_disk_before_the_response(engine: VirtualEngine) -> None:
+    services = services_of(engine)
+    engine.step_ms = STEP_MS
+    assert services.clock_view().suspect
+    assert "40 d ahead" in services.clock_view().message
+    await engine.yes(cmd.Tick())
+    assert engine.disk.numbers.clock_suspect
+    view = await services.accept_clock()
+    assert not isinstance(view, ApiError)
+    assert not view.suspect
+    assert (engine.disk.numbers.clock_suspect, engine.disk.numbers.wall_ms) == (False, view.now)
 
 
 @in_virtual_time
@@ -346,8 +333,7 @@ async def test_a_key_outlives_the_step_of_a_clock_that_is_put_right() -> None:
         key = cmd.IdempotencyKey("k", "body")
         first = await engine.actor.ask(cmd.Create(), key=key)
         engine.step_ms = 0
-        again = await engine.actor.ask(cmd.Create(), key=key)
-        assert isinstance(again, Response)
+        again = await engine.respond(cmd.Create(), key=key)
         assert (engine.clock.suspect, again.replayed, len(engine.state.jobs)) == (False, True, 2), first
 
 

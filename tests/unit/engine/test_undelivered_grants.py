@@ -25,17 +25,15 @@ from tests.support.virtual_engine import (
 @in_checked_engine()
 async def test_an_undelivered_grant_is_released(engine: VirtualEngine) -> None:
     await engine.yes(cmd.Create(id="a"))
-    answer = await engine.actor.ask(cmd.Start(id="a", worker="w"))
-    assert isinstance(answer, Response)
+    answer = await engine.respond(cmd.Start(id="a", worker="w"))
     engine.actor.undelivered(answer)
     await settle()
     view = await engine.yes(cmd.Get(id="a"))
     assert (view.status, view.attempt) == ("queued", 0)
     assert [event.type for event in engine.disk.events] == ["created", "granted", "undelivered"]
-    repeated = await engine.actor.ask(cmd.Start(id="a", worker="w"))
+    repeated = await engine.respond(cmd.Start(id="a", worker="w"))
     engine.actor.undelivered(answer)  # an old response ends no newer grant
     await settle()
-    assert isinstance(repeated, Response)
     assert engine.state.holds("a", repeated.data.lock_id)
 
 
@@ -59,9 +57,7 @@ async def test_the_grant_of_a_caller_that_leaves_during_the_commit_is_released()
     for name in (None, key("k")):
         async with checked_engine() as engine:
             await engine.yes(cmd.Create(id="a"))
-            engine.disk.gate.clear()
-            abandoned = start_task(engine.actor.ask(cmd.Claim(worker="w"), key=name))
-            await engine.disk.at_gate.wait()
+            abandoned = await engine.writing(cmd.Claim(worker="w"), key=name)
             abandoned.cancel()
             await settle()
             engine.disk.gate.set()
@@ -91,10 +87,8 @@ async def test_the_grant_of_a_caller_that_leaves_after_the_commit_is_released(en
 async def test_a_keyed_grant_stays_while_one_connection_received_it(engine: VirtualEngine) -> None:
     await engine.yes(cmd.Create(id="a"))
     start = cmd.Start(id="a", worker="w")
-    first = await engine.actor.ask(start, key=key("k"))
-    second = await engine.actor.ask(start, key=key("k"))
-    assert isinstance(first, Response)
-    assert isinstance(second, Response)
+    first = await engine.respond(start, key=key("k"))
+    second = await engine.respond(start, key=key("k"))
     engine.actor.undelivered(first)
     await settle()
     assert engine.state.totals["processing"] == 1
@@ -110,10 +104,9 @@ async def test_a_keyed_grant_stays_while_one_connection_received_it(engine: Virt
 async def test_a_repeat_before_the_release_keeps_the_grant(engine: VirtualEngine) -> None:
     await engine.yes(cmd.Create(id="a"))
     start = cmd.Start(id="a", worker="w")
-    first = await engine.actor.ask(start, key=key("k"))
+    first = await engine.respond(start, key=key("k"))
     repeat = start_task(engine.actor.ask(start, key=key("k")))
     await asyncio.sleep(0)  # the release is in the mailbox
-    assert isinstance(first, Response)
     engine.actor.undelivered(first)
     repeated = await repeat
     await settle()
@@ -125,9 +118,7 @@ async def test_a_repeat_before_the_release_keeps_the_grant(engine: VirtualEngine
 async def test_an_abandoned_repeat_does_not_release_the_grant(engine: VirtualEngine) -> None:
     await engine.yes(cmd.Create(id="a"))
     start = cmd.Start(id="a", worker="w")
-    engine.disk.gate.clear()
-    first = start_task(engine.actor.ask(start, key=key("k")))
-    await engine.disk.at_gate.wait()
+    first = await engine.writing(start, key=key("k"))
     repeat = start_task(engine.actor.ask(start, key=key("k")))
     await settle()
     repeat.cancel()
@@ -149,8 +140,7 @@ async def test_a_grant_that_an_earlier_daemon_may_have_sent_is_not_released() ->
         await engine.yes(cmd.Create(id="a"))
         first = await engine.yes(start, key=key("k"))
     async with VirtualEngine(disk) as engine:
-        repeated = await engine.actor.ask(start, key=key("k"))
-        assert isinstance(repeated, Response)
+        repeated = await engine.respond(start, key=key("k"))
         assert repeated.replayed
         engine.actor.undelivered(repeated)
         await settle()
