@@ -158,7 +158,7 @@ class Daemon:
         self._is_store_open = True
         artifacts = await self._open_artifacts()  # now, because an error must not end a takeover
         self._background.run_until_cancelled("registry", node.registry.run())
-        self._background.run("snapshots", node.snapshots)
+        self._background.run_until_cancelled("snapshots", node.snapshots.run())
         self._stack.push_async_callback(self._close_listeners)
         self._make_authenticators()
         await asyncio.to_thread(self._make_dashboard)

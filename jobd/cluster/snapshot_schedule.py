@@ -8,7 +8,6 @@ fails, the next node writes the snapshot after another interval.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import AsyncIterator, Callable
 from typing import BinaryIO, Final
 
@@ -31,7 +30,7 @@ log = structlog.get_logger("jobd.cluster")
 
 
 class SnapshotSchedule:
-    """Writes snapshots at most every `every_ms`, from `run` until `stop`.
+    """Writes snapshots at most every `every_ms` while `run` runs.
 
     Records are trimmed when two snapshots have them and they are older than `keep_ms`. `leader` returns the id of the
     leading process, and `process` is that of this one.
@@ -59,25 +58,13 @@ class SnapshotSchedule:
         self._wall_ms = wall_ms
         self._due: tuple[int, MonotonicS] | None = None  # the latest snapshot, since when one is due
         self._trimmed = 0  # records up to this one are known to be gone
-        self._stop = asyncio.Event()
-        self._writing: asyncio.Task[None] | None = None
 
     async def run(self) -> None:
-        while not self._stop.is_set():
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(min(CHECK_S, self._every_ms / 1000)):
-                    await self._stop.wait()
-            turn = self._turn()
-            if self._stop.is_set() or turn is None:
-                continue
-            self._writing = asyncio.create_task(self._write_if_due(turn), name="snapshot")
-            await asyncio.wait([self._writing])
-
-    def stop(self) -> None:
-        """End `run`, and a snapshot in progress."""
-        self._stop.set()
-        if self._writing is not None:
-            self._writing.cancel()
+        """Write snapshots until cancelled, which also ends a snapshot in progress."""
+        while True:
+            await asyncio.sleep(min(CHECK_S, self._every_ms / 1000))
+            if (turn := self._turn()) is not None:
+                await self._write_if_due(turn)
 
     def _turn(self) -> int | None:
         """Return how many nodes come before this one, None if it writes no snapshots."""

@@ -83,8 +83,8 @@ class Node:
             self.server.change(replace(self.server.head, number=number))
 
     async def stop(self) -> None:
-        self.schedule.stop()
-        await self.task
+        self.task.cancel()
+        await asyncio.wait([self.task])
 
 
 def entry(name: str, seen_ms: int = 0) -> NodeEntry:
@@ -273,7 +273,7 @@ async def test_a_node_with_records_that_the_journal_lacks_writes_none(server: Me
 
 
 @in_virtual_time
-async def test_a_stop_ends_a_snapshot_in_progress(server: MemoryServer) -> None:
+async def test_a_cancellation_ends_a_snapshot_in_progress(server: MemoryServer) -> None:
     node = Node(server, "b")
     node.append(10)
 
