@@ -18,12 +18,12 @@ from jobd.model.commands import (
     is_dry_run,
 )
 from jobd.model.errors import ApiError
-from jobd.model.events import Change
+from jobd.model.events import Event
 from jobd.model.responses import Response
 from jobd.model.storage import AuditEntry
 
 
-def entry(call: Call, response: Response | ApiError, changes: list[Change], at: int) -> AuditEntry | None:
+def entry(call: Call, response: Response | ApiError, changes: list[Event], at: int) -> AuditEntry | None:
     """Return the audit entry of `call` and its changes; None if it needs none. `at` is wall time."""
     if call.operator is None or is_dry_run(call.command):
         return None
@@ -36,13 +36,13 @@ def entry(call: Call, response: Response | ApiError, changes: list[Change], at: 
         return None  # a read, or a line of an import that was skipped or rejected, which is in the report
     queue = command.name if isinstance(command, Pause | Resume) else None
     is_one = isinstance(command, JobCommand)
-    changed = {change.event.job_id: None for change in changes if change.event.job_seq}
+    changed = {change.job_id: None for change in changes if change.job_seq}
     return _row(
         call.operator,
         at,
         what,
         job_id=_job_of(command),
-        queue=changes[0].event.queue if is_one and changes else queue,
+        queue=changes[0].queue if is_one and changes else queue,
         reason=getattr(command, "reason", None),
         outcome=response.code if isinstance(response, ApiError) else "done",
         jobs=len(changed),
@@ -51,7 +51,7 @@ def entry(call: Call, response: Response | ApiError, changes: list[Change], at: 
     )
 
 
-def _details(command: AnyCommand, response: Response | ApiError, changes: list[Change]) -> dict[str, Any] | None:
+def _details(command: AnyCommand, response: Response | ApiError, changes: list[Event]) -> dict[str, Any] | None:
     if isinstance(command, TakeBack):
         return {"worker": command.name}
     is_done = isinstance(command, JobCommand) and isinstance(response, Response)
@@ -69,9 +69,9 @@ def _row(operator: Operator, at: int, what: str, **more: Any) -> AuditEntry:
     return AuditEntry(at, operator.who, operator.address, what, part_of=operator.part_of, **more)
 
 
-def _summary(changes: list[Change]) -> dict[str, Any] | None:
+def _summary(changes: list[Event]) -> dict[str, Any] | None:
     """Return the details of a change: both statuses, the number of the event, and its public details."""
     if not changes:
         return None
-    first, last = changes[0].event, changes[-1].event
-    return {**(last.details or {}), "from": first.before, "to": last.after, "event": last.seq}
+    first, last = changes[0], changes[-1]
+    return {**(last.details or {}), "from": first.from_status, "to": last.to_status, "event": last.seq}

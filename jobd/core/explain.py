@@ -352,7 +352,7 @@ def _once_trusted(at: Moment) -> str:
 
 def ending(job: Job, events: Sequence[Event] = ()) -> str:
     """Explain how a finished job ended, by whom and why, as far as its latest events say."""
-    end = next((event for event in reversed(events) if event.after == job.status != event.before), None)
+    end = next((event for event in reversed(events) if event.to_status == job.status != event.from_status), None)
     if job.status == "failed":
         return _failed(job, end)
     how = job.status if end is None or end.type not in _NAMES_AUTHOR else _ended_by(end)
@@ -371,7 +371,7 @@ def _failed(job: Job, end: Event | None) -> str:
 
 def _ended_by(end: Event) -> str:
     """Return for example `cancelled by operator ana: no longer needed`."""
-    how = f"imported as {end.after}" if end.type == "imported" else str(end.after)
+    how = f"imported as {end.to_status}" if end.type == "imported" else str(end.to_status)
     if end.type == "adopted":
         how += f" with a late result of worker {(end.details or {}).get('worker')}"
     reason = f": {end.reason.removesuffix('.')}" if end.reason not in (None, "", NO_REASON) else ""

@@ -11,7 +11,7 @@ from msgspec.structs import replace
 
 from jobd.core.state import State
 from jobd.core.worker_presence import WorkerPresence
-from jobd.model.events import Change, fold
+from jobd.model.events import Event, fold
 from jobd.model.job import FINISHED, Job
 from jobd.model.storage import Batch
 
@@ -19,10 +19,9 @@ from jobd.model.storage import Batch
 def rows_needed(state: State, batch: Batch) -> list[str]:
     """Return the ids of the finished jobs that `batch` changes and memory does not hold."""
     ids = {}
-    for change in batch.changes:
-        event = change.event
-        if event.before in FINISHED and event.changes is not None:
-            ids[event.job_id] = event.before
+    for event in batch.changes:
+        if event.from_status in FINISHED and event.changes is not None:
+            ids[event.job_id] = event.from_status
     return [job_id for job_id in ids if state.get(job_id) is None and job_id not in state.quarantined]
 
 
@@ -35,9 +34,9 @@ def apply(state: State, batch: Batch, loaded: Iterable[Job] = ()) -> None:
         state.keep_finished(job)
     numbers = batch.numbers
     state.advance(numbers.wall_ms, numbers.lock_ms)
-    for change in batch.changes:
-        if change.event.job_seq:
-            _apply_change(state, change)
+    for event in batch.changes:
+        if event.job_seq:
+            _apply_change(state, event)
     for seq in batch.checked:
         state.unvalidated.pop(seq, None)
     for name, row in batch.queues.items():
@@ -49,15 +48,14 @@ def apply(state: State, batch: Batch, loaded: Iterable[Job] = ()) -> None:
     state.trim_finished()
 
 
-def _apply_change(state: State, change: Change) -> None:
-    event = change.event
+def _apply_change(state: State, event: Event) -> None:
     if event.type == "imported":
         state.unvalidated[event.job_seq] = event.job_id
     elif event.type == "deleted":
         state.unvalidated.pop(event.job_seq, None)
     elif event.changes is None:
         return  # a late result or a late call
-    if event.before is None:
+    if event.from_status is None:
         after = fold(None, event)
         assert after is not None
         state.reindex(None, replace(after, options=state.shared(after.options)))
@@ -66,7 +64,7 @@ def _apply_change(state: State, change: Change) -> None:
     elif event.job_id in state.quarantined:
         return
     elif event.type == "deleted":
-        state.forget_finished(event.queue, event.before)
+        state.forget_finished(event.queue, event.from_status)
     else:
         raise LookupError(f"event {event.seq} changes job {event.job_id}, which has no row")
 

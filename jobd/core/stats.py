@@ -12,7 +12,7 @@ from typing import Final, TypeVar
 from msgspec import Struct, field
 
 from jobd.model.clocks import LockMs
-from jobd.model.events import Change, Event
+from jobd.model.events import Event
 from jobd.model.job import HOUR_MS, MINUTE_MS, SECOND_MS, Grant, LockDeadlines
 
 T = TypeVar("T")
@@ -52,9 +52,9 @@ class DoubleGrants(Struct):
     total: int = 0
     last: DoubleGrant | None = None
 
-    def ended(self, change: Change) -> None:
+    def ended(self, event: Event) -> None:
         """Record that a job stalled or was taken back."""
-        before, after = change.before, change.after
+        before, after = event.before, event.after
         assert before is not None and after is not None  # a stall does not delete the job
         if before.grant is None or before.deadlines is None:
             return
@@ -71,17 +71,17 @@ class DoubleGrants(Struct):
         if ended is not None and (event.details or {}).get("fencing_token") == ended.fencing_token:
             del self.ended_grants[event.job_seq]
 
-    def granted(self, change: Change) -> None:
+    def granted(self, event: Event) -> None:
         """Record a grant. Most jobs have no watched grant."""
-        ended = self.ended_grants.pop(change.event.job_seq, None)
+        ended = self.ended_grants.pop(event.job_seq, None)
         if ended is None:
             return
-        after = change.after
+        after = event.after
         assert after is not None and after.grant is not None and after.deadlines is not None  # it was granted
         made = after.grant
         if after.deadlines.stall_due - made.stall_after_ms >= ended.until:  # the lock time of the grant
             return
-        minute = change.event.at // MINUTE_MS
+        minute = event.at // MINUTE_MS
         self.minutes[minute] = self.minutes.get(minute, 0) + 1
         self.minutes = _latest(self.minutes, minute, 60)
         self.total += 1
@@ -286,33 +286,31 @@ class Counters(Struct):
     double_grants: DoubleGrants = field(name="overlaps", default_factory=DoubleGrants)
     events: dict[str, int] = field(default_factory=dict)  # type -> events
 
-    def note(self, changes: Sequence[Change]) -> None:
+    def note(self, changes: Sequence[Event]) -> None:
         """Count the changes of a committed batch."""
         events, grants, ended_grants = self.events, self.grants, self.double_grants.ended_grants
-        for change in changes:
-            event = change.event
+        for event in changes:
             kind = event.type
             events[kind] = events.get(kind, 0) + 1
             if kind == "granted":
                 queue = _label(event.queue, grants)
                 grants[queue] = grants.get(queue, 0) + 1
                 if ended_grants:
-                    self.double_grants.granted(change)
+                    self.double_grants.granted(event)
             elif kind == "completed":
-                before = change.before
+                before = event.before
                 if before is not None and before.started_at is not None:
                     ms = max(event.at - before.started_at, 0)
                     self._completed(event.queue, event.at, ms)
                     self.baselines.add(before.options.kind, event.at, ms)
             elif kind not in _COUNTED_ONLY:
-                self._note_other(change)
+                self._note_other(event)
 
-    def _note_other(self, change: Change) -> None:
-        event = change.event
+    def _note_other(self, event: Event) -> None:
         match event.type:
             case "stalled":
-                self._recovered(event.at, requeued=event.after == "queued")
-                self.double_grants.ended(change)
+                self._recovered(event.at, requeued=event.to_status == "queued")
+                self.double_grants.ended(event)
             case "late_result":
                 self.late_kept += 1
                 self.double_grants.rejected(event)
@@ -390,11 +388,10 @@ class Attempts:
         self.by_queue: dict[str, tuple[int, int]] = {}  # queue -> attempts, failed ones
         self._steps: dict[int, dict[str, tuple[int, int]]] = {}
 
-    def note(self, changes: Sequence[Change]) -> None:
-        for change in changes:
-            event = change.event
+    def note(self, changes: Sequence[Event]) -> None:
+        for event in changes:
             failed = event.type in _FAILURES
-            if event.type in _SUCCESSES or (failed and event.before == "processing"):
+            if event.type in _SUCCESSES or (failed and event.from_status == "processing"):
                 self._add(event.queue, event.at, int(failed))
 
     def forget(self, now: int) -> None:

@@ -13,7 +13,7 @@ from msgspec.structs import replace
 
 from jobd.core.state import State
 from jobd.model.commands import Call, Moment, is_dry_run
-from jobd.model.events import Change, Changes, Event, EventType, QueuePause, initial_changes
+from jobd.model.events import Event, EventType, QueuePause
 from jobd.model.job import COUNTER_MASK, TOKEN_COUNTER_BITS, Job, LateResult, Policy, new_epoch
 from jobd.model.storage import LateResultRows, Payload
 
@@ -48,7 +48,7 @@ class Transaction:
         self.at = at
         self.now = at.now
         self.policy = policy
-        self.changes: list[Change] = []
+        self.changes: list[Event] = []
         self.checked: list[int] = []
         self.ended: list[str] = []
         self.payloads: dict[int, bytes] = {}
@@ -75,7 +75,7 @@ class Transaction:
         """Whether the current command has changed anything."""
         return len(self.changes) > self._first
 
-    def changed(self) -> list[Change]:
+    def changed(self) -> list[Event]:
         """Return the changes of the current command."""
         return self.changes[self._first :]
 
@@ -87,19 +87,19 @@ class Transaction:
         state.epoch, state.next_token = self._tokens
         if not undone:
             return
-        state.next_event = undone[0].event.seq
-        made = [change for change in undone if change.before is None and change.after is not None]
+        state.next_event = undone[0].seq
+        made = [event for event in undone if event.before is None and event.after is not None]
         if made:
-            state.next_job = made[0].event.job_seq
+            state.next_job = made[0].job_seq
         if self.is_dry_run:
             return
         self._restore(undone, self._pauses)
         self._pauses = {}
-        for change in made:
-            self.payloads.pop(change.event.job_seq, None)
-            if change.request_hash:
-                self.requests.pop(change.event.job_id, None)
-        grants = [change.before.grant for change in undone if change.before is not None]
+        for event in made:
+            self.payloads.pop(event.job_seq, None)
+            if event.request_hash:
+                self.requests.pop(event.job_id, None)
+        grants = [event.before.grant for event in undone if event.before is not None]
         lost = {grant.lock_id for grant in grants if grant is not None}
         self.ended = [lock_id for lock_id in self.ended if lock_id not in lost]
 
@@ -111,10 +111,7 @@ class Transaction:
 
     def create(self, job: Job, event_type: EventType, payload: bytes, request_hash: str) -> None:
         """Add a new job. Its number was assigned by `job_number`."""
-        by, queue = self.call.by, job.options.queue
-        number, changes = self._event_number(), initial_changes(job)
-        event = Event(number, self.now, event_type, job.seq, job.id, queue, None, job.status, by, None, None, changes)
-        self.changes.append(Change(None, job, event, payload, request_hash))
+        self._add(None, job, event_type, payload=payload, request_hash=request_hash)
         if self.is_dry_run:
             return
         state = self.state
@@ -128,46 +125,29 @@ class Transaction:
     def update(
         self,
         job: Job,
+        after: Job,
         event_type: EventType,
-        fields: Changes,
         *,
         worker: str | None = None,
         by: str | None = None,
         reason: str | None = None,
         details: dict[str, Any] | None = None,
     ) -> Job:
-        """Set `fields` of `job` and its `updated_at`; return the new row. `worker` is the one that makes the call."""
+        """Replace the row of `job` by `after`; return it with its `updated_at`. `worker` makes the call."""
         state, now = self.state, self.now
-        fields["updated_at"] = now
-        after = replace(job, **fields)
         started_at, finished_at = after.started_at, after.finished_at
         if (
             job.created_at > now
             or (started_at is not None and started_at > now)
             or (finished_at is not None and finished_at > now)
         ):  # the wall clock stepped back; the times of a job stay in order
-            fields["updated_at"] = max(job.created_at, started_at or 0, finished_at or 0)
-            after = replace(job, **fields)
+            after = replace(after, updated_at=max(job.created_at, started_at or 0, finished_at or 0))
+        elif after.updated_at != now:
+            after = replace(after, updated_at=now)
         if worker is not None:
             by = f"worker:{worker}"
             state.presence.note_seen(worker, now)
-        number = state.next_event
-        state.next_event = number + 1
-        event = Event(
-            number,
-            now,
-            event_type,
-            job.seq,
-            job.id,
-            job.options.queue,
-            job.status,
-            after.status,
-            by or self.call.by,
-            reason,
-            details,
-            fields,
-        )
-        self.changes.append(Change(job, after, event))
+        self._add(job, after, event_type, by, reason, details)
         if not self.is_dry_run:
             if job.grant is not None and after.grant is not job.grant:
                 self.ended.append(job.grant.lock_id)
@@ -175,8 +155,7 @@ class Transaction:
         return after
 
     def delete(self, job: Job, reason: str | None = None) -> None:
-        event = self._event(job, None, "deleted", self.call.by, reason, None)
-        self.changes.append(Change(job, None, event))
+        self._add(job, None, "deleted", reason=reason)
         if not self.is_dry_run:
             if job.grant is not None:
                 self.ended.append(job.grant.lock_id)
@@ -184,18 +163,18 @@ class Transaction:
 
     def keep_late(self, job: Job, late: LateResult, reason: str, details: dict[str, Any]) -> LateResult:
         """Store a late result beside the unchanged row of `job`; return it with the number of its event."""
-        event = self._note(job, "late_result", late.worker, reason, details)
-        late = replace(late, seq=event.seq)
-        self.changes.append(Change(job, job, event, late=late))
+        self.state.presence.note_seen(late.worker, self.now)
+        late = replace(late, seq=self.state.next_event)
+        self._add(job, job, "late_result", f"worker:{late.worker}", reason, details, late=late)
         self.late.results.setdefault(job.seq, []).append(late)
         self.state.add_late(job.seq, late.seq)
         return late
 
     def note_call(self, job: Job, worker: str, reason: str, details: dict[str, Any]) -> None:
         """Record a rejected call. The row of `job` does not change."""
-        event = self._note(job, "late_call", worker, reason, details)
-        self.changes.append(Change(job, job, event))
-        self.state.add_late_call(event)
+        self.state.presence.note_seen(worker, self.now)
+        self._add(job, job, "late_call", f"worker:{worker}", reason, details)
+        self.state.add_late_call(self.changes[-1])
 
     def pause(self, queue: str, pause: QueuePause) -> None:
         """Pause a queue, or replace its pause."""
@@ -248,13 +227,13 @@ class Transaction:
 
     # -- internals ----------------------------------------------------------------------------------------------------
 
-    def _restore(self, changes: Sequence[Change], pauses: dict[str, QueuePause | None]) -> None:
+    def _restore(self, changes: Sequence[Event], pauses: dict[str, QueuePause | None]) -> None:
         """Restore the jobs of `changes` and the pauses of queues. A job that was quarantined meanwhile stays out."""
         state = self.state
         rows: dict[str, Job | None] = {}
-        for change in changes:
-            if change.event.job_seq:
-                rows.setdefault(change.event.job_id, change.before)
+        for event in changes:
+            if event.job_seq:
+                rows.setdefault(event.job_id, event.before)
         for job_id, row in rows.items():
             if job_id in state.quarantined:
                 state.recount_unmoved(job_id, row)
@@ -262,15 +241,15 @@ class Transaction:
                 state.reindex(state.get(job_id), row)
         if any(row is not None and row.status == "processing" for row in rows.values()):
             state.order_processing()
-        for change in reversed(changes):
-            if change.event.type == "imported":
-                state.unvalidated.pop(change.event.job_seq, None)
-            elif change.event.type == "late_call":
-                state.forget_late_call(change.event)
-            elif change.late is not None:
-                known = self.late.results[change.event.job_seq]
-                known.remove(change.late)
-                state.forget_late(change.event.job_seq, max((each.seq for each in known), default=None))
+        for event in reversed(changes):
+            if event.type == "imported":
+                state.unvalidated.pop(event.job_seq, None)
+            elif event.type == "late_call":
+                state.forget_late_call(event)
+            elif event.late is not None:
+                known = self.late.results[event.job_seq]
+                known.remove(event.late)
+                state.forget_late(event.job_seq, max((each.seq for each in known), default=None))
         for queue, pause in pauses.items():
             state.set_paused(queue, pause)
 
@@ -285,29 +264,44 @@ class Transaction:
         before = self.state.paused.get(queue)
         self.pauses.setdefault(queue, before)
         self._pauses.setdefault(queue, before)
-        by = self.call.by
-        event = Event(self._event_number(), self.now, event_type, 0, "", queue, None, None, by, reason, details)
-        self.changes.append(Change(None, None, event))
+        self._add(None, None, event_type, reason=reason, details=details, queue=queue)
         self.state.set_paused(queue, pause)
 
-    def _note(self, job: Job, event_type: EventType, worker: str, reason: str, details: dict[str, Any]) -> Event:
-        self.state.presence.note_seen(worker, self.now)
-        return self._event(job, job.status, event_type, f"worker:{worker}", reason, details)
-
-    def _event(
+    def _add(
         self,
-        job: Job,
-        after: str | None,
+        before: Job | None,
+        after: Job | None,
         event_type: EventType,
-        by: str,
-        reason: str | None,
-        details: dict[str, Any] | None,
-    ) -> Event:
-        """Return an event that changes no field of `job`. `after` is None if the job is deleted."""
-        number, queue = self._event_number(), job.options.queue
-        return Event(number, self.now, event_type, job.seq, job.id, queue, job.status, after, by, reason, details)
-
-    def _event_number(self) -> int:
-        state = self.state
+        by: str | None = None,
+        reason: str | None = None,
+        details: dict[str, Any] | None = None,
+        *,
+        payload: bytes | None = None,
+        request_hash: str | None = None,
+        late: LateResult | None = None,
+        queue: str = "",
+    ) -> None:
+        """Add the event of a change of one row, or of `queue`."""
+        state, job = self.state, before if after is None else after
         number, state.next_event = state.next_event, state.next_event + 1
-        return number
+        self.changes.append(
+            Event(
+                number,
+                self.now,
+                event_type,
+                0 if job is None else job.seq,
+                "" if job is None else job.id,
+                queue if job is None else job.options.queue,
+                None if before is None else before.status,
+                None if after is None else after.status,
+                by or self.call.by,
+                reason,
+                details,
+                None,
+                before,
+                after,
+                payload,
+                request_hash,
+                late,
+            )
+        )

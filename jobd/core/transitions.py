@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any, Final
 
 from msgspec import Raw
+from msgspec.structs import replace
 
 from jobd.core import guards
 from jobd.core.transaction import Transaction
@@ -73,18 +74,32 @@ def grant(tx: Transaction, job: Job, request: Start | Claim) -> Job:
         progress_due = lock_ms + progress_timeout_ms
         expires = expires if expires < progress_due else progress_due
     attempt = job.attempt + 1
-    fields = {
-        "status": "processing",
-        "started_at": now if now > job.created_at else job.created_at,
-        "progress": 0,
-        "progress_message": None,
-        "attempt": attempt,
-        "grant": Grant(tx.secret(token), token, worker, now, ttl_ms, stall_after_ms, progress_timeout_ms),
-        "deadlines": LockDeadlines(expires, lock_ms + stall_after_ms, progress_due),
-    }
+    granted = Job(
+        job.seq,
+        job.id,
+        options,
+        "processing",
+        job.created_at,
+        now,
+        job.run_at,
+        0,
+        None,
+        attempt,
+        job.stalls,
+        now if now > job.created_at else job.created_at,
+        None,
+        job.expires_at,
+        Grant(tx.secret(token), token, worker, now, ttl_ms, stall_after_ms, progress_timeout_ms),
+        LockDeadlines(expires, lock_ms + stall_after_ms, progress_due),
+        job.ended,
+        job.result,
+        job.error,
+        job.releases,
+        job.payload_bytes,
+    )
     details = {"worker": worker, "fencing_token": token, "attempt": attempt, "ttl_ms": ttl_ms}
     # `by` instead of `worker`, because `note_request` has already recorded the worker.
-    return tx.update(job, "granted", fields, by=f"worker:{worker}", details=details)
+    return tx.update(job, granted, "granted", by=f"worker:{worker}", details=details)
 
 
 def keep_alive(
@@ -111,60 +126,94 @@ def keep_alive(
 def requeue(
     tx: Transaction,
     job: Job,
+    changed: Job,
     event_type: EventType,
     ended: PreviousGrant | None,
-    fields: dict[str, Any],
     *,
+    run_at: int | None = None,
+    releases: int = 0,
     worker: str | None = None,
     reason: str | None = None,
     details: dict[str, Any] | None = None,
 ) -> Job:
-    """Put the job back into its queue. It keeps its last error and, unless `fields` set run_at, its place."""
-    fields["status"] = "queued"
-    fields["progress"], fields["progress_message"] = 0, None
-    fields["started_at"] = fields["finished_at"] = None
-    if fields.setdefault("releases", 0) == job.releases:
-        del fields["releases"]
-    if job.status != "processing":
-        fields.setdefault("expires_at", None)  # the deletion time of a finished job
-        if tx.at.now < job.run_at <= job.updated_at:  # the wall clock was set back
-            fields.setdefault("run_at", tx.at.now)
-    _end_grant(fields, job, ended)
-    return tx.update(job, event_type, fields, worker=worker, reason=reason, details=details)
+    """Put the job back into its queue. It keeps its last error and, without a `run_at`, its place.
+
+    `changed` is the row with what else changes.
+    """
+    is_finished = job.status != "processing"
+    if run_at is None and is_finished and tx.at.now < job.run_at <= job.updated_at:  # the wall clock was set back
+        run_at = tx.at.now
+    after = replace(
+        changed,
+        status="queued",
+        progress=0,
+        progress_message=None,
+        started_at=None,
+        finished_at=None,
+        expires_at=None if is_finished else changed.expires_at,  # the deletion time of a finished job
+        run_at=job.run_at if run_at is None else run_at,
+        grant=None,
+        deadlines=None,
+        ended=ended,
+        releases=releases,
+    )
+    return tx.update(job, after, event_type, worker=worker, reason=reason, details=details)
 
 
 def finish(
     tx: Transaction,
     job: Job,
+    changed: Job,
     event_type: EventType,
     status: str,
     ended: PreviousGrant | None,
-    fields: dict[str, Any],
     *,
+    expires_at: int | None = None,
     worker: str | None = None,
     by: str | None = None,
     reason: str | None = None,
     details: dict[str, Any] | None = None,
 ) -> Job:
-    """Move the job to a finished status. It is deleted after its retention, or at `expires_at` in `fields`."""
+    """Move the job to a finished status. It is deleted after its retention, or at `expires_at`.
+
+    `changed` is the row with what else changes.
+    """
     finished_at = tx.now
     if finished_at < job.created_at:  # the wall clock stepped back
         finished_at = job.created_at
     if job.started_at is not None and finished_at < job.started_at:
         finished_at = job.started_at
-    if fields.get("expires_at") is None:
-        fields["expires_at"] = min(max(finished_at, tx.at.latest) + keep_ms(tx.policy, status), LATEST_MS)
-    fields["status"] = status
-    fields["finished_at"] = finished_at
-    if job.releases:
-        fields["releases"] = 0
-    _end_grant(fields, job, ended)
-    return tx.update(job, event_type, fields, worker=worker, by=by, reason=reason, details=details)
+    if expires_at is None:
+        expires_at = min(max(finished_at, tx.at.latest) + keep_ms(tx.policy, status), LATEST_MS)
+    after = Job(
+        job.seq,
+        job.id,
+        changed.options,
+        status,
+        job.created_at,
+        tx.now,
+        changed.run_at,
+        changed.progress,
+        changed.progress_message,
+        changed.attempt,
+        changed.stalls,
+        job.started_at,
+        finished_at,
+        expires_at,
+        None,
+        None,
+        ended,
+        changed.result,
+        changed.error,
+        0,
+        job.payload_bytes,
+    )
+    return tx.update(job, after, event_type, worker=worker, by=by, reason=reason, details=details)
 
 
-def completion(result: Result, expires_at: int | None = None) -> dict[str, Any]:
-    """Return the fields of a job that completes with `result`: progress 100, no error."""
-    return {"progress": MAX_PERCENT, "result": normalize_result(result), "error": None, "expires_at": expires_at}
+def completed(job: Job, result: Result) -> Job:
+    """Return the row of a job that completes with `result`: progress 100, no error."""
+    return replace(job, progress=MAX_PERCENT, result=normalize_result(result), error=None)
 
 
 def keep_ms(policy: Policy, status: str) -> int:
@@ -206,8 +255,8 @@ def stall(tx: Transaction, job: Job, cause: str, *, rule: str = "recovery", why:
     if job.grant is not None:
         tx.state.presence.note_lost(job.grant.worker, job)
     if requeues_on_stall(job):
-        fields = {"attempt": attempt, "stalls": stalls}
-        return requeue(tx, job, "stalled", ended, fields, reason=cause, details=details)
+        changed = replace(job, attempt=attempt, stalls=stalls)
+        return requeue(tx, job, changed, "stalled", ended, reason=cause, details=details)
     if stalls > options.max_stalls:
         times = "once" if stalls == 1 else f"{stalls} times"
         advice = f"It stalled {times} (max_stalls {options.max_stalls}); find out what kills its workers."
@@ -216,8 +265,8 @@ def stall(tx: Transaction, job: Job, cause: str, *, rule: str = "recovery", why:
     else:
         advice = "The work may be half done; check it, then retry the job to run it again."
     error = Failure(f"{cause} {advice}", STALLED)
-    failed: dict[str, Any] = {"attempt": attempt, "stalls": stalls, "error": error}
-    return finish(tx, job, "stalled", "failed", ended, failed, reason=error.message, details=details)
+    changed = replace(job, attempt=attempt, stalls=stalls, error=error)
+    return finish(tx, job, changed, "stalled", "failed", ended, reason=error.message, details=details)
 
 
 def stall_reason(tx: Transaction, job: Job) -> str:
@@ -239,17 +288,10 @@ def expire(tx: Transaction, job: Job, by: str | None = None) -> Job:
     message = f"Its expires_at passed {waited}. Create it again if it is still needed."
     if job.error is not None and job.error.message:
         message += f" Its last error: {job.error.message[:MAX_QUOTED_ERROR]}"
-    error = Failure(message, EXPIRED)
-    return finish(tx, job, "expired", "failed", job.ended, {"error": error}, by=by, reason=message)
+    failed = replace(job, error=Failure(message, EXPIRED))
+    return finish(tx, job, failed, "expired", "failed", job.ended, by=by, reason=message)
 
 
 def expire_if_overdue(tx: Transaction, job: Job) -> Job:
     """Fail the job if it is queued and past its `expires_at`. Return its row. Commands that do not end it call this."""
     return expire(tx, job, by="daemon") if guards.may_expire(job, tx.at) else job
-
-
-def _end_grant(fields: dict[str, Any], job: Job, ended: PreviousGrant | None) -> None:
-    if job.grant is not None or job.deadlines is not None:
-        fields["grant"] = fields["deadlines"] = None
-    if ended != job.ended:
-        fields["ended"] = ended

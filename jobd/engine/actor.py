@@ -85,7 +85,7 @@ from jobd.model.commands import (
     Undelivered,
 )
 from jobd.model.errors import SHUTTING_DOWN, ApiError, not_leader_error
-from jobd.model.events import Change
+from jobd.model.events import Event
 from jobd.model.job import Policy
 from jobd.model.journal import JournalOutcomeUnknown, LeadershipLost
 from jobd.model.responses import Grants, Response
@@ -153,7 +153,7 @@ class Actor:
         self.full_disk = FullDisk(disk, clock, loop_time, is_full=is_full, has_reserve=has_reserve)
         self.slow_commit_s = SLOW_COMMIT_S
         self.before_batch = before_batch
-        self.on_commit: list[Callable[[Sequence[Change]], None]] = [lambda changes: self.state.counters.note(changes)]
+        self.on_commit: list[Callable[[Sequence[Event]], None]] = [lambda changes: self.state.counters.note(changes)]
         self.commit_seconds = Histogram.empty(COMMIT_BUCKETS_S)
         self.batch_commands = Histogram.empty(BATCH_BUCKETS)
         self._clock = clock
@@ -640,7 +640,7 @@ class Actor:
     def _note_quarantined(self, quarantined: Quarantined) -> None:
         """Remove a job whose damaged rows were quarantined. The current batch may have changed its count already."""
         changes = self._under_way.changes if self._under_way is not None else []
-        is_changed = any(change.event.job_id == quarantined.id for change in changes)
+        is_changed = any(change.job_id == quarantined.id for change in changes)
         if quarantined.id not in self.state.quarantined:
             log.error("job_quarantined", job_id=quarantined.id, reason=quarantined.reason)
         uncounted = None if is_changed else quarantined.uncounted

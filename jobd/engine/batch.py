@@ -73,7 +73,7 @@ from jobd.model.commands import (
     is_dry_run,
 )
 from jobd.model.errors import ApiError
-from jobd.model.events import Change
+from jobd.model.events import Event
 from jobd.model.job import LIVE, Policy
 from jobd.model.responses import Grants, JobView, Response
 from jobd.model.storage import AuditEntry, Batch, LateResultRows, Payload, StoredResponse, audit_share, tombstones
@@ -126,7 +126,7 @@ class DecidedBatch(Struct):
         return self.large_bytes >= BATCH_PAYLOADS
 
     @property
-    def changes(self) -> list[Change]:
+    def changes(self) -> list[Event]:
         return self.tx.changes
 
     @property
@@ -210,8 +210,10 @@ class Decider:
         """Return what to write for a decided batch."""
         keys, forgotten = self.keys.changed()
         # A queue whose pause or number of finished jobs changes. Events of queues have no status.
-        events = [change.event for change in decided.changes]
-        queues = {event.queue for event in events if event.after not in LIVE or event.before not in _LIVE_OR_NEW}
+        events = list(decided.changes)
+        queues = {
+            event.queue for event in events if event.to_status not in LIVE or event.from_status not in _LIVE_OR_NEW
+        }
         return Batch(
             changes=decided.changes,
             numbers=self.state.numbers(decided.at.lock_ms, decided.at.believed, decided.at.clock),
@@ -235,7 +237,7 @@ class Decider:
             self._receivers.pop(lock_id, None)
         unvalidated = self.state.unvalidated
         if unvalidated:
-            gone = [change.event.job_seq for change in decided.changes if change.after is None]
+            gone = [change.job_seq for change in decided.changes if change.after is None]
             for seq in (*gone, *decided.tx.checked):
                 unvalidated.pop(seq, None)
 
@@ -340,7 +342,7 @@ class Decider:
             self._audit(decided, call, response, tx.changed())
         return response
 
-    def _audit(self, decided: DecidedBatch, call: Call, response: Response | ApiError, changes: list[Change]) -> None:
+    def _audit(self, decided: DecidedBatch, call: Call, response: Response | ApiError, changes: list[Event]) -> None:
         """Add the audit entry of a call. On a full disk, only changes get one."""
         audited = audit.entry(call, response, changes, decided.at.now)
         if audited is None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterable, Sequence
 
-from jobd.model.events import Change
+from jobd.model.events import Event
 
 
 class Watcher:
@@ -66,17 +66,17 @@ class Watchers:
             return self._of_queue.setdefault(watcher.queue, set())
         return self._of_all
 
-    def notify(self, changes: Sequence[Change]) -> None:
+    def notify(self, changes: Sequence[Event]) -> None:
         """Wake the watchers of these changes. A change of a queue wakes all, because every page shows the queues."""
         _wake(self._of_all)
         if len(self._of_all) == len(self._all):
             return
         for change in changes:
-            if not change.event.job_id:
+            if not change.job_id:
                 _wake(self._all)
                 return
-            _wake(self._of_queue.get(change.event.queue, ()))
-            _wake(self._of_job.get(change.event.job_id, ()))
+            _wake(self._of_queue.get(change.queue, ()))
+            _wake(self._of_job.get(change.job_id, ()))
 
     def end(self) -> None:
         for watcher in self._all:

@@ -19,7 +19,7 @@ from jobd.engine.change_watchers import Watcher, Watchers
 from jobd.engine.clock import loop_time
 from jobd.model.clocks import MonotonicS
 from jobd.model.errors import api_error
-from jobd.model.events import Change, Event, EventFilter, StreamedEvent, streamed_event
+from jobd.model.events import Event, EventFilter, StreamedEvent, streamed_event
 from jobd.model.storage import EventPage, EventStorage
 
 RETRY_MS: Final = 2_000  # how long a client should wait before it connects again
@@ -167,7 +167,7 @@ class EventFeed:
         self._watchers = Watchers()
         self._live = 0  # listeners that get live events
         self._bytes = 0
-        self._news: list[Sequence[Change]] = []
+        self._news: list[Sequence[Event]] = []
         self._next_round_s = MonotonicS(0.0)
         self._timer: asyncio.TimerHandle | None = None
         self.reader = LogReader(storage)
@@ -176,9 +176,9 @@ class EventFeed:
     def listeners(self) -> int:
         return len(self._listeners) + len(self._watchers)
 
-    def publish(self, changes: Sequence[Change]) -> None:
+    def publish(self, changes: Sequence[Event]) -> None:
         """Queue committed changes, in their order. The actor calls this."""
-        self.last = changes[-1].event.seq
+        self.last = changes[-1].seq
         if self._watchers:
             self._watchers.notify(changes)
         if self._live:
@@ -242,7 +242,7 @@ class EventFeed:
             self._timer.cancel()
             self._timer = None
         self._next_round_s = loop_time() + GATHER_S
-        events = [change.event for changes in self._news for change in changes]
+        events = [event for events in self._news for event in events]
         self._news.clear()
         if events:
             self.rounds.append(EventBatch(events))

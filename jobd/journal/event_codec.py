@@ -5,28 +5,25 @@ A row is a tuple in the order of EVENT_COLUMNS. The details and changes of an ev
 
 from __future__ import annotations
 
-from typing import Any, Final, TypedDict, cast
+from typing import Any, Final
 
 import msgspec
-from msgspec import Raw
-from msgspec.structs import replace
+from msgspec import UNSET, Raw
+from msgspec.structs import astuple, replace
 
-from jobd.model.events import GIVEN_BACK, HEARTBEATS, KEEP_HEARTBEATS, ROUTINE, Changes, Event
-from jobd.model.job import Job
+from jobd.model.events import GIVEN_BACK, HEARTBEATS, KEEP_HEARTBEATS, ROUTINE, Changes, Event, stored_changes
 
-EVENT_COLUMNS: Final = Event.__struct_fields__
+EVENT_COLUMNS: Final = Event.__struct_fields__[:12]
 EventRow = tuple[Any, ...]
 _NULL: Final = Raw(b"null")
 _json = msgspec.json.Encoder().encode
-
-
-_TYPES: Final = {field.name: field.type for field in msgspec.structs.fields(Job)}
-_decode_changes = msgspec.json.Decoder(cast("Any", TypedDict)("_Changes", _TYPES, total=False)).decode
+_decode_changes = msgspec.json.Decoder(Changes).decode
 _decode_json = msgspec.json.Decoder().decode
 
 
 def encode(event: Event) -> EventRow:
     """Return the columns of `event` in the order of EVENT_COLUMNS."""
+    changes = stored_changes(event)
     return (
         event.seq,
         event.at,
@@ -34,12 +31,12 @@ def encode(event: Event) -> EventRow:
         event.job_seq,
         event.job_id,
         event.queue,
-        event.before,
-        event.after,
+        event.from_status,
+        event.to_status,
         event.by,
         event.reason,
         None if event.details is None else _json(event.details),
-        None if event.changes is None else _json(event.changes),
+        None if changes is None else _json(changes),
     )
 
 
@@ -52,11 +49,11 @@ def decode(row: EventRow) -> Event:
 
 
 def _changes(body: bytes) -> Changes:
-    changes: Changes = _decode_changes(body)
-    if (result := changes.get("result")) is not None:  # `metadata` is part of `body`, and null is not None
+    changes = _decode_changes(body)
+    if result := changes.result:  # `metadata` is part of `body`, and null is not None
         metadata = result.metadata
         metadata = None if metadata is None or metadata == _NULL else metadata.copy()
-        changes["result"] = replace(result, metadata=metadata)
+        changes = replace(changes, result=replace(result, metadata=metadata))
     return changes
 
 
@@ -100,12 +97,19 @@ def shorten(events: list[Event]) -> list[Event]:
 def _without(events: list[Event], gone: set[int]) -> list[Event]:
     """Return the events that are not `gone`, with the values that `gone` events before them set."""
     kept: list[Event] = []
-    carried: Changes = {}
+    carried: Changes | None = None
     for event in events:
-        both = {**carried, **(event.changes or {})}
+        both = _merged(carried, event.changes)
         if event.seq in gone:
             carried = both
         else:
-            kept.append(replace(event, changes=both) if carried else event)
-            carried = {}
+            kept.append(event if carried is None else replace(event, changes=both))
+            carried = None
     return kept
+
+
+def _merged(first: Changes | None, then: Changes | None) -> Changes | None:
+    if first is None or then is None:
+        return then if first is None else first
+    pairs = zip(astuple(first), astuple(then), strict=True)
+    return Changes(*[old if new is UNSET else new for old, new in pairs])

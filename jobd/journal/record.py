@@ -11,11 +11,11 @@ from typing import Any, Final
 
 import msgspec
 from msgspec import Raw, Struct
-from msgspec.structs import astuple
+from msgspec.structs import astuple, replace
 
 from jobd.journal import event_codec
 from jobd.journal.event_codec import EventRow
-from jobd.model.events import Change, Event
+from jobd.model.events import Event
 from jobd.model.job import LateResult, Result
 from jobd.model.journal import BadRecord, Record
 from jobd.model.storage import AuditEntry, Batch, Numbers, QueueRow, StoredResponse, TableWrite, Tombstone
@@ -56,13 +56,12 @@ def encode(batch: Batch) -> tuple[bytes, list[EventRow]]:
     events: list[EventRow] = []
     created: list[tuple[bytes, str]] = []
     late: list[tuple[Any, ...]] = []
-    for change in batch.changes:
-        event = change.event
+    for event in batch.changes:
         events.append(event_codec.encode(event))
-        if event.before is None and _is_new(event):
-            created.append((change.payload or b"null", change.request_hash or ""))
-        if change.late is not None:
-            late.append(_late_row(change.late))
+        if _is_new(event):
+            created.append((event.payload or b"null", event.request_hash or ""))
+        if event.late is not None:
+            late.append(_late_row(event.late))
     body = _Body(
         events,
         created,
@@ -101,9 +100,12 @@ def _batch(body: _Body) -> Batch:
     changes = []
     for row in body.events:
         event = event_codec.decode(row)
-        payload, request_hash = next(created) if _is_new(event) else (None, None)
-        kept = _late(next(late)) if event.type == "late_result" else None
-        changes.append(Change(None, None, event, payload, request_hash, kept))
+        if _is_new(event):
+            payload, request_hash = next(created)
+            event = replace(event, payload=payload, request_hash=request_hash)
+        elif event.type == "late_result":
+            event = replace(event, late=_late(next(late)))
+        changes.append(event)
     return Batch(
         changes,
         Numbers(*body.numbers),
@@ -121,7 +123,7 @@ def _batch(body: _Body) -> Batch:
 
 
 def _is_new(event: Event) -> bool:
-    return event.before is None and event.job_seq != 0
+    return event.from_status is None and event.job_seq != 0
 
 
 def _key(row: tuple[Any, ...]) -> StoredResponse:

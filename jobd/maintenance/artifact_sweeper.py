@@ -16,7 +16,7 @@ from msgspec.structs import replace
 
 from jobd.engine.clock import Clock, loop_time
 from jobd.model.clocks import MonotonicS
-from jobd.model.events import Change
+from jobd.model.events import Event
 from jobd.model.job import MINUTE_MS, SECOND_MS
 from jobd.model.journal import JournalOutcomeUnknown, LeadershipLost
 from jobd.model.storage import MAX_POSTPONE_MS, CannotWrite, DueTombstones, JobStorage, Tombstone
@@ -114,7 +114,7 @@ class ArtifactSweeper:
         self.stats.expect(count)
         self._wake.set()
 
-    def committed(self, changes: Sequence[Change]) -> None:
+    def committed(self, changes: Sequence[Event]) -> None:
         """Note the keys that committed changes name, because a slice has read those of earlier ones."""
         if self._newly_named is None:
             return

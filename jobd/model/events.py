@@ -5,12 +5,15 @@ An event has the new value of every field that it changed, so folding the events
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated, Any, Final, Literal
 
-from msgspec import Struct
-from msgspec.structs import astuple, replace
+import msgspec
+from msgspec import UNSET, Struct, UnsetType
+from msgspec.structs import asdict, replace
 
 from jobd.model.fields import doc
+from jobd.model.flat_job import maker
 from jobd.model.job import Grant, Job, LateResult
 from jobd.model.times import utc
 
@@ -48,6 +51,8 @@ EventType = Literal[
 HEARTBEATS: Final = frozenset({"progress", "extended"})
 KEEP_HEARTBEATS: Final = 100
 
+NOTES: Final = frozenset({"late_result", "late_call", "queue_paused", "queue_resumed"})  # they change no row of a job
+
 # A job that is granted and returned many times would fill the event log. Its first KEEP_FIRST_GRANTS and last
 # KEEP_GRANTS grants are kept. A grant between them that ended with one of GIVEN_BACK loses its ROUTINE events.
 GIVEN_BACK: Final = frozenset({"released", "undelivered"})
@@ -56,17 +61,29 @@ KEEP_FIRST_GRANTS: Final = 10
 KEEP_GRANTS: Final = 100
 
 
-# The fields of a job that an event set, with their new values. The first event of a job may leave out those with the
-# default of Job, and `seq` and `id`, which are fields of the event.
-Changes = dict[str, Any]
+# The fields of a job that an event set, with their new values; UNSET: not set. The first event of a job may leave out
+# those with the default of Job, and `seq` and `id`, which are fields of the event.
+_FIELDS: Final = msgspec.structs.fields(Job)
+_OWN: Final = Job.__struct_fields__[2:]
+Changes: Any = msgspec.defstruct(
+    "Changes",
+    [(each.name, each.type | UnsetType, UNSET) for each in (*_FIELDS[2:], *_FIELDS[:2])],
+    frozen=True,
+    omit_defaults=True,
+    gc=False,
+)
 
 
 class Event(Struct, frozen=True, gc=False):
     """One fact. `seq` orders the events of the whole store: it is unique and never reused; gaps are allowed.
 
     `at` is wall time in Unix ms. `by` is the author: `worker:NAME`, `client`, `admin`, `admin:NAME`, `recovery`,
-    `cleanup` or `daemon`. Events of a queue have `job_seq` 0 and an empty `job_id`. `details` is public. `changes` can
-    contain a lock_id and is never sent to a client.
+    `cleanup` or `daemon`. Events of a queue have `job_seq` 0 and an empty `job_id`. `details` is public.
+
+    The columns up to `changes` are stored. `changes` can contain a lock_id and is never sent to a client. An event of
+    this process has the rows `before` and `after` instead, from which `stored_changes` makes them: `before` is None for
+    a new job, `after` for a deleted one, and both are the same value if the row does not change. `payload` (JSON text)
+    and `request_hash` of a new job, and a late result, are stored beside their event.
     """
 
     seq: int
@@ -75,17 +92,25 @@ class Event(Struct, frozen=True, gc=False):
     job_seq: int
     job_id: str
     queue: str
-    before: str | None  # status before; None for a new job
-    after: str | None  # status after; None for a deleted job
+    from_status: str | None  # None for a new job
+    to_status: str | None  # None for a deleted job
     by: str
     reason: str | None = None
     details: dict[str, Any] | None = None
     changes: Changes | None = None
+    before: Job | None = None
+    after: Job | None = None
+    payload: bytes | None = None
+    request_hash: str | None = None
+    late: LateResult | None = None
 
     @property
     def grant(self) -> Grant | None:
         """The grant that the event set."""
-        return None if self.changes is None else self.changes.get("grant")
+        if self.changes is not None:
+            return self.changes.grant or None
+        before, after = self.before, self.after
+        return after.grant if after is not None and (before is None or after.grant is not before.grant) else None
 
 
 class QueuePause(Struct, frozen=True, gc=False):
@@ -162,30 +187,16 @@ class EventFilter(Struct, frozen=True):
         )
 
 
-class Change(Struct, frozen=True, gc=False):
-    """One change of one job: its row before and after, and the event.
-
-    `before` is None for a new job, `after` is None for a deleted one, and both are None for an event of a queue. If the
-    row does not change (late results, late calls), both are the same value. `payload` (JSON text) and `request_hash` of
-    a new job are written once.
-    """
-
-    before: Job | None
-    after: Job | None
-    event: Event
-    payload: bytes | None = None
-    request_hash: str | None = None
-    late: LateResult | None = None
-
-
 def fold(job: Job | None, event: Event) -> Job | None:
     """Return the row after `event`, given the row before it. Folding the events of a job from None gives its row.
 
     Raises ValueError if the first event lacks a field that has no default.
     """
-    new = event.changes
-    if new is None or event.type == "deleted":
-        return None if event.type == "deleted" else job
+    if event.after is not None or event.type == "deleted":
+        return event.after
+    if event.changes is None:
+        return job
+    new = {name: value for name, value in asdict(event.changes).items() if value is not UNSET}
     if job is not None:
         return replace(job, **new)
     try:
@@ -194,23 +205,44 @@ def fold(job: Job | None, event: Event) -> Job | None:
         raise ValueError(f"event {event.seq} ({event.type}) is not the first of a job: {error}") from error
 
 
-_AS_NEW: Final = Job.__struct_defaults__
+# Identical values are omitted, and perhaps not equal ones: comparing values takes longer than storing them.
+_difference = maker(
+    Changes,
+    "before, after, unset",
+    {name: f"after.{name} if after.{name} is not before.{name} else unset" for name in _OWN},
+)
 
 
-def initial_changes(job: Job) -> Changes:
-    """Return the changes of the first event of `job`: all fields but `seq`, `id` and those with their default."""
-    changes: Changes = {
-        "options": job.options,
-        "status": job.status,
-        "created_at": job.created_at,
-        "updated_at": job.updated_at,
-        "run_at": job.run_at,
-    }
-    optional = astuple(job)[-len(_AS_NEW) :]
-    if optional != _AS_NEW:
-        fields = zip(Job.__struct_fields__[-len(_AS_NEW) :], optional, _AS_NEW, strict=True)
-        changes |= {name: value for name, value, default in fields if value != default}
-    return changes
+def _recorder(names: str, *, is_first: bool = False) -> Callable[[Job | None, Job], Struct]:
+    """Return a function that takes these fields of a row. The first event of a job leaves out defaults."""
+    target = msgspec.defstruct(
+        "Recorded",
+        [(each.name, each.type, each.default) for each in _FIELDS if each.name in names.split()],
+        omit_defaults=is_first,
+        gc=False,
+    )
+    return maker(target, "before, after", {name: f"after.{name}" for name in _OWN})
+
+
+# All fields that the most frequent events can change. They are not compared.
+_FREQUENT: Final = {
+    "created": _recorder("options status created_at updated_at run_at expires_at payload_bytes", is_first=True),
+    "granted": _recorder("status updated_at progress progress_message attempt started_at grant deadlines"),
+    "progress": _recorder("updated_at progress progress_message deadlines releases"),
+    "completed": _recorder(
+        "status updated_at progress finished_at expires_at grant deadlines ended result error releases"
+    ),
+}
+_NO_JOB: Final = Job(*[UNSET] * 7)  # type: ignore[arg-type]  # the optional fields have their defaults
+
+
+def stored_changes(event: Event) -> Struct | None:
+    """Return the fields that `event` set, None if it changed no row or deleted the job."""
+    before, after = event.before, event.after
+    if after is None or after is before:
+        return event.changes
+    recorder = _FREQUENT.get(event.type)
+    return _difference(before or _NO_JOB, after, UNSET) if recorder is None else recorder(before, after)
 
 
 _Public = tuple[int, int, str, str | None, str | None, str, str | None, dict[str, Any]]  # the fields of EventView
@@ -228,4 +260,13 @@ def streamed_event(event: Event) -> StreamedEvent:
 
 def _public(event: Event) -> _Public:
     """Return the fields of EventView."""
-    return event.seq, event.at, event.type, event.before, event.after, event.by, event.reason, event.details or {}
+    return (
+        event.seq,
+        event.at,
+        event.type,
+        event.from_status,
+        event.to_status,
+        event.by,
+        event.reason,
+        event.details or {},
+    )

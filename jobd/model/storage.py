@@ -10,7 +10,7 @@ from msgspec.structs import replace
 
 from jobd.model.clocks import LockMs
 from jobd.model.commands import ClockTrust
-from jobd.model.events import Change, Event, QueuePause
+from jobd.model.events import Event, QueuePause
 from jobd.model.job import HOUR_MS, Grant, Job, LateResult, PackedJob
 from jobd.model.responses import DeliveryState
 from jobd.model.webhooks import Delivery, Outbox, WebhookCursor
@@ -232,12 +232,12 @@ class DueTombstones(Struct):
     unmoved: int = 0
 
 
-def tombstones(changes: Iterable[Change]) -> list[Tombstone]:
+def tombstones(changes: Iterable[Event]) -> list[Tombstone]:
     """Return the tombstones of the deletions among `changes`, without those of late results."""
     created = []
-    for change in changes:
-        job, event = change.before, change.event
-        if change.after is None and job is not None and job.result is not None and job.result.storage_key is not None:
+    for event in changes:
+        job = event.before
+        if event.after is None and job is not None and job.result is not None and job.result.storage_key is not None:
             created.append(Tombstone(job.seq, job.id, job.result.storage_key, event.at, event.at))
     return created
 
@@ -292,7 +292,7 @@ TableWrite = OutboxWrite | TombstoneWrite | EventPruning | AuditTrimming | Figur
 class Batch(Struct):
     """One transaction. `queues` has the rows of the queues whose pause or counts of finished jobs changed."""
 
-    changes: list[Change]
+    changes: list[Event]
     numbers: Numbers
     queues: dict[str, QueueRow] = {}
     keys: list[StoredResponse] = []

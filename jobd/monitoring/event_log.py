@@ -8,7 +8,7 @@ from typing import Final
 
 import structlog
 
-from jobd.model.events import Change
+from jobd.model.events import Event
 
 _level: Final = logging.getLogger("jobd")
 log = structlog.get_logger("jobd.facts")
@@ -32,24 +32,22 @@ AT_INFO: Final = frozenset(
 )
 
 
-def write_lines(changes: Sequence[Change]) -> None:
+def write_lines(changes: Sequence[Event]) -> None:
     """Log committed changes in their order."""
     is_debug = _level.isEnabledFor(logging.DEBUG)
-    for change in changes:
-        event = change.event
+    for event in changes:
         if event.type in AT_INFO or (event.by[:5] == "admin" and event.type != "imported"):
-            _line(change, log.info)
+            _line(event, log.info)
         elif is_debug:
-            _line(change, log.debug)
+            _line(event, log.debug)
 
 
-def _line(change: Change, write: structlog.typing.WrappedLogger) -> None:
-    event = change.event
+def _line(event: Event, write: structlog.typing.WrappedLogger) -> None:
     fields = {
         "job_id": event.job_id or None,
         "queue": event.queue,
-        "from_status": event.before,
-        "to_status": event.after,
+        "from_status": event.from_status,
+        "to_status": event.to_status,
         "by": event.by,
         "reason": event.reason,
     }

@@ -15,7 +15,7 @@ import structlog
 from msgspec import Struct, field
 
 from jobd.model.commands import Moment
-from jobd.model.events import Change
+from jobd.model.events import Event
 from jobd.model.fingerprints import fingerprint
 from jobd.model.job import DAY_MS, HOUR_MS, Job, first_line
 from jobd.model.responses import FailureGroup, FailuresView
@@ -114,7 +114,7 @@ class FailureGroups:
 
     # -- changes -------------------------------------------------------------------------------------------------------
 
-    def committed(self, changes: Sequence[Change]) -> None:
+    def committed(self, changes: Sequence[Event]) -> None:
         for change in changes:
             before, after = change.before, change.after
             if (before is None or (before.error is None and before.status != "failed")) and (
@@ -122,14 +122,14 @@ class FailureGroups:
             ):
                 continue  # nearly every change: avoid the calls below
             was, now = _failure_state(before), _failure_state(after)
-            if was == "retrying" and self._unseen.pop(change.event.job_id, None) is not None:
+            if was == "retrying" and self._unseen.pop(change.job_id, None) is not None:
                 was = None
-            if "failed" in (was, now) and change.event.seq <= self._last_counted(change.event.job_seq):
+            if "failed" in (was, now) and change.seq <= self._last_counted(change.job_seq):
                 # The slice has counted this failed job already.
                 was, now = None if was == "failed" else was, None if now == "failed" else now
             self._count(change, was, now)
 
-    def _count(self, change: Change, was: FailureState | None, now: FailureState | None) -> None:
+    def _count(self, change: Event, was: FailureState | None, now: FailureState | None) -> None:
         before, after = change.before, change.after
         if (
             before is not None
@@ -141,7 +141,7 @@ class FailureGroups:
         if before is not None and was is not None:
             self._remove(before, was)
         if after is not None and now is not None:
-            self._add(after, now, after.finished_at or change.event.at)
+            self._add(after, now, after.finished_at or change.at)
         if before is not None and was is not None:  # after `_add`, because both may be the same group
             self._forget_if_empty(_group_name(before))
 

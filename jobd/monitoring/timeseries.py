@@ -11,7 +11,7 @@ from typing import Final
 import msgspec
 from msgspec import Struct
 
-from jobd.model.events import Change
+from jobd.model.events import Event
 from jobd.model.job import HOUR_MS, MINUTE_MS, SECOND_MS
 
 # The series that an event type counts for. Every failed attempt counts as a failure, whether or not it is retried. A
@@ -151,16 +151,15 @@ class Timeseries:
         """Return the counts for the next start, as JSON."""
         return msgspec.json.encode(SavedTimeseries(self.since, self._hour.known, self._day.known))
 
-    def record(self, changes: Sequence[Change]) -> None:
+    def record(self, changes: Sequence[Event]) -> None:
         """Count committed changes. The changes of a batch have nearly the same time."""
         at = -1
         hour: list[int] = []
         day: list[int] = []
         queues: dict[str, list[int]] = {}
-        for change in changes:
-            event = change.event
+        for event in changes:
             line = SERIES.get(event.type)
-            if line is None or (line == ATTEMPTS and event.before != "processing"):
+            if line is None or (line == ATTEMPTS and event.from_status != "processing"):
                 continue
             if event.at != at:
                 at = event.at

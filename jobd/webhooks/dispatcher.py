@@ -14,7 +14,7 @@ import structlog
 from msgspec.structs import replace
 
 from jobd.model.clocks import MonotonicS
-from jobd.model.events import Change
+from jobd.model.events import Event
 from jobd.model.job import MINUTE_MS, SECOND_MS
 from jobd.model.storage import CannotWrite
 from jobd.model.webhooks import EVENTS_GONE, MAX_BACKLOG, Delivery, DeliveryOutcome, Outbox, WebhookEndpoint
@@ -82,7 +82,7 @@ class Dispatcher:
         """Wake up because alerts changed."""
         self._wake.set()
 
-    def committed(self, changes: Sequence[Change]) -> None:
+    def committed(self, changes: Sequence[Event]) -> None:
         """Wake up if there is work in committed changes."""
         if self.reader.committed(changes):
             self._wake.set()

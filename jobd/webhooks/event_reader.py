@@ -13,7 +13,7 @@ import structlog
 from msgspec.structs import replace
 
 from jobd.model.clocks import MonotonicS
-from jobd.model.events import Change
+from jobd.model.events import Event
 from jobd.model.storage import EventPage
 from jobd.model.webhooks import EVENTS_GONE, GAP_PENDING, Delivery, WebhookCursor, WebhookEndpoint
 from jobd.webhooks.alert_source import AlertSource
@@ -58,16 +58,16 @@ class EventReader:
         self._unsaved_since_s: MonotonicS | None = None
         self._writing = asyncio.Lock()
 
-    def committed(self, changes: Sequence[Change]) -> bool:
+    def committed(self, changes: Sequence[Event]) -> bool:
         """Follow committed changes. Return whether there is new work.
 
         A reader at the last event skips unwanted events without reading the disk.
         """
         is_up_to_date = not self.has_unread and not self._is_reading
-        self.newest = changes[-1].event.seq
+        self.newest = changes[-1].seq
         if self._endpoint.reads_events and not is_up_to_date:
             return False
-        if self._endpoint.reads_events and any(self._endpoint.selects(change.event) for change in changes):
+        if self._endpoint.reads_events and any(self._endpoint.selects(change) for change in changes):
             self.has_unread = True
             return True
         self.position = self.newest

@@ -13,7 +13,7 @@ import msgspec
 import structlog
 from msgspec.structs import replace
 
-from jobd.model.events import Change
+from jobd.model.events import Event
 from jobd.model.responses import DeliveryPage, DeliveryState, DeliveryView, WebhookView
 from jobd.model.storage import CannotWrite, DiskFull
 from jobd.model.webhooks import Delivery, FailingWebhook, WebhookEndpoint, WebhookMetrics
@@ -39,7 +39,7 @@ class WebhookManager:
         self,
         context: DispatchContext,
         *,
-        subscribe: Callable[[Callable[[Sequence[Change]], None]], None],
+        subscribe: Callable[[Callable[[Sequence[Event]], None]], None],
         make_transport: Callable[[WebhookEndpoint], HttpTransport],
     ) -> None:
         self._context = context
@@ -83,7 +83,7 @@ class WebhookManager:
         self._stopping = True
         self._wake.set()
 
-    def committed(self, changes: Sequence[Change]) -> None:
+    def committed(self, changes: Sequence[Event]) -> None:
         """Pass committed changes to the dispatchers. The actor calls it, so it must be fast."""
         for dispatcher in self._dispatchers.values():
             dispatcher.committed(changes)

@@ -366,7 +366,7 @@ class Exploration(DecisionChecks):
         self.played.add(type(command))
         self._count(decision.answer)
         for change in decision.changes:
-            self.fired[f"event {change.event.type}"] = self.fired.get(f"event {change.event.type}", 0) + 1
+            self.fired[f"event {change.type}"] = self.fired.get(f"event {change.type}", 0) + 1
         locks = list(state.locks)
         if (
             isinstance(decision.answer, Response)

@@ -7,10 +7,11 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from msgspec import Raw
-from msgspec.structs import asdict, replace
+from msgspec.structs import replace
 
+from jobd.journal import event_codec
 from jobd.model.clocks import LockMs
-from jobd.model.events import Change, Changes, Event, initial_changes
+from jobd.model.events import Event
 from jobd.model.job import (
     FINISHED,
     LIVE,
@@ -72,14 +73,14 @@ def full_job(seq: int = 7) -> Job:
     )
 
 
-def all_of(job: Job) -> Changes:
-    """Return changes that set every field of `job`."""
-    return asdict(job)
+def as_stored(event: Event) -> Event:
+    """Return an event as it is read from the tables: with the fields that it set, without rows."""
+    return event_codec.decode(event_codec.encode(event))
 
 
-def between(before: Job, after: Job) -> Changes:
-    """Return changes with only the fields that differ, the minimum for an event."""
-    return {name: value for name, value in asdict(after).items() if value != getattr(before, name)}
+def as_recorded(event: Event) -> Event:
+    """Return an event as it is read from a record."""
+    return replace(as_stored(event), payload=event.payload, request_hash=event.request_hash, late=event.late)
 
 
 class ChangeFactory:
@@ -97,7 +98,7 @@ class ChangeFactory:
 
     # -- single changes -----------------------------------------------------------------------------------------------
 
-    def create(self, job_id: str | None = None, *, type_: str = "created", **fields: Any) -> Change:
+    def create(self, job_id: str | None = None, *, type_: str = "created", **fields: Any) -> Event:
         seq = self.numbers.next_job
         self.numbers = replace(self.numbers, next_job=seq + 1)
         options = fields.pop("options", None) or self.random.choice(OPTIONS)
@@ -109,7 +110,7 @@ class ChangeFactory:
             self.unvalidated.add(seq)
         return self._step(None, job, type_, payload=payload, request_hash=f"hash-{seq}")
 
-    def grant(self, job: Job, *, stall_after_ms: int = 600_000) -> Change:
+    def grant(self, job: Job, *, stall_after_ms: int = 600_000) -> Event:
         token = (self.numbers.epoch << TOKEN_COUNTER_BITS) | self.numbers.next_token
         self.numbers = replace(self.numbers, next_token=self.numbers.next_token + 1)
         worker = f"w-{self.random.randrange(4)}"
@@ -127,7 +128,7 @@ class ChangeFactory:
         )
         return self._step(job, after, "granted")
 
-    def progress(self, job: Job, progress: float | None = None, message: str | None = None) -> Change:
+    def progress(self, job: Job, progress: float | None = None, message: str | None = None) -> Event:
         self.now += 1
         value = round(self.random.uniform(0, 100), 1) if progress is None else progress
         assert job.deadlines is not None
@@ -136,13 +137,13 @@ class ChangeFactory:
         after = replace(job, progress=value, progress_message=message, deadlines=deadlines, updated_at=self.now)
         return self._step(job, after, "progress")
 
-    def extend(self, job: Job) -> Change:
+    def extend(self, job: Job) -> Event:
         self.now += 1
         assert job.deadlines is not None
         deadlines = replace(job.deadlines, expires=job.deadlines.expires + 10)
         return self._step(job, replace(job, deadlines=deadlines, updated_at=self.now), "extended")
 
-    def finish(self, job: Job, status: str = "completed", metadata: bytes = b'{"size":3}') -> Change:
+    def finish(self, job: Job, status: str = "completed", metadata: bytes = b'{"size":3}') -> Event:
         fields: dict[str, Any] = {"status": status, "finished_at": self.now, "expires_at": self.now + 1_000}
         if status == "completed":
             fields |= {"progress": 100, "result": Result(file_path="/out", metadata=Raw(metadata))}
@@ -156,40 +157,40 @@ class ChangeFactory:
             fields |= {"grant": None, "deadlines": None, "ended": ended}
         return self._step(job, replace(job, **fields), status)
 
-    def requeue(self, job: Job) -> Change:
+    def requeue(self, job: Job) -> Event:
         after = replace(job, status="queued", progress=0, grant=None, deadlines=None, finished_at=None, expires_at=None)
         return self._step(job, after, "released" if job.status == "processing" else "force_reset")
 
-    def update(self, job: Job, **fields: Any) -> Change:
+    def update(self, job: Job, **fields: Any) -> Event:
         return self._step(job, replace(job, **fields), "updated")
 
-    def delete(self, job: Job) -> Change:
+    def delete(self, job: Job) -> Event:
         return self._step(job, None, "deleted")
 
-    def late(self, job: Job, token: int, result: Result = LATE) -> Change:
+    def late(self, job: Job, token: int, result: Result = LATE) -> Event:
         """Return a late result of the grant with this token. The row of `job` does not change."""
         change = self._step(job, job, "late_result")
-        kept = LateResult(change.event.seq, self.now, "w-late", token, f"body of {token}", self.now + 9, result)
+        kept = LateResult(change.seq, self.now, "w-late", token, f"body of {token}", self.now + 9, result)
         return replace(change, late=kept)
 
-    def queue_event(self, queue: str, paused: bool) -> Change:
+    def queue_event(self, queue: str, paused: bool) -> Event:
         at, by = (self.now, "admin") if paused else (None, None)
         row = self.queues.get(queue, QueueRow())
         self.queues[queue] = replace(row, paused=paused, paused_at=at, paused_by=by)
         type_ = "queue_paused" if paused else "queue_resumed"
-        return Change(None, None, Event(self._event(), self.now, type_, 0, "", queue, None, None, "admin"))  # type: ignore[arg-type]
+        return Event(self._event(), self.now, type_, 0, "", queue, None, None, "admin")  # type: ignore[arg-type]
 
     # -- batches ------------------------------------------------------------------------------------------------------
 
-    def batch(self, changes: list[Change], **fields: Any) -> Batch:
+    def batch(self, changes: list[Event], **fields: Any) -> Batch:
         """Return a batch of `changes` with the current rows of every queue."""
         self.numbers = replace(self.numbers, lock_ms=self.now - NOW, wall_ms=self.now)
         return Batch(changes, self.numbers, queues=dict(self.queues), **fields)
 
-    def any_change(self) -> Change:
+    def any_change(self) -> Event:
         """Return a random change that is valid now."""
         live = [job for job in self.jobs.values() if job.status in LIVE]
-        choices: list[Callable[[], Change]] = [self.create]
+        choices: list[Callable[[], Event]] = [self.create]
         if self.jobs:
             job = self.random.choice(live or list(self.jobs.values()))
             if self.random.random() < 0.2:
@@ -211,7 +212,7 @@ class ChangeFactory:
             batch.checked = [self.unvalidated.pop()]
         return batch
 
-    def _choices(self, job: Job) -> list[Callable[[], Change]]:
+    def _choices(self, job: Job) -> list[Callable[[], Event]]:
         if job.status == "processing":
             return [
                 lambda: self.progress(job),
@@ -249,13 +250,9 @@ class ChangeFactory:
 
     def _step(
         self, before: Job | None, after: Job | None, type_: str, *, payload: bytes | None = None, request_hash: str = ""
-    ) -> Change:
+    ) -> Event:
         job = after or before
         assert job is not None
-        if before is None or after is None:
-            changes = None if after is None else initial_changes(after)
-        else:
-            changes = between(before, after)
         event = Event(
             seq=self._event(),
             at=self.now,
@@ -263,11 +260,14 @@ class ChangeFactory:
             job_seq=job.seq,
             job_id=job.id,
             queue=job.options.queue,
-            before=None if before is None else before.status,
-            after=None if after is None else after.status,
+            from_status=None if before is None else before.status,
+            to_status=None if after is None else after.status,
             by="client",
             details={"attempt": job.attempt},
-            changes=changes,
+            before=before,
+            after=after,
+            payload=payload,
+            request_hash=request_hash or None,
         )
         self._count(before, -1)
         self._count(after, +1)
@@ -277,7 +277,7 @@ class ChangeFactory:
             self.deleted[job.seq] = job.id
         else:
             self.jobs[job.seq] = after
-        return Change(before, after, event, payload, request_hash or None)
+        return event
 
     def _count(self, job: Job | None, by: int) -> None:
         if job is None or job.status not in FINISHED:

@@ -9,11 +9,12 @@ from collections.abc import Callable, Iterable, Iterator
 from msgspec.structs import replace
 
 from jobd.journal import record
-from jobd.model.events import Change, fold
+from jobd.model.events import Event, fold
 from jobd.model.job import Job
 from jobd.model.journal import Record
 from jobd.model.storage import BadRows, Batch, DiskFull, Numbers, TableWrite
 from jobd.storage.tables.projection import MAX_BEHIND, SLICE_EVENTS
+from tests.support.factories import as_stored
 from tests.support.memory_journal import MemoryJournal
 from tests.support.memory_tables import MemoryTables
 
@@ -129,7 +130,7 @@ class MemoryProjection(MemoryTables):
         """Return whether the pending records concern one of these jobs or stored responses."""
         if not self.pending:
             return False
-        events = [change.event for _, batch in self.pending for change in batch.changes]
+        events = [event for _, batch in self.pending for event in batch.changes]
         keys = {key.digest for _, batch in self.pending for key in batch.keys}
         changed, numbers = {event.job_id for event in events}, {event.job_seq for event in events}
         return not (changed.isdisjoint(ids) and numbers.isdisjoint(seqs) and keys.isdisjoint(digests))
@@ -153,19 +154,19 @@ class MemoryProjection(MemoryTables):
             assert batch.numbers.next_token >= self.numbers.next_token, "next_token went back"
         self._check_changes(batch.changes)
 
-    def _check_changes(self, changes: list[Change]) -> None:
+    def _check_changes(self, changes: list[Event]) -> None:
         """Check that each change continues from the one before, and that its event says everything that changed."""
         rows: dict[int, Job | None] = {}
         ids: dict[str, int | None] = {}
         last = self.events[-1].seq if self.events else 0
         for change in changes:
-            event, seq = change.event, change.event.job_seq
+            event, seq = as_stored(change), change.job_seq
             assert event.seq > last, f"event {event.seq} comes after {last}"
             last = event.seq
             if seq == 0:
                 continue
             before = rows[seq] if seq in rows else self.jobs.get(seq)
-            if before is None and event.before is not None and event.job_id in self.quarantined:
+            if before is None and event.from_status is not None and event.job_id in self.quarantined:
                 raise BadRows({event.job_id: self.quarantined[event.job_id]})  # quarantined since the batch was decided
             assert before == change.before, f"job {event.job_id} is not on the disk as the batch has it"
             if before is None:

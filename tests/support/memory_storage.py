@@ -155,7 +155,7 @@ class MemoryStorage(MemoryProjection, MemoryOutbox, JobStorage, OutboxStorage):
         self.check_batch(batch)
         if self.behind >= self.max_behind:
             self.project()
-        new = {each.event.job_seq: each.payload for each in batch.changes if each.payload is not None}
+        new = {each.job_seq: each.payload for each in batch.changes if each.payload is not None}
         self._check_payloads(batch, new)
         payloads = {seq: new[seq] if seq in new else self.payloads[seq].body for seq in batch.payloads}
         for aside in self._all_quarantined[reported:]:
@@ -165,9 +165,9 @@ class MemoryStorage(MemoryProjection, MemoryOutbox, JobStorage, OutboxStorage):
         self.append_record(batch)
         self.batches.append(batch)
         for change in batch.changes:
-            if change.event.type == "deleted":
-                self.bad_jobs.pop(change.event.job_id, None)
-                self.unmoved.pop(change.event.job_id, None)
+            if change.type == "deleted":
+                self.bad_jobs.pop(change.job_id, None)
+                self.unmoved.pop(change.job_id, None)
         return payloads
 
     # -- model.storage

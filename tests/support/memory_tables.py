@@ -7,7 +7,7 @@ from typing import Any, Final, get_args
 
 from msgspec.structs import replace
 
-from jobd.model.events import Change, Event, fold
+from jobd.model.events import Event, fold
 from jobd.model.job import FINISHED, MAX_LATE_RESULTS, Job, LateResult
 from jobd.model.storage import (
     AuditEntry,
@@ -29,6 +29,7 @@ from jobd.model.storage import (
 )
 from jobd.model.webhooks import Delivery, WebhookCursor
 from jobd.storage.tables.writers import KEEP_AUDIT, KEEP_BESIDE
+from tests.support.factories import as_stored
 
 KEPT_REPORTS: Final = 500
 
@@ -110,9 +111,9 @@ class MemoryTables:
         self.marked = self.marked and not batch.unmark
         return left
 
-    def _write_late_results(self, change: Change, *, sweeps: bool) -> list[Tombstone]:
+    def _write_late_results(self, change: Event, *, sweeps: bool) -> list[Tombstone]:
         """Store a late result; delete excess ones and those of a deleted job, and return their tombstones."""
-        event = change.event
+        event = change
         kept = [*self.late_results.get(event.job_seq, ()), *([change.late] if change.late is not None else [])]
         if not kept:
             return []
@@ -124,8 +125,8 @@ class MemoryTables:
             Tombstone(-seq, event.job_id, key, event.at, event.at) for seq, key in named if sweeps and key is not None
         ]
 
-    def _write_row(self, change: Change) -> None:
-        event, seq = change.event, change.event.job_seq
+    def _write_row(self, change: Event) -> None:
+        event, seq = as_stored(change), change.job_seq
         self.events.append(event)
         if not seq:
             return
@@ -136,7 +137,7 @@ class MemoryTables:
             return
         self.jobs[seq] = job
         self.ids[job.id] = seq
-        if event.before is None:
+        if event.from_status is None:
             self.payloads[seq] = Payload(change.payload or b"null", change.request_hash or "")
         if event.type == "imported":
             self.unvalidated[seq] = event.job_id

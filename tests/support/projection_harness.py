@@ -49,7 +49,7 @@ class Writer:
             change = maker.late(job, self._token, Result(storage_key=f"late-{self._token}"))
             batch.changes.append(change)
             batch.numbers = maker.numbers
-        for event in (change.event for change in batch.changes):
+        for event in iter(batch.changes):
             if event.type == "deleted":
                 batch.tombstones.append(Tombstone(event.job_seq, event.job_id, event.job_id, event.at, event.at))
         batch.sweeps = True

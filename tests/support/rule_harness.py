@@ -27,7 +27,7 @@ from jobd.model.commands import (
     TakeBack,
 )
 from jobd.model.errors import ApiError
-from jobd.model.events import Change, Event, fold
+from jobd.model.events import Event, fold
 from jobd.model.job import (
     LIVE,
     MAX_LATE_RESULTS,
@@ -44,6 +44,7 @@ from jobd.model.job import (
 from jobd.model.responses import GrantView, Recovered, Response
 from jobd.model.storage import LateResultRows, Payload
 from tests.support.calls import HOLDERS, aimed
+from tests.support.factories import as_stored
 
 NOW: Final = 1_700_000_000_000
 SEED: Final = b"0123456789abcdef"
@@ -74,7 +75,7 @@ class Decision(Struct):
     """The response to a command and its changes. `checked` has the seqs of jobs whose rows were validated."""
 
     answer: Response | ApiError
-    changes: list[Change]
+    changes: list[Event]
     checked: list[int]
 
 
@@ -123,14 +124,14 @@ class RuleHarness:
         call = Call(command, by, seed, admin, expected=expected)
         before = snapshot(self.state)
         first = self.rule(tx, call)
-        events = [change.event for change in tx.changes]
+        events = list(tx.changes)
         tx.undo()
         after = snapshot(self.state)
         assert after == before, f"undo left a change: {[name for name in before if before[name] != after[name]]}"
         response = self.rule(tx, call)
         if not isinstance(command, Recover | TakeBack):  # undo may change the order in which they find jobs
             assert response == first
-            assert [change.event for change in tx.changes] == events
+            assert list(tx.changes) == events
         for change in tx.changes:
             self._apply(change)
         self.checked += tx.checked
@@ -155,7 +156,7 @@ class RuleHarness:
         decision = self.decide(command, admin=admin, by=by)
         assert isinstance(decision.answer, ApiError), decision.answer
         assert decision.answer.code == code, decision.answer
-        assert all(change.event.type in ("late_result", "late_call") for change in decision.changes)
+        assert all(change.type in ("late_result", "late_call") for change in decision.changes)
         return decision.answer
 
     def accept_admin(self, command: AnyCommand) -> Any:
@@ -249,14 +250,14 @@ class RuleHarness:
         late_results = list(self.late_results.get(query.job_seq, []))
         return LateResultRows({query.job_seq: late_results}, {(query.job_seq, grant.lock_id): grant for grant in older})
 
-    def _store_late_result(self, change: Change) -> None:
+    def _store_late_result(self, change: Event) -> None:
         if change.late is not None:
-            late_results = [*self.late_results.get(change.event.job_seq, []), change.late]
+            late_results = [*self.late_results.get(change.job_seq, []), change.late]
             late_results.sort(key=lambda late: late.fencing_token)
-            self.late_results[change.event.job_seq] = late_results[-MAX_LATE_RESULTS:]
+            self.late_results[change.job_seq] = late_results[-MAX_LATE_RESULTS:]
 
-    def _apply(self, change: Change) -> None:
-        event = change.event
+    def _apply(self, change: Event) -> None:
+        event = as_stored(change)
         if self.events:
             assert event.seq > self.events[-1].seq
         self.events.append(event)
@@ -264,20 +265,20 @@ class RuleHarness:
             assert self.rows.get(event.job_id) == change.before, "a change does not continue from the previous row"
             folded = fold(change.before, event)
             assert folded == change.after, "the event does not match the change"
-            assert change.before is None or event.before == change.before.status
-            assert event.after == (None if folded is None else folded.status)
+            assert change.before is None or event.from_status == change.before.status
+            assert event.to_status == (None if folded is None else folded.status)
             if folded is None:
                 del self.rows[event.job_id]
                 self.late_results.pop(event.job_seq, None)
                 self.requests.pop(event.job_id, None)
             else:
                 self.rows[event.job_id] = folded
-        if change.event.type == "created":
+        if change.type == "created":
             self.requests[event.job_id] = Payload(change.payload or b"null", change.request_hash or "")
         self._note_token(change)
         self._store_late_result(change)
 
-    def _note_token(self, change: Change) -> None:
+    def _note_token(self, change: Event) -> None:
         grant = change.after.grant if change.after is not None else None
         if grant is None or (change.before is not None and change.before.grant == grant):
             return

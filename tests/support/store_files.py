@@ -11,7 +11,7 @@ from pathlib import Path
 from msgspec.structs import replace
 
 from jobd.journal import event_codec
-from jobd.model.events import Change, Event, fold
+from jobd.model.events import Event, fold
 from jobd.model.job import FINISHED, LIVE, Job, LateResult
 from jobd.model.storage import Batch, LateResultQuery, OpenedStore
 from jobd.storage.codec import SQL
@@ -80,12 +80,12 @@ def stored_events(conn: sqlite3.Connection, job_seq: int | None = None) -> list[
     return sorted((each for each in events if job_seq in (None, each.job_seq)), key=lambda event: event.seq)
 
 
-def job_of(change: Change) -> Job:
+def job_of(change: Event) -> Job:
     assert change.after is not None
     return change.after
 
 
-def late_of(change: Change) -> LateResult:
+def late_of(change: Event) -> LateResult:
     assert change.late is not None
     return change.late
 

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 from jobd.model.clocks import LockMs
 from jobd.model.commands import Moment
-from jobd.model.events import Change
+from jobd.model.events import Event
 from jobd.model.responses import AlertView
 from jobd.model.storage import OutboxStorage
 from jobd.model.webhooks import Delivery, DeliveryOutcome, WebhookEndpoint
@@ -116,7 +116,7 @@ class WebhookHarness:
         names = ("stalled_jobs", "database")
         return [AlertView(name, name in self.firing, self.firing.get(name), 1.0, 0.0, "Look.") for name in names]
 
-    async def commit(self, *changes: Change) -> None:
+    async def commit(self, *changes: Event) -> None:
         batch = self.maker.batch(list(changes))
         await self.store.write(batch)
         for listener in self.listeners:

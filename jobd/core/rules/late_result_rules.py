@@ -15,7 +15,7 @@ from jobd.core.state import State
 from jobd.core.transaction import Transaction
 from jobd.model.commands import Adopt, AnyCommand, Complete, Extend, Fail, Progress, Release, Why
 from jobd.model.errors import ApiError, ApiException, api_error
-from jobd.model.job import MAX_LATE_RESULTS, Job, LateResult, Policy, Result, storage_key_error
+from jobd.model.job import MAX_LATE_RESULTS, Job, LateResult, Policy, PreviousGrant, Result, storage_key_error
 from jobd.model.responses import Response
 from jobd.model.storage import LateResultQuery
 
@@ -127,9 +127,7 @@ def adopt(tx: Transaction, command: Adopt) -> Response:
         raise guards.invalid("download_url", why)
     details = {"late_result": late.seq, "worker": late.worker, "fencing_token": late.fencing_token}
     expires_at = late.expires_at if late.expires_at is not None and late.expires_at > tx.at.now else None
-    fields = transitions.completion(late.result, expires_at)
-    job = transitions.finish(tx, job, "adopted", "completed", job.ended, fields, reason=command.reason, details=details)
-    return views.job_response(tx, job)
+    return _complete(tx, job, late.result, job.ended, expires_at=expires_at, reason=command.reason, details=details)
 
 
 def not_adoptable(late: LateResult, policy: Policy) -> str | None:
@@ -171,11 +169,14 @@ def _accept(tx: Transaction, job: Job, late: LateResult) -> Response:
     )
     reason = f"Worker {late.worker} had lost its lock, but the job had not been granted again: its result was accepted."
     details = {"worker": late.worker, "fencing_token": late.fencing_token}
-    fields = transitions.completion(late.result, late.expires_at)
-    job = transitions.finish(
-        tx, job, "adopted", "completed", ended, fields, worker=late.worker, reason=reason, details=details
+    return _complete(
+        tx, job, late.result, ended, expires_at=late.expires_at, worker=late.worker, reason=reason, details=details
     )
-    return views.job_response(tx, job)
+
+
+def _complete(tx: Transaction, job: Job, result: Result, ended: PreviousGrant | None, **about: Any) -> Response:
+    done = transitions.completed(job, result)
+    return views.job_response(tx, transitions.finish(tx, job, done, "adopted", "completed", ended, **about))
 
 
 def _stored(tx: Transaction, job: Job, late: LateResult) -> LateResult | None:

@@ -85,7 +85,7 @@ def take_back(tx: Transaction, command: TakeBack) -> Response:
 def _recovery(tx: Transaction, job: Job) -> Recovery:
     """Describe what the last step did to a stalled job."""
     action: Literal["reset", "failed"] = "reset" if job.status == "queued" else "failed"
-    return Recovery(job.id, action, tx.changes[-1].event.reason or "")
+    return Recovery(job.id, action, tx.changes[-1].reason or "")
 
 
 def recover_one(tx: Transaction, command: JobCommand) -> Response:
@@ -122,7 +122,7 @@ def preview(tx: Transaction, command: Preview) -> Response:
 def _clear_lock(tx: Transaction, job: Job, deadlines: LockDeadlines) -> None:
     """Record that the lock has expired. The holder can revive it until the job is stalled."""
     details = {"worker": job.grant.worker if job.grant else None}
-    tx.update(job, "lock_expired", {"deadlines": replace(deadlines, cleared=True)}, details=details)
+    tx.update(job, replace(job, deadlines=replace(deadlines, cleared=True)), "lock_expired", details=details)
 
 
 def end_grants(tx: Transaction, command: EndGrants) -> Response:
@@ -147,7 +147,7 @@ def extend_after_pause(tx: Transaction, command: ExtendAfterPause) -> Response:
             continue
         deadlines = _postponed(job.deadlines, since, until)
         if deadlines != job.deadlines:
-            tx.update(job, "resumed", {"deadlines": deadlines}, details={"grace_ms": command.grace_ms})
+            tx.update(job, replace(job, deadlines=deadlines), "resumed", details={"grace_ms": command.grace_ms})
             done += 1
     return Response(MaintenanceResult(done))
 
@@ -179,7 +179,8 @@ def keep_due(tx: Transaction, command: KeepDue) -> Response:
         job = tx.state.jobs.find(job_id)
         if job is not None and tx.at.now < job.run_at == run_at:
             reason = "It was due before the wall clock was set back."
-            tx.update(job, "updated", {"run_at": tx.at.now}, reason=reason, details={"run_at": tx.at.now})
+            due = replace(job, run_at=tx.at.now)
+            tx.update(job, due, "updated", reason=reason, details={"run_at": tx.at.now})
             done += 1
     return Response(MaintenanceResult(done))
 
@@ -257,7 +258,7 @@ def _repair_one(tx: Transaction, job: Job) -> Job:
     fixes = safe_fixes(job)
     if fixes:
         details = {"fields": sorted(fixes)}
-        job = tx.update(job, "fixed", fixes, reason="validation", details=details)
+        job = tx.update(job, replace(job, **fixes), "fixed", reason="validation", details=details)
     if job.status == "processing" and (job.grant is None or job.deadlines is None):
         job = transitions.stall(tx, job, transitions.stall_reason(tx, job))
     return job

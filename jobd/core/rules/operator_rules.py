@@ -5,7 +5,7 @@ If an operator ends a live grant, the next call of its holder gets lock_lost.
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Final
 
 from msgspec import UNSET
 from msgspec.structs import replace
@@ -27,7 +27,7 @@ from jobd.model.commands import (
     Updates,
 )
 from jobd.model.events import EventType, QueuePause
-from jobd.model.flat_job import NO_ERROR
+from jobd.model.flat_job import NO_ERROR, NO_RESULT
 from jobd.model.job import (
     FINISHED,
     LIVE,
@@ -50,8 +50,8 @@ def force_fail(tx: Transaction, command: ForceFail) -> Response:
         raise guards.invalid_transition(job, "failed", "Only a queued or processing job can be failed.")
     reason = command.reason or NO_REASON
     ended = transitions.ended_by(job, tx.at.now, "force-fail", "force_failed")
-    error = Failure(reason, "force_failed")
-    after = transitions.finish(tx, job, "force_failed", "failed", ended, {"error": error}, reason=reason)
+    failed = replace(job, error=Failure(reason, "force_failed"))
+    after = transitions.finish(tx, job, failed, "force_failed", "failed", ended, reason=reason)
     return _forced(tx, job, after, reason)
 
 
@@ -65,15 +65,15 @@ def force_reset(tx: Transaction, command: ForceReset) -> Response:
     if job.status == "processing" and isinstance(command, RetryJob):
         raise guards.invalid_transition(job, "queued", "Only failed and cancelled jobs can be retried.")
     ended = transitions.ended_by(job, tx.at.now, "force-reset", "force_reset")
-    fresh = {"attempt": 0, "stalls": 0, "error": None, "run_at": tx.at.now} | _without_past_expiry(tx, job)
+    fresh = replace(_without_past_expiry(tx, job), attempt=0, stalls=0, error=None)
     event: EventType = "retried_by_operator" if job.status in RetryJob.allowed_from else "force_reset"
-    after = transitions.requeue(tx, job, event, ended, fresh, reason=command.reason)
+    after = transitions.requeue(tx, job, fresh, event, ended, run_at=tx.at.now, reason=command.reason)
     return _forced(tx, job, after, command.reason)
 
 
-def _without_past_expiry(tx: Transaction, job: Job) -> dict[str, Any]:
+def _without_past_expiry(tx: Transaction, job: Job) -> Job:
     """Clear an `expires_at` that has passed, because the job would fail again at once."""
-    return {"expires_at": None} if job.expires_at is not None and job.expires_at <= tx.at.now else {}
+    return replace(job, expires_at=None) if job.expires_at is not None and job.expires_at <= tx.at.now else job
 
 
 def transition(tx: Transaction, command: Transition) -> Response:
@@ -87,55 +87,49 @@ def transition(tx: Transaction, command: Transition) -> Response:
         raise guards.invalid_transition(job, command.to, "Only start and claim can make a job processing.")
     if (job.status, command.to) not in TRANSITIONS:
         raise guards.invalid_transition(job, command.to, f"It cannot go from {job.status} to {command.to}.")
-    fields = _updated(tx, job, command.updates)
+    changed = _updated(tx, job, command.updates)
     if command.to == "completed":
-        result = fields.get("result", job.result) or Result()
-        guards.check_url(tx.policy, result.download_url, "updates.download_url")
-    after = _transitioned(tx, job, command, fields)
+        guards.check_url(tx.policy, (changed.result or NO_RESULT).download_url, "updates.download_url")
+    after = _transitioned(tx, job, changed, command)
     return _forced(tx, job, after, command.reason)
 
 
-def _transitioned(tx: Transaction, job: Job, command: Transition, fields: dict[str, Any]) -> Job:
+def _transitioned(tx: Transaction, job: Job, changed: Job, command: Transition) -> Job:
     reason = command.reason
     ended = transitions.ended_by(job, tx.at.now, "transition", "transitioned")
     if command.to == "queued":
         # The last attempt does not count.
-        fields |= _without_past_expiry(tx, job)
-        fields["attempt"] = transitions.refunded_attempts(job)
-        return transitions.requeue(tx, job, "transitioned", ended, fields, reason=reason)
+        changed = replace(_without_past_expiry(tx, changed), attempt=transitions.refunded_attempts(job))
+        return transitions.requeue(
+            tx, job, changed, "transitioned", ended, run_at=command.updates.run_at, reason=reason
+        )
     if command.to == "completed":
-        fields |= transitions.completion(fields.get("result", job.result) or Result())
-        return transitions.finish(tx, job, "transitioned", "completed", ended, fields, reason=reason)
-    if command.to == "failed":
-        fields.setdefault("error", Failure(reason or NO_REASON, "transitioned"))
-    return transitions.finish(tx, job, "transitioned", command.to, ended, fields, reason=reason)
+        changed = transitions.completed(changed, changed.result or NO_RESULT)
+    elif command.to == "failed" and command.updates.error_message is None:
+        changed = replace(changed, error=Failure(reason or NO_REASON, "transitioned"))
+    return transitions.finish(tx, job, changed, "transitioned", command.to, ended, reason=reason)
 
 
-def _updated(tx: Transaction, job: Job, updates: Updates) -> dict[str, Any]:
-    """Return the fields of the job that `updates` set."""
-    fields: dict[str, Any] = _rescheduled(tx, job, updates.priority, updates.run_at, updates.max_attempts)
+def _updated(tx: Transaction, job: Job, updates: Updates) -> Job:
+    """Return the row with the fields that `updates` set."""
+    job = _rescheduled(tx, job, updates.priority, updates.run_at, updates.max_attempts)
     if updates.error_message is not None:
-        fields["error"] = Failure(updates.error_message, "transitioned")
+        job = replace(job, error=Failure(updates.error_message, "transitioned"))
     given = {name: value for name in Result.__struct_fields__ if (value := getattr(updates, name)) is not None}
     if given:
-        fields["result"] = transitions.normalize_result(replace(job.result or Result(), **given))
-    return fields
+        job = replace(job, result=transitions.normalize_result(replace(job.result or NO_RESULT, **given)))
+    return job
 
 
-def _rescheduled(
-    tx: Transaction, job: Job, priority: int | None, run_at: int | None, max_attempts: int | None
-) -> dict[str, Any]:
+def _rescheduled(tx: Transaction, job: Job, priority: int | None, run_at: int | None, max_attempts: int | None) -> Job:
     options = job.options
     if priority is not None:
         options = replace(options, priority=priority)
     if max_attempts is not None:
         options = replace(options, max_attempts=max_attempts)
-    fields: dict[str, Any] = {}
     if options != job.options:
-        fields["options"] = tx.state.shared(options)
-    if run_at is not None:
-        fields["run_at"] = run_at
-    return fields
+        job = replace(job, options=tx.state.shared(options))
+    return job if run_at is None else replace(job, run_at=run_at)
 
 
 def run_now(tx: Transaction, command: RunNow) -> Response:
@@ -145,7 +139,8 @@ def run_now(tx: Transaction, command: RunNow) -> Response:
         raise guards.invalid_transition(job, "queued", "Only a queued job can be run now.")
     if job.run_at > tx.at.now:
         reason = command.reason or "run now"
-        job = tx.update(job, "updated", {"run_at": tx.at.now}, reason=reason, details={"run_at": tx.at.now})
+        due = replace(job, run_at=tx.at.now)
+        job = tx.update(job, due, "updated", reason=reason, details={"run_at": tx.at.now})
     return views.job_response(tx, job)
 
 
@@ -154,11 +149,11 @@ def update(tx: Transaction, command: Update) -> Response:
     job = transitions.expire_if_overdue(tx, job)
     if job.status == "completed":
         raise guards.invalid_transition(job, "completed", "A completed job cannot be changed.")
-    fields = _rescheduled(tx, job, command.priority, command.run_at, command.max_attempts)
-    if fields:
+    changed = _rescheduled(tx, job, command.priority, command.run_at, command.max_attempts)
+    if changed is not job:
         given = {"priority": command.priority, "run_at": command.run_at, "max_attempts": command.max_attempts}
         details = {name: value for name, value in given.items() if value is not None}
-        job = tx.update(job, "updated", fields, reason=command.reason, details=details)
+        job = tx.update(job, changed, "updated", reason=command.reason, details=details)
     return views.job_response(tx, job)
 
 
@@ -210,8 +205,8 @@ def import_job(tx: Transaction, command: Import) -> Response:
     tx.create(job, "imported", bytes(command.payload), "")
     if job.status == "processing":
         transitions.stall(tx, job, "The job was processing when it was imported; its worker is unknown here.")
-    last = tx.changes[-1].event
-    return Response(Imported(command.id, False, last.after, last.reason, room), status=201)
+    last = tx.changes[-1]
+    return Response(Imported(command.id, False, last.to_status, last.reason, room), status=201)
 
 
 # Fields of a job that an import gives.

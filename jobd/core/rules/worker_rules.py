@@ -10,6 +10,7 @@ from typing import Any, Final
 
 import msgspec
 from msgspec import UNSET
+from msgspec.structs import replace
 
 from jobd.core import guards, transitions, views
 from jobd.core.rules import late_result_rules, operator_rules
@@ -249,9 +250,11 @@ def undelivered(tx: Transaction, command: Undelivered) -> Response:
         raise _lock_lost(job, command.lock_id)
     ended = transitions.ended_by(job, tx.at.now, "undelivered", "undelivered")
     reason = "The connection closed before the grant was sent."
-    fields = {"attempt": transitions.refunded_attempts(job), "releases": job.releases}
+    refunded = replace(job, attempt=transitions.refunded_attempts(job))
     tx.state.presence.note_left(job.grant.worker)
-    return views.job_response(tx, transitions.requeue(tx, job, "undelivered", ended, fields, reason=reason))
+    return views.job_response(
+        tx, transitions.requeue(tx, job, refunded, "undelivered", ended, releases=job.releases, reason=reason)
+    )
 
 
 def goodbye(tx: Transaction, command: Goodbye) -> Response:
@@ -275,10 +278,9 @@ def progress(tx: Transaction, command: Progress) -> Response:
     details: dict[str, Any] = {"progress": value}
     if command.message is not None:
         details["message"] = command.message
-    fields: dict[str, Any] = {"progress": value, "progress_message": command.message, "deadlines": deadlines}
-    if value > 0 and job.releases:
-        fields["releases"] = 0
-    tx.update(job, "progress", fields, worker=job.grant.worker, details=details)
+    releases = 0 if value > 0 else job.releases
+    after = replace(job, progress=value, progress_message=command.message, deadlines=deadlines, releases=releases)
+    tx.update(job, after, "progress", worker=job.grant.worker, details=details)
     return Response(views.lock_state(job.grant, deadlines, tx.at))
 
 
@@ -307,7 +309,7 @@ def _extend(
     extended = deadlines.expires > job.deadlines.expires
     worker = None if tx.call.admin else job.grant.worker
     details = {"lock_expires_at": tx.at.wall(deadlines.expires)}
-    tx.update(job, "extended", {"deadlines": deadlines}, worker=worker, reason=reason, details=details)
+    tx.update(job, replace(job, deadlines=deadlines), "extended", worker=worker, reason=reason, details=details)
     return Response(views.lock_state(job.grant, deadlines, tx.at, extended))
 
 
@@ -324,8 +326,8 @@ def complete(tx: Transaction, command: Complete) -> Response:
     guards.check_result(tx, command)
     ended = _ended_by_holder(tx, job, command, "complete")
     result = Result(command.download_url, command.file_path, command.storage_key, command.metadata)
-    fields = transitions.completion(result, command.expires_at)
-    job = transitions.finish(tx, job, "completed", "completed", ended, fields, worker=ended.worker)
+    done, worker, expires_at = transitions.completed(job, result), ended.worker, command.expires_at
+    job = transitions.finish(tx, job, done, "completed", "completed", ended, expires_at=expires_at, worker=worker)
     return views.job_response(tx, job)
 
 
@@ -338,16 +340,21 @@ def fail(tx: Transaction, command: Fail) -> Response:
     error = Failure(command.error_message, command.error_code)
     worker, reason = ended.worker, error.message
     if not command.retry or job.attempt >= job.options.max_attempts:
-        job = transitions.finish(tx, job, "failed", "failed", ended, {"error": error}, worker=worker, reason=reason)
+        failed = replace(job, error=error)
+        job = transitions.finish(tx, job, failed, "failed", "failed", ended, worker=worker, reason=reason)
         return views.job_response(tx, job)
     wait_ms = command.retry_after_ms
     if wait_ms is None:
         wait_ms = job.options.backoff.wait_ms(job.attempt, tx.fraction(job.attempt))
     run_at = tx.at.now + wait_ms
     details = {"attempt": job.attempt, "run_at": run_at}
-    fields = {"run_at": run_at, "error": error}
-    job = transitions.requeue(tx, job, "retried", ended, fields, worker=worker, reason=reason, details=details)
-    return views.job_response(tx, job)
+    failed = replace(job, error=error)
+    return views.job_response(
+        tx,
+        transitions.requeue(
+            tx, job, failed, "retried", ended, run_at=run_at, worker=worker, reason=reason, details=details
+        ),
+    )
 
 
 def release(tx: Transaction, command: Release) -> Response:
@@ -377,13 +384,13 @@ def _release(tx: Transaction, command: Release | ReleaseLock, delay_ms: int | No
         ended, reason = _ended_by_holder(tx, job, command, "release"), None
         worker = ended.worker
     releases = job.releases + (delay_ms is None or delay_ms < SECOND_MS)
-    fields: dict[str, Any] = {"releases": releases, "attempt": transitions.refunded_attempts(job)}
     if delay_ms is None:
         delay_ms = release_delay_ms(releases)
-    if delay_ms is not None:
-        fields["run_at"] = tx.at.now + delay_ms
+    refunded = replace(job, attempt=transitions.refunded_attempts(job))
     details = {"releases": releases, "delay_ms": delay_ms} if releases >= DELAYED_FROM else None
-    job = transitions.requeue(tx, job, "released", ended, fields, worker=worker, reason=reason, details=details)
+    about: dict[str, Any] = {"worker": worker, "reason": reason, "details": details}
+    run_at = None if delay_ms is None else tx.at.now + delay_ms
+    job = transitions.requeue(tx, job, refunded, "released", ended, run_at=run_at, releases=releases, **about)
     return views.job_response(tx, job)
 
 
@@ -394,7 +401,7 @@ def cancel(tx: Transaction, command: Cancel) -> Response:
         raise guards.invalid_transition(job, "cancelled", "Only a queued or processing job can be cancelled.")
     ended = transitions.ended_by(job, tx.at.now, "cancel", "cancelled")
     return views.job_response(
-        tx, transitions.finish(tx, job, "cancelled", "cancelled", ended, {}, reason=command.reason)
+        tx, transitions.finish(tx, job, job, "cancelled", "cancelled", ended, reason=command.reason)
     )
 
 

@@ -99,9 +99,9 @@ def changes(path: str, after_event: int) -> LostChanges:
                 if not event.job_seq:
                     lost.queues.append(event.queue)
                 elif (known := by_seq.get(event.job_seq)) is None:
-                    by_seq[event.job_seq] = LostJob(event.job_id, event.before, event.after)
+                    by_seq[event.job_seq] = LostJob(event.job_id, event.from_status, event.to_status)
                 else:
-                    known.after = event.after
+                    known.after = event.to_status
         for seq, each in sorted(by_seq.items()):
             if each.before is None and each.after is None:
                 continue  # the journal never had it, and it was deleted again

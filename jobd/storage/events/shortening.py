@@ -12,15 +12,7 @@ from typing import Any, Final
 
 from jobd.journal import event_codec
 from jobd.journal.event_codec import EVENT_COLUMNS
-from jobd.model.events import (
-    GIVEN_BACK,
-    HEARTBEATS,
-    KEEP_FIRST_GRANTS,
-    KEEP_GRANTS,
-    KEEP_HEARTBEATS,
-    Change,
-    Event,
-)
+from jobd.model.events import GIVEN_BACK, HEARTBEATS, KEEP_FIRST_GRANTS, KEEP_GRANTS, KEEP_HEARTBEATS, Event
 from jobd.model.job import LIVE
 from jobd.model.storage import DiskFull
 from jobd.storage.codec import SQL, Row
@@ -53,10 +45,9 @@ class TimelineShortener:
         """Whether a timeline is too long."""
         return bool(self._waiting)
 
-    def note(self, changes: Sequence[Change]) -> None:
+    def note(self, changes: Sequence[Event]) -> None:
         """Count the events that were written."""
-        for change in changes:
-            event = change.event
+        for event in changes:
             if event.type in HEARTBEATS:
                 # For a grant made before the start the count is unknown, so thin its timeline once.
                 begin, heartbeats = self._heartbeats.get(event.job_seq, (0, KEEP_HEARTBEATS))
@@ -65,11 +56,11 @@ class TimelineShortener:
                     self._waiting.setdefault((self._thin, event.job_seq), begin)
             elif event.type == "granted":
                 self._heartbeats[event.job_seq] = (event.seq, 0)
-            elif event.after != "processing":
+            elif event.to_status != "processing":
                 self._heartbeats.pop(event.job_seq, None)
                 if event.type in GIVEN_BACK:
                     self._count_returned_grant(event.job_seq)
-                elif event.after not in LIVE:
+                elif event.to_status not in LIVE:
                     self._returned_grants.pop(event.job_seq, None)
 
     def _count_returned_grant(self, job_seq: int) -> None:

@@ -34,7 +34,7 @@ class Cut(Struct):
         if self.is_table_damaged:
             return "the table of the journal, which cannot be read, so its records are unknown"
         changes = [change for each in self.readable for change in each.batch.changes]
-        ids = list(dict.fromkeys(change.event.job_id for change in changes if change.event.job_seq))
+        ids = list(dict.fromkeys(change.job_id for change in changes if change.job_seq))
         records = counted(len(self.readable) + self.unreadable, "record")
         text = f"{records} of the journal, from {self.number} on, with {counted(len(changes), 'event')}"
         text += f" of {counted(len(ids), 'job')}"

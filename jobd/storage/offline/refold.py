@@ -46,7 +46,7 @@ def _compare(job: Job, rows: list[Row]) -> str:
         if (error := event_rows.fault(row)) is not None:
             return f"its events {row[0]} to {row[1]} are damaged ({error}), so its events cannot be folded"
     for event in map(event_codec.decode, chain.from_iterable(map(event_rows.unpack, rows))):
-        if folded is None and event.before is not None:
+        if folded is None and event.from_status is not None:
             return f"there is no event before its event {event.seq}, so its events cannot be folded"
         folded = fold(folded, event)
     if folded is None:
@@ -65,20 +65,20 @@ def _field(name: str, value: object, expected: object) -> str:
 def _compare_tail(conn: sqlite3.Connection, tail: Iterable[Pending]) -> Iterator[tuple[str, str]]:
     statuses: dict[int, str | None] = {}
     hidden = {seq for (seq,) in conn.execute("SELECT seq FROM quarantined_jobs")}
-    for record, event in ((pending.number, change.event) for pending in tail for change in pending.batch.changes):
+    for record, event in ((pending.number, event) for pending in tail for event in pending.batch.changes):
         seq = event.job_seq
         if seq == 0 or seq in hidden:
             continue
         if seq not in statuses:
             row = conn.execute(_STATUS, (seq,)).fetchone()
             statuses[seq] = None if row is None else row[0]
-        if statuses[seq] != event.before:
+        if statuses[seq] != event.from_status:
             yield event.job_id, _unexpected(record, event, statuses[seq])
             hidden.add(seq)
-        statuses[seq] = event.after
+        statuses[seq] = event.to_status
 
 
 def _unexpected(record: int, event: Event, status: str | None) -> str:
-    expected = "a new job" if event.before is None else f"a {event.before} job"
+    expected = "a new job" if event.from_status is None else f"a {event.from_status} job"
     found = "it has no row" if status is None else f"it is {readable(status)}"
     return f"event {event.seq} in record {record} of the journal is about {expected}, but {found}"

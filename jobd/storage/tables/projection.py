@@ -56,7 +56,7 @@ from jobd.journal import record
 from jobd.journal.checksum import checksum
 from jobd.journal.record import Decoded
 from jobd.journal.sqlite import SqliteJournal
-from jobd.model.events import Change
+from jobd.model.events import Event
 from jobd.model.job import FINISHED
 from jobd.model.journal import BadRecord, Record
 from jobd.model.storage import (
@@ -169,8 +169,8 @@ class Projection:
         self._subtract_quarantined(batch.queues, reported)
         body, events = record.encode(batch)
         numbers, number = batch.numbers, self.last + 1
-        first = batch.changes[0].event.seq if batch.changes else numbers.next_event
-        last = batch.changes[-1].event.seq if batch.changes else numbers.next_event - 1
+        first = batch.changes[0].seq if batch.changes else numbers.next_event
+        last = batch.changes[-1].seq if batch.changes else numbers.next_event - 1
         made = Record(number, first, last, numbers.epoch, numbers.wall_ms, body)
         pending = Pending(number, batch, events, len(body), 0 if db.membership is None else checksum(made))
         return Prepared(made, pending, payloads, reported)
@@ -213,7 +213,7 @@ class Projection:
     def _check_quarantined(self, batch: Batch) -> None:
         """Raise BadRows if `batch` changes a job that a read has quarantined since the batch was decided."""
         if quarantined := self.db.quarantined:
-            changed = {change.event.job_id for change in batch.changes if change.event.before is not None}
+            changed = {change.job_id for change in batch.changes if change.from_status is not None}
             if ids := changed & quarantined.keys():
                 raise BadRows({id_: quarantined[id_] for id_ in ids})
 
@@ -231,7 +231,7 @@ class Projection:
             return {}
         payloads: dict[int, bytes] = {}
         bad: dict[str, str] = {}
-        new = {change.event.job_seq: change.payload for change in batch.changes if change.payload is not None}
+        new = {change.job_seq: change.payload for change in batch.changes if change.payload is not None}
         for seq in batch.payloads:
             if (body := new.get(seq)) is not None:
                 payloads[seq] = body
@@ -263,7 +263,7 @@ class Projection:
         self.behind += pending.size
         for change in batch.changes:
             if change.payload is not None:
-                job_seq = change.event.job_seq
+                job_seq = change.job_seq
                 self._payloads[job_seq] = Payload(change.payload, change.request_hash or "")
                 self._jobs.cache_payload(job_seq, change.payload)
         if batch.writes and any(type(write) is OutboxWrite for write in batch.writes):
@@ -307,7 +307,7 @@ class Projection:
         """Return whether the tables may lack a change of these jobs or stored responses."""
         names = {*ids, *seqs, *digests}
         batches = [pending.batch for pending in self._pending] if names else []
-        events = (change.event for batch in batches for change in batch.changes)
+        events = (event for batch in batches for event in batch.changes)
         if any(event.job_id in names or event.job_seq in names for event in events):
             return True
         return any(key.digest in names for batch in batches for key in batch.keys)
@@ -373,7 +373,7 @@ class Projection:
                 self._shortener.note(changes)
                 for change in changes:
                     if change.payload is not None:
-                        self._payloads.pop(change.event.job_seq, None)
+                        self._payloads.pop(change.job_seq, None)
                 self.behind -= pending.size
                 self._pending.popleft()
 
@@ -399,14 +399,14 @@ class Projection:
 
     def _uncount(self, seq: int) -> tuple[str, str] | None:
         """Subtract a job from the counts of the pending records. Return its queue and status if it is finished."""
-        events = [change.event for each in self._pending for change in each.batch.changes]
+        events = [event for each in self._pending for event in each.batch.changes]
         first = next((event for event in events if event.job_seq == seq), None)
         if first is None:
             return None
-        queue, status = first.queue, first.before
+        queue, status = first.queue, first.from_status
         for batch in (each.batch for each in self._pending):
-            for event in (change.event for change in batch.changes if change.event.job_seq == seq):
-                status = event.after
+            for event in (event for event in batch.changes if event.job_seq == seq):
+                status = event.to_status
             if status in FINISHED and queue in batch.queues:
                 batch.queues[queue] = batch.queues[queue].without(status)
         return (queue, status) if status in FINISHED else None
@@ -417,9 +417,9 @@ class Projection:
         if pending and db.membership is None:
             self.journal.trim(pending[-1].number)  # first: the tables get the pages, and the file hardly grows
         batches = [each.batch for each in pending]
-        changes: list[Change] = list(chain.from_iterable(batch.changes for batch in batches))
+        changes: list[Event] = list(chain.from_iterable(batch.changes for batch in batches))
         tombstones: list[Tombstone] = []
-        deletes = bool([each for each in changes if each.late is not None or each.event.type == "deleted"])
+        deletes = bool([each for each in changes if each.late is not None or each.type == "deleted"])
         if deletes or any([batch.tombstones for batch in batches]):
             for batch in batches:  # one by one, so that the tombstones do not depend on the slices
                 left = self._late.write(batch.changes, sweeps=batch.sweeps)

@@ -84,11 +84,10 @@ def jobs_without_row(conn: sqlite3.Connection, tail: Iterable[Pending]) -> list[
     """Return the ids of jobs that the tail changes and does not create, without a row in `jobs` or in quarantine."""
     known: set[int] = set()
     missing: list[str] = []
-    for change in (change for pending in tail for change in pending.batch.changes):
-        event = change.event
+    for event in (event for pending in tail for event in pending.batch.changes):
         if event.job_seq == 0 or event.job_seq in known:
             continue
         known.add(event.job_seq)
-        if event.before is not None and conn.execute(_ROW, {"seq": event.job_seq}).fetchone() is None:
+        if event.from_status is not None and conn.execute(_ROW, {"seq": event.job_seq}).fetchone() is None:
             missing.append(event.job_id)
     return missing

@@ -13,7 +13,7 @@ from typing import Final, get_args
 from msgspec import Struct
 from msgspec.structs import replace
 
-from jobd.model.events import Change, Event, fold
+from jobd.model.events import NOTES, Event, fold
 from jobd.model.job import LIVE, MAX_LATE_RESULTS, Job
 from jobd.model.storage import AuditEntry, AuditShare, Tombstone, audit_share
 from jobd.storage import codec
@@ -95,7 +95,7 @@ class JobWriter:
         self.payloads: dict[int, bytes] = {}  # cached, of new jobs; a seq is never reused
         self._payload_bytes = 0
 
-    def write(self, changes: Sequence[Change], totals: Totals, skipped: Container[str]) -> Totals:
+    def write(self, changes: Sequence[Event], totals: Totals, skipped: Container[str]) -> Totals:
         """Write the final row of each job and the payloads of new jobs. Return the new totals.
 
         Jobs with the ids `skipped` are in quarantine. Their rows are not changed.
@@ -105,20 +105,18 @@ class JobWriter:
         payloads: dict[int, Row] = {}
         gone: list[tuple[int, str, int]] = []
         suspects: list[tuple[int]] = []
-        for change in changes:
-            event = change.event
+        for event in changes:
             seq = event.job_seq
-            if event.changes is None and event.type != "deleted":
+            if event.type in NOTES:
                 continue  # it changes no row
             if seq not in after:
-                stored = None if event.before is None else self._stored(change, skipped)
-                if stored is None and event.before is not None:
+                stored = None if event.from_status is None else self._stored(event, skipped)
+                if stored is None and event.from_status is not None:
                     continue
                 before[seq], after[seq] = stored, None if stored is None else stored.job
-            # Changes that were read from the journal have no `after`. In others it equals the fold, which takes longer.
-            after[seq] = fold(after[seq], event) if change.after is None else change.after
-            if event.before is None:
-                payloads[seq] = (seq, change.payload or b"null", change.request_hash or "")
+            after[seq] = fold(after[seq], event)
+            if event.from_status is None:
+                payloads[seq] = (seq, event.payload or b"null", event.request_hash or "")
                 if event.type == "imported":
                     suspects.append((seq,))
             elif event.type == "deleted":
@@ -147,12 +145,11 @@ class JobWriter:
             oldest = list(self.payloads)[: 1 + len(self.payloads) // 4]
             self._payload_bytes -= sum(len(self.payloads.pop(seq)) for seq in oldest)
 
-    def _stored(self, change: Change, skipped: Container[str]) -> StoredJob | None:
+    def _stored(self, event: Event, skipped: Container[str]) -> StoredJob | None:
         """Return the row that `change` continues, None if its job is in quarantine. Raises RowMissing or RowDamaged.
 
         A row that is damaged or missing is written again from the job in memory, which only a change of this run has.
         """
-        event = change.event
         if (stored := self._rows.pop(event.job_seq, None)) is not None:
             return stored
         error: Exception = RowMissing(event.job_id)
@@ -163,11 +160,11 @@ class JobWriter:
             error = RowDamaged(event.job_id, unreadable.row, str(unreadable))
         if event.job_id in skipped:
             return None
-        if change.before is None:
+        if event.before is None:
             raise error
         self._conn.execute("DELETE FROM jobs WHERE seq = ?", (event.job_seq,))
         self._note(f"job {event.job_id}: {error}; it was written again from memory")
-        return StoredJob(change.before, with_checksum(codec.job_row(change.before)), is_gone=True)
+        return StoredJob(event.before, with_checksum(codec.job_row(event.before)), is_gone=True)
 
     def _write_rows(self, stored: dict[int, StoredJob | None], after: dict[int, Job | None], totals: Totals) -> Totals:
         live, live_xor, finished, finished_xor = totals
@@ -352,18 +349,18 @@ class LateWriter:
         self._read = read
         self._note = note
 
-    def write(self, changes: Sequence[Change], *, sweeps: bool) -> list[Tombstone]:
+    def write(self, changes: Sequence[Event], *, sweeps: bool) -> list[Tombstone]:
         """Write new late results. Delete those above the maximum of their job, and those of deleted jobs.
 
         Return tombstones for the artifacts of the deleted ones if an artifact store `sweeps`.
         """
-        touched = [change for change in changes if change.late is not None or change.event.type == "deleted"]
-        kept = [(change.event.job_seq, change.late) for change in touched if change.late is not None]
+        touched = [event for event in changes if event.late is not None or event.type == "deleted"]
+        kept = [(event.job_seq, event.late) for event in touched if event.late is not None]
         if kept:
             self._conn.executemany(_INSERT_LATE, [codec.late_row(job_seq, late) for job_seq, late in kept])
         left: list[Tombstone] = []
         # The last event of each job decides: late results of a job that this slice deletes are deleted too.
-        for event in {change.event.job_seq: change.event for change in touched}.values():
+        for event in {event.job_seq: event for event in touched}.values():
             going = self._read(_EXCESS_LATE if event.type == "late_result" else _LATE_OF_JOB, (event.job_seq,))
             if sweeps:
                 left += self._named(event, going)

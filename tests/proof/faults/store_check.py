@@ -67,8 +67,7 @@ def _fold_tail(found: StoreContents, conn: sqlite3.Connection) -> None:
     tail = read_tail(SqliteJournal(conn, conn.execute), projected_to)
     assert tail.error is None, tail.error
     found.tail = sum(len(each.events) for each in tail.pending)
-    for change in (change for pending in tail.pending for change in pending.batch.changes):
-        event = change.event
+    for event in (event for pending in tail.pending for event in pending.batch.changes):
         _note(found, event)
         if event.job_seq == 0:
             continue
@@ -77,8 +76,8 @@ def _fold_tail(found: StoreContents, conn: sqlite3.Connection) -> None:
             del found.jobs[event.job_id], found.payloads[event.job_id]
             continue
         found.jobs[job.id] = job
-        if change.payload is not None:
-            found.payloads[job.id] = msgspec.json.decode(change.payload)
+        if event.payload is not None:
+            found.payloads[job.id] = msgspec.json.decode(event.payload)
 
 
 def _note(found: StoreContents, event: Event) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 from msgspec import Struct
 
-from jobd.model.events import Change
+from jobd.model.events import Event
 from jobd.model.job import SECOND_MS, Job, LateResult, storage_key_error
 from jobd.model.storage import Tombstone
 from jobd.storage.artifacts.base import ArtifactStoreError, Deletion, Judge
@@ -103,7 +103,7 @@ class SimArtifacts(MemoryArtifacts):
                 machine.monitor.fail("S13", f"the object {key} of a job was deleted", job.id)
         self.uploads.pop(key, None)
 
-    def committed(self, change: Change) -> None:
+    def committed(self, change: Event) -> None:
         """Apply a committed change to the expected owners of objects."""
         before, after = change.before, change.after
         if after is not None and after.grant is not None:
@@ -116,7 +116,7 @@ class SimArtifacts(MemoryArtifacts):
         if change.late is not None:
             self._assign_late_object(change, change.late)
             return
-        if change.event.type != "completed" or after is None or after.result is None or before is None:
+        if change.type != "completed" or after is None or after.result is None or before is None:
             return
         key, grant = after.result.storage_key, before.grant
         upload = None if key is None else self.uploads.get(key)
@@ -131,19 +131,17 @@ class SimArtifacts(MemoryArtifacts):
         its = None if job.result is None else self.uploads.get(job.result.storage_key or "")
         return [its] if its is not None and its.job_seq in self._machine.monitor.deleted else []
 
-    def _assign_late_object(self, change: Change, late: LateResult) -> None:
+    def _assign_late_object(self, change: Event, late: LateResult) -> None:
         """Give the object of a late result to its job while the late result is kept. It may have displaced another."""
         upload = self.uploads.get(late.result.storage_key or "")
         if upload is not None and upload.lock_id == self._locks.get(late.fencing_token):
-            upload.job_seq, upload.late_seq = change.event.job_seq, late.seq
-        gone = [
-            its for its in self.uploads.values() if its.job_seq == change.event.job_seq and self._was_displaced(its)
-        ]
+            upload.job_seq, upload.late_seq = change.job_seq, late.seq
+        gone = [its for its in self.uploads.values() if its.job_seq == change.job_seq and self._was_displaced(its)]
         self._orphan(change, gone)
 
-    def _orphan(self, change: Change, uploads: list[Upload]) -> None:
+    def _orphan(self, change: Event, uploads: list[Upload]) -> None:
         for upload in uploads:  # after a backward step of the clock it seems to belong to another job
-            too_new = upload.modified_at > change.event.at + self._machine.scenario.margins.skew_ms
+            too_new = upload.modified_at > change.at + self._machine.scenario.margins.skew_ms
             upload.is_lost = upload.is_lost or too_new
 
     def _was_displaced(self, upload: Upload) -> bool:

@@ -40,9 +40,10 @@ from jobd.model.commands import (
     is_dry_run,
 )
 from jobd.model.errors import ApiError
-from jobd.model.events import Change, Event, fold
+from jobd.model.events import Event, fold
 from jobd.model.job import FINISHED, SECOND_MS, STATUSES, TRANSITIONS, Job, LockDeadlines, release_delay_ms
 from jobd.model.responses import Recovered, Response
+from tests.support.factories import as_stored
 from tests.support.rule_harness import Decision, due_order
 
 HOLDERS: Final = (Progress, Extend, Complete, Fail, Release, ExtendLock, ReleaseLock, Undelivered)
@@ -140,15 +141,15 @@ class DecisionChecks:
         self.must(not (changes_nothing and decision.changes), "S15", f"{name} did something, which only reads", job_id)
         self.must(decision.changes or brief == _brief(state, job), "S8", f"{name} changed the state silently", job_id)
         for change in decision.changes:
-            changed = change.event.job_id
+            changed = change.job_id
             goes_on = change.before == rows.get(changed)
-            self.must(goes_on, "S7", f"{change.event.type} does not go on from the row before it", changed)
+            self.must(goes_on, "S7", f"{change.type} does not go on from the row before it", changed)
             if change.after is None:
                 rows.pop(changed, None)
             else:
                 rows[changed] = change.after
             self._check_change(change, command, at)
-        for changed in {change.event.job_id for change in decision.changes}:
+        for changed in {change.job_id for change in decision.changes}:
             self.must(
                 state.get(changed) == rows.get(changed), "S7", "the state has another row than the event", changed
             )
@@ -167,7 +168,7 @@ class DecisionChecks:
         if isinstance(command, HOLDERS):
             self._check_holder(command, decision, job, at)
         elif isinstance(decision.answer, ApiError):
-            made = {change.event.type for change in decision.changes}
+            made = {change.type for change in decision.changes}
             self.must(made <= BY_TIME, "S6", f"a rejected {type(command).__name__} made {made}")
         if isinstance(command, Claim):
             self._check_claim(rows, paused, command, decision, at)
@@ -206,16 +207,16 @@ class DecisionChecks:
 
     def _check_holder(self, command: Any, decision: Decision, job: Job | None, at: Moment) -> None:
         verb, lock_id = type(command).__name__, command.lock_id
-        if isinstance(command, Complete) and {change.event.type for change in decision.changes} & {*NOTES, "adopted"}:
+        if isinstance(command, Complete) and {change.type for change in decision.changes} & {*NOTES, "adopted"}:
             self._check_late(command, decision, job)
             return
-        if isinstance(command, CALLS) and [change.event.type for change in decision.changes] == ["late_call"]:
+        if isinstance(command, CALLS) and [change.type for change in decision.changes] == ["late_call"]:
             self._check_late_call(command, decision, job)
             return
         is_processing = job is not None and job.status == "processing" and job.grant is not None
         is_latest = is_processing and job is not None and job.grant is not None and job.grant.lock_id == lock_id
         if decision.changes:
-            changed = [change.event.job_id for change in decision.changes]
+            changed = [change.job_id for change in decision.changes]
             right = is_latest and changed == [command.id]
             self.must(right, "S3", f"{verb} of an old grant changed {changed}", command.id)
             self.must(isinstance(decision.answer, Response), "S3", f"a rejected {verb} changed {changed}", command.id)
@@ -230,7 +231,7 @@ class DecisionChecks:
 
     def _check_late(self, command: Complete, decision: Decision, job: Job | None) -> None:
         """A complete from an ended grant is rejected and noted, or adopted if the job was not granted since."""
-        kinds = [change.event.type for change in decision.changes]
+        kinds = [change.type for change in decision.changes]
         is_current = job is not None and job.grant is not None and job.grant.lock_id == command.lock_id
         self.must(len(kinds) == 1 and not is_current, "S3", f"a complete made {kinds}", command.id)
         if kinds == ["late_call"]:
@@ -247,7 +248,7 @@ class DecisionChecks:
 
     def _check_late_call(self, command: Any, decision: Decision, job: Job | None) -> None:
         """A rejected call is noted if its grant was the job's last one and its holder had not ended it."""
-        response, event = decision.answer, decision.changes[0].event
+        response, event = decision.answer, decision.changes[0]
         rejected = isinstance(response, ApiError) and response.code == "lock_lost"
         ended = job.ended if job is not None else None
         was_theirs = ended is not None and ended.lock_id == command.lock_id and ended.verb is None
@@ -258,8 +259,8 @@ class DecisionChecks:
 
     # -- one change ---------------------------------------------------------------------------------------------------
 
-    def _check_change(self, change: Change, command: AnyCommand, at: Moment) -> None:
-        before, after, event = change.before, change.after, change.event
+    def _check_change(self, change: Event, command: AnyCommand, at: Moment) -> None:
+        before, after, event = change.before, change.after, as_stored(change)
         if event.job_seq == 0:
             return
         self.must(fold(before, event) == after, "S7", f"{event.type} does not say what happened", event.job_id)
@@ -321,7 +322,7 @@ class DecisionChecks:
     def _check_row(self, before: Job | None, job: Job, event: Event, command: AnyCommand, at: Moment) -> None:
         """Check the row after one event."""
         moved = before is not None and before.status != job.status
-        pair = (event.before, job.status)
+        pair = (event.from_status, job.status)
         self.must(not moved or pair in TRANSITIONS, "S4", f"{event.type} went from {pair[0]} to {pair[1]}", job.id)
         self.must(job.status in STATUSES, "S4", f"status {job.status}", job.id)
         held = job.grant is not None and job.deadlines is not None
@@ -418,8 +419,8 @@ def _deadlines(deadlines: LockDeadlines) -> tuple[LockMs | None, ...]:
     return deadlines.expires, deadlines.stall_due, deadlines.progress_due
 
 
-def _ids(changes: Iterable[Change], kind: str) -> list[str]:
-    return [change.event.job_id for change in changes if change.event.type == kind]
+def _ids(changes: Iterable[Event], kind: str) -> list[str]:
+    return [change.job_id for change in changes if change.type == kind]
 
 
 def _brief(state: State, job: Job | None) -> tuple[Any, ...]:

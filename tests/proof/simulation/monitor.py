@@ -22,7 +22,7 @@ from jobd.engine.idempotency import KEPT_MS, SAFE_MS
 from jobd.model.clocks import LockMs
 from jobd.model.commands import AnyCommand, Call, Claim, IdempotencyKey, Moment, is_dry_run
 from jobd.model.errors import ApiError
-from jobd.model.events import Change, fold
+from jobd.model.events import Event, fold
 from jobd.model.job import FINISHED, LIVE, MAX_LATE_RESULTS, SECOND_MS, TOKEN_COUNTER_BITS, Grant, Job
 from jobd.model.responses import CleanupReport, GrantView, Response
 from jobd.model.storage import Batch, StoredResponse
@@ -187,11 +187,11 @@ class Monitor(DecisionChecks):
         waiting = self.daemon.actor.waiting_claims
         mine = next((asked for asked, *_ in waiting.by_ticket.values() if asked.command is command), None)
         for change in decision.changes:
-            if change.event.type != "granted" or change.after is None:
+            if change.type != "granted" or change.after is None:
                 continue
-            first = waiting.first(change.event.queue, change.after.options.kind)
+            first = waiting.first(change.queue, change.after.options.kind)
             passed = first is not None and first is not mine and not first.is_abandoned
-            self.must(not passed, "S14", "a claim passed by one that waited longer", change.event.job_id)
+            self.must(not passed, "S14", "a claim passed by one that waited longer", change.job_id)
 
     def _check_due(self, tx: Transaction) -> None:
         """L3: no job waits because the wall clock was set back if it was due before."""
@@ -217,14 +217,14 @@ class Monitor(DecisionChecks):
             if job.created_at <= job.run_at <= job.updated_at or (job.status in LIVE and job.run_at <= until)
         }
 
-    def _forget_due(self, change: Change) -> None:
+    def _forget_due(self, change: Event) -> None:
         """Count a delayed job that is kept due, and forget one that ends while it waits to be kept due."""
         before, after = change.before, change.after
         if before is not None and after is not None:
-            is_kept = change.event.by == "daemon" and change.event.type == "updated"
+            is_kept = change.by == "daemon" and change.type == "updated"
             self.fired["delayed job kept due"] += is_kept and before.run_at > before.updated_at
             if after.status in FINISHED and after.run_at > after.updated_at:
-                self._due.pop(change.event.job_seq, None)
+                self._due.pop(change.job_seq, None)
 
     # -- a commit -----------------------------------------------------------------------------------------------------
 
@@ -233,7 +233,7 @@ class Monitor(DecisionChecks):
         self._commits += 1
         daemon = self.daemon
         for change in batch.changes:
-            event, before, after = change.event, change.before, change.after
+            event, before, after = change, change.before, change.after
             self._durable[event.seq] = event.type
             self.fired[f"event {event.type}"] += 1
             self.fired["release delayed"] += event.type == "released" and event.details is not None
@@ -273,32 +273,32 @@ class Monitor(DecisionChecks):
         if daemon is not None and not batch.writes:
             disk = self.machine.disk
             for change in batch.changes:
-                if change.event.job_seq:
-                    row = disk.jobs.get(change.event.job_seq)
-                    same = daemon.state.get(change.event.job_id) == row or row is None or row.id in disk.unmoved
-                    self.must(same, "S7", "memory is not what the disk holds", change.event.job_id)
+                if change.job_seq:
+                    row = disk.jobs.get(change.job_seq)
+                    same = daemon.state.get(change.job_id) == row or row is None or row.id in disk.unmoved
+                    self.must(same, "S7", "memory is not what the disk holds", change.job_id)
             if self._commits % RECOUNT_EVERY == 0:
                 self.recount(daemon.state)
 
-    def _check_tombstone(self, batch: Batch, change: Change) -> None:
+    def _check_tombstone(self, batch: Batch, change: Event) -> None:
         """S13: a deletion and the tombstone of its object are on disk together."""
         job = change.before
         key = None if job is None or job.result is None else job.result.storage_key
         due = key is not None and self.machine.scenario.policy.artifacts
-        left = [tombstone.key for tombstone in batch.tombstones if tombstone.job_seq == change.event.job_seq]
+        left = [tombstone.key for tombstone in batch.tombstones if tombstone.job_seq == change.job_seq]
         expected = [key] if due else []
-        self.must(left == expected, "S13", f"tombstones for {left}, not {expected}", change.event.job_id)
+        self.must(left == expected, "S13", f"tombstones for {left}, not {expected}", change.job_id)
 
     def _check_audit(self, batch: Batch) -> None:
         """S15: an operator's change is on disk with its audit entry."""
         audited = {entry.job_id or entry.queue for entry in batch.audit if entry.outcome == "done"}
-        moved_in = {change.event.job_id for change in batch.changes if change.event.type == "imported"}
+        moved_in = {change.job_id for change in batch.changes if change.type == "imported"}
         recovered = any(entry.what in ("recover-stuck", "take-back") for entry in batch.audit)
         entries = sum(entry.jobs for entry in batch.audit if entry.what == "import")
         self.must(entries == len(moved_in), "S15", f"{len(moved_in)} jobs were imported, the log says {entries}")
         planned: set[str] = set()
         counted = sum(entry.jobs for entry in batch.audit if entry.what.startswith("plan-"))
-        for event in (change.event for change in batch.changes if change.event.by == "admin"):
+        for event in (change for change in batch.changes if change.by == "admin"):
             is_audited = event.job_id in moved_in or (event.job_id or event.queue) in audited
             if not is_audited and not (recovered and event.type in ("stalled", "lock_expired")):
                 planned.add(event.job_id)
@@ -443,8 +443,7 @@ class Monitor(DecisionChecks):
 
     def _check_notes(self, decision: Decision) -> None:
         """Check that the late call or result of an error is on disk before the error is sent."""
-        for change in decision.changes:
-            event = change.event
+        for event in decision.changes:
             if event.type in NOTES:
                 self.must(
                     event.seq in self._durable, "S6", f"{event.type} was reported and is not on disk", event.job_id
@@ -452,13 +451,12 @@ class Monitor(DecisionChecks):
                 self.acknowledged[event.seq] = (event.type, event.job_seq, event.job_id)
 
     def _check_undone(self, name: str, decision: Decision, how: str, job_id: str | None) -> None:
-        seqs = [change.event.seq for change in decision.changes]
+        seqs = [change.seq for change in decision.changes]
         made = [seq for seq in seqs if self._durable.get(seq, "stalled") not in BY_TIME | NOTES]
         self.must(not made, "S6", f"{name} was {how} and is on the disk: events {made}", job_id)
 
     def _check_written(self, name: str, decision: Decision, key: IdempotencyKey | None, response: Response) -> None:
-        for change in decision.changes:
-            event = change.event
+        for event in decision.changes:
             written = event.seq in self._durable
             self.must(written, "S6", f"{name} was answered and {event.type} is not on the disk", event.job_id)
             self.acknowledged[event.seq] = (event.type, event.job_seq, event.job_id)

@@ -149,8 +149,8 @@ async def test_an_entry_is_in_the_transaction_of_its_change(engine: VirtualEngin
     await engine.yes(cmd.Create(id="a"))
     await engine.yes(cmd.ForceFail(id="a"), by=EVE.by, admin=True, operator=EVE)
     batch = engine.disk.batches[-1]
-    assert [change.event.type for change in batch.changes] == ["force_failed"]
-    assert [change.event.by for change in batch.changes] == ["admin:eve"]
+    assert [change.type for change in batch.changes] == ["force_failed"]
+    assert [change.by for change in batch.changes] == ["admin:eve"]
     assert [row.what for row in batch.audit] == ["force-fail"]
 
 

@@ -137,7 +137,7 @@ def test_lock_lost_for_an_older_grant_does_not_affect_the_latest(rules: Counting
     lock = held(rules)
     rules.accept(restored())
     ended = double_grants(rules).ended_grants[rules.job().seq]
-    event = rules.decide(cmd.Extend(id="a", lock_id=lock)).changes[0].event
+    event = rules.decide(cmd.Extend(id="a", lock_id=lock)).changes[0]
     assert event.type == "late_call"
     double_grants(rules).ended_grants[rules.job().seq] = ended
     double_grants(rules).rejected(replace(event, details={"fencing_token": ended.fencing_token - 1}))

@@ -30,11 +30,11 @@ def test_a_call_leads_to_its_event_or_error(rules: RuleHarness, example: Example
         assert (decision.answer.code if isinstance(decision.answer, ApiError) else None) == example.leads_to
         assert decision.changes == []
         return
-    event = decision.changes[-1].event
-    assert (event.type, event.after, event.details) == example.leads_to
+    event = decision.changes[-1]
+    assert (event.type, event.to_status, event.details) == example.leads_to
     assert (event.by, event.reason, event.at) == (example.by, example.reason, NOW)
     if event.job_id == "a":
-        assert (event.job_seq, event.queue, event.before) == (1, "default", "processing")
+        assert (event.job_seq, event.queue, event.from_status) == (1, "default", "processing")
 
 
 def test_the_events_of_creation_wait_and_deletion(rules: RuleHarness) -> None:
@@ -46,7 +46,7 @@ def test_the_events_of_creation_wait_and_deletion(rules: RuleHarness) -> None:
     rules.accept(cmd.Pause(name="q", reason="deploy", until=NOW + 9), by="admin")
     rules.accept(cmd.Resume(name="q", reason="deployed"), by="admin")
     granted = {"worker": "w-1", "fencing_token": 1 << TOKEN_COUNTER_BITS | 1, "attempt": 1, "ttl_ms": 3_000}
-    actual = [(e.type, e.before, e.after, e.by, e.reason, e.details, e.queue) for e in rules.events]
+    actual = [(e.type, e.from_status, e.to_status, e.by, e.reason, e.details, e.queue) for e in rules.events]
     assert actual == [
         ("created", None, "queued", "client", None, None, "q"),
         ("updated", "queued", "queued", "admin", "run now", {"run_at": NOW}, "q"),

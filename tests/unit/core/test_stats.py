@@ -8,7 +8,7 @@ import pytest
 from jobd.core import stats
 from jobd.core.stats import ATTEMPT_QUEUES, OTHER_QUEUES, PROCESSING_BUCKETS_S, Attempts, Counters, Histogram
 from jobd.model import commands as cmd
-from jobd.model.events import Change, Event
+from jobd.model.events import Event
 from jobd.model.job import DAY_MS, HOUR_MS, MINUTE_MS, Job, Options
 from tests.support.rule_harness import NOW, Decision, RuleHarness
 
@@ -124,9 +124,10 @@ def test_a_completion_without_or_before_a_start_has_no_negative_time() -> None:
     counters = Counters()
     job = Job(1, "a", Options(), "processing", NOW, NOW, NOW)
     done = Event(1, NOW, "completed", 1, "a", "q", "processing", "completed", "worker:w")
-    counters.note([Change(job, None, done)])
+    counters.note([msgspec.structs.replace(done, before=job)])
     assert counters.completed_last_hour(NOW) == (0, 0)
-    counters.note([Change(msgspec.structs.replace(job, started_at=NOW + 5_000), None, done)])  # the wall clock stepped
+    started = msgspec.structs.replace(job, started_at=NOW + 5_000)  # the wall clock stepped
+    counters.note([msgspec.structs.replace(done, before=started)])
     assert counters.completed_last_hour(NOW) == (1, 0)
     assert counters.processing["q"].total == 0
 
@@ -148,7 +149,7 @@ def test_the_number_of_labels_is_bounded(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(stats, "HISTOGRAM_QUEUES", 2)
     counters = Counters()
     for queue in ("a", "b", "c", "d", "a"):
-        counters.note([Change(None, None, Event(1, NOW, "granted", 1, "a", queue, "queued", "processing", "worker:w"))])
+        counters.note([Event(1, NOW, "granted", 1, "a", queue, "queued", "processing", "worker:w")])
         counters._completed(queue, NOW, 1_000)
     assert counters.grants == {"a": 2, "b": 1, "(other)": 2}  # a name that no queue can have
     assert {name: sum(found.counts) for name, found in counters.processing.items()} == {
@@ -193,9 +194,8 @@ def test_every_event_is_counted_by_its_type(rules: RuleHarness) -> None:
     assert rules.state.counters.events == {"created": 2, "granted": 2, "completed": 2}
 
 
-def ended(queue: str, at: int, kind: str = "failed") -> Change:
-    event = Event(1, at, kind, 1, "a", queue, "processing", "failed", "worker:w")  # type: ignore[arg-type]
-    return Change(None, None, event)
+def ended(queue: str, at: int, kind: str = "failed") -> Event:
+    return Event(1, at, kind, 1, "a", queue, "processing", "failed", "worker:w")  # type: ignore[arg-type]
 
 
 def test_attempts_count_for_sixty_steps_of_ten_seconds() -> None:

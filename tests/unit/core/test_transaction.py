@@ -42,10 +42,10 @@ def test_numbers_go_up_by_one() -> None:
     assert [token - tokens[0] for token in tokens] == [0, 1, 2]
     tx.create(JOB, "created", b"null", "")
     for _ in range(2):
-        tx.update(JOB, "updated", {})
+        tx.update(JOB, JOB, "updated")
     tx.pause("q", QueuePause(NOW))
-    assert [change.event.seq for change in tx.changes] == [1, 2, 3, 4]
-    assert (tx.changes[-1].event.job_seq, tx.changes[-1].event.job_id) == (0, "")
+    assert [change.seq for change in tx.changes] == [1, 2, 3, 4]
+    assert (tx.changes[-1].job_seq, tx.changes[-1].job_id) == (0, "")
 
 
 def test_a_full_counter_begins_an_epoch_of_the_trusted_time() -> None:
@@ -71,7 +71,7 @@ def test_updated_at_is_the_latest_time_of_a_row() -> None:
 
     def updated_at(job: Job, **fields: Any) -> int:
         tx.state.reindex(None, job)
-        after = tx.update(job, "updated", fields)
+        after = tx.update(job, replace(job, **fields), "updated")
         tx.state.reindex(after, None)
         return after.updated_at
 
@@ -144,7 +144,7 @@ def test_undo_restores_everything_that_a_command_changed(rules: RuleHarness) -> 
     before = snapshot(rules.state)
     tx = Transaction(rules.state, rules.moment, rules.policy)
     tx.begin(cmd.Call(cmd.Ping(), seed=SEED))
-    tx.update(rules.job("b"), "updated", {"run_at": 5})
+    tx.update(rules.job("b"), replace(rules.job("b"), run_at=5), "updated")
     between = snapshot(rules.state)
     tx.begin(cmd.Call(cmd.Ping(), seed=SEED))
     transitions.stall(tx, rules.job("a"), "It was slow.")
@@ -214,8 +214,8 @@ def test_a_dry_run_changes_nothing(rules: RuleHarness) -> None:
     before = snapshot(rules.state)
     tx = Transaction(rules.state, rules.moment, rules.policy)
     tx.begin(cmd.Call(cmd.Preview(limit=1), seed=SEED))
-    tx.delete(tx.update(rules.job(), "updated", {"run_at": 5}))
-    assert [change.event.type for change in tx.changed()] == ["updated", "deleted"]
+    tx.delete(tx.update(rules.job(), replace(rules.job(), run_at=5), "updated"))
+    assert [change.type for change in tx.changed()] == ["updated", "deleted"]
     assert snapshot(rules.state) | {"next_event": before["next_event"]} == before
     tx.undo()
     assert (snapshot(rules.state), tx.changes, tx.ended) == (before, [], [])
@@ -280,4 +280,4 @@ def test_undo_drops_the_payloads_of_new_jobs(rules: RuleHarness) -> None:
     decide.decide(tx, cmd.Call(cmd.Create(id="undone", payload=Raw(b"2"))))
     assert len(tx.payloads) == 2
     tx.undo()
-    assert [change.event.job_seq for change in tx.changes] == list(tx.payloads)
+    assert [change.job_seq for change in tx.changes] == list(tx.payloads)

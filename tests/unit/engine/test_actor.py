@@ -199,7 +199,7 @@ async def test_no_response_is_sent_before_the_commit(engine: VirtualEngine) -> N
     assert not creating.done()
     assert not reading.done()
     received: list[str] = []
-    engine.actor.on_commit.append(lambda changes: received.extend(change.event.type for change in changes))
+    engine.actor.on_commit.append(lambda changes: received.extend(change.type for change in changes))
     engine.disk.gate.set()
     assert isinstance(await creating, Response)
     assert (await reading).data.id == "a"
@@ -261,7 +261,7 @@ async def test_the_daemon_extends_many_locks_in_batches_before_other_commands(en
     for first in range(0, count, 500):
         engine.actor.enqueue_internal(cmd.ExtendAfterPause(ids=held[first : first + 500], grace_ms=3_600_000))
     await engine.yes(cmd.Create(id="late"))
-    found = [[change.event.type for change in batch.changes] for batch in engine.disk.batches[written:]]
+    found = [[change.type for change in batch.changes] for batch in engine.disk.batches[written:]]
     assert [len(each) for each in found] == [BATCH_WEIGHT, BATCH_WEIGHT, BATCH_WEIGHT // 2 + 1]
     assert found[-1][-1] == "created"
 
@@ -553,7 +553,7 @@ class QuarantiningStorage(MemoryStorage):
         return await super().load(ids, payloads, digests)
 
     async def write(self, batch: Batch) -> dict[int, bytes]:
-        await self._meet([*batch.payloads, *(change.event.job_seq for change in batch.changes if change.after is None)])
+        await self._meet([*batch.payloads, *(change.job_seq for change in batch.changes if change.after is None)])
         return await super().write(batch)
 
     async def _meet(self, seqs: list[int]) -> None:

@@ -10,7 +10,7 @@ import pytest
 from jobd.engine.change_watchers import Watcher
 from jobd.engine.event_feed import EventFeed
 from jobd.model.errors import ApiException
-from jobd.model.events import Change, Event, EventFilter
+from jobd.model.events import Event, EventFilter
 from tests.support.memory_storage import MemoryStorage
 
 MOST = 4
@@ -18,8 +18,8 @@ ALL = EventFilter()
 HOW: Any = {"follow": True, "cut": lambda: None}
 
 
-def change(job_id: str, queue: str = "q", kind: Any = "created") -> Change:
-    return Change(None, None, Event(1, 1, kind, 1, job_id, queue, None, None, "client"))
+def change(job_id: str, queue: str = "q", kind: Any = "created") -> Event:
+    return Event(1, 1, kind, 1, job_id, queue, None, None, "client")
 
 
 @pytest.fixture

@@ -299,7 +299,7 @@ class TokenRecordingStorage(MemoryStorage):
         self.tokens: list[int] = []
 
     async def write(self, batch: Batch) -> dict[int, bytes]:
-        grants = [change.after.grant for change in batch.changes if change.after and change.event.type == "granted"]
+        grants = [change.after.grant for change in batch.changes if change.after and change.type == "granted"]
         self.tokens += [grant.fencing_token for grant in grants if grant is not None]
         return await super().write(batch)
 

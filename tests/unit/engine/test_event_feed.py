@@ -14,7 +14,7 @@ from structlog.testing import capture_logs
 from jobd.engine import event_feed
 from jobd.engine.event_feed import HEARTBEAT_S, PAGE, EventFeed, Subscriber
 from jobd.model.errors import ApiException
-from jobd.model.events import Change, EventFilter
+from jobd.model.events import Event, EventFilter
 from tests.support.factories import ChangeFactory
 from tests.support.memory_storage import MemoryStorage
 from tests.support.virtual_engine import in_virtual_time, seconds
@@ -30,12 +30,12 @@ class FeedHarness:
         self.maker = ChangeFactory()
         self.feed = EventFeed(self.disk, 0, max_events)
         self.cuts: list[Subscriber] = []
-        self._unpublished: list[Sequence[Change]] = []
+        self._unpublished: list[Sequence[Event]] = []
 
     async def commit(self, count: int = 1, *, notify: bool = True, **fields: Any) -> None:
         await self.write([self.maker.create(**fields) for _ in range(count)], notify=notify)
 
-    async def write(self, changes: list[Change], *, notify: bool = True) -> None:
+    async def write(self, changes: list[Event], *, notify: bool = True) -> None:
         await self.disk.write(self.maker.batch(changes))
         self._unpublished.append(changes)
         if notify:
@@ -85,7 +85,7 @@ async def test_an_event_is_encoded_for_the_stream(stage: FeedHarness) -> None:
     assert await listener.begin(None) == b"retry: 2000\nid: 0\n\n"
     change = stage.maker.create()
     await stage.write([change])
-    event = change.event
+    event = change
     head, _, data = (await listener.more()).partition(b"data: ")
     assert head == b"id: 1\nevent: created\n"
     assert data.endswith(b"\n\n")

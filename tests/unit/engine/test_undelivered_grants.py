@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import pytest
 
 from jobd.model import commands as cmd
-from jobd.model.events import Change
+from jobd.model.events import Event
 from jobd.model.responses import Response
 from tests.support.memory_storage import MemoryStorage
 from tests.support.virtual_engine import (
@@ -72,7 +72,7 @@ async def test_the_grant_of_a_caller_that_leaves_after_the_commit_is_released(en
     await engine.yes(cmd.Create(id="a"))
     abandoned = start_task(engine.actor.ask(cmd.Start(id="a", worker="w")))
 
-    def hang_up(changes: Sequence[Change]) -> None:
+    def hang_up(changes: Sequence[Event]) -> None:
         abandoned.cancel()
 
     engine.actor.on_commit.append(hang_up)

@@ -39,7 +39,7 @@ async def test_waiting_claims_are_served_in_order_of_arrival(engine: VirtualEngi
     await engine.yes(cmd.Bulk(jobs=[cmd.Create(id=name) for name in "abcde"]))
     assert [granted_ids(await task) for task in waiting] == [["a"], ["b", "c"], ["d"]]
     assert len(engine.actor.waiting_claims) == 0
-    assert engine.disk.batches[0].changes[0].event.type == "created"  # all in one transaction
+    assert engine.disk.batches[0].changes[0].type == "created"  # all in one transaction
     assert len(engine.disk.batches) == 1
 
 

@@ -23,7 +23,7 @@ from jobd.model.storage import (
     TombstoneWrite,
 )
 from jobd.model.webhooks import Delivery, WebhookCursor
-from tests.support.factories import NOW, ChangeFactory
+from tests.support.factories import NOW, ChangeFactory, as_recorded
 from tests.support.store_files import job_of
 
 
@@ -41,8 +41,7 @@ def back(batch: Batch) -> Batch:
 
 def written(batch: Batch) -> Batch:
     """Return `batch` without what a record does not keep: rows of jobs, and the payloads that responses need."""
-    changes = [msgspec.structs.replace(change, before=None, after=None) for change in batch.changes]
-    return msgspec.structs.replace(batch, changes=changes, payloads=[])
+    return msgspec.structs.replace(batch, changes=list(map(as_recorded, batch.changes)), payloads=[])
 
 
 @pytest.mark.parametrize("seed", range(20))

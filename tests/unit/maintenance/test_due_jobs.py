@@ -48,7 +48,7 @@ async def test_requests_are_decided_between_the_slices() -> None:
         assert left[0] == (SLICES - 1) * SLICE, "the first slice comes before the request"
         assert left[-1] == 0
         assert len(left) == SLICES
-        updates = [sum(each.event.type == "updated" for each in batch.changes) for batch in engine.disk.batches]
+        updates = [sum(each.type == "updated" for each in batch.changes) for batch in engine.disk.batches]
         assert [count for count in updates if count] == SLICES * [SLICE]
 
 
@@ -83,7 +83,7 @@ async def test_locks_are_extended_before_the_slices() -> None:
         engine.actor.enqueue_internal(ExtendAfterPause(ids=["a"], grace_ms=MINUTE_MS, since=LockMs(0)))
         DueJobs(engine.actor, engine.clock.moment).keep(0)
         await engine.yes(Start(id="b", worker="w"))
-        types = [change.event.type for batch in engine.disk.batches for change in batch.changes]
+        types = [change.type for batch in engine.disk.batches for change in batch.changes]
         assert types[-4:] == ["resumed", "updated", "updated", "granted"]
 
 

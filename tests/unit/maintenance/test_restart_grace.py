@@ -21,7 +21,7 @@ def extend(engine: VirtualEngine, since: LockMs | None = None) -> None:
 def resumed(engine: VirtualEngine) -> list[str]:
     """Return the ids of the jobs that were extended."""
     changes = [change for batch in engine.disk.batches for change in batch.changes]
-    return [change.event.job_id for change in changes if change.event.type == "resumed"]
+    return [change.job_id for change in changes if change.type == "resumed"]
 
 
 @in_virtual_time
@@ -45,8 +45,8 @@ async def test_locks_that_end_later_are_extended_between_requests() -> None:
         await engine.held("first", lock_ttl_ms=URGENT_MS)
         extend(engine)
         await engine.yes(Create(id="new"))
-        created = next(batch for batch in engine.disk.batches if batch.changes[-1].event.job_id == "new")
-        assert [change.event.job_id for change in created.changes] == ["first", "a-0", "new"]
+        created = next(batch for batch in engine.disk.batches if batch.changes[-1].job_id == "new")
+        assert [change.job_id for change in created.changes] == ["first", "a-0", "new"]
         await seconds(1)
         assert resumed(engine) == ["first", *ids]
 
@@ -60,8 +60,8 @@ async def test_a_command_is_no_longer_deferred_at_its_deadline() -> None:
         for job_id, within_s in (("d", 1.0), ("b", 0.0), ("c", 0.0), ("a", -1.0)):
             engine.actor.defer_internal(ExtendAfterPause(ids=[job_id], grace_ms=GRACE_MS, since=since), within_s)
         await engine.yes(Create(id="new"))
-        created = next(batch for batch in engine.disk.batches if batch.changes[-1].event.job_id == "new")
-        assert [change.event.job_id for change in created.changes] == ["a", "b", "c", "new"]
+        created = next(batch for batch in engine.disk.batches if batch.changes[-1].job_id == "new")
+        assert [change.job_id for change in created.changes] == ["a", "b", "c", "new"]
         await engine.yes(Ping())
         assert resumed(engine) == ["a", "b", "c", "d"]
 

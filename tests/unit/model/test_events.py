@@ -19,11 +19,11 @@ from jobd.model.events import (
     EventType,
     event_view,
     fold,
-    initial_changes,
     streamed_event,
 )
 from jobd.model.job import Grant, Job, Options, Result
 from jobd.storage import codec
+from tests.support.factories import as_stored
 from tests.support.rule_harness import NOW, RuleHarness
 
 GRANT = Grant("secret", 1, "w", NOW, 1, 2, 3)
@@ -35,38 +35,41 @@ def event(changes: Changes | None, event_type: EventType = "updated") -> Event:
 
 
 def test_fold_sets_only_the_fields_that_the_event_changes() -> None:
-    changed = fold(JOB, event({"status": "processing", "grant": GRANT}))
+    changed = fold(JOB, event(Changes(status="processing", grant=GRANT)))
     assert changed == msgspec.structs.replace(JOB, status="processing", grant=GRANT)
-    assert fold(changed, event({"grant": None, "status": "queued"})) == JOB
+    assert fold(changed, event(Changes(grant=None, status="queued"))) == JOB
 
 
 def test_fold_begins_with_a_row_and_ends_with_none() -> None:
-    assert fold(None, event(asdict(JOB), "created")) == JOB
-    assert fold(None, event(initial_changes(JOB), "created")) == JOB
+    assert fold(None, event(Changes(**asdict(JOB)), "created")) == JOB
     assert fold(JOB, event(None)) == JOB
     assert fold(JOB, event(None, "deleted")) is None
 
 
 def test_the_first_event_of_a_job_has_every_field_without_a_default() -> None:
     with pytest.raises(ValueError, match="is not the first of a job"):
-        fold(None, event({"status": "queued"}, "created"))
+        fold(None, event(Changes(status="queued"), "created"))
 
 
 def test_the_first_event_of_a_job_leaves_out_the_defaults() -> None:
     own = {"options": Options(), "status": "queued", "created_at": NOW, "updated_at": NOW, "run_at": NOW}
-    assert initial_changes(JOB) == own
-    for name in Job.__struct_fields__[Job.__struct_fields__.index("progress") :]:
-        assert initial_changes(msgspec.structs.replace(JOB, **{name: "another"})) == own | {name: "another"}
+    first = msgspec.structs.replace(event(None, "imported"), after=JOB)
+    for kind in ("created", "imported"):
+        changes = as_stored(msgspec.structs.replace(first, type=kind)).changes
+        assert changes == Changes(**own)
+    for name in ("expires_at", "payload_bytes"):
+        changed = msgspec.structs.replace(first, type="created", after=msgspec.structs.replace(JOB, **{name: 7}))
+        assert as_stored(changed).changes == Changes(**own, **{name: 7})
 
 
 def test_an_event_is_unchanged_after_encoding_and_decoding() -> None:
     result = Result("u", metadata=Raw(b'{"a":1}'))
-    happened = event({"status": "completed", "progress": 100, "error": None, "result": result, "finished_at": NOW})
+    happened = event(Changes(status="completed", progress=100, error=None, result=result, finished_at=NOW))
     assert event_codec.decode(codec.with_checksum(event_codec.encode(happened))) == happened
 
 
 def test_the_view_of_an_event_has_no_changes() -> None:
-    shown = event_view(event({"grant": GRANT}))
+    shown = event_view(event(Changes(grant=GRANT)))
     assert "secret" not in msgspec.json.encode(shown).decode()
     assert msgspec.to_builtins(shown) == {
         "seq": 5, "at": NOW, "type": "updated", "from": "queued", "to": "processing", "by": "client", "reason": None,
@@ -102,7 +105,7 @@ def test_heartbeats_are_event_types(sign: str) -> None:
 
 
 def test_a_streamed_event_is_its_view_with_job_and_queue() -> None:
-    happened = event({"grant": GRANT})
+    happened = event(Changes(grant=GRANT))
     streamed = msgspec.json.decode(msgspec.json.encode(streamed_event(happened)))
     assert streamed == {**msgspec.json.decode(msgspec.json.encode(event_view(happened))), "job_id": "a", "queue": "q"}
     assert "secret" not in str(streamed)

@@ -99,7 +99,7 @@ def test_only_the_deletion_of_a_job_with_a_stored_object_leaves_a_tombstone() ->
 
 def test_the_end_of_a_journal_page() -> None:
     maker = ChangeFactory()
-    events = [maker.create(name).event for name in ("a", "b")]
+    events = [maker.create(name) for name in ("a", "b")]
     whole, early, damaged = (
         EventPage(events, 9, 0),
         EventPage(events, 9, 0, more=True),

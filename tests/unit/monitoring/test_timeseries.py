@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from jobd.model.events import Change, Event
+from jobd.model.events import Event
 from jobd.monitoring.timeseries import MAX_QUEUES, SLOT_MS, SLOTS, STEP_MS, STEPS, QueueRate, Timeseries
 
 
-def change(kind: Any, at: int, queue: str = "q", before: str | None = "processing") -> Change:
-    return Change(None, None, Event(1, at, kind, 1, "a", queue, before, None, "client"))
+def change(kind: Any, at: int, queue: str = "q", before: str | None = "processing") -> Event:
+    return Event(1, at, kind, 1, "a", queue, before, None, "client")
 
 
 NOW = 1_700_000_000_000 // SLOT_MS * SLOT_MS

@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 import pytest
 from msgspec import Raw
-from msgspec.structs import replace
+from msgspec.structs import asdict, replace
 
 from jobd.journal import event_codec
 from jobd.model.clocks import LockMs
@@ -32,7 +32,7 @@ from jobd.model.job import Backoff, Failure, Job, Options, Result, packed
 from jobd.model.storage import AuditEntry, Numbers, QueueRow, StoredResponse, Tombstone
 from jobd.storage import codec
 from jobd.storage.schema import migrations
-from tests.support.factories import NOW, OPTIONS, ChangeFactory, all_of, full_job
+from tests.support.factories import NOW, OPTIONS, ChangeFactory, as_stored, full_job
 from tests.support.rule_harness import RuleHarness
 
 
@@ -193,7 +193,9 @@ def test_none_zero_and_empty_are_not_the_same_to_a_checksum() -> None:
 
 def test_an_event_is_the_same_after_encoding_and_decoding() -> None:
     job = full_job()
-    event = Event(9, NOW, "fixed", 7, job.id, "q", "queued", "queued", "admin", "why", {"a": [1, None]}, all_of(job))
+    event = Event(
+        9, NOW, "fixed", 7, job.id, "q", "queued", "queued", "admin", "why", {"a": [1, None]}, Changes(**asdict(job))
+    )
     row = codec.with_checksum(event_codec.encode(event))
     assert codec.fault(row) is None
     assert event_codec.decode(row) == event
@@ -203,7 +205,7 @@ def test_an_event_is_the_same_after_encoding_and_decoding() -> None:
 def test_parts_are_stored_in_the_journal_as_arrays_in_a_fixed_order() -> None:
     """Rows written by this version must stay readable."""
     job = full_job()
-    event = Event(9, NOW, "fixed", 7, job.id, "q", "queued", "queued", "admin", None, None, all_of(job))
+    event = Event(9, NOW, "fixed", 7, job.id, "q", "queued", "queued", "admin", None, None, Changes(**asdict(job)))
     decoded = msgspec.json.decode(event_codec.encode(event)[-1])
     token = 1 << 24
     backoff = {"kind": "exponential", "base_ms": 10000, "max_ms": 3600000, "jitter": True}
@@ -218,7 +220,7 @@ def test_parts_are_stored_in_the_journal_as_arrays_in_a_fixed_order() -> None:
 
 
 def test_clearing_a_field_differs_from_not_changing_it() -> None:
-    changes: Changes = {"grant": None, "result": None, "error": None, "expires_at": None}
+    changes = Changes(grant=None, result=None, error=None, expires_at=None)
     event = Event(1, NOW, "force_reset", 7, "a", "q", None, None, "admin", None, None, changes)
     back = event_codec.decode(codec.with_checksum(event_codec.encode(event)))
     assert back.changes == changes
@@ -227,9 +229,9 @@ def test_clearing_a_field_differs_from_not_changing_it() -> None:
 @pytest.mark.parametrize("metadata", [b'{"x":1}', b'"text"', b"[]", b"0", b"[" * 900 + b"]" * 900, None])
 def test_the_journal_keeps_any_json_metadata(metadata: bytes | None) -> None:
     result = Result(file_path="/f", metadata=None if metadata is None else Raw(metadata))
-    event = Event(1, NOW, "completed", 7, "a", "q", None, None, "w", None, None, {"result": result})
+    event = Event(1, NOW, "completed", 7, "a", "q", None, None, "w", None, None, Changes(result=result))
     back = event_codec.decode(codec.with_checksum(event_codec.encode(event)))
-    assert back.changes == {"result": result}
+    assert back.changes == Changes(result=result)
 
 
 def test_keys_and_queues_are_the_same_after_encoding_and_decoding() -> None:
@@ -287,12 +289,12 @@ def test_a_damaged_body_is_shown_as_it_is(body: str, shown: object) -> None:
 def journal_with(signs: int, seed: int) -> tuple[Job, list[Event]]:
     maker = ChangeFactory(seed)
     change = maker.create(options=OPTIONS[1])
-    events = [change.event]
+    events = [as_stored(change)]
     pick = random.Random(seed)
     for grant in range(2):
         assert change.after is not None
         change = maker.grant(change.after)
-        events.append(change.event)
+        events.append(as_stored(change))
         for number in range(signs):
             job = change.after
             assert job is not None
@@ -300,10 +302,10 @@ def journal_with(signs: int, seed: int) -> tuple[Job, list[Event]]:
                 change = maker.progress(job, None, "step 1")
             else:
                 change = maker.extend(job) if pick.random() < 0.5 else maker.progress(job)
-            events.append(change.event)
+            events.append(as_stored(change))
         assert change.after is not None
         change = maker.requeue(change.after)
-        events.append(change.event)
+        events.append(as_stored(change))
     assert change.after is not None
     return change.after, events
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from jobd.journal import event_codec
-from jobd.model.events import KEEP_FIRST_GRANTS, KEEP_GRANTS, KEEP_HEARTBEATS, Change, Event, fold
+from jobd.model.events import KEEP_FIRST_GRANTS, KEEP_GRANTS, KEEP_HEARTBEATS, Event, fold
 from jobd.model.job import Job
 from jobd.model.storage import (
     Batch,
@@ -94,7 +94,7 @@ async def test_a_pending_journal_is_thinned_from_its_recorded_grant(maker: Chang
     assert types.count("progress") == KEEP_HEARTBEATS
 
 
-def round_of(maker: ChangeFactory, job: Job, heartbeats: int = 0) -> tuple[Job, list[Change]]:
+def round_of(maker: ChangeFactory, job: Job, heartbeats: int = 0) -> tuple[Job, list[Event]]:
     """A grant that is released."""
     changes = [maker.grant(job)]
     for _ in range(heartbeats):
@@ -132,7 +132,7 @@ async def test_the_first_and_last_returned_grants_are_kept(path: str, monkeypatc
         await store.write(maker.batch([change]))
         for _ in range(5 * KEEP_GRANTS):
             job, changes = round_of(maker, job)
-            tokens += tokens_of([each.event for each in changes])
+            tokens += tokens_of(list(changes))
             await store.write(maker.batch(changes))
             count = len(stored_events(store._connection.raw))
             assert count <= most
@@ -141,7 +141,7 @@ async def test_the_first_and_last_returned_grants_are_kept(path: str, monkeypatc
     async with open_store(path) as (store, _):  # the counts are not persisted
         for _ in range(KEEP_GRANTS):
             job, changes = round_of(maker, job)
-            tokens += tokens_of([each.event for each in changes])
+            tokens += tokens_of(list(changes))
             await store.write(maker.batch(changes))
         events = await store.timeline(1)
         assert tokens_of(events) == [*tokens[:KEEP_FIRST_GRANTS], *tokens[-KEEP_GRANTS:]]

@@ -8,7 +8,7 @@ import pytest
 from msgspec import Raw
 from msgspec.structs import replace
 
-from jobd.model.events import Change
+from jobd.model.events import Event
 from jobd.model.fingerprints import fingerprint
 from jobd.model.job import FINISHED, Failure, Grant, Job, PreviousGrant, Result
 from jobd.model.storage import (
@@ -18,7 +18,7 @@ from jobd.model.storage import (
 from jobd.storage import queries
 from jobd.storage.events import event_queries
 from jobd.storage.store import Store
-from tests.support.factories import NOW, OPTIONS, ChangeFactory, all_of, deadlines_at
+from tests.support.factories import NOW, OPTIONS, ChangeFactory, deadlines_at
 from tests.support.store_files import job_of
 
 
@@ -158,7 +158,7 @@ async def test_a_page_has_a_limited_amount_of_payload(maker: ChangeFactory, stor
     assert page.next_before == 3
 
 
-def with_metadata(maker: ChangeFactory, count: int, size: int) -> list[Change]:
+def with_metadata(maker: ChangeFactory, count: int, size: int) -> list[Event]:
     """Create and complete `count` jobs with metadata of this size."""
     changes = []
     for _ in range(count):
@@ -234,11 +234,7 @@ async def test_a_job_with_an_invalid_status_does_not_expire(maker: ChangeFactory
     jobs = [maker.create(expires_at=NOW - 5) for _ in range(3)]
     await store.write(maker.batch(jobs))
     ends = [maker.finish(job_of(job)) for job in jobs]
-    event, after = ends[0].event, ends[0].after
-    assert event.changes is not None
-    assert after is not None
-    changes = {**event.changes, "status": "complete"}
-    ends[0] = replace(ends[0], event=replace(event, changes=changes), after=replace(after, status="complete"))
+    ends[0] = replace(ends[0], after=replace(job_of(ends[0]), status="complete"))
     await store.write(maker.batch(ends))
     assert await store.expired_jobs(NOW + 1_000, 10) == ["job-2", "job-3"]
     assert await store.expired_jobs(NOW + 1_000, 1, 1) == ["job-3"]
@@ -303,14 +299,13 @@ async def test_many_queries_for_one_job_read_it_once(maker: ChangeFactory, store
 
 def created_job(
     maker: ChangeFactory, job_id: str, *, payload: bytes = b"null", error: str | None = None, **fields: Any
-) -> Change:
+) -> Event:
     change = maker.create(job_id, **fields)
     assert change.after is not None
     after = replace(change.after, error=None if error is None else Failure(error, None))
     maker.payloads[after.seq] = payload
     maker.jobs[after.seq] = after
-    event = replace(change.event, changes=all_of(after))
-    return replace(change, after=after, payload=payload, event=event)
+    return replace(change, type="imported", after=after, payload=payload)
 
 
 async def ids(store: Store, **query: Any) -> list[str]:

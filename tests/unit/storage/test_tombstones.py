@@ -6,7 +6,7 @@ import pytest
 from msgspec import Raw
 from msgspec.structs import replace
 
-from jobd.model.events import Change
+from jobd.model.events import Event
 from jobd.model.job import MAX_LATE_RESULTS, Job, Result
 from jobd.model.storage import (
     MAX_POSTPONE_MS,
@@ -91,13 +91,13 @@ async def test_a_late_result_keeps_its_artifact_until_its_job_is_deleted(maker: 
     assert await store.due_tombstones(NOW, 9) == DueTombstones([(waiting_tombstone(90), False)])
 
 
-def late_result(maker: ChangeFactory, job: Job, token: int, key: str | None) -> Change:
+def late_result(maker: ChangeFactory, job: Job, token: int, key: str | None) -> Event:
     return maker.late(job, token, Result(file_path="/f", storage_key=key, metadata=Raw(b"[1]")))
 
 
-def tombstones_of(*changes: Change, at: int = NOW) -> list[Tombstone]:
+def tombstones_of(*changes: Event, at: int = NOW) -> list[Tombstone]:
     """Return the tombstones that deleted late results leave, in the order of their numbers."""
-    lates = [(change.event.job_id, late_of(change)) for change in reversed(changes)]
+    lates = [(change.job_id, late_of(change)) for change in reversed(changes)]
     return [Tombstone(-late.seq, job_id, late.result.storage_key or "", at, at) for job_id, late in lates]
 
 

@@ -18,7 +18,7 @@ from msgspec.structs import replace
 
 from jobd.model.clocks import LockMs
 from jobd.model.commands import Moment
-from jobd.model.events import Change
+from jobd.model.events import Event
 from jobd.model.job import DAY_MS, HOUR_MS, Job
 from jobd.model.storage import DiskFull, FormatNotRead
 from jobd.model.webhooks import Delivery, DeliveryOutcome, Outbox, WebhookEndpoint
@@ -74,7 +74,7 @@ class CountingStore:
         return call
 
 
-def lifecycle(maker: ChangeFactory, job_id: str) -> list[Change]:
+def lifecycle(maker: ChangeFactory, job_id: str) -> list[Event]:
     """Commit four events of one job."""
     created = maker.create(job_id)
     granted = maker.grant(job_of(created))
@@ -601,7 +601,7 @@ async def test_every_event_arrives_in_order_despite_failures_and_crashes(
     taken: list[Delivery] = []
     jobs: dict[str, list[Job]] = {f"job-{number}": [] for number in range(12)}
 
-    def next_change() -> Change:
+    def next_change() -> Event:
         name = chance.choice([name for name, was in jobs.items() if len(was) < 3])
         was = jobs[name]
         change = maker.create(name) if not was else maker.grant(was[-1]) if len(was) == 1 else maker.finish(was[-1])

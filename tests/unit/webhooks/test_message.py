@@ -8,10 +8,10 @@ from datetime import UTC, datetime
 
 import pytest
 from cloudevents.core.bindings.http import HTTPMessage, from_http_event
-from msgspec.structs import replace
+from msgspec.structs import asdict, replace
 from standardwebhooks import Webhook, WebhookVerificationError
 
-from jobd.model.events import Event
+from jobd.model.events import Changes, Event
 from jobd.model.responses import AlertView
 from jobd.model.webhooks import (
     EVENTS_GONE,
@@ -32,7 +32,7 @@ from jobd.webhooks.message import (
 from jobd.webhooks.message import (
     test_message as message_of_a_test,
 )
-from tests.support.factories import NOW, all_of, full_job
+from tests.support.factories import NOW, full_job
 
 KEYS = (b"a" * 24, b"b" * 32)
 EVENT = Event(
@@ -133,7 +133,7 @@ def test_the_cloudevents_sdk_reads_an_event() -> None:
 def test_a_message_never_contains_a_lock_id() -> None:
     job = full_job()
     assert job.grant is not None
-    message = event_message(replace(EVENT, type="granted", changes=all_of(job)), "/jobd/host")
+    message = event_message(replace(EVENT, type="granted", changes=Changes(**asdict(job))), "/jobd/host")
     assert job.grant.lock_id.encode() not in message.body
 
 

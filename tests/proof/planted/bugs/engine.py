@@ -65,7 +65,7 @@ def abandoned_grant_kept(
 def token_reused_after_a_rollback(roll_back: Any, self: Decider, decided: DecidedBatch) -> None:
     """A rejected batch returns its tokens."""
     roll_back(self, decided)
-    self.state.next_token -= sum(change.event.type == "granted" for change in decided.changes)
+    self.state.next_token -= sum(change.type == "granted" for change in decided.changes)
 
 
 @bug(Decider.roll_back, found_by=SIMULATION)

@@ -104,7 +104,7 @@ class NodeDisk(SimDisk):
             self.check_batch(batch)
             if self.behind >= self.max_behind:
                 self.project()
-            new = {each.event.job_seq: each.payload for each in batch.changes if each.payload is not None}
+            new = {each.job_seq: each.payload for each in batch.changes if each.payload is not None}
             shown = {seq: new[seq] if seq in new else self.payloads[seq].body for seq in batch.payloads}
             return self._made(batch, shown)
 

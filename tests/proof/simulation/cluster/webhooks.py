@@ -44,7 +44,7 @@ class Receiver:
         batches = self.cluster.batches
         writes = (write for batch in batches for write in batch.writes if isinstance(write, OutboxWrite))
         cursors = [cursor.position for write in writes for cursor in write.cursors]
-        events = (change.event for batch in batches for change in batch.changes)
+        events = (event for batch in batches for event in batch.changes)
         done = {
             event.seq for event in events if event.type == "completed" and event.seq > min(cursors, default=event.seq)
         }

@@ -67,7 +67,12 @@ def test_the_result_of_a_late_complete_is_stored(rules: RuleHarness) -> None:
         "This lock of job a is lost: it was ended by recovery; the job is queued. Stop working on the job. "
         f"Its result is stored as late result {stored.seq}; an operator can adopt it: jobctl adopt a"
     )
-    assert (event.type, event.by, event.before, event.after) == ("late_result", "worker:w-1", "queued", "queued")
+    assert (event.type, event.by, event.from_status, event.to_status) == (
+        "late_result",
+        "worker:w-1",
+        "queued",
+        "queued",
+    )
     assert event.reason == (
         "Worker w-1 completed the job after its lock was lost; the job is queued. Its result is stored."
     )
@@ -206,7 +211,7 @@ def test_a_lock_that_ends_in_the_same_batch_leaves_its_result(rules: RuleHarness
     tx = Transaction(rules.state, rules.moment, rules.policy)
     rejection = decide.decide(tx, cmd.Call(completing(lock_id)))
     assert isinstance(rejection, ApiError)
-    assert rejection.details["late_result"] == tx.changes[0].event.seq
+    assert rejection.details["late_result"] == tx.changes[0].seq
 
 
 @pytest.mark.parametrize(
@@ -255,7 +260,12 @@ def test_the_result_for_an_unclaimed_job_is_adopted() -> None:
     view: JobView = rules.accept(completing(lock_id, expires_at=rules.now + 7))
     job, event = rules.job(), rules.last()
     assert (view.status, view.progress, view.file_path, view.expires_at) == ("completed", 100, "/out", rules.now + 7)
-    assert (event.type, event.by, event.before, event.after) == ("adopted", "worker:w-1", "queued", "completed")
+    assert (event.type, event.by, event.from_status, event.to_status) == (
+        "adopted",
+        "worker:w-1",
+        "queued",
+        "completed",
+    )
     assert event.details == {"worker": "w-1", "fencing_token": rules.tokens[-1]}
     assert event.reason == (
         "Worker w-1 had lost its lock, but the job had not been granted again: its result was accepted."
@@ -674,7 +684,7 @@ def test_the_first_rejected_call_of_an_ended_grant_is_recorded_with_its_content(
         plain, call(verb, old), is_stored=False
     )
     event = rules.last()
-    assert (event.type, event.by, event.before, event.after) == ("late_call", "worker:w-1", "failed", "failed")
+    assert (event.type, event.by, event.from_status, event.to_status) == ("late_call", "worker:w-1", "failed", "failed")
     assert event.reason == (
         f"Worker w-1 tried to {WORDS[verb]} after its lock was lost (force-fail); the job is failed. "
         "The call was rejected."

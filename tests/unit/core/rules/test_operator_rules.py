@@ -474,7 +474,7 @@ def test_a_claim_leaves_overdue_jobs_to_recovery(rules: RuleHarness) -> None:
     rules.create("good")
     rules.advance(1)
     decision = rules.decide(cmd.Claim(worker="w"))
-    assert [change.event.job_id for change in decision.changes] == ["good"]
+    assert [change.job_id for change in decision.changes] == ["good"]
     assert rules.accept(cmd.Expire(limit=3)) == MaintenanceResult(3, more=True)
     assert rules.accept(cmd.Expire(limit=3)) == MaintenanceResult(2)
 
@@ -550,8 +550,8 @@ def test_an_imported_processing_job_gets_a_grant_from_its_fields(
     assert changes is not None
     assert grant is not None
     assert len(bytes.fromhex(grant.lock_id)) == 16
-    assert changes["started_at"] == began
-    assert changes["deadlines"] == LockDeadlines(rules.lock_ms, rules.lock_ms, None)
+    assert changes.started_at == began
+    assert changes.deadlines == LockDeadlines(rules.lock_ms, rules.lock_ms, None)
     assert (grant.worker, grant.acquired_at) == ("unknown", started_at or updated_at)
     assert (grant.ttl_ms, grant.stall_after_ms, grant.progress_timeout_ms) == (
         TTL,

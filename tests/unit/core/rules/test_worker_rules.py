@@ -512,7 +512,7 @@ def test_a_stalled_job_that_fails_by_recovery_is_not_started(rules: RuleHarness)
         "Job a is failed. Only a queued job can be started (No update from worker w-1 for 15 min at 45 % (attempt 1 of "
         "1). The lock had expired. The work may be half done; check it, then retry the job to run it again.)."
     )
-    assert [change.event.type for change in decision.changes] == ["stalled"]
+    assert [change.type for change in decision.changes] == ["stalled"]
     assert rules.job().status == "failed"
 
 
@@ -575,7 +575,7 @@ def test_any_command_ends_an_overdue_job(rules: RuleHarness) -> None:
         rules.create(job_id, expires_at=NOW + 10)
     rules.advance(10)
     changes = rules.decide(cmd.Start(id="a", worker="w"), by="worker:w").changes
-    assert [(change.event.type, change.event.by) for change in changes] == [("expired", "daemon")]
+    assert [(change.type, change.by) for change in changes] == [("expired", "daemon")]
     assert not rules.decide(cmd.Claim(worker="w"), by="worker:w").changes
 
 

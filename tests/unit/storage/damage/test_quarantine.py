@@ -691,13 +691,13 @@ async def test_a_damaged_late_result_is_quarantined_without_its_job(path: str, c
     async with open_store(path) as (store, _):
         changes = [maker.late(job, token, Result(file_path="/x", metadata=Raw(b"[1]"))) for token in (1, 2)]
         await store.write(maker.batch(changes))
-    flip(path, "late_results", column, "seq", changes[0].event.seq)
+    flip(path, "late_results", column, "seq", changes[0].seq)
     async with open_store(path) as (store, found):
         assert found.faults == []
         queries = [LateResultQuery(job.seq, with_results=True)]
         assert (await store.read_late_results(queries)).results[job.seq] == [changes[1].late]
         (fault,) = store.take_faults()
-        assert fault == f"late_results {changes[0].event.seq}: its checksum is wrong; the row was quarantined"
+        assert fault == f"late_results {changes[0].seq}: its checksum is wrong; the row was quarantined"
         assert (await store.read_late_results(queries)).results[job.seq] == [changes[1].late]
         assert store.take_faults() == []
     async with open_store(path) as (store, found):

@@ -9,7 +9,7 @@ from msgspec import Raw
 from msgspec.structs import replace
 
 from jobd.journal import event_codec
-from jobd.model.events import KEEP_GRANTS, KEEP_HEARTBEATS, Change, Event
+from jobd.model.events import KEEP_GRANTS, KEEP_HEARTBEATS, Event
 from jobd.model.job import Job, Result
 from jobd.model.storage import Batch, EventPruning
 from jobd.storage.codec import SQL, with_checksum
@@ -46,7 +46,7 @@ def some_events(count: int, seed: int) -> list[Event]:
     maker = ChangeFactory(seed)
     events: list[Event] = []
     while len(events) < count:
-        events += [change.event for change in maker.any_batch(20).changes]
+        events += list(maker.any_batch(20).changes)
     return events
 
 
@@ -73,15 +73,14 @@ def test_a_large_event_has_a_row_of_its_own(maker: ChangeFactory) -> None:
     created = maker.create("a")
     granted = maker.grant(job_of(created))
     ended = maker.finish(job_of(granted))
-    assert ended.event.changes is not None
     result = Result(metadata=Raw(b'"' + b"x" * event_rows.ROW_BYTES + b'"'))
-    large = replace(ended.event, changes={**ended.event.changes, "result": result})
-    rows = pack(map(event_codec.encode, (created.event, granted.event, large)))
+    large = replace(ended, after=replace(job_of(ended), result=result))
+    rows = pack(map(event_codec.encode, (created, granted, large)))
     assert sorted(len(unpack(row)) for row in rows) == [1, 1, 1]
 
 
 def test_a_row_of_a_later_format_is_not_read() -> None:
-    (row,) = pack([event_codec.encode(ChangeFactory().create().event)])
+    (row,) = pack([event_codec.encode(ChangeFactory().create())])
     later = with_checksum((*row[:4], bytes((9, *row[4][1:]))))
     assert event_rows.fault(row) is None
     assert event_rows.fault(later) == "it has format 9, but this jobd supports format 1"
@@ -124,7 +123,7 @@ def test_the_size_of_a_page_is_limited(path: str, monkeypatch: pytest.MonkeyPatc
     projection.db.conn.close()
 
 
-def rounds(maker: ChangeFactory, job: Job, count: int, heartbeats: int) -> Iterator[Change]:
+def rounds(maker: ChangeFactory, job: Job, count: int, heartbeats: int) -> Iterator[Event]:
     """Grants that are released."""
     for _ in range(count):
         change = maker.grant(job)
@@ -147,22 +146,22 @@ def busy_batches() -> list[Batch]:
         *rounds(maker, job_of(created[1]), 2, 4 * KEEP_HEARTBEATS),
         *rounds(maker, job_of(created[2]), 20, 3),
     ]
-    changes.sort(key=lambda change: change.event.seq % 7)  # jobs take turns
+    changes.sort(key=lambda change: change.seq % 7)  # jobs take turns
     changes = [
-        replace(change, event=replace(change.event, seq=number))
-        for number, change in enumerate(sorted(changes, key=lambda change: change.event.seq), changes[0].event.seq)
+        replace(change, seq=number)
+        for number, change in enumerate(sorted(changes, key=lambda change: change.seq), changes[0].seq)
     ]
     while changes:
         batches.append(maker.batch(changes[:40]))
         changes = changes[40:]
-    gone = maker.jobs[created[2].event.job_seq]
+    gone = maker.jobs[created[2].job_seq]
     batches.append(maker.batch([maker.delete(gone)]))
     return batches
 
 
 def test_nodes_end_with_the_same_events_however_they_divide_them(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     batches = busy_batches()
-    deleted = batches[-1].changes[0].event.job_seq
+    deleted = batches[-1].changes[0].job_seq
     contents = []
     for number, span in enumerate(SPANS):
         monkeypatch.setattr(event_rows, "SPAN", span)
@@ -224,10 +223,10 @@ async def test_damage_in_a_row_that_began_earlier_is_a_gap(maker: ChangeFactory,
         page = await store.events_after(4, 100)
         assert ([event.seq for event in page.events], page.gone_to) == ([6], 5)
         assert store.take_faults() == [
-            f"events 2 to 5 of job {created[1].event.job_id}: its checksum is wrong; the row was quarantined"
+            f"events 2 to 5 of job {created[1].job_id}: its checksum is wrong; the row was quarantined"
         ]
     (problem,) = [each for each in doctor.check(path) if each.where == "events in quarantine"]
-    assert problem.what == f"2 to 5 of job {created[1].event.job_id}: its checksum is wrong"
+    assert problem.what == f"2 to 5 of job {created[1].job_id}: its checksum is wrong"
 
 
 @pytest.mark.parametrize("bit", range(8))

@@ -36,7 +36,7 @@ async def store_with_tail(path: str, keep: int) -> tuple[ChangeFactory, list[int
         if count == keep:
             back, numbers = maker.snapshot(), maker.numbers
         batches.append(maker.any_batch(4))
-    ids = {change.event.job_id for batch in batches[keep:] for change in batch.changes}
+    ids = {change.job_id for batch in batches[keep:] for change in batch.changes}
     found = await leave_tail(path, *batches)
     back()
     maker.numbers = numbers

@@ -16,7 +16,7 @@ import pytest
 from msgspec.structs import replace
 
 from jobd.journal import record
-from jobd.model.events import Change
+from jobd.model.events import Event
 from jobd.model.job import Job
 from jobd.model.journal import BadRecord, Record
 from jobd.model.storage import (
@@ -34,7 +34,7 @@ from jobd.storage.startup import connect, start
 from jobd.storage.store import Store
 from jobd.storage.tables import projection as projections
 from jobd.storage.tables.projection import Projection
-from tests.support.factories import OPTIONS, ChangeFactory
+from tests.support.factories import OPTIONS, ChangeFactory, as_recorded
 from tests.support.memory_tables import MemoryTables
 from tests.support.projection_harness import EVERYTHING, Writer, content_of, differences, fail_commits
 from tests.support.store_files import edit_store, flip, job_of, leave_tail, open_store, remove, remove_quarantined
@@ -158,7 +158,7 @@ def test_a_row_that_is_damaged_when_its_job_changes_is_written_again(
         db.conn.execute("UPDATE events SET at = at + 1 WHERE seq = 1")
     if story == "delete":
         opened.append(maker.batch([maker.finish(maker.jobs[1])]), 0)
-    change: Callable[[Job], Change] = getattr(maker, story)
+    change: Callable[[Job], Event] = getattr(maker, story)
     opened.append(maker.batch([change(maker.jobs[1])]), 0)
     content = read_now(opened)
     assert content.jobs == maker.jobs
@@ -218,7 +218,7 @@ def test_any_part_of_a_record_is_rejected(seed: int) -> None:
         body, events = record.encode(batch)
         made = Record(1, 1, 1, 1, 0, body)
         decoded, _ = record.decode(made)
-        assert [change.event for change in decoded.changes] == [change.event for change in batch.changes]
+        assert decoded.changes == list(map(as_recorded, batch.changes))
         assert len(events) == len(batch.changes)
         for length in (0, 1, len(body) // 2, len(body) - 1):
             with pytest.raises(BadRecord):

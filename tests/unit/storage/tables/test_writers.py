@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 
-from jobd.model.events import Change
+from jobd.model.events import Event
 from jobd.model.job import packed
 from jobd.model.storage import BadRows, Batch
 from jobd.storage import codec
@@ -35,7 +35,7 @@ def write(tables: Projection, batch: Batch) -> dict[int, bytes]:
     return payloads
 
 
-def statements(tables: Projection, maker: ChangeFactory, *changes: Change) -> list[str]:
+def statements(tables: Projection, maker: ChangeFactory, *changes: Event) -> list[str]:
     """Return the statements on the table of jobs for `changes`."""
     statement: list[str] = []
     tables.db.conn.set_trace_callback(statement.append)
@@ -90,7 +90,7 @@ def test_removed_and_added_parts_are_both_written(tables: Projection, order: tup
         after = maker.update(job_of(change), progress_message=message)
         write(tables, maker.batch([after]))
         row = job_row(job_of(after))
-        assert row_of(tables, change.event.job_seq) == (*row, checksum(row))
+        assert row_of(tables, change.job_seq) == (*row, checksum(row))
 
 
 def test_a_record_from_before_the_start_does_not_create_a_missing_row(maker: ChangeFactory, tables: Projection) -> None:
