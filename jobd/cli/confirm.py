@@ -22,9 +22,9 @@ class Confirmation:
 
     `to` is the resulting status: None if the job is deleted, "" if its status does not change. `run` gets the id, and
     the version of the job that the operator confirmed, if there is one. `allowed_from` limits the statuses that allow
-    the action; by default, the table of transitions decides. `details` describes the effect on the job, `note` warns
-    about it. `dry_run` checks the action on the daemon; without it, or with a read-only token, only the status is
-    checked. `scope` says which jobs allow the action.
+    the action; by default, the table of transitions decides. `details` describes the effect on the job, from it and the
+    response to a dry run (None without one), `note` warns about it. `dry_run` checks the action on the daemon; without
+    it, or with a read-only token, only the status is checked. `scope` says which jobs allow the action.
     """
 
     action: str
@@ -33,7 +33,7 @@ class Confirmation:
     run: Callable[[str, str | None], Any]
     describe: Callable[[Any], str]
     allowed_from: tuple[str, ...] = ()
-    details: Callable[[JobView], str] = lambda job: ""
+    details: Callable[[JobView, Any], str] = lambda job, response: ""
     dry_run: Callable[[str], object] | None = None
     note: Callable[[JobView], str | None] = lambda job: None
     scope: str = ""
@@ -100,7 +100,7 @@ def _show_dry_run(
     if as_json and response is not None:
         terminal.emit_json(response)
     else:
-        print_line(f"{job_id}: would {confirmation.action}{confirmation.details(job)}: it is {state(job)}")
+        print_line(f"{job_id}: would {confirmation.action}{confirmation.details(job, response)}: it is {state(job)}")
         if note := confirmation.note(job):
             print_line(note)
     if is_read_only:
@@ -145,14 +145,14 @@ def _ask(confirmation: Confirmation, ids: Sequence[str]) -> str | None:
         confirm(f"{confirmation.action} {len(ids)} jobs")
         return None
     job = confirmation.get_job(ids[0])
-    if confirmation.dry_run is not None:
-        confirmation.dry_run(ids[0])  # fails here if it would fail later
+    # Fails here if the action would fail later.
+    response = None if confirmation.dry_run is None else confirmation.dry_run(ids[0])
     if not _allowed(job.status, confirmation):
         text = f"{job.id}: {confirmation.action} is rejected: it is {job.status}. {confirmation.scope}"
         raise exit_codes.CliError(text, exit_codes.REJECTED)
     if note := confirmation.note(job):
         terminal.say(note)
-    details = confirmation.details(job)
+    details = confirmation.details(job, response)
     confirm(f"{confirmation.action}{f'{details}:' if details else ''} job {job.id}, which is {state(job)}")
     return job.version or None
 

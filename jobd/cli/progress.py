@@ -5,25 +5,15 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from jobd.cli import terminal
-
-if TYPE_CHECKING:
-    from jobd.client import JobClient
-    from jobd.model.responses import JobView
 
 
 class Advance(Protocol):
     """Show `done` of `total` (None: unknown), and replace the description by `what`."""
 
     def __call__(self, done: int, total: int | None, what: str | None = None) -> None: ...
-
-
-def until_finished(client: JobClient, job_id: str) -> JobView:
-    """Wait until the job is finished, and return it."""
-    with bar(job_id, unit="%") as advance:
-        return client.wait_for_job(job_id, on_poll=lambda job: advance(int(job.progress), 100))
 
 
 @contextmanager

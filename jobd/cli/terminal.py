@@ -126,13 +126,8 @@ def as_json(value: Any, *, may_indent: bool = True) -> str:
     return _UNSAFE.sub(lambda m: m.group() if m.group() == "\n" else f"\\u{ord(m.group()):04x}", raw.decode())
 
 
-def emit_json(value: Any) -> None:
-    sys.stdout.write(as_json(value) + "\n")
-
-
-def emit_json_line(value: Any) -> None:
-    """Print `value` as one line of JSON, on a terminal too."""
-    sys.stdout.write(as_json(value, may_indent=False) + "\n")
+def emit_json(value: Any, *, may_indent: bool = True) -> None:
+    sys.stdout.write(as_json(value, may_indent=may_indent) + "\n")
 
 
 def emit(line: str) -> None:

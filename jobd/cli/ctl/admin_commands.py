@@ -50,7 +50,7 @@ def cleanup(last: bool, dry_run: bool, reason: str | None, as_json: bool) -> int
     """Run cleanup now and show its report. Exit 1 if a step failed."""
     client = admin_client()
     if dry_run:
-        plan, seen = plan_commands.maintenance_plan(client, "cleanup", reason), client.preview()
+        plan, seen = plan_commands.plan_if_allowed(client, "cleanup", reason), client.preview()
         terminal.emit_json(_with_plan_id(seen, plan)) if as_json else tables_admin.preview(seen)
         plan_commands.show_apply_command(plan)
         return exit_codes.DONE
@@ -73,7 +73,7 @@ def recover_stuck(dry_run: bool, reason: str | None, as_json: bool) -> None:
     """Recover stalled jobs now. Jobs with a live lock do not change."""
     if dry_run:
         client = admin_client()
-        plan, seen = plan_commands.maintenance_plan(client, "recover-stuck", reason), client.preview()
+        plan, seen = plan_commands.plan_if_allowed(client, "recover-stuck", reason), client.preview()
         shown = _with_plan_id(seen, plan)
         some = {name: shown[name] for name in ("recover", "more", "plan_id")}
         terminal.emit_json(some) if as_json else tables_admin.planned_recoveries(seen)

@@ -82,7 +82,7 @@ def transition(
         do,
         lambda response: f"{response.previous_status} → {response.status}",
         allowed_from=(from_status,),
-        details=lambda job: settings,
+        details=lambda *_: settings,
         dry_run=partial(do, dry_run=True),
     )
     return run_action(confirmation, (job_id,), **how)
@@ -179,7 +179,7 @@ def adopt(job_id: str, result: int | None, reason: str | None, **how: bool) -> i
         do,
         lambda job: job.status,
         allowed_from=Adopt.allowed_from,
-        details=lambda job: details,
+        details=lambda *_: details,
         dry_run=dry,
     )
     return run_action(confirmation, (job_id,), **how)
@@ -242,21 +242,16 @@ def _change(
 
     `new_values` returns the new values that can be computed without the daemon, for read-only tokens.
     """
-    would_be: JobView | None = None
 
-    def details(job: JobView) -> str:
+    def details(job: JobView, would_be: JobView | None) -> str:
         after = new_values(job)
         if would_be is not None:
             after = {name: getattr(would_be, name) for name in after}
         return f" ({_differences(job, after)})"
 
-    def dry(one: str) -> JobView:
-        nonlocal would_be
-        would_be = do(one, dry_run=True)
-        return would_be
-
+    dry_run_of = partial(do, dry_run=True)
     confirmation = Confirmation(
-        action, client.get_job, "", lambda one, _version: do(one), _fields, allowed_from, details, dry
+        action, client.get_job, "", lambda one, _version: do(one), _fields, allowed_from, details, dry_run_of
     )
     return run_action(confirmation, (job_id,), yes=True, dry_run=dry_run, as_json=as_json)
 

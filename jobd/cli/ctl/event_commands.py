@@ -70,7 +70,7 @@ def events(
     with closing(stream):
         for event in stream:
             position[0] = event.seq
-            terminal.emit_json_line(event) if as_json else terminal.emit(tables.event_line(event))
+            terminal.emit_json(event, may_indent=False) if as_json else terminal.emit(tables.event_line(event))
             if follow:
                 sys.stdout.flush()
 

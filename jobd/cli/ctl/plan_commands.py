@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, cast
 
@@ -114,9 +115,9 @@ def act(action: PlanAction, ids: Sequence[str], where: Sequence[str], reason: st
     if is_plan(ids, where):
         return run_plans(action, ids, where, reason, **how)
     client = admin_client()
-    plan = _plan_if_allowed(client, action, reason, ids=list(ids)) if how["dry_run"] else None
+    plan = plan_if_allowed(client, action, reason, ids=list(ids)) if how["dry_run"] else None
     code = confirm.run_action(action_on_one(client, action, reason), ids, **how)
-    if code == exit_codes.DONE and plan is not None and plan.count:
+    if code == exit_codes.DONE and plan is not None:
         _name_plans([plan])
     return code
 
@@ -137,7 +138,7 @@ def action_on_one(client: AdminClient | JobClient, action: PlanAction, reason: s
         changing: Any = client if version is None else cast("AdminClient", client).if_match(version)
         return getattr(changing, _METHODS[action])(job_id, reason)
 
-    def details(job: JobView) -> str:
+    def details(job: JobView, _: object) -> str:
         is_kept = action != "delete" or not job.storage_key
         return "" if is_kept else f" with its artifact {job.storage_key} (artifacts.url)"
 
@@ -171,16 +172,16 @@ def _late_note(client: AdminClient | JobClient, action: PlanAction, job: JobView
     return note and f"{note} See: jobctl late {job.id}"
 
 
-def _plan_if_allowed(
+def plan_if_allowed(
     client: AdminClient, action: PlanAction, reason: str | None, *, ids: list[str] | None = None
 ) -> PlanView | None:
-    """Return a plan; None with a read-only token."""
+    """Return a plan; None if it would do nothing or the token is read-only."""
     from jobd.client.errors import Forbidden
 
-    try:
-        return client.make_plan(action, ids=ids, reason=reason)
-    except Forbidden:
-        return None
+    with suppress(Forbidden):
+        plan = client.make_plan(action, ids=ids, reason=reason)
+        return plan if plan.count else None
+    return None
 
 
 def _make_plans(
@@ -238,12 +239,6 @@ def _name_plans(plans: Sequence[PlanView], but: str = "") -> None:
     if plans:
         names = " ".join(plan.plan_id for plan in plans)
         terminal.say(f"To apply exactly this{but}, until {utc(plans[0].expires_at)}: jobctl apply {names}")
-
-
-def maintenance_plan(client: AdminClient, action: PlanAction, reason: str | None) -> PlanView | None:
-    """Return a plan of recovery or cleanup; None if it would do nothing or the token is read-only."""
-    plan = _plan_if_allowed(client, action, reason)
-    return plan if plan is not None and plan.count else None
 
 
 def show_apply_command(plan: PlanView | None) -> None:

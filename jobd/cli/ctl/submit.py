@@ -112,7 +112,10 @@ def submit(
         unfit = {"PAYLOAD": payload not in (None, "-"), "--id": job_id, "--wait": wait}
         unfit |= {"--idempotency-key": options.pop("idempotency_key")}
         content = _content_of_lines(is_lines=is_lines, is_full=is_full, is_text=is_text, unfit=unfit)
-        return _submit_lines(options, content, as_json=as_json)
+        from jobd.cli.ctl.submit_lines import LineSubmitter
+
+        LineSubmitter(job_client(), options, as_json=as_json).submit_all(sys.stdin.fileno(), content)
+        return exit_codes.DONE
     text = read_stdin("the payload") if payload == "-" else payload
     if is_text and text is None:
         raise click.UsageError("--text needs PAYLOAD, or - for a text on stdin")
@@ -139,13 +142,6 @@ def _content_of_lines(*, is_lines: bool, is_full: bool, is_text: bool, unfit: Ma
     return "full" if is_full else "text" if is_text else "json"
 
 
-def _submit_lines(options: dict[str, Any], content: Content, *, as_json: bool) -> int:
-    from jobd.cli.ctl.submit_lines import LineSubmitter
-
-    LineSubmitter(job_client(), options, as_json=as_json).submit_all(sys.stdin.fileno(), content)
-    return exit_codes.DONE
-
-
 def _times(
     *, delay_ms: int | None, run_at: int | timedelta | None, expires_at: int | timedelta | None, **_: Any
 ) -> dict[str, int | None]:
@@ -165,11 +161,10 @@ def _whole_ms(delay: timedelta) -> int:
 
 
 def _wait_for(job_id: str, as_json: bool) -> int:
-    from jobd.cli.progress import until_finished
+    from jobd.cli.progress import bar
 
-    job = until_finished(job_client(retry_for_s=RETRY_FOR_S), job_id)
-    if as_json:
-        terminal.emit_json(job)
-    else:
-        say_outcome(job)
+    client = job_client(retry_for_s=RETRY_FOR_S)
+    with bar(job_id, unit="%") as advance:
+        job = client.wait_for_job(job_id, on_poll=lambda job: advance(int(job.progress), 100))
+    terminal.emit_json(job) if as_json else say_outcome(job)
     return exit_codes.DONE if job.status == "completed" else exit_codes.FAILED

@@ -174,7 +174,7 @@ class LineSubmitter:
     def _print(self, jobs: Sequence[JobView]) -> None:
         try:
             for job in jobs:
-                terminal.emit_json_line(job) if self._as_json else terminal.emit(job.id)
+                terminal.emit_json(job, may_indent=False) if self._as_json else terminal.emit(job.id)
             sys.stdout.flush()
         except OSError as error:  # the other commands have nothing left to do then
             raise exit_codes.CliError(f"Cannot print the ids: {error.strerror}", exit_codes.IO_ERROR) from None
