@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,8 @@ from jobd.core.views import job_view
 from jobd.model.clocks import LockMs
 from jobd.model.commands import Moment
 from jobd.model.job import Job, Options, Policy
+from tests import ROOT
+from tests.support.daemon_process import die_with_us
 from tests.support.polling import wait_until
 from tests.support.scripted_server import ReceivedRequest, ScriptedServer, Step, ok, serving
 
@@ -174,6 +178,24 @@ class CommandRun:
     @property
     def err(self) -> str:
         return self._err.read_text()
+
+
+@contextlib.asynccontextmanager
+async def python_program(*command: str, environ: dict[str, str] | None = None, **streams: Any) -> AsyncIterator[Any]:
+    """Run Python with these arguments during the block, and kill it at the end. Yields its `subprocess.Popen`."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT), **(environ or {})}
+    argv = [sys.executable, *command]
+    process = await asyncio.to_thread(lambda: subprocess.Popen(argv, env=env, preexec_fn=die_with_us, **streams))
+    try:
+        yield process
+    finally:
+        process.kill()
+        await asyncio.to_thread(process.wait)
+
+
+def jobctl_run(socket: str, queue: str, *argv: str) -> list[str]:
+    """Return the arguments of Python for `jobctl run`."""
+    return ["-m", "jobd.cli.ctl.main", "run", "--socket", socket, "--queue", queue, *argv]
 
 
 def watchdogs_of(pid: int) -> list[int]:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +19,15 @@ from jobd.client.worker.claimer import ClaimOptions
 from jobd.client.worker.command_worker import describe
 from jobd.client.worker.idle_reasons import remaining_jobs
 from jobd.client.worker.process import has_members
-from tests import ROOT
-from tests.support.client_harness import CommandRun, is_alive, wait_for_job, watchdogs_of
-from tests.support.daemon_process import DaemonProcess, die_with_us
+from tests.support.client_harness import (
+    CommandRun,
+    is_alive,
+    jobctl_run,
+    python_program,
+    wait_for_job,
+    watchdogs_of,
+)
+from tests.support.daemon_process import DaemonProcess
 from tests.support.polling import wait_until
 from tests.support.scripted_server import ScriptedServer, ok, serving
 
@@ -274,26 +278,21 @@ async def test_cancelling_a_job_ends_its_process_group(client: AsyncJobClient, q
     assert any("stopping its work" in text for text in run.messages)
 
 
-async def test_stop_lets_the_running_program_end(client: AsyncJobClient, queue: str, tmp_path: Path) -> None:
-    go = tmp_path / "go"
-    first, second = await client.create_jobs([{"queue": queue}, {"queue": queue}])
-    run = CommandRun(client, tmp_path, queue, f"echo ::progress 1; while [ ! -e {go} ]; do sleep 0.01; done")
-    running = asyncio.create_task(run.run())
-    await wait_for_job(client, first.id, lambda job: job.progress == 1)
-    run.worker.stop()
-    go.touch()
-    assert await running == 0
-    assert (await client.get_job(first.id)).status == "completed"
-    assert (await client.get_job(second.id)).attempt == 0
-
-
-@pytest.mark.parametrize("stops", [1, 2], ids=["grace over", "second signal"])
+@pytest.mark.parametrize(
+    ("stops", "limits"),
+    [
+        (1, {"grace_s": 0.05, "kill_after_s": 0.2}),
+        (2, {"grace_s": 10_000, "kill_after_s": 0.2}),
+        (3, {"grace_s": 10_000, "kill_after_s": 10_000}),
+    ],
+    ids=["grace over", "second signal", "third signal"],
+)
 async def test_after_the_grace_the_group_is_stopped_and_the_job_released(
-    client: AsyncJobClient, queue: str, tmp_path: Path, stops: int
+    client: AsyncJobClient, queue: str, tmp_path: Path, stops: int, limits: dict[str, float]
 ) -> None:
     script = "trap '' TERM; echo ::progress 1; echo $$; while :; do sleep 0.01; done"
     job = await client.create_job(queue=queue)
-    run = CommandRun(client, tmp_path, queue, script, grace_s=0.05 if stops == 1 else 10_000, kill_after_s=0.2)
+    run = CommandRun(client, tmp_path, queue, script, **limits)
     running = asyncio.create_task(run.run())
     await wait_for_job(client, job.id, lambda job: job.progress == 1)
     for _ in range(stops):
@@ -303,19 +302,6 @@ async def test_after_the_grace_the_group_is_stopped_and_the_job_released(
     back = await client.get_job(job.id)
     assert (back.status, back.attempt) == ("queued", 0)
     assert [event.type for event in await client.timeline(job.id)][-1] == "released"
-
-
-async def test_a_third_stop_kills_at_once(client: AsyncJobClient, queue: str, tmp_path: Path) -> None:
-    script = "trap '' TERM; echo ::progress 1; echo $$; while :; do sleep 0.01; done"
-    job = await client.create_job(queue=queue)
-    run = CommandRun(client, tmp_path, queue, script, grace_s=10_000, kill_after_s=10_000)
-    running = asyncio.create_task(run.run())
-    await wait_for_job(client, job.id, lambda job: job.progress == 1)
-    for _ in range(3):
-        run.worker.stop()
-    assert await running == 0
-    assert not has_members(int(run.out))
-    assert (await client.get_job(job.id)).status == "queued"
 
 
 async def test_without_the_program_nothing_is_claimed(client: AsyncJobClient, queue: str, tmp_path: Path) -> None:
@@ -401,21 +387,12 @@ async def test_sigterm_to_jobctl_run_releases_the_job(
     client: AsyncJobClient, daemon: DaemonProcess, queue: str
 ) -> None:
     job = await client.create_job(queue=queue)
-    script = "echo ::progress 1; echo $$; sleep 1000"
-    command = [sys.executable, "-m", "jobd.cli.ctl.main", "--socket", daemon.socket, "run", "--queue", queue]
-    command += ["--grace", "50ms", "--", "sh", "-c", script]
-    environ = {**os.environ, "PYTHONPATH": str(ROOT)}
-    start = functools.partial(
-        subprocess.Popen, command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=die_with_us
-    )
-    process = await asyncio.to_thread(start)
-    try:
+    argv = ("--grace", "50ms", "--", "sh", "-c", "echo ::progress 1; echo $$; sleep 1000")
+    run = jobctl_run(daemon.socket, queue, *argv)
+    async with python_program(*run, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         await wait_for_job(client, job.id, lambda job: job.progress == 1)
         process.send_signal(signal.SIGTERM)
         out, err = await asyncio.to_thread(process.communicate)
-    finally:
-        process.kill()
-        await asyncio.to_thread(process.wait)
     assert process.returncode == 0, err
     assert not has_members(int(out))
     back = await client.get_job(job.id)
@@ -432,17 +409,9 @@ async def test_a_failed_program_fails_its_job_even_if_the_parent_ignores_sigchld
         if command == "worker":
             assert await CommandRun(client, tmp_path, queue, "exit 3", once=True).run() == 1
         else:
-            jobctl = [sys.executable, "-m", "jobd.cli.ctl.main", "--socket", daemon.socket, "run", "--queue", queue]
-            jobctl += ["--once", "--", "sh", "-c", "exit 3"]
-            environ = {**os.environ, "PYTHONPATH": str(ROOT)}
-            start = functools.partial(
-                subprocess.Popen, jobctl, env=environ, stderr=subprocess.PIPE, preexec_fn=die_with_us
-            )
-            process = await asyncio.to_thread(start)
-            try:
+            run = jobctl_run(daemon.socket, queue, "--once", "--", "sh", "-c", "exit 3")
+            async with python_program(*run, stderr=subprocess.PIPE) as process:
                 await asyncio.to_thread(process.communicate)
-            finally:
-                process.kill()
     finally:
         signal.signal(signal.SIGCHLD, previous)
     failed = await client.get_job(job.id)
@@ -459,18 +428,10 @@ async def test_jobctl_run_ends_although_its_stderr_is_not_read(
         while True:
             os.write(full, b"x" * 4096)
     os.set_blocking(full, True)
-    command = [sys.executable, "-m", "jobd.cli.ctl.main", "--socket", daemon.socket, "run", "--queue", queue]
-    command += ["--once", "--", "true"]
-    environ = {**os.environ, "PYTHONPATH": str(ROOT)}
-    start = functools.partial(subprocess.Popen, command, env=environ, stderr=full, preexec_fn=die_with_us)
-    process = await asyncio.to_thread(start)
-    try:
+    async with python_program(*jobctl_run(daemon.socket, queue, "--once", "--", "true"), stderr=full) as process:
         assert await asyncio.to_thread(process.wait, 30) == 0
-    finally:
-        process.kill()
-        await asyncio.to_thread(process.wait)
-        os.close(read)
-        os.close(full)
+    os.close(read)
+    os.close(full)
     assert (await client.get_job(job.id)).status == "completed"
 
 
@@ -478,12 +439,10 @@ async def test_a_locale_without_utf8_does_not_stop_jobctl_run(
     client: AsyncJobClient, daemon: DaemonProcess, queue: str
 ) -> None:
     job = await client.create_job(queue=queue, kind="größe")
-    command = [sys.executable, "-m", "jobd.cli.ctl.main", "--socket", daemon.socket, "run", "--queue", queue]
-    command += ["--once", "--", "sh", "-c", 'echo "::meta kind=$JOBD_JOB_KIND"']
+    run = jobctl_run(daemon.socket, queue, "--once", "--", "sh", "-c", 'echo "::meta kind=$JOBD_JOB_KIND"')
     locale = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
-    environ = {**os.environ, "PYTHONPATH": str(ROOT), **locale}
-    ended = await asyncio.to_thread(subprocess.run, command, env=environ, timeout=30, check=False)
-    assert ended.returncode == 0
+    async with python_program(*run, environ=locale) as process:
+        assert await asyncio.to_thread(process.wait, 30) == 0
     assert (await client.get_job(job.id)).metadata_value == {"kind": "größe"}
 
 
@@ -500,16 +459,6 @@ async def test_a_program_is_stopped_after_its_timeout(client: AsyncJobClient, qu
     assert not has_members(int(run.out))
 
 
-async def test_a_program_that_ignores_its_timeout_is_killed(client: AsyncJobClient, queue: str, tmp_path: Path) -> None:
-    script = "trap '' TERM; sleep 1000 & echo $$; while :; do sleep 0.01; done"
-    job = await client.create_job(queue=queue, max_attempts=2)
-    run = CommandRun(client, tmp_path, queue, script, once=True, timeout=0.3, kill_after_s=0.2)
-    assert await run.run() == 1
-    back = await client.get_job(job.id)
-    assert (back.status, back.error_code) == ("queued", "timeout")
-    assert not has_members(int(run.out))
-
-
 @pytest.mark.parametrize(("limit", "sent"), [({}, 0), ({"progress_timeout_ms": 5000}, 5000)])
 async def test_locks_have_no_progress_timeout_by_default(tmp_path: Path, limit: dict[str, Any], sent: int) -> None:
     server = ScriptedServer()
@@ -523,22 +472,14 @@ async def test_locks_have_no_progress_timeout_by_default(tmp_path: Path, limit: 
 async def test_killing_the_worker_with_its_watchdog_ends_its_program(
     client: AsyncJobClient, daemon: DaemonProcess, queue: str, tmp_path: Path
 ) -> None:
-    run = ["run", "--socket", daemon.socket, "--queue", queue, "--", "sh", "-c"]
     script = f"echo $$ > {tmp_path}/new; mv {tmp_path}/new {tmp_path}/pid; while :; do sleep 0.01; done"
-    command = [sys.executable, "-c", "from jobd.cli.ctl.main import main; main()", *run, script]
-    environ = {**os.environ, "PYTHONPATH": str(ROOT)}
     await client.create_job(queue=queue)
-    start = functools.partial(subprocess.Popen, command, env=environ, preexec_fn=die_with_us)
-    process = await asyncio.to_thread(start)
-    try:
+    async with python_program(*jobctl_run(daemon.socket, queue, "--", "sh", "-c", script)) as process:
         await wait_until((tmp_path / "pid").exists)
         program = int((tmp_path / "pid").read_text())
         for watchdog in await asyncio.to_thread(watchdogs_of, process.pid):
             os.kill(process.pid, signal.SIGSTOP)  # it starts no other one
             os.kill(watchdog, signal.SIGKILL)
-    finally:
-        process.kill()
-        await asyncio.to_thread(process.wait)
     try:
         await wait_until(lambda: not has_members(program))
     finally:
@@ -553,20 +494,13 @@ async def test_killing_the_worker_ends_its_programs_and_their_children(
     trap = "trap '' TERM;" if is_stubborn else ""
     script = f"{trap} sleep 1000 & echo ::meta child=$!; echo $$ $! > {tmp_path}/pids.new; "
     script += f"mv {tmp_path}/pids.new {tmp_path}/pids; wait; while :; do sleep 0.01; done"
-    environ = {**os.environ, "PYTHONPATH": str(ROOT)}
-    run = ["run", "--socket", daemon.socket, "--queue", queue, "--lock-ttl", "1s", "--", "sh", "-c", script]
-    command = [sys.executable, "-c", "from jobd.cli.ctl.main import main; main()", *run]
     await client.create_job(queue=queue)
-    start = functools.partial(subprocess.Popen, command, env=environ, preexec_fn=die_with_us)
-    process = await asyncio.to_thread(start)
-    try:
+    run = jobctl_run(daemon.socket, queue, "--lock-ttl", "1s", "--", "sh", "-c", script)
+    async with python_program(*run) as process:
         await wait_until((tmp_path / "pids").exists)
         program, child = map(int, (tmp_path / "pids").read_text().split())
         watchdogs = await asyncio.to_thread(watchdogs_of, process.pid)
         assert len(watchdogs) == 1
-    finally:
-        process.kill()
-        await asyncio.to_thread(process.wait)
     await wait_until(lambda: not has_members(program) and not is_alive(child))
     await wait_until(lambda: not is_alive(watchdogs[0]))
 

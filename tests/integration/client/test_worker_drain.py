@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import os
 import pty
 import re
 import signal
 import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 import pytest
@@ -21,9 +20,8 @@ from aiohttp import web
 
 from jobd.client import AsyncJobClient, JobClient, Stopped, SyncTask, Task, Worker
 from jobd.client.worker import claimer
-from tests import ROOT
-from tests.support.client_harness import event_types, running_worker, wait_for_job
-from tests.support.daemon_process import DaemonProcess, die_with_us
+from tests.support.client_harness import event_types, python_program, running_worker, wait_for_job
+from tests.support.daemon_process import DaemonProcess
 from tests.support.scripted_server import ScriptedServer, serving
 
 
@@ -138,24 +136,6 @@ async def test_a_job_whose_grant_was_missed_by_a_stopped_worker_is_released(
     assert (await event_types(client, job.id)) == ["created", "granted", "released"]
 
 
-async def test_a_second_stop_ends_the_grace(client: AsyncJobClient, queue: str) -> None:
-    worker = Worker(client, queues=[queue], grace_s=10_000)
-    started = asyncio.Event()
-
-    @worker.handler()
-    async def work(task: Task) -> None:
-        started.set()
-        await asyncio.Event().wait()
-
-    job = await client.create_job(queue=queue)
-    async with running_worker(worker) as serving:
-        await started.wait()
-        worker.stop()
-        worker.stop()
-        await serving
-    assert (await client.get_job(job.id)).status == "queued"
-
-
 async def test_a_third_stop_does_not_wait_for_a_thread(
     client: AsyncJobClient, queue: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -212,32 +192,17 @@ worker.run()
 
 
 async def test_sigterm_drains_a_worker_process(client: AsyncJobClient, daemon: DaemonProcess, queue: str) -> None:
-    environ = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", SCRIPT, f"unix:{daemon.socket}", queue]
     job = await client.create_job(queue=queue)
-    start = functools.partial(
-        subprocess.Popen,
-        command,
-        text=True,
-        env=environ,
-        stdin=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        preexec_fn=die_with_us,
-    )
-    process = await asyncio.to_thread(start)
-    try:
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stderr": subprocess.PIPE}
+    async with python_program("-c", SCRIPT, f"unix:{daemon.socket}", queue, text=True, **pipes) as process:
         await wait_for_job(client, job.id, lambda job: job.progress == 1)
         process.send_signal(signal.SIGTERM)
-        assert process.stderr is not None
         claims, stopping = [await asyncio.to_thread(process.stderr.readline) for _ in range(2)]
         assert " claims jobs of queue " in claims
         again = "a second Ctrl-C or SIGTERM asks it to stop"
         assert stopping == f"stopping: waiting up to 30 s for {job.id}; {again}\n"
         await asyncio.to_thread(process.communicate)
         assert process.returncode == 0
-    finally:
-        process.kill()
-        await asyncio.to_thread(process.wait)
     assert (await client.get_job(job.id)).metadata_value == "done"
 
 
@@ -262,22 +227,15 @@ worker.run()
 async def test_in_a_terminal_a_worker_prints_what_it_claims_and_each_job(
     client: AsyncJobClient, daemon: DaemonProcess, queue: str
 ) -> None:
-    environ = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", TERMINAL, f"unix:{daemon.socket}", queue]
     kinds = ("good", "bad", "discarded", "snoozed")
     ids = {kind: (await client.create_job(queue=queue, kind=kind)).id for kind in kinds}
     ours, theirs = pty.openpty()
-    start = functools.partial(subprocess.Popen, command, env=environ, stderr=theirs, preexec_fn=die_with_us)
-    process = await asyncio.to_thread(start)
-    os.close(theirs)
     shown = ""
-    try:
+    async with python_program("-c", TERMINAL, f"unix:{daemon.socket}", queue, stderr=theirs):
+        os.close(theirs)
         while any(f"job {job_id} (" not in shown for job_id in ids.values()):
             shown += (await asyncio.to_thread(os.read, ours, 4096)).decode().replace("\r\n", "\n")
-    finally:
-        process.kill()
-        await asyncio.to_thread(process.wait)
-        os.close(ours)
+    os.close(ours)
     assert shown.startswith(
         f"worker w-tty claims jobs of queue {queue} (only {', '.join(kinds)}), 2 at a time, at {client.endpoints[0]}\n"
     )

@@ -17,34 +17,9 @@ import pytest
 from jobd.client import AsyncAdminClient, AsyncJobClient, JobClient, LockLost, Stopped, SyncTask, Task, Worker
 from jobd.client.worker import handlers, lock_keeper
 from jobd.client.worker.lock_keeper import LockKeeper
-from tests.support.client_harness import event_types, running_worker, wait_for_job, wait_until_finished
+from tests.support.client_harness import running_worker, wait_for_job, wait_until_finished
 from tests.support.daemon_process import DaemonProcess
 from tests.support.polling import wait_until
-
-
-@pytest.mark.slow
-async def test_the_lock_is_extended_while_the_handler_runs(client: AsyncJobClient, queue: str) -> None:
-    worker = Worker(client, queues=[queue], lock_ttl_ms=30_000)
-    go = asyncio.Event()
-
-    @worker.handler()
-    async def work(task: Task) -> None:
-        await go.wait()
-
-    job = await client.create_job(queue=queue)
-    async with running_worker(worker):
-        granted = await wait_for_job(client, job.id, lambda job: job.lock is not None)
-
-        async def is_extended() -> bool:
-            return (await event_types(client, job.id)).count("extended") >= 3
-
-        await wait_until(is_extended)
-        held = await client.get_job(job.id)
-        assert granted.lock is not None
-        assert held.lock is not None
-        assert held.lock.expires_at > granted.lock.expires_at
-        go.set()
-        assert (await wait_until_finished(client, job.id)).attempt == 1
 
 
 @pytest.mark.slow
@@ -317,30 +292,6 @@ async def test_a_plain_handler_that_lost_its_lock_reports_nothing(
         done = await wait_until_finished(client, job.id)
     assert done.metadata_value == "second"
     assert len(outcome) == 1
-
-
-async def test_progress_raises_lock_lost(client: AsyncJobClient, admin: AsyncAdminClient, queue: str) -> None:
-    worker = Worker(client, queues=[queue])
-    started, go = asyncio.Event(), asyncio.Event()
-    caught: list[Exception] = []
-
-    @worker.handler()
-    async def work(task: Task) -> None:
-        started.set()
-        try:
-            await go.wait()
-            await task.progress(50)
-        except LockLost as error:
-            caught.append(error)
-            raise
-
-    job = await client.create_job(queue=queue)
-    async with running_worker(worker):
-        await started.wait()
-        await admin.force_fail(job.id, "by hand")
-        go.set()
-        await wait_until(lambda: bool(caught))
-    assert (await client.get_job(job.id)).error_message == "by hand"
 
 
 async def test_a_handler_that_received_lock_lost_is_not_interrupted_while_it_ends(

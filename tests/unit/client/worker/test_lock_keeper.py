@@ -32,7 +32,6 @@ from tests.support.client_harness import (
     GRANT,
     JOB,
     TTL_MS,
-    CommandRun,
     ScriptedDaemon,
     nothing,
     running_worker,
@@ -192,16 +191,6 @@ async def test_the_time_without_a_daemon_is_no_time_of_rejections(tmp_path: Path
     async with working(tmp_path, work, responses={"extend": extend}) as daemon:
         await daemon.receive("claim", 2)
     assert len(daemon.bodies("extend")) == 4
-
-
-async def test_rejections_for_a_ttl_end_jobctl_run_and_its_program(tmp_path: Path) -> None:
-    rejection = rejected("unauthorized", 401, "Wrong token.")
-    daemon = ScriptedDaemon(claim=[ok({"grants": [GRANT]}), rejection], extend=[rejection])
-    with serving(daemon.server, tmp_path / "p") as endpoint:
-        run = CommandRun(endpoint, tmp_path, "default", "exec sleep 1000")
-        with pytest.raises(Unauthorized):
-            await run.run()
-    assert any("stopping its work: All calls were rejected" in text for text in run.messages)
 
 
 @pytest.mark.parametrize("code", ["storage_full", "internal_error", "overloaded"])
