@@ -6,7 +6,6 @@ import asyncio
 import json
 import os
 import sqlite3
-import subprocess
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -120,10 +119,6 @@ _OUT: Final = {
     "export": ("jobd.cli.ctl.main", "export", "--yes"),
     "artifact": ("jobd.cli.ctl.main", "artifact", "no-such-job", "--yes", "-o"),
 }
-
-
-def _written(running: CliDaemon, verb: str, file: Path) -> subprocess.CompletedProcess[str]:
-    return running.run(*_OUT[verb], str(file), timeout=150)
 
 
 @pytest.mark.parametrize("verb", list(_OUT))

@@ -30,17 +30,9 @@ def test_submit_takes_every_option(jobctl: Jobctl) -> None:
     options += "--stall-after 90s --progress-timeout 0 --backoff fixed --backoff-base 5s --backoff-max 1m --no-jitter"
     job = jobctl.json("submit", *options.split())
     assert set(job) == JOB_FIELDS
-    named = (
-        "id",
-        "priority",
-        "max_attempts",
-        "max_stalls",
-        "on_stall",
-        "stall_after_ms",
-        "progress_timeout_ms",
-        "payload",
-    )
-    assert [job[name] for name in named] == ["s2", -5, 4, 1, "fail", 90_000, 0, None]
+    expected = {"id": "s2", "priority": -5, "max_attempts": 4, "max_stalls": 1, "on_stall": "fail"}
+    expected |= {"stall_after_ms": 90_000, "progress_timeout_ms": 0, "payload": None}
+    assert {name: job[name] for name in expected} == expected
     assert job["backoff"] == {"kind": "fixed", "base_ms": 5_000, "max_ms": 60_000, "jitter": False}
     assert abs(job["run_at"] - job["created_at"] - 3_600_000) < 60_000
     assert abs(job["expires_at"] - job["run_at"] - 3_600_000) < 60_000
@@ -320,11 +312,7 @@ def test_run_drains_a_queue_and_its_exit_code_reports_failures(running: CliDaemo
     done = running.run("jobd.cli.ctl.main", "run", "--queue", "r1", "--drain", "--", "sh", "-c", script)
     assert done.returncode == 1, done.stderr
     jobs = {job.id: job for job in running.client.list_jobs(queue="r1").jobs}
-    assert {name: job.status for name, job in jobs.items()} == {
-        "r1-1": "completed",
-        "r1-2": "completed",
-        "r1-0": "failed",
-    }
+    assert [jobs[f"r1-{number}"].status for number in (0, 1, 2)] == ["failed", "completed", "completed"]
     assert (jobs["r1-2"].file_path, jobs["r1-2"].metadata_value) == ("/srv/2", {"n": 2})
     assert jobs["r1-0"].error_code == "exit:1"
     done = running.run("jobd.cli.ctl.main", "run", "--queue", "r1", "--drain", "true")
@@ -357,16 +345,8 @@ def test_options_after_the_command_belong_to_it(running: CliDaemon) -> None:
 @pytest.mark.parametrize(("command", "code"), [("true", 0), ("false", 1)])
 def test_submit_waits_for_the_end(command: str, code: int, running: CliDaemon) -> None:
     queue = f"r3-{command}"
-    waiting = running.start(
-        "jobd.cli.ctl.main",
-        "submit",
-        "--queue",
-        queue,
-        "--wait",
-        "--json",
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
+    argv = ("submit", "--queue", queue, "--wait", "--json")
+    waiting = running.start("jobd.cli.ctl.main", *argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert running.run("jobd.cli.ctl.main", "run", "--queue", queue, "--once", command).returncode == code
     out, err = waiting.communicate()
     assert waiting.returncode == code, err
@@ -374,17 +354,8 @@ def test_submit_waits_for_the_end(command: str, code: int, running: CliDaemon) -
 
 
 def test_interrupting_a_wait_does_not_change_the_job(running: CliDaemon) -> None:
-    waiting = running.start(
-        "jobd.cli.ctl.main",
-        "submit",
-        "--id",
-        "r4",
-        "--queue",
-        "r4",
-        "--wait",
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
+    argv = ("submit", "--id", "r4", "--queue", "r4", "--wait")
+    waiting = running.start("jobd.cli.ctl.main", *argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert waiting.stdout is not None
     assert waiting.stdout.readline() == "r4\n"
     waiting.send_signal(signal.SIGINT)

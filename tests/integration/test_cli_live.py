@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import re
@@ -16,15 +15,15 @@ from typing import Any, cast
 
 import msgspec
 import pytest
-from rich.console import Console
 
 from jobd.cli.ctl import main as ctl
-from jobd.cli.ctl.top import HeldJob, Sampler, TopFrame, render, rows_of
+from jobd.cli.ctl.top import HeldJob, Sampler, TopFrame, rows_of
 from jobd.client import AdminClient
 from jobd.model.events import StreamedEvent
 from jobd.model.responses import QueueView
 from tests.support.cli_harness import TerminalRun
 from tests.support.daemon_process import TOKEN, DaemonProcess, die_with_us
+from tests.unit.cli.ctl.test_top import drawn
 
 
 @pytest.fixture
@@ -132,13 +131,6 @@ def test_follow_survives_a_restart_until_ctrl_c(daemon: DaemonProcess) -> None:
 
 
 # -- top
-
-
-def drawn(frame: TopFrame, *, width: int, height: int, note: str = "") -> list[str]:
-    out = Console(file=io.StringIO(), width=width, force_terminal=False)
-    with out.capture() as held:
-        out.print(render(frame, note, height, width))
-    return [line.rstrip() for line in held.get().splitlines()]
 
 
 class RecordingAdminClient:

@@ -159,11 +159,7 @@ def test_a_plan_of_many_jobs_is_shown_and_applied(jobctl: Jobctl) -> None:
     code, out, err = jobctl.run("retry", "pl0", "pl1", "none", "-y")
     assert (code, out) == (4, "retry: 1 job done\n")
     assert err == ("2 jobs skipped: Only failed and cancelled jobs can be retried. There is no such job.\n")
-    assert jobctl.run("retry", "none", "-y") == (
-        4,
-        "",
-        "No job can be changed: 1 job skipped: There is no such job.\n",
-    )
+    assert jobctl.run("retry", "none", "-y") == (4, "", "No job can be changed: 1 job skipped: There is no such job.\n")
     assert jobctl.run("retry", "--where", "queue=nothing", "-y") == (0, "", "No jobs match.\n")
     assert jobctl.ok("cancel", *where, "-y") == "cancel: 3 jobs done\n"
     assert jobctl.ok("delete", *where, "-y") == "delete: 3 jobs done\n"
@@ -221,17 +217,9 @@ def test_every_action_takes_a_reason(jobctl: Jobctl) -> None:
     jobctl.ok("submit", "--id", "re1", "--delay", "1h")
     jobctl.ok("run-now", "re1", "--reason", "why 1")
     assert jobctl.json("timeline", "re1")["events"][-1]["reason"] == "why 1"
-    for number, argv in enumerate(
-        (
-            ["cancel", "re1", "-y"],
-            ["delete", "re1", "-y"],
-            ["pause", "re"],
-            ["resume", "re"],
-            ["cleanup"],
-            ["clock", "accept"],
-        )
-    ):
-        jobctl.ok(*argv, "--reason", f"why {number + 2}")
+    commands = ("cancel re1 -y", "delete re1 -y", "pause re", "resume re", "cleanup", "clock accept")
+    for number, command in enumerate(commands, 2):
+        jobctl.ok(*command.split(), "--reason", f"why {number}")
     found = jobctl.json("audit", "--since", "1h", "--limit", "7")["entries"]
     assert [(each["what"], each["reason"]) for each in found[::-1]] == [
         ("run-now", "why 1"), ("cancel", "why 2"), ("delete", "why 3"), ("pause", "why 4"), ("resume", "why 5"),
@@ -442,10 +430,8 @@ def test_actions_are_in_the_audit_log(jobctl: Jobctl, monkeypatch: pytest.Monkey
     queued = jobctl.json("audit", "--who", f"bob@{host}", "--action", "pause")["entries"]
     assert jobctl.json("audit", "--who", f"bob@{host}", "--what", "pause")["entries"] == queued, "the former name"
     assert [(each["queue"], each["job_id"]) for each in queued] == [("au-q", None)]
-    assert jobctl.json("audit", "--since", "2020-01-01T00:00", "--what", "nothing") == {
-        "entries": [],
-        "next_cursor": None,
-    }
+    none = jobctl.json("audit", "--since", "2020-01-01T00:00", "--what", "nothing")
+    assert none == {"entries": [], "next_cursor": None}
     assert len(jobctl.json("audit", "--limit", "2")["entries"]) == 2
 
 
