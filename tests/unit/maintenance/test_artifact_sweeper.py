@@ -256,9 +256,12 @@ async def late(at: SweeperHarness, job_id: str, key: str) -> str:
     return lock_id
 
 
+@pytest.mark.parametrize("is_adopted", [False, True])
 @in_context(sweeping)
-async def test_the_artifact_of_a_late_result_is_deleted_with_its_job(at: SweeperHarness) -> None:
+async def test_the_artifact_of_a_late_result_is_deleted_with_its_job(at: SweeperHarness, is_adopted: bool) -> None:
     await late(at, "a", "late/1")
+    if is_adopted:
+        await at.engine.yes(Adopt(id="a"), by="admin", admin=True)
     await seconds(3 * 3600)
     assert "late/1" in at.store.objects
     await at.delete("a")
@@ -277,62 +280,6 @@ async def test_artifacts_of_displaced_late_results_are_deleted(at: SweeperHarnes
     await until(lambda: at.sweeps.deleted == 2)
     assert sorted(at.store.objects) == [f"late/{number}" for number in range(2, MAX_LATE_RESULTS + 2)]
     assert not at.engine.disk.tombstones
-
-
-@in_context(sweeping)
-async def test_the_artifact_of_an_adopted_late_result_is_deleted_with_its_job(at: SweeperHarness) -> None:
-    await late(at, "a", "late/1")
-    await at.engine.yes(Adopt(id="a"), by="admin", admin=True)
-    await seconds(3 * 3600)
-    assert "late/1" in at.store.objects
-    await at.delete("a")
-    assert at.sweeps.waiting == 1
-    await until(lambda: at.sweeps.deleted == 1)
-    assert not at.engine.disk.tombstones
-
-
-@in_context(sweeping)
-async def test_a_storage_key_per_grant_leaks_nothing(at: SweeperHarness) -> None:
-    """As docs/workers.md advises: each grant has its own artifact, and the first one completes late."""
-    await late(at, "a", "out-1")
-    await at.engine.yes(ForceReset(id="a"), by="admin", admin=True)
-    at.store.upload("out-2")
-    at.store.objects["out-2"] -= YOUNG_MS
-    await at.engine.yes(Complete(id="a", lock_id=await at.engine.held("a"), storage_key="out-2"))
-    assert sorted(at.store.objects) == ["out-1", "out-2"]
-    await at.delete("a")
-    await until(lambda: at.sweeps.deleted == 2)
-    assert not at.store.objects
-
-
-@in_context(sweeping)
-async def test_a_young_artifact_of_a_late_result_waits_and_a_named_one_stays(at: SweeperHarness) -> None:
-    await late(at, "a", "shared")
-    await late(at, "b", "young")
-    at.store.upload("young")
-    await at.complete("c", "shared")
-    for job_id in ("a", "b"):
-        await at.delete(job_id)
-    await until(lambda: at.sweeps.kept == 1)
-    await seconds(3500)
-    assert sorted(at.store.objects) == ["shared", "young"]
-    await until(lambda: "young" not in at.store.objects)
-    await seconds(10)
-    assert list(at.store.objects) == ["shared"]
-
-
-@pytest.mark.slow
-@in_context(sweeping)
-async def test_an_undeletable_artifact_of_a_late_result_degrades_health(at: SweeperHarness) -> None:
-    await late(at, "a", "late/1")
-    at.store.broken = ArtifactStoreError("away")
-    await at.delete("a")
-    await seconds(DEGRADED_AFTER_S + POLL_S)
-    assert (at.sweeper.degraded_reason() or "").startswith("1 artifacts of deleted jobs cannot be deleted")
-    at.store.broken = None
-    await seconds(MAX_RETRY_MS / 1000 + POLL_S)
-    assert not at.store.objects
-    assert at.sweeper.degraded_reason() is None
 
 
 @in_context(sweeping)
@@ -377,19 +324,6 @@ async def test_an_artifact_written_after_the_deletion_stays(at: SweeperHarness) 
     assert "k" in at.store.objects
     assert not at.engine.disk.tombstones
     assert at.sweeps.kept == 1
-
-
-@in_context(sweeping)
-async def test_an_artifact_replaced_before_its_deletion_stays(at: SweeperHarness) -> None:
-    await at.complete("a", "k")
-    at.store.gate.clear()
-    await at.delete("a")
-    await until(lambda: bool(at.store.tried))
-    await seconds(1)
-    at.store.upload("k")
-    at.store.gate.set()
-    await seconds(5)
-    assert "k" in at.store.objects
 
 
 @in_context(sweeping)

@@ -22,12 +22,10 @@ from jobd.model.commands import (
     Create,
     Delete,
     Extend,
-    ForceFail,
     Get,
     Pause,
     Progress,
     Recover,
-    Timeline,
 )
 from jobd.model.errors import ApiError
 from jobd.model.events import Event
@@ -334,33 +332,23 @@ async def test_a_new_schedule_applies_at_once(engine: VirtualEngine) -> None:
 # -- steps of a cleanup run ---------------------------------------------------------------------------------------
 
 
-@in_engine(schedule=RECOVERING)
+@in_engine(schedule=replace(RECOVERING, batch=2))
 async def test_overdue_queued_jobs_fail_with_the_next_recovery(engine: VirtualEngine) -> None:
     """No worker can claim them; they must not stay queued until the next cleanup run."""
     await engine.first_cleanup()
-    await engine.yes(Create(id="old", expires_at=engine.now + 1000))
+    for number in range(5):
+        await engine.yes(Create(id=f"old-{number}", expires_at=engine.now + 1000))
     await engine.yes(Create(id="new", expires_at=engine.now + HOUR_MS))
     await seconds(11.5)
     assert engine.state.jobs.keys() == {"new"}
-    assert last_of(engine, "old").by == "recovery"
+    assert engine.state.totals["failed"] == 5
+    old = engine.disk.job("old-3")
+    assert old is not None
+    assert old.error is not None
+    assert old.error.code == "expired"
+    assert last_of(engine, "old-3").by == "recovery"
     assert engine.maintainer.totals.runs == 1
-    assert engine.maintainer.totals.found == Counter(expired=1)
-
-
-async def test_overdue_queued_jobs_fail() -> None:
-    async with VirtualEngine(schedule=replace(PASSES, batch=2)) as engine:
-        for number in range(5):
-            await engine.yes(Create(id=f"old-{number}", expires_at=engine.now + 1000))
-        await engine.yes(Create(id="new", expires_at=engine.now + HOUR_MS))
-        await seconds(1)
-        await engine.first_cleanup()
-        assert engine.state.jobs.keys() == {"new"}
-        assert engine.state.totals["failed"] == 5
-        old = engine.disk.job("old-3")
-        assert old is not None
-        assert old.error is not None
-        assert old.error.code == "expired"
-        assert engine.maintainer.totals.found == Counter(expired=5)
+    assert engine.maintainer.totals.found == Counter(expired=5)
 
 
 @in_engine(schedule=replace(PASSES, batch=2))
@@ -864,19 +852,6 @@ async def test_a_failed_save_of_statistics_does_not_raise_at_the_end(engine: Vir
     engine.disk.errors["save_figures"] = OSError("broken")
     engine.maintainer.stop()
     await running
-
-
-@in_engine()
-async def test_operators_see_the_same_state(engine: VirtualEngine) -> None:
-    """Cleanup has no special rights: the first action on a job wins."""
-    await engine.held("a")
-    await engine.yes(ForceFail(id="a", reason="enough"), by="admin", admin=True)
-    await seconds(61)
-    engine.run_maintainer()
-    await engine.maintainer.run_cleanup(forced=True)
-    events = (await engine.yes(Timeline(id="a"))).events
-    assert [event.type for event in events] == ["created", "granted", "force_failed"]
-    assert (await engine.yes(Get(id="a"))).error_message == "enough"
 
 
 @in_virtual_time

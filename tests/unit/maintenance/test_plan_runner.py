@@ -528,14 +528,6 @@ async def test_the_audit_log_names_a_limited_number_of_unchanged_jobs() -> None:
                 assert (details["changed_meanwhile"], details.get("left_undone")) == (5, named)
 
 
-@in_engine()
-async def test_only_the_latest_plans_are_kept(engine: VirtualEngine) -> None:
-    for n in range(plan_runner.MAX_PLANS + 2):
-        await make_plan(engine.planner, f"p{n}", action="retry", filter=PlanFilter())
-    kept_ids = [n for n in range(plan_runner.MAX_PLANS + 2) if isinstance(engine.planner.find(f"p{n}"), PlanView)]
-    assert kept_ids == list(range(2, plan_runner.MAX_PLANS + 2))
-
-
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small limits."""
