@@ -1,7 +1,4 @@
-"""Deletion of artifacts by a real daemon: by hand, by age, after a kill, and while the store is unavailable.
-
-libfaketime sets the daemon's wall clock two hours ahead, so the files seem to have been stored two hours ago.
-"""
+"""Deletion of artifacts by a real daemon: by hand, by age, after a kill, and while the store is unavailable."""
 
 from __future__ import annotations
 
@@ -9,21 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import tool_missing
-from tests.proof.faults.clocks import FAKETIME, _library
 from tests.support.daemon_process import DaemonProcess
+from tests.support.forked_process import ForkedDaemon
 from tests.support.polling import poll_until
-
-AHEAD_S = 7200
-METRICS = "/metrics"
-
-pytestmark = pytest.mark.timeout(180)  # several starts of a daemon under libfaketime
-
-
-@pytest.fixture(autouse=True)
-def _faketime() -> None:
-    if not FAKETIME.is_available():
-        tool_missing("libfaketime", "faketime")
 
 
 @pytest.fixture
@@ -34,16 +19,13 @@ def results(tmp_path: Path) -> Path:
 
 
 def daemon_of(tmp_path: Path, url: str) -> DaemonProcess:
-    return DaemonProcess(
+    return ForkedDaemon(
         tmp_path,
+        variant="eager_sweeper",
         JOBD_ARTIFACTS_URL=url,
         JOBD_LOG_LEVEL="debug",
         JOBD_CLEANUP_INTERVAL="1s",
         JOBD_CLEANUP_MIN_INTERVAL="0",
-        LD_PRELOAD=str(_library()),
-        FAKETIME=f"+{AHEAD_S}s",
-        FAKETIME_DONT_FAKE_MONOTONIC="1",
-        NO_FAKE_STAT="1",
     )
 
 
@@ -59,7 +41,7 @@ def done(daemon: DaemonProcess, directory: Path, job_id: str, key: str) -> Path:
 
 
 def metric(daemon: DaemonProcess, name: str) -> float:
-    lines = daemon.admin("GET", METRICS).body.decode().splitlines()
+    lines = daemon.admin("GET", "/metrics").body.decode().splitlines()
     return float(next(line for line in lines if line.startswith(f"{name} ")).split()[-1])
 
 
@@ -99,26 +81,11 @@ def test_the_artifact_of_a_late_result_is_deleted_with_its_job_also_across_a_kil
         assert (response.status, "late_result" in response.body["details"]) == (409, True)
         results.rename(away)
         assert daemon.admin("DELETE", "jobs/a").status == 200
+        daemon.wait_for_log(b"event=artifact_not_deleted")
+        poll_until(lambda: daemon.admin("GET", "health").status == 503)  # it is measured every few seconds
         poll_until(lambda: metric(daemon, "jobd_artifact_tombstones") == 1)  # written by the next slice
         daemon.kill()
         assert (away / "late" / "r1").exists()
-        away.rename(results)
-        daemon.start()
-        poll_until(lambda: not path.exists())
-        poll_until(lambda: metric(daemon, "jobd_artifact_tombstones") == 0)
-
-
-@pytest.mark.slow
-def test_a_kill_between_the_deletions_of_a_job_and_its_result_leaks_nothing(tmp_path: Path, results: Path) -> None:
-    away = tmp_path / "away"
-    with daemon_of(tmp_path, results.as_uri()) as daemon:
-        path = done(daemon, results, "a", "k")
-        results.rename(away)
-        assert daemon.admin("DELETE", "jobs/a").status == 200
-        daemon.wait_for_log(b"event=artifact_not_deleted")
-        poll_until(lambda: daemon.admin("GET", "health").status == 503)  # it is measured every few seconds
-        daemon.kill()
-        assert (away / "k").exists()
         away.rename(results)
         daemon.start()
         poll_until(lambda: b"event=artifact_deleted" in daemon.log)  # possibly before it was ready

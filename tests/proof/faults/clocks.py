@@ -19,7 +19,7 @@ from jobd.model.job import Grant, Job, LockDeadlines
 from tests.proof.faults.daemons import sigstopped
 from tests.proof.faults.harness import Counts, Tool, Trial, check
 from tests.proof.faults.store_check import StoreContents, checked_contents
-from tests.proof.faults.workers import LATE_MS, RealWorker
+from tests.proof.faults.workers import LATE_MS, RealWorker, next_state
 from tests.support.daemon_process import DaemonProcess
 
 RECOVER_EVERY_MS: Final = 1_000
@@ -164,7 +164,7 @@ def _step_clock(daemon: SteppedClockDaemon, name: str, step_s: float, trial: Tri
         began_s = time.monotonic()
         daemon.start_job(forgotten, SHORT_TTL_MS)
         daemon.step(step_s)
-        assert _wait_until_ended(daemon, forgotten)["status"] == "queued"
+        assert next_state(daemon, forgotten)["status"] == "queued"
         held_ms = round((time.monotonic() - began_s) * 1000)
         assert held_ms >= SHORT_TTL_MS, f"a step of {step_s:.0f} s has freed a lock after {held_ms} ms"
         assert held_ms <= SHORT_TTL_MS + RECOVER_EVERY_MS + LATE_MS or not trial.timed, (
@@ -214,7 +214,7 @@ def _check_wall_times(daemon: SteppedClockDaemon, name: str, granted: list[str],
     assert daemon.claim(f"expiring-{name}") == due
     # The claim skips an overdue job, and the next recovery fails it.
     overdue = f"expiring-{name}"
-    expiring = _wait_until_not(daemon, overdue, "queued") if forward else daemon.get(f"/v1/jobs/{overdue}").data
+    expiring = next_state(daemon, overdue, after="queued") if forward else daemon.get(f"/v1/jobs/{overdue}").data
     expected = ("failed", "expired") if forward else ("processing", None)
     assert (expiring["status"], expiring["error_code"]) == expected, expiring
 
@@ -303,31 +303,17 @@ def suspended_daemon(trial: Trial) -> Counts:
                 assert worker.next_report()["job"] == alive
                 body = {"worker": "dead", "lock_ttl_ms": 4_000, "stall_after_ms": 0}
                 assert daemon.post(f"/v1/jobs/{dead}/start", body).status == 200
-                with sigstopped(daemon):
+                with sigstopped(daemon.process):
                     time.sleep(6)  # the fault: longer than the TTL of a lock
                 other = daemon.post(f"/v1/jobs/{dead}/start", {"worker": "other"})
                 assert other.error == "already_locked", other.body
                 assert other.body["details"]["retry_after_ms"] <= GRACE_MS
                 worker.finish_job()
                 assert worker.next_report()["said"] == "done"
-                assert _wait_until_ended(daemon, alive)["status"] == "completed"
+                assert next_state(daemon, alive)["status"] == "completed"
                 counts["jobs kept over a suspend"] += 1
-            dead_job = _wait_until_ended(daemon, "dead-0") if trial.timed else None
+            dead_job = next_state(daemon, "dead-0") if trial.timed else None
         assert daemon.stop() == 0
     assert dead_job is None or (dead_job["status"], dead_job["stalls"]) == ("queued", 1)
     checked_contents(daemon.store)
     return {**counts}
-
-
-def _wait_until_ended(daemon: DaemonProcess, job_id: str) -> dict[str, Any]:
-    return _wait_until_not(daemon, job_id, "processing")
-
-
-def _wait_until_not(daemon: DaemonProcess, job_id: str, status: str) -> dict[str, Any]:
-    """Wait until the job has left this status; return it."""
-    deadline_s = time.monotonic() + 150
-    while (job := daemon.get(f"/v1/jobs/{job_id}").data)["status"] == status:
-        assert time.monotonic() < deadline_s, job
-        time.sleep(0.02)
-    found: dict[str, Any] = job
-    return found

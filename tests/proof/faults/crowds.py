@@ -23,6 +23,7 @@ from typing import Any, Final
 from tests.proof.faults.crowd_process import connection_limit
 from tests.proof.faults.harness import Counts, Tool, Trial, check, program
 from tests.support.daemon_process import DaemonProcess, call, die_with_us
+from tests.support.polling import poll_until
 
 MAX_SLOWDOWN: Final = 2.0  # the highest p99 with the others, relative to the one without
 LIFECYCLES: Final = 150
@@ -63,10 +64,7 @@ def descriptors(daemon: DaemonProcess) -> int:
 
 def wait_until(daemon: DaemonProcess, least: float, most: float) -> None:
     """Wait until the daemon has this number of descriptors open."""
-    deadline_s = time.monotonic() + 150
-    while not least <= descriptors(daemon) <= most:
-        assert time.monotonic() < deadline_s, f"{descriptors(daemon)} descriptors, not {least:.0f} to {most:.0f}"
-        time.sleep(0.01)
+    poll_until(lambda: least <= descriptors(daemon) <= most)
 
 
 def p99_ms(daemon: DaemonProcess, lifecycles: int) -> float:

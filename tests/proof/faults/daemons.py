@@ -24,6 +24,7 @@ from tests.proof.faults.ledger import Ledger, caused_by_clients, events_pattern
 from tests.proof.faults.load import load
 from tests.proof.faults.store_check import StoreContents, checked_contents
 from tests.support.daemon_process import ApiCalls, DaemonProcess, DaemonResponse, call, die_with_us
+from tests.support.polling import poll_until
 
 BUSY: Final = 75
 RIVALS: Final = 4  # daemons that start at the same moment
@@ -32,14 +33,14 @@ STOPPED_S: Final = 10.0  # the longest stop if every request in flight can be an
 
 
 @contextmanager
-def sigstopped(daemon: DaemonProcess) -> Iterator[None]:
-    """Stop a daemon with SIGSTOP, so that any change meanwhile was made by another process."""
-    os.kill(daemon.process.pid, signal.SIGSTOP)
+def sigstopped(process: subprocess.Popen[Any]) -> Iterator[None]:
+    """Stop the process while the block runs."""
+    process.send_signal(signal.SIGSTOP)
     try:
-        os.waitid(os.P_PID, daemon.process.pid, os.WSTOPPED | os.WNOWAIT)
+        os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WNOWAIT)
         yield
     finally:
-        os.kill(daemon.process.pid, signal.SIGCONT)
+        process.send_signal(signal.SIGCONT)
 
 
 def snapshot(directory: Path) -> dict[str, tuple[Any, ...]]:
@@ -60,7 +61,7 @@ def two_daemons(trial: Trial) -> Counts:
         for number in range(trial.rounds):
             each = _contested_resources(_make_directory(trial, f"rival-{number}"), first)
             for want, second, culprit in each if trial.timed else itertools.islice(each, 3):
-                with sigstopped(first):
+                with sigstopped(first.process):  # any change meanwhile is made by the second one
                     before = [snapshot(first.directory), snapshot(second.directory)]
                     code, log = second.failed_start()
                     assert code == BUSY, f"the same {want}: exit {code}\n{log}"
@@ -212,12 +213,6 @@ def waiting_claim(daemon: ApiCalls) -> http.client.HTTPConnection:
     return connection
 
 
-def _wait_for(daemon: DaemonProcess, metric: str) -> None:
-    deadline_s = time.monotonic() + 150
-    while metric not in daemon.admin("GET", "/metrics").body.decode().splitlines():
-        assert time.monotonic() < deadline_s, f"{metric} did not appear"
-
-
 @contextmanager
 def slow_disk(daemon: DaemonProcess, delay_ms: int) -> Iterator[None]:
     """Delay every fdatasync until the daemon ends."""
@@ -233,19 +228,15 @@ def slow_disk(daemon: DaemonProcess, delay_ms: int) -> Iterator[None]:
             strace.terminate()
 
 
-def _wait_until_rejected(daemon: DaemonProcess) -> None:
-    """Wait until new connections are rejected."""
-    deadline_s = time.monotonic() + 150
-    while True:
-        assert time.monotonic() < deadline_s, "new connections are still accepted"
-        try:
-            with closing(daemon.worker()) as late:
-                late.connect()
-        except (FileNotFoundError, ConnectionRefusedError):
-            return
-        except BlockingIOError:  # no connection was accepted for a while
-            pass
-        time.sleep(0.005)
+def _rejects_connections(daemon: DaemonProcess) -> bool:
+    try:
+        with closing(daemon.worker()) as late:
+            late.connect()
+    except (FileNotFoundError, ConnectionRefusedError):
+        return True
+    except BlockingIOError:  # no connection was accepted for a while
+        pass
+    return False
 
 
 @check(rounds=20, needs=(program("strace"),))
@@ -253,11 +244,12 @@ def graceful_stop(trial: Trial) -> Counts:
     """SIGTERM: listeners close, requests in flight are answered (waiting claims: no job), nothing else, exit 0."""
     ledger = Ledger()
     grants, slowest_s = 0, 0.0
+    parked = f"\njobd_parked_claims {WAITING_CLAIMS}.0\n"
     with DaemonProcess(trial.directory) as daemon, ThreadPoolExecutor(WAITING_CLAIMS) as pool:
         claimers = Claimers(daemon)
         for number in range(trial.rounds):
             waiting = [waiting_claim(daemon) for _ in range(WAITING_CLAIMS)]
-            _wait_for(daemon, f"jobd_parked_claims {WAITING_CLAIMS}.0")
+            poll_until(lambda: parked in daemon.admin("GET", "/metrics").body.decode())
             half = HalfSentCreate(daemon, f"half-{number}")
             with ExitStack() as stack:
                 if number % 2:
@@ -269,7 +261,7 @@ def graceful_stop(trial: Trial) -> Counts:
                     assert ledger.wait_for(60), daemon.log[-2000:]
                     began_s = time.monotonic()
                     daemon.process.send_signal(signal.SIGTERM)
-                    _wait_until_rejected(daemon)
+                    poll_until(lambda: _rejects_connections(daemon))
                     assert daemon.process.poll() is None, "the stop did not wait for a half-sent request"
                     late = half.send_rest()
                     assert late.status == 201, late.body

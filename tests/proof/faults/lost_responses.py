@@ -23,6 +23,7 @@ from tests.proof.faults.load import CLIENTS, LoadClient, load
 from tests.proof.faults.proxy import FAULTS, Proxy
 from tests.proof.faults.store_check import StoreContents, checked_contents
 from tests.support.daemon_process import DaemonProcess, DaemonResponse, call, die_with_us
+from tests.support.polling import poll_until
 
 CALLS: Final = itertools.count(1)
 LIFECYCLES: Final = 40
@@ -172,14 +173,16 @@ def _disconnect(daemon: DaemonProcess, queue: str, key: str | None, after_s: flo
 
 def _claim_all(daemon: DaemonProcess, queue: str, count: int) -> dict[str, Any]:
     """Claim until all jobs of a queue come together; return all grants by job, in order."""
-    deadline_s = time.monotonic() + 150
-    while True:
-        assert time.monotonic() < deadline_s, f"some of {count} jobs still have an undelivered grant"
+
+    def claimed() -> dict[str, Any] | None:
         grants = daemon.post("/v1/claim", {"worker": "next", "queues": [queue], "limit": count}).data["grants"]
         if len(grants) == count:
             return {grant["job"]["id"]: grant for grant in grants}
         for grant in grants:
             _release(daemon, grant)
+        return None
+
+    return poll_until(claimed) or {}
 
 
 def _release(daemon: DaemonProcess, grant: dict[str, Any]) -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from tests.proof.faults.harness import program
-from tests.support.daemon_process import TIMEOUT_S, DaemonProcess
+from tests.support.daemon_process import DaemonProcess
+from tests.support.polling import poll_until
 
 STRACE: Final = program("strace")
 WRITES: Final = ("pwrite64",)
@@ -53,14 +53,9 @@ class Strace:
 
     def traced_calls(self) -> list[TracedCall]:
         """Return all calls of the daemon, which has ended."""
-        process = self._daemon.process
-        assert process is not None
-        end = re.compile(rf"^{process.pid} .*\+\+\+ (exited|killed)", re.MULTILINE)
-        deadline_s = time.monotonic() + TIMEOUT_S
-        while not end.search(text := self._log.read_text()):  # strace may write its last lines after the end
-            assert time.monotonic() < deadline_s, f"strace does not end: {text[-500:]}"
-            time.sleep(0.01)
-        return [seen for line in text.splitlines() if (seen := _parse(line)) is not None]
+        end = re.compile(rf"^{self._daemon.process.pid} .*\+\+\+ (exited|killed)", re.MULTILINE)
+        poll_until(lambda: end.search(self._log.read_text()))  # strace may write its last lines after the end
+        return [seen for line in self._log.read_text().splitlines() if (seen := _parse(line)) is not None]
 
 
 def _parse(line: str) -> TracedCall | None:

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing
 from typing import Any, Final
 
+from tests.proof.faults.daemons import sigstopped
 from tests.proof.faults.harness import Counts, Trial, check
 from tests.proof.faults.store_check import checked_contents
 from tests.support.daemon_process import DaemonProcess, call, die_with_us
+from tests.support.polling import poll_until
 
 LOCK_TTL_MS: Final = 1_000
 RECOVER_EVERY_MS: Final = 2_000
@@ -75,36 +74,28 @@ class RealWorker:
         self.process.stdin.write("\n")
         self.process.stdin.flush()
 
-    @contextmanager
-    def sigstopped(self) -> Iterator[None]:
-        """Stop the process while the block runs."""
-        os.kill(self.process.pid, signal.SIGSTOP)
-        try:
-            os.waitid(os.P_PID, self.process.pid, os.WSTOPPED | os.WNOWAIT)
-            yield
-        finally:
-            os.kill(self.process.pid, signal.SIGCONT)
-
 
 def _wait_until_expired(daemon: DaemonProcess, job_id: str) -> None:
     """Wait until the daemon shows the lock as expired."""
-    deadline_s = time.monotonic() + TIMEOUT_S
-    while True:
+
+    def is_expired() -> bool:
         job = daemon.get(f"/v1/jobs/{job_id}").data
         assert job["status"] == "processing"
-        if job["lock"] is None or job["lock"]["expires_at"] <= time.time() * 1000:
-            return
-        assert time.monotonic() < deadline_s, f"the lock of a stopped worker does not run out: {job}"
-        time.sleep(0.05)
+        return job["lock"] is None or job["lock"]["expires_at"] <= time.time() * 1000
+
+    poll_until(is_expired, every_s=0.05)
 
 
-def _wait_until_ended(daemon: DaemonProcess, job_id: str) -> dict[str, Any]:
-    deadline_s = time.monotonic() + TIMEOUT_S
-    while (job := daemon.get(f"/v1/jobs/{job_id}").data)["status"] == "processing":
-        assert time.monotonic() < deadline_s, job
-        time.sleep(0.02)
-    found: dict[str, Any] = job
-    return found
+def next_state(daemon: DaemonProcess, job_id: str, *, after: str = "processing") -> dict[str, Any]:
+    """Wait until the job has left the status `after`; return it."""
+
+    def left() -> dict[str, Any] | None:
+        job: dict[str, Any] = daemon.get(f"/v1/jobs/{job_id}").data
+        return job if job["status"] != after else None
+
+    job = poll_until(left, every_s=0.02)
+    assert job is not None
+    return job
 
 
 @check(rounds=15)
@@ -131,11 +122,11 @@ def sleeping_worker(trial: Trial) -> Counts:
 
 def _check_accepted(daemon: DaemonProcess, worker: RealWorker, begun: dict[str, Any]) -> None:
     """Check that no other worker gets the job and its holder can end it."""
-    with worker.sigstopped():
+    with sigstopped(worker.process):
         _wait_until_expired(daemon, begun["job"])
         worker.finish_job()
     assert worker.next_report()["said"] == "done"
-    assert _wait_until_ended(daemon, begun["job"])["status"] == "completed"
+    assert next_state(daemon, begun["job"])["status"] == "completed"
 
 
 def _recover(daemon: DaemonProcess, begun: dict[str, Any]) -> dict[str, Any]:
@@ -149,7 +140,7 @@ def _recover(daemon: DaemonProcess, begun: dict[str, Any]) -> dict[str, Any]:
 
 def _check_rejected(daemon: DaemonProcess, worker: RealWorker, begun: dict[str, Any]) -> None:
     """Check that a worker whose work ended while it was suspended cannot complete a job that was granted again."""
-    with worker.sigstopped():
+    with sigstopped(worker.process):
         _wait_until_expired(daemon, begun["job"])
         grant = _recover(daemon, begun)
         before = daemon.get(f"/v1/jobs/{begun['job']}").data
@@ -161,7 +152,7 @@ def _check_rejected(daemon: DaemonProcess, worker: RealWorker, begun: dict[str, 
 
 def _check_stopped(daemon: DaemonProcess, worker: RealWorker, begun: dict[str, Any]) -> None:
     """Check that a worker that wakes up gets lock_lost, stops the work and claims another job."""
-    with worker.sigstopped():
+    with sigstopped(worker.process):
         _wait_until_expired(daemon, begun["job"])
         grant = _recover(daemon, begun)
         before = daemon.get(f"/v1/jobs/{begun['job']}").data
@@ -177,7 +168,7 @@ def _check_next_job(daemon: DaemonProcess, worker: RealWorker) -> None:
     assert (begun["said"], begun["job"]) == ("begun", job_id)
     worker.finish_job()
     assert worker.next_report()["said"] == "done"
-    assert _wait_until_ended(daemon, job_id)["status"] == "completed"
+    assert next_state(daemon, job_id)["status"] == "completed"
 
 
 def _check_new_grant(daemon: DaemonProcess, before: dict[str, Any], grant: dict[str, Any]) -> None:
