@@ -98,8 +98,6 @@ def _respond(result_of: Callable[[Services, Any], Any]) -> RouteHandler:
 
 
 def _respond_to_operator(act: Callable[[App[Services], Operator | None, Any], Awaitable[Any]]) -> RouteHandler:
-    """Return a handler that responds with the result of an operator's action."""
-
     async def handle(app: App[Services], ctx: RequestContext, command: Any) -> Response:
         return Response(checked(await act(app, ctx.operator, command)))
 

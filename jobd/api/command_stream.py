@@ -233,7 +233,6 @@ class _StreamSession:
     # -- reading -------------------------------------------------------------------------------------------------------
 
     async def _read(self) -> None:
-        """Read lines until the stream ends, its framing is malformed, or the daemon stops."""
         try:
             count = 0
             async for line in self._lines:
@@ -257,7 +256,6 @@ class _StreamSession:
             self._ctx.keep_alive = False
 
     def _handle_line(self, line: bytes | None) -> None:
-        """Send the command of a line to the actor, or queue its error."""
         slot = _PendingResponse(self, 0 if line is None else len(line))
         try:
             if line is None:
@@ -288,7 +286,6 @@ class _StreamSession:
     # -- writing -------------------------------------------------------------------------------------------------------
 
     async def _write(self) -> None:
-        """Write responses in the order of their lines, all that are ready at once."""
         while not (self._is_read and not self._slots):
             await self.has_responses.wait()
             self.has_responses.clear()
@@ -349,7 +346,6 @@ class _StreamSession:
         return ConnectionResetError("command stream cut off")
 
     def _release_unwritten(self) -> None:
-        """Release the grants of unwritten responses, and abandon commands that have not been decided."""
         for slot in self._slots:
             self.unread.remove(_large_bytes(slot.response))
             if isinstance(slot.response, Response) and slot.response.grants:

@@ -55,7 +55,6 @@ async def send_artifact(app: App[Services], ctx: RequestContext, query: Any, nam
 
 
 async def _key(app: App[Services], ctx: RequestContext, request: ArtifactRequest) -> str | ApiError:
-    """Return the storage key of the requested artifact."""
     command = Get(id=request.id) if request.late_result is None else LateResults(id=request.id)
     response = await app.actor.ask(command, by=ctx.by, size=ctx.size)
     if isinstance(response, ApiError):

@@ -193,7 +193,6 @@ class Importer:
 
 
 def _id_of(line: bytes) -> str | None:
-    """Return the id in an invalid line, for the report."""
     try:
         job_id = msgspec.json.decode(line, type=_Id).id
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):

@@ -123,7 +123,6 @@ def document(title: str, routes: Iterable[Route]) -> JsonObject:
 
 
 def _texts(route: Route) -> JsonObject:
-    """Return the summary of a call, and its description if any, from the route or from the docstring of its request."""
     summary, *more = (
         route.summary.split("\n\n") if route.summary else cleandoc(route.request.__doc__ or "").split("\n\n")
     )
@@ -243,7 +242,6 @@ def _success(route: Route, schemas: Schemas) -> JsonObject:
 
 
 def _error(codes: list[str], schemas: Schemas) -> JsonObject:
-    """Return the error response of `codes`, which share a status."""
     texts = [f"`{code}`: {ERROR_CODES[code].description}." for code in codes]
     text = texts[0] if len(texts) == 1 else "\n".join(f"- {each}" for each in texts)
     narrow = {"properties": {"success": {"const": False}, "error": {"enum": codes}}}
@@ -259,7 +257,6 @@ def _error(codes: list[str], schemas: Schemas) -> JsonObject:
 
 
 def _either(success: JsonObject, error: JsonObject) -> JsonObject:
-    """Return one response for a success and an error with the same status."""
     schemas = [each["content"][JSON]["schema"] for each in (success, error)]
     text = f"{success['description']} Or:\n\n{error['description']}"
     return {**success, **error, "description": text, "content": {JSON: {"schema": {"oneOf": schemas}}}}
@@ -364,7 +361,6 @@ class Schemas:
         return msgspec.field(default=info.default)
 
     def _translate(self, annotation: Any) -> Any:
-        """Return `annotation` with every struct in it replaced by its variant."""
         if isinstance(annotation, type) and issubclass(annotation, Struct):
             return self._variant(annotation, None)
         origin, parts = get_origin(annotation), get_args(annotation)

@@ -84,7 +84,6 @@ async def test_webhook(app: App[Services], operator: Operator | None, webhook: s
 
 
 async def _change_outbox(app: App[Services], webhook: str, change: Callable[[], Awaitable[T]]) -> T:
-    """Return the result of `change`, unless there is no such webhook or its outbox cannot be written."""
     services = app.services
     if not services.webhooks.has(webhook):
         raise ApiException(unknown_webhook(webhook))

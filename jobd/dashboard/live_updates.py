@@ -101,7 +101,6 @@ async def _send_events(
 
 
 async def _wait(event: asyncio.Event, timeout_s: float) -> bool:
-    """Wait for an event. Return whether it happened in time."""
     try:
         async with asyncio.timeout(timeout_s):
             return await event.wait()

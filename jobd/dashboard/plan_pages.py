@@ -71,7 +71,6 @@ async def _make_plan(viewer: Viewer, command: MakePlan) -> Response:
 
 
 def _filters(plan: PlanView) -> dict[str, str]:
-    """Return the filters of a plan as fields of the list of jobs."""
     fields = {} if plan.filter is None else msgspec.structs.asdict(plan.filter)
     return {
         name: iso_time(value) if isinstance(value, int) else str(value)

@@ -201,7 +201,6 @@ class Dashboard:
         )
 
     def _job_routes(self, path: str) -> tuple[Route, ...]:
-        """Return the routes of one job under `path`."""
         page, form, public = self._page_route, self._form_route, self._public_route
         confirm = PageSpec(f"{path}/confirm", pages.ConfirmPageQuery, "confirm", "Confirm", pages.confirm, changes=True)
         return (
@@ -217,7 +216,6 @@ class Dashboard:
     def _public_route(
         self, method: str, path: str, request: type[Command], handler: Any, *, on_standby: bool = False
     ) -> Route:
-        """Return a route that checks no session."""
         body: Any = "json" if method == "GET" else "form"
         return Route(
             method=method,
@@ -233,7 +231,6 @@ class Dashboard:
         )
 
     def _page_route(self, spec: PageSpec) -> Route:
-        """Return the route of a page for signed-in viewers."""
         has_live_region = (TEMPLATES / f"{spec.name}.live.html").is_file()
 
         async def handle(app: App[Services], context: RequestContext, query: Any) -> Response:
@@ -342,7 +339,6 @@ class Dashboard:
     async def _artifact(
         self, app: App[Services], context: RequestContext, query: ArtifactRequest
     ) -> Response | ApiError | None:
-        """Send the artifact of a job, as the API does."""
         viewer = find_viewer(app, context, self.sessions)
         if viewer is None:
             return redirect_to_sign_in(context)
@@ -367,7 +363,6 @@ class Dashboard:
     # -- actions -------------------------------------------------------------------------------------------------------
 
     async def _run_action(self, viewer: Viewer, form: JobActionForm) -> Response:
-        """Run a confirmed action, if the job is still as the operator saw it."""
         action, job_id = JOB_ACTIONS[form.verb], form.id
         job: JobView = checked(await viewer.ask(Get(id=job_id))).data
         target = ActionTarget(job_id, form.reason.strip() or None, visible_lock_id(job), form.result)

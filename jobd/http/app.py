@@ -99,7 +99,6 @@ async def run_command(app: App[Any], ctx: RequestContext, command: Any) -> Respo
 
 
 def _expected_version(ctx: RequestContext, route: Route) -> str:
-    """Return the version in If-Match. Raises a 400 error if the call does not take one."""
     version = _VERSION.fullmatch(ctx.header(IF_MATCH))
     if not (ctx.admin and route.takes_version) or version is None:
         message = "Only an action of an operator on a job takes If-Match: the `version` of the job in double quotes."
@@ -306,7 +305,6 @@ class App(Generic[S]):
         return ok_response(response, self.closing, lost)
 
     def _decode(self, ctx: RequestContext, body: bytes) -> Any:
-        """Decode the command, and set the caller and the job in the context."""
         resolved = ctx.resolved
         assert resolved is not None
         if ctx.method == "GET":
@@ -372,7 +370,6 @@ class App(Generic[S]):
         return self._pages.error_page(ctx, error) if is_browser and self._pages is not None else None
 
     async def _read_body(self, ctx: RequestContext) -> bytes:
-        """Read the whole body, within its size and time limits."""
         if self.announces_too_much(ctx):
             raise ApiException(self.body_too_large())
         ctx.send_continue()

@@ -91,7 +91,6 @@ class Authenticator:
             raise api_error("forbidden", message)
 
     def _is_own_site(self, origin: str, host: str) -> bool:
-        """Return whether `origin` is the requested site itself, or one in `admin.hosts`."""
         scheme, separator, netloc = origin.lower().partition("://")
         if not separator or scheme not in {"http", "https"}:
             return False

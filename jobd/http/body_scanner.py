@@ -94,7 +94,6 @@ def _skipping_type(part: type[Any]) -> type[Struct]:
 
 
 def _expected_size(part: Any) -> int:
-    """Return the size of a body with each of these fields once."""
     total = 0
     for name in part.__struct_fields__:
         value = getattr(part, name)

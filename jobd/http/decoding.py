@@ -148,7 +148,6 @@ class RequestDecoder:
             raise validation_error(str(error), self.body_type) from None
 
     def _build(self, part: Any, value: str | None) -> Command:
-        """Build the command from the decoded body and the value in the path."""
         if self._make_command is None:
             command: Command = part
             return command
@@ -310,7 +309,6 @@ def _too_many(name: str, limit: int) -> ApiException:
 
 
 def _list_limits(command: type[Command], limits: Limits) -> dict[str, int]:
-    """Return the maximum length of each list of `command`."""
     if command is Bulk:
         return {"jobs": limits.bulk}
     return {
@@ -396,7 +394,6 @@ def _value_error(text: str, field: FieldInfo | None) -> str:
 
 
 def _printable(name: str) -> str:
-    """Return a field name of the caller in a short and printable form."""
     return "".join(char if char.isprintable() else "?" for char in name[:MAX_SHOWN_CHARS])
 
 
@@ -421,7 +418,6 @@ def _field_at(body_type: type[Any], path: str) -> FieldInfo | None:
 
 
 def _parts(annotation: Any) -> list[Any]:
-    """Return `annotation` and all types that it contains."""
     return [annotation, *(deep for part in get_args(annotation) for deep in _parts(part))]
 
 

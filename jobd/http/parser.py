@@ -235,5 +235,4 @@ class RequestParser:
 
 
 def _is_uri(target: bytes, method: str) -> bool:
-    """Return whether a request target other than a path is valid."""
     return method == "CONNECT" or (target == b"*" and method == "OPTIONS") or _URI.fullmatch(target) is not None

@@ -177,7 +177,6 @@ def is_in_use(endpoint: str | tuple[str, int]) -> bool:
 
 
 def _connect_or_bind(endpoint: str | tuple[str, int]) -> None:
-    """Connect to a Unix socket, or bind to an address. Raises OSError."""
     if isinstance(endpoint, str):
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
             probe.setblocking(False)
@@ -240,7 +239,6 @@ def _directory_lock(directory: str) -> Iterator[None]:
 
 
 def _unlink(inodes: dict[str, int]) -> None:
-    """Unlink sockets, except those that another daemon has bound since then."""
     for path, inode in inodes.items():
         with contextlib.suppress(FileNotFoundError):
             if os.lstat(path).st_ino == inode:

@@ -51,7 +51,6 @@ class LineStream:
         return self._is_last or _LF in self._buffer
 
     async def _fill(self) -> None:
-        """Read until a whole line or the end has arrived."""
         try:
             if self._idle_allowed and not self._buffer:
                 await self._read_piece()

@@ -112,13 +112,11 @@ class WorkerConnection(asyncio.Protocol):
             self._parse(data)
 
     def _schedule(self) -> None:
-        """Go on in the next turn of the loop."""
         if not self._is_scheduled:
             self._is_scheduled = True
             self._loop.call_soon(self._go_on)
 
     def _go_on(self) -> None:
-        """Start the next request, or parse the next piece of the input that was held."""
         self._is_scheduled = False
         current = self._current
         if self.transport is None or self.transport.is_closing() or self._is_ending:
@@ -136,7 +134,6 @@ class WorkerConnection(asyncio.Protocol):
             self._end_input()
 
     def _may_parse(self) -> bool:
-        """Return whether the next bytes belong to the current request, or whether there is none."""
         current = self._current
         return current is None or not (current.is_complete or self._is_body_full())
 
@@ -191,14 +188,12 @@ class WorkerConnection(asyncio.Protocol):
             self._schedule()
 
     def _is_body_full(self) -> bool:
-        """Return whether the task of a stream has not read enough of the body."""
         current = self._current
         return current is not None and current.task is not None and len(current.body) > AHEAD_BYTES
 
     # -- requests ------------------------------------------------------------------------------------------------------
 
     def _start(self, request: WorkerRequest) -> None:
-        """Run a request, or wait for its body, or respond to it if it is rejected."""
         self._current = request
         request.connection = self
         self.app.pending.add(request)
@@ -225,7 +220,6 @@ class WorkerConnection(asyncio.Protocol):
         return self.app.error_response(request, request.error, close=True)
 
     def _wait_for_body(self, request: WorkerRequest) -> HttpResponse | None:
-        """Wait for the rest of a body, unless it is too long."""
         limits = self.app.limits
         if len(request.body) > limits.body or self.app.announces_too_much(request):
             return self.app.error_response(request, self.app.body_too_large())
@@ -235,7 +229,6 @@ class WorkerConnection(asyncio.Protocol):
         return None
 
     def _go_on_with_body(self, request: WorkerRequest) -> None:
-        """Run a request whose body has arrived, or has become too long or malformed."""
         if not (request.is_complete or len(request.body) > self.app.limits.body):
             return
         assert request.timer is not None
@@ -348,7 +341,6 @@ class WorkerConnection(asyncio.Protocol):
             await self._drained
 
     def _finish(self, request: WorkerRequest, response: HttpResponse | None) -> None:
-        """End a request whose response is written, and go on with the next one."""
         transport = self.transport
         self._end(request)
         if transport is None or transport.is_closing():
@@ -385,7 +377,6 @@ class WorkerConnection(asyncio.Protocol):
             request.task.add_done_callback(lambda _: self.app.pending.discard(request))
 
     def _drop(self) -> None:
-        """Go on after the rest of a rejected body has been dropped."""
         assert self._dropped is not None and self._linger_timer is not None and self.transport is not None
         if not self._dropped.is_complete:
             return
@@ -471,7 +462,6 @@ class WorkerConnection(asyncio.Protocol):
         return True
 
     def _end_input(self) -> None:
-        """End an incomplete body, because the client sends no more."""
         incoming, self._parser.incoming = self._parser.incoming, None
         if incoming is not None:
             incoming.is_truncated = incoming.is_complete = True

@@ -323,7 +323,6 @@ class Alerts:
         return Condition("granted_twice", value, self.thresholds.granted_twice, hint)
 
     def _slower(self, at: Moment) -> Condition:
-        """Compare each kind with its usual duration, and report the slowest in comparison."""
         self.durations = self._state.counters.baselines.view(at.now)
         threshold = self.thresholds.slower_than_usual
         slower = [found for each in self.durations if (found := _ratio(each)) is not None]
@@ -416,7 +415,6 @@ class Alerts:
         return Condition("disk_nearly_full", used, threshold, hint, quiet)
 
     def _release_loop(self) -> Condition:
-        """Report jobs that workers release repeatedly without progress."""
         loops, threshold = self._state.release_loops, self.thresholds.release_loop
         quiet, hint = "No job is released repeatedly.", ""
         if loops:

@@ -176,7 +176,6 @@ class FailureGroups:
             del self._former[next(iter(self._former))]
 
     def _group(self, job: Job, at: int) -> GroupState | None:
-        """Return the group of a job, or None if all groups are taken or the job has no error."""
         name = _group_name(job)
         if name is None:
             return None
@@ -246,7 +245,6 @@ class FailureGroups:
 
 
 def _failure_state(job: Job | None) -> FailureState | None:
-    """Return the state in which a job counts as a failure, None if it does not count."""
     if job is None or (job.error is None and job.status != "failed"):
         return None
     return "failed" if job.status == "failed" else "retrying" if job.status == "queued" else None
@@ -258,7 +256,6 @@ def _group_name(job: Job) -> str | None:
 
 
 def _hour(job: Job) -> int:
-    """Return the hour in which a failed job ended, counted from 1970."""
     return (job.finished_at or job.updated_at) // HOUR_MS
 
 

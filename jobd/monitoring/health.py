@@ -174,7 +174,6 @@ class Health:
         return task.result()
 
     async def _ended(self, what: str, task: asyncio.Task[Any], timeout_s: float) -> bool:
-        """Wait for a request, and forget it once it has ended. Return whether it has."""
         done, _ = await asyncio.wait({task}, timeout=max(timeout_s, 0))
         if done and self._pending.get(what) is task:
             del self._pending[what]
@@ -215,14 +214,12 @@ class Health:
         return await self._actor.disk.replaced_file()
 
     async def _full_disk(self) -> PartHealth:
-        """Describe a full disk, and which writes are rejected."""
         full_disk = self._actor.full_disk
         await self.space()
         described = f"{full_disk.described()}: {_LIMITS[full_disk.write_limit]}."
         return PartHealth("unhealthy", f"{described} Free some space; jobd tries again every second.")
 
     def _damage(self) -> str | None:
-        """Describe known damage and how to repair it, or return None."""
         for fault in self._take_faults():
             log.error("store_fault", fault=fault)
             if fault not in self._faults:
@@ -304,7 +301,6 @@ class Health:
         return {job.id: job for job in islice(chain(processing, window), SAMPLE)}
 
     async def _differing(self, sample: dict[str, Job]) -> dict[str, Job]:
-        """Return the jobs of `sample` that are unchanged in memory and differ on the disk."""
         state = self._actor.state
         loaded = await self._actor.disk.load(list(sample), [], [])
         return {
@@ -377,7 +373,6 @@ def _replaced(path: str) -> str:
 
 
 def _without_reserve(space: DiskSpace | None) -> str:
-    """Describe the effect of a missing reserve file, and how to restore it."""
     needed = RESERVE_BYTES + SPARE_BYTES
     where = "" if space is None else f" next to {space.path} ({needed} bytes are needed, {space.free_bytes} are free)"
     return f"The reserve file is missing{where}. On a full disk, running jobs may not be able to end. Free some space."

@@ -166,7 +166,6 @@ def _check_url(section: WebhookSection) -> None:
 
 
 def _keys(section: WebhookSection) -> tuple[bytes, ...]:
-    """Return the keys of the secrets, newest first."""
     if bool(section.secret) == bool(section.secret_file):
         raise BadWebhook(f"set either secret or secret_file. Create a secret with: {MAKE_SECRET}")
     where, secrets = "secret", [section.secret] if isinstance(section.secret, str) else section.secret

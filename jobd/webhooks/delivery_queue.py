@@ -148,7 +148,6 @@ class DeliveryQueue:
         return first is not None and first.due == due
 
     def _if_due(self, id_: int) -> QueuedDelivery | None:
-        """Return the delivery if it may start now, or None for a stale entry."""
         first = self._first(id_)
         return first if first is not None and first.due <= self._now else None
 

@@ -163,7 +163,6 @@ class Dispatcher:
     # -- rounds --------------------------------------------------------------------------------------------------------
 
     async def _guarded_round(self, transport: HttpTransport) -> float | None:
-        """Run a round. Return the seconds until the next one, or None to wait for `wake`."""
         try:
             wait_s = await self._round(transport)
         except CannotWrite as error:
@@ -197,7 +196,6 @@ class Dispatcher:
         return self._wait_s() if may_write and may_send else DISK_FULL_RETRY_S
 
     def _wait_s(self) -> float | None:
-        """Return the seconds until the next timer, or None."""
         waits = self.reader.next_work_in_s(has_room=self._has_room)
         if self.stats.failing_since is not None:
             waits.append(self._next_clearing_s - self._loop_time())
@@ -214,7 +212,6 @@ class Dispatcher:
         return len(self.queue) + PAGE <= MAX_BACKLOG
 
     def _enqueue(self, new: list[Delivery]) -> None:
-        """Queue deliveries that are in the outbox now."""
         for each in new:
             self.queue.add(QueuedDelivery(each.id, each.subject, 0))
             self.stats.gaps += each.type == EVENTS_GONE

@@ -94,7 +94,6 @@ class WebhookManager:
             dispatcher.wake()
 
     async def _reconcile(self) -> None:
-        """Stop dispatchers whose endpoint was removed or changed, then start new ones."""
         endpoints = self._endpoints
         await self._stop_dispatchers(
             [name for name, each in self._dispatchers.items() if endpoints.get(name) != each.endpoint]

@@ -214,6 +214,5 @@ def _connection_error(error: Exception, endpoint: WebhookEndpoint) -> str:
 
 
 def _one_line(text: str) -> str:
-    """Return `text` as one short line of printable characters."""
     line = " ".join("".join(char if char.isprintable() else " " for char in text[: 4 * MAX_ERROR_LENGTH]).split())
     return line if len(line) <= MAX_ERROR_LENGTH else f"{line[: MAX_ERROR_LENGTH - 2]} …"

@@ -59,7 +59,6 @@ def _is_unallocated(address: IPv4Address | IPv6Address) -> bool:
 
 
 def _inner(address: IPv6Address) -> IPv4Address | None:
-    """Return the IPv4 address that is reached through an IPv6 address, or None."""
     if address.ipv4_mapped is not None:
         return address.ipv4_mapped
     if address.sixtofour is not None:
@@ -90,7 +89,6 @@ def redacted(url: str, text: str) -> str:
 
 
 def _rest(parts: SplitResult) -> str:
-    """Return everything after the host."""
     return parts.path + (f"?{parts.query}" if parts.query else "")
 
 
