@@ -150,27 +150,20 @@ def _operation(route: Route, schemas: Schemas) -> JsonObject:
 
 
 def _parameters(route: Route) -> list[JsonObject]:
-    parameters = []
-    if route.path_field is not None:
-        path_parameter = {
-            "name": route.path_field,
-            "in": "path",
-            "required": True,
-            "description": f"Percent-encoded {route.path_field}.",
-        }
-        parameters.append({**path_parameter, "schema": {"type": "string", "pattern": ID_PATTERN}})
-    if route.key:
-        known = {"name": "Idempotency-Key", "in": "header", "description": HEADERS["Idempotency-Key"]}
-        parameters.append({**known, "schema": {"type": "string", "pattern": "^[ -~]{1,200}$"}})
-    if route.takes_version:
-        known = {"name": "If-Match", "in": "header", "description": HEADERS["If-Match"]}
-        parameters.append({**known, "schema": {"type": "string", "pattern": '^"[0-9a-f]{1,60}"$'}})
-    if route.auth == "admin" and (route.changes or route.secret or route.audited):
-        known = {"name": OPERATOR_HEADER, "in": "header", "description": HEADERS[OPERATOR_HEADER]}
-        parameters.append({**known, "schema": {"type": "string"}})
-    if route.content_type == EVENT_STREAM:
-        known = {"name": "Last-Event-ID", "in": "header", "description": HEADERS["Last-Event-ID"]}
-        parameters.append({**known, "schema": {"type": "string", "pattern": "^[0-9]{0,19}$"}})  # empty: none
+    parameters: list[JsonObject] = []
+    if (name := route.path_field) is not None:
+        known = {"name": name, "in": "path", "required": True, "description": f"Percent-encoded {name}."}
+        parameters.append({**known, "schema": {"type": "string", "pattern": ID_PATTERN}})
+    is_recorded = route.auth == "admin" and (route.changes or route.secret or route.audited)
+    for applies, header, pattern in (
+        (route.key, "Idempotency-Key", {"pattern": "^[ -~]{1,200}$"}),
+        (route.takes_version, "If-Match", {"pattern": '^"[0-9a-f]{1,60}"$'}),
+        (is_recorded, OPERATOR_HEADER, {}),
+        (route.content_type == EVENT_STREAM, "Last-Event-ID", {"pattern": "^[0-9]{0,19}$"}),  # empty: none
+    ):
+        if applies:
+            known = {"name": header, "in": "header", "description": HEADERS[header]}
+            parameters.append({**known, "schema": {"type": "string", **pattern}})
     if route.method == "GET":
         query_schemas = Schemas()
         query = query_schemas.resolve(query_schemas.of_request(route.request, route.path_field))
@@ -220,19 +213,11 @@ def _success(route: Route, schemas: Schemas) -> JsonObject:
         text = {"type": "string"}
         data = {**text, "contentMediaType": JSON, "contentSchema": schemas.of_response(route.response)}
         fields = {"id": text, "event": text, "data": data, "retry": {"type": "integer"}}
-        return {
-            "type": "object",
-            "description": description,
-            "properties": fields,
-        }  # of one event, as parsed by clients
+        return {"type": "object", "description": description, "properties": fields}  # of one event, as clients parse it
     if route.content_type == LINES:
         description = f"JSON lines, each with one `{route.response.__name__}`, in the order of the request lines."
-        return {
-            "type": "string",
-            "contentMediaType": LINES,
-            "description": description,
-            "x-line": schemas.of_response(route.response),
-        }
+        line = schemas.of_response(route.response)
+        return {"type": "string", "contentMediaType": LINES, "description": description, "x-line": line}
     return {
         "type": "object",
         "properties": {"success": {"const": True}, "data": schemas.of_response(route.response)},

@@ -114,10 +114,8 @@ class RequestParser:
             if isinstance(error, HttpParserCallbackError):
                 raise  # a bug
             raise MalformedRequest(WRONG_HEAD) from None
-        if self._url:
-            self._check_head(data, is_same=bool(was_in_head) and self._latest is None)
-        elif self.incoming is not None:
-            self._check_framing()
+        if self._url or self.incoming is not None:
+            self._check_open(data, is_same_head=bool(was_in_head) and self._latest is None)
         self._latest = None
 
     def close(self) -> None:
@@ -217,21 +215,17 @@ class RequestParser:
         self._repeated.clear()
         return repeated
 
-    def _check_head(self, data: bytes, is_same: bool) -> None:
-        """Check an incomplete head. `is_same`: it had begun before `data`."""
-        if len(self._headers) + len(self._repeated) > MAX_HEADERS:
+    def _check_open(self, data: bytes, is_same_head: bool) -> None:
+        """Check an incomplete head or the framing of an incomplete body. `is_same_head`: it began before `data`."""
+        if len(self._headers) + len(self._repeated) > MAX_HEADERS or (
+            not self._url and self._framing > MAX_FRAMING_BYTES
+        ):
             raise MalformedRequest(WRONG_HEAD)
-        at = data.rfind(b"\n")
-        self._line = 0 if not is_same else self._line + len(data) if at < 0 else len(data) - at - 1
-        if self._line > MAX_OPEN_LINE_BYTES:
-            raise MalformedRequest(LONG_LINE)
-
-    def _check_framing(self) -> None:
-        """Check the input that belongs to an incomplete body but is not a part of it."""
-        if len(self._headers) + len(self._repeated) > MAX_HEADERS:
-            raise MalformedRequest(WRONG_HEAD)
-        if self._framing > MAX_FRAMING_BYTES:
-            raise MalformedRequest(WRONG_HEAD)
+        if self._url:
+            at = data.rfind(b"\n")
+            self._line = 0 if not is_same_head else self._line + len(data) if at < 0 else len(data) - at - 1
+            if self._line > MAX_OPEN_LINE_BYTES:
+                raise MalformedRequest(LONG_LINE)
 
 
 def _is_uri(target: bytes, method: str) -> bool:

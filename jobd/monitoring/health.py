@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from itertools import chain, islice
 from typing import Any, Final
 
@@ -158,7 +158,9 @@ class Health:
             log.exception("health_check_failed", part=part)
             return PartHealth("unhealthy", f"It cannot be measured: {type(error).__name__}: {error}")
 
-    async def _in_time(self, what: str, ask: Callable[[], Awaitable[Any]], timeout_s: float = TIMEOUT_S) -> Any:
+    async def _in_time(
+        self, what: str, ask: Callable[[], Coroutine[Any, Any, Any]], timeout_s: float = TIMEOUT_S
+    ) -> Any:
         """Return the response to a new request, or raise TimeoutError. The request continues, and the next call waits.
 
         A response to the request of an earlier call, which was late, is ignored: it says nothing about the present.
@@ -168,7 +170,7 @@ class Health:
         if task is not None and await self._ended(what, task, timeout_s):
             task = self._pending.get(what)  # another caller may have asked again
         if task is None:
-            task = self._pending[what] = asyncio.create_task(_awaited(ask))
+            task = self._pending[what] = asyncio.create_task(ask())
         if not await self._ended(what, task, deadline - loop_time()) or task.cancelled():
             raise TimeoutError  # `close` cancels a request
         return task.result()
@@ -359,10 +361,6 @@ def journal_health(view: ClusterView) -> PartHealth | None:
         )
     servers = "two PostgreSQL servers" if view.synchronous else "one PostgreSQL server"
     return PartHealth("healthy", f"Record {view.record} of journal {view.journal} is on {servers}.")
-
-
-async def _awaited(ask: Callable[[], Awaitable[Any]]) -> Any:
-    return await ask()
 
 
 def _replaced(path: str) -> str:

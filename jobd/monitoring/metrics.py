@@ -14,10 +14,10 @@ from functools import partial
 from itertools import accumulate, chain, islice
 from typing import Final, get_args
 
+from msgspec import Struct
 from prometheus_client import generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.metrics_core import Metric
-from prometheus_client.registry import Collector, CollectorRegistry
 from prometheus_client.utils import floatToGoString
 
 from jobd import __version__
@@ -238,26 +238,20 @@ class Metrics:
         yield _gauge("clock_suspect", help_, self._clock.suspect)
 
 
+class _Collected(Struct):
+    families: list[Metric]
+
+    def collect(self) -> list[Metric]:
+        return self.families
+
+
 def text(families: Iterable[MakeMetric]) -> bytes:
-    """Format the metrics. Reads the sizes of files: call this off the loop."""
-    registry = CollectorRegistry(auto_describe=False)  # our own registry: no process metrics
-    registry.register(_Collected([make() for make in families]))
-    return generate_latest(registry)
+    """Format the metrics, without those of the process. Reads the sizes of files: call this off the loop."""
+    return generate_latest(_Collected([make() for make in families]))
 
 
 def standby_text(cluster: ClusterView) -> bytes:
     return text([*cluster_metrics(cluster), _build()])
-
-
-class _Collected(Collector):
-    def __init__(self, families: list[Metric]) -> None:
-        self._families = families
-
-    def describe(self) -> list[Metric]:
-        return []
-
-    def collect(self) -> Iterable[Metric]:
-        return self._families
 
 
 def _durations(durations: Iterable[KindDurations]) -> Iterator[tuple[str, str, float]]:
