@@ -399,11 +399,7 @@ BOUNDS: Final[dict[str, tuple[int, int]]] = {
     "cleanup.interval": (100, DAY_MS),
     "cleanup.min_interval": (0, DAY_MS),
     "cleanup.recover_every": (0, HOUR_MS),
-    "retention.completed": (0, 100 * YEAR_MS),
-    "retention.failed": (0, 100 * YEAR_MS),
-    "retention.cancelled": (0, 100 * YEAR_MS),
-    "retention.journal": (0, 100 * YEAR_MS),
-    "retention.audit": (0, 100 * YEAR_MS),
+    **{f"retention.{name}": (0, 100 * YEAR_MS) for name in ("completed", "failed", "cancelled", "journal", "audit")},
     "limits.claim_wait": (0, MINUTE_MS),
 }
 DURATION_BOUNDS: Final = (0, YEAR_MS)
@@ -449,7 +445,6 @@ def effective(loaded: LoadedConfig) -> str:
 
 
 def to_toml(value: object) -> str:
-    """Format a value as TOML."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, Duration):

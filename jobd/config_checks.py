@@ -219,7 +219,6 @@ def _is_loopback(host: str) -> bool:
 def _exposed_secrets(
     path: Path | None, secret_files: list[str], webhooks: tuple[WebhookSetting, ...]
 ) -> tuple[str, ...]:
-    """Warn about files with secrets that every user can read."""
     warnings = [
         f"{each} contains a secret and is readable by EVERY user: chmod 640"
         for each in secret_files
@@ -255,7 +254,6 @@ def _is_world_readable(path: str | Path) -> bool:
 
 
 def _doubtful_settings(config: Config, sources: Mapping[str, str]) -> tuple[str, ...]:
-    """Warn about settings that are valid but probably unintended."""
     warnings = []
 
     def shown(key: str) -> str:

@@ -178,7 +178,6 @@ def _environment(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def _tokens(config: Config, environ: Mapping[str, str]) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
-    """Return the admin tokens, the worker tokens and the read-only tokens."""
     try:
         admin = credentials.admin_tokens(config.admin.token_file, environ)
         file = config.worker.token_file

@@ -80,7 +80,6 @@ def _each(ids: Sequence[str], act: Callable[[str], int]) -> int:
 
 
 def _show_done(confirmation: Confirmation, job_id: str, response: Any, as_json: bool) -> int:
-    """Print the response to the action, and return exit code 0."""
     terminal.emit_json(response) if as_json else terminal.emit(f"{job_id}: {confirmation.describe(response)}")
     return exit_codes.DONE
 

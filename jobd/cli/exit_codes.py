@@ -61,7 +61,6 @@ class CliError(Exception):
 
 
 def exit_code_of(code: str) -> int:
-    """Return the exit code for an error code of the daemon."""
     return _BY_CODE.get(code, REJECTED)
 
 
@@ -130,7 +129,6 @@ def _report(error: BaseException, name: str, args: Sequence[str], token_source: 
 
 
 def _described(error: BaseException, name: str, args: Sequence[str], token_source: str | None) -> tuple[str, int]:
-    """Return the message and the exit code of `error`."""
     from jobd.client.errors import InvalidRequest, JobdError, NotLeader, Unauthorized, Unreachable
 
     match error:

@@ -107,7 +107,6 @@ def timeline(events: Sequence[EventView]) -> None:
 
 
 def event_line(event: StreamedEvent) -> str:
-    """Return an event as one line."""
     about = f"{event.job_id} ({event.queue})" if event.job_id is not None else f"queue {event.queue}"
     parts = [
         utc(event.at),

@@ -266,7 +266,6 @@ def pairs(fields: Iterable[tuple[str, object]]) -> None:
 
 
 def style_of(text: str) -> str:
-    """Return the style of a word in a table."""
     return _STYLES.get(text, "")
 
 

@@ -119,7 +119,6 @@ class AsyncClient(BaseClient):
     async def _event_chunks(
         self, subscription: EventSubscription, request: ApiRequest[Any], state: RetryState
     ) -> AsyncGenerator[bytes]:
-        """Yield the chunks that arrive over one connection."""
         endpoint, silence_s = state.endpoint, self._silence_s
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=self._connect_s, sock_read=silence_s)
         head_s = None if self._nodes.is_single else min(silence_s, state.timeout_s(time.monotonic()))

@@ -119,7 +119,6 @@ def _fields(command: type[Command]) -> tuple[tuple[str, str, Any], ...]:
 
 
 def request_for(call: ApiCall[P, T], *args: P.args, **kwargs: P.kwargs) -> ApiRequest[T]:
-    """Build the request of a call with the arguments of its command."""
     return request_of(call, call.command(*args, **kwargs))
 
 

@@ -57,7 +57,6 @@ class NodeList:
         return len(self.endpoints) == 1
 
     def after(self, failed: Endpoint) -> Endpoint:
-        """Return the next endpoint of the list."""
         index = self.endpoints.index(failed) + 1 if failed in self.endpoints else 0
         return self.endpoints[index % len(self.endpoints)]
 
@@ -114,7 +113,6 @@ class RetryState:
         return min(timeout_s, max(self._ends_s - now_s, 0.1))
 
     def served(self) -> None:
-        """Record that the node has served the call."""
         self._nodes.first = self.endpoint
 
     def wait_s(self, error: JobdError, now_s: float, chance: float) -> float:

@@ -142,7 +142,6 @@ class BlockingClient(BaseClient):
     def _event_chunks(
         self, subscription: EventSubscription, request: ApiRequest[Any], state: RetryState
     ) -> Iterator[bytes]:
-        """Yield the chunks that arrive over one connection."""
         connection = DaemonConnection(state.endpoint, self._tls)
         silence_s = self._silence_s
         try:

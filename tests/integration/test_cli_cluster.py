@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,7 @@ pytestmark = pytest.mark.slow
 TOKEN = "canary-admin-0123456789abcdef"
 NOBODY = 65534
 SYNC_OFF = ("--set", "journal.require_sync=false")
+Jobd = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture(autouse=True)
@@ -40,50 +42,50 @@ def database(postgres_server: PostgresServer, journal_name: str) -> str:
     return postgres_server.url(name, role=name)
 
 
-def run(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, url: str, *argv: str
-) -> tuple[int, str, str]:
-    monkeypatch.setenv("JOBD_JOURNAL_URL", url)
-    code = main(argv)
-    out, err = capsys.readouterr()
-    assert PASSWORD not in out + err
-    assert PASSWORD.replace(" ", "%20") not in out + err
-    return code, out, err
+@pytest.fixture
+def jobd(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Jobd:
+    """Run jobd with the journal at a URL, and return its exit code, stdout and stderr, which show no password."""
+
+    def run(url: str, *argv: str) -> tuple[int, str, str]:
+        monkeypatch.setenv("JOBD_JOURNAL_URL", url)
+        code = main(argv)
+        out, err = capsys.readouterr()
+        assert PASSWORD not in out + err
+        assert PASSWORD.replace(" ", "%20") not in out + err
+        return code, out, err
+
+    return run
 
 
-def test_init_creates_the_journal_once(
-    database: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    code, out, err = run(capsys, monkeypatch, database, "cluster", "init")
+def test_init_creates_the_journal_once(database: str, jobd: Jobd) -> None:
+    code, out, err = jobd(database, "cluster", "init")
     assert code == 0
     assert out.startswith("main: created (id ")
     assert "PostgreSQL has no synchronous standby" in err
-    again = run(capsys, monkeypatch, database, "cluster", "init", *SYNC_OFF)
+    again = jobd(database, "cluster", "init", *SYNC_OFF)
     assert again == (0, out.replace("created", "exists already"), "")
-    code, other, _ = run(capsys, monkeypatch, database, "cluster", "init", *SYNC_OFF, "--set", "journal.name=other")
+    code, other, _ = jobd(database, "cluster", "init", *SYNC_OFF, "--set", "journal.name=other")
     assert code == 0
     assert other.startswith("other: created")
 
 
-def test_a_store_becomes_a_cluster_and_returns(
-    database: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_store_becomes_a_cluster_and_returns(database: str, tmp_path: Path, jobd: Jobd) -> None:
     path, other = str(tmp_path / "jobd.db"), str(tmp_path / "other.db")
     asyncio.run(make_store(path))
-    code, out, err = run(capsys, monkeypatch, database, "cluster", "init", "--from-store", path, *SYNC_OFF)
+    code, out, err = jobd(database, "cluster", "init", "--from-store", path, *SYNC_OFF)
     assert (code, err) == (0, "")
     assert out.endswith(f"{path}: belongs to the cluster\n")
     with pytest.raises(WrongCluster, match="belongs to cluster"):
         asyncio.run(Store.open(path))
     asyncio.run(make_store(other))
     at_other = ("--set", f"store.path={other}", "--set", "journal.lease=1s", *SYNC_OFF, "--yes")
-    code, _, err = run(capsys, monkeypatch, database, "cluster", "leave", *at_other)
+    code, _, err = jobd(database, "cluster", "leave", *at_other)
     assert code == 78
     assert f"{other} is the store of a single machine" in err
-    code, out, _ = run(capsys, monkeypatch, database, "join", *at_other)
+    code, out, _ = jobd(database, "join", *at_other)
     kept = re.fullmatch(rf"{other}: kept as ({other}\.\w+Z); the next start rebuilds it from the journal\n", out)
     assert (code, kept is not None and Path(kept[1]).exists()) == (0, True)
-    code, out, _ = run(capsys, monkeypatch, database, "cluster", "leave", *at_other)
+    code, out, _ = jobd(database, "cluster", "leave", *at_other)
     assert code == 0
     assert out.startswith(f"{other}: the store of a single machine, with epoch ")
     rows = []
@@ -91,15 +93,13 @@ def test_a_store_becomes_a_cluster_and_returns(
         with edit_store(each) as conn:
             rows.append(conn.execute("SELECT * FROM jobs").fetchall())
     assert rows[0] == rows[1] != []
-    code, _, err = run(capsys, monkeypatch, database, "cluster", "init", "--from-store", path, *SYNC_OFF)
+    code, _, err = jobd(database, "cluster", "init", "--from-store", path, *SYNC_OFF)
     assert code == 78
     assert "the journal is in use" in err
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can write files of another user")
-def test_root_leaves_a_store_to_its_owner(
-    database: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_root_leaves_a_store_to_its_owner(database: str, tmp_path: Path, jobd: Jobd) -> None:
     path = tmp_path / "jobd.db"
     asyncio.run(make_store(str(path)))
     for file in (tmp_path, path):
@@ -110,11 +110,11 @@ def test_root_leaves_a_store_to_its_owner(
     def owners() -> set[int]:
         return {path.with_name(f"jobd.db{suffix}").stat().st_uid for suffix in ("", ".lock", ".epoch")}
 
-    assert run(capsys, monkeypatch, database, "cluster", "init", "--from-store", str(path), *SYNC_OFF)[0] == 0
+    assert jobd(database, "cluster", "init", "--from-store", str(path), *SYNC_OFF)[0] == 0
     assert owners() == {NOBODY}
     at_new = ("--set", f"store.path={path}", "--set", "journal.lease=500ms", *SYNC_OFF, "--yes")
-    assert run(capsys, monkeypatch, database, "join", *at_new)[0] == 0
-    assert run(capsys, monkeypatch, database, "cluster", "leave", *at_new)[0] == 0
+    assert jobd(database, "join", *at_new)[0] == 0
+    assert jobd(database, "cluster", "leave", *at_new)[0] == 0
     assert owners() == {NOBODY}
 
 
@@ -123,44 +123,38 @@ def test_init_needs_a_url(capsys: pytest.CaptureFixture[str]) -> None:
     assert "journal.url is empty" in capsys.readouterr().err
 
 
-def test_check_config_checks_the_journal(
-    database: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    code, _, err = run(capsys, monkeypatch, database, "check-config")
+def test_check_config_checks_the_journal(database: str, jobd: Jobd) -> None:
+    code, _, err = jobd(database, "check-config")
     assert code == 78
     assert "has no tables of jobd: run `jobd cluster init`" in err
-    run(capsys, monkeypatch, database, "cluster", "init")
-    code, out, err = run(capsys, monkeypatch, database, "check-config", *SYNC_OFF, "--json")
+    jobd(database, "cluster", "init")
+    code, out, err = jobd(database, "check-config", *SYNC_OFF, "--json")
     assert code == 0, err
     assert json.loads(out)["values"]["journal.url"]["value"].count("***") == 1
-    code, _, err = run(capsys, monkeypatch, database, "check-config")
+    code, _, err = jobd(database, "check-config")
     assert code == 78
     assert "require_sync = false" in err
 
 
-def test_an_unreachable_server_exits_with_75(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    code, _, err = run(capsys, monkeypatch, "postgresql://jobd@127.0.0.1:1/jobd", "check-config")
+def test_an_unreachable_server_exits_with_75(jobd: Jobd) -> None:
+    code, _, err = jobd("postgresql://jobd@127.0.0.1:1/jobd", "check-config")
     assert code == 75
     assert "start it, or correct [journal] url" in err.splitlines()[-1]
 
 
-def test_tables_of_a_newer_version_exit_with_78(
-    database: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run(capsys, monkeypatch, database, "cluster", "init")
+def test_tables_of_a_newer_version_exit_with_78(database: str, monkeypatch: pytest.MonkeyPatch, jobd: Jobd) -> None:
+    jobd(database, "cluster", "init")
     monkeypatch.setattr(session, "VERSION", 0)
     for verb in (("check-config",), ("cluster", "init")):
-        code, _, err = run(capsys, monkeypatch, database, *verb)
+        code, _, err = jobd(database, *verb)
         assert code == 78
         assert "has tables of version 1, and this jobd supports version 0. Upgrade jobd" in err
 
 
 def test_a_node_that_does_not_come_back_is_forgotten(
-    database: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    database: str, monkeypatch: pytest.MonkeyPatch, jobd: Jobd
 ) -> None:
-    run(capsys, monkeypatch, database, "cluster", "init")
+    jobd(database, "cluster", "init")
 
     async def register() -> None:
         journal = await PostgresJournal.open(database, "main", 3_000)
@@ -168,9 +162,9 @@ def test_a_node_that_does_not_come_back_is_forgotten(
         await journal.close()
 
     asyncio.run(register())
-    code, _, err = run(capsys, monkeypatch, database, "cluster", "forget", "b")
+    code, _, err = jobd(database, "cluster", "forget", "b")
     assert (code, 'node "b" is running' in err) == (4, True)
     monkeypatch.setattr(responses, "UNSEEN_MS", 0)
-    assert run(capsys, monkeypatch, database, "cluster", "forget", "b")[:2] == (0, "b: removed from journal main\n")
-    code, _, err = run(capsys, monkeypatch, database, "cluster", "forget", "b")
+    assert jobd(database, "cluster", "forget", "b")[:2] == (0, "b: removed from journal main\n")
+    code, _, err = jobd(database, "cluster", "forget", "b")
     assert (code, 'has no node "b"; its nodes: none' in err) == (4, True)

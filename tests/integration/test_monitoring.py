@@ -24,9 +24,8 @@ from prometheus_client.parser import text_string_to_metric_families
 import jobd
 from jobd.cli.ctl.main import jobctl as jobctl_program
 from jobd.cli.ctl.webhook_commands import STATES
+from jobd.cli.daemon.main import MONITORING_FILES, main
 from jobd.cli.daemon.main import jobd as jobd_program
-from jobd.cli.daemon.main import main
-from jobd.cli.daemon.monitoring import FILES
 from jobd.core.stats import HOURS_NEEDED, SAMPLES_NEEDED, Counters, DurationBaseline, Histogram
 from jobd.engine.actor import COMMIT_BUCKETS_S
 from jobd.model.responses import ClusterView
@@ -40,7 +39,7 @@ from tests.support.cli_harness import commands_of
 from tests.support.daemon_process import DaemonProcess
 
 SHIPPED: Final = Path(jobd.__file__).parent / "monitoring"
-RULES, DASHBOARD = SHIPPED / FILES["rules"], SHIPPED / FILES["dashboard"]
+RULES, DASHBOARD = SHIPPED / MONITORING_FILES["rules"], SHIPPED / MONITORING_FILES["dashboard"]
 PROMETHEUS: Final = {"up"}  # metrics that Prometheus adds to every scrape
 TARGET: Final = {"instance", "job"}  # labels that it adds to all of them
 FREE: Final = {"queue", "kind", "endpoint", *TARGET}  # labels with values of the user
@@ -152,10 +151,10 @@ def test_every_metric_is_documented(families: list[Metric]) -> None:
 # The files, and the verb that prints them.
 
 
-@pytest.mark.parametrize("what", FILES)
+@pytest.mark.parametrize("what", MONITORING_FILES)
 def test_the_verb_prints_the_shipped_file(what: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["monitoring", what]) == 0
-    assert capsys.readouterr().out == (SHIPPED / FILES[what]).read_text("utf-8")
+    assert capsys.readouterr().out == (SHIPPED / MONITORING_FILES[what]).read_text("utf-8")
 
 
 def test_an_unknown_file_is_rejected(capsys: pytest.CaptureFixture[str]) -> None:
@@ -165,8 +164,8 @@ def test_an_unknown_file_is_rejected(capsys: pytest.CaptureFixture[str]) -> None
 
 def test_the_files_are_part_of_the_package() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
-    assert set(project["tool"]["setuptools"]["package-data"]["jobd.monitoring"]) == set(FILES.values())
-    assert {path.name for path in SHIPPED.iterdir() if path.suffix not in (".py", "")} == set(FILES.values())
+    assert set(project["tool"]["setuptools"]["package-data"]["jobd.monitoring"]) == set(MONITORING_FILES.values())
+    assert {path.name for path in SHIPPED.iterdir() if path.suffix not in (".py", "")} == set(MONITORING_FILES.values())
 
 
 # ---------------------------------------------------------------------------------------------------------------------

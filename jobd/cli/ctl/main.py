@@ -53,7 +53,6 @@ for _title, _modules in (("Jobs (worker API)", _WORKER_API), ("Operators (admin 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run jobctl and return the exit code."""
     return exit_codes.run(jobctl, "jobctl", argv)
 
 

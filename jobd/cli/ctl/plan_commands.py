@@ -48,7 +48,6 @@ def is_plan(ids: Sequence[str], where: Sequence[str]) -> bool:
 
 
 def _filter(where: Sequence[str]) -> dict[str, Any]:
-    """Parse the filters of --where."""
     found: dict[str, Any] = {}
     for text in where:
         name, sign, value = text.partition("=")
@@ -235,7 +234,6 @@ def _show_all(plans: Sequence[PlanView], cursor: str | None, *, as_json: bool) -
 
 
 def _name_plans(plans: Sequence[PlanView], but: str = "") -> None:
-    """Show the command that applies the plans."""
     if plans:
         names = " ".join(plan.plan_id for plan in plans)
         terminal.say(f"To apply exactly this{but}, until {utc(plans[0].expires_at)}: jobctl apply {names}")
@@ -282,7 +280,6 @@ def _show_late(action: PlanAction, jobs: Sequence[PlannedJob]) -> None:
 
 
 def _skipped(plan: PlanView) -> str:
-    """Return the number of skipped jobs and the reasons."""
     reasons = dict.fromkeys(f"{job.why}" for job in plan.skipped)
     return f"{_jobs(plan.skipped_count)} skipped: {' '.join(list(reasons)[:3])}"
 
@@ -297,7 +294,6 @@ def _show_results(plans: Sequence[PlanView], results: Sequence[PlanResult]) -> N
 
 
 def _show_not_done(results: Sequence[PlanResult]) -> None:
-    """List the jobs that were not changed, and why."""
     changed = [job for result in results for job in result.changed]
     rejected = [job for result in results for job in result.rejected]
     for title, jobs in (("changed since the plan", changed), ("rejected", rejected)):

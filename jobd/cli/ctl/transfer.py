@@ -38,7 +38,9 @@ def export(file: Path, status: Status | None, queue: str | None, kind: str | Non
     Exit 1 if jobs are in quarantine, because these are missing.
     """
     if str(file) != "-":
-        _may_write(file, yes=yes)
+        from jobd.cli.files import check_target
+
+        check_target(file, yes=yes)
     client = admin_client(timeout_s=_TIMEOUT_S)
     total = None if kind is not None else _expected(client, status, queue)
     with bar("export", unit="jobs") as advance:
@@ -49,12 +51,6 @@ def export(file: Path, status: Status | None, queue: str | None, kind: str | Non
         what = "1 damaged job is" if len(missing) == 1 else f"{len(missing)} damaged jobs are"
         terminal.say(f"{what} in quarantine and missing from the export. Show them: jobd doctor --running")
     return exit_codes.FAILED if missing else exit_codes.DONE
-
-
-def _may_write(file: Path, *, yes: bool) -> None:
-    from jobd.cli.files import check_target
-
-    check_target(file, yes=yes)
 
 
 def _expected(client: AdminClient, status: Status | None, queue: str | None) -> int:
@@ -174,9 +170,9 @@ def artifact(job_id: str, file: Path, yes: bool, late_result: int | None) -> Non
         client.download_artifact(job_id, sys.stdout.buffer, late_result=late_result)
         sys.stdout.flush()
         return
-    _may_write(file, yes=yes)
-    from jobd.cli.files import atomic_file
+    from jobd.cli.files import atomic_file, check_target
 
+    check_target(file, yes=yes)
     with bar("artifact") as advance, atomic_file(file, lambda done: advance(done, None)) as target:
         count = client.download_artifact(job_id, target, late_result=late_result)
     terminal.emit(f"{file}: {terminal.size(count)}")

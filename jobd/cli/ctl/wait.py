@@ -65,7 +65,6 @@ def wait(ids: tuple[str, ...], queue: str | None, timeout_ms: int | None, as_jso
 
 
 def _unfinished(client: JobClient, queue: str) -> dict[str, None]:
-    """Return the ids of the unfinished jobs of `queue`."""
     return {
         job.id: None for status in _UNFINISHED for job in client.iterate_jobs(queue=queue, status=status, limit=200)
     }
@@ -95,6 +94,5 @@ def _wait_for_all(
 
 
 def say_outcome(job: JobView) -> None:
-    """Print how a job ended."""
     why = f": {job.error_message}" if job.error_message and job.status != "completed" else ""
     terminal.say(terminal.one_line(f"{job.id} {job.status}{why}"))

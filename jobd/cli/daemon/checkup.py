@@ -183,7 +183,6 @@ THRESHOLDS: Final = (
 
 
 def _metrics(text: str) -> Iterator[Finding]:
-    """Compare the daemon's metrics with the thresholds."""
     from prometheus_client.parser import text_string_to_metric_families
 
     samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]

@@ -8,8 +8,9 @@ import signal
 import sys
 import threading
 from collections.abc import Sequence
+from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
@@ -18,12 +19,13 @@ from jobd.cli import exit_codes, terminal
 from jobd.cli.daemon import store_commands
 from jobd.cli.daemon.bench import bench
 from jobd.cli.daemon.cluster import check_journal, cluster, join_command
-from jobd.cli.daemon.monitoring import monitoring
 from jobd.cli.daemon.settings import config_option, flag_options, read
 from jobd.cli.params import SETTINGS, CommandGroup, json_option
 
 if TYPE_CHECKING:
     from jobd.config import LoadedConfig
+
+MONITORING_FILES: Final = {"rules": "jobd.rules.yml", "dashboard": "grafana.json"}
 
 
 @click.group(cls=CommandGroup, context_settings=SETTINGS)
@@ -149,13 +151,25 @@ def _values(loaded: LoadedConfig) -> dict[str, dict[str, object]]:
     return found
 
 
+@click.command()
+@click.argument("what", type=click.Choice(list(MONITORING_FILES)))
+def monitoring(what: str) -> None:
+    """Print alerting rules for Prometheus or a dashboard for Grafana.
+
+    \b
+    jobd monitoring rules > /etc/prometheus/jobd.rules.yml
+    jobd monitoring dashboard > jobd-dashboard.json
+    """
+    for line in files("jobd").joinpath("monitoring", MONITORING_FILES[what]).read_text("utf-8").splitlines():
+        terminal.emit(line)
+
+
 jobd.add_all("Daemon", serve, check_config, demo, bench, monitoring)
 jobd.add_all("Cluster", cluster, join_command)
 jobd.add_all("Files", store_commands.backup_command, store_commands.restore_command, store_commands.doctor_command)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run jobd and return the exit code."""
     return exit_codes.run(jobd, "jobd", argv)
 
 

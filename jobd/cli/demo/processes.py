@@ -135,7 +135,6 @@ class Sandbox:
         return self.workers[name].wait(_STOP_S)
 
     def stop_daemon(self) -> int:
-        """Send SIGTERM and return the exit code."""
         assert self.daemon is not None
         return _end(self.daemon)
 

@@ -45,7 +45,6 @@ class HandlerLoop:
         return self._context.copy()
 
     def call(self, function: Callable[[], object]) -> None:
-        """Call `function` on the loop soon. Thread-safe."""
         call_on(self._loop, function, context=self.context)
 
     def begin(self, work: Coroutine[Any, Any, Any], job_id: str) -> asyncio.Task[Any]:

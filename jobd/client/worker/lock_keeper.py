@@ -236,7 +236,6 @@ class LockKeeper:
         return now - self._rejected_from_s >= self._ttl_s
 
     def _on_extended(self, sent_s: float) -> None:
-        """Record an accepted extension that was sent at `sent_s`."""
         self._extended_s, self._rejected_from_s = sent_s, None
 
     def _on_response(self) -> None:
