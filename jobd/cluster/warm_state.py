@@ -98,7 +98,7 @@ class WarmState:
         keys: list[StoredResponse] = sorted(self._keys.values(), key=lambda row: row.at)
         return replace(
             self._opened,
-            jobs=[state.jobs[job_id] for job_id in state.jobs.touched() - state.processing.keys()],
+            jobs=[state.jobs[job_id] for job_id in state.jobs.touched() if job_id not in state.processing],
             numbers=state.numbers(presence.lock_ms, presence.now, state.clock),
             queues={name: state.queue_row(name) for name in state.queue_names},
             keys=keys,

@@ -144,32 +144,32 @@ class Sorted(Generic[Item]):
     `_last` holds the last entry of each block.
     """
 
-    __slots__ = ("_blocks", "_last")
+    __slots__ = ("_last", "blocks")
 
     def __init__(self) -> None:
-        self._blocks: list[list[Item]] = []
+        self.blocks: list[list[Item]] = []
         self._last: list[Item] = []
 
     def __bool__(self) -> bool:
-        return bool(self._blocks)
+        return bool(self.blocks)
 
     def __iter__(self) -> Iterator[Item]:
-        return chain.from_iterable(self._blocks)
+        return chain.from_iterable(self.blocks)
 
     def first(self) -> Item | None:
-        return self._blocks[0][0] if self._blocks else None
+        return self.blocks[0][0] if self.blocks else None
 
     def add(self, entry: Item) -> int:
         """Add `entry`. Return the number of its block."""
         place = bisect_left(self._last, entry)
         if place == len(self._last):  # after all others
-            if not place or len(self._blocks[-1]) >= BLOCK:
+            if not place or len(self.blocks[-1]) >= BLOCK:
                 self._insert(place, [entry])
                 return place
             place -= 1
-        elif len(self._blocks[place]) >= BLOCK:
+        elif len(self.blocks[place]) >= BLOCK:
             place += entry > self._split(place)
-        block = self._blocks[place]
+        block = self.blocks[place]
         insort(block, entry)
         self._last[place] = block[-1]
         return place
@@ -179,7 +179,7 @@ class Sorted(Generic[Item]):
         place = bisect_left(self._last, entry)
         if place == len(self._last):
             return False
-        block = self._blocks[place]
+        block = self.blocks[place]
         at = bisect_left(block, entry)
         if block[at] != entry:
             return False
@@ -194,13 +194,13 @@ class Sorted(Generic[Item]):
         """Iterate over the entries after `entry`, in order. Nothing may be added or removed meanwhile."""
         place = bisect_right(self._last, entry)
         if place < len(self._last):
-            block = self._blocks[place]
+            block = self.blocks[place]
             yield from islice(block, bisect_right(block, entry), None)
-            yield from chain.from_iterable(islice(self._blocks, place + 1, None))
+            yield from chain.from_iterable(islice(self.blocks, place + 1, None))
 
     def _split(self, place: int) -> Item:
         """Move the upper half of a block into a new one. Return the last entry of the lower half."""
-        block = self._blocks[place]
+        block = self.blocks[place]
         upper = block[BLOCK // 2 :]
         del block[BLOCK // 2 :]
         self._last[place] = block[-1]
@@ -208,11 +208,11 @@ class Sorted(Generic[Item]):
         return block[-1]
 
     def _insert(self, place: int, block: list[Item]) -> None:
-        self._blocks.insert(place, block)
+        self.blocks.insert(place, block)
         self._last.insert(place, block[-1])
 
     def _drop(self, place: int) -> None:
-        del self._blocks[place], self._last[place]
+        del self.blocks[place], self._last[place]
 
 
 class BucketEntries(Sorted[DueEntry]):
@@ -239,22 +239,22 @@ class BucketEntries(Sorted[DueEntry]):
             if expiry <= now:
                 continue
             is_passed = True
-            for entry in self._blocks[place]:
+            for entry in self.blocks[place]:
                 if entry[1] > now:
                     return
                 if entry[4] > now:
                     is_passed = False
                     yield entry
             if is_passed:  # the job with the latest expires_at was removed
-                self._expiry[place] = _latest(self._blocks[place])
+                self._expiry[place] = _latest(self.blocks[place])
 
     def not_due(self, now: int) -> Iterator[DueEntry]:
         """Iterate over the entries whose `run_at` is after `now`. Nothing may be added or removed meanwhile."""
         place = bisect_right(self._last, now, key=_run_at)
         if place < len(self._last):
-            block = self._blocks[place]
+            block = self.blocks[place]
             yield from islice(block, bisect_right(block, now, key=_run_at), None)
-            yield from chain.from_iterable(islice(self._blocks, place + 1, None))
+            yield from chain.from_iterable(islice(self.blocks, place + 1, None))
 
     def _insert(self, place: int, block: list[DueEntry]) -> None:
         super()._insert(place, block)
@@ -433,7 +433,7 @@ class QueuedJobs:
     def remove_packed(self, job: Job | PackedJob, now: int) -> PriorityBucket | None:
         """Remove a job that was packed and no longer waits. Return its bucket if that is now empty."""
         bucket = self.buckets[job.options.kind][job.options.priority]
-        if bucket.others:
+        if bucket.others.blocks:
             bucket.others.remove((job.options.priority, job.created_at, job.seq, job.id, NEVER))
         return self._removed(bucket, now)
 
@@ -482,7 +482,7 @@ class QueuedJobs:
     def first_in_fifo(self, now: int) -> PackedJob | None:
         """Return the first due job if all jobs are in one Fifo; None if orders must be merged or no job is due."""
         only = self._only
-        if only is None or only.others:
+        if only is None or only.others.blocks:
             return None
         first = only.fifo.first(self._waits)
         return first if first is not None and first.created_at <= now else None
@@ -516,9 +516,10 @@ class QueuedJobs:
             self.heads.trim(self._count, self._is_head)
 
     def _bucket(self, kind: str, priority: int, now: int) -> PriorityBucket:
-        buckets = self.buckets.setdefault(kind, {})
-        bucket = buckets.get(priority)
+        buckets = self.buckets.get(kind)
+        bucket = None if buckets is None else buckets.get(priority)
         if bucket is None:
+            buckets = self.buckets.setdefault(kind, {})
             self._count += 1
             self._only = None
             if self._count == 2:

@@ -45,7 +45,7 @@ Memory: a packed job takes about a quarter of a full one (docs/decisions/packed-
 from __future__ import annotations
 
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Iterable, Iterator, KeysView, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from heapq import merge
 from itertools import chain, islice, takewhile
 from operator import itemgetter
@@ -156,7 +156,7 @@ class State:
         self.queue_names: Sorted[str] = Sorted()  # of queues that have jobs or are paused
         self.totals: dict[str, int] = dict.fromkeys(STATUSES, 0)
         self.counters = Counters()  # updated by the actor after commits
-        self.processing: dict[str, Job] = {}  # in the order of their grants
+        self.processing = self.jobs.processing  # in the order of their grants
         self.started_sum = 0  # sum of started_at over all processing jobs
         # Processing rows without a grant, which come from manual edits. A cleanup run repairs them.
         self.without_deadlines: dict[str, None] = {}
@@ -384,7 +384,8 @@ class State:
         tokens = [job.grant.fencing_token if job.grant else 0 for job in self.processing.values()]
         if tokens != sorted(tokens):
             by_token = sorted(zip(tokens, self.processing.items(), strict=True), key=itemgetter(0))
-            self.processing = dict(item for _, item in by_token)
+            self.processing.clear()
+            self.processing.update(item for _, item in by_token)
         not_live = (self.expired_locks, self.noted_expired, self.stalled)
         expired = (worker.expired for worker in self.presence.workers.values())
         if to_sort := [ids for ids in (*not_live, *expired) if len(ids) > 1]:
@@ -473,7 +474,6 @@ class State:
     def _renew(self, before: Job, job: Job) -> None:
         """Replace the row of a processing job that has the same grant."""
         job_id, deadlines = job.id, job.deadlines
-        self.jobs.keep(job)
         self.processing[job_id] = job
         if before.releases >= LOOP_FROM or job.releases >= LOOP_FROM:
             self.release_loops.pop(job_id, None)
@@ -578,7 +578,6 @@ class State:
 
     def _begin_processing(self, job: Job) -> None:
         job_id, grant = job.id, job.grant
-        self.jobs.keep(job)
         self.processing[job_id] = job
         self.started_sum += job.started_at or job.created_at
         if grant is None or job.deadlines is None:
@@ -589,7 +588,6 @@ class State:
 
     def _end_processing(self, job: Job) -> None:
         job_id = job.id
-        self.jobs.drop(job_id)
         self.processing.pop(job_id, None)
         self.started_sum -= job.started_at or job.created_at
         self._unsort(job)
@@ -656,6 +654,15 @@ class State:
         # status, from manual edits, are not counted.
         totals = self.totals
         queue = None
+        if before is not None and after is not None and before.options is after.options:
+            old, new = before.status, after.status
+            if old in totals and new in totals:  # the common case
+                same = self.counts[after.options.queue]
+                same[old] -= 1
+                same[new] += 1
+                totals[old] -= 1
+                totals[new] += 1
+                return
         if after is not None and (status := after.status) in totals:
             queue = after.options.queue
             counts = self.counts.get(queue)
@@ -728,41 +735,48 @@ def _is_same_grant(before: Job, after: Job) -> bool:
 
 
 class LiveJobs(Mapping[str, Job]):
-    """Live jobs by id. Packed ones are expanded on each access: the values are equal, but not identical."""
+    """Live jobs by id: packed, other queued and processing ones.
 
-    __slots__ = ("_full", "_packed")
+    Packed ones are expanded on each access: the values are equal, but not identical.
+    """
+
+    __slots__ = ("_full", "_packed", "processing")
 
     def __init__(self) -> None:
         self._packed: dict[str, PackedJob] = {}
         self._full: dict[str, Job] = {}
+        self.processing: dict[str, Job] = {}
 
     def __getitem__(self, job_id: str) -> Job:
-        short = self._packed.get(job_id)
-        return self._full[job_id] if short is None else short.expand()
+        if (job := self.find(job_id)) is None:
+            raise KeyError(job_id)
+        return job
 
     def __contains__(self, job_id: object) -> bool:
-        return job_id in self._packed or job_id in self._full
+        return job_id in self._packed or job_id in self.processing or job_id in self._full
 
     def __iter__(self) -> Iterator[str]:
-        return chain(self._packed, self._full)
+        return chain(self._packed, self.touched())
 
     def __len__(self) -> int:
-        return len(self._packed) + len(self._full)
+        return len(self._packed) + len(self._full) + len(self.processing)
 
     def find(self, job_id: str) -> Job | None:
         """Return the job or None. Three times as fast as `get`."""
-        short = self._packed.get(job_id)
-        return self._full.get(job_id) if short is None else short.expand()
+        if (short := self._packed.get(job_id)) is not None:
+            return short.expand()
+        return self.processing.get(job_id) or self._full.get(job_id)
 
-    def touched(self) -> KeysView[str]:
-        """Return the ids of the jobs that are not packed."""
-        return self._full.keys()
+    def touched(self) -> Iterator[str]:
+        """Iterate over the ids of the jobs that are not packed."""
+        return chain(self._full, self.processing)
 
     def waits(self, short: PackedJob) -> bool:
         """Return whether the job is still stored as `short`, that is, unchanged."""
         return self._packed.get(short.id) is short
 
     def keep(self, job: Job) -> None:
+        """Add or replace a queued job."""
         self._packed.pop(job.id, None)
         self._full[job.id] = job
 
@@ -775,7 +789,7 @@ class LiveJobs(Mapping[str, Job]):
         self._packed.update({job.id: job for job in jobs})
 
     def drop(self, job_id: str) -> bool:
-        """Remove the job if it is present. Return whether it was packed."""
+        """Remove the queued job if it is present. Return whether it was packed."""
         if self._packed.pop(job_id, None) is not None:
             return True
         self._full.pop(job_id, None)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Final, Literal
 
 import msgspec
 from msgspec import Meta, Struct
+from msgspec.structs import astuple
 
 from jobd.model.clocks import LockMs
 from jobd.model.times import DAY_MS as DAY_MS
@@ -360,10 +361,17 @@ class PackedJob(Struct, frozen=True, gc=False):
         return Job(self.seq, self.id, self.options, "queued", self.created_at, self.created_at, self.created_at)
 
 
+_AS_NEW: Final = Job.__struct_defaults__
+
+
 def packed(job: Job) -> PackedJob | None:
     """Return the packed form of `job`, None if that would lose a field. A job without an id or queue is invalid."""
-    short = PackedJob(job.seq, job.id, job.options, job.created_at)
-    return short if job.id and job.options.queue and short.expand() == job else None
+    created_at = job.created_at
+    if created_at != job.run_at or created_at != job.updated_at or job.status != "queued":
+        return None
+    if astuple(job)[-len(_AS_NEW) :] != _AS_NEW or not (job.id and job.options.queue):
+        return None
+    return PackedJob(job.seq, job.id, job.options, created_at)
 
 
 class Policy(Struct, frozen=True):

@@ -173,10 +173,10 @@ def test_a_full_block_is_split_unless_entries_are_appended() -> None:
     growing: Sorted[Timed] = Sorted()
     for time in range(2 * BLOCK):
         growing.add(entry(2 * time))
-    assert [len(block) for block in growing._blocks] == [BLOCK, BLOCK]
+    assert [len(block) for block in growing.blocks] == [BLOCK, BLOCK]
     growing.add(entry(1))
     growing.add(entry(3 * BLOCK - 1))
-    assert [len(block) for block in growing._blocks] == [BLOCK // 2 + 1, BLOCK // 2, BLOCK // 2, BLOCK // 2 + 1]
+    assert [len(block) for block in growing.blocks] == [BLOCK // 2 + 1, BLOCK // 2, BLOCK // 2, BLOCK // 2 + 1]
     assert list(growing) == sorted(growing)
 
 
@@ -187,7 +187,7 @@ def test_a_split_block_gets_an_entry_into_the_half_where_it_belongs(time: int) -
         full.add(entry(2 * number))
     full.add(entry(time))  # next to the last entry of the lower half, which is BLOCK - 2
     assert list(full) == sorted(full)
-    assert full._last == [block[-1] for block in full._blocks]
+    assert full._last == [block[-1] for block in full.blocks]
     assert [entry(2 * number) for number in range(BLOCK) if not full.remove(entry(2 * number))] == []
 
 
