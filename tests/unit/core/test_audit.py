@@ -257,9 +257,3 @@ async def test_the_log_is_read_in_pages_newest_first(engine: VirtualEngine) -> N
     assert [each.what for each in rest.entries] == ["n1", "n0"]
     assert rest.next_cursor is None
     assert (await engine.yes(cmd.AuditLog(who="bob"))).entries == []
-
-
-@pytest.mark.parametrize(("name", "who", "by"), [("", "admin", "admin"), ("eve", "eve", "admin:eve")])
-def test_an_operator_without_a_name_is_admin(name: str, who: str, by: str) -> None:
-    operator = cmd.Operator(name, "unix uid=0")
-    assert (operator.who, operator.by) == (who, by)

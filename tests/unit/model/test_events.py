@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import get_args
-
 import msgspec
 import pytest
 from msgspec import Raw
@@ -12,7 +10,6 @@ from msgspec.structs import asdict
 from jobd.journal import event_codec
 from jobd.model.commands import Complete, Delete, Extend, Fail, Pause
 from jobd.model.events import (
-    HEARTBEATS,
     Changes,
     Event,
     EventFilter,
@@ -97,11 +94,6 @@ def test_the_events_of_a_job_fold_into_its_row_and_show_no_secret() -> None:
     assert row == rules.job()
     rules.accept(Delete(id="a"))
     assert fold(row, rules.last()) is None
-
-
-@pytest.mark.parametrize("sign", sorted(HEARTBEATS))
-def test_heartbeats_are_event_types(sign: str) -> None:
-    assert sign in get_args(EventType)
 
 
 def test_a_streamed_event_is_its_view_with_job_and_queue() -> None:

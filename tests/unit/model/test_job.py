@@ -15,13 +15,10 @@ from jobd.model.clocks import LockMs
 from jobd.model.commands import Moment
 from jobd.model.job import (
     COUNTER_MASK,
-    FINISHED,
     LAST_EPOCH,
-    LIVE,
     MAX_LATE_RESULTS,
     SAFE_EPOCH,
     SECOND_MS,
-    STATUSES,
     TOKEN_COUNTER_BITS,
     TRANSITIONS,
     Job,
@@ -42,24 +39,14 @@ from tests.support.factories import deadlines_at, full_job
 NEW = Job(3, "a", Options(queue="q", kind="k"), "queued", 1_000, 1_000, 1_000)
 
 
-@pytest.mark.parametrize("text", ["a", "A-z_0.9:", "x" * 200])
-def test_valid_ids(text: str) -> None:
-    assert is_job_id(text)
-
-
-@pytest.mark.parametrize("text", ["", "x" * 201, "a b", "a/b", "é", "a\n", "\na", "a\x00"])
-def test_invalid_ids(text: str) -> None:
-    assert not is_job_id(text)
+def test_the_characters_and_the_length_of_ids() -> None:
+    assert all(is_job_id(text) for text in ("a", "A-z_0.9:", "x" * 200))
+    assert not any(is_job_id(text) for text in ("", "x" * 201, "a b", "a/b", "é", "a\n", "\na", "a\x00"))
 
 
 @pytest.mark.parametrize("key", ["a", "a/b.c", "a..b", "...", "a/.../b"])
 def test_valid_storage_keys(key: str) -> None:
     assert storage_key_error(key) is None
-
-
-@pytest.mark.parametrize("key", ["/a", "\\a", "..", "a/..", "../a", "a\\..\\b", "a\x00"])
-def test_invalid_storage_keys(key: str) -> None:
-    assert storage_key_error(key)
 
 
 def test_the_allowed_changes_of_status() -> None:
@@ -86,13 +73,6 @@ def test_the_default_policy() -> None:
     options = Options()
     assert (options.queue, options.kind, options.priority, options.max_attempts) == ("default", "", 0, 1)
     assert (options.max_stalls, options.on_stall) == (3, "auto")
-
-
-def test_the_table_of_transitions() -> None:
-    assert {status for pair in TRANSITIONS for status in pair} == set(STATUSES) == LIVE | FINISHED
-    assert all(before != after for before, after in TRANSITIONS)
-    assert not any(before == "completed" for before, _ in TRANSITIONS)
-    assert {before for before, after in TRANSITIONS if after == "processing"} == {"queued"}
 
 
 def test_a_lock_has_expired_at_its_time() -> None:

@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-from typing import get_args
-
 from msgspec.structs import replace
 
 from jobd.model.job import Job, Options, PackedJob, Result
 from jobd.model.storage import (
-    MAX_POSTPONE_MS,
-    AuditEntry,
-    AuditShare,
-    Batch,
-    DueTombstones,
     EventPage,
     JobQuery,
-    JobRows,
     Numbers,
     OpenedStore,
-    Quarantined,
     QueueRow,
     Tombstone,
-    audit_share,
     tombstones,
 )
 from tests.support.factories import ChangeFactory
@@ -34,39 +24,6 @@ def test_an_opened_store_has_all_live_jobs_in_either_form() -> None:
     found = OpenedStore(Numbers(), jobs=[WHOLE], packed_jobs=[SHORT])
     assert found.live() == [SHORT.expand(), WHOLE]
     assert OpenedStore(Numbers()).live() == []
-
-
-def test_a_store_is_neither_full_nor_marked_by_default_and_a_batch_keeps_the_mark() -> None:
-    found = OpenedStore(Numbers())
-    assert (found.full, found.marked, Batch([], Numbers()).unmark) == (False, False, False)
-
-
-def test_nothing_is_damaged_by_default() -> None:
-    assert (OpenedStore(Numbers()).tombstones, DueTombstones([]).damaged, DueTombstones([]).unmoved) == (0, 0, 0)
-    assert (JobRows([], None).scanned, JobRows([], None).last_event) == (0, 0)
-    assert not Batch([], Numbers()).sweeps
-    assert Quarantined("a", "its checksum is wrong").is_moved
-    assert not EventPage([], 0, 0).more
-
-
-def test_an_audit_entry_is_done_and_changed_no_job_by_default() -> None:
-    entry = AuditEntry(1, "eve", "unix", "pause")
-    assert (entry.outcome, entry.jobs) == ("done", 0)
-
-
-def test_each_audit_entry_belongs_to_a_share() -> None:
-    entries = [
-        ("pause", "done"),
-        ("pause", "invalid"),
-        ("sign-in", "unauthorized"),
-        ("sign-in", "done"),
-        ("export", "done"),
-    ]
-    assert tuple(audit_share(what, outcome) for what, outcome in entries) == get_args(AuditShare)
-
-
-def test_a_tombstone_is_postponed_for_two_hours_at_most() -> None:
-    assert MAX_POSTPONE_MS == 2 * 60 * 60 * 1_000
 
 
 def test_a_query_has_payloads_and_is_slow_only_with_a_text_or_error() -> None:
