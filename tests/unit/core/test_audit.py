@@ -118,21 +118,15 @@ def test_an_action_of_many_commands_counts_its_jobs_and_names_none(rules: RuleHa
     assert none == AuditEntry(rules.now, "eve", "10.0.0.7", "recover-stuck", part_of="p1")
 
 
-def test_a_plan_counts_the_jobs_that_it_changed(rules: RuleHarness) -> None:
+@pytest.mark.parametrize(("others", "named"), [(["b"], None), ([], "a")])
+def test_a_plan_counts_the_jobs_that_it_changed_and_names_a_single_one(
+    rules: RuleHarness, others: list[str], named: str | None
+) -> None:
     rules.create("a")
-    known = cmd.ExpectedVersion("a", version(rules.job("a")))
-    command = cmd.ApplyEndings(action="cancel", jobs=[known, cmd.ExpectedVersion("b", "x")], reason="why")
-    found = entry(rules, command, replace(EVE, part_of="p1"))
+    jobs = [cmd.ExpectedVersion("a", version(rules.job())), *(cmd.ExpectedVersion(other, "x") for other in others)]
+    found = entry(rules, cmd.ApplyEndings(action="cancel", jobs=jobs, reason="why"), replace(EVE, part_of="p1"))
     one: dict[str, Any] = {"jobs": 1, "part_of": "p1", "changed_ids": ["a"]}
-    assert found == AuditEntry(rules.now, "eve", "10.0.0.7", "plan-cancel", reason="why", **one)
-
-
-def test_a_plan_of_one_job_names_it(rules: RuleHarness) -> None:
-    rules.create("a")
-    command = cmd.ApplyEndings(action="cancel", jobs=[cmd.ExpectedVersion("a", version(rules.job("a")))])
-    found = entry(rules, command, replace(EVE, part_of="p1"))
-    one: dict[str, Any] = {"jobs": 1, "part_of": "p1", "changed_ids": ["a"]}
-    assert found == AuditEntry(rules.now, "eve", "10.0.0.7", "plan-cancel", "a", **one)
+    assert found == AuditEntry(rules.now, "eve", "10.0.0.7", "plan-cancel", named, reason="why", **one)
 
 
 def test_a_recorded_action_is_stored_unchanged() -> None:

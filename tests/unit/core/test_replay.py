@@ -16,7 +16,7 @@ from jobd.model.clocks import LockMs
 from jobd.model.journal import Record
 from tests.support.factories import full_job
 from tests.support.rule_harness import compare, snapshot
-from tests.support.virtual_engine import VirtualEngine, in_engine, row, seconds
+from tests.support.virtual_engine import VirtualEngine, in_engine, seconds
 
 
 class Follower:
@@ -109,11 +109,12 @@ async def test_jobs_with_equal_options_share_them(engine: VirtualEngine) -> None
     assert first.options is second.options
 
 
-def test_a_row_with_a_grant_and_no_lease_has_no_worker() -> None:
+@pytest.mark.parametrize("half", [{"deadlines": None}, {"grant": None}])
+def test_a_processing_row_without_a_complete_lock_has_no_worker(half: dict[str, Any]) -> None:
     state = State()
-    state.reindex(None, replace(full_job(), status="processing", deadlines=None))
+    state.reindex(None, replace(full_job(), status="processing", **half))
     replay.finish(state)
-    assert state.presence.workers == {}
+    assert (len(state.without_deadlines), state.presence.workers) == (1, {})
 
 
 @in_engine()
@@ -174,10 +175,3 @@ async def test_a_missing_row_is_an_error(engine: VirtualEngine) -> None:
     await engine.yes(cmd.ForceReset(id="a"), admin=True)
     with pytest.raises(LookupError, match="changes job a, which has no row"):
         replay.apply(state, record.decode(records[0])[0])
-
-
-def test_a_processing_row_without_a_grant_has_no_worker() -> None:
-    state = State()
-    state.reindex(None, row(1, status="processing"))
-    replay.finish(state)
-    assert (list(state.without_deadlines), list(state.presence.workers)) == (["job-1"], [])

@@ -176,12 +176,6 @@ def test_a_transition_records_the_grant_that_it_ends(rules: RuleHarness, to: Any
     assert (ended.lock_id, ended.at, ended.rule, ended.reason) == (lock_id, NOW, "transition", "transitioned")
 
 
-def test_transition_compares_before_it_sets(rules: RuleHarness) -> None:
-    rules.create()
-    rejection = rules.reject(cmd.Transition(id="a", from_="processing", to="failed"), "invalid_transition", admin=True)
-    assert rejection.details == {"status": "queued", "to": "failed", "allowed": ALLOWED["queued"]}
-
-
 def test_a_transition_can_have_updates(rules: RuleHarness) -> None:
     rules.create()
     updates = cmd.Updates(
