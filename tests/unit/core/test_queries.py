@@ -126,6 +126,14 @@ def test_the_job_that_has_been_due_longest_is_found_over_all_queues(rules: RuleH
     assert views.oldest_due(rules.state) is None
 
 
+def read_pages(rules: RuleHarness, command: Any) -> list[Any]:
+    """Return all pages that begin with that of `command`."""
+    pages = [rules.accept(command)]
+    while (cursor := pages[-1].next_cursor) is not None:
+        pages.append(rules.accept(replace(command, cursor=cursor)))
+    return pages
+
+
 def test_queues_are_listed_in_pages_by_name(rules: RuleHarness) -> None:
     for name in "dbeca":
         rules.create(f"job-{name}", queue=name)
@@ -135,14 +143,10 @@ def test_queues_are_listed_in_pages_by_name(rules: RuleHarness) -> None:
     for paused, names in query.items():
         assert "".join(queue.name for queue in rules.accept(cmd.Queues(paused=paused)).queues) == names
         for limit in (1, 2, 3, 6):
-            seen, cursor = [], None
-            while True:
-                page = rules.accept(cmd.Queues(paused=paused, limit=limit, cursor=cursor))
-                seen.append("".join(queue.name for queue in page.queues))
-                cursor = page.next_cursor
-                if cursor is None:
-                    break
-            assert seen == [names[at : at + limit] for at in range(0, len(names), limit)]
+            pages = read_pages(rules, cmd.Queues(paused=paused, limit=limit))
+            assert ["".join(queue.name for queue in page.queues) for page in pages] == [
+                names[at : at + limit] for at in range(0, len(names), limit)
+            ]
     assert [queue.name for queue in rules.accept(cmd.Queues(cursor="d")).queues] == ["e", "z"]
     assert rules.accept(cmd.Queues(cursor="z", limit=1)) == QueueList([])
 
@@ -175,14 +179,10 @@ def test_workers_are_listed_in_pages_latest_first(rules: RuleHarness) -> None:
     everybody = [worker.worker for worker in rules.accept(cmd.Workers()).workers]
     assert everybody == ["w 5", "w 3", "w 4", "w 1", "w 2", "w 0"]
     for limit in (1, 2, 4, 6):
-        seen, cursor = [], None
-        while True:
-            page = rules.accept(cmd.Workers(limit=limit, cursor=cursor))
-            seen.append([worker.worker for worker in page.workers])
-            cursor = page.next_cursor
-            if cursor is None:
-                break
-        assert seen == [everybody[at : at + limit] for at in range(0, 6, limit)]
+        pages = read_pages(rules, cmd.Workers(limit=limit))
+        assert [[worker.worker for worker in page.workers] for page in pages] == [
+            everybody[at : at + limit] for at in range(0, 6, limit)
+        ]
 
 
 def test_a_worker_with_many_jobs_lists_the_first_and_counts_all(rules: RuleHarness) -> None:
@@ -197,14 +197,8 @@ def test_a_worker_with_many_jobs_lists_the_first_and_counts_all(rules: RuleHarne
 def test_locks_are_listed_in_pages_oldest_first(rules: RuleHarness) -> None:
     for number in range(5):
         rules.held(f"job-{number}")
-    seen, cursor = [], None
-    while True:
-        page = rules.accept(cmd.Locks(limit=2, cursor=cursor))
-        seen.append([lock.id for lock in page.locks])
-        cursor = page.next_cursor
-        if cursor is None:
-            break
-    assert seen == [["job-0", "job-1"], ["job-2", "job-3"], ["job-4"]]
+    pages = read_pages(rules, cmd.Locks(limit=2))
+    assert [[lock.id for lock in page.locks] for page in pages] == [["job-0", "job-1"], ["job-2", "job-3"], ["job-4"]]
     last = rules.accept(cmd.Locks(limit=5))
     assert (len(last.locks), last.next_cursor) == (5, None)
     assert rules.accept(cmd.Locks(cursor=str(last.locks[2].fencing_token))).locks == last.locks[3:]

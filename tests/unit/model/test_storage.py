@@ -6,8 +6,10 @@ from msgspec.structs import replace
 
 from jobd.model.job import Job, Options, PackedJob, Result
 from jobd.model.storage import (
+    MAX_POSTPONE_MS,
     EventPage,
     JobQuery,
+    JobRows,
     Numbers,
     OpenedStore,
     QueueRow,
@@ -24,6 +26,10 @@ def test_an_opened_store_has_all_live_jobs_in_either_form() -> None:
     found = OpenedStore(Numbers(), jobs=[WHOLE], packed_jobs=[SHORT])
     assert found.live() == [SHORT.expand(), WHOLE]
     assert OpenedStore(Numbers()).live() == []
+
+
+def test_a_page_of_no_rows_knows_no_event_and_a_tombstone_is_postponed_for_two_hours_at_most() -> None:
+    assert (JobRows([], None).last_event, MAX_POSTPONE_MS) == (0, 2 * 60 * 60 * 1_000)
 
 
 def test_a_query_has_payloads_and_is_slow_only_with_a_text_or_error() -> None:

@@ -16,6 +16,7 @@ from jobd.model.webhooks import (
     GAP_PENDING,
     TEST_TYPE,
     TYPES,
+    WebhookCursor,
     WebhookEndpoint,
     WebhookName,
     types_matching,
@@ -87,3 +88,7 @@ def test_the_repr_of_a_webhook_has_no_secret_and_no_url() -> None:
 def test_the_defaults_of_a_webhook() -> None:
     endpoint = WebhookEndpoint("e", "https://x", KEYS)
     assert (endpoint.allow_private, endpoint.timeout_ms, endpoint.give_up_after_ms) == (False, 10_000, 3 * DAY_MS)
+
+
+def test_the_defaults_of_a_cursor() -> None:
+    assert WebhookCursor("e", 4) == WebhookCursor("e", 4, 0, 1, {}, 0)

@@ -14,7 +14,7 @@ from jobd.core.rules import late_result_rules
 from jobd.core.transaction import Transaction
 from jobd.model import commands as cmd
 from jobd.model.errors import ApiError
-from jobd.model.job import DAY_MS, MAX_LATE_RESULTS, MINUTE_MS, LatePolicy, Policy, Result
+from jobd.model.job import DAY_MS, MINUTE_MS, LatePolicy, Policy, Result
 from jobd.model.responses import HistoryRead, JobView, LateResultList, Response, WhyView
 from tests.support.rule_harness import NOW, RuleHarness
 
@@ -145,36 +145,23 @@ def test_a_completed_job_can_get_late_results(rules: RuleHarness) -> None:
     assert advice(rules) == []
 
 
-def test_only_the_results_of_the_latest_grants_are_stored_and_replaced_ones_do_not_return(rules: RuleHarness) -> None:
+@pytest.mark.parametrize(
+    ("order", "kept"),
+    [((1, 0), (0, 1)), ((0, 1, 2, 3, 4, 5), (1, 2, 3, 4, 5)), ((0, 1, 3, 4, 5, 2), (1, 2, 3, 4, 5))],
+    ids=["all while there is space", "not the oldest", "one between the others"],
+)
+def test_the_results_of_the_latest_grants_are_stored_and_a_replaced_one_does_not_return(
+    rules: RuleHarness, order: tuple[int, ...], kept: tuple[int, ...]
+) -> None:
     locks = [stalled(rules, max_stalls=20)]
-    for _ in range(MAX_LATE_RESULTS):
+    while len(locks) < len(order):
         locks.append(rules.start())
         rules.recover(LONG)
-    for lock_id in locks:
-        late(rules, completing(lock_id))
-    assert [stored.fencing_token for stored in rules.late()] == rules.tokens[1:]
-    assert "late_result" not in late(rules, completing(locks[0]), is_stored=False).details
-    assert [stored.fencing_token for stored in rules.late()] == rules.tokens[1:]
-
-
-def test_a_result_between_stored_ones_replaces_the_oldest(rules: RuleHarness) -> None:
-    locks = [stalled(rules, max_stalls=20)]
-    for _ in range(MAX_LATE_RESULTS):
-        locks.append(rules.start())
-        rules.recover(LONG)
-    for lock_id in locks[:2] + locks[3:]:
-        late(rules, completing(lock_id))
-    late(rules, completing(locks[2]))
-    assert [stored.fencing_token for stored in rules.late()] == rules.tokens[1:]
-
-
-def test_a_result_of_an_older_grant_is_stored_while_there_is_space(rules: RuleHarness) -> None:
-    locks = [stalled(rules)]
-    locks.append(rules.start())
-    rules.recover(LONG)
-    for lock_id in reversed(locks):
-        late(rules, completing(lock_id))
-    assert [stored.fencing_token for stored in rules.late()] == rules.tokens
+    for number in order:
+        late(rules, completing(locks[number]))
+    for number in set(order) - set(kept):
+        assert "late_result" not in late(rules, completing(locks[number]), is_stored=False).details
+    assert [stored.fencing_token for stored in rules.late()] == [rules.tokens[number] for number in kept]
 
 
 @pytest.mark.parametrize(("size", "is_stored"), [(100, True), (101, False)])
@@ -294,8 +281,7 @@ def test_an_adopted_result_is_like_a_complete_in_time() -> None:
 
 def test_a_job_that_failed_by_the_stall_is_adopted_too() -> None:
     rules = taking()
-    lock_id = rules.held(on_stall="fail")
-    rules.recover(LONG)
+    lock_id = stalled(rules, on_stall="fail")
     assert rules.job().status == "failed"
     assert rules.accept(completing(lock_id)).status == "completed"
     assert rules.job().error is None
@@ -363,8 +349,7 @@ def test_the_result_for_a_changed_job_is_stored(
 def test_the_result_for_a_job_that_failed_by_an_earlier_stall_is_stored(touch: Any) -> None:
     """Its last error remains and looks like that of an unclaimed job."""
     rules = taking()
-    rules.held(on_stall="fail")
-    rules.recover(LONG)
+    stalled(rules, on_stall="fail")
     rules.accept(cmd.Transition(id="a", from_="failed", to="queued"), admin=True)
     rules.row(replace(rules.job(), options=replace(rules.job().options, on_stall="requeue")))
     lock_id = rules.start()
@@ -376,8 +361,7 @@ def test_the_result_for_a_job_that_failed_by_an_earlier_stall_is_stored(touch: A
 def test_the_result_for_a_row_without_error_or_last_grant_is_stored() -> None:
     """Manual edits leave such rows, and the worker must not get an internal error."""
     rules = taking()
-    lock_id = rules.held(on_stall="fail")
-    rules.recover(LONG)
+    lock_id = stalled(rules, on_stall="fail")
     whole = rules.row(replace(rules.job(), error=None))
     late(rules, completing(lock_id))
     rules.row(replace(whole, ended=None))
