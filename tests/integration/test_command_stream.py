@@ -6,7 +6,6 @@ import asyncio
 import json
 import socket
 from collections.abc import AsyncIterator
-from contextlib import closing
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,7 +21,6 @@ from jobd.model.commands import STREAMED_COMMANDS
 from jobd.model.errors import ApiError
 from jobd.model.responses import EmptyResponse, Grants, Response
 from jobd.model.storage import DiskFull
-from tests.support.daemon_process import DaemonProcess
 from tests.support.http_harness import TOKEN, FakeActor, HeldResponse, HttpHarness, RawConnection, request_bytes
 from tests.support.virtual_engine import until
 from tests.support.worker_api_server import WorkerApiServer, worker_api_server
@@ -641,20 +639,3 @@ async def test_a_stream_that_begins_during_a_stop_ends_at_once(harness: HttpHarn
     stream = await RawCommandStream.open(harness)
     assert await stream.receive() is None
     assert harness.actor.received == []
-
-
-@pytest.mark.slow
-def test_a_real_daemon_serves_a_stream_and_stops_under_it(tmp_path: Path) -> None:
-    with DaemonProcess(tmp_path) as daemon, closing(socket.socket(socket.AF_UNIX)) as client:
-        client.connect(daemon.socket)
-        client.settimeout(30)
-        client.sendall(request_bytes("POST", "/v1/commands", None, KIND))
-        lines = b"".join(b'{"op":"create","id":"j-%d"}\n' % number for number in range(500))
-        client.sendall(b"%x\r\n%b\r\n" % (len(lines), lines))
-        response = client.makefile("rb")
-        text = b""
-        while text.count(b'"success":true') < 500:
-            text += response.readline()
-        assert text.count(b'"status":201}') == 500
-        assert daemon.stop() == 0
-        assert b"0\r\n" in response.read()

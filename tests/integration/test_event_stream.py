@@ -344,23 +344,6 @@ def test_a_client_that_reconnects_receives_everything_once_across_kills(tmp_path
 
 
 @pytest.mark.slow
-def test_a_stop_ends_streams_and_does_not_wait_for_clients_that_do_not_read(tmp_path: Path) -> None:
-    with (
-        ForkedDaemon(tmp_path) as daemon,
-        stream(daemon) as received,
-        closing(UnixConnection(daemon.socket)) as slow_client,
-    ):
-        slow_client.request("GET", "/v1/events")
-        slow_client.getresponse()
-        lifecycle(daemon, "a")
-        received.until(3)
-        assert daemon.stop() == 0
-        received.ended()
-        assert received.is_complete
-        assert b"requests_cut_off" not in daemon.log
-
-
-@pytest.mark.slow
 def test_a_pruned_journal_is_an_error_and_no_stream_contains_a_secret(tmp_path: Path) -> None:
     with ForkedDaemon(tmp_path, '[retention]\njournal = "0s"\n') as daemon, stream(daemon) as received:
         lifecycle(daemon, "a")

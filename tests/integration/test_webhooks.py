@@ -15,7 +15,6 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -75,10 +74,6 @@ def has_message_about(job_id: str, messages: list[ReceivedMessage]) -> bool:
     return bool(types_about(messages, job_id))
 
 
-def has_repeat_of(message: ReceivedMessage, messages: list[ReceivedMessage]) -> bool:
-    return sum(each.body == message.body for each in messages) > 1
-
-
 def view(daemon: DaemonProcess) -> dict[str, Any]:
     (found,) = daemon.admin("GET", "webhooks").data["webhooks"]
     return dict(found)
@@ -104,46 +99,6 @@ def test_a_lifecycle_is_delivered_in_order_and_the_documented_receiver_accepts_i
     assert last["data"]["job_id"] == "a"
     assert last["source"].startswith("/jobd/")
     assert b"lock_id" not in b"".join(each.body for each in messages)
-
-
-def test_a_daemon_without_webhooks_opens_no_connection(tmp_path: Path) -> None:
-    with ForkedDaemon(tmp_path) as daemon:
-        run_lifecycle(daemon, "a")
-        assert daemon.admin("GET", "webhooks").data == {"webhooks": []}
-        assert daemon.admin("GET", "webhooks/none/deliveries").status == 404
-        assert daemon.admin("POST", "webhooks/none/test", {}).error == "not_found"
-        assert b"event=webhook" not in daemon.log
-        assert daemon.stop() == 0
-
-
-@pytest.mark.slow
-def test_kill_9_before_a_result_is_stored_repeats_the_delivery(tmp_path: Path, receiver: Receiver) -> None:
-    """The receiver kills the daemon before it responds, so the daemon does not know that the message was accepted."""
-    with ForkedDaemon(tmp_path, config(receiver)) as daemon:
-
-        async def deadly(_: web.Request) -> web.StreamResponse:
-            daemon.process.kill()
-            return web.Response(status=204)
-
-        run_lifecycle(daemon, "a")
-        receiver.wait_for(lambda messages: done(messages, "a"))
-        for round_ in range(2):
-            receiver.respond = deadly
-            with contextlib.suppress(OSError, http.client.HTTPException):  # responses to a daemon that was killed
-                run_lifecycle(daemon, f"killed-{round_}")
-            killed = receiver.wait_for(partial(has_message_about, f"killed-{round_}"))
-            daemon.process.wait(150)
-            daemon._join_reader()
-            receiver.respond = accept
-            daemon.start()
-            first = next(each for each in reversed(killed) if each.event["subject"] == f"jobs/killed-{round_}")
-            messages = receiver.wait_for(partial(has_repeat_of, first))
-            ids = {each.headers["webhook-id"] for each in messages if each.body == first.body}
-            assert len(ids) == 1
-            poll_until(
-                lambda: view(daemon)["waiting"] == view(daemon)["lag"] == 0
-            )  # otherwise one of these kills the next round
-        assert daemon.stop() == 0
 
 
 @pytest.mark.slow

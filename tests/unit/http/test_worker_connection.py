@@ -98,17 +98,6 @@ async def test_a_complete_request_needs_no_task(
     assert handled == []
 
 
-async def test_a_complete_request_without_its_token_is_rejected(tmp_path: Path) -> None:
-    async with HttpHarness(
-        ROUTES, tmp_path, authenticator=Authenticator("worker", tokens=[TOKEN], hosts=["localhost"])
-    ) as harness:
-        client = await harness.connect()
-        assert (await client.request("GET", "/v1/jobs")).status == 401
-        assert (await client.request("GET", "/v1/jobs", headers={"Authorization": f"Bearer {TOKEN}"})).status == 200
-        stranger = {"Authorization": f"Bearer {TOKEN}", "Origin": "http://elsewhere"}
-        assert (await client.request("GET", "/v1/jobs", headers=stranger)).status == 403
-
-
 @WRITES
 async def test_requests_that_arrive_during_another_are_answered_after_it(harness: HttpHarness, send: Any) -> None:
     held = HeldResponse(harness)
@@ -159,33 +148,6 @@ async def test_requests_with_late_bodies_release_their_slots(harness: HttpHarnes
     assert [(await client.receive()).status for _ in range(6)] == [200] * 6
 
 
-@WRITES
-async def test_a_client_that_disconnects_abandons_its_command(harness: HttpHarness, send: Any) -> None:
-    HeldResponse(harness)
-    client = await harness.connect()
-    await send(client, CLAIM)
-    await wait_for_commands(harness, 1)
-    await client.close()
-    await harness.actor.cancelled.wait()
-    await harness.app.wait_idle()  # no request is pending
-
-
-@WRITES
-async def test_a_response_to_a_closing_connection_is_undelivered(harness: HttpHarness, send: Any) -> None:
-    response = Response(EmptyResponse(), grants=[("a", "lock")])
-    held = HeldResponse(harness, response)
-    client = await harness.connect()
-    await send(client, CLAIM)
-    await wait_for_commands(harness, 1)
-    [connection] = harness.connections
-    assert connection.transport is not None
-    held.go.set()  # the response is written in the next iteration of the loop,
-    connection.transport.close()  # and the lost connection is reported after that
-    assert await client.is_closed()
-    await harness.app.wait_idle()
-    assert harness.actor.undelivered_responses == [response]
-
-
 @pytest.mark.parametrize("path", ["fast", "slow"])
 async def test_a_response_to_a_disconnected_client_is_undelivered(unix: HttpHarness, path: str) -> None:
     response = Response(EmptyResponse(), grants=[("a", "lock")])
@@ -211,22 +173,6 @@ async def test_a_response_to_a_disconnected_client_is_undelivered(unix: HttpHarn
     await wait_until_closed(unix)
     await unix.app.wait_idle()
     assert unix.actor.undelivered_responses == [response]
-
-
-@WRITES
-async def test_a_slow_client_keeps_its_response_and_its_connection(unix: HttpHarness, send: Any) -> None:
-    unix.actor.respond = lambda _: Response("x" * 3_000_000)
-    client = await unix.connect()
-    await send(client, CLAIM)
-    await wait_for_commands(unix, 1)
-    client.writer.transport.pause_reading()  # type: ignore[attr-defined]
-    unix.actor.respond = lambda _: Response(EmptyResponse())
-    client.send(CLAIM)
-    assert (await unix.request("GET", "/v1/jobs")).status == 200  # other requests do not wait
-    client.writer.transport.resume_reading()  # type: ignore[attr-defined]
-    assert len((await client.receive()).data) == 3_000_000
-    assert (await client.receive()).status == 200
-    assert (await client.request("GET", "/v1/jobs")).status == 200
 
 
 @WRITES
@@ -399,36 +345,6 @@ async def test_a_response_after_the_deadline_of_a_stop_does_no_harm(harness: Htt
 
 
 @WRITES
-async def test_a_stop_waits_for_the_response_and_closes_the_connection(harness: HttpHarness, send: Any) -> None:
-    held = HeldResponse(harness)
-    client = await harness.connect()
-    await send(client, CLAIM)
-    await wait_for_commands(harness, 1)
-    client.send(request_bytes("GET", "/v1/jobs"))  # is never started
-    stopping = asyncio.ensure_future(harness.stop(30))
-    while not harness.app.closing:  # noqa: ASYNC110 - it is in the first step of the stop
-        await asyncio.sleep(0)
-    held.go.set()
-    assert (await client.receive()).headers["connection"] == "close"
-    assert await client.is_closed()
-    await stopping
-    assert len(harness.actor.received) == 1
-
-
-@WRITES
-async def test_after_the_deadline_of_a_stop_a_request_is_abandoned(harness: HttpHarness, send: Any) -> None:
-    HeldResponse(harness)
-    client = await harness.connect()
-    await send(client, CLAIM)
-    await wait_for_commands(harness, 1)
-    with capture_logs() as logs:
-        await harness.stop(0.01)
-    assert harness.actor.cancelled.is_set()
-    assert await client.is_closed()
-    assert [entry["event"] for entry in logs] == ["requests_cut_off"]
-
-
-@WRITES
 async def test_a_bug_while_responding_costs_one_connection(
     harness: HttpHarness, monkeypatch: pytest.MonkeyPatch, send: Any
 ) -> None:
@@ -534,19 +450,6 @@ def count_calls(monkeypatch: pytest.MonkeyPatch, app: Any, name: str) -> list[An
 
     monkeypatch.setattr(app, name, counted)
     return calls
-
-
-async def test_a_connection_is_idle_again_after_its_request(tmp_path: Path) -> None:
-    async with HttpHarness(ROUTES, tmp_path, limits=Limits(idle_s=0.05)) as harness:
-        held = HeldResponse(harness)
-        client = await harness.connect()
-        client.send(CLAIM)
-        await wait_for_commands(harness, 1)
-        for _ in range(2):  # later connections have been closed as idle
-            assert await (await harness.connect()).is_closed()
-        held.go.set()
-        assert (await client.receive()).status == 200
-        assert await client.is_closed()
 
 
 async def test_a_connection_whose_idle_time_is_checked_between_two_requests_still_becomes_idle(tmp_path: Path) -> None:
