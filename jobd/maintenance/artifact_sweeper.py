@@ -19,7 +19,7 @@ from jobd.model.clocks import MonotonicS
 from jobd.model.events import Event
 from jobd.model.job import MINUTE_MS, SECOND_MS
 from jobd.model.journal import JournalOutcomeUnknown, LeadershipLost
-from jobd.model.storage import MAX_POSTPONE_MS, CannotWrite, DueTombstones, JobStorage, Tombstone
+from jobd.model.storage import MAX_POSTPONE_MS, CannotWrite, JobStorage, Tombstone
 from jobd.model.times import duration
 from jobd.storage.artifacts.base import MARGINS, ArtifactStore, ArtifactStoreError, Deletion, Margins, Verdict, judge
 
@@ -149,13 +149,12 @@ class ArtifactSweeper:
         self.stats.waiting -= due.damaged
         self.stats.behind_ms = max((now - each.due_at for each, _ in due.found), default=0)
         self._record_unmoved(due.unmoved)
-        held = [
-            SweepResult(each, Deletion("young", modified_at=now))
-            for each, named in due.found
-            if _is_held(due, each, named)
-        ]
-        free = [(each, named) for each, named in due.found if not _is_held(due, each, named)]
-        results = [*held, *await asyncio.gather(*(self._try(tombstone, named, now) for tombstone, named in free))]
+        # If only a late result names a key, the artifact stays until that result is deleted.
+        held = {each.job_seq for each, named in due.found if not named} & due.held
+        young = Deletion("young", modified_at=now)
+        results = [SweepResult(each, young) for each, _ in due.found if each.job_seq in held]
+        free = [each for each in due.found if each[0].job_seq not in held]
+        results += await asyncio.gather(*(self._try(*each, now) for each in free))
         finished = [
             each.tombstone.job_seq for each in results if each.outcome is not None and each.outcome.what != "young"
         ]
@@ -249,8 +248,3 @@ class ArtifactSweeper:
         self._wake.clear()
         if timer is not None:
             timer.cancel()
-
-
-def _is_held(due: DueTombstones, tombstone: Tombstone, named: bool) -> bool:
-    """Return whether only a late result names the key. The artifact stays until that result is deleted."""
-    return not named and tombstone.job_seq in due.held

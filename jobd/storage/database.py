@@ -122,6 +122,17 @@ class StructureDamaged(Exception):
     """Rows cannot be quarantined because the structure of the file around them is damaged. Nothing was written."""
 
 
+@contextlib.contextmanager
+def raising_structure_damaged(*, of_index: bool = False) -> Iterator[None]:
+    """Translate an error about a damaged structure into StructureDamaged; `of_index`, an index without its row too."""
+    try:
+        yield
+    except sqlite3.DatabaseError as error:
+        if is_corrupt(error) and (of_index or result_code(error) != sqlite3.SQLITE_CORRUPT_INDEX):
+            raise StructureDamaged(str(error)) from error
+        raise
+
+
 class Database:
     """The tables, and the counts and checksums over them that every slice updates.
 

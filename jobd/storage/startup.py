@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Final
 from urllib.parse import quote
 
-from msgspec import Struct
 from msgspec.structs import replace
 
 from jobd.journal.sqlite import SqliteJournal
@@ -421,44 +420,29 @@ def _read_all(db: Database) -> OpenedStore:
         f"damaged rows of {readable(place)} in quarantine: {count}; run `jobd doctor`" for place, count in bad_rows
     ]
     jobs, packed_jobs = _live_jobs(db)
-    opened = OpenedStore(
+    return OpenedStore(
         numbers=db.numbers,
         jobs=jobs,
         packed_jobs=packed_jobs,
         queues=_queues(db),
         keys=_keys(db),
-        quarantined={},
         unvalidated={seq: readable(id_) for seq, id_ in db.rows(_SUSPECTS)},
         faults=[],
         stats=_stats(db),
+        quarantined=db.quarantined.copy(),  # last, because the reads quarantine rows
     )
-    opened.quarantined = db.quarantined.copy()
-    return opened
-
-
-class _Live(Struct):
-    """The live jobs, their damaged rows, and the XOR of all their checksums as they were written."""
-
-    jobs: list[Job] = []
-    packed: list[PackedJob] = []
-    damaged: list[tuple[Row, str]] = []
-    xor: int = 0
-
-    def totals(self) -> tuple[int, int]:
-        """Return the number and the XOR of all rows."""
-        return len(self.jobs) + len(self.packed) + len(self.damaged), self.xor
 
 
 def _live_jobs(db: Database) -> tuple[list[Job], list[PackedJob]]:
     """Read all queued and processing jobs. Add a fault if their number or XOR differs from the stored totals."""
     for rebuilt in (False, True):
         stored = db.totals[:2]
-        live = db.leniently(lambda: _scan(db))
-        quarantined = quarantine_jobs(db, live.damaged)
+        jobs, packed, damaged, xor = db.leniently(lambda: _scan(db))
+        quarantined = quarantine_jobs(db, damaged)
         db.faults += [f"job {id_} was quarantined: {reason}" for id_, reason in quarantined.items()]
-        totals = live.totals()
+        totals = len(jobs) + len(packed) + len(damaged), xor
         if totals == stored:
-            return live.jobs, live.packed
+            return jobs, packed
         if not rebuilt:
             try:
                 db.rebuild_indexes()
@@ -471,27 +455,29 @@ def _live_jobs(db: Database) -> tuple[list[Job], list[PackedJob]]:
         else f"the {totals[0]} live jobs differ from those that are recorded"
     )
     # A damaged tree may return a row twice.
-    by_seq = {job.seq: job for job in live.jobs}
-    packed_jobs = {job.seq: job for job in live.packed if job.seq not in by_seq}
+    by_seq = {job.seq: job for job in jobs}
+    packed_jobs = {job.seq: job for job in packed if job.seq not in by_seq}
     return list(by_seq.values()), list(packed_jobs.values())
 
 
-def _scan(db: Database) -> _Live:
-    live = _Live()
+def _scan(db: Database) -> tuple[list[Job], list[PackedJob], list[tuple[Row, str]], int]:
+    """Return the live jobs, their damaged rows, and the XOR of all their checksums as they were written."""
+    jobs: list[Job] = []
+    packed: list[PackedJob] = []
+    damaged: list[tuple[Row, str]] = []
     xor = 0
     for row in db.conn.execute(_LIVE_JOBS):
         job, error = read_job(row, db.reader.job_or_packed)
         if job is None:
-            live.damaged.append((row, error))
+            damaged.append((row, error))
             xor ^= codec.original_checksum(row)
             continue
         xor ^= row[-1]
         if isinstance(job, PackedJob):
-            live.packed.append(job)
+            packed.append(job)
         else:
-            live.jobs.append(job)
-    live.xor = xor
-    return live
+            jobs.append(job)
+    return jobs, packed, damaged, xor
 
 
 def _queues(db: Database) -> dict[str, QueueRow]:

@@ -55,6 +55,11 @@ async def open_store(path: str, commit: CommitSetting = "auto") -> AsyncIterator
         yield store, found
 
 
+async def make_empty_store(path: str) -> None:
+    async with open_store(path):
+        pass
+
+
 @contextlib.contextmanager
 def edit_store(path: str) -> Iterator[sqlite3.Connection]:
     """Yield a connection to the closed store, as for a manual edit."""

@@ -27,8 +27,8 @@ from jobd.storage.database import (
     StructureDamaged,
     is_corrupt,
     now_ms,
+    raising_structure_damaged,
     readable,
-    result_code,
 )
 from jobd.storage.events import event_rows
 
@@ -60,7 +60,7 @@ def quarantine_jobs(
             # Read before the transaction: SQLite allows no write in a transaction that has read a damaged page.
             payload = _payload_columns(db, row[0])
             was_live = _was_live(db, row[0])  # before the transaction may rebuild the indexes
-            uncounted, is_moved = db.commit(_quarantine_job, db, row, payload, id_, reason, was_live), True
+            uncounted, is_moved = db.commit(_move_job, db, row, payload, id_, reason, was_live), True
             if uncount is not None:
                 uncounted = uncount(row[0])
         except DiskFull:
@@ -91,25 +91,11 @@ def original_id(db: Database, row: Row) -> str:
 
 def _was_live(db: Database, seq: int) -> bool:
     """Return whether a damaged row was live: its index has the status with which it was written."""
-    try:
+    with raising_structure_damaged(of_index=True):
         return bool(db.rows(_WAS_LIVE, (seq,)))
-    except sqlite3.DatabaseError as error:
-        if is_corrupt(error):
-            raise StructureDamaged(str(error)) from error
-        raise
 
 
-def _quarantine_job(
-    db: Database, row: Row, payload: Row | None, id_: str, reason: str, was_live: bool
-) -> tuple[str, str] | None:
-    try:
-        return _move_job(db, row, payload, id_, reason, was_live)
-    except sqlite3.DatabaseError as error:
-        if is_corrupt(error) and result_code(error) != sqlite3.SQLITE_CORRUPT_INDEX:
-            raise StructureDamaged(str(error)) from error
-        raise
-
-
+@raising_structure_damaged()
 def _move_job(
     db: Database, row: Row, payload: Row | None, id_: str, reason: str, was_live: bool
 ) -> tuple[str, str] | None:
@@ -230,12 +216,8 @@ def _quarantine_row(db: Database, table: str, rowid: int, row: Row, description:
     args: tuple[Any, ...] = (rowid,)
     if "crc" in columns:  # damage to its number may have made it that of another row
         sql, args = f"{sql} AND crc = ?", (rowid, row[columns.index("crc")])
-    try:
+    with raising_structure_damaged():
         deleted = db.conn.execute(sql, args).rowcount
-    except sqlite3.DatabaseError as error:
-        if is_corrupt(error) and result_code(error) != sqlite3.SQLITE_CORRUPT_INDEX:
-            raise StructureDamaged(str(error)) from error
-        raise
     if not deleted:  # damage to its number, or to those of other rows, hides it from a search
         return False
     db.conn.execute(insert("bad_rows"), (table, description, now_ms(), codec.as_text(table, row)))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import sqlite3
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import count, islice
@@ -16,7 +15,7 @@ from jobd.model.events import GIVEN_BACK, HEARTBEATS, KEEP_FIRST_GRANTS, KEEP_GR
 from jobd.model.job import LIVE
 from jobd.model.storage import DiskFull
 from jobd.storage.codec import SQL, Row
-from jobd.storage.database import Database, StructureDamaged, is_corrupt
+from jobd.storage.database import Database, StructureDamaged, raising_structure_damaged
 from jobd.storage.events import event_rows
 from jobd.storage.events.event_rows import fault
 
@@ -132,12 +131,8 @@ class TimelineShortener:
                 return
 
     def _rows(self, sql: str, args: tuple[Any, ...]) -> list[Row]:
-        try:
+        with raising_structure_damaged(of_index=True):
             return self._db.rows(sql, args)
-        except sqlite3.DatabaseError as error:
-            if is_corrupt(error):
-                raise StructureDamaged(str(error)) from error
-            raise
 
     def _write(self, found: list[_EventsRow], kept: list[Event]) -> None:
         """Write the rows from the first to the last with an event that changed or is not kept."""

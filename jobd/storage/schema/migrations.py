@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from importlib.resources import files
 from typing import Final
 
+from msgspec.structs import astuple
+
 from jobd.model.storage import Numbers
 from jobd.storage.codec import META_COLUMNS, fault, with_checksum
 from jobd.storage.files import StoreUnreadable
@@ -40,25 +42,7 @@ def meta_row(
     numbers: Numbers, totals: tuple[int, int, int, int], marked: int, gone_to: int, projected_to: int, version: int
 ) -> tuple[int, ...]:
     """Return the row of META_COLUMNS with its checksum."""
-    return with_checksum(
-        (
-            version,
-            numbers.epoch,
-            numbers.next_token,
-            numbers.next_job,
-            numbers.next_event,
-            numbers.lock_ms,
-            numbers.wall_ms,
-            int(numbers.clock_suspect),
-            numbers.expected_ms,
-            numbers.step_since,
-            numbers.step_ms,
-            *totals,
-            marked,
-            gone_to,
-            projected_to,
-        )
-    )
+    return with_checksum((version, *map(int, astuple(numbers)), *totals, marked, gone_to, projected_to))
 
 
 def create(conn: sqlite3.Connection) -> None:

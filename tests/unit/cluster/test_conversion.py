@@ -25,7 +25,7 @@ from jobd.storage.cluster.membership import WrongCluster
 from jobd.storage.files import StoreUnreadable, read_epoch
 from tests.support.factories import ChangeFactory
 from tests.support.memory_journal import MemoryServer, MemorySharedJournal
-from tests.support.store_files import assert_holds, fill, make_store, open_store
+from tests.support.store_files import assert_holds, fill, make_empty_store, make_store, open_store
 from tests.support.virtual_engine import in_virtual_time
 
 
@@ -65,8 +65,7 @@ async def test_a_cluster_has_what_the_store_had_and_the_store_what_the_cluster_h
     async with open_store(other) as (store, opened):
         await assert_holds(store, opened, maker)
     with pytest.raises(WrongCluster):
-        async with open_store(path):
-            pass
+        await make_empty_store(path)
     with pytest.raises(CannotConvert, match="is in use"):
         await conversion.init_from_store(journal, path)
 

@@ -21,7 +21,16 @@ from jobd.storage.files import EpochFile, StoreFailed
 from jobd.storage.schema import migrations
 from jobd.storage.store import MEMORY, Store, StoreBusy, StoreTooNew, StoreUnreadable
 from tests.support.factories import ChangeFactory
-from tests.support.store_files import edit_store, killed_store, make_store, open_store, pick, read_file, write_file
+from tests.support.store_files import (
+    edit_store,
+    killed_store,
+    make_empty_store,
+    make_store,
+    open_store,
+    pick,
+    read_file,
+    write_file,
+)
 
 
 def untouched(path: str) -> dict[str, bytes]:
@@ -45,10 +54,8 @@ async def test_opening_a_store_twice_fails_and_names_the_process(store: Store, p
 
 
 async def test_the_lock_is_released_after_close_and_after_an_error(path: str) -> None:
-    async with open_store(path):
-        pass
-    async with open_store(path):
-        pass
+    await make_empty_store(path)
+    await make_empty_store(path)
     write_file(path, b"no database " * 100)
     for _ in range(2):
         with pytest.raises(StoreUnreadable, match="is not a jobd database"):
@@ -56,8 +63,7 @@ async def test_the_lock_is_released_after_close_and_after_an_error(path: str) ->
 
 
 async def test_a_database_that_another_program_holds_is_busy(path: str) -> None:
-    async with open_store(path):
-        pass
+    await make_empty_store(path)
     with edit_store(path) as conn:
         conn.execute("BEGIN IMMEDIATE")
         with pytest.raises(StoreBusy):
@@ -108,8 +114,7 @@ async def test_the_database_of_another_program_is_rejected(path: str) -> None:
     ],
 )
 async def test_a_damaged_meta_row_stops_the_start(path: str, damage: str) -> None:
-    async with open_store(path):
-        pass
+    await make_empty_store(path)
     with edit_store(path) as conn:
         conn.execute(damage)
     with pytest.raises(StoreUnreadable) as caught:
@@ -127,8 +132,7 @@ async def test_a_killed_store_whose_name_is_not_utf_8_can_be_read(tmp_path: Path
     async with killed_store(path) as (store, _):
         await store.write(ChangeFactory().any_batch(3))
     assert startup.peek(path) == (migrations.APPLICATION_ID, migrations.VERSION)
-    async with open_store(path):
-        pass
+    await make_empty_store(path)
 
 
 async def test_text_that_is_not_utf_8_reaches_no_response(path: str) -> None:
@@ -151,8 +155,7 @@ async def test_text_that_is_not_utf_8_reaches_no_response(path: str) -> None:
 
 async def test_a_read_only_file_is_an_os_error(path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """SQLite would report a failed disk."""
-    async with open_store(path):
-        pass
+    await make_empty_store(path)
     monkeypatch.chdir(tmp_path)  # other users cannot use the whole path
     tmp_path.chmod(0o777)
     os.chmod(path, 0o444)
@@ -207,8 +210,7 @@ async def test_a_marked_store_begins_a_new_epoch_until_its_grants_are_ended(make
 
 
 async def test_an_older_copy_without_a_mark_is_detected_by_the_epoch_file(path: str) -> None:
-    async with open_store(path):
-        pass
+    await make_empty_store(path)
     files.write_epoch(path, 5)
     async with open_store(path) as (store, found):
         assert (found.marked, found.numbers.epoch) == (True, 6)
@@ -282,8 +284,7 @@ async def test_a_wrong_clock_at_a_restore_is_reported(
     path: str, monkeypatch: pytest.MonkeyPatch, seconds: int, epoch: int, warning: str | None
 ) -> None:
     clock_says(monkeypatch, 1_000)
-    async with open_store(path):
-        pass
+    await make_empty_store(path)
     with edit_store(path) as conn:
         migrations.change_meta(conn, marked=1)
     clock_says(monkeypatch, seconds)
@@ -295,8 +296,7 @@ async def test_a_wrong_clock_at_a_restore_is_reported(
 
 
 async def test_a_number_from_an_operator_can_leave_no_safe_epoch(path: str) -> None:
-    async with open_store(path):
-        pass
+    await make_empty_store(path)
     write_file(f"{path}.epoch", b"%d" % SAFE_EPOCH)
     async with open_store(path) as (_, found):
         assert found.numbers.epoch == SAFE_EPOCH + 1
@@ -312,8 +312,7 @@ async def test_a_crash_between_database_and_epoch_file_ends_no_grant(
     def crash(path: str, epoch: int) -> None:
         raise OSError("the power goes")
 
-    async with open_store(path):
-        pass
+    await make_empty_store(path)
     os.unlink(f"{path}.epoch")
     with monkeypatch.context() as cut:
         cut.setattr(files, "write_epoch", crash)
@@ -324,8 +323,7 @@ async def test_a_crash_between_database_and_epoch_file_ends_no_grant(
 
 
 async def test_a_new_store_begins_above_the_epoch_file_of_a_deleted_one(path: str) -> None:
-    async with open_store(path):
-        pass
+    await make_empty_store(path)
     os.unlink(path)
     async with open_store(path) as (_, found):
         assert (found.numbers.epoch, found.numbers.next_event) == (2, 2 << TOKEN_COUNTER_BITS)
@@ -340,8 +338,7 @@ async def test_a_store_in_memory_takes_its_epoch_from_the_clock(monkeypatch: pyt
 
 
 async def test_a_damaged_epoch_file_stops_the_start(path: str) -> None:
-    async with open_store(path):
-        pass
+    await make_empty_store(path)
     content = bytearray(read_file(f"{path}.epoch"))
     content[0] ^= 1
     write_file(f"{path}.epoch", content)
@@ -350,8 +347,7 @@ async def test_a_damaged_epoch_file_stops_the_start(path: str) -> None:
 
 
 async def test_a_schema_name_that_is_not_text_stops_the_start(path: str) -> None:
-    async with open_store(path):
-        pass
+    await make_empty_store(path)
     content = bytearray(read_file(path))
     content[content.index(b"job_seq", content.index(b"CREATE TABLE payloads")) + 1] ^= 0x80
     write_file(path, content)
@@ -368,8 +364,7 @@ async def test_a_schema_name_that_is_not_text_stops_the_start(path: str) -> None
     ],
 )
 async def test_a_damaged_schema_name_stops_the_start(path: str, change: str, lacking: str) -> None:
-    async with open_store(path):
-        pass
+    await make_empty_store(path)
     with edit_store(path) as conn:
         conn.execute(change)
     with pytest.raises(StoreUnreadable, match=f"the schema lacks {lacking}.*jobd restore"):

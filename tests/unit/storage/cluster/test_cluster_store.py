@@ -35,7 +35,7 @@ from jobd.storage.tables.projection import MAX_BEHIND_FULL
 from tests.support.factories import NOW, ChangeFactory
 from tests.support.memory_journal import MemoryServer, MemorySharedJournal
 from tests.support.projection_harness import Writer, fail_commits
-from tests.support.store_files import edit_store, flip, job_of, make_store, open_store, stored_events
+from tests.support.store_files import edit_store, flip, job_of, make_empty_store, make_store, open_store, stored_events
 
 NOT_COMPARED = {"probes", "sqlite_sequence"}
 
@@ -590,8 +590,7 @@ async def test_a_store_of_another_cluster_or_of_one_machine_is_refused(path: str
     await make_store(f"{path}.single")
     with pytest.raises(WrongCluster, match="is the store of a single machine"):
         await rejected(f"{path}.single", server)
-    async with open_store(f"{path}.single"):
-        pass
+    await make_empty_store(f"{path}.single")
     assert WrongCluster("x").exit_code == 78
 
 

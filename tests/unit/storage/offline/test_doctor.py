@@ -28,6 +28,7 @@ from tests.support.store_files import (
     edit_store,
     exists,
     flip,
+    make_empty_store,
     make_store,
     open_store,
     pick,
@@ -220,8 +221,7 @@ async def test_quarantined_rows_and_other_files_are_checked(path: str) -> None:
     flip(path, "jobs", "queue", "seq", job.seq)
     with edit_store(path) as conn:
         conn.execute("UPDATE keys SET at = 1 WHERE digest = 'd1'")
-    async with open_store(path):
-        pass
+    await make_empty_store(path)
     write_file(f"{path}.epoch", b"rubbish")
     os.chmod(path, 0o644)
     problems = check(path)
@@ -296,8 +296,7 @@ async def test_all_damaged_rows_that_are_valid_jobs_are_accepted_at_once(path: s
         *[job for job in maker.jobs.values() if job.status in FINISHED][:2],
     )
     flip(path, "jobs", "queue", "seq", moved.seq)
-    async with open_store(path):
-        pass
+    await make_empty_store(path)
     with edit_store(path) as conn:
         conn.execute("UPDATE quarantined_jobs SET row = json_set(row, '$.queue', ?)", (moved.options.queue,))
         edit = "UPDATE jobs SET body = json_set(body, ?, ?) WHERE seq = ?"

@@ -21,6 +21,7 @@ from tests.support.factories import ChangeFactory
 from tests.support.store_files import (
     assert_holds,
     edit_store,
+    make_empty_store,
     make_store,
     open_store,
     read_file,
@@ -119,8 +120,7 @@ async def test_a_kill_during_a_migration_leaves_the_store_unchanged(path: str) -
 
 
 async def test_a_migrated_store_is_too_new_for_the_older_version(older: ChangeFactory, path: str) -> None:
-    async with open_store(path):
-        pass
+    await make_empty_store(path)
     before, version = read_file(path), migrations.VERSION
     with pytest.MonkeyPatch.context() as now:
         now.setattr(migrations, "VERSION", migrations.OLDEST)

@@ -28,6 +28,7 @@ from tests.support.store_files import (
     edit_store,
     exists,
     fill,
+    make_empty_store,
     make_store,
     open_store,
     read_file,
@@ -95,8 +96,7 @@ async def test_the_log_shows_a_migration(older: ChangeFactory, path: str, monkey
     monkeypatch.setattr(upgrade, "_INSTRUCTIONS", 100)
     monkeypatch.setattr(upgrade, "_COPIED_AT_ONCE", 1)
     with capture_logs() as logs:
-        async with open_store(path):
-            pass
+        await make_empty_store(path)
     [begun, *steps, done] = [each for each in logs if each["event"].startswith("migrat")]
     assert begun == {
         "event": "migrating",
@@ -117,8 +117,7 @@ async def test_the_log_shows_a_migration(older: ChangeFactory, path: str, monkey
 
 async def test_a_short_migration_logs_no_progress(older: ChangeFactory, path: str) -> None:
     with capture_logs() as logs:
-        async with open_store(path):
-            pass
+        await make_empty_store(path)
     assert [each["event"] for each in logs if each["event"].startswith("migrat")] == ["migrating", "migrated"]
 
 
@@ -135,8 +134,7 @@ async def test_a_migration_without_space_leaves_nothing(small_disk: Path, monkey
         with pytest.raises(
             MigrationNeedsSpace, match=rf"version {OLD} needs \d+ bytes for a copy and the new tables, but only \d+ are"
         ):
-            async with open_store(path):
-                pass
+            await make_empty_store(path)
         assert sorted(os.listdir(small_disk)) == before
         assert startup.peek(path)[1] == OLD
     filler.unlink()
@@ -152,12 +150,10 @@ async def test_a_migration_with_its_copy_needs_less_space(
         now.setattr(files, "space", lambda path: DiskSpace(path, 1000, 1 << 40))
         match = r"needs \d+ bytes for the new tables, but only 1000 are free. Free \d+ bytes"
         with pytest.raises(MigrationNeedsSpace, match=match) as raised:
-            async with open_store(path):
-                pass
+            await make_empty_store(path)
         assert raised.value.exit_code == 78, "systemd does not restart it"
     monkeypatch.setattr(files, "space", lambda path: None)  # the file system does not say
-    async with open_store(path):
-        pass
+    await make_empty_store(path)
     assert len(copies(path)) == 1
 
 
@@ -229,8 +225,7 @@ async def test_a_failed_copy_is_removed(older: ChangeFactory, path: str, monkeyp
     with monkeypatch.context() as now:
         now.setattr(upgrade, "journal_mode", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            async with open_store(path):
-                pass
+            await make_empty_store(path)
     assert copies(path) == []
     assert not exists(f"{path}.tmp-v{OLD}")
     with edit_store(path) as conn, pytest.raises(sqlite3.OperationalError):
