@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import msgspec
 import pytest
@@ -133,28 +133,20 @@ def test_follow_survives_a_restart_until_ctrl_c(daemon: DaemonProcess) -> None:
 # -- top
 
 
-class RecordingAdminClient:
-    """An admin client that records its queries for queues."""
-
-    def __init__(self, client: AdminClient) -> None:
-        self._client = client
-        self.asked: list[dict[str, Any]] = []
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._client, name)
-
-    def queues(self, **asked: Any) -> list[QueueView]:
-        self.asked.append(asked)
-        return self._client.queues(**asked)
-
-
-def test_only_the_queues_that_fit_are_requested(daemon: DaemonProcess) -> None:
+def test_only_the_queues_that_fit_are_requested(daemon: DaemonProcess, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, Any]] = []
     for number in range(9):
         daemon.post("/v1/jobs/bulk", {"jobs": [{"queue": f"busy-{number}"}] * (number + 1)})
     with AdminClient(f"unix:{daemon.admin_socket}", token=TOKEN) as client:
-        counted = RecordingAdminClient(client)
-        frame = Sampler().take(cast("AdminClient", counted), 4)
-        assert counted.asked == [{"limit": 5, "busiest": True}]
+        queues = client.queues
+
+        def recorded(**query: Any) -> list[QueueView]:
+            asked.append(query)
+            return queues(**query)
+
+        monkeypatch.setattr(client, "queues", recorded)
+        frame = Sampler().take(client, 4)
+        assert asked == [{"limit": 5, "busiest": True}]
         assert [queue.name for queue in frame.queues] == ["busy-8", "busy-7", "busy-6", "busy-5"]
         assert "and more" in drawn(frame, width=80, height=rows_of_height(4))
         whole = Sampler().take(client)

@@ -232,6 +232,8 @@ async def test_a_worker_describes_itself(tmp_path: Path) -> None:
         before = len(daemon.bodies("claim"))
         async with running_worker(worker):
             await daemon.receive("claim", before + 1)
+    claim = daemon.bodies("claim")[0]
+    assert (claim["stall_after_ms"], claim["lock_ttl_ms"]) == (0, 60_000)
     first, second, other = (daemon.bodies("claim")[each]["about"] for each in (0, 1, before))
     assert first == second
     assert first["instance"] != other["instance"], "of the same name, but another run"
@@ -242,22 +244,6 @@ async def test_a_worker_describes_itself(tmp_path: Path) -> None:
         "version": jobd.__version__,
         "concurrency": 3,
     }
-
-
-async def test_stop_ends_a_waiting_claim(tmp_path: Path) -> None:
-    server = ScriptedServer()
-    server.script = [server.hang]
-    with serving(server, tmp_path / "p") as endpoint:
-        worker = Worker(endpoint, grace_s=10_000)
-        worker.handler()(print)
-        async with running_worker(worker) as serving_:
-            await wait_until(lambda: bool(server.received))
-            worker.stop()
-            await serving_
-    assert {received.path for received in server.received[:-1]} == {"/v1/claim"}
-    assert server.received[-1].path == f"/v1/workers/{worker.name}/goodbye"
-    assert server.received[0].json["stall_after_ms"] == 0
-    assert server.received[0].json["lock_ttl_ms"] == 60_000
 
 
 async def test_a_stop_before_the_start_ends_a_worker_before_its_first_claim(tmp_path: Path) -> None:
