@@ -5,7 +5,7 @@ from __future__ import annotations
 import ipaddress
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Final
@@ -191,16 +191,12 @@ def warnings(
     )
 
 
-def _unencrypted_listeners(config: Config) -> tuple[str, ...]:
+def _unencrypted_listeners(config: Config) -> Iterator[str]:
     """Warn about TCP addresses that other machines can reach without TLS."""
-    warnings: list[str] = []
     for name, section in (("admin", config.admin), ("worker", config.worker)):
-        if not section.listen or section.tls_cert:
-            continue
-        address = parse_listen(section.listen, f"{name}.listen")
+        address = parse_listen(section.listen, f"{name}.listen") if section.listen and not section.tls_cert else ""
         if not isinstance(address, str):
-            warnings += unencrypted(name, address[0], section.listen)
-    return tuple(warnings)
+            yield from unencrypted(name, address[0], section.listen)
 
 
 def unencrypted(section: str, host: str, address: str) -> tuple[str, ...]:
@@ -216,33 +212,22 @@ def _is_loopback(host: str) -> bool:
         return False  # a name may resolve to any address
 
 
-def _exposed_secrets(
-    path: Path | None, secret_files: list[str], webhooks: tuple[WebhookSetting, ...]
-) -> tuple[str, ...]:
-    warnings = [
-        f"{each} contains a secret and is readable by EVERY user: chmod 640"
-        for each in secret_files
-        if _is_world_readable(each)
-    ]
+def _exposed_secrets(path: Path | None, secret_files: list[str], webhooks: tuple[WebhookSetting, ...]) -> Iterator[str]:
+    for each in secret_files:
+        if _is_world_readable(each):
+            yield f"{each} contains a secret and is readable by EVERY user: chmod 640"
     if path is not None and any(each.is_inline for each in webhooks) and _is_world_readable(path):
-        warnings.append(
-            f"{path} contains secrets of webhooks and is readable by EVERY user: chmod 640, or use secret_file."
-        )
-    return tuple(warnings)
+        yield f"{path} contains secrets of webhooks and is readable by EVERY user: chmod 640, or use secret_file."
 
 
-def _exposed_password(path: Path | None, config: Config, sources: Mapping[str, str]) -> tuple[str, ...]:
+def _exposed_password(path: Path | None, config: Config, sources: Mapping[str, str]) -> Iterator[str]:
     """Warn about a password of PostgreSQL that every user can read."""
-    if not journal_url.has_password(config.journal.url):
-        return ()
-    source = sources.get("journal.url")
+    source = sources.get("journal.url") if journal_url.has_password(config.journal.url) else None
     if source == "flag":
-        return ("the password in journal.url is visible in the list of processes: use PGPASSFILE.",)
-    if source == f"file {path}" and path is not None and _is_world_readable(path):
-        return (
-            f"{path} contains the password of journal.url and is readable by EVERY user: chmod 640, or use PGPASSFILE.",
-        )
-    return ()
+        yield "the password in journal.url is visible in the list of processes: use PGPASSFILE."
+    elif source == f"file {path}" and path is not None and _is_world_readable(path):
+        reader = "is readable by EVERY user: chmod 640, or use PGPASSFILE."
+        yield f"{path} contains the password of journal.url and {reader}"
 
 
 def _is_world_readable(path: str | Path) -> bool:
@@ -253,27 +238,24 @@ def _is_world_readable(path: str | Path) -> bool:
         return False
 
 
-def _doubtful_settings(config: Config, sources: Mapping[str, str]) -> tuple[str, ...]:
-    warnings = []
-
+def _doubtful_settings(config: Config, sources: Mapping[str, str]) -> Iterator[str]:
     def shown(key: str) -> str:
         return f"{key} = {to_toml(value_of(config, key))} ({sources.get(key, 'default')})"
 
     if config.cleanup.interval < config.cleanup.min_interval:
-        warnings.append(
+        yield (
             f"{shown('cleanup.interval')} is below {shown('cleanup.min_interval')}, which takes precedence: cleanup "
             f"runs every {show_duration(config.cleanup.min_interval)}. Lower cleanup.min_interval too."
         )
     if 0 < config.locks.progress_timeout < config.locks.ttl:
-        warnings.append(
+        yield (
             f"{shown('locks.ttl')} is above {shown('locks.progress_timeout')}, which takes precedence: locks are "
             "shortened to it, unless their job has a progress_timeout_ms. Raise locks.progress_timeout too."
         )
     if config.journal.url and not config.node.advertise:
-        warnings.append(
+        yield (
             "node.advertise is empty: clients of another node are not sent to this one while it leads. Set it to the "
             "URL of the worker API, such as http://a.example:8771."
         )
     if config.store.path == ":memory:":
-        warnings.append(f"{shown('store.path')}: all jobs are {IN_MEMORY}. Set store.path to a file to keep them.")
-    return tuple(warnings)
+        yield f"{shown('store.path')}: all jobs are {IN_MEMORY}. Set store.path to a file to keep them."

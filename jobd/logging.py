@@ -50,7 +50,7 @@ def configure(level: str, format: str) -> None:
     terminal = sys.stderr is not None and sys.stderr.isatty()  # None: the process has no stderr
     chosen = ("console" if terminal else "logfmt") if format == "auto" else format
     render: dict[str, structlog.typing.Processor] = {
-        "console": _ConsoleRenderer(terminal and not os.environ.get("NO_COLOR")),
+        "console": _console(terminal and not os.environ.get("NO_COLOR")),
         "json": _json,
         "logfmt": _logfmt,
     }
@@ -207,19 +207,16 @@ def _json(_: Any, __: str, event: Fields) -> str:
     return _json_text(_ordered(event))
 
 
-class _ConsoleRenderer:
-    """Render a line for a terminal: time, level, event, then the fields as in logfmt."""
+def _console(colours: bool) -> structlog.typing.Processor:
+    """Return the renderer for a terminal: time, level, event, then the fields as in logfmt."""
 
-    def __init__(self, colours: bool) -> None:
-        self._colours = colours
-
-    def __call__(self, _: Any, __: str, event: Fields) -> str:
+    def render(_: Any, __: str, event: Fields) -> str:
         rest = dict(_ordered(event))
         at, level, name = (str(rest.pop(key, "")) for key in ("timestamp", "level", "event"))
-        level_text = f"{level:<8}"
-        if self._colours:
-            level_text = f"\x1b[{_COLOURS.get(level, '0')}m{level_text}\x1b[0m"
+        level_text = f"\x1b[{_COLOURS.get(level, '0')}m{level:<8}\x1b[0m" if colours else f"{level:<8}"
         return " ".join([at, level_text, _json_text(name)[1:-1], *_pairs(rest)])
+
+    return render
 
 
 class LogWriter:
