@@ -243,17 +243,6 @@ def test_a_processing_job_is_reset_with_a_reason(
     assert console_errors == []
 
 
-def test_an_action_on_a_changed_job_fails_on_its_page(page: Page, daemon: DashboardDaemon) -> None:
-    daemon.do("jobs", id="moved")
-    sign_in(page, daemon, path="/jobs/moved")
-    page.get_by_role("link", name="Fail", exact=True).click()
-    lock = daemon.do("jobs/moved/start", worker="w-1")["lock_id"]
-    daemon.do("jobs/moved/complete", lock_id=lock, metadata=1)
-    page.get_by_role("button", name="Fail").click()
-    expect(page.get_by_role("alert")).to_contain_text("it is completed now. Nothing was done")
-    expect(page.get_by_role("heading", level=1)).to_contain_text("completed")
-
-
 def test_a_plan_retries_many_jobs(page: Page, daemon: DashboardDaemon, console_errors: list[str]) -> None:
     make_busy(daemon)
     sign_in(page, daemon, path="/jobs?status=failed")
@@ -481,38 +470,6 @@ def test_an_old_job_and_queue_named_like_a_dot_segment_work(
     page.get_by_role("button", name="Open").click()
     expect(page.get_by_role("heading", level=1)).to_contain_text("cancelled")
     assert console_errors == []
-
-
-def test_a_cleanup_run_is_previewed(page: Page, daemon: DashboardDaemon, console_errors: list[str]) -> None:
-    make_busy(daemon)
-    sign_in(page, daemon, path="/cleanup")
-    page.get_by_role("link", name="Run cleanup").click()
-    expect(page.get_by_role("heading", name="Preview")).to_be_visible()
-    page.get_by_label("Reason").fill("before the move")
-    page.get_by_role("button", name="Run cleanup").click()
-    expect(page.get_by_role("status").first).to_contain_text("Cleanup took")
-    page.get_by_role("link", name="Recover stalled jobs").click()
-    page.get_by_role("link", name="Cancel").click()
-    expect(page).to_have_url(f"{daemon.url}/cleanup")
-    page.goto(f"{daemon.url}/audit?what=cleanup")
-    expect(page.locator("table tbody tr").first).to_contain_text("before the move")
-    assert console_errors == []
-
-
-def test_a_read_only_session_has_no_buttons(page: Page, troubled: DashboardDaemon, console_errors: list[str]) -> None:
-    sign_in(page, troubled, READ_ONLY_TOKEN)
-    expect(page.get_by_text("read-only")).to_be_visible()
-    for path in [
-        each for each in PATHS if "confirm" not in each and "retry-failed" not in each and not each.startswith("/docs")
-    ]:
-        page.goto(troubled.url + path)
-        buttons = page.get_by_role("button")
-        expect(page.get_by_role("button", name="Sign out")).to_be_visible()
-        expect(buttons).to_have_text([re.compile("Live|Polling|Sign out|Copy as curl|Filter|Open")] * buttons.count())
-        expect(page.locator("a[href*=confirm]")).to_have_count(0)
-    assert console_errors == []
-    page.goto(f"{troubled.url}/jobs/video-004/confirm?verb=cancel")
-    expect(page.get_by_role("alert")).to_contain_text("read-only")
 
 
 def test_names_are_not_broken_in_a_wide_window(troubled: DashboardDaemon, page: Page) -> None:
@@ -749,12 +706,6 @@ def test_a_session_ends_with_its_token(page: Page, daemon: DashboardDaemon) -> N
     (daemon.directory / "readers").write_text("another-reader-token-0123456789")
     assert "read-only tokens" in daemon.reload()
     expect(page).to_have_url(f"{daemon.url}/sign-in?next=%2F")
-
-
-def test_firing_alerts_are_on_the_overview_with_their_hints(page: Page, troubled: DashboardDaemon) -> None:
-    sign_in(page, troubled)
-    alerts = page.get_by_role("region", name="Firing alerts")
-    expect(alerts).to_contain_text("More jobs than expected are processing")
 
 
 def test_a_step_down_on_the_page_of_the_cluster(

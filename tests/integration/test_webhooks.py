@@ -268,17 +268,6 @@ def test_a_reload_applies_new_webhooks(tmp_path: Path, receiver: Receiver) -> No
         assert daemon.stop() == 0
 
 
-def test_private_addresses_are_blocked_unless_allowed(tmp_path: Path, receiver: Receiver) -> None:
-    """The address behind the name is checked at each attempt, and `localhost` is this machine."""
-    outside = config(receiver).replace("allow_private = true\n", "").replace("http://127.0.0.1", "https://localhost")
-    with ForkedDaemon(tmp_path, outside) as daemon:
-        run_lifecycle(daemon, "a")
-        poll_until(lambda: view(daemon)["failed"] > 0)
-        assert "is loopback" in view(daemon)["last_error"]
-        assert receiver.received == []
-        assert daemon.stop() == 0
-
-
 @pytest.mark.slow
 def test_the_alert_about_a_full_disk_is_delivered_while_it_is_full(
     tmp_path: Path, small_disk: Path, receiver: Receiver

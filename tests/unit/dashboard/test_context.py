@@ -12,26 +12,6 @@ from tests.support.dashboard_harness import AUTH, PAGES, READ_ONLY_TOKEN, Browse
 from tests.support.http_harness import TOKEN
 
 
-@pytest.mark.parametrize("csrf", [None, "", "wrong", "é"])
-async def test_a_form_without_its_csrf_token_does_nothing(harness: DashboardHarness, csrf: str | None) -> None:
-    await harness.start_job()
-    browser = await harness.browser()
-    for target, fields in (
-        ("/sign-out", {}),
-        ("/queues/pause", {"name": "video"}),
-        ("/cleanup/run", {}),
-        ("/clock/accept", {}),
-        ("/jobs/held/do", {"verb": "cancel", "seen": "processing 16777217"}),
-    ):
-        response = await browser.post(target, **fields, **({} if csrf is None else {"csrf": csrf}))
-        assert (response.status, "does not belong to your session" in text(response)) == (403, True), target
-    other = await harness.browser()
-    assert (await browser.post("/queues/pause", name="video", csrf=await other.csrf())).status == 403
-    assert await harness.status("held") == "processing"
-    assert "paused" not in text(await browser.get("/queues"))
-    assert harness.admin.fakes.forced == []
-
-
 async def test_the_csrf_token_may_be_in_a_header(harness: DashboardHarness) -> None:
     await harness.call("jobs", id="a", queue="video")
     browser = await harness.browser()
@@ -150,7 +130,6 @@ async def test_a_read_only_session_can_change_nothing(
     assert not harness.admin.fakes.accepted
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("target", "fields"),
     [
@@ -166,7 +145,7 @@ async def test_a_read_only_session_can_change_nothing(
         ("/sign-out", {}),
     ],
 )
-async def test_a_form_needs_its_csrf_token_from_htmx_too(
+async def test_a_form_without_its_csrf_token_does_nothing(
     harness: DashboardHarness, target: str, fields: dict[str, str]
 ) -> None:
     """Any site can make a browser send `HX-Request`, so the header proves nothing."""
@@ -174,7 +153,7 @@ async def test_a_form_needs_its_csrf_token_from_htmx_too(
     browser = await harness.browser()
     if target == "/jobs/held/do":
         fields = await browser.confirm_fields("held", "cancel")
-    for given in ("", "x", await (await harness.browser()).csrf()):
+    for given in ("", "é", await (await harness.browser()).csrf()):
         for headers in ({}, {"HX-Request": "true"}, {"HX-Request": "true", "X-CSRF-Token": given}):
             response = await browser.post(target, headers, **{**fields, "csrf": given})
             assert (response.status, "does not belong to your session" in text(response)) == (403, True), headers
