@@ -6,6 +6,9 @@ Tests run in virtual time: a wait of a second takes no time.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from functools import partial
 
 import pytest
 from msgspec import Raw
@@ -30,6 +33,7 @@ from tests.support.virtual_engine import (
     finished_disk,
     granted_ids,
     in_checked_engine,
+    in_context,
     in_virtual_time,
     seconds,
     settle,
@@ -362,27 +366,17 @@ async def test_a_damaged_payload_affects_only_its_job(engine: VirtualEngine) -> 
     assert granted_ids(await engine.actor.ask(cmd.Claim(worker="w", limit=9))) == ["b", "c"]
 
 
+@pytest.mark.parametrize("first", [None, cmd.Get(id="a"), cmd.Create(id="a")], ids=["grant", "read", "decision"])
 @in_checked_engine()
-async def test_a_damaged_payload_is_not_served_by_a_read(engine: VirtualEngine) -> None:
-    await engine.yes(cmd.Create(id="a"))
-    engine.disk.bad_payloads[1] = "checksum"
-    assert (await engine.no(cmd.Get(id="a"))).code == "job_quarantined"
-    assert granted_ids(await engine.actor.ask(cmd.Claim(worker="w"))) == []
-
-
-@in_checked_engine()
-async def test_a_damaged_payload_is_not_granted(engine: VirtualEngine) -> None:
+async def test_a_damaged_payload_is_neither_granted_nor_served(
+    engine: VirtualEngine, first: cmd.AnyCommand | None
+) -> None:
     await engine.yes(cmd.Create(id="a"))
     await engine.yes(cmd.Create(id="b"))
     engine.disk.bad_payloads[1] = "checksum"
+    if first is not None:
+        assert (await engine.no(first)).code == "job_quarantined"
     assert granted_ids(await engine.actor.ask(cmd.Claim(worker="w"))) == ["b"]
-
-
-@in_checked_engine()
-async def test_a_damaged_payload_that_a_decision_needs_quarantines_its_job(engine: VirtualEngine) -> None:
-    await engine.yes(cmd.Create(id="a"))
-    engine.disk.bad_payloads[1] = "checksum"
-    assert (await engine.no(cmd.Create(id="a"))).code == "job_quarantined"
 
 
 @in_virtual_time
@@ -428,19 +422,29 @@ def test_bad_rows_name_their_jobs() -> None:
 # -- unknown outcome ---------------------------------------------------------------------------------------------------
 
 
-async def assert_ended(engine: VirtualEngine, running: asyncio.Task[None], code: str = "shutting_down") -> None:
+@asynccontextmanager
+async def ending_engine(
+    disk: MemoryStorage | None = None, *, code: str = "shutting_down"
+) -> AsyncIterator[VirtualEngine]:
+    """Run an actor that has ended because of the disk when the context ends, and responds with `code` then."""
+    engine = VirtualEngine(disk)
+    running = start_task(engine.actor.run())
+    yield engine
     with pytest.raises(DiskBroken):
         await running
-    rejection = await engine.no(cmd.Ping())
-    assert rejection.code == code
+    assert (await engine.no(cmd.Ping())).code == code
+
+
+in_ending_engine = in_context(ending_engine)
+in_fenced_engine = in_context(partial(ending_engine, code="not_leader"))
 
 
 @pytest.mark.usefixtures("both_commit_modes")
 @pytest.mark.parametrize("error", [Fenced(), JournalOutcomeUnknown("no response")])
-@in_virtual_time
-async def test_a_leader_that_is_fenced_reports_unknown_outcomes_and_ends_the_actor(error: Exception) -> None:
-    engine = VirtualEngine()
-    running = start_task(engine.actor.run())
+@in_fenced_engine
+async def test_a_leader_that_is_fenced_reports_unknown_outcomes_and_ends_the_actor(
+    engine: VirtualEngine, error: Exception
+) -> None:
     waiting = await waiting_claim(engine, "w", queues=["other"])
     engine.disk.write_errors.append(error)
     task = await engine.writing(cmd.Create(id="a"))
@@ -452,13 +456,10 @@ async def test_a_leader_that_is_fenced_reports_unknown_outcomes_and_ends_the_act
     for undone in (waiting, later, start_task(engine.actor.ask(cmd.Create(id="c")))):
         rejection = await undone
         assert (rejection.code, rejection.details) == ("not_leader", {"leader": None}), "nothing was done"
-    await assert_ended(engine, running, "not_leader")
 
 
-@in_virtual_time
-async def test_no_read_is_served_after_the_check_before_a_batch_fails() -> None:
-    engine = VirtualEngine()
-    running = start_task(engine.actor.run())
+@in_fenced_engine
+async def test_no_read_is_served_after_the_check_before_a_batch_fails(engine: VirtualEngine) -> None:
     await engine.yes(cmd.Create(id="a"))
 
     def fail() -> None:
@@ -466,14 +467,11 @@ async def test_no_read_is_served_after_the_check_before_a_batch_fails() -> None:
 
     engine.actor.before_batch = fail
     assert (await engine.no(cmd.Get(id="a"))).code == "not_leader"
-    await assert_ended(engine, running, "not_leader")
 
 
 @pytest.mark.usefixtures("both_commit_modes")
-@in_virtual_time
-async def test_an_unknown_outcome_is_reported_and_ends_the_actor() -> None:
-    engine = VirtualEngine()
-    running = start_task(engine.actor.run())
+@in_ending_engine
+async def test_an_unknown_outcome_is_reported_and_ends_the_actor(engine: VirtualEngine) -> None:
     waiting = await waiting_claim(engine, "w", queues=["other"])
     engine.disk.lost_commits = 1
     engine.disk.gate.clear()
@@ -486,34 +484,26 @@ async def test_an_unknown_outcome_is_reported_and_ends_the_actor() -> None:
         rejection = await task
         assert (rejection.code, rejection.status, rejection.details) == ("outcome_unknown", 503, {"outcome": "unknown"})
     assert (await later).code == "shutting_down"
-    await assert_ended(engine, running)
     assert engine.disk.job("a") is not None  # it was written; a start finds it
     assert engine.disk.job("b") is None
 
 
 @pytest.mark.usefixtures("both_commit_modes")
 @pytest.mark.parametrize("method", ["write", "load"])
-def test_any_disk_error_ends_the_actor(method: str) -> None:
-    async def test() -> None:
-        engine = VirtualEngine(await finished_disk())
-        running = start_task(engine.actor.run())
+@in_virtual_time
+async def test_any_disk_error_ends_the_actor(method: str) -> None:
+    async with ending_engine(await finished_disk()) as engine:
         engine.disk.errors[method] = OSError("EIO")
         tasks = ask_all(engine, [cmd.Get(id="done"), cmd.Create(id="a")])
         assert {(await task).code for task in tasks} == {"outcome_unknown"}
-        await assert_ended(engine, running)
-
-    in_virtual_time(test)()
 
 
 @pytest.mark.usefixtures("both_commit_modes")
-@in_virtual_time
-async def test_damaged_rows_of_unknown_jobs_end_the_actor() -> None:
+@in_ending_engine
+async def test_damaged_rows_of_unknown_jobs_end_the_actor(engine: VirtualEngine) -> None:
     """Nothing could be quarantined, so deciding again would fail forever."""
-    engine = VirtualEngine()
-    running = start_task(engine.actor.run())
     engine.disk.write_errors.append(BadRows({"seq 7": "the payload is missing"}))
     assert (await engine.no(cmd.Create())).code == "outcome_unknown"
-    await assert_ended(engine, running)
 
 
 @pytest.mark.usefixtures("both_commit_modes")
@@ -708,40 +698,28 @@ async def test_late_completes_weigh_as_much_as_their_journal_reads() -> None:
         assert disk.asked == [20] * 5
 
 
-@in_virtual_time
-async def test_a_missing_payload_without_a_reason_ends_the_actor() -> None:
-    engine = VirtualEngine()
-    running = start_task(engine.actor.run())
+@in_ending_engine
+async def test_a_missing_payload_without_a_reason_ends_the_actor(engine: VirtualEngine) -> None:
     await engine.yes(cmd.Create(id="a"))
     engine.disk.payloads.clear()
     assert (await engine.no(cmd.Get(id="a"))).code == "outcome_unknown"
-    await assert_ended(engine, running)
 
 
-@in_virtual_time
-async def test_a_failing_probe_ends_the_actor() -> None:
-    engine = VirtualEngine()
-    running = start_task(engine.actor.run())
+@in_ending_engine
+async def test_a_failing_probe_ends_the_actor(engine: VirtualEngine) -> None:
     engine.disk.fits = lambda batch: False
     assert (await engine.no(cmd.Create())).code == "storage_full"
     engine.disk.errors["probe"] = OSError("EIO")
-    await assert_ended(engine, running)
 
 
-@in_virtual_time
-async def test_a_reserve_file_that_cannot_be_dropped_ends_the_actor() -> None:
-    engine = VirtualEngine()
-    running = start_task(engine.actor.run())
+@in_ending_engine
+async def test_a_reserve_file_that_cannot_be_dropped_ends_the_actor(engine: VirtualEngine) -> None:
     engine.disk.errors["drop_reserve"] = OSError("EIO")
     engine.disk.fits = lambda batch: False
     assert (await engine.no(cmd.Tick())).code == "outcome_unknown"
-    await assert_ended(engine, running)
 
 
-@in_virtual_time
-async def test_a_failed_commit_outside_the_actor_ends_it() -> None:
-    engine = VirtualEngine()
-    running = start_task(engine.actor.run())
+@in_ending_engine
+async def test_a_failed_commit_outside_the_actor_ends_it(engine: VirtualEngine) -> None:
     await engine.yes(cmd.Create(id="a"))
     engine.actor.lose_disk(OSError("EIO"))
-    await assert_ended(engine, running)

@@ -382,15 +382,6 @@ def test_a_suspect_clock_is_logged_once_with_the_jump_and_what_to_do(sources: Ma
     assert log_events(logs) == [("clock_suspect", "warning")]
 
 
-@pytest.mark.parametrize(
-    ("ahead_ms", "words"), [(30 * HOUR_MS, "1 d 6 h"), (31 * MINUTE_MS, "31 min"), (31 * SECOND_MS, "31 s")]
-)
-def test_the_jump_is_logged_in_words(sources: ManualClocks, ahead_ms: int, words: str) -> None:
-    daemon_clock = clock(sources, keep_ms=MINUTE_MS)
-    sources.wall_ms += ahead_ms
-    assert f"is {words} ahead" in (daemon_clock.suspect_reason() or "")
-
-
 def test_an_operator_can_accept_a_suspect_clock(sources: ManualClocks) -> None:
     daemon_clock = clock(sources)
     daemon_clock.accept()

@@ -475,14 +475,22 @@ async def test_jobs_that_became_due_on_a_full_disk_are_granted_when_there_is_spa
     assert granted_ids(await waiting) == ["a"]
 
 
+@pytest.mark.parametrize("has_reserve", [True, False])
 @in_checked_engine()
-async def test_the_release_of_an_undelivered_grant_survives_a_full_disk(engine: VirtualEngine) -> None:
+async def test_the_release_of_an_undelivered_grant_survives_a_full_disk(
+    engine: VirtualEngine, has_reserve: bool
+) -> None:
     """A release frees no space, but it ends a grant, so it is accepted once the reserve file is released."""
     await engine.yes(cmd.Create(id="a"))
     answer = await engine.respond(cmd.Start(id="a", worker="w"))
-    engine.disk.fill()
+    if has_reserve:
+        engine.disk.fill()
+    else:
+        engine.disk.fits = lambda batch: False
     engine.actor.undelivered(answer)
     await settle()
+    assert engine.state.totals["queued"] == has_reserve
+    await engine.free_disk()
     assert engine.state.totals["queued"] == 1
 
 
@@ -515,18 +523,6 @@ async def test_the_extension_after_a_pause_survives_a_full_disk(engine: VirtualE
     deadlines = engine.state.jobs["a"].deadlines
     assert deadlines is not None
     assert deadlines.expires >= engine.clock.moment().lock_ms + 30 * MINUTE_MS - 2_000
-
-
-@in_checked_engine()
-async def test_an_undelivered_grant_is_released_when_there_is_space(engine: VirtualEngine) -> None:
-    await engine.yes(cmd.Create(id="a"))
-    answer = await engine.respond(cmd.Start(id="a", worker="w"))
-    engine.disk.fits = lambda batch: False
-    engine.actor.undelivered(answer)
-    await settle()
-    assert engine.state.totals["processing"] == 1
-    await engine.free_disk()
-    assert engine.state.totals["queued"] == 1
 
 
 @in_checked_engine()

@@ -142,31 +142,28 @@ async def test_frequent_events_are_sent_in_batches(stage: FeedHarness) -> None:
 
 @pytest.mark.parametrize("wanted", [ALL, EventFilter(types=frozenset({"created"}))], ids=["all", "filtered"])
 @pytest.mark.parametrize("seed", range(10))
-def test_the_switch_from_journal_to_live_has_no_gap_or_repeat(seed: int, wanted: EventFilter) -> None:
+@in_virtual_time
+async def test_the_switch_from_journal_to_live_has_no_gap_or_repeat(seed: int, wanted: EventFilter) -> None:
     """Commits, some published late, at every point of the switch."""
 
-    @in_virtual_time
-    async def run() -> None:
-        dice, stage = random.Random(seed), FeedHarness()
-        for _ in range(dice.randrange(1, 4 * PAGE // 10)):
-            await stage.commit(10)
-        after = dice.randrange(stage.feed.last)
-        listener = await stage.begun(wanted, after)
-        found: list[int] = []
-        for _ in range(60):
-            for _ in range(dice.randrange(3)):
-                await stage.commit(dice.choice((1, 5, PAGE)), notify=dice.random() < 0.5)
-            more = asyncio.ensure_future(listener.more())
-            for _ in range(dice.randrange(5)):
-                await asyncio.sleep(dice.choice((0, 0.001, 0.005)))
-                await stage.commit(notify=dice.random() < 0.5)
-            stage.publish()
-            found += numbers(await more)
-        await stage.commit()
-        found += await received(listener, stage.feed.last)
-        assert found == list(range(after + 1, stage.feed.last + 1))
-
-    run()
+    dice, stage = random.Random(seed), FeedHarness()
+    for _ in range(dice.randrange(1, 4 * PAGE // 10)):
+        await stage.commit(10)
+    after = dice.randrange(stage.feed.last)
+    listener = await stage.begun(wanted, after)
+    found: list[int] = []
+    for _ in range(60):
+        for _ in range(dice.randrange(3)):
+            await stage.commit(dice.choice((1, 5, PAGE)), notify=dice.random() < 0.5)
+        more = asyncio.ensure_future(listener.more())
+        for _ in range(dice.randrange(5)):
+            await asyncio.sleep(dice.choice((0, 0.001, 0.005)))
+            await stage.commit(notify=dice.random() < 0.5)
+        stage.publish()
+        found += numbers(await more)
+    await stage.commit()
+    found += await received(listener, stage.feed.last)
+    assert found == list(range(after + 1, stage.feed.last + 1))
 
 
 @in_virtual_time
@@ -295,33 +292,30 @@ async def test_the_number_of_streams_is_limited_and_ended_ones_do_not_count() ->
 
 @pytest.mark.slow
 @pytest.mark.parametrize("spread", [0, 37, 3 * PAGE])
-def test_many_resuming_subscribers_catch_up_while_events_continue(spread: int) -> None:
+@in_virtual_time
+async def test_many_resuming_subscribers_catch_up_while_events_continue(spread: int) -> None:
     """Each page is read once for all of them, so each can be slower than all new events."""
 
-    @in_virtual_time
-    async def run() -> None:
-        stage = FeedHarness(max_events=100)
-        await stage.commit(500)
-        found: dict[Subscriber, list[int]] = {}
+    stage = FeedHarness(max_events=100)
+    await stage.commit(500)
+    found: dict[Subscriber, list[int]] = {}
 
-        async def listen(after: int) -> None:
-            listener = await stage.begun(after=after)
-            found[listener] = [after]
-            while listener.position < 3_000:
-                found[listener] += numbers(await listener.more())
+    async def listen(after: int) -> None:
+        listener = await stage.begun(after=after)
+        found[listener] = [after]
+        while listener.position < 3_000:
+            found[listener] += numbers(await listener.more())
 
-        listeners = [asyncio.create_task(listen(number * spread // 40)) for number in range(40)]
-        while stage.feed.last < 3_000:  # 3,000 per second
-            await stage.commit(15)
-            await seconds(0.005)
-        await asyncio.gather(*listeners)
-        assert stage.cuts == []
-        assert all(listener._is_caught_up for listener in found)
-        assert stage.disk.calls["events_after"] < 150
-        for events in found.values():
-            assert events == list(range(events[0], events[-1] + 1))
-
-    run()
+    listeners = [asyncio.create_task(listen(number * spread // 40)) for number in range(40)]
+    while stage.feed.last < 3_000:  # 3,000 per second
+        await stage.commit(15)
+        await seconds(0.005)
+    await asyncio.gather(*listeners)
+    assert stage.cuts == []
+    assert all(listener._is_caught_up for listener in found)
+    assert stage.disk.calls["events_after"] < 150
+    for events in found.values():
+        assert events == list(range(events[0], events[-1] + 1))
 
 
 @in_virtual_time

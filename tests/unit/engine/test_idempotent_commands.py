@@ -134,21 +134,19 @@ async def test_an_empty_claim_is_not_stored_even_if_it_expired_jobs(engine: Virt
     ],
     ids=lambda command: type(command).__name__,
 )
-def test_a_stored_response_is_complete(command: cmd.AnyCommand) -> None:
-    async def test() -> None:
-        disk = await finished_disk()
-        async with checked_engine(disk) as engine:
-            await engine.yes(cmd.Create(id="a", payload=Raw(b"[9]"), delay_ms=5))
-            first = await engine.respond(command, key=key("k"))
-            repeated = await engine.respond(command, key=key("k"))
-            assert repeated.replayed
-            assert repeated.status == first.status
-            body = bytes(repeated.data)
-            if isinstance(first.data, JobView):
-                assert first.data.payload is not UNSET
-                assert bytes(first.data.payload) in body
-
-    in_virtual_time(test)()
+@in_virtual_time
+async def test_a_stored_response_is_complete(command: cmd.AnyCommand) -> None:
+    disk = await finished_disk()
+    async with checked_engine(disk) as engine:
+        await engine.yes(cmd.Create(id="a", payload=Raw(b"[9]"), delay_ms=5))
+        first = await engine.respond(command, key=key("k"))
+        repeated = await engine.respond(command, key=key("k"))
+        assert repeated.replayed
+        assert repeated.status == first.status
+        body = bytes(repeated.data)
+        if isinstance(first.data, JobView):
+            assert first.data.payload is not UNSET
+            assert bytes(first.data.payload) in body
 
 
 @in_checked_engine()

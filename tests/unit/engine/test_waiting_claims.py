@@ -210,33 +210,31 @@ async def test_stop_wakes_an_idle_actor() -> None:
 # -- WaitingClaims -----------------------------------------------------------------------------------------------------
 
 
-def test_the_claim_that_waits_longest_is_found() -> None:
-    async def test() -> None:
-        claims = WaitingClaims(WorkerPresence())
-        loop = asyncio.get_running_loop()
+@in_virtual_time
+async def test_the_claim_that_waits_longest_is_found() -> None:
+    claims = WaitingClaims(WorkerPresence())
+    loop = asyncio.get_running_loop()
 
-        def claim(deadline: float, **fields: Any) -> Envelope:
-            envelope = Envelope(cmd.Claim(worker="w", **fields), futures=[loop.create_future()])
-            envelope.deadline = MonotonicS(deadline)
-            return envelope
+    def claim(deadline: float, **fields: Any) -> Envelope:
+        envelope = Envelope(cmd.Claim(worker="w", **fields), futures=[loop.create_future()])
+        envelope.deadline = MonotonicS(deadline)
+        return envelope
 
-        first, second, third = claim(5, kinds=["k"]), claim(3), claim(4, kinds=["k", "l"])
-        for envelope in (first, second, third):
-            claims.add(envelope)
-        assert (claims.first("default", "k"), claims.first("default", "l")) == (first, second)
-        assert claims.first("other", "k") is None
-        assert claims.next_deadline() == 3
-        assert claims.remove(first)
-        assert not claims.remove(first)
-        assert claims.first("default", "k") is second
-        claims.add(first)  # its batch was rejected: it has its old place again
-        assert claims.first("default", "k") is first
-        assert list(claims.take_expired(MonotonicS(4))) == [second, third]
-        assert (len(claims), claims.next_deadline()) == (1, MonotonicS(5))
-        assert claims.take_all() == [first]
-        assert claims.next_deadline() is None
-
-    in_virtual_time(test)()
+    first, second, third = claim(5, kinds=["k"]), claim(3), claim(4, kinds=["k", "l"])
+    for envelope in (first, second, third):
+        claims.add(envelope)
+    assert (claims.first("default", "k"), claims.first("default", "l")) == (first, second)
+    assert claims.first("other", "k") is None
+    assert claims.next_deadline() == 3
+    assert claims.remove(first)
+    assert not claims.remove(first)
+    assert claims.first("default", "k") is second
+    claims.add(first)  # its batch was rejected: it has its old place again
+    assert claims.first("default", "k") is first
+    assert list(claims.take_expired(MonotonicS(4))) == [second, third]
+    assert (len(claims), claims.next_deadline()) == (1, MonotonicS(5))
+    assert claims.take_all() == [first]
+    assert claims.next_deadline() is None
 
 
 @in_virtual_time
