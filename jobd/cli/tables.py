@@ -108,16 +108,8 @@ def timeline(events: Sequence[EventView]) -> None:
 
 def event_line(event: StreamedEvent) -> str:
     about = f"{event.job_id} ({event.queue})" if event.job_id is not None else f"queue {event.queue}"
-    parts = [
-        utc(event.at),
-        str(event.seq),
-        event.type,
-        about,
-        _status_change(event),
-        event.by,
-        _reason(event),
-    ]
-    return "  ".join(part for part in [*parts, _details(event.details)] if part)
+    parts = [utc(event.at), str(event.seq), event.type, about, _status_change(event), event.by, _reason(event)]
+    return "  ".join(filter(None, [*parts, _details(event.details)]))
 
 
 def _reason(event: EventView) -> str:

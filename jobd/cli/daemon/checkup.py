@@ -190,12 +190,9 @@ def _metrics(text: str) -> Iterator[Finding]:
     paused = {each.labels["queue"] for each in samples if each.name == "jobd_queue_paused" and each.value}
     for threshold in THRESHOLDS:
         if threshold.where == "queue":
-            due_s = {
-                each.labels["queue"]: each.value
-                for each in samples
-                if each.name == threshold.metric and each.labels["queue"] not in paused
-            }
-            exceeded = sorted((value, name) for name, value in due_s.items() if threshold.is_exceeded(value))[::-1]
+            due_s = [(each.value, each.labels["queue"]) for each in samples if each.name == threshold.metric]
+            due_s = [(value, name) for value, name in due_s if threshold.is_exceeded(value) and name not in paused]
+            exceeded = sorted(due_s, reverse=True)
             for value, name in exceeded[:MAX_QUEUES]:
                 yield Finding(f"queue {name}", threshold.describe(value), threshold.fix)
             if len(exceeded) > MAX_QUEUES:

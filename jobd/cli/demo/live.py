@@ -28,6 +28,7 @@ _ICON: Final = files("jobd") / "dashboard/static/icon.svg"  # the dashboard serv
 _BODY_BYTES: Final = 1 << 20
 _TICK_S: Final = 1.5  # between two new e-mails
 _STALL_EVERY: Final = 10  # ticks between two attempts to stall the archive job
+_WORKERS: Final = {"email-1": "email", "video-1": "video", "video-2": "video", "report-1": "reports"}
 _ARCHIVE: Final = "archive"  # a queue whose worker never reports
 _MONTH_MS: Final = 30 * 86_400_000
 
@@ -167,12 +168,7 @@ def show(stop: threading.Event) -> int:
         sandbox.start_daemon()
         with sandbox.jobs() as client, AdminClient(f"http://127.0.0.1:{port}", token=sandbox.token) as admin:
             _prepare(client, admin)
-            for name, queue in (
-                ("email-1", "email"),
-                ("video-1", "video"),
-                ("video-2", "video"),
-                ("report-1", "reports"),
-            ):
+            for name, queue in _WORKERS.items():
                 sandbox.start_worker(name, queue)
             terminal.emit(f"{server.url}{server.link.secret}")
             sys.stdout.flush()  # a pipe is buffered

@@ -82,12 +82,7 @@ class BaseTask:
         metadata: Any = None,
     ) -> None:
         """Set fields of the job's result. Fields that are not given do not change."""
-        named = {
-            "download_url": download_url,
-            "file_path": file_path,
-            "storage_key": storage_key,
-            "metadata": metadata,
-        }
+        named = {"download_url": download_url, "file_path": file_path, "storage_key": storage_key, "metadata": metadata}
         self.result.update({name: value for name, value in named.items() if value is not None})
 
     def raise_if_lost(self) -> None:
