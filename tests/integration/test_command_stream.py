@@ -20,7 +20,6 @@ from jobd.http.decoding import Limits
 from jobd.model.commands import STREAMED_COMMANDS
 from jobd.model.errors import ApiError
 from jobd.model.responses import EmptyResponse, Grants, Response
-from jobd.model.storage import DiskFull
 from tests.support.http_harness import TOKEN, FakeActor, HeldResponse, HttpHarness, RawConnection, request_bytes
 from tests.support.virtual_engine import until
 from tests.support.worker_api_server import WorkerApiServer, worker_api_server
@@ -335,23 +334,6 @@ async def test_a_key_is_scoped_to_its_call_and_job(server: WorkerApiServer) -> N
         assert (response["data"]["job"]["id"], response.get("replayed")) == (job_id, None)
 
 
-async def test_finished_jobs_are_found(server: WorkerApiServer) -> None:
-    stream = await RawCommandStream.open(server.harness)
-    stream.send({"op": "create", "id": "j"}, {"op": "cancel", "id": "j"})
-    assert [(await stream.receive())["status"] for _ in range(2)] == [201, 200]
-    server.actor.state.trim_finished()
-    assert (await stream.ask(op="get", id="j"))["data"]["status"] == "cancelled"
-    assert (await stream.ask(op="get", id="k"))["error"] == "job_not_found"
-
-
-async def test_a_full_disk_rejects_lines_one_by_one(server: WorkerApiServer) -> None:
-    stream = await RawCommandStream.open(server.harness)
-    assert (await stream.ask(op="create", id="j"))["status"] == 201
-    server.disk.write_errors.append(DiskFull("full"))
-    stream.send({"op": "create", "id": "k"}, {"op": "cancel", "id": "j"})
-    assert [(await stream.receive())["status"] for _ in range(2)] == [507, 200]
-
-
 async def test_the_limit_of_the_mailbox_applies_to_streams(tmp_path: Path) -> None:
     async with worker_api_server(tmp_path, bounds=Bounds(mailbox=10)) as small:
         stream = await RawCommandStream.open(small.harness)
@@ -566,15 +548,6 @@ async def test_only_the_grants_that_were_sent_are_kept(
     assert states[whole + 1 :] == ["queued"] * (299 - whole)
 
 
-async def test_a_grant_whose_line_was_sent_is_kept(server: WorkerApiServer) -> None:
-    await server.harness.request("POST", "/v1/jobs", '{"id":"j"}')
-    stream = await RawCommandStream.open(server.harness)
-    assert (await stream.ask(op="start", id="j", worker="w"))["success"]
-    stream.connection.writer.transport.abort()
-    await until(lambda: server.harness.listener.connections == 1)
-    assert (await server.job("j"))["status"] == "processing"
-
-
 async def test_a_response_that_cannot_be_encoded_releases_its_grants(tmp_path: Path) -> None:
     grant = Response({"no": object()}, grants=[("j", "lock")])
     actor = FakeActor(lambda command: grant)
@@ -618,16 +591,6 @@ async def test_a_stop_answers_the_lines_that_were_read_and_ends_the_stream(serve
     assert not stopping.done()
     server.disk.gate.set()
     assert (await stream.receive())["status"] == 201
-    assert await stream.receive() is None
-    stream.end()
-    await stopping
-    assert await stream.connection.is_closed()
-
-
-async def test_an_idle_stream_does_not_delay_a_stop(harness: HttpHarness) -> None:
-    stream = await RawCommandStream.open(harness)
-    assert (await stream.ask(op="get", id="j"))["success"]
-    stopping = asyncio.ensure_future(harness.stop(60))
     assert await stream.receive() is None
     stream.end()
     await stopping

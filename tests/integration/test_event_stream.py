@@ -344,30 +344,6 @@ def test_a_client_that_reconnects_receives_everything_once_across_kills(tmp_path
 
 
 @pytest.mark.slow
-def test_a_pruned_journal_is_an_error_and_no_stream_contains_a_secret(tmp_path: Path) -> None:
-    with ForkedDaemon(tmp_path, '[retention]\njournal = "0s"\n') as daemon, stream(daemon) as received:
-        lifecycle(daemon, "a")
-        daemon.post("/v1/jobs", {"id": "b"})
-        lock = daemon.post("/v1/jobs/b/start", {"worker": "w"}).data["lock_id"]
-        assert daemon.admin("DELETE", "jobs/a").status == 200
-        received.until(6)
-        assert lock not in str(received.events)
-        last = received.events[-1]
-        assert (last["type"], last["job_id"], last["to"]) == ("deleted", "a", None)
-        while daemon.get("/v1/events?last_event_id=0&follow=false").status == 200:
-            assert daemon.admin("POST", "cleanup", {}).status == 200  # until a millisecond has passed
-        response = daemon.get("/v1/events?last_event_id=5")
-        assert (response.status, response.error) == (410, "events_gone")
-        assert daemon.get(f"/v1/events?last_event_id={last['seq']}&follow=false").status == 200
-        daemon.kill()
-        daemon.start()
-        assert daemon.get("/v1/events?last_event_id=5").status == 410  # remembered across a crash
-        assert daemon.get(f"/v1/events?last_event_id={last['seq']}&follow=false").status == 200
-        tail = daemon.get("/v1/events?last=100&follow=false")
-        assert b"data:" not in tail.body
-
-
-@pytest.mark.slow
 def test_both_listeners_share_the_limit_of_streams_and_metrics_show_it(tmp_path: Path) -> None:
     with ForkedDaemon(tmp_path, "[limits]\nevent_streams = 1\n") as daemon, stream(daemon) as received:
         lifecycle(daemon, "a")
