@@ -129,6 +129,16 @@ async def test_repeated_late_completes_are_stored_once(engine: VirtualEngine) ->
     assert len(engine.disk.batches) == written
 
 
+@in_checked_engine()
+async def test_an_old_grant_is_found_in_the_journal(engine: VirtualEngine) -> None:
+    old = await engine.held()
+    await engine.yes(cmd.ForceReset(id="a"), admin=True)
+    await engine.yes(cmd.Start(id="a", worker="w-2"))
+    await engine.yes(cmd.ForceReset(id="a"), admin=True)
+    assert "late_result" in (await engine.no(complete(old))).details
+    assert stored_paths(engine) == ["/out"]
+
+
 class RecordingStorage(MemoryStorage):
     """Records the queries for late results."""
 
