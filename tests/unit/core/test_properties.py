@@ -19,18 +19,7 @@ from jobd.core.row_checks import counts, validate
 from jobd.core.transaction import Transaction
 from jobd.model import commands as cmd
 from jobd.model.errors import ApiError
-from jobd.model.job import (
-    STATUSES,
-    Backoff,
-    Failure,
-    Grant,
-    Job,
-    LockDeadlines,
-    Options,
-    Policy,
-    PreviousGrant,
-    Result,
-)
+from jobd.model.job import STATUSES, Backoff, Failure, Grant, Job, LockDeadlines, Options, Policy, PreviousGrant, Result
 from jobd.model.responses import Response
 from tests.proof.simulation.invariants import DecisionChecks
 from tests.support.calls import COMMANDS

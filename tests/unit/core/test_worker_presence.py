@@ -17,25 +17,8 @@ from jobd.core.rules import maintenance_rules
 from jobd.core.state import State
 from jobd.core.views import workers
 from jobd.core.worker_presence import IDLE_AT_LEAST_MS, IDLE_AT_MOST_MS, LEFT_AFTER_MS, ClaimSet, WorkerPresence
+from jobd.model import commands as cmd
 from jobd.model.clocks import LockMs
-from jobd.model.commands import (
-    About,
-    Call,
-    Claim,
-    Complete,
-    Create,
-    Extend,
-    ForceFail,
-    Goodbye,
-    Operator,
-    Recover,
-    Release,
-    Start,
-    TakeBack,
-    Undelivered,
-    Workers,
-    WorkerState,
-)
 from jobd.model.errors import ApiError
 from jobd.model.job import DAY_MS, HOUR_MS, MINUTE_MS, Grant, Job, Options
 from jobd.model.responses import LostJobView, Response, TakeBackView, WorkerGroup, WorkerList, WorkerView
@@ -53,7 +36,7 @@ from tests.support.virtual_engine import (
 )
 
 TTL = 15 * MINUTE_MS
-LARGEST = About(instance="~" * 200, host="~" * 253, pid=2**32 - 1, version="~" * 100, concurrency=100_000)
+LARGEST = cmd.About(instance="~" * 200, host="~" * 253, pid=2**32 - 1, version="~" * 100, concurrency=100_000)
 
 
 @pytest.fixture
@@ -74,8 +57,8 @@ def advance(presence: WorkerPresence, ms: int) -> None:
     presence.set_time(presence.now + ms, presence.lock_ms + ms)
 
 
-def claim(worker: str = "w-1", queues: str = "default", kinds: str | None = None, **fields: Any) -> Claim:
-    return Claim(worker=worker, queues=queues.split(), kinds=None if kinds is None else kinds.split(), **fields)
+def claim(worker: str = "w-1", queues: str = "default", kinds: str | None = None, **fields: Any) -> cmd.Claim:
+    return cmd.Claim(worker=worker, queues=queues.split(), kinds=None if kinds is None else kinds.split(), **fields)
 
 
 def held(seq: int, worker: str, expires: int = 500) -> Job:
@@ -85,12 +68,12 @@ def held(seq: int, worker: str, expires: int = 500) -> Job:
 
 
 def listed(rules: RuleHarness, **command: Any) -> list[tuple[str, str]]:
-    page: WorkerList = rules.accept(Workers(**command))
+    page: WorkerList = rules.accept(cmd.Workers(**command))
     return [(each.worker, each.state) for each in page.workers]
 
 
 def one(rules: RuleHarness) -> WorkerView:
-    page: WorkerList = rules.accept(Workers())
+    page: WorkerList = rules.accept(cmd.Workers())
     (worker,) = page.workers
     return worker
 
@@ -105,22 +88,22 @@ def test_a_worker_is_busy_silent_idle_and_gone(rules: RuleHarness) -> None:
     assert listed(rules) == [("w-1", "busy")]
     rules.advance(1)
     assert listed(rules) == [("w-1", "silent")]
-    rules.accept(Recover(limit=1))
+    rules.accept(cmd.Recover(limit=1))
     assert (one(rules).state, one(rules).expired, one(rules).held) == ("silent", 1, 1), (
         "the lock is cleared, not the grant"
     )
-    rules.accept(Extend(id="a", lock_id=lock_id))
+    rules.accept(cmd.Extend(id="a", lock_id=lock_id))
     assert (one(rules).state, one(rules).expired) == ("busy", 0)
     rules.advance(HOUR_MS)
     assert (one(rules).state, one(rules).expired) == ("silent", 1)
-    rules.accept(Complete(id="a", lock_id=lock_id))
+    rules.accept(cmd.Complete(id="a", lock_id=lock_id))
     assert (one(rules).state, one(rules).expired, one(rules).held) == ("idle", 0, 0)
     rules.advance(IDLE_AT_MOST_MS - 1)
     assert listed(rules) == [("w-1", "idle")]
     rules.advance(1)
     assert listed(rules) == []
     assert listed(rules, state="gone") == [("w-1", "gone")]
-    assert rules.accept(Workers()).by_state["gone"] == 1
+    assert rules.accept(cmd.Workers()).by_state["gone"] == 1
 
 
 def test_a_worker_is_silent_while_it_holds_an_expired_lock(rules: RuleHarness) -> None:
@@ -129,7 +112,7 @@ def test_a_worker_is_silent_while_it_holds_an_expired_lock(rules: RuleHarness) -
     rules.held("b", worker="w")
     rules.advance(TTL - 1_000)
     assert (one(rules).state, one(rules).held, one(rules).expired) == ("silent", 2, 1)
-    rules.accept(Recover(limit=9))
+    rules.accept(cmd.Recover(limit=9))
     assert (one(rules).state, one(rules).jobs, one(rules).expired) == ("busy", ["b"], 0)
 
 
@@ -138,20 +121,20 @@ def test_a_worker_whose_last_job_is_taken_back_died_until_it_is_heard(rules: Rul
     lock_id = rules.held(worker="w", max_stalls=1)
     rules.progress(lock_id, 40)
     rules.advance(HOUR_MS)
-    rules.accept(TakeBack("w", dry_run=True))
+    rules.accept(cmd.TakeBack("w", dry_run=True))
     assert listed(rules) == [("w", "silent")]
-    rules.accept(TakeBack("w") if is_taken_back else Recover(limit=9))
+    rules.accept(cmd.TakeBack("w") if is_taken_back else cmd.Recover(limit=9))
     assert listed(rules) == []
-    page: WorkerList = rules.accept(Workers(state="died"))
+    page: WorkerList = rules.accept(cmd.Workers(state="died"))
     assert page.workers[0].lost == LostJobView("a", 40, rules.now)
-    rules.reject(Extend(id="a", lock_id=lock_id), "lock_lost")
+    rules.reject(cmd.Extend(id="a", lock_id=lock_id), "lock_lost")
     assert listed(rules) == [("w", "idle")], "it is late, but lives"
     assert one(rules).lost is None
 
 
 def test_the_end_of_a_grant_by_an_operator_is_no_death(rules: RuleHarness) -> None:
     rules.held(worker="w")
-    rules.accept_admin(ForceFail(id="a"))
+    rules.accept_admin(cmd.ForceFail(id="a"))
     assert listed(rules) == [("w", "idle")]
 
 
@@ -173,7 +156,7 @@ def test_a_worker_is_idle_for_twice_the_time_between_its_claims(
 @pytest.mark.parametrize("is_undelivered", [False, True])
 def test_a_worker_whose_connection_closes_is_waiting_then_gone(rules: RuleHarness, is_undelivered: bool) -> None:
     if is_undelivered:
-        rules.accept(Undelivered(id="a", lock_id=rules.held(worker="w")))
+        rules.accept(cmd.Undelivered(id="a", lock_id=rules.held(worker="w")))
     else:
         presence = rules.state.presence
         presence.end_wait("w", presence.begin_wait(claim("w", wait_ms=60_000)), has_left=True)
@@ -187,34 +170,34 @@ def test_a_worker_whose_connection_closes_is_waiting_then_gone(rules: RuleHarnes
 
 def test_a_worker_that_says_goodbye_is_gone_until_it_is_heard(rules: RuleHarness) -> None:
     presence = rules.state.presence
-    presence.note_request(claim("w", about=About(instance="new")))
-    assert rules.accept(Goodbye("w", "old", "stopped")).state == "idle"
-    assert rules.accept(Goodbye("w", "new", "drained")).state == "gone"
-    assert rules.accept(Workers(state="gone")).workers[0].goodbye == "drained"
+    presence.note_request(claim("w", about=cmd.About(instance="new")))
+    assert rules.accept(cmd.Goodbye("w", "old", "stopped")).state == "idle"
+    assert rules.accept(cmd.Goodbye("w", "new", "drained")).state == "gone"
+    assert rules.accept(cmd.Workers(state="gone")).workers[0].goodbye == "drained"
     presence.note_request(claim("w"))
     assert (one(rules).state, one(rules).goodbye) == ("idle", None)
     rules.held(worker="w")
-    assert rules.accept(Goodbye("w", "new")).state == "busy"
-    assert (rules.accept(Goodbye("unknown")).state, listed(rules)) == ("gone", [("w", "busy")])
+    assert rules.accept(cmd.Goodbye("w", "new")).state == "busy"
+    assert (rules.accept(cmd.Goodbye("unknown")).state, listed(rules)) == ("gone", [("w", "busy")])
 
 
 def test_workers_are_counted_by_host_and_version(rules: RuleHarness) -> None:
-    for name, about in (("a", About(host="h", version="1")), ("b", About(host="h", version="1")), ("c", None)):
+    for name, about in (("a", cmd.About(host="h", version="1")), ("b", cmd.About(host="h", version="1")), ("c", None)):
         rules.state.presence.note_request(claim(name, about=about))
-    rules.accept(Goodbye("b"))
-    none = dict.fromkeys(get_args(WorkerState), 0)
-    assert rules.accept(Workers(limit=1)).groups == [
+    rules.accept(cmd.Goodbye("b"))
+    none = dict.fromkeys(get_args(cmd.WorkerState), 0)
+    assert rules.accept(cmd.Workers(limit=1)).groups == [
         WorkerGroup("h", "1", none | {"idle": 1, "gone": 1}),
         WorkerGroup(None, None, none | {"idle": 1}),
     ]
 
 
 def test_workers_are_forgotten_after_a_day(rules: RuleHarness) -> None:
-    rules.accept(Release(id="a", lock_id=rules.held(worker="w-1")))
+    rules.accept(cmd.Release(id="a", lock_id=rules.held(worker="w-1")))
     rules.advance(DAY_MS - 1)
     assert listed(rules, state="gone") == [("w-1", "gone")]
     rules.advance(1)
-    assert (listed(rules, state="gone"), rules.accept(Workers()).by_state["gone"]) == ([], 0)
+    assert (listed(rules, state="gone"), rules.accept(cmd.Workers()).by_state["gone"]) == ([], 0)
     assert list(rules.state.presence.workers) == ["w-1"]
     rules.start(worker="w-2")
     assert list(rules.state.presence.workers) == ["w-2"]
@@ -228,7 +211,9 @@ def test_a_step_of_the_clock_does_not_change_the_state_of_workers(rules: RuleHar
     rules.state.presence.note_request(claim("meanwhile"))
     rules.now -= 40 * DAY_MS
     rules.state.advance(rules.now, rules.lock_ms)
-    assert [each.last_seen_at for each in rules.accept(Workers()).workers] == [NOW, NOW], "none was heard in the future"
+    assert [each.last_seen_at for each in rules.accept(cmd.Workers()).workers] == [NOW, NOW], (
+        "none was heard in the future"
+    )
     rules.advance(IDLE_AT_MOST_MS)
     assert listed(rules) == []
     assert rules.state.presence.unclaimed_ms("default", "", rules.lock_ms) == IDLE_AT_MOST_MS
@@ -241,7 +226,7 @@ def test_a_worker_is_known_by_its_jobs_and_last_request(rules: RuleHarness) -> N
     seen = rules.state.presence.workers["w-1"]
     assert (list(seen.jobs), seen.last_seen_at) == (["a"], NOW + 7)
     rules.now -= 5
-    rules.accept(Release(id="a", lock_id=lock_id))
+    rules.accept(cmd.Release(id="a", lock_id=lock_id))
     assert (list(seen.jobs), seen.last_seen_at) == ([], NOW + 2)
 
 
@@ -254,7 +239,7 @@ def test_after_a_start_workers_were_last_seen_when_their_jobs_changed() -> None:
         NOW + HOUR_MS,
         LockMs(450),
     )  # an hour later; downtime does not age locks
-    page = workers(state, rules.moment, Workers())
+    page = workers(state, rules.moment, cmd.Workers())
     assert [(each.worker, each.jobs, each.last_seen_at) for each in page.workers] == [
         ("w-2", ["job-2"], NOW - 10),
         ("w-1", ["job-1"], NOW - 50),
@@ -264,7 +249,7 @@ def test_after_a_start_workers_were_last_seen_when_their_jobs_changed() -> None:
     assert page.since == NOW + HOUR_MS
     state.advance(rules.now, rules.lock_ms)
     rules.advance(5)
-    assert workers(state, rules.moment, Workers()).since == NOW + HOUR_MS
+    assert workers(state, rules.moment, cmd.Workers()).since == NOW + HOUR_MS
     assert state.presence.workers["w-3"].heard == 400 - 90
 
 
@@ -285,20 +270,20 @@ def test_the_view_of_a_worker_has_every_field(rules: RuleHarness) -> None:
     rules.held("b", worker="w-1", stall_after_ms=HOUR_MS)
     rules.advance(TTL)
     rules.held("a", worker="w-1")
-    about = About(host="box")
+    about = cmd.About(host="box")
     rules.state.presence.begin_wait(claim(queues="r q", kinds="k l", about=about))
     rules.advance(1)
     assert one(rules) == WorkerView("w-1", "silent", ["b", "a"], 2, 1, ["r", "q"], ["k", "l"], True, about, rules.now)
 
 
 def test_a_start_does_not_set_the_latest_claim(presence: WorkerPresence) -> None:
-    presence.note_request(Start(id="a", worker="w-1"))
+    presence.note_request(cmd.Start(id="a", worker="w-1"))
     assert presence.workers["w-1"].claims is None
     assert list(presence.claim_sets("default")) == []
 
 
 @pytest.mark.parametrize("then", [claim(queues="b", kinds="k"), claim(queues="a", kinds="l"), claim(queues="a")])
-def test_a_claim_of_other_queues_or_kinds_replaces_the_latest_one(presence: WorkerPresence, then: Claim) -> None:
+def test_a_claim_of_other_queues_or_kinds_replaces_the_latest_one(presence: WorkerPresence, then: cmd.Claim) -> None:
     first = presence.note_request(claim(queues="a", kinds="k")).claims
     worker = presence.note_request(then)
     assert first is not None
@@ -383,17 +368,17 @@ async def test_a_worker_is_seen_as_long_as_its_claim_waits(engine: VirtualEngine
         await seconds((LEFT_AFTER_MS if is_cut else IDLE_AT_MOST_MS) / 1000 - 1)
         assert await state_of(engine) == (there, False, ended_at)
         await seconds(1)
-        assert (await engine.yes(Workers())).workers == []
+        assert (await engine.yes(cmd.Workers())).workers == []
 
 
 @in_checked_engine()
 async def test_a_served_claim_stops_waiting_and_a_rolled_back_one_continues(engine: VirtualEngine) -> None:
     waiting = await waiting_claim(engine, "w", wait_ms=60_000)
     engine.disk.write_errors.append(DiskFull())
-    assert (await engine.no(Create(id="a"))).code == "storage_full"
+    assert (await engine.no(cmd.Create(id="a"))).code == "storage_full"
     assert await state_of(engine) == ("waiting", True, engine.now)
     await seconds(2)
-    await engine.yes(Create(id="b"))
+    await engine.yes(cmd.Create(id="b"))
     answer = await waiting
     assert isinstance(answer, Response)
     assert [granted.job.id for granted in answer.data.grants] == ["b"]
@@ -403,7 +388,7 @@ async def test_a_served_claim_stops_waiting_and_a_rolled_back_one_continues(engi
 
 
 async def state_of(engine: VirtualEngine) -> tuple[str, bool, int]:
-    (worker,) = (await engine.yes(Workers())).workers
+    (worker,) = (await engine.yes(cmd.Workers())).workers
     return worker.state, worker.waiting, worker.last_seen_at
 
 
@@ -419,13 +404,13 @@ def silent(rules: RuleHarness, count: int) -> list[str]:
 
 def test_the_expired_jobs_of_a_silent_worker_are_taken_back(rules: RuleHarness) -> None:
     locks = silent(rules, 3)
-    rules.accept(Extend(id="job-2", lock_id=locks[2]))
+    rules.accept(cmd.Extend(id="job-2", lock_id=locks[2]))
     rules.progress(locks[1], job_id="job-1")
     rules.advance(TTL - 1)
-    rules.accept(Extend(id="job-2", lock_id=locks[2]))
-    rules.accept(Extend(id="live", lock_id=locks[3]))
+    rules.accept(cmd.Extend(id="job-2", lock_id=locks[2]))
+    rules.accept(cmd.Extend(id="live", lock_id=locks[3]))
     rules.advance(1)
-    done = rules.accept(TakeBack(name="w"), admin=True, by="admin:ana")
+    done = rules.accept(cmd.TakeBack(name="w"), admin=True, by="admin:ana")
     assert (done.worker, done.recovered_jobs, done.reset_jobs, done.failed_jobs, done.more) == ("w", 2, 1, 1, False)
     assert [(each.job_id, each.action) for each in done.details] == [("job-0", "reset"), ("job-1", "failed")]
     assert done.details[0].reason == (
@@ -438,7 +423,7 @@ def test_the_expired_jobs_of_a_silent_worker_are_taken_back(rules: RuleHarness) 
     assert (second.status, second.stalls, second.error.code) == ("failed", 1, "stalled")
     assert [rules.job(job_id).status for job_id in ("job-2", "live")] == ["processing", "processing"]
     assert (rules.last().type, rules.last().by) == ("stalled", "admin:ana")
-    lost = rules.reject(Complete(id="job-0", lock_id=locks[0]), "lock_lost")
+    lost = rules.reject(cmd.Complete(id="job-0", lock_id=locks[0]), "lock_lost")
     assert (lost.details["reason"], lost.details["rule"]) == ("taken_back", "take-back")
     assert one(rules).state == "busy"
 
@@ -446,8 +431,8 @@ def test_the_expired_jobs_of_a_silent_worker_are_taken_back(rules: RuleHarness) 
 def test_a_take_back_is_applied_in_slices(rules: RuleHarness, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(maintenance_rules, "TAKEN_BACK", 2)
     silent(rules, 5)
-    rules.accept(Recover(limit=9))
-    done = [rules.accept(TakeBack(name="w"), admin=True) for _ in range(3)]
+    rules.accept(cmd.Recover(limit=9))
+    done = [rules.accept(cmd.TakeBack(name="w"), admin=True) for _ in range(3)]
     assert [(len(each.details), each.more) for each in done] == [(2, True), (2, True), (1, False)]
     assert [(each.reset_jobs, each.failed_jobs, each.timestamp) for each in done[:2]] == [(2, 0, rules.now)] * 2
 
@@ -457,35 +442,35 @@ def test_a_take_back_of_as_many_jobs_as_a_slice_has_leaves_none(
 ) -> None:
     monkeypatch.setattr(maintenance_rules, "TAKEN_BACK", 2)
     silent(rules, 2)
-    rules.accept(Recover(limit=9))
-    done = rules.accept(TakeBack(name="w"), admin=True)
+    rules.accept(cmd.Recover(limit=9))
+    done = rules.accept(cmd.TakeBack(name="w"), admin=True)
     assert (len(done.details), done.more) == (2, False)
 
 
 def test_a_dry_run_of_a_take_back_changes_nothing(rules: RuleHarness) -> None:
     silent(rules, 2)
     events = len(rules.events)
-    done = rules.accept(TakeBack(name="w", dry_run=True), admin=True)
+    done = rules.accept(cmd.TakeBack(name="w", dry_run=True), admin=True)
     assert [each.job_id for each in done.details] == ["job-0", "job-1"]
     assert len(rules.events) == events
     assert one(rules).state == "silent"
 
 
 def test_only_the_jobs_of_a_silent_worker_are_taken_back(rules: RuleHarness) -> None:
-    unknown = rules.reject(TakeBack(name="nobody"), "worker_not_found", admin=True)
+    unknown = rules.reject(cmd.TakeBack(name="nobody"), "worker_not_found", admin=True)
     assert unknown.message == "Worker nobody has not been seen since the start. List the workers: jobctl workers"
     assert unknown.details == {"worker": "nobody"}
     rules.held("a", worker="w")
-    error = rules.reject(TakeBack(name="w"), "worker_not_silent", admin=True)
+    error = rules.reject(cmd.TakeBack(name="w"), "worker_not_silent", admin=True)
     assert error.message == (
         "Worker w is not silent, but busy: the lock of its job is live. To end a live grant: jobctl force-fail ID"
     )
     rules.held("b", worker="w")
-    error = rules.reject(TakeBack(name="w", dry_run=True), "worker_not_silent", admin=True)
+    error = rules.reject(cmd.TakeBack(name="w", dry_run=True), "worker_not_silent", admin=True)
     assert "the locks of its 2 jobs are live" in error.message
     other = rules.held("d", worker="v")
-    rules.accept(Complete(id="d", lock_id=other))
-    error = rules.reject(TakeBack(name="v"), "worker_not_silent", admin=True)
+    rules.accept(cmd.Complete(id="d", lock_id=other))
+    error = rules.reject(cmd.TakeBack(name="v"), "worker_not_silent", admin=True)
     assert (error.details, "not silent, but idle: it holds no job. To" in error.message) == (
         {"worker": "v", "state": "idle"},
         True,
@@ -494,13 +479,17 @@ def test_only_the_jobs_of_a_silent_worker_are_taken_back(rules: RuleHarness) -> 
 
 def test_a_take_back_is_in_the_audit_log(rules: RuleHarness) -> None:
     silent(rules, 2)
-    command = TakeBack(name="w", reason="w-7 lost its power")
+    command = cmd.TakeBack(name="w", reason="w-7 lost its power")
     decision = rules.decide(command, admin=True)
-    row = audit.entry(Call(command, operator=Operator("ana", "127.0.0.1")), decision.answer, decision.changes, NOW)
+    row = audit.entry(
+        cmd.Call(command, operator=cmd.Operator("ana", "127.0.0.1")), decision.answer, decision.changes, NOW
+    )
     assert row is not None
     assert (row.what, row.details, row.jobs, row.reason) == ("take-back", {"worker": "w"}, 2, "w-7 lost its power")
     repeated = rules.decide(command, admin=True)
-    row = audit.entry(Call(command, operator=Operator("ana", "127.0.0.1")), repeated.answer, repeated.changes, NOW)
+    row = audit.entry(
+        cmd.Call(command, operator=cmd.Operator("ana", "127.0.0.1")), repeated.answer, repeated.changes, NOW
+    )
     assert row is not None
     assert (row.outcome, row.jobs) == ("worker_not_silent", 0)
 
@@ -517,7 +506,7 @@ async def test_a_take_back_of_many_jobs_has_one_response() -> None:
     async with slices_of_two(), checked_engine() as engine:
         for number in range(5):
             await engine.held(f"job-{number}", stall_after_ms=HOUR_MS)
-        command, operator = TakeBack(name="w-1"), Operator("ana", "here", "part")
+        command, operator = cmd.TakeBack(name="w-1"), cmd.Operator("ana", "here", "part")
         rejected = await engine.maintainer.take_back(command, operator)
         assert isinstance(rejected, ApiError)
         assert rejected.code == "worker_not_silent"
@@ -538,15 +527,15 @@ async def test_an_interrupted_take_back_reports_its_progress() -> None:
         for number in range(6):
             locks[f"job-{number}"] = await engine.held(f"job-{number}", stall_after_ms=HOUR_MS)
         await seconds(60)
-        taking = asyncio.create_task(engine.maintainer.take_back(TakeBack(name="w-1"), None))
+        taking = asyncio.create_task(engine.maintainer.take_back(cmd.TakeBack(name="w-1"), None))
         await until(lambda: engine.state.totals["queued"] == 2)
         for job_id in ("job-2", "job-3", "job-4", "job-5"):
-            await engine.yes(Extend(id=job_id, lock_id=locks[job_id]))
+            await engine.yes(cmd.Extend(id=job_id, lock_id=locks[job_id]))
         done = await taking
         assert isinstance(done, TakeBackView)
         assert (done.recovered_jobs, done.more) == (2, False)
         await seconds(60)
-        taking = asyncio.create_task(engine.maintainer.take_back(TakeBack(name="w-1"), None))
+        taking = asyncio.create_task(engine.maintainer.take_back(cmd.TakeBack(name="w-1"), None))
         await until(lambda: engine.state.totals["queued"] == 4)
         engine.maintainer.stop()
         done = await taking
@@ -558,21 +547,21 @@ async def test_an_interrupted_take_back_reports_its_progress() -> None:
 
 
 def test_the_description_of_a_worker_is_shown(rules: RuleHarness) -> None:
-    about = About(instance="i-1", host="box", pid=42, version="1.0", concurrency=4)
+    about = cmd.About(instance="i-1", host="box", pid=42, version="1.0", concurrency=4)
     rules.state.presence.note_request(claim(about=about))
     assert one(rules).about == about
     rules.state.presence.note_request(claim())
     assert one(rules).about == about, "what it does not say again stays"
-    newer = About(host="other")
-    rules.state.presence.note_request(Start(id="a", worker="w-1", about=newer))
+    newer = cmd.About(host="other")
+    rules.state.presence.note_request(cmd.Start(id="a", worker="w-1", about=newer))
     assert one(rules).about == newer
 
 
 def test_the_description_of_a_worker_is_at_most_a_kilobyte() -> None:
     body = msgspec.json.encode(LARGEST)
     assert 600 < len(body) <= 1024
-    assert msgspec.json.decode(body, type=About) == LARGEST
-    assert msgspec.json.encode(About()) == b"{}"
+    assert msgspec.json.decode(body, type=cmd.About) == LARGEST
+    assert msgspec.json.encode(cmd.About()) == b"{}"
 
 
 # -- bounds -----------------------------------------------------------------------------------------------------------
@@ -707,7 +696,7 @@ def test_any_claims_in_any_order_match_a_recount(seed: int, monkeypatch: pytest.
     dice, presence = random.Random(seed), WorkerPresence()
     presence._names_kept = 30
     waits: list[tuple[str, ClaimSet]] = []
-    claims: list[tuple[LockMs, Claim]] = []
+    claims: list[tuple[LockMs, cmd.Claim]] = []
     for _ in range(400):
         advance(presence, dice.randint(0, 50))
         worker = f"w-{dice.randint(1, 12)}"
@@ -719,7 +708,7 @@ def test_any_claims_in_any_order_match_a_recount(seed: int, monkeypatch: pytest.
         elif waits and dice.random() < 0.3:
             worker, waited = waits.pop(dice.randrange(len(waits)))
             presence.end_wait(worker, waited)
-            command = Claim(worker=worker, queues=waited.queues, kinds=waited.kinds)
+            command = cmd.Claim(worker=worker, queues=waited.queues, kinds=waited.kinds)
         else:
             presence.note_request(command)
         claims.append((presence.lock_ms, command))
@@ -737,10 +726,10 @@ def test_any_claims_in_any_order_match_a_recount(seed: int, monkeypatch: pytest.
 def test_the_cost_of_a_page_of_workers_depends_on_its_size(rules: RuleHarness) -> None:
     for number in range(500):
         rules.state.presence.note_request(claim(f"w-{number:03}"))
-    page = workers(rules.state, rules.moment, Workers())
+    page = workers(rules.state, rules.moment, cmd.Workers())
     assert (len(page.workers), page.next_cursor, page.by_state["idle"]) == (200, f"{NOW} w-199", 500)
     rules.advance(IDLE_AT_MOST_MS)
-    folded = workers(rules.state, rules.moment, Workers())
+    folded = workers(rules.state, rules.moment, cmd.Workers())
     assert (folded.workers, folded.next_cursor, folded.by_state["gone"]) == ([], None, 500)
-    last = workers(rules.state, rules.moment, Workers(state="gone", cursor=f"{NOW} w-399"))
+    last = workers(rules.state, rules.moment, cmd.Workers(state="gone", cursor=f"{NOW} w-399"))
     assert (len(last.workers), last.next_cursor, last.by_state["gone"]) == (100, None, 500)

@@ -9,15 +9,7 @@ from msgspec.structs import asdict
 
 from jobd.journal import event_codec
 from jobd.model.commands import Complete, Delete, Extend, Fail, Pause
-from jobd.model.events import (
-    Changes,
-    Event,
-    EventFilter,
-    EventType,
-    event_view,
-    fold,
-    streamed_event,
-)
+from jobd.model.events import Changes, Event, EventFilter, EventType, event_view, fold, streamed_event
 from jobd.model.job import Grant, Job, Options, Result
 from jobd.storage import codec
 from tests.support.factories import as_stored
