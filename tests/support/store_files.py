@@ -125,6 +125,22 @@ async def assert_holds(store: Store, found: OpenedStore, maker: ChangeFactory) -
         assert events[-1].type == "deleted"
 
 
+async def assert_store_holds(path: str, maker: ChangeFactory, *, epoch: int | None = None) -> None:
+    """Open a store, and check that it `assert_holds`. `epoch` is the one that has begun without a grant since."""
+    if epoch is not None:
+        maker.numbers = replace(maker.numbers, epoch=epoch, next_token=1)
+    async with open_store(path) as (store, found):
+        await assert_holds(store, found, maker)
+
+
+async def assert_restored(path: str, maker: ChangeFactory) -> None:
+    """Open a restored store for the first time, and check that it is marked and has what `maker` has."""
+    async with open_store(path) as (store, found):
+        assert (found.marked, found.numbers.epoch) == (True, 2)
+        maker.numbers = replace(maker.numbers, epoch=2, next_token=1, next_event=2 << 24)
+        await assert_holds(store, found, maker)
+
+
 def recounted(store: Store) -> tuple[int, int, int, int]:
     count, xor = {True: 0, False: 0}, {True: 0, False: 0}
     for status, crc in store._connection.raw.execute("SELECT status, crc FROM jobs NOT INDEXED"):

@@ -25,7 +25,7 @@ from jobd.storage.cluster.membership import WrongCluster
 from jobd.storage.files import StoreUnreadable, read_epoch
 from tests.support.factories import ChangeFactory
 from tests.support.memory_journal import MemoryServer, MemorySharedJournal
-from tests.support.store_files import assert_holds, fill, make_empty_store, make_store, open_store
+from tests.support.store_files import assert_store_holds, fill, make_empty_store, make_store
 from tests.support.virtual_engine import in_virtual_time
 
 
@@ -61,9 +61,7 @@ async def test_a_cluster_has_what_the_store_had_and_the_store_what_the_cluster_h
     await write(path, server, maker)
     other = f"{path}.other"
     epoch = await conversion.leave(journal, other, 0)
-    maker.numbers = replace(maker.numbers, epoch=epoch, next_token=1)
-    async with open_store(other) as (store, opened):
-        await assert_holds(store, opened, maker)
+    await assert_store_holds(other, maker, epoch=epoch)
     with pytest.raises(WrongCluster):
         await make_empty_store(path)
     with pytest.raises(CannotConvert, match="is in use"):
@@ -137,9 +135,7 @@ async def test_leaving_is_completed_after_a_kill(
     epoch = await conversion.leave(journal, f"{path}.behind", 0)
     assert await conversion.leave(journal, f"{path}.behind", 0) == epoch
     assert [each.number for each in server.records if each.body == CLOSING] == [server.head.number]
-    maker.numbers = replace(maker.numbers, epoch=epoch, next_token=1)
-    async with open_store(f"{path}.behind") as (store, opened):
-        await assert_holds(store, opened, maker)
+    await assert_store_holds(f"{path}.behind", maker, epoch=epoch)
     assert read_epoch(f"{path}.behind").epoch == epoch
 
 
@@ -163,9 +159,7 @@ async def test_a_full_disk_leaves_the_cluster_as_it_was(
         await write(path, server, maker)
     filler.unlink()
     epoch = await conversion.leave(journal, behind, 0)
-    maker.numbers = replace(maker.numbers, epoch=epoch, next_token=1)
-    async with open_store(behind) as (single, opened):
-        await assert_holds(single, opened, maker)
+    await assert_store_holds(behind, maker, epoch=epoch)
 
 
 async def test_the_store_of_a_single_machine_does_not_leave(path: str, server: MemoryServer) -> None:
@@ -232,9 +226,7 @@ async def test_a_store_leaves_a_cluster_that_never_got_its_snapshot(path: str, s
     await asyncio.to_thread(joining.convert_to_cluster, path, journal.cluster_id)  # killed before the snapshot
     epoch = await conversion.leave(journal, path, 0)
     assert await conversion.leave(journal, path, 0) == epoch
-    maker.numbers = replace(maker.numbers, epoch=epoch, next_token=1)
-    async with open_store(path) as (store, opened):
-        await assert_holds(store, opened, maker)
+    await assert_store_holds(path, maker, epoch=epoch)
     with pytest.raises(CannotConvert, match="the journal is in use"):
         await conversion.init_from_store(journal, path)
 

@@ -27,6 +27,8 @@ from tests.support.daemon_process import DaemonProcess
 from tests.support.factories import ChangeFactory
 from tests.support.store_files import (
     assert_holds,
+    assert_restored,
+    assert_store_holds,
     damage_backup,
     edit_store,
     exists,
@@ -74,10 +76,7 @@ async def test_a_copy_is_complete_marked_and_one_file(path: str, copy: str) -> N
         assert conn.execute("SELECT marked FROM meta").fetchone() == (1,)
     async with open_store(path) as (store, found):  # the store itself is not marked
         assert not found.marked
-    async with open_store(copy) as (store, found):
-        assert (found.marked, found.numbers.epoch) == (True, 2)
-        maker.numbers = replace(maker.numbers, epoch=2, next_token=1, next_event=2 << 24)
-        await assert_holds(store, found, maker)
+    await assert_restored(copy, maker)
 
 
 async def test_a_copy_under_load_is_consistent(path: str, copy: str) -> None:
@@ -217,10 +216,7 @@ async def test_a_copy_of_a_store_with_a_tail_has_its_tables_written(path: str, c
             await take(store, copy)
     with edit_store(copy) as conn:
         assert conn.execute("SELECT count(*) FROM journal").fetchone() == (0,)
-    async with open_store(copy) as (store, found):
-        assert found.marked
-        maker.numbers = replace(maker.numbers, epoch=2, next_token=1, next_event=2 << 24)
-        await assert_holds(store, found, maker)
+    await assert_restored(copy, maker)
 
 
 def full_disk() -> None:
@@ -238,10 +234,7 @@ async def test_a_killed_store_is_restored_with_its_tail(path: str, copy: str) ->
     restore(copy, path)
     with edit_store(path) as conn:
         assert conn.execute("SELECT count(*) FROM journal").fetchone() == (0,)
-    async with open_store(path) as (store, found):
-        assert found.marked
-        maker.numbers = replace(maker.numbers, epoch=2, next_token=1, next_event=2 << 24)
-        await assert_holds(store, found, maker)
+    await assert_restored(path, maker)
 
 
 async def test_the_log_is_found_through_a_symbolic_link(path: str, copy: str, tmp_path: Path) -> None:
@@ -254,9 +247,7 @@ async def test_the_log_is_found_through_a_symbolic_link(path: str, copy: str, tm
     doctor.check(str(link), on_note=notes.append)
     assert any("the tables lack 1 committed batch (20 events)" in note for note in notes)
     restore(str(link), path)
-    async with open_store(path) as (store, found):
-        maker.numbers = replace(maker.numbers, epoch=2, next_token=1, next_event=2 << 24)
-        await assert_holds(store, found, maker)
+    await assert_restored(path, maker)
 
 
 async def test_a_file_whose_tail_is_damaged_is_not_restored(path: str, copy: str) -> None:
@@ -276,10 +267,7 @@ async def test_a_file_of_an_older_schema_version_is_restored(path: str, older: C
     copy = f"{path}.copy"
     os.replace(path, copy)
     restore(copy, path)
-    async with open_store(path) as (store, found):
-        assert found.marked
-        older.numbers = replace(older.numbers, epoch=2, next_token=1, next_event=2 << 24)
-        await assert_holds(store, found, older)
+    await assert_restored(path, older)
 
 
 async def test_a_restore_keeps_the_old_store(path: str, copy: str) -> None:
@@ -445,8 +433,7 @@ async def test_a_restore_without_disk_space_leaves_the_store(small_disk: Path, c
     with pytest.raises(DiskFull):
         restore(copy, path)
     remove(str(small_disk / "filler"))
-    async with open_store(path) as (store, found):
-        await assert_holds(store, found, maker)
+    await assert_store_holds(path, maker)
 
 
 def test_other_errors_are_not_reported_as_a_full_disk() -> None:

@@ -29,7 +29,7 @@ from jobd.storage.database import CHECKPOINT_FRAMES
 from jobd.storage.store import MEMORY, Store
 from jobd.storage.tables.projection import Projection
 from tests.support.factories import NOW, ChangeFactory
-from tests.support.store_files import assert_holds, exists, job_of, make_empty_store, open_store
+from tests.support.store_files import assert_holds, assert_store_holds, exists, job_of, make_empty_store, open_store
 
 
 async def test_a_new_store_is_empty_private_and_durable(path: str) -> None:
@@ -106,8 +106,7 @@ async def test_a_fixed_mode_commits_in_its_thread(path: str, writers: list[int],
             await store.write(maker.any_batch(5))
         assert store.commits_inline == (commit == "inline")
     assert {writer == threading.get_ident() for writer in writers} == {commit == "inline"}
-    async with open_store(path) as (store, found):
-        await assert_holds(store, found, maker)
+    await assert_store_holds(path, maker)
 
 
 class FakeClock:
@@ -207,8 +206,7 @@ async def test_reads_and_commits_in_turns_keep_every_batch(path: str, commit: Co
             await asyncio.sleep(0)
         is_over = True
         await asyncio.gather(*others)
-    async with open_store(path) as (store, found):
-        await assert_holds(store, found, maker)
+    await assert_store_holds(path, maker)
 
 
 @pytest.mark.parametrize("commit", ["inline", "thread"])

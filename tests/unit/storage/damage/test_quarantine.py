@@ -31,6 +31,7 @@ from jobd.storage.store import Store, StoreTooNew, StoreUnreadable
 from tests.support.factories import NOW, ChangeFactory
 from tests.support.store_files import (
     assert_holds,
+    assert_store_holds,
     damage_tree,
     edit_store,
     flip,
@@ -123,8 +124,7 @@ async def test_a_damaged_finished_row_is_quarantined_when_it_is_read(path: str, 
     if column == "queue":
         return  # its queue is unknown: the doctor recounts
     remove_quarantined(maker, job)
-    async with open_store(path) as (store, found):
-        await assert_holds(store, found, maker)
+    await assert_store_holds(path, maker)
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from jobd.storage.store import StoreBusy, StoreTooNew, StoreUnreadable
 from tests.support.factories import NOW, ChangeFactory
 from tests.support.store_files import (
     assert_holds,
+    assert_store_holds,
     damage_tree,
     edit_store,
     exists,
@@ -442,8 +443,7 @@ async def test_a_recount_accepts_the_existing_rows(path: str) -> None:
     remove_quarantined(maker, live)
     remove_quarantined(maker, done)
     maker.queues["video"] = replace(maker.queues["video"], paused=False, paused_at=None, paused_by=None)
-    async with open_store(path) as (store, found):
-        await assert_holds(store, found, maker)
+    await assert_store_holds(path, maker)
 
 
 async def test_no_fix_advises_a_recount_after_a_recount(path: str) -> None:

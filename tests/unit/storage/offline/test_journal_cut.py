@@ -16,6 +16,7 @@ from jobd.storage.store import Store, StoreBusy
 from tests.support.factories import ChangeFactory
 from tests.support.store_files import (
     assert_holds,
+    assert_restored,
     edit_store,
     leave_tail,
     make_store,
@@ -80,9 +81,7 @@ async def test_records_below_the_tail_are_deleted_too(path: str) -> None:
     (problem,) = doctor.check(path)
     assert f"--cut-journal {numbers[0]}" in problem.fix
     journal_cut.cut(path, numbers[0])
-    async with open_store(path) as (store, found):
-        maker.numbers = replace(maker.numbers, epoch=2, next_token=1, next_event=2 << 24)
-        await assert_holds(store, found, maker)
+    await assert_restored(path, maker)
 
 
 async def test_only_records_of_the_tail_can_be_deleted(path: str) -> None:
@@ -133,10 +132,7 @@ async def test_a_table_that_cannot_be_read_is_created_again(
                 journal_cut.cut(path, projected_to + 1)
     assert journal_cut.cut(path, projected_to + 1).startswith("deleted the table of the journal")
     assert doctor.check(path, refold=True) == []
-    async with open_store(path) as (store, found):
-        assert found.marked
-        maker.numbers = replace(maker.numbers, epoch=2, next_token=1, next_event=2 << 24)
-        await assert_holds(store, found, maker)
+    await assert_restored(path, maker)
 
 
 def _interrupt(_: Database) -> None:

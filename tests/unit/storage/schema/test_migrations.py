@@ -19,11 +19,10 @@ from jobd.storage.schema import migrations
 from jobd.storage.store import Store, StoreTooNew, StoreUnreadable
 from tests.support.factories import ChangeFactory
 from tests.support.store_files import (
-    assert_holds,
+    assert_store_holds,
     edit_store,
     make_empty_store,
     make_store,
-    open_store,
     read_file,
 )
 
@@ -57,8 +56,7 @@ async def test_a_migration_does_not_fix_the_checksum_of_a_damaged_meta_row(older
 
 async def test_an_older_store_is_copied_and_migrated(older: ChangeFactory, path: str) -> None:
     version, before = migrations.VERSION, migrations.OLDEST
-    async with open_store(path) as (store, found):
-        await assert_holds(store, found, older)
+    await assert_store_holds(path, older)
     with edit_store(path) as conn:
         assert conn.execute("PRAGMA user_version").fetchone() == (version,)
         assert conn.execute("SELECT schema_version FROM meta").fetchone() == (version,)
@@ -70,8 +68,7 @@ async def test_an_older_store_is_copied_and_migrated(older: ChangeFactory, path:
         assert conn.execute("PRAGMA user_version").fetchone() == (before,)
         assert conn.execute("PRAGMA integrity_check").fetchone() == ("ok",)
         assert conn.execute("SELECT count(*) FROM jobs").fetchone() == (len(older.jobs),)
-    async with open_store(path) as (store, found):  # once
-        await assert_holds(store, found, older)
+    await assert_store_holds(path, older)
     assert glob.glob(f"{path}.v{before}-*") == [copy]
 
 
@@ -91,8 +88,7 @@ async def test_a_failed_migration_leaves_the_store_unchanged(
         assert conn.execute("PRAGMA user_version").fetchone() == (migrations.OLDEST,)
         assert conn.execute("SELECT count(*) FROM sqlite_schema WHERE name = 'notes'").fetchone() == (0,)
         assert conn.execute("SELECT count(*) FROM events").fetchone() != (0,)
-    async with open_store(path) as (store, found):
-        await assert_holds(store, found, older)
+    await assert_store_holds(path, older)
 
 
 MIGRATOR = """
@@ -115,8 +111,7 @@ async def test_a_kill_during_a_migration_leaves_the_store_unchanged(path: str) -
     maker = await make_store(path)
     done = subprocess.run([sys.executable, "-c", MIGRATOR, path], check=False)  # noqa: ASYNC221
     assert done.returncode == -signal.SIGKILL
-    async with open_store(path) as (store, found):
-        await assert_holds(store, found, maker)
+    await assert_store_holds(path, maker)
 
 
 async def test_a_migrated_store_is_too_new_for_the_older_version(older: ChangeFactory, path: str) -> None:

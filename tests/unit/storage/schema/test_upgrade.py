@@ -23,7 +23,7 @@ from jobd.storage.files import MigrationNeedsSpace
 from jobd.storage.schema import migrations, upgrade
 from tests.support.factories import ChangeFactory
 from tests.support.store_files import (
-    assert_holds,
+    assert_store_holds,
     damage_tree,
     edit_store,
     exists,
@@ -70,8 +70,7 @@ async def test_a_copy_of_an_interrupted_migration_is_used_again(older: ChangeFac
         [copy] = copies(path)
         assert f"{path}.v{OLD}-" in copy
     before = read_file(copy)
-    async with open_store(path) as (store, found):
-        await assert_holds(store, found, older)
+    await assert_store_holds(path, older)
     assert copies(path) == [copy]
     assert read_file(copy) == before
     assert startup.peek(copy)[1] == OLD
@@ -84,8 +83,7 @@ async def test_a_copy_of_an_earlier_content_is_kept_and_not_used(path: str, monk
     async with open_store(path) as (store, _):
         await store.write(maker.any_batch(5))
     simulate_next_version(monkeypatch)
-    async with open_store(path) as (store, found):
-        await assert_holds(store, found, maker)
+    await assert_store_holds(path, maker)
     assert len(copies(path)) == 3
 
 
@@ -138,8 +136,7 @@ async def test_a_migration_without_space_leaves_nothing(small_disk: Path, monkey
         assert sorted(os.listdir(small_disk)) == before
         assert startup.peek(path)[1] == OLD
     filler.unlink()
-    async with open_store(path) as (store, found):
-        await assert_holds(store, found, maker)
+    await assert_store_holds(path, maker)
 
 
 async def test_a_migration_with_its_copy_needs_less_space(

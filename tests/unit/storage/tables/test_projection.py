@@ -18,7 +18,7 @@ from jobd.storage.store import Store
 from jobd.storage.tables import projection as projections
 from tests.support.factories import NOW, ChangeFactory
 from tests.support.polling import wait_until
-from tests.support.store_files import assert_holds, edit_store, job_of, open_store
+from tests.support.store_files import assert_store_holds, edit_store, job_of, open_store
 
 
 def tail(path: str) -> list[int]:
@@ -214,8 +214,7 @@ async def test_a_tail_on_a_full_disk_is_in_what_the_start_reads(
             assert sorted(job.id for job in found.live()) == ["a", "b"]
             assert [job.id for job, _ in (await store.find_jobs(JobQuery())).jobs] == ["b", "a"]
     assert tail(copy) == [1]
-    async with open_store(copy) as (store, found):
-        await assert_holds(store, found, maker)
+    await assert_store_holds(copy, maker)
 
 
 def raise_disk_full(*_: Any) -> None:

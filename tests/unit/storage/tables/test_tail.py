@@ -19,7 +19,7 @@ from jobd.storage.schema import migrations
 from jobd.storage.store import Store
 from tests.support.factories import ChangeFactory
 from tests.support.store_files import (
-    assert_holds,
+    assert_store_holds,
     edit_store,
     flip,
     job_of,
@@ -58,8 +58,7 @@ async def test_a_tail_is_named_and_is_not_a_problem(path: str) -> None:
     size = "3 committed batches (12 events)"
     assert notes == [f"the tables lack {size} of the journal: the daemon writes them at its next start"]
     assert {name: read_file(name) for name in glob.glob(f"{path}*")} == before
-    async with open_store(path) as (store, found):
-        await assert_holds(store, found, maker)
+    await assert_store_holds(path, maker)
     assert doctor.check(path, refold=True, on_note=notes.append) == []
     assert len(notes) == 1
 
