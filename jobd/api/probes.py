@@ -26,14 +26,9 @@ class Probe(Struct, frozen=True):
 class NodeServices(Protocol):
     """What these calls need."""
 
-    def is_alive(self) -> bool:
-        """Return whether the daemon is alive."""
-
-    def readiness(self) -> Probe:
-        """Return whether the daemon accepts requests."""
-
-    def cluster_view(self) -> ClusterView:
-        """Return the state of the cluster."""
+    def is_alive(self) -> bool: ...
+    def readiness(self) -> Probe: ...
+    def cluster_view(self) -> ClusterView: ...
 
 
 def _probed(probe: Probe) -> Response:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections.abc import Awaitable, Callable
-from itertools import islice
 from typing import Final
 
 import structlog
@@ -103,10 +102,6 @@ class Services(Struct, kw_only=True):
 
     def quarantine(self) -> list[QuarantinedJob]:
         return [QuarantinedJob(job_id, reason) for job_id, reason in sorted(self.actor.state.quarantined.items())]
-
-    def queue_names(self, limit: int) -> list[str]:
-        """Return the first queue names, as suggestions in a form."""
-        return list(islice(self.actor.state.queue_names, limit))
 
     async def deliveries(
         self, webhook: str, state: DeliveryState | None, before: int | None, limit: int

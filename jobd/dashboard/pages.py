@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import re
 from functools import partial
+from itertools import islice
 from typing import Annotated, Any, Final
 from urllib.parse import urlencode
 
@@ -153,7 +154,8 @@ async def jobs(viewer: Viewer, request: JobsPageQuery) -> PageData:
         "next": "",
         "first": "",
     }
-    data["queues"] = [] if is_live_update(viewer.context) else viewer.app.services.queue_names(MAX_QUEUE_NAMES)
+    names = viewer.app.services.actor.state.queue_names
+    data["queues"] = [] if is_live_update(viewer.context) else list(islice(names, MAX_QUEUE_NAMES))
     try:
         command = search_command(request, viewer.now, PER_PAGE)
     except ApiException as exception:

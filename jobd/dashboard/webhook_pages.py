@@ -46,12 +46,10 @@ class RetryFailedForm(ReasonForm, frozen=True, kw_only=True):
     upto: Number
 
 
-class ResendForm(ReasonForm, frozen=True, kw_only=True):
-    """`id` is that of the delivery, `state` the filter of the page with the form."""
+class ResendForm(TestWebhookForm, frozen=True, kw_only=True):
+    """`id` is that of the delivery."""
 
-    name: WebhookName
     id: Number
-    state: StateFilter = ""
 
 
 async def webhook_list(viewer: Viewer, _: Command) -> PageData:

@@ -135,23 +135,20 @@ class WebhookManager:
         failing_ms = None if dispatcher is None else dispatcher.failing_ms
         next_try_ms = None if dispatcher is None else dispatcher.next_try_in_ms
         now = self._context.moment().now
+        counters = msgspec.structs.asdict(stats)
+        del counters["gaps"]
+        counters["failing_since"] = None if failing_ms is None else now - failing_ms
         return WebhookView(
             name=endpoint.name,
             url=public_url(endpoint.url),
             events=sorted(endpoint.events),
             queues=sorted(endpoint.queues),
             state="starting" if dispatcher is None else dispatcher.state,
-            failing_since=None if failing_ms is None else now - failing_ms,
             next_try_at=None if next_try_ms is None else now + next_try_ms,
             position=0 if dispatcher is None else dispatcher.reader.position,
             lag=0 if dispatcher is None else dispatcher.reader.lag,
             waiting=0 if dispatcher is None else len(dispatcher.queue),
-            delivered=stats.delivered,
-            failed=stats.failed,
-            dead_lettered=stats.dead_lettered,
-            last_success_at=stats.last_success_at,
-            last_error=stats.last_error,
-            last_error_at=stats.last_error_at,
+            **counters,
         )
 
     def has(self, name: str) -> bool:

@@ -10,7 +10,6 @@ from urllib.parse import quote
 
 import pytest
 
-from jobd.api.services import Services
 from jobd.core.state import State
 from jobd.dashboard import filters, pages
 from jobd.engine import history
@@ -155,6 +154,6 @@ async def test_the_list_of_jobs_suggests_queues_without_scanning_them(
     names = "".join(f'<option value="q-{number}"></option>' for number in range(3))
     for target in ("/jobs", "/jobs?since=nonsense"):
         assert f'<datalist id="queue-names">{names}</datalist>' in text(await browser.get(target))
-    monkeypatch.delattr(Services, "queue_names")
+    monkeypatch.delattr(pages, "MAX_QUEUE_NAMES")
     assert "job-4" in text(await browser.get("/jobs", HX_Request="true")), "updates have no suggestions"
     assert scanned == []
