@@ -17,7 +17,7 @@ from jobd.http.admin_listener import AdminListener
 from jobd.http.auth import Authenticator
 from jobd.http.decoding import Limits
 from jobd.model.commands import Import, RecordAction
-from jobd.model.errors import ApiError
+from jobd.model.errors import ERROR_STATUS, ApiError
 from jobd.model.responses import EmptyResponse, Imported, Response
 from jobd.model.storage import DiskFull
 from jobd.storage.backup import BackupStopped, BadCopy
@@ -353,29 +353,21 @@ async def test_the_connection_stays_open_after_a_backup(harness: HttpHarness) ->
     assert (await client.request("GET", "/healthz")).status == 200
 
 
-async def test_a_backup_that_cannot_start_is_a_500(harness: HttpHarness) -> None:
-    harness.fakes.pieces = [OSError("canary")]
+@pytest.mark.parametrize(
+    ("failure", "error", "message"),
+    [
+        (OSError("canary"), "internal_error", "This is a bug in jobd."),
+        (DiskFull("it needs 48 MiB, there are 3 MiB"), "storage_full", "it needs 48 MiB, there are 3 MiB. Free some"),
+        (BadCopy("row 5 missing from index"), "internal_error", "No backup: row 5 missing from index."),
+    ],
+)
+async def test_a_backup_that_fails_says_why(harness: HttpHarness, failure: Exception, error: str, message: str) -> None:
+    harness.fakes.pieces = [failure]
     response = await harness.request("GET", BACKUP, headers=AUTH)
-    assert (response.status, response.error) == (500, "internal_error")
+    assert (response.status, response.error) == (ERROR_STATUS[error], error)
+    assert message in response.json["message"]
     assert "canary" not in response.body.decode()
-
-
-async def test_a_backup_without_disk_space_is_a_507_that_says_how_much_it_needs(harness: HttpHarness) -> None:
-    harness.fakes.pieces = [DiskFull("a backup needs 48 MiB free beside the store, there are 3 MiB")]
-    response = await harness.request("GET", BACKUP, headers=AUTH)
-    assert (response.status, response.error) == (507, "storage_full")
-    assert "needs 48 MiB free beside the store, there are 3 MiB. Free some" in response.json["message"]
-    assert harness.app.error_counts == {"storage_full": 1}
-
-
-async def test_a_backup_of_a_damaged_store_says_what_is_wrong(harness: HttpHarness) -> None:
-    harness.fakes.pieces = [BadCopy("the copy of jobd.db does not pass its check: row 5 missing from index")]
-    with capture_logs() as logs:
-        response = await harness.request("GET", BACKUP, headers=AUTH)
-    assert (response.status, response.error) == (500, "internal_error")
-    assert "row 5 missing from index" in response.json["message"]
-    assert "bug" not in response.json["message"]
-    assert [entry["event"] for entry in logs] == ["backup_started", "no backup", "rejected"]
+    assert harness.app.error_counts == {error: 1}
 
 
 async def test_a_backup_that_the_stop_of_the_daemon_cuts_short_is_a_503(harness: HttpHarness) -> None:
