@@ -226,6 +226,7 @@ async def test_a_database_that_is_missing_or_empty_next_to_its_epoch_file_is_a_f
         write_file(path, b"")
     async with open_store(path) as (_, found):
         assert [fault.split(" at the start")[0] for fault in found.faults] == [f"{path} was missing or empty"]
+        assert (found.numbers.epoch, found.numbers.next_event) == (2, 2 << TOKEN_COUNTER_BITS)
     async with open_store(path) as (_, found):
         assert found.faults == []
 
@@ -320,13 +321,6 @@ async def test_a_crash_between_database_and_epoch_file_ends_no_grant(
             await Store.open(path)
     async with open_store(path) as (_, found):
         assert (found.marked, found.numbers.epoch) == (False, 3)
-
-
-async def test_a_new_store_begins_above_the_epoch_file_of_a_deleted_one(path: str) -> None:
-    await make_empty_store(path)
-    os.unlink(path)
-    async with open_store(path) as (_, found):
-        assert (found.numbers.epoch, found.numbers.next_event) == (2, 2 << TOKEN_COUNTER_BITS)
 
 
 async def test_a_store_in_memory_takes_its_epoch_from_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:

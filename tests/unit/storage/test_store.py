@@ -287,15 +287,6 @@ async def test_the_last_500_reports_are_kept(maker: ChangeFactory, store: Store)
     assert await store.reports(2) == [b"502", b"501"]
 
 
-async def test_stats_survive_a_restart(path: str) -> None:
-    async with open_store(path) as (store, found):
-        assert found.stats is None
-        await store.save_stats(b"1")
-        await store.save_stats(b"2")
-    async with open_store(path) as (_, found):
-        assert found.stats == b"2"
-
-
 @pytest.mark.parametrize("suffix", ["", "-wal"])
 async def test_a_file_that_is_deleted_or_replaced_is_named(store: Store, path: str, suffix: str) -> None:
     await store.write(ChangeFactory(1).any_batch(10))

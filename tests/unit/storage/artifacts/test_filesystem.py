@@ -184,8 +184,9 @@ async def test_a_symbolic_link_in_the_path_is_not_followed(
     (place / "deep").mkdir()
     (place / "deep/way").symlink_to("../../outside")
     for key in ("way/secret", "deep/way/secret"):
-        with pytest.raises(ArtifactStoreError, match="way is a symbolic link, which jobd does not follow"):
-            await store.delete(key, delete_any)
+        for call in (store.delete(key, delete_any), store.open(key)):
+            with pytest.raises(ArtifactStoreError, match="way is a symbolic link, which jobd does not follow"):
+                await call
     assert outside.read_text() == "result"
 
 
@@ -425,12 +426,6 @@ async def test_a_probe_that_reads_another_value_fails(
     assert list(place.iterdir()) == []
 
 
-async def test_a_probe_reports_what_is_wrong_with_the_directory(place: Path, store: FileArtifactStore) -> None:
-    place.rmdir()
-    with pytest.raises(ArtifactStoreError, match=r"is not a directory. Create it, or change artifacts.url."):
-        await store.probe()
-
-
 async def test_a_probe_does_not_follow_a_link(tmp_path: Path, place: Path, store: FileArtifactStore) -> None:
     outside = put(tmp_path, "outside")
     (place / ".jobd-probe-test").symlink_to(outside)
@@ -509,20 +504,6 @@ async def test_only_regular_files_are_read(place: Path, store: FileArtifactStore
     with socket.socket(socket.AF_UNIX) as opened:
         opened.bind(str(place / "sock"))
         assert await read(store, key) is None
-
-
-async def test_a_read_never_leaves_the_directory(place: Path, store: FileArtifactStore, tmp_path: Path) -> None:
-    (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "elsewhere" / "secret").write_text("canary")
-    (place / "way").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(ArtifactStoreError, match="symbolic link"):
-        await store.open("way/secret")
-
-
-async def test_a_read_from_a_missing_directory_is_an_error(place: Path, store: FileArtifactStore) -> None:
-    place.rmdir()
-    with pytest.raises(ArtifactStoreError, match="not a directory"):
-        await store.open("k")
 
 
 async def test_an_open_file_is_read_completely_even_if_it_is_replaced(place: Path, store: FileArtifactStore) -> None:
