@@ -38,6 +38,18 @@ MAX_QUOTED_ERROR: Final = 500  # characters of the last error that the message o
 _NULL: Final = Raw(b"null")
 
 
+# Rows are made by position, because replace() by name takes four times as long.
+_ROW: Final = {name: f"job.{name}" for name in Job.__struct_fields__}
+_granted = maker(
+    Job, "job, status, updated_at, progress, progress_message, attempt, started_at, grant, deadlines", _ROW
+)
+_requeued = maker(
+    Job,
+    "job, status, updated_at, run_at, progress, progress_message, started_at, finished_at, expires_at, grant, "
+    "deadlines, ended, releases",
+    _ROW,
+)
+_finished = maker(Job, "job, status, updated_at, finished_at, expires_at, grant, deadlines, ended, releases", _ROW)
 _options = maker(Options, "request, max_stalls, on_stall", {name: f"request.{name}" for name in FIELDS})
 
 
@@ -74,29 +86,10 @@ def grant(tx: Transaction, job: Job, request: Start | Claim) -> Job:
         progress_due = lock_ms + progress_timeout_ms
         expires = expires if expires < progress_due else progress_due
     attempt = job.attempt + 1
-    granted = Job(
-        job.seq,
-        job.id,
-        options,
-        "processing",
-        job.created_at,
-        now,
-        job.run_at,
-        0,
-        None,
-        attempt,
-        job.stalls,
-        now if now > job.created_at else job.created_at,
-        None,
-        job.expires_at,
-        Grant(tx.secret(token), token, worker, now, ttl_ms, stall_after_ms, progress_timeout_ms),
-        LockDeadlines(expires, lock_ms + stall_after_ms, progress_due),
-        job.ended,
-        job.result,
-        job.error,
-        job.releases,
-        job.payload_bytes,
-    )
+    started_at = now if now > job.created_at else job.created_at
+    made = Grant(tx.secret(token), token, worker, now, ttl_ms, stall_after_ms, progress_timeout_ms)
+    deadlines = LockDeadlines(expires, lock_ms + stall_after_ms, progress_due)
+    granted = _granted(job, "processing", now, 0, None, attempt, started_at, made, deadlines)
     details = {"worker": worker, "fencing_token": token, "attempt": attempt, "ttl_ms": ttl_ms}
     # `by` instead of `worker`, because `note_request` has already recorded the worker.
     return tx.update(job, granted, "granted", by=f"worker:{worker}", details=details)
@@ -143,20 +136,9 @@ def requeue(
     is_finished = job.status != "processing"
     if run_at is None and is_finished and tx.at.now < job.run_at <= job.updated_at:  # the wall clock was set back
         run_at = tx.at.now
-    after = replace(
-        changed,
-        status="queued",
-        progress=0,
-        progress_message=None,
-        started_at=None,
-        finished_at=None,
-        expires_at=None if is_finished else changed.expires_at,  # the deletion time of a finished job
-        run_at=job.run_at if run_at is None else run_at,
-        grant=None,
-        deadlines=None,
-        ended=ended,
-        releases=releases,
-    )
+    run_at = job.run_at if run_at is None else run_at
+    expires_at = None if is_finished else changed.expires_at  # the deletion time of a finished job
+    after = _requeued(changed, "queued", tx.now, run_at, 0, None, None, None, expires_at, None, None, ended, releases)
     return tx.update(job, after, event_type, worker=worker, reason=reason, details=details)
 
 
@@ -185,29 +167,7 @@ def finish(
         finished_at = job.started_at
     if expires_at is None:
         expires_at = min(max(finished_at, tx.at.latest) + keep_ms(tx.policy, status), LATEST_MS)
-    after = Job(
-        job.seq,
-        job.id,
-        changed.options,
-        status,
-        job.created_at,
-        tx.now,
-        changed.run_at,
-        changed.progress,
-        changed.progress_message,
-        changed.attempt,
-        changed.stalls,
-        job.started_at,
-        finished_at,
-        expires_at,
-        None,
-        None,
-        ended,
-        changed.result,
-        changed.error,
-        0,
-        job.payload_bytes,
-    )
+    after = _finished(changed, status, tx.now, finished_at, expires_at, None, None, ended, 0)
     return tx.update(job, after, event_type, worker=worker, by=by, reason=reason, details=details)
 
 

@@ -210,10 +210,8 @@ class Decider:
         """Return what to write for a decided batch."""
         keys, forgotten = self.keys.changed()
         # A queue whose pause or number of finished jobs changes. Events of queues have no status.
-        events = list(decided.changes)
-        queues = {
-            event.queue for event in events if event.to_status not in LIVE or event.from_status not in _LIVE_OR_NEW
-        }
+        ends = (each for each in decided.changes if each.to_status not in LIVE or each.from_status not in _LIVE_OR_NEW)
+        queues = {event.queue for event in ends}
         return Batch(
             changes=decided.changes,
             numbers=self.state.numbers(decided.at.lock_ms, decided.at.believed, decided.at.clock),
