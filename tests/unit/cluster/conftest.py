@@ -1,8 +1,9 @@
-"""The server of a journal in memory."""
+"""The server of a journal in memory, and the place of a store."""
 
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 
 import pytest
 
@@ -12,3 +13,8 @@ from tests.support.memory_journal import MemoryServer
 @pytest.fixture
 def server() -> MemoryServer:
     return MemoryServer(lambda: round(asyncio.get_running_loop().time() * 1000))
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> str:
+    return f"{tmp_path}/jobd.db"

@@ -36,11 +36,6 @@ def server() -> MemoryServer:
     return server
 
 
-@pytest.fixture
-def path(tmp_path: object) -> str:
-    return f"{tmp_path}/jobd.db"
-
-
 async def write(path: str, server: MemoryServer, maker: ChangeFactory) -> None:
     """Lead for a moment."""
     journal = MemorySharedJournal(server)

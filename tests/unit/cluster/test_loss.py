@@ -36,11 +36,6 @@ def server() -> MemoryServer:
     return MemoryServer()
 
 
-@pytest.fixture
-def path(tmp_path: Path) -> str:
-    return f"{tmp_path}/jobd.db"
-
-
 def lose(server: MemoryServer, upto: int) -> None:
     """Lose the records after `upto`, although they are acknowledged."""
     epochs = [each for each in server.epochs if each[1] <= upto]
