@@ -5,7 +5,6 @@ engine/disk_full.py documents what the daemon rejects at which step.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
 from pathlib import Path
@@ -18,6 +17,7 @@ from tests.proof.faults.load import work_alone
 from tests.proof.faults.mounts import MOUNTS, tmpfs
 from tests.proof.faults.store_check import checked_contents
 from tests.support.daemon_process import DaemonProcess, DaemonResponse
+from tests.support.store_files import fill
 
 FREE_BYTES: Final = 16 << 20  # the log may use 4 MiB before it is reused, and the jobs need more
 HELD: Final = 12
@@ -27,15 +27,6 @@ LEFT_BYTES: Final = 1 << 20  # appends fit, as the log already has 4 MiB; a slic
 JOBS: Final = 1_000
 PAYLOAD: Final = "x" * 8_000
 BULK: Final = 20
-
-
-def fill(directory: Path) -> Path:
-    """Use up all space of the disk."""
-    name = directory / "filler"
-    with contextlib.suppress(OSError), open(name, "wb", buffering=0) as file:
-        while True:
-            file.write(bytes(4096))
-    return name
 
 
 class RecordingClient:

@@ -26,13 +26,13 @@ def _enter_mount_namespace() -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.unshare(_CLONE_NEWNS) != 0:
         raise OSError(ctypes.get_errno(), "unshare")
-    _run("mount", "--make-rprivate", "/")
+    run("mount", "--make-rprivate", "/")
 
 
-def _run(*command: str) -> None:
-    run = subprocess.run(command, capture_output=True, text=True, check=False)
-    if run.returncode != 0:
-        raise OSError(f"{' '.join(command)}: {run.stderr.strip()}")
+def run(*command: str) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise OSError(f"{' '.join(command)}: {done.stderr.strip()}")
 
 
 @contextmanager
@@ -40,11 +40,11 @@ def tmpfs(directory: Path, size: int) -> Iterator[Path]:
     """Mount a disk in memory with `size` bytes."""
     _enter_mount_namespace()
     directory.mkdir()
-    _run("mount", "-t", "tmpfs", "-o", f"size={size},mode=0700", "jobd-fault", str(directory))
+    run("mount", "-t", "tmpfs", "-o", f"size={size},mode=0700", "jobd-fault", str(directory))
     try:
         yield directory
     finally:
-        _run("umount", "--lazy", str(directory))
+        run("umount", "--lazy", str(directory))
 
 
 class LoopDisk:
@@ -56,15 +56,15 @@ class LoopDisk:
         self._image = directory.with_name(f"{directory.name}.img")
         with open(self._image, "wb") as image:
             image.truncate(size)
-        _run("mkfs.ext4", "-q", str(self._image))
+        run("mkfs.ext4", "-q", str(self._image))
         directory.mkdir()
 
     def mount(self) -> None:
-        _run("mount", "-o", "loop", str(self._image), str(self.place))
+        run("mount", "-o", "loop", str(self._image), str(self.place))
 
     def unmount(self) -> None:
         if os.path.ismount(self.place):
-            _run("umount", str(self.place))
+            run("umount", str(self.place))
 
     def cut_power(self) -> None:
         """Drop all writes from now on, including those that are not synced yet."""

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Final, Literal
 
 from tests.proof.faults.harness import Tool
+from tests.proof.faults.mounts import run
 from tests.support.daemon_process import die_with_us
 from tests.support.polling import poll_until
 
@@ -38,13 +39,13 @@ class NodeNetwork:
         self.prefix = ["nsenter", f"--net=/proc/{pid}/ns/net"]
         for link, network in _NETWORKS.items():
             hub, inside = f"{link[:2]}{number}", f"{link[:2]}-node"
-            _run("ip", "link", "add", hub, "type", "veth", "peer", "name", inside, "netns", str(pid))
-            _run("ip", "address", "add", f"10.{network}.{number}.1/24", "dev", hub)
-            _run("ip", "link", "set", hub, "up")
-            _run(*self.prefix, "ip", "address", "add", f"10.{network}.{number}.2/24", "dev", inside)
-            _run(*self.prefix, "ip", "link", "set", inside, "up")
-        _run(*self.prefix, "ip", "link", "set", "lo", "up")
-        _run(*self.prefix, "ip", "route", "add", "default", "via", f"10.{_NETWORKS['clients']}.{number}.1")
+            run("ip", "link", "add", hub, "type", "veth", "peer", "name", inside, "netns", str(pid))
+            run("ip", "address", "add", f"10.{network}.{number}.1/24", "dev", hub)
+            run("ip", "link", "set", hub, "up")
+            run(*self.prefix, "ip", "address", "add", f"10.{network}.{number}.2/24", "dev", inside)
+            run(*self.prefix, "ip", "link", "set", inside, "up")
+        run(*self.prefix, "ip", "link", "set", "lo", "up")
+        run(*self.prefix, "ip", "route", "add", "default", "via", f"10.{_NETWORKS['clients']}.{number}.1")
 
     @property
     def host(self) -> str:
@@ -67,8 +68,8 @@ class NodeNetwork:
         """Change the entries of the two ends in the tables of neighbors."""
         network, number, name = _NETWORKS[link], self._number, link[:2]
         neighbor = ["ip", "neighbor", verb]
-        _run(*neighbor, f"10.{network}.{number}.2", *words, "dev", f"{name}{number}")
-        _run(*self.prefix, *neighbor, f"10.{network}.{number}.1", *words, "dev", f"{name}-node")
+        run(*neighbor, f"10.{network}.{number}.2", *words, "dev", f"{name}{number}")
+        run(*self.prefix, *neighbor, f"10.{network}.{number}.1", *words, "dev", f"{name}-node")
 
     def close(self) -> None:
         self._holder.kill()
@@ -83,7 +84,7 @@ def networks(nodes: int) -> Iterator[list[NodeNetwork]]:
         _call("unshare", _CLONE_NEWNET)
         with contextlib.ExitStack() as stack:
             stack.callback(_call, "setns", outside, _CLONE_NEWNET)
-            _run("ip", "link", "set", "lo", "up")
+            run("ip", "link", "set", "lo", "up")
             Path("/proc/sys/net/ipv4/ip_forward").write_text("1")
             made = []
             for number in range(1, nodes + 1):
@@ -97,12 +98,6 @@ def networks(nodes: int) -> Iterator[list[NodeNetwork]]:
 def _call(function: str, *arguments: int) -> None:
     if getattr(_LIBC, function)(*arguments) != 0:
         raise OSError(ctypes.get_errno(), function)
-
-
-def _run(*command: str) -> None:
-    run = subprocess.run(command, capture_output=True, text=True, check=False)
-    if run.returncode != 0:
-        raise OSError(f"{' '.join(command)}: {run.stderr.strip()}")
 
 
 @functools.cache

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Final
 
 from jobd.cluster.hand_over import SETTLED_S
-from tests.proof.faults.full_disk import FREE_BYTES, fill
+from tests.proof.faults.full_disk import FREE_BYTES
 from tests.proof.faults.harness import Counts, Trial, check
 from tests.proof.faults.lost_leaders import step_down
 from tests.proof.faults.mounts import MOUNTS, tmpfs
@@ -26,6 +26,7 @@ from tests.proof.faults.nodes import (
     under_load,
 )
 from tests.support.node_process import NodeProcess
+from tests.support.store_files import fill
 
 CHANGES: Final = 60  # between two faults
 FULL_CHANGES: Final = 1_000  # while a disk is full
