@@ -13,7 +13,7 @@ from jobd.core.state import State
 from jobd.core.transaction import Transaction
 from jobd.model.clocks import LockMs
 from jobd.model.commands import Adopt, Bulk, ClockTrust, Moment, PlanAction, Recover
-from jobd.model.errors import ApiError
+from jobd.model.errors import ApiException
 from jobd.model.events import Event, QueuePause, stored_changes
 from jobd.model.job import COUNTER_MASK, Job, new_epoch
 from jobd.model.storage import OpenedStore
@@ -32,10 +32,11 @@ def no_fence_on_complete(held: Any, tx: Transaction, command: worker_rules.Holde
 @bug(worker_rules.bulk, found_by=RULES)
 def rejected_bulk_creates_jobs(bulk: Any, tx: Transaction, command: Bulk) -> Any:
     """A rejected bulk keeps its first jobs."""
-    response = bulk(tx, command)
-    if isinstance(response, ApiError):
+    try:
+        return bulk(tx, command)
+    except ApiException:
         worker_rules.create(tx, command.jobs[0])
-    return response
+        raise
 
 
 @bug(maintenance_rules.recover, found_by=RULES)

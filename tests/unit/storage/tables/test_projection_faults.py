@@ -80,7 +80,7 @@ def test_a_crash_at_any_moment_keeps_every_acknowledged_batch(
     images: list[tuple[str, int]] = []
 
     def copy_files(statement: str) -> None:
-        if statement.startswith(("BEGIN", "COMMIT", "UPDATE meta")) or dice.random() < 0.02:
+        if statement.startswith(("BEGIN", "COMMIT", "INSERT INTO journal", "UPDATE meta")) or dice.random() < 0.02:
             target = tmp_path / f"image-{len(images)}"
             target.mkdir()
             for name in (path, f"{path}-wal", f"{path}.epoch"):
