@@ -147,6 +147,8 @@ def why(view: WhyView) -> None:
     terminal.emit(terminal.one_line(f"{view.state}: {view.because}"))
     if view.next is not None:
         at = "" if view.next.at is None else f": {terminal.when(view.next.at)}"
+        if view.next.latest_at is not None:
+            at += f", at the latest {utc(view.next.latest_at)}"
         terminal.emit(f"next: {view.next.what.rstrip('.')}{at} [{view.next.rule}]")
     if view.blocked_by:
         terminal.emit(f"blocked by: {_BLOCKED_BY.get(view.blocked_by, view.blocked_by)}")

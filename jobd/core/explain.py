@@ -11,17 +11,20 @@ from typing import Final, NamedTuple
 
 from msgspec.structs import replace
 
+from jobd.core import transitions
 from jobd.core.guards import is_overdue
 from jobd.core.rules.late_result_rules import not_adoptable
 from jobd.core.state import State
 from jobd.core.worker_presence import ClaimSet, WorkerPresence, WorkerSeen
 from jobd.model.commands import NO_REASON, Moment
 from jobd.model.events import Event, QueuePause, describe_author
-from jobd.model.job import DELAYED_FROM, Grant, Job, LateResult, LockDeadlines, Policy
+from jobd.model.job import DELAYED_FROM, SECOND_MS, Grant, Job, LateResult, LockDeadlines, Policy
 from jobd.model.responses import NextEvent, WhyView
 from jobd.model.times import duration, time_left, utc
 
 MAX_NAMED: Final = 3  # workers or kinds that a sentence lists
+NOBODY: Final = ("no worker", "no worker of its kind")
+RUN_MS: Final = SECOND_MS  # of recovery, at most as a rule
 
 # Events by which a worker or operator ends a job. For the others (stalled, expired) the message is enough.
 _NAMES_AUTHOR: Final = frozenset({"completed", "adopted", "cancelled", "force_failed", "transitioned", "imported"})
@@ -62,7 +65,7 @@ def _explained(job: Job, state: State, at: Moment) -> WhyView:
         case "processing":
             return _processing(job, state, at)
         case _:
-            return _finished(job, at)
+            return _finished(job, state, at)
 
 
 def _queued(job: Job, state: State, at: Moment) -> WhyView:
@@ -72,16 +75,25 @@ def _queued(job: Job, state: State, at: Moment) -> WhyView:
         return _overdue(job, state, at, back)
     if job.expires_at is not None:
         what = "It fails as expired if no worker has taken it by then" + _once_trusted(at)
-        expires = NextEvent(what, job.expires_at, "expires_at")
+        expires = _by_recovery(what, job.expires_at, "expires_at", state, at)
     if (pause := state.paused.get(queue)) is not None:
         because = f"Queue {queue} was paused {pause.describe()}. None of its jobs is granted.{back}"
         return WhyView("queued", because, _pause_ends(pause, expires), "queue_paused", _resuming(queue, pause))
     if job.run_at > at.now:
-        because = f"It is not due for another {time_left(job.run_at - at.now)}.{back}"
+        because = f"It is not due for another {time_left(job.run_at - at.now)}."
+        if job.ended is not None and job.ended.verb == "fail":
+            tries = "once" if job.attempt == 1 else f"{job.attempt} times"
+            of = f"attempt {job.attempt + 1} of {job.options.max_attempts}"
+            because = f"It failed {tries} and is retried in {time_left(job.run_at - at.now)}, {of}."
+        outlook = _outlook(job, state, at)
+        is_alone = outlook.blocked_by in NOBODY
+        if is_alone:
+            because += f" At present, {outlook.clause}."
+        because += back
         rule = "release delay" if job.releases >= DELAYED_FROM else "run_at"
         due = NextEvent("It becomes due and is offered to workers.", job.run_at, rule)
         first = due if job.expires_at is None or job.run_at < job.expires_at else expires
-        do = [*_look_at_releases(job), f"Run it now: jobctl run-now {job.id}"]
+        do = [*_look_at_releases(job), f"Run it now: jobctl run-now {job.id}", *(outlook.do if is_alone else [])]
         return WhyView("queued", because, first, "run_at", do)
     view = _waiting(job, state, at, expires, back)
     return replace(view, do=[*_look_at_releases(job), *view.do])
@@ -116,10 +128,21 @@ def _overdue(job: Job, state: State, at: Moment, back: str) -> WhyView:
         do = ["Check the clock of the daemon's machine. If it is correct: jobctl clock accept"]
         return WhyView("queued", because, None, "clock", do)
     do = [f"If it is still needed, once it has failed: jobctl retry {job.id}"]
-    soon = NextEvent("The next recovery or cleanup run fails it as expired.", at.now, "expires_at")
-    if state.next_cleanup_at is not None:
-        soon = NextEvent("The next cleanup run fails it as expired.", max(state.next_cleanup_at, at.now), "expires_at")
-    return WhyView("queued", because, soon, "expires_at", do)
+    what = f"{_recovery(state)} fails it as expired."
+    return WhyView("queued", because, _by_recovery(what, at.now, "expires_at", state, at), "expires_at", do)
+
+
+def _recovery(state: State) -> str:
+    return "Recovery" if state.recovery.recover_every_ms else "The next cleanup run (recover_every is 0)"
+
+
+def _by_recovery(what: str, due_at: int, rule: str, state: State, at: Moment) -> NextEvent:
+    """Return what recovery does to a job from `due_at` on. It runs in intervals, and takes up to RUN_MS."""
+    schedule, first = state.recovery, max(due_at, at.now)
+    if not schedule.recover_every_ms:
+        first = max(first, schedule.next_cleanup_at)
+    every_ms = schedule.recover_every_ms or schedule.cleanup_every_ms
+    return NextEvent(what, first, rule, None if at.suspect else first + every_ms + RUN_MS)
 
 
 def _waiting(job: Job, state: State, at: Moment, expires: NextEvent | None, back: str) -> WhyView:
@@ -151,16 +174,18 @@ def _outlook(job: Job, state: State, at: Moment) -> _Outlook:
         return _Outlook("a worker waits for such jobs", offered, None, [see])
     workers = [(name, presence.workers[name]) for claims in fitting for name in claims.workers]
     idle = [each for each in workers if presence.state(each[1]) in ("waiting", "idle")]
-    busy = [each for each in workers if each[1].jobs]
+    busy = [each for each in workers if len(each[1].jobs) > len(each[1].expired)]
+    silent = [name for name, each in workers if each.expired]
+    take_back = [f"Take back the jobs of {name}: jobctl take-back {quote(name)}" for name in silent[:MAX_NAMED]]
     what = "The first worker that claims its queue and kind gets it, unless another job comes first."
     offered = NextEvent(what, None, "claim")
     if idle:
         return _Outlook(_idle(idle, busy, state, at), offered, "no waiting worker", [see, start])
     if busy:
-        silent = [
-            f"Take back the jobs of {name}: jobctl take-back {quote(name)}" for name, each in busy if each.expired
-        ]
-        return _Outlook(_busy(busy, state, at), offered, "no free worker", [see, *silent[:MAX_NAMED], start])
+        return _Outlook(_busy(busy, silent, state, at), offered, "no free worker", [see, *take_back, start])
+    if silent:
+        clause = f"no worker takes such jobs now; silent, with an expired lock: {_listed(silent)}"
+        return _Outlook(clause, offered, "no worker", [see, *take_back, start])
     if fitting:
         last = max(claims.claimed for claims in fitting)
         who = next((f", by {name}, which {_departure(each)}" for name, each in workers if each.claimed == last), "")
@@ -174,22 +199,20 @@ def _outlook(job: Job, state: State, at: Moment) -> _Outlook:
 
 
 def _idle(idle: list[tuple[str, WorkerSeen]], busy: list[tuple[str, WorkerSeen]], state: State, at: Moment) -> str:
-    """Describe the live busy workers first: a worker that stopped counts as idle until it is gone."""
     name, latest = max(idle, key=lambda each: each[1].claimed)
     last = f"{name} claimed this queue {duration(state.presence.lock_ms - latest.claimed)} ago"
     others = "" if len(idle) == 1 else f"; {len(idle) - 1} more {'is' if len(idle) == 2 else 'are'} idle"
-    live = [each for each in busy if not each[1].expired]
-    if not live:
+    if not busy:
         return f"no worker is waiting now; {last}{others}"
-    who, longest = f"{len(live)} are busy, the longest", _longest(live, state, at)
-    if len(live) == 1:
-        who = f"{live[0][0]} has been busy"
+    who, longest = f"{len(busy)} are busy, the longest", _longest(busy, state, at)
+    if len(busy) == 1:
+        who = f"{busy[0][0]} has been busy"
     return f"no worker is waiting now: {who} for {longest}; {last}{others}"
 
 
-def _busy(busy: list[tuple[str, WorkerSeen]], state: State, at: Moment) -> str:
+def _busy(busy: list[tuple[str, WorkerSeen]], silent: list[str], state: State, at: Moment) -> str:
     longest = _longest(busy, state, at)
-    count, silent = len(busy), [name for name, worker in busy if worker.expired]
+    count = len(busy)
     if count == 1:
         clause = f"{busy[0][0]}, the only worker that takes such jobs, has been busy for {longest}"
     else:
@@ -264,10 +287,12 @@ def _processing(job: Job, state: State, at: Moment) -> WhyView:
     grant, deadlines = job.grant, job.deadlines
     if grant is None or deadlines is None:
         because = "Its status is processing, but no worker holds it. Such rows come from imports or manual edits."
-        soon = NextEvent("The next cleanup run treats it as stalled.", _cleanup_at(state, at), "validation")
+        cleanup_at, every_ms = max(state.recovery.next_cleanup_at, at.now), state.recovery.cleanup_every_ms
+        what = "The next cleanup run treats it as stalled."
+        soon = NextEvent(what, cleanup_at, "validation", None if at.suspect else cleanup_at + every_ms)
         return WhyView("processing", because, soon, None, ["Start a cleanup run: jobctl cleanup"])
     since = duration(at.now - grant.acquired_at)
-    because = f"Worker {grant.worker} has held it for {since}, at {job.progress:g} %."
+    because = f"Worker {grant.worker} has held it for {since}, at {job.progress:g} %.{_signs(job, grant, state, at)}"
     if deadlines.is_live(at.lock_ms):
         until = time_left(deadlines.expires - at.lock_ms)
         because += f" Its lock is live for another {until}."
@@ -279,7 +304,7 @@ def _processing(job: Job, state: State, at: Moment) -> WhyView:
         because += " Its lock has expired: the worker is silent. It may still end the job or report."
     because += _progress_due(grant, deadlines, at) + _released(job, " before this grant" if job.progress == 0 else "")
     return WhyView(
-        "processing", because, _next_of(grant, deadlines, state, at), None, _advice(job, grant, deadlines, at)
+        "processing", because, _next_of(job, grant, deadlines, state, at), None, _advice(job, grant, deadlines, at)
     )
 
 
@@ -293,29 +318,32 @@ def _progress_due(grant: Grant, deadlines: LockDeadlines, at: Moment) -> str:
     return f" Its progress timeout ends in {time_left(left)} (progress_timeout_ms {grant.progress_timeout_ms})."
 
 
-def _cleanup_at(state: State, at: Moment) -> int:
-    """Return when the next cleanup run begins; now if that is not known."""
-    return max(state.next_cleanup_at or 0, at.now)
+def _signs(job: Job, grant: Grant, state: State, at: Moment) -> str:
+    """Describe the signs of life of a job: its lock, its progress, and how long its kind usually takes."""
+    assert job.deadlines is not None
+    renewed = f" Its lock was renewed {duration(at.lock_ms - (job.deadlines.stall_due - grant.stall_after_ms))} ago"
+    reported = state.progressed.get(job.id)
+    if reported is not None:
+        progress = f"; its last progress was {duration(at.lock_ms - reported)} ago."
+    else:
+        progress = "; it has shown no progress." if job.progress == 0 else "; it showed no progress since the start."
+    baseline = state.counters.baselines.kinds.get(job.options.kind)
+    usual_ms = None if baseline is None else baseline.usual()
+    return renewed + progress + (f" 95 % of its kind take up to {duration(usual_ms)}." if usual_ms is not None else "")
 
 
-def _next_of(grant: Grant, deadlines: LockDeadlines, state: State, at: Moment) -> NextEvent:
+def _next_of(job: Job, grant: Grant, deadlines: LockDeadlines, state: State, at: Moment) -> NextEvent:
+    outcome = transitions.stall_outcome(job)
     if at.lock_ms >= deadlines.stalled_at:
-        if state.next_cleanup_at is not None:
-            what = "The next cleanup run (recover_every is 0) ends its grant. Its on_stall decides whether it is "
-            what += "requeued or fails."
-            return NextEvent(what, _cleanup_at(state, at), "cleanup")
-        what = "Recovery ends its grant. Its on_stall decides whether it is requeued or fails."
-        return NextEvent(what, at.now, "recovery")
-    if deadlines.is_live(at.lock_ms) and deadlines.expires < deadlines.stalled_at:
-        what = f"Its lock expires unless worker {grant.worker} extends it or reports progress."
-        return NextEvent(what, at.wall(deadlines.expires), "lock expiry")
-    by = "" if state.next_cleanup_at is None else " by the next cleanup run after that"
-    what = f"It counts as stalled and is recovered{by}, unless worker {grant.worker}"
-    if (
-        deadlines.progress_due is not None and deadlines.stalled_at == deadlines.progress_due
-    ):  # an extension does not move it
-        return NextEvent(f"{what} reports progress or ends it.", at.wall(deadlines.stalled_at), "progress_timeout")
-    return NextEvent(f"{what} reports, extends or ends it.", at.wall(deadlines.stalled_at), "stall_after")
+        what = f"{_recovery(state)} ends its grant: {outcome}."
+        return _by_recovery(what, at.now, "recovery", state, at)
+    stalled_at = at.wall(deadlines.stalled_at)
+    is_progress_due = deadlines.progress_due is not None and deadlines.stalled_at == deadlines.progress_due
+    if is_progress_due:  # an extension does not move it
+        what = f"If worker {grant.worker} reports no progress by {utc(stalled_at)}, {outcome}."
+        return _by_recovery(what, stalled_at, "progress_timeout", state, at)
+    what = f"If nothing is heard of worker {grant.worker} by {utc(stalled_at)}, {outcome}."
+    return _by_recovery(what, stalled_at, "stall_after", state, at)
 
 
 def _advice(job: Job, grant: Grant, deadlines: LockDeadlines, at: Moment) -> list[str]:
@@ -323,14 +351,16 @@ def _advice(job: Job, grant: Grant, deadlines: LockDeadlines, at: Moment) -> lis
     if not deadlines.is_live(at.lock_ms):
         do.append(f"Take back its jobs with expired locks: jobctl take-back {quote(grant.worker)}")
     again = f"jobctl force-fail {job.id}, and to run it again: jobctl retry {job.id}"
-    return [*do, f"If it is dead and you cannot wait: {again}"]
+    cancel = f"jobctl cancel {job.id} (its work stops at its next report, within {duration(grant.ttl_ms // 3)})"
+    return [*do, f"If it is dead and you cannot wait: {again}", f"If it is not needed: {cancel}"]
 
 
-def _finished(job: Job, at: Moment) -> WhyView:
+def _finished(job: Job, state: State, at: Moment) -> WhyView:
     deleted = None
     if job.expires_at is not None:
-        what = "The first cleanup run from then on deletes it" + _once_trusted(at)
-        deleted = NextEvent(what, max(job.expires_at, at.now), "retention")
+        what, first = "The first cleanup run from then on deletes it" + _once_trusted(at), max(job.expires_at, at.now)
+        latest_at = None if at.suspect else first + state.recovery.cleanup_every_ms + RUN_MS
+        deleted = NextEvent(what, first, "retention", latest_at)
     match job.status:
         case "completed":
             return WhyView("completed", ending(job), deleted, None, [])
@@ -361,12 +391,21 @@ def ending(job: Job, events: Sequence[Event] = ()) -> str:
 
 def _failed(job: Job, end: Event | None) -> str:
     message = (job.error.message if job.error else None) or "no error message was recorded."
-    if end is not None and end.type == "failed":
-        return f"It failed on {describe_author(end.by)}: {message}"
     if end is None or end.type not in _NAMES_AUTHOR:
-        return f"It failed: {message}"
+        where = f" on {describe_author(end.by)}" if end is not None and end.type == "failed" else ""
+        return f"It failed{where}{_finality(job)}: {message}"
     is_said = message in (end.reason, NO_REASON)
     return f"It was {_ended_by(end)}." if is_said else f"It was {_ended_by(end)}. Its error: {message}"
+
+
+def _finality(job: Job) -> str:
+    """Return a clause that says why there is no retry of an attempt that failed."""
+    if job.ended is None or job.ended.verb != "fail":
+        return ""
+    used, allowed = job.attempt, job.options.max_attempts
+    if used >= allowed:
+        return f", with no attempts left ({used} of {allowed})"
+    return f", and its worker asked for no retry ({used} of {allowed} attempts used)"
 
 
 def _ended_by(end: Event) -> str:

@@ -49,7 +49,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from heapq import merge
 from itertools import chain, islice, takewhile
 from operator import itemgetter
-from typing import Final
+from typing import Final, NamedTuple
 
 from msgspec.structs import astuple
 
@@ -73,6 +73,8 @@ from jobd.model.events import Event, QueuePause
 from jobd.model.job import (
     FINISHED,
     LOOP_FROM,
+    MINUTE_MS,
+    SECOND_MS,
     STATUSES,
     Job,
     Options,
@@ -88,6 +90,14 @@ FINISHED_BYTES: Final = 16 << 20  # of their metadata
 OPTIONS_KEPT: Final = 10_000
 LATE_CALLS_KEPT: Final = 10_000  # remembered calls; beyond, the oldest are forgotten and may be recorded again
 LATE_RESULTS_KEPT: Final = 10_000  # jobs with late results since the start
+
+
+class RecoverySchedule(NamedTuple):
+    """How often recovery and cleanup run. `recover_every_ms` 0: only cleanup runs recover jobs."""
+
+    recover_every_ms: int = 10 * SECOND_MS
+    cleanup_every_ms: int = 5 * MINUTE_MS
+    next_cleanup_at: int = 0  # wall time
 
 
 class State:
@@ -115,7 +125,6 @@ class State:
         "finished",
         "jobs",
         "late",
-        "next_cleanup_at",
         "next_event",
         "next_job",
         "next_token",
@@ -124,8 +133,10 @@ class State:
         "paused",
         "presence",
         "processing",
+        "progressed",
         "quarantined",
         "queue_names",
+        "recovery",
         "release_loops",
         "stalled",
         "started_sum",
@@ -161,7 +172,8 @@ class State:
         # Processing rows without a grant, which come from manual edits. A cleanup run repairs them.
         self.without_deadlines: dict[str, None] = {}
         self.presence = WorkerPresence(numbers.wall_ms, numbers.lock_ms)
-        self.next_cleanup_at: int | None = None  # wall time of the next cleanup run, if only cleanup runs recover jobs
+        self.recovery = RecoverySchedule()
+        self.progressed: dict[str, LockMs] = {}  # running job -> time of its latest progress report since the start
         self.unvalidated: dict[int, str] = {}  # seq -> id of imported or accepted rows that were not validated yet
         self.expired_locks: dict[str, None] = {}  # expired, not yet recorded by recovery
         self.noted_expired: dict[str, None] = {}  # expired and recorded; the holder can still revive them
@@ -589,6 +601,7 @@ class State:
     def _end_processing(self, job: Job) -> None:
         job_id = job.id
         self.processing.pop(job_id, None)
+        self.progressed.pop(job_id, None)
         self.started_sum -= job.started_at or job.created_at
         self._unsort(job)
         deadlines = self._deadlines

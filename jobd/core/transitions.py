@@ -229,6 +229,19 @@ def stall(tx: Transaction, job: Job, cause: str, *, rule: str = "recovery", why:
     return finish(tx, job, changed, "stalled", "failed", ended, reason=error.message, details=details)
 
 
+def stall_outcome(job: Job) -> str:
+    """Say what the next stall does to a processing job, as a clause."""
+    options, stalls = job.options, job.stalls + 1
+    if requeues_on_stall(job):
+        attempt = (refunded_attempts(job) if job.progress == 0 else job.attempt) + 1
+        return f"it is queued again (attempt {attempt} of {max(attempt, options.max_attempts)})"
+    if stalls > options.max_stalls:
+        return f"it fails, as stall {stalls} (max_stalls {options.max_stalls})"
+    if options.on_stall == "fail":
+        return "it fails, by its on_stall"
+    return f"it fails: progress {job.progress:g} %, no attempts left ({job.attempt} of {options.max_attempts})"
+
+
 def stall_reason(tx: Transaction, job: Job) -> str:
     """Return a sentence for operators that says why the job is stalled."""
     made, deadlines = job.grant, job.deadlines

@@ -15,6 +15,7 @@ import structlog
 from msgspec import Raw
 from msgspec.structs import astuple, replace
 
+from jobd.core.state import RecoverySchedule
 from jobd.core.stats import Counters
 from jobd.engine.actor import Actor
 from jobd.engine.clock import Clock, loop_time
@@ -254,10 +255,9 @@ class Maintainer:
         return max(period_end, self._last_end + schedule.min_interval_ms / SECOND_MS)
 
     def _announce_next_run(self) -> None:
-        """Store the time of the next cleanup run in the state if only cleanup runs recover jobs."""
-        wait_s = self._next_run() - loop_time()
-        is_only_recovery = self.schedule.recover_every_ms == 0
-        self._state.next_cleanup_at = self._clock.moment().now + round(wait_s * SECOND_MS) if is_only_recovery else None
+        """Store when recovery and cleanup run next in the state, for `why`."""
+        next_at = self._clock.moment().now + round((self._next_run() - loop_time()) * SECOND_MS)
+        self._state.recovery = RecoverySchedule(self.schedule.recover_every_ms, self.schedule.interval_ms, next_at)
 
     async def _run_once(self) -> None:
         self.is_running, self._last_begin = True, loop_time()

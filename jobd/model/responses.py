@@ -263,6 +263,10 @@ class NextEvent(Struct, frozen=True):
     what: Annotated[str, doc("What will happen.")]
     at: Annotated[int | None, doc("When, in Unix ms. Null if it depends on a worker.")]
     rule: Annotated[str, doc("The rule by which it happens.")]
+    latest_at: Annotated[
+        int | None,
+        doc("The latest time, as recovery and cleanup run in intervals. Null while the clock is suspect."),
+    ] = None
 
 
 class WhyView(Struct, frozen=True):

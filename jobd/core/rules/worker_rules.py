@@ -281,6 +281,7 @@ def progress(tx: Transaction, command: Progress) -> Response:
     releases = 0 if value > 0 else job.releases
     after = replace(job, progress=value, progress_message=command.message, deadlines=deadlines, releases=releases)
     tx.update(job, after, "progress", worker=job.grant.worker, details=details)
+    tx.state.progressed[job.id] = tx.at.lock_ms
     return Response(views.lock_state(job.grant, deadlines, tx.at))
 
 

@@ -8,6 +8,8 @@ import pytest
 from msgspec.structs import replace
 
 from jobd.core.explain import ending, explain
+from jobd.core.state import RecoverySchedule
+from jobd.core.stats import HOURS_NEEDED, DurationBaseline
 from jobd.model import commands as cmd
 from jobd.model.events import QueuePause
 from jobd.model.job import DAY_MS, HOUR_MS, MINUTE_MS
@@ -19,7 +21,17 @@ FIRST = NextEvent(
     "The first worker that claims its queue and kind gets it, unless another job comes first.", None, "claim"
 )
 LOOK, START = "List the workers: jobctl workers", "Start a worker: jobctl run --queue q -- CMD"
-STALLED = "It counts as stalled and is recovered, unless worker w-1"
+AGAIN = "it is queued again (attempt 1 of 1)"
+SIGNS = "Its lock was renewed {} ago; it has shown no progress."
+
+
+def recovered(what: str, at: int, rule: str) -> NextEvent:
+    """An event of recovery, which runs every 10 s."""
+    return NextEvent(what, at, rule, at + 11_000)
+
+
+def deletion(at: int) -> NextEvent:
+    return NextEvent("The first cleanup run from then on deletes it.", at, "retention", at + 5 * MINUTE_MS + 1_000)
 
 
 def why(rules: RuleHarness, job_id: str = "a") -> WhyView:
@@ -155,22 +167,18 @@ def test_a_busy_worker_that_is_silent_is_named(rules: RuleHarness) -> None:
     claims(rules, "w 1")
     rules.advance(TTL)
     view = why(rules)
-    assert clause(rules) == (
-        "w 1, the only worker that takes such jobs, has been busy for 15 min; silent, with an expired lock: w 1"
-    )
+    assert clause(rules) == "no worker takes such jobs now; silent, with an expired lock: w 1"
     assert view.do == [LOOK, "Take back the jobs of w 1: jobctl take-back 'w 1'", START]
 
 
 @pytest.mark.parametrize(("count", "everyone"), [(2, "both"), (3, "all 3")])
-def test_silent_workers_are_among_the_busy_ones(rules: RuleHarness, count: int, everyone: str) -> None:
+def test_every_worker_is_busy(rules: RuleHarness, count: int, everyone: str) -> None:
     rules.create("a", queue="q")
     for number in range(count):
         rules.held(f"job-{number}", worker=f"w-{number}", queue="q", stall_after_ms=HOUR_MS)
         claims(rules, f"w-{number}")
-    rules.advance(TTL)
-    names = ", ".join(f"w-{number}" for number in range(count))
-    busy = f"{everyone} workers that take such jobs are busy, the longest for 15 min"
-    assert clause(rules) == f"{busy}; silent, with an expired lock: {names}"
+    rules.advance(MINUTE_MS)
+    assert clause(rules) == f"{everyone} workers that take such jobs are busy, the longest for 1 min"
 
 
 def test_at_most_three_silent_workers_are_named(rules: RuleHarness) -> None:
@@ -247,6 +255,19 @@ def test_the_workers_of_the_queue_are_gone_or_claim_another(rules: RuleHarness) 
     assert clause(rules) == "no worker claims such jobs now; the last claim was 12 min ago"
 
 
+@pytest.mark.parametrize(("dies", "how"), [(True, "died with b"), (False, "said goodbye")])
+def test_the_end_of_the_last_worker_is_explained(rules: RuleHarness, dies: bool, how: str) -> None:
+    rules.create(queue="q")
+    claims(rules, "w-1")
+    if dies:
+        rules.held("b", worker="w-1", queue="r")
+        rules.advance(HOUR_MS)
+        rules.accept(cmd.Recover(limit=1))
+    else:
+        rules.accept(cmd.Goodbye("w-1"))
+    assert clause(rules).endswith(f" ago, by w-1, which {how}")
+
+
 def test_of_the_workers_that_are_gone_the_last_one_is_named(rules: RuleHarness) -> None:
     rules.create(queue="q")
     for worker, kinds in (("w-3", "k"), ("w-1", None), ("w-2", "")):
@@ -258,7 +279,7 @@ def test_of_the_workers_that_are_gone_the_last_one_is_named(rules: RuleHarness) 
 
 def test_an_expiry_is_the_next_event_before_a_claim_at_an_unknown_time(rules: RuleHarness) -> None:
     rules.create(expires_at=NOW + 7)
-    expires = NextEvent("It fails as expired if no worker has taken it by then.", NOW + 7, "expires_at")
+    expires = recovered("It fails as expired if no worker has taken it by then.", NOW + 7, "expires_at")
     assert why(rules).next == expires
 
 
@@ -269,7 +290,7 @@ def test_an_overdue_job_only_waits_to_fail(rules: RuleHarness, paused: bool) -> 
         rules.accept(cmd.Pause(name="q"), admin=True)
     rules.advance(5_010)
     because = "Its expires_at passed 5 s ago, so no worker can claim it."
-    soon = NextEvent("The next recovery or cleanup run fails it as expired.", NOW + 5_010, "expires_at")
+    soon = recovered("Recovery fails it as expired.", NOW + 5_010, "expires_at")
     do = ["If it is still needed, once it has failed: jobctl retry a"]
     assert why(rules) == WhyView("queued", because, soon, "expires_at", do)
 
@@ -288,10 +309,25 @@ def test_a_suspect_clock_fails_no_job_by_age(rules: RuleHarness) -> None:
 
 
 def test_not_due(rules: RuleHarness) -> None:
-    rules.create(delay_ms=3 * MINUTE_MS)
+    rules.create(delay_ms=3 * MINUTE_MS, queue="q")
     due = NextEvent("It becomes due and is offered to workers.", NOW + 3 * MINUTE_MS, "run_at")
-    because = "It is not due for another 3 min."
-    assert why(rules) == WhyView("queued", because, due, "run_at", ["Run it now: jobctl run-now a"])
+    nobody = " At present, no worker has claimed queue `q` since the start at 2023-11-14 22:13:20 UTC."
+    because, now = "It is not due for another 3 min.", "Run it now: jobctl run-now a"
+    assert why(rules) == WhyView("queued", because + nobody, due, "run_at", [now, LOOK, START])
+    claims(rules, "w-1")
+    assert why(rules) == WhyView("queued", because, due, "run_at", [now])
+
+
+@pytest.mark.parametrize(("attempt", "times"), [(1, "once"), (2, "2 times")])
+def test_a_retry_is_announced_with_its_attempt(rules: RuleHarness, attempt: int, times: str) -> None:
+    rules.create(max_attempts=3)
+    claims(rules, "w-1", queue="default")
+    for _ in range(attempt):
+        rules.advance(MINUTE_MS)
+        rules.accept(cmd.Fail(id="a", lock_id=rules.start(), error_message="boom", retry_after_ms=MINUTE_MS))
+    retry = f"It failed {times} and is retried in 1 min, attempt {attempt + 1} of 3."
+    assert why(rules).because.startswith(retry)
+    assert why(rules).because.endswith(" Its last error: boom")
 
 
 def test_paused(rules: RuleHarness) -> None:
@@ -370,71 +406,103 @@ def test_a_processing_job_names_its_worker(rules: RuleHarness) -> None:
     lock_id = rules.held(worker="w-7")
     rules.progress(lock_id, 45)
     rules.advance(MINUTE_MS)
-    because = "Worker w-7 has held it for 1 min, at 45 %. Its lock is live for another 14 min."
+    because = (
+        "Worker w-7 has held it for 1 min, at 45 %. Its lock was renewed 1 min ago; its last progress was 1 min ago."
+    )
+    because += " Its lock is live for another 14 min."
     because += " Its progress timeout ends in 29 min (progress_timeout_ms 1800000)."
-    stalled = "It counts as stalled and is recovered, unless worker w-7 reports, extends or ends it."
+    fails = "it fails: progress 45 %, no attempts left (1 of 1)"
+    stalled = f"If nothing is heard of worker w-7 by 2023-11-14 22:28:20 UTC, {fails}."
     end = "jobctl force-fail a, and to run it again: jobctl retry a"
     assert why(rules) == WhyView(
         "processing",
         because,
-        NextEvent(stalled, NOW + TTL, "stall_after"),  # stuck exactly when the lock expires
+        recovered(stalled, NOW + TTL, "stall_after"),  # stalled exactly when the lock expires
         None,
-        ["Check whether worker w-7 is alive.", f"If it is dead and you cannot wait: {end}"],
+        [
+            "Check whether worker w-7 is alive.",
+            f"If it is dead and you cannot wait: {end}",
+            "If it is not needed: jobctl cancel a (its work stops at its next report, within 5 min)",
+        ],
     )
+
+
+def test_the_signs_of_life_of_a_job(rules: RuleHarness) -> None:
+    rules.held(kind="k")
+    rules.row(replace(rules.job(), progress=7))
+    baseline = rules.state.counters.baselines.kinds["k"] = DurationBaseline()
+    assert " ago; it showed no progress since the start. Its lock" in why(rules).because
+    baseline.hours = [60_000] * HOURS_NEEDED
+    assert " since the start. 95 % of its kind take up to 1 min. Its lock" in why(rules).because
+
+
+@pytest.mark.parametrize(
+    ("fields", "progress", "then", "outcome"),
+    [
+        ({}, 0, "queued", "it is queued again (attempt 1 of 1)."),
+        ({"max_attempts": 3}, 40, "queued", "it is queued again (attempt 2 of 3)."),
+        ({"on_stall": "requeue"}, 40, "queued", "it is queued again (attempt 2 of 2)."),
+        ({}, 40, "failed", "it fails: progress 40 %, no attempts left (1 of 1)."),
+        ({"max_stalls": 0}, 0, "failed", "it fails, as stall 1 (max_stalls 0)."),
+        ({"on_stall": "fail"}, 0, "failed", "it fails, by its on_stall."),
+    ],
+)
+def test_the_outcome_of_a_stall_is_that_of_the_rule(
+    rules: RuleHarness, fields: dict[str, Any], progress: int, then: str, outcome: str
+) -> None:
+    lock_id = rules.held(**fields)
+    if progress:
+        rules.progress(lock_id, progress)
+    told = why(rules).next
+    assert told is not None
+    assert told.what.endswith(f", {outcome}")
+    rules.advance(HOUR_MS)
+    rules.accept(cmd.Recover(limit=1))
+    assert rules.job().status == then
+    if then == "queued":
+        rules.start()
+        assert f"(attempt {rules.job().attempt} of" in outcome
 
 
 def test_a_lock_that_expires_before_the_job_is_stalled(rules: RuleHarness) -> None:
     rules.held(stall_after_ms=20 * MINUTE_MS)
-    extends = "Its lock expires unless worker w-1 extends it or reports progress."
-    assert why(rules).next == NextEvent(extends, NOW + TTL, "lock expiry")
+    what = f"If nothing is heard of worker w-1 by 2023-11-14 22:33:20 UTC, {AGAIN}."
+    stalled = recovered(what, NOW + 20 * MINUTE_MS, "stall_after")
+    assert why(rules).next == stalled
     rules.advance(TTL)
-    stalled = NextEvent(f"{STALLED} reports, extends or ends it.", NOW + 20 * MINUTE_MS, "stall_after")
     for _ in range(2):
         view = why(rules)
         assert view.because == (
-            "Worker w-1 has held it for 15 min, at 0 %. Its lock has expired: the worker is silent. "
-            "It may still end the job or report. Its progress timeout ends in 15 min (progress_timeout_ms 1800000)."
+            f"Worker w-1 has held it for 15 min, at 0 %. {SIGNS.format('15 min')} Its lock has expired: the worker is "
+            "silent. It may still end the job or report. "
+            "Its progress timeout ends in 15 min (progress_timeout_ms 1800000)."
         )
         assert view.next == stalled
         rules.accept(cmd.Recover(limit=1))
     rules.advance(5 * MINUTE_MS)
-    ends = "Recovery ends its grant. Its on_stall decides whether it is requeued or fails."
-    assert why(rules).next == NextEvent(ends, rules.now, "recovery")
+    assert why(rules).next == recovered(f"Recovery ends its grant: {AGAIN}.", rules.now, "recovery")
 
 
 def test_the_next_cleanup_run_is_named_if_recovery_is_left_to_it(rules: RuleHarness) -> None:
     rules.held(stall_after_ms=20 * MINUTE_MS)
     rules.create("late", queue="q", expires_at=NOW + MINUTE_MS)
-    rules.state.next_cleanup_at = NOW + 45 * MINUTE_MS
-    assert at_and_rule(why(rules)) == (NOW + TTL, "lock expiry")
-    rules.advance(TTL)
-    assert why(rules).next == NextEvent(
-        "It counts as stalled and is recovered by the next cleanup run after that, "
-        "unless worker w-1 reports, extends or ends it.",
-        NOW + 20 * MINUTE_MS,
-        "stall_after",
-    )
-    fails = NextEvent("The next cleanup run fails it as expired.", NOW + 45 * MINUTE_MS, "expires_at")
-    assert why(rules, "late").next == fails
-    rules.advance(5 * MINUTE_MS)
-    ends = NextEvent(
-        "The next cleanup run (recover_every is 0) ends its grant. "
-        "Its on_stall decides whether it is requeued or fails.",
-        NOW + 45 * MINUTE_MS,
-        "cleanup",
-    )
-    assert why(rules).next == ends
+    rules.state.recovery = RecoverySchedule(0, 5 * MINUTE_MS, NOW + 45 * MINUTE_MS)
+    stalled = why(rules).next
+    assert stalled is not None
+    assert (stalled.at, stalled.latest_at) == (NOW + 45 * MINUTE_MS, NOW + 50 * MINUTE_MS + 1_000)
+    cleanup = "The next cleanup run (recover_every is 0)"
     rules.advance(HOUR_MS)
-    assert why(rules).next == replace(ends, at=rules.now), "it is due now"
-    assert why(rules, "late").next == replace(fails, at=rules.now)
+    first, last = rules.now, rules.now + 5 * MINUTE_MS + 1_000
+    assert why(rules).next == NextEvent(f"{cleanup} ends its grant: {AGAIN}.", first, "recovery", last)
+    assert why(rules, "late").next == NextEvent(f"{cleanup} fails it as expired.", first, "expires_at", last)
 
 
 def test_the_worker_of_an_expired_lock_is_silent(rules: RuleHarness) -> None:
     rules.held(stall_after_ms=20 * MINUTE_MS, worker="w 7")
-    check, end = why(rules).do
+    check, *others = why(rules).do
     rules.advance(TTL)
     for _ in range(2):
-        assert why(rules).do == [check, "Take back its jobs with expired locks: jobctl take-back 'w 7'", end]
+        assert why(rules).do == [check, "Take back its jobs with expired locks: jobctl take-back 'w 7'", *others]
         rules.accept(cmd.Recover(limit=1))
 
 
@@ -442,8 +510,8 @@ def test_after_the_progress_timeout_no_report_is_suggested(rules: RuleHarness) -
     rules.held(progress_timeout_ms=TTL)
     rules.advance(TTL)
     assert why(rules).because == (
-        "Worker w-1 has held it for 15 min, at 0 %. Its lock has expired: the worker is silent. "
-        "It can no longer report progress, but may still end the job."
+        f"Worker w-1 has held it for 15 min, at 0 %. {SIGNS.format('15 min')} "
+        "Its lock has expired: the worker is silent. It can no longer report progress, but may still end the job."
     )
 
 
@@ -451,7 +519,8 @@ def test_the_progress_timeout_is_named(rules: RuleHarness) -> None:
     rules.held(stall_after_ms=HOUR_MS, progress_timeout_ms=TTL + 1)
     rules.advance(TTL)
     assert why(rules).because.endswith(" Its progress timeout ends in 1 ms (progress_timeout_ms 900001).")
-    stalled = NextEvent(f"{STALLED} reports progress or ends it.", NOW + TTL + 1, "progress_timeout")
+    what = f"If worker w-1 reports no progress by 2023-11-14 22:28:20 UTC, {AGAIN}."
+    stalled = recovered(what, NOW + TTL + 1, "progress_timeout")
     assert why(rules).next == stalled, "more time for the lock is no help"
 
 
@@ -469,6 +538,7 @@ def test_the_progress_timeout_of_the_grant_is_shown(rules: RuleHarness) -> None:
 
 def test_repeated_releases_are_explained(rules: RuleHarness) -> None:
     rules.create()
+    claims(rules, "w-7", queue="default")
 
     def release(**fields: Any) -> str:
         lock_id = rules.start(worker="w-7")
@@ -510,7 +580,7 @@ def test_a_processing_row_without_a_holder(rules: RuleHarness) -> None:
     whole = rules.job()
     rules.row(replace(whole, grant=None, deadlines=None))
     because = "Its status is processing, but no worker holds it. Such rows come from imports or manual edits."
-    soon = NextEvent("The next cleanup run treats it as stalled.", NOW, "validation")
+    soon = NextEvent("The next cleanup run treats it as stalled.", NOW, "validation", NOW + 5 * MINUTE_MS)
     view = why(rules)
     assert view == WhyView("processing", because, soon, None, ["Start a cleanup run: jobctl cleanup"])
     for half in ({"grant": None}, {"deadlines": None}):
@@ -520,20 +590,20 @@ def test_a_processing_row_without_a_holder(rules: RuleHarness) -> None:
 
 def test_finished(rules: RuleHarness) -> None:
     rules.completed()
-    deleted = NextEvent("The first cleanup run from then on deletes it.", NOW + 7 * DAY_MS, "retention")
+    deleted = deletion(NOW + 7 * DAY_MS)
     assert why(rules) == WhyView("completed", "It was completed; that is final.", deleted, None, [])
     rules.advance(8 * DAY_MS)
-    assert why(rules).next == replace(deleted, at=rules.now)
+    assert why(rules).next == deletion(rules.now)
     suspect = explain(rules.job(), rules.state, replace(rules.moment, trusted=NOW), rules.policy)
     later = "The first cleanup run from then on deletes it once the clock is no longer suspect."
     assert suspect.next == NextEvent(later, rules.now, "retention")
     rules.accept(cmd.Fail(id="b", lock_id=rules.held("b"), error_message="boom"))
-    deleted = replace(deleted, at=rules.now + 30 * DAY_MS)
+    deleted = deletion(rules.now + 30 * DAY_MS)
     do = ["Fix the cause, then run it again: jobctl retry b"]
-    assert why(rules, "b") == WhyView("failed", "It failed: boom", deleted, None, do)
+    assert why(rules, "b") == WhyView("failed", "It failed, with no attempts left (1 of 1): boom", deleted, None, do)
     rules.create("c")
     rules.accept(cmd.Cancel(id="c"))
-    deleted = replace(deleted, at=rules.now + 7 * DAY_MS)
+    deleted = deletion(rules.now + 7 * DAY_MS)
     do = ["If it is needed after all: jobctl retry c"]
     assert why(rules, "c") == WhyView("cancelled", "It was cancelled.", deleted, None, do)
 
@@ -573,7 +643,11 @@ def test_the_worker_that_ended_a_job_is_named(rules: RuleHarness) -> None:
     rules.completed()
     assert ending(rules.job(), rules.events) == "It was completed by worker w-1; that is final."
     rules.accept(cmd.Fail(id="b", lock_id=rules.held("b"), error_message="boom"), by="worker:w-1")
-    assert ending(rules.job("b"), rules.events) == "It failed on worker w-1: boom"
+    assert ending(rules.job("b"), rules.events) == ("It failed on worker w-1, with no attempts left (1 of 1): boom")
+    no_retry = cmd.Fail(id="c", lock_id=rules.held("c", max_attempts=3), error_message="boom", retry=False)
+    rules.accept(no_retry, by="worker:w-1")
+    once = "It failed on worker w-1, and its worker asked for no retry (1 of 3 attempts used): boom"
+    assert ending(rules.job("c"), rules.events) == once
 
 
 def test_events_after_the_end_are_ignored(rules: RuleHarness) -> None:

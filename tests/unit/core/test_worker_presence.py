@@ -624,6 +624,7 @@ def test_a_job_of_an_unknown_worker_can_be_removed() -> None:
     row = replace(held(1, "w"), deadlines=None)
     state.reindex(None, row)
     state.presence.set_expired("w", "job-1", True)
+    state.presence.note_left("w")
     state.reindex(row, None)
     assert state.presence.workers == {}
 

@@ -151,21 +151,19 @@ async def test_recover_every_0_leaves_recovery_to_cleanup_runs(engine: VirtualEn
 
 @in_engine(schedule=replace(RECOVERING, recover_every_ms=0))
 async def test_the_next_cleanup_run_is_known_if_only_cleanup_runs_recover_jobs(engine: VirtualEngine) -> None:
-    assert engine.state.next_cleanup_at == engine.now, "the first one comes with the start"
+    assert engine.state.recovery.next_cleanup_at == engine.now, "the first one comes with the start"
     engine.run_maintainer()
     await seconds(1)
-    announced = engine.state.next_cleanup_at
-    assert announced is not None
+    announced = engine.state.recovery.next_cleanup_at
     report = engine.maintainer.last_report
     assert report is not None
     await seconds((announced - engine.now) / 1000 - 1)
     assert engine.maintainer.last_report is report
     await seconds(2)
     assert engine.maintainer.last_report is not report
-    assert engine.state.next_cleanup_at is not None
-    assert engine.state.next_cleanup_at > engine.now
+    assert engine.state.recovery.next_cleanup_at > engine.now
     engine.maintainer.set_schedule(RECOVERING)
-    assert engine.state.next_cleanup_at is None
+    assert engine.state.recovery.recover_every_ms == RECOVERING.recover_every_ms
 
 
 @in_engine(schedule=RECOVERING)
