@@ -114,13 +114,11 @@ class Transaction:
         self._add(None, job, event_type, payload=payload, request_hash=request_hash)
         if self.is_dry_run:
             return
-        state = self.state
         self.payloads[job.seq] = payload
         if request_hash:
             self.requests[job.id] = Payload(payload, request_hash)
         if event_type == "imported":
-            state.unvalidated[job.seq] = job.id
-        state.reindex(None, job)
+            self.state.unvalidated[job.seq] = job.id
 
     def update(
         self,
@@ -134,8 +132,7 @@ class Transaction:
         details: dict[str, Any] | None = None,
     ) -> Job:
         """Replace the row of `job` by `after`; return it with its `updated_at`. `worker` makes the call."""
-        state, now = self.state, self.now
-        started_at, finished_at = after.started_at, after.finished_at
+        now, started_at, finished_at = self.now, after.started_at, after.finished_at
         if (
             job.created_at > now
             or (started_at is not None and started_at > now)
@@ -146,20 +143,12 @@ class Transaction:
             after = replace(after, updated_at=now)
         if worker is not None:
             by = f"worker:{worker}"
-            state.presence.note_seen(worker, now)
+            self.state.presence.note_seen(worker, now)
         self._add(job, after, event_type, by, reason, details)
-        if not self.is_dry_run:
-            if job.grant is not None and after.grant is not job.grant:
-                self.ended.append(job.grant.lock_id)
-            state.reindex(job, after)
         return after
 
     def delete(self, job: Job, reason: str | None = None) -> None:
         self._add(job, None, "deleted", reason=reason)
-        if not self.is_dry_run:
-            if job.grant is not None:
-                self.ended.append(job.grant.lock_id)
-            self.state.reindex(job, None)
 
     def keep_late(self, job: Job, late: LateResult, reason: str, details: dict[str, Any]) -> LateResult:
         """Store a late result beside the unchanged row of `job`; return it with the number of its event."""
@@ -281,7 +270,7 @@ class Transaction:
         late: LateResult | None = None,
         queue: str = "",
     ) -> None:
-        """Add the event of a change of one row, or of `queue`."""
+        """Add the event of a change of one row, or of `queue`, and apply it to the state."""
         state, job = self.state, before if after is None else after
         number, state.next_event = state.next_event, state.next_event + 1
         self.changes.append(
@@ -305,3 +294,7 @@ class Transaction:
                 late,
             )
         )
+        if before is not after and not self.is_dry_run:
+            if before is not None and before.grant is not None and (after is None or after.grant is not before.grant):
+                self.ended.append(before.grant.lock_id)
+            state.reindex(before, after)

@@ -74,7 +74,7 @@ def rollback_forgotten(roll_back: Any, self: Decider, decided: DecidedBatch) -> 
     roll_back(self, replace(decided, tx=Transaction(self.state, decided.at, Policy())))
 
 
-@bug(IdempotencyStore.rollback, found_by=SIMULATION)
+@bug(IdempotencyStore.rollback, found_by=ACTOR)
 def keys_not_rolled_back(rollback: Any, self: IdempotencyStore) -> None:
     """A rejected call is answered as if it was done."""
     self.commit()
