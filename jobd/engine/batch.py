@@ -233,8 +233,7 @@ class Decider:
         self.state.clock = decided.at.clock
         for lock_id in decided.tx.ended:
             self._receivers.pop(lock_id, None)
-        unvalidated = self.state.unvalidated
-        if unvalidated:
+        if unvalidated := self.state.unvalidated:
             gone = [change.job_seq for change in decided.changes if change.after is None]
             for seq in (*gone, *decided.tx.checked):
                 unvalidated.pop(seq, None)

@@ -106,11 +106,8 @@ class Event(Struct, frozen=True, gc=False):
 
     @property
     def grant(self) -> Grant | None:
-        """The grant that the event set."""
-        if self.changes is not None:
-            return self.changes.grant or None
-        before, after = self.before, self.after
-        return after.grant if after is not None and (before is None or after.grant is not before.grant) else None
+        """The grant that a stored event set."""
+        return None if self.changes is None else self.changes.grant or None
 
 
 class QueuePause(Struct, frozen=True, gc=False):

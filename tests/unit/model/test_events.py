@@ -29,11 +29,10 @@ def test_fold_sets_only_the_fields_that_the_event_changes() -> None:
     assert fold(changed, event(Changes(grant=None, status="queued"))) == JOB
 
 
-def test_the_grant_of_an_event_is_the_one_that_it_set() -> None:
-    held = msgspec.structs.replace(JOB, grant=GRANT)
-    assert event(Changes(grant=GRANT)).grant == GRANT
-    for before, after, made in ((JOB, held, GRANT), (None, held, GRANT), (held, held, None), (held, None, None)):
-        assert msgspec.structs.replace(event(None), before=before, after=after).grant == made
+def test_the_grant_of_a_stored_event_is_the_one_that_it_set() -> None:
+    assert [event(changes).grant for changes in (Changes(grant=GRANT), Changes(grant=None), Changes(), None)] == [
+        GRANT, None, None, None,
+    ]  # fmt: skip
 
 
 def test_fold_begins_with_a_row_and_ends_with_none() -> None:

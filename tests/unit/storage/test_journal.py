@@ -12,7 +12,7 @@ from jobd.model.storage import (
 )
 from jobd.storage.events import event_rows, shortening
 from jobd.storage.store import Store
-from tests.support.factories import NOW, OPTIONS, ChangeFactory
+from tests.support.factories import NOW, OPTIONS, ChangeFactory, as_stored
 from tests.support.store_files import edit_store, job_of, open_store, stored_events
 
 
@@ -104,7 +104,8 @@ def round_of(maker: ChangeFactory, job: Job, heartbeats: int = 0) -> tuple[Job, 
 
 
 def tokens_of(events: list[Event]) -> list[int]:
-    return [event.grant.fencing_token for event in events if event.type == "granted" and event.grant is not None]
+    grants = (event.grant for event in map(as_stored, events))
+    return [grant.fencing_token for grant in grants if grant is not None]
 
 
 def folded(events: list[Event]) -> Job | None:
