@@ -43,10 +43,11 @@ from jobd.model.responses import ClusterView, Response
 from jobd.model.storage import IN_MEMORY, OpenedStore
 from jobd.model.webhooks import WebhookEndpoint
 from jobd.monitoring import event_log
-from jobd.monitoring.alerts import Alerts, Thresholds
 from jobd.monitoring.failure_groups import FailureGroups
 from jobd.monitoring.health import Health
 from jobd.monitoring.metrics import Metrics
+from jobd.monitoring.problems.board import Problems
+from jobd.monitoring.problems.condition import Thresholds
 from jobd.monitoring.timeseries import Timeseries
 from jobd.resources import RandomPool
 from jobd.storage.artifacts.base import ArtifactStore
@@ -178,7 +179,7 @@ class Serving:
         if self._sweeper is not None:
             run("sweeper", self._sweeper)
         self._stack.push_async_callback(services.health.close)
-        run("alerts", services.alerts)
+        run("problems", services.problems)
         run("metrics", services.metrics)
         self._stack.push_async_callback(services.planner.close)
         run("webhooks", self.webhooks)
@@ -240,7 +241,7 @@ class Serving:
         self.actor.policy = settings.policy()
         self.clock.keep_ms = self.actor.policy.shortest_keep_ms
         self.maintainer.set_schedule(_schedule(settings))
-        self.services.alerts.thresholds = _thresholds(settings)
+        self.services.problems.thresholds = _thresholds(settings)
 
     async def finish(self) -> None:
         """Stop the background parts, and decide the commands that were accepted. Nothing is decided after that.
@@ -318,7 +319,7 @@ class Serving:
             source=f"/jobd/{quote(socket.gethostname(), safe='')}",
             may_write=lambda: self.actor.full_disk.write_limit == WriteLimit.NONE,
             may_send=self._may_send,
-            alerts=lambda: self.services.alerts.known(),
+            problems=lambda: self.services.problems.announced(),
             chance=SystemRandom().random,
         )
         webhooks = WebhookManager(context, subscribe=self.actor.on_commit.append, make_transport=transport)
@@ -351,20 +352,21 @@ class Serving:
             is_in_memory=store.path == MEMORY,
             cluster=view,
         )
-        alerts = Alerts(
+        problems = Problems(
             self.actor.state,
             clock,
             health,
             self.maintainer,
             _thresholds(settings),
-            failing_webhook=self.webhooks.worst,
+            failing_webhooks=self.webhooks.failing,
             cluster=view,
-            on_change=self.webhooks.alerts_changed,
+            rejects_creates=lambda: self.actor.full_disk.write_limit != WriteLimit.NONE,
+            on_change=self.webhooks.problems_changed,
         )
         metrics = Metrics(
             self.actor,
             self.maintainer,
-            alerts,
+            problems,
             clock,
             self._sweeps,
             store.path,
@@ -374,10 +376,9 @@ class Serving:
             cluster=view,
             append_seconds=None if leading is None else leading.leadership.append_seconds,
         )
-        self.actor.on_commit += [feed.publish, failures.committed, alerts.attempts.note, self.timeseries.record]
+        self.actor.on_commit += [feed.publish, failures.committed, problems.counts.note, self.timeseries.record]
         return Services(
             actor=self.actor,
-            alerts=alerts,
             backups=Backups(store, lambda: clock.moment().now),
             clock=clock,
             downloads=Downloads(self._artifacts, settings.limits.downloads),
@@ -387,6 +388,7 @@ class Serving:
             maintainer=self.maintainer,
             metrics=metrics,
             planner=Planner(self.actor, clock),
+            problems=problems,
             scrubber=Scrubber(store),
             timeseries=self.timeseries,
             webhooks=self.webhooks,

@@ -46,7 +46,10 @@ async def _stats(app: App[Services], ctx: RequestContext, command: commands.Stat
 
 
 async def _health(app: App[Services], ctx: RequestContext, command: NoFields) -> Response:
-    view = await app.services.health.view()
+    view, problems = await app.services.health.view(), app.services.problems.view()
+    if problems.evaluated_at is not None:
+        critical = sum(each.severity == "critical" for each in problems.problems)
+        view = replace(view, problems=len(problems.problems), critical_problems=critical)
     return Response(view, status=503 if view.status == "unhealthy" else 200)
 
 
@@ -141,7 +144,8 @@ _HANDLERS: Final[dict[ApiCall[Any, Any], RouteHandler]] = {
         lambda app, operator, form: app.services.maintainer.recover_stuck(as_one_entry(operator), form.reason)
     ),
     calls.DaemonCalls.reports: _reports,
-    calls.DaemonCalls.alerts: _respond(lambda services, _: responses.AlertList(services.alerts.evaluate())),
+    calls.DaemonCalls.alerts: _respond(lambda services, _: responses.AlertList(services.problems.alerts())),
+    calls.DaemonCalls.problems: _respond(lambda services, query: services.problems.view(query.severity, query.queue)),
     calls.DaemonCalls.clock: _respond(lambda services, _: services.clock_view()),
     calls.DaemonCalls.accept_clock: _respond_to_operator(
         lambda app, operator, form: actions.accept_clock(app, operator, form.reason)

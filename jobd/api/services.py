@@ -30,10 +30,10 @@ from jobd.model.responses import (
     QuarantinedJob,
     Response,
 )
-from jobd.monitoring.alerts import Alerts
 from jobd.monitoring.failure_groups import FailureGroups
 from jobd.monitoring.health import Health
 from jobd.monitoring.metrics import Metrics
+from jobd.monitoring.problems.board import Problems
 from jobd.monitoring.timeseries import Timeseries
 from jobd.storage.artifacts.downloads import Downloads
 from jobd.webhooks.manager import WebhookManager
@@ -50,7 +50,6 @@ class Services(Struct, kw_only=True):
     """
 
     actor: Actor
-    alerts: Alerts
     maintainer: Maintainer
     clock: Clock
     backups: Backups
@@ -60,6 +59,7 @@ class Services(Struct, kw_only=True):
     health: Health
     metrics: Metrics
     planner: Planner
+    problems: Problems
     scrubber: Scrubber
     timeseries: Timeseries
     webhooks: WebhookManager

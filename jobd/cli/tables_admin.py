@@ -13,6 +13,7 @@ from jobd.model.times import duration, utc
 
 if TYPE_CHECKING:
     from jobd.model.commands import About, WorkerState
+    from jobd.model.problems import ProblemList
     from jobd.model.responses import (
         AuditView,
         CleanupReport,
@@ -174,7 +175,32 @@ def health(view: HealthView) -> None:
     if database.path is not None and database.free_bytes is not None and database.total_bytes is not None:
         free, total = terminal.size(database.free_bytes), terminal.size(database.total_bytes)
         rows.insert(1, ("disk", "-", f"{free} free of {total} ({database.path})"))
+    if view.problems:
+        critical = f", {view.critical_problems} critical" if view.critical_problems else ""
+        what = f"{view.problems} problem{'' if view.problems == 1 else 's'}{critical}: jobctl status"
+        rows.insert(-1, ("problems", "-", what))
     terminal.table({"PART": itemgetter(0), "STATUS": itemgetter(1), "MESSAGE": itemgetter(2)}, rows)
+
+
+def problems(view: ProblemList) -> None:
+    """Show one line for each problem, and what to do below it."""
+    if view.evaluated_at is None:
+        terminal.emit("Not known yet: the daemon has just started.")
+        return
+    critical = sum(each.severity == "critical" for each in view.problems)
+    count = len(view.problems)
+    terminal.emit(f"{count or 'No'} problem{'' if count == 1 else 's'}{f', {critical} critical' if critical else ''}")
+    width = max((len(each.name) for each in view.problems), default=0)
+    for each in view.problems:
+        since = duration(view.evaluated_at - each.since)
+        cause = f" {each.cause}" if each.cause else ""
+        terminal.emit(f"{each.severity[0].upper()} {each.name:{width}}  {since:>12}  {each.title}{cause}")
+        if commands := [cure.command for cure in each.cure if cure.command]:
+            terminal.emit(f"  {'':{width}}  {'':12}  {'    '.join(commands)}")
+    if view.rest:
+        terminal.emit(f"And {view.rest:,} more subjects.")
+    for each in view.known:
+        terminal.emit(f"known: {each.name}: {each.title}")
 
 
 def report(view: CleanupReport) -> None:
@@ -343,20 +369,6 @@ AUDIT: Final[Columns] = {
     "OUTCOME": _outcome,
     "REASON": lambda entry: entry.reason and terminal.clip(entry.reason),
 }
-ALERTS: Final = Listing(
-    "alerts",
-    "No alerts are defined.",
-    {
-        "ALERT": "name",
-        "SEVERITY": "severity",
-        "STATE": lambda alert: "firing" if alert.firing else "quiet",
-        "SINCE": lambda alert: terminal.when(alert.since),
-        ">VALUE": lambda alert: round(alert.value, 2),
-        ">THRESHOLD": lambda alert: round(alert.threshold, 2),
-        "HINT": "hint",
-    },
-)
-FIRING: Final = Listing("alerts", "No alert is firing.", ALERTS.columns)
 
 
 def _state(view: WebhookView) -> str:

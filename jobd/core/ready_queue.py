@@ -248,6 +248,14 @@ class BucketEntries(Sorted[DueEntry]):
             if is_passed:  # the job with the latest expires_at was removed
                 self._expiry[place] = _latest(self.blocks[place])
 
+    def not_due_count(self, now: int) -> int:
+        """Return how many entries have a `run_at` after `now`. It costs one step per block."""
+        place = bisect_right(self._last, now, key=_run_at)
+        if place == len(self._last):
+            return 0
+        block = self.blocks[place]
+        return len(block) - bisect_right(block, now, key=_run_at) + sum(map(len, self.blocks[place + 1 :]))
+
     def not_due(self, now: int) -> Iterator[DueEntry]:
         """Iterate over the entries whose `run_at` is after `now`. Nothing may be added or removed meanwhile."""
         place = bisect_right(self._last, now, key=_run_at)
@@ -364,6 +372,10 @@ class PriorityBucket:
             waiting = takewhile(lambda job: job.created_at <= now, waiting)
         entries = map(packed_entry, waiting)
         return merge(entries, self.others.eligible(now)) if self.others else entries
+
+    def due(self, now: int) -> int:
+        """Return how many of its jobs are due, overdue ones too."""
+        return self.live - self.others.not_due_count(now) - sum(1 for _ in self.fifo.not_due(now, self.waits))
 
     def next_run_at(self, now: int) -> int | None:
         """Return the first `run_at` after `now`."""

@@ -260,6 +260,11 @@ class State:
         firsts = [next(bucket.eligible(now), None) for bucket in buckets.values()]
         return len(firsts), min((entry for entry in firsts if entry), key=itemgetter(1, 2), default=None)
 
+    def due_of_kind(self, queue: str, kind: str, now: int) -> tuple[int, int]:
+        """Return how many jobs of the kind are due, and their best priority. The kind has a due job."""
+        counted = [(bucket.due(now), bucket.name[2]) for bucket in self._queued[queue].buckets[kind].values()]
+        return sum(count for count, _ in counted), min(priority for count, priority in counted if count)
+
     def oldest_due(self) -> tuple[str, DueEntry] | None:
         """Return queue and entry of the job that has been due longest. The cost grows with the number of queues."""
         firsts = ((queue, queued.oldest(self._now)) for queue, queued in self._queued.items())

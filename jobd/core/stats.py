@@ -237,7 +237,6 @@ def _sum(parts: Iterable[dict[int, int]]) -> dict[int, int]:
 PROCESSING_BUCKETS_S: Final = (0.1, 0.5, 1, 5, 15, 60, 300, 900, 1800, 3600, 14400)
 STEP_MS: Final = 10 * SECOND_MS
 LATELY: Final = 60  # steps: ten minutes
-ATTEMPT_QUEUES: Final = 2_000  # with attempts in one step; further queues are not counted in it
 HISTOGRAM_QUEUES: Final = 200  # label values are capped; further queues share one
 
 
@@ -371,48 +370,3 @@ OTHER_QUEUES: Final = "(other)"
 
 def _label(queue: str, known: dict[str, int] | dict[str, Histogram]) -> str:
     return queue if queue in known or len(known) < HISTOGRAM_QUEUES else OTHER_QUEUES
-
-
-# Events that end an attempt. A failed attempt counts whether or not there is a retry.
-_SUCCESSES: Final = frozenset({"completed", "adopted"})
-_FAILURES: Final = frozenset({"failed", "retried", "stalled", "force_failed"})
-
-
-class Attempts:
-    """The attempts of each queue that ended in the last 10 minutes. In memory only.
-
-    Each step of 10 s has its own table. Sums are kept beside them, so the cost of a read grows only with the queues.
-    """
-
-    def __init__(self) -> None:
-        self.by_queue: dict[str, tuple[int, int]] = {}  # queue -> attempts, failed ones
-        self._steps: dict[int, dict[str, tuple[int, int]]] = {}
-
-    def note(self, changes: Sequence[Event]) -> None:
-        for event in changes:
-            failed = event.type in _FAILURES
-            if event.type in _SUCCESSES or (failed and event.from_status == "processing"):
-                self._add(event.queue, event.at, int(failed))
-
-    def forget(self, now: int) -> None:
-        """Drop the steps before the last 10 minutes, and later ones after a backward step of the clock."""
-        this = now // STEP_MS
-        for step in [step for step in self._steps if not this - LATELY < step <= this]:
-            for queue, (ended, failed) in self._steps.pop(step).items():
-                all_ended, all_failed = self.by_queue[queue]
-                if all_ended == ended:
-                    del self.by_queue[queue]
-                else:
-                    self.by_queue[queue] = all_ended - ended, all_failed - failed
-
-    def _add(self, queue: str, at: int, failed: int) -> None:
-        step = at // STEP_MS
-        counts = self._steps.get(step)
-        if counts is None:
-            self.forget(at)
-            counts = self._steps[step] = {}
-        if queue not in counts and len(counts) >= ATTEMPT_QUEUES:
-            return
-        for table in (counts, self.by_queue):
-            ended, failures = table.get(queue, (0, 0))
-            table[queue] = ended + 1, failures + failed

@@ -44,6 +44,7 @@ from jobd.model.commands import Command, JobCommand, WorkerState
 from jobd.model.errors import ApiException, api_error, checked
 from jobd.model.fields import Cursor, QueueName, WorkerCursor
 from jobd.model.job import STATUSES, may_adopt
+from jobd.model.problems import Problem, ProblemList
 from jobd.model.requests import ArtifactRequest
 from jobd.model.responses import Response
 from jobd.model.storage import IN_MEMORY
@@ -113,8 +114,12 @@ async def overview(viewer: Viewer, _: Command) -> PageData:
     workers: responses.WorkerList
     stats, workers = await query(viewer, commands.Stats(), commands.Workers(state="silent", limit=MAX_SILENT_NAMES))
     services, now = viewer.app.services, viewer.now
+    groups: dict[str, list[Problem]] = {}
+    for each in services.problems.view().problems:
+        groups.setdefault(each.condition, []).append(each)
     return {
         "stats": stats,
+        "problem_groups": list(groups.items()),
         "by_state": workers.by_state,
         "silent": workers.workers,
         "rates": services.timeseries.rates(now),
@@ -129,15 +134,15 @@ async def overview(viewer: Viewer, _: Command) -> PageData:
 
 
 async def banners(viewer: Viewer) -> PageData:
-    """Return the data of the banners on every page: paused queues and alerts. A standby knows neither."""
+    """Return the data of the banners on every page: paused queues and problems. A standby knows neither."""
     if viewer.app.services.cluster_view().role == "standby":
-        return {"paused": [], "more_paused": False, "firing": []}
+        return {"paused": [], "more_paused": False, "problems": ProblemList([])}
     paused: responses.QueueList
     [paused] = await query(viewer, PAUSED_QUEUES)
     return {
         "paused": paused.queues,
         "more_paused": paused.next_cursor is not None,
-        "firing": [alert for alert in viewer.app.services.alerts.evaluate() if alert.firing],
+        "problems": viewer.app.services.problems.view(),
     }
 
 
@@ -346,7 +351,7 @@ async def alerts(viewer: Viewer, _: Command) -> PageData:
     services = viewer.app.services
     quarantined = services.quarantine()
     return {
-        "alerts": sorted(services.alerts.evaluate(), key=lambda alert: not alert.firing),
+        "alerts": sorted(services.problems.alerts(), key=lambda alert: not alert.firing),
         "health": await services.health.view(),
         "clock": services.clock_view(),
         "quarantined": quarantined[:MAX_QUARANTINED],

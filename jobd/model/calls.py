@@ -11,6 +11,7 @@ from typing import Final
 from jobd.model import commands, requests, responses
 from jobd.model.api_call import EVENT_STREAM, ApiCall, CallGroup
 from jobd.model.events import StreamedEvent
+from jobd.model.problems import ProblemList
 
 ADMIN: Final = "/admin/job-management"
 FILE_TYPE: Final = "application/octet-stream"
@@ -224,6 +225,13 @@ class DaemonCalls(CallGroup, tag="The daemon", base=ADMIN, auth="admin"):
     alerts = ApiCall(
         requests.NoFields, responses.AlertList, "GET", "/alerts", summary="List all alerts, firing or not."
     ).then(lambda view: view.alerts)
+    problems = ApiCall(
+        requests.Problems,
+        ProblemList,
+        "GET",
+        "/problems",
+        summary="List what needs an operator, the most urgent first, and what is known.",
+    )
     clock = ApiCall(
         requests.NoFields,
         responses.ClockView,

@@ -7,7 +7,8 @@ from typing import Annotated, Final
 from msgspec import Meta
 
 from jobd.model.commands import MAX_NAMES, Command, JobCommand, NamedJobCommand
-from jobd.model.fields import BackupId, Cursor, PageLimit, Reason, RowCursor, doc
+from jobd.model.fields import BackupId, Cursor, PageLimit, QueueFilter, Reason, RowCursor, doc
+from jobd.model.problems import Severity
 from jobd.model.responses import DeliveryState
 from jobd.model.webhooks import WebhookName
 
@@ -43,6 +44,13 @@ class Reports(Command, frozen=True):
     """List the reports of cleanup runs, newest first. The latest 500 are kept."""
 
     limit: Annotated[int, doc("Maximum number of reports.", ge=1, le=MAX_REPORTS)] = 50
+
+
+class Problems(Command, frozen=True):
+    """List the open problems, the most urgent first."""
+
+    severity: Annotated[Severity, doc("Only problems of this severity.")] | None = None
+    queue: QueueFilter | None = None
 
 
 class FailuresRequest(Command, frozen=True):

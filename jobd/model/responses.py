@@ -671,20 +671,22 @@ class HealthView(Struct, frozen=True, rename="camel"):
     cleanup_status: Annotated[CleanupHealth, doc("The cleanup runs.")]
     timestamp: Annotated[int, doc("When it was measured, in Unix ms.")]
     journal: Annotated[PartHealth | UnsetType, doc("The journal of a cluster.")] = UNSET
+    problems: Annotated[int | UnsetType, doc("How many problems are open. Missing: not known yet.")] = UNSET
+    critical_problems: Annotated[int | UnsetType, doc("How many of them are critical.")] = UNSET
 
 
 AlertSeverity = Literal["critical", "warning", "notice"]
 
 
 class AlertView(Struct, frozen=True):
-    """An alert."""
+    """An alert: it fires while its condition holds for any subject. GET `/problems` names them."""
 
     name: Annotated[str, doc("Name of the alert.")]
     firing: Annotated[bool, doc("Whether it fires now.")]
     since: Annotated[int | None, doc("When it began to fire, in Unix ms, or null.")]
-    value: Annotated[float, doc("The measured value.")]
+    value: Annotated[float, doc("The worst measured value; 0 while it does not fire.")]
     threshold: Annotated[float, doc("The value from which it fires.")]
-    hint: Annotated[str, doc("What to check while it fires; otherwise the current state.")]
+    hint: Annotated[str, doc("The worst problem and what to do while it fires; otherwise the normal state.")]
     severity: Annotated[AlertSeverity, doc("How urgent it is: `critical`, `warning` or `notice`.")] = "warning"
 
 
@@ -738,7 +740,7 @@ class DeliveryView(Struct, frozen=True):
     id: Annotated[int, doc("Number of the delivery.")]
     state: Annotated[DeliveryState, doc("`waiting`, `delivered` or `dead-lettered`.")]
     type: Annotated[str, doc("Type of the message.")]
-    subject: Annotated[str, doc("What it is about: `jobs/ID`, `queues/NAME`, `alerts/NAME`.")]
+    subject: Annotated[str, doc("What it is about: `jobs/ID`, `queues/NAME`, `problems/ID`.")]
     event_id: Annotated[str, doc("Id of the message: its header `webhook-id`.")]
     seq: Annotated[int | None, doc("Position of the event in the event log. Null if it is not an event.")]
     at: Annotated[int, doc("When the delivery was created, in Unix ms.")]

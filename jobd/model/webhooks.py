@@ -8,6 +8,7 @@ from msgspec import Meta, Struct
 
 from jobd.model.events import HEARTBEATS, Event, EventType
 from jobd.model.job import DAY_MS, SECOND_MS
+from jobd.model.problems import Problem
 from jobd.model.responses import DeliveryState
 
 WebhookName = Annotated[
@@ -19,9 +20,11 @@ WebhookName = Annotated[
 ]
 DELIVERY_STATES: Final[tuple[DeliveryState, ...]] = get_args(DeliveryState)
 
-FIRING: Final = "alert.firing"
-RESOLVED: Final = "alert.resolved"
-ALERTS: Final = (FIRING, RESOLVED)
+OPENED: Final = "problem.opened"
+CHANGED: Final = "problem.changed"  # it became much worse
+CLOSED: Final = "problem.closed"
+MANY: Final = "problem.many"  # instead of a message for each, if very many problems open or close at once
+PROBLEMS: Final = (OPENED, CHANGED, CLOSED, MANY)
 EVENTS_GONE: Final = "events.gone"  # sent to a webhook that missed events
 GAP_PENDING: Final = -1  # WebhookCursor.gone_to if a gap has not been reported yet
 MAX_BACKLOG: Final = 10_000  # per webhook: waiting deliveries, and dead-lettered ones that are kept
@@ -35,13 +38,13 @@ def webhook_type(event_type: str) -> str:
 
 
 _TYPES: Final = {each: webhook_type(each) for each in get_args(EventType)}
-TYPES: Final = (*_TYPES.values(), *ALERTS)  # that a webhook can subscribe to
+TYPES: Final = (*_TYPES.values(), *PROBLEMS)  # that a webhook can subscribe to
 # What patterns match: all but progress and extensions, which are frequent.
 _QUIET: Final = frozenset(TYPES) - {webhook_type(each) for each in HEARTBEATS}
 
 
 def types_matching(pattern: str) -> frozenset[str]:
-    """Return the types that `pattern` matches: a type, `job.*`, `queue.*`, `alert.*` or `*`. Empty if it is invalid.
+    """Return the types that `pattern` matches: a type, `job.*`, `queue.*`, `problem.*` or `*`. Empty if it is invalid.
 
     No pattern matches `job.progress` and `job.extended`.
     """
@@ -81,12 +84,12 @@ class WebhookEndpoint(Struct, frozen=True):
 
     @property
     def reads_events(self) -> bool:
-        """Whether it subscribes to more than alerts."""
-        return not self.events <= set(ALERTS)
+        """Whether it subscribes to more than problems."""
+        return not self.events <= set(PROBLEMS)
 
     @property
-    def wants_alerts(self) -> bool:
-        return not self.events.isdisjoint(ALERTS)
+    def wants_problems(self) -> bool:
+        return not self.events.isdisjoint(PROBLEMS)
 
 
 class Delivery(Struct, frozen=True, gc=False):
@@ -118,7 +121,7 @@ class WebhookCursor(Struct, frozen=True, gc=False):
     position: int
     gone_to: int = 0  # gaps up to this event were reported; GAP_PENDING: one was not
     next_delivery: int = 1  # higher numbers are unused or belong to other webhooks
-    alerts: dict[str, int] = {}  # alerts reported as firing, and since when (Unix ms)
+    alerts: dict[str, int] = {}  # ids of problems reported as open, and when the latest message about each was made
     updated_at: int = 0
 
 
@@ -144,11 +147,24 @@ class DeliveryOutcome(Struct, frozen=True):
 
 
 class FailingWebhook(Struct, frozen=True):
-    """A webhook that has been failing for `for_ms`. `error` is the latest."""
+    """A webhook that has been failing for `for_ms`. `error` is the latest, `waiting` counts its messages."""
 
     name: str
     for_ms: int
     error: str
+    waiting: int = 0
+    wants_problems: bool = False
+
+
+class OpenProblems(Struct, frozen=True):
+    """The open problems. `changed_at` is when each became much worse (Unix ms), or 0.
+
+    Unless `is_settled`, a problem that is not among them may still be open.
+    """
+
+    problems: list[Problem]
+    changed_at: dict[str, int]
+    is_settled: bool = True
 
 
 class WebhookMetrics(Struct, frozen=True):

@@ -37,14 +37,14 @@ class WebhookSection(Struct, frozen=True, forbid_unknown_fields=True):
     url: str
     """Receiver: `https://HOST/PATH`, or `http://` if `allow_private` is set."""
     events: list[str] = field(default_factory=lambda: ["*"])
-    """Event types or patterns: `job.completed`, `job.*`, `queue.*`, `alert.*`, `*`.
+    """Event types or patterns: `job.completed`, `job.*`, `queue.*`, `problem.*`, `*`.
 
     `job.progress` and `job.extended` must be named; no pattern includes them.
     """
     queues: list[str] = []
     """Send events of jobs in these queues only. Empty: all queues.
 
-    Alerts are always sent.
+    Problems are always sent.
     """
     secret: str | list[str] = ""
     """Signing secret, `whsec_…`. During a rotation, a list of up to three, newest first.
@@ -106,7 +106,7 @@ def _setting(table: Any, duration: Callable[[str], int]) -> WebhookSetting:
     events: frozenset[str] = frozenset()
     for pattern in section.events:
         if not (found := types_matching(pattern)):
-            known = ", ".join(("*", "job.*", "queue.*", "alert.*", *TYPES))
+            known = ", ".join(("*", "job.*", "queue.*", "problem.*", *TYPES))
             raise BadWebhook(f"events: {pattern!r} is not an event type. Known: {known}")
         events |= found
     if not events:

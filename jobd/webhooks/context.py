@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from msgspec import Struct
 
 from jobd.model.commands import Moment
-from jobd.model.responses import AlertView
 from jobd.model.storage import OutboxStorage
-from jobd.model.webhooks import Delivery
+from jobd.model.webhooks import Delivery, OpenProblems
 from jobd.webhooks.message import Message
 from jobd.webhooks.retry import RetryPolicy
 
@@ -22,7 +21,7 @@ class DispatchContext(Struct):
     source: str  # the CloudEvents source of this daemon
     may_write: Callable[[], bool]  # False while the disk is full: the remaining space is for jobs that end
     may_send: Callable[[], bool]  # False if another node may lead, which sends the same messages
-    alerts: Callable[[], Sequence[AlertView] | None]  # None until the alerts are known
+    problems: Callable[[], OpenProblems | None]  # None until they are known
     chance: Callable[[], float]  # 0 to 1
     retry_policy: RetryPolicy = RetryPolicy()
     next_delivery: int = 1

@@ -38,7 +38,7 @@ log = structlog.get_logger("jobd.webhooks")
 
 
 class Dispatcher:
-    """Delivers from `run` until `stop`. Call `committed` with every commit, and `wake` when alerts change."""
+    """Delivers from `run` until `stop`. Call `committed` with every commit, and `wake` when problems change."""
 
     def __init__(
         self, endpoint: WebhookEndpoint, outbox: Outbox, context: DispatchContext, stats: DeliveryStats
@@ -79,7 +79,7 @@ class Dispatcher:
         self._wake.set()
 
     def wake(self) -> None:
-        """Wake up because alerts changed."""
+        """Wake up because problems changed."""
         self._wake.set()
 
     def committed(self, changes: Sequence[Event]) -> None:
@@ -166,7 +166,7 @@ class Dispatcher:
         try:
             wait_s = await self._round(transport)
         except CannotWrite as error:
-            self._deliver_alerts_directly(transport)
+            self._deliver_problems_directly(transport)
             if not self._is_failing:
                 log.warning("webhook_waits", webhook=self.endpoint.name, reason=str(error))
             wait_s, self._is_failing = DISK_FULL_RETRY_S, True
@@ -189,7 +189,7 @@ class Dispatcher:
             )
             await self.reader.save()
         else:
-            self._deliver_alerts_directly(transport)
+            self._deliver_problems_directly(transport)
         may_send = self._context.may_send()
         if may_send and not self._outcomes:  # while results cannot be stored, messages would be sent repeatedly
             await self._start_deliveries(transport)
@@ -278,8 +278,8 @@ class Dispatcher:
             )
             return DeliveryOutcome(None, f"This is a bug in jobd: {type(bug).__name__}.")
 
-    def _deliver_alerts_directly(self, transport: HttpTransport) -> None:
-        """Deliver alerts while the outbox cannot be written. The outbox delivers them again once it can be written."""
+    def _deliver_problems_directly(self, transport: HttpTransport) -> None:
+        """Deliver messages about problems while the outbox cannot be written. The outbox delivers them again later."""
         if not self._context.may_send():
             return
         name = self.endpoint.name
@@ -293,7 +293,7 @@ class Dispatcher:
             log.info("webhook_told_without_outbox", **fields, error=outcome.error)
             return outcome
 
-        self.reader.alerts.deliver_directly(post)
+        self.reader.problems.deliver_directly(post)
 
     def _update_breaker(self, outcome: DeliveryOutcome, *, started_before_probe: bool = False) -> None:
         """Update statistics and breaker. The failure of a delivery that started before a probe does not open it."""
@@ -380,7 +380,7 @@ class Dispatcher:
 
     async def _shut_down(self, transport: HttpTransport) -> None:
         """Wait briefly for running deliveries and store the results. The rest is sent after the next start."""
-        running = [*self._in_flight.values(), *self.reader.alerts.in_flight()]
+        running = [*self._in_flight.values(), *self.reader.problems.in_flight()]
         if running:
             await asyncio.wait(running, timeout=GRACE_S)
         left = [task for task in running if not task.done()]

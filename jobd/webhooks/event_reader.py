@@ -16,9 +16,9 @@ from jobd.model.clocks import MonotonicS
 from jobd.model.events import Event
 from jobd.model.storage import EventPage
 from jobd.model.webhooks import EVENTS_GONE, GAP_PENDING, Delivery, WebhookCursor, WebhookEndpoint
-from jobd.webhooks.alert_source import AlertSource
 from jobd.webhooks.context import DispatchContext
 from jobd.webhooks.message import Message, event_message, gap_message
+from jobd.webhooks.problem_source import ProblemSource
 
 PAGE: Final = 100  # events per read, which takes less than 2 ms
 PAGE_PAUSE_S: Final = 0.002  # between two pages, so that workers get the disk
@@ -46,7 +46,7 @@ class EventReader:
         self.position = cursor.position if endpoint.reads_events else last
         self.newest = last
         self.has_unread = endpoint.reads_events
-        self.alerts = AlertSource(endpoint, cursor.alerts, context)
+        self.problems = ProblemSource(endpoint, cursor.alerts, context)
         self._endpoint = endpoint
         self._cursor = cursor  # as stored
         self._context = context
@@ -95,14 +95,14 @@ class EventReader:
         return waits
 
     async def read(self, *, has_room: bool, may_report_gaps: bool) -> None:
-        """Put alerts, and a page of events if there is room, into the outbox.
+        """Put changes of problems, and a page of events if there is room, into the outbox.
 
         Raises CannotWrite, in which case the next call reads the same events again. `may_report_gaps` is False while
         the outbox has a gap message.
         """
         now, source, name = self._context.moment().now, self._context.source, self._endpoint.name
-        messages, announced = self.alerts.poll(), self.alerts.announced
-        alerts = len(messages)
+        messages, announced = self.problems.poll(), self.problems.announced
+        problems = len(messages)
         gone_to, position = self._cursor.gone_to, self.position
         reached_end = False
         if gone_to == GAP_PENDING and may_report_gaps:
@@ -118,7 +118,7 @@ class EventReader:
             position = page.end
         if messages or announced != self._cursor.alerts:
             await self._write(messages, position, gone_to, announced)
-            self.alerts.written(alerts)
+            self.problems.written(problems)
         elif position != self.position:
             self.position = position
             self._note_unsaved()

@@ -88,8 +88,8 @@ class WebhookManager:
         for dispatcher in self._dispatchers.values():
             dispatcher.committed(changes)
 
-    def alerts_changed(self) -> None:
-        """Wake the dispatchers after an alert fired or was resolved."""
+    def problems_changed(self) -> None:
+        """Wake the dispatchers after problems opened, closed or became worse."""
         for dispatcher in self._dispatchers.values():
             dispatcher.wake()
 
@@ -192,14 +192,19 @@ class WebhookManager:
 
         return await asyncio.shield(act())
 
-    def worst(self) -> FailingWebhook | None:
-        """Return the endpoint that has been failing for the longest time, or None."""
-        failing = [
-            FailingWebhook(name, for_ms, self._stats[name].last_error or "")
+    def failing(self) -> list[FailingWebhook]:
+        """Return the endpoints whose deliveries fail now."""
+        return [
+            FailingWebhook(
+                name,
+                for_ms,
+                self._stats[name].last_error or "",
+                len(dispatcher.queue),
+                dispatcher.endpoint.wants_problems,
+            )
             for name, dispatcher in self._dispatchers.items()
             if (for_ms := dispatcher.failing_ms) is not None
         ]
-        return max(failing, key=lambda each: each.for_ms, default=None)
 
     def event_hold_ms(self) -> int:
         """Return how long events must be kept for lagging endpoints; 0 if there are none."""

@@ -6,15 +6,15 @@ import base64
 import binascii
 import hashlib
 import hmac
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any, Final
 
 import msgspec
 
 from jobd.model.events import Event, streamed_event
-from jobd.model.responses import AlertView
-from jobd.model.webhooks import EVENTS_GONE, FIRING, RESOLVED, TEST_TYPE, webhook_type
+from jobd.model.problems import Problem
+from jobd.model.webhooks import EVENTS_GONE, MANY, TEST_TYPE, webhook_type
 
 CONTENT_TYPE: Final = "application/cloudevents+json; charset=utf-8"
 PREFIX: Final = "whsec_"
@@ -77,11 +77,19 @@ def event_message(event: Event, source: str) -> Message:
     return Message(subject, kind, event_id, body, event.seq)
 
 
-def alert_message(alert: AlertView, at: int, source: str) -> Message:
-    """Return the message of an alert that fires or is resolved. `alert.since` is when it began to fire."""
-    subject, kind = f"alerts/{alert.name}", FIRING if alert.firing else RESOLVED
-    event_id = f"alert_{alert.name}_{alert.since}_{kind.partition('.')[2]}"
-    return Message(subject, kind, event_id, _body(source, subject, kind, event_id, at, alert))
+def problem_message(problem: Problem, kind: str, at: int, now: int, source: str) -> Message:
+    """Return the message of a problem that opens, becomes worse or closes. `at` is when it did, or when it opened."""
+    subject = f"problems/{problem.id}"
+    digest = hashlib.sha256(problem.id.encode()).hexdigest()[:16]
+    event_id = f"problem_{digest}_{at}_{kind.partition('.')[2]}"
+    return Message(subject, kind, event_id, _body(source, subject, kind, event_id, now, problem))
+
+
+def many_message(condition: str, counts: Mapping[str, int], names: Sequence[str], at: int, source: str) -> Message:
+    """Return the message that stands for many: how many problems opened, changed and closed, and the first names."""
+    subject, event_id = f"problems/{condition}", f"problem_{condition}_{at}_many"
+    data = {"condition": condition, **counts, "names": names}
+    return Message(subject, MANY, event_id, _body(source, subject, MANY, event_id, at, data))
 
 
 def gap_message(name: str, after: int, upto: int, at: int, source: str) -> Message:

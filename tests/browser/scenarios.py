@@ -62,7 +62,7 @@ class DashboardDaemon(ForkedDaemon):
         self.url = f"http://127.0.0.1:{self.port}"
         places = {"JOBD_ADMIN_LISTEN": f"127.0.0.1:{self.port}", "ADMIN_READONLY_TOKEN_FILE": str(readers)}
         super().__init__(directory, config, **places)
-        self.variant = "prompt_alerts"  # alerts fire at once
+        self.variant = "prompt_problems"  # alerts fire at once
 
     def do(self, path: str, **body: Any) -> Any:
         """Send a POST to the worker API and return its data."""

@@ -20,6 +20,7 @@ from msgspec.structs import replace
 from jobd.cli.ctl import plan_commands as ctl_plan
 from jobd.client import InvalidRequest, JobdError, JobView
 from jobd.model import responses
+from jobd.model.problems import ProblemList
 from tests.support.cli_harness import JOB_FIELDS, READ_ONLY_TOKEN, TOKEN, CliDaemon, Jobctl, fields_of, on_a_terminal
 
 
@@ -468,12 +469,13 @@ def test_resume_of_an_unknown_queue_says_so(jobctl: Jobctl) -> None:
 
 _SHAPES: Final = {
     "stats": fields_of(responses.StatsView),
-    "health": fields_of(responses.HealthView) - {"journal"},  # of a cluster
+    "health": fields_of(responses.HealthView) - {"journal", "problems", "criticalProblems"},
     "cleanup": fields_of(responses.CleanupReport),
     "recover-stuck": fields_of(responses.RecoverStuckView),
     "clock": fields_of(responses.ClockView),
     "reports": {"reports"},
-    "alerts": {"alerts"},
+    "status": fields_of(ProblemList),
+    "alerts": fields_of(ProblemList),
     "workers": {"workers", "by_state", "groups", "since"},
     "locks": {"locks"},
     "queues": {"queues"},
@@ -485,9 +487,8 @@ _SHAPES: Final = {
 def test_figures_and_lists_have_the_shapes_of_the_api_and_a_table(verb: str, shape: set[str], jobctl: Jobctl) -> None:
     found = jobctl.json(verb)
     assert set(found) == shape
-    if verb in ("reports", "alerts"):
-        view = responses.CleanupReport if verb == "reports" else responses.AlertView
-        assert set(found[verb][0]) == fields_of(view)
+    if verb == "reports":
+        assert set(found[verb][0]) == fields_of(responses.CleanupReport)
     code, out, err = jobctl.run(verb)
     assert (code, bool(out or err)) == (0, True), err
 

@@ -35,7 +35,7 @@ from jobd.cli.daemon.main import jobd as jobd_program
 from jobd.client.worker.command_worker import FIELDS, PREFIX
 from jobd.model import commands, errors, events, responses
 from jobd.model.commands import STREAMED_COMMANDS
-from jobd.monitoring import alerts
+from jobd.monitoring.problems.catalogue import CONDITIONS
 from tests import ROOT
 from tests.conftest import tool_missing
 from tests.support import api_reference, config_reference, python_reference
@@ -240,12 +240,15 @@ def test_every_event_type_is_documented() -> None:
     assert [ticked(name)[0] for name, _ in rows(API, "type", "what happened")] == list(get_args(events.EventType))
 
 
-def test_every_alert_is_documented_with_its_threshold() -> None:
-    table = {ticked(name)[0]: ticked(threshold) for name, _, threshold, _ in rows(OPERATIONS, "alert", "fires when")}
-    assert tuple(table) == alerts.NAMES, "docs/operations.md: each alert has a row, in the order of alerts.SEVERITIES"
-    severities = {ticked(name)[0]: severity for name, _, _, severity in rows(OPERATIONS, "alert", "fires when")}
-    assert severities == alerts.SEVERITIES
-    thresholds = {key for keys in table.values() for key in keys}
+def test_every_condition_is_documented_with_its_threshold() -> None:
+    table = {
+        ticked(name)[0]: (severity, ticked(alert), ticked(threshold))
+        for name, _, _, threshold, severity, alert in rows(OPERATIONS, "condition", "subject", "opens when")
+    }
+    declared = {each.name: (each.severity, [each.alert] if each.alert else []) for each in CONDITIONS}
+    assert {name: row[:2] for name, row in table.items()} == declared
+    assert list(table) == list(declared), "docs/operations.md: each condition has a row, in the order of CONDITIONS"
+    thresholds = {key for row in table.values() for key in row[2]}
     assert thresholds == {key for key in config.KEYS if key.startswith("alerts.")}
 
 

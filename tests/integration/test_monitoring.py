@@ -29,8 +29,8 @@ from jobd.cli.daemon.main import jobd as jobd_program
 from jobd.core.stats import HOURS_NEEDED, SAMPLES_NEEDED, Counters, DurationBaseline, Histogram
 from jobd.engine.actor import COMMIT_BUCKETS_S
 from jobd.model.responses import ClusterView
-from jobd.monitoring import alerts
 from jobd.monitoring.metrics import cluster_metrics
+from jobd.monitoring.problems.catalogue import ALERTS
 from jobd.storage.store import Store
 from tests import ROOT
 from tests.conftest import tool_missing
@@ -50,7 +50,7 @@ UNREACHABLE_WEBHOOK: Final = f"""
 name = "nobody"
 url = "http://127.0.0.1:9/"
 allow_private = true
-events = ["alert.*"]
+events = ["problem.*"]
 secret = "whsec_{"c2VjcmV0" * 4}"
 """
 
@@ -130,7 +130,7 @@ def scraped(families: list[Metric]) -> dict[str, list[dict[str, str]]]:
     for family in [*families, *(make() for make in of_leader)]:
         for sample in family.samples:
             found.setdefault(sample.name, []).append(sample.labels)
-    found["jobd_alert_firing"] += [{"alert": name} for name in alerts.CLUSTER_NAMES]
+    found["jobd_alert_firing"] += [{"alert": each.alert} for each in ALERTS.values() if each.of_cluster]
     return found
 
 
@@ -192,7 +192,7 @@ def test_every_rule_explains_its_threshold() -> None:
 
 def test_every_alert_of_jobd_has_a_rule() -> None:
     meant = [re.findall(r'jobd_alert_firing\{alert="(\w+)"\} == 1', rule.expr) for rule in groups()[0].rules]
-    assert meant == [[name] for name in alerts.NAMES], "jobd.rules.yml: each alert has a rule, in the order of NAMES"
+    assert meant == [[name] for name in ALERTS], "jobd.rules.yml: each alert has a rule, in the order of ALERTS"
 
 
 def test_rules_use_metrics_that_a_daemon_exports(scraped: dict[str, list[dict[str, str]]]) -> None:
@@ -252,6 +252,8 @@ def nodes(first: str, second: str) -> dict[str, str]:
 
 MIB: Final = 1 << 20
 
+PROBLEM: Final = '{condition="no_workers", severity="critical", instance="a", job="jobd"}'
+WARNING: Final = '{condition="waits", severity="warning", instance="a", job="jobd"}'
 WEBHOOK: Final = 'jobd_webhook_deliveries_total{{outcome="{}", endpoint="e", instance="a", job="jobd"}}'
 
 # When to evaluate, series for which the rule fires (one value a minute), and series for which it does not.
@@ -277,6 +279,12 @@ SEEN: Final[dict[str, tuple[str, dict[str, str], dict[str, str]]]] = {
     "JobdTwoPrimaries": firing("two_primaries"),
     "JobdDatabaseHorizon": firing("database_horizon"),
     "JobdClocksDiffer": firing("clocks_differ"),
+    "JobdCriticalProblem": gauge("jobd_problems", 1, 0, PROBLEM),
+    "JobdNewProblem": (
+        "20m",
+        {f"jobd_problems_opened_total{WARNING}": "1x10 2x10"},
+        {f"jobd_problems_opened_total{WARNING}": "2x240"},
+    ),
     "JobdDown": gauge("up", 0, 1),
     "JobdAbsent": ("6m", {}, {f"jobd_build_info{JOBD}": "1x240"}),
     "JobdNoLeader": ("20m", nodes("0x240", "0x240"), nodes("0x240", "1x240")),

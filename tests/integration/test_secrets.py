@@ -52,7 +52,7 @@ class TokenDaemon:
         places = {f"JOBD_{name.upper()}_LISTEN": f"127.0.0.1:{port}" for name, port in self.ports.items()}
         files = {f"JOBD_{name.upper()}_TOKEN_FILE": str(path) for name, path in self.files.items()}
         config = f"[log]\nlevel = 'debug'\n{more}"
-        self.daemon = DaemonProcess(directory, config, variant="prompt_alerts", **places, **files)
+        self.daemon = DaemonProcess(directory, config, variant="prompt_problems", **places, **files)
         del self.daemon.environ["ADMIN_TOKEN"]
         self.said: list[tuple[str, str]] = []
 
@@ -164,7 +164,7 @@ def hooks(tmp_path: Path) -> Iterator[tuple[str, Receiver]]:
         places["no-tls"] = f"https://127.0.0.1:{ports['no-http']}"
         receiver = stack.enter_context(Receiver())
         blocks = [_block(name, f"{place}{PLACE}", "job.created") for name, place in places.items()]
-        blocks.append(_block("receiver", f"http://127.0.0.1:{receiver.port}{PLACE}", "alert.*"))
+        blocks.append(_block("receiver", f"http://127.0.0.1:{receiver.port}{PLACE}", "problem.*"))
         yield "[alerts]\nwebhook_failing = '0'\n" + "".join(blocks), receiver
 
 

@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -268,17 +269,54 @@ def test_a_reload_applies_new_webhooks(tmp_path: Path, receiver: Receiver) -> No
         assert daemon.stop() == 0
 
 
+def _has_received(expected: tuple[str, str], messages: list[ReceivedMessage]) -> bool:
+    return expected in map(subject_and_type, messages)
+
+
+def test_two_queues_without_workers_are_two_problems(tmp_path: Path, receiver: Receiver) -> None:
+    """The first is cured and comes again: its messages are its own, and the other keeps its start."""
+    mail, billing = "problems/no_workers/mail", "problems/no_workers/billing"
+    settings = config(receiver, 'events = ["problem.*"]', rest="[alerts]\nqueue_without_workers = '0'")
+
+    def problems(daemon: DaemonProcess) -> dict[str, int]:
+        return {each["id"]: each["since"] for each in daemon.admin("GET", "problems").data["problems"]}
+
+    with ForkedDaemon(tmp_path, settings, variant="prompt_problems") as daemon:
+        for queue in ("mail", "billing"):
+            daemon.post("/v1/claim", {"worker": f"w-{queue}", "queues": [queue]})
+            daemon.post(f"/v1/workers/w-{queue}/goodbye", {})
+            daemon.post("/v1/jobs", {"id": f"{queue}-1", "queue": queue})
+            opened = (f"problems/no_workers/{queue}", "problem.opened")
+            receiver.wait_for(partial(_has_received, opened))
+        before = problems(daemon)
+        assert before.keys() == {"no_workers/mail", "no_workers/billing"}
+        lock_id = daemon.post("/v1/claim", {"worker": "w-2", "queues": ["mail"]}).data["grants"][0]["lock_id"]
+        receiver.wait_for(partial(_has_received, (mail, "problem.closed")))
+        assert problems(daemon) == {"no_workers/billing": before["no_workers/billing"]}
+        daemon.post("/v1/jobs/mail-1/release", {"lock_id": lock_id})
+        daemon.post("/v1/workers/w-2/goodbye", {})
+        receiver.wait_for(lambda messages: subject_and_type(messages[-1]) == (mail, "problem.opened"))
+        assert [subject_and_type(each) for each in receiver.received] == [
+            (mail, "problem.opened"),
+            (billing, "problem.opened"),
+            (mail, "problem.closed"),
+            (mail, "problem.opened"),
+        ]
+        metrics = daemon.admin("GET", "/metrics").body.decode()
+        assert 'jobd_problems_opened_total{condition="no_workers",severity="critical"} 3.0' in metrics
+
+
 @pytest.mark.slow
-def test_the_alert_about_a_full_disk_is_delivered_while_it_is_full(
+def test_the_problem_of_a_full_disk_is_delivered_while_it_is_full(
     tmp_path: Path, small_disk: Path, receiver: Receiver
 ) -> None:
     def messages_of_type(type_: str) -> list[bytes]:
         return [each.body for each in receiver.received if each.event["type"] == type_]
 
     rest = "[alerts]\ndisk_free_percent = 0\ndisk_free_bytes = 0"
-    settings = config(receiver, 'events = ["alert.*", "job.created"]', rest=rest)
+    settings = config(receiver, 'events = ["problem.*", "job.created"]', rest=rest)
     with ForkedDaemon(
-        tmp_path, settings, variant="prompt_alerts", JOBD_STORE_PATH=str(small_disk / "jobd.db")
+        tmp_path, settings, variant="prompt_problems", JOBD_STORE_PATH=str(small_disk / "jobd.db")
     ) as daemon:
         filler = small_disk / "filler"
 
@@ -293,25 +331,25 @@ def test_the_alert_about_a_full_disk_is_delivered_while_it_is_full(
                     return reply
 
         def is_in_outbox() -> bool:
-            """Return whether the alert was delivered from the outbox."""
+            """Return whether the problem was delivered from the outbox."""
             page = daemon.admin("GET", "webhooks/billing/deliveries?state=delivered").data
-            return any(each["type"] == "alert.firing" for each in page["deliveries"])
+            return any(each["type"] == "problem.opened" for each in page["deliveries"])
 
         rejected()
         daemon.admin("GET", "health")  # measures at once
-        receiver.wait_for(lambda _: bool(messages_of_type("alert.firing")))
+        receiver.wait_for(lambda _: bool(messages_of_type("problem.opened")))
         assert rejected().error == "storage_full", "it is still full"
         no = daemon.admin("POST", "webhooks/billing/test", {})
         assert (no.status, no.error) == (507, "storage_full")
         assert f"bytes free at {small_disk}/jobd.db" in no.body["message"]
-        message = messages_of_type("alert.firing")[0]
-        assert json.loads(message)["data"]["name"] == "database"
+        message = messages_of_type("problem.opened")[0]
+        assert json.loads(message)["data"]["condition"] == "disk"
         filler.unlink()
         daemon.wait_for_log(b"event=disk_has_room")
         poll_until(is_in_outbox)
-        assert set(messages_of_type("alert.firing")) == {message}
+        assert message in messages_of_type("problem.opened")
         assert daemon.post("/v1/jobs", {"id": "after"}).status == 201
         receiver.wait_for(lambda messages: has_message_about("after", messages))
         daemon.admin("GET", "health")
-        receiver.wait_for(lambda _: bool(messages_of_type("alert.resolved")))
+        receiver.wait_for(lambda _: bool(messages_of_type("problem.closed")))
         assert daemon.stop() == 0

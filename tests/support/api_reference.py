@@ -19,6 +19,7 @@ from jobd.api.probes import Probe
 from jobd.http.routing import Route
 from jobd.model import calls, events, responses
 from jobd.model.api_call import LINES
+from jobd.model.problems import Cure, Problem, ProblemList, Subject
 from jobd.model.requests import NoFields
 from tests import ROOT
 
@@ -80,6 +81,10 @@ SHAPES: Final[dict[str, Any]] = {
     "reports": responses.ReportList,
     "alerts": responses.AlertList,
     "alert": responses.AlertView,
+    "problems": ProblemList,
+    "problem": Problem,
+    "subject": Subject,
+    "cure": Cure,
     "webhooks": responses.WebhookList,
     "webhook": responses.WebhookView,
     "deliveries": responses.DeliveryPage,

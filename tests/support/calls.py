@@ -17,8 +17,20 @@ from jobd.model import requests as wire
 from jobd.model.api_call import calls_of
 from jobd.model.commands import AnyCommand, Command
 from jobd.model.job import Status
+from jobd.model.problems import Cure, Problem, ProblemList, Subject
 
 AT: Final = 1_700_000_000_000
+PROBLEM: Final = Problem(
+    id="no_workers/mail/receipt",
+    condition="no_workers",
+    severity="critical",
+    subject=Subject(type="pair", queue="mail", kind="receipt"),
+    since=AT,
+    jobs=962,
+    title="962 jobs are due, and no worker takes them.",
+    cure=[Cure("Start a worker", "jobctl run --queue mail -- CMD")],
+)
+PROBLEMS: Final = ProblemList([PROBLEM], evaluated_at=AT)
 ALERT: Final = responses.AlertView("stuck_jobs", False, None, 0, 5, "look at the workers")
 BACKUP: Final = responses.BackupView("b1", "copying", 4096, 8192, 3, AT, None, None)
 REPORT: Final = responses.CleanupReport(AT, 1, 2, 3, 4, 5, 6, [], True)
@@ -227,6 +239,7 @@ def _others() -> Iterator[Example]:
     yield Example(daemon.detect_and_recover_stuck_jobs, wire.WithReason("r"), result=recovered)
     yield Example(daemon.reports, wire.Reports(limit=5), result=responses.ReportList([REPORT]))
     yield Example(daemon.alerts, wire.NoFields(), result=responses.AlertList([ALERT]))
+    yield Example(daemon.problems, wire.Problems(severity="critical", queue="mail"), result=PROBLEMS)
     yield Example(daemon.clock, wire.NoFields(), result=responses.ClockView(AT, True, "30 days ahead"))
     accepted = responses.ClockView(AT, False, "The wall clock agrees with the last stored time.")
     yield Example(daemon.accept_clock, wire.WithReason("r"), result=accepted)

@@ -33,7 +33,7 @@ HEADER: Final = """\
 # docs/configuration.md describes every key in full.
 """
 FOOTER: Final = """\
-# Receivers of signed HTTP messages about events and alerts. Each webhook has its own block:
+# Receivers of signed HTTP messages about events and problems. Each webhook has its own block:
 #
 #   [[webhooks]]
 """

@@ -30,7 +30,8 @@ from jobd.journal import record
 from jobd.maintenance.artifact_sweeper import ArtifactSweeper
 from jobd.model.commands import Create
 from jobd.model.storage import DiskFull, JobQuery
-from jobd.monitoring.alerts import Alerts
+from jobd.monitoring.problems import board, pairs
+from jobd.monitoring.problems.board import Problems
 from jobd.storage import store
 from jobd.storage.artifacts.base import Margins
 from jobd.storage.artifacts.filesystem import FileArtifactStore
@@ -54,9 +55,11 @@ def hung_actor() -> None:
     signal.signal(signal.SIGUSR2, lambda *_: _set(Actor, _turn=hang))
 
 
-def prompt_alerts() -> None:
-    """Make alerts fire and resolve as soon as a check finds a change."""
-    _set(serving, Alerts=partial(Alerts, hold_ms=0, clear_ms=0))
+def prompt_problems() -> None:
+    """Evaluate problems without a pause, and open and close them at once. No time passes before jobs lack workers."""
+    _set(board, EVALUATE_EVERY_S=0.05, DUE_FOR_MS=0, SETTLED_MS=0)
+    _set(pairs, SETTLED_MS=0)
+    _set(serving, Problems=partial(Problems, hold_ms=0, clear_ms=0))
 
 
 def dot_names() -> None:

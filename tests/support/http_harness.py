@@ -32,6 +32,7 @@ from jobd.model.calls import AdminQueueCalls, DaemonCalls, ManyJobCalls, StoreCa
 from jobd.model.clocks import LockMs
 from jobd.model.commands import Command, IdempotencyKey, MakePlan, Moment, Operator, TakeBack
 from jobd.model.errors import ApiError
+from jobd.model.problems import ProblemList
 from jobd.model.responses import (
     AlertView,
     BackupView,
@@ -57,7 +58,7 @@ from jobd.model.storage import DiskSpace
 from jobd.monitoring.timeseries import Timeseries
 from jobd.storage.artifacts.downloads import Downloads
 from tests.conftest import tool_missing
-from tests.support.calls import ALERT, BACKUP, DELIVERY, PLAN, REPORT, WEBHOOK, result_of
+from tests.support.calls import ALERT, BACKUP, DELIVERY, PLAN, PROBLEMS, REPORT, WEBHOOK, result_of
 from tests.support.memory_storage import MemoryStorage
 
 TOKEN = "canary-token-0123456789abcdef"
@@ -175,6 +176,7 @@ class Fakes:
     def __init__(self) -> None:
         self.status: HealthStatus = "healthy"
         self.alerts = [ALERT]
+        self.problems = PROBLEMS
         self.oldest_due: OldestDue | None = None
         self.metrics_text = b"jobd_stalled_jobs 0\n"
         self.alive = True
@@ -315,7 +317,7 @@ class FakeWebhooks:
 
 
 class FakeMonitoring:
-    """Health, alerts and metrics."""
+    """Health and metrics."""
 
     def __init__(self, fakes: Fakes) -> None:
         self._fakes = fakes
@@ -329,14 +331,22 @@ class FakeMonitoring:
     async def space(self) -> DiskSpace:
         return DiskSpace(DISK.path, DISK.free_bytes, DISK.total_bytes)
 
-    def evaluate(self) -> list[AlertView]:
-        return self._fakes.alerts
-
     async def render(self) -> bytes:
         return self._fakes.metrics_text
 
     async def vitals(self) -> ProcessStats:
         return ProcessStats(3, 2, 0.005, 0.001, 1 << 20, 1 << 10, 61_000, self._fakes.oldest_due)
+
+
+class FakeProblems:
+    def __init__(self, fakes: Fakes) -> None:
+        self._fakes = fakes
+
+    def alerts(self) -> list[AlertView]:
+        return self._fakes.alerts
+
+    def view(self, severity: str | None = None, queue: str | None = None) -> ProblemList:
+        return self._fakes.problems
 
 
 class FakeFailures:
@@ -358,6 +368,7 @@ def make_services(actor: Any, fakes: Fakes) -> Services:
         "backups": FakeBackups(fakes),
         "failures": FakeFailures(),
         "planner": FakePlanner(fakes),
+        "problems": FakeProblems(fakes),
         "scrubber": FakeScrubber(),
         "timeseries": Timeseries(0),
         "webhooks": FakeWebhooks(fakes),
@@ -365,7 +376,6 @@ def make_services(actor: Any, fakes: Fakes) -> Services:
     }
     return Services(
         actor=actor,
-        alerts=monitoring,
         health=monitoring,
         metrics=monitoring,
         feed=event_feed.EventFeed(fakes.storage, 0, 3),

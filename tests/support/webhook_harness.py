@@ -12,9 +12,9 @@ from typing import Any, cast
 from jobd.model.clocks import LockMs
 from jobd.model.commands import Moment
 from jobd.model.events import Event
-from jobd.model.responses import AlertView
+from jobd.model.problems import Problem, Subject
 from jobd.model.storage import OutboxStorage
-from jobd.model.webhooks import Delivery, DeliveryOutcome, WebhookEndpoint
+from jobd.model.webhooks import Delivery, DeliveryOutcome, OpenProblems, WebhookEndpoint
 from jobd.storage.store import Store
 from jobd.webhooks.context import DispatchContext
 from jobd.webhooks.manager import WebhookManager
@@ -95,7 +95,9 @@ class WebhookHarness:
         self.posts = posts
         self.maker = maker
         self.clock = clock
-        self.firing: dict[str, int] | None = {}  # firing alert -> since
+        self.firing: dict[str, int] | None = {}  # id of an open problem -> since
+        self.changed_at: dict[str, int] = {}
+        self.is_settled = True
         self.may_write = self.may_send = True
         self.listeners: list[Callable[[Any], None]] = []
         self.context = DispatchContext(
@@ -104,17 +106,22 @@ class WebhookHarness:
             source="/jobd/test",
             may_write=lambda: self.may_write,
             may_send=lambda: self.may_send,
-            alerts=self._alerts,
+            problems=self._problems,
             chance=lambda: 0.5,
             retry_policy=FAST_RETRY,
         )
         self.webhooks = WebhookManager(self.context, subscribe=self.listeners.append, make_transport=cast(Any, posts))
 
-    def _alerts(self) -> list[AlertView] | None:
+    def _problems(self) -> OpenProblems | None:
         if self.firing is None:
             return None
-        names = ("stalled_jobs", "database")
-        return [AlertView(name, name in self.firing, self.firing.get(name), 1.0, 0.0, "Look.") for name in names]
+        found = [
+            Problem(
+                id=id_, condition=id_.partition("/")[0], severity="warning", subject=Subject(type="daemon"), since=at
+            )
+            for id_, at in self.firing.items()
+        ]
+        return OpenProblems(found, self.changed_at, self.is_settled)
 
     async def commit(self, *changes: Event) -> None:
         batch = self.maker.batch(list(changes))
@@ -125,12 +132,12 @@ class WebhookHarness:
     def fire(self, name: str, at: int = NOW) -> None:
         assert self.firing is not None
         self.firing[name] = at
-        self.webhooks.alerts_changed()
+        self.webhooks.problems_changed()
 
     def resolve(self, name: str) -> None:
         assert self.firing is not None
         del self.firing[name]
-        self.webhooks.alerts_changed()
+        self.webhooks.problems_changed()
 
 
 @asynccontextmanager

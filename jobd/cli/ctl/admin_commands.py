@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Literal
 
@@ -20,6 +21,7 @@ from jobd.model.times import utc
 if TYPE_CHECKING:
     from jobd.client import AdminClient
     from jobd.model.commands import WorkerState
+    from jobd.model.problems import Severity
     from jobd.model.responses import PlanView, PreviewView, WorkerView
 
 _REASON: Final = reason_option("Stored in the audit log.")
@@ -32,12 +34,32 @@ def stats(as_json: bool) -> None:
     terminal.emit_json(view) if as_json else tables_admin.stats(view)
 
 
-@command(json_option, admin_options)
-def health(as_json: bool) -> int:
+@command(
+    click.option("--problems", is_flag=True, help="Also exit 1 if a problem is critical."), json_option, admin_options
+)
+def health(problems: bool, as_json: bool) -> int:
     """Show the health of the daemon. Exit 1 if it is unhealthy."""
     view = admin_client().health()
     terminal.emit_json(view) if as_json else tables_admin.health(view)
-    return exit_codes.FAILED if view.status == "unhealthy" else exit_codes.DONE
+    is_bad = view.status == "unhealthy" or (problems and bool(view.critical_problems))
+    return exit_codes.FAILED if is_bad else exit_codes.DONE
+
+
+@command(
+    click.option("--severity", type=click.Choice(["critical", "warning", "notice"]), help="List only these."),
+    click.option("--queue", type=QUEUE, help="List only problems of this queue."),
+    json_option,
+    admin_options,
+)
+def status(severity: Severity | None, queue: str | None, as_json: bool) -> int:
+    """List what needs an operator, the most urgent first. Exit 1 if a problem is critical or a warning."""
+    view = admin_client().problems(severity, queue)
+    terminal.emit_json(view) if as_json else tables_admin.problems(view)
+    return exit_codes.FAILED if any(each.severity != "notice" for each in view.problems) else exit_codes.DONE
+
+
+alerts = copy(status)  # an alias
+alerts.name = "alerts"
 
 
 @click.command()
@@ -214,17 +236,6 @@ def resume(queue: str, reason: str | None, as_json: bool) -> None:
     if not is_known:
         terminal.say(f"Queue {view.queue} has no jobs and was not paused. List the queues: jobctl queues")
     terminal.emit_json(view) if as_json else terminal.emit(f"{view.queue} is open")
-
-
-@click.command()
-@click.option("--firing", is_flag=True, help="List only firing alerts; exit 1 if there is one.")
-@json_option
-@admin_options
-def alerts(firing: bool, as_json: bool) -> int:
-    """List the alerts with their values and thresholds."""
-    found = [alert for alert in admin_client().alerts() if alert.firing or not firing]
-    terminal.show_list(tables_admin.FIRING if firing else tables_admin.ALERTS, found, as_json)
-    return exit_codes.FAILED if firing and found else exit_codes.DONE
 
 
 @click.command()

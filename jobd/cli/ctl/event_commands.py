@@ -85,7 +85,7 @@ def _from(position: int | None) -> str:
 @json_option
 @admin_options
 def top_command(interval: int, once: bool, as_json: bool) -> int:
-    """Watch jobs, throughput, queues, workers and alerts.
+    """Watch jobs, throughput, queues, workers and problems.
 
     Press q or Ctrl-C to exit. Rates cover the last 10 s, or one interval with --once or --json.
     """

@@ -36,7 +36,7 @@ _WORKER_API: Final = (
 _ADMIN_API: Final = (
     (
         "admin_commands",
-        "stats health alerts queues workers take-back late locks cleanup recover-stuck failures reports audit",
+        "status alerts stats health queues workers take-back late locks cleanup recover-stuck failures reports audit",
     ),
     ("admin_commands", "pause resume clock"),
     ("webhook_commands", "webhooks"),

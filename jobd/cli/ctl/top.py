@@ -20,7 +20,8 @@ from jobd.cli.terminal import GAP, Columns, ago
 from jobd.client import AdminClient, JobdError
 from jobd.client.retries import RETRIED
 from jobd.model.fields import MAX_PAGE
-from jobd.model.responses import AlertView, LockedJob, QueueView, StatsView
+from jobd.model.problems import Problem
+from jobd.model.responses import LockedJob, QueueView, StatsView
 from jobd.model.times import duration, utc
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ class TopFrame(Struct, frozen=True):
     over_s: float
     queues: list[QueueView]
     workers: list[WorkerRow]
-    alerts: list[AlertView]  # firing ones
+    problems: list[Problem]
     more_queues: bool = False  # not all queues were sampled
     gone: int = 0  # workers that are not listed
 
@@ -85,7 +86,7 @@ class Sampler:
             client.worker_page(limit=MAX_WORKERS),
             client.locks(limit=MAX_WORKERS),
         )
-        alerts = [alert for alert in client.alerts() if alert.firing]
+        problems = client.problems().problems
         per_second, over_s = self.rates(client.metrics())
         by_worker: dict[str, list[LockedJob]] = {}
         for lock in locks:
@@ -109,7 +110,7 @@ class Sampler:
             over_s,
             queues[:max_queues],
             workers,
-            alerts,
+            problems,
             more,
             seen.by_state["gone"] + seen.by_state["died"],
         )
@@ -204,7 +205,7 @@ def pause(wait_s: float) -> bool:
 def draw_once(frame: TopFrame) -> None:
     """Print one frame with all queues and workers."""
     out = terminal.console()
-    everything = 20 + len(frame.queues) + len(frame.workers) + len(frame.alerts)
+    everything = 20 + len(frame.queues) + len(frame.workers) + len(frame.problems)
     terminal.print_plain(out, render(frame, "", 2 * everything, out.width))
 
 
@@ -222,9 +223,9 @@ def render(frame: TopFrame, note: str, height: int, width: int) -> RenderableTyp
     from rich.console import Group
 
     head = _head(frame, note, width)
-    rows = rows_of(height - len(frame.alerts) - len(head) + HEAD)
-    alerts = _table(_ALERTS, frame.alerts, len(frame.alerts), width, "red") if frame.alerts else []
-    return Group(*head, *alerts, _line(""), *_queues(frame, rows, width), _line(""), *_workers(frame, rows, width))
+    rows = rows_of(height - len(frame.problems) - len(head) + HEAD)
+    problems = _table(_PROBLEMS, frame.problems, len(frame.problems), width, "red") if frame.problems else []
+    return Group(*head, *problems, _line(""), *_queues(frame, rows, width), _line(""), *_workers(frame, rows, width))
 
 
 def _head(frame: TopFrame, note: str, width: int) -> list[Text]:
@@ -257,10 +258,10 @@ def _packed(parts: Sequence[str], width: int) -> list[str]:
     return lines
 
 
-_ALERTS: Final[Columns] = {
-    "": lambda alert: f"{alert.severity.upper()} {alert.name}",
-    " ": lambda alert: f"{alert.value:g} / {alert.threshold:g}",
-    "  ": "hint",
+_PROBLEMS: Final[Columns] = {
+    "": lambda problem: f"{problem.severity.upper()} {problem.name}",
+    " ": terminal.ago("since"),
+    "  ": "title",
 }
 # The last four are omitted on a narrow terminal, and the pauses before them.
 _QUEUES: Final = ("QUEUE", "STATE", ">QUEUED", ">PROCESSING", "OLDEST DUE", ">FAILED", ">COMPLETED", ">CANCELLED")
@@ -310,7 +311,7 @@ def _table(
 
     lines, has_words = terminal.cells(columns, rows[:max_rows]), not spare
     is_right = [title.startswith(">") for title in columns]
-    lines = lines if lines[0][0] else lines[1:]  # alerts have no titles
+    lines = lines if lines[0][0] else lines[1:]  # problems have no titles
     drawn: list[RenderableType] = []
     if width >= terminal.UNBOUNDED:
         drawn += map(_line, terminal.aligned(lines, is_right))

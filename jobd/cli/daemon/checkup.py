@@ -38,7 +38,7 @@ def examine(client: AdminClient) -> list[Finding]:
         *_jobs(client),
         *_webhooks(client),
         *_metrics(client.metrics()),
-        *_alerts(client),
+        *_problems(client),
     ]
 
 
@@ -205,12 +205,11 @@ def _metrics(text: str) -> Iterator[Finding]:
                 yield Finding(threshold.where, threshold.describe(value), threshold.fix)
 
 
-def _alerts(client: AdminClient) -> Iterator[Finding]:
-    for alert in client.alerts():
-        if alert.firing:
-            since = terminal.when(alert.since)
-            what = f"{alert.severity}, firing since {since}: {alert.value:g}, threshold {alert.threshold:g}"
-            yield Finding(f"alert {alert.name}", what, alert.hint)
+def _problems(client: AdminClient) -> Iterator[Finding]:
+    for each in client.problems().problems:
+        what = f"{each.severity}, since {terminal.when(each.since)}: {each.title}"
+        fix = next((cure.command for cure in each.cure if cure.command), "jobctl status")
+        yield Finding(each.id, what, f"{each.cause} {fix}".strip())
 
 
 def check_rows(client: AdminClient) -> list[Finding]:

@@ -48,7 +48,7 @@ name = "billing"
 url = "{receiver}"
 allow_private = true
 secret = "whsec_{secret}"
-events = ["job.completed", "job.failed", "alert.*"]
+events = ["job.completed", "job.failed", "problem.*"]
 """
 _FIRST: Final[list[dict[str, Any]]] = [
     {

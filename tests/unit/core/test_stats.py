@@ -6,7 +6,7 @@ import msgspec
 import pytest
 
 from jobd.core import stats
-from jobd.core.stats import ATTEMPT_QUEUES, OTHER_QUEUES, PROCESSING_BUCKETS_S, Attempts, Counters, Histogram
+from jobd.core.stats import OTHER_QUEUES, PROCESSING_BUCKETS_S, Counters, Histogram
 from jobd.model import commands as cmd
 from jobd.model.events import Event
 from jobd.model.job import DAY_MS, HOUR_MS, MINUTE_MS, Job, Options
@@ -192,40 +192,6 @@ def test_every_event_is_counted_by_its_type(rules: RuleHarness) -> None:
     work(rules, "a", 1_000)
     work(rules, "b", 1_000)
     assert rules.state.counters.events == {"created": 2, "granted": 2, "completed": 2}
-
-
-def ended(queue: str, at: int, kind: str = "failed") -> Event:
-    return Event(1, at, kind, 1, "a", queue, "processing", "failed", "worker:w")  # type: ignore[arg-type]
-
-
-def test_attempts_count_for_sixty_steps_of_ten_seconds() -> None:
-    attempts = Attempts()
-    attempts.note([ended("q", NOW), ended("q", NOW + 9_999)])
-    assert len(attempts._steps) == 1
-    attempts.forget(NOW + 1)
-    attempts.forget(NOW + 10 * MINUTE_MS - 1)
-    assert attempts.by_queue == {"q": (2, 2)}
-    attempts.forget(NOW + 10 * MINUTE_MS)
-    assert attempts.by_queue == {}
-
-
-def test_attempts_of_very_many_queues_are_bounded() -> None:
-    attempts = Attempts()
-    attempts.note([ended(f"q-{number}", NOW) for number in range(ATTEMPT_QUEUES + 5)])
-    assert len(attempts.by_queue) == ATTEMPT_QUEUES
-    attempts.note([ended("q-0", NOW + 20_000, "completed"), ended("q-0", NOW + 20_000, "granted")])
-    assert attempts.by_queue["q-0"] == (2, 1)
-    attempts.forget(NOW + 10 * MINUTE_MS)
-    assert attempts.by_queue == {"q-0": (1, 0)}
-    attempts.forget(NOW - HOUR_MS)
-    assert attempts.by_queue == {}, "a clock that was set back"
-
-
-def test_force_failing_a_queued_job_ends_no_attempt(rules: CountingHarness) -> None:
-    rules.create("a")
-    attempts = Attempts()
-    attempts.note(rules.decide(cmd.ForceFail(id="a")).changes)
-    assert attempts.by_queue == {}
 
 
 def test_recoveries_count_for_ten_minutes_and_are_bounded() -> None:

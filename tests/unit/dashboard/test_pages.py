@@ -11,13 +11,16 @@ from typing import Any
 
 import pytest
 from msgspec import Raw
+from msgspec.structs import replace
 
 from jobd.dashboard import rendering
 from jobd.model.commands import AUDITED_ACTIONS
+from jobd.model.problems import ProblemList, Subject
 from jobd.model.responses import AlertView, OldestDue
 from jobd.monitoring.timeseries import SLOTS, STEPS
 from jobd.storage.artifacts.downloads import Downloads
 from jobd.storage.artifacts.filesystem import FileArtifactStore
+from tests.support.calls import PROBLEM
 from tests.support.dashboard_harness import (
     AUTH,
     PAGES,
@@ -256,8 +259,7 @@ async def test_a_command_in_a_hint_links_to_its_page(harness: DashboardHarness, 
     alert = AlertView("stuck_jobs", True, 1_700_000_000_000, 7, 5, hint)
     harness.admin.fakes.alerts = [alert]
     browser = await harness.browser()
-    for page in ("/", "/alerts"):
-        assert shown in text(await browser.get(page))
+    assert shown in text(await browser.get("/alerts"))
 
 
 async def test_actions_on_the_dashboard_are_audited(harness: DashboardHarness) -> None:
@@ -292,16 +294,21 @@ async def test_actions_on_the_dashboard_are_audited(harness: DashboardHarness) -
     assert {each["address"] for each in response.data["entries"]} == {"127.0.0.1"}
 
 
-async def test_firing_alerts_are_shown_with_their_hints(harness: DashboardHarness) -> None:
+async def test_problems_are_the_first_of_the_overview_and_counted_on_other_pages(harness: DashboardHarness) -> None:
     browser = await harness.browser()
-    firing = AlertView("stuck_jobs", True, 1_700_000_000_000, 7, 5, "look at <the> workers")
-    harness.admin.fakes.alerts = [firing]
+    many = [
+        replace(PROBLEM, title="look at <the> workers", subject=Subject(type="pair", queue=f"q-{n}")) for n in range(9)
+    ]
+    harness.admin.fakes.problems = ProblemList(many, [replace(PROBLEM, title="Paused: deploy")], 0, 1)
     page = text(await browser.get("/"))
-    assert "1 alert is firing:" in page
+    assert page.index("9 problems</h2>") < page.index("Jobs by status")
     assert "look at &lt;the&gt; workers" in page
+    assert "jobctl run --queue mail -- CMD" in page
+    assert "4 more of no_workers: q-5, q-6, q-7, q-8<" in page
+    assert "Paused: deploy" in page
     for target in PAGES:
         for headers in ({}, {"HX_Request": "true"}):
-            assert ("1 alert is firing:" in text(await browser.get(target, **headers))) == (target != "/alerts")
+            assert ("<strong>9 problems</strong>" in text(await browser.get(target, **headers))) == (target != "/")
 
 
 async def test_the_charts_show_an_hour_and_a_day(harness: DashboardHarness) -> None:

@@ -116,7 +116,7 @@ async def test_a_delivery_shows_its_outcome(harness: DashboardHarness) -> None:
     ended = replace(DELIVERY, due_at=None, ended_at=1_700_000_000_000)
     found = [
         replace(DELIVERY, id=1, due_at=4_000_000_000_000, subject="queues/a b"),
-        replace(DELIVERY, id=2, subject="alerts/stalled_jobs"),
+        replace(DELIVERY, id=2, subject="problems/disk/disk"),
         replace(ended, id=3, state="delivered", status=204, error=None),
         replace(ended, id=4, state="dead-lettered", error="<no>"),
     ]
@@ -126,7 +126,7 @@ async def test_a_delivery_shows_its_outcome(harness: DashboardHarness) -> None:
     rows = {int(number): row for number, row in re.findall(r'<tr id="delivery-(\d+)">(.*?)</tr>', page, re.DOTALL)}
     states = {
         1: (">waiting<", "next attempt", 'queue <a href="/jobs?queue=a%20b">a b</a>', ">Send now<"),
-        2: (">waiting<", ">due", "alerts stalled_jobs", ">Send now<"),
+        2: (">waiting<", ">due", "problems disk/disk", ">Send now<"),
         3: (">delivered<", "HTTP 204", ">Send again<"),
         4: (">dead-lettered<", "&lt;no&gt;", ">Send again<"),
     }

@@ -11,9 +11,9 @@ from msgspec.structs import replace
 from jobd.model.events import HEARTBEATS, Event, EventType
 from jobd.model.job import DAY_MS
 from jobd.model.webhooks import (
-    ALERTS,
     EVENTS_GONE,
     GAP_PENDING,
+    PROBLEMS,
     TEST_TYPE,
     TYPES,
     WebhookCursor,
@@ -31,8 +31,8 @@ EVENT = Event(
 
 
 def test_every_event_type_has_its_own_webhook_type() -> None:
-    assert {webhook_type(each) for each in get_args(EventType)} | set(ALERTS) == set(TYPES)
-    assert len(TYPES) == len(get_args(EventType)) + len(ALERTS)
+    assert {webhook_type(each) for each in get_args(EventType)} | set(PROBLEMS) == set(TYPES)
+    assert len(TYPES) == len(get_args(EventType)) + len(PROBLEMS)
     assert webhook_type("late_result") == "job.late_result"
     assert webhook_type("queue_paused") == "queue.paused"
 
@@ -40,7 +40,7 @@ def test_every_event_type_has_its_own_webhook_type() -> None:
 def test_patterns_leave_out_progress_and_extensions() -> None:
     signs = {webhook_type(each) for each in HEARTBEATS}
     assert types_matching("*") == set(TYPES) - signs
-    assert types_matching("job.*") | types_matching("queue.*") | types_matching("alert.*") == types_matching("*")
+    assert types_matching("job.*") | types_matching("queue.*") | types_matching("problem.*") == types_matching("*")
     assert types_matching("queue.*") == {"queue.paused", "queue.resumed"}
     assert types_matching("job.progress") == {"job.progress"}
     for wrong in ("", "job", "job.none", "jobs.*", "**", ".*", "completed", EVENTS_GONE, TEST_TYPE):
@@ -52,17 +52,17 @@ def test_a_webhook_gets_the_events_of_its_types_and_queues() -> None:
     assert everything.selects(EVENT)
     assert not everything.selects(replace(EVENT, type="progress"))
     assert everything.reads_events
-    assert everything.wants_alerts
+    assert everything.wants_problems
     some = replace(everything, events=frozenset({"job.failed", "queue.paused"}), queues=frozenset({"mail"}))
     assert not some.selects(EVENT)
     assert not some.selects(replace(EVENT, type="failed"))
     assert some.selects(replace(EVENT, type="failed", queue="mail"))
     assert some.selects(replace(EVENT, type="queue_paused", queue="mail", job_id="", job_seq=0))
     assert some.reads_events
-    assert not some.wants_alerts
-    for alerts in ({"alert.firing"}, ALERTS):
+    assert not some.wants_problems
+    for alerts in ({"problem.opened"}, PROBLEMS):
         watchman = replace(everything, events=frozenset(alerts))
-        assert watchman.wants_alerts
+        assert watchman.wants_problems
         assert not watchman.reads_events
         assert not watchman.selects(EVENT)
 
@@ -76,7 +76,8 @@ def test_the_name_of_a_webhook_has_no_spaces(name: str) -> None:
 
 
 def test_the_types_that_receivers_know() -> None:
-    assert (ALERTS, EVENTS_GONE, TEST_TYPE) == (("alert.firing", "alert.resolved"), "events.gone", "webhook.test")
+    assert PROBLEMS == ("problem.opened", "problem.changed", "problem.closed", "problem.many")
+    assert (EVENTS_GONE, TEST_TYPE) == ("events.gone", "webhook.test")
     assert GAP_PENDING < 0, "no number of an event"
 
 

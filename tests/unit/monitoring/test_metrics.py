@@ -32,12 +32,12 @@ from jobd.model.commands import AnyCommand, Claim, Complete, Create, EndGrants, 
 from jobd.model.errors import ERROR_STATUS
 from jobd.model.job import SECOND_MS, Job, Options, Policy
 from jobd.model.responses import ClusterView, Response
-from jobd.monitoring.alerts import CLUSTER_NAMES, NAMES, Alerts
 from jobd.monitoring.health import Health
 from jobd.monitoring.metrics import (
     COMMITS_KEPT,
     LAG_EVERY_S,
     MAX_BUCKETS_SCANNED,
+    PROBLEM_QUEUES,
     QUEUES_SHOWN,
     Metrics,
     capped,
@@ -45,6 +45,8 @@ from jobd.monitoring.metrics import (
     quantile,
     text,
 )
+from jobd.monitoring.problems.board import Problems
+from jobd.monitoring.problems.catalogue import ALERTS
 from jobd.storage.store import Store
 from tests.support.memory_storage import MemoryStorage
 from tests.support.virtual_engine import VirtualEngine, in_engine, in_virtual_time, row, seconds
@@ -52,11 +54,11 @@ from tests.support.virtual_engine import VirtualEngine, in_engine, in_virtual_ti
 
 def metrics_of(engine: VirtualEngine, *errors: Counter[str], store_path: str = ":memory:") -> Metrics:
     health = Health(engine.actor, engine.clock, engine.maintainer)
-    alerts = Alerts(engine.state, engine.clock, health, engine.maintainer, hold_ms=0, clear_ms=0)
+    problems = Problems(engine.state, engine.clock, health, engine.maintainer, hold_ms=0, clear_ms=0)
     return Metrics(
         engine.actor,
         engine.maintainer,
-        alerts,
+        problems,
         engine.clock,
         SweepStats(),
         store_path,
@@ -110,11 +112,11 @@ async def real(path: Path) -> AsyncIterator[RealStoreParts]:
         actor = Actor(store, state, IdempotencyStore(opened.keys, 1000), clock, policy, random=os.urandom)
         maintainer = Maintainer(actor, clock, CleanupSchedule(batch=2))
         health = Health(actor, clock, maintainer, take_faults=store.take_faults)
-        alerts = Alerts(state, clock, health, maintainer)
-        metrics = Metrics(actor, maintainer, alerts, clock, SweepStats(), str(path), tuple, EventFeed(store, 0, 1))
-        running = [asyncio.create_task(run()) for run in (actor.run, maintainer.run, alerts.run, metrics.run)]
+        problems = Problems(state, clock, health, maintainer)
+        metrics = Metrics(actor, maintainer, problems, clock, SweepStats(), str(path), tuple, EventFeed(store, 0, 1))
+        running = [asyncio.create_task(run()) for run in (actor.run, maintainer.run, problems.run, metrics.run)]
         yield RealStoreParts(store, actor, maintainer, metrics)
-        for part in (metrics, alerts, maintainer):
+        for part in (metrics, problems, maintainer):
             part.stop()
         await asyncio.gather(*running[1:])
         await health.close()
@@ -348,7 +350,7 @@ async def test_the_write_limit_of_a_full_disk(engine: VirtualEngine) -> None:
 
 
 @in_virtual_time
-async def test_validation_issues_by_type_and_alerts() -> None:
+async def test_validation_issues_by_type() -> None:
     storage = MemoryStorage()
     for number in range(11):
         storage.put(row(number + 1, progress=120))
@@ -361,8 +363,25 @@ async def test_validation_issues_by_type_and_alerts() -> None:
         assert value(body, "jobd_validation_issues_total", type="error") == 11
         assert value(body, "jobd_validation_issues_total", type="critical") == 1
         assert value(body, "jobd_cleanup_found_total", kind="issues") == 12
-        assert value(body, "jobd_alert_firing", alert="cleanup_issues") == 1
-        assert len(read(body)["jobd_alert_firing"].samples) == len(NAMES) - len(CLUSTER_NAMES)
+
+
+@in_engine()
+async def test_problems_by_condition_and_the_jobs_of_the_worst_queues(engine: VirtualEngine) -> None:
+    metrics = metrics_of(engine)
+    problems = metrics._problems
+    for number in range(PROBLEM_QUEUES + 3):
+        await engine.yes(Create(queue=f"q-{number}"))
+    problems._first = engine.clock.boot_ms()
+    await seconds(200)
+    await problems.check()
+    body = text(metrics.families())
+    labels = {"condition": "no_workers", "severity": "warning"}
+    assert value(body, "jobd_problems", **labels) == value(body, "jobd_problems_opened_total", **labels) == 53
+    assert value(body, "jobd_problems", condition="disk", severity="critical") == 0
+    assert value(body, "jobd_problem_jobs", condition="", queue="(other)") == 3
+    assert len(read(body)["jobd_problem_jobs"].samples) == PROBLEM_QUEUES + 1
+    assert value(body, "jobd_alert_firing", alert="queue_without_workers") == 1
+    assert len(read(body)["jobd_alert_firing"].samples) == sum(not each.of_cluster for each in ALERTS.values())
 
 
 @in_engine()

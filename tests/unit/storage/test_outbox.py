@@ -203,7 +203,7 @@ async def test_deleting_alerts_and_tests_records_no_gap_but_deleting_a_gap_messa
 ) -> None:
     monkeypatch.setattr(webhook_tables, "KEEP_ENDED", {"delivered": 1, "dead-lettered": 1})
     async with open_store(path) as (store, _):
-        types = ["alert.firing", "webhook.test", "events.gone", "job.failed"]
+        types = ["problem.opened", "webhook.test", "events.gone", "job.failed"]
         lost = [made(id_, seq=0, type=type_, state="dead-lettered", ended_at=NOW) for id_, type_ in enumerate(types, 1)]
         await planned(store, *lost)
         assert [await store.store_outcomes([each], NOW) for each in lost[:1]] == [True], "one of them was a gap"

@@ -13,7 +13,7 @@ from msgspec.structs import asdict
 from jobd.config import ConfigError, LoadedConfig, effective
 from jobd.config_loader import load
 from jobd.model.job import DAY_MS, HOUR_MS
-from jobd.model.webhooks import TYPES, WebhookEndpoint, types_matching
+from jobd.model.webhooks import PROBLEMS, TYPES, WebhookEndpoint, types_matching
 from jobd.webhooks.config import MAX_WEBHOOKS
 from tests import ROOT
 from tests.integration.test_docs import CONFIGURATION, OPERATIONS, rows, ticked
@@ -54,7 +54,7 @@ def test_omitted_keys_have_defaults(read: Read) -> None:
 
 def test_every_key_can_be_set(read: Read) -> None:
     more = (
-        'events = ["job.completed", "alert.*"]\nqueues = ["mail"]\nallow_private = true\n'
+        'events = ["job.completed", "problem.*"]\nqueues = ["mail"]\nallow_private = true\n'
         'timeout = "500ms"\ngive_up_after = "1h"'
     )
     secrets = f'secret = ["{NEWER}", "{SECRET}"]'
@@ -63,7 +63,7 @@ def test_every_key_can_be_set(read: Read) -> None:
         "a",
         "http://127.0.0.1:8080/x",
         (NEW, OLD),
-        frozenset({"job.completed", "alert.firing", "alert.resolved"}),
+        frozenset({"job.completed", *PROBLEMS}),
         frozenset({"mail"}),
         True,
         500,
@@ -183,7 +183,7 @@ def test_the_documents_name_every_key_of_a_webhook_and_every_type() -> None:
     named = [ticked(row[0])[0] for row in rows(CONFIGURATION, "key of a webhook", "default")]
     assert named == list(WebhookSection.__struct_fields__)
     text = OPERATIONS.read_text(encoding="utf-8")
-    for kind in ("alert.firing", "alert.resolved", "events.gone", "webhook.test", "queue.paused", "job.completed"):
+    for kind in ("problem.opened", "problem.closed", "events.gone", "webhook.test", "queue.paused", "job.completed"):
         assert f"`{kind}`" in text
         assert kind in (*TYPES, "events.gone", "webhook.test")
 

@@ -25,7 +25,7 @@ from jobd.model.webhooks import Delivery, DeliveryOutcome, Outbox, WebhookEndpoi
 from jobd.storage import outbox
 from jobd.storage.events import event_queries
 from jobd.storage.store import Store
-from jobd.webhooks import alert_source, dispatcher, event_reader
+from jobd.webhooks import dispatcher, event_reader, problem_source
 from jobd.webhooks.manager import WebhookManager
 from tests.support import webhook_harness
 from tests.support.factories import NOW, ChangeFactory
@@ -165,7 +165,7 @@ async def test_without_webhooks_nothing_subscribes(path: Path) -> None:
         manager = WebhookManager(at.context, subscribe=lambda _: pytest.fail("it subscribes"), make_transport=posts)
         manager.set_endpoints([])
         assert manager.views() == []
-        assert (manager.worst(), manager.event_hold_ms(), manager.metrics()) == (None, 0, {})
+        assert (manager.failing(), manager.event_hold_ms(), manager.metrics()) == ([], 0, {})
 
 
 async def test_concurrent_deliveries_are_limited(path: Path) -> None:
@@ -244,14 +244,13 @@ async def test_consecutive_failures_open_the_breaker_and_a_probe_closes_it(path:
         (view,) = at.webhooks.views()
         assert view.failing_since is not None
         assert view.last_error == REJECTED.error
-        worst = at.webhooks.worst()
-        assert worst is not None
-        assert (worst.name, worst.error) == ("e", REJECTED.error)
+        (failing,) = at.webhooks.failing()
+        assert (failing.name, failing.error, failing.wants_problems) == ("e", REJECTED.error, True)
         down = False
         await wait_until(lambda: len(at.posts.delivered) == 30)
         (view,) = at.webhooks.views()
         assert (view.state, view.failing_since, view.next_try_at) == ("closed", None, None)
-        assert at.webhooks.worst() is None
+        assert at.webhooks.failing() == []
 
 
 async def test_a_view_shows_the_time_of_the_next_attempt(path: Path) -> None:
@@ -294,14 +293,14 @@ async def test_a_reload_does_not_end_the_failure_of_an_endpoint_but_its_removal_
     monkeypatch.setattr(webhook_harness, "FAST_RETRY", replace(FAST_RETRY, retry_ms=600_000, max_retry_ms=600_000))
     async with running_webhooks(path, posts=FakeTransport(lambda _: REJECTED)) as at:
         await at.commit(at.maker.create("a"))
-        await wait_until(lambda: at.webhooks.worst() is not None and at.webhooks.views()[0].next_try_at is not None)
+        await wait_until(lambda: bool(at.webhooks.failing()) and at.webhooks.views()[0].next_try_at is not None)
         await _slow_down(at)
-        assert at.webhooks.worst() is not None
+        assert at.webhooks.failing()
         at.webhooks.set_endpoints([])
         await wait_until(lambda: at.posts.open == 0)
         at.webhooks.set_endpoints([endpoint()])
         await wait_until(lambda: at.posts.open == 1)
-        assert at.webhooks.worst() is None
+        assert at.webhooks.failing() == []
 
 
 async def test_a_message_that_always_fails_does_not_keep_the_breaker_open(path: Path) -> None:
@@ -741,54 +740,88 @@ async def test_a_waiting_gap_message_is_not_repeated(path: Path, monkeypatch: py
         assert at.webhooks.metrics()["e"].gaps == 1
 
 
-# -- alerts ------------------------------------------------------------------------------------------------------------
+# -- problems ----------------------------------------------------------------------------------------------------------
 
 
-async def test_alerts_are_delivered_when_they_fire_and_when_they_resolve(path: Path) -> None:
-    async with running_webhooks(path, endpoint(events=frozenset({"alert.firing", "alert.resolved"}))) as at:
+async def test_problems_are_delivered_when_they_open_and_when_they_close(path: Path) -> None:
+    async with running_webhooks(path, endpoint(events=frozenset({"problem.opened", "problem.closed"}))) as at:
         at.fire("stalled_jobs", NOW + 7)
-        await wait_until(lambda: at.posts.types() == ["alert.firing"])
+        await wait_until(lambda: at.posts.types() == ["problem.opened"])
         at.fire("stalled_jobs", NOW + 7)
         at.resolve("stalled_jobs")
-        await wait_until(lambda: at.posts.types() == ["alert.firing", "alert.resolved"])
+        await wait_until(lambda: at.posts.types() == ["problem.opened", "problem.closed"])
         firing, resolved = (json.loads(each.body) for each in at.posts.delivered)
         assert firing["data"]["since"] == resolved["data"]["since"] == NOW + 7
-        assert firing["subject"] == "alerts/stalled_jobs"
-        assert (firing["data"]["firing"], resolved["data"]["firing"]) == (True, False)
+        assert firing["subject"] == "problems/stalled_jobs"
+        assert [each["data"]["id"] for each in (firing, resolved)] == ["stalled_jobs"] * 2
         await at.commit(at.maker.create("a"))
         await asyncio.sleep(0.1)
         assert len(at.posts.delivered) == 2
         assert at.webhooks.views()[0].lag == 0
 
 
-async def test_alerts_are_delivered_at_least_once_over_a_restart(path: Path) -> None:
+async def test_problems_are_delivered_at_least_once_over_a_restart(path: Path) -> None:
     async with running_webhooks(path, posts=FakeTransport(lambda _: REJECTED)) as at:
         at.fire("stalled_jobs")
         at.fire("database")
         await wait_until(lambda: at.webhooks.views()[0].waiting == 2)
     async with running_webhooks(path, maker=at.maker, firing=None) as then:  # no alerts evaluated yet
-        await wait_until(lambda: then.posts.types() == ["alert.firing", "alert.firing"])
+        await wait_until(lambda: then.posts.types() == ["problem.opened", "problem.opened"])
         await asyncio.sleep(0.1)
         then.firing = {"database": NOW + 99}  # one of them has resolved meanwhile
-        then.webhooks.alerts_changed()
-        await wait_until(lambda: "alert.resolved" in then.posts.types())
+        then.webhooks.problems_changed()
+        await wait_until(lambda: "problem.closed" in then.posts.types())
         await asyncio.sleep(0.1)
         assert sorted(then.posts.subjects()) == [
-            ("alerts/database", "alert.firing"),
-            ("alerts/stalled_jobs", "alert.firing"),
-            ("alerts/stalled_jobs", "alert.resolved"),
+            ("problems/database", "problem.opened"),
+            ("problems/stalled_jobs", "problem.closed"),
+            ("problems/stalled_jobs", "problem.opened"),
         ]
 
 
-async def test_an_endpoint_can_subscribe_to_resolved_alerts_only(path: Path) -> None:
-    async with running_webhooks(path, endpoint(events=frozenset({"alert.resolved"}))) as at:
+async def test_a_problem_that_becomes_worse_has_a_message_and_none_closes_before_presence_has_settled(
+    path: Path,
+) -> None:
+    async with running_webhooks(path) as at:
+        at.fire("database")
+        await wait_until(lambda: at.posts.types() == ["problem.opened"])
+        at.changed_at = {"database": NOW + 9}
+        at.webhooks.problems_changed()
+        await wait_until(lambda: at.posts.types() == ["problem.opened", "problem.changed"])
+        at.is_settled = False
+        at.resolve("database")
+        at.fire("cache")
+        await wait_until(lambda: at.posts.types()[2:] == ["problem.opened"])
+        at.is_settled = True
+        at.webhooks.problems_changed()
+        await wait_until(lambda: at.posts.types()[3:] == ["problem.closed"])
+
+
+async def test_very_many_problems_of_one_condition_have_one_message_after_the_first_twenty(path: Path) -> None:
+    async with running_webhooks(path) as at:
+        at.firing = {f"no_workers/q-{number:02}": NOW for number in range(30)}
+        at.webhooks.problems_changed()
+        await wait_until(lambda: len(at.posts.delivered) == 21)
+        assert sorted(at.posts.types()) == ["problem.many", *["problem.opened"] * 20]
+        (many,) = [json.loads(each.body)["data"] for each in at.posts.delivered if each.type == "problem.many"]
+        assert (many["opened"], len(many["names"])) == (10, problem_source.NAMED)
+        at.firing |= {"no_workers/late": NOW, "disk/disk": NOW}
+        at.webhooks.problems_changed()
+        await wait_until(lambda: at.posts.subjects()[21:] == [("problems/disk/disk", "problem.opened")])
+        at.clock.step_ms += problem_source.WINDOW_MS
+        at.webhooks.problems_changed()
+        await wait_until(lambda: at.posts.subjects()[22:] == [("problems/no_workers/late", "problem.opened")])
+
+
+async def test_an_endpoint_can_subscribe_to_closed_problems_only(path: Path) -> None:
+    async with running_webhooks(path, endpoint(events=frozenset({"problem.closed"}))) as at:
         at.fire("database")
         await asyncio.sleep(0.1)
         at.resolve("database")
-        await wait_until(lambda: at.posts.types() == ["alert.resolved"])
+        await wait_until(lambda: at.posts.types() == ["problem.closed"])
 
 
-async def test_on_a_full_disk_an_alert_is_delivered_directly_and_later_through_the_outbox(
+async def test_on_a_full_disk_a_problem_is_delivered_directly_and_later_through_the_outbox(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(dispatcher, "DISK_FULL_RETRY_S", 0.02)
@@ -796,11 +829,11 @@ async def test_on_a_full_disk_an_alert_is_delivered_directly_and_later_through_t
         storage: Any = at.context.storage
         at.may_write = False
         at.fire("database")
-        await wait_until(lambda: at.posts.types() == ["alert.firing"])
+        await wait_until(lambda: at.posts.types() == ["problem.opened"])
         at.fire("stalled_jobs")
         await wait_until(lambda: len(at.posts.delivered) == 2)
         at.resolve("database")
-        await wait_until(lambda: at.posts.types() == ["alert.firing", "alert.firing", "alert.resolved"])
+        await wait_until(lambda: at.posts.types() == ["problem.opened", "problem.opened", "problem.closed"])
         await at.commit(*lifecycle(at.maker, "a"))
         await asyncio.sleep(0.2)
         assert len(at.posts.tried) == 3, "each once, because it was accepted"
@@ -808,11 +841,11 @@ async def test_on_a_full_disk_an_alert_is_delivered_directly_and_later_through_t
         posted = list(at.posts.delivered)
         at.may_write = True
         await wait_until(lambda: at.webhooks.views()[0].delivered == 6)
-        repeated = [each for each in at.posts.delivered[3:] if each.subject.startswith("alerts/")]
+        repeated = [each for each in at.posts.delivered[3:] if each.subject.startswith("problems/")]
         assert {each.event_id: each.body for each in repeated} == {each.event_id: each.body for each in posted}
-        assert [each.type for each in repeated if each.subject == "alerts/database"] == [
-            "alert.firing",
-            "alert.resolved",
+        assert [each.type for each in repeated if each.subject == "problems/database"] == [
+            "problem.opened",
+            "problem.closed",
         ]
         await asyncio.sleep(0.1)
         assert len(at.posts.tried) == 9
@@ -821,7 +854,7 @@ async def test_on_a_full_disk_an_alert_is_delivered_directly_and_later_through_t
         assert then.posts.tried == []
 
 
-async def test_an_alert_whose_write_fills_the_disk_is_delivered_directly(
+async def test_a_problem_whose_write_fills_the_disk_is_delivered_directly(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(dispatcher, "DISK_FULL_RETRY_S", 0.02)
@@ -829,7 +862,7 @@ async def test_an_alert_whose_write_fills_the_disk_is_delivered_directly(
         storage: Any = at.context.storage
         storage.faults["plan_deliveries"] = DiskFull("no room")
         at.fire("database")
-        await wait_until(lambda: at.posts.types() == ["alert.firing"])
+        await wait_until(lambda: at.posts.types() == ["problem.opened"])
         await asyncio.sleep(0.1)
         storage.faults.clear()
         await wait_until(lambda: at.webhooks.views()[0].delivered == 1)
@@ -844,19 +877,19 @@ async def test_on_a_full_disk_each_change_gets_a_few_direct_attempts_in_order(
     async with running_webhooks(path, posts=FakeTransport(lambda _: REJECTED)) as at:
         at.may_write = False
         at.fire("database")
-        await wait_until(lambda: len(at.posts.tried) == alert_source.MAX_TRIES)
+        await wait_until(lambda: len(at.posts.tried) == problem_source.MAX_TRIES)
         await asyncio.sleep(0.3)
-        assert len(at.posts.tried) == alert_source.MAX_TRIES
+        assert len(at.posts.tried) == problem_source.MAX_TRIES
         assert at.webhooks.views()[0].last_error == REJECTED.error
-        at.posts.respond = lambda each: DELIVERED if each.type == "alert.resolved" else REJECTED
+        at.posts.respond = lambda each: DELIVERED if each.type == "problem.closed" else REJECTED
         at.fire("stalled_jobs")
-        await wait_until(lambda: at.posts.tried[-1].subject == "alerts/stalled_jobs")
+        await wait_until(lambda: at.posts.tried[-1].subject == "problems/stalled_jobs")
         at.resolve("stalled_jobs")  # it does not wait for the retry of its firing message
-        await wait_until(lambda: at.posts.subjects() == [("alerts/stalled_jobs", "alert.resolved")])
-        own = [each.type for each in at.posts.tried if each.subject == "alerts/stalled_jobs"]
-        assert own == sorted(own)
+        await wait_until(lambda: at.posts.subjects() == [("problems/stalled_jobs", "problem.closed")])
+        own = [each.type for each in at.posts.tried if each.subject == "problems/stalled_jobs"]
+        assert own == sorted(own, reverse=True)
         await asyncio.sleep(0.2)
-        assert len(at.posts.tried) == alert_source.MAX_TRIES + len(own)
+        assert len(at.posts.tried) == problem_source.MAX_TRIES + len(own)
         at.posts.respond = lambda _: DELIVERED
         at.may_write = True
         await wait_until(lambda: at.webhooks.views()[0].delivered == 3)
@@ -870,17 +903,17 @@ async def test_only_the_latest_changes_of_a_flapping_alert_are_kept(
         at.may_write = False
         for number in range(9):
             at.fire("database", NOW + number)
-            await wait_until(lambda: bool(at.posts.tried) and at.posts.tried[-1].type == "alert.firing")
+            await wait_until(lambda: bool(at.posts.tried) and at.posts.tried[-1].type == "problem.opened")
             if number < 8:
                 at.resolve("database")
-                await wait_until(lambda: at.posts.tried[-1].type == "alert.resolved")
+                await wait_until(lambda: at.posts.tried[-1].type == "problem.closed")
         at.posts.respond = lambda _: DELIVERED
         at.posts.tried.clear()
         at.may_write = True
         await wait_until(lambda: at.webhooks.views()[0].delivered >= 3)
         await asyncio.sleep(0.1)
         posted = [each.event_id.split("_", 2)[2] for each in at.posts.delivered]
-        assert list(dict.fromkeys(posted)) == [f"{NOW + 7}_firing", f"{NOW + 7}_resolved", f"{NOW + 8}_firing"]
+        assert list(dict.fromkeys(posted)) == [f"{NOW + 7}_opened", f"{NOW + 7}_closed", f"{NOW + 8}_opened"]
 
 
 async def test_stop_on_a_full_disk_does_not_wait_for_a_hanging_receiver(
@@ -893,7 +926,7 @@ async def test_stop_on_a_full_disk_does_not_wait_for_a_hanging_receiver(
         at.fire("database")
         await wait_until(lambda: len(at.posts.tried) == 1)
     async with running_webhooks(path, maker=at.maker, firing={"database": NOW}) as then:
-        await wait_until(lambda: then.posts.types() == ["alert.firing"])
+        await wait_until(lambda: then.posts.types() == ["problem.opened"])
 
 
 # -- operators ---------------------------------------------------------------------------------------------------------

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 from datetime import UTC, datetime
+from typing import Any
 
 import pytest
 from cloudevents.core.bindings.http import HTTPMessage, from_http_event
@@ -12,7 +14,6 @@ from msgspec.structs import asdict, replace
 from standardwebhooks import Webhook, WebhookVerificationError
 
 from jobd.model.events import Changes, Event
-from jobd.model.responses import AlertView
 from jobd.model.webhooks import (
     EVENTS_GONE,
     TEST_TYPE,
@@ -21,17 +22,19 @@ from jobd.model.webhooks import (
 from jobd.webhooks.message import (
     BadSecret,
     Message,
-    alert_message,
     decode_secret,
     event_message,
     gap_message,
     headers,
+    many_message,
+    problem_message,
     rfc3339,
     signature,
 )
 from jobd.webhooks.message import (
     test_message as message_of_a_test,
 )
+from tests.support.calls import PROBLEM
 from tests.support.factories import NOW, full_job
 
 KEYS = (b"a" * 24, b"b" * 32)
@@ -143,20 +146,23 @@ def test_the_subject_of_a_queue_event_is_the_queue() -> None:
     assert (read["subject"], read["type"]) == ("queues/video", "queue.paused")
 
 
-def test_the_messages_of_an_alert_share_the_subject_but_not_the_id() -> None:
-    alert = AlertView("stalled_jobs", True, NOW - 5, 7, 5, "Look.")
-    firing, resolved = alert_message(alert, NOW, "/j"), alert_message(replace(alert, firing=False), NOW + 9, "/j")
-    assert firing.subject == resolved.subject == "alerts/stalled_jobs"
-    assert (firing.type, resolved.type) == ("alert.firing", "alert.resolved")
-    assert (firing.event_id, resolved.event_id) == (
-        f"alert_stalled_jobs_{NOW - 5}_firing",
-        f"alert_stalled_jobs_{NOW - 5}_resolved",
+def test_the_messages_of_a_problem_share_the_subject_but_not_the_id() -> None:
+    opened, closed = (
+        problem_message(PROBLEM, kind, NOW - 5, NOW, "/j") for kind in ("problem.opened", "problem.closed")
     )
-    data = read_by_others(firing.body)["data"]
-    judged = {"value": 7, "threshold": 5, "hint": "Look.", "severity": "warning"}
-    assert data == {"name": "stalled_jobs", "firing": True, "since": NOW - 5, **judged}
-    assert (firing.seq, resolved.seq) == (0, 0)
-    for message in (firing, resolved):
+    assert opened.subject == closed.subject == "problems/no_workers/mail/receipt"
+    digest = hashlib.sha256(b"no_workers/mail/receipt").hexdigest()[:16]
+    assert (opened.event_id, closed.event_id) == (
+        f"problem_{digest}_{NOW - 5}_opened",
+        f"problem_{digest}_{NOW - 5}_closed",
+    )
+    data: Any = read_by_others(opened.body)["data"]
+    assert data["subject"] == {"type": "pair", "queue": "mail", "kind": "receipt"}
+    assert (data["severity"], data["jobs"], data["title"]) == ("critical", 962, PROBLEM.title)
+    many = many_message("no_workers", {"opened": 9}, ["mail", "sms"], NOW, "/j")
+    data = read_by_others(many.body)["data"]
+    assert data == {"condition": "no_workers", "opened": 9, "names": ["mail", "sms"]}
+    for message in (opened, closed, many):
         assert_is_self_describing(message, "/j")
 
 

@@ -89,7 +89,7 @@ def make_webhooks(receiver: Receiver, daemon: LeaderDaemon) -> WebhookManager:
         source="/jobd/sim",
         may_write=lambda: daemon.actor.full_disk.write_limit == WriteLimit.NONE and not daemon.gone.is_set(),
         may_send=may_send,
-        alerts=lambda: None,
+        problems=lambda: None,
         chance=receiver.dice.random,
     )
     sender: Any = Sender(receiver, daemon.node)

@@ -138,7 +138,7 @@ def test_help_lists_every_command_and_needs_neither_rich_nor_the_client() -> Non
     assert "HEAVY []" in done.stdout
     verbs = (
         "submit run jobs job why timeline validate cancel stats health cleanup recover-stuck force-fail force-reset "
-        "transition import locks queues workers pause resume alerts clock reports run-now update delete"
+        "transition import locks queues workers pause resume status alerts clock reports run-now update delete"
     )
     assert set(verbs.split()) <= {line.split()[0] for line in done.stdout.splitlines() if line.startswith("  ")}
 

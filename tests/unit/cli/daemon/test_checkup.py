@@ -40,7 +40,16 @@ async def test_the_doctor_names_every_problem(tmp_path: Path) -> None:
         harness.fakes.status = "degraded"
 
     found = await _findings(tmp_path, prepare)
-    assert set(found) == {"database", "cache", "storage", "clock", "job bad-1", "validation", "jobs"}
+    assert set(found) == {
+        "database",
+        "cache",
+        "storage",
+        "clock",
+        "job bad-1",
+        "validation",
+        "jobs",
+        "no_workers/mail/receipt",
+    }
     assert found["database"].startswith("degraded: ")
     assert found["jobs"] == "2 stalled now"
 
@@ -49,7 +58,7 @@ async def test_the_doctor_finds_nothing_in_a_healthy_daemon(tmp_path: Path) -> N
     def prepare(harness: HttpHarness) -> None:
         harness.fakes.accepted = True
 
-    assert set(await _findings(tmp_path, prepare)) == {"job bad-1", "validation", "jobs"}
+    assert set(await _findings(tmp_path, prepare)) == {"job bad-1", "validation", "jobs", "no_workers/mail/receipt"}
 
 
 async def test_the_doctor_names_failing_webhooks_and_dead_lettered_messages(tmp_path: Path) -> None:

@@ -1,0 +1,82 @@
+"""Problems: conditions that hold for a subject and need an operator, and views of them."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from msgspec import Struct
+
+from jobd.model.fields import doc
+
+Severity = Literal["critical", "warning", "notice"]  # the worst first
+Unit = Literal["jobs", "ms", "percent", "bytes"]
+
+
+class Subject(Struct, frozen=True, omit_defaults=True, kw_only=True):
+    """What a problem is about. Only the parts that identify it are set."""
+
+    type: Annotated[str, doc("`pair` (a queue and a kind), `queue`, `kind`, `job`, `worker`, `node`, and so on.")]
+    queue: Annotated[str | None, doc("Name of the queue.")] = None
+    kind: Annotated[str | None, doc("Kind of the jobs.")] = None
+    host: Annotated[str | None, doc("Machine of the workers.")] = None
+    version: Annotated[str | None, doc("Version of the workers.")] = None
+    worker: Annotated[str | None, doc("Name of the worker.")] = None
+    job: Annotated[str | None, doc("Id of the job.")] = None
+    webhook: Annotated[str | None, doc("Name of the webhook.")] = None
+    node: Annotated[str | None, doc("Name of the node of the cluster.")] = None
+    code: Annotated[str | None, doc("Code of the error response.")] = None
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The names that identify it; its type if there are none."""
+        named = (self.queue, self.kind, self.version, self.host, self.worker, self.job, self.webhook, self.node)
+        return tuple(each for each in (*named, self.code) if each) or (self.type,)
+
+    def overlaps(self, other: Subject) -> bool:
+        """Return whether no part that both have differs."""
+        pairs = ((getattr(self, name), getattr(other, name)) for name in _SHARED)
+        return all(one is None or two is None or one == two for one, two in pairs)
+
+
+_SHARED = ("queue", "kind", "host", "version")
+
+
+class Cure(Struct, frozen=True):
+    """A way to end a problem, or to look further."""
+
+    label: Annotated[str, doc("What it does, in a few words.")]
+    command: Annotated[str | None, doc("The command, or null.")] = None
+    href: Annotated[str | None, doc("Path of the page of the dashboard, or null.")] = None
+    changes: Annotated[bool, doc("Whether it changes something.")] = False
+
+
+class Problem(Struct, frozen=True, kw_only=True):
+    """A condition that holds for a subject."""
+
+    id: Annotated[str, doc("The condition and the subject: `no_workers/mail/receipt`.")]
+    condition: Annotated[str, doc("Name of the condition.")]
+    severity: Annotated[Severity, doc("How urgent it is: `critical`, `warning` or `notice`.")]
+    subject: Annotated[Subject, doc("What it is about.")]
+    since: Annotated[int, doc("When it was first found, in Unix ms.")]
+    jobs: Annotated[int, doc("How many jobs it concerns, or 0.")] = 0
+    value: Annotated[float, doc("The measured value.")] = 0
+    unit: Annotated[Unit, doc("Unit of the value: `jobs`, `ms`, `percent` or `bytes`.")] = "jobs"
+    title: Annotated[str, doc("What is wrong, as a sentence.")] = ""
+    cause: Annotated[str, doc("Why, as far as it is known, or empty.")] = ""
+    cure: Annotated[list[Cure], doc("What to do, the most likely first.")] = []
+    hides: Annotated[list[str], doc("Ids of open problems that this one explains. They are not listed.")] = []
+    rest: Annotated[int, doc("How many further subjects of this condition are not listed.")] = 0
+
+    @property
+    def name(self) -> str:
+        """The subject in a few words."""
+        return " / ".join(self.subject.parts)
+
+
+class ProblemList(Struct, frozen=True):
+    """What needs an operator, the most urgent first."""
+
+    problems: Annotated[list[Problem], doc("The open problems.")]
+    known: Annotated[list[Problem], doc("Conditions that somebody explained, such as pauses with a reason.")] = []
+    rest: Annotated[int, doc("How many further subjects have problems that are not listed.")] = 0
+    evaluated_at: Annotated[int | None, doc("When they were evaluated, in Unix ms. Null: not known yet.")] = None

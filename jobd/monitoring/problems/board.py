@@ -1,0 +1,271 @@
+"""Evaluate the catalogue every few seconds, in slices, and keep the list of problems that everything else reads."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from typing import Final, TypeVar
+
+import structlog
+
+from jobd.core.state import State
+from jobd.core.worker_presence import ClaimSet
+from jobd.engine.clock import Clock, loop_time
+from jobd.maintenance.maintainer import Maintainer
+from jobd.model.clocks import BootMs, MonotonicS
+from jobd.model.job import MINUTE_MS, SECOND_MS
+from jobd.model.problems import Problem, ProblemList, Severity
+from jobd.model.responses import AlertView, ClusterView
+from jobd.model.webhooks import FailingWebhook, OpenProblems
+from jobd.monitoring.health import Health
+from jobd.monitoring.problems import daemon
+from jobd.monitoring.problems.catalogue import ALERTS, CONDITIONS
+from jobd.monitoring.problems.condition import Condition, Crew, DuePair, Scene, Thresholds, problem_id
+from jobd.monitoring.problems.life import CLEAR_MS, HOLD_MS, ProblemLife
+from jobd.monitoring.problems.pair_counts import PairCounts
+from jobd.monitoring.problems.pairs import SETTLED_MS
+
+EVALUATE_EVERY_S: Final = 5.0
+MEASURE_EVERY_S: Final = 10.0  # measuring costs a write with fsync, but an alert must fire within 45 s of a failure
+SLICE_S: Final = 0.001
+DUE_FOR_MS: Final = MINUTE_MS  # below it, no condition asks for a pair
+MANY_PAIRS: Final = 2_000  # beyond, they are scanned less often
+SCAN_MANY_EVERY_S: Final = 15.0
+RUNNING_READ: Final = 10_000
+
+Item = TypeVar("Item")
+log = structlog.get_logger("jobd.problems")
+
+
+class Problems:
+    """Calls `check` every few seconds from `run` until `stop`. The views are those of the latest check.
+
+    `on_change` is called when problems open, close or become worse.
+    """
+
+    def __init__(
+        self,
+        state: State,
+        clock: Clock,
+        health: Health,
+        cleanup: Maintainer,
+        thresholds: Thresholds | None = None,
+        *,
+        hold_ms: int = HOLD_MS,
+        clear_ms: int = CLEAR_MS,
+        failing_webhooks: Callable[[], Iterable[FailingWebhook]] = tuple,
+        cluster: Callable[[], ClusterView] = lambda: ClusterView(role="single"),
+        rejects_creates: Callable[[], bool] = lambda: False,
+        on_change: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.thresholds = thresholds or Thresholds()
+        self.counts = PairCounts()  # updated with every commit
+        self.on_change = on_change
+        self.failing_webhooks = failing_webhooks
+        self.cluster = cluster
+        self._rejects_creates = rejects_creates
+        self._life = ProblemLife(CONDITIONS, hold_ms, clear_ms)
+        self._state = state
+        self._clock = clock
+        self._hold_ms = hold_ms
+        self._clear_ms = clear_ms
+        self._health = health
+        self._cleanup = cleanup
+        self._known_pauses: list[Problem] = []
+        self._evaluated_at = 0
+        self._first: BootMs | None = None  # the first check with measured health
+        self._due: list[DuePair] = []
+        self._next_scan = MonotonicS(0.0)
+        self._stop = asyncio.Event()
+
+    # -- views ---------------------------------------------------------------------------------------------------------
+
+    @property
+    def is_known(self) -> bool:
+        """Whether the list is complete: not in the first `hold_ms` after the start."""
+        return self._first is not None and self._clock.boot_ms() - self._first >= self._hold_ms
+
+    def view(self, severity: Severity | None = None, queue: str | None = None) -> ProblemList:
+        """Return the list, or only the problems of a severity or a queue."""
+        if not self.is_known:
+            return ProblemList([])
+        shown = [
+            each
+            for each in self._life.listed
+            if severity in (None, each.severity) and queue in (None, each.subject.queue)
+        ]
+        known = [each for each in self._known_pauses if queue in (None, each.subject.queue)]
+        return ProblemList(shown, known, sum(self._life.rest.values()), self._evaluated_at)
+
+    def announced(self) -> OpenProblems | None:
+        """Return what webhooks announce, or None while it is not known.
+
+        Until presence has settled, nothing is closed that was announced before the start.
+        """
+        if not self.is_known or self._first is None:
+            return None
+        settled = self._clock.boot_ms() - self._first >= SETTLED_MS + self._hold_ms + EVALUATE_EVERY_S * SECOND_MS
+        listed = self._life.listed
+        return OpenProblems(listed, {each.id: self._life.changed_at(each.id) for each in listed}, settled)
+
+    @property
+    def opened_total(self) -> dict[tuple[str, Severity], int]:
+        """How many problems were opened since the start, by condition and severity."""
+        return self._life.opened_total
+
+    def alerts(self) -> list[AlertView]:
+        """Return the alerts, which are derived: one fires while its condition holds for any subject."""
+        is_cluster = self.cluster().role != "single"
+        return [self._alert(each) for each in ALERTS.values() if is_cluster or not each.of_cluster]
+
+    def _alert(self, condition: Condition) -> AlertView:
+        threshold, found = condition.threshold(self.thresholds), self._life.open_of(condition.name)
+        if not found:
+            return AlertView(condition.alert, False, None, 0, threshold, condition.quiet, condition.severity)
+        worst, value = found[0], max(each.value for each in found) / condition.per
+        advice = "".join(f" {cure.label}: {cure.command}." for cure in worst.cure if cure.command)
+        more = f" And {len(found) - 1} more: jobctl status." if len(found) > 1 else ""
+        named = f"{worst.name}: " if worst.subject.parts != (worst.subject.type,) else ""
+        hint = f"{named}{worst.title}{f' {worst.cause}' if worst.cause else ''}{advice}{more}"
+        since = min(each.since for each in found)
+        return AlertView(condition.alert, True, since, value, threshold, hint, worst.severity)
+
+    # -- evaluation ----------------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Check every few seconds, and measure health now and then. Errors are logged."""
+        next_measurement = loop_time()
+        while not self._stop.is_set():
+            try:
+                if loop_time() >= next_measurement:
+                    next_measurement = loop_time() + MEASURE_EVERY_S
+                    await self._health.view()
+                was_known = self.is_known
+                await self.check()
+                if self._first is None:
+                    self._first = self._clock.boot_ms()
+                if not was_known and self.is_known:
+                    self.on_change()
+            except Exception:
+                log.exception("problems_failed")
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._stop.wait(), EVALUATE_EVERY_S)
+
+    def stop(self) -> None:
+        self._stop.set()
+
+    async def check(self) -> None:
+        """Read what the conditions need, evaluate them, and update the list. Each slice takes about a millisecond."""
+        scene = await self._scene()
+        found = []
+        for condition in CONDITIONS:
+            selection = self._life.selection(condition.name)
+            async for finding in _sliced(condition.find(scene)):
+                selection.add(finding)
+            found.append(selection)
+        known = [
+            Problem(
+                id=problem_id("paused", each.subject),
+                condition="paused",
+                severity="notice",
+                subject=each.subject,
+                since=pause.at or scene.at.now,
+                jobs=each.jobs,
+                value=each.value,
+                title=each.title,
+                cure=list(each.cure),
+            )
+            for each in daemon.known_pauses(scene)
+            if (pause := self._state.paused.get(each.subject.queue or "")) is not None
+        ]
+        self._known_pauses, self._evaluated_at = known, scene.at.now
+        if self._life.update(found, scene.at.now, self._clock.boot_ms()):
+            self.on_change()
+
+    async def _scene(self) -> Scene:
+        space = await self._health.space()
+        crews: dict[ClaimSet, Crew] = {}
+        running: dict[tuple[str, str], list[int]] = {}
+        async for _ in _sliced(self._crews(crews)):
+            pass
+        async for _ in _sliced(self._running(running)):
+            pass
+        if loop_time() >= self._next_scan:
+            due: list[DuePair] = []
+            pairs = 0
+            async for pair in _sliced(self._due_pairs()):
+                pairs += 1
+                if pair is not None:
+                    due.append(pair)
+            self._due = due
+            self._next_scan = loop_time() + (SCAN_MANY_EVERY_S if pairs > MANY_PAIRS else 0)
+        at, report = self._clock.moment(), self._cleanup.last_report
+        return Scene(
+            state=self._state,
+            at=at,
+            limits=self.thresholds,
+            opened=self._life.opened,
+            up_ms=0 if self._first is None else self._clock.boot_ms() - self._first,
+            health=self._health.last,
+            space=space,
+            rejects_creates=self._rejects_creates(),
+            cleanup_issues=0 if report is None else report.validation_issues_found,
+            failing_webhooks=self.failing_webhooks(),
+            cluster=self.cluster(),
+            counts=self.counts,
+            durations=self._state.counters.baselines.view(at.now),
+            due=self._due,
+            crews=crews,
+            running=running,
+        )
+
+    def _crews(self, crews: dict[ClaimSet, Crew]) -> Iterator[None]:
+        """Count the workers of each claim set by state."""
+        presence = self._state.presence
+        for name, worker in list(presence.remembered()):
+            if worker.claims is not None:
+                crew, state = crews.setdefault(worker.claims, Crew({})), presence.state(worker)
+                crew.states[state] = crew.states.get(state, 0) + 1
+                if state in ("died", "gone"):
+                    last = presence.workers.get(crew.last or "")
+                    crew.last = name if last is None or last.last_seen_at <= worker.last_seen_at else crew.last
+            yield
+
+    def _running(self, running: dict[tuple[str, str], list[int]]) -> Iterator[None]:
+        """Count the jobs with a live lock of each queue and kind, and find since when the oldest has been running."""
+        lock_ms = self._clock.moment().lock_ms
+        for _, job in zip(range(RUNNING_READ), list(self._state.processing.values()), strict=False):
+            if job.deadlines is not None and job.deadlines.is_live(lock_ms):
+                started_at = job.started_at or job.created_at
+                found = running.setdefault((job.options.queue, job.options.kind), [0, started_at])
+                found[0] += 1
+                found[1] = min(found[1], started_at)
+            yield
+
+    def _due_pairs(self) -> Iterator[DuePair | None]:
+        """Find the pairs whose oldest due job has waited for a minute. Yields once for each pair.
+
+        A suspect jump of the wall clock does not lengthen the wait of jobs.
+        """
+        state, at = self._state, self._clock.moment()
+        now = min(at.now, at.believed)
+        for queue in list(state.counts):
+            for kind in state.queued_kinds(queue):
+                _, entry = state.oldest_of_kind(queue, kind, now)
+                job = None if entry is None else state.jobs.get(entry[3])
+                if entry is None or job is None or (wait_ms := now - job.waits_since(now)) < DUE_FOR_MS:
+                    yield None
+                    continue
+                due, best = state.due_of_kind(queue, kind, now)
+                yield DuePair(queue, kind, due, wait_ms, entry[3], best < entry[0])
+
+
+async def _sliced(items: Iterable[Item]) -> AsyncIterator[Item]:
+    """Iterate, and let the loop run after each slice."""
+    began = loop_time()
+    for item in items:
+        yield item
+        if loop_time() - began >= SLICE_S:
+            await asyncio.sleep(0)
+            began = loop_time()

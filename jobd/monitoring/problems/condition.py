@@ -1,0 +1,137 @@
+"""Conditions: what each one reads, what it finds, and its thresholds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Final
+
+from msgspec import Struct
+
+from jobd.core.state import State
+from jobd.core.stats import KindDurations
+from jobd.core.worker_presence import ClaimSet
+from jobd.model.commands import Moment, WorkerState
+from jobd.model.job import MINUTE_MS, SECOND_MS
+from jobd.model.problems import Cure, Severity, Subject, Unit
+from jobd.model.responses import ClusterView, HealthView
+from jobd.model.storage import DiskSpace
+from jobd.model.webhooks import FailingWebhook
+from jobd.monitoring.problems.pair_counts import PairCounts
+
+CLOSE_RATIO: Final = 0.9  # a ratio closes at this part of its threshold, so that a value near it does not flap
+GIB: Final = 1 << 30
+
+
+class Thresholds(Struct, frozen=True):
+    """Thresholds of the conditions. Unless noted, a condition holds above its threshold, not at it."""
+
+    stalled_jobs: int = 5
+    processing_jobs: int = 20
+    average_processing_ms: int = 10 * MINUTE_MS
+    cleanup_issues: int = 10
+    granted_twice: int = 0  # jobs in the last hour
+    slower_than_usual: float = 2.0  # ratio to the usual duration
+    webhook_failing_ms: int = 5 * MINUTE_MS
+    queue_without_workers_ms: int = 2 * MINUTE_MS
+    queue_waits_ms: int = 5 * MINUTE_MS
+    failure_rate: float = 0.5  # of the attempts of a queue and kind; also holds at the threshold
+    failure_rate_attempts: int = 20
+    disk_free_percent: float = 10.0
+    disk_free_bytes: int = GIB
+    release_loop: int = 0  # jobs
+    standby_behind_ms: int = 30 * SECOND_MS
+    database_horizon_ms: int = MINUTE_MS
+    clocks_differ_ms: int = SECOND_MS
+
+
+class Finding(Struct, frozen=True, kw_only=True):
+    """A subject for which a condition holds now. `severity` is that of the condition if it is None."""
+
+    subject: Subject
+    title: str
+    value: float = 1
+    jobs: int = 0
+    wait_ms: int = 0
+    severity: Severity | None = None
+    cause: str = ""
+    cure: tuple[Cure, ...] = ()
+
+    @property
+    def rank(self) -> tuple[int, int]:
+        """The more jobs wait for the longer, the worse."""
+        return max(self.jobs, 1) * max(self.wait_ms, 1), self.jobs
+
+
+class Crew(Struct):
+    """The workers of one claim set by state, and the one heard last of those that died or are gone."""
+
+    states: dict[WorkerState, int]
+    last: str | None = None
+
+
+class DuePair(Struct, frozen=True):
+    """A queue and a kind with due jobs. `job_id` waits longest. `is_behind`: others have a better priority."""
+
+    queue: str
+    kind: str
+    due: int
+    wait_ms: int
+    job_id: str
+    is_behind: bool = False
+
+    @property
+    def subject(self) -> Subject:
+        return Subject(type="pair", queue=self.queue, kind=self.kind)
+
+
+class Scene(Struct, kw_only=True):
+    """What an evaluation reads. `opened` are the ids of open problems, whose thresholds to close are lower."""
+
+    state: State
+    at: Moment
+    limits: Thresholds
+    opened: frozenset[str] = frozenset()
+    up_ms: int = 0
+    health: HealthView | None = None
+    space: DiskSpace | None = None
+    rejects_creates: bool = False
+    cleanup_issues: int = 0
+    failing_webhooks: Iterable[FailingWebhook] = ()
+    cluster: ClusterView
+    counts: PairCounts
+    durations: Iterable[KindDurations] = ()
+    due: Iterable[DuePair] = ()
+    crews: Mapping[ClaimSet, Crew] = {}
+    running: Mapping[tuple[str, str], list[int]] = {}  # pair -> running jobs with a live lock, oldest started_at
+
+    def exceeds(self, id_: str, value: float, threshold: float, close_at: float | None = None) -> bool:
+        """Return whether a value is above the threshold, or, of an open problem, above the value at which it closes."""
+        return value > (threshold if close_at is None or id_ not in self.opened else close_at)
+
+
+class Condition(Struct, frozen=True, kw_only=True):
+    """One row of the catalogue.
+
+    `find` yields the subjects for which it holds. `alert` is the name of the alert that is derived from it, `threshold`
+    the value of that, and `per` how many units of `value` one unit of the alert's value has. `hides` names conditions
+    whose problems are explained by one of this condition, if their subjects overlap.
+    """
+
+    name: str
+    severity: Severity
+    find: Callable[[Scene], Iterable[Finding]]
+    unit: Unit = "jobs"
+    alert: str = ""
+    threshold: Callable[[Thresholds], float] = lambda limits: 0
+    per: float = 1
+    quiet: str = ""  # the hint of the alert while it does not fire
+    hides: tuple[str, ...] = ()
+    of_cluster: bool = False
+
+
+def problem_id(condition: str, subject: Subject) -> str:
+    return "/".join((condition, *subject.parts))
+
+
+def plural(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"

@@ -1,0 +1,201 @@
+"""Conditions of the daemon, its disk and its webhooks, and of single jobs."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator
+from functools import partial
+from typing import Final
+
+from jobd.core.views import average_processing_s
+from jobd.model.job import DAY_MS, MINUTE_MS, SECOND_MS
+from jobd.model.problems import Cure, Subject
+from jobd.model.responses import DatabaseHealth, PartHealth
+from jobd.model.times import duration
+from jobd.monitoring.problems.condition import GIB, Finding, Scene, plural
+
+MIB: Final = 1 << 20
+TINY_PERCENT: Final = 2.0  # of the disk
+WITHOUT_REASON_MS: Final = 15 * MINUTE_MS
+NAMED: Final = 3
+_WORKERS: Final = Cure("See the workers", "jobctl workers", "/workers")
+_HEALTH: Final = Cure("See the health", "jobctl health", "/alerts")
+
+
+def stuck_jobs(scene: Scene) -> Iterator[Finding]:
+    count, recovered = len(scene.state.stalled), scene.state.counters.recovered_lately(scene.at.now)
+    if count + recovered > scene.limits.stalled_jobs:
+        title = (
+            f"{plural(count, 'job')} {'has' if count == 1 else 'have'} stalled, and {recovered:,} "
+            f"{'was' if recovered == 1 else 'were'} recovered in the last 10 minutes."
+        )
+        cause = "Workers crash or hang."
+        yield Finding(subject=DAEMON, title=title, value=count + recovered, jobs=count, cause=cause, cure=(_WORKERS,))
+
+
+def processing_jobs(scene: Scene) -> Iterator[Finding]:
+    count = scene.state.totals["processing"]
+    if count > scene.limits.processing_jobs:
+        title = f"{plural(count, 'job')} are processing, more than alerts.processing_jobs expects."
+        yield Finding(subject=DAEMON, title=title, value=count, jobs=count, cure=(_WORKERS,))
+
+
+def average_processing(scene: Scene) -> Iterator[Finding]:
+    ms = average_processing_s(scene.state, scene.state.counters, scene.at) * SECOND_MS
+    if ms > scene.limits.average_processing_ms:
+        title = f"Jobs take {duration(ms)} on average (completed in the last hour, or processing)."
+        yield Finding(subject=DAEMON, title=title, value=ms, cure=(Cure("See the oldest", "jobctl stats", "/"),))
+
+
+def cleanup_issues(scene: Scene) -> Iterator[Finding]:
+    if (count := scene.cleanup_issues) > scene.limits.cleanup_issues:
+        title = f"The latest cleanup run found many invalid rows (issues: {count}). The log names them."
+        yield Finding(
+            subject=STORE, title=title, value=count, jobs=count, cure=(Cure("See one", "jobctl validate ID"),)
+        )
+
+
+def granted_twice(scene: Scene) -> Iterator[Finding]:
+    double_grants = scene.state.counters.double_grants
+    count, last = double_grants.last_hour(scene.at.now), double_grants.last
+    if count <= scene.limits.granted_twice or last is None:
+        return
+    (token, next_token), (worker, next_worker) = last.tokens, last.workers
+    title = (
+        f"Two workers may have worked on it at once ({count} in the last hour): it was taken from {worker} (token "
+        f"{token}) before its lock expired, and granted to {next_worker} (token {next_token})."
+    )
+    cause = "Compare these tokens with those stored with its results."
+    cure = Cure("See why the first grant ended", f"jobctl timeline {last.job_id}", f"/jobs/{last.job_id}")
+    yield Finding(subject=_job(last.job_id), title=title, value=count, jobs=count, cause=cause, cure=(cure,))
+
+
+def part_unhealthy(name: str, scene: Scene) -> Iterator[Finding]:
+    """A part of the latest health. A part that has not been measured yet is not unhealthy."""
+    part: DatabaseHealth | PartHealth | None = getattr(scene.health, name, None)
+    if part is not None and part.status != "healthy":
+        yield Finding(subject=Subject(type=name), title=part.message, cure=(_HEALTH,))
+
+
+database = partial(part_unhealthy, "database")
+cache = partial(part_unhealthy, "cache")
+storage = partial(part_unhealthy, "storage")
+
+
+def webhooks(scene: Scene) -> Iterator[Finding]:
+    for each in scene.failing_webhooks:
+        if each.for_ms <= scene.limits.webhook_failing_ms:
+            continue
+        carries = f" It carries these problems: {plural(each.waiting, 'message')} wait." if each.wants_problems else ""
+        title = f"Accepts nothing for {duration(each.for_ms)}: {each.error}.{carries}"
+        cure = Cure("See its deliveries", f"jobctl webhooks deliveries {each.name}", f"/webhooks/{each.name}")
+        yield Finding(
+            subject=Subject(type="webhook", webhook=each.name),
+            title=title,
+            value=each.for_ms,
+            wait_ms=each.for_ms,
+            severity="critical" if each.wants_problems else None,
+            cure=(cure,),
+        )
+
+
+def disk(scene: Scene) -> Iterator[Finding]:
+    space, limits = scene.space, scene.limits
+    if space is None or not space.total_bytes:
+        return
+    free = 100 * space.free_bytes / space.total_bytes
+    is_full = scene.rejects_creates or free < TINY_PERCENT
+    if not scene.rejects_creates and free >= limits.disk_free_percent and space.free_bytes >= limits.disk_free_bytes:
+        return
+    title = f"{_bytes(space.free_bytes)} of {_bytes(space.total_bytes)} are free on the disk of {space.path}."
+    yield Finding(
+        subject=Subject(type="disk"),
+        title=f"{title} New jobs are rejected." if scene.rejects_creates else title,
+        value=100 - free,
+        severity="critical" if is_full else None,
+        cause="On a full disk the daemon rejects new jobs. Free some space, or shorten [retention].",
+        cure=(Cure("See what is stored", "jobctl stats", "/"),),
+    )
+
+
+def release_loops(scene: Scene) -> Iterator[Finding]:
+    """Jobs that a worker releases over and over, by queue, kind and worker."""
+    loops = scene.state.release_loops
+    if len(loops) <= scene.limits.release_loop:
+        return
+    found: dict[tuple[str, str, str], list[tuple[int, str]]] = {}
+    for job_id, releases in list(loops.items()):
+        if (job := scene.state.jobs.get(job_id)) is not None and job.ended is not None:
+            found.setdefault((job.options.queue, job.options.kind, job.ended.worker), []).append((releases, job_id))
+    for (queue, kind, worker), jobs in found.items():
+        releases, job_id = max(jobs)
+        yield Finding(
+            subject=Subject(type="pair", queue=queue, kind=kind, worker=worker),
+            title=f"{plural(len(jobs), 'job')} {'is' if len(jobs) == 1 else 'are'} released over and over by {worker}; "
+            f"{job_id} {releases} times.",
+            value=len(jobs),
+            jobs=len(jobs),
+            cause="This worker cannot process them.",
+            cure=(
+                Cure("See who releases it, and why", f"jobctl timeline {job_id}", f"/jobs/{job_id}"),
+                Cure("End the loop", f"jobctl cancel {job_id}", f"/jobs/{job_id}", changes=True),
+            ),
+        )
+
+
+def paused_without_reason(scene: Scene) -> Iterator[Finding]:
+    for pair in _paused(scene, has_reason=False):
+        if pair.wait_ms > WITHOUT_REASON_MS:
+            yield pair
+
+
+def known_pauses(scene: Scene) -> Iterator[Finding]:
+    """Pauses with a reason: they need nobody."""
+    return _paused(scene, has_reason=True)
+
+
+def _paused(scene: Scene, *, has_reason: bool) -> Iterator[Finding]:
+    waiting: dict[str, tuple[int, int]] = {}  # queue -> due jobs, the longest wait
+    for pair in scene.due:
+        due, wait_ms = waiting.get(pair.queue, (0, 0))
+        waiting[pair.queue] = due + pair.due, max(wait_ms, pair.wait_ms)
+    for queue, pause in list(scene.state.paused.items()):
+        due, wait_ms = waiting.get(queue, (0, 0))
+        if bool(pause.reason) == has_reason:
+            yield Finding(
+                subject=Subject(type="queue", queue=queue),
+                title=f"Paused {pause.describe()}. {plural(due, 'job')} wait{'s' if due == 1 else ''}.",
+                value=due,
+                jobs=due,
+                wait_ms=wait_ms,
+                cure=(Cure("Resume it", f"jobctl resume {shlex.quote(queue)}", "/queues", changes=True),),
+            )
+
+
+def damaged(scene: Scene) -> Iterator[Finding]:
+    if count := len(scene.state.quarantined):
+        names = ", ".join(list(scene.state.quarantined)[:NAMED])
+        title = f"{plural(count, 'job')} {'is' if count == 1 else 'are'} quarantined: {names}."
+        yield Finding(
+            subject=STORE, title=title, value=count, jobs=count, cure=(Cure("See the repair", "jobd doctor"),)
+        )
+
+
+def clock(scene: Scene) -> Iterator[Finding]:
+    if scene.at.suspect:
+        ahead_ms = abs(scene.at.now - scene.at.believed)
+        title = f"The clock is suspect: {duration(ahead_ms)} ahead. Nothing is deleted or failed by age."
+        cure = Cure("If the clock is right", "jobctl clock accept", "/clock", changes=True)
+        yield Finding(subject=STORE, title=title, value=min(ahead_ms, DAY_MS * 36_500), cure=(cure,))
+
+
+def _job(job_id: str) -> Subject:
+    return Subject(type="job", job=job_id)
+
+
+DAEMON: Final = Subject(type="daemon")
+STORE: Final = Subject(type="store")
+
+
+def _bytes(count: int) -> str:
+    return f"{count / GIB:.1f} GiB" if count >= GIB else f"{count / MIB:.1f} MiB"

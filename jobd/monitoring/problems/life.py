@@ -1,0 +1,191 @@
+"""The life of problems: a finding opens one after a while, and it closes when it was not found for a while.
+
+The key is the condition and the subject, so each subject has its own `since`. Boot time decides, because lock time
+stands still on a full disk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from heapq import heappop, heappush
+from operator import itemgetter
+from typing import Final, get_args
+
+import structlog
+from msgspec import Struct
+from msgspec.structs import replace
+
+from jobd.model.clocks import BootMs
+from jobd.model.job import MINUTE_MS, SECOND_MS
+from jobd.model.problems import Problem, Severity
+from jobd.monitoring.problems.condition import Condition, Finding, problem_id
+
+HOLD_MS: Final = 30 * SECOND_MS  # a problem opens after its condition has held for this long
+CLEAR_MS: Final = 60 * SECOND_MS  # it closes after its condition has been false for this long
+CHANGES_AFTER_MS: Final = 30 * MINUTE_MS  # between two messages that a problem has become worse
+SUBJECTS: Final = 100  # per condition
+MOST: Final = 500
+GROWN: Final = 10  # times as many jobs are a change
+_WORST_FIRST: Final = get_args(Severity)
+
+log = structlog.get_logger("jobd.problems")
+
+
+class _Track(Struct):
+    """A finding that may become a problem, or one that is open. `told` is what was last announced, and when."""
+
+    problem: Problem
+    first: BootMs
+    seen: BootMs
+    rank: tuple[int, int]
+    is_open: bool = False
+    changed_at: int = 0  # wall time
+    told: tuple[Severity, int, BootMs] = ("notice", 0, BootMs(0))
+
+
+class Selection:
+    """The findings of one condition: those that are tracked already, so that no newcomer replaces one, and the worst.
+
+    `rest` counts those that are left out.
+    """
+
+    def __init__(self, condition: str, tracked: set[str], room: int) -> None:
+        self.condition = condition
+        self.rest = 0
+        self._tracked = tracked
+        self._room = room
+        self._known: list[tuple[str, Finding]] = []
+        self._new: list[tuple[tuple[int, int], str, Finding]] = []  # a heap, the least urgent first
+
+    def add(self, finding: Finding) -> None:
+        id_ = problem_id(self.condition, finding.subject)
+        if id_ in self._tracked:
+            self._known.append((id_, finding))
+            return
+        heappush(self._new, (finding.rank, id_, finding))
+        if len(self._new) > self._room:
+            heappop(self._new)
+            self.rest += 1
+
+    def chosen(self) -> Iterator[tuple[str, Finding]]:
+        yield from self._known
+        yield from ((id_, finding) for _, id_, finding in sorted(self._new, key=itemgetter(0), reverse=True))
+
+
+class ProblemLife:
+    """Follows the findings of each evaluation with `update`. `listed` are the open problems that none hides."""
+
+    def __init__(self, conditions: Sequence[Condition], hold_ms: int = HOLD_MS, clear_ms: int = CLEAR_MS) -> None:
+        self.listed: list[Problem] = []
+        self.rest: dict[str, int] = {}  # condition -> subjects that are left out
+        self.opened_total: dict[tuple[str, Severity], int] = {}
+        self._conditions = {each.name: each for each in conditions}
+        self._hold_ms = hold_ms
+        self._clear_ms = clear_ms
+        self._tracks: dict[str, _Track] = {}
+
+    @property
+    def opened(self) -> frozenset[str]:
+        """The ids of all open problems, hidden ones too."""
+        return frozenset(id_ for id_, track in self._tracks.items() if track.is_open)
+
+    def open_of(self, condition: str) -> list[Problem]:
+        """Return all open problems of a condition, hidden ones too, the worst first."""
+        tracks = [each for each in self._tracks.values() if each.is_open and each.problem.condition == condition]
+        return [each.problem for each in sorted(tracks, key=_urgency)]
+
+    def changed_at(self, id_: str) -> int:
+        """Return when an open problem last became much worse, in wall time; 0 if it did not."""
+        return self._tracks[id_].changed_at
+
+    def selection(self, condition: str) -> Selection:
+        """Return an empty selection for the findings of an evaluation."""
+        tracked = {id_ for id_, track in self._tracks.items() if track.problem.condition == condition}
+        return Selection(condition, tracked, max(min(SUBJECTS - len(tracked), MOST - len(self._tracks)), 0))
+
+    def update(self, found: Iterable[Selection], now: int, boot_ms: BootMs) -> bool:
+        """Apply the findings. Return whether the list has other problems, or worse ones."""
+        for selection in found:
+            self._find(selection, now, boot_ms)
+        before = {each.id: each for each in self.listed}
+        worse = False
+        for id_, track in list(self._tracks.items()):
+            if not track.is_open and track.seen != boot_ms:
+                del self._tracks[id_]
+            elif not track.is_open and boot_ms - track.first >= self._hold_ms:
+                track.is_open = True
+                track.told = track.problem.severity, track.problem.jobs, boot_ms - CHANGES_AFTER_MS
+            elif track.is_open and track.seen != boot_ms and boot_ms - track.seen >= self._clear_ms:
+                del self._tracks[id_]
+            elif track.is_open:
+                worse |= _becomes_worse(track, now, boot_ms)
+        self._list()
+        after = {each.id: each for each in self.listed}
+        for problem in self.listed:
+            if problem.id not in before:
+                key = problem.condition, problem.severity
+                self.opened_total[key] = self.opened_total.get(key, 0) + 1
+                log.warning("problem_opened", id=problem.id, severity=problem.severity, title=problem.title)
+        for id_ in before.keys() - after.keys():
+            log.info("problem_closed", id=id_, since=before[id_].since, title=before[id_].title)
+        return worse or before.keys() != after.keys()
+
+    def _find(self, selection: Selection, now: int, boot_ms: BootMs) -> None:
+        condition = self._conditions[selection.condition]
+        self.rest[condition.name] = selection.rest
+        for id_, finding in selection.chosen():
+            if id_ not in self._tracks and len(self._tracks) >= MOST:
+                self.rest[condition.name] += 1
+                continue
+            track = self._tracks.get(id_)
+            since = now if track is None else track.problem.since
+            problem = Problem(
+                id=id_,
+                condition=condition.name,
+                severity=finding.severity or condition.severity,
+                subject=finding.subject,
+                since=since,
+                jobs=finding.jobs,
+                value=round(finding.value, 4),
+                unit=condition.unit,
+                title=finding.title,
+                cause=finding.cause,
+                cure=list(finding.cure),
+            )
+            if track is None:
+                self._tracks[id_] = _Track(problem, boot_ms, boot_ms, finding.rank)
+            else:
+                track.problem, track.seen, track.rank = problem, boot_ms, finding.rank
+
+    def _list(self) -> None:
+        """List the open problems by urgency, without those that another one hides."""
+        tracks = sorted((track for track in self._tracks.values() if track.is_open), key=_urgency)
+        hidden: dict[str, list[str]] = {}  # id of the problem that hides -> ids of those that it hides
+        gone: set[str] = set()
+        for hider in (track.problem for track in tracks):
+            names = self._conditions[hider.condition].hides
+            for other in (track.problem for track in tracks) if names else ():
+                if other.condition in names and other.id not in gone and hider.subject.overlaps(other.subject):
+                    hidden.setdefault(hider.id, []).append(other.id)
+                    gone.add(other.id)
+        rests = {name: count for name, count in self.rest.items() if count}
+        self.listed = [
+            replace(each, hides=hidden.get(each.id, []), rest=rests.pop(each.condition, 0))
+            for each in (track.problem for track in tracks)
+            if each.id not in gone
+        ]
+
+
+def _urgency(track: _Track) -> tuple[int, tuple[int, int], str]:
+    return _WORST_FIRST.index(track.problem.severity), (-track.rank[0], -track.rank[1]), track.problem.id
+
+
+def _becomes_worse(track: _Track, now: int, boot_ms: BootMs) -> bool:
+    """Note a higher severity, or ten times as many jobs. At most every CHANGES_AFTER_MS."""
+    severity, jobs, at = track.told
+    problem = track.problem
+    is_worse = _WORST_FIRST.index(problem.severity) < _WORST_FIRST.index(severity)
+    if not (is_worse or problem.jobs >= GROWN * max(jobs, 1)) or boot_ms - at < CHANGES_AFTER_MS:
+        return False
+    track.told, track.changed_at = (problem.severity, problem.jobs, boot_ms), now
+    return True

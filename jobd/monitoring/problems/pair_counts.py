@@ -1,0 +1,72 @@
+"""Count the events of each queue and kind in the last minutes."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Final
+
+from msgspec import Struct, field
+
+from jobd.model.events import Event
+from jobd.model.job import DAY_MS, MINUTE_MS, Failure
+
+MINUTES: Final = 10
+PAIRS_KEPT: Final = 10_000  # those with the latest events
+FAR_MS: Final = 7 * DAY_MS
+CREATED, ENDED, FAILED, EXPIRED, FAR = range(5)  # places in the counts of a minute
+_ENDED: Final = {"completed": ENDED, "adopted": ENDED, "failed": FAILED, "retried": FAILED, "expired": EXPIRED}
+
+
+class PairMinutes(Struct):
+    """The counts of one queue and kind by minute, and the error of its latest failed attempt."""
+
+    minutes: dict[int, list[int]] = field(default_factory=dict)
+    error: Failure | None = None
+
+    def sums(self, now: int) -> list[int]:
+        """Return the sums of the last 10 minutes, including the current one."""
+        last = now // MINUTE_MS
+        chosen = [counts for minute, counts in self.minutes.items() if last - MINUTES < minute <= last]
+        return [sum(column) for column in zip(*chosen, strict=True)] or [0] * 5
+
+    def first(self, place: int, now: int) -> int:
+        """Return when the first minute of the last 10 began that counts something at this place."""
+        last = now // MINUTE_MS
+        found = (minute for minute, counts in self.minutes.items() if last - MINUTES < minute <= last and counts[place])
+        return min(found, default=last) * MINUTE_MS
+
+
+class PairCounts:
+    """Follows commits with `note`. In memory only."""
+
+    def __init__(self) -> None:
+        self.pairs: OrderedDict[tuple[str, str], PairMinutes] = OrderedDict()
+
+    def note(self, changes: Sequence[Event]) -> None:
+        for event in changes:
+            if event.type == "created":
+                assert event.after is not None
+                counts = self._minute(event, event.after.options.kind)
+                counts[CREATED] += 1
+                counts[FAR] += event.after.run_at - event.at > FAR_MS
+            elif (place := _ENDED.get(event.type)) is not None and (before := event.before) is not None:
+                counts = self._minute(event, before.options.kind)
+                counts[place] += 1
+                if place == FAILED and event.after is not None:
+                    self.pairs[event.queue, before.options.kind].error = event.after.error
+
+    def _minute(self, event: Event, kind: str) -> list[int]:
+        key, minute = (event.queue, kind), event.at // MINUTE_MS
+        pair = self.pairs.get(key)
+        if pair is None:
+            pair = self.pairs[key] = PairMinutes()
+            if len(self.pairs) > PAIRS_KEPT:
+                self.pairs.popitem(last=False)
+        counts = pair.minutes.get(minute)
+        if counts is None:
+            self.pairs.move_to_end(key)
+            # After a backward step of the clock, later minutes do not count.
+            pair.minutes = {each: kept for each, kept in pair.minutes.items() if minute - MINUTES <= each < minute}
+            counts = pair.minutes[minute] = [0] * 5
+        return counts

@@ -1,0 +1,481 @@
+"""Problems: which conditions find which subjects, what they say, when problems open and close, and their bounds."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any, cast
+
+import pytest
+from msgspec.structs import replace
+from structlog.testing import capture_logs
+
+from jobd.core.stats import HOURS_NEEDED, SAMPLES_NEEDED, STEP_MS
+from jobd.engine.clock import loop_time
+from jobd.model.clocks import BootMs
+from jobd.model.commands import About, Claim, Complete, Create, EndGrants, Fail, Goodbye, Pause, Start
+from jobd.model.events import Event
+from jobd.model.job import DAY_MS, HOUR_MS, MINUTE_MS, Job, Options
+from jobd.model.problems import Problem, Subject
+from jobd.model.responses import UNSEEN_MS, ClusterView, HealthView, NodeView
+from jobd.model.storage import DiskSpace
+from jobd.model.webhooks import FailingWebhook
+from jobd.monitoring.health import Health
+from jobd.monitoring.problems import life
+from jobd.monitoring.problems.board import Problems
+from jobd.monitoring.problems.catalogue import ALERTS, CONDITIONS
+from jobd.monitoring.problems.condition import Condition, Finding, Thresholds
+from jobd.monitoring.problems.life import ProblemLife
+from jobd.monitoring.problems.pair_counts import MINUTES, PAIRS_KEPT, PairCounts
+from tests.support.factories import NOW
+from tests.support.memory_storage import MemoryStorage
+from tests.support.virtual_engine import VirtualEngine, in_engine, in_virtual_time, row, seconds
+
+
+def problems_of(engine: VirtualEngine, thresholds: Thresholds | None = None, **settings: Any) -> Problems:
+    """Return problems that open and close at once, on a daemon that has been up for long."""
+    health = Health(engine.actor, engine.clock, engine.maintainer)
+    settings = {"hold_ms": 0, "clear_ms": 0, **settings}
+    made = Problems(engine.state, engine.clock, health, engine.maintainer, thresholds, **settings)
+    made._first = engine.clock.boot_ms() - HOUR_MS
+    engine.actor.on_commit.append(made.counts.note)
+    return made
+
+
+async def found(problems: Problems) -> dict[str, Problem]:
+    """Evaluate a moment later, and return the list by id."""
+    await seconds(0.002)
+    await problems.check()
+    return {each.id: each for each in problems.view().problems}
+
+
+# -- queues and kinds --------------------------------------------------------------------------------------------------
+
+
+async def waiting(engine: VirtualEngine, queue: str, kind: str = "") -> None:
+    await engine.yes(Create(queue=queue, kind=kind))
+
+
+@in_engine()
+async def test_two_queues_without_workers_are_two_problems_with_their_own_times(engine: VirtualEngine) -> None:
+    problems = problems_of(engine, hold_ms=30_000, clear_ms=60_000)
+    about = About(host="web-1")
+    await engine.yes(Claim(queues=["mail"], worker="mailer-1", about=about))
+    await engine.yes(Goodbye(name="mailer-1", reason="stopped"))
+    await waiting(engine, "mail", "receipt")
+    await seconds(60)
+    await waiting(engine, "billing")
+    opened: dict[str, float] = {}
+    began = loop_time()
+    for _ in range(60):
+        await problems.check()
+        for each in problems.view().problems:
+            opened.setdefault(each.id, loop_time() - began)
+        await seconds(5)
+    assert opened == {"no_workers/mail/receipt": 95, "no_workers/billing": 155}
+    mail, billing = problems.view().problems
+    assert (mail.severity, billing.severity) == ("critical", "warning"), "billing never had a worker"
+    assert mail.title.startswith(
+        "1 job is due, for 5 min 55 s, and no worker takes it. The last, mailer-1@web-1, said goodbye"
+    )
+    assert mail.hides == ["waits/mail/receipt"]
+    assert mail.cure[0].command == "jobctl run --queue mail -- CMD"
+    await engine.yes(Claim(queues=["mail"], worker="mailer-2"))
+    await problems.check()
+    await seconds(60)
+    await problems.check()
+    (left,) = problems.view().problems
+    assert (left.id, left.since) == ("no_workers/billing", billing.since)
+    (alert,) = [each for each in problems.alerts() if each.firing and each.name == "queue_without_workers"]
+    assert alert.hint.startswith("billing: 1 job is due")
+    assert alert.hint.endswith(f"jobctl why {_job_of(left)}.")
+    assert problems.opened_total == {("no_workers", "critical"): 1, ("no_workers", "warning"): 1}
+
+
+def _job_of(problem: Problem) -> str:
+    return (problem.cure[1].command or "").rpartition(" ")[2]
+
+
+@in_engine()
+async def test_busy_starting_and_paused_pairs_do_not_lack_workers(engine: VirtualEngine) -> None:
+    problems = problems_of(engine)
+    for queue in ("busy", "started", "paused", "other"):
+        await engine.yes(Create(id=f"first-{queue}", queue=queue, kind="film"))
+        await engine.yes(Create(id=f"next-{queue}", queue=queue, kind="film"))
+    await engine.yes(Claim(queues=["busy"], worker="w-1", lock_ttl_ms=HOUR_MS))
+    await engine.yes(Start(id="first-started", worker="w-2", lock_ttl_ms=HOUR_MS))
+    await engine.yes(Pause(name="paused"))
+    await engine.yes(Claim(queues=["other"], kinds=["song"], worker="w-3"))
+    await seconds(301)
+    listed = {each.id: each.title for each in (await found(problems)).values()}
+    assert listed == {
+        "no_workers/other/film": "2 jobs are due, the oldest for 5 min 1 s, and no worker takes them.",
+        "waits/busy/film": "1 job is due, for 5 min 1 s. Its only worker is busy, the longest for 5 min 1 s.",
+        "waits/started/film": "1 job is due, for 5 min 1 s. No worker claims this queue and kind.",
+    }
+    await seconds(600)
+    assert "paused_without_reason/paused" in await found(problems)
+    await engine.yes(Pause(name="paused", reason="deploy"))
+    assert "paused_without_reason/paused" not in await found(problems)
+    (known,) = problems.view().known
+    assert (known.jobs, "deploy" in known.title) == (2, True)
+    assert [each.id for each in problems.view("critical").problems] == []
+    assert [each.id for each in problems.view(queue="busy").problems] == ["waits/busy/film"]
+
+
+@in_engine()
+async def test_a_start_misses_no_worker_for_three_minutes(engine: VirtualEngine) -> None:
+    problems = problems_of(engine)
+    await waiting(engine, "mail")
+    await seconds(150)
+    problems._first = engine.clock.boot_ms() - 60_000
+    assert await found(problems) == {}
+    announced = problems.announced()
+    assert announced is not None
+    assert not announced.is_settled
+
+
+@in_engine()
+async def test_a_suspect_jump_of_the_clock_makes_no_job_wait(engine: VirtualEngine) -> None:
+    problems = problems_of(engine)
+    await waiting(engine, "mail")
+    engine.step_ms = 400 * DAY_MS
+    assert list(await found(problems)) == ["clock/store"]
+
+
+@in_engine()
+async def test_failing_holds_from_half_of_the_attempts_of_a_pair(engine: VirtualEngine) -> None:
+    problems = problems_of(engine)
+    for number in range(20):
+        lock_id = await engine.held(f"a-{number}", queue="a", kind="k")
+        assert await found(problems) == {}
+        if number < 10:
+            await engine.yes(Complete(id=f"a-{number}", lock_id=lock_id))
+        else:
+            await engine.yes(Fail(id=f"a-{number}", lock_id=lock_id, error_message="no codec\nat", error_code="E"))
+    (failing,) = (await found(problems)).values()
+    assert (failing.id, failing.severity, failing.value, failing.jobs) == ("failing/a/k", "warning", 50, 10)
+    assert failing.title.startswith("10 of 20 attempts failed since ")
+    assert failing.title.endswith("UTC: E: no codec")
+    problems.thresholds = Thresholds(failure_rate=0.55)
+    assert list(await found(problems)) == ["failing/a/k"], "it closes at 0.9 of its threshold"
+    problems.thresholds = Thresholds(failure_rate=0.56)
+    assert await found(problems) == {}
+    problems.thresholds = Thresholds(failure_rate_attempts=21)
+    assert await found(problems) == {}
+
+
+@in_engine()
+async def test_each_slow_kind_is_found_and_does_not_flap(engine: VirtualEngine) -> None:
+    problems = problems_of(engine)
+    usual = {"film": 1023, "mail": 40, "song": 511}
+    for _ in range(HOURS_NEEDED):
+        for kind, ms in usual.items():
+            _work(engine, kind, ms)
+        await seconds(3600)
+    for kind, ms in {"film": 3071, "mail": 120, "song": 1023}.items():  # mail is too short to matter
+        _work(engine, kind, ms)
+    (slow,) = (await found(problems)).values()
+    assert (slow.id, slow.title) == ("slow_kind/film", "95 % take up to 3 s, usually 1 s.")
+    problems.thresholds = Thresholds(slower_than_usual=3.1)
+    assert list(await found(problems)) == ["slow_kind/film"], "it continues just below the threshold"
+    problems.thresholds = Thresholds(slower_than_usual=3.4)
+    assert await found(problems) == {}
+    problems.thresholds = Thresholds(slower_than_usual=3.1)
+    assert await found(problems) == {}, "but it does not begin there"
+
+
+def _work(engine: VirtualEngine, kind: str, ms: int) -> None:
+    for _ in range(SAMPLES_NEEDED):
+        engine.state.counters.baselines.add(kind, engine.now, ms)
+
+
+@in_engine()
+async def test_ten_thousand_sick_pairs_give_a_hundred_subjects_and_the_rest(engine: VirtualEngine) -> None:
+    problems = problems_of(engine)
+    for number in range(10_000):
+        due = engine.now - 200_000 - number
+        options = Options(queue=f"q-{number}")
+        engine.state.reindex(None, Job(number + 1, f"job-{number}", options, "queued", due, due, due))
+    listed = await found(problems)
+    assert len(listed) == life.SUBJECTS
+    assert problems.view().rest == 9_900
+    assert next(iter(listed)) == "no_workers/q-9999"
+    assert listed["no_workers/q-9999"].rest == 9_900
+    assert problems._next_scan > loop_time(), "so many are scanned less often"
+
+
+# -- the daemon, its jobs and its webhooks -----------------------------------------------------------------------------
+
+
+@in_virtual_time
+async def test_conditions_of_the_daemon_say_what_holds() -> None:
+    storage = MemoryStorage()
+    for number in range(11):
+        storage.put(row(number + 1, progress=120))
+    async with VirtualEngine(storage) as engine:
+        failing = [FailingWebhook("b", 300_001, "500: broken", 608, True), FailingWebhook("c", 9, "x")]
+        problems = problems_of(engine, Thresholds(0, 0, 0), failing_webhooks=lambda: failing)
+        assert [each.condition for each in (await found(problems)).values()] == ["webhook", "no_workers"]
+        engine.run_maintainer()
+        await engine.maintainer.run_cleanup(forced=True)
+        lock_id = await engine.held("cat-1")
+        await engine.yes(EndGrants(ids=["cat-1"], last=True), by="daemon")
+        await engine.yes(Start(id="cat-1", worker="w-2", lock_ttl_ms=HOUR_MS))
+        await seconds(2)
+        engine.state.counters.recovered[engine.now // STEP_MS] = 1
+        engine.state.quarantined["bad-1"] = "checksum"
+        released = engine.state.jobs["cat-1"]
+        engine.state.release_loops["cat-1"] = 20
+        part = replace((await problems._health.view()).cache, status="unhealthy", message="It differs.")
+        problems._health.last = replace(cast(HealthView, problems._health.last), cache=part)
+        listed = {each.condition: each for each in (await found(problems)).values()}
+    expected = {
+        "cache": "It differs.",
+        "database": "Quarantined jobs: bad-1. Run: jobd doctor",
+        "waits": "11 jobs are due, the oldest for ",
+        "granted_twice": "Two workers may have worked on it at once (1 in the last hour): it was taken from w-1 ",
+        "webhook": "Accepts nothing for 5 min: 500: broken. It carries these problems: 608 messages wait.",
+        "cleanup_issues": "The latest cleanup run found many invalid rows (issues: 11). The log names them.",
+        "damaged": "1 job is quarantined: bad-1.",
+        "release_loop": "1 job is released over and over by w-1; cat-1 20 times.",
+        "stuck_jobs": "0 jobs have stalled, and 1 was recovered in the last 10 minutes.",
+        "processing_jobs": "1 job are processing",
+        "average_processing": "Jobs take 2 s on average",
+    }
+    assert released.ended is not None
+    assert lock_id not in repr(listed)
+    for condition, text in expected.items():
+        assert listed[condition].title.startswith(text), listed[condition].title
+    assert listed.keys() == expected.keys()
+    assert listed["webhook"].severity == "critical"
+
+
+@pytest.mark.parametrize(
+    ("free", "total", "severity"),
+    [
+        (10 << 30, 100 << 30, None),
+        ((10 << 30) - 1, 100 << 30, "warning"),
+        (1 << 30, 4 << 30, None),
+        ((1 << 30) - 1, 4 << 30, "warning"),
+        (1 << 20, 1 << 29, "critical"),
+    ],
+)
+def test_disk_holds_below_a_tenth_or_one_gibibyte(free: int, total: int, severity: str | None) -> None:
+    async def evaluate() -> None:
+        async with VirtualEngine() as engine:
+            problems = problems_of(engine)
+            engine.disk.disk_space = None
+            assert await found(problems) == {}
+            engine.disk.disk_space = DiskSpace("/srv/jobd.db", free, total)
+            await seconds(2)
+            listed = await found(problems)
+            assert [each.severity for each in listed.values()] == [severity] * bool(severity)
+            assert all(each.title.endswith("free on the disk of /srv/jobd.db.") for each in listed.values())
+            problems._rejects_creates = lambda: True
+            assert (await found(problems))["disk/disk"].title.endswith("New jobs are rejected.")
+
+    in_virtual_time(evaluate)()
+
+
+A = NodeView("a", "", "leader", 100, 1_000, 0, 1, False)
+B = NodeView("b", "", "standby", 100, 1_000, 0, 1, False)
+VIEW = ClusterView(
+    role="leader", record=1_000, synchronous=True, require_sync=True, oldest_transaction_ms=10, nodes=[A, B]
+)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, {}),
+        ({"role": "single", "nodes": []}, {}),
+        ({"nodes": [A, replace(B, lag_records=395, behind_ms=39_900)]}, {"standby_behind/b": "It is 39 s behind"}),
+        ({"nodes": [A, B, replace(B, name="c", seen_ms=45_000)]}, {"standby_behind/c": "It was last seen 45 s ago."}),
+        ({"nodes": [A, replace(B, seen_ms=UNSEEN_MS)]}, {"no_standby/cluster": "No standby is running"}),
+        ({"synchronous": False}, {"journal_not_synchronous/cluster": "PostgreSQL has no synchronous standby"}),
+        ({"synchronous": False, "require_sync": False}, {}),
+        ({"synchronous": None, "oldest_transaction_ms": None}, {}),
+        (
+            {"writable": ["a:5432", "b:5432"]},
+            {"two_primaries/cluster": "PostgreSQL accepts writes at a:5432 and b"},
+        ),
+        ({"oldest_transaction_ms": 61_000}, {"database_horizon/cluster": "The oldest transaction in the database"}),
+        ({"nodes": [A, replace(B, ahead_ms=-1_500)]}, {"clocks_differ/b": "The wall clock of node b is 1.5 s behind"}),
+        ({"nodes": [replace(A, ahead_ms=2_000), B]}, {"clocks_differ/a": "The wall clock of node a is 2 s ahead of"}),
+    ],
+)
+def test_conditions_of_a_cluster_say_what_holds(changes: dict[str, Any], expected: dict[str, str]) -> None:
+    async def evaluate() -> None:
+        async with VirtualEngine() as engine:
+            view = replace(VIEW, **changes)
+            problems = problems_of(engine, cluster=lambda: view)
+            listed = await found(problems)
+            assert listed.keys() == expected.keys()
+            assert all(listed[id_].title.startswith(text) for id_, text in expected.items())
+            assert len(problems.alerts()) == len(ALERTS) - (0 if view.role == "leader" else 6)
+
+    in_virtual_time(evaluate)()
+
+
+# -- life --------------------------------------------------------------------------------------------------------------
+
+
+@in_engine()
+async def test_alerts_are_derived_and_quiet_ones_have_a_hint(engine: VirtualEngine) -> None:
+    problems = problems_of(engine, Thresholds(processing_jobs=0))
+    assert all(alert.hint and not alert.firing for alert in problems.alerts())
+    thresholds = [5, 0, 600, 10, 0, 2, 0, 0, 0, 300, 120, 300, 0.5, 90, 0]
+    assert [alert.threshold for alert in problems.alerts()] == thresholds
+    await engine.held("a")
+    await found(problems)
+    (firing,) = [alert for alert in problems.alerts() if alert.firing]
+    assert (firing.name, firing.value, firing.since, firing.severity) == ("processing_jobs", 1, engine.now, "notice")
+
+
+@in_engine()
+async def test_run_evaluates_survives_a_bug_and_knows_nothing_in_the_first_30_s(engine: VirtualEngine) -> None:
+    problems = problems_of(engine, Thresholds(processing_jobs=0), hold_ms=30_000, clear_ms=60_000)
+    problems._first = None
+    changes: list[list[str]] = []
+    problems.on_change = lambda: changes.append([each.id for each in problems.view().problems])
+    await engine.held("a", lock_ttl_ms=HOUR_MS)
+    running = asyncio.create_task(problems.run())
+    with capture_logs() as logs:
+        await seconds(29)
+        assert (problems.view().evaluated_at, problems.announced()) == (None, None)
+        problems.failing_webhooks = cast(Any, lambda: 1 / 0)
+        await seconds(5)
+        problems.failing_webhooks = list
+        await seconds(7)
+    assert problems.view().evaluated_at is not None
+    assert changes[-1] == ["processing_jobs/daemon"]
+    assert [each["event"] for each in logs] == ["problems_failed", "problem_opened"]
+    problems.stop()
+    await running
+
+
+def findings(*names: str, jobs: int = 1, **fields: Any) -> list[Finding]:
+    return [Finding(subject=Subject(type="pair", queue=name), title="It is so.", jobs=jobs, **fields) for name in names]
+
+
+class LifeHarness:
+    """A life of three conditions, with a clock that the test moves."""
+
+    def __init__(self) -> None:
+        made = [
+            Condition(
+                name=name, severity="warning", find=lambda scene: (), hides=("hidden",) if name == "hider" else ()
+            )
+            for name in ("hidden", "hider", "other")
+        ]
+        self.life = ProblemLife(made)
+        self.ms = 0
+
+    def see(self, after_s: int, **found: list[Finding]) -> bool:
+        self.ms += after_s * 1000
+        selections = []
+        for name in ("hidden", "hider", "other"):
+            selections.append(self.life.selection(name))
+            for finding in found.get(name, ()):
+                selections[-1].add(finding)
+        return self.life.update(selections, NOW + self.ms, BootMs(self.ms))
+
+    @property
+    def listed(self) -> list[str]:
+        return [each.id for each in self.life.listed]
+
+
+def test_a_problem_opens_after_30_s_and_closes_after_60_s() -> None:
+    at = LifeHarness()
+    with capture_logs() as logs:
+        assert not at.see(0, other=findings("a"))
+        assert not at.see(25, other=findings("a"))
+        assert not at.see(5)
+        assert not at.see(5, other=findings("a")), "a flicker begins again"
+        assert at.see(30, other=findings("a"))
+        assert (at.listed, at.life.listed[0].since) == (["other/a"], NOW + 35_000)
+        assert not at.see(59)
+        assert not at.see(1, other=findings("a"))
+        assert not at.see(59)
+        assert at.see(1)
+        assert (at.listed, at.life.opened) == ([], frozenset())
+    assert [each["event"] for each in logs] == ["problem_opened", "problem_closed"]
+
+
+def test_a_problem_that_is_ten_times_as_bad_or_more_severe_changes_once_in_30_minutes() -> None:
+    at = LifeHarness()
+    for after_s, jobs, severity, changes in [
+        (0, 5, "notice", False),
+        (30, 5, "notice", True),
+        (5, 49, "notice", False),
+        (5, 50, "notice", True),
+        (5, 5000, "critical", False),
+        (1_795, 50, "critical", True),
+    ]:
+        assert at.see(after_s, other=findings("a", jobs=jobs, severity=severity)) == changes
+    assert at.life.changed_at("other/a") == NOW + at.ms
+
+
+def test_one_problem_hides_those_that_it_explains() -> None:
+    at = LifeHarness()
+    at.see(0, hider=findings("a"), hidden=findings("a", "b"))
+    at.see(30, hider=findings("a"), hidden=findings("a", "b"))
+    assert (at.listed, at.life.listed[0].hides) == (["hider/a", "hidden/b"], ["hidden/a"]) or at.listed == [
+        "hidden/b",
+        "hider/a",
+    ]
+    assert [each.id for each in at.life.open_of("hidden")] == ["hidden/a", "hidden/b"]
+    assert at.life.opened_total == {("hider", "warning"): 1, ("hidden", "warning"): 1}
+
+
+def test_a_worse_newcomer_replaces_no_problem() -> None:
+    at = LifeHarness()
+    first = findings(*(f"a-{number}" for number in range(life.SUBJECTS)))
+    at.see(0, other=first)
+    at.see(30, other=first)
+    worse = findings("worse", jobs=1_000_000)
+    at.see(30, other=[*worse, *first])
+    assert "other/worse" not in at.listed
+    assert at.life.rest["other"] == 1
+    at.see(30, other=[*worse, *first[1:]])
+    assert len(at.listed) == life.SUBJECTS, "one that flickers keeps its place"
+    at.see(30, other=[*worse, *first[1:]])
+    at.see(5, other=[*worse, *first[1:]])
+    at.see(30, other=[*worse, *first[1:]])
+    assert at.listed[0] == "other/worse"
+
+
+def test_all_conditions_together_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(life, "MOST", 3)
+    at = LifeHarness()
+    at.see(0, hidden=findings("a", "b"), other=findings("c", "d"))
+    at.see(30, hidden=findings("a", "b"), other=findings("c", "d"))
+    assert (len(at.listed), at.life.rest) == (3, {"hidden": 0, "hider": 0, "other": 1})
+
+
+def test_the_catalogue_is_consistent() -> None:
+    names = {each.name for each in CONDITIONS}
+    assert len(names) == len(CONDITIONS)
+    assert all(set(each.hides) <= names for each in CONDITIONS)
+    assert all(each.quiet for each in ALERTS.values())
+
+
+# -- counts ------------------------------------------------------------------------------------------------------------
+
+
+def ended(queue: str, at: int, kind: str = "failed") -> Event:
+    before = Job(1, "a", Options(queue=queue), "processing", at, at, at)
+    return Event(1, at, cast(Any, kind), 1, "a", queue, "processing", "failed", "worker:w", before=before, after=before)
+
+
+def test_counts_cover_ten_minutes_and_a_bounded_number_of_pairs() -> None:
+    counts = PairCounts()
+    counts.note([ended("q", NOW), ended("q", NOW + MINUTE_MS, "completed"), ended("q", NOW, "granted")])
+    pair = counts.pairs["q", ""]
+    assert pair.sums(NOW + MINUTE_MS) == [0, 1, 1, 0, 0]
+    assert pair.first(1, NOW + MINUTE_MS) == (NOW + MINUTE_MS) // MINUTE_MS * MINUTE_MS
+    assert pair.sums(NOW + MINUTES * MINUTE_MS) == [0, 1, 0, 0, 0]
+    assert pair.sums(NOW - HOUR_MS) == [0] * 5, "a clock that was set back"
+    counts.note([ended(f"q-{number}", NOW) for number in range(PAIRS_KEPT)])
+    assert len(counts.pairs) == PAIRS_KEPT
+    assert ("q", "") not in counts.pairs
