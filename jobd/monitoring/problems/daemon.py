@@ -143,6 +143,22 @@ def release_loops(scene: Scene) -> Iterator[Finding]:
         )
 
 
+def silent_workers(scene: Scene) -> Iterator[Finding]:
+    """Workers that hold jobs whose locks have expired."""
+    for name, worker in list(scene.state.presence.remembered()):
+        if not (count := len(worker.expired)):
+            continue
+        silent_ms = scene.at.lock_ms - worker.heard
+        yield Finding(
+            subject=Subject(type="worker", worker=name),
+            title=f"Silent for {duration(silent_ms)}: {plural(count, 'job')} with expired locks.",
+            value=count,
+            jobs=count,
+            wait_ms=silent_ms,
+            cure=(Cure("End these grants now", f"jobctl take-back {shlex.quote(name)}", "/workers", changes=True),),
+        )
+
+
 def paused_without_reason(scene: Scene) -> Iterator[Finding]:
     for pair in _paused(scene, has_reason=False):
         if pair.wait_ms > WITHOUT_REASON_MS:

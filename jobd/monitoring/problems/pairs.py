@@ -20,12 +20,15 @@ from jobd.monitoring.problems.condition import (
     plural,
     problem_id,
 )
-from jobd.monitoring.problems.pair_counts import ENDED, FAILED
+from jobd.monitoring.problems.pair_counts import CREATED, ENDED, EXPIRED, FAILED, FAR
 
 SETTLED_MS: Final = 3 * MINUTE_MS  # presence begins empty: until then a worker may not have claimed again
 NOTICEABLE_MS: Final = 100  # a smaller difference never counts as slower, whatever the ratio
 TAKES: Final = ("busy", "waiting", "idle")  # states of workers that take jobs, as sentences list them
 MANY_FAIL: Final = 0.9
+FEW_EXPIRED: Final = 10
+EXPIRED_SHARE: Final = 0.1  # of the jobs that ended
+MANY_FAR: Final = 20
 
 
 def no_workers(scene: Scene) -> Iterator[Finding]:
@@ -105,6 +108,42 @@ def failing(scene: Scene) -> Iterator[Finding]:
                 Cure("See the errors", "jobctl failures", "/failures"),
                 Cure("See the failed jobs", f"jobctl jobs --queue {name} --status failed", f"/jobs?queue={queue}"),
             ),
+        )
+
+
+def expiring(scene: Scene) -> Iterator[Finding]:
+    """Jobs of a pair expire before a worker takes them."""
+    for (queue, kind), counts in list(scene.counts.pairs.items()):
+        sums = counts.sums(scene.at.now)
+        expired, ended = sums[EXPIRED], sums[EXPIRED] + sums[ENDED] + sums[FAILED]
+        if expired < FEW_EXPIRED or expired < EXPIRED_SHARE * ended:
+            continue
+        yield Finding(
+            subject=Subject(type="pair", queue=queue, kind=kind),
+            title=f"{expired:,} of {ended:,} jobs expired before a worker took them. "
+            f"{_workers(scene, crew_of(scene, queue, kind), scene.running.get((queue, kind)))}",
+            value=100 * expired / ended,
+            jobs=expired,
+            severity="critical" if 2 * expired >= ended else None,
+            cure=(Cure("See its workers", "jobctl workers", "/workers"),),
+        )
+
+
+def due_far(scene: Scene) -> Iterator[Finding]:
+    """Most jobs that are created for a pair are due in more than a week."""
+    for (queue, kind), counts in list(scene.counts.pairs.items()):
+        sums = counts.sums(scene.at.now)
+        far, created = sums[FAR], sums[CREATED]
+        if far < MANY_FAR or 2 * far <= created:
+            continue
+        command = f"jobctl jobs --queue {shlex.quote(queue)} --status queued"
+        yield Finding(
+            subject=Subject(type="pair", queue=queue, kind=kind),
+            title=f"{far:,} of {created:,} jobs created in the last 10 minutes are due in over a week.",
+            value=far,
+            jobs=far,
+            cause="Such jobs usually start at once: seconds and milliseconds mixed up?",
+            cure=(Cure("See them", command, f"/jobs?queue={queue}"),),
         )
 
 

@@ -477,3 +477,14 @@ def test_a_block_whose_last_job_was_removed_is_read_once() -> None:
     now = CountingTime(10)
     assert list(places.eligible(now)) == []
     assert now.compared == 10
+
+
+def test_the_due_jobs_of_a_bucket_are_counted_by_blocks() -> None:
+    bucket = PriorityBucket(("q", "k", 0), lambda job: True)
+    for number in range(3 * BLOCK):
+        bucket.others.add((0, number, number, f"j-{number}", NEVER))
+    for seq in range(5):
+        bucket.fifo.append(PackedJob(seq, f"p-{seq}", Options(), 1_000 * seq))
+    bucket.live = 3 * BLOCK + 5
+    for now in (-1, 0, BLOCK - 1, BLOCK, 2 * BLOCK + 7, 3 * BLOCK, 9_999):
+        assert bucket.due(now) == min(now + 1, 3 * BLOCK) + min(now // 1_000 + 1, 5)

@@ -165,6 +165,30 @@ async def test_failing_holds_from_half_of_the_attempts_of_a_pair(engine: Virtual
 
 
 @in_engine()
+async def test_jobs_that_expire_or_are_due_far_ahead_and_silent_workers(engine: VirtualEngine) -> None:
+    problems = problems_of(engine)
+    for number in range(20):
+        if number == 10:
+            await seconds(30)
+            engine.run_maintainer()
+            await engine.maintainer.run_cleanup(forced=True)
+            assert list(await found(problems)) == ["expiring/push"]
+        await engine.yes(Create(queue="geo", delay_ms=8 * DAY_MS))
+        if number < 10:
+            assert await found(problems) == {}
+            await engine.yes(Create(queue="push", expires_in_ms=20_000))
+    await engine.held("a", queue="film", lock_ttl_ms=60_000, stall_after_ms=HOUR_MS)
+    await seconds(62)
+    await engine.yes(Create(queue="geo"))  # any command advances the time of the state
+    listed = await found(problems)
+    assert listed["expiring/push"].title.startswith("10 of 10 jobs expired before a worker took them. No worker")
+    assert listed["due_far/geo"].title == "20 of 21 jobs created in the last 10 minutes are due in over a week."
+    silent = listed["worker_silent/w-1"]
+    assert silent.title == "Silent for 1 min 2 s: 1 job with expired locks."
+    assert (silent.cure[0].command, silent.cure[0].changes) == ("jobctl take-back w-1", True)
+
+
+@in_engine()
 async def test_each_slow_kind_is_found_and_does_not_flap(engine: VirtualEngine) -> None:
     problems = problems_of(engine)
     usual = {"film": 1023, "mail": 40, "song": 511}
