@@ -162,7 +162,8 @@ class Problems:
         for condition in CONDITIONS:
             selection = self._life.selection(condition.name)
             async for finding in _sliced(condition.find(scene)):
-                selection.add(finding)
+                if finding is not None:
+                    selection.add(finding)
             found.append(selection)
         known = [
             Problem(

@@ -112,14 +112,14 @@ class Scene(Struct, kw_only=True):
 class Condition(Struct, frozen=True, kw_only=True):
     """One row of the catalogue.
 
-    `find` yields the subjects for which it holds. `alert` is the name of the alert that is derived from it, `threshold`
-    the value of that, and `per` how many units of `value` one unit of the alert's value has. `hides` names conditions
-    whose problems are explained by one of this condition, if their subjects overlap.
+    `find` yields the subjects for which it holds, and None where a slice may end. `alert` is the name of the alert that
+    is derived from it, `threshold` the value of that, and `per` how many units of `value` one unit of the alert's value
+    has. `hides` names conditions whose problems are explained by one of this condition, if their subjects overlap.
     """
 
     name: str
     severity: Severity
-    find: Callable[[Scene], Iterable[Finding]]
+    find: Callable[[Scene], Iterable[Finding | None]]
     unit: Unit = "jobs"
     alert: str = ""
     threshold: Callable[[Thresholds], float] = lambda limits: 0

@@ -173,8 +173,9 @@ def known_pauses(scene: Scene) -> Iterator[Finding]:
 def _paused(scene: Scene, *, has_reason: bool) -> Iterator[Finding]:
     waiting: dict[str, tuple[int, int]] = {}  # queue -> due jobs, the longest wait
     for pair in scene.due:
-        due, wait_ms = waiting.get(pair.queue, (0, 0))
-        waiting[pair.queue] = due + pair.due, max(wait_ms, pair.wait_ms)
+        if pair.queue in scene.state.paused:
+            due, wait_ms = waiting.get(pair.queue, (0, 0))
+            waiting[pair.queue] = due + pair.due, max(wait_ms, pair.wait_ms)
     for queue, pause in list(scene.state.paused.items()):
         due, wait_ms = waiting.get(queue, (0, 0))
         if bool(pause.reason) == has_reason:

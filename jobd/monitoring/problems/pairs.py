@@ -31,10 +31,11 @@ EXPIRED_SHARE: Final = 0.1  # of the jobs that ended
 MANY_FAR: Final = 20
 
 
-def no_workers(scene: Scene) -> Iterator[Finding]:
+def no_workers(scene: Scene) -> Iterator[Finding | None]:
     """A job is due, and no worker that takes its queue and kind is there."""
     presence, limit_ms = scene.state.presence, scene.limits.queue_without_workers_ms
     for pair in scene.due if scene.up_ms >= SETTLED_MS else ():
+        yield None
         key = pair.queue, pair.kind
         if pair.wait_ms <= limit_ms or pair.queue in scene.state.paused or key in scene.running:
             continue
@@ -56,10 +57,11 @@ def no_workers(scene: Scene) -> Iterator[Finding]:
         )
 
 
-def waits(scene: Scene) -> Iterator[Finding]:
+def waits(scene: Scene) -> Iterator[Finding | None]:
     """The oldest due job of a pair waits for too long although workers take it."""
     limit_ms = scene.limits.queue_waits_ms
     for pair in scene.due:
+        yield None
         subject = pair.subject
         too_long = scene.exceeds(problem_id("waits", subject), pair.wait_ms, limit_ms, limit_ms * 0.8)
         if not too_long or pair.queue in scene.state.paused:
@@ -79,10 +81,11 @@ def waits(scene: Scene) -> Iterator[Finding]:
         )
 
 
-def failing(scene: Scene) -> Iterator[Finding]:
+def failing(scene: Scene) -> Iterator[Finding | None]:
     """Too large a share of the attempts of a pair ended by `fail`."""
     limits, now = scene.limits, scene.at.now
     for (queue, kind), counts in list(scene.counts.pairs.items()):
+        yield None
         if counts.error is None:
             continue
         sums = counts.sums(now)
@@ -111,9 +114,10 @@ def failing(scene: Scene) -> Iterator[Finding]:
         )
 
 
-def expiring(scene: Scene) -> Iterator[Finding]:
+def expiring(scene: Scene) -> Iterator[Finding | None]:
     """Jobs of a pair expire before a worker takes them."""
     for (queue, kind), counts in list(scene.counts.pairs.items()):
+        yield None
         sums = counts.sums(scene.at.now)
         expired, ended = sums[EXPIRED], sums[EXPIRED] + sums[ENDED] + sums[FAILED]
         if expired < FEW_EXPIRED or expired < EXPIRED_SHARE * ended:
@@ -129,9 +133,10 @@ def expiring(scene: Scene) -> Iterator[Finding]:
         )
 
 
-def due_far(scene: Scene) -> Iterator[Finding]:
+def due_far(scene: Scene) -> Iterator[Finding | None]:
     """Most jobs that are created for a pair are due in more than a week."""
     for (queue, kind), counts in list(scene.counts.pairs.items()):
+        yield None
         sums = counts.sums(scene.at.now)
         far, created = sums[FAR], sums[CREATED]
         if far < MANY_FAR or 2 * far <= created:
@@ -147,7 +152,7 @@ def due_far(scene: Scene) -> Iterator[Finding]:
         )
 
 
-def slow_kinds(scene: Scene) -> Iterator[Finding]:
+def slow_kinds(scene: Scene) -> Iterator[Finding | None]:
     """The jobs of a kind take too long compared with their usual duration."""
     limit = scene.limits.slower_than_usual
     for each in scene.durations:
