@@ -28,6 +28,7 @@ from jobd.monitoring.problems.pairs import SETTLED_MS
 
 EVALUATE_EVERY_S: Final = 5.0
 MEASURE_EVERY_S: Final = 10.0  # measuring costs a write with fsync, but an alert must fire within 45 s of a failure
+QUIET: Final = "The condition holds for no subject, or was not measured yet."  # the hint of an alert
 SLICE_S: Final = 0.001
 DUE_FOR_MS: Final = MINUTE_MS  # below it, no condition asks for a pair
 MANY_PAIRS: Final = 2_000  # beyond, they are scanned less often
@@ -120,10 +121,10 @@ class Problems:
         return [self._alert(each) for each in ALERTS.values() if is_cluster or not each.of_cluster]
 
     def _alert(self, condition: Condition) -> AlertView:
-        threshold, found = condition.threshold(self.thresholds), self._life.open_of(condition.name)
+        threshold, found = condition.alert_threshold(self.thresholds), self._life.open_of(condition.name)
         if not found:
-            return AlertView(condition.alert, False, None, 0, threshold, condition.quiet, condition.severity)
-        worst, value = found[0], max(each.value for each in found) / condition.per
+            return AlertView(condition.alert, False, None, 0, threshold, QUIET, condition.severity)
+        worst, value = found[0], condition.alert_value(max(each.value for each in found))
         advice = "".join(f" {cure.label}: {cure.command}." for cure in worst.cure if cure.command)
         more = f" And {len(found) - 1} more: jobctl status." if len(found) > 1 else ""
         named = f"{worst.name}: " if worst.subject.parts != (worst.subject.type,) else ""

@@ -43,6 +43,10 @@ class Thresholds(Struct, frozen=True):
     database_horizon_ms: int = MINUTE_MS
     clocks_differ_ms: int = SECOND_MS
 
+    @property
+    def disk_used_percent(self) -> float:
+        return 100 - self.disk_free_percent
+
 
 class Finding(Struct, frozen=True, kw_only=True):
     """A subject for which a condition holds now. `severity` is that of the condition if it is None."""
@@ -109,12 +113,13 @@ class Scene(Struct, kw_only=True):
         return value > (threshold if close_at is None or id_ not in self.opened else close_at)
 
 
-class Condition(Struct, frozen=True, kw_only=True):
+class Condition(Struct, frozen=True):
     """One row of the catalogue.
 
     `find` yields the subjects for which it holds, and None where a slice may end. `alert` is the name of the alert that
-    is derived from it, `threshold` the value of that, and `per` how many units of `value` one unit of the alert's value
-    has. `hides` names conditions whose problems are explained by one of this condition, if their subjects overlap.
+    is derived from it, `threshold` its name in Thresholds, and `per` the value of the problem for 1 of the alert, if
+    that is not given by the unit. `hides` names conditions whose problems are explained by one of this condition, if
+    their subjects overlap.
     """
 
     name: str
@@ -122,11 +127,18 @@ class Condition(Struct, frozen=True, kw_only=True):
     find: Callable[[Scene], Iterable[Finding | None]]
     unit: Unit = "jobs"
     alert: str = ""
-    threshold: Callable[[Thresholds], float] = lambda limits: 0
-    per: float = 1
-    quiet: str = ""  # the hint of the alert while it does not fire
+    threshold: str | None = None
+    per: int | None = None
     hides: tuple[str, ...] = ()
     of_cluster: bool = False
+
+    def alert_threshold(self, limits: Thresholds) -> float:
+        limit: float = 0 if self.threshold is None else getattr(limits, self.threshold)
+        return limit / SECOND_MS if self.unit == "ms" else limit
+
+    def alert_value(self, value: float) -> float:
+        """Return a value as alerts have it: in seconds instead of ms, as a ratio instead of percent."""
+        return value / (self.per or {"ms": SECOND_MS, "percent": 100}.get(self.unit, 1))
 
 
 def problem_id(condition: str, subject: Subject) -> str:

@@ -481,7 +481,6 @@ def test_the_catalogue_is_consistent() -> None:
     names = {each.name for each in CONDITIONS}
     assert len(names) == len(CONDITIONS)
     assert all(set(each.hides) <= names for each in CONDITIONS)
-    assert all(each.quiet for each in ALERTS.values())
 
 
 # -- counts ------------------------------------------------------------------------------------------------------------
