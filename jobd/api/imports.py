@@ -18,14 +18,7 @@ from jobd.http.streaming import LineStream
 from jobd.model.commands import Import, ImportCheck
 from jobd.model.errors import SHUTTING_DOWN, ApiError, ApiException
 from jobd.model.job import LIVE, is_job_id
-from jobd.model.responses import (
-    Imported,
-    ImportPreview,
-    ImportResult,
-    PreviewedLine,
-    RejectedLine,
-    Response,
-)
+from jobd.model.responses import Imported, ImportPreview, ImportResult, PreviewedLine, RejectedLine, Response
 
 AHEAD_LINES: Final = 64  # pending lines of one import
 AHEAD_BYTES: Final = 4 << 20  # of pending lines

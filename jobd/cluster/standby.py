@@ -53,15 +53,7 @@ from jobd.cluster.lease import LeaderLease, StandbyLease, boot_clock_s, lease_of
 from jobd.cluster.warm_state import WarmState
 from jobd.journal import record
 from jobd.model.clocks import BootS
-from jobd.model.journal import (
-    BadRecord,
-    Fenced,
-    Head,
-    JournalOutcomeUnknown,
-    JournalUnavailable,
-    Record,
-    SharedJournal,
-)
+from jobd.model.journal import BadRecord, Fenced, Head, JournalOutcomeUnknown, JournalUnavailable, Record, SharedJournal
 from jobd.model.storage import DiskFull
 from jobd.storage.cluster.membership import StoreAhead, StoreDamaged
 

@@ -63,27 +63,13 @@ from jobd.core.stats import Histogram
 from jobd.engine.batch import DecidedBatch, Decider, Preloaded
 from jobd.engine.clock import Clock
 from jobd.engine.disk_full import FullDisk, WriteLimit
-from jobd.engine.envelope import (
-    SHARES,
-    Envelope,
-    Waiter,
-    may_go_first,
-    needs_payload_first,
-)
+from jobd.engine.envelope import SHARES, Envelope, Waiter, may_go_first, needs_payload_first
 from jobd.engine.history import HistoryReader
 from jobd.engine.idempotency import IdempotencyStore
 from jobd.engine.unread_responses import RESPONSE_BYTES, UnreadResponses
 from jobd.engine.waiting_claims import WaitingClaims
 from jobd.model.clocks import MonotonicS
-from jobd.model.commands import (
-    AnyCommand,
-    Claim,
-    Complete,
-    Create,
-    IdempotencyKey,
-    Operator,
-    Undelivered,
-)
+from jobd.model.commands import AnyCommand, Claim, Complete, Create, IdempotencyKey, Operator, Undelivered
 from jobd.model.errors import SHUTTING_DOWN, ApiError, not_leader_error
 from jobd.model.events import Event
 from jobd.model.job import Policy

@@ -14,17 +14,7 @@ from msgspec import Raw
 from msgspec.structs import astuple
 
 from jobd.model.flat_job import FIELDS, NO_ERROR, NO_RESULT, PARTS, maker
-from jobd.model.job import (
-    HOUR_MS,
-    Backoff,
-    Failure,
-    Job,
-    LateResult,
-    Options,
-    PackedJob,
-    Result,
-    packed,
-)
+from jobd.model.job import HOUR_MS, Backoff, Failure, Job, LateResult, Options, PackedJob, Result, packed
 from jobd.model.storage import AuditEntry, Numbers, QueueRow, StoredResponse, Tombstone
 from jobd.model.webhooks import Delivery, WebhookCursor
 

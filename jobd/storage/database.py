@@ -16,24 +16,10 @@ from typing import Any, Final, TypeVar
 from msgspec.structs import replace
 
 from jobd.model.fingerprints import fingerprint_of_bytes
-from jobd.model.storage import (
-    BadRows,
-    DiskFull,
-    Numbers,
-    Payload,
-    Quarantined,
-)
+from jobd.model.storage import BadRows, DiskFull, Numbers, Payload, Quarantined
 from jobd.storage import codec, files
 from jobd.storage.cluster.membership import Membership, StoreDamaged
-from jobd.storage.codec import (
-    COLUMNS,
-    KEY_COLUMNS,
-    META_COLUMNS,
-    SQL,
-    Row,
-    fault,
-    insert,
-)
+from jobd.storage.codec import COLUMNS, KEY_COLUMNS, META_COLUMNS, SQL, Row, fault, insert
 from jobd.storage.commit_mode import processor_wait_s
 from jobd.storage.damage.wal import LogGauge
 from jobd.storage.files import StoreBroken

@@ -16,15 +16,7 @@ from playwright.sync_api import Browser, Page, sync_playwright
 from jobd.model.job import MINUTE_MS
 from tests import ROOT
 from tests.browser.crowd import fill
-from tests.browser.scenarios import (
-    CHROMIUM,
-    FLAGS,
-    TROUBLE,
-    DashboardDaemon,
-    cluster_of,
-    make_busy,
-    make_trouble,
-)
+from tests.browser.scenarios import CHROMIUM, FLAGS, TROUBLE, DashboardDaemon, cluster_of, make_busy, make_trouble
 from tests.browser.shop import Shop
 from tests.support.daemon_process import TOKEN
 

@@ -137,7 +137,7 @@ def test_timeline_why_and_validate_describe_a_job(daemon: DaemonProcess, queue: 
     assert why["state"] == "queued"
     lock = {"lock_id": start(daemon, made["id"])["lock_id"]}
     why = daemon.get(f"{path}/why").data
-    assert set(why["next"]) == {"what", "at", "rule"}
+    assert set(why["next"]) == {"what", "at", "rule", "latest_at"}
     assert "w-1" in why["because"]
     daemon.post(f"{path}/complete", lock)
     events = daemon.get(f"{path}/timeline").data["events"]

@@ -18,17 +18,7 @@ from jobd.model.storage import SPARE_BYTES, DiskFull, JobQuery
 from jobd.storage.commit_mode import CommitSetting
 from jobd.storage.store import Store, StoreBroken, StoreBusy, StoreUnreadable
 from tests.support.factories import ChangeFactory
-from tests.support.store_files import (
-    assert_holds,
-    exists,
-    fill,
-    flip,
-    job_of,
-    make_store,
-    open_store,
-    pick,
-    seqs,
-)
+from tests.support.store_files import assert_holds, exists, fill, flip, job_of, make_store, open_store, pick, seqs
 
 
 @pytest.fixture

@@ -10,15 +10,7 @@ from typing import Final
 from msgspec.structs import replace
 
 from jobd.model.job import Result
-from jobd.model.storage import (
-    AuditEntry,
-    AuditQuery,
-    Batch,
-    JobQuery,
-    LateResultQuery,
-    OpenedStore,
-    Tombstone,
-)
+from jobd.model.storage import AuditEntry, AuditQuery, Batch, JobQuery, LateResultQuery, OpenedStore, Tombstone
 from jobd.storage import outbox, queries
 from jobd.storage.database import Database
 from jobd.storage.events import event_queries

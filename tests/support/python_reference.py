@@ -11,18 +11,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Final, get_args, get_type_hints
 
-from jobd.client import (
-    ERRORS,
-    AdminClient,
-    Discard,
-    JobClient,
-    Retry,
-    Snooze,
-    Stopped,
-    SyncTask,
-    Worker,
-    requests,
-)
+from jobd.client import ERRORS, AdminClient, Discard, JobClient, Retry, Snooze, Stopped, SyncTask, Worker, requests
 from jobd.client.apis import AdminApi, WorkerApi
 from jobd.client.methods import signature_of
 from jobd.model.api_call import ApiCall

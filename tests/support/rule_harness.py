@@ -14,18 +14,7 @@ from jobd.core.rules import late_result_rules
 from jobd.core.state import State
 from jobd.core.transaction import Transaction
 from jobd.model.clocks import LockMs
-from jobd.model.commands import (
-    AnyCommand,
-    Call,
-    Claim,
-    Complete,
-    Create,
-    Moment,
-    Progress,
-    Recover,
-    Start,
-    TakeBack,
-)
+from jobd.model.commands import AnyCommand, Call, Claim, Complete, Create, Moment, Progress, Recover, Start, TakeBack
 from jobd.model.errors import ApiError
 from jobd.model.events import Event, fold
 from jobd.model.job import (

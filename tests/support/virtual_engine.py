@@ -24,14 +24,7 @@ from jobd.maintenance.cleanup_run import CleanupSchedule
 from jobd.maintenance.maintainer import Maintainer, read_stats
 from jobd.maintenance.plan_runner import Planner
 from jobd.model.clocks import BootMs
-from jobd.model.commands import (
-    AnyCommand,
-    Claim,
-    Complete,
-    Create,
-    IdempotencyKey,
-    Start,
-)
+from jobd.model.commands import AnyCommand, Claim, Complete, Create, IdempotencyKey, Start
 from jobd.model.errors import ApiError
 from jobd.model.events import fold
 from jobd.model.job import HOUR_MS, Job, Options, Policy

@@ -11,15 +11,7 @@ from jobd.core.worker_presence import WorkerPresence
 from jobd.model.job import MINUTE_MS, first_line
 from jobd.model.problems import Cure, Subject
 from jobd.model.times import duration, utc
-from jobd.monitoring.problems.condition import (
-    CLOSE_RATIO,
-    Crew,
-    DuePair,
-    Finding,
-    Scene,
-    plural,
-    problem_id,
-)
+from jobd.monitoring.problems.condition import CLOSE_RATIO, Crew, DuePair, Finding, Scene, plural, problem_id
 from jobd.monitoring.problems.pair_counts import CREATED, ENDED, EXPIRED, FAILED, FAR
 
 SETTLED_MS: Final = 3 * MINUTE_MS  # presence begins empty: until then a worker may not have claimed again

@@ -12,13 +12,7 @@ from typing import Any, Final
 from jobd.model.job import FINISHED, Job, is_job_id
 from jobd.model.storage import DiskFull, Quarantined
 from jobd.storage import codec
-from jobd.storage.codec import (
-    JOB_COLUMNS,
-    SQL,
-    Row,
-    fault,
-    insert,
-)
+from jobd.storage.codec import JOB_COLUMNS, SQL, Row, fault, insert
 from jobd.storage.database import (
     BY_SEQ,
     LIVE_SQL,

@@ -24,13 +24,7 @@ from jobd.storage import codec, files, startup
 from jobd.storage.cluster import membership
 from jobd.storage.codec import META_COLUMNS, SQL, Row, fault, insert
 from jobd.storage.damage.quarantine import original_id, row_name
-from jobd.storage.database import (
-    PUT_QUEUE,
-    Database,
-    lenient_text,
-    now_ms,
-    readable,
-)
+from jobd.storage.database import PUT_QUEUE, Database, lenient_text, now_ms, readable
 from jobd.storage.events import event_rows
 from jobd.storage.files import FileLock, StoreError
 from jobd.storage.offline.edited_rows import RepairRejected, edited

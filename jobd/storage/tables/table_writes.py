@@ -7,14 +7,7 @@ from __future__ import annotations
 
 from typing import Final, assert_never
 
-from jobd.model.storage import (
-    AuditTrimming,
-    EventPruning,
-    FiguresWrite,
-    OutboxWrite,
-    TableWrite,
-    TombstoneWrite,
-)
+from jobd.model.storage import AuditTrimming, EventPruning, FiguresWrite, OutboxWrite, TableWrite, TombstoneWrite
 from jobd.storage import codec, outbox
 from jobd.storage.codec import SQL, Row, fault, insert, with_checksum
 from jobd.storage.damage.quarantine import quarantine_events, quarantine_rows

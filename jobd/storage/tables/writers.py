@@ -17,14 +17,7 @@ from jobd.model.events import NOTES, Event, fold
 from jobd.model.job import LIVE, MAX_LATE_RESULTS, Job
 from jobd.model.storage import AuditEntry, AuditShare, Tombstone, audit_share
 from jobd.storage import codec
-from jobd.storage.codec import (
-    COLUMNS,
-    SQL,
-    Row,
-    fault,
-    insert,
-    with_checksum,
-)
+from jobd.storage.codec import COLUMNS, SQL, Row, fault, insert, with_checksum
 
 Totals = tuple[int, int, int, int]  # count and XOR of the checksums of live jobs, then of finished jobs
 

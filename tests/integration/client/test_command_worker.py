@@ -19,14 +19,7 @@ from jobd.client.worker.claimer import ClaimOptions
 from jobd.client.worker.command_worker import describe
 from jobd.client.worker.idle_reasons import remaining_jobs
 from jobd.client.worker.process import has_members
-from tests.support.client_harness import (
-    CommandRun,
-    is_alive,
-    jobctl_run,
-    python_program,
-    wait_for_job,
-    watchdogs_of,
-)
+from tests.support.client_harness import CommandRun, is_alive, jobctl_run, python_program, wait_for_job, watchdogs_of
 from tests.support.daemon_process import DaemonProcess
 from tests.support.polling import wait_until
 from tests.support.scripted_server import ScriptedServer, ok, serving

@@ -17,14 +17,7 @@ from structlog.testing import capture_logs
 from jobd.api.admin_routes import ROUTES
 from jobd.core.views import job_view
 from jobd.http.auth import Authenticator
-from jobd.model.commands import (
-    MakePlan,
-    Operator,
-    PlanFilter,
-    RecordAction,
-    Stats,
-    Tick,
-)
+from jobd.model.commands import MakePlan, Operator, PlanFilter, RecordAction, Stats, Tick
 from jobd.model.errors import ApiError
 from jobd.model.job import Policy
 from jobd.model.journal import JournalOutcomeUnknown, LeadershipLost

@@ -224,6 +224,15 @@ def test_a_worker_that_died_is_no_candidate(rules: RuleHarness) -> None:
     assert why(rules).blocked_by == "no waiting worker"
 
 
+def test_one_worker_is_busy_and_one_is_idle(rules: RuleHarness) -> None:
+    rules.create("a", queue="q")
+    rules.held("b", worker="w-1", queue="q")
+    claims(rules, "w-1")
+    claims(rules, "w-2")
+    last = "w-2 claimed this queue 0 ms ago"
+    assert clause(rules) == f"no worker is waiting now: w-1 has been busy for 0 ms; {last}"
+
+
 def test_a_worker_waits(rules: RuleHarness) -> None:
     """On a full disk a claim can wait although a job is due."""
     rules.create(queue="q")

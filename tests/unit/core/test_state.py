@@ -108,6 +108,15 @@ def test_only_new_jobs_are_compact(rules: RuleHarness) -> None:
     assert rules.claim(limit=9) == ["c", "a"]
 
 
+def test_the_due_jobs_of_a_kind_are_counted_over_its_priorities(rules: RuleHarness) -> None:
+    for job_id, priority, delay_ms in (("a", 3, 0), ("b", 1, 0), ("c", 1, 5), ("d", 0, 5)):
+        rules.create(job_id, kind="k", priority=priority, delay_ms=delay_ms)
+    rules.create("e", kind="other")
+    assert rules.state.due_of_kind("default", "k", rules.now) == (2, 1)
+    rules.advance(5)
+    assert rules.state.due_of_kind("default", "k", rules.now) == (4, 0)
+
+
 def test_equal_options_share_one_value(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("jobd.core.state.OPTIONS_KEPT", 2)
     state = State()

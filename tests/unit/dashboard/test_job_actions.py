@@ -14,15 +14,7 @@ from jobd.dashboard.job_actions import JOB_ACTIONS
 from jobd.model.job import Policy
 from jobd.storage.artifacts.downloads import Downloads
 from jobd.storage.artifacts.filesystem import FileArtifactStore
-from tests.support.dashboard_harness import (
-    AUTH,
-    NASTY,
-    READ_ONLY_TOKEN,
-    Browser,
-    DashboardHarness,
-    assert_safe,
-    text,
-)
+from tests.support.dashboard_harness import AUTH, NASTY, READ_ONLY_TOKEN, Browser, DashboardHarness, assert_safe, text
 
 
 @pytest.mark.parametrize(

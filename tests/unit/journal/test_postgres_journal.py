@@ -16,14 +16,7 @@ import pytest
 from jobd.journal.postgres import journal as postgres_journal
 from jobd.journal.postgres import leader_session, partitions, session
 from jobd.journal.postgres.journal import PostgresJournal
-from jobd.model.journal import (
-    BadRecord,
-    BadSnapshot,
-    Fenced,
-    JournalOutcomeUnknown,
-    JournalUnavailable,
-    NodeEntry,
-)
+from jobd.model.journal import BadRecord, BadSnapshot, Fenced, JournalOutcomeUnknown, JournalUnavailable, NodeEntry
 from jobd.model.storage import DiskFull
 from tests.support.polling import wait_until
 from tests.support.postgres import PostgresServer

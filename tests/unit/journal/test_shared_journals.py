@@ -8,15 +8,7 @@ import pytest
 
 from jobd.journal.postgres import journal, partitions
 from jobd.journal.postgres.journal import PostgresJournal
-from jobd.model.journal import (
-    BadRecord,
-    BadSnapshot,
-    Fenced,
-    Head,
-    NodeEntry,
-    Record,
-    SharedJournal,
-)
+from jobd.model.journal import BadRecord, BadSnapshot, Fenced, Head, NodeEntry, Record, SharedJournal
 from tests.support.memory_journal import MemoryServer, MemorySharedJournal
 from tests.support.polling import wait_until
 from tests.support.postgres import PostgresServer

@@ -28,15 +28,7 @@ from jobd.model.storage import MAX_POSTPONE_MS, DiskFull, DueTombstones, FormatN
 from jobd.storage.artifacts.base import MARGINS, ArtifactStoreError
 from tests.support.memory_artifacts import MemoryArtifacts
 from tests.support.memory_storage import MemoryStorage
-from tests.support.virtual_engine import (
-    WALL,
-    VirtualEngine,
-    in_context,
-    in_virtual_time,
-    row,
-    seconds,
-    until,
-)
+from tests.support.virtual_engine import WALL, VirtualEngine, in_context, in_virtual_time, row, seconds, until
 
 YOUNG_MS, SKEW_MS = MARGINS.young_ms, MARGINS.skew_ms
 

@@ -15,18 +15,7 @@ from jobd.core.stats import Counters, Histogram
 from jobd.engine.disk_full import WriteLimit
 from jobd.maintenance.cleanup_run import CleanupSchedule
 from jobd.maintenance.maintainer import TICK_S, read_extra, read_stats
-from jobd.model.commands import (
-    AnyCommand,
-    Cancel,
-    Complete,
-    Create,
-    Delete,
-    Extend,
-    Get,
-    Pause,
-    Progress,
-    Recover,
-)
+from jobd.model.commands import AnyCommand, Cancel, Complete, Create, Delete, Extend, Get, Pause, Progress, Recover
 from jobd.model.errors import ApiError
 from jobd.model.events import Event
 from jobd.model.job import DAY_MS, HOUR_MS, MINUTE_MS, SECOND_MS, Failure, Policy

@@ -7,9 +7,7 @@ import pytest
 from jobd.journal import event_codec
 from jobd.model.events import KEEP_FIRST_GRANTS, KEEP_GRANTS, KEEP_HEARTBEATS, Event, fold
 from jobd.model.job import Job
-from jobd.model.storage import (
-    Batch,
-)
+from jobd.model.storage import Batch
 from jobd.storage.events import event_rows, shortening
 from jobd.storage.store import Store
 from tests.support.factories import NOW, OPTIONS, ChangeFactory, as_stored

@@ -11,10 +11,7 @@ from msgspec.structs import replace
 from jobd.model.events import Event
 from jobd.model.fingerprints import fingerprint
 from jobd.model.job import FINISHED, Failure, Grant, Job, PreviousGrant, Result
-from jobd.model.storage import (
-    JobQuery,
-    LateResultQuery,
-)
+from jobd.model.storage import JobQuery, LateResultQuery
 from jobd.storage import queries
 from jobd.storage.events import event_queries
 from jobd.storage.store import Store

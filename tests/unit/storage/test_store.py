@@ -14,15 +14,7 @@ import pytest
 from msgspec.structs import replace
 
 from jobd.model.job import COUNTER_MASK
-from jobd.model.storage import (
-    SPARE_BYTES,
-    Batch,
-    DiskFull,
-    JobQuery,
-    Numbers,
-    OpenedStore,
-    StoredResponse,
-)
+from jobd.model.storage import SPARE_BYTES, Batch, DiskFull, JobQuery, Numbers, OpenedStore, StoredResponse
 from jobd.storage import database, files
 from jobd.storage.commit_mode import LONG_STALL_S, CommitSetting
 from jobd.storage.database import CHECKPOINT_FRAMES

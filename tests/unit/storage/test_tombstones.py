@@ -8,11 +8,7 @@ from msgspec.structs import replace
 
 from jobd.model.events import Event
 from jobd.model.job import MAX_LATE_RESULTS, Job, Result
-from jobd.model.storage import (
-    MAX_POSTPONE_MS,
-    DueTombstones,
-    Tombstone,
-)
+from jobd.model.storage import MAX_POSTPONE_MS, DueTombstones, Tombstone
 from jobd.storage.store import Store
 from tests.support.factories import NOW, ChangeFactory
 from tests.support.store_files import edit_store, flip, job_of, late_of, late_results, open_store

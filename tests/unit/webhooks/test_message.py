@@ -14,11 +14,7 @@ from msgspec.structs import asdict, replace
 from standardwebhooks import Webhook, WebhookVerificationError
 
 from jobd.model.events import Changes, Event
-from jobd.model.webhooks import (
-    EVENTS_GONE,
-    TEST_TYPE,
-    WebhookEndpoint,
-)
+from jobd.model.webhooks import EVENTS_GONE, TEST_TYPE, WebhookEndpoint
 from jobd.webhooks.message import (
     BadSecret,
     Message,
@@ -31,9 +27,7 @@ from jobd.webhooks.message import (
     rfc3339,
     signature,
 )
-from jobd.webhooks.message import (
-    test_message as message_of_a_test,
-)
+from jobd.webhooks.message import test_message as message_of_a_test
 from tests.support.calls import PROBLEM
 from tests.support.factories import NOW, full_job
 

@@ -28,15 +28,7 @@ from jobd.client import (
 from jobd.client.worker import lock_keeper
 from jobd.client.worker.lock_keeper import LockKeeper, describe_failure
 from jobd.model.responses import GrantView, JobView, LockState
-from tests.support.client_harness import (
-    GRANT,
-    JOB,
-    TTL_MS,
-    ScriptedDaemon,
-    nothing,
-    running_worker,
-    working,
-)
+from tests.support.client_harness import GRANT, JOB, TTL_MS, ScriptedDaemon, nothing, running_worker, working
 from tests.support.polling import wait_until
 from tests.support.scripted_server import ScriptedServer, drop, ok, rejected, serving
 from tests.support.virtual_engine import in_virtual_time, seconds

@@ -15,14 +15,7 @@ from structlog.testing import capture_logs
 
 from jobd.journal import event_codec
 from jobd.journal.record import FORMAT, LOWEST_FORMAT, decode
-from jobd.model.journal import (
-    BadRecord,
-    Fenced,
-    JournalOutcomeUnknown,
-    JournalUnavailable,
-    LeadershipLost,
-    Record,
-)
+from jobd.model.journal import BadRecord, Fenced, JournalOutcomeUnknown, JournalUnavailable, LeadershipLost, Record
 from jobd.model.storage import AuditQuery, DiskFull, FormatNotRead, JobQuery, OpenedStore
 from jobd.model.webhooks import Delivery, WebhookCursor
 from jobd.storage import files

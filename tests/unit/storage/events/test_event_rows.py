@@ -20,13 +20,7 @@ from jobd.storage.startup import connect, start
 from jobd.storage.tables import table_writes
 from jobd.storage.tables.projection import Projection
 from tests.support.factories import NOW, ChangeFactory
-from tests.support.store_files import (
-    job_of,
-    make_store,
-    open_store,
-    stored_events,
-    without_indexes,
-)
+from tests.support.store_files import job_of, make_store, open_store, stored_events, without_indexes
 
 SPANS = (1, 3, 1_000)
 

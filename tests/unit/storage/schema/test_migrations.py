@@ -18,13 +18,7 @@ from jobd.storage import codec
 from jobd.storage.schema import migrations
 from jobd.storage.store import Store, StoreTooNew, StoreUnreadable
 from tests.support.factories import ChangeFactory
-from tests.support.store_files import (
-    assert_store_holds,
-    edit_store,
-    make_empty_store,
-    make_store,
-    read_file,
-)
+from tests.support.store_files import assert_store_holds, edit_store, make_empty_store, make_store, read_file
 
 
 def test_the_header_of_the_schema_names_no_version() -> None:

@@ -19,14 +19,7 @@ from jobd.journal import record
 from jobd.model.events import Event
 from jobd.model.job import Job
 from jobd.model.journal import BadRecord, Record
-from jobd.model.storage import (
-    AuditEntry,
-    AuditQuery,
-    DiskFull,
-    LateResultQuery,
-    StoredResponse,
-    Tombstone,
-)
+from jobd.model.storage import AuditEntry, AuditQuery, DiskFull, LateResultQuery, StoredResponse, Tombstone
 from jobd.storage import startup
 from jobd.storage.backup import finish_copy
 from jobd.storage.files import StoreBroken, StoreUnreadable, write_epoch

@@ -1,0 +1,28 @@
+"""What a problem is about: its id, and which other problems share its subject."""
+
+from __future__ import annotations
+
+import pytest
+
+from jobd.model.problems import Problem, Subject
+
+
+def test_a_subject_is_identified_by_its_parts() -> None:
+    assert Subject(type="queue", queue="mail", kind="receipt").parts == ("mail", "receipt")
+    assert Subject(type="disk").parts == ("disk",)
+    group = Subject(type="group", host="web-1", version="2.4")
+    problem = Problem(id="p", condition="workers_die", severity="warning", subject=group, since=1)
+    assert problem.name == "2.4 / web-1"
+
+
+@pytest.mark.parametrize(
+    ("other", "overlaps"),
+    [
+        (Subject(type="queue", queue="mail"), True),
+        (Subject(type="queue", queue="mail", kind="bounce"), False),
+        (Subject(type="queue", queue="push"), False),
+        (Subject(type="disk"), True),
+    ],
+)
+def test_subjects_overlap_unless_a_part_of_both_differs(other: Subject, overlaps: bool) -> None:
+    assert Subject(type="queue", queue="mail", kind="receipt").overlaps(other) is overlaps
