@@ -224,9 +224,7 @@ class WorkerPresence:
 
     def say_goodbye(self, name: str, instance: str | None, reason: GoodbyeReason) -> WorkerState:
         """Record that a worker ends, unless another instance of its name was heard later. Return its state."""
-        worker = self.workers.get(name)
-        if worker is None:
-            return "gone"
+        worker = self.workers[name]
         if worker.about is None or worker.about.instance == instance:
             self.note_seen(name, self.now).goodbye = reason
         return self.state(worker)

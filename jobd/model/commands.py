@@ -450,6 +450,7 @@ class Goodbye(Command, frozen=True):
     """
 
     admission = "read"
+    errors = ("worker_not_found",)
 
     name: WorkerName
     instance: Instance | None = None

@@ -208,7 +208,7 @@ def _queues() -> Iterator[Example]:
         yield Example(api.worker_page, commands.Workers())
         yield Example(api.worker_page, commands.Workers(state="silent", limit=5))
     goodbye = commands.Goodbye(name="w-2", instance="i", reason="drained")
-    yield Example(calls.QueueCalls.goodbye, goodbye)
+    yield Example(calls.QueueCalls.goodbye, goodbye, "worker_not_found")
     admin = calls.AdminQueueCalls
     paused = EventOf("queue_paused", None, {"since": AT, "until": AT + 9})
     yield Example(admin.pause_queue, commands.Pause(name="q", reason="r", until=AT + 9), paused)

@@ -259,6 +259,9 @@ def undelivered(tx: Transaction, command: Undelivered) -> Response:
 
 def goodbye(tx: Transaction, command: Goodbye) -> Response:
     """Record that a worker ends. Nothing is written."""
+    if command.name not in tx.state.presence.workers:
+        message = f"Worker {command.name} has not been seen since the start. Its goodbye changes nothing."
+        raise api_error("worker_not_found", message, worker=command.name)
     state = tx.state.presence.say_goodbye(command.name, command.instance, command.reason)
     return Response(GoodbyeView(command.name, state))
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+from msgspec.structs import replace
 
 from jobd.journal import event_codec
 from jobd.journal.sqlite import SqliteJournal
@@ -68,7 +69,8 @@ def _fold_tail(found: StoreContents, conn: sqlite3.Connection) -> None:
     assert tail.error is None, tail.error
     found.tail = sum(len(each.events) for each in tail.pending)
     for event in (event for pending in tail.pending for event in pending.batch.changes):
-        _note(found, event)
+        # The tables store what is set here beside the event.
+        _note(found, replace(event, payload=None, request_hash=None, late=None))
         if event.job_seq == 0:
             continue
         job = fold(found.jobs.get(event.job_id), event)
