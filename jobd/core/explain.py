@@ -336,7 +336,8 @@ def _next_of(job: Job, grant: Grant, deadlines: LockDeadlines, state: State, at:
     outcome = transitions.stall_outcome(job)
     if at.lock_ms >= deadlines.stalled_at:
         what = f"{_recovery(state)} ends its grant: {outcome}."
-        return _by_recovery(what, at.now, "recovery", state, at)
+        rule = "recovery" if state.recovery.recover_every_ms else "cleanup"
+        return _by_recovery(what, at.now, rule, state, at)
     stalled_at = at.wall(deadlines.stalled_at)
     is_progress_due = deadlines.progress_due is not None and deadlines.stalled_at == deadlines.progress_due
     if is_progress_due:  # an extension does not move it

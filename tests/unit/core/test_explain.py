@@ -502,7 +502,7 @@ def test_the_next_cleanup_run_is_named_if_recovery_is_left_to_it(rules: RuleHarn
     cleanup = "The next cleanup run (recover_every is 0)"
     rules.advance(HOUR_MS)
     first, last = rules.now, rules.now + 5 * MINUTE_MS + 1_000
-    assert why(rules).next == NextEvent(f"{cleanup} ends its grant: {AGAIN}.", first, "recovery", last)
+    assert why(rules).next == NextEvent(f"{cleanup} ends its grant: {AGAIN}.", first, "cleanup", last)
     assert why(rules, "late").next == NextEvent(f"{cleanup} fails it as expired.", first, "expires_at", last)
 
 
