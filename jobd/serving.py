@@ -341,28 +341,8 @@ class Serving:
         view = partial(ClusterView, role="single") if leading is None else partial(self._with_full_disk, leading.view)
         feed = EventFeed(store, self._opened.numbers.next_event - 1, settings.limits.event_streams)
         failures = FailureGroups(store, clock.moment, self._opened.numbers.next_job, self._opened.jobs)
-        health = Health(
-            self.actor,
-            clock,
-            self.maintainer,
-            faults=self._opened.faults,
-            take_faults=store.take_faults,
-            artifacts=self._artifacts,
-            sweeper=self._sweeper,
-            is_in_memory=store.path == MEMORY,
-            cluster=view,
-        )
-        problems = Problems(
-            self.actor.state,
-            clock,
-            health,
-            self.maintainer,
-            _thresholds(settings),
-            failing_webhooks=self.webhooks.failing,
-            cluster=view,
-            rejects_creates=lambda: self.actor.full_disk.write_limit != WriteLimit.NONE,
-            on_change=self.webhooks.problems_changed,
-        )
+        health = self._make_health(view)
+        problems = self._make_problems(health, view)
         metrics = Metrics(
             self.actor,
             self.maintainer,
@@ -398,6 +378,32 @@ class Serving:
             cluster_view=view,
             step_down=None if leading is None else leading.step_down,
             refresh_nodes=None if leading is None else leading.refresh,
+        )
+
+    def _make_health(self, view: Callable[[], ClusterView]) -> Health:
+        return Health(
+            self.actor,
+            self.clock,
+            self.maintainer,
+            faults=self._opened.faults,
+            take_faults=self._store.take_faults,
+            artifacts=self._artifacts,
+            sweeper=self._sweeper,
+            is_in_memory=self._store.path == MEMORY,
+            cluster=view,
+        )
+
+    def _make_problems(self, health: Health, view: Callable[[], ClusterView]) -> Problems:
+        return Problems(
+            self.actor.state,
+            self.clock,
+            health,
+            self.maintainer,
+            _thresholds(self._loaded.config),
+            failing_webhooks=self.webhooks.failing,
+            cluster=view,
+            rejects_creates=lambda: self.actor.full_disk.write_limit != WriteLimit.NONE,
+            on_change=self.webhooks.problems_changed,
         )
 
 

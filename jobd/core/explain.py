@@ -23,7 +23,7 @@ from jobd.model.responses import NextEvent, WhyView
 from jobd.model.times import duration, time_left, utc
 
 MAX_NAMED: Final = 3  # workers or kinds that a sentence lists
-NOBODY: Final = ("no worker", "no worker of its kind")
+WITHOUT_WORKER: Final = ("no worker", "no worker of its kind")  # values of `blocked_by`
 RUN_MS: Final = SECOND_MS  # of recovery, at most as a rule
 
 # Events by which a worker or operator ends a job. For the others (stalled, expired) the message is enough.
@@ -86,14 +86,14 @@ def _queued(job: Job, state: State, at: Moment) -> WhyView:
             of = f"attempt {job.attempt + 1} of {job.options.max_attempts}"
             because = f"It failed {tries} and is retried in {time_left(job.run_at - at.now)}, {of}."
         outlook = _outlook(job, state, at)
-        is_alone = outlook.blocked_by in NOBODY
-        if is_alone:
+        has_no_worker = outlook.blocked_by in WITHOUT_WORKER
+        if has_no_worker:
             because += f" At present, {outlook.clause}."
         because += back
         rule = "release delay" if job.releases >= DELAYED_FROM else "run_at"
         due = NextEvent("It becomes due and is offered to workers.", job.run_at, rule)
         first = due if job.expires_at is None or job.run_at < job.expires_at else expires
-        do = [*_look_at_releases(job), f"Run it now: jobctl run-now {job.id}", *(outlook.do if is_alone else [])]
+        do = [*_look_at_releases(job), f"Run it now: jobctl run-now {job.id}", *(outlook.do if has_no_worker else [])]
         return WhyView("queued", because, first, "run_at", do)
     view = _waiting(job, state, at, expires, back)
     return replace(view, do=[*_look_at_releases(job), *view.do])
@@ -341,9 +341,9 @@ def _next_of(job: Job, grant: Grant, deadlines: LockDeadlines, state: State, at:
     stalled_at = at.wall(deadlines.stalled_at)
     is_progress_due = deadlines.progress_due is not None and deadlines.stalled_at == deadlines.progress_due
     if is_progress_due:  # an extension does not move it
-        what = f"If worker {grant.worker} reports no progress by {utc(stalled_at)}, {outcome}."
+        what = f"If worker {grant.worker} reports no progress by {utc(stalled_at, at.now)}, {outcome}."
         return _by_recovery(what, stalled_at, "progress_timeout", state, at)
-    what = f"If nothing is heard of worker {grant.worker} by {utc(stalled_at)}, {outcome}."
+    what = f"If nothing is heard of worker {grant.worker} by {utc(stalled_at, at.now)}, {outcome}."
     return _by_recovery(what, stalled_at, "stall_after", state, at)
 
 

@@ -5,7 +5,7 @@ Each transition adds one event and returns the new row. Whether it is allowed is
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from msgspec import Raw
 from msgspec.structs import replace
@@ -208,38 +208,53 @@ def stall(tx: Transaction, job: Job, cause: str, *, rule: str = "recovery", why:
 
     `rule` and `why` explain the lost lock to the holder if it returns.
     """
-    options, stalls = job.options, job.stalls + 1
-    attempt = refunded_attempts(job) if job.progress == 0 else job.attempt
+    stalls, attempt = job.stalls + 1, _attempts_after_stall(job)
     ended = ended_by(job, tx.at.now, rule, why)
     details = {"worker": job.grant.worker if job.grant else None, "progress": job.progress, "stalls": stalls}
     if job.grant is not None:
         tx.state.presence.note_lost(job.grant.worker, job)
-    if requeues_on_stall(job):
+    failure = _stall_failure(job)
+    if failure is None:
         changed = replace(job, attempt=attempt, stalls=stalls)
         return requeue(tx, job, changed, "stalled", ended, reason=cause, details=details)
-    if stalls > options.max_stalls:
-        times = "once" if stalls == 1 else f"{stalls} times"
-        advice = f"It stalled {times} (max_stalls {options.max_stalls}); find out what kills its workers."
-    elif options.on_stall == "fail":
-        advice = "Its on_stall is fail; retry the job to run it again."
-    else:
-        advice = "The work may be half done; check it, then retry the job to run it again."
-    error = Failure(f"{cause} {advice}", STALLED)
+    error = Failure(f"{cause} {failure.advice}", STALLED)
     changed = replace(job, attempt=attempt, stalls=stalls, error=error)
     return finish(tx, job, changed, "stalled", "failed", ended, reason=error.message, details=details)
 
 
 def stall_outcome(job: Job) -> str:
     """Say what the next stall does to a processing job, as a clause."""
+    failure = _stall_failure(job)
+    if failure is not None:
+        return f"it fails{failure.why}"
+    attempt = _attempts_after_stall(job) + 1
+    return f"it is queued again (attempt {attempt} of {max(attempt, job.options.max_attempts)})"
+
+
+class _StallFailure(NamedTuple):
+    why: str  # ends the clause "it fails"
+    advice: str
+
+
+def _stall_failure(job: Job) -> _StallFailure | None:
+    """Return why the next stall fails a job. None: it puts the job back into its queue."""
     options, stalls = job.options, job.stalls + 1
     if requeues_on_stall(job):
-        attempt = (refunded_attempts(job) if job.progress == 0 else job.attempt) + 1
-        return f"it is queued again (attempt {attempt} of {max(attempt, options.max_attempts)})"
+        return None
     if stalls > options.max_stalls:
-        return f"it fails, as stall {stalls} (max_stalls {options.max_stalls})"
+        times = "once" if stalls == 1 else f"{stalls} times"
+        advice = f"It stalled {times} (max_stalls {options.max_stalls}); find out what kills its workers."
+        return _StallFailure(f", as stall {stalls} (max_stalls {options.max_stalls})", advice)
     if options.on_stall == "fail":
-        return "it fails, by its on_stall"
-    return f"it fails: progress {job.progress:g} %, no attempts left ({job.attempt} of {options.max_attempts})"
+        return _StallFailure(", by its on_stall", "Its on_stall is fail; retry the job to run it again.")
+    used = f"({job.attempt} of {options.max_attempts})"
+    advice = "The work may be half done; check it, then retry the job to run it again."
+    return _StallFailure(f": progress {job.progress:g} %, no attempts left {used}", advice)
+
+
+def _attempts_after_stall(job: Job) -> int:
+    """Return the attempts of a job after its next stall, which uses none if there was no progress."""
+    return refunded_attempts(job) if job.progress == 0 else job.attempt
 
 
 def stall_reason(tx: Transaction, job: Job) -> str:

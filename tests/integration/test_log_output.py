@@ -9,7 +9,6 @@ import re
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -17,6 +16,7 @@ import pytest
 from jobd import logging
 from jobd.logging import LogWriter
 from tests.support.daemon_process import DaemonProcess
+from tests.support.polling import poll_until
 
 SAY = """
 import os, sys, structlog
@@ -135,8 +135,9 @@ def test_a_daemon_whose_log_is_not_read_continues_and_reports_dropped_lines(tmp_
             jobs = [{"id": f"{first + number}"} for number in range(1_000)]
             assert daemon.post("/v1/jobs/bulk", {"jobs": jobs}).status == 201
         assert daemon.get("/healthz").status == 200
-        while daemon.admin("GET", "health").data["status"] != "healthy":  # it may have been slow for a moment
-            time.sleep(0.1)
+        poll_until(
+            lambda: daemon.admin("GET", "health").data["status"] == "healthy"
+        )  # it may have been slow for a moment
         daemon.process.terminate()
         rest = log.read().decode().splitlines()
         assert daemon.process.wait(150) == 0

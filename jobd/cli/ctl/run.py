@@ -78,12 +78,7 @@ def run(
     \b
     Example: jobctl run --queue video --concurrency 2 -- ./convert.sh --quality high
     """
-    if once and drain:
-        raise click.UsageError("--once and --drain are mutually exclusive: give one of them")
-    if once and concurrency > 1:
-        raise click.UsageError("--once runs one job: omit --concurrency")
-    if timeout == 0:
-        raise click.UsageError("--timeout must be above 0; omit it for no limit")
+    _check_options(concurrency, timeout, once, drain)
     import asyncio
     import signal
 
@@ -106,3 +101,12 @@ def run(
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # a parent may have left it ignored, which hides exit statuses
     code = asyncio.run(worker.run())
     return exit_codes.FAILED if code else exit_codes.DONE
+
+
+def _check_options(concurrency: int, timeout: int | None, once: bool, drain: bool) -> None:
+    if once and drain:
+        raise click.UsageError("--once and --drain are mutually exclusive: give one of them")
+    if once and concurrency > 1:
+        raise click.UsageError("--once runs one job: omit --concurrency")
+    if timeout == 0:
+        raise click.UsageError("--timeout must be above 0; omit it for no limit")

@@ -36,7 +36,8 @@ def stuck_jobs(scene: Scene) -> Iterator[Finding]:
 def processing_jobs(scene: Scene) -> Iterator[Finding]:
     count = scene.state.totals["processing"]
     if count > scene.limits.processing_jobs:
-        title = f"{plural(count, 'job')} are processing, more than alerts.processing_jobs expects."
+        are = "is" if count == 1 else "are"
+        title = f"{plural(count, 'job')} {are} processing, more than alerts.processing_jobs expects."
         yield Finding(subject=DAEMON, title=title, value=count, jobs=count, cure=(_WORKERS,))
 
 
@@ -166,7 +167,7 @@ def paused_without_reason(scene: Scene) -> Iterator[Finding]:
 
 
 def known_pauses(scene: Scene) -> Iterator[Finding]:
-    """Pauses with a reason: they need nobody."""
+    """Pauses with a reason, which need no action."""
     return _paused(scene, has_reason=True)
 
 

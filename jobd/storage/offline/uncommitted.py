@@ -47,7 +47,9 @@ def opened_uncommitted(path: str) -> Iterator[sqlite3.Connection | str]:
         # While another connection is open, SQLite does not write the log into the file when it closes this one.
         with startup.translated_errors(path), startup.read_only(path) as other:
             read_number(other, "PRAGMA user_version")
-            with contextlib.closing(sqlite3.connect(path, 1.0, isolation_level=None, factory=_Uncommitted)) as conn:
+            with contextlib.closing(
+                sqlite3.connect(path, timeout=1.0, isolation_level=None, factory=_Uncommitted)
+            ) as conn:
                 if conn.execute("PRAGMA journal_mode").fetchone() != ("wal",):
                     conn.execute("PRAGMA cache_spill = OFF")  # a killed process would leave changed pages in the file
                 sqlite3.Connection.execute(conn, "BEGIN IMMEDIATE")

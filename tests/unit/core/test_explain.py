@@ -528,7 +528,7 @@ def test_the_progress_timeout_is_named(rules: RuleHarness) -> None:
     rules.held(stall_after_ms=HOUR_MS, progress_timeout_ms=TTL + 1)
     rules.advance(TTL)
     assert why(rules).because.endswith(" Its progress timeout ends in 1 ms (progress_timeout_ms 900001).")
-    what = f"If worker w-1 reports no progress by 2023-11-14 22:28:20 UTC, {AGAIN}."
+    what = f"If worker w-1 reports no progress by 2023-11-14 22:28:21 UTC, {AGAIN}."
     stalled = recovered(what, NOW + TTL + 1, "progress_timeout")
     assert why(rules).next == stalled, "more time for the lock is no help"
 

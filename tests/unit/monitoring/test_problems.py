@@ -263,7 +263,7 @@ async def test_conditions_of_the_daemon_say_what_holds() -> None:
         "damaged": "1 job is quarantined: bad-1.",
         "release_loop": "1 job is released over and over by w-1; cat-1 20 times.",
         "stuck_jobs": "0 jobs have stalled, and 1 was recovered in the last 10 minutes.",
-        "processing_jobs": "1 job are processing",
+        "processing_jobs": "1 job is processing",
         "average_processing": "Jobs take 2 s on average",
     }
     assert released.ended is not None

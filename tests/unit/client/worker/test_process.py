@@ -32,7 +32,8 @@ async def test_a_program_gets_its_input_and_its_output_is_read() -> None:
     assert (bytes(run.out), bytes(run.err), program.returncode) == (b"in" * 100_000, b"err\n", 3)
 
 
-async def test_a_program_gets_its_own_environment_and_arguments() -> None:
+async def test_a_program_gets_its_own_environment_and_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LC_CTYPE", raising=False)  # without a locale, Python sets it for itself and its children
     run = ProgramRun()
     program = await run.start("sh", "-c", 'env; printf "%s" "$0"; kill -PIPE $$', os.fsdecode(b"\xff"), LC_ALL="C")
     await program.done
