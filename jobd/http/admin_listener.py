@@ -15,6 +15,7 @@ from typing import Any, Final, cast
 import structlog
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError, LineTooLong
+from msgspec.structs import replace
 
 from jobd.engine.unread_responses import UnreadResponses
 from jobd.http.app import App
@@ -81,9 +82,15 @@ class AdminRequest(RequestContext, eq=False):
     async def drain(self) -> None:
         await cast(_AdminConnection, self._request.protocol).drained.wait()
 
-    async def respond(self, response: HttpResponse, unread: UnreadResponses) -> None:
-        """Send a complete response. Aborts the connection of a client that does not read it."""
+    async def respond(self, response: HttpResponse | None, unread: UnreadResponses) -> None:
+        """Send a complete response. Aborts the connection of a client that does not read it.
+
+        While the client reads, only the transport keeps the bytes: the caller must not keep the response.
+        """
+        if response is None:
+            return
         data, transport = response.encode(self), self.open_transport()
+        response = replace(response, body=b"")
         if self.is_streamed:  # too late for a response
             transport.abort()
             return
@@ -91,6 +98,7 @@ class AdminRequest(RequestContext, eq=False):
         try:
             async with read_deadline(transport, unread, len(data)):
                 write_all(transport, data)
+                del data
                 await self.drain()
         except TimeoutError:
             log.warning("response_cut_off", reason=slow_client(), by=self.by)
@@ -147,9 +155,7 @@ class AdminListener(HttpListener):
         ctx = AdminRequest.of(request)
         self.app.pending.add(ctx)
         try:
-            response = await self._response(ctx)
-            if response is not None:
-                await ctx.respond(response, self.app.actor.unread)
+            await ctx.respond(await self._response(ctx), self.app.actor.unread)
         finally:
             self.app.pending.discard(ctx)
         await ctx.drop_body()

@@ -310,8 +310,9 @@ class WorkerConnection(asyncio.Protocol):
             self._is_flushing = True
             request.is_dropped = request.task is None  # nothing reads the rest of the body
             request.is_written = transport.get_write_buffer_size() < len(data)  # a part of it
-            # Only the transport keeps the bytes. `on_lost` would keep the payloads.
-            request.prepared, on_lost = None, None if request.is_written else response.on_lost
+            # Only the transport keeps the bytes. `on_lost` would keep the payloads, the command those of the request.
+            request.envelope = request.prepared = None
+            on_lost = None if request.is_written else response.on_lost
             request.response = response = replace(response, body=b"", on_lost=on_lost)
             cut_off = partial(self._cut_off, request, response)
             request.timer = ReadDeadline(transport, cut_off, self.app.actor.unread, len(data))

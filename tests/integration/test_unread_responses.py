@@ -10,7 +10,7 @@ from typing import Final
 import pytest
 
 from jobd.model.api_call import LINES
-from tests.support.daemon_process import DaemonProcess, DaemonResponse, UnixConnection, call
+from tests.support.daemon_process import TOKEN, DaemonProcess, DaemonResponse, UnixConnection, call
 from tests.support.http_harness import request_bytes
 from tests.support.polling import poll_until
 
@@ -67,3 +67,19 @@ def test_claims_that_are_not_read_take_bounded_memory(tmp_path: Path, claim: byt
         clients.close()
         poll_until(lambda: unread_bytes(daemon) == 0)
         assert len(claim_one(worker).data["grants"]) == 1
+
+
+@pytest.mark.slow
+def test_lists_of_operators_that_are_not_read_take_bounded_memory(tmp_path: Path) -> None:
+    """100 clients of the admin API list jobs of 250 KB and do not read. The limit rejects some of them."""
+    lists = request_bytes("GET", "/admin/job-management/jobs?limit=200", headers={"Authorization": f"Bearer {TOKEN}"})
+    with DaemonProcess(tmp_path) as daemon, closing(daemon.worker()) as worker, ExitStack() as clients:
+        for _ in range(10):
+            jobs = [{"payload": "x" * 250_000}] * 4
+            assert call(worker, "POST", "/v1/jobs/bulk", {"jobs": jobs}).status == 201
+        for _ in range(100):
+            client = clients.enter_context(socket.socket(socket.AF_UNIX))
+            client.connect(daemon.admin_socket)
+            client.sendall(lists)
+        poll_until(lambda: unread_bytes(daemon) >= LIMIT)
+        assert peak_mib(daemon) < 450
