@@ -341,7 +341,8 @@ def test_damage_to_any_column_is_reported_and_never_served(busy: bytes, table: s
     """A scrub is needed for rows that a search by the damaged column does not select."""
     path = tmp_path / "jobd.db"
     columns, rowids = columns_of(busy, table)
-    _, undamaged = rows_served(busy)
+    whole, undamaged = rows_served(busy)
+    whole.conn.close()
     count = 0
     for column, rowid, bit in product(columns, rowids, (0, 3, 40)):
         if (content := flipped(busy, table, column, rowid, bit)) is None:
