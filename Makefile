@@ -26,14 +26,14 @@ venv: $(READY)  ## create a virtual environment in .venv with jobd and its tools
 
 # Everything in the constraints is checked by its hash. jobd itself has none, so it is installed separately.
 # Modules are compiled when they are first imported, because pip would also compile the many that are never imported.
-$(READY): pyproject.toml .ci/constraints.txt
+$(READY): pyproject.toml .ci/constraints.txt $(wildcard .ci/client/*)
 	@test -n "$(PYTHON)" && $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "jobd needs Python 3.11 or newer. Set its path: make PYTHON=/path/to/python3"; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
 		{ echo "$(PYTHON) cannot create virtual environments. On Debian: apt-get install python3-venv"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install --no-compile --require-hashes --requirement .ci/constraints.txt
-	$(PIP) install --no-deps --no-build-isolation --editable .
+	$(PIP) install --no-deps --no-build-isolation --editable .ci/client --editable .
 	@touch $@
 
 test: $(READY)  ## run the fast tests, in under three minutes (ARGS="-k name": a selection of all tests, in one process)
@@ -130,10 +130,11 @@ bench-cpu: $(READY)  ## count the instructions of a lifecycle by stage, and meas
 PIN := uv pip compile --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate --quiet \
 	--custom-compile-command 'make pins'
 pins:  ## regenerate .ci/constraints.txt and systemd/requirements.txt from pyproject.toml (needs uv)
-	$(PIN) pyproject.toml --extra dev --upgrade --no-emit-package colorama --output-file .ci/constraints.txt
+	$(PIN) pyproject.toml --extra dev --upgrade --no-emit-package colorama --no-emit-package jobd-client \
+		--output-file .ci/constraints.txt
 	sed -n 's/^\([a-z].*==.*\) \\$$/\1/p' .ci/constraints.txt > build/pins.txt
-	echo 'setuptools>=77' | $(PIN) pyproject.toml - --extra s3 --extra postgres --constraint build/pins.txt \
-		--output-file systemd/requirements.txt
+	echo 'hatchling>=1.27' | $(PIN) pyproject.toml - --extra s3 --extra postgres --constraint build/pins.txt \
+		--no-emit-package jobd-client --output-file systemd/requirements.txt
 
 clean:  ## remove everything that the other targets created
 	rm -rf $(VENV) build mutants dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage

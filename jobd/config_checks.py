@@ -71,7 +71,9 @@ def _check_journal(config: Config) -> None:
     except ValueError as error:
         raise ConfigError(f"journal.url: {error}") from None
     if find_spec("asyncpg") is None:
-        raise ConfigError("journal.url needs an extra that is not installed: pip install '.[postgres]' in a clone")
+        raise ConfigError(
+            "journal.url needs an extra that is not installed: pip install ./.ci/client '.[postgres]' in a clone"
+        )
     if not config.node.name.isprintable():
         raise ConfigError("node.name: expected printable characters")
     if config.node.advertise:
@@ -122,7 +124,9 @@ def _check_artifacts(url: str) -> None:
     if bucket is None or (prefix and not {"", ".", ".."}.isdisjoint(prefix.split("/"))):
         raise ConfigError(f'artifacts.url: "{url}": {expected}')
     if find_spec("obstore") is None:
-        raise ConfigError("artifacts.url: s3:// needs an extra that is not installed: pip install '.[s3]' in a clone")
+        raise ConfigError(
+            "artifacts.url: s3:// needs an extra that is not installed: pip install ./.ci/client '.[s3]' in a clone"
+        )
 
 
 def check_artifact_directory(

@@ -10,7 +10,6 @@ import json
 import re
 import shutil
 import subprocess
-import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
@@ -32,7 +31,6 @@ from jobd.model.responses import ClusterView
 from jobd.monitoring.metrics import cluster_metrics
 from jobd.monitoring.problems.catalogue import ALERTS
 from jobd.storage.store import Store
-from tests import ROOT
 from tests.conftest import tool_missing
 from tests.integration.test_docs import OPERATIONS, rows, ticked
 from tests.support.cli_harness import commands_of
@@ -160,12 +158,6 @@ def test_the_verb_prints_the_shipped_file(what: str, capsys: pytest.CaptureFixtu
 def test_an_unknown_file_is_rejected(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["monitoring", "everything"]) == 2
     assert "rules" in capsys.readouterr().err
-
-
-def test_the_files_are_part_of_the_package() -> None:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
-    assert set(project["tool"]["setuptools"]["package-data"]["jobd.monitoring"]) == set(MONITORING_FILES.values())
-    assert {path.name for path in SHIPPED.iterdir() if path.suffix not in (".py", "")} == set(MONITORING_FILES.values())
 
 
 # ---------------------------------------------------------------------------------------------------------------------

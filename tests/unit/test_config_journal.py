@@ -60,7 +60,7 @@ def test_an_invalid_value_is_rejected(key: str, value: str, expected: str) -> No
 
 def test_the_extra_must_be_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(config_checks, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"pip install '\.\[postgres\]' in a clone"):
+    with pytest.raises(ConfigError, match=r"pip install ./.ci/client '\.\[postgres\]' in a clone"):
         loaded(journal__url=URL)
 
 

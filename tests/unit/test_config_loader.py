@@ -437,7 +437,7 @@ def test_a_key_in_the_artifact_url_is_rejected_and_not_shown() -> None:
 def test_a_bucket_without_its_package_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "obstore", None)
     message = config_error(flags={"artifacts.url": "s3://bucket"})
-    assert "pip install '.[s3]' in a clone" in message
+    assert "pip install ./.ci/client '.[s3]' in a clone" in message
     assert loaded(flags={"artifacts.url": "file:///srv"}).config.artifacts.url
 
 
