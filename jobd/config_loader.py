@@ -44,7 +44,7 @@ _NOT_SETTINGS: Final = frozenset({"JOBD_CONFIG", "JOBD_SOCKET", "JOBD_URL", "JOB
 def load(
     flags: Mapping[str, str], environ: Mapping[str, str], path: str | None = None, *, need_token: bool = True
 ) -> LoadedConfig:
-    """Load the effective configuration. `flags` maps "section.key" to text; `path` is that of --config.
+    """Load the effective configuration. `flags` maps "section.key" to text; `path` is that of --config, "" for no file.
 
     `need_token` is false for commands that only work on files. Raises ConfigError.
     """
@@ -89,6 +89,8 @@ def load(
 
 
 def _find_file(environ: Mapping[str, str], path: str | None) -> Path | None:
+    if path == "":
+        return None
     chosen = path or environ.get("JOBD_CONFIG")
     if chosen:
         if not _is_file(chosen):

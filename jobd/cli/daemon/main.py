@@ -19,6 +19,7 @@ from jobd.cli import exit_codes, terminal
 from jobd.cli.daemon import store_commands
 from jobd.cli.daemon.bench import bench
 from jobd.cli.daemon.cluster import check_journal, cluster, join_command
+from jobd.cli.daemon.dev import dev
 from jobd.cli.daemon.settings import config_option, flag_options, read
 from jobd.cli.params import SETTINGS, CommandGroup, json_option
 
@@ -164,7 +165,7 @@ def monitoring(what: str) -> None:
         terminal.emit(line)
 
 
-jobd.add_all("Daemon", serve, check_config, demo, bench, monitoring)
+jobd.add_all("Daemon", serve, dev, check_config, demo, bench, monitoring)
 jobd.add_all("Cluster", cluster, join_command)
 jobd.add_all("Files", store_commands.backup_command, store_commands.restore_command, store_commands.doctor_command)
 
