@@ -308,7 +308,8 @@ class WorkerConnection(asyncio.Protocol):
         elif self._is_writing_paused:
             assert transport is not None
             self._is_flushing = True
-            request.is_dropped = request.task is None  # nothing reads the rest of the body
+            if request.task is None:  # nothing reads the rest of the body
+                request.is_dropped, request.body = True, b""
             request.is_written = transport.get_write_buffer_size() < len(data)  # a part of it
             # Only the transport keeps the bytes. `on_lost` would keep the payloads, the command those of the request.
             request.envelope = request.prepared = None

@@ -187,7 +187,8 @@ async def test_only_the_transport_keeps_a_response_that_is_not_read(unix: HttpHa
     request = connection._current
     assert request is not None
     assert request.response is not None
-    assert (request.response.body, request.response.on_lost, request.prepared, request.envelope) == (b"", *[None] * 3)
+    assert (request.body, request.response.body) == (b"", b"")
+    assert (request.response.on_lost, request.prepared, request.envelope) == (None, None, None)
     client.writer.transport.abort()
     await wait_until_closed(unix)
 
