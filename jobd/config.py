@@ -283,7 +283,7 @@ class AlertsSection(Struct, frozen=True, forbid_unknown_fields=True):
     average_processing: Duration = Duration(10 * MINUTE_MS)
     """Average duration of the jobs completed in the last hour and of those that are processing."""
     cleanup_issues: NotNegative = 10
-    """Issues found by one cleanup run."""
+    """Invalid rows that a cleanup run could not fix."""
     granted_twice: NotNegative = 0
     """Jobs granted again in the last hour while the previous worker's lock had time left."""
     slower_than_usual: Annotated[float, Meta(ge=1, le=1000)] = 2.0
@@ -306,7 +306,7 @@ class AlertsSection(Struct, frozen=True, forbid_unknown_fields=True):
     disk_free_bytes: NotNegative = 1 << 30
     """Free space on the store's disk, in bytes. Fires below the threshold."""
     release_loop: NotNegative = 0
-    """Jobs that were released 20 times in a row without progress, the last time with a delay below 1 s."""
+    """Jobs that were released 10 times in a row without progress, the last time without a snooze."""
     standby_behind: Duration = Duration(30 * SECOND_MS)
     """In a cluster: time since the leader had a record that a standby lacks, or since a standby was last seen."""
     database_horizon: Duration = Duration(MINUTE_MS)

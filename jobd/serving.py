@@ -356,7 +356,7 @@ class Serving:
             cluster=view,
             append_seconds=None if leading is None else leading.leadership.append_seconds,
         )
-        self.actor.on_commit += [feed.publish, failures.committed, problems.counts.note, self.timeseries.record]
+        self.actor.on_commit += [feed.publish, failures.committed, problems.committed, self.timeseries.record]
         return Services(
             actor=self.actor,
             backups=Backups(store, lambda: clock.moment().now),

@@ -5,6 +5,8 @@ Each transition adds one event and returns the new row. Whether it is allowed is
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
 from typing import Any, Final, NamedTuple
 
 from msgspec import Raw
@@ -231,8 +233,18 @@ def stall_outcome(job: Job) -> str:
     return f"it is queued again (attempt {attempt} of {max(attempt, job.options.max_attempts)})"
 
 
+def stall_outcomes(jobs: Iterable[Job]) -> str:
+    """Say what the next stall of each job does, as clauses: `5 are queued again, 1 fails (no attempts left)`."""
+    failures = [_stall_failure(job) for job in jobs]
+    counts = Counter(failure.brief for failure in failures if failure is not None)
+    queued = failures.count(None)
+    clauses = [f"{queued:,} {'is' if queued == 1 else 'are'} queued again"] if queued else []
+    return ", ".join(clauses + [f"{count:,} fail{'s' * (count == 1)} ({why})" for why, count in counts.items()])
+
+
 class _StallFailure(NamedTuple):
     why: str  # ends the clause "it fails"
+    brief: str
     advice: str
 
 
@@ -244,12 +256,12 @@ def _stall_failure(job: Job) -> _StallFailure | None:
     if stalls > options.max_stalls:
         times = "once" if stalls == 1 else f"{stalls} times"
         advice = f"It stalled {times} (max_stalls {options.max_stalls}); find out what kills its workers."
-        return _StallFailure(f", as stall {stalls} (max_stalls {options.max_stalls})", advice)
+        return _StallFailure(f", as stall {stalls} (max_stalls {options.max_stalls})", "max_stalls", advice)
     if options.on_stall == "fail":
-        return _StallFailure(", by its on_stall", "Its on_stall is fail; retry the job to run it again.")
+        return _StallFailure(", by its on_stall", "on_stall", "Its on_stall is fail; retry the job to run it again.")
     used = f"({job.attempt} of {options.max_attempts})"
     advice = "The work may be half done; check it, then retry the job to run it again."
-    return _StallFailure(f": progress {job.progress:g} %, no attempts left {used}", advice)
+    return _StallFailure(f": progress {job.progress:g} %, no attempts left {used}", "no attempts left", advice)
 
 
 def _attempts_after_stall(job: Job) -> int:

@@ -66,22 +66,23 @@ class ClaimSet:
 class WorkerSeen:
     """One worker. `jobs` are the jobs that it holds, `expired` those of them whose lock has expired.
 
-    `last_seen_at` (wall time) and `heard` (lock time) are when it was last seen, `asked` is when its latest claim
-    arrived, `claimed` until when it waited. The idle time `idle_ms` is twice the time between its last two claims.
+    `first_seen_at` (wall time) is when it was first seen since the start, `last_seen_at` (wall time) and `heard` (lock
+    time) when it was last seen, `asked` when its latest claim arrived, `claimed` until when it waited. The idle time
+    `idle_ms` is twice the time between its last two claims.
     `claims` is None if no claim is remembered. `waiting` is the number of its claims that wait now. `left` (when the
     connection of a waiting claim closed), `goodbye` and `lost` (the latest job that was taken back from it) are None
     once it is heard again.
     """
 
     __slots__ = (
-        "about", "asked", "claimed", "claims", "expired", "goodbye", "heard", "idle_ms", "jobs", "last_seen_at", "left",
-        "lost", "waiting",
+        "about", "asked", "claimed", "claims", "expired", "first_seen_at", "goodbye", "heard", "idle_ms", "jobs",
+        "last_seen_at", "left", "lost", "waiting",
     )  # fmt: skip
 
     def __init__(self) -> None:
         self.jobs: dict[str, None] = {}
         self.expired: dict[str, None] = {}
-        self.last_seen_at = 0
+        self.first_seen_at = self.last_seen_at = 0
         self.heard = self.claimed = LockMs(0)
         self.asked: LockMs | None = None
         self.idle_ms = IDLE_AT_MOST_MS
@@ -176,6 +177,7 @@ class WorkerPresence:
         worker = self.workers.get(name)
         if worker is None:
             worker = self.workers[name] = WorkerSeen()
+            worker.first_seen_at = at
             self._make_room(name)
         else:
             self.workers.move_to_end(name)

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
 from functools import partial
 from itertools import islice
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import structlog
 from msgspec import Struct, field
@@ -31,6 +31,7 @@ FULL_PAUSE_S: Final = 0.05  # after a rejection by a full mailbox, which has roo
 FULL_ATTEMPTS: Final = 100
 PAUSE_S: Final = 0.002  # after each slice, so that workers get the loop and the disk
 SCAN: Final = 500  # jobs validated at a time, in less than a millisecond
+MAX_NAMED: Final = 3  # invalid rows
 MAX_ISSUES_LOGGED: Final = 20  # per run; the report counts all
 ENDED_EARLY: Final = "run: it ended early because the daemon is stopping."
 
@@ -67,6 +68,13 @@ class Unfinished(Exception):
     """A step ended before its work was done. The message says why."""
 
 
+class InvalidRows(NamedTuple):
+    """How many rows the latest cleanup run found invalid and could not fix, and the ids of the first ones."""
+
+    total: int
+    ids: tuple[str, ...]
+
+
 class MaintenanceContext:
     """Sends maintenance commands in slices until `stopping` is set."""
 
@@ -78,6 +86,7 @@ class MaintenanceContext:
         self.schedule = schedule
         self.hold_events_ms = hold_events_ms  # how far lagging readers are behind
         self.totals = MaintenanceTotals()
+        self.invalid = InvalidRows(0, ())
         self.stopping = False
 
     async def ask(self, command: AnyCommand, by: str, operator: Operator | None = None) -> Any:
@@ -155,6 +164,7 @@ class CleanupRun:
         self._found = 0
         self._fixed = 0
         self._logged = 0
+        self._invalid = InvalidRows(0, ())
         self._began = loop_time()
 
     async def run(self) -> CleanupReport:
@@ -214,9 +224,10 @@ class CleanupRun:
             for chunk in _slices(wrong, self._batch):
                 await self._repair(chunk)
             await self._context.yield_to_workers()
+        self._context.invalid = self._invalid
 
     def _has_issues(self, job_id: str) -> bool:
-        job = self._state.jobs.find(job_id)
+        job = self._state.get(job_id)
         return job is not None and self._context.has_issues(job)
 
     async def _repair(self, ids: list[str]) -> None:
@@ -226,6 +237,10 @@ class CleanupRun:
         self._context.totals.found["issues"] += result.found
         for job_id, issue in result.issues:
             self._log_issue(job_id, issue)
+        for job_id in dict.fromkeys(job_id for job_id, _ in result.issues):
+            if job_id not in self._state.stalled and self._has_issues(job_id):
+                count, named = self._invalid
+                self._invalid = InvalidRows(count + 1, (*named, job_id)[:MAX_NAMED])
         await self._context.yield_to_workers()
 
     def _log_issue(self, job_id: str, issue: Issue) -> None:

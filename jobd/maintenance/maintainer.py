@@ -19,7 +19,14 @@ from jobd.core.state import RecoverySchedule
 from jobd.core.stats import Counters
 from jobd.engine.actor import Actor
 from jobd.engine.clock import Clock, loop_time
-from jobd.maintenance.cleanup_run import CleanupRun, CleanupSchedule, CommandRejected, MaintenanceContext, Unfinished
+from jobd.maintenance.cleanup_run import (
+    CleanupRun,
+    CleanupSchedule,
+    CommandRejected,
+    InvalidRows,
+    MaintenanceContext,
+    Unfinished,
+)
 from jobd.maintenance.preview import SCAN_S, preview
 from jobd.model.clocks import MonotonicS
 from jobd.model.commands import EndPauses, Operator, Report, TakeBack, Tick
@@ -282,6 +289,11 @@ class Maintainer:
         self.totals.runs += 1
         log.info("cleanup_run", **msgspec.to_builtins(report))
         return report
+
+    @property
+    def invalid(self) -> InvalidRows:
+        """The rows that the latest cleanup run could not fix."""
+        return self._context.invalid
 
     def _record(self, report: CleanupReport) -> None:
         """Record the report of a run. A successful run resets the count of failed runs."""

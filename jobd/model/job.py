@@ -68,10 +68,9 @@ _EPOCHS_BEGIN_MS: Final = 1_577_836_800_000  # 2020-01-01T00:00:00Z
 SMALL_PAYLOAD_BYTES: Final = 8 << 10  # a job does not record the size of a payload up to this one
 MAX_PERCENT: Final = 100
 MAX_LATE_RESULTS: Final = 5  # late results of a job: those of its latest grants
-# Releases in a row without progress: from DELAYED_FROM on, the job waits. From LOOP_FROM on, a job that does not wait
-# is in a release loop.
+# Releases in a row without progress: from DELAYED_FROM on, the job waits. From LOOP_FROM on, it is in a release loop.
 DELAYED_FROM: Final = 5
-LOOP_FROM: Final = 20
+LOOP_FROM: Final = 10
 
 _ID = re.compile(ID_PATTERN)
 
@@ -105,14 +104,16 @@ def release_delay_ms(releases: int) -> int | None:
 
 
 def is_release_loop(job: Job) -> bool:
-    """Return whether the job was released LOOP_FROM times in a row without progress, last with a delay below 1 s.
+    """Return whether the job was released LOOP_FROM times in a row without progress, the last time without a snooze.
 
-    After a grant that was not delivered, the delay is unknown until the next release.
+    A snooze is a delay of at least 1 s that its worker asks for. After a grant that was not delivered, the delay is
+    unknown until the next release.
     """
     ended = job.ended
     if job.releases < LOOP_FROM or ended is None or ended.rule not in ("release", "release-lock"):
         return False
-    return job.run_at - ended.at < SECOND_MS
+    delay_ms = job.run_at - ended.at
+    return delay_ms < SECOND_MS or delay_ms == release_delay_ms(job.releases)
 
 
 def recorded_bytes(payload: Collection[int]) -> int:

@@ -28,7 +28,9 @@ class Subject(Struct, frozen=True, omit_defaults=True, kw_only=True):
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """The names that identify it; its type if there are none."""
+        """The names that identify it; its type if there are none. A worker is identified by its name alone."""
+        if self.type == "worker" and self.worker is not None:
+            return (self.worker,)
         named = (self.queue, self.kind, self.version, self.host, self.worker, self.job, self.webhook, self.node)
         return tuple(each for each in (*named, self.code) if each) or (self.type,)
 

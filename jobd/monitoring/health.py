@@ -39,6 +39,7 @@ SAMPLE: Final = 50  # jobs compared with the disk
 SAMPLED_FROM: Final = 10_000  # the oldest live jobs; each sample continues where the previous one ended
 COMPARISONS: Final = 3
 MAX_FAULTS: Final = 100
+QUARANTINED: Final = "Quarantined jobs:"
 MAX_NAMED: Final = 5  # jobs or faults named in a message
 _FROM_BEST_TO_WORST: Final[tuple[HealthStatus, ...]] = ("healthy", "degraded", "unhealthy")
 _LIMITS: Final = {
@@ -229,7 +230,7 @@ class Health:
         sentences = []
         if quarantined := self._actor.state.quarantined:
             names = _listed(list(islice(quarantined, MAX_NAMED)), len(quarantined))
-            sentences.append(f"Quarantined jobs: {names}.")
+            sentences.append(f"{QUARANTINED} {names}.")
         if self._faults:
             sentences.append(f"Damage: {_listed(list(islice(self._faults, MAX_NAMED)), len(self._faults), '; ')}.")
         return f"{' '.join(sentences)} Run: jobd doctor" if sentences else None

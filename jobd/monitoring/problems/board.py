@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from typing import Final, TypeVar
 
 import structlog
@@ -14,6 +14,7 @@ from jobd.core.worker_presence import ClaimSet
 from jobd.engine.clock import Clock, loop_time
 from jobd.maintenance.maintainer import Maintainer
 from jobd.model.clocks import BootMs, MonotonicS
+from jobd.model.events import Event
 from jobd.model.job import MINUTE_MS, SECOND_MS
 from jobd.model.problems import Problem, ProblemList, Severity
 from jobd.model.responses import AlertView, ClusterView
@@ -23,6 +24,7 @@ from jobd.monitoring.problems import daemon
 from jobd.monitoring.problems.catalogue import ALERTS, CONDITIONS
 from jobd.monitoring.problems.condition import Condition, Crew, DuePair, Scene, Thresholds, problem_id
 from jobd.monitoring.problems.life import CLEAR_MS, HOLD_MS, ProblemLife
+from jobd.monitoring.problems.losses import WorkerLosses
 from jobd.monitoring.problems.pair_counts import PairCounts
 from jobd.monitoring.problems.pairs import SETTLED_MS
 
@@ -61,7 +63,8 @@ class Problems:
         on_change: Callable[[], None] = lambda: None,
     ) -> None:
         self.thresholds = thresholds or Thresholds()
-        self.counts = PairCounts()  # updated with every commit
+        self.counts = PairCounts()
+        self.losses = WorkerLosses(state.presence)
         self.on_change = on_change
         self.failing_webhooks = failing_webhooks
         self.cluster = cluster
@@ -79,6 +82,11 @@ class Problems:
         self._due: list[DuePair] = []
         self._next_scan = MonotonicS(0.0)
         self._stop = asyncio.Event()
+
+    def committed(self, changes: Sequence[Event]) -> None:
+        """Count the changes of a committed batch."""
+        self.counts.note(changes)
+        self.losses.note(changes)
 
     # -- views ---------------------------------------------------------------------------------------------------------
 
@@ -118,10 +126,15 @@ class Problems:
     def alerts(self) -> list[AlertView]:
         """Return the alerts, which are derived: one fires while its condition holds for any subject."""
         is_cluster = self.cluster().role != "single"
-        return [self._alert(each) for each in ALERTS.values() if is_cluster or not each.of_cluster]
+        open_: dict[str, list[Problem]] = {}
+        for problem in self._life.open_problems():
+            open_.setdefault(problem.condition, []).append(problem)
+        return [
+            self._alert(each, open_.get(each.name, [])) for each in ALERTS.values() if is_cluster or not each.of_cluster
+        ]
 
-    def _alert(self, condition: Condition) -> AlertView:
-        threshold, found = condition.alert_threshold(self.thresholds), self._life.open_of(condition.name)
+    def _alert(self, condition: Condition, found: list[Problem]) -> AlertView:
+        threshold = condition.alert_threshold(self.thresholds)
         if not found:
             return AlertView(condition.alert, False, None, 0, threshold, QUIET, condition.severity)
         worst, value = found[0], condition.alert_value(max(each.value for each in found))
@@ -202,7 +215,7 @@ class Problems:
                     due.append(pair)
             self._due = due
             self._next_scan = loop_time() + (SCAN_MANY_EVERY_S if pairs > MANY_PAIRS else 0)
-        at, report = self._clock.moment(), self._cleanup.last_report
+        at = self._clock.moment()
         return Scene(
             state=self._state,
             at=at,
@@ -212,10 +225,11 @@ class Problems:
             health=self._health.last,
             space=space,
             rejects_creates=self._rejects_creates(),
-            cleanup_issues=0 if report is None else report.validation_issues_found,
+            invalid=self._cleanup.invalid,
             failing_webhooks=self.failing_webhooks(),
             cluster=self.cluster(),
             counts=self.counts,
+            losses=self.losses,
             durations=self._state.counters.baselines.view(at.now),
             due=self._due,
             crews=crews,

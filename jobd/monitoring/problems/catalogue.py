@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from jobd.monitoring.problems import cluster, daemon, pairs
+from jobd.monitoring.problems import cluster, daemon, pairs, workers
 from jobd.monitoring.problems.condition import Condition
 
 CONDITIONS: Final = (
@@ -50,10 +50,13 @@ CONDITIONS: Final = (
         per=1,
         hides=("database",),
     ),
-    Condition("release_loop", "warning", daemon.release_loops, alert="release_loop", threshold="release_loop"),
+    Condition("release_loop", "warning", workers.release_loops, alert="release_loop", threshold="release_loop"),
     Condition("expiring", "warning", pairs.expiring, "percent"),
     Condition("due_far", "warning", pairs.due_far),
-    Condition("worker_silent", "warning", daemon.silent_workers, hides=("stuck_jobs",)),
+    Condition("no_progress", "warning", workers.no_progress, "ms"),
+    Condition("kills_workers", "warning", workers.kills_workers),
+    Condition("workers_die", "warning", workers.workers_die, "percent", hides=("worker_silent", "stuck_jobs")),
+    Condition("worker_silent", "warning", workers.silent_workers, hides=("stuck_jobs",)),
     Condition("paused_without_reason", "notice", daemon.paused_without_reason),
     Condition("damaged", "warning", daemon.damaged),
     Condition("clock", "warning", daemon.clock, "ms"),

@@ -10,12 +10,15 @@ from msgspec import Struct
 from jobd.core.state import State
 from jobd.core.stats import KindDurations
 from jobd.core.worker_presence import ClaimSet
+from jobd.maintenance.cleanup_run import InvalidRows
 from jobd.model.commands import Moment, WorkerState
 from jobd.model.job import MINUTE_MS, SECOND_MS
 from jobd.model.problems import Cure, Severity, Subject, Unit
 from jobd.model.responses import ClusterView, HealthView
 from jobd.model.storage import DiskSpace
+from jobd.model.times import utc
 from jobd.model.webhooks import FailingWebhook
+from jobd.monitoring.problems.losses import WorkerLosses
 from jobd.monitoring.problems.pair_counts import PairCounts
 
 CLOSE_RATIO: Final = 0.9  # a ratio closes at this part of its threshold, so that a value near it does not flap
@@ -39,6 +42,12 @@ class Thresholds(Struct, frozen=True):
     disk_free_percent: float = 10.0
     disk_free_bytes: int = GIB
     release_loop: int = 0  # jobs
+    no_progress_ms: int = 10 * MINUTE_MS  # at least; also holds at the threshold
+    no_progress_times: float = 3.0  # the usual duration
+    kills_workers: int = 2  # also holds at the threshold
+    workers_die: int = 3  # of a host and version in 10 minutes; also holds at the threshold, as the next two do
+    workers_die_stalls: int = 5
+    workers_die_share: float = 0.2  # of the workers, or of the grants
     standby_behind_ms: int = 30 * SECOND_MS
     database_horizon_ms: int = MINUTE_MS
     clocks_differ_ms: int = SECOND_MS
@@ -99,10 +108,11 @@ class Scene(Struct, kw_only=True):
     health: HealthView | None = None
     space: DiskSpace | None = None
     rejects_creates: bool = False
-    cleanup_issues: int = 0
+    invalid: InvalidRows = InvalidRows(0, ())
     failing_webhooks: Iterable[FailingWebhook] = ()
     cluster: ClusterView
     counts: PairCounts
+    losses: WorkerLosses
     durations: Iterable[KindDurations] = ()
     due: Iterable[DuePair] = ()
     crews: Mapping[ClaimSet, Crew] = {}
@@ -147,3 +157,7 @@ def problem_id(condition: str, subject: Subject) -> str:
 
 def plural(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def clock_time(at: int) -> str:
+    return f"{utc(at)[11:16]} UTC"

@@ -9,9 +9,10 @@ from typing import Final
 
 from jobd.core.views import average_processing_s
 from jobd.model.job import DAY_MS, MINUTE_MS, SECOND_MS
-from jobd.model.problems import Cure, Subject
+from jobd.model.problems import Cure, Severity, Subject
 from jobd.model.responses import DatabaseHealth, PartHealth
 from jobd.model.times import duration
+from jobd.monitoring.health import QUARANTINED
 from jobd.monitoring.problems.condition import GIB, Finding, Scene, plural
 
 MIB: Final = 1 << 20
@@ -49,11 +50,12 @@ def average_processing(scene: Scene) -> Iterator[Finding]:
 
 
 def cleanup_issues(scene: Scene) -> Iterator[Finding]:
-    if (count := scene.cleanup_issues) > scene.limits.cleanup_issues:
-        title = f"The latest cleanup run found many invalid rows (issues: {count}). The log names them."
-        yield Finding(
-            subject=STORE, title=title, value=count, jobs=count, cure=(Cure("See one", "jobctl validate ID"),)
-        )
+    count, ids = scene.invalid
+    if count > scene.limits.cleanup_issues:
+        title = f"The latest cleanup run could not fix {plural(count, 'invalid row')}, for example {', '.join(ids)}."
+        cause = "Such rows come from imports and manual edits."
+        cure = Cure("See what is wrong", f"jobctl validate {ids[0]}", f"/jobs/{ids[0]}")
+        yield Finding(subject=STORE, title=title, value=count, jobs=count, cause=cause, cure=(cure,))
 
 
 def granted_twice(scene: Scene) -> Iterator[Finding]:
@@ -75,7 +77,9 @@ def part_unhealthy(name: str, scene: Scene) -> Iterator[Finding]:
     """A part of the latest health. A part that has not been measured yet is not unhealthy."""
     part: DatabaseHealth | PartHealth | None = getattr(scene.health, name, None)
     if part is not None and part.status != "healthy":
-        yield Finding(subject=Subject(type=name), title=part.message, cure=(_HEALTH,))
+        is_urgent = name != "database" or part.status == "unhealthy"
+        severity: Severity | None = None if is_urgent else "warning"
+        yield Finding(subject=Subject(type=name), title=part.message, severity=severity, cure=(_HEALTH,))
 
 
 database = partial(part_unhealthy, "database")
@@ -119,47 +123,6 @@ def disk(scene: Scene) -> Iterator[Finding]:
     )
 
 
-def release_loops(scene: Scene) -> Iterator[Finding]:
-    """Jobs that a worker releases over and over, by queue, kind and worker."""
-    loops = scene.state.release_loops
-    if len(loops) <= scene.limits.release_loop:
-        return
-    found: dict[tuple[str, str, str], list[tuple[int, str]]] = {}
-    for job_id, releases in list(loops.items()):
-        if (job := scene.state.jobs.get(job_id)) is not None and job.ended is not None:
-            found.setdefault((job.options.queue, job.options.kind, job.ended.worker), []).append((releases, job_id))
-    for (queue, kind, worker), jobs in found.items():
-        releases, job_id = max(jobs)
-        yield Finding(
-            subject=Subject(type="pair", queue=queue, kind=kind, worker=worker),
-            title=f"{plural(len(jobs), 'job')} {'is' if len(jobs) == 1 else 'are'} released over and over by {worker}; "
-            f"{job_id} {releases} times.",
-            value=len(jobs),
-            jobs=len(jobs),
-            cause="This worker cannot process them.",
-            cure=(
-                Cure("See who releases it, and why", f"jobctl timeline {job_id}", f"/jobs/{job_id}"),
-                Cure("End the loop", f"jobctl cancel {job_id}", f"/jobs/{job_id}", changes=True),
-            ),
-        )
-
-
-def silent_workers(scene: Scene) -> Iterator[Finding]:
-    """Workers that hold jobs whose locks have expired."""
-    for name, worker in list(scene.state.presence.remembered()):
-        if not (count := len(worker.expired)):
-            continue
-        silent_ms = scene.at.lock_ms - worker.heard
-        yield Finding(
-            subject=Subject(type="worker", worker=name),
-            title=f"Silent for {duration(silent_ms)}: {plural(count, 'job')} with expired locks.",
-            value=count,
-            jobs=count,
-            wait_ms=silent_ms,
-            cure=(Cure("End these grants now", f"jobctl take-back {shlex.quote(name)}", "/workers", changes=True),),
-        )
-
-
 def paused_without_reason(scene: Scene) -> Iterator[Finding]:
     for pair in _paused(scene, has_reason=False):
         if pair.wait_ms > WITHOUT_REASON_MS:
@@ -191,7 +154,8 @@ def _paused(scene: Scene, *, has_reason: bool) -> Iterator[Finding]:
 
 
 def damaged(scene: Scene) -> Iterator[Finding]:
-    if count := len(scene.state.quarantined):
+    is_named = scene.health is not None and QUARANTINED in scene.health.database.message  # then it is `database`
+    if (count := len(scene.state.quarantined)) and not is_named:
         names = ", ".join(list(scene.state.quarantined)[:NAMED])
         title = f"{plural(count, 'job')} {'is' if count == 1 else 'are'} quarantined: {names}."
         yield Finding(

@@ -89,9 +89,9 @@ class ProblemLife:
         """The ids of all open problems, hidden ones too."""
         return frozenset(id_ for id_, track in self._tracks.items() if track.is_open)
 
-    def open_of(self, condition: str) -> list[Problem]:
-        """Return all open problems of a condition, hidden ones too, the worst first."""
-        tracks = [each for each in self._tracks.values() if each.is_open and each.problem.condition == condition]
+    def open_problems(self) -> list[Problem]:
+        """Return all open problems, hidden ones too, the worst first."""
+        tracks = [each for each in self._tracks.values() if each.is_open]
         return [each.problem for each in sorted(tracks, key=_urgency)]
 
     def changed_at(self, id_: str) -> int:

@@ -10,8 +10,17 @@ from jobd.core.stats import KindDurations
 from jobd.core.worker_presence import WorkerPresence
 from jobd.model.job import MINUTE_MS, first_line
 from jobd.model.problems import Cure, Subject
-from jobd.model.times import duration, utc
-from jobd.monitoring.problems.condition import CLOSE_RATIO, Crew, DuePair, Finding, Scene, plural, problem_id
+from jobd.model.times import duration
+from jobd.monitoring.problems.condition import (
+    CLOSE_RATIO,
+    Crew,
+    DuePair,
+    Finding,
+    Scene,
+    clock_time,
+    plural,
+    problem_id,
+)
 from jobd.monitoring.problems.pair_counts import CREATED, ENDED, EXPIRED, FAILED, FAR
 
 SETTLED_MS: Final = 3 * MINUTE_MS  # presence begins empty: until then a worker may not have claimed again
@@ -175,10 +184,6 @@ def crew_of(scene: Scene, queue: str, kind: str) -> Crew:
         if crew.last is not None and (joined.last is None or _heard(scene, crew.last) > _heard(scene, joined.last)):
             joined.last = crew.last
     return joined
-
-
-def clock_time(at: int) -> str:
-    return f"{utc(at)[11:16]} UTC"
 
 
 def _heard(scene: Scene, name: str) -> int:

@@ -12,14 +12,13 @@ from structlog.testing import capture_logs
 from jobd.core.stats import HOURS_NEEDED, SAMPLES_NEEDED, STEP_MS
 from jobd.engine.clock import loop_time
 from jobd.model.clocks import BootMs
-from jobd.model.commands import About, Claim, Complete, Create, EndGrants, Fail, Goodbye, Pause, Start
+from jobd.model.commands import About, Claim, Complete, Create, EndGrants, Fail, Goodbye, Pause, Progress, Start
 from jobd.model.events import Event
 from jobd.model.job import DAY_MS, HOUR_MS, MINUTE_MS, Job, Options
 from jobd.model.problems import Problem, Subject
 from jobd.model.responses import UNSEEN_MS, ClusterView, HealthView, NodeView
 from jobd.model.storage import DiskSpace
 from jobd.model.webhooks import FailingWebhook
-from jobd.monitoring.health import Health
 from jobd.monitoring.problems import life
 from jobd.monitoring.problems.board import Problems
 from jobd.monitoring.problems.catalogue import ALERTS, CONDITIONS
@@ -28,17 +27,8 @@ from jobd.monitoring.problems.life import ProblemLife
 from jobd.monitoring.problems.pair_counts import MINUTES, PAIRS_KEPT, PairCounts
 from tests.support.factories import NOW
 from tests.support.memory_storage import MemoryStorage
+from tests.support.problem_stage import problems_of
 from tests.support.virtual_engine import VirtualEngine, in_engine, in_virtual_time, row, seconds
-
-
-def problems_of(engine: VirtualEngine, thresholds: Thresholds | None = None, **settings: Any) -> Problems:
-    """Return problems that open and close at once, on a daemon that has been up for long."""
-    health = Health(engine.actor, engine.clock, engine.maintainer)
-    settings = {"hold_ms": 0, "clear_ms": 0, **settings}
-    made = Problems(engine.state, engine.clock, health, engine.maintainer, thresholds, **settings)
-    made._first = engine.clock.boot_ms() - HOUR_MS
-    engine.actor.on_commit.append(made.counts.note)
-    return made
 
 
 async def found(problems: Problems) -> dict[str, Problem]:
@@ -184,8 +174,24 @@ async def test_jobs_that_expire_or_are_due_far_ahead_and_silent_workers(engine: 
     assert listed["expiring/push"].title.startswith("10 of 10 jobs expired before a worker took them. No worker")
     assert listed["due_far/geo"].title == "20 of 21 jobs created in the last 10 minutes are due in over a week."
     silent = listed["worker_silent/w-1"]
-    assert silent.title == "Silent for 1 min 2 s: 1 job with expired locks."
+    assert silent.title.startswith("Silent for 1 min 2 s: 1 job with expired locks. By ")
+    assert silent.title.endswith(" UTC, 1 is queued again.")
     assert (silent.cure[0].command, silent.cure[0].changes) == ("jobctl take-back w-1", True)
+
+
+@in_engine()
+async def test_a_silent_worker_says_what_becomes_of_its_jobs(engine: VirtualEngine) -> None:
+    problems = problems_of(engine)
+    for options in ({}, {}, {"id": "half"}, {"max_stalls": 0}, {"on_stall": "fail"}):
+        await engine.yes(Create(queue="film", **options))
+    claim = Claim(queues=["film"], worker="w-1", limit=5, lock_ttl_ms=60_000, stall_after_ms=0)
+    locks = {each.job.id: each.lock_id for each in (await engine.yes(claim)).grants}
+    await engine.yes(Progress(id="half", lock_id=locks["half"], progress=40))
+    await seconds(60)
+    await engine.yes(Create())
+    title = (await found(problems))["worker_silent/w-1"].title
+    outcomes = "2 are queued again, 1 fails (no attempts left), 1 fails (max_stalls), 1 fails (on_stall)."
+    assert title.endswith(f"UTC, {outcomes}")
 
 
 @in_engine()
@@ -235,7 +241,7 @@ async def test_ten_thousand_sick_pairs_give_a_hundred_subjects_and_the_rest(engi
 async def test_conditions_of_the_daemon_say_what_holds() -> None:
     storage = MemoryStorage()
     for number in range(11):
-        storage.put(row(number + 1, progress=120))
+        storage.put(replace(row(number + 1), options=Options(priority=2_000)))
     async with VirtualEngine(storage) as engine:
         failing = [FailingWebhook("b", 300_001, "500: broken", 608, True), FailingWebhook("c", 9, "x")]
         problems = problems_of(engine, Thresholds(0, 0, 0), failing_webhooks=lambda: failing)
@@ -259,8 +265,7 @@ async def test_conditions_of_the_daemon_say_what_holds() -> None:
         "waits": "11 jobs are due, the oldest for ",
         "granted_twice": "Two workers may have worked on it at once (1 in the last hour): it was taken from w-1 ",
         "webhook": "Accepts nothing for 5 min: 500: broken. It carries these problems: 608 messages wait.",
-        "cleanup_issues": "The latest cleanup run found many invalid rows (issues: 11). The log names them.",
-        "damaged": "1 job is quarantined: bad-1.",
+        "cleanup_issues": "The latest cleanup run could not fix 11 invalid rows, for example job-1, job-2, job-3.",
         "release_loop": "1 job is released over and over by w-1; cat-1 20 times.",
         "stuck_jobs": "0 jobs have stalled, and 1 was recovered in the last 10 minutes.",
         "processing_jobs": "1 job is processing",
@@ -448,7 +453,7 @@ def test_one_problem_hides_those_that_it_explains() -> None:
         "hidden/b",
         "hider/a",
     ]
-    assert [each.id for each in at.life.open_of("hidden")] == ["hidden/a", "hidden/b"]
+    assert [each.id for each in at.life.open_problems()] == ["hidden/a", "hidden/b", "hider/a"]
     assert at.life.opened_total == {("hider", "warning"): 1, ("hidden", "warning"): 1}
 
 

@@ -1,0 +1,254 @@
+"""Each condition opens in time with its cause and cure, and nothing opens without a reason. In virtual time."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Any, Final
+
+import pytest
+from msgspec.structs import replace
+
+from jobd.core.stats import HOURS_NEEDED, SAMPLES_NEEDED
+from jobd.maintenance.cleanup_run import CleanupSchedule
+from jobd.model.commands import Claim, Complete, EndGrants, Fail, Goodbye, Pause, Release, Start
+from jobd.model.job import DAY_MS, HOUR_MS, Options
+from jobd.model.responses import ClusterView, HealthView, NodeView
+from jobd.model.storage import DiskSpace
+from jobd.model.webhooks import FailingWebhook
+from jobd.monitoring.problems.catalogue import CONDITIONS
+from tests.support.memory_storage import MemoryStorage
+from tests.support.problem_stage import Stage
+from tests.support.virtual_engine import VirtualEngine, in_virtual_time, row, seconds
+
+OPENS_WITHIN_S: Final = 45  # beyond the time of the condition
+SCHEDULE: Final = CleanupSchedule(interval_ms=HOUR_MS, min_interval_ms=HOUR_MS, recover_every_ms=10_000)
+
+Script = Callable[[Stage], Awaitable[float]]  # makes the condition true; returns the time of the condition in seconds
+CASES: Final[dict[str, tuple[Script, str]]] = {}
+
+
+def case(condition: str, title: str) -> Callable[[Script], Script]:
+    def keep(script: Script) -> Script:
+        CASES[condition] = script, title
+        return script
+
+    return keep
+
+
+@pytest.mark.parametrize("condition", [each.name for each in CONDITIONS])
+def test_each_condition_opens_in_time_with_its_number_and_cure(condition: str) -> None:
+    assert condition in CASES, f"{condition} has no case"
+    script, title = CASES[condition]
+
+    async def run() -> None:
+        storage = MemoryStorage()
+        if condition == "cleanup_issues":
+            for number in range(11):
+                storage.put(replace(row(number + 1), options=Options(priority=2_000)))
+        async with VirtualEngine(storage, schedule=SCHEDULE) as engine, Stage(engine) as stage:
+            await seconds(60)
+            assert condition == "cleanup_issues" or condition not in stage.opened
+            time_s = await script(stage)
+            await seconds(time_s + OPENS_WITHIN_S)
+            found = stage.opened[condition]
+        assert title in found.title, found.title
+        assert found.cure
+
+    in_virtual_time(run)()
+
+
+@case("stuck_jobs", "6 jobs have stalled")
+@case("worker_silent", "Silent for ")
+async def stall(stage: Stage) -> float:
+    stage.engine.maintainer.stop()  # nothing is recovered
+    await stage.create("film", 6)
+    await stage.engine.yes(Claim(queues=["film"], worker="w-1", limit=6, lock_ttl_ms=1_000, stall_after_ms=0))
+    await seconds(1)
+    stage.act(stage.creates("other", 1))  # commands advance the time of the state
+    return 0
+
+
+@case("processing_jobs", "21 jobs are processing")
+async def process_many(stage: Stage) -> float:
+    await stage.create("film", 21)
+    await stage.engine.yes(Claim(queues=["film"], worker="w-1", limit=21, lock_ttl_ms=HOUR_MS))
+    return 0
+
+
+@case("average_processing", "Jobs take 1 h ")
+async def work_long(stage: Stage) -> float:
+    lock_id = await stage.engine.held(lock_ttl_ms=2 * HOUR_MS, progress_timeout_ms=0)
+    await seconds(3_600)
+    await stage.engine.yes(Complete(id="a", lock_id=lock_id))
+    return 0
+
+
+@case("cleanup_issues", "could not fix 11 invalid rows, for example job-1, job-2, job-3.")
+async def read_invalid_rows(stage: Stage) -> float:
+    return 0
+
+
+@case("granted_twice", "Two workers may have worked on it at once (1 in the last hour)")
+async def grant_twice(stage: Stage) -> float:
+    await stage.engine.held()
+    await stage.engine.yes(EndGrants(ids=["a"], last=True), by="daemon")
+    await stage.engine.yes(Start(id="a", worker="w-2"))
+    return 0
+
+
+@case("slow_kind", "95 % take up to 3 s, usually 1 s.")
+async def become_slow(stage: Stage) -> float:
+    for hour in range(HOURS_NEEDED + 1):
+        for _ in range(SAMPLES_NEEDED):
+            stage.engine.state.counters.baselines.add("film", stage.engine.now, 3071 if hour == HOURS_NEEDED else 1023)
+        await seconds(3_600 * (hour < HOURS_NEEDED))
+    return 0
+
+
+def unhealthy(part: str) -> Script:
+    async def break_part(stage: Stage) -> float:
+        health = stage.problems._health
+        view: HealthView = await health.view()
+        sick = replace(view, **{part: replace(getattr(view, part), status="unhealthy", message="It differs.")})
+
+        async def stays() -> HealthView:
+            health.last = sick
+            return sick
+
+        health.view = stays  # type: ignore[method-assign]
+        return 0
+
+    return break_part
+
+
+for _part in ("database", "cache", "storage"):
+    case(_part, "It differs.")(unhealthy(_part))
+
+
+@case("webhook", "Accepts nothing for 5 min: 503.")
+async def break_webhook(stage: Stage) -> float:
+    stage.problems.failing_webhooks = lambda: [FailingWebhook("hook", 300_001, "503", 608, True)]
+    return 0
+
+
+@case("no_workers", "1 job is due, for ")
+async def lose_workers(stage: Stage) -> float:
+    await stage.claim("mail", "mailer-1")
+    await stage.engine.yes(Goodbye(name="mailer-1", reason="stopped"))
+    await stage.create("mail", kind="receipt")
+    return 120
+
+
+@case("waits", "Its only worker is busy, the longest for ")
+async def wait_long(stage: Stage) -> float:
+    await stage.create("mail", 2)
+    stage.act(stage.works("mail", "w-1", 3_600))
+    return 300
+
+
+@case("failing", "20 of 20 attempts failed since ")
+async def fail_all(stage: Stage) -> float:
+    for number in range(20):
+        lock_id = await stage.engine.held(f"bad-{number}")
+        await stage.engine.yes(Fail(id=f"bad-{number}", lock_id=lock_id, error_message="503", error_code="E"))
+    return 0
+
+
+@case("disk", "1.0 MiB of 512.0 MiB are free on the disk of /srv/jobd.db.")
+async def fill_disk(stage: Stage) -> float:
+    stage.engine.disk.disk_space = DiskSpace("/srv/jobd.db", 1 << 20, 1 << 29)
+    return 0
+
+
+@case("release_loop", "1 job is released over and over by w-1; a 10 times.")
+async def release_over_and_over(stage: Stage) -> float:
+    await stage.create("film", id="a")
+    for number in range(10):
+        await seconds(60 * (number > 4))
+        (granted,) = await stage.claim("film", "w-1")
+        await stage.engine.yes(Release(id="a", lock_id=granted.lock_id))
+    return 0
+
+
+@case("expiring", "10 of 10 jobs expired before a worker took them.")
+async def let_expire(stage: Stage) -> float:
+    await stage.create("push", 10, expires_in_ms=1_000)
+    return 11  # recovery fails them
+
+
+@case("due_far", "20 of 20 jobs created in the last 10 minutes are due in over a week.")
+async def create_far_ahead(stage: Stage) -> float:
+    await stage.create("geo", 20, delay_ms=8 * DAY_MS)
+    return 0
+
+
+@case("no_progress", "Runs without progress for 1 h")
+async def hang(stage: Stage) -> float:
+    await stage.create("etl", progress_timeout_ms=0)
+    stage.act(stage.works("etl", "w-1", DAY_MS))
+    return 3_600
+
+
+@case("kills_workers", "It was held by 2 workers that died: w-1, w-2.")
+async def kill_two_workers(stage: Stage) -> float:
+    await stage.create("pdf", id="pdf-666")
+    for name in ("w-1", "w-2"):
+        assert await stage.claim("pdf", name, stall_after_ms=0)
+        await seconds(70)  # until its lock has expired, and recovery has found it
+    return 0
+
+
+@case("workers_die", "3 of 4 workers of 2.4.1 on k8s-b died, each within 0 ms of its grant.")
+async def die_one_by_one(stage: Stage) -> float:
+    await stage.create("thumb", 10)
+    stage.act(stage.works("thumb", "live", 3_600, host="k8s-b", version="2.4.1"))
+    for number in range(3):
+        assert await stage.claim("thumb", f"dies-{number}", stall_after_ms=0, host="k8s-b", version="2.4.1")
+        await seconds(45)
+    return 25  # until the last lock has expired, and recovery has found it
+
+
+@case("paused_without_reason", "Paused ")
+async def pause(stage: Stage) -> float:
+    await stage.create("film")
+    await stage.engine.yes(Pause(name="film"))
+    return 900
+
+
+@case("damaged", "1 job is quarantined: bad-1.")
+async def damage(stage: Stage) -> float:
+    await unhealthy("cache")(stage)  # the latest health does not name it yet
+    stage.engine.state.quarantined["bad-1"] = "checksum"
+    return 0
+
+
+@case("clock", "The clock is suspect")
+async def jump(stage: Stage) -> float:
+    stage.engine.step_ms = 400 * DAY_MS
+    return 0
+
+
+A: Final = NodeView("a", "", "leader", 100, 1_000, 0, 1, False)
+B: Final = NodeView("b", "", "standby", 100, 1_000, 0, 1, False)
+CLUSTER: Final = ClusterView(
+    role="leader", record=1_000, synchronous=True, require_sync=True, oldest_transaction_ms=10, nodes=[A, B]
+)
+
+
+def cluster(**changes: Any) -> Script:
+    async def change(stage: Stage) -> float:
+        stage.problems.cluster = lambda: replace(CLUSTER, **changes)
+        return 0
+
+    return change
+
+
+for _condition, _title, _changes in (
+    ("standby_behind", "It is 39 s behind", {"nodes": [A, replace(B, lag_records=395, behind_ms=39_900)]}),
+    ("no_standby", "No standby is running", {"nodes": [A]}),
+    ("journal_not_synchronous", "PostgreSQL has no synchronous standby", {"synchronous": False}),
+    ("two_primaries", "PostgreSQL accepts writes at a:5432 and b", {"writable": ["a:5432", "b:5432"]}),
+    ("database_horizon", "The oldest transaction in the database", {"oldest_transaction_ms": 61_000}),
+    ("clocks_differ", "The wall clock of node a is 2 s ahead of", {"nodes": [replace(A, ahead_ms=2_000), B]}),
+):
+    case(_condition, _title)(cluster(**_changes))
