@@ -106,7 +106,8 @@ async def find(journal: SharedJournal, path: str, upto: int, servers: Mapping[st
     """Return what the journal has lost after record `upto`, as far as the store at `path` has it.
 
     `servers` has the last record on each server, None if it cannot be asked. Raises CannotAccept if one of them has
-    later records, or if `upto` is not the last record before the loss, and the errors of a store.
+    later records or may be the present primary, or if `upto` is not the last record before the loss, and the errors of
+    a store.
     """
     head, epochs = await journal.head(), await journal.epochs()
     last = await asyncio.to_thread(lost_records.last_record, path, journal.cluster_id)
@@ -114,6 +115,8 @@ async def find(journal: SharedJournal, path: str, upto: int, servers: Mapping[st
     has_lost = last is not None and last.number > common
     is_accepted = upto < head.number and any(first == upto + 1 for _, first in epochs)
     unknown = [] if is_accepted else _check_servers(servers or {}, head.number)
+    if unknown:
+        await _check_timeline(journal, path, unknown)
     if (has_lost or not is_accepted) and upto != common:
         what = f"the last record that {path} and the journal share" if has_lost else "the last record of the journal"
         raise CannotAccept(f"{what} is {common}: use --upto {common}")
@@ -133,6 +136,17 @@ def _check_servers(servers: Mapping[str, int | None], number: int) -> list[str]:
                 f"{host} the primary, and no record is lost. To continue without its records, stop it first"
             )
     return [host for host, last in servers.items() if last is None]
+
+
+async def _check_timeline(journal: SharedJournal, path: str, unknown: list[str]) -> None:
+    """Raise CannotAccept if the server in use is a former primary, and one of those `unknown` may be the present."""
+    used, known = (await journal.health()).timeline, await asyncio.to_thread(lost_records.membership_of, path)
+    if known is not None and 0 < used < known.timeline:
+        raise CannotAccept(
+            f"the server in use has timeline {used}, but {path} has seen timeline {known.timeline}, and "
+            f"{', '.join(unknown)} could not be asked: start the present primary. If it is lost, remove it from "
+            "journal.url, and repeat this"
+        )
 
 
 async def _last_common(journal: SharedJournal, path: str, last: Followed, head: int) -> int:

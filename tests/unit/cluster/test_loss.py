@@ -104,6 +104,17 @@ async def test_a_loss_is_not_accepted_while_a_server_has_the_records(path: str, 
     assert (await loss.find(journal, path, KEPT, {"a": KEPT + 1, "b": 7})).is_accepted
 
 
+async def test_a_loss_is_not_accepted_on_a_former_primary_alone(path: str, server: MemoryServer) -> None:
+    await lost_tail(path, server)
+    async with following(f"{path}.other", server) as other:
+        await other.catch_up()
+        await other.store.keep_timeline(server.failovers + 1)
+    journal = other.journal
+    with pytest.raises(CannotAccept, match="has seen timeline 2, and b could not be asked: start the present primary"):
+        await loss.find(journal, f"{path}.other", KEPT, {"a": KEPT, "b": None})
+    assert (await loss.find(journal, f"{path}.other", KEPT, {"a": KEPT})).unknown == []
+
+
 async def test_a_job_with_damaged_events_counts_as_changed(path: str, server: MemoryServer) -> None:
     await lost_tail(path, server)
     with edit_store(path) as conn:
