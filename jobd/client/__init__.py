@@ -9,6 +9,7 @@ from jobd.client import errors
 from jobd.client.api_request import uuid7
 from jobd.client.endpoint import Endpoint, admin_endpoints, default_socket, parse_endpoint, worker_endpoints
 from jobd.client.errors import *  # noqa: F403 - its `__all__` says which
+from jobd.client.outcomes import Discard, Retry, Snooze, Stopped
 from jobd.client.retries import RetryOptions
 from jobd.client.sync import JobClient
 from jobd.model.events import StreamedEvent
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from jobd.client.admin import AdminClient
     from jobd.client.aio import AsyncAdminClient, AsyncJobClient
     from jobd.client.worker.command_worker import CommandWorker
-    from jobd.client.worker.task import Discard, Retry, Snooze, Stopped, SyncTask, Task
+    from jobd.client.worker.task import SyncTask, Task
     from jobd.client.worker.worker import Worker
 
 # Imported on first use: most programs do not need all clients, and aiohttp takes 0.2 s to import.
@@ -35,7 +36,7 @@ _LAZY_IMPORTS = {
     "jobd.client.admin": ["AdminClient"],
     "jobd.client.aio": ["AsyncAdminClient", "AsyncJobClient"],
     "jobd.client.worker.command_worker": ["CommandWorker"],
-    "jobd.client.worker.task": ["Discard", "Retry", "Snooze", "Stopped", "SyncTask", "Task"],
+    "jobd.client.worker.task": ["SyncTask", "Task"],
     "jobd.client.worker.worker": ["Worker"],
 }
 

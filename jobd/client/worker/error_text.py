@@ -5,11 +5,32 @@ from __future__ import annotations
 import os
 import traceback
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
+
+from jobd.client.outcomes import Discard, PayloadMismatch, Retry
 
 MESSAGE_CHARACTERS: Final = 4096  # of an error_message
 _OURS: Final = f"{Path(__file__).parents[1]}{os.sep}"
 _CUT: Final = "\n[...]\n"
+
+
+def failure_message(error: BaseException) -> str:
+    """Return the `error_message`: the text of a Retry or Discard, or any other error with its traceback."""
+    if isinstance(error, Retry | Discard | PayloadMismatch):
+        first, _, rest = (safe_text(error) or type(error).__name__).partition("\n")
+        return join_message(first, rest)
+    return describe_error(error)
+
+
+def failure_options(error: BaseException, *, is_final: bool = False) -> dict[str, Any]:
+    """Return the other arguments of `fail`: the class of the error, and whether and when to retry."""
+    is_mismatch = isinstance(error, PayloadMismatch)
+    options: dict[str, Any] = {"error_code": "payload_mismatch" if is_mismatch else type(error).__name__[:200]}
+    if isinstance(error, Retry):
+        options["retry_after_ms"] = error.after_ms
+    if is_final:
+        options["retry"] = False
+    return options
 
 
 def describe_error(error: BaseException) -> str:

@@ -7,17 +7,20 @@ import contextvars
 import functools
 import logging
 import threading
+import time
 from collections.abc import Callable, Coroutine
 from typing import Any, Final, NamedTuple
 
 import msgspec
 
+from jobd.client.outcomes import Discard, PayloadMismatch, Retry, Snooze, Stopped
 from jobd.client.worker.aio_utils import call_on, first_of, settle, within
-from jobd.client.worker.error_text import describe_error, join_message, safe_text
+from jobd.client.worker.error_text import failure_message, failure_options, safe_text
 from jobd.client.worker.lock_keeper import LockKeeper
+from jobd.client.worker.payload_mismatch import give_back
 from jobd.client.worker.runner import STOP_S, Execution
 from jobd.client.worker.service_thread import Log
-from jobd.client.worker.task import BaseTask, Discard, Retry, Snooze, Stopped, SyncTask, Task
+from jobd.client.worker.task import BaseTask, SyncTask, Task
 
 RESULT_FIELDS: Final = frozenset({"download_url", "file_path", "storage_key", "metadata"})
 logger = logging.getLogger("jobd.client")
@@ -25,9 +28,17 @@ LAG_S: Final = 5.0  # an event loop that is blocked for longer is logged
 MEASURE_S: Final = 1.0  # between two measurements of the lag
 
 
+def _is_discard(error: BaseException) -> bool:
+    return isinstance(error, Discard)
+
+
 class RegisteredHandler(NamedTuple):
+    """`is_final` says whether there is no other attempt after an error. A completed job is kept for `keep_ms`."""
+
     function: Callable[[Any], Any]
     timeout_s: float | None
+    is_final: Callable[[BaseException], bool] = _is_discard
+    keep_ms: int | None = None
 
 
 class HandlerLoop:
@@ -90,7 +101,7 @@ class _HandlerExecution(Execution):
 
     def __init__(self, handler: RegisteredHandler) -> None:
         super().__init__(asyncio.get_running_loop().create_future(), handler.timeout_s)
-        self._function = handler.function
+        self._handler = handler
         self._returned: Any = None
         self._raised: BaseException | None = None
 
@@ -119,6 +130,8 @@ class _HandlerExecution(Execution):
         if isinstance(self._raised, Snooze):
             await keeper.release(give_up, self._raised.after_ms)
             return False
+        if isinstance(self._raised, PayloadMismatch) and await give_back(keeper, give_up, str(self._raised)):
+            return False
         ending = await asyncio.to_thread(self._ending, keeper.id)  # may block: it calls user code and writes the log
         if isinstance(ending, _HandlerFailure):
             await keeper.fail(give_up, ending.message, **ending.options)
@@ -136,7 +149,7 @@ class _HandlerExecution(Execution):
             logger.info("job %s: %s: %s", job_id, type(error).__name__, safe_text(error))
         else:
             logger.warning("job %s failed", job_id, exc_info=error)
-        return _HandlerFailure(failure_message(error), failure_options(error))
+        return _HandlerFailure(failure_message(error), failure_options(error, is_final=self._handler.is_final(error)))
 
     def _encoded_result(self) -> dict[str, Any]:
         """Return the result with encoded metadata. Raises TypeError or ValueError, or an error of user code."""
@@ -151,9 +164,12 @@ class _HandlerExecution(Execution):
                 result = {**result, "metadata": msgspec.Raw(msgspec.json.encode(result["metadata"]))}
             msgspec.json.encode(result)
         except (TypeError, ValueError, RecursionError) as error:
-            name = getattr(self._function, "__name__", type(self._function).__name__)
+            function = self._handler.function
+            name = getattr(function, "__name__", type(function).__name__)
             kind = ValueError if isinstance(error, ValueError) else TypeError
             raise kind(f"the result of handler {name!r} cannot be encoded as JSON: {safe_text(error)}") from None
+        if self._handler.keep_ms is not None:
+            result["expires_at"] = time.time_ns() // 1_000_000 + self._handler.keep_ms
         return result
 
 
@@ -243,21 +259,3 @@ def merged_result(set_: dict[str, Any], returned: Any) -> dict[str, Any]:
     if metadata is not None and not isinstance(metadata, dict):
         raise TypeError("a result with keys other than the result fields needs a dict as its metadata")
     return {**result, "metadata": {**(metadata or {}), **rest}}
-
-
-def failure_message(error: BaseException) -> str:
-    """Return the `error_message`: the text of a Retry or Discard, or any other error with its traceback."""
-    if isinstance(error, Retry | Discard):
-        first, _, rest = (safe_text(error) or type(error).__name__).partition("\n")
-        return join_message(first, rest)
-    return describe_error(error)
-
-
-def failure_options(error: BaseException) -> dict[str, Any]:
-    """Return the other arguments of `fail`: the class of the error, and whether and when to retry."""
-    options: dict[str, Any] = {"error_code": type(error).__name__[:200]}
-    if isinstance(error, Retry):
-        options["retry_after_ms"] = error.after_ms
-    if isinstance(error, Discard):
-        options["retry"] = False
-    return options

@@ -34,6 +34,7 @@ from jobd.client.worker.error_text import MESSAGE_CHARACTERS
 from jobd.client.worker.service_thread import Log
 from jobd.model.api_call import ApiCall
 from jobd.model.calls import JobCalls
+from jobd.model.events import EventView
 from jobd.model.responses import GrantView, JobView, LockState
 from jobd.model.times import duration, time_left
 
@@ -139,6 +140,10 @@ class LockKeeper:
         """Release the job. Return whether the daemon accepts this."""
         request = self._request(JobCalls.release_job, delay_ms=delay_ms)
         return await self._end("release", request, give_up, is_final=True) is not None
+
+    async def timeline(self, limit: int) -> list[EventView]:
+        """Return the latest events of the job. Raises JobdError."""
+        return await self._client.send(request_for(JobCalls.timeline, self.id, limit=limit), ONE_ATTEMPT)
 
     async def stop(self, *, flush: bool = False) -> None:
         """Stop extending the lock. With `flush`, try once to send pending progress."""

@@ -1,61 +1,21 @@
-"""The argument of a handler, and the exceptions that it can raise."""
+"""The argument of a handler."""
 
 from __future__ import annotations
 
 import asyncio
 import functools
+import logging
 import threading
 from concurrent.futures import Future
-from datetime import timedelta
 from typing import Any, Final
 
+from jobd.client.errors import JobdError
+from jobd.client.outcomes import Stopped
+from jobd.client.worker.aio_utils import call_on
 from jobd.client.worker.lock_keeper import LOST, LockKeeper
-from jobd.model.job import SECOND_MS, YEAR_MS
 from jobd.model.responses import JobView
 
-
-class Retry(Exception):
-    """Raised by a handler to fail this attempt and retry after `after_ms` (by default the job's backoff).
-
-    Raises TypeError if `after_ms` is not a whole number.
-    """
-
-    after_ms: int | None = None  # of a subclass that does not call `__init__`
-
-    def __init__(self, message: str = "The handler asked for a retry.", *, after_ms: int | None = None) -> None:
-        if not isinstance(after_ms, int | None):
-            raise TypeError(f"after_ms must be a whole number of milliseconds, not {type(after_ms).__name__}")
-        super().__init__(message)
-        self.after_ms = after_ms
-
-
-class Discard(Exception):
-    """Raised by a handler to fail the job without further attempts."""
-
-    def __init__(self, message: str = "The handler discarded the job.") -> None:
-        super().__init__(message)
-
-
-class Snooze(Exception):
-    """Raised by a handler to put its job back for `after` (a timedelta, or seconds), at least 1 s. It is no failure.
-
-    The attempt does not count. Raises ValueError unless `after` is from 0 to 365 days.
-    """
-
-    after_ms: int | None = None  # of a subclass that does not call `__init__`
-
-    def __init__(self, after: timedelta | float, message: str = "The handler snoozed the job.") -> None:
-        after_s = after.total_seconds() if isinstance(after, timedelta) else after
-        if not 0 <= after_s * 1000 <= YEAR_MS:
-            raise ValueError(f"after must be from 0 to 365 days, not {after_s} s")
-        super().__init__(message)
-        self.after_ms = max(
-            round(after_s * 1000), SECOND_MS
-        )  # otherwise, a job could be claimed again at once for ever
-
-
-class Stopped(Exception):
-    """Raised in a plain handler that has to return, because the worker stops or the timeout has passed."""
+logger = logging.getLogger("jobd.client")
 
 
 class BaseTask:
@@ -67,6 +27,7 @@ class BaseTask:
         self.job: Final[JobView] = keeper.grant.job
         self.fencing_token: Final = keeper.grant.fencing_token
         self.result: Final[dict[str, Any]] = {}
+        self._latest: tuple[float, str | None] | None = None
 
     @functools.cached_property
     def payload(self) -> Any:
@@ -89,6 +50,25 @@ class BaseTask:
         """Raise LockLost (or ProgressTimeout) if the lock is lost."""
         if self._keeper.lost.done():
             raise self._keeper.lost.result()
+
+    def report_latest(self, progress: float, message: str | None) -> None:
+        """Report progress without waiting. Of several reports that are pending, only the latest is sent."""
+        is_pending, self._latest = self._latest is not None, (progress, message)
+        if not is_pending:
+            call_on(self._service, self._send_latest)
+
+    def _send_latest(self) -> None:
+        latest, self._latest = self._latest, None
+        assert latest is not None
+        try:
+            self._keeper.report(*latest).add_done_callback(self._log_rejected)
+        except (JobdError, TypeError) as error:
+            logger.warning("job %s: its progress cannot be sent: %s", self.job.id, error)
+
+    def _log_rejected(self, reported: asyncio.Future[None]) -> None:
+        error = reported.exception()
+        if error is not None and not isinstance(error, LOST):
+            logger.warning("job %s: its progress was rejected: %s", self.job.id, error)
 
     def _report(self, progress: float, message: str | None) -> Future[None]:
         """Report progress in the service thread."""

@@ -88,6 +88,8 @@ class Worker:
         self._handlers: dict[str | None, RegisteredHandler] = {}
         self._stop: Callable[[], None] | None = None  # set by `serve`
         self._is_stopped = False
+        self._shows_runs = os.isatty(2)
+        self._progress_every_s = 0.0
 
     @overload
     def handler(self, function: HandlerFunction, /) -> HandlerFunction: ...
@@ -167,13 +169,22 @@ class Worker:
         options = self._claim_options()
         service = ServiceThread(f"jobd worker {self.name}")
         log = service.background(logger.warning)
-        report = service.background(print_message) if os.isatty(2) else None
+        report = service.background(print_message) if self._shows_runs else None
         # Without a configured logger, Python prints warnings to stderr, but no information.
         announce = report or service.background(logger.info if logger.hasHandlers() else print_message)
         announce(describe_claims(options, client))
         loop = HandlerLoop(log)
         begin = functools.partial(self._begin, loop)
-        runner = WorkerRunner(client, options, begin, log, announce=announce, grace_s=self._grace_s, report=report)
+        runner = WorkerRunner(
+            client,
+            options,
+            begin,
+            log,
+            announce=announce,
+            grace_s=self._grace_s,
+            progress_every_s=self._progress_every_s,
+            report=report,
+        )
 
         async def work() -> None:
             watching = asyncio.ensure_future(loop.watch())

@@ -131,7 +131,7 @@ async def test_a_failed_attempt_is_retried(client: AsyncJobClient, queue: str) -
     @worker.handler()
     async def work(task: Task) -> int:
         if task.job.attempt < 3:
-            raise Retry("not yet", after_ms=0)
+            raise Retry("not yet", after=0)
         return task.job.attempt
 
     job = await client.create_job(queue=queue, max_attempts=3)
@@ -215,8 +215,8 @@ FAILURES: dict[str, tuple[Callable[..., Any], str, str]] = {
     "discard": (raises(lambda: Discard("not needed")), "Discard", "not needed"),
     "no text": (raises(NoText), "NoText", "<exception str() failed>"),
     "no notes": (raises(lambda: NoNotes("with a text")), "NoNotes", "NoNotes: with a text"),
-    "retry": (raises(lambda: Retry(after_ms=object())), "TypeError",  # type: ignore[arg-type]
-              "after_ms must be a whole number of milliseconds, not object"),
+    "retry": (raises(lambda: Retry(after=object())), "TypeError",  # type: ignore[arg-type]
+              "after must be a timedelta or a number of seconds, not object"),
     "exit": (raises(SystemExit), "SystemExit", ""),
     "exit in a thread": (exits, "SystemExit", ""),
     "no JSON": (returns({"it": object()}), "TypeError", "TypeError: the result of handler 'work' cannot be encoded as "

@@ -9,7 +9,7 @@ from typing import Any
 from jobd.client import Discard, Retry
 from jobd.client.api_request import request_for
 from jobd.client.apis import WorkerApi
-from jobd.client.worker.handlers import failure_message, failure_options
+from jobd.client.worker.error_text import failure_message, failure_options
 
 
 def raised(error: Callable[[], Any]) -> str:
@@ -38,7 +38,7 @@ def test_a_long_message_keeps_its_first_line_and_its_end() -> None:
 
     assert raised(long) == "ValueError: " + "x" * (4096 - 13) + "…"
     assert failure_message(Discard("")) == "Discard"
-    assert failure_options(Retry(after_ms=5)) == {"error_code": "Retry", "retry_after_ms": 5}
+    assert failure_options(Retry(after=0.005)) == {"error_code": "Retry", "retry_after_ms": 5}
 
 
 def test_a_subclass_of_retry_need_not_call_its_init() -> None:

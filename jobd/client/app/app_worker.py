@@ -1,0 +1,104 @@
+"""A worker that runs the tasks of an app."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from msgspec import UNSET
+
+from jobd.client.app.daemon_jobs import DaemonJobs
+from jobd.client.app.job_context import context_of
+from jobd.client.app.options import milliseconds
+from jobd.client.app.task_registry import TaskDefinition, TaskRegistry
+from jobd.client.outcomes import Stopped
+from jobd.client.worker.handlers import RegisteredHandler
+from jobd.client.worker.lock_keeper import LOST
+from jobd.client.worker.runner import seconds
+from jobd.client.worker.task import BaseTask, SyncTask, Task
+from jobd.client.worker.worker import Worker
+
+_PROGRESS_EVERY_S = 0.2  # a task may report more often; the latest report is sent
+
+
+class AppWorker(Worker):
+    """A Worker whose handlers are the tasks of an app. It claims from `queues`, by default those of the tasks.
+
+    Raises ValueError for an app that is inline or has no task, TypeError for a task with an annotation that cannot be
+    used, and ImportError for a module of `include` that cannot be imported.
+    """
+
+    def __init__(
+        self,
+        registry: TaskRegistry,
+        include: Sequence[str] = (),
+        *,
+        queues: Sequence[str] | None = None,
+        **options: Any,
+    ) -> None:
+        for module in include:
+            importlib.import_module(module)
+        tasks = list(registry.tasks.values())
+        if not tasks:
+            raise ValueError("the app has no tasks: declare one with @app.task, or name its module: App(include=[...])")
+        if not isinstance(registry.jobs, DaemonJobs):
+            raise ValueError("an app with inline=True runs its jobs itself and needs no worker")
+        declared = sorted({task.queue for task in tasks})
+        super().__init__(registry.jobs.asynchronous_client(), queues=queues or declared, **options)
+        self._progress_every_s = _PROGRESS_EVERY_S
+        for task in tasks:
+            self._handlers[task.name] = _handler(task)
+
+
+class _WorkerRun:
+    """The run of a task in a worker, for its JobContext."""
+
+    def __init__(self, task: Task | SyncTask) -> None:
+        self._task = task
+
+    @property
+    def has_to_end(self) -> bool:
+        return self._task.cancelled.is_set()
+
+    def report(self, progress: float, message: str | None) -> None:
+        if isinstance(self._task, SyncTask):
+            try:
+                self._task.raise_if_lost()
+            except LOST as error:
+                raise Stopped(error.message) from error
+        self._task.report_latest(progress, message)
+
+    def set_result(self, **fields: Any) -> None:
+        self._task.set_result(**fields)
+
+
+def _handler(definition: TaskDefinition) -> RegisteredHandler:
+    """Return the handler that runs a task. Raises TypeError if an annotation cannot be used."""
+    assert definition.codec, "it is made when the worker starts"
+    timeout, keep = definition.options.get("timeout"), definition.options.get("keep")
+    return RegisteredHandler(
+        _async_function(definition) if definition.is_async else _function(definition),
+        seconds(timeout),
+        definition.is_final,
+        None if keep is None else milliseconds("keep", keep),
+    )
+
+
+def _function(definition: TaskDefinition) -> Callable[[SyncTask], dict[str, Any]]:
+    def run(task: SyncTask) -> dict[str, Any]:
+        return {"metadata": definition.run(context_of(task.job, task.fencing_token, _WorkerRun(task)), _payload(task))}
+
+    return run
+
+
+def _async_function(definition: TaskDefinition) -> Callable[[Task], Any]:
+    async def run(task: Task) -> dict[str, Any]:
+        context = context_of(task.job, task.fencing_token, _WorkerRun(task))
+        return {"metadata": await definition.arun(context, _payload(task))}
+
+    return run
+
+
+def _payload(task: BaseTask) -> bytes:
+    return b"null" if task.job.payload is UNSET else bytes(task.job.payload)

@@ -1,0 +1,187 @@
+"""Create, read and cancel the jobs of a daemon, over clients that are made at the first call."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections.abc import AsyncGenerator, Sequence
+from typing import TYPE_CHECKING, Any, Final
+from weakref import WeakKeyDictionary
+
+from jobd.client import requests
+from jobd.client.api_request import ApiRequest, T, request_for
+from jobd.client.app.job_port import NewJob
+from jobd.client.endpoint import Address
+from jobd.client.errors import InvalidTransition, JobdError, JobExists, Unreachable
+from jobd.client.sync import JobClient
+from jobd.model.calls import JobCalls
+from jobd.model.responses import JobView
+
+if TYPE_CHECKING:
+    from jobd.client.aio import AsyncJobClient
+
+RETRY_FOR_S: Final = 30.0
+logger = logging.getLogger("jobd.client")
+_HINT: Final = " Start a daemon with `jobd dev`, or name another one: JOBD_SOCKET, JOBD_URL, or App(url=...)."
+
+
+class DaemonJobs:
+    """Jobs of the daemon at `url`. A blocking client is shared by all threads, and each event loop has a client."""
+
+    def __init__(self, url: Address | None, token: str | None) -> None:
+        self._url = url
+        self._token = token
+        self._guard = threading.Lock()
+        self._client: JobClient | None = None
+        self._clients: WeakKeyDictionary[asyncio.AbstractEventLoop, AsyncJobClient] = WeakKeyDictionary()
+        # The end of a loop closes its asynchronous generators, and with them the connections.
+        self._closers: WeakKeyDictionary[asyncio.AbstractEventLoop, AsyncGenerator[None]] = WeakKeyDictionary()
+        self._is_warned = False
+
+    def create(self, jobs: Sequence[NewJob]) -> None:
+        if len(jobs) > 1:
+            try:
+                self._send(_bulk(jobs))
+            except JobExists as error:
+                _check_derived(jobs, error)
+            else:
+                return
+        for job in jobs:
+            try:
+                self._send(requests.create_job(**_fields(job)))
+            except JobExists as error:
+                _check_derived([job], error)
+
+    async def acreate(self, jobs: Sequence[NewJob]) -> None:
+        if len(jobs) > 1:
+            try:
+                await self._asend(_bulk(jobs))
+            except JobExists as error:
+                _check_derived(jobs, error)
+            else:
+                return
+        for job in jobs:
+            try:
+                await self._asend(requests.create_job(**_fields(job)))
+            except JobExists as error:
+                _check_derived([job], error)
+
+    def get(self, job_id: str) -> JobView:
+        return self._send(request_for(JobCalls.get_job, job_id))
+
+    async def aget(self, job_id: str) -> JobView:
+        return await self._asend(request_for(JobCalls.get_job, job_id))
+
+    def wait(self, job_id: str, timeout_s: float | None) -> JobView:
+        try:
+            return self._blocking().wait_for_job(job_id, timeout_s=timeout_s)
+        except Unreachable as error:
+            error.message += _HINT
+            raise
+
+    async def await_end(self, job_id: str, timeout_s: float | None) -> JobView:
+        try:
+            return await (await self._asynchronous()).wait_for_job(job_id, timeout_s=timeout_s)
+        except Unreachable as error:
+            error.message += _HINT
+            raise
+
+    def cancel(self, job_id: str, reason: str | None) -> bool:
+        try:
+            self._send(request_for(JobCalls.cancel_job, job_id, reason))
+        except InvalidTransition:
+            return False
+        return True
+
+    async def acancel(self, job_id: str, reason: str | None) -> bool:
+        try:
+            await self._asend(request_for(JobCalls.cancel_job, job_id, reason))
+        except InvalidTransition:
+            return False
+        return True
+
+    def close(self) -> None:
+        client, self._client = self._client, None
+        if client is not None:
+            client.close()
+
+    async def aclose(self) -> None:
+        """Close the connections of this loop and those of blocking calls."""
+        self.close()
+        closer = self._closers.pop(asyncio.get_running_loop(), None)
+        if closer is not None:
+            await closer.aclose()
+
+    def _send(self, request: ApiRequest[T]) -> T:
+        try:
+            result = self._blocking().send(request)
+        except Unreachable as error:
+            error.message += _HINT
+            raise
+        self._is_warned = False
+        return result
+
+    async def _asend(self, request: ApiRequest[T]) -> T:
+        try:
+            result = await (await self._asynchronous()).send(request)
+        except Unreachable as error:
+            error.message += _HINT
+            raise
+        self._is_warned = False
+        return result
+
+    def _blocking(self) -> JobClient:
+        if self._client is None:
+            with self._guard:
+                if self._client is None:
+                    self._client = JobClient(self._url, token=self._token, retry_for_s=RETRY_FOR_S)
+                    self._client.on_retry = self._on_retry
+        return self._client
+
+    async def _asynchronous(self) -> AsyncJobClient:
+        loop = asyncio.get_running_loop()
+        if loop not in self._clients:
+            closer = self._closers[loop] = self._hold_client(loop)
+            await anext(closer)
+        return self._clients[loop]
+
+    async def _hold_client(self, loop: asyncio.AbstractEventLoop) -> AsyncGenerator[None]:
+        client = self._clients[loop] = self.asynchronous_client()
+        client.on_retry = self._on_retry
+        try:
+            yield
+        finally:
+            self._clients.pop(loop, None)
+            await client.close()
+
+    def asynchronous_client(self) -> AsyncJobClient:
+        """Return a new client. Raises ModuleNotFoundError if aiohttp is not installed."""
+        try:
+            from jobd.client.aio import AsyncJobClient
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(
+                f"Asynchronous calls and workers need the package {error.name}: pip install 'jobd-client[worker]'",
+                name=error.name,
+            ) from None
+        return AsyncJobClient(self._url, token=self._token, retry_for_s=RETRY_FOR_S)
+
+    def _on_retry(self, error: JobdError) -> None:
+        """Warn once that a call waits for the daemon."""
+        if isinstance(error, Unreachable) and not self._is_warned:
+            self._is_warned = True
+            logger.warning("%s Retrying for %g s.%s", error.message, RETRY_FOR_S, _HINT)
+
+
+def _bulk(jobs: Sequence[NewJob]) -> ApiRequest[list[JobView]]:
+    return requests.create_jobs([_fields(job) for job in jobs])
+
+
+def _check_derived(jobs: Sequence[NewJob], error: JobExists) -> None:
+    """Raise `error`, unless an earlier attempt of the running job has created the jobs, with other options."""
+    if not all(job.is_derived for job in jobs):
+        raise error
+
+
+def _fields(job: NewJob) -> dict[str, Any]:
+    return {"id": job.id, "kind": job.name, "queue": job.queue, "payload": job.payload, **job.options}

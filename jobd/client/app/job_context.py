@@ -1,0 +1,143 @@
+"""The job that runs here: `current_job()`."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from contextvars import ContextVar
+from datetime import UTC, datetime
+from typing import Any, Final, Protocol
+
+from jobd.model.responses import JobView
+
+logger = logging.getLogger("jobd.client")
+_current: Final[ContextVar[JobContext | None]] = ContextVar("jobd_job", default=None)
+
+
+class RunPort(Protocol):
+    """The part of a run that depends on where it is: in a worker, in a test, or inline."""
+
+    @property
+    def has_to_end(self) -> bool:
+        """Whether the job is cancelled, its lock is lost, or the worker stops."""
+
+    def report(self, progress: float, message: str | None) -> None:
+        """Report progress without waiting. Raises Stopped if the function has to end and cannot be cancelled."""
+
+    def set_result(self, **fields: Any) -> None:
+        """Set fields of the job's result."""
+
+
+class JobContext:
+    """The job that runs here. Valid in the thread or task of the function, and in threads that copy the context."""
+
+    def __init__(
+        self,
+        run: RunPort,
+        *,
+        id: str,
+        queue: str,
+        kind: str,
+        attempt: int,
+        max_attempts: int,
+        created_at: datetime,
+        fencing_token: int,
+    ) -> None:
+        self._run = run
+        self.id: Final = id
+        self.queue: Final = queue
+        self.kind: Final = kind  # the name of the task
+        self.attempt: Final = attempt
+        self.max_attempts: Final = max_attempts
+        self.is_last_attempt: Final = attempt >= max_attempts
+        self.created_at: Final = created_at
+        self.fencing_token: Final = fencing_token
+        self._guard = threading.Lock()
+        self._children: Counter[bytes] = Counter()
+
+    @property
+    def name(self) -> str:
+        """The name of the task."""
+        return self.kind
+
+    def progress(self, percent: float, message: str | None = None) -> None:
+        """Report progress, which renews the lock. Does not wait; if several reports are pending, the latest is sent.
+
+        Raises ValueError unless `percent` is from 0 to 100, and Stopped in a plain function that has to return.
+        """
+        if not 0 <= percent <= 100:
+            raise ValueError(f"percent must be from 0 to 100, not {percent!r}")
+        self._run.report(percent, message)
+
+    def log(self, text: str) -> None:
+        """Log a line that begins with the id of the job, to `jobd.client` at level info."""
+        logger.info("job %s: %s", self.id, text)
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether the function has to return: the job was cancelled, its lock is lost, or the worker stops."""
+        return self._run.has_to_end
+
+    def set_result(
+        self, *, download_url: str | None = None, file_path: str | None = None, storage_key: str | None = None
+    ) -> None:
+        """Set fields of the job's result, beside the return value."""
+        self._run.set_result(download_url=download_url, file_path=file_path, storage_key=storage_key)
+
+    def child_id(self, kind: str, payload: bytes) -> str:
+        """Return the id of a job that this job creates. It is the same in each attempt.
+
+        It is made of this job, the task, the arguments, and a counter of equal ones.
+        """
+        made_of = hashlib.blake2b(digest_size=16)
+        for part in (self.id.encode(), kind.encode(), payload):
+            made_of.update(len(part).to_bytes(8, "big") + part)
+        key = made_of.digest()
+        with self._guard:
+            self._children[key] += 1
+            count = self._children[key]
+        return key.hex() if count == 1 else f"{key.hex()}-{count}"
+
+
+def context_of(job: JobView, fencing_token: int, run: RunPort) -> JobContext:
+    """Return the context of a job that was granted."""
+    return JobContext(
+        run,
+        id=job.id,
+        queue=job.queue,
+        kind=job.kind,
+        attempt=job.attempt,
+        max_attempts=job.max_attempts,
+        created_at=datetime.fromtimestamp(job.created_at / 1000, UTC),
+        fencing_token=fencing_token,
+    )
+
+
+def current_job() -> JobContext:
+    """Return the job that runs here. Raises RuntimeError outside of one."""
+    context = _current.get()
+    if context is None:
+        raise RuntimeError(
+            "current_job() is called outside of a job. A thread that a task starts has to copy its context: "
+            "contextvars.copy_context().run(function)"
+        )
+    return context
+
+
+def running_job() -> JobContext | None:
+    """Return the job that runs here, or None."""
+    return _current.get()
+
+
+@contextlib.contextmanager
+def entered(context: JobContext) -> Iterator[None]:
+    """Make `context` the job that runs here."""
+    token = _current.set(context)
+    try:
+        yield
+    finally:
+        _current.reset(token)

@@ -1,0 +1,68 @@
+"""What mypy has to accept and to reject: a wrong line has the error that its comment names, no other line has one.
+
+Only the type checker reads this module. A comment that is not needed is an error too.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import timedelta
+
+from jobd import App, JobHandle
+
+app = App("typed")
+
+
+@dataclass
+class Thumbnail:
+    path: str
+    size: int
+
+
+@app.task(queue="images", max_attempts=5, backoff=timedelta(seconds=10))
+async def resize(path: str, width: int = 320) -> Thumbnail:
+    return Thumbnail(path, width)
+
+
+@app.task(queue="mail", discard_on=(ValueError,))
+def receipt(order_id: int, customer: str, *, copy_to: str | None = None) -> None: ...
+
+
+@app.task
+def tidy() -> int:
+    return 3
+
+
+class Service:
+    def __init__(self) -> None:
+        self.charge = app.task(name="charge")(self._charge)
+
+    def _charge(self, cents: int) -> bool:
+        return cents > 0
+
+
+async def right() -> None:
+    job: JobHandle[Thumbnail] = await resize.aenqueue("a.png", width=640)
+    size: int = (await job.aresult(timeout=60)).size
+    path: str = (await resize("b.png")).path
+    receipt.using(delay=timedelta(minutes=5), priority=-10).enqueue(42, customer=path, copy_to="x")
+    count: int = tidy.enqueue().result(timedelta(seconds=size)) + tidy() + tidy.job("id").result()
+    handles: list[JobHandle[int]] = app.enqueue_many([tidy.call(), tidy.using(id="t").call()])
+    paid: bool = Service().charge.enqueue(count).result()
+    print(handles, paid)
+
+
+async def wrong() -> None:
+    await resize.aenqueue(1)  # type: ignore[arg-type]
+    await resize.aenqueue("a", heigth=2)  # type: ignore[call-arg]
+    await resize.aenqueue()  # type: ignore[call-arg]
+    int(await (await resize.aenqueue("a")).aresult())  # type: ignore[call-overload]
+    print(resize("a").path)  # type: ignore[attr-defined]
+    resize.enqueue("a", delay=timedelta(seconds=1))  # type: ignore[call-arg]
+    receipt.enqueue("42", "acme")  # type: ignore[arg-type]
+    receipt.using(delay=5)  # type: ignore[arg-type]
+    receipt.using(colour="red")  # type: ignore[call-arg]
+    "".join(tidy.enqueue().result())  # type: ignore[arg-type]
+    tidy.enqueue(1)  # type: ignore[call-arg]
+    "".join(app.enqueue_many([tidy.call()]))  # type: ignore[arg-type]
+    app.task(quue="x")  # type: ignore[call-overload]
