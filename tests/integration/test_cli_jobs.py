@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from jobd.client import JobClient, JobView, Unreachable
 from tests import ROOT
 from tests.support.cli_harness import JOB_FIELDS, TOKEN, CliDaemon, Jobctl, node_runs_typescript
 
@@ -125,6 +126,51 @@ def test_wait_says_once_that_it_waits_for_the_daemon(running: CliDaemon, tmp_pat
     later.symlink_to(running.directory / "worker.sock")
     assert waiting.communicate()[1] == "no unfinished jobs\n"
     assert waiting.returncode == 0
+
+
+def test_wait_for_a_queue_counts_jobs_that_end_while_it_waits_for_others(
+    jobctl: Jobctl, running: CliDaemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = running.client
+
+    def fail(job_id: str, queue: str = "w3") -> None:
+        client.create_job(id=job_id, queue=queue)
+        client.fail_job(job_id, lock_id=client.start_processing(job_id, "w").lock_id, error_message="no disk")
+
+    wait_for_job = JobClient.wait_for_job
+
+    def end_jobs(self: JobClient, job_id: str, **options: Any) -> JobView:
+        client.complete_job(job_id, lock_id=client.start_processing(job_id, "w").lock_id)
+        fail("w3:late")
+        fail("w3:other", "w4")
+        client.create_job(id="w3:cancelled", queue="w3")
+        client.cancel_job("w3:cancelled")
+        return wait_for_job(self, job_id, **options)
+
+    fail("w3:early")
+    jobctl.ok("submit", "--queue", "w3")
+    monkeypatch.setattr(JobClient, "wait_for_job", end_jobs)
+    outcome = "w3:late failed: no disk\nw3:cancelled cancelled\n1 completed, 1 failed, 1 cancelled\n"
+    assert jobctl.run("wait", "--queue", "w3") == (1, "", outcome)
+    assert jobctl.run("wait", "--queue", "w3") == (0, "", "no unfinished jobs\n")
+
+
+def test_wait_for_a_queue_ends_without_a_daemon_after_its_timeout(jobctl: Jobctl, tmp_path: Path) -> None:
+    argv = ("wait", "--queue", "w5", "--timeout", "1ms", "--socket", str(tmp_path / "missing"))
+    assert jobctl.rejected(*argv)[0] == 3
+
+
+def test_submit_says_that_it_waits_for_the_daemon(
+    jobctl: Jobctl, running: CliDaemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail_once(self: JobClient, job_id: str, **_: Any) -> JobView:
+        assert self.on_retry is not None
+        self.on_retry(Unreachable("It is away."))
+        return running.client.cancel_job(job_id)
+
+    monkeypatch.setattr(JobClient, "wait_for_job", fail_once)
+    code, out, err = jobctl.run("submit", "--wait")
+    assert (code, err) == (1, f"It is away; waiting for the daemon\n{out.strip()} cancelled\n")
 
 
 def test_bash_completes_queues_kinds_and_jobs(running: CliDaemon, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import click
 from jobd.cli import exit_codes, terminal
 from jobd.cli.connection import job_client, worker_options
 from jobd.cli.ctl.completion import KIND, QUEUE
-from jobd.cli.ctl.wait import RETRY_FOR_S, say_outcome
+from jobd.cli.ctl.wait import say_outcome, waiting_client
 from jobd.cli.params import (
     DURATION,
     MAX_ATTEMPTS,
@@ -163,7 +163,7 @@ def _whole_ms(delay: timedelta) -> int:
 def _wait_for(job_id: str, as_json: bool) -> int:
     from jobd.cli.progress import bar
 
-    client = job_client(retry_for_s=RETRY_FOR_S)
+    client = waiting_client()
     with bar(job_id, unit="%") as advance:
         job = client.wait_for_job(job_id, on_poll=lambda job: advance(int(job.progress), 100))
     terminal.emit_json(job) if as_json else say_outcome(job)
