@@ -77,6 +77,11 @@ class HttpListener(ABC):
     def connections(self) -> int:
         """The number of open connections."""
 
+    @property
+    def unread_grants(self) -> int:
+        """The number of grants in responses that wait for their clients to read them."""
+        return 0
+
     async def stop_accepting(self) -> None:
         """Accept no more connections, and close idle ones. Does nothing the second time."""
         if self._is_closing:
@@ -104,7 +109,8 @@ class HttpListener(ABC):
                 await self.app.wait_idle()
                 await self.close_all()
         except TimeoutError:
-            log.warning("requests_cut_off", listener=self.app.authenticator.name, connections=self.connections)
+            name, grants = self.app.authenticator.name, self.unread_grants
+            log.warning("requests_cut_off", listener=name, connections=self.connections, grants=grants)
             await self.abort_all()
 
     @abstractmethod
@@ -136,6 +142,10 @@ class WorkerListener(HttpListener):
     @property
     def connections(self) -> int:
         return len(self._connections)
+
+    @property
+    def unread_grants(self) -> int:
+        return sum(connection.unread_grants for connection in self._connections)
 
     def close_idle(self) -> None:
         for connection in tuple(self._connections):

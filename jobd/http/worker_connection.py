@@ -325,6 +325,12 @@ class WorkerConnection(asyncio.Protocol):
         log.warning("response_cut_off", reason=slow_client(), by=request.by, grants=response.grants)
         self.abort()
 
+    @property
+    def unread_grants(self) -> int:
+        """The number of grants in a response that waits for the client to read it."""
+        response = self._current.response if self._is_flushing and self._current is not None else None
+        return 0 if response is None else response.grants
+
     def pause_writing(self) -> None:
         self._is_writing_paused = True
 
