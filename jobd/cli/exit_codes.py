@@ -167,6 +167,8 @@ def _described(error: BaseException, name: str, args: Sequence[str], token_sourc
 
 
 def _advice(error: JobdError) -> str:
+    if error.details.get("leader"):
+        return ". Give the addresses of all nodes, separated by commas"
     if error.code == "not_leader" or "tried" in error.details:
         return ". To see why no node leads: jobctl cluster"
     if getattr(error, "is_slow", False):

@@ -49,17 +49,22 @@ def test_an_unreachable_daemon_has_advice_that_fits_the_reason(
 
 
 @pytest.mark.parametrize(
-    "error", [NotLeader("This node does not lead."), Unreachable("No node served the request.", details={"tried": []})]
+    ("error", "advice"),
+    [
+        (NotLeader("This node does not lead."), "To see why no node leads: jobctl cluster"),
+        (Unreachable("No node served it.", details={"tried": []}), "To see why no node leads: jobctl cluster"),
+        (NotLeader("It is b.", details={"leader": "b"}), "Give the addresses of all nodes, separated by commas"),
+    ],
 )
-def test_a_cluster_without_a_leader_has_advice_of_its_own(error: JobdError, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_node_that_does_not_lead_has_advice_of_its_own(
+    error: JobdError, advice: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     @click.command
     def command() -> None:
         raise error
 
     exit_codes.run(command, "jobctl", [])
-    assert capsys.readouterr().err == (
-        f"jobctl: {error.message.rstrip('.')}. To see why no node leads: jobctl cluster [{error.code}]\n"
-    )
+    assert capsys.readouterr().err == f"jobctl: {error.message.rstrip('.')}. {advice} [{error.code}]\n"
 
 
 def test_a_usage_error_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
