@@ -55,6 +55,13 @@ def reason_option(where_stored: str) -> Callable[[Any], Any]:
     return click.option("--reason", metavar="TEXT", help=f"Why you do this. {where_stored}")
 
 
+def ask_reason(reason: str | None) -> str | None:
+    """Return the reason. On a terminal it is asked for if it was not given; an empty answer is none."""
+    if reason is None and sys.stdin.isatty() and sys.stderr.isatty():
+        reason = click.prompt("Reason", default="", show_default=False, err=True)
+    return reason.strip() or None if reason is not None else None
+
+
 def run_action(confirmation: Confirmation, ids: Sequence[str], *, yes: bool, dry_run: bool, as_json: bool) -> int:
     """Apply the action to each job, continue after errors, and return the exit code of the first error."""
     if dry_run:

@@ -61,7 +61,7 @@ def workers(views: Sequence[WorkerView], page: WorkerList, state: WorkerState | 
     empty = f"No worker has been seen recently, {since}." if state is None else f"No worker is {state}."
     columns: Columns = {
         "WORKER": "worker",
-        "STATE": "state",
+        "STATE": lambda worker: f"{worker.state}, quiet" if worker.quiet else worker.state,
         ">HOLDS": "held",
         "LAST SEEN": ago("last_seen_at"),
         "CLAIMS": claims,
@@ -78,10 +78,10 @@ def worker_groups(page: WorkerList, by: Literal["host", "version"]) -> None:
     """Show how many workers of each host or version are in each state."""
     counts: dict[str, Counter[str]] = {}
     for group in page.groups:
-        counts.setdefault(getattr(group, by) or "", Counter()).update(group.by_state)
+        counts.setdefault(getattr(group, by) or "", Counter()).update(group.by_state, quiet=group.quiet)
     columns: Columns = {
         by.upper(): itemgetter("name"),
-        **{f">{state.upper()}": itemgetter(state) for state in page.by_state},
+        **{f">{state.upper()}": itemgetter(state) for state in (*page.by_state, "quiet")},
     }
     rows = [{"name": name or "unknown", **states} for name, states in sorted(counts.items())]
     terminal.table(columns, rows, empty="No worker has been seen since the start.")

@@ -33,6 +33,7 @@ __all__ = [
     "PlanNotFound",
     "ProgressTimeout",
     "QueuePaused",
+    "QuietRuleNotFound",
     "RequestTimeout",
     "ShuttingDown",
     "StorageFull",
@@ -40,9 +41,11 @@ __all__ = [
     "TooLarge",
     "TooManyJobs",
     "TooManyQueues",
+    "TooManyQuietRules",
     "Unauthorized",
     "Unreachable",
     "UnsupportedMediaType",
+    "WorkerGone",
     "WorkerNotFound",
     "WorkerNotSilent",
 ]
@@ -113,6 +116,10 @@ class LateResultNotFound(JobdError, code="late_result_not_found"):
 
 class WorkerNotFound(JobdError, code="worker_not_found"):
     """The daemon has no worker with this name."""
+
+
+class QuietRuleNotFound(JobdError, code="quiet_rule_not_found"):
+    """No quiet rule has this id: it has ended, or never existed."""
 
 
 class PlanNotFound(JobdError, code="plan_not_found"):
@@ -188,6 +195,10 @@ class WorkerNotSilent(JobdError, code="worker_not_silent"):
     """The worker holds no job whose lock has expired; nothing was changed."""
 
 
+class WorkerGone(JobdError, code="worker_gone"):
+    """The worker died or is gone, so it cannot receive a directive; nothing was changed."""
+
+
 class NoStandby(JobdError, code="no_standby"):
     """No standby of the cluster is ready to take over; nothing was changed."""
 
@@ -246,6 +257,10 @@ class TooManyJobs(JobdError, code="too_many_jobs"):
 
 class TooManyQueues(JobdError, code="too_many_queues"):
     """The job needs a new queue, but the number of queues has reached `limits.queues`; nothing was changed."""
+
+
+class TooManyQuietRules(JobdError, code="too_many_quiet_rules"):
+    """There are 100 quiet rules: end one first; nothing was changed."""
 
 
 class Unreachable(JobdError, code="unreachable"):

@@ -101,6 +101,7 @@ class WarmState:
             jobs=[state.jobs[job_id] for job_id in state.jobs.touched() if job_id not in state.processing],
             numbers=state.numbers(presence.lock_ms, presence.now, state.clock),
             queues={name: state.queue_row(name) for name in state.queue_names},
+            quiet=state.quiet,
             keys=keys,
             quarantined=dict(state.quarantined),
             unvalidated=dict(state.unvalidated),

@@ -5,9 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from jobd.model.commands import (
+    AddQuietRule,
     AnyCommand,
     ApplyPlan,
     Call,
+    DirectWorker,
+    EndQuietRule,
     Import,
     JobCommand,
     Operator,
@@ -35,6 +38,8 @@ def entry(call: Call, response: Response | ApiError, changes: list[Event], at: i
     if what is None or (isinstance(command, Import) and not changes):
         return None  # a read, or a line of an import that was skipped or rejected, which is in the report
     queue = command.name if isinstance(command, Pause | Resume) else None
+    if isinstance(command, AddQuietRule | EndQuietRule) and changes:
+        queue = changes[0].queue or None
     is_one = isinstance(command, JobCommand)
     changed = {change.job_id: None for change in changes if change.job_seq}
     return _row(
@@ -52,8 +57,10 @@ def entry(call: Call, response: Response | ApiError, changes: list[Event], at: i
 
 
 def _details(command: AnyCommand, response: Response | ApiError, changes: list[Event]) -> dict[str, Any] | None:
-    if isinstance(command, TakeBack):
+    if isinstance(command, TakeBack | DirectWorker):
         return {"worker": command.name}
+    if isinstance(command, AddQuietRule | EndQuietRule):
+        return changes[-1].details if changes else None
     is_done = isinstance(command, JobCommand) and isinstance(response, Response)
     return _summary(changes) if is_done else None
 

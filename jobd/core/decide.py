@@ -6,7 +6,14 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final, get_args
 
 from jobd.core import queries
-from jobd.core.rules import late_result_rules, maintenance_rules, operator_rules, plan_rules, worker_rules
+from jobd.core.rules import (
+    late_result_rules,
+    maintenance_rules,
+    operator_rules,
+    plan_rules,
+    quiet_rules,
+    worker_rules,
+)
 from jobd.core.transaction import Transaction
 from jobd.model import commands
 from jobd.model.commands import ApplyPlan, Call, Command
@@ -60,6 +67,12 @@ RULES: Final[Mapping[type[Command], Rule]] = {
     commands.Delete: operator_rules.delete,
     commands.Pause: operator_rules.pause,
     commands.Resume: operator_rules.resume,
+    commands.QuietWorker: quiet_rules.direct,
+    commands.ResumeWorker: quiet_rules.direct,
+    commands.StopWorker: quiet_rules.direct,
+    commands.AddQuietRule: quiet_rules.add_rule,
+    commands.EndQuietRule: quiet_rules.end_rule,
+    commands.QuietRules: quiet_rules.list_rules,
     commands.Import: operator_rules.import_job,
     commands.ImportCheck: operator_rules.import_job,
     commands.Adopt: late_result_rules.adopt,

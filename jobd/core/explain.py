@@ -13,6 +13,7 @@ from msgspec.structs import replace
 
 from jobd.core import transitions
 from jobd.core.guards import is_overdue
+from jobd.core.quiet import quiet_takers
 from jobd.core.rules.late_result_rules import not_adoptable
 from jobd.core.state import State
 from jobd.core.worker_presence import ClaimSet, WorkerPresence, WorkerSeen
@@ -186,6 +187,10 @@ def _outlook(job: Job, state: State, at: Moment) -> _Outlook:
     if silent:
         clause = f"no worker takes such jobs now; silent, with an expired lock: {_listed(silent)}"
         return _Outlook(clause, offered, "no worker", [see, *take_back, start])
+    if takers := [name for name, _ in quiet_takers(state, queue, kind)]:
+        are = "one worker that takes such jobs is" if len(takers) == 1 else f"{len(takers)} workers that take them are"
+        do = "Let them take jobs again: jobctl resume-worker NAME, or --rule RULE for those of a rule: jobctl quiet"
+        return _Outlook(f"{are} quiet: {_listed(takers)}", offered, "no worker", [see, do])
     if fitting:
         last = max(claims.claimed for claims in fitting)
         who = next((f", by {name}, which {_departure(each)}" for name, each in workers if each.claimed == last), "")

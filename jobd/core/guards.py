@@ -55,6 +55,12 @@ def check_live_jobs(tx: Transaction) -> None:
     raise api_error("too_many_jobs", message, limit=limit)
 
 
+def check_until(tx: Transaction, until: int | None, otherwise: str) -> None:
+    """Reject an end that is not in the future."""
+    if until is not None and until <= tx.at.believed:
+        raise invalid("until", f"until {until} is not in the future; it is in Unix milliseconds. {otherwise}")
+
+
 def check_queue(tx: Transaction, queue: str) -> None:
     """Reject the first job of a queue above the limit. Queues that exist above a lowered limit still get jobs."""
     known, limit = tx.state.counts, tx.policy.queues

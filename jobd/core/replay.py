@@ -11,7 +11,7 @@ from msgspec.structs import replace
 
 from jobd.core.state import State
 from jobd.core.worker_presence import WorkerPresence
-from jobd.model.events import Event, fold
+from jobd.model.events import QUIET, Event, fold, fold_quiet
 from jobd.model.job import FINISHED, Job
 from jobd.model.storage import Batch
 
@@ -37,6 +37,8 @@ def apply(state: State, batch: Batch, loaded: Iterable[Job] = ()) -> None:
     for event in batch.changes:
         if event.job_seq:
             _apply_change(state, event)
+        elif event.type in QUIET:
+            state.set_quiet(fold_quiet(state.quiet, event))
     for seq in batch.checked:
         state.unvalidated.pop(seq, None)
     for name, row in batch.queues.items():

@@ -69,7 +69,7 @@ from jobd.core.stats import Counters
 from jobd.core.worker_presence import WorkerPresence
 from jobd.model.clocks import LockMs
 from jobd.model.commands import ClockTrust
-from jobd.model.events import Event, QueuePause
+from jobd.model.events import Event, QueuePause, QuietRule
 from jobd.model.job import (
     FINISHED,
     LOOP_FROM,
@@ -130,12 +130,14 @@ class State:
         "next_token",
         "noted_expired",
         "on_due",
+        "on_quiet",
         "paused",
         "presence",
         "processing",
         "progressed",
         "quarantined",
         "queue_names",
+        "quiet",
         "recovery",
         "release_loops",
         "stalled",
@@ -163,6 +165,8 @@ class State:
         self._late_calls: dict[tuple[int, int, str], None] = {}  # job seq, fencing token, verb
         self._late_results: dict[int, int] = {}  # job seq -> seq of the latest late result since the start
         self.paused: dict[str, QueuePause] = {}
+        self.quiet: Mapping[str, QuietRule] = {}  # by id; replaced as a whole
+        self.on_quiet: Callable[[], None] = lambda: None  # called when `quiet` has changed
         self.counts: dict[str, dict[str, int]] = {}  # queue -> status -> jobs, of the queues that have jobs
         self.queue_names: Sorted[str] = Sorted()  # of queues that have jobs or are paused
         self.totals: dict[str, int] = dict.fromkeys(STATUSES, 0)
@@ -204,6 +208,7 @@ class State:
                     state.totals[status] += count
             if row.pause is not None:
                 state.set_paused(name, row.pause)
+        state.quiet = found.quiet
         state._enter_all(found.packed_jobs)
         for job in found.jobs:
             state.reindex(None, job)
@@ -717,6 +722,11 @@ class State:
             del self.counts[queue]
             if queue not in self.paused:
                 self.queue_names.remove(queue)
+
+    def set_quiet(self, rules: Mapping[str, QuietRule]) -> None:
+        if rules is not self.quiet:
+            self.quiet = rules
+            self.on_quiet()
 
     def set_paused(self, queue: str, pause: QueuePause | None) -> None:
         if pause is not None:

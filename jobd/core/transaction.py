@@ -13,7 +13,7 @@ from msgspec.structs import replace
 
 from jobd.core.state import State
 from jobd.model.commands import Call, Moment, is_dry_run
-from jobd.model.events import Event, EventType, QueuePause
+from jobd.model.events import Event, EventType, QueuePause, QuietRule, fold_quiet
 from jobd.model.job import COUNTER_MASK, TOKEN_COUNTER_BITS, Job, LateResult, Policy, new_epoch
 from jobd.model.storage import LateResultRows, Payload
 
@@ -24,14 +24,14 @@ class Transaction:
     """The changes of one batch. `call` is the current command; the lists are those of all commands so far.
 
     `checked` has the seqs of jobs whose rows were validated, `ended` the lock ids of ended grants, `payloads` those of
-    new jobs by seq, and `pauses` the pause of each changed queue before the batch. The changes of a dry run are not
-    applied to the state, so that it costs nothing and leaves no trace.
+    new jobs by seq, `pauses` the pause of each changed queue before the batch, and `quiet` the quiet rules before it.
+    The changes of a dry run are not applied to the state, so that it costs nothing and leaves no trace.
     """
 
     __slots__ = (
-        "_first", "_first_checked", "_pauses", "_tokens", "_uuid_time",
+        "_first", "_first_checked", "_pauses", "_quiet", "_tokens", "_uuid_time",
         "at", "call", "changes", "checked", "ended", "is_dry_run", "late", "now", "pauses", "payloads",
-        "policy", "requests", "state",
+        "policy", "quiet", "requests", "state",
     )  # fmt: skip
 
     def __init__(
@@ -54,6 +54,7 @@ class Transaction:
         self.payloads: dict[int, bytes] = {}
         self.pauses: dict[str, QueuePause | None] = {}
         self._pauses: dict[str, QueuePause | None] = {}  # of the queues that the current command changed, before it
+        self.quiet = self._quiet = state.quiet
         self._first = 0  # the changes before the current command
         self._first_checked = 0
         self._tokens = state.epoch, state.next_token
@@ -67,6 +68,7 @@ class Transaction:
         self._first = len(self.changes)
         self._first_checked = len(self.checked)
         self._tokens = self.state.epoch, self.state.next_token
+        self._quiet = self.state.quiet
         if self._pauses:
             self._pauses = {}
 
@@ -93,7 +95,7 @@ class Transaction:
             state.next_job = made[0].job_seq
         if self.is_dry_run:
             return
-        self._restore(undone, self._pauses)
+        self._restore(undone, self._pauses, self._quiet)
         self._pauses = {}
         for event in made:
             self.payloads.pop(event.job_seq, None)
@@ -105,7 +107,7 @@ class Transaction:
 
     def roll_back(self) -> None:
         """Undo all changes, because the batch was not written. Its numbers stay used."""
-        self._restore(self.changes, self.pauses)
+        self._restore(self.changes, self.pauses, self.quiet)
 
     # -- changes ------------------------------------------------------------------------------------------------------
 
@@ -173,6 +175,16 @@ class Transaction:
         """End the pause of a queue."""
         self._set_pause(queue, None, "queue_resumed", reason, None)
 
+    def quiet_workers(self, rule: QuietRule) -> None:
+        """Add a quiet rule, or replace it."""
+        selects = {name: value for name in ("host", "version", "queue") if (value := getattr(rule, name)) is not None}
+        details = {"rule": rule.id, **selects, "since": rule.at, "until": rule.until}
+        self._set_quiet(rule, "workers_quieted", rule.reason, details)
+
+    def resume_workers(self, rule: QuietRule, reason: str | None) -> None:
+        """End a quiet rule."""
+        self._set_quiet(rule, "workers_resumed", reason, {"rule": rule.id})
+
     # -- numbers and secrets ------------------------------------------------------------------------------------------
 
     def job_number(self) -> int:
@@ -216,8 +228,10 @@ class Transaction:
 
     # -- internals ----------------------------------------------------------------------------------------------------
 
-    def _restore(self, changes: Sequence[Event], pauses: dict[str, QueuePause | None]) -> None:
-        """Restore the jobs of `changes` and the pauses of queues. A job that was quarantined meanwhile stays out."""
+    def _restore(
+        self, changes: Sequence[Event], pauses: dict[str, QueuePause | None], quiet: Mapping[str, QuietRule]
+    ) -> None:
+        """Restore the jobs of `changes`, pauses and quiet rules. A job that was quarantined meanwhile stays out."""
         state = self.state
         rows: dict[str, Job | None] = {}
         for event in changes:
@@ -241,6 +255,7 @@ class Transaction:
                 state.forget_late(event.job_seq, max((each.seq for each in known), default=None))
         for queue, pause in pauses.items():
             state.set_paused(queue, pause)
+        state.set_quiet(quiet)
 
     def _set_pause(
         self,
@@ -255,6 +270,10 @@ class Transaction:
         self._pauses.setdefault(queue, before)
         self._add(None, None, event_type, reason=reason, details=details, queue=queue)
         self.state.set_paused(queue, pause)
+
+    def _set_quiet(self, rule: QuietRule, event_type: EventType, reason: str | None, details: dict[str, Any]) -> None:
+        self._add(None, None, event_type, reason=reason, details=details, queue=rule.queue or "")
+        self.state.set_quiet(fold_quiet(self.state.quiet, self.changes[-1]))
 
     def _add(
         self,

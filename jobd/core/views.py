@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 from heapq import nlargest, nsmallest
@@ -189,6 +190,7 @@ def workers(state: State, at: Moment, command: Workers) -> WorkerList:
     """
     presence = state.presence
     by_state, groups = dict.fromkeys(get_args(WorkerState), 0), {}
+    quiet: Counter[tuple[str | None, str | None]] = Counter()
     selected: list[tuple[str, WorkerSeen]] = []
     for each in presence.remembered():
         activity, about = presence.state(each[1]), each[1].about
@@ -197,6 +199,7 @@ def workers(state: State, at: Moment, command: Workers) -> WorkerList:
         if key not in groups:
             groups[key] = dict.fromkeys(by_state, 0)
         groups[key][activity] += 1
+        quiet[key] += each[1].is_quiet and activity not in ("died", "gone")
         if activity == command.state or (command.state is None and activity not in ("died", "gone")):
             selected.append(each)
     if command.cursor is not None:
@@ -208,7 +211,7 @@ def workers(state: State, at: Moment, command: Workers) -> WorkerList:
     following = f"{shown[-1][1].last_seen_at} {shown[-1][0]}" if len(selected) > len(shown) else None
     since = at.now if presence.started_at is None else presence.started_at
     largest = nlargest(GROUPS_SHOWN, groups.items(), key=lambda each: sum(each[1].values()))
-    grouped = [WorkerGroup(*key, states) for key, states in largest]
+    grouped = [WorkerGroup(*key, states, quiet[key]) for key, states in largest]
     return WorkerList([_worker(presence, *each) for each in shown], following, by_state, grouped, since)
 
 
@@ -231,6 +234,8 @@ def _worker(presence: WorkerPresence, name: str, seen: WorkerSeen) -> WorkerView
         presence.heard_at(seen),
         seen.goodbye,
         None if seen.lost is None else LostJobView(*seen.lost),
+        seen.is_quiet,
+        None if seen.directive is None else seen.directive.view.action,
     )
 
 

@@ -14,12 +14,13 @@ clock does not make a worker gone. The states of a worker, the first that holds:
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Final, NamedTuple
 
 from jobd.model.clocks import LockMs
 from jobd.model.commands import About, Claim, GoodbyeReason, Start, WorkerState
 from jobd.model.job import DAY_MS, MINUTE_MS, SECOND_MS, Job
+from jobd.model.responses import DirectiveView
 
 IDLE_AT_LEAST_MS: Final = 15 * SECOND_MS
 IDLE_AT_MOST_MS: Final = 10 * MINUTE_MS  # also before the second claim, when the worker's rhythm is unknown
@@ -71,12 +72,13 @@ class WorkerSeen:
     `idle_ms` is twice the time between its last two claims.
     `claims` is None if no claim is remembered. `waiting` is the number of its claims that wait now. `left` (when the
     connection of a waiting claim closed), `goodbye` and `lost` (the latest job that was taken back from it) are None
-    once it is heard again.
+    once it is heard again. `is_quiet`: its latest claim could get no job. Its `claims` are then in no list of claim
+    sets. `directive` waits for its next claims until it obeys; `told_rule` is the quiet rule that it knows of.
     """
 
     __slots__ = (
-        "about", "asked", "claimed", "claims", "expired", "first_seen_at", "goodbye", "heard", "idle_ms", "jobs",
-        "last_seen_at", "left", "lost", "waiting",
+        "about", "asked", "claimed", "claims", "directive", "expired", "first_seen_at", "goodbye", "heard", "idle_ms",
+        "is_quiet", "jobs", "last_seen_at", "left", "lost", "told_rule", "waiting",
     )  # fmt: skip
 
     def __init__(self) -> None:
@@ -92,11 +94,39 @@ class WorkerSeen:
         self.left: LockMs | None = None
         self.goodbye: GoodbyeReason | None = None
         self.lost: LostJob | None = None
+        self.is_quiet = False
+        self.directive: Directive | None = None
+        self.told_rule = ""
 
     @property
     def is_resting(self) -> bool:
         """Whether it holds no job and no claim of it waits."""
         return not (self.jobs or self.waiting)
+
+
+class Directive:
+    """What an operator wants of the process that has a worker's name: of `instance`, None if it is unknown.
+
+    `told_at` is the lock time at which the process was last told.
+    """
+
+    __slots__ = ("instance", "told_at", "view")
+
+    def __init__(self, view: DirectiveView, instance: str | None) -> None:
+        self.view = view
+        self.instance = instance
+        self.told_at: LockMs | None = None
+
+    @property
+    def is_quieting(self) -> bool:
+        return self.view.action != "resume"
+
+    def is_over(self, claim: Claim) -> bool:
+        """Return whether the worker obeys, as its claim shows, or the process is another one."""
+        instance = None if claim.about is None else claim.about.instance
+        if self.instance not in (None, instance) and instance is not None:
+            return True
+        return claim.limit == 0 if self.view.action == "quiet" else self.view.action == "resume" and claim.limit > 0
 
 
 class LostJob(NamedTuple):
@@ -121,6 +151,7 @@ class WorkerPresence:
         self.has_forgotten = False
         self.now = now
         self.lock_ms = lock_ms
+        self.on_open: Callable[[], None] = lambda: None  # called when waiting claims may get jobs that they could not
         self._sets: dict[SetKey, ClaimSet] = {}
         self._of_queue: dict[str, dict[ClaimSet, None]] = {}
         self._names = 0
@@ -186,24 +217,34 @@ class WorkerPresence:
         worker.left = worker.goodbye = worker.lost = None
         return worker
 
-    def note_request(self, command: Start | Claim) -> WorkerSeen:
-        """Record that a worker requests a job."""
+    def note_request(self, command: Start | Claim, queues: Sequence[str] | None = None) -> WorkerSeen:
+        """Record that a worker requests a job. A claim can get jobs of `queues`, by default of all that it names."""
         worker = self.note_seen(command.worker, self.now)
         if command.about is not None:
             worker.about = command.about
         if isinstance(command, Claim):
-            claims = worker.claims
-            if claims is None or claims.queues != command.queues or claims.kinds != command.kinds:
-                claims = self._set_of(command)
+            claims, takes = worker.claims, command.queues if queues is None else queues
+            is_same = worker.is_quiet == (not takes) and claims is not None
+            if (
+                claims is None
+                or not is_same
+                or claims.queues != (takes or command.queues)
+                or claims.kinds != command.kinds
+            ):
+                new = ClaimSet(list(takes or command.queues), command.kinds)
+                claims = self._shared(new) if takes else new
                 self._assign(command.worker, worker, claims)
+            worker.is_quiet = not takes
+            if worker.directive is not None and worker.directive.is_over(command):
+                self._end_directive(worker)
             if worker.asked is not None and self.lock_ms > worker.asked:  # not when this claim begins to wait
                 worker.idle_ms = min(max(2 * (self.lock_ms - worker.asked), IDLE_AT_LEAST_MS), IDLE_AT_MOST_MS)
             claims.claimed = worker.claimed = worker.asked = self.lock_ms
         return worker
 
-    def begin_wait(self, command: Claim) -> ClaimSet:
-        """Record that a claim begins to wait. Return the set to pass to `end_wait`."""
-        worker = self.note_request(command)
+    def begin_wait(self, command: Claim, queues: Sequence[str] | None = None) -> ClaimSet:
+        """Record that a claim begins to wait for jobs of `queues`. Return the set to pass to `end_wait`."""
+        worker = self.note_request(command, queues)
         claims = worker.claims
         assert claims is not None
         worker.waiting += 1
@@ -229,7 +270,13 @@ class WorkerPresence:
         worker = self.workers[name]
         if worker.about is None or worker.about.instance == instance:
             self.note_seen(name, self.now).goodbye = reason
+            self._end_directive(worker)
         return self.state(worker)
+
+    def _end_directive(self, worker: WorkerSeen) -> None:
+        worker.directive = None
+        if worker.waiting:  # claims of another process of the name, which had to wait
+            self.on_open()
 
     def note_lost(self, name: str, job: Job) -> None:
         """Record that a job was taken back from a worker that was not heard for too long."""
@@ -285,9 +332,8 @@ class WorkerPresence:
         if claims is not None:
             claims.workers[name] = None
 
-    def _set_of(self, command: Claim) -> ClaimSet:
-        """Return the shared set of these queues and kinds."""
-        made = ClaimSet(command.queues, command.kinds)
+    def _shared(self, made: ClaimSet) -> ClaimSet:
+        """Return the shared set that is equal to `made`."""
         known = self._sets.get(key := made.key)
         if known is not None:
             return known

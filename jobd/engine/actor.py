@@ -50,13 +50,15 @@ import asyncio
 from bisect import bisect_right, insort
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Sequence
+from functools import partial
 from operator import attrgetter
 from typing import Any, Final
 
 import structlog
-from msgspec import Struct
+from msgspec import UNSET, Struct
 from msgspec.structs import replace
 
+from jobd.core import quiet
 from jobd.core.rules import late_result_rules
 from jobd.core.state import State
 from jobd.core.stats import Histogram
@@ -135,7 +137,7 @@ class Actor:
         self.state = state
         self.policy = policy
         self.bounds = bounds or Bounds()
-        self.waiting_claims = WaitingClaims(state.presence)
+        self.waiting_claims = WaitingClaims(state.presence, partial(quiet.open_queues, state))
         self.full_disk = FullDisk(disk, clock, loop_time, is_full=is_full, has_reserve=has_reserve)
         self.slow_commit_s = SLOW_COMMIT_S
         self.before_batch = before_batch
@@ -608,11 +610,13 @@ class Actor:
         return False
 
     def _end_waits(self) -> None:
-        """Respond without grants to waiting claims whose wait is over, or to all of them before the end."""
+        """Respond to waiting claims whose wait is over, or to all of them before the end: no grants."""
         waiting = self.waiting_claims
         late = waiting.take_expired(self._loop_time()) if self._decider.may_wait else waiting.take_all()
         for envelope in late:
-            envelope.reply(Response(Grants([])))
+            assert isinstance(envelope.command, Claim)
+            directive = quiet.directive_for(self.state, envelope.command, is_last=True)
+            envelope.reply(Response(Grants([], UNSET if directive is None else directive)))
 
     # -- faults --------------------------------------------------------------------------------------
 

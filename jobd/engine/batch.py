@@ -39,15 +39,15 @@ Invariants:
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from heapq import heappop, heappush
 from typing import Final
 
 import msgspec
 import structlog
-from msgspec import Raw, Struct, field
+from msgspec import UNSET, Raw, Struct, field
 
-from jobd.core import audit, decide, views
+from jobd.core import audit, decide, quiet, views
 from jobd.core.rules import late_result_rules
 from jobd.core.state import State
 from jobd.core.transaction import Transaction
@@ -63,6 +63,7 @@ from jobd.model.commands import (
     Command,
     Complete,
     Create,
+    DirectWorker,
     EndGrants,
     IdempotencyKey,
     Moment,
@@ -174,6 +175,7 @@ class Decider:
         # before the start counts too.
         self._receivers: Counter[str] = Counter(keys.lock_ids())
         state.on_due = self._note_due
+        state.on_quiet = state.presence.on_open = self._reopen
 
     @property
     def has_due(self) -> bool:
@@ -211,7 +213,7 @@ class Decider:
         keys, forgotten = self.keys.changed()
         # A queue whose pause or number of finished jobs changes. Events of queues have no status.
         ends = (each for each in decided.changes if each.to_status not in LIVE or each.from_status not in _LIVE_OR_NEW)
-        queues = {event.queue for event in ends}
+        queues = {event.queue for event in ends if event.queue}
         return Batch(
             changes=decided.changes,
             numbers=self.state.numbers(decided.at.lock_ms, decided.at.believed, decided.at.clock),
@@ -250,9 +252,7 @@ class Decider:
         decided.tx.roll_back()
         # The job that a claim got may be in quarantine now, so any other job of its queues may be its next one.
         claims = [each.command for each in waiting_again]
-        for queue in {queue for claim in claims if isinstance(claim, Claim) for queue in claim.queues}:
-            for kind in self.state.queued_kinds(queue):
-                self._note_due(queue, kind)
+        self._note_all_due({queue for claim in claims if isinstance(claim, Claim) for queue in claim.queues})
         for envelope, response in decided.replies:
             if envelope.key is not None and isinstance(response, Response):
                 self._count_receivers(envelope, response, -len(envelope.futures))
@@ -292,7 +292,9 @@ class Decider:
         rejection = self._reject(command)
         if rejection is not None and not (type(command) is Complete and late_result_rules.is_late(self.state, command)):
             return rejection  # a late complete gets lock_lost on a full disk too, because it writes nothing
-        if type(command) is Claim or type(command) is Start:
+        if type(command) is Claim:
+            self.state.presence.note_request(command, quiet.open_queues(self.state, command))
+        elif type(command) is Start:
             self.state.presence.note_request(command)
         elif type(command) in _NOTED and (rejection := self._note(decided, command)) is not None:
             return rejection
@@ -302,6 +304,8 @@ class Decider:
             self.waiting_claims.add(envelope)
             decided.began_waiting.append(envelope)
             return None
+        if isinstance(command, DirectWorker) and isinstance(response, Response):
+            self._tell(decided, command.name)
         if self._unread.is_full and _is_large_repeat(decided.tx, response):
             return self._unread.rejection()
         if key is not None:
@@ -335,6 +339,8 @@ class Decider:
         if len(tx.ended) > ended:
             for lock_id in tx.ended[ended:]:
                 self.keys.ended(lock_id)
+        if type(call.command) is Claim and isinstance(response, Response) and response.data.directive is not UNSET:
+            quiet.note_told(self.state, call.command.worker, response.data.directive)
         if call.operator is not None:
             self._audit(decided, call, response, tx.changed())
         return response
@@ -352,7 +358,23 @@ class Decider:
     def _waits(self, claim: Claim, response: Response | ApiError) -> bool:
         if not self.may_wait or claim.wait_ms == 0:
             return False
-        return isinstance(response, Response) and not response.grants
+        return isinstance(response, Response) and not _is_answer(response)
+
+    def _tell(self, decided: DecidedBatch, worker: str) -> None:
+        """Answer the waiting claims of a worker that has a new directive."""
+        for envelope in self.waiting_claims.of_worker(worker):
+            self._serve(decided, envelope)
+        self._reopen()
+
+    def _reopen(self) -> None:
+        """Let claims wait for the queues that are open to them now, and offer them the jobs that are due there."""
+        for claim in self.waiting_claims.reopen():
+            self._note_all_due(claim.queues)
+
+    def _note_all_due(self, queues: Iterable[str]) -> None:
+        for queue in queues:
+            for kind in self.state.queued_kinds(queue):
+                self._note_due(queue, kind)
 
     def _note_due(self, queue: str, kind: str) -> None:
         if self.waiting_claims.by_ticket:
@@ -387,9 +409,9 @@ class Decider:
             heappush(waiting, (envelope.ticket, queue, kind))
 
     def _serve(self, decided: DecidedBatch, envelope: Envelope) -> bool:
-        """Serve a waiting claim. Return whether it got a grant."""
+        """Serve a waiting claim. Return whether it got a grant or a directive."""
         response = self._decided(decided, envelope)
-        if not isinstance(response, Response) or not response.grants:
+        if not isinstance(response, Response) or not _is_answer(response):
             return False
         self.waiting_claims.remove(envelope)
         decided.served.append(envelope)
@@ -462,6 +484,11 @@ class Decider:
                 self._receivers[lock_id] += connections
                 if self._receivers[lock_id] <= 0:  # perhaps of a grant that has ended or was not written
                     del self._receivers[lock_id]
+
+
+def _is_answer(response: Response) -> bool:
+    """Return whether the response to a claim has grants or a directive."""
+    return bool(response.grants) or response.data.directive is not UNSET
 
 
 def _join(first: Envelope, envelope: Envelope) -> ApiError | None:

@@ -6,7 +6,7 @@ The actor rejects a claim that would wait above `limits.parked_claims`.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Final
 
@@ -24,11 +24,15 @@ _MANY: Final = "\n"  # no kind has a line feed
 class WaitingClaims:
     """Waiting claims by the queues and kinds that they wait for.
 
-    `presence` records each wait, because a worker counts as seen while its claim waits.
+    `presence` records each wait, because a worker counts as seen while its claim waits. A claim waits for the jobs of
+    `open_queues` only. If there are none, it waits for a directive.
     """
 
-    def __init__(self, presence: WorkerPresence) -> None:
+    def __init__(
+        self, presence: WorkerPresence, open_queues: Callable[[Claim], Sequence[str]] = lambda claim: claim.queues
+    ) -> None:
         self._presence = presence
+        self._open_queues = open_queues
         self.by_ticket: dict[int, tuple[Envelope, list[Place], ClaimSet]] = {}
         self._at: dict[Place, dict[int, None]] = {}  # tickets
         self._deadlines: list[tuple[MonotonicS, int]] = []
@@ -44,8 +48,9 @@ class WaitingClaims:
         assert isinstance(claim, Claim)
         if envelope.ticket == 0:
             envelope.ticket, self._next_ticket = self._next_ticket, self._next_ticket + 1
-        places: list[Place] = [(queue, kind) for queue in dict.fromkeys(claim.queues) for kind in _kinds(claim)]
-        self.by_ticket[envelope.ticket] = (envelope, places, self._presence.begin_wait(claim))
+        queues = self._open_queues(claim)
+        places: list[Place] = [(queue, kind) for queue in dict.fromkeys(queues) for kind in _kinds(claim)]
+        self.by_ticket[envelope.ticket] = (envelope, places, self._presence.begin_wait(claim, queues))
         for place in places:
             waiting = self._at.setdefault(place, {})
             late = bool(waiting) and next(reversed(waiting)) > envelope.ticket
@@ -71,6 +76,26 @@ class WaitingClaims:
         if envelope.key is not None and self._by_digest.get(envelope.key.digest) is envelope:
             del self._by_digest[envelope.key.digest]
         return True
+
+    def of_worker(self, name: str) -> list[Envelope]:
+        """Return the waiting claims of a worker."""
+        return [
+            each
+            for each, _, _ in self.by_ticket.values()
+            if isinstance(each.command, Claim) and each.command.worker == name
+        ]
+
+    def reopen(self) -> list[Claim]:
+        """Let each claim wait for the queues that are open to it now. Return the claims for which they have changed."""
+        changed = []
+        for envelope, places, _ in list(self.by_ticket.values()):
+            claim = envelope.command
+            assert isinstance(claim, Claim)
+            if {queue for queue, _ in places} != set(self._open_queues(claim)):
+                self.remove(envelope)
+                self.add(envelope)
+                changed.append(claim)
+        return changed
 
     def first(self, queue: str, kind: str) -> Envelope | None:
         """Return the claim that has waited longest for a job of this queue and kind."""

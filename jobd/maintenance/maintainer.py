@@ -224,8 +224,9 @@ class Maintainer:
         return not at.suspect and expiry is not None and expiry <= at.now
 
     def _pause_ends_in_s(self) -> float:
-        """Return the seconds until the first pause of a queue ends."""
-        ends = [pause.until for pause in self._state.paused.values() if pause.until is not None]
+        """Return the seconds until the first pause of a queue or quiet rule ends."""
+        untils = [pause.until for pause in self._state.paused.values()]
+        ends = [each for each in (*untils, *(rule.until for rule in self._state.quiet.values())) if each is not None]
         return (min(ends) - self._clock.moment().believed) / SECOND_MS if ends else math.inf
 
     async def _end_pauses(self) -> None:

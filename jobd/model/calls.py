@@ -159,6 +159,12 @@ class AdminQueueCalls(CallGroup, tag="Queues and workers", base=ADMIN, auth="adm
     take_back = ApiCall(
         commands.TakeBack, responses.TakeBackView, "POST", "/workers/{name}/take-back", repeatable=False, run_ms=RUN_MS
     )
+    quiet_worker = ApiCall(commands.QuietWorker, responses.DirectedView, "POST", "/workers/{name}/quiet")
+    resume_worker = ApiCall(commands.ResumeWorker, responses.DirectedView, "POST", "/workers/{name}/resume")
+    stop_worker = ApiCall(commands.StopWorker, responses.DirectedView, "POST", "/workers/{name}/stop")
+    add_quiet_rule = ApiCall(commands.AddQuietRule, responses.QuietRuleView, "POST", "/quiet")
+    end_quiet_rule = ApiCall(commands.EndQuietRule, responses.QuietRuleView, "DELETE", "/quiet/{rule}")
+    quiet_rules = ApiCall(commands.QuietRules, responses.QuietRuleList, "GET", "/quiet").then(lambda view: view.rules)
 
 
 class AdminEventRequests(CallGroup, tag="Events", base=ADMIN, auth="admin"):

@@ -244,25 +244,22 @@ class SearchJobs(ListJobs, frozen=True, kw_only=True):
     error: ErrorFilter | None = None
 
 
-Instance = Annotated[
-    str,
-    doc(
-        "Distinguishes the worker from others of the same name.",
-        pattern=PRINTABLE,
-        max_length=200,
-        extra={"expected": "printable ASCII characters"},
-    ),
-]
+_NAMED: Final = {"expected": "printable ASCII characters"}
+_INSTANCE: Final = "Distinguishes the worker from others of the same name."
+Instance = Annotated[str, doc(_INSTANCE, pattern=PRINTABLE, max_length=200, extra=_NAMED)]
+Host = Annotated[str, doc("The machine of the worker.", pattern=PRINTABLE, max_length=253, extra=_NAMED)]
+Version = Annotated[str, doc("The version of the worker.", pattern=PRINTABLE, max_length=100, extra=_NAMED)]
 
 
 class About(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, kw_only=True, gc=False):
     """A worker's description of itself, for display only. The bounds keep it below 1 KiB."""
 
     instance: Instance | None = None
-    host: Annotated[str, doc("The machine of the worker.", pattern=PRINTABLE, max_length=253)] | None = None
+    host: Host | None = None
     pid: Annotated[int, doc("The process id of the worker.", ge=1, le=2**32 - 1)] | None = None
-    version: Annotated[str, doc("The version of the worker.", pattern=PRINTABLE, max_length=100)] | None = None
+    version: Version | None = None
     concurrency: Annotated[int, doc("How many jobs the worker runs at the same time.", ge=1, le=100_000)] | None = None
+    quiet: Annotated[bool, doc("Whether an operator has told the worker to take no new jobs.")] = False
 
 
 class _StartByWorker(JobCommand, frozen=True):
@@ -286,7 +283,11 @@ class Start(_StartByWorker, frozen=True, kw_only=True):
 
 
 class Claim(Command, frozen=True, kw_only=True):
-    """Take the first due jobs, ordered by priority, due time and creation. Wait up to `wait_ms` if there are none."""
+    """Take the first due jobs, ordered by priority, due time and creation. Wait up to `wait_ms` if there are none.
+
+    A response with a `directive` has no grants. A worker that was told to be quiet claims with `limit` 0, which grants
+    nothing and waits for the next directive.
+    """
 
     admission = "grant"
     can_wait = True
@@ -299,7 +300,7 @@ class Claim(Command, frozen=True, kw_only=True):
         Annotated[list[Kind], doc("Only jobs of these kinds. Default: all kinds.", min_length=1, max_length=MAX_NAMES)]
         | None
     ) = None
-    limit: Annotated[int, doc("Maximum number of jobs, or 8 MiB of payloads.", ge=1, le=MAX_CLAIM)] = 1
+    limit: Annotated[int, doc("Maximum number of jobs, or 8 MiB of payloads. 0: none.", ge=0, le=MAX_CLAIM)] = 1
     wait_ms: Annotated[int, doc("How long to wait for a job, in ms.", ge=0, le=MAX_WAIT_MS)] = 0
     lock_ttl_ms: LockTtlMs | None = None
     stall_after_ms: GrantStallAfterMs | None = None
@@ -310,7 +311,7 @@ class Claim(Command, frozen=True, kw_only=True):
         return f"worker:{self.worker}"
 
     def weight(self) -> int:
-        return self.limit
+        return self.limit or 1
 
 
 class HolderCommand(JobCommand, frozen=True, kw_only=True):
@@ -439,6 +440,8 @@ class Workers(Read, frozen=True, kw_only=True):
         ),
     ] = None
 
+
+DirectiveAction = Literal["quiet", "resume", "stop"]
 
 GoodbyeReason = Literal["stopped", "drained", "once", "error"]
 
@@ -662,6 +665,80 @@ class TakeBack(Command, frozen=True):
     name: WorkerName
     reason: Reason | None = None
     dry_run: DryRun = False
+
+
+class DirectWorker(Command, frozen=True):
+    """An instruction to the process that has a worker's name. It gets the instruction with its next claim.
+
+    A waiting claim is answered at once. The daemon forgets it with the process: it does not survive a restart.
+    """
+
+    admission = "change"
+    errors = ("worker_not_found", "worker_gone")
+    action: ClassVar[DirectiveAction]
+
+    name: WorkerName
+    reason: Reason | None = None
+
+
+class QuietWorker(DirectWorker, frozen=True):
+    """Let a worker take no new jobs until it is resumed. Its running jobs continue.
+
+    The process that has the name gets the directive with its next claim, a waiting one at once, and keeps it.
+    """
+
+    audit_name = "quiet"
+    action = "quiet"
+
+
+class ResumeWorker(DirectWorker, frozen=True):
+    """Let a worker that was told to be quiet take jobs again. Quiet rules still apply to it."""
+
+    audit_name = "resume"
+    action = "resume"
+
+
+class StopWorker(DirectWorker, frozen=True):
+    """Let a worker end as on SIGTERM: it takes no new jobs, and its running jobs get their grace."""
+
+    audit_name = "stop"
+    action = "stop"
+
+
+MAX_QUIET_RULES: Final = 100
+
+
+class AddQuietRule(Command, frozen=True, kw_only=True):
+    """Grant no jobs to the workers of a host, of a version or for a queue, also to those that appear later.
+
+    A rule applies to workers that match all of its fields. It survives a restart. A rule with the same fields replaces
+    reason and end of the first one. Jobs that a worker starts by id are not affected.
+    """
+
+    admission = "change"
+    audit_name = "quiet"
+    errors = ("too_many_quiet_rules",)
+
+    host: Host | None = None
+    version: Version | None = None
+    queue: QueueFilter | None = None
+    reason: Reason
+    until: Annotated[UnixMs | None, doc("When the daemon ends the rule, in Unix ms.")] = None
+
+
+class EndQuietRule(Command, frozen=True):
+    """End a quiet rule: the workers that it covers get jobs again."""
+
+    admission = "change"
+    audit_name = "resume"
+    errors = ("quiet_rule_not_found",)
+
+    rule: Annotated[JobId, doc("The `id` of the rule.")]
+    reason: Reason | None = None
+
+
+class QuietRules(Read, frozen=True, kw_only=True):
+    """List the quiet rules, oldest first."""
 
 
 class Import(NewJob, frozen=True, kw_only=True):
@@ -976,7 +1053,7 @@ class RecordAction(Command, frozen=True, kw_only=True):
 
 
 class EndPauses(Command, frozen=True, kw_only=True):
-    """Resume the queues whose pause has ended."""
+    """Resume the queues whose pause has ended, and end the quiet rules whose time is over."""
 
     admission = "change"
 
@@ -1136,6 +1213,12 @@ AnyCommand = (
     | Pause
     | Resume
     | TakeBack
+    | QuietWorker
+    | ResumeWorker
+    | StopWorker
+    | AddQuietRule
+    | EndQuietRule
+    | QuietRules
     | Import
     | ImportCheck
     | Export

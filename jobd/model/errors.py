@@ -31,6 +31,7 @@ ERROR_CODES: Final[dict[str, ErrorCode]] = {
     "job_not_found": ErrorCode(404, "no job has this id: it was never created, or was deleted"),
     "late_result_not_found": ErrorCode(404, "the job has no late result, or none with this `seq`"),
     "worker_not_found": ErrorCode(404, "no worker of this name is known"),
+    "quiet_rule_not_found": ErrorCode(404, "no quiet rule has this id: it has ended, or never existed"),
     "plan_not_found": ErrorCode(404, "the plan does not exist or is no longer kept; create it again"),
     "method_not_allowed": ErrorCode(405, "the path exists, but not with this method"),
     "request_timeout": ErrorCode(408, "the body did not arrive in time; nothing was done"),
@@ -45,6 +46,7 @@ ERROR_CODES: Final[dict[str, ErrorCode]] = {
     "progress_timeout": ErrorCode(409, "no progress report within `progress_timeout_ms`"),
     "job_quarantined": ErrorCode(409, "the stored row of the job is damaged"),
     "worker_not_silent": ErrorCode(409, "the worker holds no job whose lock has expired; nothing was changed"),
+    "worker_gone": ErrorCode(409, "the worker died or is gone, so it cannot receive a directive"),
     "no_standby": ErrorCode(409, "no standby of the cluster is ready to take over; nothing was changed"),
     "events_gone": ErrorCode(
         410, "the event log no longer has the events after the given one, or the id is from another store"
@@ -67,6 +69,7 @@ ERROR_CODES: Final[dict[str, ErrorCode]] = {
     "storage_full": ErrorCode(507, "the disk is full; nothing was done"),
     "too_many_jobs": ErrorCode(507, "the number of unfinished jobs has reached `limits.live_jobs`"),
     "too_many_queues": ErrorCode(507, "`limits.queues` queues have jobs; jobs for those queues are still accepted"),
+    "too_many_quiet_rules": ErrorCode(507, "there are 100 quiet rules; end one first"),
 }
 ERROR_STATUS: Final = {code: each.status for code, each in ERROR_CODES.items()}
 

@@ -5,7 +5,7 @@ An event has the new value of every field that it changed, so folding the events
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Final, Literal
 
 import msgspec
@@ -45,13 +45,18 @@ EventType = Literal[
     "deleted",
     "queue_paused",
     "queue_resumed",
+    "workers_quieted",
+    "workers_resumed",
 ]
+
+QUIET: Final = frozenset({"workers_quieted", "workers_resumed"})  # they begin, change or end a quiet rule
+# They change no row of a job.
+NOTES: Final = frozenset({"late_result", "late_call", "queue_paused", "queue_resumed", *QUIET})
 
 # A grant can have many of these events: the event log keeps the last KEEP_HEARTBEATS of each type per grant.
 HEARTBEATS: Final = frozenset({"progress", "extended"})
 KEEP_HEARTBEATS: Final = 100
 
-NOTES: Final = frozenset({"late_result", "late_call", "queue_paused", "queue_resumed"})  # they change no row of a job
 
 # A job that is granted and returned many times would fill the event log. Its first KEEP_FIRST_GRANTS and last
 # KEEP_GRANTS grants are kept. A grant between them that ended with one of GIVEN_BACK loses its ROUTINE events.
@@ -128,6 +133,41 @@ class QueuePause(Struct, frozen=True, gc=False):
         since = "at an unknown time" if self.at is None else f"at {utc(self.at)}"
         until = "until resumed" if self.until is None else f"until {utc(self.until, self.at)}"
         return f"{by}{since}, {until}: {self.reason or 'no reason given'}"
+
+
+class QuietRule(Struct, frozen=True, gc=False):
+    """A quiet rule: workers that match `host`, `version` and `queue` (None: any) get no jobs, until its end.
+
+    Times are wall time, Unix ms. `by` has the form of `Event.by`.
+    """
+
+    id: str
+    host: str | None
+    version: str | None
+    queue: str | None
+    reason: str
+    by: str
+    at: int
+    until: int | None
+
+    @property
+    def selects(self) -> tuple[str | None, str | None, str | None]:
+        return self.host, self.version, self.queue
+
+    def describe(self) -> str:
+        """Return the words after "quiet", as those of QueuePause."""
+        return QueuePause(self.at, self.by, self.reason, self.until).describe()
+
+
+def fold_quiet(rules: Mapping[str, QuietRule], event: Event) -> dict[str, QuietRule]:
+    """Return the quiet rules after an event of QUIET."""
+    details = event.details or {}
+    number = details["rule"]
+    if event.type == "workers_resumed":
+        return {each: rule for each, rule in rules.items() if each != number}
+    host, version, queue = (details.get(name) for name in ("host", "version", "queue"))
+    rule = QuietRule(number, host, version, queue, event.reason or "", event.by, details["since"], details["until"])
+    return {**rules, number: rule}
 
 
 def describe_author(by: str) -> str:

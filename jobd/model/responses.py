@@ -14,6 +14,7 @@ from msgspec import UNSET, Raw, Struct, UnsetType
 from jobd.model.commands import (
     About,
     AuditLog,
+    DirectiveAction,
     Export,
     GoodbyeReason,
     Import,
@@ -239,10 +240,23 @@ class GrantView(Struct, gc=False):
     progress_due_at: ProgressDueAt
 
 
+class DirectiveView(Struct, frozen=True, gc=False):
+    """What a worker should do: take no new jobs (`quiet`), take jobs again (`resume`) or end (`stop`)."""
+
+    action: Annotated[DirectiveAction, doc("`quiet`, `resume` or `stop`.")]
+    by: Annotated[str, doc("Who gave it, as in `by` of events.")]
+    reason: Annotated[str | None, doc("Why, or null.")] = None
+    rule: Annotated[
+        str | UnsetType,
+        doc("The quiet rule that the daemon applies. The worker need not keep it and claims as before."),
+    ] = UNSET
+
+
 class Grants(Struct, gc=False):
     """The grants of a claim."""
 
     grants: Annotated[list[GrantView], doc("One grant for each job. Empty if no job is due.")]
+    directive: Annotated[DirectiveView | UnsetType, doc("What an operator wants of the worker.")] = UNSET
 
 
 class LockState(Struct, gc=False, repr_omit_defaults=True):
@@ -360,6 +374,8 @@ class WorkerView(Struct, frozen=True):
     ]
     goodbye: Annotated[GoodbyeReason | None, doc("Why the worker ended, if it said so.")] = None
     lost: Annotated[LostJobView | None, doc("The job that was taken back from a worker that died.")] = None
+    quiet: Annotated[bool, doc("Whether the worker gets no jobs: by a directive or by a quiet rule.")] = False
+    directive: Annotated[DirectiveAction | None, doc("The directive for its next claim, or null.")] = None
 
 
 class WorkerGroup(Struct, frozen=True):
@@ -368,6 +384,7 @@ class WorkerGroup(Struct, frozen=True):
     host: Annotated[str | None, doc("The `host` of their `about`.")]
     version: Annotated[str | None, doc("The `version` of their `about`.")]
     by_state: Annotated[dict[WorkerState, int], doc("Number of workers in each state.")]
+    quiet: Annotated[int, doc("How many of them get no jobs.")] = 0
 
 
 class GoodbyeView(Struct, frozen=True):
@@ -516,6 +533,35 @@ class MaintenanceResult(Struct, frozen=True):
     found: int = 0
     issues: list[tuple[str, Issue]] = []
     more: bool = False
+
+
+class DirectedView(Struct, frozen=True):
+    """A directive to a worker."""
+
+    worker: WorkerText
+    action: Annotated[DirectiveAction, doc("`quiet`, `resume` or `stop`.")]
+    state: Annotated[WorkerState, doc("The state of the worker.")]
+    is_sent: Annotated[bool, doc("Whether a waiting claim was answered with it. Else the next claim is.")]
+
+
+class QuietRuleView(Struct, frozen=True):
+    """A quiet rule: which workers get no jobs, and why."""
+
+    id: Annotated[str, doc("Id of the rule.")]
+    host: Annotated[str | None, doc("Only workers of this host, or null.")]
+    version: Annotated[str | None, doc("Only workers of this version, or null.")]
+    queue: Annotated[str | None, doc("Only for jobs of this queue, or null.")]
+    reason: Annotated[str, doc("Why.")]
+    by: Annotated[str, doc("The operator, as in `by` of events.")]
+    at: Annotated[int, doc("Since when, in Unix ms.")]
+    until: Annotated[int | None, doc("When the daemon ends it, in Unix ms, or null.")]
+    workers: Annotated[int, doc("How many workers it covers now, without those that died or are gone.")] = 0
+
+
+class QuietRuleList(Struct, frozen=True):
+    """The quiet rules."""
+
+    rules: Annotated[list[QuietRuleView], doc("The rules, oldest first.")]
 
 
 class PausedView(Struct, frozen=True):

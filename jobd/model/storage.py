@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final, Literal, Protocol
 
 from msgspec import Struct
@@ -10,7 +10,7 @@ from msgspec.structs import replace
 
 from jobd.model.clocks import LockMs
 from jobd.model.commands import ClockTrust
-from jobd.model.events import Event, QueuePause
+from jobd.model.events import Event, QueuePause, QuietRule
 from jobd.model.job import HOUR_MS, Grant, Job, LateResult, PackedJob
 from jobd.model.responses import DeliveryState
 from jobd.model.webhooks import Delivery, Outbox, WebhookCursor
@@ -425,6 +425,7 @@ class OpenedStore(Struct):
     jobs: list[Job] = []
     packed_jobs: list[PackedJob] = []  # the other live jobs
     queues: dict[str, QueueRow] = {}
+    quiet: Mapping[str, QuietRule] = {}
     keys: list[StoredResponse] = []
     quarantined: dict[str, str] = {}
     unvalidated: dict[int, str] = {}  # job seq to id, of rows to validate

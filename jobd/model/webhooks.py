@@ -32,9 +32,9 @@ TEST_TYPE: Final = "webhook.test"  # sent on request of an operator
 
 
 def webhook_type(event_type: str) -> str:
-    """Return the webhook type of an event: `job.completed`, `queue.paused`."""
+    """Return the webhook type of an event: `job.completed`, `queue.paused`, `workers.quieted`."""
     kind, _, rest = event_type.partition("_")
-    return f"queue.{rest}" if kind == "queue" else f"job.{event_type}"
+    return f"{kind}.{rest}" if kind in ("queue", "workers") else f"job.{event_type}"
 
 
 _TYPES: Final = {each: webhook_type(each) for each in get_args(EventType)}
@@ -44,7 +44,7 @@ _QUIET: Final = frozenset(TYPES) - {webhook_type(each) for each in HEARTBEATS}
 
 
 def types_matching(pattern: str) -> frozenset[str]:
-    """Return the types that `pattern` matches: a type, `job.*`, `queue.*`, `problem.*` or `*`. Empty if it is invalid.
+    """Return the types that `pattern` matches: a type, or `job.*` and the like; empty if it is invalid.
 
     No pattern matches `job.progress` and `job.extended`.
     """

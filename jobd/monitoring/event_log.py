@@ -27,6 +27,8 @@ AT_INFO: Final = frozenset(
         "fixed",
         "queue_paused",
         "queue_resumed",
+        "workers_quieted",
+        "workers_resumed",
         "undelivered",
     }
 )

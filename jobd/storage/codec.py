@@ -80,6 +80,7 @@ COLUMNS: Final[dict[str, tuple[str, ...]]] = {
     "late_results": (*LATE_COLUMNS, "crc"),
     "payloads": ("job_seq", "body", "request_hash", "crc"),
     "quarantined_jobs": ("seq", "id", "reason", "at", "row", "payload", "request_hash"),
+    "quiet_rules": ("id", "host", "version", "queue", "reason", "author", "at", "until", "crc"),
     "queues": ("name", *QueueRow.__struct_fields__, "crc"),
     "reports": ("seq", "body", "crc"),
     "tombstones": (*Tombstone.__struct_fields__, "crc"),

@@ -45,6 +45,7 @@ from jobd.storage.files import EpochFile, FileLock, NotAStore, StoreBusy, StoreF
 from jobd.storage.queries import read_job
 from jobd.storage.schema import migrations
 from jobd.storage.schema.upgrade import upgrade
+from jobd.storage.tables import table_writes
 from jobd.storage.tables.projection import Projection
 from jobd.storage.tables.tail import JournalTail, read_tail
 
@@ -425,6 +426,7 @@ def _read_all(db: Database) -> OpenedStore:
         jobs=jobs,
         packed_jobs=packed_jobs,
         queues=_queues(db),
+        quiet=table_writes.read_quiet(db),
         keys=_keys(db),
         unvalidated={seq: readable(id_) for seq, id_ in db.rows(_SUSPECTS)},
         faults=[],

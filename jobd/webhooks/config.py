@@ -37,7 +37,7 @@ class WebhookSection(Struct, frozen=True, forbid_unknown_fields=True):
     url: str
     """Receiver: `https://HOST/PATH`, or `http://` if `allow_private` is set."""
     events: list[str] = field(default_factory=lambda: ["*"])
-    """Event types or patterns: `job.completed`, `job.*`, `queue.*`, `problem.*`, `*`.
+    """Event types or patterns: `job.completed`, `job.*`, `queue.*`, `workers.*`, `problem.*`, `*`.
 
     `job.progress` and `job.extended` must be named; no pattern includes them.
     """
@@ -106,7 +106,7 @@ def _setting(table: Any, duration: Callable[[str], int]) -> WebhookSetting:
     events: frozenset[str] = frozenset()
     for pattern in section.events:
         if not (found := types_matching(pattern)):
-            known = ", ".join(("*", "job.*", "queue.*", "problem.*", *TYPES))
+            known = ", ".join(("*", "job.*", "queue.*", "workers.*", "problem.*", *TYPES))
             raise BadWebhook(f"events: {pattern!r} is not an event type. Known: {known}")
         events |= found
     if not events:

@@ -70,7 +70,7 @@ class Message(msgspec.Struct, frozen=True):
 
 def event_message(event: Event, source: str) -> Message:
     """Return the message of an event. Its id contains the time, because a new store counts from 1 again."""
-    subject = f"jobs/{event.job_id}" if event.job_id else f"queues/{event.queue}"
+    subject = f"jobs/{event.job_id}" if event.job_id else f"queues/{event.queue}" if event.queue else "workers"
     kind, event_id = webhook_type(event.type), f"evt_{event.at}_{event.seq}"
     more = {"sequence": str(event.seq)}
     body = _body(source, subject, kind, event_id, event.at, streamed_event(event), more)

@@ -20,6 +20,7 @@ from msgspec.structs import replace
 from jobd.cli.ctl import plan_commands as ctl_plan
 from jobd.client import InvalidRequest, JobdError, JobView
 from jobd.model import responses
+from jobd.model.commands import About
 from jobd.model.problems import ProblemList
 from tests.support.cli_harness import JOB_FIELDS, READ_ONLY_TOKEN, TOKEN, CliDaemon, Jobctl, fields_of, on_a_terminal
 
@@ -232,9 +233,36 @@ def test_every_action_takes_a_reason(jobctl: Jobctl) -> None:
     ]  # fmt: skip
 
 
+def test_workers_are_quieted_by_name_and_by_rule(running: CliDaemon, jobctl: Jobctl) -> None:
+    about = About(instance="i", host="k8s-b", version="2.4.1")
+    running.client.claim("quiet-1", queues=["quiet"], about=about)
+    assert jobctl.ok("quiet", "quiet-1", "--reason", "bad") == "quiet-1 takes no new jobs (with its next claim)\n"
+    running.client.claim("quiet-1", queues=["quiet"], limit=0, about=about)
+    assert "idle, quiet" in jobctl.ok("workers")
+    assert jobctl.ok("resume-worker", "quiet-1") == "quiet-1 takes jobs again (with its next claim)\n"
+    assert jobctl.json("stop", "quiet-1", "--reason", "bad")["action"] == "stop"
+    running.client.goodbye("quiet-1", instance="i")
+    code, err = jobctl.rejected("stop", "quiet-1")
+    assert (code, "Worker quiet-1 is gone" in err, "[worker_gone]" in err) == (4, True, True)
+    running.client.claim("quiet-1", queues=["quiet"], about=about)
+    rule = ("--version", "2.4.1", "--host", "k8s-b")
+    assert "host k8s-b, version 2.4.1 (1 worker now)" in jobctl.ok("quiet", *rule, "--reason", "bad", "--until", "2h")
+    [view] = jobctl.json("quiet")["rules"]
+    assert (view["reason"], view["until"] - view["at"]) == ("bad", pytest.approx(7_200_000, abs=5_000))
+    assert view["id"] in jobctl.ok("quiet")
+    assert jobctl.json("resume-worker", "--rule", view["id"])["id"] == view["id"]
+    assert "No quiet rules." in jobctl.run("quiet")[2]
+    entries = jobctl.json("audit", "--what", "quiet", "--limit", "2")["entries"]
+    assert [entry["details"].get("host", entry["details"].get("worker")) for entry in entries] == ["k8s-b", "quiet-1"]
+
+
 @pytest.mark.parametrize(
     ("argv", "expected"),
     [
+        (["quiet", "w", "--host", "h"], "either the name of a worker, or --host"),
+        (["quiet", "--until", "2h"], "give the name of a worker, or --host"),
+        (["quiet", "--host", "h"], "a rule needs a --reason"),
+        (["resume-worker"], "either the name of a worker or --rule"),
         (["retry", "-y"], "either job IDs or --where"),
         (["apply", "-y"], "PLAN_ID"),
         (["force-reset", "a", "b"], "--dry-run"),

@@ -210,7 +210,7 @@ def test_every_worker_argument_is_documented_with_its_bounds() -> None:
     for argument, calls, bounds, *_ in rows(API, "argument", "calls"):
         for call in calls.split(", "):
             documented[call][argument.strip("`")] = documented_bounds(bounds)
-    assert documented["claim"]["limit"] == [1, 100]
+    assert documented["claim"]["limit"] == [100]
     for call, made in CALLS.items():
         left_out = DESCRIBED_WITH_THE_CALL | ({"worker"} if call == "list" else set())
         (shape,) = inspect.multi_type_info([made])

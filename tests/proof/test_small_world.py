@@ -29,6 +29,7 @@ from jobd.model.commands import (
     Ping,
     Preview,
     Queues,
+    QuietRules,
     RecordAction,
     Report,
     SearchJobs,
@@ -48,11 +49,11 @@ pytestmark = pytest.mark.timeout(300)  # CPU-bound
 EVENTS = {
     "created", "imported", "granted", "progress", "extended", "completed", "failed", "released", "undelivered",
     "cancelled", "stalled", "late_result", "late_call", "adopted", "force_failed", "force_reset", "transitioned",
-    "retried_by_operator", "fixed", "deleted", "queue_paused", "queue_resumed",
+    "retried_by_operator", "fixed", "deleted", "queue_paused", "queue_resumed", "workers_quieted",
 }  # fmt: skip
 ERRORS = {
     "job_not_found", "job_exists", "already_locked", "queue_paused", "invalid_transition", "lock_lost",
-    "progress_timeout", "late_result_not_found", "worker_not_found", "worker_not_silent",
+    "progress_timeout", "late_result_not_found", "worker_not_found", "worker_not_silent", "quiet_rule_not_found",
 }  # fmt: skip
 
 
@@ -73,6 +74,7 @@ NOT_PLAYED = {
     LateResults,
     Locks,
     Queues,
+    QuietRules,
     Workers,
     Goodbye,
     Ping,

@@ -215,6 +215,13 @@ def _queues() -> Iterator[Example]:
     yield Example(admin.resume_queue, commands.Resume(name="q", reason="r"))
     taken_back = responses.TakeBackView("w-1", 1, 1, 0, [RECOVERED], False, AT)
     yield Example(admin.take_back, commands.TakeBack(name="w-1", reason="r"), "worker_not_silent", taken_back)
+    for call in (admin.quiet_worker, admin.resume_worker, admin.stop_worker):
+        yield Example(call, call.command(name="w-1", reason="r"))
+    rule = commands.AddQuietRule(host="h", version="1", queue="q", reason="r", until=AT + 9)
+    quieted = {"rule": "q3", "host": "h", "version": "1", "queue": "q", "since": AT, "until": AT + 9}
+    yield Example(admin.add_quiet_rule, rule, EventOf("workers_quieted", None, quieted))
+    yield Example(admin.end_quiet_rule, commands.EndQuietRule(rule="q0", reason="r"), "quiet_rule_not_found")
+    yield Example(admin.quiet_rules, commands.QuietRules())
 
 
 def _others() -> Iterator[Example]:

@@ -180,6 +180,13 @@ class ChangeFactory:
         type_ = "queue_paused" if paused else "queue_resumed"
         return Event(self._event(), self.now, type_, 0, "", queue, None, None, "admin")  # type: ignore[arg-type]
 
+    def quiet_event(self, rule: str, is_end: bool) -> Event:
+        """Return the event of a quiet rule that begins or changes, or of its end."""
+        more = {} if is_end else {"host": rule * 2, "since": self.now, "until": None}
+        type_ = "workers_resumed" if is_end else "workers_quieted"
+        details = {"rule": rule, **more}
+        return Event(self._event(), self.now, type_, 0, "", "", None, None, "admin", "bad", details)  # type: ignore[arg-type]
+
     # -- batches ------------------------------------------------------------------------------------------------------
 
     def batch(self, changes: list[Event], **fields: Any) -> Batch:

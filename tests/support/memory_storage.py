@@ -136,6 +136,7 @@ class MemoryStorage(MemoryProjection, MemoryOutbox, JobStorage, OutboxStorage):
             jobs=[job for short, job in live if short is None],
             packed_jobs=[short for short, _ in live if short is not None],
             queues=dict(self.queues),
+            quiet=self.quiet,
             keys=[replace(key, body=None) for key in self.keys.values()],
             quarantined=self.quarantined | self.unmoved,
             unvalidated=dict(self.unvalidated),

@@ -7,7 +7,7 @@ from typing import Any, Final, get_args
 
 from msgspec.structs import replace
 
-from jobd.model.events import Event, fold
+from jobd.model.events import QUIET, Event, QuietRule, fold, fold_quiet
 from jobd.model.job import FINISHED, MAX_LATE_RESULTS, Job, LateResult
 from jobd.model.storage import (
     AuditEntry,
@@ -46,6 +46,7 @@ class MemoryTables:
         self.events: list[Event] = []
         self.late_results: dict[int, tuple[LateResult, ...]] = {}  # job seq -> its late results, the oldest grant first
         self.queues: dict[str, QueueRow] = {}
+        self.quiet: dict[str, QuietRule] = {}
         self.keys: dict[str, StoredResponse] = {}
         self.unvalidated: dict[int, str] = {}
         self.deleted: dict[int, int] = {}  # seq -> wall time of the deletion
@@ -93,6 +94,9 @@ class MemoryTables:
             self._write_row(change)
         self.numbers = batch.numbers
         self.queues |= batch.queues
+        for event in batch.changes:
+            if event.type in QUIET:
+                self.quiet = fold_quiet(self.quiet, event)
         for digest in batch.forget_keys:
             self.keys.pop(digest, None)
         self.keys |= {key.digest: key for key in batch.keys}

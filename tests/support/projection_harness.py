@@ -46,6 +46,9 @@ class Writer:
                 batch.tombstones.append(Tombstone(event.job_seq, event.job_id, event.job_id, event.at, event.at))
         batch.sweeps = True
         if dice.random() < 0.3:
+            batch.changes.append(maker.quiet_event(dice.choice("qrs"), dice.random() < 0.3))
+            batch.numbers = maker.numbers
+        if dice.random() < 0.3:
             batch.audit = [
                 AuditEntry(maker.now, "admin", "", "pause", details={"n": dice.random()}, changed_ids=["a", "b"])
             ]
@@ -72,6 +75,7 @@ def content_of(db: Database, found: OpenedStore) -> MemoryTables:
     requested = [LateResultQuery(seq, with_results=True) for seq in tables.jobs]
     late = queries.read_late_results(db, requested).results
     tables.late_results = {seq: tuple(kept) for seq, kept in late.items() if kept}
+    tables.quiet = dict(found.quiet)
     tables.queues, tables.keys, tables.unvalidated = found.queues, loaded.responses, found.unvalidated
     tables.deleted = dict(db.rows("SELECT job_seq, at FROM deleted_jobs"))
     tables.kept_reports.extend(reversed(queries.reports(db, 1_000)))

@@ -48,6 +48,7 @@ PLAIN: Final = [
     "quarantined",
     "release_loops",
     "paused",
+    "quiet",
     "counts",
     "totals",
     "processing",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 import click
 
 from jobd.cli import exit_codes, tables_admin, terminal
-from jobd.cli.confirm import confirm, destructive_options, need_terminal, reason_option
+from jobd.cli.confirm import ask_reason, confirm, destructive_options, need_terminal, reason_option
 from jobd.cli.connection import admin_client, admin_options, read_pages
 from jobd.cli.ctl import plan_commands
 from jobd.cli.ctl.completion import JOB, JOB_ID, QUEUE
@@ -193,7 +193,7 @@ def take_back(worker: str, yes: bool, dry_run: bool, reason: str | None, as_json
 
 @click.command()
 @click.argument("queue", type=QUEUE)
-@_REASON
+@reason_option("Shown wherever the queue is. On a terminal it is asked for.")
 @click.option(
     "--until",
     type=MOMENT,
@@ -209,7 +209,7 @@ def pause(queue: str, reason: str | None, until: int | None, as_json: bool) -> N
     """
     client = admin_client()
     has_jobs = bool(client.list_jobs(queue=queue, limit=1).jobs)
-    view = client.pause_queue(queue, reason, until=until)
+    view = client.pause_queue(queue, ask_reason(reason), until=until)
     if not has_jobs:
         terminal.say(
             f"Queue {view.queue} has no jobs yet. If the name is wrong, undo the pause: jobctl resume {view.queue}"

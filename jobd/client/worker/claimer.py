@@ -12,17 +12,21 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from msgspec import UNSET
+from msgspec.structs import replace
+
 from jobd import __version__
-from jobd.client import requests
 from jobd.client.aio import AsyncJobClient
-from jobd.client.api_request import ApiRequest, uuid7
+from jobd.client.api_request import ApiRequest, build, uuid7
 from jobd.client.errors import IdempotencyKeyReused, JobdError
 from jobd.client.retries import RETRIED, RetryOptions
 from jobd.client.worker.aio_utils import first_of
 from jobd.client.worker.service_thread import Log
+from jobd.model.calls import JobRequests
 from jobd.model.commands import About
+from jobd.model.events import describe_author
 from jobd.model.fields import PRINTABLE
-from jobd.model.responses import GrantView
+from jobd.model.responses import DirectiveView, Grants, GrantView
 
 MAX_CONCURRENCY: Final = 100_000  # the bound of About.concurrency
 POLL_MS: Final = 30_000
@@ -61,7 +65,8 @@ class Claimer:
     """The main loop of a worker. It calls `work` with each grant.
 
     The second argument of `work` says whether the claim was sent more than once, in which case the grant may be old.
-    While the daemon is unreachable, a claim is retried, with `once` or `drain` only for RETRY_FOR_S.
+    While the daemon is unreachable, a claim is retried, with `once` or `drain` only for RETRY_FOR_S. `on_stop` is
+    called when an operator stops the worker. One that was told to be quiet waits for the next directive.
     """
 
     def __init__(
@@ -70,11 +75,14 @@ class Claimer:
         options: ClaimOptions,
         work: Callable[[GrantView, bool], Awaitable[None]],
         log: Log,
+        on_stop: Callable[[], None],
     ) -> None:
         self._client = client
         self._options = options
         self._work = work
         self._log = log
+        self._on_stop = on_stop
+        self._is_quiet = False
         self._concurrency = 1 if options.once else options.concurrency
         self._stopping = asyncio.Event()
         self._running: set[asyncio.Future[None]] = set()
@@ -112,7 +120,11 @@ class Claimer:
                 await self._wait_for_one()
                 continue
             begun_s = asyncio.get_running_loop().time()
-            grants = await self._claim(self._concurrency - len(self._running))
+            claimed = await self._claim(0 if self._is_quiet else self._concurrency - len(self._running))
+            grants = claimed.grants
+            if claimed.directive is not UNSET:
+                self._obey(claimed.directive)
+                continue
             for grant in grants:
                 self._retries.pop(grant.job.id, None)
                 self._running.add(asyncio.ensure_future(self._work(grant, self._is_resent)))
@@ -127,6 +139,18 @@ class Claimer:
                     return
                 await self._wait_for_one()
 
+    def _obey(self, directive: DirectiveView) -> None:
+        who, why = describe_author(directive.by), f": {directive.reason}" if directive.reason else ""
+        if directive.rule is not UNSET:
+            text = f"gets no jobs while quiet rule {directive.rule} of {who} lasts"
+        elif directive.action == "stop":
+            text = f"was stopped by {who}"
+            self._on_stop()
+        else:
+            self._is_quiet = directive.action == "quiet"
+            text = f"was told by {who} to {'take no new jobs' if self._is_quiet else 'take jobs again'}"
+        self._log(f"worker {self._options.worker} {text}{why}")
+
     async def _wait_for_one(self) -> None:
         """Wait until one of the running jobs has ended or `stop` was called."""
         stopping = asyncio.ensure_future(self._stopping.wait())
@@ -139,7 +163,7 @@ class Claimer:
         for job in ended:
             job.result()  # raises a bug in `work`
 
-    async def _claim(self, limit: int) -> list[GrantView]:
+    async def _claim(self, limit: int) -> Grants:
         """Claim up to `limit` jobs. Retries with the same key until the daemon responds or `stop` is called."""
         self.has_claimed = True
         key = uuid7()
@@ -173,24 +197,23 @@ class Claimer:
         next_s = min(self._retries.values(), default=0.0) - asyncio.get_running_loop().time()
         return max(0, math.ceil(next_s * 1000))
 
-    def _request(self, limit: int, wait_ms: int, key: str) -> ApiRequest[list[GrantView]]:
+    def _request(self, limit: int, wait_ms: int, key: str) -> ApiRequest[Grants]:
         options = self._options
-        return requests.claim(
-            options.worker,
-            queues=options.queues,
-            kinds=options.kinds,
-            limit=min(limit, 100),
-            wait_ms=wait_ms,
-            lock_ttl_ms=options.lock_ttl_ms,
-            stall_after_ms=0,
-            progress_timeout_ms=options.progress_timeout_ms,
-            about=options.about,
-            idempotency_key=key,
-        )
+        about = replace(options.about, quiet=True) if options.about is not None and limit == 0 else options.about
+        fields = {
+            "worker": options.worker,
+            "queues": list(options.queues),
+            "kinds": None if options.kinds is None else list(options.kinds),
+            "limit": min(limit, 100),
+            "wait_ms": wait_ms or None,
+            "lock_ttl_ms": options.lock_ttl_ms,
+            "stall_after_ms": 0,
+            "progress_timeout_ms": options.progress_timeout_ms,
+            "about": about,
+        }
+        return build(JobRequests.claim, fields, key=key, wait_ms=wait_ms)
 
-    async def _missed_grants(
-        self, cancelled: ApiRequest[list[GrantView]], probe: ApiRequest[list[GrantView]]
-    ) -> list[GrantView]:
+    async def _missed_grants(self, cancelled: ApiRequest[Grants], probe: ApiRequest[Grants]) -> Grants:
         """Return the grants of a cancelled claim whose response was on its way.
 
         The daemon rejects the probe, which has the same key and another body, only if there are such grants, or if the
@@ -204,7 +227,7 @@ class Claimer:
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(PROBE_S):
                         return await self._client.send(cancelled, once)
-        return []
+        return Grants([])
 
     def _on_retry(self, error: JobdError) -> None:
         if not self._is_resent:

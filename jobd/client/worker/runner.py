@@ -93,7 +93,7 @@ class WorkerRunner:
         self._grace_s = grace_s
         self._stop_s = stop_s
         self._progress_every_s = progress_every_s
-        self._claimer = Claimer(client, options, self._work, log)
+        self._claimer = Claimer(client, options, self._work, log, self.stop)
         self._running: list[str] = []  # ids of jobs; one twice if it was claimed again before its work has stopped
         self._stopping = asyncio.Event()
         self._grace_is_over = asyncio.Event()  # executions are stopped

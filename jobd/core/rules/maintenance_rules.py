@@ -225,12 +225,14 @@ def _is_past(job: Job, at: Moment) -> bool:
 
 
 def end_pauses(tx: Transaction, command: EndPauses) -> Response:
-    """Resume the queues whose pause is over, by the trusted wall time."""
+    """Resume the queues whose pause is over, and end such quiet rules, by the trusted wall time."""
     over = [
         name for name, pause in tx.state.paused.items() if pause.until is not None and pause.until <= tx.at.believed
     ]
     for name in over:
         tx.resume(name, "The pause ended as scheduled.")
+    for rule in [rule for rule in tx.state.quiet.values() if rule.until is not None and rule.until <= tx.at.believed]:
+        tx.resume_workers(rule, "The rule ended as scheduled.")
     return Response(MaintenanceResult(len(over)))
 
 

@@ -169,12 +169,7 @@ def delete(tx: Transaction, command: Delete) -> Response:
 def pause(tx: Transaction, command: Pause) -> Response:
     """Pause a queue. A second pause with another reason or end replaces both and keeps the start of the first one."""
     now, known = tx.at.now, tx.state.paused.get(command.name)
-    if command.until is not None and command.until <= tx.at.believed:
-        message = (
-            f"until {command.until} is not in the future; it is in Unix milliseconds. Leave it out to pause until an "
-            "operator resumes the queue."
-        )
-        raise guards.invalid("until", message)
+    guards.check_until(tx, command.until, "Leave it out to pause until an operator resumes the queue.")
     given = command.reason, command.until
     if known is not None and given in ((None, None), (known.reason, known.until)):
         return Response(views.paused_view(command.name, known))

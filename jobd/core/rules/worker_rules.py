@@ -12,7 +12,7 @@ import msgspec
 from msgspec import UNSET
 from msgspec.structs import replace
 
-from jobd.core import guards, transitions, views
+from jobd.core import guards, quiet, transitions, views
 from jobd.core.rules import late_result_rules, operator_rules
 from jobd.core.transaction import Transaction
 from jobd.model.commands import (
@@ -214,8 +214,13 @@ def _already_locked(tx: Transaction, job: Job) -> ApiException:
 
 
 def claim(tx: Transaction, command: Claim) -> Response:
-    """Grant the first due jobs of the queues, by priority, run_at and creation, up to CLAIM_BYTES of payloads."""
-    due = tx.state.first_due(command.queues, command.kinds, command.limit)
+    """Grant the first due jobs of the queues, by priority, run_at and creation, up to CLAIM_BYTES of payloads.
+
+    A worker that is told something gets no job.
+    """
+    if (directive := quiet.directive_for(tx.state, command)) is not None:
+        return Response(Grants([], directive))
+    due = tx.state.first_due(quiet.open_queues(tx.state, command), command.kinds, command.limit)
     if len(due) > 1:
         del due[_fitting(due) :]
     return _granted(tx, [transitions.grant(tx, job, command) for job in due])

@@ -76,7 +76,7 @@ class Problems:
         self._clear_ms = clear_ms
         self._health = health
         self._cleanup = cleanup
-        self._known_pauses: list[Problem] = []
+        self._known: list[Problem] = []
         self._evaluated_at = 0
         self._first: BootMs | None = None  # the first check with measured health
         self._due: list[DuePair] = []
@@ -104,7 +104,7 @@ class Problems:
             for each in self._life.listed
             if severity in (None, each.severity) and queue in (None, each.subject.queue)
         ]
-        known = [each for each in self._known_pauses if queue in (None, each.subject.queue)]
+        known = [each for each in self._known if queue in (None, each.subject.queue)]
         return ProblemList(shown, known, sum(self._life.rest.values()), self._evaluated_at)
 
     def announced(self) -> OpenProblems | None:
@@ -181,20 +181,20 @@ class Problems:
             found.append(selection)
         known = [
             Problem(
-                id=problem_id("paused", each.subject),
-                condition="paused",
+                id=problem_id(name, each.subject),
+                condition=name,
                 severity="notice",
                 subject=each.subject,
-                since=pause.at or scene.at.now,
+                since=since or scene.at.now,
                 jobs=each.jobs,
                 value=each.value,
                 title=each.title,
                 cure=list(each.cure),
             )
-            for each in daemon.known_pauses(scene)
-            if (pause := self._state.paused.get(each.subject.queue or "")) is not None
+            for name, found in (("paused", daemon.known_pauses(scene)), ("quiet", daemon.quiet_rules(scene)))
+            for since, each in found
         ]
-        self._known_pauses, self._evaluated_at = known, scene.at.now
+        self._known, self._evaluated_at = known, scene.at.now
         if self._life.update(found, scene.at.now, self._clock.boot_ms()):
             self.on_change()
 

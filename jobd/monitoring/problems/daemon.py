@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Final
 
+from jobd.core import quiet
 from jobd.core.views import average_processing_s
 from jobd.model.job import DAY_MS, MINUTE_MS, SECOND_MS
 from jobd.model.problems import Cure, Severity, Subject
@@ -124,17 +125,32 @@ def disk(scene: Scene) -> Iterator[Finding]:
 
 
 def paused_without_reason(scene: Scene) -> Iterator[Finding]:
-    for pair in _paused(scene, has_reason=False):
-        if pair.wait_ms > WITHOUT_REASON_MS:
-            yield pair
+    for _, found in _paused(scene, has_reason=False):
+        if found.wait_ms > WITHOUT_REASON_MS:
+            yield found
 
 
-def known_pauses(scene: Scene) -> Iterator[Finding]:
-    """Pauses with a reason, which need no action."""
+def known_pauses(scene: Scene) -> Iterator[tuple[int | None, Finding]]:
+    """Pauses with a reason, which need no action, and since when they last."""
     return _paused(scene, has_reason=True)
 
 
-def _paused(scene: Scene, *, has_reason: bool) -> Iterator[Finding]:
+def quiet_rules(scene: Scene) -> Iterator[tuple[int | None, Finding]]:
+    """Quiet rules, which need no action, and since when they last."""
+    for rule in list(scene.state.quiet.values()):
+        count = quiet.workers_of(scene.state, rule)
+        yield (
+            rule.at,
+            Finding(
+                subject=Subject(type="workers", host=rule.host, version=rule.version, queue=rule.queue),
+                title=f"Quiet {rule.describe()}. It covers {plural(count, 'worker')}.",
+                value=count,
+                cure=(Cure("End the rule", f"jobctl resume-worker --rule {rule.id}", "/workers", changes=True),),
+            ),
+        )
+
+
+def _paused(scene: Scene, *, has_reason: bool) -> Iterator[tuple[int | None, Finding]]:
     waiting: dict[str, tuple[int, int]] = {}  # queue -> due jobs, the longest wait
     for pair in scene.due:
         if pair.queue in scene.state.paused:
@@ -143,7 +159,7 @@ def _paused(scene: Scene, *, has_reason: bool) -> Iterator[Finding]:
     for queue, pause in list(scene.state.paused.items()):
         due, wait_ms = waiting.get(queue, (0, 0))
         if bool(pause.reason) == has_reason:
-            yield Finding(
+            found = Finding(
                 subject=Subject(type="queue", queue=queue),
                 title=f"Paused {pause.describe()}. {plural(due, 'job')} wait{'s' if due == 1 else ''}.",
                 value=due,
@@ -151,6 +167,7 @@ def _paused(scene: Scene, *, has_reason: bool) -> Iterator[Finding]:
                 wait_ms=wait_ms,
                 cure=(Cure("Resume it", f"jobctl resume {shlex.quote(queue)}", "/queues", changes=True),),
             )
+            yield pause.at, found
 
 
 def damaged(scene: Scene) -> Iterator[Finding]:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from itertools import islice
 from operator import itemgetter
 from typing import Final
+from urllib.parse import urlencode
 
 from jobd.core.stats import STEP_MS
 from jobd.core.transitions import stall_outcomes
@@ -76,8 +77,17 @@ def _dying(limits: Thresholds, group: Group, losses: GroupLosses, crews: dict[Gr
         jobs=stalls,
         severity="notice" if restarted else "critical" if share >= HALF else None,
         cause="They died together, as when their machine restarts." if restarted else "",
-        cure=(Cure("See its workers", "jobctl workers --by version", "/workers"),),
+        cure=(*_quieting(group), Cure("See its workers", "jobctl workers --by version", "/workers")),
     )
+
+
+def _quieting(group: Group) -> Iterator[Cure]:
+    """Suggest a quiet rule for a group that says what it is."""
+    selects = {name: value for name, value in zip(("host", "version"), group, strict=True) if value}
+    if selects:
+        options = " ".join(f"--{name} {shlex.quote(value)}" for name, value in selects.items())
+        page = f"/workers/quiet?{urlencode(selects)}"
+        yield Cure("Quiet them", f"jobctl quiet {options} --reason TEXT", page, changes=True)
 
 
 def _named(group: Group) -> str:

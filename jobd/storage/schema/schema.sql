@@ -128,6 +128,19 @@ CREATE TABLE queues (
     crc INTEGER NOT NULL
 ) STRICT;
 
+-- Workers that get no jobs: those that match host, version and queue (null: any).
+CREATE TABLE quiet_rules (
+    id TEXT PRIMARY KEY NOT NULL,
+    host TEXT,
+    version TEXT,
+    queue TEXT,
+    reason TEXT NOT NULL,
+    author TEXT NOT NULL,
+    at INTEGER NOT NULL,
+    until INTEGER,
+    crc INTEGER NOT NULL
+) STRICT;
+
 CREATE TABLE reports (
     seq INTEGER PRIMARY KEY,
     body BLOB NOT NULL,

@@ -56,7 +56,7 @@ from jobd.journal import record
 from jobd.journal.checksum import checksum
 from jobd.journal.record import Decoded
 from jobd.journal.sqlite import SqliteJournal
-from jobd.model.events import Event
+from jobd.model.events import QUIET, Event
 from jobd.model.job import FINISHED
 from jobd.model.journal import BadRecord, Record
 from jobd.model.storage import (
@@ -430,6 +430,8 @@ class Projection:
             db.conn.executemany(event_rows.INSERT, event_rows.pack(events))
         if queues := {name: row for batch in batches for name, row in batch.queues.items()}:
             db.conn.executemany(PUT_QUEUE, [codec.queue_row(name, row) for name, row in queues.items()])
+        for event in [each for each in changes if not each.job_seq and each.type in QUIET]:
+            table_writes.write_quiet(db, event)
         if tombstones:
             db.conn.executemany(PUT_TOMBSTONE, map(codec.tombstone_row, tombstones))
         self._write_keys(batches)

@@ -7,14 +7,18 @@ from __future__ import annotations
 
 from typing import Final, assert_never
 
+from msgspec.structs import astuple
+
+from jobd.model.events import Event, QuietRule, fold_quiet
 from jobd.model.storage import AuditTrimming, EventPruning, FiguresWrite, OutboxWrite, TableWrite, TombstoneWrite
 from jobd.storage import codec, outbox
 from jobd.storage.codec import SQL, Row, fault, insert, with_checksum
-from jobd.storage.damage.quarantine import quarantine_events, quarantine_rows
+from jobd.storage.damage.quarantine import quarantine_events, quarantine_rows, undamaged_rows
 from jobd.storage.database import PUT_TOMBSTONE, Database
 from jobd.storage.events import event_queries, event_rows
 from jobd.storage.tables.writers import AUDIT_ROW
 
+_PUT_QUIET: Final = insert("quiet_rules", "REPLACE")
 _PUT_FIGURES: Final = insert("figures", "REPLACE")
 _EXISTS: Final = "SELECT 1 FROM jobs WHERE seq = job_seq UNION ALL SELECT 1 FROM quarantined_jobs WHERE seq = job_seq"
 _DELETED_JOBS: Final = f"SELECT job_seq, id, at, EXISTS ({_EXISTS}) FROM deleted_jobs WHERE at < ? ORDER BY at LIMIT ?"
@@ -99,6 +103,21 @@ def _delete_events(db: Database, numbers: list[int]) -> None:
             elif number in (events := {event[0]: event for event in event_rows.unpack(row)}):
                 left -= events.keys()
                 event_rows.rewrite(db.conn, [row], [events[seq] for seq in events if seq not in gone])
+
+
+def read_quiet(db: Database) -> dict[str, QuietRule]:
+    """Return the quiet rules by id, oldest first. Damaged rows are quarantined."""
+    rows = db.rows(f"SELECT rowid, {SQL['quiet_rules']} FROM quiet_rules ORDER BY at, id")
+    undamaged = undamaged_rows(db, "quiet_rules", rows, ": its workers get jobs again")
+    return {row[0]: QuietRule(*row[:-1]) for row in undamaged}
+
+
+def write_quiet(db: Database, event: Event) -> None:
+    """Write the change of an event of a quiet rule."""
+    for rule in fold_quiet({}, event).values():
+        db.conn.execute(_PUT_QUIET, with_checksum(astuple(rule)))
+    if event.type == "workers_resumed":
+        db.conn.execute("DELETE FROM quiet_rules WHERE id = ?", ((event.details or {})["rule"],))
 
 
 def apply(db: Database, write: TableWrite) -> None:

@@ -28,6 +28,7 @@ HTTP_ONLY: Final = frozenset(
         "events_gone",
         "storage_unavailable",
         "plan_not_found",
+        "too_many_quiet_rules",  # of the core, but no run has 100 rules
         "too_large",
         "unsupported_media_type",
         "expectation_failed",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any, Final
 
-from jobd.model.commands import AnyCommand, Claim, Complete, ListJobs, Progress, Resume, RunNow, Stats
+from jobd.model.commands import AnyCommand, Claim, Complete, EndQuietRule, ListJobs, Progress, Resume, RunNow, Stats
 from jobd.model.errors import ApiError
 from jobd.model.fields import MAX_PAGE
 from jobd.model.job import DAY_MS, SECOND_MS
@@ -95,6 +95,8 @@ class FinalPhase:
         state = daemon.state
         for queue in sorted(state.paused):
             await self._yes(Resume(name=queue), admin=True)
+        for rule in state.quiet:
+            await self._yes(EndQuietRule(rule=rule), admin=True)
         for job_id in [job.id for job in state.jobs.values() if job.run_at > self.machine.wall()]:
             await self._yes(RunNow(id=job_id), admin=True)
         queues = sorted(state.counts) or ["default"]

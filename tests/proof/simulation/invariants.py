@@ -11,9 +11,10 @@ are deleted, S14 claims keep the order, S15 changes of operators are in the audi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final
 
+from jobd.core.quiet import open_queues
 from jobd.core.state import State
 from jobd.core.transaction import Transaction
 from jobd.model.clocks import LockMs
@@ -136,7 +137,7 @@ class DecisionChecks:
             raise
         self.must(at.lock_ms >= self._last_lock_ms, "S12", f"lock time went from {self._last_lock_ms} to {at.lock_ms}")
         self._last_lock_ms = at.lock_ms
-        self._check_answer(rows, paused, command, decision, job, at)
+        self._check_answer(state, rows, paused, command, decision, job, at)
         changes_nothing = is_read or is_dry_run(command)
         self.must(not (changes_nothing and decision.changes), "S15", f"{name} did something, which only reads", job_id)
         self.must(decision.changes or brief == _brief(state, job), "S8", f"{name} changed the state silently", job_id)
@@ -157,6 +158,7 @@ class DecisionChecks:
 
     def _check_answer(
         self,
+        state: State,
         rows: Mapping[str, Job],
         paused: set[str],
         command: AnyCommand,
@@ -171,16 +173,22 @@ class DecisionChecks:
             made = {change.type for change in decision.changes}
             self.must(made <= BY_TIME, "S6", f"a rejected {type(command).__name__} made {made}")
         if isinstance(command, Claim):
-            self._check_claim(rows, paused, command, decision, at)
+            self._check_claim(rows, paused, open_queues(state, command), command, decision, at)
         elif isinstance(command, Recover):
             self._check_recovery(rows, command, decision, at)
         elif isinstance(command, Start) and job is not None:
             self._check_start(job, decision, at)
 
     def _check_claim(
-        self, rows: Mapping[str, Job], paused: set[str], command: Claim, decision: Decision, at: Moment
+        self,
+        rows: Mapping[str, Job],
+        paused: set[str],
+        queues: Sequence[str],
+        command: Claim,
+        decision: Decision,
+        at: Moment,
     ) -> None:
-        order = due_order(rows.values(), at.now, command.queues, command.kinds, paused)
+        order = due_order(rows.values(), at.now, queues, command.kinds, paused)
         expected = [job_id for job_id in order if not is_overdue(rows[job_id], at.now)][: command.limit]
         granted = _ids(decision.changes, "granted")
         job_id = granted[0] if granted else None

@@ -13,6 +13,7 @@ from msgspec import Raw
 from jobd.core.rules.plan_rules import version
 from jobd.engine.waiting_claims import FEW
 from jobd.model.commands import (
+    AddQuietRule,
     Adopt,
     AnyCommand,
     ApplyEndings,
@@ -24,6 +25,7 @@ from jobd.model.commands import (
     Create,
     Delete,
     DeleteExpired,
+    EndQuietRule,
     ExpectedVersion,
     Expire,
     Export,
@@ -43,16 +45,20 @@ from jobd.model.commands import (
     PlanAction,
     Preview,
     Queues,
+    QuietRules,
+    QuietWorker,
     RecordAction,
     Recover,
     ReleaseLock,
     RepairJobs,
     Resume,
+    ResumeWorker,
     RetryJob,
     RunNow,
     SearchJobs,
     Start,
     Stats,
+    StopWorker,
     TakeBack,
     Timeline,
     Transition,
@@ -69,8 +75,8 @@ from tests.support.calls import COMMANDS, aimed
 
 # Commands of operators for which `operation` has no case: their examples are sent.
 OF_CASES: Final = (
-    Adopt, Cancel, Delete, ExtendLock, ForceFail, ForceReset, Import, Pause, ReleaseLock, Resume, RetryJob, RunNow,
-    TakeBack, Transition, Update,
+    AddQuietRule, Adopt, Cancel, Delete, EndQuietRule, ExtendLock, ForceFail, ForceReset, Import, Pause, QuietWorker,
+    ReleaseLock, Resume, ResumeWorker, RetryJob, RunNow, StopWorker, TakeBack, Transition, Update,
 )  # fmt: skip
 OTHERS: Final = tuple(
     example.command
@@ -178,7 +184,7 @@ class RequestGenerator:
         job_id, dice = self.job_id(), self.dice
         job = self.disk.job(job_id)
         lock_id = job.grant.lock_id if job is not None and job.grant is not None else "none"
-        match dice.randrange(16 + len(OTHERS)):
+        match dice.randrange(18 + len(OTHERS)):
             case 0:
                 return ForceFail(id=job_id, reason=self.maybe(0.5, "by hand"))
             case 1:
@@ -213,8 +219,15 @@ class RequestGenerator:
                 return self.adoption(job_id) if self.chance(0.7) else self.planned(job_id)
             case 15:
                 return self.import_job(now)
+            case 16:
+                if self.disk.quiet and self.chance(0.6):
+                    return EndQuietRule(rule=next(iter(self.disk.quiet)))
+                return AddQuietRule(queue=self.queue(), reason="bad", until=now + dice.randrange(1, 20_000))
+            case 17:
+                directive = dice.choice((QuietWorker, ResumeWorker, ResumeWorker, StopWorker))
+                return directive(name=f"w-{dice.randrange(4)}")
             case number:
-                return aimed(OTHERS[number - 16], id=job_id, lock_id=lock_id, name=self.queue())  # type: ignore[no-any-return]
+                return aimed(OTHERS[number - 18], id=job_id, lock_id=lock_id, name=self.queue())  # type: ignore[no-any-return]
 
     def planned(self, job_id: str) -> ApplyPlan:
         """Return a slice of a plan, of which some jobs have changed since."""
@@ -326,7 +339,12 @@ class RequestGenerator:
                 )
             case 6:
                 return self.dice.choice(
-                    (Queues(), Workers(), Export(limit=self.dice.choice((1, 50)), cursor=self.maybe(0.3, "7")))
+                    (
+                        Queues(),
+                        Workers(),
+                        QuietRules(),
+                        Export(limit=self.dice.choice((1, 50)), cursor=self.maybe(0.3, "7")),
+                    )
                 )
             case 7:
                 return Stats()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
+from jobd.core.quiet import open_queues
 from jobd.engine.disk_full import WriteLimit
 from jobd.engine.envelope import Envelope
 from jobd.model.commands import AnyCommand, Claim
@@ -68,7 +69,7 @@ class ResponseTimes:
         if asked is None or asked.is_abandoned:
             return None
         state, now = daemon.state, self.machine.wall()
-        order = due_order(state.jobs.values(), now, command.queues, command.kinds, state.paused)
+        order = due_order(state.jobs.values(), now, open_queues(state, command), command.kinds, state.paused)
         return next((job_id for job_id in order if not is_overdue(state.jobs[job_id], now)), None)
 
     def _is_delayed(self, daemon: SimDaemon, since_s: float) -> bool:

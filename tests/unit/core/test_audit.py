@@ -49,7 +49,7 @@ def test_the_audit_name_of_a_command_is_that_of_its_call() -> None:
         for request, route in calls.items()
     }
     # The call of Recover continues until nothing is stuck.
-    assert names | {cmd.Recover: "recover-stuck"} == AUDIT_NAMES, (
+    assert names | {cmd.Recover: "recover-stuck", cmd.EndQuietRule: "resume"} == AUDIT_NAMES, (
         "an audit_name is the last part of the path of its route"
     )
 

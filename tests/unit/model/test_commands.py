@@ -61,7 +61,7 @@ BOUNDS: list[tuple[Any, dict[str, Any], str, list[Any], list[Any]]] = [
     (cmd.Claim, {"worker": "w"}, "progress_timeout_ms", [0, YEAR_MS], [-1, YEAR_MS + 1]),
     (cmd.Claim, {"worker": "w"}, "queues", [["q"], ["q"] * 100], [[], ["q"] * 101, [""]]),
     (cmd.Claim, {"worker": "w"}, "kinds", [[""], ["k"] * 100], [[], ["k"] * 101]),
-    (cmd.Claim, {"worker": "w"}, "limit", [1, 100], [0, 101]),
+    (cmd.Claim, {"worker": "w"}, "limit", [0, 100], [-1, 101]),
     (cmd.Claim, {"worker": "w"}, "wait_ms", [0, 60_000], [-1, 60_001]),
     (
         cmd.Claim,

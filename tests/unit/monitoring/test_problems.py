@@ -12,7 +12,19 @@ from structlog.testing import capture_logs
 from jobd.core.stats import HOURS_NEEDED, SAMPLES_NEEDED, STEP_MS
 from jobd.engine.clock import loop_time
 from jobd.model.clocks import BootMs
-from jobd.model.commands import About, Claim, Complete, Create, EndGrants, Fail, Goodbye, Pause, Progress, Start
+from jobd.model.commands import (
+    About,
+    AddQuietRule,
+    Claim,
+    Complete,
+    Create,
+    EndGrants,
+    Fail,
+    Goodbye,
+    Pause,
+    Progress,
+    Start,
+)
 from jobd.model.events import Event
 from jobd.model.job import DAY_MS, HOUR_MS, MINUTE_MS, Job, Options
 from jobd.model.problems import Problem, Subject
@@ -108,6 +120,13 @@ async def test_busy_starting_and_paused_pairs_do_not_lack_workers(engine: Virtua
     assert "paused_without_reason/paused" not in await found(problems)
     (known,) = problems.view().known
     assert (known.jobs, "deploy" in known.title) == (2, True)
+    rule = await engine.yes(AddQuietRule(host="web-1", reason="bad build"), by="admin:ana")
+    await problems.check()
+    known = problems.view().known[-1]
+    assert (known.id, known.since) == ("quiet/web-1", rule.at)
+    assert known.cure[0].command == f"jobctl resume-worker --rule {rule.id}"
+    assert known.title.startswith("Quiet by operator ana at ")
+    assert known.title.endswith("until resumed: bad build. It covers 0 workers.")
     assert [each.id for each in problems.view("critical").problems] == []
     assert [each.id for each in problems.view(queue="busy").problems] == ["waits/busy/film"]
 

@@ -14,7 +14,7 @@ from jobd.core.transaction import Transaction
 from jobd.model.clocks import LockMs
 from jobd.model.commands import Adopt, Bulk, ClockTrust, Moment, PlanAction, Recover
 from jobd.model.errors import ApiException
-from jobd.model.events import Event, QueuePause, stored_changes
+from jobd.model.events import Event, stored_changes
 from jobd.model.job import COUNTER_MASK, Job, new_epoch
 from jobd.model.storage import OpenedStore
 from tests.proof.planted.registry import ACTOR, RULES, SIMULATION, bug
@@ -84,12 +84,10 @@ def plan_applied_blindly(version: Any, job: Job, late: int | None = None, action
 
 
 @bug(Transaction._restore, found_by=RULES)
-def undo_forgets_an_index(
-    restore: Any, self: Transaction, changes: Sequence[Event], pauses: dict[str, QueuePause | None]
-) -> None:
+def undo_forgets_an_index(restore: Any, self: Transaction, changes: Sequence[Event], pauses: Any, quiet: Any) -> None:
     """An undone command leaves its mark in the average processing time."""
     started_sum = self.state.started_sum
-    restore(self, changes, pauses)
+    restore(self, changes, pauses, quiet)
     self.state.started_sum = started_sum
 
 

@@ -16,6 +16,7 @@ from jobd.client.worker import claimer
 from jobd.client.worker.claimer import ClaimOptions
 from jobd.client.worker.lock_keeper import LockKeeper
 from jobd.client.worker.runner import Execution, WorkerRunner, describe_drain, on_signals
+from jobd.model.commands import About
 from tests.support.client_harness import GRANT, JOB
 from tests.support.polling import wait_until
 from tests.support.scripted_server import ScriptedServer, ok, rejected
@@ -109,3 +110,26 @@ async def test_a_stopped_claim_without_grants_is_probed_once(
 def test_the_message_at_a_stop_names_three_jobs() -> None:
     again = "a second Ctrl-C or SIGTERM asks them to stop"
     assert describe_drain(list("abcde"), 0.5) == f"stopping: waiting up to 500 ms for a, b, c and 2 more; {again}"
+
+
+async def test_a_worker_obeys_directives_and_keeps_them(server: ScriptedServer, endpoint: str) -> None:
+    given = [("quiet", "bad", {}), ("quiet", None, {"rule": "q7"}), ("resume", None, {}), ("stop", "x", {})]
+    told = [{"action": action, "by": "admin:ana", "reason": reason, **rule} for action, reason, rule in given]
+    server.script = [ok({"grants": [], "directive": each}) for each in told]
+    server.always = lambda received: ok({"worker": "w", "state": "gone"})
+    lines: list[str] = []
+    async with AsyncJobClient(endpoint) as client:
+        options = ClaimOptions(worker="w", about=About(instance="i"), concurrency=4)
+        runner = WorkerRunner(client, options, _begin, lines.append)
+        await runner.run()
+    assert runner.was_stopped
+    *claims, goodbye = server.received
+    limits = [(each.json["limit"], each.json["about"].get("quiet", False)) for each in claims]
+    assert limits == [(4, False), (0, True), (0, True), (4, False)]
+    assert goodbye.path == "/v1/workers/w/goodbye"
+    assert lines == [
+        "worker w was told by operator ana to take no new jobs: bad",
+        "worker w gets no jobs while quiet rule q7 of operator ana lasts",
+        "worker w was told by operator ana to take jobs again",
+        "worker w was stopped by operator ana: x",
+    ]
