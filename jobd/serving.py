@@ -403,6 +403,7 @@ class Serving:
             failing_webhooks=self.webhooks.failing,
             cluster=view,
             rejects_creates=lambda: self.actor.full_disk.write_limit != WriteLimit.NONE,
+            error_counts=self._error_counts,
             on_change=self.webhooks.problems_changed,
         )
 

@@ -80,6 +80,7 @@ from jobd.model.job import (
     Options,
     PackedJob,
     is_release_loop,
+    is_retried,
     metadata_bytes,
     packed,
 )
@@ -140,6 +141,7 @@ class State:
         "quiet",
         "recovery",
         "release_loops",
+        "retrying",
         "stalled",
         "started_sum",
         "totals",
@@ -183,6 +185,7 @@ class State:
         self.noted_expired: dict[str, None] = {}  # expired and recorded; the holder can still revive them
         self.stalled: dict[str, None] = {}
         self._not_live: dict[str, dict[str, None]] = {}  # id -> which of these four it is in
+        self.retrying: dict[str, int] = {}  # queue -> queued jobs for which is_retried is true
         self.release_loops: dict[str, int] = {}  # id -> releases of live jobs for which is_release_loop is true
         self.on_due: Callable[[str, str], None] = lambda queue, kind: None  # called for each job that becomes due
         self._queued: dict[str, QueuedJobs] = {}
@@ -537,6 +540,8 @@ class State:
         options, now = job.options, self._now
         queued = self._queued_of(options.queue)
         if short is None:
+            if is_retried(job):
+                self._count_retrying(options.queue, 1)
             self.jobs.keep(job)
             bucket = queued.add(options.kind, entry_of(job), now)
         else:
@@ -572,6 +577,8 @@ class State:
         if self.jobs.drop(job.id):
             ended = queued.remove_packed(job, now)
         else:
+            if is_retried(job):
+                self._count_retrying(options.queue, -1)
             ended = queued.remove(options.kind, entry_of(job), now)
         if ended is not None:
             del self._buckets[ended]
@@ -579,6 +586,13 @@ class State:
                 del self._queued[options.queue]
         if job.expires_at is not None:
             self._expiries.remove((job.expires_at, job.seq, job.id))
+
+    def _count_retrying(self, queue: str, step: int) -> None:
+        count = self.retrying.get(queue, 0) + step
+        if count:
+            self.retrying[queue] = count
+        else:
+            del self.retrying[queue]
 
     def _bucket(self, name: BucketName) -> PriorityBucket:
         queue, kind, priority = name

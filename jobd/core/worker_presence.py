@@ -173,9 +173,14 @@ class WorkerPresence:
         return "gone" if is_gone else "idle"
 
     def remembered(self) -> Iterator[tuple[str, WorkerSeen]]:
-        """Iterate over names and workers, without those that have been gone for a day."""
-        oldest = self.lock_ms - FORGOTTEN_AFTER_MS
-        return (each for each in self.workers.items() if each[1].heard > oldest or not each[1].is_resting)
+        """Iterate over names and workers, without those that have been gone for a day.
+
+        Workers can come and go between two steps.
+        """
+        for name in list(self.workers):
+            worker = self.workers.get(name)
+            if worker is not None and (worker.heard > self.lock_ms - FORGOTTEN_AFTER_MS or not worker.is_resting):
+                yield name, worker
 
     def heard_at(self, worker: WorkerSeen) -> int:
         """Return the wall time at which the worker was last seen; now while a claim of it waits."""

@@ -116,6 +116,11 @@ def is_release_loop(job: Job) -> bool:
     return delay_ms < SECOND_MS or delay_ms == release_delay_ms(job.releases)
 
 
+def is_retried(job: Job) -> bool:
+    """Return whether a queued job waits for another attempt after a failed one."""
+    return job.attempt > 0 and job.ended is not None and job.ended.verb == "fail"
+
+
 def recorded_bytes(payload: Collection[int]) -> int:
     """Return the `payload_bytes` of a job with this payload."""
     return len(payload) if len(payload) > SMALL_PAYLOAD_BYTES else 0

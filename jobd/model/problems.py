@@ -35,7 +35,7 @@ class Subject(Struct, frozen=True, omit_defaults=True, kw_only=True):
         return tuple(each for each in (*named, self.code) if each) or (self.type,)
 
     def overlaps(self, other: Subject) -> bool:
-        """Return whether no part that both have differs."""
+        """Return whether no part that both have differs, and the queue is the same."""
         pairs = ((getattr(self, name), getattr(other, name)) for name in _SHARED)
         return all(one is None or two is None or one == two for one, two in pairs)
 

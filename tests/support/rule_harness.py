@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Iterable
 from hashlib import blake2b
 from typing import Any, Final
@@ -29,6 +30,7 @@ from jobd.model.job import (
     Policy,
     PreviousGrant,
     is_release_loop,
+    is_retried,
 )
 from jobd.model.responses import GrantView, Recovered, Response
 from jobd.model.storage import LateResultRows, Payload
@@ -47,6 +49,7 @@ PLAIN: Final = [
     "jobs",
     "quarantined",
     "release_loops",
+    "retrying",
     "paused",
     "quiet",
     "counts",
@@ -344,6 +347,8 @@ def _compare_orders(state: State, rows: dict[str, Job], at: Moment) -> None:
     jobs = rows.values()
     assert state.jobs == {job.id: job for job in jobs if job.status in LIVE}
     assert state.release_loops == {job.id: job.releases for job in jobs if job.status in LIVE and is_release_loop(job)}
+    retried = Counter(job.options.queue for job in jobs if job.status == "queued" and is_retried(job))
+    assert state.retrying == retried
     queues = sorted(state.counts)
     kinds = sorted({job.options.kind for job in jobs})
     assert [job.id for job in state.due(queues, None)] == due_order(jobs, at.now, queues, None, state.paused)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
-from typing import Final, TypeVar
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
+from typing import Any, Final
 
 import structlog
 
@@ -23,10 +25,11 @@ from jobd.monitoring.health import Health
 from jobd.monitoring.problems import daemon
 from jobd.monitoring.problems.catalogue import ALERTS, CONDITIONS
 from jobd.monitoring.problems.condition import Condition, Crew, DuePair, Scene, Thresholds, problem_id
-from jobd.monitoring.problems.life import CLEAR_MS, HOLD_MS, ProblemLife
+from jobd.monitoring.problems.life import CLEAR_MS, HOLD_MS, ProblemLife, Selection
 from jobd.monitoring.problems.losses import WorkerLosses
-from jobd.monitoring.problems.pair_counts import PairCounts
+from jobd.monitoring.problems.pair_counts import PairCounts, Tally
 from jobd.monitoring.problems.pairs import SETTLED_MS
+from jobd.monitoring.problems.trends import Trends
 
 EVALUATE_EVERY_S: Final = 5.0
 MEASURE_EVERY_S: Final = 10.0  # measuring costs a write with fsync, but an alert must fire within 45 s of a failure
@@ -36,8 +39,8 @@ DUE_FOR_MS: Final = MINUTE_MS  # below it, no condition asks for a pair
 MANY_PAIRS: Final = 2_000  # beyond, they are scanned less often
 SCAN_MANY_EVERY_S: Final = 15.0
 RUNNING_READ: Final = 10_000
+REJECTED_MS: Final = 5 * MINUTE_MS
 
-Item = TypeVar("Item")
 log = structlog.get_logger("jobd.problems")
 
 
@@ -60,6 +63,7 @@ class Problems:
         failing_webhooks: Callable[[], Iterable[FailingWebhook]] = tuple,
         cluster: Callable[[], ClusterView] = lambda: ClusterView(role="single"),
         rejects_creates: Callable[[], bool] = lambda: False,
+        error_counts: Callable[[], Iterable[Counter[str]]] = tuple,
         on_change: Callable[[], None] = lambda: None,
     ) -> None:
         self.thresholds = thresholds or Thresholds()
@@ -69,6 +73,7 @@ class Problems:
         self.failing_webhooks = failing_webhooks
         self.cluster = cluster
         self._rejects_creates = rejects_creates
+        self._error_counts = error_counts
         self._life = ProblemLife(CONDITIONS, hold_ms, clear_ms)
         self._state = state
         self._clock = clock
@@ -79,7 +84,14 @@ class Problems:
         self._known: list[Problem] = []
         self._evaluated_at = 0
         self._first: BootMs | None = None  # the first check with measured health
+        self._found: dict[str, Selection] = {}  # condition -> its latest findings
+        self._crews: dict[ClaimSet, Crew] = {}
+        self._running: dict[tuple[str, str], list[int]] = {}  # pair -> see Scene
         self._due: list[DuePair] = []
+        self._tallies: list[Tally] = []
+        self._backlogs: Trends[tuple[str, str]] = Trends()
+        self._retries: Trends[str] = Trends()
+        self._errors: deque[tuple[BootMs, dict[str, int]]] = deque()
         self._next_scan = MonotonicS(0.0)
         self._stop = asyncio.Event()
 
@@ -171,14 +183,15 @@ class Problems:
 
     async def check(self) -> None:
         """Read what the conditions need, evaluate them, and update the list. Each slice takes about a millisecond."""
+        slices, is_scanned = _Slices(), loop_time() >= self._next_scan
+        if is_scanned:
+            await self._scan(slices)
         scene = await self._scene()
-        found = []
         for condition in CONDITIONS:
-            selection = self._life.selection(condition.name)
-            async for finding in _sliced(condition.find(scene)):
-                if finding is not None:
-                    selection.add(finding)
-            found.append(selection)
+            if condition.of_pairs and not is_scanned:
+                continue  # it finds the same as at the last scan
+            selection = self._found[condition.name] = self._life.selection(condition.name)
+            await slices.of(condition.find(scene), selection.add)
         known = [
             Problem(
                 id=problem_id(name, each.subject),
@@ -195,27 +208,40 @@ class Problems:
             for since, each in found
         ]
         self._known, self._evaluated_at = known, scene.at.now
-        if self._life.update(found, scene.at.now, self._clock.boot_ms()):
+        now, boot_ms = scene.at.now, self._clock.boot_ms()
+        for selection in self._found.values():
+            self._life.find(selection, now, boot_ms)
+            await slices.end()
+        if self._life.update(now, boot_ms):
             self.on_change()
+        await slices.of(self._life.write_log(), _ignore)
+
+    async def _scan(self, slices: _Slices) -> None:
+        """Read what the conditions of queues and kinds need. Many pairs are scanned less often."""
+        at, boot_ms = self._clock.moment(), self._clock.boot_ms()
+        self._crews, self._running, self._due, self._tallies = {}, {}, [], []
+        self._backlogs.begin(boot_ms)
+        self._retries.begin(boot_ms)
+        await slices.of(self._read_crews(), _ignore)
+        await slices.of(self._read_running(), _ignore)
+        pairs = await slices.of(self._due_pairs(), self._due.append)
+        await slices.of(self.counts.recent(at.now), self._tallies.append)
+        await slices.of(self._due, lambda pair: self._backlogs.note((pair.queue, pair.kind), pair.due))
+        await slices.of(list(self._state.retrying.items()), lambda each: self._retries.note(*each))
+        self._backlogs.end(boot_ms)
+        self._retries.end(boot_ms)
+        self._next_scan = loop_time() + (SCAN_MANY_EVERY_S if pairs > MANY_PAIRS else 0)
+
+    def _rejected(self) -> dict[str, int]:
+        """Return the error responses of the last 5 minutes, by code."""
+        boot_ms, errors = self._clock.boot_ms(), sum(self._error_counts(), Counter[str]())
+        self._errors.append((boot_ms, {code: errors[code] for code in daemon.REJECTED}))
+        while boot_ms - self._errors[0][0] > REJECTED_MS:
+            self._errors.popleft()
+        return {code: errors[code] - count for code, count in self._errors[0][1].items()}
 
     async def _scene(self) -> Scene:
-        space = await self._health.space()
-        crews: dict[ClaimSet, Crew] = {}
-        running: dict[tuple[str, str], list[int]] = {}
-        async for _ in _sliced(self._crews(crews)):
-            pass
-        async for _ in _sliced(self._running(running)):
-            pass
-        if loop_time() >= self._next_scan:
-            due: list[DuePair] = []
-            pairs = 0
-            async for pair in _sliced(self._due_pairs()):
-                pairs += 1
-                if pair is not None:
-                    due.append(pair)
-            self._due = due
-            self._next_scan = loop_time() + (SCAN_MANY_EVERY_S if pairs > MANY_PAIRS else 0)
-        at = self._clock.moment()
+        space, at = await self._health.space(), self._clock.moment()
         return Scene(
             state=self._state,
             at=at,
@@ -232,14 +258,18 @@ class Problems:
             losses=self.losses,
             durations=self._state.counters.baselines.view(at.now),
             due=self._due,
-            crews=crews,
-            running=running,
+            crews=self._crews,
+            running=self._running,
+            tallies=self._tallies,
+            backlogs=self._backlogs,
+            retries=self._retries,
+            rejected=self._rejected(),
         )
 
-    def _crews(self, crews: dict[ClaimSet, Crew]) -> Iterator[None]:
+    def _read_crews(self) -> Iterator[None]:
         """Count the workers of each claim set by state."""
-        presence = self._state.presence
-        for name, worker in list(presence.remembered()):
+        presence, crews = self._state.presence, self._crews
+        for name, worker in presence.remembered():
             if worker.claims is not None:
                 crew, state = crews.setdefault(worker.claims, Crew({})), presence.state(worker)
                 crew.states[state] = crew.states.get(state, 0) + 1
@@ -248,10 +278,10 @@ class Problems:
                     crew.last = name if last is None or last.last_seen_at <= worker.last_seen_at else crew.last
             yield
 
-    def _running(self, running: dict[tuple[str, str], list[int]]) -> Iterator[None]:
+    def _read_running(self) -> Iterator[None]:
         """Count the jobs with a live lock of each queue and kind, and find since when the oldest has been running."""
-        lock_ms = self._clock.moment().lock_ms
-        for _, job in zip(range(RUNNING_READ), list(self._state.processing.values()), strict=False):
+        lock_ms, running = self._clock.moment().lock_ms, self._running
+        for job in list(islice(self._state.processing.values(), RUNNING_READ)):
             if job.deadlines is not None and job.deadlines.is_live(lock_ms):
                 started_at = job.started_at or job.created_at
                 found = running.setdefault((job.options.queue, job.options.kind), [0, started_at])
@@ -277,11 +307,29 @@ class Problems:
                 yield DuePair(queue, kind, due, wait_ms, entry[3], best < entry[0])
 
 
-async def _sliced(items: Iterable[Item]) -> AsyncIterator[Item]:
-    """Iterate, and let the loop run after each slice."""
-    began = loop_time()
-    for item in items:
-        yield item
-        if loop_time() - began >= SLICE_S:
+class _Slices:
+    """Let the loop run after each slice of an evaluation."""
+
+    def __init__(self) -> None:
+        self._began = loop_time()
+
+    async def of(self, items: Iterable[object], take: Callable[[Any], object]) -> int:
+        """Take the items. Return how many were read, with those that are None."""
+        read = 0
+        for read, item in enumerate(items, 1):
+            if item is not None:
+                take(item)
+            if read % 8 == 0:  # reading the time costs more than most items
+                await self.end()
+        await self.end()
+        return read
+
+    async def end(self) -> None:
+        """Let the loop run if the slice has lasted long enough."""
+        if loop_time() - self._began >= SLICE_S:
             await asyncio.sleep(0)
-            began = loop_time()
+            self._began = loop_time()
+
+
+def _ignore(item: None) -> None:
+    """Take an item that only ends a slice."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Final
+from typing import Final, NamedTuple
 
 from msgspec import Struct
 
@@ -12,14 +12,15 @@ from jobd.core.stats import KindDurations
 from jobd.core.worker_presence import ClaimSet
 from jobd.maintenance.cleanup_run import InvalidRows
 from jobd.model.commands import Moment, WorkerState
-from jobd.model.job import MINUTE_MS, SECOND_MS
+from jobd.model.job import HOUR_MS, MINUTE_MS, SECOND_MS
 from jobd.model.problems import Cure, Severity, Subject, Unit
 from jobd.model.responses import ClusterView, HealthView
 from jobd.model.storage import DiskSpace
 from jobd.model.times import utc
 from jobd.model.webhooks import FailingWebhook
 from jobd.monitoring.problems.losses import WorkerLosses
-from jobd.monitoring.problems.pair_counts import PairCounts
+from jobd.monitoring.problems.pair_counts import PairCounts, Tally
+from jobd.monitoring.problems.trends import Trends
 
 CLOSE_RATIO: Final = 0.9  # a ratio closes at this part of its threshold, so that a value near it does not flap
 GIB: Final = 1 << 30
@@ -42,10 +43,18 @@ class Thresholds(Struct, frozen=True):
     disk_free_percent: float = 10.0
     disk_free_bytes: int = GIB
     release_loop: int = 0  # jobs
-    no_progress_ms: int = 10 * MINUTE_MS  # at least; also holds at the threshold
+    disk_full_within_ms: int = 6 * HOUR_MS
+    backlog_grows: int = 50  # due jobs more than 10 minutes ago; from here on, most also hold at the threshold
+    retry_backlog: int = 20
+    rejecting: int = 10  # responses in 5 minutes
+    expiring: float = 0.1  # of the jobs that ended in 10 minutes
+    expiring_jobs: int = 10
+    due_far_jobs: int = 20  # created in 10 minutes
+    paused_without_reason_ms: int = 15 * MINUTE_MS
+    no_progress_ms: int = 10 * MINUTE_MS
     no_progress_times: float = 3.0  # the usual duration
-    kills_workers: int = 2  # also holds at the threshold
-    workers_die: int = 3  # of a host and version in 10 minutes; also holds at the threshold, as the next two do
+    kills_workers: int = 2
+    workers_die: int = 3  # of a host and version, in 10 minutes
     workers_die_stalls: int = 5
     workers_die_share: float = 0.2  # of the workers, or of the grants
     standby_behind_ms: int = 30 * SECOND_MS
@@ -72,7 +81,15 @@ class Finding(Struct, frozen=True, kw_only=True):
     @property
     def rank(self) -> tuple[int, int]:
         """The more jobs wait for the longer, the worse."""
-        return max(self.jobs, 1) * max(self.wait_ms, 1), self.jobs
+        return rank_of(self.jobs, self.wait_ms)
+
+
+class Draft(NamedTuple):
+    """A finding of a subject of which there may be thousands. It is made only if the subject is chosen."""
+
+    id: str
+    rank: tuple[int, int]
+    make: Callable[[], Finding]
 
 
 class Crew(Struct):
@@ -96,6 +113,10 @@ class DuePair(Struct, frozen=True):
     def subject(self) -> Subject:
         return Subject(type="pair", queue=self.queue, kind=self.kind)
 
+    @property
+    def rank(self) -> tuple[int, int]:
+        return rank_of(self.due, self.wait_ms)
+
 
 class Scene(Struct, kw_only=True):
     """What an evaluation reads. `opened` are the ids of open problems, whose thresholds to close are lower."""
@@ -115,6 +136,10 @@ class Scene(Struct, kw_only=True):
     losses: WorkerLosses
     durations: Iterable[KindDurations] = ()
     due: Iterable[DuePair] = ()
+    tallies: Iterable[Tally] = ()
+    backlogs: Trends[tuple[str, str]]
+    retries: Trends[str]
+    rejected: Mapping[str, int] = {}  # code -> error responses of the last 5 minutes
     crews: Mapping[ClaimSet, Crew] = {}
     running: Mapping[tuple[str, str], list[int]] = {}  # pair -> running jobs with a live lock, oldest started_at
 
@@ -129,18 +154,19 @@ class Condition(Struct, frozen=True):
     `find` yields the subjects for which it holds, and None where a slice may end. `alert` is the name of the alert that
     is derived from it, `threshold` its name in Thresholds, and `per` the value of the problem for 1 of the alert, if
     that is not given by the unit. `hides` names conditions whose problems are explained by one of this condition, if
-    their subjects overlap.
+    their subjects overlap. `of_pairs`: it reads all queues and kinds, and is evaluated less often if they are many.
     """
 
     name: str
     severity: Severity
-    find: Callable[[Scene], Iterable[Finding | None]]
+    find: Callable[[Scene], Iterable[Finding | Draft | None]]
     unit: Unit = "jobs"
     alert: str = ""
     threshold: str | None = None
     per: int | None = None
     hides: tuple[str, ...] = ()
     of_cluster: bool = False
+    of_pairs: bool = False
 
     def alert_threshold(self, limits: Thresholds) -> float:
         limit: float = 0 if self.threshold is None else getattr(limits, self.threshold)
@@ -151,8 +177,17 @@ class Condition(Struct, frozen=True):
         return value / (self.per or {"ms": SECOND_MS, "percent": 100}.get(self.unit, 1))
 
 
+def rank_of(jobs: int, wait_ms: int = 0) -> tuple[int, int]:
+    return max(jobs, 1) * max(wait_ms, 1), jobs
+
+
 def problem_id(condition: str, subject: Subject) -> str:
     return "/".join((condition, *subject.parts))
+
+
+def pair_id(condition: str, queue: str, kind: str) -> str:
+    """Return the `problem_id` of a queue and a kind, at a fifth of the cost."""
+    return f"{condition}/{queue}/{kind}" if kind else f"{condition}/{queue}"
 
 
 def plural(count: int, noun: str) -> str:

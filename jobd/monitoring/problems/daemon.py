@@ -9,7 +9,7 @@ from typing import Final
 
 from jobd.core import quiet
 from jobd.core.views import average_processing_s
-from jobd.model.job import DAY_MS, MINUTE_MS, SECOND_MS
+from jobd.model.job import DAY_MS, SECOND_MS
 from jobd.model.problems import Cure, Severity, Subject
 from jobd.model.responses import DatabaseHealth, PartHealth
 from jobd.model.times import duration
@@ -18,7 +18,11 @@ from jobd.monitoring.problems.condition import GIB, Finding, Scene, plural
 
 MIB: Final = 1 << 20
 TINY_PERCENT: Final = 2.0  # of the disk
-WITHOUT_REASON_MS: Final = 15 * MINUTE_MS
+REJECTED: Final = {  # by code
+    "overloaded": "too many commands, claims or unread responses wait.",
+    "storage_full": "the disk is full.",
+    "too_many_queues": "too many queues have jobs (limits.queues).",
+}
 NAMED: Final = 3
 _WORKERS: Final = Cure("See the workers", "jobctl workers", "/workers")
 _HEALTH: Final = Cure("See the health", "jobctl health", "/alerts")
@@ -126,7 +130,7 @@ def disk(scene: Scene) -> Iterator[Finding]:
 
 def paused_without_reason(scene: Scene) -> Iterator[Finding]:
     for _, found in _paused(scene, has_reason=False):
-        if found.wait_ms > WITHOUT_REASON_MS:
+        if found.wait_ms > scene.limits.paused_without_reason_ms:
             yield found
 
 
@@ -168,6 +172,20 @@ def _paused(scene: Scene, *, has_reason: bool) -> Iterator[tuple[int | None, Fin
                 cure=(Cure("Resume it", f"jobctl resume {shlex.quote(queue)}", "/queues", changes=True),),
             )
             yield pause.at, found
+
+
+def rejecting(scene: Scene) -> Iterator[Finding]:
+    """Many requests were rejected because something is full. The full disk is a problem of its own."""
+    for code, count in scene.rejected.items():
+        if count >= scene.limits.rejecting and not (code == "storage_full" and scene.rejects_creates):
+            yield Finding(
+                subject=Subject(type="code", code=code),
+                title=f"{plural(count, 'request')} {'was' if count == 1 else 'were'} rejected in 5 minutes ({code}): "
+                f"{REJECTED[code]}",
+                value=count,
+                jobs=count,
+                cure=(Cure("See the load", "jobctl top", "/"),),
+            )
 
 
 def damaged(scene: Scene) -> Iterator[Finding]:

@@ -6,7 +6,8 @@ stands still on a full disk.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from functools import cached_property
 from heapq import heappop, heappush
 from operator import itemgetter
 from typing import Final, get_args
@@ -18,7 +19,7 @@ from msgspec.structs import replace
 from jobd.model.clocks import BootMs
 from jobd.model.job import MINUTE_MS, SECOND_MS
 from jobd.model.problems import Problem, Severity
-from jobd.monitoring.problems.condition import Condition, Finding, problem_id
+from jobd.monitoring.problems.condition import Condition, Draft, Finding, problem_id
 
 HOLD_MS: Final = 30 * SECOND_MS  # a problem opens after its condition has held for this long
 CLEAR_MS: Final = 60 * SECOND_MS  # it closes after its condition has been false for this long
@@ -35,6 +36,7 @@ class _Track(Struct):
     """A finding that may become a problem, or one that is open. `told` is what was last announced, and when."""
 
     problem: Problem
+    finding: Finding
     first: BootMs
     seen: BootMs
     rank: tuple[int, int]
@@ -54,31 +56,37 @@ class Selection:
         self.rest = 0
         self._tracked = tracked
         self._room = room
-        self._known: list[tuple[str, Finding]] = []
-        self._new: list[tuple[tuple[int, int], str, Finding]] = []  # a heap, the least urgent first
+        self._known: list[Draft] = []
+        self._new: list[tuple[tuple[int, int], str, Draft]] = []  # a heap, the least urgent first
 
-    def add(self, finding: Finding) -> None:
-        id_ = problem_id(self.condition, finding.subject)
-        if id_ in self._tracked:
-            self._known.append((id_, finding))
+    def add(self, found: Finding | Draft) -> None:
+        if isinstance(found, Finding):
+            finding = found
+            found = Draft(problem_id(self.condition, finding.subject), finding.rank, lambda: finding)
+        if found.id in self._tracked:
+            self._known.append(found)
             return
-        heappush(self._new, (finding.rank, id_, finding))
+        heappush(self._new, (found.rank, found.id, found))
         if len(self._new) > self._room:
             heappop(self._new)
             self.rest += 1
 
-    def chosen(self) -> Iterator[tuple[str, Finding]]:
-        yield from self._known
-        yield from ((id_, finding) for _, id_, finding in sorted(self._new, key=itemgetter(0), reverse=True))
+    @cached_property
+    def chosen(self) -> list[tuple[str, Finding]]:
+        """The ids and findings of this selection, which is complete."""
+        new = [draft for _, _, draft in sorted(self._new, key=itemgetter(0), reverse=True)]
+        return [(draft.id, draft.make()) for draft in (*self._known, *new)]
 
 
 class ProblemLife:
-    """Follows the findings of each evaluation with `update`. `listed` are the open problems that none hides."""
+    """Follows the findings of evaluations with `find` and `update`. `listed`: the open problems that none hides."""
 
     def __init__(self, conditions: Sequence[Condition], hold_ms: int = HOLD_MS, clear_ms: int = CLEAR_MS) -> None:
         self.listed: list[Problem] = []
         self.rest: dict[str, int] = {}  # condition -> subjects that are left out
         self.opened_total: dict[tuple[str, Severity], int] = {}
+        self.closed: list[Problem] = []  # by the latest update, as `begun` are those that it listed
+        self.begun: list[Problem] = []
         self._conditions = {each.name: each for each in conditions}
         self._hold_ms = hold_ms
         self._clear_ms = clear_ms
@@ -103,10 +111,11 @@ class ProblemLife:
         tracked = {id_ for id_, track in self._tracks.items() if track.problem.condition == condition}
         return Selection(condition, tracked, max(min(SUBJECTS - len(tracked), MOST - len(self._tracks)), 0))
 
-    def update(self, found: Iterable[Selection], now: int, boot_ms: BootMs) -> bool:
-        """Apply the findings. Return whether the list has other problems, or worse ones."""
-        for selection in found:
-            self._find(selection, now, boot_ms)
+    def update(self, now: int, boot_ms: BootMs) -> bool:
+        """Open and close problems, once `find` has applied the findings of all conditions.
+
+        Return whether the list has other problems, or worse ones.
+        """
         before = {each.id: each for each in self.listed}
         worse = False
         for id_, track in list(self._tracks.items()):
@@ -120,24 +129,34 @@ class ProblemLife:
             elif track.is_open:
                 worse |= _becomes_worse(track, now, boot_ms)
         self._list()
-        after = {each.id: each for each in self.listed}
-        for problem in self.listed:
-            if problem.id not in before:
-                key = problem.condition, problem.severity
-                self.opened_total[key] = self.opened_total.get(key, 0) + 1
-                log.warning("problem_opened", id=problem.id, severity=problem.severity, title=problem.title)
-        for id_ in before.keys() - after.keys():
-            log.info("problem_closed", id=id_, since=before[id_].since, title=before[id_].title)
-        return worse or before.keys() != after.keys()
+        self.begun = [problem for problem in self.listed if before.pop(problem.id, None) is None]
+        self.closed = list(before.values())
+        for problem in self.begun:
+            key = problem.condition, problem.severity
+            self.opened_total[key] = self.opened_total.get(key, 0) + 1
+        return worse or bool(self.begun or self.closed)
 
-    def _find(self, selection: Selection, now: int, boot_ms: BootMs) -> None:
+    def write_log(self) -> Iterator[None]:
+        """Log what the latest update opened and closed. Yields after each line."""
+        for problem in self.begun:
+            log.warning("problem_opened", id=problem.id, severity=problem.severity, title=problem.title)
+            yield
+        for problem in self.closed:
+            log.info("problem_closed", id=problem.id, since=problem.since, title=problem.title)
+            yield
+
+    def find(self, selection: Selection, now: int, boot_ms: BootMs) -> None:
+        """Apply the findings of one condition, new ones or those of an earlier evaluation."""
         condition = self._conditions[selection.condition]
         self.rest[condition.name] = selection.rest
-        for id_, finding in selection.chosen():
-            if id_ not in self._tracks and len(self._tracks) >= MOST:
+        for id_, finding in selection.chosen:
+            track = self._tracks.get(id_)
+            if track is None and len(self._tracks) >= MOST:
                 self.rest[condition.name] += 1
                 continue
-            track = self._tracks.get(id_)
+            if track is not None and track.finding is finding:
+                track.seen = boot_ms
+                continue
             since = now if track is None else track.problem.since
             problem = Problem(
                 id=id_,
@@ -153,21 +172,24 @@ class ProblemLife:
                 cure=list(finding.cure),
             )
             if track is None:
-                self._tracks[id_] = _Track(problem, boot_ms, boot_ms, finding.rank)
+                self._tracks[id_] = _Track(problem, finding, boot_ms, boot_ms, finding.rank)
             else:
-                track.problem, track.seen, track.rank = problem, boot_ms, finding.rank
+                track.problem, track.finding, track.seen, track.rank = problem, finding, boot_ms, finding.rank
 
     def _list(self) -> None:
         """List the open problems by urgency, without those that another one hides."""
         tracks = sorted((track for track in self._tracks.values() if track.is_open), key=_urgency)
         hidden: dict[str, list[str]] = {}  # id of the problem that hides -> ids of those that it hides
         gone: set[str] = set()
+        by_queue: dict[tuple[str, str | None], list[Problem]] = {}
+        for problem in (track.problem for track in tracks):
+            by_queue.setdefault((problem.condition, problem.subject.queue), []).append(problem)
         for hider in (track.problem for track in tracks):
-            names = self._conditions[hider.condition].hides
-            for other in (track.problem for track in tracks) if names else ():
-                if other.condition in names and other.id not in gone and hider.subject.overlaps(other.subject):
-                    hidden.setdefault(hider.id, []).append(other.id)
-                    gone.add(other.id)
+            for name in self._conditions[hider.condition].hides:
+                for other in by_queue.get((name, hider.subject.queue), ()):
+                    if other.id not in gone and hider.subject.overlaps(other.subject):
+                        hidden.setdefault(hider.id, []).append(other.id)
+                        gone.add(other.id)
         rests = {name: count for name, count in self.rest.items() if count}
         self.listed = [
             replace(each, hides=hidden.get(each.id, []), rest=rests.pop(each.condition, 0))

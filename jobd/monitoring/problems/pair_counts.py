@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
-from typing import Final
+from collections.abc import Iterator, Sequence
+from typing import Final, NamedTuple
 
 from msgspec import Struct, field
 
 from jobd.model.events import Event
-from jobd.model.job import DAY_MS, MINUTE_MS, Failure
+from jobd.model.job import DAY_MS, HOUR_MS, MINUTE_MS, Failure
+from jobd.model.problems import Subject
 
 MINUTES: Final = 10
 PAIRS_KEPT: Final = 10_000  # those with the latest events
@@ -23,12 +24,19 @@ class PairMinutes(Struct):
 
     minutes: dict[int, list[int]] = field(default_factory=dict)
     error: Failure | None = None
+    far_at: list[int] = field(default_factory=list)  # hours in which most of its jobs were created far ahead
 
     def sums(self, now: int) -> list[int]:
         """Return the sums of the last 10 minutes, including the current one."""
         last = now // MINUTE_MS
         chosen = [counts for minute, counts in self.minutes.items() if last - MINUTES < minute <= last]
         return [sum(column) for column in zip(*chosen, strict=True)] or [0] * 5
+
+    def is_usual(self, now: int) -> bool:
+        """Note that most jobs are created far ahead now. Return whether that was so on the day before, too."""
+        hour = now // HOUR_MS
+        self.far_at = [each for each in self.far_at if hour - each <= 36 and each != hour] + [hour]
+        return any(hour - each >= 12 for each in self.far_at)
 
     def first(self, place: int, now: int) -> int:
         """Return when the first minute of the last 10 began that counts something at this place."""
@@ -37,11 +45,39 @@ class PairMinutes(Struct):
         return min(found, default=last) * MINUTE_MS
 
 
+class Tally(NamedTuple):
+    """The sums of the last 10 minutes of one queue and kind."""
+
+    queue: str
+    kind: str
+    pair: PairMinutes
+    created: int
+    completed: int
+    failed: int
+    expired: int
+    far: int
+
+    @property
+    def attempts(self) -> int:
+        return self.completed + self.failed
+
+    @property
+    def subject(self) -> Subject:
+        return Subject(type="pair", queue=self.queue, kind=self.kind)
+
+
 class PairCounts:
     """Follows commits with `note`. In memory only."""
 
     def __init__(self) -> None:
         self.pairs: OrderedDict[tuple[str, str], PairMinutes] = OrderedDict()
+
+    def recent(self, now: int) -> Iterator[Tally | None]:
+        """Iterate over the pairs with events in the last 10 minutes. Yields once for each pair."""
+        first = now // MINUTE_MS - MINUTES
+        for key in list(self.pairs):
+            pair = self.pairs.get(key)
+            yield Tally(*key, pair, *pair.sums(now)) if pair and next(reversed(pair.minutes), 0) > first else None
 
     def note(self, changes: Sequence[Event]) -> None:
         for event in changes:

@@ -4,37 +4,38 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterator
+from functools import partial
 from typing import Final
 
 from jobd.core.stats import KindDurations
 from jobd.core.worker_presence import WorkerPresence
-from jobd.model.job import MINUTE_MS, first_line
+from jobd.model.job import MINUTE_MS, Failure, first_line
 from jobd.model.problems import Cure, Subject
 from jobd.model.times import duration
 from jobd.monitoring.problems.condition import (
     CLOSE_RATIO,
     Crew,
+    Draft,
     DuePair,
     Finding,
     Scene,
     clock_time,
+    pair_id,
     plural,
     problem_id,
+    rank_of,
 )
-from jobd.monitoring.problems.pair_counts import CREATED, ENDED, EXPIRED, FAILED, FAR
+from jobd.monitoring.problems.pair_counts import CREATED, ENDED, FAILED, MINUTES, Tally
 
 SETTLED_MS: Final = 3 * MINUTE_MS  # presence begins empty: until then a worker may not have claimed again
 NOTICEABLE_MS: Final = 100  # a smaller difference never counts as slower, whatever the ratio
 TAKES: Final = ("busy", "waiting", "idle")  # states of workers that take jobs, as sentences list them
 MANY_FAIL: Final = 0.9
-FEW_EXPIRED: Final = 10
-EXPIRED_SHARE: Final = 0.1  # of the jobs that ended
-MANY_FAR: Final = 20
 
 
-def no_workers(scene: Scene) -> Iterator[Finding | None]:
+def no_workers(scene: Scene) -> Iterator[Draft | None]:
     """A job is due, and no worker that takes its queue and kind is there."""
-    presence, limit_ms = scene.state.presence, scene.limits.queue_without_workers_ms
+    limit_ms = scene.limits.queue_without_workers_ms
     for pair in scene.due if scene.up_ms >= SETTLED_MS else ():
         yield None
         key = pair.queue, pair.kind
@@ -43,90 +44,142 @@ def no_workers(scene: Scene) -> Iterator[Finding | None]:
         crew = crew_of(scene, *key)
         if any(crew.states.get(state) for state in ("silent", *TAKES)):
             continue  # the jobs of a silent worker are a problem of their own
-        due = f"{_due(pair)}, and no worker takes them." if pair.due != 1 else f"{_due(pair)}, and no worker takes it."
-        yield Finding(
-            subject=pair.subject,
-            title=due if crew.last is None else f"{due} {_last_word(presence, crew.last)}",
-            value=pair.wait_ms,
-            jobs=pair.due,
-            wait_ms=pair.wait_ms,
-            severity="warning" if crew.last is None else "critical",
-            cure=(
-                Cure("Start a worker", f"jobctl run --queue {shlex.quote(pair.queue)} -- CMD"),
-                Cure("See why it waits", f"jobctl why {pair.job_id}", f"/jobs/{pair.job_id}"),
-            ),
-        )
+        yield Draft(pair_id("no_workers", *key), pair.rank, partial(_missing, scene, pair, crew))
 
 
-def waits(scene: Scene) -> Iterator[Finding | None]:
+def _missing(scene: Scene, pair: DuePair, crew: Crew) -> Finding:
+    due = f"{_due(pair)}, and no worker takes {'it' if pair.due == 1 else 'them'}."
+    return Finding(
+        subject=pair.subject,
+        title=due if crew.last is None else f"{due} {_last_word(scene.state.presence, crew.last)}",
+        value=pair.wait_ms,
+        jobs=pair.due,
+        wait_ms=pair.wait_ms,
+        severity="warning" if crew.last is None else "critical",
+        cure=(
+            Cure("Start a worker", f"jobctl run --queue {shlex.quote(pair.queue)} -- CMD"),
+            Cure("See why it waits", f"jobctl why {pair.job_id}", f"/jobs/{pair.job_id}"),
+        ),
+    )
+
+
+def waits(scene: Scene) -> Iterator[Draft | None]:
     """The oldest due job of a pair waits for too long although workers take it."""
     limit_ms = scene.limits.queue_waits_ms
     for pair in scene.due:
         yield None
-        subject = pair.subject
-        too_long = scene.exceeds(problem_id("waits", subject), pair.wait_ms, limit_ms, limit_ms * 0.8)
-        if not too_long or pair.queue in scene.state.paused:
+        id_ = pair_id("waits", pair.queue, pair.kind)
+        if scene.exceeds(id_, pair.wait_ms, limit_ms, limit_ms * 0.8) and pair.queue not in scene.state.paused:
+            yield Draft(id_, pair.rank, partial(_waiting, scene, pair))
+
+
+def _waiting(scene: Scene, pair: DuePair) -> Finding:
+    key = pair.queue, pair.kind
+    return Finding(
+        subject=pair.subject,
+        title=f"{_due(pair)}. {_workers(scene, crew_of(scene, *key), scene.running.get(key))}",
+        value=pair.wait_ms,
+        jobs=pair.due,
+        wait_ms=pair.wait_ms,
+        cause="Jobs of a higher priority come first." if pair.is_behind else "",
+        cure=(
+            Cure("See why it waits", f"jobctl why {pair.job_id}", f"/jobs/{pair.job_id}"),
+            Cure("See its workers", "jobctl workers", "/workers"),
+        ),
+    )
+
+
+def failing(scene: Scene) -> Iterator[Draft | None]:
+    """Too large a share of the attempts of a pair ended by `fail`."""
+    limits = scene.limits
+    for tally in scene.tallies:
+        yield None
+        if not tally.failed or tally.attempts < limits.failure_rate_attempts or tally.pair.error is None:
             continue
+        share, id_ = tally.failed / tally.attempts, pair_id("failing", tally.queue, tally.kind)
+        if share >= limits.failure_rate * (CLOSE_RATIO if id_ in scene.opened else 1):
+            yield Draft(id_, rank_of(tally.failed), partial(_failing, tally, tally.pair.error, scene.at.now))
+
+
+def _failing(tally: Tally, error: Failure, now: int) -> Finding:
+    share = tally.failed / tally.attempts
+    since = clock_time(tally.pair.first(FAILED, now))
+    command = f"jobctl jobs --queue {shlex.quote(tally.queue)} --status failed"
+    return Finding(
+        subject=tally.subject,
+        title=f"{tally.failed:,} of {tally.attempts:,} attempts failed since {since}: {_error(error)}",
+        value=100 * share,
+        jobs=tally.failed,
+        severity="critical" if share >= MANY_FAIL else None,
+        cure=(
+            Cure("See the errors", "jobctl failures", "/failures"),
+            Cure("See the failed jobs", command, f"/jobs?queue={tally.queue}"),
+        ),
+    )
+
+
+def backlog_grows(scene: Scene) -> Iterator[Finding | None]:
+    """The due jobs of a pair rise, because more are created than end."""
+    for pair in scene.due:
+        yield None
         key = pair.queue, pair.kind
+        is_open = pair_id("backlog_grows", *key) in scene.opened
+        rise, counts = scene.backlogs.rise(key, is_open=is_open), scene.counts.pairs.get(key)
+        if rise is None or counts is None or pair.queue in scene.state.paused:
+            continue
+        grown, created = rise[1] - rise[0], counts.sums(scene.at.now)[CREATED]
+        is_new = grown >= scene.limits.backlog_grows and 2 * grown >= rise[0] and 2 * created >= grown
+        if not (is_open or is_new):
+            continue
+        came = created / MINUTES
         yield Finding(
-            subject=subject,
-            title=f"{_due(pair)}. {_workers(scene, crew_of(scene, *key), scene.running.get(key))}",
-            value=pair.wait_ms,
+            subject=pair.subject,
+            title=f"The backlog grows: {pair.due:,} due, {came:,.0f} in and {max(came - grown / MINUTES, 0):,.0f} out "
+            f"a minute.",
+            value=pair.due,
             jobs=pair.due,
             wait_ms=pair.wait_ms,
-            cause="Jobs of a higher priority come first." if pair.is_behind else "",
-            cure=(
-                Cure("See why it waits", f"jobctl why {pair.job_id}", f"/jobs/{pair.job_id}"),
-                Cure("See its workers", "jobctl workers", "/workers"),
-            ),
+            cause=_workers(scene, crew_of(scene, *key), scene.running.get(key)),
+            cure=(Cure("See its workers", "jobctl workers", "/workers"),),
         )
 
 
-def failing(scene: Scene) -> Iterator[Finding | None]:
-    """Too large a share of the attempts of a pair ended by `fail`."""
-    limits, now = scene.limits, scene.at.now
-    for (queue, kind), counts in list(scene.counts.pairs.items()):
+def retry_backlog(scene: Scene) -> Iterator[Finding | None]:
+    """More and more jobs of a queue wait for a retry."""
+    for queue, count in list(scene.state.retrying.items()):
         yield None
-        if counts.error is None:
+        subject = Subject(type="queue", queue=queue)
+        is_open = problem_id("retry_backlog", subject) in scene.opened
+        if count < scene.limits.retry_backlog or (rise := scene.retries.rise(queue, is_open=is_open)) is None:
             continue
-        sums = counts.sums(now)
-        failed, ended = sums[FAILED], sums[ENDED] + sums[FAILED]
-        if not failed or ended < limits.failure_rate_attempts:
-            continue
-        subject = Subject(type="pair", queue=queue, kind=kind)
-        is_open = problem_id("failing", subject) in scene.opened
-        share = failed / ended
-        if share < limits.failure_rate * (CLOSE_RATIO if is_open else 1):
-            continue
-        error = f"{counts.error.code}: " if counts.error.code else ""
-        error += first_line(counts.error.message or "no message")[:200]
-        since = clock_time(counts.first(FAILED, now))
-        name = shlex.quote(queue)
+        title = f"{count:,} wait for a retry, {max(rise[1] - rise[0], 0) / MINUTES:,.0f} more a minute"
+        pairs = [scene.counts.pairs.get((queue, kind)) for kind in scene.state.queued_kinds(queue)]
+        sums = [pair.sums(scene.at.now) for pair in pairs if pair is not None]
+        failed, attempts = sum(each[FAILED] for each in sums), sum(each[FAILED] + each[ENDED] for each in sums)
+        error = next((pair.error for pair in pairs if pair is not None and pair.error is not None), None)
+        if error is not None and attempts:
+            title += f"; {100 * failed / attempts:.0f} % of attempts fail: {_error(error)}"
         yield Finding(
             subject=subject,
-            title=f"{failed:,} of {ended:,} attempts failed since {since}: {error}",
-            value=100 * share,
-            jobs=failed,
-            severity="critical" if share >= MANY_FAIL else None,
-            cure=(
-                Cure("See the errors", "jobctl failures", "/failures"),
-                Cure("See the failed jobs", f"jobctl jobs --queue {name} --status failed", f"/jobs?queue={queue}"),
-            ),
+            title=title,
+            value=count,
+            jobs=count,
+            cure=(Cure("See the errors", "jobctl failures", "/failures"),),
         )
 
 
 def expiring(scene: Scene) -> Iterator[Finding | None]:
     """Jobs of a pair expire before a worker takes them."""
-    for (queue, kind), counts in list(scene.counts.pairs.items()):
+    for tally in scene.tallies:
         yield None
-        sums = counts.sums(scene.at.now)
-        expired, ended = sums[EXPIRED], sums[EXPIRED] + sums[ENDED] + sums[FAILED]
-        if expired < FEW_EXPIRED or expired < EXPIRED_SHARE * ended:
+        expired, ended = tally.expired, tally.expired + tally.attempts
+        if expired < scene.limits.expiring_jobs or expired < scene.limits.expiring * ended:
             continue
+        key = tally.queue, tally.kind
         yield Finding(
-            subject=Subject(type="pair", queue=queue, kind=kind),
+            subject=tally.subject,
             title=f"{expired:,} of {ended:,} jobs expired before a worker took them. "
-            f"{_workers(scene, crew_of(scene, queue, kind), scene.running.get((queue, kind)))}",
+            f"{_workers(scene, crew_of(scene, *key), scene.running.get(key))}",
             value=100 * expired / ended,
             jobs=expired,
             severity="critical" if 2 * expired >= ended else None,
@@ -135,21 +188,20 @@ def expiring(scene: Scene) -> Iterator[Finding | None]:
 
 
 def due_far(scene: Scene) -> Iterator[Finding | None]:
-    """Most jobs that are created for a pair are due in more than a week."""
-    for (queue, kind), counts in list(scene.counts.pairs.items()):
+    """Most jobs that are created for a pair are due in more than a week, other than on the day before."""
+    for tally in scene.tallies:
         yield None
-        sums = counts.sums(scene.at.now)
-        far, created = sums[FAR], sums[CREATED]
-        if far < MANY_FAR or 2 * far <= created:
+        far, created = tally.far, tally.created
+        if far < scene.limits.due_far_jobs or 2 * far <= created or tally.pair.is_usual(scene.at.now):
             continue
-        command = f"jobctl jobs --queue {shlex.quote(queue)} --status queued"
+        command = f"jobctl jobs --queue {shlex.quote(tally.queue)} --status queued"
         yield Finding(
-            subject=Subject(type="pair", queue=queue, kind=kind),
+            subject=tally.subject,
             title=f"{far:,} of {created:,} jobs created in the last 10 minutes are due in over a week.",
             value=far,
             jobs=far,
             cause="Such jobs usually start at once: seconds and milliseconds mixed up?",
-            cure=(Cure("See them", command, f"/jobs?queue={queue}"),),
+            cure=(Cure("See them", command, f"/jobs?queue={tally.queue}"),),
         )
 
 
@@ -218,6 +270,10 @@ def _workers(scene: Scene, crew: Crew, running: list[int] | None) -> str:
         return f"{plural(total, 'worker')}: {', '.join(f'{count} {state}' for state, count in there.items())}."
     since = "" if running is None else f", the longest for {duration(scene.at.now - running[1])}"
     return f"Its only worker is busy{since}." if total == 1 else f"All {total} workers are busy{since}."
+
+
+def _error(error: Failure) -> str:
+    return f"{f'{error.code}: ' if error.code else ''}{first_line(error.message or 'no message')[:200]}"
 
 
 def _ratio(each: KindDurations) -> float | None:

@@ -36,7 +36,7 @@ def workers_die(scene: Scene) -> Iterator[Finding | None]:
     }
     last_at = {group: max((loss.at for loss in losses.workers.values()), default=0) for group, losses in sick.items()}
     crews: dict[Group, list[int]] = {}  # workers, those of them that died, and others that were there when the last did
-    for name, worker in list(scene.state.presence.remembered()) if sick else ():
+    for name, worker in scene.state.presence.remembered() if sick else ():
         yield None
         group = group_of(worker)
         losses = scene.losses.groups.get(group)
@@ -144,9 +144,15 @@ def release_loops(scene: Scene) -> Iterator[Finding]:
 def silent_workers(scene: Scene) -> Iterator[Finding | None]:
     """Workers that hold jobs whose locks have expired."""
     state, at = scene.state, scene.at
-    for name, worker in list(state.presence.remembered()):
+    names: dict[str, None] = {}
+    for job_id in (*state.expired_locks, *state.noted_expired, *state.stalled):
         yield None
-        if not (count := len(worker.expired)):
+        if (job := state.processing.get(job_id)) is not None and job.grant is not None:
+            names[job.grant.worker] = None
+    for name in names:
+        yield None
+        worker = state.presence.workers.get(name)
+        if worker is None or not (count := len(worker.expired)):
             continue
         jobs = [
             job for job_id in islice(worker.expired, JOBS_READ) if (job := state.processing.get(job_id)) is not None
@@ -170,7 +176,7 @@ def no_progress(scene: Scene) -> Iterator[Finding | None]:
     """A job runs for much longer than its kind usually does, and shows no progress."""
     state, at, limits = scene.state, scene.at, scene.limits
     now, presence = min(at.now, at.believed), state.presence
-    for job in islice(list(state.processing.values()), RUNNING_READ):
+    for job in list(islice(state.processing.values(), RUNNING_READ)):
         yield None
         grant, deadlines = job.grant, job.deadlines
         if grant is None or deadlines is None or not deadlines.is_live(at.lock_ms):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from typing import Any, Final
 
@@ -10,8 +11,8 @@ from msgspec.structs import replace
 
 from jobd.core.stats import HOURS_NEEDED, SAMPLES_NEEDED
 from jobd.maintenance.cleanup_run import CleanupSchedule
-from jobd.model.commands import Claim, Complete, EndGrants, Fail, Goodbye, Pause, Release, Start
-from jobd.model.job import DAY_MS, HOUR_MS, Options
+from jobd.model.commands import Claim, Complete, EndGrants, Extend, Fail, Goodbye, Pause, Release, Start
+from jobd.model.job import DAY_MS, HOUR_MS, Job, Options
 from jobd.model.responses import ClusterView, HealthView, NodeView
 from jobd.model.storage import DiskSpace
 from jobd.model.webhooks import FailingWebhook
@@ -170,6 +171,33 @@ async def release_over_and_over(stage: Stage) -> float:
     return 0
 
 
+@case("backlog_grows", "The backlog grows: ")
+async def create_faster_than_done(stage: Stage) -> float:
+    stage.act(stage.creates("geo", 5))
+    stage.act(stage.works("geo", "w-1", 20))
+    return 600
+
+
+@case("retry_backlog", "wait for a retry, 6 more a minute; 100 % of attempts fail: E: 503")
+async def fail_and_retry(stage: Stage) -> float:
+    async def fails() -> None:
+        while True:
+            await stage.create("sync", max_attempts=5)
+            for granted in await stage.claim("sync", "w-1"):
+                fail = Fail(id=granted.job.id, lock_id=granted.lock_id, error_message="503", error_code="E")
+                await stage.engine.yes(replace(fail, retry_after_ms=HOUR_MS))
+            await seconds(10)
+
+    stage.act(fails())
+    return 600
+
+
+@case("rejecting", "412 requests were rejected in 5 minutes (overloaded): too many commands")
+async def reject(stage: Stage) -> float:
+    stage.problems._error_counts = lambda: [Counter(overloaded=412)]
+    return 0
+
+
 @case("expiring", "10 of 10 jobs expired before a worker took them.")
 async def let_expire(stage: Stage) -> float:
     await stage.create("push", 10, expires_in_ms=1_000)
@@ -252,3 +280,130 @@ for _condition, _title, _changes in (
     ("clocks_differ", "The wall clock of node a is 2 s ahead of", {"nodes": [replace(A, ahead_ms=2_000), B]}),
 ):
     case(_condition, _title)(cluster(**_changes))
+
+
+# -- nothing opens without a reason ------------------------------------------------------------------------------------
+
+QUIET: Final[dict[str, Callable[[Stage], Awaitable[None]]]] = {}
+ALLOWED: Final = {"work_behind_a_long_job": {"waits/film"}}
+
+
+def quiet(script: Callable[[Stage], Awaitable[None]]) -> None:
+    QUIET[script.__name__] = script
+
+
+@quiet
+async def work_behind_a_long_job(stage: Stage) -> None:
+    await stage.create("film", 51)
+    stage.act(stage.works("film", "w-1", 600))
+
+
+@quiet
+async def pause_with_a_reason(stage: Stage) -> None:
+    await stage.create("film", 50)
+    await stage.engine.yes(Pause(name="film", reason="bad files from a partner"))
+
+
+@quiet
+async def start_jobs_by_id(stage: Stage) -> None:
+    """Jobs wait for three minutes, and the only worker never claims."""
+
+    async def starts() -> None:
+        await seconds(180)
+        for number in range(1_000):
+            granted = await stage.engine.yes(Start(id=f"job-{number}", worker="w-1"))
+            await stage.hold(granted, 60)
+            await stage.engine.yes(Complete(id=granted.job.id, lock_id=granted.lock_id))
+
+    async def creates() -> None:
+        await seconds(120)
+        for number in range(1_000):
+            await stage.create("film", id=f"job-{number}")
+            await seconds(60)
+
+    stage.act(creates())
+    stage.act(starts())
+
+
+@quiet
+async def restart_workers_one_after_another(stage: Stage) -> None:
+    async def serves(name: str, from_s: float, until_s: float) -> None:
+        await seconds(from_s)
+        while (until_s := until_s - 5) > from_s:
+            for granted in await stage.claim("mail", name, 5_000, host="web", version="2"):
+                await stage.engine.yes(Complete(id=granted.job.id, lock_id=granted.lock_id))
+        await stage.engine.yes(Goodbye(name=name, reason="stopped"))
+
+    stage.act(stage.creates("mail", 1))
+    for number in range(20):
+        stage.act(serves(f"old-{number}", 0, 60 + 15 * number))
+        stage.act(serves(f"new-{number}", 65 + 15 * number, 5_000))
+
+
+@quiet
+async def create_many_at_once(stage: Stage) -> None:
+    for number in range(20):
+        stage.act(stage.works("mail", f"w-{number}", 0.9))
+    await seconds(300)
+    await stage.create("mail", 5_000)
+
+
+@quiet
+async def snooze_every_minute(stage: Stage) -> None:
+    async def snoozes() -> None:
+        while True:
+            for granted in await stage.claim("poll", "w-1", 30_000):
+                await stage.engine.yes(Release(id=granted.job.id, lock_id=granted.lock_id, delay_ms=60_000))
+
+    await stage.create("poll")
+    stage.act(snoozes())
+
+
+@quiet
+async def restart_a_machine(stage: Stage) -> None:
+    """All workers of a machine die at once, and others begin there later."""
+    await stage.create("film", 40)
+    for number in range(5):
+        await stage.claim("film", f"old-{number}", stall_after_ms=0, host="web", version="2")
+    await seconds(120)
+    for number in range(5):
+        stage.act(stage.works("film", f"new-{number}", 30, host="web", version="2"))
+
+
+@quiet
+async def restart_the_daemon_with_many_workers(stage: Stage) -> None:
+    """Workers find the daemon again within half a minute, and extend their locks before they expire."""
+    stage.problems._first = stage.engine.clock.boot_ms()
+
+    async def returns(number: int, held: Job) -> None:
+        assert held.grant is not None
+        await seconds(number % 30)
+        await stage.engine.yes(Extend(id=held.id, lock_id=held.grant.lock_id))
+        await seconds(30 + number % 30)
+        await stage.engine.yes(Complete(id=held.id, lock_id=held.grant.lock_id))
+        await stage.works("film", held.grant.worker, 5)
+
+    for number, job in enumerate(list(stage.engine.state.processing.values())):
+        stage.act(returns(number, job))
+
+
+async def hold_jobs(storage: MemoryStorage) -> None:
+    async with VirtualEngine(storage) as engine, Stage(engine) as stage:
+        await stage.create("film", 400)
+        for number in range(200):
+            await stage.claim("film", f"w-{number}", stall_after_ms=0)
+
+
+@pytest.mark.parametrize("name", list(QUIET))
+def test_nothing_above_a_notice_opens_in_half_an_hour(name: str) -> None:
+    async def run() -> None:
+        storage = MemoryStorage()
+        if name == "restart_the_daemon_with_many_workers":
+            await hold_jobs(storage)
+        async with VirtualEngine(storage, schedule=SCHEDULE) as engine, Stage(engine) as stage:
+            await QUIET[name](stage)
+            await seconds(1_800)
+            urgent = {each.id for each in stage.listed.values() if each.severity != "notice"}
+        assert urgent == ALLOWED.get(name, set()), [each.title for each in stage.listed.values()]
+
+    in_virtual_time(run)()

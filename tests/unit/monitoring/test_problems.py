@@ -199,6 +199,16 @@ async def test_jobs_that_expire_or_are_due_far_ahead_and_silent_workers(engine: 
 
 
 @in_engine()
+async def test_jobs_due_far_ahead_are_usual_on_the_second_day(engine: VirtualEngine) -> None:
+    problems = problems_of(engine)
+    for day in range(2):
+        for _ in range(20):
+            await engine.yes(Create(queue="geo", delay_ms=30 * DAY_MS))
+        assert ("due_far/geo" in await found(problems)) == (day == 0)
+        await seconds(86_400)
+
+
+@in_engine()
 async def test_a_silent_worker_says_what_becomes_of_its_jobs(engine: VirtualEngine) -> None:
     problems = problems_of(engine)
     for options in ({}, {}, {"id": "half"}, {"max_stalls": 0}, {"on_stall": "fail"}):
@@ -421,12 +431,17 @@ class LifeHarness:
 
     def see(self, after_s: int, **found: list[Finding]) -> bool:
         self.ms += after_s * 1000
-        selections = []
-        for name in ("hidden", "hider", "other"):
-            selections.append(self.life.selection(name))
-            for finding in found.get(name, ()):
-                selections[-1].add(finding)
-        return self.life.update(selections, NOW + self.ms, BootMs(self.ms))
+        now, boot_ms = NOW + self.ms, BootMs(self.ms)
+        selections = [self.life.selection(name) for name in ("hidden", "hider", "other")]
+        for selection in selections:
+            for finding in found.get(selection.condition, ()):
+                selection.add(finding)
+        for selection in selections:
+            self.life.find(selection, now, boot_ms)
+        has_changed = self.life.update(now, boot_ms)
+        for _ in self.life.write_log():
+            pass
+        return has_changed
 
     @property
     def listed(self) -> list[str]:
