@@ -319,13 +319,16 @@ async def workers(viewer: Viewer, request: WorkersPageQuery) -> PageData:
     workers: responses.WorkerList
     locks: responses.LockList
     stats: responses.StatsView
-    workers, locks, stats = await query(
+    rules: responses.QuietRuleList
+    workers, locks, stats, rules = await query(
         viewer,
         commands.Workers(limit=MAX_WORKERS, cursor=request.seen, state=request.state),
         commands.Locks(limit=MAX_WORKERS, cursor=request.cursor),
         commands.Stats(),
+        commands.QuietRules(),
     )
     return {
+        "quiet_rules": rules.rules,
         "workers": workers.workers,
         "by_state": workers.by_state,
         "groups": workers.groups,

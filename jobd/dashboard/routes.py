@@ -14,7 +14,7 @@ from msgspec.structs import replace
 from jobd.api.downloads import send_artifact
 from jobd.api.operator_actions import step_down
 from jobd.api.services import Services
-from jobd.dashboard import cluster_page, maintenance, pages, plan_pages, urls, webhook_pages
+from jobd.dashboard import cluster_page, maintenance, pages, plan_pages, urls, webhook_pages, worker_pages
 from jobd.dashboard.assets import Assets
 from jobd.dashboard.context import (
     AUTHORIZATION,
@@ -103,6 +103,9 @@ PAGES: Final = (
         "/workers/take-back", maintenance.TakeBackQuery, "take_back", "Workers", maintenance.confirm_take_back,
         changes=True,
     ),
+    PageSpec(
+        "/workers/quiet", worker_pages.QuietQuery, "quiet", "Workers", worker_pages.confirm_quiet, changes=True
+    ),
     PageSpec("/cleanup", NoFields, "cleanup", "Cleanup", pages.cleanup),
     PageSpec(
         "/cleanup/confirm", maintenance.CleanupConfirmQuery, "cleanup_confirm", "Cleanup", maintenance.confirm_cleanup,
@@ -151,6 +154,7 @@ FORMS: Final[tuple[tuple[str, type[Command], HandleForm], ...]] = (
     ("/queues/{name}/pause", maintenance.QueueForm, maintenance.pause_queue),  # for programs, like the next one
     ("/queues/{name}/resume", maintenance.QueueForm, maintenance.resume_queue),
     ("/workers/take-back", maintenance.TakeBackForm, maintenance.take_back),
+    ("/workers/quiet", worker_pages.QuietForm, worker_pages.change_quiet),
     ("/cleanup/run", ReasonForm, maintenance.run_cleanup),
     ("/cleanup/recover", ReasonForm, maintenance.recover_stuck),
     ("/clock/accept", ReasonForm, maintenance.accept_clock),

@@ -557,6 +557,11 @@ class QuietRuleView(Struct, frozen=True):
     until: Annotated[int | None, doc("When the daemon ends it, in Unix ms, or null.")]
     workers: Annotated[int, doc("How many workers it covers now, without those that died or are gone.")] = 0
 
+    @property
+    def described(self) -> str:
+        """The words after "quiet", as those of a pause."""
+        return QueuePause(self.at, self.by, self.reason, self.until).describe()
+
 
 class QuietRuleList(Struct, frozen=True):
     """The quiet rules."""

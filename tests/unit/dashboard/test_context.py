@@ -106,6 +106,7 @@ async def test_a_read_only_session_sees_no_buttons_and_no_secrets(harness: Dashb
         ("/cleanup/recover", {}),
         ("/clock/accept", {}),
         ("/workers/take-back", {"name": "w-1"}),
+        ("/workers/quiet", {"name": "w-1", "action": "stop"}),
         ("/webhooks/q/test", {}),
         ("/webhooks/q/resend", {"id": "7"}),
         ("/webhooks/q/resend-dead-lettered", {"upto": "7"}),
