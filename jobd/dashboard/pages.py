@@ -61,7 +61,6 @@ MAX_GROUPS: Final = 100  # failure groups
 MAX_SCANNED: Final = 50_000  # jobs; a page whose search scans more is not updated automatically
 INDEXED_STATUSES: Final = ("queued", "processing", "failed", "cancelled")
 BULK_ACTIONS: Final = {verb: action.label for verb, action in JOB_ACTIONS.items() if verb in commands.PLAN_COMMANDS}
-PAUSED_QUEUES: Final = commands.Queues(paused=True, limit=20)  # sent by every page; costs little if few are paused
 PAUSE_CHOICES: Final = (("15 minutes", "900000"), ("1 hour", "3600000"), ("4 hours", "14400000"), ("1 day", "86400000"))
 MAX_SILENT_NAMES: Final = 3  # silent workers named in the overview
 MAX_QUEUE_NAMES: Final = 200  # queues suggested in a filter
@@ -133,16 +132,13 @@ async def overview(viewer: Viewer, _: Command) -> PageData:
     }
 
 
-async def banners(viewer: Viewer) -> PageData:
-    """Return the data of the banners on every page: paused queues and problems. A standby knows neither."""
-    if viewer.app.services.cluster_view().role == "standby":
-        return {"paused": [], "more_paused": False, "problems": ProblemList([])}
-    paused: responses.QueueList
-    [paused] = await query(viewer, PAUSED_QUEUES)
+def header(viewer: Viewer) -> PageData:
+    """Return the data of the header on every page: the problems. A standby knows none."""
+    services = viewer.app.services
+    is_standby = services.cluster_view().role == "standby"
     return {
-        "paused": paused.queues,
-        "more_paused": paused.next_cursor is not None,
-        "problems": viewer.app.services.problems.view(),
+        "problems": ProblemList([]) if is_standby else services.problems.view(),
+        "is_fragment": is_live_update(viewer.context),
     }
 
 

@@ -254,7 +254,7 @@ class Dashboard:
             status = data.pop("status", 200)
             if data.pop("reload", False):
                 return Response(RawBody(HTML, b"", {**HEADERS, "HX-Refresh": "true"}))
-            data |= await pages.banners(viewer)
+            data |= pages.header(viewer)
             page = _page_data(spec, subscription)
             template = "live.html" if has_live_region and is_live_update(context) else f"{spec.name}.html"
             return Response(await self._render(template, viewer, **{**page, **data}), status=status)
@@ -390,7 +390,7 @@ class Dashboard:
     async def _job_page_with_error(self, viewer: Viewer, job_id: str, error: ApiError) -> Response:
         """Show the job's page with the error of an action, unless the job was deleted."""
         viewer.app.error_counts[error.code] += 1
-        data = {**await pages.job(viewer, job_id), **await pages.banners(viewer)}
+        data = {**await pages.job(viewer, job_id), **pages.header(viewer)}
         page = {**_page_data(JOB_PAGE, Subscription(job_id=job_id)), "page_url": job_url(job_id), "api_error": error}
         return Response(await self._render("job.html", viewer, **data, **page), status=error.status)
 
