@@ -29,6 +29,7 @@ def jobctl() -> None:
 _WORKER_API: Final = (
     ("submit", "submit"),
     ("run", "run"),
+    ("worker_command", "worker"),
     ("wait", "wait"),
     ("jobs", "jobs job why timeline validate cancel"),
     ("completion", "completion"),

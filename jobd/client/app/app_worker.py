@@ -12,10 +12,11 @@ from jobd.client.app.daemon_jobs import DaemonJobs
 from jobd.client.app.job_context import context_of
 from jobd.client.app.options import milliseconds
 from jobd.client.app.task_registry import TaskDefinition, TaskRegistry
+from jobd.client.app.worker_processes import ParentLink
 from jobd.client.outcomes import Stopped
-from jobd.client.worker.handlers import RegisteredHandler
-from jobd.client.worker.lock_keeper import LOST
-from jobd.client.worker.runner import seconds
+from jobd.client.worker.handlers import HandlerLoop, RegisteredHandler
+from jobd.client.worker.lock_keeper import LOST, LockKeeper
+from jobd.client.worker.runner import Execution, seconds
 from jobd.client.worker.task import BaseTask, SyncTask, Task
 from jobd.client.worker.worker import Worker
 
@@ -35,6 +36,8 @@ class AppWorker(Worker):
         include: Sequence[str] = (),
         *,
         queues: Sequence[str] | None = None,
+        link: ParentLink | None = None,
+        shows_runs: bool = False,
         **options: Any,
     ) -> None:
         for module in include:
@@ -47,8 +50,16 @@ class AppWorker(Worker):
         declared = sorted({task.queue for task in tasks})
         super().__init__(registry.jobs.asynchronous_client(), queues=queues or declared, **options)
         self._progress_every_s = _PROGRESS_EVERY_S
+        self._shows_runs = shows_runs or self._shows_runs
+        self._link = link
         for task in tasks:
             self._handlers[task.name] = _handler(task)
+
+    async def _begin(self, loop: HandlerLoop, keeper: LockKeeper) -> Execution:
+        execution = await super()._begin(loop, keeper)
+        if self._link is not None:
+            self._link.began(keeper, execution)
+        return execution
 
 
 class _WorkerRun:

@@ -39,6 +39,15 @@ class DaemonJobs:
         self._closers: WeakKeyDictionary[asyncio.AbstractEventLoop, AsyncGenerator[None]] = WeakKeyDictionary()
         self._is_warned = False
 
+    @property
+    def is_addressed(self) -> bool:
+        """Whether the app names its daemon."""
+        return self._url is not None
+
+    def use(self, url: Address) -> None:
+        """Use this daemon. Called before the first call."""
+        self._url = url
+
     def create(self, jobs: Sequence[NewJob]) -> None:
         if len(jobs) > 1:
             try:

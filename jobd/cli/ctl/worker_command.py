@@ -1,0 +1,139 @@
+"""`jobctl worker`: run the tasks of an app."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from jobd import __version__
+from jobd.cli import exit_codes
+from jobd.cli.connection import current, worker_api_endpoints, worker_options
+from jobd.cli.ctl.completion import QUEUE
+from jobd.cli.params import DURATION, NAME
+
+if TYPE_CHECKING:
+    from jobd.client.app.app import App
+    from jobd.client.app.app_worker import AppWorker
+    from jobd.client.app.daemon_jobs import DaemonJobs
+
+
+@click.command()
+@click.option(
+    "--queues",
+    type=QUEUE,
+    metavar="NAME",
+    multiple=True,
+    help="Claim jobs of this queue; may be repeated, or a list with commas.  [default: the queues of the tasks]",
+)
+@click.option(
+    "--concurrency",
+    metavar="N",
+    type=click.IntRange(min=1),
+    help="Number of jobs to run at the same time in each process.  [default: 8; with --processes 1]",
+)
+@click.option(
+    "--processes",
+    metavar="N",
+    type=click.IntRange(min=1),
+    help="Run N processes, and kill one whose task does not end at its timeout.  [default: none]",
+)
+@click.option(
+    "--lock-ttl", type=DURATION, default="60s", show_default=True, help="Lifetime of a lock; the worker renews it."
+)
+@click.option(
+    "--grace",
+    type=DURATION,
+    default="30s",
+    show_default=True,
+    help="How long a running job may continue after SIGTERM.",
+)
+@click.option("--name", type=NAME, metavar="NAME", help="Name of this worker.  [default: host and pid]")
+@click.option("--supervised", type=int, hidden=True)
+@click.argument("target", metavar="MODULE:APP")
+@worker_options
+def worker(
+    queues: tuple[str, ...],
+    concurrency: int | None,
+    processes: int | None,
+    lock_ttl: int,
+    grace: int,
+    name: str | None,
+    supervised: int | None,
+    target: str,
+) -> int:
+    """Run the tasks of an app until SIGTERM, then drain.
+
+    MODULE:APP is a module and the name of its App, such as "shop.tasks:app". Modules are found from the current
+    directory. stderr has a line for each job. A plain function that ignores its timeout keeps its place; with
+    --processes, its process is killed, and the attempt fails with the error code "timeout".
+
+    \b
+    Example: jobctl worker shop:app --processes 4
+    """
+    import asyncio
+    import logging
+
+    from jobd.client.app.worker_processes import ParentLink, WorkerProcesses
+    from jobd.client.worker.claimer import default_name
+
+    (app, jobs), options = _load(target), current()
+    if options.socket or options.url or not jobs.is_addressed:
+        jobs.use(worker_api_endpoints(options))
+    link = None if supervised is None else ParentLink(supervised)
+    settings: dict[str, Any] = {"queues": [name for each in queues for name in each.split(",")] or None}
+    settings |= {"concurrency": concurrency or (1 if processes else 8), "lock_ttl_ms": lock_ttl, "name": name}
+    run = _app_worker(target, app, **settings, grace_s=grace / 1000, link=link)
+    if not logging.getLogger().hasHandlers():
+        logging.basicConfig(level=logging.INFO, format="%(message)s")
+    if link is not None:
+        link.watch(run.stop)
+    else:
+        tasks = ", ".join(f"{task.name} ({task.queue})" for task in app.registry.tasks.values())
+        click.echo(f"jobd {__version__}: app {app.name}, processes: {processes or 1}, tasks: {tasks}", err=True)
+    if not processes:
+        asyncio.run(run.serve(signals=True))
+        return exit_codes.DONE
+    command = [sys.executable, "-m", "jobd.cli.ctl.main", "worker", target, "--concurrency", settings["concurrency"]]
+    command += ["--lock-ttl", f"{lock_ttl}ms", "--grace", f"{grace}ms"]
+    for flag, values in (("--queues", queues), ("--socket", [options.socket]), ("--url", [options.url])):
+        command += [part for value in values if value for part in (flag, value)]
+    command += ["--token-file", options.token_file] if options.token_file else []
+    client = jobs.asynchronous_client()
+    log = logging.getLogger("jobd.client").warning
+    children = WorkerProcesses(client, [str(part) for part in command], processes, name or default_name(), log)
+    return asyncio.run(children.run())
+
+
+def _app_worker(target: str, app: App, **options: Any) -> AppWorker:
+    from jobd.client.app.app_worker import AppWorker
+
+    try:
+        return AppWorker(app.registry, app.include, **options, shows_runs=True)
+    except (TypeError, ValueError, ImportError) as error:
+        raise exit_codes.CliError(f"{target}: {error}", exit_codes.CONFIG) from None
+
+
+def _load(target: str) -> tuple[App, DaemonJobs]:
+    """Return the app of a program, and its access to the daemon. Raises CliError (78)."""
+    from jobd.client.app.app import App
+    from jobd.client.app.daemon_jobs import DaemonJobs
+
+    module, _, name = target.partition(":")
+    sys.path.insert(0, os.getcwd())
+    try:
+        found = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        where = f"{target}: there is no module {error.name!r}"
+        raise exit_codes.CliError(f"{where}. Modules are found from {os.getcwd()}", exit_codes.CONFIG) from None
+    app = getattr(found, name or "app", None)
+    if not isinstance(app, App):
+        apps = [each for each, value in vars(found).items() if isinstance(value, App)]
+        hint = f"; write {module}:{apps[0]}" if apps else ""
+        raise exit_codes.CliError(f"{target}: {module}.{name or 'app'} is no App{hint}", exit_codes.CONFIG)
+    if not isinstance(app.registry.jobs, DaemonJobs):
+        raise exit_codes.CliError(f"{target} has inline=True, so it runs its jobs itself", exit_codes.CONFIG)
+    return app, app.registry.jobs
