@@ -46,6 +46,7 @@ class Node:
         self.registry = NodeRegistry(self.journal, lambda: entry(name))
         self.registry.nodes = [entry(each) for each in sorted({name, *others})]
         self.copies = 0
+        self.lag_records = 0  # of the tables
         self.error: Exception | None = None
         self.is_current = True
         self.fails_over = False  # after the next copy
@@ -73,7 +74,7 @@ class Node:
         file = tempfile.TemporaryFile()  # noqa: SIM115 - the schedule closes it
         file.write(b"tables")
         file.seek(0)
-        return StoreCopy(file, self.server.head.number)
+        return StoreCopy(file, self.server.head.number - self.lag_records)
 
     def append(self, count: int) -> None:
         """Let the leader append records."""
@@ -105,6 +106,10 @@ async def test_the_first_standby_writes_after_enough_records_and_time(server: Me
     assert list(server.snapshots) == [10]
     await seconds(20)
     assert list(server.snapshots) == [10, 30]
+    node.lag_records = 3
+    node.append(10)
+    await seconds(70)
+    assert list(server.snapshots) == [30, 37], "of the records that the tables have"
 
 
 @pytest.mark.parametrize(

@@ -248,6 +248,22 @@ async def test_what_pending_records_concern_is_forgotten_with_them(
     assert not tables._payloads
 
 
+async def test_the_last_batch_of_a_slice_decides_about_a_key(store: Store, no_slices: None) -> None:
+    maker = ChangeFactory()
+
+    async def write(kept: str, forgotten: str = "") -> None:
+        keys = [StoredResponse(digest, kept, NOW, 201, b"{}") for digest in kept]
+        await store.write(maker.batch([maker.create()], keys=keys, forget_keys=[*forgotten]))
+
+    await write("abc")
+    await store.finish_upkeep()
+    await write("d", "a")
+    await write("ae", "bd")
+    await write("be", "c")
+    stored = (await store.load([], [], [*"abcde"])).responses
+    assert {digest: row.body_hash for digest, row in stored.items()} == {"a": "ae", "b": "be", "e": "be"}
+
+
 @pytest.mark.parametrize("commit", ["inline", "thread"])
 @pytest.mark.parametrize("breaks", [True, False])
 async def test_an_error_in_a_slice_is_reported(
