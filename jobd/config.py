@@ -307,6 +307,39 @@ class AlertsSection(Struct, frozen=True, forbid_unknown_fields=True):
     """Free space on the store's disk, in bytes. Fires below the threshold."""
     release_loop: NotNegative = 0
     """Jobs that were released 10 times in a row without progress, the last time without a snooze."""
+    disk_full_within: Duration = Duration(6 * HOUR_MS)
+    """Time in which the store's disk is full at the rate of the last hour. Fires below the threshold."""
+    backlog_grows: Positive = 50
+    """Due jobs of a queue and kind that were added in 10 minutes.
+
+    Fires at the threshold, too, as do the numbers from here to `workers_die_share`.
+    """
+    retry_backlog: Positive = 20
+    """Jobs of a queue that wait for another attempt, while they become more."""
+    rejecting: Positive = 10
+    """Responses with the same error in 5 minutes, of those that say that something is full."""
+    expiring: Annotated[float, Meta(gt=0, le=1)] = 0.1
+    """Share of expired jobs among those of a queue and kind that ended in the last 10 minutes."""
+    expiring_jobs: Positive = 10
+    """Number of jobs that expired in the last 10 minutes from which `expiring` applies."""
+    due_far_jobs: Positive = 20
+    """Jobs of a queue and kind created in the last 10 minutes that are due in over 7 days."""
+    paused_without_reason: Duration = Duration(15 * MINUTE_MS)
+    """Time for which a job of a queue that is paused without a reason has been due."""
+    quiet_long: Duration = Duration(24 * HOUR_MS)
+    """Time for which a worker has been quiet, while jobs that it takes wait."""
+    no_progress: Duration = Duration(10 * MINUTE_MS)
+    """Time for which a running job has shown no progress."""
+    no_progress_times: Annotated[float, Meta(ge=1, le=1000)] = 3.0
+    """The same time, as a multiple of the usual duration of the job's kind."""
+    kills_workers: Positive = 2
+    """Workers that died with the same job."""
+    workers_die: Positive = 3
+    """Workers of a host and version that died in the last 10 minutes."""
+    workers_die_stalls: Positive = 5
+    """Grants to workers of a host and version that stalled in the last 10 minutes."""
+    workers_die_share: Annotated[float, Meta(gt=0, le=1)] = 0.2
+    """Share of these workers, or of these grants, from which the previous two keys apply."""
     standby_behind: Duration = Duration(30 * SECOND_MS)
     """In a cluster: time since the leader had a record that a standby lacks, or since a standby was last seen."""
     database_horizon: Duration = Duration(MINUTE_MS)

@@ -72,13 +72,14 @@ class WorkerSeen:
     `idle_ms` is twice the time between its last two claims.
     `claims` is None if no claim is remembered. `waiting` is the number of its claims that wait now. `left` (when the
     connection of a waiting claim closed), `goodbye` and `lost` (the latest job that was taken back from it) are None
-    once it is heard again. `is_quiet`: its latest claim could get no job. Its `claims` are then in no list of claim
-    sets. `directive` waits for its next claims until it obeys; `told_rule` is the quiet rule that it knows of.
+    once it is heard again. `quiet_since` (wall time) is set while its claims can get no job. Its `claims` are then in
+    no list of claim sets. `directive` waits for its next claims until it obeys; `told_rule` is the quiet rule that it
+    knows of.
     """
 
     __slots__ = (
         "about", "asked", "claimed", "claims", "directive", "expired", "first_seen_at", "goodbye", "heard", "idle_ms",
-        "is_quiet", "jobs", "last_seen_at", "left", "lost", "told_rule", "waiting",
+        "jobs", "last_seen_at", "left", "lost", "quiet_since", "told_rule", "waiting",
     )  # fmt: skip
 
     def __init__(self) -> None:
@@ -94,9 +95,13 @@ class WorkerSeen:
         self.left: LockMs | None = None
         self.goodbye: GoodbyeReason | None = None
         self.lost: LostJob | None = None
-        self.is_quiet = False
+        self.quiet_since: int | None = None
         self.directive: Directive | None = None
         self.told_rule = ""
+
+    @property
+    def is_quiet(self) -> bool:
+        return self.quiet_since is not None
 
     @property
     def is_resting(self) -> bool:
@@ -239,7 +244,7 @@ class WorkerPresence:
                 new = ClaimSet(list(takes or command.queues), command.kinds)
                 claims = self._shared(new) if takes else new
                 self._assign(command.worker, worker, claims)
-            worker.is_quiet = not takes
+            worker.quiet_since = None if takes else worker.quiet_since or self.now
             if worker.directive is not None and worker.directive.is_over(command):
                 self._end_directive(worker)
             if worker.asked is not None and self.lock_ms > worker.asked:  # not when this claim begins to wait

@@ -17,9 +17,10 @@ from jobd.engine.clock import Clock, loop_time
 from jobd.maintenance.maintainer import Maintainer
 from jobd.model.clocks import BootMs, MonotonicS
 from jobd.model.events import Event
-from jobd.model.job import MINUTE_MS, SECOND_MS
+from jobd.model.job import HOUR_MS, MINUTE_MS, SECOND_MS
 from jobd.model.problems import Problem, ProblemList, Severity
 from jobd.model.responses import AlertView, ClusterView
+from jobd.model.storage import DiskSpace
 from jobd.model.webhooks import FailingWebhook, OpenProblems
 from jobd.monitoring.health import Health
 from jobd.monitoring.problems import daemon
@@ -39,6 +40,7 @@ DUE_FOR_MS: Final = MINUTE_MS  # below it, no condition asks for a pair
 MANY_PAIRS: Final = 2_000  # beyond, they are scanned less often
 SCAN_MANY_EVERY_S: Final = 15.0
 RUNNING_READ: Final = 10_000
+RATE_AFTER_MS: Final = 10 * MINUTE_MS
 REJECTED_MS: Final = 5 * MINUTE_MS
 
 log = structlog.get_logger("jobd.problems")
@@ -91,6 +93,7 @@ class Problems:
         self._tallies: list[Tally] = []
         self._backlogs: Trends[tuple[str, str]] = Trends()
         self._retries: Trends[str] = Trends()
+        self._free: deque[tuple[BootMs, int]] = deque()  # bytes of the disk in the last hour, one a minute
         self._errors: deque[tuple[BootMs, dict[str, int]]] = deque()
         self._next_scan = MonotonicS(0.0)
         self._stop = asyncio.Event()
@@ -240,6 +243,21 @@ class Problems:
             self._errors.popleft()
         return {code: errors[code] - count for code, count in self._errors[0][1].items()}
 
+    def _full_in_ms(self, space: DiskSpace | None) -> float | None:
+        """Return when the disk is full at the rate of the last hour, once it was measured for ten minutes."""
+        boot_ms = self._clock.boot_ms()
+        if space is None:
+            return None
+        if not self._free or boot_ms - self._free[-1][0] >= MINUTE_MS:
+            self._free.append((boot_ms, space.free_bytes))
+        while boot_ms - self._free[0][0] > HOUR_MS:
+            self._free.popleft()
+        since, free_bytes = self._free[0]
+        used_bytes = free_bytes - space.free_bytes
+        if used_bytes <= 0 or boot_ms - since < RATE_AFTER_MS:
+            return None
+        return space.free_bytes * (boot_ms - since) / used_bytes
+
     async def _scene(self) -> Scene:
         space, at = await self._health.space(), self._clock.moment()
         return Scene(
@@ -250,6 +268,7 @@ class Problems:
             up_ms=0 if self._first is None else self._clock.boot_ms() - self._first,
             health=self._health.last,
             space=space,
+            full_in_ms=self._full_in_ms(space),
             rejects_creates=self._rejects_creates(),
             invalid=self._cleanup.invalid,
             failing_webhooks=self.failing_webhooks(),

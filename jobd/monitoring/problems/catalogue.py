@@ -70,6 +70,7 @@ CONDITIONS: Final = (
     Condition("workers_die", "warning", workers.workers_die, "percent", hides=("worker_silent", "stuck_jobs")),
     Condition("worker_silent", "warning", workers.silent_workers, hides=("stuck_jobs",)),
     Condition("paused_without_reason", "notice", daemon.paused_without_reason, of_pairs=True),
+    Condition("quiet_long", "notice", workers.quiet_long, of_pairs=True),
     Condition("rejecting", "warning", daemon.rejecting),
     Condition("damaged", "warning", daemon.damaged),
     Condition("clock", "warning", daemon.clock, "ms"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Iterator
 from functools import partial
@@ -9,7 +10,7 @@ from typing import Final
 
 from jobd.core import quiet
 from jobd.core.views import average_processing_s
-from jobd.model.job import DAY_MS, SECOND_MS
+from jobd.model.job import DAY_MS, HOUR_MS, SECOND_MS
 from jobd.model.problems import Cure, Severity, Subject
 from jobd.model.responses import DatabaseHealth, PartHealth
 from jobd.model.times import duration
@@ -110,19 +111,24 @@ def webhooks(scene: Scene) -> Iterator[Finding]:
 
 
 def disk(scene: Scene) -> Iterator[Finding]:
+    """Too little space is free, or it will be used soon."""
     space, limits = scene.space, scene.limits
     if space is None or not space.total_bytes:
         return
     free = 100 * space.free_bytes / space.total_bytes
-    is_full = scene.rejects_creates or free < TINY_PERCENT
-    if not scene.rejects_creates and free >= limits.disk_free_percent and space.free_bytes >= limits.disk_free_bytes:
+    full_in_ms = math.inf if scene.full_in_ms is None else scene.full_in_ms
+    is_low = free < limits.disk_free_percent or space.free_bytes < limits.disk_free_bytes
+    if not (scene.rejects_creates or is_low or full_in_ms < limits.disk_full_within_ms):
         return
-    title = f"{_bytes(space.free_bytes)} of {_bytes(space.total_bytes)} are free on the disk of {space.path}."
+    title = f"{_bytes(space.free_bytes)} of {_bytes(space.total_bytes)} are free on the disk of {space.path}"
+    if full_in_ms < DAY_MS:
+        title += f", full in {duration(full_in_ms)}"
+    is_urgent = scene.rejects_creates or free < TINY_PERCENT or full_in_ms < HOUR_MS
     yield Finding(
         subject=Subject(type="disk"),
-        title=f"{title} New jobs are rejected." if scene.rejects_creates else title,
+        title=f"{title}. New jobs are rejected." if scene.rejects_creates else f"{title}.",
         value=100 - free,
-        severity="critical" if is_full else None,
+        severity="critical" if is_urgent else None,
         cause="On a full disk the daemon rejects new jobs. Free some space, or shorten [retention].",
         cure=(Cure("See what is stored", "jobctl stats", "/"),),
     )

@@ -11,6 +11,7 @@ from urllib.parse import urlencode
 
 from jobd.core.stats import STEP_MS
 from jobd.core.transitions import stall_outcomes
+from jobd.core.worker_presence import WorkerSeen
 from jobd.model.job import HOUR_MS, MINUTE_MS, Job
 from jobd.model.problems import Cure, Subject
 from jobd.model.times import duration
@@ -160,9 +161,8 @@ def silent_workers(scene: Scene) -> Iterator[Finding | None]:
         ends = [at.wall(job.deadlines.stalled_at) for job in jobs if job.deadlines is not None]
         by = max([*ends, at.now]) + (state.recovery.recover_every_ms or state.recovery.cleanup_every_ms)
         silent_ms = at.lock_ms - worker.heard
-        host, version = group_of(worker)
         yield Finding(
-            subject=Subject(type="worker", worker=name, host=host, version=version),
+            subject=_worker(name, worker),
             title=f"Silent for {duration(silent_ms)}: {plural(count, 'job')} with expired locks. "
             f"By {clock_time(by)}, {stall_outcomes(jobs)}.",
             value=count,
@@ -170,6 +170,28 @@ def silent_workers(scene: Scene) -> Iterator[Finding | None]:
             wait_ms=silent_ms,
             cure=(Cure("End these grants now", f"jobctl take-back {shlex.quote(name)}", "/workers", changes=True),),
         )
+
+
+def quiet_long(scene: Scene) -> Iterator[Finding | None]:
+    """Workers that an operator told to be quiet long ago, although jobs wait that they take. Quiet rules are known."""
+    state, limit_ms = scene.state, scene.limits.quiet_long_ms
+    for name, worker in state.presence.remembered():
+        yield None
+        since, claims = worker.quiet_since, worker.claims
+        is_young = since is None or scene.at.now - since <= limit_ms
+        if since is None or is_young or claims is None or worker.told_rule in state.quiet:
+            continue
+        queues = set(claims.queues)
+        due = sum(pair.due for pair in scene.due if pair.queue in queues and claims.takes(pair.kind))
+        if due and state.presence.state(worker) not in ("died", "gone"):
+            yield Finding(
+                subject=_worker(name, worker),
+                title=f"Quiet for {duration(scene.at.now - since)}, while {plural(due, 'job')} that it takes "
+                f"{'is' if due == 1 else 'are'} due.",
+                value=due,
+                jobs=due,
+                cure=(Cure("Let it take jobs", f"jobctl resume-worker {shlex.quote(name)}", "/workers", changes=True),),
+            )
 
 
 def no_progress(scene: Scene) -> Iterator[Finding | None]:
@@ -209,6 +231,11 @@ def no_progress(scene: Scene) -> Iterator[Finding | None]:
                 Cure("Cancel it", f"jobctl cancel {job.id}", f"/jobs/{job.id}", changes=True),
             ),
         )
+
+
+def _worker(name: str, worker: WorkerSeen) -> Subject:
+    host, version = group_of(worker)
+    return Subject(type="worker", worker=name, host=host, version=version)
 
 
 def _job(job: Job) -> Subject:

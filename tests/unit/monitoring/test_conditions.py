@@ -17,6 +17,7 @@ from jobd.model.responses import ClusterView, HealthView, NodeView
 from jobd.model.storage import DiskSpace
 from jobd.model.webhooks import FailingWebhook
 from jobd.monitoring.problems.catalogue import CONDITIONS
+from jobd.monitoring.problems.condition import Thresholds
 from tests.support.memory_storage import MemoryStorage
 from tests.support.problem_stage import Stage
 from tests.support.virtual_engine import VirtualEngine, in_virtual_time, row, seconds
@@ -159,6 +160,19 @@ async def fail_all(stage: Stage) -> float:
 async def fill_disk(stage: Stage) -> float:
     stage.engine.disk.disk_space = DiskSpace("/srv/jobd.db", 1 << 20, 1 << 29)
     return 0
+
+
+@case("quiet_long", "Quiet for 1 h, while 1 job that it takes is due.")
+async def stay_quiet(stage: Stage) -> float:
+    async def claims() -> None:
+        while True:
+            await stage.claim("film", "w-1", 30_000, limit=0)
+
+    stage.problems.thresholds = Thresholds(quiet_long_ms=HOUR_MS)
+    stage.act(claims())
+    await seconds(3_600 - 120)
+    await stage.create("film")
+    return 120
 
 
 @case("release_loop", "1 job is released over and over by w-1; a 10 times.")

@@ -335,6 +335,25 @@ def test_disk_holds_below_a_tenth_or_one_gibibyte(free: int, total: int, severit
     in_virtual_time(evaluate)()
 
 
+@in_engine()
+async def test_a_disk_that_is_full_soon_is_found_by_the_rate_of_the_last_hour(engine: VirtualEngine) -> None:
+    problems, gib = problems_of(engine), 1 << 30
+    for minute in range(90):
+        engine.disk.disk_space = DiskSpace("/srv/jobd.db", (200 - minute) * gib, 400 * gib)
+        listed = await found(problems)
+        assert ("disk/disk" in listed) == (minute >= 10), minute
+        await seconds(60)
+    assert (
+        listed["disk/disk"].title == "111.0 GiB of 400.0 GiB are free on the disk of /srv/jobd.db, full in 1 h 51 min."
+    )
+    assert listed["disk/disk"].severity == "warning"
+    engine.disk.disk_space = DiskSpace("/srv/jobd.db", 50 * gib, 400 * gib)
+    assert (await found(problems))["disk/disk"].severity == "critical", "within an hour"
+    engine.disk.disk_space = DiskSpace("/srv/jobd.db", 180 * gib, 400 * gib)
+    await seconds(2)
+    assert await found(problems) == {}
+
+
 A = NodeView("a", "", "leader", 100, 1_000, 0, 1, False)
 B = NodeView("b", "", "standby", 100, 1_000, 0, 1, False)
 VIEW = ClusterView(
