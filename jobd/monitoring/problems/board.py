@@ -25,8 +25,8 @@ from jobd.model.webhooks import FailingWebhook, OpenProblems
 from jobd.monitoring.health import Health
 from jobd.monitoring.problems import daemon
 from jobd.monitoring.problems.catalogue import ALERTS, CONDITIONS
-from jobd.monitoring.problems.condition import Condition, Crew, DuePair, Scene, Thresholds, problem_id
-from jobd.monitoring.problems.life import CLEAR_MS, HOLD_MS, ProblemLife, Selection
+from jobd.monitoring.problems.condition import Condition, Crew, DuePair, Scene, Thresholds
+from jobd.monitoring.problems.life import CLEAR_MS, HOLD_MS, SUBJECTS, ProblemLife, Selection
 from jobd.monitoring.problems.losses import WorkerLosses
 from jobd.monitoring.problems.pair_counts import PairCounts, Tally
 from jobd.monitoring.problems.pairs import SETTLED_MS
@@ -195,21 +195,8 @@ class Problems:
                 continue  # it finds the same as at the last scan
             selection = self._found[condition.name] = self._life.selection(condition.name)
             await slices.of(condition.find(scene), selection.add)
-        known = [
-            Problem(
-                id=problem_id(name, each.subject),
-                condition=name,
-                severity="notice",
-                subject=each.subject,
-                since=since or scene.at.now,
-                jobs=each.jobs,
-                value=each.value,
-                title=each.title,
-                cure=list(each.cure),
-            )
-            for name, found in (("paused", daemon.known_pauses(scene)), ("quiet", daemon.quiet_rules(scene)))
-            for since, each in found
-        ]
+        known: list[Problem] = []
+        await slices.of(islice(daemon.known(scene), SUBJECTS), known.append)
         self._known, self._evaluated_at = known, scene.at.now
         now, boot_ms = scene.at.now, self._clock.boot_ms()
         for selection in self._found.values():
@@ -259,13 +246,13 @@ class Problems:
         return space.free_bytes * (boot_ms - since) / used_bytes
 
     async def _scene(self) -> Scene:
-        space, at = await self._health.space(), self._clock.moment()
+        space, at, boot_ms = await self._health.space(), self._clock.moment(), self._clock.boot_ms()
         return Scene(
             state=self._state,
             at=at,
             limits=self.thresholds,
             opened=self._life.opened,
-            up_ms=0 if self._first is None else self._clock.boot_ms() - self._first,
+            is_settled=self._first is not None and boot_ms - self._first >= SETTLED_MS - self._hold_ms,
             health=self._health.last,
             space=space,
             full_in_ms=self._full_in_ms(space),

@@ -126,7 +126,7 @@ class Scene(Struct, kw_only=True):
     at: Moment
     limits: Thresholds
     opened: frozenset[str] = frozenset()
-    up_ms: int = 0
+    is_settled: bool = True  # the workers had time to claim again since the start, when the finding can be a problem
     health: HealthView | None = None
     space: DiskSpace | None = None
     full_in_ms: float | None = None  # at the rate of the last hour; None if it is not known or the disk does not fill

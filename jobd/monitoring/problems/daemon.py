@@ -11,11 +11,11 @@ from typing import Final
 from jobd.core import quiet
 from jobd.core.views import average_processing_s
 from jobd.model.job import DAY_MS, HOUR_MS, SECOND_MS
-from jobd.model.problems import Cure, Severity, Subject
+from jobd.model.problems import Cure, Problem, Severity, Subject
 from jobd.model.responses import DatabaseHealth, PartHealth
 from jobd.model.times import duration
 from jobd.monitoring.health import QUARANTINED
-from jobd.monitoring.problems.condition import GIB, Finding, Scene, plural
+from jobd.monitoring.problems.condition import GIB, Finding, Scene, plural, problem_id
 
 MIB: Final = 1 << 20
 TINY_PERCENT: Final = 2.0  # of the disk
@@ -140,24 +140,33 @@ def paused_without_reason(scene: Scene) -> Iterator[Finding]:
             yield found
 
 
-def known_pauses(scene: Scene) -> Iterator[tuple[int | None, Finding]]:
-    """Pauses with a reason, which need no action, and since when they last."""
-    return _paused(scene, has_reason=True)
-
-
-def quiet_rules(scene: Scene) -> Iterator[tuple[int | None, Finding]]:
-    """Quiet rules, which need no action, and since when they last."""
+def known(scene: Scene) -> Iterator[Problem]:
+    """Pauses with a reason and quiet rules, which need no action."""
+    for since, found in _paused(scene, has_reason=True):
+        yield _known("paused", since or scene.at.now, found)
     for rule in list(scene.state.quiet.values()):
         count = quiet.workers_of(scene.state, rule)
-        yield (
-            rule.at,
-            Finding(
-                subject=Subject(type="workers", host=rule.host, version=rule.version, queue=rule.queue),
-                title=f"Quiet {rule.describe()}. It covers {plural(count, 'worker')}.",
-                value=count,
-                cure=(Cure("End the rule", f"jobctl resume-worker --rule {rule.id}", "/workers", changes=True),),
-            ),
+        found = Finding(
+            subject=Subject(type="workers", host=rule.host, version=rule.version, queue=rule.queue),
+            title=f"Quiet {rule.describe()}. It covers {plural(count, 'worker')}.",
+            value=count,
+            cure=(Cure("End the rule", f"jobctl resume-worker --rule {rule.id}", "/workers", changes=True),),
         )
+        yield _known("quiet", rule.at or scene.at.now, found)
+
+
+def _known(condition: str, since: int, found: Finding) -> Problem:
+    return Problem(
+        id=problem_id(condition, found.subject),
+        condition=condition,
+        severity="notice",
+        subject=found.subject,
+        since=since,
+        jobs=found.jobs,
+        value=found.value,
+        title=found.title,
+        cure=list(found.cure),
+    )
 
 
 def _paused(scene: Scene, *, has_reason: bool) -> Iterator[tuple[int | None, Finding]]:

@@ -36,7 +36,7 @@ MANY_FAIL: Final = 0.9
 def no_workers(scene: Scene) -> Iterator[Draft | None]:
     """A job is due, and no worker that takes its queue and kind is there."""
     limit_ms = scene.limits.queue_without_workers_ms
-    for pair in scene.due if scene.up_ms >= SETTLED_MS else ():
+    for pair in scene.due if scene.is_settled else ():
         yield None
         key = pair.queue, pair.kind
         if pair.wait_ms <= limit_ms or pair.queue in scene.state.paused or key in scene.running:

@@ -138,7 +138,13 @@ async def test_a_start_misses_no_worker_for_three_minutes(engine: VirtualEngine)
     await seconds(150)
     problems._first = engine.clock.boot_ms() - 60_000
     assert await found(problems) == {}
-    announced = problems.announced()
+    slow = problems_of(engine, hold_ms=30_000)
+    slow._first = engine.clock.boot_ms()
+    for _ in range(36):
+        assert await found(slow) == {}
+        await seconds(4.998)
+    assert list(await found(slow)) == ["no_workers/mail"], "three minutes after the start, not half a minute later"
+    announced = slow.announced()
     assert announced is not None
     assert not announced.is_settled
 
