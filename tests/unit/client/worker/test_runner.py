@@ -92,6 +92,20 @@ async def test_a_grant_that_was_missed_is_released(
     assert release.path == "/v1/jobs/j1/release"
 
 
+async def test_a_grant_of_a_repeated_claim_is_renewed_at_once(server: ScriptedServer, endpoint: str) -> None:
+    """The daemon may have granted it when the first request arrived."""
+    state = {"lock_expires_at": 1, "ttl_ms": 3_600_000, "progress_due_at": None}
+    server.script = [rejected("outcome_unknown", 503), ok({"grants": [GRANT | state]}), ok(state), ok(JOB)]
+
+    async def begin(keeper: LockKeeper) -> Execution:
+        await wait_until(lambda: len(server.received) == 3)
+        raise OSError("the program cannot be started")
+
+    async with AsyncJobClient(endpoint) as client:
+        await WorkerRunner(client, ClaimOptions(worker="w"), begin, print).run()
+    assert [each.path for each in server.received[2:]] == ["/v1/jobs/j1/extend", "/v1/jobs/j1/release"]
+
+
 async def test_a_stopped_claim_without_grants_is_probed_once(
     server: ScriptedServer, endpoint: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
