@@ -192,6 +192,7 @@ async def test_a_takeover_that_waits_longer_than_the_lease_leads(server: MemoryS
         leadership = await follow()
         assert leadership is not None
         leadership.check()  # as the first request does
+        assert server.head.acked == server.head.number
         return leadership
 
     new.journal.before = wait
