@@ -265,6 +265,8 @@ class LimitsSection(Struct, frozen=True, forbid_unknown_fields=True):
     """Unfinished jobs; beyond that `507 too_many_jobs`."""
     queues: Positive = 10_000
     """Queues with jobs, including finished jobs; beyond that, the first job of a queue gets `507 too_many_queues`."""
+    schedules: Positive = 10_000
+    """Schedules; beyond that, a new one gets `507 too_many_schedules`."""
     idempotency_keys: Positive = 200_000
     """Stored responses to requests with an `Idempotency-Key`.
 
@@ -404,6 +406,7 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
             late_bytes=self.limits.payload,
             live_jobs=self.limits.live_jobs,
             queues=self.limits.queues,
+            schedules=self.limits.schedules,
             idempotency_keys=self.limits.idempotency_keys,
             artifacts=bool(self.artifacts.url),
         )
@@ -530,6 +533,7 @@ RELOADABLE: Final = frozenset(
         *(key for key in KEYS if key.startswith(_RELOADABLE_SECTIONS)),
         "limits.live_jobs",
         "limits.queues",
+        "limits.schedules",
         "worker.token_file",
         "admin.token_file",
         "admin.readonly_token_file",

@@ -35,6 +35,7 @@ from jobd.maintenance.due_jobs import DueJobs
 from jobd.maintenance.maintainer import Maintainer, read_extra, read_stats
 from jobd.maintenance.plan_runner import Planner
 from jobd.maintenance.restart_grace import SLICE, extend_held_locks
+from jobd.maintenance.schedules import Scheduler
 from jobd.maintenance.scrubber import Scrubber
 from jobd.model.clocks import LockMs
 from jobd.model.commands import EndGrants, Ping
@@ -148,6 +149,7 @@ class Serving:
             self._on_pause, self._on_set_back, self.clock.moment, on_set_ahead=_log_set_ahead
         )
         self.actor = _make_actor(store, opened, state, self.clock, settings, self._before_batch)
+        self._scheduler = Scheduler(self.actor, self.clock.moment)
         self._due_jobs = DueJobs(self.actor, self.clock.moment)
         self.webhooks = self._make_webhooks()
         self.timeseries = Timeseries.opened(read_extra(opened.stats), self.clock.moment().now)
@@ -175,6 +177,7 @@ class Serving:
         self.running.add_done_callback(lambda _: on_end())
         self._stack.push_async_callback(self._stop_actor)
         self._maintaining = run("cleanup", self.maintainer)
+        run("schedules", self._scheduler)
         run("failures", services.failures)
         if self._sweeper is not None:
             run("sweeper", self._sweeper)

@@ -18,6 +18,7 @@ from jobd.api.event_stream import send_events
 from jobd.api.imports import import_jobs, preview_import
 from jobd.api.openapi import routes_of, with_document
 from jobd.api.probes import PROBES, send_cluster
+from jobd.api.schedules import put_schedule, send_schedule, send_schedules
 from jobd.api.services import Services
 from jobd.http.app import App, run_command
 from jobd.http.request import RequestContext, as_one_entry, operator_of
@@ -121,6 +122,12 @@ _HANDLERS: Final[dict[ApiCall[Any, Any], RouteHandler]] = {
     calls.AdminQueueCalls.take_back: _respond_to_operator(
         lambda app, operator, command: app.services.maintainer.take_back(command, as_one_entry(operator))
     ),
+    calls.AdminScheduleCalls.put_schedule: put_schedule,
+    calls.AdminScheduleCalls.schedule_page: send_schedules,
+    calls.AdminScheduleCalls.get_schedule: send_schedule,
+    calls.AdminScheduleCalls.pause_schedule: send_schedule,
+    calls.AdminScheduleCalls.resume_schedule: send_schedule,
+    calls.AdminScheduleCalls.delete_schedule: send_schedule,
     calls.AdminEventRequests.events: send_events,
     calls.AdminEventCalls.audit: _audit,
     calls.AdminEventCalls.webhooks: _respond(lambda services, _: responses.WebhookList(services.webhooks.views())),

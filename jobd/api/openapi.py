@@ -45,6 +45,7 @@ TAGS: Final[dict[Tag, str]] = {
     "Jobs": "Create, run, inspect and change single jobs.",
     "Many jobs": "Inspect, change and move many jobs in one call.",
     "Queues and workers": "Inspect, pause and resume queues, and inspect workers.",
+    "Schedules": "Create jobs by the clock.",
     "Events": "Follow events, and manage the webhooks that deliver them.",
     "The daemon": "Inspect the daemon, and control its maintenance.",
     "The store": "Check the database, and back it up.",

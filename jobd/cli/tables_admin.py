@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         PreviewView,
         QueueView,
         RecoverStuckView,
+        ScheduleView,
         StatsView,
         TakeBackView,
         WebhookView,
@@ -53,6 +54,50 @@ _QUEUES: Final[Columns] = {
     ">CANCELLED": "cancelled",
     "OLDEST DUE": ago("oldest_due_at"),
 }
+
+
+SCHEDULES: Final = Listing(
+    "schedules",
+    "No schedules. A program makes them, or a file: jobctl settings apply FILE",
+    {
+        "SCHEDULE": "id",
+        "WHEN": "explanation",
+        "NEXT": lambda view: "paused" if view.paused else terminal.when(view.next_at) if view.next_at else None,
+        "LAST JOB": "last_job_id",
+        "STATUS": "last_status",
+        ">SKIPPED": "skipped",
+        ">MISSED": "missed",
+        "SOURCE": lambda view: view.source or "operator",
+    },
+)
+
+
+def schedule(view: ScheduleView) -> None:
+    """Show all fields of a schedule that are not empty."""
+    from jobd.model.events import QueuePause
+
+    paused = QueuePause(view.paused_at, view.paused_by, view.pause_reason, view.paused_until)
+    skip = view.last_skip
+    terminal.pairs(
+        [
+            ("id", view.id),
+            ("when", view.explanation),
+            ("cron", view.cron),
+            ("time zone", view.timezone if view.cron else None),
+            ("paused", paused.describe() if view.paused else None),
+            ("next", ", ".join(utc(at) for at in view.next_times) or None),
+            ("overlap", view.overlap),
+            ("catch up", view.catch_up),
+            ("jitter", duration(view.jitter_ms) if view.jitter_ms else None),
+            ("job", terminal.as_json(view.job, may_indent=False)),
+            ("source", view.source or "operator"),
+            ("last fired", terminal.when(view.last_fired_at) if view.last_fired_at else None),
+            ("last job", f"{view.last_job_id} ({view.last_status or 'deleted'})" if view.last_job_id else None),
+            ("skipped", view.skipped),
+            ("missed", view.missed),
+            ("last skip", f"{utc(skip.scheduled_at)}: {skip.reason}" if skip else None),
+        ]
+    )
 
 
 def workers(views: Sequence[WorkerView], page: WorkerList, state: WorkerState | None) -> None:
@@ -341,6 +386,8 @@ def late_results(views: Sequence[LateResultView]) -> None:
 
 def _target(entry: AuditView) -> str | None:
     """Return the target of an action: a job, queue or webhook, else the number of jobs."""
+    if schedule := entry.details.get("schedule"):
+        return f"schedule {schedule}"
     if entry.job_id or entry.queue:
         return entry.job_id or f"queue {entry.queue}"
     if webhook := entry.details.get("webhook"):

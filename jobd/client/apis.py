@@ -25,12 +25,14 @@ from jobd.model.calls import (
     AdminJobCalls,
     AdminNodeCalls,
     AdminQueueCalls,
+    AdminScheduleCalls,
     DaemonCalls,
     EventRequests,
     JobCalls,
     ManyJobCalls,
     NodeCalls,
     QueueCalls,
+    ScheduleCalls,
     StoreCalls,
 )
 from jobd.model.commands import Command
@@ -47,6 +49,7 @@ Takes the arguments of `list_jobs`; `limit` is the size of a page.
 _ITERATE_QUEUES: Final = (
     "Iterate over all queues by name: counts by status, the oldest due job, and the pause if there is one."
 )
+_ITERATE_SCHEDULES: Final = "Iterate over all schedules by id: timing, next times, the latest job, skips and pauses."
 _EXPORT_JOBS: Final = """Export all jobs that match as lines of JSON for import_jobs, oldest first, page by page.
 
 Takes the arguments of `export_page`. Each job is in its state when its page was read. Jobs created before the first
@@ -152,7 +155,7 @@ def connection_reason(error: BaseException) -> str:
     return getattr(cause, "strerror", None) or str(error) or type(error).__name__
 
 
-class WorkerApi(JobCalls, QueueCalls, NodeCalls, BaseClient):
+class WorkerApi(JobCalls, QueueCalls, ScheduleCalls, NodeCalls, BaseClient):
     """The methods of JobClient and AsyncJobClient."""
 
     create_job = Method(requests.create_job)
@@ -161,6 +164,9 @@ class WorkerApi(JobCalls, QueueCalls, NodeCalls, BaseClient):
     complete_job = Method(requests.complete_job)
     iterate_jobs = PagedMethod(requesting(JobCalls.list_jobs), lambda page: page.jobs, _ITERATE_JOBS)
     iterate_queues = PagedMethod(requesting(QueueCalls.queue_page), lambda page: page.queues, _ITERATE_QUEUES)
+    iterate_schedules = PagedMethod(
+        requesting(ScheduleCalls.schedule_page), lambda page: page.schedules, _ITERATE_SCHEDULES
+    )
     events = EventMethod(EventSubscription, EventRequests.events, _EVENTS)
 
 
@@ -168,6 +174,7 @@ class AdminApi(
     AdminJobCalls,
     ManyJobCalls,
     AdminQueueCalls,
+    AdminScheduleCalls,
     AdminEventCalls,
     DaemonCalls,
     AdminNodeCalls,
@@ -208,4 +215,7 @@ class AdminApi(
     export_jobs = PagedMethod(requests.export_page, lambda page: page.lines, _EXPORT_JOBS)
     iterate_jobs = PagedMethod(requesting(AdminJobCalls.list_jobs), lambda page: page.jobs, _ITERATE_JOBS)
     iterate_queues = PagedMethod(requesting(AdminQueueCalls.queue_page), lambda page: page.queues, _ITERATE_QUEUES)
+    iterate_schedules = PagedMethod(
+        requesting(AdminScheduleCalls.schedule_page), lambda page: page.schedules, _ITERATE_SCHEDULES
+    )
     events = EventMethod(EventSubscription, AdminEventRequests.events, _EVENTS)

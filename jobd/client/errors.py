@@ -35,6 +35,9 @@ __all__ = [
     "QueuePaused",
     "QuietRuleNotFound",
     "RequestTimeout",
+    "ScheduleBusy",
+    "ScheduleNotFound",
+    "ScheduleOwned",
     "ShuttingDown",
     "StorageFull",
     "StorageUnavailable",
@@ -42,6 +45,7 @@ __all__ = [
     "TooManyJobs",
     "TooManyQueues",
     "TooManyQuietRules",
+    "TooManySchedules",
     "Unauthorized",
     "Unreachable",
     "UnsupportedMediaType",
@@ -199,6 +203,18 @@ class WorkerGone(JobdError, code="worker_gone"):
     """The worker died or is gone, so it cannot receive a directive; nothing was changed."""
 
 
+class ScheduleNotFound(JobdError, code="schedule_not_found"):
+    """No schedule has this id."""
+
+
+class ScheduleOwned(JobdError, code="schedule_owned"):
+    """Another program or file maintains the schedule: `details["source"]`, None for an operator."""
+
+
+class ScheduleBusy(JobdError, code="schedule_busy"):
+    """The last job of the schedule is unfinished, and its `overlap` is skip."""
+
+
 class NoStandby(JobdError, code="no_standby"):
     """No standby of the cluster is ready to take over; nothing was changed."""
 
@@ -261,6 +277,10 @@ class TooManyQueues(JobdError, code="too_many_queues"):
 
 class TooManyQuietRules(JobdError, code="too_many_quiet_rules"):
     """There are 100 quiet rules: end one first; nothing was changed."""
+
+
+class TooManySchedules(JobdError, code="too_many_schedules"):
+    """The number of schedules has reached `limits.schedules`; nothing was changed."""
 
 
 class Unreachable(JobdError, code="unreachable"):

@@ -102,6 +102,7 @@ class WarmState:
             numbers=state.numbers(presence.lock_ms, presence.now, state.clock),
             queues={name: state.queue_row(name) for name in state.queue_names},
             quiet=state.quiet,
+            schedules=dict(state.schedules),
             keys=keys,
             quarantined=dict(state.quarantined),
             unvalidated=dict(state.unvalidated),

@@ -15,8 +15,10 @@ from jobd.model.commands import (
     JobCommand,
     Operator,
     Pause,
+    PutSchedule,
     RecordAction,
     Resume,
+    ScheduleCommand,
     TakeBack,
     is_dry_run,
 )
@@ -37,6 +39,8 @@ def entry(call: Call, response: Response | ApiError, changes: list[Event], at: i
     what = f"plan-{command.action}" if isinstance(command, ApplyPlan) else command.audit_name
     if what is None or (isinstance(command, Import) and not changes):
         return None  # a read, or a line of an import that was skipped or rejected, which is in the report
+    if isinstance(command, ScheduleCommand):
+        return _of_schedule(call.operator, at, what, command, response, changes)
     queue = command.name if isinstance(command, Pause | Resume) else None
     if isinstance(command, AddQuietRule | EndQuietRule) and changes:
         queue = changes[0].queue or None
@@ -63,6 +67,30 @@ def _details(command: AnyCommand, response: Response | ApiError, changes: list[E
         return changes[-1].details if changes else None
     is_done = isinstance(command, JobCommand) and isinstance(response, Response)
     return _summary(changes) if is_done else None
+
+
+def _of_schedule(
+    operator: Operator,
+    at: int,
+    what: str,
+    command: ScheduleCommand,
+    response: Response | ApiError,
+    changes: list[Event],
+) -> AuditEntry | None:
+    """Return the entry of a change of a schedule. A program that puts it again, unchanged, needs none."""
+    if isinstance(command, PutSchedule) and isinstance(response, Response) and not changes:
+        return None
+    return _row(
+        operator,
+        at,
+        what,
+        job_id=changes[0].job_id or None if changes else None,
+        queue=changes[0].queue if changes else None,
+        reason=getattr(command, "reason", None),
+        outcome=response.code if isinstance(response, ApiError) else "done",
+        jobs=sum(change.job_seq > 0 for change in changes),
+        details={"schedule": command.id},
+    )
 
 
 def _job_of(command: AnyCommand) -> str | None:

@@ -12,6 +12,7 @@ from jobd.core.rules import (
     operator_rules,
     plan_rules,
     quiet_rules,
+    schedule_rules,
     worker_rules,
 )
 from jobd.core.transaction import Transaction
@@ -73,6 +74,14 @@ RULES: Final[Mapping[type[Command], Rule]] = {
     commands.AddQuietRule: quiet_rules.add_rule,
     commands.EndQuietRule: quiet_rules.end_rule,
     commands.QuietRules: quiet_rules.list_rules,
+    commands.PutSchedule: schedule_rules.put,
+    commands.GetSchedule: schedule_rules.get,
+    commands.Schedules: schedule_rules.list_page,
+    commands.RunSchedule: schedule_rules.run,
+    commands.PauseSchedule: schedule_rules.pause,
+    commands.ResumeSchedule: schedule_rules.resume,
+    commands.DeleteSchedule: schedule_rules.delete,
+    commands.Fire: schedule_rules.fire,
     commands.Import: operator_rules.import_job,
     commands.ImportCheck: operator_rules.import_job,
     commands.Adopt: late_result_rules.adopt,

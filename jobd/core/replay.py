@@ -13,6 +13,7 @@ from jobd.core.state import State
 from jobd.core.worker_presence import WorkerPresence
 from jobd.model.events import QUIET, Event, fold, fold_quiet
 from jobd.model.job import FINISHED, Job
+from jobd.model.schedules import fold_schedule, schedule_id
 from jobd.model.storage import Batch
 
 
@@ -39,6 +40,8 @@ def apply(state: State, batch: Batch, loaded: Iterable[Job] = ()) -> None:
             _apply_change(state, event)
         elif event.type in QUIET:
             state.set_quiet(fold_quiet(state.quiet, event))
+        if (name := schedule_id(event)) is not None:
+            state.set_schedule(name, fold_schedule(state.schedules.get(name), event))
     for seq in batch.checked:
         state.unvalidated.pop(seq, None)
     for name, row in batch.queues.items():

@@ -84,6 +84,7 @@ from jobd.model.job import (
     metadata_bytes,
     packed,
 )
+from jobd.model.schedules import Schedule
 from jobd.model.storage import Numbers, OpenedStore, QueueRow
 
 FINISHED_KEPT: Final = 1_000  # finished jobs in memory, for repeated endings and quick reads
@@ -132,6 +133,7 @@ class State:
         "noted_expired",
         "on_due",
         "on_quiet",
+        "on_schedule",
         "paused",
         "presence",
         "processing",
@@ -142,6 +144,7 @@ class State:
         "recovery",
         "release_loops",
         "retrying",
+        "schedules",
         "stalled",
         "started_sum",
         "totals",
@@ -169,6 +172,8 @@ class State:
         self.paused: dict[str, QueuePause] = {}
         self.quiet: Mapping[str, QuietRule] = {}  # by id; replaced as a whole
         self.on_quiet: Callable[[], None] = lambda: None  # called when `quiet` has changed
+        self.schedules: dict[str, Schedule] = {}
+        self.on_schedule: Callable[[str], None] = lambda name: None  # called with each schedule that has changed
         self.counts: dict[str, dict[str, int]] = {}  # queue -> status -> jobs, of the queues that have jobs
         self.queue_names: Sorted[str] = Sorted()  # of queues that have jobs or are paused
         self.totals: dict[str, int] = dict.fromkeys(STATUSES, 0)
@@ -212,6 +217,7 @@ class State:
             if row.pause is not None:
                 state.set_paused(name, row.pause)
         state.quiet = found.quiet
+        state.schedules = found.schedules
         state._enter_all(found.packed_jobs)
         for job in found.jobs:
             state.reindex(None, job)
@@ -741,6 +747,13 @@ class State:
         if rules is not self.quiet:
             self.quiet = rules
             self.on_quiet()
+
+    def set_schedule(self, name: str, schedule: Schedule | None) -> None:
+        if schedule is None:
+            self.schedules.pop(name, None)
+        else:
+            self.schedules[name] = schedule
+        self.on_schedule(name)
 
     def set_paused(self, queue: str, pause: QueuePause | None) -> None:
         if pause is not None:

@@ -15,6 +15,7 @@ from jobd.core.state import State
 from jobd.model.commands import Call, Moment, is_dry_run
 from jobd.model.events import Event, EventType, QueuePause, QuietRule, fold_quiet
 from jobd.model.job import COUNTER_MASK, TOKEN_COUNTER_BITS, Job, LateResult, Policy, new_epoch
+from jobd.model.schedules import Schedule, fold_schedule
 from jobd.model.storage import LateResultRows, Payload
 
 _VARIANTS: Final = dict(zip("0123456789abcdef", "89ab" * 4, strict=True))  # the bits 0b10, and two bits more
@@ -24,14 +25,15 @@ class Transaction:
     """The changes of one batch. `call` is the current command; the lists are those of all commands so far.
 
     `checked` has the seqs of jobs whose rows were validated, `ended` the lock ids of ended grants, `payloads` those of
-    new jobs by seq, `pauses` the pause of each changed queue before the batch, and `quiet` the quiet rules before it.
+    new jobs by seq. As before the batch, `pauses` has the pause of each changed queue, `schedules` each changed
+    schedule, and `quiet` the quiet rules.
     The changes of a dry run are not applied to the state, so that it costs nothing and leaves no trace.
     """
 
     __slots__ = (
-        "_first", "_first_checked", "_pauses", "_quiet", "_tokens", "_uuid_time",
+        "_first", "_first_checked", "_pauses", "_quiet", "_schedules", "_tokens", "_uuid_time",
         "at", "call", "changes", "checked", "ended", "is_dry_run", "late", "now", "pauses", "payloads",
-        "policy", "quiet", "requests", "state",
+        "policy", "quiet", "requests", "schedules", "state",
     )  # fmt: skip
 
     def __init__(
@@ -55,6 +57,8 @@ class Transaction:
         self.pauses: dict[str, QueuePause | None] = {}
         self._pauses: dict[str, QueuePause | None] = {}  # of the queues that the current command changed, before it
         self.quiet = self._quiet = state.quiet
+        self.schedules: dict[str, Schedule | None] = {}
+        self._schedules: dict[str, Schedule | None] = {}  # that the current command changed, before it
         self._first = 0  # the changes before the current command
         self._first_checked = 0
         self._tokens = state.epoch, state.next_token
@@ -71,6 +75,8 @@ class Transaction:
         self._quiet = self.state.quiet
         if self._pauses:
             self._pauses = {}
+        if self._schedules:
+            self._schedules = {}
 
     @property
     def has_changed(self) -> bool:
@@ -95,8 +101,8 @@ class Transaction:
             state.next_job = made[0].job_seq
         if self.is_dry_run:
             return
-        self._restore(undone, self._pauses, self._quiet)
-        self._pauses = {}
+        self._restore(undone, self._pauses, self._schedules, self._quiet)
+        self._pauses, self._schedules = {}, {}
         for event in made:
             self.payloads.pop(event.job_seq, None)
             if event.request_hash:
@@ -107,13 +113,22 @@ class Transaction:
 
     def roll_back(self) -> None:
         """Undo all changes, because the batch was not written. Its numbers stay used."""
-        self._restore(self.changes, self.pauses, self.quiet)
+        self._restore(self.changes, self.pauses, self.schedules, self.quiet)
 
     # -- changes ------------------------------------------------------------------------------------------------------
 
-    def create(self, job: Job, event_type: EventType, payload: bytes, request_hash: str) -> None:
-        """Add a new job. Its number was assigned by `job_number`."""
-        self._add(None, job, event_type, payload=payload, request_hash=request_hash)
+    def create(
+        self,
+        job: Job,
+        event_type: EventType,
+        payload: bytes,
+        request_hash: str,
+        schedule: dict[str, Any] | None = None,
+    ) -> None:
+        """Add a new job. Its number was assigned by `job_number`. `schedule` are the details of a firing."""
+        self._add(None, job, event_type, details=schedule, payload=payload, request_hash=request_hash)
+        if schedule is not None:
+            self._fold_schedule(schedule["schedule"])
         if self.is_dry_run:
             return
         self.payloads[job.seq] = payload
@@ -185,6 +200,13 @@ class Transaction:
         """End a quiet rule."""
         self._set_quiet(rule, "workers_resumed", reason, {"rule": rule.id})
 
+    def change_schedule(
+        self, name: str, event_type: EventType, queue: str, reason: str | None = None, **details: Any
+    ) -> None:
+        """Change a schedule, by the event alone. `queue` is that of its jobs."""
+        self._add(None, None, event_type, reason=reason, details={"schedule": name, **details}, queue=queue)
+        self._fold_schedule(name)
+
     # -- numbers and secrets ------------------------------------------------------------------------------------------
 
     def job_number(self) -> int:
@@ -229,9 +251,13 @@ class Transaction:
     # -- internals ----------------------------------------------------------------------------------------------------
 
     def _restore(
-        self, changes: Sequence[Event], pauses: dict[str, QueuePause | None], quiet: Mapping[str, QuietRule]
+        self,
+        changes: Sequence[Event],
+        pauses: dict[str, QueuePause | None],
+        schedules: dict[str, Schedule | None],
+        quiet: Mapping[str, QuietRule],
     ) -> None:
-        """Restore the jobs of `changes`, pauses and quiet rules. A job that was quarantined meanwhile stays out."""
+        """Restore the jobs of `changes` and the other values. A job that was quarantined meanwhile stays out."""
         state = self.state
         rows: dict[str, Job | None] = {}
         for event in changes:
@@ -256,6 +282,15 @@ class Transaction:
         for queue, pause in pauses.items():
             state.set_paused(queue, pause)
         state.set_quiet(quiet)
+        for name, schedule in schedules.items():
+            state.set_schedule(name, schedule)
+
+    def _fold_schedule(self, name: str) -> None:
+        """Apply the last event to the schedule that it names."""
+        before = self.state.schedules.get(name)
+        self.schedules.setdefault(name, before)
+        self._schedules.setdefault(name, before)
+        self.state.set_schedule(name, fold_schedule(before, self.changes[-1]))
 
     def _set_pause(
         self,

@@ -10,7 +10,7 @@ from itertools import islice
 from typing import Final, get_args
 
 from msgspec import UNSET, Raw, UnsetType
-from msgspec.structs import astuple
+from msgspec.structs import asdict, astuple, replace
 
 from jobd.core.state import State
 from jobd.core.stats import Counters
@@ -36,11 +36,14 @@ from jobd.model.responses import (
     QueueList,
     QueueView,
     Response,
+    ScheduleView,
+    SkipView,
     StatsView,
     WorkerGroup,
     WorkerList,
     WorkerView,
 )
+from jobd.model.schedules import Schedule
 
 JOBS_SHOWN: Final = 100  # of a worker
 GROUPS_SHOWN: Final = 100
@@ -69,7 +72,7 @@ def job_view(job: Job, at: Moment, policy: Policy, *, admin: bool = False, paylo
         stall_after_ms = policy.stall_after_ms
     if progress_timeout_ms is None:
         progress_timeout_ms = policy.progress_timeout_ms
-    return _view(
+    view = _view(
         job,
         options,
         job.result or NO_RESULT,
@@ -80,6 +83,10 @@ def job_view(job: Job, at: Moment, policy: Policy, *, admin: bool = False, paylo
         None if grant is None else lock_view(job, at, admin=admin),
         grant.worker if grant is not None and job.deadlines is not None and job.deadlines.cleared else UNSET,
     )
+    if (extra := job.extra) is not None:
+        view.schedule_id = UNSET if extra.schedule_id is None else extra.schedule_id
+        view.scheduled_at = UNSET if extra.scheduled_at is None else extra.scheduled_at
+    return view
 
 
 def job_response(tx: Transaction, job: Job, *, repeated: bool | UnsetType = UNSET) -> Response:
@@ -97,7 +104,8 @@ _import = maker(Import, f"{PARTS}, payload, worker", by_name=True)
 def as_import(job: Job, payload: Raw) -> Import:
     """Return the job in the form that an import takes, even if it is invalid: the import rejects or repairs it."""
     worker = job.grant.worker if job.grant else None
-    return _import(job, job.options, job.result or NO_RESULT, job.error or NO_ERROR, payload, worker)
+    line = _import(job, job.options, job.result or NO_RESULT, job.error or NO_ERROR, payload, worker)
+    return line if job.extra is None else replace(line, **asdict(job.extra))
 
 
 def late_view(late: LateResult, not_adoptable: str | None = None) -> LateResultView:
@@ -181,6 +189,37 @@ def _queue(state: State, name: str) -> QueueView:
 
 def paused_view(queue: str, pause: QueuePause | None) -> PausedView:
     return PausedView(queue, pause is not None, *(() if pause is None else astuple(pause)))
+
+
+def schedule_view(state: State, schedule: Schedule) -> ScheduleView:
+    """Return the view of a schedule, without what follows from its timing."""
+    timing, pause, last = schedule.timing, schedule.pause or QueuePause(), state.get(schedule.last_job_id or "")
+    skip = schedule.last_skip
+    return ScheduleView(
+        id=schedule.id,
+        cron=timing.cron,
+        every_ms=timing.every_ms,
+        offset_ms=timing.offset_ms,
+        timezone=timing.timezone,
+        job=schedule.job,
+        overlap=schedule.overlap,
+        catch_up=schedule.catch_up,
+        jitter_ms=schedule.jitter_ms,
+        source=schedule.source,
+        paused=schedule.pause is not None,
+        paused_at=pause.at,
+        paused_by=pause.by,
+        pause_reason=pause.reason,
+        paused_until=pause.until,
+        created_at=schedule.created_at,
+        updated_at=schedule.updated_at,
+        last_fired_at=schedule.last_fired_at,
+        last_job_id=schedule.last_job_id,
+        last_status=None if last is None else last.status,
+        skipped=schedule.skipped,
+        missed=schedule.missed,
+        last_skip=None if skip is None else SkipView(skip.scheduled_at, skip.reason),
+    )
 
 
 def workers(state: State, at: Moment, command: Workers) -> WorkerList:

@@ -15,7 +15,7 @@ LINES: Final = "application/x-ndjson"
 EVENT_STREAM: Final = "text/event-stream"
 
 Auth = Literal["anyone", "worker", "admin"]
-Tag = Literal["Jobs", "Many jobs", "Queues and workers", "Events", "The daemon", "The store"]
+Tag = Literal["Jobs", "Many jobs", "Queues and workers", "Schedules", "Events", "The daemon", "The store"]
 
 P = ParamSpec("P")
 T = TypeVar("T")

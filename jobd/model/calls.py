@@ -62,6 +62,19 @@ class QueueCalls(CallGroup, tag="Queues and workers"):
     goodbye = ApiCall(commands.Goodbye, responses.GoodbyeView, "POST", "/v1/workers/{name}/goodbye")
 
 
+class ScheduleCalls(CallGroup, tag="Schedules"):
+    put_schedule = ApiCall(
+        commands.PutSchedule,
+        responses.ScheduleView,
+        "PUT",
+        "/v1/schedules/{id}",
+        other_statuses={201: "The schedule is new."},
+    )
+    schedule_page = ApiCall(commands.Schedules, responses.ScheduleList, "GET", "/v1/schedules")
+    schedules = schedule_page.then(lambda page: page.schedules)
+    get_schedule = ApiCall(commands.GetSchedule, responses.ScheduleView, "GET", "/v1/schedules/{id}")
+
+
 class EventRequests(CallGroup, tag="Events"):
     events = ApiCall(requests.EventsRequest, StreamedEvent, "GET", "/v1/events", content_type=EVENT_STREAM)
 
@@ -165,6 +178,25 @@ class AdminQueueCalls(CallGroup, tag="Queues and workers", base=ADMIN, auth="adm
     add_quiet_rule = ApiCall(commands.AddQuietRule, responses.QuietRuleView, "POST", "/quiet")
     end_quiet_rule = ApiCall(commands.EndQuietRule, responses.QuietRuleView, "DELETE", "/quiet/{rule}")
     quiet_rules = ApiCall(commands.QuietRules, responses.QuietRuleList, "GET", "/quiet").then(lambda view: view.rules)
+
+
+class AdminScheduleCalls(CallGroup, tag="Schedules", base=ADMIN, auth="admin"):
+    put_schedule = ApiCall(
+        commands.PutSchedule,
+        responses.ScheduleView,
+        "PUT",
+        "/schedules/{id}",
+        other_statuses={201: "The schedule is new."},
+    )
+    schedule_page = ApiCall(commands.Schedules, responses.ScheduleList, "GET", "/schedules")
+    schedules = schedule_page.then(lambda page: page.schedules)
+    get_schedule = ApiCall(commands.GetSchedule, responses.ScheduleView, "GET", "/schedules/{id}")
+    run_schedule = ApiCall(commands.RunSchedule, responses.JobView, "POST", "/schedules/{id}/run", key=True, status=201)
+    pause_schedule = ApiCall(commands.PauseSchedule, responses.ScheduleView, "POST", "/schedules/{id}/pause", key=True)
+    resume_schedule = ApiCall(
+        commands.ResumeSchedule, responses.ScheduleView, "POST", "/schedules/{id}/resume", key=True
+    )
+    delete_schedule = ApiCall(commands.DeleteSchedule, responses.ScheduleView, "DELETE", "/schedules/{id}", key=True)
 
 
 class AdminEventRequests(CallGroup, tag="Events", base=ADMIN, auth="admin"):
@@ -300,13 +332,14 @@ class StoreCalls(CallGroup, tag="The store", base=ADMIN, auth="admin"):
     ).then(lambda view: view.backups)
 
 
-WORKER_API: Final = (JobRequests, JobCalls, QueueCalls, EventRequests, NodeCalls)
+WORKER_API: Final = (JobRequests, JobCalls, QueueCalls, ScheduleCalls, EventRequests, NodeCalls)
 ADMIN_API: Final = (
     AdminJobRequests,
     AdminJobCalls,
     ManyJobRequests,
     ManyJobCalls,
     AdminQueueCalls,
+    AdminScheduleCalls,
     AdminEventRequests,
     AdminEventCalls,
     DaemonCalls,

@@ -33,6 +33,7 @@ ERROR_CODES: Final[dict[str, ErrorCode]] = {
     "worker_not_found": ErrorCode(404, "no worker of this name is known"),
     "quiet_rule_not_found": ErrorCode(404, "no quiet rule has this id: it has ended, or never existed"),
     "plan_not_found": ErrorCode(404, "the plan does not exist or is no longer kept; create it again"),
+    "schedule_not_found": ErrorCode(404, "no schedule has this id"),
     "method_not_allowed": ErrorCode(405, "the path exists, but not with this method"),
     "request_timeout": ErrorCode(408, "the body did not arrive in time; nothing was done"),
     "job_exists": ErrorCode(
@@ -47,6 +48,8 @@ ERROR_CODES: Final[dict[str, ErrorCode]] = {
     "job_quarantined": ErrorCode(409, "the stored row of the job is damaged"),
     "worker_not_silent": ErrorCode(409, "the worker holds no job whose lock has expired; nothing was changed"),
     "worker_gone": ErrorCode(409, "the worker died or is gone, so it cannot receive a directive"),
+    "schedule_owned": ErrorCode(409, "another program or file maintains the schedule; `details.source` names it"),
+    "schedule_busy": ErrorCode(409, "the last job of the schedule is unfinished, and `overlap` is skip"),
     "no_standby": ErrorCode(409, "no standby of the cluster is ready to take over; nothing was changed"),
     "events_gone": ErrorCode(
         410, "the event log no longer has the events after the given one, or the id is from another store"
@@ -68,6 +71,7 @@ ERROR_CODES: Final[dict[str, ErrorCode]] = {
     ),
     "storage_full": ErrorCode(507, "the disk is full; nothing was done"),
     "too_many_jobs": ErrorCode(507, "the number of unfinished jobs has reached `limits.live_jobs`"),
+    "too_many_schedules": ErrorCode(507, "the number of schedules has reached `limits.schedules`"),
     "too_many_queues": ErrorCode(507, "`limits.queues` queues have jobs; jobs for those queues are still accepted"),
     "too_many_quiet_rules": ErrorCode(507, "there are 100 quiet rules; end one first"),
 }

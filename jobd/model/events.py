@@ -47,16 +47,25 @@ EventType = Literal[
     "queue_resumed",
     "workers_quieted",
     "workers_resumed",
+    "schedule_put",
+    "schedule_paused",
+    "schedule_resumed",
+    "schedule_deleted",
+    "schedule_skipped",
+    "schedule_missed",
 ]
 
 QUIET: Final = frozenset({"workers_quieted", "workers_resumed"})  # they begin, change or end a quiet rule
+# They change a schedule. A firing is the `created` event of its job.
+SCHEDULING: Final = frozenset(
+    f"schedule_{change}" for change in ("put", "paused", "resumed", "deleted", "skipped", "missed")
+)
 # They change no row of a job.
-NOTES: Final = frozenset({"late_result", "late_call", "queue_paused", "queue_resumed", *QUIET})
+NOTES: Final = frozenset({"late_result", "late_call", "queue_paused", "queue_resumed", *QUIET, *SCHEDULING})
 
 # A grant can have many of these events: the event log keeps the last KEEP_HEARTBEATS of each type per grant.
 HEARTBEATS: Final = frozenset({"progress", "extended"})
 KEEP_HEARTBEATS: Final = 100
-
 
 # A job that is granted and returned many times would fill the event log. Its first KEEP_FIRST_GRANTS and last
 # KEEP_GRANTS grants are kept. A grant between them that ended with one of GIVEN_BACK loses its ROUTINE events.
@@ -263,7 +272,7 @@ def _recorder(names: str, *, is_first: bool = False) -> Callable[[Job | None, Jo
 
 # All fields that the most frequent events can change. They are not compared.
 _FREQUENT: Final = {
-    "created": _recorder("options status created_at updated_at run_at expires_at payload_bytes", is_first=True),
+    "created": _recorder("options status created_at updated_at run_at expires_at payload_bytes extra", is_first=True),
     "granted": _recorder("status updated_at progress progress_message attempt started_at grant deadlines"),
     "progress": _recorder("updated_at progress progress_message deadlines releases"),
     "completed": _recorder(

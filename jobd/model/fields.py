@@ -43,6 +43,25 @@ QueueName = Annotated[JobId, doc("Name of the queue.")]
 _NewId = Annotated[str, Meta(pattern=NEW_ID_PATTERN, max_length=200, extra=_NEW_ID_TEXT)]
 NewJobId = Annotated[_NewId, doc("Id of the job.")]
 NewQueueName = Annotated[_NewId, doc("Name of the queue.")]
+ScheduleId = Annotated[
+    str,
+    doc(
+        "Id of the schedule.",
+        pattern=NEW_ID_PATTERN,
+        max_length=150,
+        extra={"expected": "1 to 150 characters of A-Z a-z 0-9 . _ : - except . and .. alone"},
+    ),
+]
+ScheduleSource = Annotated[
+    str,
+    doc(
+        "The program or file that maintains the schedule, such as `app:shop`.",
+        pattern=r"^[^\x00-\x1f\x7f]+$(?!\n)",
+        min_length=1,
+        max_length=200,
+        extra=_PLAIN_TEXT,
+    ),
+]
 _PlainText = Annotated[str, Meta(pattern=r"^[^\x00-\x1f\x7f]*$(?!\n)", max_length=200, extra=_PLAIN_TEXT)]
 Kind = Annotated[_PlainText, doc("Kind of the job; selects the handler.")]
 WorkerName = Annotated[

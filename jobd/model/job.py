@@ -315,6 +315,13 @@ class Failure(Struct, frozen=True, gc=False, array_like=True):
     code: str | None = None
 
 
+class Extra(Struct, frozen=True, gc=False, array_like=True):
+    """What few jobs have: the schedule that created the job, and the time of the schedule that it is for."""
+
+    schedule_id: str | None = None
+    scheduled_at: int | None = None
+
+
 class Job(Struct, frozen=True, gc=False):
     """A job, without its payload: memory holds only the fields that decisions need.
 
@@ -345,6 +352,7 @@ class Job(Struct, frozen=True, gc=False):
     error: Failure | None = None
     releases: int = 0
     payload_bytes: int = 0
+    extra: Extra | None = None
 
     def waits_since(self, now: int) -> int:
         """Return since when a due job has waited: since it became due, its creation, or the end of its last grant."""
@@ -398,6 +406,7 @@ class Policy(Struct, frozen=True):
     late_calls: bool = True  # the journal records rejected calls of ended grants
     live_jobs: int = 5_000_000
     queues: int = 10_000  # maximum number of queues with jobs
+    schedules: int = 10_000
     idempotency_keys: int = 200_000
     artifacts: bool = False  # with an artifact store, the objects of deleted jobs are deleted too
 

@@ -13,6 +13,7 @@ from jobd.model.commands import ClockTrust
 from jobd.model.events import Event, QueuePause, QuietRule
 from jobd.model.job import HOUR_MS, Grant, Job, LateResult, PackedJob
 from jobd.model.responses import DeliveryState
+from jobd.model.schedules import Schedule
 from jobd.model.webhooks import Delivery, Outbox, WebhookCursor
 
 RESERVE_BYTES: Final = 16 << 20  # size of the reserve file
@@ -426,6 +427,7 @@ class OpenedStore(Struct):
     packed_jobs: list[PackedJob] = []  # the other live jobs
     queues: dict[str, QueueRow] = {}
     quiet: Mapping[str, QuietRule] = {}
+    schedules: dict[str, Schedule] = {}
     keys: list[StoredResponse] = []
     quarantined: dict[str, str] = {}
     unvalidated: dict[int, str] = {}  # job seq to id, of rows to validate

@@ -83,6 +83,7 @@ COLUMNS: Final[dict[str, tuple[str, ...]]] = {
     "quiet_rules": ("id", "host", "version", "queue", "reason", "author", "at", "until", "crc"),
     "queues": ("name", *QueueRow.__struct_fields__, "crc"),
     "reports": ("seq", "body", "crc"),
+    "schedules": ("id", "body", "crc"),
     "tombstones": (*Tombstone.__struct_fields__, "crc"),
     "webhooks": (*WebhookCursor.__struct_fields__, "crc"),
 }

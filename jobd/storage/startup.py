@@ -427,6 +427,7 @@ def _read_all(db: Database) -> OpenedStore:
         packed_jobs=packed_jobs,
         queues=_queues(db),
         quiet=table_writes.read_quiet(db),
+        schedules=table_writes.read_schedules(db),
         keys=_keys(db),
         unvalidated={seq: readable(id_) for seq, id_ in db.rows(_SUSPECTS)},
         faults=[],

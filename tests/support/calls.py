@@ -109,6 +109,7 @@ def _examples() -> Iterator[Example]:
     yield from _admin_jobs()
     yield from _many_jobs()
     yield from _queues()
+    yield from _schedules()
     yield from _others()
 
 
@@ -222,6 +223,23 @@ def _queues() -> Iterator[Example]:
     yield Example(admin.add_quiet_rule, rule, EventOf("workers_quieted", None, quieted))
     yield Example(admin.end_quiet_rule, commands.EndQuietRule(rule="q0", reason="r"), "quiet_rule_not_found")
     yield Example(admin.quiet_rules, commands.QuietRules())
+
+
+def _schedules() -> Iterator[Example]:
+    put = commands.PutSchedule(
+        id="s", cron="0 3 * * *", timezone="Europe/Berlin", job=commands.ScheduledJob(queue="q"), source="app:shop"
+    )
+    row = {
+        **{"id": "s", "timing": {"cron": "0 3 * * *", "timezone": "Europe/Berlin"}, "job": {"queue": "q"}},
+        **{"source": "app:shop", "created_at": AT, "updated_at": AT, "timed_from": AT, "version": 3},
+    }
+    for api in (calls.ScheduleCalls, calls.AdminScheduleCalls):
+        yield Example(api.put_schedule, put, EventOf("schedule_put", None, {"schedule": "s", "row": row}))
+        yield Example(api.schedule_page, commands.Schedules(source="app:shop", limit=5, cursor="r"))
+        yield Example(api.get_schedule, commands.GetSchedule(id="s"), "schedule_not_found")
+    admin = calls.AdminScheduleCalls
+    for call in (admin.run_schedule, admin.pause_schedule, admin.resume_schedule, admin.delete_schedule):
+        yield Example(call, call.command(id="s", reason="r"), "schedule_not_found")
 
 
 def _others() -> Iterator[Example]:

@@ -140,7 +140,7 @@ def fields_of(shape: type[msgspec.Struct]) -> set[str]:
     return set(shape.__struct_encode_fields__)
 
 
-JOB_FIELDS = fields_of(responses.JobView) - {"repeated", "worker", "version"}
+JOB_FIELDS = fields_of(responses.JobView) - {"repeated", "worker", "version", "schedule_id", "scheduled_at"}
 
 
 class TerminalRun:

@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable
 from typing import Any, Final
 
-from msgspec import Raw
+from msgspec import Raw, to_builtins
 from msgspec.structs import replace
 
 from jobd.journal import event_codec
@@ -17,6 +17,7 @@ from jobd.model.job import (
     LIVE,
     TOKEN_COUNTER_BITS,
     Backoff,
+    Extra,
     Failure,
     Grant,
     Job,
@@ -26,6 +27,7 @@ from jobd.model.job import (
     PreviousGrant,
     Result,
 )
+from jobd.model.schedules import Schedule, Timing
 from jobd.model.storage import Batch, Numbers, QueueRow, StoredResponse
 
 NOW: Final = 1_700_000_000_000
@@ -70,6 +72,7 @@ def full_job(seq: int = 7) -> Job:
         error=Failure("it broke", "E1"),
         releases=6,
         payload_bytes=9_000,
+        extra=Extra("nightly", NOW + 6),
     )
 
 
@@ -186,6 +189,19 @@ class ChangeFactory:
         type_ = "workers_resumed" if is_end else "workers_quieted"
         details = {"rule": rule, **more}
         return Event(self._event(), self.now, type_, 0, "", "", None, None, "admin", "bad", details)  # type: ignore[arg-type]
+
+    def schedule_event(self, name: str, change: str) -> Event:
+        """Return an event of a schedule: put, skipped or deleted."""
+        number, at = self._event(), self.now
+        row = Schedule(
+            id=name, timing=Timing(every_ms=at), job={}, created_at=at, updated_at=at, timed_from=at, version=number
+        )
+        details: dict[str, Any] = {"schedule": name}
+        if change == "put":
+            details["row"] = to_builtins(row)
+        elif change == "skipped":
+            details |= {"scheduled_at": at, "missed": 2}
+        return Event(number, at, f"schedule_{change}", 0, "", "q", None, None, "admin", "busy", details)  # type: ignore[arg-type]
 
     # -- batches ------------------------------------------------------------------------------------------------------
 

@@ -137,6 +137,7 @@ class MemoryStorage(MemoryProjection, MemoryOutbox, JobStorage, OutboxStorage):
             packed_jobs=[short for short, _ in live if short is not None],
             queues=dict(self.queues),
             quiet=self.quiet,
+            schedules=dict(self.schedules),
             keys=[replace(key, body=None) for key in self.keys.values()],
             quarantined=self.quarantined | self.unmoved,
             unvalidated=dict(self.unvalidated),

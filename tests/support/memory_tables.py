@@ -9,6 +9,7 @@ from msgspec.structs import replace
 
 from jobd.model.events import QUIET, Event, QuietRule, fold, fold_quiet
 from jobd.model.job import FINISHED, MAX_LATE_RESULTS, Job, LateResult
+from jobd.model.schedules import Schedule, fold_schedule, schedule_id
 from jobd.model.storage import (
     AuditEntry,
     AuditShare,
@@ -47,6 +48,7 @@ class MemoryTables:
         self.late_results: dict[int, tuple[LateResult, ...]] = {}  # job seq -> its late results, the oldest grant first
         self.queues: dict[str, QueueRow] = {}
         self.quiet: dict[str, QuietRule] = {}
+        self.schedules: dict[str, Schedule] = {}
         self.keys: dict[str, StoredResponse] = {}
         self.unvalidated: dict[int, str] = {}
         self.deleted: dict[int, int] = {}  # seq -> wall time of the deletion
@@ -97,6 +99,9 @@ class MemoryTables:
         for event in batch.changes:
             if event.type in QUIET:
                 self.quiet = fold_quiet(self.quiet, event)
+            if (name := schedule_id(event)) is not None:
+                after = fold_schedule(self.schedules.pop(name, None), event)
+                self.schedules |= {} if after is None else {name: after}
         for digest in batch.forget_keys:
             self.keys.pop(digest, None)
         self.keys |= {key.digest: key for key in batch.keys}

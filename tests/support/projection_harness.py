@@ -47,6 +47,7 @@ class Writer:
         batch.sweeps = True
         if dice.random() < 0.3:
             batch.changes.append(maker.quiet_event(dice.choice("qrs"), dice.random() < 0.3))
+            batch.changes.append(maker.schedule_event(dice.choice("stu"), dice.choice(("put", "skipped", "deleted"))))
             batch.numbers = maker.numbers
         if dice.random() < 0.3:
             batch.audit = [
@@ -76,6 +77,7 @@ def content_of(db: Database, found: OpenedStore) -> MemoryTables:
     late = queries.read_late_results(db, requested).results
     tables.late_results = {seq: tuple(kept) for seq, kept in late.items() if kept}
     tables.quiet = dict(found.quiet)
+    tables.schedules = dict(found.schedules)
     tables.queues, tables.keys, tables.unvalidated = found.queues, loaded.responses, found.unvalidated
     tables.deleted = dict(db.rows("SELECT job_seq, at FROM deleted_jobs"))
     tables.kept_reports.extend(reversed(queries.reports(db, 1_000)))

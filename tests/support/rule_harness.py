@@ -52,6 +52,7 @@ PLAIN: Final = [
     "retrying",
     "paused",
     "quiet",
+    "schedules",
     "counts",
     "totals",
     "processing",

@@ -263,6 +263,7 @@ def assert_consistent(engine: VirtualEngine) -> None:
     assert counts == {name: count for name, count in fresh.counts.items() if any(count.values())}
     assert engine.state.totals == fresh.totals
     assert (engine.state.paused, engine.state.quiet) == (fresh.paused, fresh.quiet)
+    assert engine.state.schedules == fresh.schedules
     assert engine.state.unvalidated == engine.disk.unvalidated
     for job in engine.state.finished.values():
         assert engine.disk.job(job.id) == job

@@ -42,6 +42,7 @@ _ADMIN_API: Final = (
     ("admin_commands", "pause resume"),
     ("worker_commands", "quiet resume-worker stop"),
     ("admin_commands", "clock"),
+    ("schedules", "schedules schedule settings"),
     ("webhook_commands", "webhooks"),
     ("cluster_commands", "cluster"),
     ("event_commands", "events top"),

@@ -133,6 +133,10 @@ def end_grants(tx: Transaction, command: EndGrants) -> Response:
         if job is not None:
             transitions.stall(tx, job, command.cause, rule="restore", why="restored")
             done += 1
+    if command.last:  # an operator decides which schedules go on, here or where the backup was made
+        for schedule in [each for each in tx.state.schedules.values() if each.pause is None]:
+            reason = "The store was restored from a backup."
+            tx.change_schedule(schedule.id, "schedule_paused", schedule.queue, reason, until=None)
     return Response(MaintenanceResult(done))
 
 

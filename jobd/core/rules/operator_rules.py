@@ -33,6 +33,7 @@ from jobd.model.job import (
     LIVE,
     MAX_PERCENT,
     TRANSITIONS,
+    Extra,
     Failure,
     Grant,
     Job,
@@ -231,6 +232,7 @@ def _imported(tx: Transaction, command: Import) -> Job:
         "result": transitions.normalize_result(Result(*[getattr(command, name) for name in Result.__struct_fields__])),
         "error": None if error == NO_ERROR else error,
         "payload_bytes": recorded_bytes(command.payload),
+        "extra": None if command.schedule_id is None else Extra(command.schedule_id, command.scheduled_at),
     }
     job = Job(**fields)
     return _held_elsewhere(tx, job, command.worker or "unknown") if command.status == "processing" else job

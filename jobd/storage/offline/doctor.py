@@ -291,7 +291,10 @@ def queues(conn: sqlite3.Connection, path: str) -> Iterator[StoreProblem]:
 
 
 def _small_tables(conn: sqlite3.Connection, path: str) -> Iterator[StoreProblem]:
-    for table in ("quiet_rules", "reports", "figures", "tombstones", "audit", "audit_jobs", "webhooks", "deliveries"):
+    for table in (
+        *("quiet_rules", "schedules", "reports", "figures", "tombstones"),
+        *("audit", "audit_jobs", "webhooks", "deliveries"),
+    ):
         for row in _all_rows(conn, f"SELECT {SQL[table]} FROM {table}"):
             if (error := fault(row)) is not None:
                 yield StoreProblem(f"{table} {readable(row[0])}", error, _ON_ACCESS)

@@ -141,6 +141,12 @@ CREATE TABLE quiet_rules (
     crc INTEGER NOT NULL
 ) STRICT;
 
+CREATE TABLE schedules (
+    id TEXT PRIMARY KEY NOT NULL,
+    body BLOB NOT NULL,
+    crc INTEGER NOT NULL
+) STRICT;
+
 CREATE TABLE reports (
     seq INTEGER PRIMARY KEY,
     body BLOB NOT NULL,

@@ -59,6 +59,7 @@ from jobd.journal.sqlite import SqliteJournal
 from jobd.model.events import QUIET, Event
 from jobd.model.job import FINISHED
 from jobd.model.journal import BadRecord, Record
+from jobd.model.schedules import schedule_id
 from jobd.model.storage import (
     BadRows,
     Batch,
@@ -432,6 +433,9 @@ class Projection:
             db.conn.executemany(PUT_QUEUE, [codec.queue_row(name, row) for name, row in queues.items()])
         for event in [each for each in changes if not each.job_seq and each.type in QUIET]:
             table_writes.write_quiet(db, event)
+        for event in changes:
+            if (schedule := schedule_id(event)) is not None:
+                table_writes.write_schedule(db, schedule, event)
         if tombstones:
             db.conn.executemany(PUT_TOMBSTONE, map(codec.tombstone_row, tombstones))
         self._write_keys(batches)

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from typing import Final, assert_never
 
+import msgspec
 from msgspec.structs import astuple
 
 from jobd.model.events import Event, QuietRule, fold_quiet
+from jobd.model.schedules import Schedule, fold_schedule
 from jobd.model.storage import AuditTrimming, EventPruning, FiguresWrite, OutboxWrite, TableWrite, TombstoneWrite
 from jobd.storage import codec, outbox
 from jobd.storage.codec import SQL, Row, fault, insert, with_checksum
@@ -19,6 +21,7 @@ from jobd.storage.events import event_queries, event_rows
 from jobd.storage.tables.writers import AUDIT_ROW
 
 _PUT_QUIET: Final = insert("quiet_rules", "REPLACE")
+_PUT_SCHEDULE: Final = insert("schedules", "REPLACE")
 _PUT_FIGURES: Final = insert("figures", "REPLACE")
 _EXISTS: Final = "SELECT 1 FROM jobs WHERE seq = job_seq UNION ALL SELECT 1 FROM quarantined_jobs WHERE seq = job_seq"
 _DELETED_JOBS: Final = f"SELECT job_seq, id, at, EXISTS ({_EXISTS}) FROM deleted_jobs WHERE at < ? ORDER BY at LIMIT ?"
@@ -27,6 +30,8 @@ _JOB_ROWS: Final = "SELECT seq FROM events INDEXED BY events_job WHERE job_seq =
 _DELETE_JOB: Final = "DELETE FROM events WHERE seq IN (SELECT seq FROM events INDEXED BY events_job WHERE job_seq = ?)"
 _ROW: Final = f"SELECT {SQL['events']} FROM events WHERE seq = ?"
 _ROWS_BEFORE: Final = f"SELECT {SQL['events']} FROM events WHERE seq > ? AND seq < ? AND last >= ?"
+_json = msgspec.json.Encoder().encode
+_schedule = msgspec.json.Decoder(Schedule).decode
 
 
 def plan_pruning(db: Database, before: int, limit: int) -> tuple[EventPruning | None, int]:
@@ -118,6 +123,24 @@ def write_quiet(db: Database, event: Event) -> None:
         db.conn.execute(_PUT_QUIET, with_checksum(astuple(rule)))
     if event.type == "workers_resumed":
         db.conn.execute("DELETE FROM quiet_rules WHERE id = ?", ((event.details or {})["rule"],))
+
+
+def read_schedules(db: Database) -> dict[str, Schedule]:
+    """Return the schedules by id. Damaged rows are quarantined."""
+    rows = db.rows(f"SELECT rowid, {SQL['schedules']} FROM schedules ORDER BY id")
+    undamaged = undamaged_rows(db, "schedules", rows, ": it does not fire any more, put it again")
+    return {name: _schedule(body) for name, body, _ in undamaged}
+
+
+def write_schedule(db: Database, name: str, event: Event) -> None:
+    """Write the change of an event that names a schedule. The row of one that is damaged is left alone."""
+    row = next(iter(db.rows(f"SELECT {SQL['schedules']} FROM schedules WHERE id = ?", (name,))), None)
+    known = None if row is None or fault(row) is not None else _schedule(row[1])
+    after = fold_schedule(known, event)
+    if after is not None:
+        db.conn.execute(_PUT_SCHEDULE, with_checksum((name, _json(after))))
+    elif event.type == "schedule_deleted":
+        db.conn.execute("DELETE FROM schedules WHERE id = ?", (name,))
 
 
 def apply(db: Database, write: TableWrite) -> None:

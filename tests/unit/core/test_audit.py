@@ -44,8 +44,10 @@ def test_every_command_of_operators_is_audited() -> None:
 
 def test_the_audit_name_of_a_command_is_that_of_its_call() -> None:
     calls = {route.request: route for route in admin_routes.ROUTES if route.request in AUDIT_NAMES}
+    verbs = {"DELETE": "delete", "PUT": "put"}
     names = {
-        request: "delete" if route.method == "DELETE" else route.path.rpartition("/")[2]
+        request: verbs.get(route.method, route.path.rpartition("/")[2])
+        + ("-schedule" if "/schedules/" in route.path else "")
         for request, route in calls.items()
     }
     # The call of Recover continues until nothing is stuck.
@@ -59,6 +61,20 @@ def test_commands_without_an_operator_and_reads_have_no_entry(rules: RuleHarness
     assert entry(rules, cmd.Get(id="a")) is None
     assert entry(rules, cmd.Create(id="b")) is None
     assert entry(rules, cmd.Cancel(id="a"), operator=None) is None
+
+
+def test_a_change_of_a_schedule_names_it_and_one_without_effect_has_no_entry(rules: RuleHarness) -> None:
+    put = cmd.PutSchedule(id="s", every_ms=1_000, job=cmd.ScheduledJob(queue="q"))
+    made = entry(rules, put)
+    assert made is not None
+    assert (made.what, made.queue, made.details, made.jobs) == ("put-schedule", "q", {"schedule": "s"}, 0)
+    assert entry(rules, put) is None
+    ran = entry(rules, cmd.RunSchedule(id="s"))
+    assert ran is not None
+    assert (ran.job_id, ran.jobs) == (rules.last().job_id, 1)
+    rejected = entry(rules, cmd.PauseSchedule(id="nope"))
+    assert rejected is not None
+    assert (rejected.outcome, rejected.details) == ("schedule_not_found", {"schedule": "nope"})
 
 
 def test_a_dry_run_has_no_entry(rules: RuleHarness) -> None:

@@ -76,6 +76,13 @@ async def test_every_kind_of_change_is_applied(engine: VirtualEngine) -> None:
     await engine.yes(cmd.Cancel(id="job-4"))
     await engine.yes(cmd.Pause(name="b", reason="stop"), admin=True)
     await engine.yes(cmd.Pause(name="empty"), admin=True)
+    for name in ("s", "t"):
+        await engine.yes(cmd.PutSchedule(id=name, every_ms=1_000, job=cmd.ScheduledJob()), admin=True)
+    for at in (9_000, 10_000):
+        await engine.yes(cmd.Fire(id="s", version=engine.state.schedules["s"].version, scheduled_at=engine.now + at))
+    await engine.yes(cmd.RunSchedule(id="t"), admin=True)
+    await engine.yes(cmd.PauseSchedule(id="s"), admin=True)
+    await engine.yes(cmd.DeleteSchedule(id="t"), admin=True)
     follower.check()
     await seconds(3)
     await engine.yes(cmd.Resume(name="b"), admin=True)

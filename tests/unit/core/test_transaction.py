@@ -141,10 +141,12 @@ def test_undo_restores_everything_that_a_command_changed(rules: RuleHarness) -> 
     for job_id in ("a", "b", "c"):
         rules.held(job_id)
     rules.accept(cmd.Pause(name="p", reason="before"))
+    rules.accept_admin(cmd.PutSchedule(id="s", every_ms=1_000, job=cmd.ScheduledJob()))
     before = snapshot(rules.state)
     tx = Transaction(rules.state, rules.moment, rules.policy)
     tx.begin(cmd.Call(cmd.Ping(), seed=SEED))
     tx.update(rules.job("b"), replace(rules.job("b"), run_at=5), "updated")
+    tx.change_schedule("s", "schedule_paused", "q", until=None)
     between = snapshot(rules.state)
     tx.begin(cmd.Call(cmd.Ping(), seed=SEED))
     transitions.stall(tx, rules.job("a"), "It was slow.")
@@ -153,11 +155,12 @@ def test_undo_restores_everything_that_a_command_changed(rules: RuleHarness) -> 
     tx.pause("p", QueuePause(NOW))
     tx.resume("p", None)
     tx.pause("q", QueuePause(NOW))
+    tx.change_schedule("s", "schedule_deleted", "q")
     tx.checked.append(1)
     assert tx.has_changed
     tx.undo()
     assert not tx.has_changed
-    assert (snapshot(rules.state), len(tx.changes), tx.checked) == (between, 1, [])
+    assert (snapshot(rules.state), len(tx.changes), tx.checked) == (between, 2, [])
     assert list(rules.state.processing) == ["a", "b", "c"]
     tx.begin(cmd.Call(cmd.Ping(), seed=SEED))
     tx.resume("p", None)

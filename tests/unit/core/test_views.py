@@ -18,6 +18,7 @@ from jobd.model.job import (
     MINUTE_MS,
     STATUSES,
     Backoff,
+    Extra,
     Failure,
     Grant,
     Job,
@@ -53,6 +54,7 @@ JOB = Job(
     deadlines=DEADLINES,
     result=Result("url", "file", "key", Raw(b"1")),
     error=Failure("words", "code"),
+    extra=Extra("nightly", NOW - 30),
 )
 
 
@@ -60,7 +62,8 @@ def flat() -> dict[str, Any]:
     assert JOB.result is not None
     assert JOB.error is not None
     error = {f"error_{name}": value for name, value in asdict(JOB.error).items()}
-    return asdict(JOB) | asdict(OPTIONS) | asdict(JOB.result) | error | {"payload": Raw(b"[]")}
+    extra = {} if JOB.extra is None else asdict(JOB.extra)
+    return asdict(JOB) | asdict(OPTIONS) | asdict(JOB.result) | error | extra | {"payload": Raw(b"[]")}
 
 
 def test_the_view_of_a_job_has_every_field() -> None:
@@ -73,6 +76,7 @@ def test_the_view_of_a_job_has_every_field() -> None:
 
 def test_the_exported_job_has_every_field() -> None:
     exported = asdict(views.as_import(JOB, Raw(b"[]")))
+    assert (exported["schedule_id"], exported["scheduled_at"]) == ("nightly", NOW - 30)
     assert exported == {name: flat().get(name, "w-1") for name in exported}
     bare = views.as_import(replace(JOB, grant=None, result=None, error=None), Raw(b"[]"))
     assert (bare.worker, bare.metadata, bare.error_message) == (None, None, None)

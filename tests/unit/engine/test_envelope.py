@@ -23,12 +23,13 @@ CLASS_OF_EFFECT: dict[str, str] = {
 # Exceptions by purpose. An operator's requeue waits until the disk has space. Downtime of the daemon costs no worker
 # its lock, even on a full disk. A takeover keeps jobs due even then. The check of an import is accepted when the import
 # would be. The action of a plan selects one of two classes. RepairJobs changes only damaged jobs. Ping measures the
-# mailbox.
+# mailbox. A new schedule needs space, and its deletion frees space.
 BY_PURPOSE: dict[Any, str] = {
     cmd.ForceReset: "change", cmd.RetryJob: "change", cmd.ExtendAfterPause: "ending", cmd.KeepDue: "ending",
     cmd.ImportCheck: "create", cmd.ApplyPlan: "change", cmd.ApplyEndings: "ending", cmd.RepairJobs: "change",
-    cmd.Ping: "ping",
+    cmd.Ping: "ping", cmd.PutSchedule: "create", cmd.DeleteSchedule: "ending", cmd.Fire: "create",
 }  # fmt: skip
+OF_SCHEDULES = [kind for kind in COMMANDS if "Schedule" in kind.__name__ or kind is cmd.Fire]
 JOB_IDS = ["new", "due", "running", "stalled", "failed", "expired"]
 
 
@@ -45,13 +46,15 @@ def _effects(kind: Any) -> set[str]:
     of_grants = kind in (cmd.EndGrants, cmd.ExtendAfterPause)
     required = {field.name: _value(field.type) for field in _fields(kind) if field.required}
     found: set[str] = set()
-    for job_id in ("running", "stalled") if of_grants else JOB_IDS if {"id", "ids"} & {*required} else ("any",):
+    is_of_jobs = {"id", "ids"} & {*required} and kind not in OF_SCHEDULES
+    for job_id in ("running", "stalled") if of_grants else JOB_IDS if is_of_jobs else ("any",):
         rules, locks = RuleHarness(), {}
         rules.completed("expired")
         rules.accept(cmd.Fail(id="failed", lock_id=rules.held("failed"), error_message="e"))
         locks["stalled"] = rules.held("stalled", worker="silent")
         rules.create("late", expires_at=rules.now + 1)
         rules.accept_admin(cmd.Pause(name="paused", until=rules.now + 1))
+        rules.accept_admin(cmd.PutSchedule(id="any", every_ms=1_000, job=cmd.ScheduledJob()))
         rules.advance(rules.policy.keep_completed_ms + 1)
         locks["running"] = rules.held("running")
         rules.create("due")
@@ -121,6 +124,8 @@ def test_the_jobs_that_a_command_names_are_loaded_first(kind: Any) -> None:
     named = _made(kind).job_ids()
     if kind is cmd.Bulk or issubclass(kind, cmd.ApplyPlan):
         assert named == ["a", "b"]
+    elif kind in OF_SCHEDULES:
+        assert named == (["a:1970-01-01T00:00:00Z"] if kind is cmd.Fire else [])
     elif kind in (cmd.ExtendAfterPause, cmd.EndGrants, cmd.KeepDue, cmd.Recover):
         assert named == []
     elif "ids" in names:
@@ -150,6 +155,8 @@ def _made(kind: Any) -> Any:
         given["jobs"] = [cmd.ExpectedVersion("a", "1"), cmd.ExpectedVersion("b", "2")]
     if kind is cmd.Bulk:
         given["jobs"] = [cmd.Create(id="a"), cmd.Create(), cmd.Create(id="b")]
+    if kind is cmd.Fire:
+        given["scheduled_at"] = 0
     if kind is cmd.KeepDue:
         given["jobs"] = {"a": 1, "b": 2}
     return kind(**given)

@@ -1,0 +1,62 @@
+"""Handlers of the calls about schedules: they check the timing, and add what follows from it to the responses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from msgspec.structs import replace
+
+from jobd.api.services import Services
+from jobd.http.app import App, run_command
+from jobd.http.request import RequestContext
+from jobd.maintenance.cron import InvalidTiming, explanation, next_times
+from jobd.model.commands import Get, PutSchedule
+from jobd.model.errors import ApiError, invalid_request_error
+from jobd.model.responses import Response, ScheduleView
+from jobd.model.schedules import Timing
+
+TIMES_SHOWN = 5
+
+
+async def put_schedule(app: App[Services], ctx: RequestContext, command: PutSchedule) -> Response | ApiError:
+    """Reject a timing that cannot be read or never fires."""
+    if (command.cron is None) != (command.every_ms is None):  # else the rule rejects it
+        _check(Timing(command.cron, command.every_ms, command.offset_ms, command.timezone))
+    return await send_schedule(app, ctx, command)
+
+
+async def send_schedule(app: App[Services], ctx: RequestContext, command: Any) -> Response | ApiError:
+    response = await run_command(app, ctx, command)
+    if isinstance(response, Response):
+        response.data = await _with_times(app, response.data)
+    return response
+
+
+async def send_schedules(app: App[Services], ctx: RequestContext, command: Any) -> Response | ApiError:
+    response = await run_command(app, ctx, command)
+    if isinstance(response, Response):
+        response.data.schedules = [await _with_times(app, each) for each in response.data.schedules]
+    return response
+
+
+def _check(timing: Timing) -> None:
+    try:
+        if not next_times(timing, 0, 1):
+            raise invalid_request_error("$.cron", f'"{timing.cron}" has no time within 50 years.')
+    except InvalidTiming as error:
+        raise invalid_request_error(f"$.{error.field}", f"{error}.") from None
+
+
+async def _with_times(app: App[Services], view: ScheduleView) -> ScheduleView:
+    """Add the times and words of the timing, and the status of a job that is not in memory."""
+    timing = Timing(view.cron, view.every_ms, view.offset_ms, view.timezone)
+    status = view.last_status
+    if status is None and view.last_job_id is not None:
+        found = await app.actor.ask(Get(id=view.last_job_id), by="daemon")
+        status = None if isinstance(found, ApiError) else found.data.status
+    schedule, now = app.actor.state.schedules.get(view.id), app.services.clock.moment().now
+    after = now if schedule is None else max(schedule.fires_after(now), now)
+    times = [] if view.paused else next_times(timing, after, TIMES_SHOWN)
+    return replace(
+        view, explanation=explanation(timing), next_at=next(iter(times), None), next_times=times, last_status=status
+    )

@@ -1,0 +1,120 @@
+"""Fire schedules: compute their times, and send a command for each time that has come.
+
+Of the times that have passed, a schedule fires the latest. The rule (core/rules/schedule_rules.py) decides whether it
+fires, so that a time never fires twice, whatever this timer does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable
+from heapq import heappop, heappush
+from typing import Final
+
+import structlog
+
+from jobd.engine.actor import Actor
+from jobd.maintenance.cron import InvalidTiming, latest_time, next_times
+from jobd.model.commands import AnyCommand, Fire, Moment, ResumeSchedule
+from jobd.model.errors import ApiError
+from jobd.model.job import MINUTE_MS, SECOND_MS
+from jobd.model.schedules import Schedule
+
+LOOK_S: Final = 1.0  # the clock may step, and pauses end, by wall time
+RETRY_S: Final = 5.0  # after a rejected command: the disk is full, or a limit is reached
+AT_ONCE: Final = 100  # commands that wait for the same commit
+SLICE: Final = 20  # schedules whose times are computed before others run
+LATE_MS: Final = MINUTE_MS  # a schedule that makes up nothing still fires this late
+
+log = structlog.get_logger("jobd.schedules")
+
+
+class Scheduler:
+    """Sends the commands of all schedules until `stop`. `moment` returns the time."""
+
+    def __init__(self, actor: Actor, moment: Callable[[], Moment]) -> None:
+        self._actor = actor
+        self._moment = moment
+        self._state = actor.state
+        self._changed = dict.fromkeys(self._state.schedules)
+        self._next: dict[str, int] = {}  # when each schedule has something to do
+        self._heap: list[tuple[int, str]] = []  # the same; entries that differ from `_next` are void
+        self._wake = asyncio.Event()
+        self._stopping = False
+        self._state.on_schedule = self._note_change
+
+    def _note_change(self, name: str) -> None:
+        self._changed[name] = None
+        self._wake.set()
+
+    async def run(self) -> None:
+        while not self._stopping:
+            self._wake.clear()
+            await self._compute()
+            rejected, at = await self._fire(), self._moment()
+            wait_s: float | None = RETRY_S if rejected else LOOK_S
+            if not (self._heap or self._changed):
+                wait_s = None
+            elif self._heap and not rejected and not at.suspect:
+                wait_s = min(max(self._heap[0][0] - at.now, 1) / SECOND_MS, LOOK_S)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._wake.wait(), wait_s)
+
+    def stop(self) -> None:
+        self._stopping = True
+        self._wake.set()
+
+    async def _compute(self) -> None:
+        """Compute the next time of each schedule that has changed."""
+        count = 0
+        while self._changed and not self._stopping:
+            name, _ = self._changed.popitem()
+            self._next.pop(name, None)
+            if (schedule := self._state.schedules.get(name)) is not None and (
+                at := self._next_at(schedule)
+            ) is not None:
+                self._next[name] = at
+                heappush(self._heap, (at, name))
+            count += 1
+            if count % SLICE == 0:
+                await asyncio.sleep(0)
+
+    def _next_at(self, schedule: Schedule) -> int | None:
+        if schedule.pause is not None:
+            return schedule.pause.until
+        try:
+            return next(iter(next_times(schedule.timing, schedule.fires_after(self._moment().now), 1)), None)
+        except InvalidTiming as error:  # the time zone is unknown here: the package tzdata is older
+            log.error("schedule_invalid", schedule=schedule.id, field=error.field, reason=str(error))
+            return None
+
+    async def _fire(self) -> bool:
+        """Send the commands that are due. Return whether one of them was rejected."""
+        at, rejected = self._moment(), False
+        while self._heap and self._heap[0][0] <= at.believed and not at.suspect and not self._stopping:
+            commands: list[tuple[str, AnyCommand, str]] = []
+            while self._heap and self._heap[0][0] <= at.believed and len(commands) < AT_ONCE:
+                due_at, name = heappop(self._heap)
+                schedule = self._state.schedules.get(name)
+                if schedule is not None and self._next.get(name) == due_at:
+                    commands.append((name, *_command(schedule, at.now)))
+                    self._changed[name] = None  # compute its next time, whatever the response is
+            answers = await asyncio.gather(*(self._actor.ask(command, by=by) for _, command, by in commands))
+            rejected |= any(isinstance(answer, ApiError) for answer in answers)
+        return rejected
+
+
+def _command(schedule: Schedule, now: int) -> tuple[AnyCommand, str]:
+    """Return the command of a schedule that is due, and its author."""
+    if schedule.pause is not None:
+        return ResumeSchedule(id=schedule.id, reason="The pause ended as scheduled."), "daemon"
+    at, missed = latest_time(schedule.timing, schedule.fires_after(now), now)
+    command = Fire(
+        id=schedule.id,
+        version=schedule.version,
+        scheduled_at=at,
+        missed=missed,
+        is_missed=schedule.catch_up == "none" and now - at > LATE_MS,
+    )
+    return command, f"schedule:{schedule.id}"

@@ -1,0 +1,77 @@
+"""Schedules of a real daemon: over kills, and through the commands of operators."""
+
+from __future__ import annotations
+
+import json
+import time
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from tests.support.cli_harness import CliDaemon, Jobctl
+from tests.support.daemon_process import DaemonProcess
+
+pytestmark = pytest.mark.slow
+
+FILE = """
+[[schedules]]
+id = "night"
+cron = "0 3 * * mon-fri"
+timezone = "Europe/Berlin"
+queue = "reports"
+payload = {text = "ü\\u007f", days = [1, 2]}
+
+[[schedules]]
+id = "poll"
+every_ms = 3600000
+overlap = "allow"
+payload_json = '{"since": null}'
+"""
+
+
+def test_each_second_fires_once_over_kills(tmp_path: Path) -> None:
+    body = {"every_ms": 1_000, "overlap": "allow", "job": {"queue": "ticks"}, "source": "app:test"}
+    with DaemonProcess(tmp_path) as daemon:
+        assert daemon.admin("PUT", "/admin/job-management/schedules/tick", {**body, "source": None}).status == 201
+        for _ in range(6):
+            time.sleep(1.3)
+            daemon.process.kill()
+            daemon.process.wait()
+            daemon.start()
+        view = daemon.admin("GET", "/admin/job-management/schedules/tick").data
+        jobs = daemon.get("/v1/jobs?queue=ticks&limit=200").data["jobs"]
+        times = [job["scheduled_at"] for job in reversed(jobs)]
+        assert times == sorted(set(times))
+        gaps = sum((later - earlier) // 1_000 - 1 for earlier, later in pairwise(times))
+        assert gaps == view["missed"], "a time that did not fire is counted"
+        assert len(times) >= 6
+        assert all(job["id"].startswith("tick:2") for job in jobs)
+
+
+def test_a_file_of_schedules(jobctl: Jobctl, tmp_path: Path, running: CliDaemon) -> None:
+    file = tmp_path / "jobs.toml"
+    file.write_text(FILE)
+    assert jobctl.ok("settings", "apply", str(file), "--dry-run") == "night: new\npoll: new\n"
+    assert jobctl.ok("settings", "apply", str(file)) == "night: new\npoll: new\n"
+    assert jobctl.ok("settings", "apply", str(file), "--dry-run") == "night: unchanged\npoll: unchanged\n"
+    exported = jobctl.ok("settings", "export")
+    file.write_text(exported.replace("mon-fri", "mon"))
+    assert jobctl.ok("settings", "apply", str(file), "--dry-run") == "night: changed\npoll: unchanged\n"
+    assert jobctl.ok("settings", "apply", str(file)) == "night: changed\npoll: unchanged\n"
+    shown = jobctl.ok("schedule", "night")
+    assert "At 03:00 on Monday, Europe/Berlin" in shown
+    job = json.loads(jobctl.ok("schedule", "run", "poll", "--json"))
+    assert (job["payload"], job["schedule_id"]) == ({"since": None}, "poll")
+    assert "paused" in jobctl.ok("schedule", "pause", "poll", "--reason", "month end")
+    assert "month end" in jobctl.ok("schedule", "poll")
+    assert "poll" in jobctl.ok("schedules")
+    jobctl.ok("schedule", "resume", "poll")
+    file.write_text("")
+    assert jobctl.ok("settings", "apply", str(file), "--prune") == "night: deleted\npoll: deleted\n"
+    file.write_text("[[queues]]\n")
+    code, message = jobctl.rejected("settings", "apply", str(file))[:2]
+    assert code == 78
+    assert "[[schedules]]" in message
+    assert jobctl.rejected("schedule", "stop", "poll")[0] == 2
+    assert jobctl.rejected("schedule", "rm", "poll")[0] == 4

@@ -1,0 +1,127 @@
+"""The timer of schedules, in virtual time: each time fires once, over late looks, clock steps and rejected commands."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from jobd.maintenance.schedules import Scheduler
+from jobd.model.commands import Create, DeleteSchedule, PauseSchedule, PutSchedule, ResumeSchedule, ScheduledJob
+from jobd.model.job import DAY_MS, HOUR_MS, MINUTE_MS
+from tests.support.virtual_engine import VirtualEngine, checked_engine, in_virtual_time
+
+
+def put(**fields: Any) -> PutSchedule:
+    given: dict[str, Any] = {"id": "s", "every_ms": MINUTE_MS, "overlap": "allow", "job": ScheduledJob()}
+    return PutSchedule(**given | fields, source="app:x")
+
+
+@asynccontextmanager
+async def running(engine: VirtualEngine) -> AsyncIterator[None]:
+    scheduler = Scheduler(engine.actor, engine.clock.moment)
+    task = asyncio.create_task(scheduler.run())
+    yield
+    scheduler.stop()
+    await task
+
+
+def times(engine: VirtualEngine) -> list[int]:
+    """Return the times of the jobs of schedules, in the order of their creation."""
+    jobs = sorted(engine.state.jobs.values(), key=lambda job: job.seq)
+    return [job.extra.scheduled_at for job in jobs if job.extra and job.extra.scheduled_at]
+
+
+@in_virtual_time
+async def test_each_time_fires_once_and_on_time() -> None:
+    async with checked_engine() as engine, running(engine):
+        await engine.yes(put())
+        begun = engine.now
+        await asyncio.sleep(600)
+        found = times(engine)
+        first = begun - begun % MINUTE_MS + MINUTE_MS
+        assert found == [first + number * MINUTE_MS for number in range(len(found))]
+        assert len(found) in (9, 10)
+        late_ms = [job.created_at - job.extra.scheduled_at for job in engine.state.jobs.values() if job.extra]  # type: ignore[operator]
+        assert max(late_ms) < 100
+
+
+@in_virtual_time
+async def test_after_an_absence_the_latest_time_fires_and_the_others_are_missed() -> None:
+    async with checked_engine() as engine:
+        await engine.yes(put())
+        await engine.yes(put(id="none", catch_up="none", every_ms=HOUR_MS))
+        engine.step_ms += 4 * HOUR_MS - engine.now % HOUR_MS + 30 * MINUTE_MS
+        async with running(engine):
+            await asyncio.sleep(5)
+            assert len(times(engine)) == 1
+            assert times(engine)[0] > engine.now - MINUTE_MS - 6_000
+            assert engine.state.schedules["s"].missed >= 200
+            assert engine.state.schedules["none"].missed in (4, 5)
+
+
+@in_virtual_time
+async def test_no_time_fires_twice_after_steps_of_the_clock() -> None:
+    async with checked_engine() as engine, running(engine):
+        await engine.yes(put())
+        for step_ms in (HOUR_MS, -HOUR_MS, -2 * HOUR_MS, 3 * HOUR_MS, -MINUTE_MS):
+            await asyncio.sleep(90)
+            engine.step_ms += step_ms
+        await asyncio.sleep(2 * 3_600)
+        found = times(engine)
+        assert found == sorted(set(found))
+
+
+@in_virtual_time
+async def test_a_suspect_clock_fires_nothing() -> None:
+    async with checked_engine() as engine, running(engine):
+        await engine.yes(put())
+        engine.step_ms += 40 * DAY_MS
+        await asyncio.sleep(300)
+        assert times(engine) == []
+        engine.step_ms -= 40 * DAY_MS
+        await asyncio.sleep(70)
+        assert len(times(engine)) >= 1
+
+
+@in_virtual_time
+async def test_rejected_firings_are_made_up() -> None:
+    async with checked_engine() as engine, running(engine):
+        engine.actor.policy = engine.actor.policy.__class__(live_jobs=1)
+        await engine.yes(Create(id="a"))
+        await engine.yes(put())
+        await asyncio.sleep(130)
+        assert times(engine) == []
+        engine.actor.policy = engine.actor.policy.__class__()
+        await asyncio.sleep(10)
+        assert len(times(engine)) == 1
+        assert engine.state.schedules["s"].missed >= 1
+
+
+@in_virtual_time
+async def test_a_pause_ends_by_itself_and_nothing_of_it_is_made_up() -> None:
+    async with checked_engine() as engine, running(engine):
+        await engine.yes(put())
+        await engine.yes(PauseSchedule(id="s", until=engine.now + 10 * MINUTE_MS))
+        await asyncio.sleep(599)
+        assert times(engine) == []
+        await asyncio.sleep(62)
+        assert len(times(engine)) == 1
+        await engine.yes(PauseSchedule(id="s"))
+        await asyncio.sleep(3_600)
+        await engine.yes(ResumeSchedule(id="s"))
+        await asyncio.sleep(61)
+        assert len(times(engine)) == 2
+        await engine.yes(DeleteSchedule(id="s"))
+        await asyncio.sleep(3_600)
+        assert len(times(engine)) == 2
+
+
+@in_virtual_time
+async def test_many_schedules_at_the_same_time() -> None:
+    async with checked_engine() as engine, running(engine):
+        for number in range(250):
+            await engine.yes(put(id=f"s{number}"))
+        await asyncio.sleep(65)
+        assert len(times(engine)) in (250, 500)
