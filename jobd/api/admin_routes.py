@@ -79,8 +79,10 @@ async def _audit(app: App[Services], ctx: RequestContext, command: commands.Audi
     return await run_command(app, ctx, command)
 
 
-async def _apply_plan(app: App[Services], ctx: RequestContext, command: commands.PlanCommand) -> Response:
-    return Response(checked(await app.services.planner.apply(command.plan_id, ctx.operator or operator_of(ctx))))
+async def _apply_plan(app: App[Services], ctx: RequestContext, command: commands.RunPlan) -> Response:
+    operator = ctx.operator or operator_of(ctx)
+    applied = app.services.planner.apply(command.plan_id, operator, trial=command.trial, rate=command.rate)
+    return Response(checked(await applied))
 
 
 async def _metrics(app: App[Services], ctx: RequestContext, command: NoFields) -> Response:

@@ -8,6 +8,7 @@ from urllib.parse import urlencode
 
 import msgspec
 
+from jobd.core.rules import plan_rules
 from jobd.dashboard.context import Viewer, redirect_with_flash
 from jobd.dashboard.filters import JobFilter, convert_fields, search_fields
 from jobd.dashboard.job_actions import JOB_ACTIONS
@@ -21,6 +22,7 @@ from jobd.model.commands import (
     PlanAction,
     PlanCommand,
     PlanFilter,
+    PlanRate,
 )
 from jobd.model.errors import api_error, checked
 from jobd.model.fields import JobId, Text
@@ -49,6 +51,11 @@ class PlanForm(JobFilter, frozen=True, kw_only=True):
 
 class PlanIdForm(PlanCommand, frozen=True, kw_only=True):
     csrf: str = ""
+
+
+class ApplyForm(PlanIdForm, frozen=True, kw_only=True):
+    trial: Literal["", "yes"] = ""
+    rate: Literal["", "1", "10", "100"] = ""  # jobs in a second
 
 
 async def create_plan(viewer: Viewer, form: PlanForm) -> Response:
@@ -116,6 +123,7 @@ async def plan_page(viewer: Viewer, shown: PlanCommand) -> PageData:
         "transitions": Counter((job.from_, job.to) for job in plan.jobs).most_common(),
         "jobs": plan.jobs[:MAX_LISTED],
         "is_maintenance": plan.action in MAINTENANCE_ACTIONS,
+        "may_wait": plan_rules.may_wait(plan.action),
         "skipped": plan.skipped[:MAX_LISTED],
         "skip_reasons": Counter(job.why for job in plan.skipped).most_common(20),
         "not_applied": [] if result is None else [*result.changed, *result.rejected][:MAX_LISTED],
@@ -124,11 +132,13 @@ async def plan_page(viewer: Viewer, shown: PlanCommand) -> PageData:
     }
 
 
-async def apply_plan(viewer: Viewer, form: PlanIdForm) -> Response:
+async def apply_plan(viewer: Viewer, form: ApplyForm) -> Response:
     """Apply a plan, and redirect to its page, which shows the result."""
     operator = viewer.context.operator
     assert operator is not None  # set for every viewer that may change something
-    result = checked(await viewer.app.services.planner.apply(form.plan_id, operator))
+    rate = PlanRate(int(form.rate)) if form.rate else None
+    planner = viewer.app.services.planner
+    result = checked(await planner.apply(form.plan_id, operator, trial=form.trial == "yes", rate=rate))
     applied = f"Applied to {result.applied} {'job' if result.applied == 1 else 'jobs'}."
     message = "This plan was applied before. Nothing has changed." if result.repeated else applied
     return redirect_with_flash(viewer, f"/plans/{form.plan_id}", message)

@@ -147,7 +147,7 @@ JOB_PAGE: Final = PageSpec(
 
 FORMS: Final[tuple[tuple[str, type[Command], HandleForm], ...]] = (
     ("/plans", plan_pages.PlanForm, plan_pages.create_plan),
-    ("/plans/{plan_id}/apply", plan_pages.PlanIdForm, plan_pages.apply_plan),
+    ("/plans/{plan_id}/apply", plan_pages.ApplyForm, plan_pages.apply_plan),
     ("/plans/{plan_id}/next", plan_pages.PlanIdForm, plan_pages.create_next_plan),
     ("/queues/pause", maintenance.QueueForm, maintenance.pause_queue),
     ("/queues/resume", maintenance.QueueForm, maintenance.resume_queue),

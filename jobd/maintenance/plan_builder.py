@@ -24,10 +24,12 @@ from jobd.model.commands import (
     Preview,
 )
 from jobd.model.errors import ApiError
-from jobd.model.job import FINISHED, Job, may_adopt
-from jobd.model.responses import PlannedJob, SkippedJob
+from jobd.model.job import FINISHED, HOUR_MS, Job, may_adopt
+from jobd.model.responses import PlannedAge, PlannedJob, SkippedJob
 from jobd.model.storage import JobQuery
 
+GAP_MS: Final = 6 * HOUR_MS  # between two groups of jobs by age
+MAX_AGES: Final = 10
 MAX_SKIPPED: Final = 1_000  # listed in a plan
 PAGE: Final = 50  # jobs per read
 SCAN: Final = 500  # rows scanned per read
@@ -52,10 +54,22 @@ class PlanBuilder:
         self._state = actor.state
         self._lock = lock  # shared with other builders; each holds it for one page
         self._added: set[str] = set()
+        self._times: list[int] = []
 
     @property
     def more(self) -> bool:
         return self._is_cut or self.next_cursor is not None
+
+    @property
+    def ages(self) -> list[PlannedAge]:
+        """Group the jobs by age. A gap of more than GAP_MS begins the next group; the last of MAX_AGES has the rest."""
+        groups: list[list[int]] = []  # since, until, jobs
+        for at in sorted(self._times, reverse=True):
+            if groups and (groups[-1][0] - at <= GAP_MS or len(groups) == MAX_AGES):
+                groups[-1][0], groups[-1][2] = at, groups[-1][2] + 1
+            else:
+                groups.append([at, at, 1])
+        return [PlannedAge(*each) for each in groups]
 
     async def run(self) -> ApiError | None:
         """Find the jobs. Return an error if the request is invalid."""
@@ -169,6 +183,7 @@ class PlanBuilder:
     async def _add(self, jobs: list[Job]) -> None:
         """Add jobs to the plan. Read their versions before their late results: a later one changes the version."""
         self._added.update(job.id for job in jobs)
+        self._times += [job.finished_at or job.created_at for job in jobs]
         action, latest_late = self._request.action, self._state.latest_late
         self.expected += [
             ExpectedVersion(job.id, plan_rules.version(job, latest_late(job.seq), action)) for job in jobs

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any, Final
 
 import structlog
-from msgspec import Struct
+from msgspec import Struct, field
 from msgspec.structs import asdict, replace
 
+from jobd.core import guards
 from jobd.core.rules import plan_rules
 from jobd.engine.actor import Actor
 from jobd.engine.clock import Clock, loop_time
 from jobd.maintenance.plan_builder import PAUSE_S, PlanBuilder
 from jobd.model.clocks import MonotonicS
-from jobd.model.commands import ApplyEndings, ApplyPlan, ExpectedVersion, MakePlan, Operator, RecordAction
+from jobd.model.commands import ApplyEndings, ApplyPlan, ExpectedVersion, MakePlan, Operator, PlanRate, RecordAction
 from jobd.model.errors import ApiError
-from jobd.model.job import HOUR_MS, MINUTE_MS, SECOND_MS
-from jobd.model.responses import ChangedJob, PlanResult, PlanSlice, PlanView
+from jobd.model.events import Event
+from jobd.model.job import FINISHED, HOUR_MS, MINUTE_MS, SECOND_MS
+from jobd.model.responses import ChangedJob, PlanOutcome, PlanResult, PlanSlice, PlanTrial, PlanView
 
 MAX_PLANS: Final = 20
 MAX_JOBS: Final = 100_000  # of all kept plans
@@ -34,7 +38,11 @@ log = structlog.get_logger("jobd.plans")
 
 
 class Plan(Struct):
-    """A plan and its progress: `at` of its jobs are done."""
+    """A plan and its progress: `at` of its jobs are done.
+
+    `trial` has whether the first job completed, `begun` is set while that is awaited. The jobs from `rated_from` on
+    become due at `rate` from `rated_at` on. `states` has how the changed jobs of a retry have ended since.
+    """
 
     view: PlanView
     expected: list[ExpectedVersion]
@@ -42,6 +50,43 @@ class Plan(Struct):
     done: PlanSlice
     at: int = 0
     task: asyncio.Task[PlanResult | ApiError] | None = None
+    trial: asyncio.Future[bool] | None = None
+    begun: asyncio.Event = field(default_factory=asyncio.Event)
+    rate: PlanRate | None = None
+    rated_from: int = 0
+    rated_at: int = 0
+    due_until: int | None = None
+    states: dict[str, str] = field(default_factory=dict)
+
+    def next_chunk(self, limit: int) -> list[ExpectedVersion]:
+        """Return the next jobs, each with the time at which it is to be due."""
+        chunk = self.expected[self.at : self.at + limit]
+        if (rate := self.rate) is None or not self.rated_at:
+            return chunk
+        first = self.at - self.rated_from
+        due = [self.rated_at + number * rate.per_ms // rate.count for number in range(first, first + len(chunk))]
+        self.due_until = due[-1]
+        return [replace(job, run_at=at) for job, at in zip(chunk, due, strict=True)]
+
+    def note(self, event: Event) -> None:
+        """Record what happened to a job of the plan."""
+        status, job_id = event.to_status, event.job_id
+        if event.type in ("retried_by_operator", "force_reset"):
+            self.states[job_id] = "waiting"
+        elif job_id in self.states and status is not None:
+            self.states[job_id] = status if status in FINISHED else "waiting"
+        trial = self.trial
+        if trial is None or trial.done() or self.view.trial is None or job_id != self.view.trial.job_id:
+            return
+        if status is None or status in FINISHED or event.type == "retried":
+            trial.set_result(status == "completed")
+
+    @property
+    def outcome(self) -> PlanOutcome | None:
+        if not self.states:
+            return None
+        counts = Counter(self.states.values())
+        return PlanOutcome(*(counts[each] for each in PlanOutcome.__struct_fields__))
 
     @property
     def is_under_way(self) -> bool:
@@ -55,12 +100,17 @@ class Planner:
         self._actor = actor
         self._clock = clock
         self._plans: dict[str, Plan] = {}  # by id, oldest first
+        self._watched: dict[str, Plan] = {}  # by job: the latest plan that retries it
         self._lock = asyncio.Semaphore(1)
         self._builders = 0
         self._stopping = False
+        actor.on_commit.append(self._note)
 
     async def close(self) -> None:
         self._stopping = True
+        for plan in self._plans.values():
+            if plan.trial is not None and not plan.trial.done():
+                plan.trial.set_result(False)
         tasks = [plan.task for plan in self._plans.values() if plan.task is not None]
         await asyncio.gather(*tasks, return_exceptions=True)
 
@@ -94,6 +144,7 @@ class Planner:
             made_at=now,
             expires_at=now + KEPT_MS,
             with_late_results=sum(job.late_results > 0 for job in builder.jobs),
+            ages=builder.ages,
         )
         until_s = loop_time() + KEPT_MS / SECOND_MS
         self._keep(Plan(view, builder.expected, until_s, PlanSlice(0, [], [])))
@@ -113,14 +164,27 @@ class Planner:
             if left <= max_plans and jobs <= MAX_JOBS:
                 break
             if plan is not latest and not plan.is_under_way:
-                del self._plans[plan.view.plan_id]
+                self._drop(plan)
                 left, jobs = left - 1, jobs - plan.view.count
 
     def _forget_old(self) -> None:
         now_s = loop_time()
-        for plan_id, plan in list(self._plans.items()):
+        for plan in list(self._plans.values()):
             if now_s >= plan.until_s and not plan.is_under_way:
-                del self._plans[plan_id]
+                self._drop(plan)
+
+    def _drop(self, plan: Plan) -> None:
+        del self._plans[plan.view.plan_id]
+        for job_id in plan.states:
+            if self._watched.get(job_id) is plan:
+                del self._watched[job_id]
+
+    def _note(self, changes: Sequence[Event]) -> None:
+        """Record how the jobs of applied plans end. Called after each commit."""
+        if self._watched:
+            for event in changes:
+                if (plan := self._watched.get(event.job_id)) is not None:
+                    plan.note(event)
 
     # -- reading and applying ------------------------------------------------------------------------------------------
 
@@ -135,44 +199,85 @@ class Planner:
                 "that were changed already. The audit log also has the results of applied plans."
             )
             return ApiError("plan_not_found", message, {"plan_id": plan_id})
-        return plan.view
+        return replace(plan.view, outcome=plan.outcome)
 
-    async def apply(self, plan_id: str, operator: Operator) -> PlanResult | ApiError:
+    async def apply(
+        self, plan_id: str, operator: Operator, *, trial: bool = False, rate: PlanRate | None = None
+    ) -> PlanResult | ApiError:
         """Apply a plan to its jobs that have not changed since. Repeated calls return the first result.
 
         The plan continues if the caller disconnects. If it ends early, for example on a full disk, the error says so,
-        and the next call continues with the rest.
+        and the next call continues with the rest. A call returns while a trial is under way.
         """
         found = self.find(plan_id)
         if isinstance(found, ApiError):
             return found
         if found.result is not None:
             return replace(found.result, repeated=True)
+        if (trial or rate is not None) and not plan_rules.may_wait(found.action):
+            name = "trial" if trial else "rate"
+            return guards.invalid(name, f"{found.action} takes no `{name}`; only retry and force-reset do.").error
         plan = self._plans[plan_id]
         if plan.task is None or plan.task.done():
+            if plan.at == 0:
+                plan.rate = rate
+                plan.trial = asyncio.get_running_loop().create_future() if trial else None
             plan.task = asyncio.create_task(self._apply(plan, operator))
-        return await asyncio.shield(plan.task)
+        begun = asyncio.create_task(plan.begun.wait())
+        await asyncio.wait({plan.task, begun}, return_when=asyncio.FIRST_COMPLETED)
+        begun.cancel()
+        if plan.trial is None or plan.trial.done():
+            await asyncio.wait({plan.task})
+        return plan.task.result() if plan.task.done() else self._result(plan)
+
+    def _result(self, plan: Plan) -> PlanResult:
+        view, done = plan.view, plan.done
+        return PlanResult(
+            view.plan_id,
+            view.action,
+            done.applied,
+            done.changed,
+            done.rejected,
+            self._clock.moment().now,
+            left=view.count - plan.at,
+            trial=view.trial,
+            due_until=plan.due_until,
+        )
 
     async def _apply(self, plan: Plan, operator: Operator) -> PlanResult | ApiError:
-        view = plan.view
-        operator = replace(operator, part_of=view.plan_id)
-        while plan.at < view.count:
-            chunk = plan.expected[plan.at : plan.at + SLICE]
-            error = await self._apply_slice(plan, chunk, operator)
-            if error is not None:
-                await self._audit(plan, operator)
-                left = {"applied": plan.done.applied, "left": view.count - plan.at}
-                done = f"{left['applied']} jobs were changed, {left['left']} are left"
-                message = f"{error.message} {done}. Apply the plan again."
-                return ApiError(error.code, message, error.details | left)
-            plan.at += len(chunk)
+        operator = replace(operator, part_of=plan.view.plan_id)
+        error = None
+        while plan.trial is not None and not plan.done.applied and plan.at < plan.view.count and error is None:
+            error = await self._apply_slice(plan, plan.next_chunk(1), operator)
+        has_passed = error is None and (plan.trial is None or await self._has_passed(plan, plan.trial))
+        if has_passed and not plan.rated_at:
+            plan.rated_from, plan.rated_at = plan.at, self._clock.moment().now
+        while has_passed and plan.at < plan.view.count and error is None:
+            error = await self._apply_slice(plan, plan.next_chunk(SLICE), operator)
             await asyncio.sleep(PAUSE_S)
-        at = self._clock.moment().now
-        result = PlanResult(view.plan_id, view.action, plan.done.applied, plan.done.changed, plan.done.rejected, at)
+        if error is not None:
+            await self._audit(plan, operator)
+            left = {"applied": plan.done.applied, "left": plan.view.count - plan.at}
+            done = f"{left['applied']} jobs were changed, {left['left']} are left"
+            message = f"{error.message} {done}. Apply the plan again."
+            return ApiError(error.code, message, error.details | left)
+        result = self._result(plan)
         self._keep_result(plan, result)
-        if view.count:
+        if plan.view.count:
             await self._audit(plan, operator)
         return result
+
+    async def _has_passed(self, plan: Plan, trial: asyncio.Future[bool]) -> bool:
+        """Wait for the first attempt of the trial. Return whether it completed, or no job was left to try."""
+        if not plan.done.applied:
+            plan.view = replace(plan.view, trial=None)
+            return True
+        plan.begun.set()
+        has_passed = await trial
+        plan.begun.clear()
+        assert plan.view.trial is not None
+        plan.view = replace(plan.view, trial=replace(plan.view.trial, state="completed" if has_passed else "failed"))
+        return has_passed
 
     def _keep_result(self, plan: Plan, result: PlanResult) -> None:
         plan.view = replace(plan.view, result=result, expires_at=result.applied_at + APPLIED_KEPT_MS)
@@ -188,6 +293,10 @@ class Planner:
         view = plan.view
         kind = ApplyEndings if plan_rules.is_ending(view.action) else ApplyPlan
         command = kind(action=view.action, jobs=chunk, reason=view.reason)
+        if plan_rules.may_wait(view.action):
+            self._watched |= dict.fromkeys((job.id for job in chunk), plan)
+        if plan.trial is not None and not plan.done.applied:
+            plan.view = replace(view, trial=PlanTrial(chunk[0].id, "waiting"))
         response = await self._actor.ask(command, by=operator.by, admin=True, operator=operator)
         if isinstance(response, ApiError):
             return response
@@ -196,6 +305,7 @@ class Planner:
         plan.done.applied += done.applied
         plan.done.changed += [_with_from(each, was) for each in done.changed]
         plan.done.rejected += [_with_from(each, was) for each in done.rejected]
+        plan.at += len(chunk)
         return None
 
     async def _audit(self, plan: Plan, operator: Operator) -> None:
@@ -209,6 +319,10 @@ class Planner:
         }
         if undone := _first_ids([*done.changed, *done.rejected]):
             details["left_undone"] = undone
+        if view.trial is not None:
+            details["trial"] = asdict(view.trial)
+        if plan.rate is not None:
+            details["rate"] = asdict(plan.rate)
         if view.filter is not None:
             details["filter"] = {name: value for name, value in asdict(view.filter).items() if value is not None}
         response = await self._actor.ask(RecordAction(what=f"plan-{view.action}", details=details), operator=operator)

@@ -152,12 +152,11 @@ class ManyJobCalls(CallGroup, tag="Many jobs", base=ADMIN, auth="admin"):
         summary="Get a plan, with its result if it was applied. Plans are kept for 15 min, applied plans for 12 h.",
     )
     apply_plan = ApiCall(
-        commands.PlanCommand,
+        commands.RunPlan,
         responses.PlanResult,
         "POST",
         "/plans/{plan_id}/apply",
         run_ms=RUN_MS,
-        summary="Apply a plan to every job that has not changed since. A repeated request returns the same result.",
     )
 
 

@@ -70,7 +70,7 @@ from jobd.model.fields import (
     WorkerName,
     doc,
 )
-from jobd.model.job import HOUR_MS, SECOND_MS, YEAR_MS, Backoff, OnStall, Status
+from jobd.model.job import DAY_MS, HOUR_MS, SECOND_MS, YEAR_MS, Backoff, OnStall, Status
 
 MAX_CLAIM: Final = 100
 MAX_NAMES: Final = 100  # queues or kinds of one claim
@@ -503,6 +503,7 @@ class ForceReset(NamedJobCommand, frozen=True):
     plan_scope: ClassVar[str] = "Only processing, failed and cancelled jobs can be reset."
 
     reason: Reason | None = None
+    run_at: DueAt | None = None
 
 
 class RetryJob(ForceReset, frozen=True):
@@ -872,11 +873,31 @@ class PlanCommand(Command, frozen=True):
     plan_id: Annotated[JobId, doc("Id of the plan.")]
 
 
+class PlanRate(Struct, frozen=True, forbid_unknown_fields=True):
+    """At most `count` jobs in `per_ms`, evenly."""
+
+    count: Annotated[int, doc("How many jobs.", ge=1, le=1_000_000)]
+    per_ms: Annotated[int, doc("In which time, in ms.", ge=SECOND_MS, le=DAY_MS)] = SECOND_MS
+
+
+class RunPlan(PlanCommand, frozen=True, kw_only=True):
+    """Apply a plan to every job that has not changed since. A repeated request returns the same result.
+
+    A `retry` or `force-reset` can begin with a trial, or make the jobs due one after the other.
+    """
+
+    trial: Annotated[
+        bool, doc("Begin with one job. The others follow by themselves once it completes, and not at all if it fails.")
+    ] = False
+    rate: Annotated[PlanRate | None, doc("How many of the jobs become due in which time. Default: all at once.")] = None
+
+
 class ExpectedVersion(Struct, frozen=True, gc=False):
-    """A job of a plan, with its version (core/rules/plans.py) when the plan was made."""
+    """A job of a plan, with its version (core/rules/plan_rules.py) when the plan was made, and when it is to be due."""
 
     id: str
     version: str
+    run_at: int | None = None
 
 
 class ApplyPlan(Command, frozen=True, kw_only=True):

@@ -28,6 +28,7 @@ from jobd.model.commands import (
 from jobd.model.events import EventView, QueuePause
 from jobd.model.fields import Metadata, doc
 from jobd.model.job import Backoff, Job
+from jobd.model.times import duration, utc
 
 # Fields that several responses have.
 JobIdText = Annotated[str, doc("Id of the job.")]
@@ -958,6 +959,35 @@ class ChangedJob(Struct, frozen=True, gc=False, rename={"from_": "from"}):
     why: Annotated[str, doc("Why the job was not changed.")]
 
 
+class PlanTrial(Struct, frozen=True):
+    """The first job of a plan that begins with a trial."""
+
+    job_id: JobIdText
+    state: Annotated[Literal["waiting", "completed", "failed"], doc("Whether its first attempt has ended, and how.")]
+
+
+class PlanOutcome(Struct, frozen=True):
+    """How the jobs of an applied plan have ended since, as long as the plan is kept."""
+
+    completed: Annotated[int, doc("How many were completed.")]
+    failed: Annotated[int, doc("How many failed again.")]
+    cancelled: Annotated[int, doc("How many were cancelled.")]
+    waiting: Annotated[int, doc("How many are queued or processing.")]
+
+    def __str__(self) -> str:
+        """Return `118 completed, 6 failed again, 83 wait`."""
+        cancelled = f", {self.cancelled:,} cancelled" if self.cancelled else ""
+        return f"{self.completed:,} completed, {self.failed:,} failed again{cancelled}, {self.waiting:,} wait"
+
+
+class PlannedAge(Struct, frozen=True):
+    """Jobs of a plan that ended, or were created if they are unfinished, within a time without a gap of 6 h."""
+
+    since: Annotated[int, doc("The earliest of them, in Unix ms.")]
+    until: Annotated[int, doc("The latest of them, in Unix ms.")]
+    jobs: Annotated[int, doc("How many.")]
+
+
 class PlanResult(Struct, frozen=True):
     """The result of a plan."""
 
@@ -970,6 +1000,9 @@ class PlanResult(Struct, frozen=True):
     repeated: Annotated[
         bool, doc("Whether the plan had been applied before, so that this request changed nothing.")
     ] = False
+    left: Annotated[int, doc("How many jobs were not tried, because the trial has not completed.")] = 0
+    trial: Annotated[PlanTrial | None, doc("The trial. While it is `waiting`, the other jobs are `left`.")] = None
+    due_until: Annotated[int | None, doc("When the last job is due, in Unix ms, if there is a rate.")] = None
 
 
 class DamagedRow(Struct, frozen=True):
@@ -1034,6 +1067,20 @@ class PlanView(Struct, frozen=True):
     expires_at: Annotated[int, doc("When the plan is removed, in Unix ms.")]
     result: Annotated[PlanResult | None, doc("The result. Null until the plan is applied.")] = None
     with_late_results: Annotated[int, doc("How many of the jobs have late results that were not adopted.")] = 0
+    ages: Annotated[list[PlannedAge], doc("How old the jobs are: the latest first, at most 10.")] = []
+    trial: Annotated[PlanTrial | None, doc("The trial, if the plan begins with one.")] = None
+    outcome: Annotated[PlanOutcome | None, doc("How its jobs have ended since, for a retry or force-reset.")] = None
+
+    @property
+    def aged(self) -> str:
+        """The ages in words: `500 since 2026-12-02 02:58:00 UTC, 60 older than 26 h`. Empty for one job."""
+        if not self.ages or self.count < 2:
+            return ""
+        latest, *older = self.ages
+        text = f"{latest.jobs:,} since {utc(latest.since)}"
+        if older:
+            text += f", {sum(age.jobs for age in older):,} older than {duration(self.made_at - older[0].until)}"
+        return text
 
 
 def late_results_note(action: str, late: Sequence[int]) -> str | None:

@@ -8,6 +8,7 @@ import re
 import socket
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -215,6 +216,43 @@ def test_more_jobs_than_one_plan_holds_are_done_at_once(
     assert jobctl.ok("delete", "--where", "queue=big", "-y") == "delete: 10000 jobs done\ndelete: 2 jobs done\n"
 
 
+def test_a_retry_begins_with_a_trial_and_goes_on_at_a_rate(running: CliDaemon, jobctl: Jobctl) -> None:
+    ids = [f"trial-{number}" for number in range(3)]
+    running.client.create_jobs([{"id": job_id, "queue": "trial"} for job_id in ids])
+    jobctl.ok("force-fail", *ids, "-y")
+    code, out, err = jobctl.run("retry", *ids, "--trial", "--rate", "60/m", "--dry-run")
+    assert (code, "3 since " in out, "--trial --rate 60/m" in err) == (0, True, True)
+
+    def work() -> None:
+        for _ in ids[:2]:
+            [grant] = running.client.claim("w", queues=["trial"], wait_ms=30_000)
+            running.client.complete_job(grant.job.id, lock_id=grant.lock_id)
+
+    with ThreadPoolExecutor() as pool:
+        working = pool.submit(work)
+        code, out, err = jobctl.run("retry", *ids, "--trial", "--rate", "60/m", "-y")
+        working.result()
+    assert (code, "retry: 3 jobs done" in out, "the last is due at " in out) == (0, True, True), out + err
+    [entry] = jobctl.json("audit", "--what", "plan-retry", "--limit", "1")["entries"]
+    plan_id = entry["details"]["plan_id"]
+    assert entry["details"]["trial"] == {"job_id": "trial-0", "state": "completed"}
+    assert "Since then: 2 completed, 0 failed again, 1 wait." in jobctl.run("apply", plan_id, "--dry-run")[2]
+    jobctl.ok("force-fail", "trial-2", "-y")
+
+    def fail() -> None:
+        [grant] = running.client.claim("w", queues=["trial"], wait_ms=30_000)
+        running.client.fail_job(grant.job.id, lock_id=grant.lock_id, error_message="again")
+
+    running.client.create_job(id="trial-3", queue="trial")
+    jobctl.ok("force-fail", "trial-3", "-y")
+    with ThreadPoolExecutor() as pool:
+        failing = pool.submit(fail)
+        code, _, err = jobctl.run("retry", "trial-2", "trial-3", "--trial", "-y")
+        failing.result()
+    assert (code, "The trial trial-2 did not complete, so the rest (1 job) stays as it was." in err) == (4, True)
+    assert running.client.get_job("trial-3").status == "failed"
+
+
 def test_every_action_takes_a_reason(jobctl: Jobctl) -> None:
     jobctl.ok("submit", "--id", "re1", "--delay", "1h")
     jobctl.ok("run-now", "re1", "--reason", "why 1")
@@ -264,6 +302,8 @@ def test_workers_are_quieted_by_name_and_by_rule(running: CliDaemon, jobctl: Job
         (["quiet", "--host", "h"], "a rule needs a --reason"),
         (["resume-worker"], "either the name of a worker or --rule"),
         (["retry", "-y"], "either job IDs or --where"),
+        (["retry", "a", "--rate", "fast"], "must be a number from 1 to 1000000"),
+        (["apply", "p", "q", "--trial"], "--trial is for one plan"),
         (["apply", "-y"], "PLAN_ID"),
         (["force-reset", "a", "b"], "--dry-run"),
         (["cancel", "a", "--where", "queue=q", "-y"], "either job IDs or --where"),

@@ -199,7 +199,8 @@ def _many_jobs() -> Iterator[Example]:
     yield Example(api.preview, wire.NoFields(), result=preview)
     yield Example(api.get_plan, commands.PlanCommand(plan_id="p1"), result=PLAN)
     applied = responses.PlanResult("p1", "retry", 1, [responses.ChangedJob("b", "failed", None, "gone")], [], 3)
-    yield Example(api.apply_plan, commands.PlanCommand(plan_id="p1"), result=applied)
+    run = commands.RunPlan(plan_id="p1", trial=True, rate=commands.PlanRate(10))
+    yield Example(api.apply_plan, run, result=applied)
 
 
 def _queues() -> Iterator[Example]:

@@ -241,7 +241,7 @@ class FakePlanner:
             return ApiError("plan_not_found", "There is no such plan.")
         return PLAN
 
-    async def apply(self, plan_id: str, operator: Operator) -> Any:
+    async def apply(self, plan_id: str, operator: Operator, **pace: Any) -> Any:
         self._fakes.operators.append(operator)
         return result_of(ManyJobCalls.apply_plan)
 

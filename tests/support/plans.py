@@ -17,7 +17,7 @@ async def make_plan(planner: Planner, plan_id: str = "p", **asked: Any) -> PlanV
     return view
 
 
-async def apply_plan(planner: Planner, plan_id: str = "p") -> PlanResult:
-    result = await planner.apply(plan_id, EVE)
+async def apply_plan(planner: Planner, plan_id: str = "p", **pace: Any) -> PlanResult:
+    result = await planner.apply(plan_id, EVE, **pace)
     assert isinstance(result, PlanResult), result
     return result

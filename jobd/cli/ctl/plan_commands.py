@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, cast
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, cast
 
 import click
 
@@ -20,13 +20,15 @@ from jobd.model.times import utc
 
 if TYPE_CHECKING:
     from jobd.client import AdminClient, JobClient
-    from jobd.model.commands import PlanAction
+    from jobd.model.commands import PlanAction, PlanRate
     from jobd.model.responses import JobView, PlannedJob, PlanResult, PlanView
 
 _TIMES: Final = ("since", "until", "finished_since", "finished_until")
 _NAMES: Final = ("status", "queue", "kind", "worker", *_TIMES, "text", "error")
 _DELETED_TOO: Final = "Their history and artifacts are deleted too."
 _SHOWN: Final = 20  # jobs of a plan; --json shows all
+_POLL_S: Final = 0.5  # of a trial
+_UNITS: Final = {1_000: "s", 60_000: "m", 3_600_000: "h"}
 _MAX_PLANS: Final = 5  # plans that one question covers; the daemon keeps 20 plans, of 100 000 jobs in all
 
 
@@ -67,6 +69,42 @@ def _filter(where: Sequence[str]) -> dict[str, Any]:
     return found
 
 
+class Pace(NamedTuple):
+    """How the jobs of a retry follow each other."""
+
+    trial: bool = False
+    rate: PlanRate | None = None
+
+    @property
+    def options(self) -> str:
+        """The same as options of a command."""
+        rate = "" if self.rate is None else f" --rate {self.rate.count}/{_UNITS[self.rate.per_ms]}"
+        return f"{' --trial' if self.trial else ''}{rate}"
+
+
+NO_PACE: Final = Pace()
+
+
+def pace_options(command: Any) -> Any:
+    """Add --trial and --rate."""
+    trial = "Retry one job first. The others follow by themselves once it completes, and not at all if it fails."
+    rate = "Make the jobs due one after the other: N in a second (N/s), minute (N/m) or hour (N/h)."
+    command = click.option("--rate", metavar="N/s", callback=lambda *given: _rate(given[2]), help=rate)(command)
+    return click.option("--trial", is_flag=True, help=trial)(command)
+
+
+def _rate(text: str | None) -> PlanRate | None:
+    from jobd.model.commands import PlanRate
+
+    if text is None:
+        return None
+    count, _, unit = text.partition("/")
+    times = {name: time_ms for time_ms, name in _UNITS.items()}
+    if not (count.isascii() and count.isdecimal() and 1 <= int(count) <= 1_000_000 and unit in times):
+        raise click.BadParameter(f"{text!r} must be a number from 1 to 1000000, and /s, /m or /h, such as 10/s")
+    return PlanRate(int(count), times[unit])
+
+
 def run_plans(
     action: PlanAction,
     ids: Sequence[str],
@@ -76,8 +114,9 @@ def run_plans(
     yes: bool,
     dry_run: bool,
     as_json: bool,
+    pace: Pace = NO_PACE,
 ) -> int:
-    """Make plans, show them, ask, and apply them, until no matching job is left.
+    """Make plans, show them, ask, and apply them, until no matching job is left. A `pace` is for one plan.
 
     Return exit code 4 if some jobs could not be changed.
     """
@@ -87,18 +126,19 @@ def run_plans(
     client = admin_client(timeout_s=60.0)
     code, cursor, is_first = exit_codes.DONE, None, True
     while is_first or cursor is not None:
-        plans, cursor = _make_plans(client, action, cursor, {"reason": reason, **wanted})
+        most = 1 if pace.options else _MAX_PLANS
+        plans, cursor = _make_plans(client, action, cursor, {"reason": reason, **wanted}, most)
         is_incomplete = bool(ids) and any(plan.skipped_count for plan in plans)
         count = sum(plan.count for plan in plans)
         if dry_run:
-            _show_all(plans, cursor, as_json=as_json)
+            _show_all(plans, cursor, as_json=as_json, options=pace.options)
             return exit_codes.REJECTED if is_incomplete else exit_codes.DONE
         if not yes:
             _show_plans(plans, is_more=cursor is not None)
             if count:
                 confirm.confirm(f"{action} {_jobs(count)}")
         if count:
-            is_incomplete = not _apply(client, plans, as_json=as_json) or is_incomplete
+            is_incomplete = not _apply(client, plans, as_json=as_json, pace=pace) or is_incomplete
         elif is_first or any(plan.skipped_count for plan in plans):
             skipped = " ".join(_skipped(plan) for plan in plans if plan.skipped_count)
             terminal.say(f"No job can be changed: {skipped}" if skipped else "No jobs match.")
@@ -106,13 +146,18 @@ def run_plans(
             if as_json and is_first:
                 _apply(client, plans[:1], as_json=True)  # for its result
         code, is_first = exit_codes.REJECTED if is_incomplete else code, False
+        if pace.options and cursor is not None:
+            terminal.say(
+                "There are more jobs. One plan cannot hold all of them: repeat the command when these are done."
+            )
+            break
     return code
 
 
 def act(action: PlanAction, ids: Sequence[str], where: Sequence[str], reason: str | None, **how: bool) -> int:
     """Apply an action to one job, or by plans to several: exactly as a question or a dry run showed it, or not."""
     if is_plan(ids, where):
-        return run_plans(action, ids, where, reason, **how)
+        return run_plans(action, ids, where, reason, pace=NO_PACE, **how)
     client = admin_client()
     plan = plan_if_allowed(client, action, reason, ids=list(ids)) if how["dry_run"] else None
     code = confirm.run_action(action_on_one(client, action, reason), ids, **how)
@@ -184,7 +229,7 @@ def plan_if_allowed(
 
 
 def _make_plans(
-    client: AdminClient, action: PlanAction, cursor: str | None, wanted: dict[str, Any]
+    client: AdminClient, action: PlanAction, cursor: str | None, wanted: dict[str, Any], most: int
 ) -> tuple[list[PlanView], str | None]:
     """Return at least one plan, and the cursor of the next plan (None: there is none)."""
     plans: list[PlanView] = []
@@ -194,49 +239,59 @@ def _make_plans(
         cursor = plan.next_cursor
         if plan.count or not (plan.more or plans):
             plans.append(plan)
-        if cursor is None or len(plans) >= _MAX_PLANS:
+        if cursor is None or len(plans) >= most:
             return plans, cursor
 
 
-def _apply(client: AdminClient, plans: Sequence[PlanView], *, as_json: bool) -> bool:
+def _apply(client: AdminClient, plans: Sequence[PlanView], *, as_json: bool, pace: Pace = NO_PACE) -> bool:
     """Apply the plans. Return whether every job was changed."""
     results = []
     for plan in plans:
-        results.append(_apply_one(client, plan))
+        results.append(_apply_one(client, plan, pace))
         if as_json:
             terminal.emit_json(results[-1])
     if not as_json:
         _show_results(plans, results)
-    return not any(result.changed or result.rejected for result in results)
+    return not any(result.changed or result.rejected or result.left for result in results)
 
 
-def _apply_one(client: AdminClient, plan: PlanView) -> PlanResult:
+def _apply_one(client: AdminClient, plan: PlanView, pace: Pace) -> PlanResult:
     from jobd.client.errors import JobdError
 
     try:
         with busy(f"{plan.action}: {_jobs(plan.count)}"):
-            return client.apply_plan(plan.plan_id)
+            result = client.apply_plan(plan.plan_id, trial=pace.trial, rate=pace.rate)
+        if result.trial is not None and result.trial.state == "waiting":
+            terminal.say(
+                f"The trial is {result.trial.job_id}; the rest ({_jobs(result.left)}) follows once it completes, also "
+                f"without this command. See: jobctl apply {plan.plan_id} --dry-run"
+            )
+            with busy(f"waiting for {result.trial.job_id}"):
+                while (seen := client.get_plan(plan.plan_id)).result is None:
+                    time.sleep(_POLL_S)
+            result = seen.result
+        return result
     except JobdError:
         terminal.say(f"To continue this plan: jobctl apply {plan.plan_id}")
         raise
 
 
-def _show_all(plans: Sequence[PlanView], cursor: str | None, *, as_json: bool) -> None:
+def _show_all(plans: Sequence[PlanView], cursor: str | None, *, as_json: bool, options: str = "") -> None:
     """Show plans of a dry run, and the command that applies them."""
     if as_json:
         for plan in plans:
             terminal.emit_json(plan)
     else:
         _show_plans(plans, is_more=cursor is not None)
-    _name_plans([plan for plan in plans if plan.count])
+    _name_plans([plan for plan in plans if plan.count], options=options)
     if cursor is not None:
         terminal.say("There are more jobs. Without --dry-run, all of them are changed, these first.")
 
 
-def _name_plans(plans: Sequence[PlanView], but: str = "") -> None:
+def _name_plans(plans: Sequence[PlanView], but: str = "", options: str = "") -> None:
     if plans:
         names = " ".join(plan.plan_id for plan in plans)
-        terminal.say(f"To apply exactly this{but}, until {utc(plans[0].expires_at)}: jobctl apply {names}")
+        terminal.say(f"To apply exactly this{but}, until {utc(plans[0].expires_at)}: jobctl apply {names}{options}")
 
 
 def show_apply_command(plan: PlanView | None) -> None:
@@ -253,6 +308,9 @@ def _show_plans(plans: Sequence[PlanView], *, is_more: bool) -> None:
     names = f"plan {plans[0].plan_id}" if len(plans) == 1 else f"{len(plans)} plans"
     more = ", and more after these" if is_more else ""
     terminal.emit(f"{plans[0].action}: {_jobs(len(jobs))} ({names}){more}")
+    for plan in plans:
+        if plan.aged:
+            terminal.emit(plan.aged)
     if jobs:
         columns: terminal.Columns = {"JOB": "id", "WOULD BE": lambda job: f"{job.from_} → {job.to or 'deleted'}"}
         terminal.table(columns, jobs[:_SHOWN])
@@ -287,10 +345,22 @@ def _skipped(plan: PlanView) -> str:
 def _show_results(plans: Sequence[PlanView], results: Sequence[PlanResult]) -> None:
     before = " before, none now" if all(result.repeated for result in results) else ""
     terminal.emit(f"{plans[0].action}: {_jobs(sum(result.applied for result in results))} done{before}")
+    for result in results:
+        _show_trial(result)
     _show_not_done(results)
     for plan in plans:
         if plan.skipped_count:
             terminal.say(_skipped(plan))
+
+
+def _show_trial(result: PlanResult) -> None:
+    if result.trial is not None and result.trial.state == "failed":
+        terminal.say(
+            f"The trial {result.trial.job_id} did not complete, so the rest ({_jobs(result.left)}) stays as it was. "
+            f"See: jobctl why {result.trial.job_id}"
+        )
+    if result.due_until is not None:
+        terminal.emit(f"the last is due at {utc(result.due_until)}")
 
 
 def _show_not_done(results: Sequence[PlanResult]) -> None:
@@ -307,35 +377,49 @@ def _jobs(count: int) -> str:
     return "1 job" if count == 1 else f"{count} jobs"
 
 
-@command(IDS, where_option, reason_option("Stored with the job."), destructive_options, admin_options)
-def retry(ids: tuple[str, ...], where: tuple[str, ...], reason: str | None, **how: bool) -> int:
+@command(IDS, where_option, pace_options, reason_option("Stored with the job."), destructive_options, admin_options)
+def retry(
+    ids: tuple[str, ...],
+    where: tuple[str, ...],
+    trial: bool,
+    rate: PlanRate | None,
+    reason: str | None,
+    **how: bool,
+) -> int:
     """Requeue failed and cancelled jobs as new.
 
     Shows a plan and asks before applying it. Jobs that change in the meantime are skipped.
 
     \b
-    Example: jobctl retry --where queue=video --where status=failed --where since=1d
+    Example: jobctl retry --where error=48fc8598bfad --where finished_since=1h --trial --rate 10/s
     """
     is_plan(ids, where)
-    return run_plans("retry", ids, where, reason, **how)
+    return run_plans("retry", ids, where, reason, **how, pace=Pace(trial, rate))
 
 
 @click.command("apply")
 @click.argument("plan_ids", metavar="PLAN_ID...", nargs=-1, required=True)
+@pace_options
 @destructive_options
 @admin_options
-def apply_plans(plan_ids: tuple[str, ...], *, yes: bool, dry_run: bool, as_json: bool) -> int:
+def apply_plans(
+    plan_ids: tuple[str, ...], *, trial: bool, rate: PlanRate | None, yes: bool, dry_run: bool, as_json: bool
+) -> int:
     """Apply plans that a dry run or the dashboard made.
 
     With an admin token, --dry-run of retry, cancel, force-fail, force-reset, delete, recover-stuck and cleanup prints
     the ids of its plans. In the dashboard, the id is the last part of a plan's URL. Plans are kept for 15 minutes.
-    Exactly the listed jobs are changed, and jobs that have changed since are skipped.
+    Exactly the listed jobs are changed, and jobs that have changed since are skipped. For a plan that was applied, it
+    shows how the jobs of a retry have ended since.
 
     \b
     Example: jobctl delete --where status=completed --dry-run; jobctl apply 3fa29c01d2e4b587
     """
     from jobd.model.commands import MAINTENANCE_ACTIONS
 
+    pace = Pace(trial, rate)
+    if pace.options and len(set(plan_ids)) > 1:
+        raise click.UsageError(f"{pace.options.split()[0]} is for one plan")
     client = admin_client(timeout_s=60.0)
     plans = [client.get_plan(plan_id) for plan_id in dict.fromkeys(plan_ids)]
     if not (yes or dry_run):
@@ -346,6 +430,8 @@ def apply_plans(plan_ids: tuple[str, ...], *, yes: bool, dry_run: bool, as_json:
             terminal.say(
                 f"Plan {plan.plan_id} was applied {terminal.when(plan.result.applied_at)}; a plan is applied only once."
             )
+            if plan.outcome is not None:
+                terminal.say(f"Since then: {plan.outcome}.")
         elif not as_json and not yes:
             _show_plans([plan], is_more=plan.more)
             if plan.reason:
@@ -359,5 +445,5 @@ def apply_plans(plan_ids: tuple[str, ...], *, yes: bool, dry_run: bool, as_json:
         confirm.confirm(
             " and ".join(f"{MAINTENANCE_ACTIONS.get(plan.action, plan.action)} {_jobs(plan.count)}" for plan in new)
         )
-    is_complete = all([_apply(client, [plan], as_json=as_json) for plan in plans if plan.count or as_json])
+    is_complete = all([_apply(client, [plan], as_json=as_json, pace=pace) for plan in plans if plan.count or as_json])
     return exit_codes.DONE if is_complete else exit_codes.REJECTED

@@ -68,7 +68,7 @@ def force_reset(tx: Transaction, command: ForceReset) -> Response:
     ended = transitions.ended_by(job, tx.at.now, "force-reset", "force_reset")
     fresh = replace(_without_past_expiry(tx, job), attempt=0, stalls=0, error=None)
     event: EventType = "retried_by_operator" if job.status in RetryJob.allowed_from else "force_reset"
-    after = transitions.requeue(tx, job, fresh, event, ended, run_at=tx.at.now, reason=command.reason)
+    after = transitions.requeue(tx, job, fresh, event, ended, run_at=command.run_at or tx.at.now, reason=command.reason)
     return _forced(tx, job, after, command.reason)
 
 

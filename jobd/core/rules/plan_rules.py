@@ -57,16 +57,17 @@ def _one(tx: Transaction, command: ApplyPlan, rules: Rules, expected: ExpectedVe
         done.changed.append(ChangedJob(job.id, "", job.status, what))
         return
     try:
-        rules[command.action](tx, _command_for(command, job.id))
+        rules[command.action](tx, _command_for(command, expected))
         done.applied += 1
     except ApiException as rejected:
         done.rejected.append(ChangedJob(job.id, "", job.status, rejected.error.message))
 
 
-def _command_for(command: ApplyPlan, job_id: str) -> JobCommand:
+def _command_for(command: ApplyPlan, job: ExpectedVersion) -> JobCommand:
     if command.action in MAINTENANCE_ACTIONS:
-        return JobCommand(id=job_id)  # recovery has its own reason; the audit log has that of the operator
-    return PLAN_COMMANDS[command.action](id=job_id, reason=command.reason)
+        return JobCommand(id=job.id)  # recovery has its own reason; the audit log has that of the operator
+    due = {} if job.run_at is None else {"run_at": job.run_at}
+    return PLAN_COMMANDS[command.action](id=job.id, reason=command.reason, **due)
 
 
 _MAINTENANCE_SCOPES: Final[dict[PlanAction, str]] = {
@@ -79,6 +80,11 @@ _MAINTENANCE_SCOPES: Final[dict[PlanAction, str]] = {
 def scope(action: PlanAction) -> str:
     """Return a sentence that says which jobs a plan of `action` contains."""
     return _MAINTENANCE_SCOPES[action] if action in MAINTENANCE_ACTIONS else PLAN_COMMANDS[action].plan_scope
+
+
+def may_wait(action: PlanAction) -> bool:
+    """Return whether the jobs are queued afterwards, so that they can have a trial, a rate and an outcome."""
+    return action not in MAINTENANCE_ACTIONS and PLAN_COMMANDS[action].leads_to == "queued"
 
 
 def status_after(action: PlanAction, job: Job) -> str | None:

@@ -31,20 +31,22 @@ from jobd.model.commands import (
     MakePlan,
     PlanAction,
     PlanFilter,
+    PlanRate,
     Preview,
     Start,
     Update,
 )
 from jobd.model.errors import ApiError
 from jobd.model.job import DAY_MS, SECOND_MS, Grant, Options
-from jobd.model.responses import PlanView, PreviewView, Response, late_results_note
+from jobd.model.responses import PlanOutcome, PlanTrial, PlanView, PreviewView, Response, late_results_note
 from jobd.model.storage import DiskFull
+from jobd.model.times import utc
 from jobd.storage import codec
 from tests.support.factories import full_job
 from tests.support.memory_storage import MemoryStorage
 from tests.support.plans import EVE, apply_plan, make_plan
 from tests.support.rule_harness import RuleHarness
-from tests.support.virtual_engine import WALL, VirtualEngine, in_engine, in_virtual_time, row
+from tests.support.virtual_engine import WALL, VirtualEngine, in_engine, in_virtual_time, row, until
 
 # -- versions and rules ---------------------------------------------------------------------------------------------
 
@@ -814,3 +816,131 @@ async def test_a_preview_while_the_clock_is_suspect_deletes_nothing(engine: Virt
     rejected = await engine.maintainer.preview()
     assert isinstance(rejected, ApiError)
     assert rejected.code == "shutting_down"
+
+
+# -- trials, rates, ages and outcomes ----------------------------------------------------------------------------------
+
+
+async def attempt(engine: VirtualEngine, job_id: str, *, fails: bool = False) -> None:
+    lock_id = (await engine.yes(Start(id=job_id, worker="w"))).lock_id
+    await engine.yes(
+        Fail(id=job_id, lock_id=lock_id, error_message="e") if fails else Complete(id=job_id, lock_id=lock_id)
+    )
+
+
+async def statuses(engine: VirtualEngine, *ids: str) -> list[str]:
+    return [(await engine.yes(Get(id=job_id))).status for job_id in ids]
+
+
+@in_engine()
+async def test_the_other_jobs_follow_a_trial_that_completes(engine: VirtualEngine) -> None:
+    await create_failed(engine, "a", "b", "c")
+    planner = engine.planner
+    assert (await make_plan(planner, action="retry", ids=["a", "b", "c"])).outcome is None
+    await engine.yes(Update(id="a", priority=3))
+    result = await apply_plan(planner, trial=True)
+    assert (result.applied, result.left, result.trial) == (1, 1, PlanTrial("b", "waiting")), "a has changed"
+    assert (await apply_plan(planner)).trial == PlanTrial("b", "waiting"), "a repeated request"
+    assert await statuses(engine, "b", "c") == ["queued", "failed"]
+    await attempt(engine, "b")
+    view = await until_applied(planner)
+    assert view.result is not None
+    assert (view.result.applied, view.result.left, [each.id for each in view.result.changed]) == (2, 0, ["a"])
+    assert (view.trial, view.outcome) == (PlanTrial("b", "completed"), PlanOutcome(1, 0, 0, 1))
+    await planner.close()
+    assert list(engine.disk.audited.values())[-1].details["trial"] == {"job_id": "b", "state": "completed"}  # type: ignore[index]
+
+
+async def until_applied(planner: Planner) -> PlanView:
+    await until(lambda: not isinstance(view := planner.find("p"), ApiError) and view.result is not None)
+    view = planner.find("p")
+    assert isinstance(view, PlanView)
+    return view
+
+
+@pytest.mark.parametrize("end", ["fails", "is retried", "is cancelled", "the daemon stops"])
+def test_no_job_follows_a_trial_that_does_not_complete(end: str) -> None:
+    @in_virtual_time
+    async def check() -> None:
+        async with VirtualEngine() as engine:
+            await create_failed(engine, "a", "b", max_attempts=2 if end == "is retried" else 1)
+            planner = engine.planner
+            await make_plan(planner, action="force-reset", ids=["a", "b"])
+            await apply_plan(planner, trial=True)
+            if end == "the daemon stops":
+                await planner.close()
+            elif end == "is cancelled":
+                await engine.yes(Cancel(id="a"))
+            else:
+                await attempt(engine, "a", fails=True)
+            view = await until_applied(planner)
+            assert view.result is not None
+            assert (view.result.applied, view.result.left, view.trial) == (1, 1, PlanTrial("a", "failed"))
+            assert await statuses(engine, "b") == ["failed"]
+
+    check()
+
+
+@in_engine()
+async def test_a_trial_without_a_job_left_to_try_ends(engine: VirtualEngine) -> None:
+    await create_failed(engine, "a")
+    await make_plan(engine.planner, action="retry", ids=["a"])
+    await engine.yes(Update(id="a", priority=3))
+    result = await apply_plan(engine.planner, trial=True)
+    assert (result.applied, result.left, result.trial) == (0, 0, None)
+
+
+@in_engine()
+async def test_the_jobs_of_a_plan_become_due_at_its_rate(
+    engine: VirtualEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan_runner, "SLICE", 2)
+    ids = [f"j{number}" for number in range(5)]
+    await create_failed(engine, *ids)
+    await make_plan(engine.planner, action="retry", ids=ids)
+    result = await apply_plan(engine.planner, rate=PlanRate(2))
+    due = [(await engine.yes(Get(id=job_id))).run_at for job_id in ids]
+    assert [at - due[0] for at in due] == [0, 500, 1_000, 1_500, 2_000]
+    assert result.due_until == due[-1]
+    assert list(engine.disk.audited.values())[-1].details["rate"] == {"count": 2, "per_ms": 1_000}  # type: ignore[index]
+    await make_plan(engine.planner, "c", action="cancel", ids=ids)
+    wrong = [await engine.planner.apply("c", EVE, trial=True), await engine.planner.apply("c", EVE, rate=PlanRate(2))]
+    assert [each.details for each in wrong if isinstance(each, ApiError)] == [{"field": "$.trial"}, {"field": "$.rate"}]
+
+
+@in_engine()
+async def test_a_plan_counts_how_its_jobs_end(engine: VirtualEngine) -> None:
+    await create_failed(engine, *"abcde")
+    await make_plan(engine.planner, action="retry", ids=[*"abcde"])
+    await apply_plan(engine.planner)
+    await attempt(engine, "a")
+    await attempt(engine, "b", fails=True)
+    await engine.yes(Cancel(id="c"))
+    await engine.yes(Start(id="d", worker="w"))
+    view = engine.planner.find("p")
+    assert isinstance(view, PlanView)
+    assert str(view.outcome) == "1 completed, 1 failed again, 1 cancelled, 2 wait"
+    await engine.yes(Delete(id="a"))
+    await make_plan(engine.planner, "q", action="retry", ids=["b"])
+    await apply_plan(engine.planner, "q")
+    await attempt(engine, "b")
+    view = engine.planner.find("q")
+    assert isinstance(view, PlanView)
+    assert str(view.outcome) == "1 completed, 0 failed again, 0 wait"
+    await asyncio.sleep(plan_runner.APPLIED_KEPT_MS / 1_000 + 1)
+    assert isinstance(engine.planner.find("p"), ApiError)
+    assert not engine.planner._watched
+
+
+@in_engine()
+async def test_a_plan_says_how_old_its_jobs_are(engine: VirtualEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    await create_failed(engine, "a", "b")
+    await asyncio.sleep(7 * 3_600)
+    await create_failed(engine, "c")
+    view = await make_plan(engine.planner, action="retry", ids=[*"abc"])
+    assert [each.jobs for each in view.ages] == [1, 2]
+    assert view.aged == f"1 since {utc(view.ages[0].since)}, 2 older than 7 h"
+    monkeypatch.setattr(plan_builder, "MAX_AGES", 1)
+    view = await make_plan(engine.planner, action="retry", ids=[*"abc"])
+    assert ([each.jobs for each in view.ages], view.aged) == ([3], f"3 since {utc(view.ages[0].since)}")
+    assert (await make_plan(engine.planner, action="retry", ids=["a"])).aged == ""
