@@ -48,7 +48,7 @@ class AppWorker(Worker):
         if not isinstance(registry.jobs, DaemonJobs):
             raise ValueError("an app with inline=True runs its jobs itself and needs no worker")
         declared = sorted({task.queue for task in tasks})
-        super().__init__(registry.jobs.asynchronous_client(), queues=queues or declared, **options)
+        super().__init__(registry.jobs.endpoints, queues=queues or declared, **options)
         self._progress_every_s = _PROGRESS_EVERY_S
         self._shows_runs = shows_runs or self._shows_runs
         self._link = link

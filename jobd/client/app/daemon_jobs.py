@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+import weakref
 from collections.abc import AsyncGenerator, Sequence
 from typing import TYPE_CHECKING, Any, Final
-from weakref import WeakKeyDictionary
 
 from jobd.client import requests
 from jobd.client.api_request import ApiRequest, T, request_for
 from jobd.client.app.job_port import NewJob
-from jobd.client.endpoint import Address
+from jobd.client.endpoint import Address, Endpoint, worker_endpoints
 from jobd.client.errors import InvalidTransition, JobdError, JobExists, Unreachable
 from jobd.client.sync import JobClient
 from jobd.model.calls import JobCalls
@@ -26,6 +26,17 @@ logger = logging.getLogger("jobd.client")
 _HINT: Final = " Start a daemon with `jobd dev`, or name another one: JOBD_SOCKET, JOBD_URL, or App(url=...)."
 
 
+class _Warning:
+    """Warn once that calls wait for the daemon, until one of them has succeeded."""
+
+    is_given = False
+
+    def __call__(self, error: JobdError) -> None:
+        if isinstance(error, Unreachable) and not self.is_given:
+            self.is_given = True
+            logger.warning("%s Retrying for %g s.%s", error.message, RETRY_FOR_S, _HINT)
+
+
 class DaemonJobs:
     """Jobs of the daemon at `url`. A blocking client is shared by all threads, and each event loop has a client."""
 
@@ -34,10 +45,14 @@ class DaemonJobs:
         self._token = token
         self._guard = threading.Lock()
         self._client: JobClient | None = None
-        self._clients: WeakKeyDictionary[asyncio.AbstractEventLoop, AsyncJobClient] = WeakKeyDictionary()
+        self._clients: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, AsyncJobClient] = (
+            weakref.WeakKeyDictionary()
+        )
         # The end of a loop closes its asynchronous generators, and with them the connections.
-        self._closers: WeakKeyDictionary[asyncio.AbstractEventLoop, AsyncGenerator[None]] = WeakKeyDictionary()
-        self._is_warned = False
+        self._closers: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, AsyncGenerator[None]] = (
+            weakref.WeakKeyDictionary()
+        )
+        self._warning = _Warning()
 
     @property
     def is_addressed(self) -> bool:
@@ -47,6 +62,11 @@ class DaemonJobs:
     def use(self, url: Address) -> None:
         """Use this daemon. Called before the first call."""
         self._url = url
+
+    @property
+    def endpoints(self) -> tuple[Endpoint, ...]:
+        """The addresses of the daemon."""
+        return worker_endpoints(self._url, self._token)
 
     def create(self, jobs: Sequence[NewJob]) -> None:
         if len(jobs) > 1:
@@ -128,7 +148,7 @@ class DaemonJobs:
         except Unreachable as error:
             error.message += _HINT
             raise
-        self._is_warned = False
+        self._warning.is_given = False
         return result
 
     async def _asend(self, request: ApiRequest[T]) -> T:
@@ -137,15 +157,17 @@ class DaemonJobs:
         except Unreachable as error:
             error.message += _HINT
             raise
-        self._is_warned = False
+        self._warning.is_given = False
         return result
 
     def _blocking(self) -> JobClient:
         if self._client is None:
             with self._guard:
                 if self._client is None:
-                    self._client = JobClient(self._url, token=self._token, retry_for_s=RETRY_FOR_S)
-                    self._client.on_retry = self._on_retry
+                    client = JobClient(self._url, token=self._token, retry_for_s=RETRY_FOR_S)
+                    client.on_retry = self._warning
+                    weakref.finalize(self, client.close)  # also at the end of the program
+                    self._client = client
         return self._client
 
     async def _asynchronous(self) -> AsyncJobClient:
@@ -157,7 +179,7 @@ class DaemonJobs:
 
     async def _hold_client(self, loop: asyncio.AbstractEventLoop) -> AsyncGenerator[None]:
         client = self._clients[loop] = self.asynchronous_client()
-        client.on_retry = self._on_retry
+        client.on_retry = self._warning
         try:
             yield
         finally:
@@ -174,12 +196,6 @@ class DaemonJobs:
                 name=error.name,
             ) from None
         return AsyncJobClient(self._url, token=self._token, retry_for_s=RETRY_FOR_S)
-
-    def _on_retry(self, error: JobdError) -> None:
-        """Warn once that a call waits for the daemon."""
-        if isinstance(error, Unreachable) and not self._is_warned:
-            self._is_warned = True
-            logger.warning("%s Retrying for %g s.%s", error.message, RETRY_FOR_S, _HINT)
 
 
 def _bulk(jobs: Sequence[NewJob]) -> ApiRequest[list[JobView]]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from jobd.client.app.job_context import JobContext
+from jobd.client.app.job_context import JobContext, RunHere
 from jobd.client.app.job_port import NewJob
 from jobd.client.app.task_registry import TaskDefinition
 from jobd.client.errors import JobNotFound
@@ -27,16 +27,6 @@ class InlineJob:
     metadata: Any = None
     error_message: str | None = None
     error_code: str | None = None
-
-    @property
-    def has_to_end(self) -> bool:
-        return False
-
-    def report(self, progress: float, message: str | None) -> None:
-        """Nobody reads the progress."""
-
-    def set_result(self, **fields: Any) -> None:
-        """Nobody reads these fields."""
 
 
 class InlineJobs:
@@ -72,14 +62,13 @@ class InlineJobs:
         max_attempts = new.options.get("max_attempts") or 1
         for attempt in range(1, max_attempts + 1):
             context = JobContext(
-                job,
+                RunHere(),
                 id=new.id,
                 queue=new.queue,
                 kind=new.name,
                 attempt=attempt,
                 max_attempts=max_attempts,
                 created_at=datetime.now(UTC),
-                fencing_token=attempt,
             )
             try:
                 run = definition.arun(context, new.payload) if definition.is_async else None

@@ -32,6 +32,18 @@ class RunPort(Protocol):
         """Set fields of the job's result."""
 
 
+class RunHere:
+    """A run without a worker: nothing reads its progress, and nothing stops it."""
+
+    has_to_end: Final = False
+
+    def report(self, progress: float, message: str | None) -> None:
+        """Do nothing."""
+
+    def set_result(self, **fields: Any) -> None:
+        """Do nothing."""
+
+
 class JobContext:
     """The job that runs here. Valid in the thread or task of the function, and in threads that copy the context."""
 
@@ -45,9 +57,11 @@ class JobContext:
         attempt: int,
         max_attempts: int,
         created_at: datetime,
-        fencing_token: int,
+        fencing_token: int = 0,
+        is_call: bool = False,
     ) -> None:
         self._run = run
+        self.is_call: Final = is_call  # the function was called: there is no job
         self.id: Final = id
         self.queue: Final = queue
         self.kind: Final = kind  # the name of the task
@@ -118,11 +132,14 @@ def context_of(job: JobView, fencing_token: int, run: RunPort) -> JobContext:
 
 
 def current_job() -> JobContext:
-    """Return the job that runs here. Raises RuntimeError outside of one."""
+    """Return the job that runs here. In a task that is called, it is a job of this call alone.
+
+    Raises RuntimeError outside of a task.
+    """
     context = _current.get()
     if context is None:
         raise RuntimeError(
-            "current_job() is called outside of a job. A thread that a task starts has to copy its context: "
+            "current_job() is called outside of a task. A thread that a task starts has to copy its context: "
             "contextvars.copy_context().run(function)"
         )
     return context

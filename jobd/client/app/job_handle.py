@@ -74,7 +74,7 @@ class JobHandle(Generic[R_co]):
 
     def _check_place(self) -> None:
         context = running_job()
-        if context is not None:
+        if context is not None and not context.is_call:
             raise RuntimeError(
                 f"job {context.id} waits for job {self.id}. If all workers wait so, none is left for the others. "
                 "Return the id, and let the caller wait"

@@ -44,9 +44,11 @@ class PayloadCodec:
     def __init__(self, function: Callable[..., Any], name: str) -> None:
         self._name = name
         self._signature = inspect.signature(function)
+        parameters = self._signature.parameters.values()
+        self._positional = [each.name for each in parameters if each.kind is each.POSITIONAL_OR_KEYWORD]
         hints = _hints(function, name)
         fields: list[Any] = []
-        for each in self._signature.parameters.values():
+        for each in parameters:
             default = [] if each.default is each.empty else [msgspec.field(default_factory=_returning(each.default))]
             fields.append((each.name, hints.get(each.name, Any), *default))
         try:
@@ -58,14 +60,18 @@ class PayloadCodec:
 
     def encode(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Raw:
         """Return the payload of a call, without the defaults of other parameters. Raises TypeError."""
+        given: dict[str, Any] = dict(zip(self._positional, args, strict=False))
+        given.update(kwargs)
         try:
-            given = self._signature.bind(*args, **kwargs).arguments
-        except TypeError as error:
-            raise TypeError(f"task {self._name!r}: {error}. Its parameters are {self._signature}") from None
-        try:
+            if len(given) != len(args) + len(kwargs):  # too many, or one twice
+                self._signature.bind(*args, **kwargs)
             payload = _encode(given)
             self._arguments.decode(payload)
         except _UNFIT as error:
+            try:
+                self._signature.bind(*args, **kwargs)  # slow, with a better message
+            except TypeError as wrong:
+                raise TypeError(f"task {self._name!r}: {wrong}. Its parameters are {self._signature}") from None
             raise TypeError(f"the arguments of task {self._name!r} do not fit its signature: {error}") from None
         return Raw(payload)
 

@@ -8,11 +8,14 @@ import importlib
 import inspect
 import pickle
 from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AbstractContextManager
+from datetime import UTC, datetime
 from typing import Any, Final
 
 from msgspec import Raw
 
-from jobd.client.app.job_context import JobContext, entered
+from jobd.client.api_request import uuid7
+from jobd.client.app.job_context import JobContext, RunHere, entered, running_job
 from jobd.client.app.job_port import JobPort, NewJob
 from jobd.client.app.options import TaskOptions
 from jobd.client.app.payload_codec import PayloadCodec, check_signature
@@ -78,6 +81,24 @@ class TaskDefinition:
             return True
         is_chosen = isinstance(error, (Retry, *self.options.get("retry_on", (Exception,))))
         return isinstance(error, Exception) and not is_chosen
+
+    def called(self) -> AbstractContextManager[None]:
+        """Return the context of a call of the function: the job that runs here, or one for this call."""
+        if running_job() is not None:
+            return contextlib.nullcontext()
+        now = datetime.now(UTC)
+        return entered(
+            JobContext(
+                RunHere(),
+                id=uuid7(),
+                queue=self.queue,
+                kind=self.name,
+                attempt=1,
+                max_attempts=1,
+                created_at=now,
+                is_call=True,
+            )
+        )
 
     def run(self, context: JobContext, payload: bytes | Raw) -> Raw:
         """Run a plain task here, and return the encoded result. Raises PayloadMismatch, or the error of the task."""

@@ -105,16 +105,18 @@ class Task(TaskBase[P, R]):
     """A task made of a plain function, which a worker runs in a thread. Calling it runs the function here."""
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
-        result: R = self.definition.function(*args, **kwargs)
+        with self.definition.called():
+            result: R = self.definition.function(*args, **kwargs)
         return result
 
 
 class AsyncTask(TaskBase[P, R]):
     """A task made of an async function. Calling it runs the function here."""
 
-    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Coroutine[Any, Any, R]:
-        running: Coroutine[Any, Any, R] = self.definition.function(*args, **kwargs)
-        return running
+    async def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        with self.definition.called():
+            result: R = await self.definition.function(*args, **kwargs)
+        return result
 
 
 class TaskDecorator(Protocol):

@@ -262,7 +262,7 @@ def test_the_context_of_a_job() -> None:
     assert seen == [("w-1", "q", "work", "work", 1, True, False)]
     with pytest.raises(JobFailed, match="percent must be from 0 to 100, not 200"):
         task.enqueue(2).result()
-    with pytest.raises(RuntimeError, match="outside of a job"):
+    with pytest.raises(RuntimeError, match="outside of a task"):
         current_job()
 
 
@@ -407,3 +407,23 @@ assert not {"aiohttp", "click"} & set(sys.modules), "aiohttp"
 async def test_the_end_of_a_lifespan_closes_the_connections() -> None:
     async with App("t").lifespan(object()):
         await asyncio.sleep(0)
+
+
+def test_a_task_that_is_called_has_a_job_of_its_own() -> None:
+    app, ids = App("t", inline=True), []
+
+    @app.task
+    def child() -> int:
+        ids.append(current_job().id)
+        return 1
+
+    @app.task
+    def parent() -> int:
+        current_job().progress(50)
+        ids.append(current_job().id)
+        return child() + child.enqueue().result()
+
+    assert parent() + parent() == 4
+    first, called, enqueued, second, *_ = ids
+    assert first == called
+    assert len({first, enqueued, second}) == 3
