@@ -176,6 +176,7 @@ async def test_a_repeated_claim_returns_its_current_grants(engine: VirtualEngine
     claim = cmd.Claim(worker="w", limit=2)
     first = await engine.respond(claim, key=key("k"))
     assert granted_ids(first) == ["a", "b"]
+    assert (await engine.no(claim, key=key("k", "other"))).code == "idempotency_key_reused"
     await engine.yes(cmd.Complete(id="a", lock_id=first.data.grants[0].lock_id))
     assert granted_ids(await engine.actor.ask(claim, key=key("k"))) == ["b"]
     await engine.yes(cmd.Complete(id="b", lock_id=first.data.grants[1].lock_id))
