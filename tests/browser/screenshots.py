@@ -29,6 +29,7 @@ PAGES: Final = {
     "queues": "/queues",
     "workers": "/workers",
     "take-back": "/workers/take-back?name=video-worker-3",
+    "quiet": "/workers/quiet?host=k8s-b&version=2.4.1",
     "silent": "/jobs/short",
     "alerts": "/alerts",
     "cleanup": "/cleanup",

@@ -260,3 +260,15 @@ assert "rich" not in sys.modules
 import rich.table  # still importable
 """
     subprocess.run([sys.executable, "-c", program], check=True, timeout=150)
+
+
+@pytest.mark.parametrize(("answer", "reason"), [(b"bad CSV\n", "bad CSV"), (b"\n", None)])
+def test_a_pause_asks_for_its_reason(answer: bytes, reason: str | None, running: CliDaemon, jobctl: Jobctl) -> None:
+    env = {**running.env, **running.client_environ}
+    with TerminalRun(env, "jobd.cli.ctl.main", "pause", "asked") as run:
+        run.until(b"Reason: ")
+        run.press(answer)
+        assert run.ended() == 0
+    [queue] = [each for each in jobctl.json("queues")["queues"] if each["name"] == "asked"]
+    jobctl.ok("resume", "asked")
+    assert (queue["paused"], queue["pause_reason"]) == (True, reason)

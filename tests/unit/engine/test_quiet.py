@@ -130,7 +130,8 @@ async def test_a_rule_covers_waiting_and_later_workers_of_a_host_and_version(eng
     old, new = await waiting_claim(engine, "old", about=OLD), await waiting_claim(engine, "new", about=NEW)
     rule = await engine.yes(QUIET)
     assert (rule.workers, rule.queue, rule.until) == (1, None, None)
-    assert engine.state.quiet[rule.id].describe().endswith("until resumed: dies")
+    assert rule.described == engine.state.quiet[rule.id].describe()
+    assert rule.described.endswith("until resumed: dies")
     await engine.yes(cmd.Bulk(jobs=[cmd.Create(id=each) for each in "abc"]))
     assert granted_ids(await new) == ["a"]
     assert [await told(engine), await told(engine)] == ["quiet", None], "it is told once"
