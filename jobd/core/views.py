@@ -321,11 +321,12 @@ def stats(state: State, counters: Counters, at: Moment) -> StatsView:
 
 
 def oldest_due(state: State) -> OldestDue | None:
-    """Return the job that has been due longest. Its queue may be paused."""
+    """Return the job that has been due longest, also in a paused queue."""
     if (found := state.oldest_due()) is None:
         return None
     queue, entry = found
-    return OldestDue(entry[3], queue, entry[1], queue in state.paused)
+    pause = state.paused.get(queue)
+    return OldestDue(entry[3], queue, entry[1], None if pause is None else pause.describe())
 
 
 def average_processing_s(state: State, counters: Counters, at: Moment) -> float:

@@ -487,12 +487,12 @@ class OldestProcessing(Struct, frozen=True):
 
 
 class OldestDue(Struct, frozen=True):
-    """The job that has been due longest. `due_at` is in Unix ms."""
+    """The job that has been due longest. `due_at` is in Unix ms, `paused` describes the pause of its queue."""
 
     id: str
     queue: str
     due_at: int
-    queue_paused: bool = False
+    paused: str | None = None
 
 
 class DiskView(Struct, frozen=True, rename="camel"):

@@ -119,7 +119,7 @@ def test_the_job_that_has_been_due_longest_is_found_over_all_queues(rules: RuleH
     rules.advance(5_000)
     rules.held("b-1", queue="b")
     rules.accept(cmd.Pause(name="c"))
-    waits = OldestDue("c-1", "c", NOW, queue_paused=True)
+    waits = OldestDue("c-1", "c", NOW, rules.state.paused["c"].describe())
     assert views.oldest_due(rules.state) == waits, "it waits, though its queue is paused"
     rules.accept(cmd.Start(id="later", worker="w"))
     rules.accept(cmd.Cancel(id="c-1"))

@@ -383,8 +383,8 @@ async def test_the_overview_links_to_the_oldest_due_job(harness: DashboardHarnes
     page = text(await browser.get("/"))
     assert '<a href="/jobs/first">first</a>, due' in page
     assert 'href="/queues">paused</a>' not in page
-    harness.admin.fakes.oldest_due = OldestDue("first", "a", 1_700_000_000_000, queue_paused=True)
-    assert 'href="/queues">paused</a>' in text(await browser.get("/"))
+    harness.admin.fakes.oldest_due = OldestDue("first", "a", 1_700_000_000_000, "by operator ana: deploy")
+    assert 'href="/queues">paused</a> <span class="dim">by operator ana: deploy' in text(await browser.get("/"))
 
 
 async def test_locks_have_pages(harness: DashboardHarness) -> None:
