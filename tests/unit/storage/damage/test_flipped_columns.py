@@ -290,6 +290,7 @@ TABLES = (
     *(table for table in scrub.TABLES if table != "events"),
     "payloads",
     "queues",
+    "quiet_rules",
     "webhooks",
     "reports",
     "figures",
@@ -331,7 +332,7 @@ def rows_served(content: bytes) -> tuple[Database, set[bytes]]:
         return projection.db, set()
     tables.audited = {seq: replace(entry, changed_ids=[]) for seq, entry in tables.audited.items()}
     by_number: list[dict[Any, Any]] = [tables.jobs, tables.payloads, tables.late_results, tables.tombstones]
-    by_number += [tables.audited, tables.outbox, tables.keys, dict(enumerate(tables.kept_reports))]
+    by_number += [tables.quiet, tables.audited, tables.outbox, tables.keys, dict(enumerate(tables.kept_reports))]
     rows = {msgspec.json.encode(each) for table in by_number for each in table.items()}
     return projection.db, rows | {tables.figures or b""}
 

@@ -49,7 +49,9 @@ async def busy_store(path: str) -> ChangeFactory:
     maker = await make_store(path)
     async with open_store(path) as (store, _):
         keys = [StoredResponse("d1", "b", NOW, 200, b"{}"), StoredResponse("d2", "b", NOW, 200, None, [("a", "l")])]
-        await store.write(maker.batch([maker.queue_event("video", True)], keys=keys, report=b"{}"))
+        await store.write(
+            maker.batch([maker.queue_event("video", True), maker.quiet_event("q1", False)], keys=keys, report=b"{}")
+        )
         young = Tombstone(900, "gone", "k/1", now_ms(), now_ms())
         entry = AuditEntry(NOW, "eve", "127.0.0.1", "plan-fail", details={"from": "queued"}, changed_ids=["job-1"])
         await store.write(maker.batch([], tombstones=[young], audit=[entry]))
