@@ -106,7 +106,7 @@ def workers(views: Sequence[WorkerView], page: WorkerList, state: WorkerState | 
     empty = f"No worker has been seen recently, {since}." if state is None else f"No worker is {state}."
     columns: Columns = {
         "WORKER": "worker",
-        "STATE": lambda worker: f"{worker.state}, quiet" if worker.quiet else worker.state,
+        "STATE": worker_state,
         ">HOLDS": "held",
         "LAST SEEN": ago("last_seen_at"),
         "CLAIMS": claims,
@@ -130,6 +130,11 @@ def worker_groups(page: WorkerList, by: Literal["host", "version"]) -> None:
     }
     rows = [{"name": name or "unknown", **states} for name, states in sorted(counts.items())]
     terminal.table(columns, rows, empty="No worker has been seen since the start.")
+
+
+def worker_state(worker: WorkerView) -> str:
+    """Return the state of a worker: `idle`, or `idle, quiet`."""
+    return f"{worker.state}, quiet" if worker.quiet else worker.state
 
 
 def claims(worker: WorkerView) -> str | None:

@@ -94,7 +94,7 @@ class Sampler:
         workers = [
             WorkerRow(
                 each.worker,
-                each.state,
+                tables_admin.worker_state(each),
                 each.last_seen_at,
                 tables_admin.claims(each),
                 tables_admin.about(each.about),
