@@ -127,7 +127,7 @@ class ClusterNode:
             raise self._failure
         if self.leadership is not None:
             await self.registry.begin_leadership()
-            self.store.lead(self.leadership.append, lambda: self.registry.format)
+            self.store.lead(self.leadership.append, self.registry.too_old_for)
         return self.leadership
 
     def reload(self, loaded: LoadedConfig) -> None:

@@ -49,6 +49,7 @@ __all__ = [
     "Unauthorized",
     "Unreachable",
     "UnsupportedMediaType",
+    "UpgradeIncomplete",
     "WorkerGone",
     "WorkerNotFound",
     "WorkerNotSilent",
@@ -281,6 +282,10 @@ class TooManyQuietRules(JobdError, code="too_many_quiet_rules"):
 
 class TooManySchedules(JobdError, code="too_many_schedules"):
     """The number of schedules has reached `limits.schedules`; nothing was changed."""
+
+
+class UpgradeIncomplete(JobdError, code="upgrade_incomplete"):
+    """A node of the cluster runs an older version, which cannot read what the request needs; nothing was changed."""
 
 
 class Unreachable(JobdError, code="unreachable"):

@@ -35,16 +35,18 @@ def create_job(
     delay_ms: int | None = None,
     expires_at: int | None = None,
     expires_in_ms: int | None = None,
+    headers: Mapping[str, str] | None = None,
     idempotency_key: str | None = None,
 ) -> ApiRequest[JobView]:
     """Create a job and return it. The daemon has defaults for all options.
 
     `payload` is any value that JSON can express (msgspec.Raw is sent unchanged). A smaller `priority` runs first.
-    `backoff` is a mapping such as `{"kind": "fixed", "base_ms": 5000}`. Times are Unix ms. Without `id`, the client
-    generates one (UUIDv7), so a retry after a lost response does not create a second job. With an `id`, a repeated call
-    returns the same job if its arguments are the same: pass `delay_ms` and `expires_in_ms`, not times computed from
-    now. Raises JobExists if a different request created this `id`, TooLarge if the payload is above the limit,
-    TooManyJobs, TooManyQueues, StorageFull.
+    `backoff` is a mapping such as `{"kind": "fixed", "base_ms": 5000}`. Times are Unix ms. Every grant has the
+    `headers`, up to 20 texts of 2 KiB together. Without `id`, the client generates one (UUIDv7), so a retry after a
+    lost response does not create a second job. With an `id`, a repeated call returns the same job if its arguments are
+    the same: pass `delay_ms` and `expires_in_ms`, not times computed from now. Raises JobExists if a different request
+    created this `id`, TooLarge if the payload is above the limit, TooManyJobs, TooManyQueues, UpgradeIncomplete,
+    StorageFull.
     """
     fields = {**locals(), "id": id or uuid7()}
     return build(JobRequests.create, fields, key=fields.pop("idempotency_key"), has_id=True)

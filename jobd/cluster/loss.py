@@ -185,7 +185,7 @@ def write_file(loss: Loss) -> int:
     with files.raising_disk_full(), open(new, "wb") as file:
         for each in loss.changed.jobs:
             if each.job is not None:
-                file.write(msgspec.json.encode(views.as_import(each.job, Raw(each.payload))) + b"\n")
+                file.write(msgspec.json.encode(views.as_import(each.job, Raw(each.payload), each.bodies)) + b"\n")
                 count += 1
     files.put_in_place(new, loss.file)
     return count
@@ -246,7 +246,7 @@ async def _write_ending(
     while warm.number < head.number:
         await warm.apply(await journal.read(warm.number, READ_LIMIT))
     batch = _ending(warm, head.epoch, loss, policy)
-    store.lead(journal.append, lambda: FORMAT)
+    store.lead(journal.append, lambda format: None)
     await store.write(batch)
     return batch
 

@@ -30,7 +30,6 @@ class NodeRegistry:
     `nodes` and `health` are those last read; `health` is None while they cannot be read. `ahead_ms` is by how much the
     wall clock of this node is ahead of that of the server. `problem` is set if another process uses the name of this
     node. If the other process used it first, `on_duplicate` is called with `problem`, and no entry is written.
-    `format` is the highest format of records that all nodes read, including those that are not running.
     """
 
     def __init__(
@@ -47,7 +46,6 @@ class NodeRegistry:
         self.failure: str | None = None  # of the latest attempt to use the journal
         self.problem: str | None = None
         self.ahead_ms = 0
-        self.format = record.LOWEST_FORMAT
         self._journal = journal
         self._describe = describe
         self._on_duplicate = on_duplicate
@@ -59,6 +57,7 @@ class NodeRegistry:
         self._read_s = BootS(0.0)  # when `nodes` were read
         self._records: deque[tuple[BootS, int]] = deque(maxlen=SAMPLES)  # a time, and the last record at that time
         self._is_registered = False
+        self._has_nodes = False
 
     async def run(self) -> None:
         """Write and read the entries until cancelled."""
@@ -88,9 +87,15 @@ class NodeRegistry:
 
         Another leader may have written for nodes that this one has not seen.
         """
-        self.format = record.LOWEST_FORMAT
+        self._has_nodes = False
         await self.announce()
         await self.refresh()
+
+    def too_old_for(self, format: int) -> str | None:
+        """Return the name of a node, perhaps one that does not run, that does not read records of this format."""
+        if not self._has_nodes and format > record.LOWEST_FORMAT:
+            return "(not known yet)"
+        return next((node.name for node in self.nodes if node.format < format), None)
 
     async def refresh(self) -> None:
         """Read `nodes` now, if the journal can be reached."""
@@ -103,9 +108,8 @@ class NodeRegistry:
             await self._journal.register(self._describe())
 
     async def _read_nodes(self) -> None:
-        self.nodes = await self._journal.nodes()
+        self.nodes, self._has_nodes = await self._journal.nodes(), True
         self._read_s = self._now_s()
-        self.format = min([record.FORMAT, *(node.format for node in self.nodes)])
 
     async def _compare_clocks(self) -> None:
         """Measure `ahead_ms`. A slow response does not count as a difference."""

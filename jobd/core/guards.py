@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Any, Final
+
+import msgspec
+from msgspec import UNSET, Raw
 
 from jobd.core.transaction import Transaction
 from jobd.model.clocks import LockMs
 from jobd.model.commands import Complete, Moment
 from jobd.model.errors import ApiException, api_error
-from jobd.model.job import TRANSITIONS, Backoff, Job, Policy, storage_key_error
+from jobd.model.job import CHECKPOINT_BYTES, HEADER_BYTES, TRANSITIONS, Backoff, Job, Policy, storage_key_error
+from jobd.model.storage import EXTRA_FORMAT
 
+NULL: Final = Raw(b"null")
+encode: Final = msgspec.json.Encoder().encode
 CLOCK_SUSPECT: Final = (
     "The wall clock is suspect, so nothing is deleted or failed by age. Check it. If it is correct: jobctl clock accept"
 )
@@ -78,10 +84,46 @@ def invalid(field: str, message: str) -> ApiException:
     return api_error("invalid_request", message, field=f"$.{field}")
 
 
+def check_format(tx: Transaction, what: str) -> None:
+    """Reject a request that gives the job `what`, if a node of the cluster does not read records with it."""
+    node = tx.state.too_old_for(EXTRA_FORMAT)
+    if node is None:
+        return
+    message = (
+        f"Node {node} of the cluster runs an older version, which does not read jobs with {what}. Upgrade it, or "
+        f"remove its entry if it is gone (jobd cluster forget {node}), and try again. Nothing was changed."
+    )
+    raise api_error("upgrade_incomplete", message, node=node)
+
+
 def check_backoff(backoff: Backoff) -> None:
     if backoff.max_ms < backoff.base_ms:
         message = f"max_ms {backoff.max_ms} is less than base_ms {backoff.base_ms}. Raise max_ms, or lower base_ms."
         raise invalid("backoff.max_ms", message)
+
+
+def headers_body(tx: Transaction, headers: dict[str, str]) -> bytes:
+    """Return the text of the headers of a new job. Rejects headers that are too long."""
+    size = sum(len(name.encode()) + len(value.encode()) for name, value in headers.items())
+    if size > HEADER_BYTES:
+        message = f"The headers have {size} bytes, but may have {HEADER_BYTES}. Use the payload instead."
+        raise invalid("headers", message)
+    check_format(tx, "headers")
+    return encode(headers)
+
+
+def checkpoint_body(tx: Transaction, checkpoint: Any) -> bytes | None:
+    """Return the text of a checkpoint, empty to remove it, None if there is none. Rejects one that is too large."""
+    if checkpoint is UNSET:
+        return None
+    if len(checkpoint) > CHECKPOINT_BYTES:
+        message = (
+            f"The checkpoint has {len(checkpoint)} bytes, but may have {CHECKPOINT_BYTES}. Store the data elsewhere, "
+            "and its place in the checkpoint."
+        )
+        raise invalid("checkpoint", message)
+    check_format(tx, "checkpoints")
+    return b"" if checkpoint == NULL else bytes(checkpoint)
 
 
 def check_expiry(tx: Transaction, expires_at: int | None) -> None:

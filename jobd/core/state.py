@@ -147,6 +147,7 @@ class State:
         "schedules",
         "stalled",
         "started_sum",
+        "too_old_for",
         "totals",
         "unmoved",
         "unvalidated",
@@ -192,6 +193,7 @@ class State:
         self._not_live: dict[str, dict[str, None]] = {}  # id -> which of these four it is in
         self.retrying: dict[str, int] = {}  # queue -> queued jobs for which is_retried is true
         self.release_loops: dict[str, int] = {}  # id -> releases of live jobs for which is_release_loop is true
+        self.too_old_for: Callable[[int], str | None] = lambda format: None  # see JobStorage
         self.on_due: Callable[[str, str], None] = lambda queue, kind: None  # called for each job that becomes due
         self._queued: dict[str, QueuedJobs] = {}
         self._buckets: OrderedDict[PriorityBucket, None] = OrderedDict()  # ordered by when a job in it last became due

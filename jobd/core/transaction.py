@@ -24,8 +24,8 @@ _VARIANTS: Final = dict(zip("0123456789abcdef", "89ab" * 4, strict=True))  # the
 class Transaction:
     """The changes of one batch. `call` is the current command; the lists are those of all commands so far.
 
-    `checked` has the seqs of jobs whose rows were validated, `ended` the lock ids of ended grants, `payloads` those of
-    new jobs by seq. As before the batch, `pauses` has the pause of each changed queue, `schedules` each changed
+    `checked` has the seqs of jobs whose rows were validated, `ended` the lock ids of ended grants, `payloads` new
+    bodies by key. As before the batch, `pauses` has the pause of each changed queue, `schedules` each changed
     schedule, and `quiet` the quiet rules.
     The changes of a dry run are not applied to the state, so that it costs nothing and leaves no trace.
     """
@@ -103,6 +103,9 @@ class Transaction:
             return
         self._restore(undone, self._pauses, self._schedules, self._quiet)
         self._pauses, self._schedules = {}, {}
+        for event in undone:
+            for key in event.bodies or ():
+                self.payloads.pop(key, None)
         for event in made:
             self.payloads.pop(event.job_seq, None)
             if event.request_hash:
@@ -163,6 +166,14 @@ class Transaction:
             self.state.presence.note_seen(worker, now)
         self._add(job, after, event_type, by, reason, details)
         return after
+
+    def attach(self, key: int, body: bytes | None) -> None:
+        """Store headers or a checkpoint with the latest change, whose row has its size. Without a body, do nothing."""
+        if body:
+            latest = self.changes[-1]
+            self.changes[-1] = replace(latest, bodies={**(latest.bodies or {}), key: body})
+            if not self.is_dry_run:
+                self.payloads[key] = body
 
     def delete(self, job: Job, reason: str | None = None) -> None:
         self._add(job, None, "deleted", reason=reason)

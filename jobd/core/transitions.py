@@ -31,6 +31,7 @@ from jobd.model.job import (
     Result,
     default_if_none,
     requeues_on_stall,
+    with_checkpoint,
 )
 from jobd.model.times import duration
 
@@ -174,8 +175,9 @@ def finish(
 
 
 def completed(job: Job, result: Result) -> Job:
-    """Return the row of a job that completes with `result`: progress 100, no error."""
-    return replace(job, progress=MAX_PERCENT, result=normalize_result(result), error=None)
+    """Return the row of a job that completes with `result`: progress 100, no error, no checkpoint."""
+    done = replace(job, progress=MAX_PERCENT, result=normalize_result(result), error=None)
+    return done if job.extra is None else replace(done, extra=with_checkpoint(job.extra, 0))
 
 
 def keep_ms(policy: Policy, status: str) -> int:

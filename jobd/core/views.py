@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from heapq import nlargest, nsmallest
 from itertools import islice
-from typing import Final, get_args
+from typing import Any, Final, get_args
 
+import msgspec
 from msgspec import UNSET, Raw, UnsetType
-from msgspec.structs import asdict, astuple, replace
+from msgspec.structs import astuple, replace
 
 from jobd.core.state import State
 from jobd.core.stats import Counters
@@ -19,7 +20,7 @@ from jobd.core.worker_presence import WorkerPresence, WorkerSeen
 from jobd.model.commands import Import, Locks, Moment, Queues, Workers, WorkerState
 from jobd.model.events import QueuePause
 from jobd.model.flat_job import NO_ERROR, NO_RESULT, PARTS, maker
-from jobd.model.job import STATUSES, Grant, Job, LateResult, LockDeadlines, Policy, shown_bytes
+from jobd.model.job import STATUSES, Grant, Job, LateResult, LockDeadlines, Policy, extra_keys, shown_bytes
 from jobd.model.responses import (
     ErrorView,
     GrantView,
@@ -86,14 +87,26 @@ def job_view(job: Job, at: Moment, policy: Policy, *, admin: bool = False, paylo
     if (extra := job.extra) is not None:
         view.schedule_id = UNSET if extra.schedule_id is None else extra.schedule_id
         view.scheduled_at = UNSET if extra.scheduled_at is None else extra.scheduled_at
+        view.copied_from = extra.copied_from or UNSET
     return view
+
+
+def unread(job: Job, view: JobView) -> list[tuple[int, JobView]]:
+    """Return the bodies that `view` lacks, for Response.unread_payloads."""
+    return [(job.seq, view), *((key, view) for key in extra_keys(job))]
+
+
+def body_field(key: int, body: bytes) -> tuple[str, Any]:
+    """Return the field of a view with these headers or this checkpoint, and its value."""
+    return ("checkpoint", Raw(body)) if key % 2 else ("headers", msgspec.json.decode(body))
 
 
 def job_response(tx: Transaction, job: Job, *, repeated: bool | UnsetType = UNSET) -> Response:
     """Return the current view of the job. The actor adds the payload before the response is sent."""
     view = job_view(job, tx.at, tx.policy, admin=tx.call.admin)
     view.repeated = repeated
-    return Response(view, unread_payloads=[(job.seq, view)], large_bytes=shown_bytes(job))
+    unread_payloads = [(job.seq, view)] if job.extra is None else unread(job, view)
+    return Response(view, unread_payloads=unread_payloads, large_bytes=shown_bytes(job))
 
 
 # By position: a claim makes up to a hundred of these, and keyword arguments take six times as long.
@@ -101,11 +114,15 @@ _view = maker(JobView, f"{PARTS}, payload, stall_after_ms, progress_timeout_ms, 
 _import = maker(Import, f"{PARTS}, payload, worker", by_name=True)
 
 
-def as_import(job: Job, payload: Raw) -> Import:
+def as_import(job: Job, payload: Raw, bodies: Mapping[int, bytes]) -> Import:
     """Return the job in the form that an import takes, even if it is invalid: the import rejects or repairs it."""
     worker = job.grant.worker if job.grant else None
     line = _import(job, job.options, job.result or NO_RESULT, job.error or NO_ERROR, payload, worker)
-    return line if job.extra is None else replace(line, **asdict(job.extra))
+    if (extra := job.extra) is None:
+        return line
+    fields = dict(body_field(key, bodies[key]) for key in extra_keys(job) if key in bodies)
+    fields["copied_from"] = extra.copied_from or UNSET
+    return replace(line, schedule_id=extra.schedule_id, scheduled_at=extra.scheduled_at, **fields)
 
 
 def late_view(late: LateResult, not_adoptable: str | None = None) -> LateResultView:

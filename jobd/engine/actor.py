@@ -74,10 +74,10 @@ from jobd.model.clocks import MonotonicS
 from jobd.model.commands import AnyCommand, Claim, Complete, Create, IdempotencyKey, Operator, Undelivered
 from jobd.model.errors import SHUTTING_DOWN, ApiError, not_leader_error
 from jobd.model.events import Event
-from jobd.model.job import Policy
+from jobd.model.job import Policy, extra_keys
 from jobd.model.journal import JournalOutcomeUnknown, LeadershipLost
 from jobd.model.responses import Grants, Response
-from jobd.model.storage import BadRows, DiskFull, JobStorage, Quarantined
+from jobd.model.storage import BadRows, DiskFull, FormatNotRead, JobStorage, Quarantined
 
 log = structlog.get_logger("jobd.actor")
 
@@ -162,6 +162,7 @@ class Actor:
         self._under_way: DecidedBatch | None = None  # decided, and perhaps not committed yet
         self._lost_disk: Exception | None = None
         disk.on_quarantined = self._note_quarantined
+        state.too_old_for = disk.too_old_for
         self._decider = Decider(
             state, keys, self.waiting_claims, reject=self.full_disk.reject, unread=self.unread, loop_time=loop_time
         )
@@ -452,7 +453,7 @@ class Actor:
             except BadRows as bad:
                 self._decider.roll_back(decided)
                 await self._quarantine(bad.jobs)
-            except _DecideAgain:
+            except (_DecideAgain, FormatNotRead):
                 self._decider.roll_back(decided)
         self._send_responses()  # of the batch before, if this one did not wait
         self._unsent, self._under_way = decided, None
@@ -528,12 +529,13 @@ class Actor:
                 state.keep_finished(finished)
         deletable = {job_id for envelope, _ in naming for job_id in envelope.command.deleted_ids()}
         firsts = [ids for envelope, ids in naming if needs_payload_first(envelope, deletable)]
-        wanted = {job.seq: job.id for ids in firsts for job_id in ids if (job := state.get(job_id)) is not None}
-        if wanted:
+        jobs = [job for ids in firsts for job_id in ids if (job := state.get(job_id)) is not None]
+        if jobs:
             self._send_meanwhile()
+            wanted = {key: job.id for job in jobs for key in (job.seq, *extra_keys(job))}
             loaded = await self.disk.load([], list(wanted), [])
-            known.payloads = {seq: payload.body for seq, payload in loaded.payloads.items()}
-            known.requests = {wanted[seq]: payload for seq, payload in loaded.payloads.items()}
+            known.payloads = {key: payload.body for key, payload in loaded.payloads.items()}
+            known.requests = {wanted[key]: payload for key, payload in loaded.payloads.items() if key >= 0}
         await self._load_late((envelope.command for envelope, _ in naming), known)
         return known
 

@@ -75,7 +75,7 @@ from jobd.model.commands import (
 )
 from jobd.model.errors import ApiError
 from jobd.model.events import Event
-from jobd.model.job import LIVE, Policy
+from jobd.model.job import LIVE, Policy, granted_bytes
 from jobd.model.responses import Grants, JobView, Response
 from jobd.model.storage import AuditEntry, Batch, LateResultRows, Payload, StoredResponse, audit_share, tombstones
 
@@ -92,7 +92,7 @@ class Preloaded(Struct):
 
     responses: dict[str, StoredResponse] = field(default_factory=dict)  # digest -> a response that may be replayed
     requests: dict[str, Payload] = field(default_factory=dict)  # by job id
-    payloads: dict[int, bytes] = field(default_factory=dict)  # job seq -> payload
+    payloads: dict[int, bytes] = field(default_factory=dict)  # bodies by key
     late: LateResultRows = field(default_factory=LateResultRows)
 
 
@@ -136,16 +136,14 @@ class DecidedBatch(Struct):
         return bool(self.changes or self.tx.checked or self.audit or is_more)
 
     def wanted_payloads(self) -> list[int]:
-        """Return the job seqs of payloads that the responses need and that are not read yet."""
+        """Return the keys of bodies that the responses need and that are not read yet."""
         created, known = self.tx.payloads, self.known.payloads
         return list({seq: None for seq, _ in self.unread if seq not in created and seq not in known})
 
     def fill(self, read: dict[int, bytes]) -> None:
-        """Set the payloads in the job views of the responses, once."""
+        """Set the bodies in the job views of the responses, once."""
         if self.unread:
-            payloads = self.known.payloads | self.tx.payloads | read
-            for seq, view in self.unread:
-                view.payload = Raw(payloads[seq])
+            _fill(self.unread, self.known.payloads | self.tx.payloads | read)
             self.unread = []
 
 
@@ -451,9 +449,9 @@ class Decider:
                 job = self.state.jobs[job_id]
                 view = views.job_view(job, decided.at, decided.tx.policy, admin=envelope.admin)
                 response.data.grants.append(views.grant_view(job, decided.at, view))
-                response.unread_payloads.append((job.seq, view))
+                response.unread_payloads += views.unread(job, view)
                 response.grants.append((job_id, lock_id))
-                response.large_bytes += job.payload_bytes
+                response.large_bytes += granted_bytes(job)
         if not response.grants:
             return None
         if isinstance(envelope.command, Start):
@@ -471,9 +469,7 @@ class Decider:
             self._count_receivers(envelope, response, len(envelope.futures))
             self.keys.add(StoredResponse(key.digest, key.body_hash, decided.at.expected, grants=list(response.grants)))
             return
-        known = decided.known.payloads | decided.tx.payloads
-        for seq, view in response.unread_payloads:
-            view.payload = Raw(known[seq])
+        _fill(response.unread_payloads, decided.known.payloads | decided.tx.payloads)
         response.unread_payloads = []
         body = msgspec.json.encode(response.data)
         self.keys.add(StoredResponse(key.digest, key.body_hash, decided.at.expected, response.status, body))
@@ -489,6 +485,14 @@ class Decider:
 def _is_answer(response: Response) -> bool:
     """Return whether the response to a claim has grants or a directive."""
     return bool(response.grants) or response.data.directive is not UNSET
+
+
+def _fill(unread: list[tuple[int, JobView]], bodies: dict[int, bytes]) -> None:
+    for key, view in unread:
+        if key >= 0:
+            view.payload = Raw(bodies[key])
+        else:
+            setattr(view, *views.body_field(key, bodies[key]))
 
 
 def _join(first: Envelope, envelope: Envelope) -> ApiError | None:

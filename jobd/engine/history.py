@@ -23,7 +23,7 @@ from jobd.engine.unread_responses import UnreadResponses
 from jobd.model.commands import AuditLog, Export, ListJobs, Moment, SearchJobs
 from jobd.model.errors import ApiError
 from jobd.model.events import event_view
-from jobd.model.job import Job, Policy
+from jobd.model.job import Job, Policy, extra_keys
 from jobd.model.responses import (
     AuditPage,
     AuditView,
@@ -125,6 +125,7 @@ class HistoryReader:
                     await asyncio.sleep(PAUSE_S)
                 part = await self._disk.find_jobs(left)
             part.jobs, part.scanned = page.jobs + part.jobs, page.scanned + part.scanned
+            part.bodies |= page.bodies
             page = part
             if page.scanned_until is None or page.scanned >= MAX_SCANNED or loop_time() - began_s >= limit_s:
                 return page
@@ -134,6 +135,9 @@ class HistoryReader:
     def _shown(self, page: JobRows, policy: Policy, *, admin: bool) -> JobPage:
         at = self._moment()
         shown = [views.job_view(job, at, policy, admin=admin, payload=Raw(payload)) for job, payload in page.jobs]
+        for (job, _), view in zip(page.jobs, shown, strict=True):
+            for key in extra_keys(job) if page.bodies else ():
+                setattr(view, *views.body_field(key, page.bodies[key]))
         return JobPage(shown, _cursor(page), page.scanned_until)
 
 
@@ -168,7 +172,7 @@ def _from(command: Export) -> JobQuery:
 
 
 def _export_page(page: JobRows) -> ExportPage:
-    return ExportPage([views.as_import(job, Raw(payload)) for job, payload in page.jobs], _cursor(page))
+    return ExportPage([views.as_import(job, Raw(payload), page.bodies) for job, payload in page.jobs], _cursor(page))
 
 
 def _audit_query(log: AuditLog) -> AuditQuery:

@@ -275,7 +275,9 @@ def _check_items(checks: dict[str, FieldCheck], items: list[Any], path: tuple[st
                 check(value, (*path, at, name), limits)
 
 
-def _check_value(value: Raw, path: tuple[str | int, ...], limits: Limits) -> None:
+def _check_value(value: Raw | UnsetType, path: tuple[str | int, ...], limits: Limits) -> None:
+    if value is UNSET:
+        return
     size = len(value)
     if size > limits.payload:
         field = _path_text(path)

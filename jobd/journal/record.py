@@ -2,7 +2,8 @@
 
 The first byte is the format. The rest is a MessagePack array. Events are rows of `event_codec.py`, and other values are
 arrays of their fields. A reader that meets an unknown format stops, because later formats may have other meanings.
-A record has the lowest format that has what it needs: 1 without `writes`, which readers of format 1 ignore.
+A record has the lowest format that has what it needs: 1 without `writes`, which readers of format 1 ignore. A record of
+format 3 is about jobs with an Extra (model/job.py), and has headers and checkpoints in `bodies`.
 """
 
 from __future__ import annotations
@@ -16,11 +17,20 @@ from msgspec.structs import astuple, replace
 from jobd.journal import event_codec
 from jobd.journal.event_codec import EventRow
 from jobd.model.events import Event
-from jobd.model.job import LateResult, Result
+from jobd.model.job import Job, LateResult, Result
 from jobd.model.journal import BadRecord, Record
-from jobd.model.storage import AuditEntry, Batch, Numbers, QueueRow, StoredResponse, TableWrite, Tombstone
+from jobd.model.storage import (
+    EXTRA_FORMAT,
+    AuditEntry,
+    Batch,
+    Numbers,
+    QueueRow,
+    StoredResponse,
+    TableWrite,
+    Tombstone,
+)
 
-FORMAT: Final = 2
+FORMAT: Final = EXTRA_FORMAT
 LOWEST_FORMAT: Final = 1  # read by every version
 CLOSING: Final = b"\xff"  # the body of the last record of a journal that nodes may not follow any more
 _CLOSED: Final = "closes it: `jobd cluster leave` has turned this cluster into the store of a single machine"
@@ -43,10 +53,14 @@ class _Body(Struct, array_like=True, gc=False):
     writes: list[TableWrite] = []
 
 
+class _ExtraBody(_Body, array_like=True, gc=False):
+    bodies: dict[int, dict[int, bytes]] = {}  # seq of an event -> key -> body
+
+
 Decoded = tuple[Batch, list[EventRow]]  # the batch of a record, and the rows of its events
 
 _encode = msgspec.msgpack.Encoder().encode
-_decode = msgspec.msgpack.Decoder(_Body).decode
+_decode = msgspec.msgpack.Decoder(_ExtraBody).decode
 _json = msgspec.json.Encoder().encode
 _parse = msgspec.json.Decoder().decode
 
@@ -56,10 +70,13 @@ def encode(batch: Batch) -> tuple[bytes, list[EventRow]]:
     events: list[EventRow] = []
     created: list[tuple[bytes, str]] = []
     late: list[tuple[Any, ...]] = []
+    bodies: dict[int, dict[int, bytes]] = {}
     for event in batch.changes:
         events.append(event_codec.encode(event))
         if _is_new(event):
             created.append((event.payload or b"null", event.request_hash or ""))
+        if event.bodies or (event.before is None and _is_copy(event.after)):
+            bodies[event.seq] = event.bodies or {}
         if event.late is not None:
             late.append(_late_row(event.late))
     body = _Body(
@@ -78,6 +95,8 @@ def encode(batch: Batch) -> tuple[bytes, list[EventRow]]:
         [_audit_row(entry) for entry in batch.audit] if batch.audit else [],
         batch.writes,
     )
+    if bodies:
+        return b"\x03" + _encode((*astuple(body), bodies)), events
     return (b"\x02" if batch.writes else b"\x01") + _encode(body), events
 
 
@@ -95,7 +114,7 @@ def decode(record: Record) -> Decoded:
         raise BadRecord(record.number, f"cannot be decoded: {error}") from error
 
 
-def _batch(body: _Body) -> Batch:
+def _batch(body: _ExtraBody) -> Batch:
     created, late = iter(body.created), iter(body.late)
     changes = []
     for row in body.events:
@@ -105,6 +124,8 @@ def _batch(body: _Body) -> Batch:
             event = replace(event, payload=payload, request_hash=request_hash)
         elif event.type == "late_result":
             event = replace(event, late=_late(next(late)))
+        if body.bodies and event.seq in body.bodies:
+            event = replace(event, bodies=body.bodies[event.seq])
         changes.append(event)
     return Batch(
         changes,
@@ -120,6 +141,10 @@ def _batch(body: _Body) -> Batch:
         audit=[_audit(row) for row in body.audit],
         writes=body.writes,
     )
+
+
+def _is_copy(job: Job | None) -> bool:
+    return job is not None and job.extra is not None and job.extra.copied_from is not None
 
 
 def _is_new(event: Event) -> bool:

@@ -17,6 +17,7 @@ from jobd.model.fields import (
     MAX_PAGE,
     PRINTABLE,
     AdditionalMs,
+    Checkpoint,
     Count,
     Cursor,
     DelayMs,
@@ -32,6 +33,7 @@ from jobd.model.fields import (
     FinishedUntil,
     GrantProgressTimeoutMs,
     GrantStallAfterMs,
+    Headers,
     JobCursor,
     JobId,
     Kind,
@@ -137,6 +139,8 @@ class NewJob(Command, frozen=True, kw_only=True):
     stall_after_ms: StallAfterMs | None = None
     progress_timeout_ms: ProgressTimeoutMs | None = None
     run_at: DueAt | None = None
+    # A field without a value is not part of the hash of a request, so the hashes on disk do not change.
+    headers: Headers | UnsetType = UNSET
 
 
 class Create(NewJob, frozen=True, kw_only=True):
@@ -145,12 +149,11 @@ class Create(NewJob, frozen=True, kw_only=True):
     An `id` that exists with other fields is rejected; `details.differs_in` names the fields that certainly differ.
     """
 
-    errors = ("job_exists", "job_quarantined", "too_many_jobs", "too_many_queues")
+    errors = ("job_exists", "job_quarantined", "too_many_jobs", "too_many_queues", "upgrade_incomplete")
     needs_payload = True
 
     delay_ms: Annotated[DelayMs | None, doc("Time from now until the job is due, in ms.")] = None
     expires_at: Annotated[UnixMs | None, doc("If the job is still queued at this time (Unix ms), it fails.")] = None
-    # A field without a value is not part of the hash of a request, so the hashes on disk do not change.
     expires_in_ms: Annotated[ExpiresInMs | UnsetType, doc("Time from now until `expires_at`, in ms.")] = UNSET
 
     def job_ids(self) -> list[str]:
@@ -332,19 +335,20 @@ class Progress(HolderCommand, frozen=True, kw_only=True):
     """Report progress and renew the lock."""
 
     admission = "change"
-    errors = ("lock_lost", "invalid_transition", "progress_timeout")
+    errors: ClassVar[tuple[str, ...]] = ("lock_lost", "invalid_transition", "progress_timeout", "upgrade_incomplete")
 
     progress: Percent
     message: Annotated[Text | None, doc("A human-readable message. Without one, the previous message is cleared.")] = (
         None
     )
+    checkpoint: Checkpoint | UnsetType = UNSET
 
 
 class Extend(HolderCommand, frozen=True, kw_only=True):
     """Extend the lock. It is never shortened."""
 
     admission = "change"
-    errors = Progress.errors
+    errors = ("lock_lost", "invalid_transition", "progress_timeout")
 
     additional_ms: AdditionalMs | None = None
 
@@ -366,12 +370,13 @@ class Fail(HolderCommand, frozen=True, kw_only=True):
     """End the attempt as failed. The job returns to its queue if attempts are left, unless `retry` is false."""
 
     admission = "ending"
-    errors = Complete.errors
+    errors = (*Complete.errors, "upgrade_incomplete")
 
     error_message: ErrorMessage
     error_code: FailureCode | None = None
     retry: Annotated[bool, doc("Whether the job may be tried again.")] = True
     retry_after_ms: Annotated[DelayMs | None, doc("Time until the next attempt, in ms, instead of the backoff.")] = None
+    checkpoint: Checkpoint | UnsetType = UNSET
 
 
 class Release(HolderCommand, frozen=True, kw_only=True):
@@ -756,7 +761,7 @@ class Import(NewJob, frozen=True, kw_only=True):
     """
 
     audit_name: ClassVar[str | None] = "import"
-    errors: ClassVar[tuple[str, ...]] = ("too_many_jobs", "too_many_queues")
+    errors: ClassVar[tuple[str, ...]] = ("too_many_jobs", "too_many_queues", "upgrade_incomplete")
 
     id: NewJobId
     status: Annotated[Status, doc("Status of the job.")] = "queued"
@@ -782,6 +787,8 @@ class Import(NewJob, frozen=True, kw_only=True):
     error_code: FailureCode | None = None
     schedule_id: ScheduleId | None = None
     scheduled_at: Annotated[UnixMs | None, doc("The time of the schedule that the job is for, in Unix ms.")] = None
+    checkpoint: Checkpoint | UnsetType = UNSET
+    copied_from: Annotated[JobId | UnsetType, doc("The job of which this one is a copy.")] = UNSET
 
     def job_ids(self) -> list[str]:
         return [self.id]

@@ -64,6 +64,9 @@ ERROR_CODES: Final[dict[str, ErrorCode]] = {
     "not_leader": ErrorCode(
         503, "another node leads the cluster; nothing was done; `details.leader` is its URL or null"
     ),
+    "upgrade_incomplete": ErrorCode(
+        503, "a node of the cluster runs an older version, which cannot read what the request needs; nothing was done"
+    ),
     "storage_unavailable": ErrorCode(503, "the artifact store cannot be read now"),
     "outcome_unknown": ErrorCode(
         503,

@@ -97,7 +97,8 @@ class Event(Struct, frozen=True, gc=False):
     The columns up to `changes` are stored. `changes` can contain a lock_id and is never sent to a client. An event of
     this process has the rows `before` and `after` instead, from which `stored_changes` makes them: `before` is None for
     a new job, `after` for a deleted one, and both are the same value if the row does not change. `payload` (JSON text)
-    and `request_hash` of a new job, and a late result, are stored beside their event.
+    and `request_hash` of a new job, a late result, and `bodies` (new headers and checkpoints, by key: model/job.py) are
+    stored beside their event.
     """
 
     seq: int
@@ -117,6 +118,7 @@ class Event(Struct, frozen=True, gc=False):
     payload: bytes | None = None
     request_hash: str | None = None
     late: LateResult | None = None
+    bodies: dict[int, bytes] | None = None
 
     @property
     def grant(self) -> Grant | None:
@@ -287,7 +289,8 @@ def stored_changes(event: Event) -> Struct | None:
     before, after = event.before, event.after
     if after is None or after is before:
         return event.changes
-    recorder = _FREQUENT.get(event.type)
+    has_extra = before is not None and (after.extra is not None or before.extra is not None)
+    recorder = None if has_extra else _FREQUENT.get(event.type)
     return _difference(before or _NO_JOB, after, UNSET) if recorder is None else recorder(before, after)
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 from msgspec import Meta, Raw
 
 from jobd.model.job import (
+    CHECKPOINT_BYTES,
     DAY_MS,
     EARLIEST_MS,
+    HEADER_BYTES,
     ID_PATTERN,
     LATEST_MS,
+    MAX_HEADERS,
     MAX_PRIORITY,
     NEW_ID_PATTERN,
     SECOND_MS,
@@ -138,6 +141,21 @@ BackupId = Annotated[
 Payload = Annotated[Raw, doc(f"Any JSON, nested at most {MAX_NESTING} levels deep. jobd does not interpret it.")]
 Metadata = Annotated[
     JsonValue, doc(f"Any JSON about the result, nested at most {MAX_NESTING} levels deep. It is stored as sent.")
+]
+Headers = Annotated[
+    dict[Annotated[_PlainText, Meta(min_length=1)], Annotated[str, Meta(max_length=HEADER_BYTES)]],
+    doc(f"Up to {MAX_HEADERS} texts that every grant has, {HEADER_BYTES} bytes in all.", max_length=MAX_HEADERS),
+]
+if TYPE_CHECKING:
+    AnyJson = Any  # clients take Python values
+else:
+    AnyJson = Raw
+Checkpoint = Annotated[
+    AnyJson,
+    doc(
+        f"Any JSON of up to {CHECKPOINT_BYTES >> 10} KiB about the work so far. Every later grant has the latest "
+        "one, until the job is completed or reset. null removes it."
+    ),
 ]
 Reason = Annotated[Text, doc("Human-readable reason. Shown in timelines and in the audit log.")]
 DryRun = Annotated[bool, doc("Change nothing. The response is that of the change, or its error.")]

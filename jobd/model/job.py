@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Final, Literal
 
 import msgspec
 from msgspec import Meta, Struct
-from msgspec.structs import astuple
+from msgspec.structs import astuple, replace
 
 from jobd.model.clocks import LockMs
 from jobd.model.times import DAY_MS as DAY_MS
@@ -67,6 +67,9 @@ _EPOCHS_BEGIN_MS: Final = 1_577_836_800_000  # 2020-01-01T00:00:00Z
 
 SMALL_PAYLOAD_BYTES: Final = 8 << 10  # a job does not record the size of a payload up to this one
 MAX_PERCENT: Final = 100
+MAX_HEADERS: Final = 20
+HEADER_BYTES: Final = 2 << 10  # of the names and values of all headers of a job
+CHECKPOINT_BYTES: Final = 64 << 10
 MAX_LATE_RESULTS: Final = 5  # late results of a job: those of its latest grants
 # Releases in a row without progress: from DELAYED_FROM on, the job waits. From LOOP_FROM on, it is in a release loop.
 DELAYED_FROM: Final = 5
@@ -132,9 +135,48 @@ def metadata_bytes(job: Job) -> int:
     return 0 if metadata is None else len(metadata)
 
 
+def granted_bytes(job: Job) -> int:
+    """Return the size of the large payload, the headers and the checkpoint in a view of the job."""
+    extra = job.extra
+    return job.payload_bytes if extra is None else job.payload_bytes + extra.headers_bytes + extra.checkpoint_bytes
+
+
 def shown_bytes(job: Job) -> int:
-    """Return the size of the large payload and of the metadata in a view of the job."""
-    return job.payload_bytes if job.result is None else job.payload_bytes + metadata_bytes(job)
+    """Return the size of what `granted_bytes` counts and of the metadata in a view of the job."""
+    return granted_bytes(job) if job.result is None else granted_bytes(job) + metadata_bytes(job)
+
+
+# Payloads, headers and checkpoints are bodies: text that is stored beside the jobs. The key of a payload is the seq of
+# its job; those of headers and of a checkpoint are negative.
+
+
+def headers_key(seq: int) -> int:
+    return -2 * seq
+
+
+def checkpoint_key(seq: int) -> int:
+    return -2 * seq - 1
+
+
+def seq_of_body(key: int) -> int:
+    """Return the seq of the job that the body belongs to."""
+    return key if key >= 0 else -key // 2
+
+
+def extra_keys(job: Job | None) -> list[int]:
+    """Return the keys of the headers and of the checkpoint of the job, if it has them."""
+    if job is None or (extra := job.extra) is None:
+        return []
+    found = [headers_key(job.seq)] if extra.headers_bytes else []
+    return [*found, checkpoint_key(job.seq)] if extra.checkpoint_bytes else found
+
+
+def with_checkpoint(extra: Extra | None, size: int) -> Extra | None:
+    """Return what a job has with a checkpoint of `size` bytes, 0 for none. None if that is nothing."""
+    if (0 if extra is None else extra.checkpoint_bytes) == size:
+        return extra
+    changed = replace(extra or Extra(), checkpoint_bytes=size)
+    return None if changed == Extra() else changed
 
 
 def storage_key_error(key: str) -> str | None:
@@ -316,10 +358,17 @@ class Failure(Struct, frozen=True, gc=False, array_like=True):
 
 
 class Extra(Struct, frozen=True, gc=False, array_like=True):
-    """What few jobs have: the schedule that created the job, and the time of the schedule that it is for."""
+    """What few jobs have.
+
+    The schedule that created the job, and the time of the schedule that it is for. The sizes of headers and checkpoint,
+    0 if there are none. The job of which this one is a copy.
+    """
 
     schedule_id: str | None = None
     scheduled_at: int | None = None
+    headers_bytes: int = 0
+    checkpoint_bytes: int = 0
+    copied_from: str | None = None
 
 
 class Job(Struct, frozen=True, gc=False):
@@ -362,7 +411,7 @@ class Job(Struct, frozen=True, gc=False):
 class PackedJob(Struct, frozen=True, gc=False):
     """A queued job with a small payload that was due when it was created and has not changed since.
 
-    Nearly all waiting jobs are like this. A PackedJob takes 48 bytes in memory, a Job 176 (state.LiveJobs).
+    Nearly all waiting jobs are like this. A PackedJob takes 48 bytes in memory, a Job 184 (state.LiveJobs).
     """
 
     seq: int

@@ -139,6 +139,9 @@ class JobView(Struct, gc=False):
     ] = UNSET
     schedule_id: Annotated[str | UnsetType, doc("The schedule that created the job, if one did.")] = UNSET
     scheduled_at: Annotated[int | UnsetType, doc("The time of the schedule that the job is for, in Unix ms.")] = UNSET
+    headers: Annotated[dict[str, str] | UnsetType, doc("The headers of the job, if it has any.")] = UNSET
+    checkpoint: Annotated[Raw | UnsetType, doc("The latest checkpoint, if there is one.")] = UNSET
+    copied_from: Annotated[str | UnsetType, doc("The job of which this one is a copy.")] = UNSET
 
     def __repr__(self) -> str:
         """Show payload and metadata decoded, and leave out what the response does not have."""
@@ -150,6 +153,11 @@ class JobView(Struct, gc=False):
     def payload_value(self) -> Any:
         """The payload as Python values. Raises msgspec.DecodeError for a value that Python cannot hold (1e999)."""
         return None if self.payload is UNSET else msgspec.json.decode(self.payload)
+
+    @property
+    def checkpoint_value(self) -> Any:
+        """The checkpoint as Python values, None if there is none."""
+        return None if self.checkpoint is UNSET else msgspec.json.decode(self.checkpoint)
 
     @property
     def metadata_value(self) -> Any:
@@ -1261,7 +1269,7 @@ class HistoryRead(Struct, frozen=True):
 class Response(Struct, gc=False):
     """A success.
 
-    `unread_payloads` has the job views whose payload has not been read yet, with the seq of the job. `grants` has (job
+    `unread_payloads` has the job views that lack bodies, each with the key of one (model/job.py). `grants` has (job
     id, lock id) of each grant in the response, so that the grants of an undelivered response can be released. With
     `read`, the data comes from the storage; `scanned` is an upper bound of the number of jobs read for a page.
     `large_bytes` is the size of the large payloads and of the metadata that it shows.

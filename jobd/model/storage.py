@@ -34,7 +34,10 @@ class JournalDiskFull(DiskFull):
 
 
 class FormatNotRead(CannotWrite):
-    """A write needs a format of records that a node of the cluster does not read. No batch of a command does."""
+    """A write needs a format of records that a node of the cluster does not read.
+
+    A batch does only if the node has registered since the batch was decided.
+    """
 
 
 class DiskSpace(Struct, frozen=True):
@@ -76,6 +79,7 @@ BackupStep = Literal["copying", "checking"]
 BackupProgress = Callable[[BackupStep, int, int], None]
 
 
+EXTRA_FORMAT: Final = 3  # of the records with jobs that have an Extra
 IN_MEMORY: Final = "in memory: lost when the daemon stops"  # what such a store shows instead of its path
 
 
@@ -300,7 +304,7 @@ class Batch(Struct):
     forget_keys: list[str] = []
     checked: list[int] = []  # job seqs whose rows were validated
     report: bytes | None = None
-    payloads: list[int] = []  # job seqs whose payload the responses need; read in the transaction
+    payloads: list[int] = []  # keys of the bodies that the responses need; read in the transaction
     unmark: bool = False  # remove the mark of a restored backup, because all its grants were ended
     tombstones: list[Tombstone] = []  # of the deleted jobs
     sweeps: bool = False  # with an artifact store, deleted late results leave tombstones too
@@ -392,6 +396,7 @@ class JobRows(Struct):
     scanned: int = 0
     last_event: int = 0
     next_end: int | None = None
+    bodies: dict[int, bytes] = {}  # headers and checkpoints of the jobs
 
 
 class EventPage(Struct, frozen=True):
@@ -469,15 +474,19 @@ class JobStorage(EventStorage, Protocol):
     on_tombstones: Callable[[int], None]
 
     async def load(self, ids: list[str], payloads: list[int], digests: list[str]) -> LoadedRows:
-        """Read jobs by id (live or finished), payloads by job seq, stored responses by digest."""
+        """Read jobs by id (live or finished), payloads and other bodies by key, stored responses by digest."""
 
     def cached_payloads(self, job_seqs: list[int]) -> dict[int, bytes]:
         """Return those payloads of these jobs that are in memory. Not allowed during a write."""
 
+    def too_old_for(self, format: int) -> str | None:
+        """Return the name of a node of the cluster that does not read records of this format, or None."""
+
     async def write(self, batch: Batch) -> dict[int, bytes]:
         """Commit `batch` with fsync and return the requested payloads.
 
-        Raises DiskFull or BadRows if nothing was written. After any other exception the content of the disk is unknown.
+        Raises DiskFull, FormatNotRead or BadRows if nothing was written. After any other exception the content of the
+        disk is unknown.
         """
 
     async def find_jobs(self, query: JobQuery) -> JobRows:

@@ -71,10 +71,12 @@ COLUMNS: Final[dict[str, tuple[str, ...]]] = {
     "audit": (*AUDIT_COLUMNS, "crc"),
     "audit_jobs": ("seq", "audit_seq", "job_id", "crc"),
     "bad_rows": ("place", "what", "at", "row"),
+    "checkpoints": ("job_seq", "body", "crc"),
     "deleted_jobs": ("job_seq", "id", "at"),
     "deliveries": (*Delivery.__struct_fields__, "crc"),
     "events": ("seq", "last", "job_seq", "at", "body", "crc"),
     "figures": ("id", "body", "crc"),
+    "headers": ("job_seq", "body", "crc"),
     "jobs": (*JOB_COLUMNS, "crc"),
     "keys": (*KEY_COLUMNS, "crc", "response"),
     "late_results": (*LATE_COLUMNS, "crc"),
@@ -100,6 +102,11 @@ _json = msgspec.json.Encoder().encode
 def insert(table: str, verb: str = "INSERT") -> str:
     """Return the statement that writes a row of COLUMNS."""
     return f"{verb} INTO {table} ({SQL[table]}) VALUES ({', '.join('?' * len(COLUMNS[table]))})"
+
+
+def body_table(key: int) -> str:
+    """Return the table of the body with this key (model/job.py)."""
+    return "payloads" if key >= 0 else "checkpoints" if key % 2 else "headers"
 
 
 class Unreadable(Exception):

@@ -16,10 +16,11 @@ from typing import Any, Final, TypeVar
 from msgspec.structs import replace
 
 from jobd.model.fingerprints import fingerprint_of_bytes
+from jobd.model.job import Job, extra_keys, seq_of_body
 from jobd.model.storage import BadRows, DiskFull, Numbers, Payload, Quarantined
 from jobd.storage import codec, files
 from jobd.storage.cluster.membership import Membership, StoreDamaged
-from jobd.storage.codec import COLUMNS, KEY_COLUMNS, META_COLUMNS, SQL, Row, fault, insert
+from jobd.storage.codec import COLUMNS, KEY_COLUMNS, META_COLUMNS, SQL, Row, body_table, fault, insert
 from jobd.storage.commit_mode import processor_wait_s
 from jobd.storage.damage.wal import LogGauge
 from jobd.storage.files import StoreBroken
@@ -55,7 +56,6 @@ _UPDATE_META: Final = f"UPDATE meta SET {_settings((*META_COLUMNS, 'crc'))} WHER
 # Rows are always read by seq. A read through an index may take a column from the index, which hides damage in the row.
 BY_SEQ: Final = f"SELECT {SQL['jobs']} FROM jobs NOT INDEXED WHERE seq = ?"
 BY_ID: Final = f"SELECT {SQL['jobs']} FROM jobs NOT INDEXED WHERE seq = (SELECT seq FROM jobs WHERE id = ?)"
-_PAYLOAD: Final = "SELECT job_seq, body, request_hash, crc FROM payloads WHERE job_seq = ?"
 
 
 def result_code(error: BaseException) -> int:
@@ -438,18 +438,32 @@ class Database:
             return "queues"
         return f"job {self.job_id_of(seq) or f'number {seq}'}"
 
-    def payload(self, seq: int) -> tuple[Payload | None, str]:
-        """Return the payload of a job, or None and the error."""
+    def payload(self, key: int) -> tuple[Payload | None, str]:
+        """Return the body with this key, the payload of a job or another one, or None and the error."""
+        table = body_table(key)
+        name = "payload" if table == "payloads" else f"row of {table}"
         try:
-            found = self.rows(_PAYLOAD, (seq,))
+            found = self.rows(f"SELECT {SQL[table]} FROM {table} WHERE job_seq = ?", (seq_of_body(key),))
         except sqlite3.DatabaseError as error:
             if not is_corrupt(error):
                 raise
-            return None, f"the payload cannot be read: {error}"
+            return None, f"the {name} cannot be read: {error}"
         if not found:
-            return None, "the payload is missing"
+            return None, f"the {name} is missing"
         wrong = fault(found[0])
-        return (Payload(found[0][1], found[0][2]), "") if wrong is None else (None, f"the payload is damaged: {wrong}")
+        if wrong is not None:
+            return None, f"the {name} is damaged: {wrong}"
+        return Payload(found[0][1], found[0][2] if key >= 0 else ""), ""
+
+    def extra_bodies(self, job: Job) -> tuple[dict[int, bytes], str]:
+        """Return headers and checkpoint of a job by key, and the error if one is damaged."""
+        bodies = {}
+        for key in extra_keys(job):
+            found, error = self.payload(key)
+            if found is None:
+                return {}, error
+            bodies[key] = found.body
+        return bodies, ""
 
     def note_missing(self, seq: int) -> None:
         """Record that the event `seq` is missing. A damaged number can be anything, so limit it."""

@@ -17,7 +17,7 @@ from msgspec import Struct
 
 from jobd.journal import event_codec
 from jobd.journal.event_codec import EVENT_COLUMNS
-from jobd.model.job import LIVE, Grant, Job, LateResult
+from jobd.model.job import LIVE, Grant, Job, LateResult, granted_bytes, seq_of_body
 from jobd.model.storage import (
     MAX_POSTPONE_MS,
     AuditQuery,
@@ -123,9 +123,9 @@ def load(db: Database, ids: list[str], payloads: list[int], digests: list[str]) 
         payload, error = db.payload(seq)
         if payload is not None:
             loaded.payloads[seq] = payload
-        elif row_of := db.rows(BY_SEQ, (seq,)):
+        elif row_of := db.rows(BY_SEQ, (seq_of_body(seq),)):
             damaged.append((row_of[0], error))
-        elif (id_of := db.job_id_of(seq)) is not None:
+        elif (id_of := db.job_id_of(seq_of_body(seq))) is not None:
             loaded.bad[id_of] = db.quarantined.get(id_of, error)  # quarantined after the caller saw it
     if damaged:
         loaded.bad.update(quarantine_jobs(db, damaged))
@@ -356,16 +356,20 @@ def _fill_page(db: Database, page: JobRows, matched: list[Row], query: JobQuery)
     for row in matched:
         if len(page.jobs) + len(damaged) >= query.limit:
             break
+        bodies: dict[int, bytes] = {}
         job, error = read_job(row, db.reader.job)
         payload: Payload | None = _NO_PAYLOAD
         if job is not None and query.payloads:
             payload, error = db.payload(job.seq)
-        if job is None or payload is None:
+            if job.extra is not None and not error:
+                bodies, error = db.extra_bodies(job)
+        if job is None or payload is None or error:
             damaged.append((row, error))
         elif page.jobs and size + _size_of(job, payload) > query.payload_bytes:
             break
         else:
             page.jobs.append((job, payload.body))
+            page.bodies |= bodies
             size += _size_of(job, payload)
         last = row[0]
     else:
@@ -377,7 +381,8 @@ def _fill_page(db: Database, page: JobRows, matched: list[Row], query: JobQuery)
 
 def _size_of(job: Job, payload: Payload) -> int:
     metadata = None if job.result is None else job.result.metadata
-    return len(payload.body) + (0 if metadata is None else len(bytes(metadata)))
+    extra_bytes = granted_bytes(job) - job.payload_bytes
+    return len(payload.body) + extra_bytes + (0 if metadata is None else len(bytes(metadata)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

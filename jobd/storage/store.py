@@ -345,6 +345,9 @@ class Store(JobStorage, OutboxStorage):
     def cached_payloads(self, job_seqs: list[int]) -> dict[int, bytes]:
         return self._projection.cached_payloads(job_seqs)
 
+    def too_old_for(self, format: int) -> str | None:
+        return None
+
     async def write(self, batch: Batch) -> dict[int, bytes]:
         return await self._append(batch, self._reported)
 

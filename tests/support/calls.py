@@ -81,6 +81,9 @@ class EventOf(NamedTuple):
     details: dict[str, Any] | None = None
 
 
+PROGRESSED: Final = EventOf("progress", "processing", {"progress": 1})
+
+
 class Example(NamedTuple):
     """A request, the event or the code of the error that it leads to, and the result if a service responds."""
 
@@ -120,6 +123,7 @@ def _jobs() -> Iterator[Example]:
     result: dict[str, Any] = {"download_url": "u", "file_path": "f", "storage_key": "s"}
     about = commands.About(instance="i", host="h", pid=7, version="1", concurrency=4)
     yield Example(requests.create, commands.Create(id="b", queue="q", priority=1, payload=Raw(b'{"a":1}')), created)
+    yield Example(requests.create, commands.Create(id="b", headers={"traceparent": "00-1"}), created)
     yield Example(requests.create, commands.Create(), created)
     yield Example(requests.bulk, commands.Bulk(jobs=[commands.Create(), commands.Create(id="b")]), created)
     yield Example(requests.claim, commands.Claim(worker="w-1", about=about))
@@ -138,10 +142,13 @@ def _jobs() -> Iterator[Example]:
     yield Example(api.start_processing, start, "already_locked")
     progress = EventOf("progress", "processing", {"progress": 1, "message": "m"})
     yield Example(api.update_progress, commands.Progress(**held, progress=1, message="m"), progress)
+    yield Example(api.update_progress, commands.Progress(**held, progress=1, checkpoint=Raw(b"[7]")), PROGRESSED)
     extended = EventOf("extended", "processing", {"lock_expires_at": AT + 1_800_000})
     yield Example(api.extend_job_lock, commands.Extend(**held, additional_ms=86_400_000), extended)
     failing = commands.Fail(**held, error_message="e", error_code="c", retry_after_ms=5)
     yield Example(api.fail_job, failing, EventOf("retried", "queued", {"attempt": 1, "run_at": AT + 5}))
+    again = replace(failing, checkpoint=Raw(b'{"done":3}'))
+    yield Example(api.fail_job, again, EventOf("retried", "queued", {"attempt": 1, "run_at": AT + 5}))
     yield Example(api.fail_job, replace(failing, retry=False), EventOf("failed", "failed"))
     yield Example(api.release_job, commands.Release(**held), EventOf("released", "queued"))
     yield Example(api.release_job, commands.Release(**held, delay_ms=5), EventOf("released", "queued"))

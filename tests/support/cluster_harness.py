@@ -141,7 +141,7 @@ class ClusterNode:
         if leadership is None:
             return
         opened, state = self.warm.opened(), self.warm.state
-        self.disk.appender.lead(leadership.append, lambda: record.FORMAT)
+        self.disk.appender.lead(leadership.append, lambda format: None)
         clock = Clock(opened.numbers, wall=self.wall_ms, boot=self.boot)
         self.clock, self.state = clock, state
         keys = IdempotencyStore(opened.keys, 1000)

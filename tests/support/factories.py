@@ -26,6 +26,10 @@ from jobd.model.job import (
     Options,
     PreviousGrant,
     Result,
+    checkpoint_key,
+    extra_keys,
+    headers_key,
+    with_checkpoint,
 )
 from jobd.model.schedules import Schedule, Timing
 from jobd.model.storage import Batch, Numbers, QueueRow, StoredResponse
@@ -72,7 +76,7 @@ def full_job(seq: int = 7) -> Job:
         error=Failure("it broke", "E1"),
         releases=6,
         payload_bytes=9_000,
-        extra=Extra("nightly", NOW + 6),
+        extra=Extra("nightly", NOW + 6, 2, 3, "old"),
     )
 
 
@@ -83,21 +87,23 @@ def as_stored(event: Event) -> Event:
 
 def as_recorded(event: Event) -> Event:
     """Return an event as it is read from a record."""
-    return replace(as_stored(event), payload=event.payload, request_hash=event.request_hash, late=event.late)
+    beside = {name: getattr(event, name) for name in ("payload", "request_hash", "late", "bodies")}
+    return replace(as_stored(event), **beside)
 
 
 class ChangeFactory:
     """Make successive changes, and keep the resulting rows."""
 
-    def __init__(self, seed: int = 0, numbers: Numbers | None = None) -> None:
+    def __init__(self, seed: int = 0, numbers: Numbers | None = None, *, has_extra: bool = True) -> None:
         self.random = random.Random(seed)
         self.numbers = numbers or Numbers()
         self.jobs: dict[int, Job] = {}
-        self.payloads: dict[int, bytes] = {}
+        self.payloads: dict[int, bytes] = {}  # bodies by key
         self.unvalidated: set[int] = set()
         self.queues: dict[str, QueueRow] = {}
         self.deleted: dict[int, str] = {}
         self.now = NOW
+        self.has_extra = has_extra  # some jobs get headers, and some progress reports a checkpoint
 
     # -- single changes -----------------------------------------------------------------------------------------------
 
@@ -111,7 +117,11 @@ class ChangeFactory:
         self.payloads[seq] = payload
         if type_ == "imported":
             self.unvalidated.add(seq)
-        return self._step(None, job, type_, payload=payload, request_hash=f"hash-{seq}")
+        bodies = None
+        if self.has_extra and seq % 3 == 0:
+            bodies = {headers_key(seq): b'{"h":"%d"}' % seq}
+            job = replace(job, extra=Extra(headers_bytes=9))
+        return self._step(None, job, type_, payload=payload, request_hash=f"hash-{seq}", bodies=bodies)
 
     def grant(self, job: Job, *, stall_after_ms: int = 600_000) -> Event:
         token = (self.numbers.epoch << TOKEN_COUNTER_BITS) | self.numbers.next_token
@@ -138,7 +148,12 @@ class ChangeFactory:
         deadlines = replace(job.deadlines, expires=job.deadlines.expires + 1, progress_due=self.now + 1_800_000)
         message = message or job.progress_message
         after = replace(job, progress=value, progress_message=message, deadlines=deadlines, updated_at=self.now)
-        return self._step(job, after, "progress")
+        bodies = None
+        if self.has_extra and job.seq % 2:
+            body = b"%d" % self.now if self.now % 4 else b""
+            bodies = {checkpoint_key(job.seq): body} if body else None
+            after = replace(after, extra=with_checkpoint(job.extra, len(body)))
+        return self._step(job, after, "progress", bodies=bodies)
 
     def extend(self, job: Job) -> Event:
         self.now += 1
@@ -149,7 +164,8 @@ class ChangeFactory:
     def finish(self, job: Job, status: str = "completed", metadata: bytes = b'{"size":3}') -> Event:
         fields: dict[str, Any] = {"status": status, "finished_at": self.now, "expires_at": self.now + 1_000}
         if status == "completed":
-            fields |= {"progress": 100, "result": Result(file_path="/out", metadata=Raw(metadata))}
+            extra = with_checkpoint(job.extra, 0)
+            fields |= {"extra": extra, "progress": 100, "result": Result(file_path="/out", metadata=Raw(metadata))}
         elif status == "failed":
             fields |= {"error": Failure("boom", "E2")}
         if job.grant is not None:
@@ -272,7 +288,14 @@ class ChangeFactory:
         return seq
 
     def _step(
-        self, before: Job | None, after: Job | None, type_: str, *, payload: bytes | None = None, request_hash: str = ""
+        self,
+        before: Job | None,
+        after: Job | None,
+        type_: str,
+        *,
+        payload: bytes | None = None,
+        request_hash: str = "",
+        bodies: dict[int, bytes] | None = None,
     ) -> Event:
         job = after or before
         assert job is not None
@@ -291,7 +314,12 @@ class ChangeFactory:
             after=after,
             payload=payload,
             request_hash=request_hash or None,
+            bodies=bodies,
         )
+        for key in extra_keys(before):
+            if key not in extra_keys(after):
+                del self.payloads[key]
+        self.payloads |= bodies or {}
         self._count(before, -1)
         self._count(after, +1)
         if after is None:

@@ -19,7 +19,7 @@ from msgspec.structs import replace
 from jobd.journal import event_codec
 from jobd.model.events import Event
 from jobd.model.fingerprints import fingerprint
-from jobd.model.job import FINISHED, LIVE, Job, Result, packed
+from jobd.model.job import FINISHED, LIVE, Job, Result, extra_keys, packed, seq_of_body
 from jobd.model.responses import CheckedRows, DamagedRow
 from jobd.model.storage import (
     MAX_POSTPONE_MS,
@@ -78,6 +78,7 @@ class MemoryStorage(MemoryProjection, MemoryOutbox, JobStorage, OutboxStorage):
         self.disk_space: DiskSpace | None = DiskSpace("/disk/jobd.db", 8 << 30, 16 << 30)
         self.replaced: str | None = None
         self.has_spare = True
+        self.older_node: str | None = None  # a node that does not read records of the latest format
         self.batches: list[Batch] = []  # committed ones
         self.calls: dict[str, int] = {}
         self.write_errors: deque[Exception | None] = deque()
@@ -158,6 +159,8 @@ class MemoryStorage(MemoryProjection, MemoryOutbox, JobStorage, OutboxStorage):
         if self.behind >= self.max_behind:
             self.project()
         new = {each.job_seq: each.payload for each in batch.changes if each.payload is not None}
+        for each in batch.changes:
+            new |= each.bodies or {}
         self._check_payloads(batch, new)
         payloads = {seq: new[seq] if seq in new else self.payloads[seq].body for seq in batch.payloads}
         for aside in self._all_quarantined[reported:]:
@@ -174,6 +177,9 @@ class MemoryStorage(MemoryProjection, MemoryOutbox, JobStorage, OutboxStorage):
 
     # -- model.storage
 
+    def too_old_for(self, format: int) -> str | None:
+        return self.older_node
+
     def cached_payloads(self, job_seqs: list[int]) -> dict[int, bytes]:
         return {}
 
@@ -186,12 +192,13 @@ class MemoryStorage(MemoryProjection, MemoryOutbox, JobStorage, OutboxStorage):
             self._load_job(job_id, loaded)
         for seq in payloads:
             if (reason := self._bad_payload(seq)) is not None:
-                loaded.bad[self.jobs[seq].id] = reason
-                self._quarantine(self.jobs[seq], reason)
+                job = self.jobs[seq_of_body(seq)]
+                loaded.bad[job.id] = reason
+                self._quarantine(job, reason)
             elif seq in self.payloads:
                 loaded.payloads[seq] = self.payloads[seq]
-            elif seq in self.quarantined_ids:
-                loaded.bad[self.quarantined_ids[seq]] = self.quarantined[self.quarantined_ids[seq]]
+            elif (quarantined := self.quarantined_ids.get(seq_of_body(seq))) is not None:
+                loaded.bad[quarantined] = self.quarantined[quarantined]
         loaded.responses = {digest: self.keys[digest] for digest in digests if digest in self.keys}
         await self._report_quarantined()
         return loaded
@@ -243,6 +250,7 @@ class MemoryStorage(MemoryProjection, MemoryOutbox, JobStorage, OutboxStorage):
             if page.jobs and size + len(body) > query.payload_bytes:
                 break
             page.jobs.append((job, body))
+            page.bodies |= {key: self.payloads[key].body for key in extra_keys(job)}
             page.next_before = seq
             size += len(body)
         if query.by_end and page.next_before is not None:
@@ -449,14 +457,15 @@ class MemoryStorage(MemoryProjection, MemoryOutbox, JobStorage, OutboxStorage):
         for seq in batch.payloads:
             reason = self._bad_payload(seq)
             if reason is not None or (seq not in self.payloads and seq not in new):
-                job = self.jobs.get(seq)
-                name = job.id if job else self.quarantined_ids.get(seq, f"seq {seq}")
+                job_seq = seq_of_body(seq)
+                job = self.jobs.get(job_seq)
+                name = job.id if job else self.quarantined_ids.get(job_seq, f"seq {seq}")
                 bad[name] = reason or "the payload is missing"
         if bad:
             raise BadRows(bad)
 
     def _bad_payload(self, seq: int) -> str | None:
-        return self.bad_payloads.get(seq) if seq in self.jobs else None
+        return self.bad_payloads.get(seq) if seq_of_body(seq) in self.jobs else None
 
     def _bad_row(self, job: Job) -> str | None:
         return self.bad_jobs.get(job.id) or self._bad_payload(job.seq)

@@ -8,7 +8,7 @@ from typing import Any, Final, get_args
 from msgspec.structs import replace
 
 from jobd.model.events import QUIET, Event, QuietRule, fold, fold_quiet
-from jobd.model.job import FINISHED, MAX_LATE_RESULTS, Job, LateResult
+from jobd.model.job import FINISHED, MAX_LATE_RESULTS, Job, LateResult, checkpoint_key, extra_keys, headers_key
 from jobd.model.schedules import Schedule, fold_schedule, schedule_id
 from jobd.model.storage import (
     AuditEntry,
@@ -148,6 +148,10 @@ class MemoryTables:
         self.ids[job.id] = seq
         if event.from_status is None:
             self.payloads[seq] = Payload(change.payload or b"null", change.request_hash or "")
+        for key, body in (change.bodies or {}).items():
+            self.payloads[key] = Payload(body, "")
+        for key in {headers_key(seq), checkpoint_key(seq)} & self.payloads.keys() - set(extra_keys(job)):
+            del self.payloads[key]
         if event.type == "imported":
             self.unvalidated[seq] = event.job_id
 
@@ -174,7 +178,8 @@ class MemoryTables:
         old = self.jobs.pop(seq, None)
         if old is not None and self.ids.get(old.id) == seq:
             del self.ids[old.id]
-        self.payloads.pop(seq, None)
+        for key in (seq, headers_key(seq), checkpoint_key(seq)):
+            self.payloads.pop(key, None)
         self.unvalidated.pop(seq, None)
         self.late_results.pop(seq, None)
 

@@ -67,7 +67,10 @@ def content_of(db: Database, found: OpenedStore) -> MemoryTables:
     """Return the content of a store."""
     tables = MemoryTables(found.numbers)
     page = queries.find_jobs(db, EVERYTHING)
-    loaded = queries.load(db, [], [job.seq for job, _ in page.jobs], [key.digest for key in found.keys])
+    keys = [*(job.seq for job, _ in page.jobs), *page.bodies]
+    loaded = queries.load(db, [], keys, [key.digest for key in found.keys])
+    assert page.bodies == {key: loaded.payloads[key].body for key in page.bodies}
+    tables.payloads |= {key: loaded.payloads[key] for key in page.bodies}
     for job, body in reversed(page.jobs):
         tables.jobs[job.seq], tables.ids[job.id] = job, job.seq
         tables.payloads[job.seq] = loaded.payloads[job.seq]

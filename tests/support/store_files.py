@@ -12,7 +12,7 @@ from msgspec.structs import replace
 
 from jobd.journal import event_codec
 from jobd.model.events import Event, fold
-from jobd.model.job import FINISHED, LIVE, Job, LateResult
+from jobd.model.job import FINISHED, LIVE, Job, LateResult, extra_keys
 from jobd.model.storage import Batch, LateResultQuery, OpenedStore
 from jobd.storage.codec import SQL
 from jobd.storage.commit_mode import CommitSetting
@@ -111,10 +111,10 @@ async def assert_holds(store: Store, found: OpenedStore, maker: ChangeFactory) -
     assert found.numbers == maker.numbers
     assert found.queues == maker.queues
     assert sorted(found.unvalidated.values()) == sorted(maker.jobs[seq].id for seq in maker.unvalidated)
-    everything = await store.load([job.id for job in maker.jobs.values()], list(maker.jobs), [])
+    everything = await store.load([job.id for job in maker.jobs.values()], list(maker.payloads), [])
     assert everything.bad == {}
     assert everything.jobs == {job.id: job for job in maker.jobs.values()}
-    assert {seq: payload.body for seq, payload in everything.payloads.items()} == maker.payloads
+    assert {key: payload.body for key, payload in everything.payloads.items()} == maker.payloads
     for seq, job in maker.jobs.items():
         row = None
         for event in await store.timeline(seq):
@@ -183,7 +183,9 @@ def pick(maker: ChangeFactory, statuses: frozenset[str]) -> Job:
 
 def remove_quarantined(maker: ChangeFactory, job: Job) -> None:
     """Remove a quarantined job from `maker`."""
-    del maker.jobs[job.seq], maker.payloads[job.seq]
+    for key in (job.seq, *extra_keys(job)):
+        del maker.payloads[key]
+    del maker.jobs[job.seq]
     maker.unvalidated.discard(job.seq)
     if job.status in FINISHED:
         row = maker.queues[job.options.queue]

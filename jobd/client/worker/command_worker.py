@@ -14,6 +14,7 @@ from dataclasses import replace
 from datetime import timedelta
 from typing import Any, Final
 
+import msgspec
 from msgspec import UNSET
 
 from jobd.client.aio import AsyncJobClient
@@ -56,7 +57,7 @@ class CommandWorker:
     """Claim jobs and run `command` for each, `concurrency` at a time.
 
     The program gets the payload as JSON on its stdin and the job's fields as JOBD_JOB_* variables. Its stdout can
-    contain the directives `::progress 42 text`, `::meta key=value` and
+    contain the directives `::progress 42 text`, `::checkpoint JSON`, `::meta key=value` and
     `::result download_url|file_path|storage_key=value`, one per line. All other output is passed on, and so is stderr.
     Exit status 0 completes the job, any other fails it with the last lines of stderr.
 
@@ -282,6 +283,9 @@ def environment(grant: GrantView, inherited: Mapping[str, str]) -> dict[str, str
     values: dict[str, Any] = {field: getattr(grant.job, field) for field in FIELDS}
     values["fencing_token"] = grant.fencing_token
     values["worker"] = None if grant.job.lock is None else grant.job.lock.worker
+    for name in ("headers", "checkpoint"):
+        if (body := getattr(grant.job, name)) is not UNSET:
+            values[name] = msgspec.json.encode(body).decode()
     texts = {name: os.fsdecode(str(value).encode()) for name, value in values.items() if value is not None}
     named = {f"{PREFIX}{name.upper()}": text for name, text in texts.items()}
     return {name: value for name, value in inherited.items() if not name.startswith(REMOVED)} | named

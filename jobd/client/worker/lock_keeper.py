@@ -9,8 +9,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
+
+import msgspec
+from msgspec import UNSET, Raw
 
 from jobd.client import requests
 from jobd.client.aio import AsyncJobClient
@@ -96,27 +99,31 @@ class LockKeeper:
         """Start to extend the lock, first after a third of its TTL, or `at_once` if the grant may be old."""
         self._heartbeat = asyncio.create_task(self._extend(0.0 if at_once else self._ttl_s / EXTENSIONS_PER_TTL))
 
-    def progress_request(self, progress: float, message: str | None) -> ApiRequest[LockState]:
+    def progress_request(self, progress: float, message: str | None, checkpoint: Any = UNSET) -> ApiRequest[LockState]:
         """Return the request for `send_report`. Raises TypeError or InvalidRequest if JSON cannot express it."""
-        return self._request(JobCalls.update_progress, progress=progress, message=message)
+        if checkpoint is None:
+            checkpoint = Raw(b"null")
+        return self._request(JobCalls.update_progress, progress=progress, message=message, checkpoint=checkpoint)
 
     def _request(self, call: ApiCall[Any, T], **fields: Any) -> ApiRequest[T]:
         return request_for(call, self.id, lock_id=self.grant.lock_id, **fields)
 
-    def report(self, progress: float, message: str | None = None) -> asyncio.Future[None]:
-        return self.send_report(self.progress_request(progress, message))
+    def report(self, progress: float, message: str | None = None, checkpoint: Any = UNSET) -> asyncio.Future[None]:
+        return self.send_report(self.progress_request(progress, message, checkpoint))
 
     def send_report(self, request: ApiRequest[LockState]) -> asyncio.Future[None]:
-        """Send this progress as soon as possible. If several reports are pending, only the latest is sent.
+        """Send this progress as soon as possible. Of several that are pending, the latest is sent.
 
-        The future is done after the response and raises the daemon's error, if any. While the daemon is unreachable, it
-        is done at once, and the report is sent later.
+        It gets the latest checkpoint. The future is done after the response and raises the daemon's error, if any.
+        While the daemon is unreachable, it is done at once, and the report is sent later.
         """
         reported = self._pending.reported if self._pending else asyncio.get_running_loop().create_future()
         if self.lost.done() or self._is_over:
             error = self.lost.result() if self.lost.done() else LockLost("This run of the job has ended.")
             settle(reported, error=error)
             return reported
+        if self._pending is not None:
+            request = _with_checkpoint_of(self._pending.request, request)
         self._pending = _ProgressReport(request, reported)
         if self._is_reachable:
             self._wake.set()
@@ -138,6 +145,8 @@ class LockKeeper:
 
     async def release(self, give_up: asyncio.Event, delay_ms: int | None = None) -> bool:
         """Release the job. Return whether the daemon accepts this."""
+        if self._pending is not None and _checkpoint_of(self._pending.request) is not None:
+            await self.stop(flush=True)
         request = self._request(JobCalls.release_job, delay_ms=delay_ms)
         return await self._end("release", request, give_up, is_final=True) is not None
 
@@ -224,7 +233,10 @@ class LockKeeper:
     def _keep(self, report: _ProgressReport | None) -> None:
         """Keep progress that was not sent, unless there is newer progress. Its caller waits no longer."""
         if report is not None:
-            self._pending = self._pending or report
+            if self._pending is None:
+                self._pending = report
+            else:
+                self._pending.request = _with_checkpoint_of(report.request, self._pending.request)
             settle(report.reported)
 
     def _is_rejected(self, error: JobdError) -> bool:
@@ -311,6 +323,21 @@ class LockKeeper:
         message = f"The work has ended, but the daemon rejected its `{verb}`: {error.message}"[:MESSAGE_CHARACTERS]
         failure = self._request(JobCalls.fail_job, error_message=message, error_code=f"{verb}:{error.code}")
         await self._end("fail", failure, give_up, is_final=True)
+
+
+def _checkpoint_of(request: ApiRequest[LockState]) -> Raw | None:
+    assert request.body is not None
+    return msgspec.json.decode(request.body, type=dict[str, Raw]).get("checkpoint")
+
+
+def _with_checkpoint_of(older: ApiRequest[LockState], newer: ApiRequest[LockState]) -> ApiRequest[LockState]:
+    """Return the progress report `newer` with the checkpoint of `older`, which is not sent, unless it has its own."""
+    checkpoint = _checkpoint_of(older)
+    if checkpoint is None or _checkpoint_of(newer) is not None:
+        return newer
+    assert newer.body is not None
+    fields = msgspec.json.decode(newer.body, type=dict[str, Raw]) | {"checkpoint": checkpoint}
+    return replace(newer, body=msgspec.json.encode(fields))
 
 
 def _wait_s(failures: int) -> float:

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any, Final
 
 import msgspec
+from msgspec import UNSET, Raw
 
 from jobd.client.worker.aio_utils import call_on, settle
 from jobd.model.fields import MAX_NESTING
@@ -23,7 +24,7 @@ LINE_BYTES: Final = 64 << 10  # a longer line is not a directive; it is passed o
 TEXT_CHARACTERS: Final = 4096
 WARNINGS: Final = 10  # of a program, about lines that are not valid directives
 RESULT_FIELDS: Final = ("download_url", "file_path", "storage_key")
-_VERBS: Final = (b"::progress", b"::meta", b"::result")
+_VERBS: Final = (b"::progress", b"::checkpoint", b"::meta", b"::result")
 
 
 class BadDirective(ValueError):
@@ -31,10 +32,14 @@ class BadDirective(ValueError):
 
 
 class Directives:
-    """The result and metadata in a program's directives so far. `on_progress` is called for each progress directive."""
+    """The result and metadata in a program's directives so far.
 
-    def __init__(self, on_progress: Callable[[float, str | None], object]) -> None:
+    `on_progress` is called for each progress and checkpoint directive, with the latest progress and the new checkpoint.
+    """
+
+    def __init__(self, on_progress: Callable[[float, str | None, Any], object]) -> None:
         self._on_progress = on_progress
+        self._latest: tuple[float, str | None] = (0, None)
         self.result_fields: Final[dict[str, str]] = {}
         self.metadata: Final[dict[str, Any]] = {}
 
@@ -56,6 +61,8 @@ class Directives:
             raise BadDirective("it is not UTF-8") from None
         if verb == b"::progress":
             self._progress(text)
+        elif verb == b"::checkpoint":
+            self._checkpoint(text)
         elif verb == b"::meta":
             key, value = _pair(text)
             self.metadata[key] = _json_or_text(value)
@@ -73,7 +80,15 @@ class Directives:
             raise BadDirective(f"progress must be from 0 to {MAX_PERCENT}")
         if len(message) > TEXT_CHARACTERS:
             raise BadDirective(f"its text is over {TEXT_CHARACTERS} characters")
-        self._on_progress(int(progress) if progress.is_integer() else progress, message.strip() or None)
+        self._latest = int(progress) if progress.is_integer() else progress, message.strip() or None
+        self._on_progress(*self._latest, UNSET)
+
+    def _checkpoint(self, text: str) -> None:
+        try:
+            msgspec.json.decode(text)
+        except (msgspec.DecodeError, RecursionError) as error:
+            raise BadDirective(f"a checkpoint is JSON: {error}") from None
+        self._on_progress(*self._latest, Raw(text.encode()))
 
     def _result(self, name: str, value: str) -> None:
         if name not in RESULT_FIELDS:

@@ -9,6 +9,8 @@ import threading
 from concurrent.futures import Future
 from typing import Any, Final
 
+from msgspec import UNSET
+
 from jobd.client.errors import JobdError
 from jobd.client.outcomes import Stopped
 from jobd.client.worker.aio_utils import call_on
@@ -27,7 +29,12 @@ class BaseTask:
         self.job: Final[JobView] = keeper.grant.job
         self.fencing_token: Final = keeper.grant.fencing_token
         self.result: Final[dict[str, Any]] = {}
-        self._latest: tuple[float, str | None] | None = None
+        self._latest: tuple[float, str | None, Any] | None = None
+
+    @functools.cached_property
+    def checkpoint(self) -> Any:
+        """The latest checkpoint of an earlier grant as Python values, None if there is none."""
+        return self.job.checkpoint_value
 
     @functools.cached_property
     def payload(self) -> Any:
@@ -51,10 +58,13 @@ class BaseTask:
         if self._keeper.lost.done():
             raise self._keeper.lost.result()
 
-    def report_latest(self, progress: float, message: str | None) -> None:
-        """Report progress without waiting. Of several reports that are pending, only the latest is sent."""
-        is_pending, self._latest = self._latest is not None, (progress, message)
-        if not is_pending:
+    def report_latest(self, progress: float, message: str | None, checkpoint: Any = UNSET) -> None:
+        """Report progress without waiting. Of several that are pending, the latest progress and checkpoint are sent."""
+        pending = self._latest
+        if pending is not None and checkpoint is UNSET:
+            checkpoint = pending[2]
+        self._latest = (progress, message, checkpoint)
+        if pending is None:
             call_on(self._service, self._send_latest)
 
     def _send_latest(self) -> None:
@@ -70,9 +80,9 @@ class BaseTask:
         if error is not None and not isinstance(error, LOST):
             logger.warning("job %s: its progress was rejected: %s", self.job.id, error)
 
-    def _report(self, progress: float, message: str | None) -> Future[None]:
+    def _report(self, progress: float, message: str | None, checkpoint: Any) -> Future[None]:
         """Report progress in the service thread."""
-        request = self._keeper.progress_request(progress, message)
+        request = self._keeper.progress_request(progress, message, checkpoint)
         reported: Future[None] = Future()
 
         def report() -> None:
@@ -106,13 +116,14 @@ class Task(BaseTask):
         self.cancelled: Final = asyncio.Event()
         self.lost_raised_in: asyncio.Task[Any] | None = None  # the task in which a call raised that the lock is lost
 
-    async def progress(self, progress: float, message: str | None = None) -> None:
+    async def progress(self, progress: float, message: str | None = None, *, checkpoint: Any = UNSET) -> None:
         """Report progress (0 to 100), which renews the lock. Returns at once while the daemon is unreachable.
 
+        Every later grant of the job has the latest `checkpoint`, any JSON of up to 64 KiB; None removes it.
         Raises LockLost, ProgressTimeout, InvalidRequest.
         """
         try:
-            await asyncio.wrap_future(self._report(progress, message))
+            await asyncio.wrap_future(self._report(progress, message, checkpoint))
         except LOST:
             self.lost_raised_in = asyncio.current_task()
             raise
@@ -135,13 +146,14 @@ class SyncTask(BaseTask):
         super().__init__(keeper)
         self.cancelled: Final = threading.Event()
 
-    def progress(self, progress: float, message: str | None = None) -> None:
+    def progress(self, progress: float, message: str | None = None, *, checkpoint: Any = UNSET) -> None:
         """Report progress (0 to 100), which renews the lock. Returns at once while the daemon is unreachable.
 
+        Every later grant of the job has the latest `checkpoint`, any JSON of up to 64 KiB; None removes it.
         Raises LockLost, ProgressTimeout, InvalidRequest, and Stopped if the handler has to return.
         """
         self.raise_if_lost()
-        self._report(progress, message).result()
+        self._report(progress, message, checkpoint).result()
 
     def raise_if_lost(self) -> None:
         """Raise LockLost (or ProgressTimeout) if the lock is lost, Stopped if the handler has to return."""

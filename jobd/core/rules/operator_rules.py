@@ -40,7 +40,10 @@ from jobd.model.job import (
     LockDeadlines,
     Result,
     Status,
+    checkpoint_key,
+    headers_key,
     recorded_bytes,
+    with_checkpoint,
 )
 from jobd.model.responses import AdminLockView, Imported, LockState, Response, TransitionView
 
@@ -57,7 +60,10 @@ def force_fail(tx: Transaction, command: ForceFail) -> Response:
 
 
 def force_reset(tx: Transaction, command: ForceReset) -> Response:
-    """Requeue the job as new. For a failed or cancelled job this is a retry, whichever command asks for it."""
+    """Requeue the job as new. For a failed or cancelled job this is a retry, whichever command asks for it.
+
+    Only RetryJob keeps the checkpoint.
+    """
     job = guards.find(tx, command.id)
     job = transitions.expire_if_overdue(tx, job)
     if job.status in ("queued", "completed"):  # a job whose row has an unknown status can be reset too
@@ -67,6 +73,8 @@ def force_reset(tx: Transaction, command: ForceReset) -> Response:
         raise guards.invalid_transition(job, "queued", "Only failed and cancelled jobs can be retried.")
     ended = transitions.ended_by(job, tx.at.now, "force-reset", "force_reset")
     fresh = replace(_without_past_expiry(tx, job), attempt=0, stalls=0, error=None)
+    if job.extra is not None and not isinstance(command, RetryJob):
+        fresh = replace(fresh, extra=with_checkpoint(job.extra, 0))
     event: EventType = "retried_by_operator" if job.status in RetryJob.allowed_from else "force_reset"
     after = transitions.requeue(tx, job, fresh, event, ended, run_at=command.run_at or tx.at.now, reason=command.reason)
     return _forced(tx, job, after, command.reason)
@@ -197,8 +205,17 @@ def import_job(tx: Transaction, command: Import) -> Response:
     if command.status in LIVE:
         guards.check_live_jobs(tx)
     guards.check_queue(tx, command.queue)
+    headers = guards.headers_body(tx, command.headers) if command.headers else b""
+    checkpoint = guards.checkpoint_body(tx, command.checkpoint) or b""
+    if command.copied_from is not UNSET:
+        guards.check_format(tx, "copied_from")
     job = _imported(tx, command)
+    beside = {"headers_bytes": len(headers), "checkpoint_bytes": len(checkpoint)}
+    extra = replace(job.extra or Extra(), copied_from=command.copied_from or None, **beside)
+    job = replace(job, extra=None if extra == Extra() else extra)
     tx.create(job, "imported", bytes(command.payload), "")
+    tx.attach(headers_key(job.seq), headers)
+    tx.attach(checkpoint_key(job.seq), checkpoint)
     if job.status == "processing":
         transitions.stall(tx, job, "The job was processing when it was imported; its worker is unknown here.")
     last = tx.changes[-1]

@@ -38,12 +38,17 @@ from jobd.model.job import (
     DELAYED_FROM,
     SECOND_MS,
     SMALL_PAYLOAD_BYTES,
+    Extra,
     Failure,
     Job,
     PreviousGrant,
     Result,
+    checkpoint_key,
+    granted_bytes,
+    headers_key,
     recorded_bytes,
     release_delay_ms,
+    with_checkpoint,
 )
 from jobd.model.responses import GoodbyeView, Grants, JobList, JobView, Response
 from jobd.model.times import duration, time_left
@@ -59,7 +64,7 @@ CLAIM_BYTES: Final = 8 << 20  # of the payloads of one claim
 
 def create(tx: Transaction, command: Create) -> Response:
     job, view, is_new = _create(tx, command)
-    return Response(view, status=201) if is_new else Response(view, unread_payloads=[(job.seq, view)])
+    return Response(view, status=201) if is_new else Response(view, unread_payloads=views.unread(job, view))
 
 
 def bulk(tx: Transaction, command: Bulk) -> Response:
@@ -77,7 +82,7 @@ def bulk(tx: Transaction, command: Bulk) -> Response:
             raise _rejected_item(index, rejected.error) from None
         response.data.jobs.append(view)
         if not is_new:
-            response.unread_payloads.append((job.seq, view))
+            response.unread_payloads += views.unread(job, view)
     return response
 
 
@@ -97,14 +102,21 @@ def _create(tx: Transaction, command: Create) -> tuple[Job, JobView, bool]:
     _check_options(tx, command)
     guards.check_live_jobs(tx)
     guards.check_queue(tx, command.queue)
+    headers = guards.headers_body(tx, command.headers) if command.headers else None
     now, number, options = tx.now, tx.job_number(), transitions.requested_options(tx, command)
     run_at = command.run_at or now + (command.delay_ms or 0)
     job_id = command.id or tx.job_id(number)
     expires_at = command.expires_at if command.expires_in_ms is UNSET else tx.at.latest + command.expires_in_ms
     payload_bytes = recorded_bytes(command.payload)
     job = Job(number, job_id, options, "queued", now, now, run_at, expires_at=expires_at, payload_bytes=payload_bytes)
+    if headers:
+        job = replace(job, extra=Extra(headers_bytes=len(headers)))
     tx.create(job, "created", bytes(command.payload), request_hash)
-    return job, views.job_view(job, tx.at, tx.policy, admin=tx.call.admin, payload=command.payload), True
+    view = views.job_view(job, tx.at, tx.policy, admin=tx.call.admin, payload=command.payload)
+    if headers:
+        tx.attach(headers_key(number), headers)
+        view.headers = command.headers
+    return job, view, True
 
 
 def _existing(tx: Transaction, command: Create, job_id: str, request_hash: str) -> Job | None:
@@ -176,7 +188,8 @@ def start(tx: Transaction, command: Start) -> Response:
     job = transitions.grant(tx, job, command)
     view = views.job_view(job, tx.at, tx.policy, admin=tx.call.admin)
     granted = views.grant_view(job, tx.at, view)
-    return Response(granted, 200, [(job.seq, view)], [(job.id, granted.lock_id)], large_bytes=job.payload_bytes)
+    unread, size = views.unread(job, view), granted_bytes(job)
+    return Response(granted, 200, unread, [(job.id, granted.lock_id)], large_bytes=size)
 
 
 def _check_start(tx: Transaction, job: Job) -> None:
@@ -230,7 +243,7 @@ def _fitting(jobs: list[Job]) -> int:
     """Return how many of the first `jobs` have at most CLAIM_BYTES of payloads together, at least 1."""
     total = 0
     for index, job in enumerate(jobs):
-        total += job.payload_bytes or SMALL_PAYLOAD_BYTES
+        total += granted_bytes(job) or SMALL_PAYLOAD_BYTES
         if total > CLAIM_BYTES:
             return max(index, 1)
     return len(jobs)
@@ -242,9 +255,13 @@ def _granted(tx: Transaction, jobs: list[Job]) -> Response:
         view = views.job_view(job, tx.at, tx.policy, admin=tx.call.admin)
         granted = views.grant_view(job, tx.at, view)
         shown.append(granted)
-        unread_payloads.append((job.seq, view))
+        if job.extra is None:
+            unread_payloads.append((job.seq, view))
+            large_bytes += job.payload_bytes
+        else:
+            unread_payloads += views.unread(job, view)
+            large_bytes += granted_bytes(job)
         grants.append((job.id, granted.lock_id))
-        large_bytes += job.payload_bytes
     return Response(Grants(shown), 200, unread_payloads, grants, large_bytes=large_bytes)
 
 
@@ -281,6 +298,7 @@ def progress(tx: Transaction, command: Progress) -> Response:
     assert job.grant is not None and job.deadlines is not None
     if job.deadlines.is_past_progress_due(tx.at.lock_ms):
         raise _progress_timeout(tx, job)
+    checkpoint = guards.checkpoint_body(tx, command.checkpoint)
     deadlines = transitions.keep_alive(job.grant, job.deadlines, tx.at.lock_ms, job.grant.ttl_ms, progressed=True)
     value = transitions.normalize_number(command.progress)
     details: dict[str, Any] = {"progress": value}
@@ -288,7 +306,10 @@ def progress(tx: Transaction, command: Progress) -> Response:
         details["message"] = command.message
     releases = 0 if value > 0 else job.releases
     after = replace(job, progress=value, progress_message=command.message, deadlines=deadlines, releases=releases)
+    if checkpoint is not None:
+        after = replace(after, extra=with_checkpoint(job.extra, len(checkpoint)))
     tx.update(job, after, "progress", worker=job.grant.worker, details=details)
+    tx.attach(checkpoint_key(job.seq), checkpoint)
     tx.state.progressed[job.id] = tx.at.lock_ms
     return Response(views.lock_state(job.grant, deadlines, tx.at))
 
@@ -345,25 +366,27 @@ def fail(tx: Transaction, command: Fail) -> Response:
     job = _held(tx, command, "fail")
     if not isinstance(job, Job):
         return job
+    checkpoint = guards.checkpoint_body(tx, command.checkpoint)
     ended = _ended_by_holder(tx, job, command, "fail")
     error = Failure(command.error_message, command.error_code)
+    failed = replace(job, error=error)
+    if checkpoint is not None:
+        failed = replace(failed, extra=with_checkpoint(job.extra, len(checkpoint)))
     worker, reason = ended.worker, error.message
     if not command.retry or job.attempt >= job.options.max_attempts:
-        failed = replace(job, error=error)
-        job = transitions.finish(tx, job, failed, "failed", "failed", ended, worker=worker, reason=reason)
-        return views.job_response(tx, job)
+        after = transitions.finish(tx, job, failed, "failed", "failed", ended, worker=worker, reason=reason)
+        tx.attach(checkpoint_key(job.seq), checkpoint)
+        return views.job_response(tx, after)
     wait_ms = command.retry_after_ms
     if wait_ms is None:
         wait_ms = job.options.backoff.wait_ms(job.attempt, tx.fraction(job.attempt))
     run_at = tx.at.now + wait_ms
     details = {"attempt": job.attempt, "run_at": run_at}
-    failed = replace(job, error=error)
-    return views.job_response(
-        tx,
-        transitions.requeue(
-            tx, job, failed, "retried", ended, run_at=run_at, worker=worker, reason=reason, details=details
-        ),
+    after = transitions.requeue(
+        tx, job, failed, "retried", ended, run_at=run_at, worker=worker, reason=reason, details=details
     )
+    tx.attach(checkpoint_key(job.seq), checkpoint)
+    return views.job_response(tx, after)
 
 
 def release(tx: Transaction, command: Release) -> Response:

@@ -6,12 +6,12 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Final
 
-from jobd.journal.record import LOWEST_FORMAT
 from jobd.model.journal import LeadershipLost, Record
 from jobd.model.storage import DiskFull, FormatNotRead
 from jobd.storage.tables.projection import Prepared
 
 Append = Callable[[Record, int], Awaitable[None]]  # of a SharedJournal
+TooOldFor = Callable[[int], str | None]
 
 _INTERRUPTED: Final = "an append was interrupted, so its outcome is unknown"
 
@@ -23,16 +23,16 @@ class Appender:
         self._on_lost = on_lost
         self._order = asyncio.Lock()
         self._to_journal: Append | None = None
-        self._format: Callable[[], int] = lambda: LOWEST_FORMAT
+        self.too_old_for: TooOldFor = lambda format: None
         self._lost: Exception = LeadershipLost("this node does not lead")
 
     @property
     def is_leading(self) -> bool:
         return self._to_journal is not None
 
-    def lead(self, to_journal: Append, format: Callable[[], int]) -> None:
-        """Append with `to_journal` from now on. `format` returns the highest format of records that all nodes read."""
-        self._to_journal, self._format = to_journal, format
+    def lead(self, to_journal: Append, too_old_for: TooOldFor) -> None:
+        """Append with `to_journal` from now on. `too_old_for` is NodeRegistry.too_old_for."""
+        self._to_journal, self.too_old_for = to_journal, too_old_for
 
     async def append(
         self, prepare: Callable[[], Awaitable[Prepared]], accept: Callable[[Prepared], Awaitable[None]]
@@ -60,9 +60,8 @@ class Appender:
 
     def _check_format(self, made: Record) -> None:
         """Raise FormatNotRead if a node does not read the record."""
-        needed, read = made.body[0], self._format()
-        if needed > read:
+        needed = made.body[0]
+        if (node := self.too_old_for(needed)) is not None:
             raise FormatNotRead(
-                f"it needs records of format {needed}, but a node of this cluster reads formats up to {read}: "
-                "see jobctl cluster"
+                f"it needs records of format {needed}, which node {node} does not read: see jobctl cluster"
             )

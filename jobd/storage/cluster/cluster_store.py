@@ -21,7 +21,7 @@ from jobd.model.storage import Batch, DiskFull, OpenedStore, TableWrite
 from jobd.storage import backup, files, startup
 from jobd.storage.backup import StoreCopy
 from jobd.storage.cluster import membership, snapshots
-from jobd.storage.cluster.appender import Append, Appender
+from jobd.storage.cluster.appender import Append, Appender, TooOldFor
 from jobd.storage.cluster.joining import FIRST_RECORD
 from jobd.storage.cluster.membership import Followed, StoreDamaged
 from jobd.storage.commit_mode import CommitMode
@@ -209,13 +209,15 @@ class ClusterStore(Store):
 
     # -- the leader
 
-    def lead(self, append: Append, format: Callable[[], int]) -> None:
+    def lead(self, append: Append, too_old_for: TooOldFor) -> None:
         """Write with `append` from now on. All records of the journal have been followed.
 
-        `format` returns the highest format of records that all nodes read. A write that needs a higher one raises
-        FormatNotRead.
+        A write that needs a format for which a node is `too_old_for` raises FormatNotRead.
         """
-        self._appender.lead(append, format)
+        self._appender.lead(append, too_old_for)
+
+    def too_old_for(self, format: int) -> str | None:
+        return self._appender.too_old_for(format)
 
     async def write(self, batch: Batch) -> dict[int, bytes]:
         return await self._append_shared(batch, self._reported)

@@ -36,6 +36,7 @@ class LostJob(Struct):
     after: str | None
     job: Job | None = None
     payload: bytes = b"null"
+    bodies: dict[int, bytes] = {}  # headers and checkpoint
 
 
 class LostChanges(Struct):
@@ -108,7 +109,7 @@ def changes(path: str, after_event: int) -> LostChanges:
             for row in db.rows(BY_SEQ, (seq,)):
                 each.job, _ = read_job(row, db.reader.job)
             if each.job is not None and (payload := db.payload(seq)[0]) is not None:
-                each.payload = payload.body
+                each.payload, each.bodies = payload.body, db.extra_bodies(each.job)[0]
             lost.jobs.append(each)
     lost.queues = list(dict.fromkeys(lost.queues))
     return lost

@@ -81,6 +81,8 @@ def _check(db: Database, result: Slice, after: int, until_s: float) -> None:
             job, error = read_job(row, db.reader.job)
             if job is not None:
                 payload, error = db.payload(job.seq)
+                if not error and job.extra is not None:
+                    error = db.extra_bodies(job)[1]
                 size += 0 if payload is None else len(payload.body)
         else:
             error = key_fault(row) if table == "keys" else fault(row)

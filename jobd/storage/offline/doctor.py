@@ -14,15 +14,15 @@ from operator import itemgetter
 from typing import Final
 
 import msgspec
-from msgspec.structs import asdict
+from msgspec.structs import asdict, replace
 
 from jobd.journal import event_codec
 from jobd.journal.sqlite import SqliteJournal
-from jobd.model.job import DAY_MS, LIVE, TOKEN_COUNTER_BITS
+from jobd.model.job import DAY_MS, LIVE, TOKEN_COUNTER_BITS, Extra, Job, extra_keys, headers_key
 from jobd.model.storage import Numbers, QueueRow
 from jobd.storage import codec, files, startup
 from jobd.storage.cluster import membership
-from jobd.storage.codec import META_COLUMNS, SQL, Row, fault, insert
+from jobd.storage.codec import META_COLUMNS, SQL, Row, body_table, fault, insert
 from jobd.storage.damage.quarantine import original_id, row_name
 from jobd.storage.database import PUT_QUEUE, Database, lenient_text, now_ms, readable
 from jobd.storage.events import event_rows
@@ -102,7 +102,7 @@ def check(
 def problems(conn: sqlite3.Connection, path: str) -> list[StoreProblem]:
     """Return all problems of an open store. It has the current schema version, and nothing writes to it."""
     found: list[StoreProblem] = []
-    tables = (_jobs, _payloads, _late, _events, _deleted, _keys, queues, _small_tables, _tombstones)
+    tables = (_jobs, _payloads, _extra, _late, _events, _deleted, _keys, queues, _small_tables, _tombstones)
     for part in (_meta, _file, _tail, *tables, _quarantined, _files):
         found += _limited(part(conn, path))
     return found
@@ -222,6 +222,26 @@ def _payloads(conn: sqlite3.Connection, path: str) -> Iterator[StoreProblem]:
     without = "SELECT id FROM jobs NOT INDEXED WHERE seq NOT IN (SELECT job_seq FROM payloads)"
     for (id_,) in _all_rows(conn, without):
         yield StoreProblem(f"job {readable(id_)}", "the payload is missing", _ACCEPT.format(readable(id_)))
+
+
+def _extra(conn: sqlite3.Connection, path: str) -> Iterator[StoreProblem]:
+    """Check headers and checkpoints."""
+    db = _database_of(conn, path)
+    kept = {seq for (seq,) in conn.execute("SELECT seq FROM quarantined_jobs")}
+    expected: dict[int, str] = {}
+    for row in _all_rows(conn, f"SELECT {SQL['jobs']} FROM jobs NOT INDEXED WHERE instr(body, '\"extra\":') > 0"):
+        job, _ = read_job(row, db.reader.job)
+        if job is None:
+            kept.add(row[0])  # `_jobs` reports it
+        else:
+            expected |= dict.fromkeys(extra_keys(job), job.id)
+    for key, id_ in expected.items():
+        if (error := db.payload(key)[1]) != "":
+            yield StoreProblem(f"job {id_}", error, _ACCEPT.format(id_))
+    for offset, table in enumerate(("headers", "checkpoints")):
+        for (seq,) in conn.execute(f"SELECT job_seq FROM {table}"):
+            if headers_key(seq) - offset not in expected and seq not in kept:
+                yield StoreProblem(f"{table} {seq}", "no job has them", _UNUSED)
 
 
 def _late(conn: sqlite3.Connection, path: str) -> Iterator[StoreProblem]:
@@ -366,7 +386,7 @@ def damaged(db: Database, path: str) -> list[str]:
     quarantined = [readable(id_) for (id_,) in _all_rows(db.conn, "SELECT id FROM quarantined_jobs ORDER BY seq")]
     named = (
         problem.where.removeprefix("job ")
-        for part in (_jobs, _payloads)
+        for part in (_jobs, _payloads, _extra)
         for problem in part(db.conn, path)
         if problem.fix.startswith(_ACCEPT.partition("{")[0])
     )
@@ -423,6 +443,7 @@ def _accept(db: Database, path: str, ids: Sequence[str] | None, is_dry_run: bool
 def _accept_row(db: Database, id_: str, is_dry_run: bool) -> list[str]:
     run = db.conn.execute
     accepted = edited(db, id_)
+    accepted = replace(accepted, job=_with_undamaged_extra(db, accepted.job))
     if accepted.quarantine_seq is not None:
         run("DELETE FROM quarantined_jobs WHERE seq = ?", (accepted.quarantine_seq,))
     seq = accepted.job.seq
@@ -444,6 +465,16 @@ def _accept_row(db: Database, id_: str, is_dry_run: bool) -> list[str]:
         f"job {id_}: {accepted.where} would be accepted with a new checksum; validation would check it",
         f"    {values}; a payload of {len(accepted.body)} bytes",
     ]
+
+
+def _with_undamaged_extra(db: Database, job: Job) -> Job:
+    """Return the job without headers and checkpoint if their rows are damaged or missing. Damaged rows are deleted."""
+    extra = job.extra
+    for key in extra_keys(job):
+        if db.payload(key)[0] is None:
+            db.conn.execute(f"DELETE FROM {body_table(key)} WHERE job_seq = ?", (job.seq,))
+            extra = replace(extra or Extra(), **{"checkpoint_bytes" if key % 2 else "headers_bytes": 0})
+    return replace(job, extra=None if extra == Extra() else extra)
 
 
 def totals(conn: sqlite3.Connection) -> tuple[int, int, int, int]:

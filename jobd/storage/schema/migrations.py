@@ -17,8 +17,8 @@ from jobd.storage.codec import META_COLUMNS, fault, with_checksum
 from jobd.storage.files import StoreUnreadable
 
 APPLICATION_ID: Final = 0x6A6F6264  # "jobd", in the header of the file
-VERSION: Final = 18
-OLDEST: Final = 18  # that can be migrated
+VERSION: Final = 19
+OLDEST: Final = 19  # that can be migrated
 
 
 # MIGRATIONS[n] turns schema version n into n + 1. A step that changes the columns of a table with checksums has to

@@ -74,6 +74,10 @@ CREATE TABLE payloads (
     crc INTEGER NOT NULL
 ) STRICT;
 
+-- Of the jobs whose `extra` says that they have some. JSON text.
+CREATE TABLE headers (job_seq INTEGER PRIMARY KEY, body BLOB NOT NULL, crc INTEGER NOT NULL) STRICT;
+CREATE TABLE checkpoints (job_seq INTEGER PRIMARY KEY, body BLOB NOT NULL, crc INTEGER NOT NULL) STRICT;
+
 -- Results submitted after their grant had ended: one per grant, a few per job. seq is that of the event.
 CREATE TABLE late_results (
     seq INTEGER PRIMARY KEY,

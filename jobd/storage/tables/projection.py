@@ -25,8 +25,8 @@ Invariants:
   (BadRows, DiskFull), and the state is as before. After an error that leaves the disk unknown, `db` is broken, and
   every later call raises.
 - `behind` is the sum of the sizes of the pending records: their events, at least 1 for each.
-- `_payloads` has the payload of each new job of the pending records, and no other. So a payload is in memory or in the
-  tables.
+- `_payloads` has the payload of each new job of the pending records, and their latest headers and checkpoints, and no
+  other body. So a body is in memory or in the tables.
 - A read of the tables writes all pending records first. If the disk is full, it applies them in a transaction that is
   rolled back. A read that concerns no pending record may skip both (`touches`, `read_outbox`).
 - Numbers in `db.numbers` are those of the last record. Counts and checksums in `db` are those of the tables.
@@ -57,7 +57,7 @@ from jobd.journal.checksum import checksum
 from jobd.journal.record import Decoded
 from jobd.journal.sqlite import SqliteJournal
 from jobd.model.events import QUIET, Event
-from jobd.model.job import FINISHED
+from jobd.model.job import FINISHED, seq_of_body
 from jobd.model.journal import BadRecord, Record
 from jobd.model.schedules import schedule_id
 from jobd.model.storage import (
@@ -123,7 +123,7 @@ class Projection:
         self.last_crc = None if db.membership is None else db.membership.record_crc  # of the last record of a cluster
         self._batch_events = 0  # of the latest batch
         self._pending: deque[Pending] = deque()
-        self._payloads: dict[int, Payload] = {}  # of new jobs of the pending records, by seq
+        self._payloads: dict[int, Payload] = {}  # bodies of the pending records, by key
         self._outbox = 0  # number of the last record that concerns the webhook outbox
         self._jobs = JobWriter(db.conn, self._find, db.note_fault)
         self._late = LateWriter(db.conn, db.rows, db.note_fault)
@@ -233,6 +233,8 @@ class Projection:
         payloads: dict[int, bytes] = {}
         bad: dict[str, str] = {}
         new = {change.job_seq: change.payload for change in batch.changes if change.payload is not None}
+        for change in batch.changes:
+            new |= change.bodies or {}
         for seq in batch.payloads:
             if (body := new.get(seq)) is not None:
                 payloads[seq] = body
@@ -243,13 +245,13 @@ class Projection:
             if payload is not None:
                 payloads[seq] = payload.body
             else:
-                bad[self.db.job_id_of(seq) or f"seq {seq}"] = error
+                bad[self.db.job_id_of(seq_of_body(seq)) or f"seq {seq}"] = error
         if bad:
             raise BadRows(bad)
         return payloads
 
     def pending_payloads(self, seqs: Iterable[int]) -> dict[int, Payload]:
-        """Return those of the payloads that the tables lack. Other payloads do not change, so the tables have them."""
+        """Return those of the bodies that the tables lack. The tables have the latest of the others."""
         return {seq: self._payloads[seq] for seq in seqs if seq in self._payloads}
 
     def cached_payloads(self, seqs: Iterable[int]) -> dict[int, bytes]:
@@ -267,6 +269,8 @@ class Projection:
                 job_seq = change.job_seq
                 self._payloads[job_seq] = Payload(change.payload, change.request_hash or "")
                 self._jobs.cache_payload(job_seq, change.payload)
+            if change.bodies:
+                self._payloads |= {key: Payload(body, "") for key, body in change.bodies.items()}
         if batch.writes and any(type(write) is OutboxWrite for write in batch.writes):
             self._outbox = pending.number
 
@@ -375,6 +379,9 @@ class Projection:
                 for change in changes:
                     if change.payload is not None:
                         self._payloads.pop(change.job_seq, None)
+                    for key, body in (change.bodies or {}).items():
+                        if (known := self._payloads.get(key)) is not None and known.body is body:
+                            del self._payloads[key]  # no later record has another one
                 self.behind -= pending.size
                 self._pending.popleft()
 

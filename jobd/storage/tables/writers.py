@@ -14,10 +14,10 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from jobd.model.events import NOTES, Event, fold
-from jobd.model.job import LIVE, MAX_LATE_RESULTS, Job
+from jobd.model.job import LIVE, MAX_LATE_RESULTS, Job, extra_keys, seq_of_body
 from jobd.model.storage import AuditEntry, AuditShare, Tombstone, audit_share
 from jobd.storage import codec
-from jobd.storage.codec import COLUMNS, SQL, Row, fault, insert, with_checksum
+from jobd.storage.codec import COLUMNS, SQL, Row, body_table, fault, insert, with_checksum
 
 Totals = tuple[int, int, int, int]  # count and XOR of the checksums of live jobs, then of finished jobs
 
@@ -89,13 +89,14 @@ class JobWriter:
         self._payload_bytes = 0
 
     def write(self, changes: Sequence[Event], totals: Totals, skipped: Container[str]) -> Totals:
-        """Write the final row of each job and the payloads of new jobs. Return the new totals.
+        """Write the final row and the bodies of each job. Return the new totals.
 
         Jobs with the ids `skipped` are in quarantine. Their rows are not changed.
         """
         before: dict[int, StoredJob | None] = {}  # None: a new job
         after: dict[int, Job | None] = {}
         payloads: dict[int, Row] = {}
+        bodies: dict[int, bytes] = {}
         gone: list[tuple[int, str, int]] = []
         suspects: list[tuple[int]] = []
         for event in changes:
@@ -108,6 +109,8 @@ class JobWriter:
                     continue
                 before[seq], after[seq] = stored, None if stored is None else stored.job
             after[seq] = fold(after[seq], event)
+            if event.bodies:
+                bodies |= event.bodies
             if event.from_status is None:
                 payloads[seq] = (seq, event.payload or b"null", event.request_hash or "")
                 if event.type == "imported":
@@ -120,11 +123,24 @@ class JobWriter:
                 payloads.pop(seq, None)
         totals = self._write_rows(before, after, totals)
         self._conn.executemany(_INSERT_PAYLOAD, map(with_checksum, payloads.values()))
+        if bodies or any([stored is not None and stored.job.extra is not None for stored in before.values()]):
+            self._write_extra(bodies, before, after)
         if suspects:
             self._conn.executemany("INSERT OR IGNORE INTO suspects (job_seq) VALUES (?)", suspects)
             if gone:
                 self._conn.execute("DELETE FROM suspects WHERE job_seq NOT IN (SELECT seq FROM jobs)")
         return totals
+
+    def _write_extra(
+        self, bodies: dict[int, bytes], before: dict[int, StoredJob | None], after: dict[int, Job | None]
+    ) -> None:
+        """Write the headers and checkpoints that jobs have, and delete those that they have no more."""
+        kept = {key for job in after.values() for key in extra_keys(job)}
+        for key in {key for stored in before.values() if stored is not None for key in extra_keys(stored.job)} - kept:
+            self._conn.execute(f"DELETE FROM {body_table(key)} WHERE job_seq = ?", (seq_of_body(key),))
+        for key in kept & bodies.keys():
+            row = with_checksum((seq_of_body(key), bodies[key]))
+            self._conn.execute(insert(body_table(key), "REPLACE"), row)
 
     def forget_rows(self) -> None:
         """Clear the cache of rows, after a transaction that was rolled back."""

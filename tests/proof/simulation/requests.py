@@ -8,7 +8,7 @@ from __future__ import annotations
 from random import Random
 from typing import Any, Final
 
-from msgspec import Raw
+from msgspec import UNSET, Raw
 
 from jobd.core.rules.plan_rules import version
 from jobd.engine.waiting_claims import FEW
@@ -131,6 +131,7 @@ class RequestGenerator:
             queue=self.queue(),
             kind=self.kind(),
             payload=Raw(self.dice.choice((b"null", b'{"a":1}', b'"text"'))),
+            headers=self.time_dice.choice((UNSET, UNSET, UNSET, {"t": "1"})),
             priority=self.dice.choice((0, 0, 0, -1, 5)),
             max_attempts=self.dice.choice((1, 1, 2, 3)),
             backoff=self.dice.choice(

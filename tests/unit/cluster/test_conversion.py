@@ -43,7 +43,7 @@ async def write(path: str, server: MemoryServer, maker: ChangeFactory) -> None:
     async with store:
         head = await journal.head()
         assert await journal.take_over(head, holder="a", url="http://a", epoch=1) is not None
-        store.lead(journal.append, lambda: FORMAT)
+        store.lead(journal.append, lambda format: None)
         await store.write(maker.any_batch(9))
 
 

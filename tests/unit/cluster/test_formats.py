@@ -48,11 +48,11 @@ async def test_a_node_that_cannot_read_a_record_takes_no_lease(
 async def test_an_older_node_reads_all_records_until_it_is_forgotten(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    server, maker = MemoryServer(), ChangeFactory()
-    older = NodeEntry("older", "p", "", FORMAT - 1, "", 0)
+    server, maker = MemoryServer(), ChangeFactory(has_extra=False)
+    older = NodeEntry("older", "p", "", 1, "", 0)
     async with leading(f"{tmp_path}/jobd.db", server) as leader:
         registry = NodeRegistry(leader.journal, lambda: replace(older, name="leader", format=FORMAT))
-        leader.store.lead(leader.journal.append, lambda: registry.format)
+        leader.store.lead(leader.journal.append, registry.too_old_for)
         await leader.journal.register(older)
         await registry.begin_leadership()
         for _ in range(20):
@@ -62,7 +62,7 @@ async def test_an_older_node_reads_all_records_until_it_is_forgotten(
         await leader.journal.forget("older")
         await registry.begin_leadership()
         await leader.store.save_stats(b"2")
-    monkeypatch.setattr(record, "FORMAT", FORMAT - 1)
+    monkeypatch.setattr(record, "FORMAT", 1)
     *earlier, last = server.records
     assert sum(len(record.decode(each)[1]) for each in earlier) > 100
     with pytest.raises(BadRecord, match="has format 2"):

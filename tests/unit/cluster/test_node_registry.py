@@ -24,7 +24,7 @@ def loop_ms() -> int:
 
 
 def entry(name: str, process: str, projected_to: int = 10, config: str = "c") -> NodeEntry:
-    return NodeEntry(name, process, f"http://{name}", 2, config, projected_to)
+    return NodeEntry(name, process, f"http://{name}", FORMAT, config, projected_to)
 
 
 class Process:
@@ -125,20 +125,21 @@ async def test_problems_are_described(server: MemoryServer) -> None:
 @in_virtual_time
 async def test_the_format_is_the_lowest_of_all_nodes_also_of_those_that_are_down(server: MemoryServer) -> None:
     new = Process(server, entry("a", "p-a"))
-    assert new.registry.format == LOWEST_FORMAT, "the nodes are not known yet"
+    assert new.registry.too_old_for(LOWEST_FORMAT) is None
+    assert new.registry.too_old_for(FORMAT) == "(not known yet)"
     await seconds(0.1)
-    assert new.registry.format == FORMAT
+    assert new.registry.too_old_for(FORMAT) is None
     old = Process(server, replace(entry("b", "p-b"), format=1))
     await seconds(EVERY_S + 0.1)
-    assert new.registry.format == 1
+    assert new.registry.too_old_for(FORMAT) == "b"
     (problem,) = view(new).problems
-    assert problem.startswith("Nodes of an older version do not read records of format 2: b (up to 1).")
+    assert problem.startswith("Nodes of an older version do not read records of format 3: b (up to 1).")
     await old.stop()
     await seconds(100)
-    assert new.registry.format == 1
+    assert new.registry.too_old_for(FORMAT) == "b"
     await new.journal.forget("b")
     await seconds(EVERY_S)
-    assert (new.registry.format, view(new).problems) == (FORMAT, [])
+    assert (new.registry.too_old_for(FORMAT), view(new).problems) == (None, [])
 
 
 @in_virtual_time
@@ -146,16 +147,16 @@ async def test_a_new_leader_reads_the_nodes_again(server: MemoryServer) -> None:
     new = Process(server, entry("a", "p-a"))
     await seconds(0.1)
     await MemorySharedJournal(server).register(replace(entry("b", "p-b"), format=1))
-    assert new.registry.format == FORMAT
+    assert new.registry.too_old_for(FORMAT) is None
     await new.registry.begin_leadership()
-    assert new.registry.format == 1
+    assert new.registry.too_old_for(FORMAT) == "b"
     await new.journal.forget("b")
     new.journal.is_reachable = False
     await new.registry.begin_leadership()
-    assert new.registry.format == LOWEST_FORMAT
+    assert new.registry.too_old_for(FORMAT) == "(not known yet)"
     new.journal.is_reachable = True
     await seconds(EVERY_S)
-    assert new.registry.format == FORMAT
+    assert new.registry.too_old_for(FORMAT) is None
 
 
 @in_virtual_time

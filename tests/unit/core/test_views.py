@@ -70,15 +70,16 @@ def test_the_view_of_a_job_has_every_field() -> None:
     shown = asdict(views.job_view(JOB, AT, Policy(), payload=Raw(b"[]")))
     lock = LockView("w-1", 11, NOW - 12, NOW + 16)
     assert shown == {name: flat().get(name, UNSET) for name in shown} | {
-        "stall_after_ms": 14, "progress_timeout_ms": 15, "lock": lock,
+        "stall_after_ms": 14, "progress_timeout_ms": 15, "lock": lock, "copied_from": UNSET,
     }  # fmt: skip
 
 
 def test_the_exported_job_has_every_field() -> None:
-    exported = asdict(views.as_import(JOB, Raw(b"[]")))
+    exported = asdict(views.as_import(JOB, Raw(b"[]"), {}))
     assert (exported["schedule_id"], exported["scheduled_at"]) == ("nightly", NOW - 30)
-    assert exported == {name: flat().get(name, "w-1") for name in exported}
-    bare = views.as_import(replace(JOB, grant=None, result=None, error=None), Raw(b"[]"))
+    beside = {"worker": "w-1", "headers": UNSET, "checkpoint": UNSET, "copied_from": UNSET}
+    assert exported == {name: flat().get(name) for name in exported} | beside
+    bare = views.as_import(replace(JOB, grant=None, result=None, error=None), Raw(b"[]"), {})
     assert (bare.worker, bare.metadata, bare.error_message) == (None, None, None)
 
 

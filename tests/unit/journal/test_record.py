@@ -116,6 +116,18 @@ def test_a_record_without_its_empty_list_of_writes_is_readable() -> None:
     assert record.decode(recorded(body[:1] + msgspec.msgpack.encode(parts)))[0] == written(batch)
 
 
+def test_only_a_record_with_headers_or_a_checkpoint_has_the_third_format() -> None:
+    maker = ChangeFactory()
+    formats = []
+    for _ in range(200):
+        batch = maker.any_batch(1)
+        body, _ = record.encode(batch)
+        (change,) = batch.changes
+        formats.append((body[0], change.bodies is not None))
+        assert record.decode(recorded(body))[0].changes == [as_recorded(change)]
+    assert set(formats) == {(1, False), (3, True)}
+
+
 def test_an_empty_batch_survives() -> None:
     batch = ChangeFactory().batch([])
     assert back(batch) == batch
@@ -123,8 +135,8 @@ def test_an_empty_batch_survives() -> None:
 
 def test_an_unknown_format_is_rejected_with_its_number() -> None:
     body, _ = record.encode(ChangeFactory().batch([]))
-    with pytest.raises(BadRecord, match="record 7 of the journal has format 3, but this jobd supports formats up to 2"):
-        record.decode(recorded(b"\x03" + body[1:]))
+    with pytest.raises(BadRecord, match="record 7 of the journal has format 4, but this jobd supports formats up to 3"):
+        record.decode(recorded(b"\x04" + body[1:]))
     with pytest.raises(BadRecord, match="has format none"):
         record.decode(recorded(b""))
 

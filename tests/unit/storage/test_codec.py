@@ -114,7 +114,8 @@ def test_rows_written_by_this_version_stay_the_same() -> None:
         '"run_at":1700000000002,"progress":12.5,"progress_message":"scène 3\\u0000","attempt":2,"stalls":1,'
         '"started_at":1700000000003,"grant":["lock",16777225,"w-1",1700000000003,60000,0,90000],'
         '"deadlines":[1000,2000,3000,true],"ended":["old",16777219,"w-0",1700000000000,"stall","silent","fail","abc"],'
-        '"download_url":"https://x/y","file_path":"/a","metadata":{"a": [1, null]},"releases":6,"payload_bytes":9000}'
+        '"download_url":"https://x/y","file_path":"/a","metadata":{"a": [1, null]},"releases":6,"payload_bytes":9000,'
+        '"extra":["nightly",1700000000006,2,3,"old"]}'
     )
     backoff = Backoff("fixed", 5, 6, jitter=False)
     options = Options(backoff=backoff, max_stalls=0, on_stall="fail")
@@ -216,6 +217,7 @@ def test_parts_are_stored_in_the_journal_as_arrays_in_a_fixed_order() -> None:
         "ended": ["old", token | 3, "w-0", NOW, "stall", "silent", "fail", "abc"],
         "result": ["https://x/y", "/a", "k/e/y", {"a": [1, None]}],
         "error": ["it broke", "E1"],
+        "extra": ["nightly", NOW + 6, 2, 3, "old"],
     }
 
 

@@ -144,13 +144,13 @@ async def test_jobs_are_filtered_by_the_worker_of_their_latest_grant(maker: Chan
 async def test_a_page_has_a_limited_amount_of_payload(maker: ChangeFactory, store: Store) -> None:
     changes = [replace(maker.create(), payload=b'"%s"' % (b"y" * 998)) for _ in range(10)]
     await store.write(maker.batch(changes))
-    page = await store.find_jobs(JobQuery(payload_bytes=3_000))
+    page = await store.find_jobs(JobQuery(payload_bytes=3_050))
     assert [job.seq for job, _ in page.jobs] == [10, 9, 8]
     assert page.next_before == 8
     page = await store.find_jobs(JobQuery(payload_bytes=10, before=2))  # a larger job fills a page
     assert [(job.seq, len(body)) for job, body in page.jobs] == [(1, 1_000)]
     assert page.next_before is None
-    page = await store.find_jobs(JobQuery(payload_bytes=3_000, after=0))
+    page = await store.find_jobs(JobQuery(payload_bytes=3_050, after=0))
     assert [job.seq for job, _ in page.jobs] == [1, 2, 3]
     assert page.next_before == 3
 

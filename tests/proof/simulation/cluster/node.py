@@ -265,7 +265,7 @@ class LeaderDaemon(SimDaemon):
         self.node = node
         self.leadership = leadership
         self._warm = warm
-        node.disk.appender.lead(leadership.append, lambda: FORMAT)
+        node.disk.appender.lead(leadership.append, lambda format: None)
 
     def begin(self) -> None:
         self._build(self._warm.opened())

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import os
+from typing import Any
 
 import msgspec
 import pytest
+from msgspec import UNSET, Raw
 
 from jobd.client.worker.output import LINE_BYTES, BadDirective, Directives, OutputFilter, OutputWriter, Tail
 from jobd.http.body_scanner import excess_depth
@@ -17,13 +19,20 @@ class ParsedOutput:
     """A filter, and everything that it has found."""
 
     def __init__(self, *, prefix: bytes = b"") -> None:
-        self.progress: list[tuple[float, str | None]] = []
+        self.progress: list[tuple[Any, ...]] = []
         self.warnings: list[str] = []
-        self.directives = Directives(lambda progress, text: self.progress.append((progress, text)))
+        self.directives = Directives(lambda *report: self.progress.append(report[:2] if report[2] is UNSET else report))
         self.filter = OutputFilter(self.directives, self.warnings.append, prefix=prefix)
 
     def pieces(self, *pieces: bytes) -> list[bytes]:
         return [self.filter.feed(piece) for piece in pieces] + [self.filter.end()]
+
+
+def test_a_checkpoint_is_reported_with_the_latest_progress() -> None:
+    parsed = ParsedOutput()
+    parsed.pieces(b'::checkpoint {"page": 1}\n::progress 5 x\n::checkpoint 2\n::checkpoint {\n')
+    assert parsed.progress == [(0, None, Raw(b'{"page": 1}')), (5, "x"), (5, "x", Raw(b"2"))]
+    assert "a checkpoint is JSON" in parsed.warnings[0]
 
 
 def test_directives_are_removed_and_the_rest_is_unchanged() -> None:

@@ -11,7 +11,7 @@ import msgspec
 import pytest
 from msgspec.structs import replace
 
-from jobd.model.job import DAY_MS, FINISHED, LIVE
+from jobd.model.job import DAY_MS, FINISHED, LIVE, Extra, checkpoint_key, headers_key
 from jobd.model.storage import AuditEntry, StoredResponse, Tombstone
 from jobd.model.webhooks import Delivery, WebhookCursor
 from jobd.storage import files
@@ -341,6 +341,29 @@ async def test_a_job_is_accepted_with_a_repaired_payload(path: str) -> None:
         assert found.queues == maker.queues
 
 
+@pytest.mark.parametrize("damage", ["UPDATE {0} SET body = x'37'", "DELETE FROM {0}"])
+@pytest.mark.parametrize("table", ["headers", "checkpoints"])
+async def test_a_job_is_accepted_without_damaged_headers_or_checkpoint(path: str, table: str, damage: str) -> None:
+    is_headers = table == "headers"
+    extra = Extra(headers_bytes=9 * is_headers, checkpoint_bytes=9 * (not is_headers), copied_from="old")
+    async with open_store(path) as (store, _):
+        maker = ChangeFactory(has_extra=False)
+        event = maker.create("a", extra=extra)
+        body_key = headers_key(1) if is_headers else checkpoint_key(1)
+        await store.write(maker.batch([replace(event, bodies={body_key: b'{"h":"1"}'})]))
+    assert check(path) == []
+    with edit_store(path) as conn:
+        conn.execute(damage.format(table))
+    assert places(check(path)) == ["job a"]
+    accept(path, ["a"])
+    assert check(path) == []
+    async with open_store(path) as (store, found):
+        assert found.live()[0].extra == Extra(copied_from="old")
+    with edit_store(path) as conn:
+        conn.execute(f"INSERT INTO {table} VALUES (1, x'37', 1)")
+    assert places(check(path)) == [f"{table} 1"]
+
+
 async def test_a_missing_payload_is_accepted_as_null(path: str) -> None:
     maker = await busy_store(path)
     job = pick(maker, LIVE)
@@ -434,6 +457,8 @@ async def test_a_recount_accepts_the_existing_rows(path: str) -> None:
         for table, column in (
             ("jobs", "seq"),
             ("payloads", "job_seq"),
+            ("headers", "job_seq"),
+            ("checkpoints", "job_seq"),
             ("events", "job_seq"),
             ("late_results", "job_seq"),
         ):

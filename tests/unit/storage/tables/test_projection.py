@@ -229,7 +229,7 @@ async def test_what_pending_records_concern_is_forgotten_with_them(
 ) -> None:
     monkeypatch.setattr(projections, "SLICE_EVENTS", 2)
     monkeypatch.setattr(projections, "BATCHES_PER_SLICE", 0)
-    maker, tables = ChangeFactory(), store._projection
+    maker, tables = ChangeFactory(has_extra=False), store._projection
     for number in range(3):
         keys = [StoredResponse(f"{name}{number}", "b", NOW, 201, b"{}") for name in "cd"]
         await store.write(maker.batch([maker.create(str(number)), maker.create()], keys=keys))

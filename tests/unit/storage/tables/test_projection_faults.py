@@ -216,8 +216,8 @@ def test_any_part_of_a_record_is_rejected(seed: int) -> None:
         for length in (0, 1, len(body) // 2, len(body) - 1):
             with pytest.raises(BadRecord):
                 record.decode(replace(made, body=body[:length]))
-        with pytest.raises(BadRecord, match="has format 3"):
-            record.decode(replace(made, body=b"\x03" + body[1:]))
+        with pytest.raises(BadRecord, match="has format 4"):
+            record.decode(replace(made, body=b"\x04" + body[1:]))
 
 
 READS: Final[dict[str, Callable[[Store], Awaitable[Any]]]] = {

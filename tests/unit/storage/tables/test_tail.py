@@ -75,7 +75,7 @@ async def test_a_tail_is_named_and_is_not_a_problem(path: str) -> None:
         (
             "UPDATE journal SET body = x'07' WHERE number = {1}",
             1,
-            "has format 7, but this jobd supports formats up to 2",
+            "has format 7, but this jobd supports formats up to 3",
         ),
         ("UPDATE journal SET body = x'' WHERE number = {1}", 1, "has format none"),
         ("UPDATE journal SET body = x'01c0' WHERE number = {1}", 1, "cannot be decoded"),
