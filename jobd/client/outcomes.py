@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import timedelta
+from types import MappingProxyType
 from typing import Any
+
+from msgspec import UNSET, Raw, UnsetType
 
 from jobd.model.job import SECOND_MS, YEAR_MS
 
@@ -11,16 +15,26 @@ from jobd.model.job import SECOND_MS, YEAR_MS
 class Retry(Exception):
     """Raised by a handler to fail this attempt. `after` (a timedelta, or seconds) replaces the job's backoff.
 
-    Raises ValueError unless `after` is from 0 to 365 days.
+    `changed` are the arguments of a task that differ in the next attempt. Raises ValueError unless `after` is from 0 to
+    365 days.
     """
 
-    after_ms: int | None = None  # of a subclass that does not call `__init__`
+    # Of a subclass that does not call `__init__`.
+    after_ms: int | None = None
+    changed: Mapping[str, Any] = MappingProxyType({})
+    checkpoint: Raw | UnsetType = UNSET  # what keeps them, set when the task has ended
 
     def __init__(
-        self, message: str = "The handler asked for a retry.", /, *, after: timedelta | float | None = None
+        self,
+        message: str = "The handler asked for a retry.",
+        /,
+        *,
+        after: timedelta | float | None = None,
+        **changed: Any,
     ) -> None:
         super().__init__(message)
         self.after_ms = None if after is None else _wait_ms(after)
+        self.changed = changed
 
 
 class Discard(Exception):

@@ -6,7 +6,7 @@ import importlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from msgspec import UNSET
+from msgspec import UNSET, Raw, UnsetType
 
 from jobd.client.app.daemon_jobs import DaemonJobs
 from jobd.client.app.job_context import context_of
@@ -72,13 +72,13 @@ class _WorkerRun:
     def has_to_end(self) -> bool:
         return self._task.cancelled.is_set()
 
-    def report(self, progress: float, message: str | None) -> None:
+    def report(self, progress: float, message: str | None, checkpoint: Raw | UnsetType) -> None:
         if isinstance(self._task, SyncTask):
             try:
                 self._task.raise_if_lost()
             except LOST as error:
                 raise Stopped(error.message) from error
-        self._task.report_latest(progress, message)
+        self._task.report_latest(progress, message, checkpoint)
 
     def set_result(self, **fields: Any) -> None:
         self._task.set_result(**fields)

@@ -209,4 +209,5 @@ def _check_derived(jobs: Sequence[NewJob], error: JobExists) -> None:
 
 
 def _fields(job: NewJob) -> dict[str, Any]:
-    return {"id": job.id, "kind": job.name, "queue": job.queue, "payload": job.payload, **job.options}
+    fields = {"id": job.id, "kind": job.name, "queue": job.queue, "payload": job.payload, **job.options}
+    return {**fields, "headers": job.headers} if job.headers else fields

@@ -11,11 +11,13 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from jobd.client.app.job_context import JobContext, RunHere
+from msgspec import UNSET, Raw, UnsetType
+
+from jobd.client.app.job_context import JobContext
 from jobd.client.app.job_port import NewJob
 from jobd.client.app.task_registry import TaskDefinition
 from jobd.client.errors import JobNotFound
-from jobd.client.outcomes import Snooze
+from jobd.client.outcomes import Retry, Snooze
 from jobd.client.worker.error_text import failure_message
 
 
@@ -27,6 +29,17 @@ class InlineJob:
     metadata: Any = None
     error_message: str | None = None
     error_code: str | None = None
+    checkpoint: Raw | UnsetType = UNSET
+
+    @property
+    def has_to_end(self) -> bool:
+        return False
+
+    def report(self, progress: float, message: str | None, checkpoint: Raw | UnsetType) -> None:
+        self.checkpoint = checkpoint
+
+    def set_result(self, **fields: Any) -> None:
+        """Nothing reads these fields."""
 
 
 class InlineJobs:
@@ -62,13 +75,15 @@ class InlineJobs:
         max_attempts = new.options.get("max_attempts") or 1
         for attempt in range(1, max_attempts + 1):
             context = JobContext(
-                RunHere(),
+                job,
                 id=new.id,
                 queue=new.queue,
                 kind=new.name,
                 attempt=attempt,
                 max_attempts=max_attempts,
                 created_at=datetime.now(UTC),
+                headers=new.headers,
+                checkpoint=job.checkpoint,
             )
             try:
                 run = definition.arun(context, new.payload) if definition.is_async else None
@@ -76,6 +91,8 @@ class InlineJobs:
             except Snooze:
                 return
             except Exception as error:
+                if isinstance(error, Retry) and error.changed:
+                    job.checkpoint = error.checkpoint
                 job.error_message, job.error_code = failure_message(error), type(error).__name__
                 if definition.is_final(error):
                     break

@@ -7,15 +7,52 @@ import hashlib
 import logging
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from types import MappingProxyType
 from typing import Any, Final, Protocol
 
+import msgspec
+from msgspec import UNSET, Raw, UnsetType
+
+from jobd.client.app.payload_codec import encode
 from jobd.model.responses import JobView
 
 logger = logging.getLogger("jobd.client")
 _current: Final[ContextVar[JobContext | None]] = ContextVar("jobd_job", default=None)
+
+
+_ARGUMENTS: Final = "$arguments"
+_CHECKPOINT: Final = "$checkpoint"
+
+
+@dataclass(slots=True)
+class StoredCheckpoint:
+    """The checkpoint of a job: the value of its task, and the arguments that `Retry` has changed.
+
+    Without changed arguments it is the value alone, else an object with both.
+    """
+
+    own: bytes = b"null"
+    changed: dict[str, Raw] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, body: Raw | UnsetType) -> StoredCheckpoint:
+        if body is UNSET:
+            return cls()
+        try:
+            both = msgspec.json.decode(body, type=dict[str, Raw])
+            return cls(bytes(both[_CHECKPOINT]), msgspec.json.decode(both[_ARGUMENTS], type=dict[str, Raw]))
+        except (msgspec.DecodeError, KeyError):
+            return cls(bytes(body))
+
+    @property
+    def body(self) -> Raw:
+        if not self.changed and f'"{_ARGUMENTS}"'.encode() not in self.own:
+            return Raw(self.own)
+        return Raw(msgspec.json.encode({_ARGUMENTS: self.changed, _CHECKPOINT: Raw(self.own)}))
 
 
 class RunPort(Protocol):
@@ -25,7 +62,7 @@ class RunPort(Protocol):
     def has_to_end(self) -> bool:
         """Whether the job is cancelled, its lock is lost, or the worker stops."""
 
-    def report(self, progress: float, message: str | None) -> None:
+    def report(self, progress: float, message: str | None, checkpoint: Raw | UnsetType) -> None:
         """Report progress without waiting. Raises Stopped if the function has to end and cannot be cancelled."""
 
     def set_result(self, **fields: Any) -> None:
@@ -37,7 +74,7 @@ class RunHere:
 
     has_to_end: Final = False
 
-    def report(self, progress: float, message: str | None) -> None:
+    def report(self, progress: float, message: str | None, checkpoint: Raw | UnsetType) -> None:
         """Do nothing."""
 
     def set_result(self, **fields: Any) -> None:
@@ -58,6 +95,8 @@ class JobContext:
         max_attempts: int,
         created_at: datetime,
         fencing_token: int = 0,
+        headers: Mapping[str, str] = MappingProxyType({}),
+        checkpoint: Raw | UnsetType = UNSET,
         is_call: bool = False,
     ) -> None:
         self._run = run
@@ -70,6 +109,8 @@ class JobContext:
         self.is_last_attempt: Final = attempt >= max_attempts
         self.created_at: Final = created_at
         self.fencing_token: Final = fencing_token
+        self.headers: Final = headers
+        self.stored: Final = StoredCheckpoint.read(checkpoint)
         self._guard = threading.Lock()
         self._children: Counter[bytes] = Counter()
 
@@ -78,14 +119,23 @@ class JobContext:
         """The name of the task."""
         return self.kind
 
-    def progress(self, percent: float, message: str | None = None) -> None:
-        """Report progress, which renews the lock. Does not wait; if several reports are pending, the latest is sent.
+    @property
+    def checkpoint(self) -> Any:
+        """What the latest attempt saved with `progress`, as Python values. None if there is nothing."""
+        return msgspec.json.decode(self.stored.own)
 
-        Raises ValueError unless `percent` is from 0 to 100, and Stopped in a plain function that has to return.
+    def progress(self, percent: float, message: str | None = None, *, checkpoint: Any = UNSET) -> None:
+        """Report progress, which renews the lock, and save `checkpoint` for the next attempt if this one fails.
+
+        Does not wait; if several reports are pending, the latest is sent, with the latest checkpoint. A checkpoint is
+        any value that JSON can express, up to 64 KiB; None removes it. Raises ValueError unless `percent` is from 0 to
+        100, TypeError for a checkpoint that JSON cannot express, and Stopped in a plain function that has to return.
         """
         if not 0 <= percent <= 100:
             raise ValueError(f"percent must be from 0 to 100, not {percent!r}")
-        self._run.report(percent, message)
+        if checkpoint is not UNSET:
+            self.stored.own = encode(checkpoint)
+        self._run.report(percent, message, UNSET if checkpoint is UNSET else self.stored.body)
 
     def log(self, text: str) -> None:
         """Log a line that begins with the id of the job, to `jobd.client` at level info."""
@@ -128,6 +178,8 @@ def context_of(job: JobView, fencing_token: int, run: RunPort) -> JobContext:
         max_attempts=job.max_attempts,
         created_at=datetime.fromtimestamp(job.created_at / 1000, UTC),
         fencing_token=fencing_token,
+        headers={} if job.headers is UNSET else job.headers,
+        checkpoint=job.checkpoint,
     )
 
 

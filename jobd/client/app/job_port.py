@@ -16,6 +16,7 @@ class NewJob:
     id: str
     name: str
     queue: str
+    headers: dict[str, str]  # given with every grant; a function of `on_enqueue` may set some
     payload: Raw = field(repr=False)
     options: dict[str, Any] = field(repr=False)  # the other fields of the request
     is_derived: bool = field(default=False, repr=False)  # the id: an earlier attempt may have created the job

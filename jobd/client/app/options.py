@@ -57,6 +57,7 @@ class JobOptions(TypedDict, total=False):
     run_at: datetime | None
     expires: timedelta | datetime | None
     max_attempts: int | None
+    headers: Mapping[str, str] | None
 
 
 def check_options(given: Mapping[str, Any], known: type, where: str) -> None:

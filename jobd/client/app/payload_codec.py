@@ -65,7 +65,7 @@ class PayloadCodec:
         try:
             if len(given) != len(args) + len(kwargs):  # too many, or one twice
                 self._signature.bind(*args, **kwargs)
-            payload = _encode(given)
+            payload = encode(given)
             self._arguments.decode(payload)
         except _UNFIT as error:
             try:
@@ -75,18 +75,35 @@ class PayloadCodec:
             raise TypeError(f"the arguments of task {self._name!r} do not fit its signature: {error}") from None
         return Raw(payload)
 
-    def decode(self, payload: bytes | Raw) -> dict[str, Any]:
-        """Return the arguments of a job. A payload of null has none. Raises PayloadMismatch."""
-        body = bytes(payload)
+    def decode(self, payload: bytes | Raw, changed: Mapping[str, Raw] | None = None) -> dict[str, Any]:
+        """Return the arguments of a job, with those that have changed. A payload of null has none.
+
+        Raises PayloadMismatch.
+        """
+        body = b"{}" if payload == b"null" else bytes(payload)
         try:
-            return msgspec.structs.asdict(self._arguments.decode(b"{}" if body == b"null" else body))
+            if changed:
+                body = msgspec.json.encode(msgspec.json.decode(body, type=dict[str, Raw]) | dict(changed))
+            return msgspec.structs.asdict(self._arguments.decode(body))
         except _UNFIT as error:
             raise PayloadMismatch(f"The payload does not fit task {self._name!r}: {error}") from error
+
+    def encode_changed(self, changed: Mapping[str, Any], payload: bytes | Raw) -> dict[str, Raw]:
+        """Return arguments that differ in the next attempt. Raises TypeError if they do not fit."""
+        if unknown := changed.keys() - self._signature.parameters.keys():
+            names = ", ".join(sorted(unknown))
+            raise TypeError(f"Retry changes {names}, but the parameters of task {self._name!r} are {self._signature}")
+        try:
+            encoded = {name: Raw(encode(value)) for name, value in changed.items()}
+            self.decode(payload, encoded)
+        except (*_UNFIT, PayloadMismatch) as error:
+            raise TypeError(f"Retry changes arguments of task {self._name!r} that do not fit: {error}") from None
+        return encoded
 
     def encode_result(self, value: Any) -> Raw:
         """Return the result as metadata. Raises TypeError."""
         try:
-            result = _encode(value)
+            result = encode(value)
         except _UNFIT as error:
             raise TypeError(f"the result of task {self._name!r} cannot be encoded as JSON: {error}") from None
         try:
@@ -119,7 +136,8 @@ def _returning(value: Any) -> Callable[[], Any]:
     return lambda: value
 
 
-def _encode(value: Any) -> bytes:
+def encode(value: Any) -> bytes:
+    """Encode a value of a task. Raises TypeError and other errors of the value."""
     return msgspec.json.encode(value, enc_hook=_encode_model)
 
 

@@ -104,24 +104,38 @@ class TaskDefinition:
         """Run a plain task here, and return the encoded result. Raises PayloadMismatch, or the error of the task."""
         value = None
         with entered(context), contextlib.ExitStack() as stack:
-            arguments = self.codec.decode(payload)
+            arguments = self.codec.decode(payload, context.stored.changed)
             for each in self.registry.middleware:
                 stack.enter_context(each(context))
-            value = self.function(**arguments)
+            try:
+                value = self.function(**arguments)
+            except Retry as retry:
+                self._keep_changed(retry, context, payload)
+                raise
         return self.codec.encode_result(value)
 
     async def arun(self, context: JobContext, payload: bytes | Raw) -> Raw:
         """Run an async task here, as `run` does."""
         value = None
         with entered(context):
-            arguments = self.codec.decode(payload)
+            arguments = self.codec.decode(payload, context.stored.changed)
             async with contextlib.AsyncExitStack() as stack:
                 for each in self.registry.middleware:
                     stack.enter_context(each(context))
                 for each_async in self.registry.async_middleware:
                     await stack.enter_async_context(each_async(context))
-                value = await self.function(**arguments)
+                try:
+                    value = await self.function(**arguments)
+                except Retry as retry:
+                    self._keep_changed(retry, context, payload)
+                    raise
         return self.codec.encode_result(value)
+
+    def _keep_changed(self, retry: Retry, context: JobContext, payload: bytes | Raw) -> None:
+        """Put the arguments that `retry` changes into the checkpoint."""
+        if retry.changed:
+            context.stored.changed |= self.codec.encode_changed(retry.changed, payload)
+            retry.checkpoint = context.stored.body
 
     def __reduce__(self) -> Any:
         place = self.function.__module__, self.function.__qualname__

@@ -53,7 +53,8 @@ class Call(Generic[R_co]):
         """Return what is sent."""
         options = request_fields(self.definition.options, self._options)
         queue = options.pop("queue", "default")
-        return NewJob(self.id, self.definition.name, queue, self._payload, options, self._is_derived)
+        headers = dict(self._options.get("headers") or {})
+        return NewJob(self.id, self.definition.name, queue, headers, self._payload, options, self._is_derived)
 
 
 def new_jobs(calls: Iterable[Call[Any]]) -> Sequence[NewJob]:

@@ -7,6 +7,8 @@ import traceback
 from pathlib import Path
 from typing import Any, Final
 
+from msgspec import UNSET
+
 from jobd.client.outcomes import Discard, PayloadMismatch, Retry
 
 MESSAGE_CHARACTERS: Final = 4096  # of an error_message
@@ -28,6 +30,8 @@ def failure_options(error: BaseException, *, is_final: bool = False) -> dict[str
     options: dict[str, Any] = {"error_code": "payload_mismatch" if is_mismatch else type(error).__name__[:200]}
     if isinstance(error, Retry):
         options["retry_after_ms"] = error.after_ms
+        if error.checkpoint is not UNSET:
+            options["checkpoint"] = error.checkpoint
     if is_final:
         options["retry"] = False
     return options

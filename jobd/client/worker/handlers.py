@@ -12,6 +12,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any, Final, NamedTuple
 
 import msgspec
+from msgspec import UNSET
 
 from jobd.client.outcomes import Discard, PayloadMismatch, Retry, Snooze, Stopped
 from jobd.client.worker.aio_utils import call_on, first_of, settle, within
@@ -145,6 +146,8 @@ class _HandlerExecution(Execution):
                 return self._encoded_result()
             except BaseException as invalid:  # encoding calls user code, such as `tzinfo.utcoffset`
                 error = invalid
+        if isinstance(error, Retry) and error.changed and error.checkpoint is UNSET:
+            error = TypeError(f"Retry changes {', '.join(error.changed)}, but only a task of an App has arguments")
         if isinstance(error, Retry | Discard):  # raised on purpose: no traceback
             logger.info("job %s: %s: %s", job_id, type(error).__name__, safe_text(error))
         else:

@@ -29,6 +29,7 @@ class BaseTask:
         self.job: Final[JobView] = keeper.grant.job
         self.fencing_token: Final = keeper.grant.fencing_token
         self.result: Final[dict[str, Any]] = {}
+        self._guard = threading.Lock()  # of the latest report, which the service thread takes
         self._latest: tuple[float, str | None, Any] | None = None
 
     @functools.cached_property
@@ -60,15 +61,17 @@ class BaseTask:
 
     def report_latest(self, progress: float, message: str | None, checkpoint: Any = UNSET) -> None:
         """Report progress without waiting. Of several that are pending, the latest progress and checkpoint are sent."""
-        pending = self._latest
-        if pending is not None and checkpoint is UNSET:
-            checkpoint = pending[2]
-        self._latest = (progress, message, checkpoint)
+        with self._guard:
+            pending = self._latest
+            if pending is not None and checkpoint is UNSET:
+                checkpoint = pending[2]
+            self._latest = (progress, message, checkpoint)
         if pending is None:
             call_on(self._service, self._send_latest)
 
     def _send_latest(self) -> None:
-        latest, self._latest = self._latest, None
+        with self._guard:
+            latest, self._latest = self._latest, None
         assert latest is not None
         try:
             self._keeper.report(*latest).add_done_callback(self._log_rejected)

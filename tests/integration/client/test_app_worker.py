@@ -6,12 +6,12 @@ import asyncio
 import threading
 import time
 from collections.abc import AsyncIterator
-from datetime import timedelta
+from datetime import date, timedelta
 from typing import Any
 
 import pytest
 
-from jobd import App, Discard, JobCancelled, JobFailed, Retry, Stopped, current_job
+from jobd import App, Discard, JobCancelled, JobFailed, NewJob, Retry, Stopped, current_job
 from jobd.client import AsyncAdminClient, AsyncJobClient
 from jobd.client.app import daemon_jobs
 from jobd.client.worker import payload_mismatch
@@ -141,6 +141,37 @@ async def test_a_second_attempt_creates_nothing_twice(app: App, queue: str, clie
     children = [job async for job in client.iterate_jobs(queue=child.queue)]
     assert sorted(job.id for job in children) == sorted(ids)
     assert len(set(ids)) == 4
+
+
+async def test_headers_checkpoint_and_changed_arguments_reach_the_next_attempt(app: App, queue: str) -> None:
+    @app.on_enqueue
+    def trace(job: NewJob) -> None:
+        job.headers["trace"] = "t-1"
+
+    @app.task(queue=queue, max_attempts=3)
+    async def fetch(force: str, days: list[date]) -> list[Any]:
+        job = current_job()
+        if job.attempt == 1:
+            job.progress(10, checkpoint={"rows": 7})
+            raise Retry("one day failed", after=0, days=days[1:])
+        return [force, days, job.headers, job.checkpoint]
+
+    async with app.running(concurrency=1):
+        enqueued = await fetch.using(headers={"tenant": "a"}).aenqueue("kent", [date(2026, 1, 1), date(2026, 1, 2)])
+        result = await enqueued.aresult(timeout=30)
+    assert result == ["kent", ["2026-01-02"], {"tenant": "a", "trace": "t-1"}, {"rows": 7}]
+
+
+async def test_another_program_sees_the_changed_arguments(app: App, queue: str, client: AsyncJobClient) -> None:
+    @app.task(queue=queue, max_attempts=2)
+    def fetch(days: list[int]) -> None:
+        current_job().progress(10, checkpoint=[1])
+        raise Retry("one day failed", after=60, days=days[1:])
+
+    job = await fetch.aenqueue([1, 2])
+    async with app.running(concurrency=1):
+        seen = await wait_for_job(client, job.id, lambda job: job.run_at > job.updated_at)
+    assert seen.checkpoint_value == {"$arguments": {"days": [2]}, "$checkpoint": [1]}
 
 
 async def test_a_payload_that_does_not_fit_is_given_back_and_then_fails(

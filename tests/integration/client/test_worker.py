@@ -217,6 +217,7 @@ FAILURES: dict[str, tuple[Callable[..., Any], str, str]] = {
     "no notes": (raises(lambda: NoNotes("with a text")), "NoNotes", "NoNotes: with a text"),
     "retry": (raises(lambda: Retry(after=object())), "TypeError",  # type: ignore[arg-type]
               "after must be a timedelta or a number of seconds, not object"),
+    "changes": (raises(lambda: Retry(days=1)), "TypeError", "Retry changes days, but only a task"),
     "exit": (raises(SystemExit), "SystemExit", ""),
     "exit in a thread": (exits, "SystemExit", ""),
     "no JSON": (returns({"it": object()}), "TypeError", "TypeError: the result of handler 'work' cannot be encoded as "

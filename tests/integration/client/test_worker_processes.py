@@ -18,6 +18,7 @@ from jobd.client import AsyncJobClient, JobClient
 from jobd.client.app.worker_processes import WorkerProcesses
 from tests.support.client_harness import wait_for_job, wait_until_finished
 from tests.support.daemon_process import DaemonProcess, die_with_us
+from tests.support.polling import wait_until
 
 TASKS = """
 import os, signal, time
@@ -39,6 +40,15 @@ def pid() -> int:
 def endless() -> None:
     while True:
         sum(range(1000))
+
+@app.task
+def resumes(rows: int) -> int:
+    start = current_job().checkpoint or 0
+    for row in range(start, rows):
+        current_job().progress(100 * row / rows, checkpoint=row)
+        if row == 60 and start == 0:
+            time.sleep(1000)
+    return start
 
 @app.task
 def until_killed(path: str) -> str:
@@ -76,14 +86,14 @@ def test_a_worker_says_what_it_does_and_drains(
     first, *_ = shown.splitlines()
     count = processes[1] if processes else "1"
     assert first.startswith(f"jobd 0.1.0: app processes, processes: {count}, tasks: double (default), pid (default)")
-    assert f"claims jobs of queue {queue} (only double, pid, endless, until_killed)" in shown
+    assert f"claims jobs of queue {queue} (only double, pid, endless, resumes, until_killed)" in shown
     assert f"job {jobs[3].id}: doubles 3\n" in shown
     assert f"job {jobs[3].id} (double) completed after " in shown
 
 
 def _processes(program: list[str], daemon: DaemonProcess, log: list[str], **options: Any) -> WorkerProcesses:
     client = AsyncJobClient(f"unix:{daemon.socket}")
-    command = [*program, "--lock-ttl", "1s"]
+    command = [*program, "--lock-ttl", "3s"]
     return WorkerProcesses(client, command, options.pop("count", 1), "w", log.append, **options)
 
 
@@ -94,7 +104,7 @@ async def test_a_task_that_ignores_its_timeout_is_killed_and_its_neighbour_put_b
     processes = _processes([*program, "--concurrency", "2"], daemon, log, kill_after_s=0.2)
     neighbour = await client.create_job({"path": str(tmp_path / "ran")}, queue=queue, kind="until_killed")
     running = asyncio.create_task(processes.run())
-    await wait_for_job(client, neighbour.id, lambda job: job.status == "processing")
+    await wait_until((tmp_path / "ran").exists)
     endless = await wait_until_finished(client, (await client.create_job(queue=queue, kind="endless")).id)
     assert (endless.status, endless.error_code, endless.attempt) == ("failed", "timeout", 1)
     assert endless.error_message == (
@@ -119,8 +129,7 @@ async def test_the_death_of_a_process_loses_no_job(
     running = asyncio.create_task(processes.run())
     pids = await asyncio.gather(*(_pid(client, queue) for _ in range(4)))
     job = await client.create_job({"path": str(tmp_path / "ran")}, queue=queue, kind="until_killed")
-    held = await wait_for_job(client, job.id, lambda job: job.status == "processing" and (tmp_path / "ran").exists())
-    assert held.lock is not None
+    await wait_until((tmp_path / "ran").exists)
     others = [await client.create_job({"n": n}, queue=queue, kind="double") for n in range(20)]
     for pid in set(pids):
         os.kill(pid, signal.SIGKILL)
@@ -130,6 +139,21 @@ async def test_the_death_of_a_process_loses_no_job(
     processes.stop()
     assert await running == 0
     assert any(f"while it ran {job.id}: its lock expires" in line for line in log)
+
+
+async def test_a_killed_worker_continues_from_its_checkpoint(
+    program: list[str], queue: str, daemon: DaemonProcess, client: AsyncJobClient
+) -> None:
+    processes = _processes([*program, "--concurrency", "2"], daemon, [])
+    running = asyncio.create_task(processes.run())
+    pid = await _pid(client, queue)
+    job = await client.create_job({"rows": 100}, queue=queue, kind="resumes", max_attempts=2)
+    await wait_for_job(client, job.id, lambda seen: seen.progress >= 60)
+    os.kill(pid, signal.SIGKILL)
+    done = await wait_until_finished(client, job.id)
+    assert (done.status, done.metadata_value) == ("completed", 60)
+    processes.stop()
+    assert await running == 0
 
 
 async def _pid(client: AsyncJobClient, queue: str) -> int:

@@ -30,6 +30,7 @@ from jobd import (
     Task,
     current_job,
 )
+from jobd.client.app.job_context import StoredCheckpoint
 from jobd.client.errors import JobNotFound
 
 app = App("tests", inline=True)
@@ -427,3 +428,66 @@ def test_a_task_that_is_called_has_a_job_of_its_own() -> None:
     first, called, enqueued, second, *_ = ids
     assert first == called
     assert len({first, enqueued, second}) == 3
+
+
+def test_a_checkpoint_is_given_to_the_next_attempt() -> None:
+    app, seen = App("t", inline=True), []
+
+    @app.task(max_attempts=4)
+    def copy(rows: list[int], at: datetime = AT) -> str:
+        job = current_job()
+        seen.append((rows, job.checkpoint))
+        if job.attempt == 1:
+            job.progress(10, checkpoint={"row": 5})
+            raise ValueError
+        if job.attempt == 2:
+            raise Retry("some are left", rows=[7])
+        if job.attempt == 3:
+            job.progress(20, checkpoint={"row": 6})
+            job.progress(30)
+            raise Retry(at=AT.replace(year=2027))
+        return f"{rows} {at.year}"
+
+    assert copy.enqueue([1, 2]).result() == "[7] 2027"
+    assert seen == [([1, 2], None), ([1, 2], {"row": 5}), ([7], {"row": 5}), ([7], {"row": 6})]
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"rowz": 1}, "TypeError: Retry changes rowz, but the parameters of task 'work' are (rows: 'int')"),
+        ({"rows": "x"}, "TypeError: Retry changes arguments of task 'work' that do not fit: "),
+        ({"rows": object()}, "that do not fit: object cannot be sent as JSON"),
+    ],
+)
+def test_arguments_that_retry_cannot_change(changed: dict[str, Any], message: str) -> None:
+    def work(rows: int) -> None:
+        raise Retry(**changed)
+
+    with pytest.raises(JobFailed) as failed:
+        App("t", inline=True).task(work).enqueue(1).result()
+    assert message in str(failed.value)
+
+
+def test_headers_are_given_with_the_job() -> None:
+    app = App("t", inline=True)
+
+    @app.on_enqueue
+    def trace(job: NewJob) -> None:
+        job.headers["traceparent"] = f"00-{job.name}-{job.queue}"
+
+    @app.task
+    def work() -> dict[str, str]:
+        return dict(current_job().headers)
+
+    job = work.using(headers={"tenant": "acme"}).enqueue()
+    assert job.result() == {"tenant": "acme", "traceparent": "00-work-default"}
+    assert work.enqueue().result() == {"traceparent": "00-work-default"}
+
+
+@pytest.mark.parametrize("value", [None, 5, {"$checkpoint": 1}, {"$arguments": {}, "$checkpoint": [1]}, [1]])
+def test_a_stored_checkpoint_is_read_as_it_was_written(value: Any) -> None:
+    stored = StoredCheckpoint(msgspec.json.encode(value), {"n": msgspec.Raw(b"1")})
+    assert StoredCheckpoint.read(stored.body) == stored
+    alone = StoredCheckpoint(msgspec.json.encode(value))
+    assert StoredCheckpoint.read(alone.body).own == alone.own
