@@ -129,9 +129,7 @@ class LineReader:
         kind = self._kinds[header.op]
         command: Any = kind.decoder.from_body(line)
         if command.can_wait and command.wait_ms:
-            message = (
-                "a claim in a stream cannot wait, because later lines would wait too. Omit it, or send POST /v1/claim."
-            )
+            message = "a line of a stream cannot wait, because later lines would wait too. Omit it, or use a request."
             raise invalid_request_error("$.wait_ms", message)
         job_ids = command.job_ids()
         job_id = job_ids[0] if len(job_ids) == 1 else None

@@ -13,7 +13,7 @@ from typing import Any, Final, Self
 import aiohttp
 from yarl import URL
 
-from jobd.client.api_request import ApiRequest, ApiResponse, T, lower_headers, read_result, request_for
+from jobd.client.api_request import ApiRequest, ApiResponse, T, lower_headers, read_result
 from jobd.client.apis import IDLE_S, AdminApi, BaseClient, WorkerApi, unreachable
 from jobd.client.command_stream import CommandStream, command_line, is_large
 from jobd.client.endpoint import Endpoint
@@ -23,7 +23,6 @@ from jobd.client.job_wait import JobWait
 from jobd.client.methods import P, PageWalk, command_of, described
 from jobd.client.retries import RetryOptions, RetryState
 from jobd.model.api_call import ApiCall
-from jobd.model.calls import JobCalls
 from jobd.model.events import StreamedEvent
 from jobd.model.responses import JobView
 
@@ -214,19 +213,18 @@ class AsyncJobClient(WorkerApi, AsyncClient):
         self, job_id: str, *, timeout_s: float | None = None, on_poll: Callable[[JobView], object] | None = None
     ) -> JobView:
         """Wait until the job is finished, and return it, as JobClient does."""
-        wait = JobWait(timeout_s, time.monotonic())
+        wait = JobWait(timeout_s, time.monotonic(), polls=on_poll is not None)
         while True:
             try:
-                job = await self.send(request_for(JobCalls.get_job, job_id), wait.retry(self._retry, time.monotonic()))
+                now_s = time.monotonic()
+                job = await self.send(wait.request(job_id, now_s), wait.retry(self._retry, now_s))
             except Unreachable as error:
                 wait.check_deadline(job_id, error, time.monotonic())
                 raise
-            pause_s = wait.pause_s(job, time.monotonic())
-            if pause_s is None:
+            if wait.is_over(job, time.monotonic()):
                 return job
             if on_poll is not None:
                 on_poll(job)
-            await asyncio.sleep(pause_s)
 
 
 class StreamClient(AsyncJobClient):

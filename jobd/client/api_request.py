@@ -131,7 +131,8 @@ def request_of(call: ApiCall[Any, T], command: Command, key: str | None = None) 
             subject = value
         elif value is not None and value != default:
             fields[json_name] = value
-    request = build(call, fields, subject, key=key)
+    wait_ms = fields.get("wait_ms", 0) if command.can_wait else 0
+    request = build(call, fields, subject, key=key, wait_ms=wait_ms)
     return replace(request, repeatable=True) if fields.get("dry_run") else request
 
 

@@ -1,4 +1,4 @@
-"""The wait for the end of a job, without IO: when to poll again, and when to stop."""
+"""The wait for the end of a job, without IO: how long a request may wait, and when to stop."""
 
 from __future__ import annotations
 
@@ -6,26 +6,33 @@ import math
 from dataclasses import replace
 from typing import Final
 
+from jobd.client.api_request import ApiRequest, request_for
 from jobd.client.errors import Unreachable
 from jobd.client.retries import RetryOptions
+from jobd.model.calls import JobCalls
 from jobd.model.job import FINISHED
 from jobd.model.responses import JobView
 from jobd.model.times import duration
 
-_FIRST_S: Final = 0.1
-_LONGEST_S: Final = 2.0
+_LONGEST_MS: Final = 30_000  # of one request
+_POLL_MS: Final = 1_000  # of one request, if the caller wants to see the progress
 _RESPONSE_S: Final = 1.0  # for the response to a poll that begins at the deadline
 _EARLY_S: Final = 0.01  # a timer may end this much too early
 
 
 class JobWait:
-    """One wait. `now_s` is monotonic time."""
+    """One wait. `now_s` is monotonic time. With `polls`, the job is seen about once a second."""
 
-    def __init__(self, timeout_s: float | None, now_s: float) -> None:
+    def __init__(self, timeout_s: float | None, now_s: float, *, polls: bool = False) -> None:
         self._timeout_s = timeout_s
         self._limit = duration((timeout_s or 0) * 1000)
         self._deadline_s = math.inf if timeout_s is None else now_s + timeout_s
-        self._pause_s = _FIRST_S
+        self._wait_ms = _POLL_MS if polls else _LONGEST_MS
+
+    def request(self, job_id: str, now_s: float) -> ApiRequest[JobView]:
+        """Return the next request."""
+        left_ms = max(self._deadline_s - now_s, 0.0) * 1000
+        return request_for(JobCalls.get_job, job_id, wait_ms=int(min(self._wait_ms, left_ms)))
 
     def retry(self, retry: RetryOptions, now_s: float) -> RetryOptions:
         """Return `retry` without retries, and without waiting for a response, after the deadline."""
@@ -44,11 +51,10 @@ class JobWait:
             text = f"It is unknown whether job {job_id} is finished after {self._limit}: {error.message}"
             raise TimeoutError(text) from error
 
-    def pause_s(self, job: JobView, now_s: float) -> float | None:
-        """Return the pause before `job` is polled again, None if it is finished. Raises TimeoutError."""
+    def is_over(self, job: JobView, now_s: float) -> bool:
+        """Return whether `job` is finished. Raises TimeoutError."""
         if job.status in FINISHED:
-            return None
-        pause_s, self._pause_s = self._pause_s, min(self._pause_s * 1.5, _LONGEST_S)
-        if now_s >= self._deadline_s:
+            return True
+        if now_s >= self._deadline_s - _EARLY_S:
             raise TimeoutError(f"Job {job.id} is not finished after {self._limit}: it is {job.status}.")
-        return min(pause_s, self._deadline_s - now_s)
+        return False

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Generator, Iterator, Mapping
 from typing import Any, Final, Self
 
-from jobd.client.api_request import ApiRequest, ApiResponse, T, lower_headers, read_result, request_for
+from jobd.client.api_request import ApiRequest, ApiResponse, T, lower_headers, read_result
 from jobd.client.apis import CHUNK_BYTES, CONNECT_S, IDLE_S, BaseClient, WorkerApi, unreachable
 from jobd.client.endpoint import Endpoint
 from jobd.client.errors import JobdError, Unreachable
@@ -21,7 +21,6 @@ from jobd.client.job_wait import JobWait
 from jobd.client.methods import P, PageWalk, command_of, described
 from jobd.client.retries import RetryOptions, RetryState
 from jobd.model.api_call import ApiCall
-from jobd.model.calls import JobCalls
 from jobd.model.events import StreamedEvent
 from jobd.model.responses import JobView
 
@@ -251,19 +250,18 @@ class JobClient(WorkerApi, BlockingClient):
     ) -> JobView:
         """Wait until the job is finished, and return it. Its `status` says how it ended.
 
-        Gets the job at growing intervals up to 2 s. `on_poll` is called with each unfinished state. Raises TimeoutError
-        if the job is not known to be finished after `timeout_s` seconds (None: no limit), JobNotFound, Unreachable.
+        The daemon responds when the job ends. `on_poll` is called once a second until then. Raises TimeoutError if the
+        job is not known to be finished after `timeout_s` seconds (None: no limit), JobNotFound, Unreachable.
         """
-        wait = JobWait(timeout_s, time.monotonic())
+        wait = JobWait(timeout_s, time.monotonic(), polls=on_poll is not None)
         while True:
             try:
-                job = self.send(request_for(JobCalls.get_job, job_id), wait.retry(self._retry, time.monotonic()))
+                now_s = time.monotonic()
+                job = self.send(wait.request(job_id, now_s), wait.retry(self._retry, now_s))
             except Unreachable as error:
                 wait.check_deadline(job_id, error, time.monotonic())
                 raise
-            pause_s = wait.pause_s(job, time.monotonic())
-            if pause_s is None:
+            if wait.is_over(job, time.monotonic()):
                 return job
             if on_poll is not None:
                 on_poll(job)
-            time.sleep(pause_s)

@@ -25,14 +25,17 @@ from jobd.model.commands import (
     Stats,
     Timeline,
     Validate,
+    WaitForJobs,
     Why,
     Workers,
 )
-from jobd.model.job import FINISHED
+from jobd.model.job import FINISHED, Job
 from jobd.model.responses import (
     AuditPage,
     ExportPage,
     HistoryRead,
+    JobEnd,
+    JobEnds,
     JobPage,
     LateResultList,
     Response,
@@ -41,13 +44,15 @@ from jobd.model.responses import (
 )
 
 OfJob = Get | GetVersion | Timeline | Why | Validate | LateResults
-Reading = OfJob | ListJobs | Queues | Workers | Stats | Locks | Export | AuditLog
+Reading = OfJob | WaitForJobs | ListJobs | Queues | Workers | Stats | Locks | Export | AuditLog
 
 
 def read(tx: Transaction, command: Reading) -> Response:
     match command:
         case Get() | GetVersion() | Timeline() | Why() | Validate() | LateResults():
             return _of_job(tx, command)
+        case WaitForJobs():
+            return Response(_ends(tx, command))
         case ListJobs():
             if command.cursor is not None and lists_by_end(command) != ("." in command.cursor):
                 raise guards.invalid("cursor", "This cursor belongs to a list with another status.")
@@ -66,6 +71,16 @@ def read(tx: Transaction, command: Reading) -> Response:
             return Response(views.locks(tx.state, tx.at, command, admin=tx.call.admin))
         case _:
             assert_never(command)
+
+
+def _ends(tx: Transaction, command: WaitForJobs) -> JobEnds:
+    jobs = [(job_id, tx.state.get(job_id)) for job_id in command.ids]
+    ends = [JobEnd(id_, None) if job is None else JobEnd(id_, job.status, _message(job)) for id_, job in jobs]
+    return JobEnds(ends, all(job is None or job.status in FINISHED for _, job in jobs))
+
+
+def _message(job: Job) -> str | None:
+    return None if job.error is None else job.error.message
 
 
 def lists_by_end(command: ListJobs) -> bool:

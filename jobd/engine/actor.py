@@ -47,6 +47,7 @@ Other tasks wait while a batch is decided. The weights keep that to a few millis
 from __future__ import annotations
 
 import asyncio
+import math
 from bisect import bisect_right, insort
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Sequence
@@ -71,7 +72,17 @@ from jobd.engine.idempotency import IdempotencyStore
 from jobd.engine.unread_responses import RESPONSE_BYTES, UnreadResponses
 from jobd.engine.waiting_claims import WaitingClaims
 from jobd.model.clocks import MonotonicS
-from jobd.model.commands import AnyCommand, Claim, Complete, Create, IdempotencyKey, Operator, Undelivered
+from jobd.model.commands import (
+    AnyCommand,
+    Claim,
+    Complete,
+    Create,
+    Get,
+    IdempotencyKey,
+    Operator,
+    Undelivered,
+    WaitForJobs,
+)
 from jobd.model.errors import SHUTTING_DOWN, ApiError, not_leader_error
 from jobd.model.events import Event
 from jobd.model.job import Policy, extra_keys
@@ -166,6 +177,7 @@ class Actor:
         self._decider = Decider(
             state, keys, self.waiting_claims, reject=self.full_disk.reject, unread=self.unread, loop_time=loop_time
         )
+        self.job_waiters = self._decider.job_waiters
         self._history = HistoryReader(disk, clock.moment, self.unread)
 
     # -- asking -------------------------------------------------------------------------------------------------------
@@ -230,6 +242,7 @@ class Actor:
         first = self.waiting_claims.waiting_with(envelope.key.digest) if envelope.key is not None else envelope
         if first is not None and first.is_abandoned:
             self.waiting_claims.remove(first, has_left=True)
+            self.job_waiters.remove(first)
 
     def undelivered(self, response: Response) -> None:
         """Release the grants of a response whose connection closed before its first byte, if no other received them."""
@@ -287,12 +300,12 @@ class Actor:
             return ApiError("overloaded", "Too many commands are waiting; try again in a second.")
         if self.unread.is_full and room < 1:
             return self.unread.rejection()
-        if type(command) is Claim and command.wait_ms:
+        if isinstance(command, Claim | Get | WaitForJobs) and command.wait_ms:
             if command.wait_ms > bounds.claim_wait_ms:
                 message = f"wait_ms may be at most {bounds.claim_wait_ms} (limits.claim_wait), not {command.wait_ms}."
                 return ApiError("invalid_request", message, {"field": "$.wait_ms"})
-            if len(self.waiting_claims) >= bounds.parked_claims:
-                return ApiError("overloaded", "Too many claims are waiting for work; try again without wait_ms.")
+            if len(self.waiting_claims) + len(self.job_waiters) >= bounds.parked_claims:
+                return ApiError("overloaded", "Too many requests are waiting for jobs; try again without wait_ms.")
         return None
 
     def _internal_envelope(self, command: AnyCommand, *waiters: Waiter) -> Envelope:
@@ -309,11 +322,16 @@ class Actor:
     async def run(self) -> None:
         """Serve the mailbox until `stop`. Raises DiskBroken if a commit fails, or `before_batch` does."""
         try:
-            while not (self._stopping and not self._mailbox and not self.waiting_claims and not self._has_internal()):
+            while not (self._stopping and not self._mailbox and not self._is_awaited and not self._has_internal()):
                 await self._serve_batch()
         finally:
             self.ended.set()
         await self._history.finish()
+
+    @property
+    def _is_awaited(self) -> bool:
+        """Whether requests wait for jobs."""
+        return bool(self.waiting_claims or self.job_waiters)
 
     async def _serve_batch(self) -> None:
         """Wait for commands, and serve them. Raises DiskBroken."""
@@ -335,6 +353,8 @@ class Actor:
             self._fail(batch, error)
             raise DiskBroken(str(error)) from error
         self._end_waits()
+        if self.job_waiters:
+            self._end_job_waits()
 
     async def _wait_for_work(self) -> None:
         """Wait until a command arrives or a timer is due."""
@@ -374,6 +394,8 @@ class Actor:
                 waits.append((run_at - now) / 1000)
             if run_at is not None or (expiry is not None and expiry <= now):
                 waits.append(CLOCK_CHECK_S)
+        if (deadline := self.job_waiters.next_deadline()) is not None:
+            waits.append(deadline - self._loop_time())
         if (probe_at := self.full_disk.probe_at) is not None:
             waits.append(probe_at - self._loop_time())
         return min(waits, default=None)
@@ -596,6 +618,9 @@ class Actor:
         if decided.changes:
             for listener in self.on_commit:
                 listener(decided.changes)
+            if self.job_waiters:
+                for envelope in self.job_waiters.take_ended(decided.changes):
+                    self._put(envelope)
 
     def _keep_if_disk_full(self, envelope: Envelope, response: Response | ApiError) -> bool:
         """Keep an internal command that the full disk rejected, and forget one that was decided.
@@ -610,6 +635,12 @@ class Actor:
         if is_internal:
             self._internal.remove(envelope)
         return False
+
+    def _end_job_waits(self) -> None:
+        """Let reads whose wait is over be decided without one, or all of them before the end."""
+        until = self._loop_time() if self._decider.may_wait else MonotonicS(math.inf)
+        for envelope in self.job_waiters.take_expired(until):
+            self._put(envelope)
 
     def _end_waits(self) -> None:
         """Respond to waiting claims whose wait is over, or to all of them before the end: no grants."""
@@ -647,11 +678,12 @@ class Actor:
             log.warning("leadership_lost", reason=str(error), commands=len(batch))
             reason = "this node does not lead the cluster any more"
             self._rejection = not_leader_error(None)
-            undone += self.waiting_claims.take_all()
+            undone += self.waiting_claims.take_all() + self.job_waiters.take_all()
         else:
             log.critical("commit_failed", error=str(error), kind=type(error).__name__, commands=len(batch))
             reason = "the disk failed"
             unknown += self.waiting_claims.take_all()
+            undone += self.job_waiters.take_all()
         message = f"The outcome is unknown because {reason}. Repeat the request with the same id or Idempotency-Key."
         for envelope in unknown:
             envelope.reply(ApiError("outcome_unknown", message, {"outcome": "unknown"}))

@@ -20,8 +20,8 @@ Invariants:
   rolled back only if the payloads of its responses turn out to be damaged; then it has changed no job.
 - `roll_back` restores jobs, pauses, keys and waiting claims. It does not restore numbers (they stay used), the time of
   the state, and what is known of workers. Jobs in quarantine stay out.
-- Each envelope of the batch gets one reply, with three exceptions: a claim that begins to wait, a repeated call that
-  joins the wait of the first one, and a call for a grant whose caller is gone, which is not decided.
+- Each envelope of the batch gets one reply, with three exceptions: a claim or a read that begins to wait, a repeated
+  call that joins the wait of the first one, and a call for a grant whose caller is gone, which is not decided.
 - Waiting claims come first. A job that becomes due is offered to them before the next command is decided, to the one
   with the lowest ticket over all queues. Without `serves`, or if the full disk rejects the claim, the queue stays in
   `_became_due`, and the next batch begins with it.
@@ -41,7 +41,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable
 from heapq import heappop, heappush
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 import structlog
@@ -53,6 +53,7 @@ from jobd.core.state import State
 from jobd.core.transaction import Transaction
 from jobd.engine.envelope import Envelope
 from jobd.engine.idempotency import IdempotencyStore
+from jobd.engine.job_waiters import JobWaiters
 from jobd.engine.unread_responses import UnreadResponses
 from jobd.engine.waiting_claims import WaitingClaims
 from jobd.model.clocks import MonotonicS
@@ -163,6 +164,7 @@ class Decider:
         self.state = state
         self.keys = keys
         self.waiting_claims = waiting_claims
+        self.job_waiters = JobWaiters()
         self.may_wait = True  # off once the daemon stops
         self.served: list[Envelope] = []  # the waiting claims that the latest batch serves
         self._reject = reject
@@ -297,10 +299,7 @@ class Decider:
         elif type(command) in _NOTED and (rejection := self._note(decided, command)) is not None:
             return rejection
         response = self._decided(decided, envelope)
-        if type(command) is Claim and self._waits(command, response):
-            envelope.deadline = decided.at_s + command.wait_ms / 1000
-            self.waiting_claims.add(envelope)
-            decided.began_waiting.append(envelope)
+        if command.can_wait and self._waits(decided, envelope, response):
             return None
         if isinstance(command, DirectWorker) and isinstance(response, Response):
             self._tell(decided, command.name)
@@ -353,10 +352,23 @@ class Decider:
 
     # -- waiting claims ------------------------------------------------------------------------------------------------
 
-    def _waits(self, claim: Claim, response: Response | ApiError) -> bool:
-        if not self.may_wait or claim.wait_ms == 0:
+    def _waits(self, decided: DecidedBatch, envelope: Envelope, response: Response | ApiError) -> bool:
+        """Let a request with `wait_ms` wait if its response does not show what it waits for. Return whether it does."""
+        command: Any = envelope.command
+        if not command.wait_ms or not self.may_wait or not isinstance(response, Response):
             return False
-        return isinstance(response, Response) and not _is_answer(response)
+        if type(command) is not Claim:
+            unfinished = [job_id for job_id in command.job_ids() if job_id in self.state.jobs]
+            if unfinished:
+                envelope.deadline = envelope.deadline or decided.at_s + command.wait_ms / 1000
+                self.job_waiters.add(envelope, unfinished)
+            return bool(unfinished)
+        if _is_answer(response):
+            return False
+        envelope.deadline = decided.at_s + command.wait_ms / 1000
+        self.waiting_claims.add(envelope)
+        decided.began_waiting.append(envelope)
+        return True
 
     def _tell(self, decided: DecidedBatch, worker: str) -> None:
         """Answer the waiting claims of a worker that has a new directive."""

@@ -40,6 +40,7 @@ class JobRequests(CallGroup, tag="Jobs"):
 
 class JobCalls(CallGroup, tag="Jobs"):
     get_job = ApiCall(commands.Get, responses.JobView, "GET", "/v1/jobs/{id}")
+    wait_for_jobs = ApiCall(commands.WaitForJobs, responses.JobEnds, "POST", "/v1/jobs/wait")
     list_jobs = ApiCall(commands.ListJobs, responses.JobPage, "GET", "/v1/jobs")
     timeline = ApiCall(commands.Timeline, responses.TimelineView, "GET", "/v1/jobs/{id}/timeline").then(
         lambda view: view.events

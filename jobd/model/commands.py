@@ -77,6 +77,7 @@ from jobd.model.job import DAY_MS, HOUR_MS, SECOND_MS, YEAR_MS, Backoff, OnStall
 MAX_CLAIM: Final = 100
 MAX_NAMES: Final = 100  # queues or kinds of one claim
 MAX_WAIT_MS: Final = 60_000
+MAX_WAITED: Final = 1_000  # jobs of one wait
 MAX_EVENTS: Final = 1_000  # of a timeline with a limit
 ADOPT_WEIGHT: Final = 20  # its late results are read with their metadata
 
@@ -205,8 +206,30 @@ class JobRead(JobCommand, Read, frozen=True):
     """A read of one job."""
 
 
+EndWaitMs = Annotated[int, doc("How long to wait for the end, in ms.", ge=0, le=MAX_WAIT_MS)]
+
+
 class Get(JobRead, frozen=True, kw_only=True):
-    """Get one job."""
+    """Get one job. With `wait_ms`, the response comes when the job is finished, or after this time."""
+
+    can_wait = True
+
+    wait_ms: EndWaitMs = 0
+
+
+class WaitForJobs(Read, frozen=True, kw_only=True):
+    """Return the statuses of jobs when all are finished, or after `wait_ms`."""
+
+    can_wait = True
+
+    ids: Annotated[list[NamedJobId], doc("The jobs.", min_length=1, max_length=MAX_WAITED)]
+    wait_ms: EndWaitMs = 0
+
+    def job_ids(self) -> list[str]:
+        return self.ids
+
+    def weight(self) -> int:
+        return len(self.ids)
 
 
 class Timeline(JobRead, frozen=True, kw_only=True):
@@ -1371,6 +1394,7 @@ AnyCommand = (
     Create
     | Bulk
     | Get
+    | WaitForJobs
     | Timeline
     | Why
     | Validate

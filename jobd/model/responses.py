@@ -196,6 +196,21 @@ class ExportPage(Struct):
     next_cursor: NextCursor
 
 
+class JobEnd(Struct, gc=False):
+    """The status of a job. It is null if the job does not exist."""
+
+    id: JobIdText
+    status: Annotated[str | None, doc("The status, null if the job does not exist.")]
+    error_message: Annotated[str | None, doc("A human-readable error message.")] = None
+
+
+class JobEnds(Struct, gc=False):
+    """The statuses of jobs, and whether all that exist are finished."""
+
+    jobs: Annotated[list[JobEnd], doc("The jobs in the order of the request.")]
+    finished: Annotated[bool, doc("Whether no job is queued or processing.")]
+
+
 class JobList(Struct):
     """A list of jobs."""
 

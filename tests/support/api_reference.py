@@ -36,6 +36,7 @@ SHAPES: Final[dict[str, Any]] = {
     "grant": responses.GrantView,
     "lock state": responses.LockState,
     "jobs": responses.JobList,
+    "job ends": responses.JobEnds,
     "page": responses.JobPage,
     "grants": responses.Grants,
     "timeline": responses.TimelineView,

@@ -131,6 +131,7 @@ def _jobs() -> Iterator[Example]:
     yield Example(requests.claim, waiting)
     yield Example(requests.complete, commands.Complete(**held, **result), EventOf("completed", "completed"))
     yield Example(api.get_job, commands.Get(id="a"))
+    yield Example(api.wait_for_jobs, commands.WaitForJobs(ids=["a", "b"]))
     yield Example(api.list_jobs, commands.ListJobs())
     listed = commands.ListJobs(status="queued", queue="q", kind="k", worker="w-1", limit=200, cursor="9")
     yield Example(api.list_jobs, listed)

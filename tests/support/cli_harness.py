@@ -140,7 +140,8 @@ def fields_of(shape: type[msgspec.Struct]) -> set[str]:
     return set(shape.__struct_encode_fields__)
 
 
-JOB_FIELDS = fields_of(responses.JobView) - {"repeated", "worker", "version", "schedule_id", "scheduled_at"}
+_OF_FEW = {"repeated", "worker", "version", "schedule_id", "scheduled_at", "headers", "checkpoint", "copied_from"}
+JOB_FIELDS = fields_of(responses.JobView) - _OF_FEW
 
 
 class TerminalRun:

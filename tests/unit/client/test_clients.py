@@ -13,7 +13,6 @@ from operator import methodcaller
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import pytest
 
 from jobd.client import (
@@ -21,7 +20,6 @@ from jobd.client import (
     AsyncJobClient,
     JobClient,
     JobNotFound,
-    JobView,
     RetryOptions,
     Unreachable,
     job_wait,
@@ -282,11 +280,8 @@ def test_a_wait_for_a_daemon_that_does_not_respond_keeps_its_limit(
         wait("j1", timeout_s=0.2)
 
 
-def test_a_wait_looks_again_at_growing_intervals() -> None:
-    job = msgspec.json.decode(msgspec.json.encode(JOB), type=JobView)
-    wait, pauses = JobWait(None, 0.0), []
-    for _ in range(10):
-        pauses.append(wait.pause_s(job, 0.0))
-    assert pauses[:3] == pytest.approx([0.1, 0.15, 0.225])
-    assert pauses[-1] == 2.0
-    assert JobWait(0.05, 0.0).pause_s(job, 0.0) == 0.05
+def test_a_wait_lets_the_daemon_respond_at_the_end() -> None:
+    assert JobWait(None, 0.0).request("a", 0.0).wait_ms == 30_000
+    assert JobWait(None, 0.0, polls=True).request("a", 0.0).wait_ms == 1_000
+    request = JobWait(0.05, 0.0).request("a", 0.03)
+    assert (request.wait_ms, request.path, request.op) == (20, "/v1/jobs/a?wait_ms=20", "")
