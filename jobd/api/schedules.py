@@ -9,7 +9,7 @@ from msgspec.structs import replace
 from jobd.api.services import Services
 from jobd.http.app import App, run_command
 from jobd.http.request import RequestContext
-from jobd.maintenance.cron import InvalidTiming, explanation, next_times
+from jobd.maintenance.cron import InvalidTiming, explanation, load_zone, next_times
 from jobd.model.commands import Get, PutSchedule
 from jobd.model.errors import ApiError, invalid_request_error
 from jobd.model.responses import Response, ScheduleView
@@ -21,7 +21,7 @@ TIMES_SHOWN = 5
 async def put_schedule(app: App[Services], ctx: RequestContext, command: PutSchedule) -> Response | ApiError:
     """Reject a timing that cannot be read or never fires."""
     if (command.cron is None) != (command.every_ms is None):  # else the rule rejects it
-        _check(Timing(command.cron, command.every_ms, command.offset_ms, command.timezone))
+        await _check(Timing(command.cron, command.every_ms, command.offset_ms, command.timezone))
     return await send_schedule(app, ctx, command)
 
 
@@ -39,8 +39,9 @@ async def send_schedules(app: App[Services], ctx: RequestContext, command: Any) 
     return response
 
 
-def _check(timing: Timing) -> None:
+async def _check(timing: Timing) -> None:
     try:
+        await load_zone(timing.timezone)
         if not next_times(timing, 0, 1):
             raise invalid_request_error("$.cron", f'"{timing.cron}" has no time within 50 years.')
     except InvalidTiming as error:

@@ -23,6 +23,8 @@ REPEAT_MS: Final = SECOND_MS  # a worker that does not obey is told at most this
 
 def open_queues(state: State, claim: Claim) -> Sequence[str]:
     """Return the queues of which `claim` may get jobs. None, if its worker is to be quiet."""
+    if claim.limit and not state.quiet and not state.presence.directed:  # the common case
+        return claim.queues
     seen = state.presence.workers.get(claim.worker)
     directive = None if seen is None else seen.directive
     if claim.limit == 0 or (directive is not None and directive.is_quieting and not directive.is_over(claim)):
@@ -35,6 +37,8 @@ def open_queues(state: State, claim: Claim) -> Sequence[str]:
 
 def directive_for(state: State, claim: Claim, *, is_last: bool = False) -> DirectiveView | None:
     """Return what to tell the worker of `claim` now. `is_last`: its wait ends anyway."""
+    if not state.quiet and not state.presence.directed:
+        return None
     seen = state.presence.workers.get(claim.worker)
     if seen is None:
         return None

@@ -156,6 +156,7 @@ class WorkerPresence:
         self.has_forgotten = False
         self.now = now
         self.lock_ms = lock_ms
+        self.directed: set[WorkerSeen] = set()  # with a directive
         self.on_open: Callable[[], None] = lambda: None  # called when waiting claims may get jobs that they could not
         self._sets: dict[SetKey, ClaimSet] = {}
         self._of_queue: dict[str, dict[ClaimSet, None]] = {}
@@ -233,24 +234,26 @@ class WorkerPresence:
         if command.about is not None:
             worker.about = command.about
         if isinstance(command, Claim):
-            claims, takes = worker.claims, command.queues if queues is None else queues
-            is_same = worker.is_quiet == (not takes) and claims is not None
-            if (
-                claims is None
-                or not is_same
-                or claims.queues != (takes or command.queues)
-                or claims.kinds != command.kinds
-            ):
-                new = ClaimSet(list(takes or command.queues), command.kinds)
-                claims = self._shared(new) if takes else new
-                self._assign(command.worker, worker, claims)
-            worker.quiet_since = None if takes else worker.quiet_since or self.now
+            claims = worker.claims
+            is_open = (queues is None or queues is command.queues) and worker.quiet_since is None
+            if claims is None or not is_open or claims.queues != command.queues or claims.kinds != command.kinds:
+                claims = self._note_claims(worker, command, command.queues if queues is None else queues)
             if worker.directive is not None and worker.directive.is_over(command):
                 self._end_directive(worker)
             if worker.asked is not None and self.lock_ms > worker.asked:  # not when this claim begins to wait
                 worker.idle_ms = min(max(2 * (self.lock_ms - worker.asked), IDLE_AT_LEAST_MS), IDLE_AT_MOST_MS)
             claims.claimed = worker.claimed = worker.asked = self.lock_ms
         return worker
+
+    def _note_claims(self, worker: WorkerSeen, command: Claim, takes: Sequence[str]) -> ClaimSet:
+        """Record the queues and kinds of which a claim can get jobs; without any, the worker is quiet."""
+        claims, queues = worker.claims, takes or command.queues
+        was_quiet, worker.quiet_since = worker.is_quiet, None if takes else worker.quiet_since or self.now
+        if claims is None or was_quiet != worker.is_quiet or (claims.queues, claims.kinds) != (queues, command.kinds):
+            new = ClaimSet(list(queues), command.kinds)
+            claims = self._shared(new) if takes else new
+            self._assign(command.worker, worker, claims)
+        return claims
 
     def begin_wait(self, command: Claim, queues: Sequence[str] | None = None) -> ClaimSet:
         """Record that a claim begins to wait for jobs of `queues`. Return the set to pass to `end_wait`."""
@@ -285,8 +288,14 @@ class WorkerPresence:
 
     def _end_directive(self, worker: WorkerSeen) -> None:
         worker.directive = None
+        self.directed.discard(worker)
         if worker.waiting:  # claims of another process of the name, which had to wait
             self.on_open()
+
+    def direct(self, worker: WorkerSeen, directive: Directive) -> None:
+        """Keep a directive for the next claims of a worker."""
+        worker.directive = directive
+        self.directed.add(worker)
 
     def note_lost(self, name: str, job: Job) -> None:
         """Record that a job was taken back from a worker that was not heard for too long."""
@@ -330,6 +339,7 @@ class WorkerPresence:
                 return
             if worker.is_resting:
                 self._assign(name, worker, None)
+                self.directed.discard(worker)
                 del self.workers[name]
             else:
                 self.workers.move_to_end(name)

@@ -64,12 +64,14 @@ from jobd.model.commands import (
     Command,
     Complete,
     Create,
-    DirectWorker,
     EndGrants,
     IdempotencyKey,
     Moment,
+    QuietWorker,
     Report,
+    ResumeWorker,
     Start,
+    StopWorker,
     Tick,
     Undelivered,
     is_dry_run,
@@ -85,6 +87,7 @@ log = structlog.get_logger("jobd.actor")
 BATCH_PAYLOADS: Final = 8 << 20  # bytes of large payloads and metadata in the responses of one batch
 
 _LIVE_OR_NEW: Final = frozenset({None, *LIVE})
+_DIRECTIVES: Final = frozenset({QuietWorker, ResumeWorker, StopWorker})  # isinstance() is slow for structs
 _NOTED: Final = frozenset({Undelivered, Tick, EndGrants, Report})
 
 
@@ -301,8 +304,8 @@ class Decider:
         response = self._decided(decided, envelope)
         if command.can_wait and self._waits(decided, envelope, response):
             return None
-        if isinstance(command, DirectWorker) and isinstance(response, Response):
-            self._tell(decided, command.name)
+        if type(command) in _DIRECTIVES and isinstance(response, Response):
+            self._tell(decided, response.data.worker)
         if self._unread.is_full and _is_large_repeat(decided.tx, response):
             return self._unread.rejection()
         if key is not None:

@@ -7,6 +7,7 @@ time only. Other expressions follow elapsed time.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta, tzinfo
 from itertools import islice
@@ -21,6 +22,7 @@ from jobd.model.times import duration
 SHORTHANDS: Final = {"@hourly": "0 * * * *", "@daily": "0 0 * * *", "@weekly": "0 0 * * 0", "@monthly": "0 0 1 * *"}
 MAX_COUNTED: Final = 1_000
 _FIELDS: Final = "minute hour day-of-month month day-of-week"
+_ZONES: Final[dict[str, tzinfo]] = {"UTC": UTC}  # those that were loaded
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 
 
@@ -106,8 +108,18 @@ def _cron(timing: Timing, start: datetime, *, reverse: bool = False) -> CronSim:
     return cron
 
 
+async def load_zone(name: str) -> None:
+    """Read a time zone in a thread, so that the functions above do not read files. Raises InvalidTiming."""
+    if name != "UTC" and name not in _ZONES:
+        _ZONES[name] = await asyncio.to_thread(_read_zone, name)
+
+
 def _zone(name: str) -> tzinfo:
+    return _ZONES.get(name) or _read_zone(name)
+
+
+def _read_zone(name: str) -> tzinfo:
     try:
-        return UTC if name == "UTC" else ZoneInfo(name)
+        return ZoneInfo(name)
     except (KeyError, ValueError, OSError):  # OSError: a directory of zones
         raise InvalidTiming("timezone", f'"{name}" is unknown: use an IANA name such as Europe/Berlin') from None

@@ -28,7 +28,7 @@ def direct(tx: Transaction, command: DirectWorker) -> Response:
         )
         raise api_error("worker_gone", message, worker=name, state=state)
     instance = None if seen.about is None else seen.about.instance
-    seen.directive = Directive(DirectiveView(command.action, tx.call.by, command.reason), instance)
+    presence.direct(seen, Directive(DirectiveView(command.action, tx.call.by, command.reason), instance))
     return Response(DirectedView(name, command.action, state, is_sent=seen.waiting > 0))
 
 
