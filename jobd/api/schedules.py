@@ -51,13 +51,12 @@ async def _check(timing: Timing) -> None:
 async def _with_times(app: App[Services], view: ScheduleView) -> ScheduleView:
     """Add the times and words of the timing, and the status of a job that is not in memory."""
     timing = Timing(view.cron, view.every_ms, view.offset_ms, view.timezone)
+    await load_zone(timing.timezone)
     status = view.last_status
     if status is None and view.last_job_id is not None:
         found = await app.actor.ask(Get(id=view.last_job_id), by="daemon")
         status = None if isinstance(found, ApiError) else found.data.status
-    schedule, now = app.actor.state.schedules.get(view.id), app.services.clock.moment().now
-    after = now if schedule is None else max(schedule.fires_after(now), now)
-    times = [] if view.paused else next_times(timing, after, TIMES_SHOWN)
+    times = [] if view.paused else next_times(timing, view.next_at or 0, TIMES_SHOWN)
     return replace(
         view, explanation=explanation(timing), next_at=next(iter(times), None), next_times=times, last_status=status
     )

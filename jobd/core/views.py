@@ -208,8 +208,8 @@ def paused_view(queue: str, pause: QueuePause | None) -> PausedView:
     return PausedView(queue, pause is not None, *(() if pause is None else astuple(pause)))
 
 
-def schedule_view(state: State, schedule: Schedule) -> ScheduleView:
-    """Return the view of a schedule, without what follows from its timing."""
+def schedule_view(state: State, schedule: Schedule, now: int) -> ScheduleView:
+    """Return the view of a schedule, without what follows from its timing: `next_at` is a time before the next one."""
     timing, pause, last = schedule.timing, schedule.pause or QueuePause(), state.get(schedule.last_job_id or "")
     skip = schedule.last_skip
     return ScheduleView(
@@ -230,6 +230,7 @@ def schedule_view(state: State, schedule: Schedule) -> ScheduleView:
         paused_until=pause.until,
         created_at=schedule.created_at,
         updated_at=schedule.updated_at,
+        next_at=max(schedule.fires_after(now), now),
         last_fired_at=schedule.last_fired_at,
         last_job_id=schedule.last_job_id,
         last_status=None if last is None else last.status,

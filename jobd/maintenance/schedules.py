@@ -15,7 +15,7 @@ from typing import Final
 import structlog
 
 from jobd.engine.actor import Actor
-from jobd.maintenance.cron import InvalidTiming, latest_time, next_times
+from jobd.maintenance.cron import InvalidTiming, latest_time, load_zone, next_times
 from jobd.model.commands import AnyCommand, Fire, Moment, ResumeSchedule
 from jobd.model.errors import ApiError
 from jobd.model.job import MINUTE_MS, SECOND_MS
@@ -71,19 +71,19 @@ class Scheduler:
         while self._changed and not self._stopping:
             name, _ = self._changed.popitem()
             self._next.pop(name, None)
-            if (schedule := self._state.schedules.get(name)) is not None and (
-                at := self._next_at(schedule)
-            ) is not None:
+            schedule = self._state.schedules.get(name)
+            if schedule is not None and (at := await self._next_at(schedule)) is not None:
                 self._next[name] = at
                 heappush(self._heap, (at, name))
             count += 1
             if count % SLICE == 0:
                 await asyncio.sleep(0)
 
-    def _next_at(self, schedule: Schedule) -> int | None:
+    async def _next_at(self, schedule: Schedule) -> int | None:
         if schedule.pause is not None:
             return schedule.pause.until
         try:
+            await load_zone(schedule.timing.timezone)
             return next(iter(next_times(schedule.timing, schedule.fires_after(self._moment().now), 1)), None)
         except InvalidTiming as error:  # the time zone is unknown here: the package tzdata is older
             log.error("schedule_invalid", schedule=schedule.id, field=error.field, reason=str(error))

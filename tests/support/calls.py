@@ -70,6 +70,19 @@ PLANNED: Final = [responses.PlannedJob("a", "failed", "queued")]
 SKIPPED: Final = [responses.SkippedJob("b", None, "none")]
 PLAN: Final = responses.PlanView("p1", "retry", "r", None, None, 1, PLANNED, SKIPPED, 1, False, None, 1, 2)
 STATS: Final = responses.StatsView(3, {"queued": 3}, 0, 0, 0.0, None, 0, AT)
+_SCHEDULE: Final[dict[str, Any]] = {
+    **{"id": "s", "cron": None, "every_ms": 1_000, "offset_ms": 0, "timezone": "UTC", "job": {}, "overlap": "skip"},
+    **{"catch_up": "latest", "jitter_ms": 0, "source": None, "paused": False, "created_at": AT, "updated_at": AT},
+    **{"last_fired_at": None, "last_job_id": None, "last_status": None, "skipped": 0, "missed": 0, "last_skip": None},
+}
+SCHEDULE: Final = responses.ScheduleView(**_SCHEDULE)
+# What the actor returns for commands whose handler reads the response.
+DATA: Final[dict[type[Command], Any]] = {
+    commands.Stats: STATS,
+    commands.Schedules: responses.ScheduleList([SCHEDULE]),
+    **dict.fromkeys((commands.PutSchedule, commands.GetSchedule, commands.PauseSchedule), SCHEDULE),
+    **dict.fromkeys((commands.ResumeSchedule, commands.DeleteSchedule), SCHEDULE),
+}
 RECOVERED: Final = responses.Recovery("a", "reset", "stalled")
 
 

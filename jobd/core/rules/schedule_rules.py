@@ -51,7 +51,7 @@ def put(tx: Transaction, command: PutSchedule) -> Response:
     schedule = _requested(tx, command, known)
     if schedule != known:
         tx.change_schedule(command.id, "schedule_put", schedule.queue, row=msgspec.to_builtins(schedule))
-    return Response(views.schedule_view(tx.state, schedule), status=201 if known is None else 200)
+    return Response(views.schedule_view(tx.state, schedule, tx.now), status=201 if known is None else 200)
 
 
 def _check_room(tx: Transaction) -> None:
@@ -145,25 +145,25 @@ def pause(tx: Transaction, command: PauseSchedule) -> Response:
     known, given = schedule.pause, (command.reason, command.until)
     if known is None or given not in ((None, None), (known.reason, known.until)):
         tx.change_schedule(schedule.id, "schedule_paused", schedule.queue, command.reason, until=command.until)
-    return Response(views.schedule_view(tx.state, tx.state.schedules[schedule.id]))
+    return Response(views.schedule_view(tx.state, tx.state.schedules[schedule.id], tx.now))
 
 
 def resume(tx: Transaction, command: ResumeSchedule) -> Response:
     schedule = find(tx, command.id)
     if schedule.pause is not None:
         tx.change_schedule(schedule.id, "schedule_resumed", schedule.queue, command.reason)
-    return Response(views.schedule_view(tx.state, tx.state.schedules[schedule.id]))
+    return Response(views.schedule_view(tx.state, tx.state.schedules[schedule.id], tx.now))
 
 
 def delete(tx: Transaction, command: DeleteSchedule) -> Response:
     schedule = find(tx, command.id)
-    response = Response(views.schedule_view(tx.state, schedule))
+    response = Response(views.schedule_view(tx.state, schedule, tx.now))
     tx.change_schedule(schedule.id, "schedule_deleted", schedule.queue, command.reason)
     return response
 
 
 def get(tx: Transaction, command: GetSchedule) -> Response:
-    return Response(views.schedule_view(tx.state, find(tx, command.id)))
+    return Response(views.schedule_view(tx.state, find(tx, command.id), tx.now))
 
 
 def list_page(tx: Transaction, command: Schedules) -> Response:
@@ -172,7 +172,7 @@ def list_page(tx: Transaction, command: Schedules) -> Response:
         for name in sorted(tx.state.schedules)
         if name > (command.cursor or "") and command.source in (None, tx.state.schedules[name].source)
     )
-    page = [views.schedule_view(tx.state, tx.state.schedules[name]) for name in islice(names, command.limit)]
+    page = [views.schedule_view(tx.state, tx.state.schedules[name], tx.now) for name in islice(names, command.limit)]
     return Response(ScheduleList(page, page[-1].id if next(names, None) is not None else None))
 
 

@@ -16,7 +16,7 @@ from jobd.model import commands
 from jobd.model.commands import JobCommand, RecordAction, Tick
 from jobd.model.errors import ApiError
 from jobd.model.responses import EmptyResponse, Response
-from tests.support.calls import CALLS, COMMANDS, EXAMPLES, STATS, Example
+from tests.support.calls import CALLS, COMMANDS, DATA, EXAMPLES, Example
 from tests.support.http_harness import TOKEN, HttpHarness, ReceivedResponse
 
 TABLES: Final = {"worker": worker_routes.ROUTES, "admin": admin_routes.ROUTES}
@@ -55,7 +55,7 @@ async def test_a_call_is_its_command(harnesses: Harnesses) -> None:
     for example in (each for each in COMMANDS if each.call.name not in lines_or_services):
         harness = harnesses[example.call.auth]
         harness.actor.received.clear()
-        data = STATS if isinstance(example.command, commands.Stats) else EmptyResponse()
+        data = DATA.get(type(example.command), EmptyResponse())
         harness.actor.respond = lambda _, data=data: Response(data)
         response = await send(harness, example)
         assert response.status == 200, (example, response.json)
