@@ -65,6 +65,7 @@ RULES: Final[Mapping[type[Command], Rule]] = {
     commands.Transition: operator_rules.transition,
     commands.RunNow: operator_rules.run_now,
     commands.Update: operator_rules.update,
+    commands.Copy: operator_rules.copy,
     commands.Delete: operator_rules.delete,
     commands.Pause: operator_rules.pause,
     commands.Resume: operator_rules.resume,

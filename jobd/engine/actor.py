@@ -85,7 +85,7 @@ from jobd.model.commands import (
 )
 from jobd.model.errors import SHUTTING_DOWN, ApiError, not_leader_error
 from jobd.model.events import Event
-from jobd.model.job import Policy, extra_keys
+from jobd.model.job import Policy, extra_keys, headers_key
 from jobd.model.journal import JournalOutcomeUnknown, LeadershipLost
 from jobd.model.responses import Grants, Response
 from jobd.model.storage import BadRows, DiskFull, FormatNotRead, JobStorage, Quarantined
@@ -558,6 +558,9 @@ class Actor:
             loaded = await self.disk.load([], list(wanted), [])
             known.payloads = {key: payload.body for key, payload in loaded.payloads.items()}
             known.requests = {wanted[key]: payload for key, payload in loaded.payloads.items() if key >= 0}
+            for job in jobs:
+                if (headers := known.payloads.get(headers_key(job.seq))) is not None and job.id in known.requests:
+                    known.requests[job.id] = replace(known.requests[job.id], headers=headers)
         await self._load_late((envelope.command for envelope, _ in naming), known)
         return known
 

@@ -121,6 +121,7 @@ class AdminJobCalls(CallGroup, tag="Jobs", base=ADMIN, auth="admin"):
     )
     adopt = ApiCall(commands.Adopt, responses.JobView, "POST", "/jobs/{id}/adopt", key=True)
     cancel_job = ApiCall(commands.Cancel, responses.JobView, "POST", "/jobs/{id}/cancel", key=True)
+    copy_job = ApiCall(commands.Copy, responses.JobView, "POST", "/jobs/{id}/copy", key=True, status=201)
     run_now = ApiCall(commands.RunNow, responses.JobView, "POST", "/jobs/{id}/run-now", key=True)
     update_job = ApiCall(commands.Update, responses.JobView, "POST", "/jobs/{id}/update", key=True)
     locks = ApiCall(commands.Locks, responses.LockList, "GET", "/locks").then(lambda view: view.locks)

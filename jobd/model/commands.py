@@ -17,6 +17,7 @@ from jobd.model.fields import (
     MAX_PAGE,
     PRINTABLE,
     AdditionalMs,
+    AnyJson,
     Checkpoint,
     Count,
     Cursor,
@@ -650,6 +651,18 @@ class Adopt(JobCommand, frozen=True):
 
     def weight(self) -> int:
         return ADOPT_WEIGHT
+
+
+class Copy(JobCommand, frozen=True, kw_only=True):
+    """Create a job that is due now, with the options, headers and payload of another one, or with a new payload."""
+
+    admission = "create"
+    audit_name = "copy"
+    errors = ("too_many_jobs", "too_many_queues", "upgrade_incomplete")
+    needs_payload = True
+
+    payload: Annotated[AnyJson | UnsetType, doc("The payload of the new job. Default: that of the old one.")] = UNSET
+    reason: Reason | None = None
 
 
 class Delete(JobCommand, frozen=True):
@@ -1421,6 +1434,7 @@ AnyCommand = (
     | GetVersion
     | LateResults
     | Adopt
+    | Copy
     | Delete
     | Pause
     | Resume

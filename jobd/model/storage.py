@@ -313,8 +313,11 @@ class Batch(Struct):
 
 
 class Payload(Struct, frozen=True, gc=False):
+    """A body. That of a job which a decision needs has the headers of the job too, empty if it has none."""
+
     body: bytes
     request_hash: str
+    headers: bytes = b""
 
 
 class LoadedRows(Struct):

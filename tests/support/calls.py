@@ -198,6 +198,7 @@ def _admin_jobs() -> Iterator[Example]:
     yield Example(api.adopt, commands.Adopt(**why, result=7), "invalid_transition")
     yield Example(api.cancel_job, commands.Cancel(**why), EventOf("cancelled", "cancelled"))
     yield Example(api.run_now, commands.RunNow(**why), "invalid_transition")
+    yield Example(api.copy_job, commands.Copy(id="a"), EventOf("created", "queued"))
     update = commands.Update(**why, priority=3, run_at=AT, max_attempts=3)
     written = {"priority": 3, "run_at": AT, "max_attempts": 3}
     yield Example(api.update_job, update, EventOf("updated", "processing", written))

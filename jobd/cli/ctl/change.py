@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from jobd.cli import tables, terminal
+from jobd.cli import exit_codes, tables, terminal
 from jobd.cli.confirm import Confirmation, destructive_options, dry_run_option, reason_option, run_action
 from jobd.cli.connection import admin_client, admin_options
 from jobd.cli.ctl.completion import IDS, JOB
@@ -225,6 +225,20 @@ def update(job_id: str, reason: str | None, dry_run: bool, as_json: bool, **fiel
     new = {name: fields[name] for name in _UPDATE_FIELDS if fields[name] is not None}
     do = partial(client.update_job, reason=reason, **new)
     return _change("update", job_id, client, do, Update.allowed_from, lambda job: new, dry_run=dry_run, as_json=as_json)
+
+
+@command(JOB, _REASON, json_option, admin_options)
+@click.argument("payload", required=False)
+def copy(job_id: str, payload: str | None, reason: str | None, as_json: bool) -> int:
+    """Create a job like another one, with its payload or with the JSON text PAYLOAD. Prints the id."""
+    from msgspec import UNSET, Raw
+
+    job = admin_client().copy_job(job_id, payload=UNSET if payload is None else Raw(payload.encode()), reason=reason)
+    if as_json:
+        terminal.emit_json(job)
+    else:
+        terminal.emit(job.id)
+    return exit_codes.DONE
 
 
 def _change(

@@ -48,7 +48,7 @@ _ADMIN_API: Final = (
     ("event_commands", "events top"),
     ("transfer", "export import artifact"),
     ("plan_commands", "retry"),
-    ("change", "force-fail force-reset transition adopt run-now update delete"),
+    ("change", "force-fail force-reset transition adopt run-now update copy delete"),
     ("plan_commands", "apply"),
 )
 for _title, _modules in (("Jobs (worker API)", _WORKER_API), ("Operators (admin API)", _ADMIN_API)):

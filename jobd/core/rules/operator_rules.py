@@ -14,6 +14,7 @@ from jobd.core import guards, transitions, views
 from jobd.core.transaction import Transaction
 from jobd.model.commands import (
     NO_REASON,
+    Copy,
     Delete,
     ForceFail,
     ForceReset,
@@ -46,6 +47,7 @@ from jobd.model.job import (
     with_checkpoint,
 )
 from jobd.model.responses import AdminLockView, Imported, LockState, Response, TransitionView
+from jobd.model.storage import Payload
 
 
 def force_fail(tx: Transaction, command: ForceFail) -> Response:
@@ -164,6 +166,26 @@ def update(tx: Transaction, command: Update) -> Response:
         details = {name: value for name, value in given.items() if value is not None}
         job = tx.update(job, changed, "updated", reason=command.reason, details=details)
     return views.job_response(tx, job)
+
+
+def copy(tx: Transaction, command: Copy) -> Response:
+    """Create a job with the options and headers of another one, and with its payload unless there is a new one."""
+    job = guards.find(tx, command.id)
+    guards.check_format(tx, "copied_from")
+    guards.check_live_jobs(tx)
+    guards.check_queue(tx, job.options.queue)
+    stored = tx.requests.get(job.id) or Payload(b"null", "")
+    body = tx.payloads.get(job.seq, stored.body) if command.payload is UNSET else bytes(command.payload)
+    headers = tx.payloads.get(headers_key(job.seq), stored.headers)
+    now, number = tx.now, tx.job_number()
+    extra = Extra(headers_bytes=len(headers), copied_from=job.id)
+    made = Job(number, tx.job_id(number), job.options, "queued", now, now, now, extra=extra)
+    made = replace(made, payload_bytes=recorded_bytes(body))
+    tx.create(made, "created", body, "")
+    tx.attach(headers_key(number), headers)
+    response = views.job_response(tx, made)
+    response.status = 201
+    return response
 
 
 def delete(tx: Transaction, command: Delete) -> Response:

@@ -89,6 +89,19 @@ async def test_an_exported_job_is_imported_with_headers_checkpoint_and_origin(en
 
 
 @in_checked_engine()
+async def test_a_copy_has_options_headers_and_payload_and_no_checkpoint(engine: VirtualEngine) -> None:
+    await engine.yes(cmd.Import(id="a", queue="q", kind="k", headers=HEADERS, checkpoint=POINT, payload=Raw(b"[1]")))
+    response = await engine.respond(cmd.Copy(id="a"), admin=True, key=key("c"))
+    job = response.data
+    assert (response.status, job.queue, job.kind, job.headers, job.copied_from) == (201, "q", "k", HEADERS, "a")
+    assert (job.status, job.payload, job.checkpoint) == ("queued", Raw(b"[1]"), UNSET)
+    again = await engine.yes(cmd.Copy(id=job.id, payload=Raw(b"2")))
+    assert (again.payload, again.headers, again.copied_from) == (Raw(b"2"), HEADERS, job.id)
+    engine.disk.older_node = "old"
+    assert (await engine.no(cmd.Copy(id="a"))).code == "upgrade_incomplete"
+
+
+@in_checked_engine()
 async def test_headers_and_checkpoints_that_are_too_large_are_rejected(engine: VirtualEngine) -> None:
     headers = {"name": "ä" * (HEADER_BYTES // 2 - 1)}
     rejected = await engine.no(cmd.Create(headers=headers))
