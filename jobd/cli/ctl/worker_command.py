@@ -13,7 +13,7 @@ from jobd import __version__
 from jobd.cli import exit_codes
 from jobd.cli.connection import current, worker_api_endpoints, worker_options
 from jobd.cli.ctl.completion import QUEUE
-from jobd.cli.params import DURATION, NAME
+from jobd.cli.params import DURATION, NAME, ConnectionOptions
 
 if TYPE_CHECKING:
     from jobd.client.app.app import App
@@ -97,15 +97,16 @@ def worker(
     if not processes:
         asyncio.run(run.serve(signals=True))
         return exit_codes.DONE
-    command = [sys.executable, "-m", "jobd.cli.ctl.main", "worker", target, "--concurrency", settings["concurrency"]]
-    command += ["--lock-ttl", f"{lock_ttl}ms", "--grace", f"{grace}ms"]
-    for flag, values in (("--queues", queues), ("--socket", [options.socket]), ("--url", [options.url])):
-        command += [part for value in values if value for part in (flag, value)]
-    command += ["--token-file", options.token_file] if options.token_file else []
-    client = jobs.asynchronous_client()
-    log = logging.getLogger("jobd.client").warning
-    children = WorkerProcesses(client, [str(part) for part in command], processes, name or default_name(), log)
-    return asyncio.run(children.run())
+    given = ("--concurrency", settings["concurrency"]), ("--lock-ttl", f"{lock_ttl}ms"), ("--grace", f"{grace}ms")
+    command = _child_command(target, options, *given, *(("--queues", each) for each in queues))
+    client, log = jobs.asynchronous_client(), logging.getLogger("jobd.client").warning
+    return asyncio.run(WorkerProcesses(client, command, processes, name or default_name(), log).run())
+
+
+def _child_command(target: str, options: ConnectionOptions, *given: tuple[str, Any]) -> list[str]:
+    connection = ("--socket", options.socket), ("--url", options.url), ("--token-file", options.token_file)
+    flags = [str(part) for flag, value in (*given, *connection) if value for part in (flag, value)]
+    return [sys.executable, "-m", "jobd.cli.ctl.main", "worker", target, *flags]
 
 
 def _app_worker(target: str, app: App, **options: Any) -> AppWorker:

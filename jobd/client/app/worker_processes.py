@@ -51,6 +51,7 @@ class ParentLink:
 
     def __init__(self, fd: int) -> None:
         self._socket = socket.socket(fileno=fd)
+        self._socket.set_inheritable(False)  # a program that a task starts must not keep it open
 
     def watch(self, stop: Callable[[], None]) -> None:
         """Call `stop` when the parent is gone."""
@@ -138,6 +139,8 @@ class WorkerProcesses:
                 start_new_session=True,  # a Ctrl-C reaches this process only
             )
         self._children.add(child)
+        if self._stopping.is_set():  # since the child was started
+            child.terminate()
         reader, writer = await asyncio.open_connection(sock=ours)
         runs: dict[int, _Run] = {}
         has_run = False
@@ -156,7 +159,7 @@ class WorkerProcesses:
         left = [run.line for run in runs.values()]
         if overdue:
             await self._end(name, overdue[0], [line for line in left if line is not overdue[0]])
-        elif code < 0:
+        elif code < 0 and not self._stopping.is_set():
             jobs = f" while it ran {', '.join(line.job_id for line in left)}: its lock expires" if left else ""
             self._log(f"process {name} was ended by {signal.Signals(-code).name}{jobs}. Another one is started.")
         return code, has_run

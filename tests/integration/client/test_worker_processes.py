@@ -54,7 +54,8 @@ def resumes(rows: int) -> int:
 def until_killed(path: str) -> str:
     if os.path.exists(path):
         return "second run"
-    open(path, "w").close()
+    with open(path, "w") as file:
+        file.write(str(os.getpid()))
     time.sleep(1000)
     return "first run"
 """
@@ -127,12 +128,10 @@ async def test_the_death_of_a_process_loses_no_job(
     log: list[str] = []
     processes = _processes(program, daemon, log, count=2)
     running = asyncio.create_task(processes.run())
-    pids = await asyncio.gather(*(_pid(client, queue) for _ in range(4)))
     job = await client.create_job({"path": str(tmp_path / "ran")}, queue=queue, kind="until_killed")
-    await wait_until((tmp_path / "ran").exists)
+    await wait_until(lambda: (tmp_path / "ran").exists() and (tmp_path / "ran").stat().st_size > 0)
     others = [await client.create_job({"n": n}, queue=queue, kind="double") for n in range(20)]
-    for pid in set(pids):
-        os.kill(pid, signal.SIGKILL)
+    os.kill(int((tmp_path / "ran").read_text()), signal.SIGKILL)
     done = [await wait_until_finished(client, each.id) for each in (job, *others)]
     assert {each.status for each in done} == {"completed"}
     assert done[0].metadata_value == "second run"
