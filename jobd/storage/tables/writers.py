@@ -97,6 +97,7 @@ class JobWriter:
         after: dict[int, Job | None] = {}
         payloads: dict[int, Row] = {}
         bodies: dict[int, bytes] = {}
+        has_extra = False  # a job has or had headers or a checkpoint
         gone: list[tuple[int, str, int]] = []
         suspects: list[tuple[int]] = []
         for event in changes:
@@ -108,9 +109,11 @@ class JobWriter:
                 if stored is None and event.from_status is not None:
                     continue
                 before[seq], after[seq] = stored, None if stored is None else stored.job
+                has_extra = has_extra or (stored is not None and stored.job.extra is not None)
             after[seq] = fold(after[seq], event)
             if event.bodies:
                 bodies |= event.bodies
+                has_extra = True
             if event.from_status is None:
                 payloads[seq] = (seq, event.payload or b"null", event.request_hash or "")
                 if event.type == "imported":
@@ -123,7 +126,7 @@ class JobWriter:
                 payloads.pop(seq, None)
         totals = self._write_rows(before, after, totals)
         self._conn.executemany(_INSERT_PAYLOAD, map(with_checksum, payloads.values()))
-        if bodies or any([stored is not None and stored.job.extra is not None for stored in before.values()]):
+        if has_extra:
             self._write_extra(bodies, before, after)
         if suspects:
             self._conn.executemany("INSERT OR IGNORE INTO suspects (job_seq) VALUES (?)", suspects)

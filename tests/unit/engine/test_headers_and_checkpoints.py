@@ -84,6 +84,8 @@ async def test_an_exported_job_is_imported_with_headers_checkpoint_and_origin(en
     await engine.yes(msgspec.structs.replace(exported, id="b"))
     job = await engine.yes(cmd.Get(id="b"))
     assert (job.headers, job.checkpoint, job.copied_from) == (HEADERS, POINT, "old")
+    assert (await engine.yes(cmd.ImportCheck(id="z", headers=HEADERS))).status == "queued"
+    assert "z" not in engine.state.jobs
     await engine.yes(cmd.Import(id="c", copied_from="a"))
     assert engine.state.jobs["c"].extra == Extra(copied_from="a")
 

@@ -265,6 +265,42 @@ async def test_the_end_of_a_lease_ends_all_waits_for_progress(tmp_path: Path) ->
             assert pending.done()
 
 
+class LateClient:
+    """A client that records the bodies of requests. Each call ends when the test lets it."""
+
+    def __init__(self) -> None:
+        self.bodies: list[dict[str, Any]] = []
+        self.goes_on = asyncio.Event()
+
+    async def send(self, request: Any, *_: object) -> LockState:
+        self.bodies.append(msgspec.json.decode(request.body))
+        await self.goes_on.wait()
+        return LockState(lock_expires_at=1, ttl_ms=15_000, progress_due_at=None)
+
+
+@in_virtual_time
+async def test_a_report_that_replaces_another_keeps_its_checkpoint() -> None:
+    client, grant = LateClient(), msgspec.json.decode(msgspec.json.encode(GRANT), type=GrantView)
+    keeper = LockKeeper(cast(AsyncJobClient, client), grant, print)
+    keeper.start()
+    keeper.report(1, checkpoint={"page": 1})
+    await seconds(0.1)
+    keeper.report(2, checkpoint=None)
+    keeper.report(3, "three")
+    keeper.report(4)
+    client.goes_on.set()
+    await seconds(0.1)
+    keeper.report(5, checkpoint=[6])
+    await keeper.release(asyncio.Event())
+    sent = [{name: value for name, value in body.items() if name != "lock_id"} for body in client.bodies]
+    assert sent == [
+        {"progress": 1, "checkpoint": {"page": 1}},
+        {"progress": 4, "checkpoint": None},
+        {"progress": 5, "checkpoint": [6]},
+        {},
+    ]
+
+
 class SlowClient:
     """A client whose calls take a second. The first ones fail. The daemon sets another TTL than that of the grant."""
 
