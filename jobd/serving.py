@@ -31,6 +31,7 @@ from jobd.maintenance.artifact_sweeper import ArtifactSweeper, SweepStats
 from jobd.maintenance.backups import Backups
 from jobd.maintenance.cleanup_run import CleanupSchedule
 from jobd.maintenance.clock_monitor import ClockMonitor
+from jobd.maintenance.disk_sampler import DiskSampler
 from jobd.maintenance.due_jobs import DueJobs
 from jobd.maintenance.maintainer import Maintainer, read_extra, read_stats
 from jobd.maintenance.plan_runner import Planner
@@ -345,7 +346,8 @@ class Serving:
         feed = EventFeed(store, self._opened.numbers.next_event - 1, settings.limits.event_streams)
         failures = FailureGroups(store, clock.moment, self._opened.numbers.next_job, self._opened.jobs)
         health = self._make_health(view)
-        problems = self._make_problems(health, view)
+        disk_sampler = DiskSampler(store, lambda: clock.moment().now)
+        problems = self._make_problems(health, view, disk_sampler)
         metrics = Metrics(
             self.actor,
             self.maintainer,
@@ -373,6 +375,7 @@ class Serving:
             planner=Planner(self.actor, clock),
             problems=problems,
             scrubber=Scrubber(store),
+            disk_sampler=disk_sampler,
             timeseries=self.timeseries,
             webhooks=self.webhooks,
             is_alive=lambda: not self.running.done(),
@@ -396,7 +399,7 @@ class Serving:
             cluster=view,
         )
 
-    def _make_problems(self, health: Health, view: Callable[[], ClusterView]) -> Problems:
+    def _make_problems(self, health: Health, view: Callable[[], ClusterView], disk_sampler: DiskSampler) -> Problems:
         return Problems(
             self.actor.state,
             self.clock,
@@ -407,6 +410,7 @@ class Serving:
             cluster=view,
             rejects_creates=lambda: self.actor.full_disk.write_limit != WriteLimit.NONE,
             error_counts=self._error_counts,
+            disk_use=disk_sampler.recent,
             on_change=self.webhooks.problems_changed,
         )
 

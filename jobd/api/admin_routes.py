@@ -166,6 +166,7 @@ _HANDLERS: Final[dict[ApiCall[Any, Any], RouteHandler]] = {
     calls.AdminNodeCalls.metrics: _metrics,
     calls.StoreRequests.backup: send_backup,
     calls.StoreCalls.quarantine: _respond(lambda services, _: responses.QuarantineList(services.quarantine())),
+    calls.StoreCalls.disk: _respond(lambda services, _: services.disk_sampler.measure()),
     calls.StoreCalls.check_rows: _respond(lambda services, query: services.scrubber.scan(query.cursor)),
     calls.StoreCalls.backups: _respond(lambda services, _: responses.BackupList(services.backups.views())),
 }

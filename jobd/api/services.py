@@ -15,6 +15,7 @@ from jobd.engine.actor import Actor
 from jobd.engine.clock import Clock
 from jobd.engine.event_feed import EventFeed
 from jobd.maintenance.backups import Backups
+from jobd.maintenance.disk_sampler import DiskSampler
 from jobd.maintenance.maintainer import Maintainer
 from jobd.maintenance.plan_runner import Planner
 from jobd.maintenance.scrubber import Scrubber
@@ -61,6 +62,7 @@ class Services(Struct, kw_only=True):
     planner: Planner
     problems: Problems
     scrubber: Scrubber
+    disk_sampler: DiskSampler
     timeseries: Timeseries
     webhooks: WebhookManager
     is_alive: Callable[[], bool]

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         CleanupState,
         ClockView,
         DeliveryPage,
+        DiskUse,
         FailuresView,
         HealthView,
         LateResultView,
@@ -203,6 +204,27 @@ def stats(view: StatsView) -> None:
     terminal.pairs(fields)
 
 
+def disk(use: DiskUse) -> None:
+    fields: list[tuple[str, object]] = [
+        ("database", terminal.size(use.database_bytes)),
+        ("  journal", f"{terminal.size(use.journal_bytes)}, written to the tables soon"),
+        ("  other", f"{terminal.size(use.other_bytes)}: indexes, audit log, stored responses, events of deleted jobs"),
+        ("free pages", f"{terminal.size(use.free_page_bytes)}, used again"),
+        ("log (WAL)", terminal.size(use.wal_bytes)),
+        ("side files", terminal.size(use.side_bytes)),
+    ]
+    if use.total_bytes is not None and use.free_bytes is not None and use.not_jobd_bytes is not None:
+        fields.append(("not jobd", terminal.size(use.not_jobd_bytes)))
+        fields.append(("free", f"{terminal.size(use.free_bytes)} of {terminal.size(use.total_bytes)} ({use.path})"))
+    terminal.pairs(fields)
+    terminal.emit("")
+    terminal.table(STORED_KINDS, use.kinds, empty="No jobs.")
+    if use.more_kinds:
+        terminal.say(f"And {use.more_kinds} more queues and kinds.")
+    if use.kinds:
+        terminal.say(f"Sizes of queues and kinds are estimates from a sample of {use.jobs_read} jobs.")
+
+
 def _cleanup(running: bool, since_ms: int | None) -> str:
     last = "no run has succeeded yet" if since_ms is None else f"last successful run {duration(since_ms)} ago"
     return f"{last}, one is running now" if running else last
@@ -358,6 +380,15 @@ def _named(ids: Sequence[str]) -> str:
     return f"{len(ids)}: {shown}" if ids else "0"
 
 
+STORED_KINDS: Final[Columns] = {
+    "QUEUE": "queue",
+    "KIND": "kind",
+    ">JOBS": "jobs",
+    **{
+        f">{part.upper()}": lambda kind, part=part: terminal.size(getattr(kind, part))  # type: ignore[misc]
+        for part in ("bytes", "payloads", "results", "events", "records")
+    },
+}
 LOCKS: Final = Listing(
     "locks",
     "No locks.",

@@ -126,6 +126,7 @@ async def overview(viewer: Viewer, _: Command) -> PageData:
         "cleanup": services.maintainer.state(),
         "vitals": await services.metrics.vitals(),
         "disk": await services.disk_space(),
+        "stored": services.disk_sampler.recent(),
         "is_in_memory": services.store == IN_MEMORY,
         "clock": services.clock_view(),
         "quarantined": len(services.quarantine()),

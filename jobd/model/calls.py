@@ -323,6 +323,14 @@ class StoreCalls(CallGroup, tag="The store", base=ADMIN, auth="admin"):
         "/quarantine",
         summary="List the damaged jobs in quarantine.",
     ).then(lambda view: view.jobs)
+    disk = ApiCall(
+        requests.NoFields,
+        responses.DiskUse,
+        "GET",
+        "/disk",
+        run_ms=RUN_MS,
+        summary="Return what the disk of the store holds: the files exactly, the jobs of each kind from a sample.",
+    )
     check_rows = ApiCall(requests.RowCheckRequest, responses.CheckedRows, "GET", "/check-rows")
     backups = ApiCall(
         requests.NoFields,

@@ -15,6 +15,7 @@ from typing import Any, BinaryIO, Concatenate, Final, Literal, ParamSpec, Self, 
 
 import structlog
 
+from jobd.model.responses import DiskUse
 from jobd.model.storage import (
     BackupProgress,
     Batch,
@@ -35,7 +36,7 @@ from jobd.model.storage import (
     TombstoneWrite,
 )
 from jobd.model.webhooks import Delivery, Outbox, WebhookCursor
-from jobd.storage import backup, files, outbox, queries, startup
+from jobd.storage import backup, disk_use, files, outbox, queries, startup
 from jobd.storage.commit_mode import CommitMode, CommitSetting
 from jobd.storage.connection import FunctionConnection, StoreConnection
 from jobd.storage.damage import quarantine, scrub
@@ -389,6 +390,14 @@ class Store(JobStorage, OutboxStorage):
 
     async def used_bytes(self) -> int:
         return await self._run(self._database.used_bytes)
+
+    async def sample_jobs(self, sample: disk_use.Sample) -> bool:
+        """See disk_use.read_slice."""
+        return await self._run(disk_use.read_slice, self._database, sample)
+
+    async def report_use(self, sample: disk_use.Sample, now: int) -> DiskUse:
+        """See disk_use.report."""
+        return await self._run(disk_use.report, self._database, self.path, sample, now)
 
     async def update_tombstones(self, deleted: list[int], postponed: list[Tombstone]) -> None:
         await self._append(TombstoneWrite(deleted, postponed))

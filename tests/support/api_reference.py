@@ -105,6 +105,7 @@ SHAPES: Final[dict[str, Any]] = {
     "cluster": responses.ClusterView,
     "node": responses.NodeView,
     "quarantine": responses.QuarantineList,
+    "disk use": responses.DiskUse,
     "checked rows": responses.CheckedRows,
     "backups": responses.BackupList,
     "backup": responses.BackupView,

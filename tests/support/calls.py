@@ -33,6 +33,20 @@ PROBLEM: Final = Problem(
 PROBLEMS: Final = ProblemList([PROBLEM], evaluated_at=AT)
 ALERT: Final = responses.AlertView("stuck_jobs", False, None, 0, 5, "look at the workers")
 BACKUP: Final = responses.BackupView("b1", "copying", 4096, 8192, 3, AT, None, None)
+DISK_USE: Final = responses.DiskUse(
+    path="/var/lib/jobd/jobd.db",
+    total_bytes=640 << 20,
+    free_bytes=56 << 20,
+    not_jobd_bytes=357 << 20,
+    database_bytes=209 << 20,
+    free_page_bytes=18 << 20,
+    journal_bytes=4096,
+    kinds=[responses.StoredKind("reports", "monthly", 900, 105 << 20, 5 << 20, 0, 90 << 20, 10 << 20)],
+    more_kinds=0,
+    other_bytes=48 << 20,
+    jobs_read=4000,
+    measured_at=AT,
+)
 REPORT: Final = responses.CleanupReport(AT, 1, 2, 3, 4, 5, 6, [], True)
 WEBHOOK: Final = responses.WebhookView(
     name="q",
@@ -296,6 +310,7 @@ def _others() -> Iterator[Example]:
     yield Example(calls.StoreRequests.backup, wire.BackupRequest(id="b1"))
     damaged = responses.QuarantineList([responses.QuarantinedJob("bad-1", "checksum")])
     yield Example(store.quarantine, wire.NoFields(), result=damaged)
+    yield Example(store.disk, wire.NoFields(), result=DISK_USE)
     rows = responses.CheckedRows("jobs", 3, [responses.DamagedRow("job bad-2", "checksum")], "jobs:3")
     yield Example(store.check_rows, wire.RowCheckRequest(), result=rows)
     yield Example(store.backups, wire.NoFields(), result=responses.BackupList([BACKUP]))

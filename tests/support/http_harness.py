@@ -359,6 +359,14 @@ class FakeScrubber:
         return replace(result_of(StoreCalls.check_rows), next_cursor=None if cursor else "jobs:3")
 
 
+class FakeSampler:
+    async def measure(self) -> Any:
+        return result_of(StoreCalls.disk)
+
+    def recent(self) -> Any:
+        return result_of(StoreCalls.disk)
+
+
 def make_services(actor: Any, fakes: Fakes) -> Services:
     """Make services with fake parts, and a real event feed and downloads."""
     monitoring: Any = FakeMonitoring(fakes)
@@ -370,6 +378,7 @@ def make_services(actor: Any, fakes: Fakes) -> Services:
         "planner": FakePlanner(fakes),
         "problems": FakeProblems(fakes),
         "scrubber": FakeScrubber(),
+        "disk_sampler": FakeSampler(),
         "timeseries": Timeseries(0),
         "webhooks": FakeWebhooks(fakes),
         "is_alive": lambda: fakes.alive,

@@ -34,6 +34,14 @@ def stats(as_json: bool) -> None:
     terminal.emit_json(view) if as_json else tables_admin.stats(view)
 
 
+@command(json_option, admin_options)
+def disk(as_json: bool) -> None:
+    """Show what the disk of the store holds, and about how much the jobs of each queue and kind take."""
+    with busy("measuring"):
+        view = admin_client().disk()
+    terminal.emit_json(view) if as_json else tables_admin.disk(view)
+
+
 @command(
     click.option("--problems", is_flag=True, help="Also exit 1 if a problem is critical."), json_option, admin_options
 )

@@ -37,9 +37,9 @@ _WORKER_API: Final = (
 _ADMIN_API: Final = (
     (
         "admin_commands",
-        "status alerts stats health queues workers take-back late locks cleanup recover-stuck failures reports audit",
+        "status alerts stats health disk queues workers take-back late locks cleanup recover-stuck failures reports",
     ),
-    ("admin_commands", "pause resume"),
+    ("admin_commands", "audit pause resume"),
     ("worker_commands", "quiet resume-worker stop"),
     ("admin_commands", "clock"),
     ("schedules", "schedules schedule settings"),

@@ -19,7 +19,7 @@ from jobd.model.clocks import BootMs, MonotonicS
 from jobd.model.events import Event
 from jobd.model.job import HOUR_MS, MINUTE_MS, SECOND_MS
 from jobd.model.problems import Problem, ProblemList, Severity
-from jobd.model.responses import AlertView, ClusterView
+from jobd.model.responses import AlertView, ClusterView, DiskUse
 from jobd.model.storage import DiskSpace
 from jobd.model.webhooks import FailingWebhook, OpenProblems
 from jobd.monitoring.health import Health
@@ -66,6 +66,7 @@ class Problems:
         cluster: Callable[[], ClusterView] = lambda: ClusterView(role="single"),
         rejects_creates: Callable[[], bool] = lambda: False,
         error_counts: Callable[[], Iterable[Counter[str]]] = tuple,
+        disk_use: Callable[[], DiskUse | None] = lambda: None,
         on_change: Callable[[], None] = lambda: None,
     ) -> None:
         self.thresholds = thresholds or Thresholds()
@@ -74,6 +75,7 @@ class Problems:
         self.on_change = on_change
         self.failing_webhooks = failing_webhooks
         self.cluster = cluster
+        self._disk_use = disk_use
         self._rejects_creates = rejects_creates
         self._error_counts = error_counts
         self._life = ProblemLife(CONDITIONS, hold_ms, clear_ms)
@@ -256,6 +258,7 @@ class Problems:
             health=self._health.last,
             space=space,
             full_in_ms=self._full_in_ms(space),
+            disk_use=self._disk_use,
             rejects_creates=self._rejects_creates(),
             invalid=self._cleanup.invalid,
             failing_webhooks=self.failing_webhooks(),

@@ -14,7 +14,7 @@ from jobd.maintenance.cleanup_run import InvalidRows
 from jobd.model.commands import Moment, WorkerState
 from jobd.model.job import HOUR_MS, MINUTE_MS, SECOND_MS
 from jobd.model.problems import Cure, Severity, Subject, Unit
-from jobd.model.responses import ClusterView, HealthView
+from jobd.model.responses import ClusterView, DiskUse, HealthView
 from jobd.model.storage import DiskSpace
 from jobd.model.times import utc
 from jobd.model.webhooks import FailingWebhook
@@ -130,6 +130,7 @@ class Scene(Struct, kw_only=True):
     health: HealthView | None = None
     space: DiskSpace | None = None
     full_in_ms: float | None = None  # at the rate of the last hour; None if it is not known or the disk does not fill
+    disk_use: Callable[[], DiskUse | None] = lambda: None  # None: it is being measured
     rejects_creates: bool = False
     invalid: InvalidRows = InvalidRows(0, ())
     failing_webhooks: Iterable[FailingWebhook] = ()

@@ -12,7 +12,7 @@ from jobd.core import quiet
 from jobd.core.views import average_processing_s
 from jobd.model.job import DAY_MS, HOUR_MS, SECOND_MS
 from jobd.model.problems import Cure, Problem, Severity, Subject
-from jobd.model.responses import DatabaseHealth, PartHealth
+from jobd.model.responses import DatabaseHealth, DiskUse, PartHealth
 from jobd.model.times import duration
 from jobd.monitoring.health import QUARANTINED
 from jobd.monitoring.problems.condition import GIB, Finding, Scene, plural, problem_id
@@ -129,9 +129,19 @@ def disk(scene: Scene) -> Iterator[Finding]:
         title=f"{title}. New jobs are rejected." if scene.rejects_creates else f"{title}.",
         value=100 - free,
         severity="critical" if is_urgent else None,
-        cause="On a full disk the daemon rejects new jobs. Free some space, or shorten [retention].",
-        cure=(Cure("See what is stored", "jobctl stats", "/"),),
+        cause=f"{_largest(scene.disk_use())}On a full disk the daemon rejects new jobs. Free some space, or shorten "
+        "[retention].",
+        cure=(Cure("See what is stored", "jobctl disk", "/"),),
     )
+
+
+def _largest(use: DiskUse | None) -> str:
+    """Name the queue and kind that takes the most; empty while that is not known."""
+    if use is None or not use.kinds:
+        return ""
+    largest = use.kinds[0]
+    part, size = largest.main_part
+    return f"{largest.name} holds about {_bytes(largest.bytes)}, of which {_bytes(size)} are {part}. "
 
 
 def paused_without_reason(scene: Scene) -> Iterator[Finding]:
