@@ -36,11 +36,13 @@ from tests.support.http_harness import TOKEN
 
 
 @pytest.mark.slow
-async def test_the_overview_shows_the_disk_space(harness: DashboardHarness) -> None:
+async def test_the_overview_shows_what_the_disk_holds(harness: DashboardHarness) -> None:
     browser = await harness.browser()
     page = text(await browser.get("/"))
     assert "3.0 GiB free of 8.0 GiB" in page
     assert "/var/lib/jobd/jobd.db" in page
+    assert "reports / monthly" in page
+    assert "about 105.0 MiB" in page
 
 
 async def test_the_audit_log_shows_actions_operators_and_reasons(harness: DashboardHarness) -> None:

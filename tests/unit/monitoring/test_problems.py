@@ -37,6 +37,7 @@ from jobd.monitoring.problems.catalogue import ALERTS, CONDITIONS
 from jobd.monitoring.problems.condition import Condition, Finding, Thresholds
 from jobd.monitoring.problems.life import ProblemLife
 from jobd.monitoring.problems.pair_counts import MINUTES, PAIRS_KEPT, PairCounts
+from tests.support.calls import DISK_USE
 from tests.support.factories import NOW
 from tests.support.memory_storage import MemoryStorage
 from tests.support.problem_stage import problems_of
@@ -335,8 +336,12 @@ def test_disk_holds_below_a_tenth_or_one_gibibyte(free: int, total: int, severit
             listed = await found(problems)
             assert [each.severity for each in listed.values()] == [severity] * bool(severity)
             assert all(each.title.endswith("free on the disk of /srv/jobd.db.") for each in listed.values())
-            problems._rejects_creates = lambda: True
-            assert (await found(problems))["disk/disk"].title.endswith("New jobs are rejected.")
+            problems._rejects_creates, problems._disk_use = lambda: True, lambda: DISK_USE
+            problem = (await found(problems))["disk/disk"]
+            assert problem.title.endswith("New jobs are rejected.")
+            assert problem.cause.startswith(
+                "reports / monthly holds about 105.0 MiB, of which 90.0 MiB are results. On"
+            )
 
     in_virtual_time(evaluate)()
 
