@@ -1,7 +1,7 @@
 """Tell what the disk of a store holds: its files exactly, and from a sample what the jobs of each kind take.
 
 The sample reads some rows at places that are spread over the row numbers. Each row stands for as many others as the
-gaps between the row numbers suggest. It blocks the storage thread for about SLICE_S at a time.
+gaps between the row numbers suggest. It blocks the storage thread for about a millisecond at a time.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from jobd.storage.startup import MEMORY
 
 PLACES: Final = 200
 ROWS: Final = 20  # at each place
-SLICE_S: Final = 0.0008
+SLICE_S: Final = 0.0004  # after which no further place begins
+PLACE_S: Final = 0.0006  # after which a place ends early, as one with few rows makes the estimate worse
 MAX_KINDS: Final = 100
 _SPREAD: Final = 0.618034  # the golden ratio, so that no period of the row numbers decides which rows are read
 _SAMPLE: Final = (
@@ -50,7 +51,7 @@ class Sample(Struct):
 
 
 def read_slice(db: Database, sample: Sample) -> bool:
-    """Read the next places for about SLICE_S. Return whether there are more."""
+    """Read the next places for about a millisecond. Return whether there are more."""
     db.check()
     until_s = time.perf_counter() + SLICE_S
     first, last = db.rows("SELECT (SELECT min(seq) FROM jobs), (SELECT max(seq) FROM jobs)")[0]
@@ -58,7 +59,7 @@ def read_slice(db: Database, sample: Sample) -> bool:
         begin, end = (first + (last + 1 - first) * place // PLACES for place in (sample.place, sample.place + 1))
         sample.place += 1
         try:
-            _read_place(db, sample, begin, end, until_s)
+            _read_place(db, sample, begin, end)
         except sqlite3.DatabaseError as error:
             if not is_corrupt(error):
                 raise  # damaged rows are reported by the code that uses them
@@ -67,10 +68,11 @@ def read_slice(db: Database, sample: Sample) -> bool:
     return False
 
 
-def _read_place(db: Database, sample: Sample, begin: int, end: int, until_s: float) -> None:
+def _read_place(db: Database, sample: Sample, begin: int, end: int) -> None:
     """Read some rows with numbers from `begin` up to `end`, at least one if there is one."""
     start = begin + int(max(end - begin - ROWS, 0) * (sample.place * _SPREAD % 1))
     rows, span = [], end - start
+    until_s = time.perf_counter() + PLACE_S
     cursor = db.conn.execute(_SAMPLE, (start, end, ROWS))
     for row in cursor:
         rows.append(row)

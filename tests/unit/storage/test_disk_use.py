@@ -45,7 +45,7 @@ async def test_the_kinds_of_a_known_store_are_in_order_and_within_20_percent(
     store: Store, path: str, maker: ChangeFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(disk_use, "PLACES", 60)  # few enough not to read every job
-    monkeypatch.setattr(disk_use, "SLICE_S", 10)
+    monkeypatch.setattr(disk_use, "PLACE_S", 10)
     monkeypatch.setattr(disk_use, "MAX_KINDS", 4)
     taken = await fill(store, maker, 6_000)
     await store.finish_upkeep()
@@ -69,6 +69,7 @@ async def test_the_kinds_of_a_known_store_are_in_order_and_within_20_percent(
 
 async def test_a_slow_disk_ends_a_slice_after_one_row(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(disk_use, "SLICE_S", 0)
+    monkeypatch.setattr(disk_use, "PLACE_S", 0)
     maker = ChangeFactory()
     await fill(store, maker, 300)
     await store.finish_upkeep()
