@@ -75,3 +75,17 @@ def test_a_file_of_schedules(jobctl: Jobctl, tmp_path: Path, running: CliDaemon)
     assert "[[schedules]]" in message
     assert jobctl.rejected("schedule", "stop", "poll")[0] == 2
     assert jobctl.rejected("schedule", "rm", "poll")[0] == 4
+
+
+@pytest.mark.usefixtures("running")
+def test_the_schedules_of_an_app(jobctl: Jobctl, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "ops_app.py").write_text(
+        "from jobd import App\napp = App('ops')\n"
+        "@app.schedule('0 3 * * *')\n@app.task\ndef tidy(days: int = 30) -> None: ...\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert jobctl.ok("settings", "apply", "ops_app:app") == "tidy: new\n"
+    assert jobctl.ok("settings", "apply", "ops_app:app", "--dry-run", "--prune") == "tidy: unchanged\n"
+    code, message = jobctl.rejected("settings", "apply", "nowhere")[:2]
+    assert (code, "MODULE:APP" in message) == (2, True)
+    jobctl.ok("schedule", "rm", "tidy")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import tomllib
 from pathlib import Path
@@ -88,19 +89,20 @@ def schedule(
 
 @command(
     click.argument("what", type=click.Choice(["apply", "export"])),
-    click.argument("file", required=False, type=click.Path(exists=True, dir_okay=False, path_type=Path)),
-    click.option("--prune", is_flag=True, help="apply: delete the schedules that an earlier version of the file had."),
+    click.argument("source", metavar="[FILE | MODULE:APP]", required=False),
+    click.option("--prune", is_flag=True, help="apply: delete the schedules that it had earlier."),
     click.option("--dry-run", is_flag=True, help="apply: only print what would change."),
     admin_options,
 )
-def settings(what: str, file: Path | None, prune: bool, dry_run: bool) -> None:
-    """Keep schedules in a TOML file.
+def settings(what: str, source: str | None, prune: bool, dry_run: bool) -> None:
+    """Keep schedules in a TOML file, or in the app of a program.
 
     \b
-    settings apply FILE      create and change the schedules of [[schedules]] in the file
-    settings export          print all schedules in this form
+    settings apply FILE        create and change the schedules of [[schedules]] in the file
+    settings apply MODULE:APP  those of app.schedule, as its workers do when they start
+    settings export            print all schedules in the form of a file
 
-    A schedule belongs to the file that made it. No other program or file can change it, and --prune deletes no others.
+    A schedule belongs to the file or app that made it. No other one can change it, and --prune deletes no others.
     """
     client = admin_client()
     if what == "export":
@@ -108,18 +110,35 @@ def settings(what: str, file: Path | None, prune: bool, dry_run: bool) -> None:
             for line in _toml(view):
                 terminal.emit(line)
         return
-    if file is None:
-        raise click.UsageError("Which file? jobctl settings apply FILE")
-    source = f"file:{file.resolve()}"
-    wanted = _read(file)
+    if source is None:
+        raise click.UsageError("Apply what? jobctl settings apply FILE, or MODULE:APP")
+    owner, wanted = _wanted(source)
     there = {view.id: view for view in client.iterate_schedules()}
     for name, fields in wanted.items():
-        terminal.emit(f"{name}: {_apply(client, name, fields, there.get(name), source, dry_run=dry_run)}")
+        terminal.emit(f"{name}: {_apply(client, name, fields, there.get(name), owner, dry_run=dry_run)}")
     for name, view in there.items():
-        if prune and view.source == source and name not in wanted:
+        if prune and view.source == owner and name not in wanted:
             if not dry_run:
-                client.delete_schedule(id=name, reason=f"It is not in {file.name} any more.")
+                client.delete_schedule(id=name, reason=f"It is not in {source} any more.")
             terminal.emit(f"{name}: deleted")
+
+
+def _wanted(source: str) -> tuple[str, dict[str, dict[str, Any]]]:
+    """Return the source of the schedules in a file or app, and the arguments of put_schedule by id."""
+    file = Path(source)
+    if file.is_file():
+        return f"file:{file.resolve()}", _read(file)
+    if ":" not in source:
+        raise click.UsageError(f"There is no file {source}. The app of a program is given as MODULE:APP.")
+    from jobd.cli.ctl.worker_command import load_app
+
+    app, _ = load_app(source)
+    for module in app.include:
+        importlib.import_module(module)
+    try:
+        return app.schedules.source, app.schedules.requests()
+    except TypeError as error:
+        raise exit_codes.CliError(f"{source}: {error}", exit_codes.CONFIG) from None
 
 
 def _apply(

@@ -80,7 +80,7 @@ def worker(
     from jobd.client.app.worker_processes import ParentLink, WorkerProcesses
     from jobd.client.worker.claimer import default_name
 
-    (app, jobs), options = _load(target), current()
+    (app, jobs), options = load_app(target), current()
     if options.socket or options.url or not jobs.is_addressed:
         jobs.use(worker_api_endpoints(options))
     link = None if supervised is None else ParentLink(supervised)
@@ -113,12 +113,14 @@ def _app_worker(target: str, app: App, **options: Any) -> AppWorker:
     from jobd.client.app.app_worker import AppWorker
 
     try:
-        return AppWorker(app.registry, app.include, **options, shows_runs=True)
+        found = AppWorker(app.registry, app.include, **options, schedules=app.schedules, shows_runs=True)
+        app.schedules.requests()
+        return found
     except (TypeError, ValueError, ImportError) as error:
         raise exit_codes.CliError(f"{target}: {error}", exit_codes.CONFIG) from None
 
 
-def _load(target: str) -> tuple[App, DaemonJobs]:
+def load_app(target: str) -> tuple[App, DaemonJobs]:
     """Return the app of a program, and its access to the daemon. Raises CliError (78)."""
     from jobd.client.app.app import App
     from jobd.client.app.daemon_jobs import DaemonJobs

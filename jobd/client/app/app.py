@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Final, TypeVar, Unpack, overload
 
+from jobd.client.app.app_schedules import AppSchedules, ScheduleDecorator, ScheduleOptions, Target
 from jobd.client.app.daemon_jobs import DaemonJobs
 from jobd.client.app.inline_jobs import InlineJobs
 from jobd.client.app.job_handle import JobHandle
@@ -51,6 +53,7 @@ class App:
         self.name: Final = name
         self.include: Final = (include,) if isinstance(include, str) else tuple(include)
         self.registry: Final = TaskRegistry(jobs, tasks)
+        self.schedules: Final = AppSchedules(name)
 
     @overload
     def task(self, function: Callable[P, Coroutine[Any, Any, R]], /) -> AsyncTask[P, R]: ...  # type: ignore[overload-overlap]
@@ -72,6 +75,22 @@ class App:
     def _task(self, options: Any, function: Callable[..., Any], /) -> Any:
         definition = self.registry.define(function, options)
         return (AsyncTask if definition.is_async else Task)(definition, {})
+
+    def schedule(self, when: str | timedelta, /, **options: Unpack[ScheduleOptions]) -> ScheduleDecorator:
+        """Create a job of a task by the clock: `@app.schedule("0 3 * * *")` above `@app.task`.
+
+        `when` is a cron expression (five fields, or @hourly, @daily, @weekly, @monthly) in `timezone`, or a timedelta.
+        The task needs a default for each parameter. A call needs none: `app.schedule("@weekly", id="w")(tidy.call(7))`.
+        `id` is the name of the task by default. Workers of the app put its schedules into the daemon when they start.
+        Raises TypeError for a task without defaults and for an id that is used twice.
+        """
+        check_options(options, ScheduleOptions, "app.schedule")
+
+        def add(target: Target, /) -> Target:
+            self.schedules.add(when, target, options)
+            return target
+
+        return add
 
     def enqueue_many(self, calls: Iterable[Call[R]]) -> list[JobHandle[R]]:
         """Create up to 1,000 jobs in one commit: all or none."""
@@ -128,7 +147,7 @@ class App:
     def _worker(self, **options: Any) -> AppWorker:
         from jobd.client.app.app_worker import AppWorker
 
-        return AppWorker(self.registry, self.include, **options)
+        return AppWorker(self.registry, self.include, schedules=self.schedules, **options)
 
     def close(self) -> None:
         """Close the connections of blocking calls. The next call opens them again."""

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from msgspec import UNSET, Raw, UnsetType
 
+from jobd.client.app.app_schedules import AppSchedules
 from jobd.client.app.daemon_jobs import DaemonJobs
 from jobd.client.app.job_context import context_of
 from jobd.client.app.options import milliseconds
 from jobd.client.app.task_registry import TaskDefinition, TaskRegistry
 from jobd.client.app.worker_processes import ParentLink
+from jobd.client.errors import JobdError, Unreachable
 from jobd.client.outcomes import Stopped
 from jobd.client.worker.handlers import HandlerLoop, RegisteredHandler
 from jobd.client.worker.lock_keeper import LOST, LockKeeper
@@ -20,6 +23,7 @@ from jobd.client.worker.runner import Execution, seconds
 from jobd.client.worker.task import BaseTask, SyncTask, Task
 from jobd.client.worker.worker import Worker
 
+_SCHEDULES_EVERY_S = 5.0  # between two attempts to put them
 _PROGRESS_EVERY_S = 0.2  # a task may report more often; the latest report is sent
 
 
@@ -36,6 +40,7 @@ class AppWorker(Worker):
         include: Sequence[str] = (),
         *,
         queues: Sequence[str] | None = None,
+        schedules: AppSchedules | None = None,
         link: ParentLink | None = None,
         shows_runs: bool = False,
         **options: Any,
@@ -52,8 +57,37 @@ class AppWorker(Worker):
         self._progress_every_s = _PROGRESS_EVERY_S
         self._shows_runs = shows_runs or self._shows_runs
         self._link = link
+        self._schedules = schedules
+        self._jobs = registry.jobs
         for task in tasks:
             self._handlers[task.name] = _handler(task)
+
+    async def serve(self, *, signals: bool = False) -> None:
+        """Work until `stop`, as a Worker does. Put the schedules of the app first, as soon as the daemon is there."""
+        if self._schedules is None or not self._schedules.requests():
+            await super().serve(signals=signals)
+            return
+        putting = asyncio.create_task(self._put_schedules(self._schedules))
+        try:
+            await super().serve(signals=signals)
+        finally:
+            putting.cancel()
+            await asyncio.wait([putting])
+        if not putting.cancelled() and (error := putting.exception()) is not None:
+            raise error
+
+    async def _put_schedules(self, schedules: AppSchedules) -> None:
+        """Put the schedules, however long the daemon is away. If one is rejected, stop the worker."""
+        while True:
+            try:
+                async with self._jobs.asynchronous_client() as client:
+                    await schedules.put(client)
+                return
+            except Unreachable:
+                await asyncio.sleep(_SCHEDULES_EVERY_S)
+            except JobdError:
+                self.stop()
+                raise
 
     async def _begin(self, loop: HandlerLoop, keeper: LockKeeper) -> Execution:
         execution = await super()._begin(loop, keeper)

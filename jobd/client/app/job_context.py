@@ -94,6 +94,7 @@ class JobContext:
         attempt: int,
         max_attempts: int,
         created_at: datetime,
+        scheduled_at: datetime | None = None,
         fencing_token: int = 0,
         headers: Mapping[str, str] = MappingProxyType({}),
         checkpoint: Raw | UnsetType = UNSET,
@@ -108,6 +109,7 @@ class JobContext:
         self.max_attempts: Final = max_attempts
         self.is_last_attempt: Final = attempt >= max_attempts
         self.created_at: Final = created_at
+        self.scheduled_at: Final = scheduled_at  # the time of the schedule that the job is for
         self.fencing_token: Final = fencing_token
         self.headers: Final = headers
         self.stored: Final = StoredCheckpoint.read(checkpoint)
@@ -177,6 +179,7 @@ def context_of(job: JobView, fencing_token: int, run: RunPort) -> JobContext:
         attempt=job.attempt,
         max_attempts=job.max_attempts,
         created_at=datetime.fromtimestamp(job.created_at / 1000, UTC),
+        scheduled_at=None if job.scheduled_at is UNSET else datetime.fromtimestamp(job.scheduled_at / 1000, UTC),
         fencing_token=fencing_token,
         headers={} if job.headers is UNSET else job.headers,
         checkpoint=job.checkpoint,

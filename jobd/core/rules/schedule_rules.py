@@ -10,7 +10,8 @@ import msgspec
 from msgspec import UNSET, Raw
 from msgspec.structs import replace
 
-from jobd.core import guards, transitions, views
+from jobd.core import guards, views
+from jobd.core.rules import worker_rules
 from jobd.core.transaction import Transaction
 from jobd.model.commands import (
     Create,
@@ -26,7 +27,7 @@ from jobd.model.commands import (
 )
 from jobd.model.errors import api_error
 from jobd.model.events import QueuePause
-from jobd.model.job import LIVE, SECOND_MS, Extra, Job, recorded_bytes
+from jobd.model.job import LIVE, SECOND_MS, Extra, Job
 from jobd.model.responses import Response, ScheduleList
 from jobd.model.schedules import Schedule, Timing
 
@@ -192,25 +193,10 @@ def _unfinished(tx: Transaction, schedule: Schedule) -> Job | None:
 def _create(tx: Transaction, schedule: Schedule, job_id: str, at: int | None, details: dict[str, Any]) -> Job:
     """Create a job of the schedule. Its `run_at` is its time, with the jitter of the schedule."""
     fields = {name: value for name, value in schedule.job.items() if name != "payload"}
-    request = msgspec.convert(fields, Create)
-    payload = msgspec.json.encode(schedule.job.get("payload"))
-    guards.check_live_jobs(tx)
-    guards.check_queue(tx, request.queue)
-    now = tx.now
-    expires_at = None if request.expires_in_ms is UNSET else tx.at.latest + request.expires_in_ms
-    job = Job(
-        tx.job_number(),
-        job_id,
-        transitions.requested_options(tx, request),
-        "queued",
-        now,
-        now,
-        now if at is None else at + _jitter_ms(schedule, at),
-        expires_at=expires_at,
-        payload_bytes=recorded_bytes(Raw(payload)),
-        extra=Extra(schedule.id, at),
-    )
-    tx.create(job, "created", payload, "", {"schedule": schedule.id, **details})
+    request = msgspec.convert({"payload": Raw(msgspec.json.encode(schedule.job.get("payload")))} | fields, Create)
+    run_at = tx.now if at is None else at + _jitter_ms(schedule, at)
+    details = {"schedule": schedule.id, **details}
+    job, _ = worker_rules.add_job(tx, request, job_id, run_at, "", Extra(schedule.id, at), details)
     return job
 
 

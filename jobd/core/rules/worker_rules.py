@@ -100,23 +100,45 @@ def _create(tx: Transaction, command: Create) -> tuple[Job, JobView, bool]:
     if command.id is not None and (existing := _existing(tx, command, command.id, request_hash)) is not None:
         return existing, views.job_view(existing, tx.at, tx.policy, admin=tx.call.admin), False
     _check_options(tx, command)
+    run_at = command.run_at or tx.now + (command.delay_ms or 0)
+    return *add_job(tx, command, command.id, run_at, request_hash), True
+
+
+def add_job(
+    tx: Transaction,
+    command: Create,
+    job_id: str | None,
+    run_at: int,
+    request_hash: str,
+    extra: Extra | None = None,
+    schedule: dict[str, Any] | None = None,
+) -> tuple[Job, JobView]:
+    """Create a job, and return it with its view. `schedule` are the details of a firing."""
     guards.check_live_jobs(tx)
     guards.check_queue(tx, command.queue)
     headers = guards.headers_body(tx, command.headers) if command.headers else None
     now, number, options = tx.now, tx.job_number(), transitions.requested_options(tx, command)
-    run_at = command.run_at or now + (command.delay_ms or 0)
-    job_id = command.id or tx.job_id(number)
     expires_at = command.expires_at if command.expires_in_ms is UNSET else tx.at.latest + command.expires_in_ms
-    payload_bytes = recorded_bytes(command.payload)
-    job = Job(number, job_id, options, "queued", now, now, run_at, expires_at=expires_at, payload_bytes=payload_bytes)
     if headers:
-        job = replace(job, extra=Extra(headers_bytes=len(headers)))
-    tx.create(job, "created", bytes(command.payload), request_hash)
+        extra = replace(extra or Extra(), headers_bytes=len(headers))
+    job = Job(
+        number,
+        job_id or tx.job_id(number),
+        options,
+        "queued",
+        now,
+        now,
+        run_at,
+        expires_at=expires_at,
+        payload_bytes=recorded_bytes(command.payload),
+        extra=extra,
+    )
+    tx.create(job, "created", bytes(command.payload), request_hash, schedule)
     view = views.job_view(job, tx.at, tx.policy, admin=tx.call.admin, payload=command.payload)
     if headers:
         tx.attach(headers_key(number), headers)
         view.headers = command.headers
-    return job, view, True
+    return job, view
 
 
 def _existing(tx: Transaction, command: Create, job_id: str, request_hash: str) -> Job | None:

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 
 from jobd import App, Discard, JobCancelled, JobFailed, NewJob, Retry, Stopped, current_job
-from jobd.client import AsyncAdminClient, AsyncJobClient
+from jobd.client import AsyncAdminClient, AsyncJobClient, ScheduleOwned
 from jobd.client.app import daemon_jobs
 from jobd.client.worker import payload_mismatch
 from tests.support.client_harness import event_types, wait_for_job, wait_until_finished
-from tests.support.daemon_process import DaemonProcess
+from tests.support.daemon_process import TOKEN, DaemonProcess
 from tests.support.polling import wait_until
 
 
@@ -238,3 +238,21 @@ def test_a_daemon_that_is_not_there_is_named(
     with pytest.raises(Exception, match=r"No such file or directory\. Start a daemon with `jobd dev`"):
         task.enqueue()
     assert caplog.text.count("Retrying for 0.5 s") == 1
+
+
+async def test_a_worker_puts_the_schedules_of_its_app(app: App, queue: str, daemon: DaemonProcess) -> None:
+    ran = asyncio.Event()
+
+    @app.schedule(timedelta(seconds=1), id=f"tick-{queue}")
+    @app.task(queue=queue)
+    async def tick() -> None:
+        assert current_job().scheduled_at is not None
+        ran.set()
+
+    async with app.running():
+        await asyncio.wait_for(ran.wait(), 30)
+    async with AsyncAdminClient(f"unix:{daemon.admin_socket}", token=TOKEN) as admin:
+        assert (await admin.get_schedule(id=f"tick-{queue}")).source == "app:tests"
+        await admin.put_schedule(id=f"tick-{queue}", every_ms=3_600_000, job={"queue": queue})
+    with pytest.raises(ScheduleOwned, match="belongs to an operator"):
+        await app._worker().serve()

@@ -15,7 +15,14 @@ from jobd.model.responses import ScheduleView
 from jobd.model.schedules import Schedule
 from tests.support.rule_harness import NOW, RuleHarness
 
-JOB: dict[str, Any] = {"queue": "q", "kind": "k", "payload": Raw(b'{"a":1}'), "max_attempts": 3, "expires_in_ms": 500}
+JOB: dict[str, Any] = {
+    "queue": "q",
+    "kind": "k",
+    "payload": Raw(b'{"a":1}'),
+    "max_attempts": 3,
+    "expires_in_ms": 500,
+    "headers": {"trace": "t1"},
+}
 
 
 def put(rules: RuleHarness, **fields: Any) -> ScheduleView:
@@ -40,7 +47,11 @@ def test_a_time_creates_one_job_with_the_fields_of_the_schedule(rules: RuleHarne
     assert fire(rules, NOW + 1_000) == ["created"]
     job = rules.job(scheduled_job_id("s", NOW + 1_000))
     assert (job.options.queue, job.options.kind, job.options.max_attempts) == ("q", "k", 3)
-    assert (job.run_at, job.expires_at, job.extra) == (NOW + 1_000, NOW + 500, Extra("s", NOW + 1_000))
+    assert (job.run_at, job.expires_at, job.extra) == (
+        NOW + 1_000,
+        NOW + 500,
+        Extra("s", NOW + 1_000, len(b'{"trace":"t1"}')),
+    )
     assert rules.last().details == {"schedule": "s", "scheduled_at": NOW + 1_000, "missed": 0}
     assert (schedule(rules).last_fired_at, schedule(rules).last_job_id) == (NOW + 1_000, job.id)
 
