@@ -169,6 +169,7 @@ def test_pinned_versions_are_within_the_declared_bounds() -> None:
         "aiohttp": "<4,>=3.14.4",
         "aiosqlite": "<0.23,>=0.21",
         "asyncpg": "<0.33,>=0.30",
+        "cronsim": "<3,>=2.7",
         "httptools": "<0.10,>=0.6.4",
     }
     assert wanted.pop("jobd-client").contains(jobd.__version__)

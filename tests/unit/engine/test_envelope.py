@@ -129,7 +129,7 @@ def test_the_jobs_that_a_command_names_are_loaded_first(kind: Any) -> None:
     elif kind in (cmd.ExtendAfterPause, cmd.EndGrants, cmd.KeepDue, cmd.Recover):
         assert named == []
     elif "ids" in names:
-        assert kind in (cmd.DeleteExpired, cmd.RepairJobs)
+        assert kind in (cmd.DeleteExpired, cmd.RepairJobs, cmd.WaitForJobs)
         assert named == ["a", "b"]
     else:
         assert named == (["a"] if "id" in names else [])
