@@ -296,7 +296,9 @@ class Decider:
         if rejection is not None and not (type(command) is Complete and late_result_rules.is_late(self.state, command)):
             return rejection  # a late complete gets lock_lost on a full disk too, because it writes nothing
         if type(command) is Claim:
-            self.state.presence.note_request(command, quiet.open_queues(self.state, command))
+            state = self.state
+            is_closed = state.quiet or state.presence.directed or not command.limit
+            state.presence.note_request(command, quiet.open_queues(state, command) if is_closed else None)
         elif type(command) is Start:
             self.state.presence.note_request(command)
         elif type(command) in _NOTED and (rejection := self._note(decided, command)) is not None:
@@ -339,7 +341,7 @@ class Decider:
         if len(tx.ended) > ended:
             for lock_id in tx.ended[ended:]:
                 self.keys.ended(lock_id)
-        if type(call.command) is Claim and isinstance(response, Response) and response.data.directive is not UNSET:
+        if type(call.command) is Claim and type(response) is Response and response.data.directive is not UNSET:
             quiet.note_told(self.state, call.command.worker, response.data.directive)
         if call.operator is not None:
             self._audit(decided, call, response, tx.changed())

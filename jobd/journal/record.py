@@ -75,7 +75,8 @@ def encode(batch: Batch) -> tuple[bytes, list[EventRow]]:
         events.append(event_codec.encode(event))
         if _is_new(event):
             created.append((event.payload or b"null", event.request_hash or ""))
-        if event.bodies or (event.before is None and _is_copy(event.after)):
+        after = event.after
+        if event.bodies or (after is not None and after.extra is not None and event.before is None and _is_copy(after)):
             bodies[event.seq] = event.bodies or {}
         if event.late is not None:
             late.append(_late_row(event.late))
@@ -143,8 +144,8 @@ def _batch(body: _ExtraBody) -> Batch:
     )
 
 
-def _is_copy(job: Job | None) -> bool:
-    return job is not None and job.extra is not None and job.extra.copied_from is not None
+def _is_copy(job: Job) -> bool:
+    return job.extra is not None and job.extra.copied_from is not None
 
 
 def _is_new(event: Event) -> bool:

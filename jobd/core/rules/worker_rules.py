@@ -253,9 +253,12 @@ def claim(tx: Transaction, command: Claim) -> Response:
 
     A worker that is told something gets no job.
     """
-    if (directive := quiet.directive_for(tx.state, command)) is not None:
-        return Response(Grants([], directive))
-    due = tx.state.first_due(quiet.open_queues(tx.state, command), command.kinds, command.limit)
+    state, queues = tx.state, command.queues
+    if state.quiet or state.presence.directed or not command.limit:
+        if (directive := quiet.directive_for(state, command)) is not None:
+            return Response(Grants([], directive))
+        queues = list(quiet.open_queues(state, command))
+    due = state.first_due(queues, command.kinds, command.limit)
     if len(due) > 1:
         del due[_fitting(due) :]
     return _granted(tx, [transitions.grant(tx, job, command) for job in due])

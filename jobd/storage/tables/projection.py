@@ -59,7 +59,6 @@ from jobd.journal.sqlite import SqliteJournal
 from jobd.model.events import QUIET, Event
 from jobd.model.job import FINISHED, seq_of_body
 from jobd.model.journal import BadRecord, Record
-from jobd.model.schedules import schedule_id
 from jobd.model.storage import (
     BadRows,
     Batch,
@@ -379,11 +378,16 @@ class Projection:
                 for change in changes:
                     if change.payload is not None:
                         self._payloads.pop(change.job_seq, None)
-                    for key, body in (change.bodies or {}).items():
-                        if (known := self._payloads.get(key)) is not None and known.body is body:
-                            del self._payloads[key]  # no later record has another one
+                    if change.bodies:
+                        self._forget_bodies(change.bodies)
                 self.behind -= pending.size
                 self._pending.popleft()
+
+    def _forget_bodies(self, bodies: dict[int, bytes]) -> None:
+        """Forget headers and checkpoints of which no later record has another one."""
+        for key, body in bodies.items():
+            if (known := self._payloads.get(key)) is not None and known.body is body:
+                del self._payloads[key]
 
     @contextlib.contextmanager
     def _quarantining(self) -> Iterator[None]:
@@ -440,9 +444,8 @@ class Projection:
             db.conn.executemany(PUT_QUEUE, [codec.queue_row(name, row) for name, row in queues.items()])
         for event in [each for each in changes if not each.job_seq and each.type in QUIET]:
             table_writes.write_quiet(db, event)
-        for event in changes:
-            if (schedule := schedule_id(event)) is not None:
-                table_writes.write_schedule(db, schedule, event)
+        for event in [each for each in changes if each.details is not None and "schedule" in each.details]:
+            table_writes.write_schedule(db, event)
         if tombstones:
             db.conn.executemany(PUT_TOMBSTONE, map(codec.tombstone_row, tombstones))
         self._write_keys(batches)

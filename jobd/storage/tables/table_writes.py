@@ -11,7 +11,7 @@ import msgspec
 from msgspec.structs import astuple
 
 from jobd.model.events import Event, QuietRule, fold_quiet
-from jobd.model.schedules import Schedule, fold_schedule
+from jobd.model.schedules import Schedule, fold_schedule, schedule_id
 from jobd.model.storage import AuditTrimming, EventPruning, FiguresWrite, OutboxWrite, TableWrite, TombstoneWrite
 from jobd.storage import codec, outbox
 from jobd.storage.codec import SQL, Row, fault, insert, with_checksum
@@ -132,8 +132,9 @@ def read_schedules(db: Database) -> dict[str, Schedule]:
     return {name: _schedule(body) for name, body, _ in undamaged}
 
 
-def write_schedule(db: Database, name: str, event: Event) -> None:
+def write_schedule(db: Database, event: Event) -> None:
     """Write the change of an event that names a schedule. The row of one that is damaged is left alone."""
+    name = schedule_id(event)
     row = next(iter(db.rows(f"SELECT {SQL['schedules']} FROM schedules WHERE id = ?", (name,))), None)
     known = None if row is None or fault(row) is not None else _schedule(row[1])
     after = fold_schedule(known, event)
