@@ -535,9 +535,18 @@ def test_resume_of_an_unknown_queue_says_so(jobctl: Jobctl) -> None:
         assert jobctl.run("resume", "c-typo") == (0, "c-typo is open\n", "")
 
 
+def test_disk_shows_the_files_and_what_each_kind_takes(jobctl: Jobctl) -> None:
+    assert jobctl.run("submit", "--queue", "stored", "--kind", "large", json.dumps("x" * 9_000))[0] == 0
+    code, shown, _ = jobctl.run("disk")
+    assert code == 0
+    assert re.search(r"^not jobd +\S+ .iB$", shown, re.MULTILINE)
+    assert re.search(r"^stored +large +1 ", shown, re.MULTILINE)
+
+
 _SHAPES: Final = {
     "stats": fields_of(responses.StatsView),
     "health": fields_of(responses.HealthView) - {"journal", "problems", "criticalProblems"},
+    "disk": fields_of(responses.DiskUse),
     "cleanup": fields_of(responses.CleanupReport),
     "recover-stuck": fields_of(responses.RecoverStuckView),
     "clock": fields_of(responses.ClockView),
