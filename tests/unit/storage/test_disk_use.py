@@ -50,6 +50,8 @@ async def test_the_kinds_of_a_known_store_are_in_order_and_within_20_percent(
     taken = await fill(store, maker, 6_000)
     await store.finish_upkeep()
     Path(f"{path}.ballast").write_bytes(b"x" * 100_000)
+    disk = os.statvfs_result((4_096, 4_096, 100_000, 30_000, 20_000, 0, 0, 0, 0, 255))
+    monkeypatch.setattr(os, "statvfs", lambda path: disk)
     use = await DiskSampler(store, lambda: NOW).measure()
     assert [each.kind for each in use.kinds[:3]] == [kind for kind, _ in taken.most_common(3)]
     for each in use.kinds[:3]:
@@ -60,11 +62,23 @@ async def test_the_kinds_of_a_known_store_are_in_order_and_within_20_percent(
     assert 0 < use.other_bytes < use.database_bytes - sum(each.bytes for each in use.kinds)
     assert 1_000 < use.jobs_read < len(maker.jobs) / 2
     assert (use.measured_at, use.journal_bytes) == (NOW, 0)
-    disk = os.statvfs(path)
     own = sum(entry.stat().st_blocks * 512 for entry in os.scandir(os.path.dirname(path)))
-    not_jobd = (disk.f_blocks - disk.f_bfree) * disk.f_frsize - own
-    assert use.not_jobd_bytes == pytest.approx(not_jobd, rel=0.01)
+    assert use.not_jobd_bytes == pytest.approx(70_000 * 4_096 - own, rel=0.01)
+    assert use.free_bytes == 20_000 * 4_096
     assert use.side_bytes >= 100_000
+
+
+async def test_rows_stand_for_those_between_the_gaps(
+    store: Store, maker: ChangeFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(disk_use, "PLACES", 10)
+    monkeypatch.setattr(disk_use, "PLACE_S", 10)
+    made = [maker.create(options=Options(kind="dense" if number < 1_000 else "sparse")) for number in range(2_000)]
+    await store.write(maker.batch(made))
+    await store.write(maker.batch([maker.delete(job_of(each)) for each in made[1_000:] if each.seq % 10]))
+    await store.finish_upkeep()
+    use = await DiskSampler(store, lambda: NOW).measure()
+    assert {each.kind: each.jobs for each in use.kinds} == pytest.approx({"dense": 1_000, "sparse": 100}, rel=0.1)
 
 
 async def test_a_slow_disk_ends_a_slice_after_one_row(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
