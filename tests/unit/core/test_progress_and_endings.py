@@ -9,6 +9,7 @@ import pytest
 from msgspec import UNSET, Raw
 from msgspec.structs import asdict, replace
 
+from jobd.core import transitions
 from jobd.core.rules import worker_rules
 from jobd.core.state import State
 from jobd.model import commands as cmd
@@ -503,3 +504,13 @@ def test_each_finished_status_has_its_retention() -> None:
     rules.accept(cmd.Cancel(id="cancelled"))
     expiry = {name: rules.job(name).expires_at for name in ("completed", "failed", "cancelled")}
     assert expiry == {"completed": rules.now + 1_000, "failed": rules.now + 2_000, "cancelled": rules.now + 3_000}
+
+
+def test_the_outcomes_of_the_next_stalls_are_counted(rules: RuleHarness) -> None:
+    for job_id, fields in (("a", {}), ("b", {"max_attempts": 2}), ("c", {"on_stall": "fail"}), ("d", {})):
+        lock_id = rules.held(job_id, **fields)
+        if job_id == "d":
+            rules.progress(lock_id, 50, "d")
+    outcomes = transitions.stall_outcomes([rules.job(job_id) for job_id in "abcd"])
+    assert outcomes == "2 are queued again, 1 fails (on_stall), 1 fails (no attempts left)"
+    assert transitions.stall_outcomes([rules.job("a")]) == "1 is queued again"

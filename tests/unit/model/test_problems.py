@@ -13,6 +13,7 @@ def test_a_subject_is_identified_by_its_parts() -> None:
     group = Subject(type="group", host="web-1", version="2.4")
     problem = Problem(id="p", condition="workers_die", severity="warning", subject=group, since=1)
     assert problem.name == "2.4 / web-1"
+    assert Subject(type="worker", queue="q", worker="w-1").parts == ("w-1",)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from typing import Any, get_args, get_type_hints
 
 import msgspec
 import pytest
-from msgspec.structs import FieldInfo, fields
+from msgspec.structs import FieldInfo, fields, replace
 
 from jobd.model import responses
 from tests.support.client_harness import JOB
@@ -64,3 +64,9 @@ def test_a_job_shows_its_payload_and_metadata_as_values() -> None:
     assert "payload=b'1e999'" in repr(unreadable), "Python cannot hold it"
     unread = msgspec.structs.replace(job, payload=msgspec.UNSET, metadata=None)
     assert (unread.payload_value, unread.metadata_value) == (None, None)
+
+
+def test_a_kind_names_its_largest_part() -> None:
+    kind = responses.StoredKind(queue="q", kind="k", jobs=2, bytes=10, records=1, payloads=2, results=4, events=3)
+    assert (kind.name, kind.main_part) == ("q / k", ("results", 4))
+    assert replace(kind, kind="").name == "q"
