@@ -39,9 +39,7 @@ def directive_for(state: State, claim: Claim, *, is_last: bool = False) -> Direc
     """Return what to tell the worker of `claim` now. `is_last`: its wait ends anyway."""
     if not state.quiet and not state.presence.directed:
         return None
-    seen = state.presence.workers.get(claim.worker)
-    if seen is None:
-        return None
+    seen = state.presence.workers[claim.worker]  # the claim was noted
     if (directive := seen.directive) is not None and not directive.is_over(claim):
         told_at = directive.told_at
         is_due = is_last or told_at is None or state.presence.lock_ms - told_at >= REPEAT_MS
