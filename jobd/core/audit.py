@@ -9,6 +9,7 @@ from jobd.model.commands import (
     AnyCommand,
     ApplyPlan,
     Call,
+    Copy,
     DirectWorker,
     EndQuietRule,
     Import,
@@ -56,7 +57,7 @@ def entry(call: Call, response: Response | ApiError, changes: list[Event], at: i
         outcome=response.code if isinstance(response, ApiError) else "done",
         jobs=len(changed),
         details=_details(command, response, changes),
-        changed_ids=list(changed) if isinstance(command, ApplyPlan | TakeBack) else [],
+        changed_ids=list(changed) if isinstance(command, ApplyPlan | Copy | TakeBack) else [],
     )
 
 

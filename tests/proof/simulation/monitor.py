@@ -291,7 +291,9 @@ class Monitor(DecisionChecks):
 
     def _check_audit(self, batch: Batch) -> None:
         """S15: an operator's change is on disk with its audit entry."""
-        audited = {entry.job_id or entry.queue for entry in batch.audit if entry.outcome == "done"}
+        done = [entry for entry in batch.audit if entry.outcome == "done"]
+        audited = {entry.job_id or entry.queue for entry in done}
+        audited |= {job_id for entry in done if entry.what == "copy" for job_id in entry.changed_ids}
         moved_in = {change.job_id for change in batch.changes if change.type == "imported"}
         recovered = any(entry.what in ("recover-stuck", "take-back") for entry in batch.audit)
         entries = sum(entry.jobs for entry in batch.audit if entry.what == "import")

@@ -267,3 +267,10 @@ async def test_the_log_is_read_in_pages_newest_first(engine: VirtualEngine) -> N
     assert [each.what for each in rest.entries] == ["n1", "n0"]
     assert rest.next_cursor is None
     assert (await engine.yes(cmd.AuditLog(who="bob"))).entries == []
+
+
+def test_a_copy_is_found_by_both_jobs(rules: RuleHarness) -> None:
+    rules.create("a")
+    made = entry(rules, cmd.Copy(id="a"))
+    assert made is not None
+    assert (made.job_id, made.changed_ids, made.jobs) == ("a", [rules.last().job_id], 1)
