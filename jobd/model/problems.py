@@ -24,6 +24,7 @@ class Subject(Struct, frozen=True, omit_defaults=True, kw_only=True):
     job: Annotated[str | None, doc("Id of the job.")] = None
     webhook: Annotated[str | None, doc("Name of the webhook.")] = None
     node: Annotated[str | None, doc("Name of the node of the cluster.")] = None
+    schedule: Annotated[str | None, doc("Id of the schedule.")] = None
     code: Annotated[str | None, doc("Code of the error response.")] = None
 
     @property
@@ -32,7 +33,7 @@ class Subject(Struct, frozen=True, omit_defaults=True, kw_only=True):
         if self.type == "worker" and self.worker is not None:
             return (self.worker,)
         named = (self.queue, self.kind, self.version, self.host, self.worker, self.job, self.webhook, self.node)
-        return tuple(each for each in (*named, self.code) if each) or (self.type,)
+        return tuple(each for each in (*named, self.schedule, self.code) if each) or (self.type,)
 
     def overlaps(self, other: Subject) -> bool:
         """Return whether no part that both have differs, and the queue is the same."""

@@ -57,6 +57,7 @@ class Schedule(Struct, frozen=True, omit_defaults=True, kw_only=True):
     last_job_id: str | None = None
     skipped: int = 0
     missed: int = 0
+    last_missed_at: int | None = None  # when the latest missed times were noticed
     skips_in_a_row: int = 0
     last_skip: Skip | None = None
 
@@ -82,24 +83,25 @@ def fold_schedule(known: Schedule | None, event: Event) -> Schedule | None:
         return msgspec.convert(details["row"], Schedule)
     if known is None or event.type == "schedule_deleted":
         return None
+    if details.get("missed"):
+        known = replace(known, missed=known.missed + details["missed"], last_missed_at=event.at)
     if event.type == "created":
-        fired_at, missed = details.get("scheduled_at"), details.get("missed")
         known = replace(known, last_job_id=event.job_id)
-        if missed is None:
+        if "missed" not in details:
             return known  # an operator ran it
-        return replace(known, last_at=fired_at, last_fired_at=fired_at, missed=known.missed + missed, skips_in_a_row=0)
+        fired_at = details["scheduled_at"]
+        return replace(known, last_at=fired_at, last_fired_at=fired_at, skips_in_a_row=0)
     if event.type == "schedule_skipped":
         skip = Skip(details["scheduled_at"], event.reason or "")
         return replace(
             known,
             last_at=skip.scheduled_at,
             skipped=known.skipped + 1,
-            missed=known.missed + details["missed"],
             skips_in_a_row=known.skips_in_a_row + 1,
             last_skip=skip,
         )
     if event.type == "schedule_missed":
-        return replace(known, last_at=details["scheduled_at"], missed=known.missed + details["missed"])
+        return replace(known, last_at=details["scheduled_at"])
     if event.type == "schedule_paused":
         return replace(known, pause=QueuePause(event.at, event.by, event.reason, details["until"]))
     assert event.type == "schedule_resumed"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from jobd.monitoring.problems import cluster, daemon, pairs, workers
+from jobd.monitoring.problems import cluster, daemon, pairs, schedules, workers
 from jobd.monitoring.problems.condition import Condition
 
 CONDITIONS: Final = (
@@ -71,6 +71,8 @@ CONDITIONS: Final = (
     Condition("worker_silent", "warning", workers.silent_workers, hides=("stuck_jobs",)),
     Condition("paused_without_reason", "notice", daemon.paused_without_reason, of_pairs=True),
     Condition("quiet_long", "notice", workers.quiet_long, of_pairs=True),
+    Condition("schedule_skipping", "warning", schedules.skipping),
+    Condition("schedule_missed", "warning", schedules.missed),
     Condition("rejecting", "warning", daemon.rejecting),
     Condition("damaged", "warning", daemon.damaged),
     Condition("clock", "warning", daemon.clock, "ms"),

@@ -11,7 +11,21 @@ from msgspec.structs import replace
 
 from jobd.core.stats import HOURS_NEEDED, SAMPLES_NEEDED
 from jobd.maintenance.cleanup_run import CleanupSchedule
-from jobd.model.commands import Claim, Complete, EndGrants, Extend, Fail, Goodbye, Pause, Release, Start
+from jobd.model.commands import (
+    Claim,
+    Complete,
+    EndGrants,
+    Extend,
+    Fail,
+    Fire,
+    Goodbye,
+    Pause,
+    PauseSchedule,
+    PutSchedule,
+    Release,
+    ScheduledJob,
+    Start,
+)
 from jobd.model.job import DAY_MS, HOUR_MS, Job, Options
 from jobd.model.responses import ClusterView, HealthView, NodeView
 from jobd.model.storage import DiskSpace
@@ -257,6 +271,27 @@ async def pause(stage: Stage) -> float:
     return 900
 
 
+async def fire(stage: Stage, **missed: Any) -> None:
+    """Fire a schedule at four times ahead. The job of the first is not due yet, so the others are skipped."""
+    await stage.engine.yes(PutSchedule(id="night", every_ms=HOUR_MS, job=ScheduledJob(), source="app:shop"))
+    for number in range(1, 5):
+        at = stage.engine.now + number * HOUR_MS
+        version = stage.engine.state.schedules["night"].version
+        await stage.engine.yes(Fire(id="night", version=version, scheduled_at=at, **missed), by="schedule:night")
+
+
+@case("schedule_skipping", ": night:")
+async def skip(stage: Stage) -> float:
+    await fire(stage)
+    return 0
+
+
+@case("schedule_missed", "Since its creation, 8 times created no job.")
+async def miss(stage: Stage) -> float:
+    await fire(stage, missed=1, is_missed=True)
+    return 0
+
+
 @case("damaged", "1 job is quarantined: bad-1.")
 async def damage(stage: Stage) -> float:
     await unhealthy("cache")(stage)  # the latest health does not name it yet
@@ -316,6 +351,12 @@ async def work_behind_a_long_job(stage: Stage) -> None:
 async def pause_with_a_reason(stage: Stage) -> None:
     await stage.create("film", 50)
     await stage.engine.yes(Pause(name="film", reason="bad files from a partner"))
+
+
+@quiet
+async def pause_a_schedule(stage: Stage) -> None:
+    await fire(stage, missed=1)
+    await stage.engine.yes(PauseSchedule(id="night"))
 
 
 @quiet
