@@ -28,14 +28,14 @@ async def put_schedule(app: App[Services], ctx: RequestContext, command: PutSche
 async def send_schedule(app: App[Services], ctx: RequestContext, command: Any) -> Response | ApiError:
     response = await run_command(app, ctx, command)
     if isinstance(response, Response):
-        response.data = await _with_times(app, response.data)
+        response.data = await with_times(app, response.data)
     return response
 
 
 async def send_schedules(app: App[Services], ctx: RequestContext, command: Any) -> Response | ApiError:
     response = await run_command(app, ctx, command)
     if isinstance(response, Response):
-        response.data.schedules = [await _with_times(app, each) for each in response.data.schedules]
+        response.data.schedules = [await with_times(app, each) for each in response.data.schedules]
     return response
 
 
@@ -48,7 +48,7 @@ async def _check(timing: Timing) -> None:
         raise invalid_request_error(f"$.{error.field}", f"{error}.") from None
 
 
-async def _with_times(app: App[Services], view: ScheduleView) -> ScheduleView:
+async def with_times(app: App[Services], view: ScheduleView) -> ScheduleView:
     """Add the times and words of the timing, and the status of a job that is not in memory."""
     timing = Timing(view.cron, view.every_ms, view.offset_ms, view.timezone)
     await load_zone(timing.timezone)

@@ -75,9 +75,6 @@ SCHEDULES: Final = Listing(
 
 def schedule(view: ScheduleView) -> None:
     """Show all fields of a schedule that are not empty."""
-    from jobd.model.events import QueuePause
-
-    paused = QueuePause(view.paused_at, view.paused_by, view.pause_reason, view.paused_until)
     skip = view.last_skip
     terminal.pairs(
         [
@@ -85,7 +82,7 @@ def schedule(view: ScheduleView) -> None:
             ("when", view.explanation),
             ("cron", view.cron),
             ("time zone", view.timezone if view.cron else None),
-            ("paused", paused.describe() if view.paused else None),
+            ("paused", view.pause.describe() if view.paused else None),
             ("next", ", ".join(utc(at) for at in view.next_times) or None),
             ("overlap", view.overlap),
             ("catch up", view.catch_up),

@@ -48,6 +48,7 @@ _PAGES: Final = {
     "stats": "/",
     "webhooks": "/webhooks",
     "queues": "/queues",
+    "schedules": "/schedules",
     "failures": "/failures",
     "cluster": "/cluster",
 }

@@ -14,7 +14,16 @@ from msgspec.structs import replace
 from jobd.api.downloads import send_artifact
 from jobd.api.operator_actions import step_down
 from jobd.api.services import Services
-from jobd.dashboard import cluster_page, maintenance, pages, plan_pages, urls, webhook_pages, worker_pages
+from jobd.dashboard import (
+    cluster_page,
+    maintenance,
+    pages,
+    plan_pages,
+    schedule_pages,
+    urls,
+    webhook_pages,
+    worker_pages,
+)
 from jobd.dashboard.assets import Assets
 from jobd.dashboard.context import (
     AUTHORIZATION,
@@ -41,7 +50,7 @@ from jobd.http.request import RequestContext
 from jobd.http.response import RawBody
 from jobd.http.routing import Route
 from jobd.model.api_call import EVENT_STREAM
-from jobd.model.commands import Command, Get, JobCommand, PlanCommand
+from jobd.model.commands import Command, Get, GetSchedule, JobCommand, PlanCommand
 from jobd.model.errors import ApiError, api_error, checked
 from jobd.model.fields import Text
 from jobd.model.requests import ArtifactRequest, NoFields
@@ -112,6 +121,17 @@ PAGES: Final = (
         changes=True,
     ),
     PageSpec("/alerts", NoFields, "alerts", "Alerts", pages.alerts, interval_s=5),
+    PageSpec(
+        "/schedules", schedule_pages.SchedulesPageQuery, "schedules", "Schedules", schedule_pages.schedule_list,
+        interval_s=5,
+    ),
+    PageSpec(
+        "/schedules/{id}", GetSchedule, "schedule", "Schedule", schedule_pages.schedule_detail, interval_s=5
+    ),
+    PageSpec(
+        "/schedules/{id}/change", schedule_pages.ChangeScheduleQuery, "schedule_change", "Schedule",
+        schedule_pages.confirm_change, changes=True,
+    ),
     PageSpec("/webhooks", NoFields, "webhooks", "Webhooks", webhook_pages.webhook_list, interval_s=5),
     PageSpec(
         "/webhooks/{name}",
@@ -155,6 +175,7 @@ FORMS: Final[tuple[tuple[str, type[Command], HandleForm], ...]] = (
     ("/queues/{name}/resume", maintenance.QueueForm, maintenance.resume_queue),
     ("/workers/take-back", maintenance.TakeBackForm, maintenance.take_back),
     ("/workers/quiet", worker_pages.QuietForm, worker_pages.change_quiet),
+    ("/schedules/{id}/change", schedule_pages.ChangeScheduleForm, schedule_pages.change_schedule),
     ("/cleanup/run", ReasonForm, maintenance.run_cleanup),
     ("/cleanup/recover", ReasonForm, maintenance.recover_stuck),
     ("/clock/accept", ReasonForm, maintenance.accept_clock),

@@ -401,6 +401,10 @@ class ScheduleView(Struct, frozen=True, kw_only=True):
     missed: Annotated[int, doc("Number of times that nothing could fire, and that were not made up.")]
     last_skip: Annotated[SkipView | None, doc("The latest time that was skipped, and why, or null.")]
 
+    @property
+    def pause(self) -> QueuePause:
+        return QueuePause(self.paused_at, self.paused_by, self.pause_reason, self.paused_until)
+
 
 class SkipView(Struct, frozen=True):
     """A time at which a schedule created no job."""

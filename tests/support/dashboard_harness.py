@@ -27,6 +27,7 @@ PAGES = [
     "/alerts",
     "/audit",
     "/failures",
+    "/schedules",
     "/webhooks",
     "/webhooks/q",
     "/cluster",

@@ -51,4 +51,4 @@ def _firing(scene: Scene) -> Iterator[Schedule]:
 
 
 def _see(schedule: Schedule) -> Cure:
-    return Cure("See its times", f"jobctl schedule {schedule.id}")
+    return Cure("See its times", f"jobctl schedule {schedule.id}", f"/schedules/{schedule.id}")
