@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 
 from msgspec import Struct, field
 
@@ -264,7 +264,7 @@ class SinceReport(Struct):
     fixed: int = 0
 
 
-_COUNTED_ONLY: Final = frozenset({"created", "progress", "extended"})  # frequent events that only `events` counts
+_COUNTED_ONLY: Final = frozenset({"progress", "extended"})  # frequent events that only `events` counts
 
 
 class Counters(Struct):
@@ -284,6 +284,7 @@ class Counters(Struct):
     baselines: DurationBaselines = field(name="paces", default_factory=DurationBaselines)
     double_grants: DoubleGrants = field(name="overlaps", default_factory=DoubleGrants)
     events: dict[str, int] = field(default_factory=dict)  # type -> events
+    scheduled: dict[str, int] = field(default_factory=dict)  # outcome -> times of schedules
 
     def note(self, changes: Sequence[Event]) -> None:
         """Count the changes of a committed batch."""
@@ -302,8 +303,17 @@ class Counters(Struct):
                     ms = max(event.at - before.started_at, 0)
                     self._completed(event.queue, event.at, ms)
                     self.baselines.add(before.options.kind, event.at, ms)
+            elif kind == "created":
+                if event.details is not None and "missed" in event.details:
+                    self._scheduled("fired", event)
             elif kind not in _COUNTED_ONLY:
                 self._note_other(event)
+
+    def _scheduled(self, outcome: str, event: Event) -> None:
+        """Count a time of a schedule, and the missed times before it."""
+        details: Any = event.details
+        for name, count in ((outcome, outcome != "missed"), ("missed", details["missed"])):
+            self.scheduled[name] = self.scheduled.get(name, 0) + count
 
     def _note_other(self, event: Event) -> None:
         match event.type:
@@ -317,6 +327,10 @@ class Counters(Struct):
                 self.double_grants.rejected(event)
             case "adopted":
                 self.late_adopted += 1
+            case "schedule_skipped":
+                self._scheduled("skipped", event)
+            case "schedule_missed":
+                self._scheduled("missed", event)
             case "lock_expired":
                 self.since_report.locks_cleared += 1
             case "deleted" if event.by == "cleanup":

@@ -165,6 +165,8 @@ class Metrics:
         yield _gauges("processing_p95_seconds", help_, ["kind", "window"], _durations(durations))
         help_ = "Jobs granted again while the previous worker had time left and had not reported that it stopped."
         yield _counter("granted_twice", help_, stats.double_grants.total)
+        outcomes = ((outcome, stats.scheduled.get(outcome, 0)) for outcome in ("fired", "skipped", "missed"))
+        yield _counters("schedule_fired", "Times of schedules, by outcome.", ["outcome"], outcomes)
         yield _gauge("quarantined_jobs", "Quarantined jobs.", len(state.quarantined))
 
     def _cleanup(self) -> Iterator[MakeMetric]:

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from prometheus_client import Metric
@@ -28,7 +29,19 @@ from jobd.engine.idempotency import IdempotencyStore
 from jobd.maintenance.artifact_sweeper import SweepStats
 from jobd.maintenance.cleanup_run import CleanupSchedule
 from jobd.maintenance.maintainer import Maintainer
-from jobd.model.commands import AnyCommand, Claim, Complete, Create, EndGrants, Pause, Start
+from jobd.model.commands import (
+    AnyCommand,
+    Claim,
+    Complete,
+    Create,
+    EndGrants,
+    Fire,
+    Pause,
+    PutSchedule,
+    RunSchedule,
+    ScheduledJob,
+    Start,
+)
 from jobd.model.errors import ERROR_STATUS
 from jobd.model.job import SECOND_MS, Job, Options, Policy
 from jobd.model.responses import ClusterView, Response
@@ -298,6 +311,21 @@ async def test_the_wait_of_the_oldest_due_job_of_each_queue(engine: VirtualEngin
     assert value(body, "jobd_queue_oldest_due_seconds", queue="later") == 0
     assert value(body, "jobd_queue_paused", queue="film") == 1
     assert value(body, "jobd_queue_paused", queue="later") == 0
+
+
+@in_engine()
+async def test_times_of_schedules_are_counted_by_outcome(engine: VirtualEngine) -> None:
+    await engine.yes(PutSchedule(id="s", every_ms=SECOND_MS, job=ScheduledJob(), source="app:shop"))
+    version = engine.state.schedules["s"].version
+    fires: list[dict[str, Any]] = [{"missed": 4}, {"missed": 1}, {}, {"missed": 2, "is_missed": True}]
+    for number, fields in enumerate(fires, 1):
+        at = engine.now + number * SECOND_MS
+        await engine.yes(Fire(id="s", version=version, scheduled_at=at, **fields), by="schedule:s")
+    await engine.yes(RunSchedule(id="s", force=True))
+    found = {
+        name: value(shown(engine), "jobd_schedule_fired_total", outcome=name) for name in ("fired", "skipped", "missed")
+    }
+    assert found == {"fired": 1, "skipped": 2, "missed": 8}
 
 
 @in_engine()
