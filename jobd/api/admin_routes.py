@@ -18,7 +18,7 @@ from jobd.api.event_stream import send_events
 from jobd.api.imports import import_jobs, preview_import
 from jobd.api.openapi import routes_of, with_document
 from jobd.api.probes import PROBES, send_cluster
-from jobd.api.schedules import put_schedule, send_schedule, send_schedules
+from jobd.api.schedules import put_schedule, send_schedule, send_schedules, send_why
 from jobd.api.services import Services
 from jobd.http.app import App, run_command
 from jobd.http.request import RequestContext, as_one_entry, operator_of
@@ -112,6 +112,7 @@ def _respond_to_operator(act: Callable[[App[Services], Operator | None, Any], Aw
 
 _HANDLERS: Final[dict[ApiCall[Any, Any], RouteHandler]] = {
     calls.AdminJobCalls.validate_job: _validate_job,
+    calls.AdminJobCalls.why: send_why,
     calls.AdminJobRequests.artifact: send_artifact,
     calls.ManyJobRequests.import_jobs: import_jobs,
     calls.ManyJobRequests.preview_import: preview_import,

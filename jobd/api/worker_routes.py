@@ -8,15 +8,16 @@ from jobd.api.command_stream import StreamedCommand, StreamedResponse, serve_com
 from jobd.api.event_stream import send_events
 from jobd.api.openapi import document_at, routes_of, with_document
 from jobd.api.probes import PROBES, send_cluster
-from jobd.api.schedules import put_schedule, send_schedule, send_schedules
+from jobd.api.schedules import put_schedule, send_schedule, send_schedules, send_why
 from jobd.http.routing import Route
 from jobd.model.api_call import LINES
-from jobd.model.calls import WORKER_API, EventRequests, NodeCalls, ScheduleCalls
+from jobd.model.calls import WORKER_API, EventRequests, JobCalls, NodeCalls, ScheduleCalls
 
 _ROUTES: Final = (
     *routes_of(
         WORKER_API,
         {
+            JobCalls.why: send_why,
             ScheduleCalls.put_schedule: put_schedule,
             ScheduleCalls.schedule_page: send_schedules,
             ScheduleCalls.get_schedule: send_schedule,

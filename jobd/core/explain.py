@@ -33,6 +33,8 @@ _NAMES_AUTHOR: Final = frozenset({"completed", "adopted", "cancelled", "force_fa
 
 def explain(job: Job, state: State, at: Moment, policy: Policy, late: list[LateResult] | None = None) -> WhyView:
     view = _explained(job, state, at)
+    if job.extra is not None and job.extra.schedule_id is not None:
+        view = replace(view, schedule_id=job.extra.schedule_id)
     return replace(view, do=[*_late(job, late, policy), *view.do]) if late else view
 
 

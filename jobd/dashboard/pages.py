@@ -17,6 +17,7 @@ from msgspec import UNSET, Meta, Raw
 from msgspec.structs import replace
 
 from jobd.api.auditing import check_audit_filter
+from jobd.api.schedules import with_schedule
 from jobd.core.queries import lists_by_end
 from jobd.dashboard.context import Viewer, is_live_update, is_secure
 from jobd.dashboard.filters import (
@@ -207,7 +208,7 @@ async def job(viewer: Viewer, job_id: str) -> PageData:
         "metadata": None if view.metadata is None else pretty_json(view.metadata),
         "events": events[::-1][:MAX_EVENTS],
         "has_older_events": len(events) > MAX_EVENTS,
-        "why": why,
+        "why": await with_schedule(viewer.app, why),
         "late_results": late.late_results[::-1],
         "can_adopt": viewer.may_change and is_allowed(JOB_ACTIONS["adopt"], view, viewer.now),
         "has_artifacts": viewer.app.services.downloads.has_store,

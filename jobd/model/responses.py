@@ -324,6 +324,7 @@ class WhyView(Struct, frozen=True):
     next: Annotated[NextEvent | None, doc("What happens next without an action, or null.")]
     blocked_by: Annotated[str | None, doc("What prevents the job from running, or null.")]
     do: Annotated[list[str], doc("What an operator can do about it.")]
+    schedule_id: Annotated[str | UnsetType, doc("The schedule that created the job, if one did.")] = UNSET
 
 
 class Issue(Struct, frozen=True):

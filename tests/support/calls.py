@@ -93,6 +93,7 @@ SCHEDULE: Final = responses.ScheduleView(**_SCHEDULE)
 # What the actor returns for commands whose handler reads the response.
 DATA: Final[dict[type[Command], Any]] = {
     commands.Stats: STATS,
+    commands.Why: responses.WhyView("queued", "", None, None, []),
     commands.Schedules: responses.ScheduleList([SCHEDULE]),
     **dict.fromkeys((commands.PutSchedule, commands.GetSchedule, commands.PauseSchedule), SCHEDULE),
     **dict.fromkeys((commands.ResumeSchedule, commands.DeleteSchedule), SCHEDULE),

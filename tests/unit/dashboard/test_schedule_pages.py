@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from tests.support.dashboard_harness import READ_ONLY_TOKEN, DashboardHarness, assert_safe, text
+from tests.support.dashboard_harness import AUTH, READ_ONLY_TOKEN, DashboardHarness, assert_safe, text
 
 
 @pytest.fixture
@@ -52,9 +52,39 @@ async def test_a_schedule_whose_last_job_is_unfinished_runs_on_request(schedule:
     job_id = schedule.admin.actor.state.schedules["night:1"].last_job_id
     assert f"Job {job_id} was created." in page
     assert f'<dt>Schedule</dt><dd><a href="{url}">night:1</a>' in text(await browser.get(f"/jobs/{job_id}"))
+    assert " It was created by schedule night:1, next 20" in text(await browser.get(f"/jobs/{job_id}"))
     assert "The last job is unfinished" in text(await browser.get(f"{url}/change?verb=run"))
     assert (await browser.post(f"{url}/change", verb="run", csrf=csrf)).status == 409
     assert (await browser.post(f"{url}/change", verb="run", force="1", csrf=csrf)).status == 303
+
+
+async def test_why_names_the_schedule_and_its_next_time(schedule: DashboardHarness) -> None:
+    body = json.dumps({"reason": "now"})
+    operator = "/admin/job-management"
+
+    async def origins(job_id: str) -> set[str]:
+        """Return what `why` of both APIs says after how long the job has waited."""
+        found = set()
+        for server, path in ((schedule.worker, "/v1"), (schedule.admin, operator)):
+            response = await server.request("GET", f"{path}/jobs/{job_id}/why", headers=AUTH)
+            found.add(response.data["because"].partition(" It was created by ")[2])
+        return found
+
+    async def act(method: str, path: str) -> None:
+        response = await schedule.admin.request(method, f"{operator}/schedules/night:1{path}", body, headers=AUTH)
+        assert response.status < 300, response.json
+
+    await schedule.call("jobs", id="plain", queue="q")
+    assert await origins("plain") == {""}
+    await act("POST", "/run")
+    job_id = schedule.admin.actor.state.schedules["night:1"].last_job_id or ""
+    [origin] = await origins(job_id)
+    assert origin.startswith("schedule night:1, next 20")
+    assert origin.endswith(" 03:00:00 UTC.")
+    await act("POST", "/pause")
+    assert await origins(job_id) == {"schedule night:1, paused now."}
+    await act("DELETE", "")
+    assert await origins(job_id) == {"schedule night:1, deleted since."}
 
 
 async def test_a_reader_sees_schedules_and_changes_none(schedule: DashboardHarness) -> None:
