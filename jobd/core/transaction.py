@@ -5,7 +5,8 @@ It applies each change at once, with one event, so that the next command of the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from hashlib import blake2b
 from typing import Any, Final
 
@@ -15,7 +16,7 @@ from jobd.core.state import State
 from jobd.model.commands import Call, Moment, is_dry_run
 from jobd.model.events import Event, EventType, QueuePause, QuietRule, fold_quiet
 from jobd.model.job import COUNTER_MASK, TOKEN_COUNTER_BITS, Job, LateResult, Policy, new_epoch
-from jobd.model.schedules import Schedule, fold_schedule
+from jobd.model.schedules import fold_schedule
 from jobd.model.storage import LateResultRows, Payload
 
 _VARIANTS: Final = dict(zip("0123456789abcdef", "89ab" * 4, strict=True))  # the bits 0b10, and two bits more
@@ -25,15 +26,13 @@ class Transaction:
     """The changes of one batch. `call` is the current command; the lists are those of all commands so far.
 
     `checked` has the seqs of jobs whose rows were validated, `ended` the lock ids of ended grants, `payloads` new
-    bodies by key. As before the batch, `pauses` has the pause of each changed queue, `schedules` each changed
-    schedule, and `quiet` the quiet rules.
+    bodies by key. `_restores` are calls that restore pauses, schedules and quiet rules, in the order of the changes.
     The changes of a dry run are not applied to the state, so that it costs nothing and leaves no trace.
     """
 
     __slots__ = (
-        "_first", "_first_checked", "_pauses", "_quiet", "_schedules", "_tokens", "_uuid_time",
-        "at", "call", "changes", "checked", "ended", "is_dry_run", "late", "now", "pauses", "payloads",
-        "policy", "quiet", "requests", "schedules", "state",
+        "_begun", "_first", "_restores", "_uuid_time", "at", "call", "changes", "checked", "ended", "is_dry_run",
+        "late", "now", "payloads", "policy", "requests", "state",
     )  # fmt: skip
 
     def __init__(
@@ -54,14 +53,9 @@ class Transaction:
         self.checked: list[int] = []
         self.ended: list[str] = []
         self.payloads: dict[int, bytes] = {}
-        self.pauses: dict[str, QueuePause | None] = {}
-        self._pauses: dict[str, QueuePause | None] = {}  # of the queues that the current command changed, before it
-        self.quiet = self._quiet = state.quiet
-        self.schedules: dict[str, Schedule | None] = {}
-        self._schedules: dict[str, Schedule | None] = {}  # that the current command changed, before it
+        self._restores: list[Callable[[], None]] = []
         self._first = 0  # the changes before the current command
-        self._first_checked = 0
-        self._tokens = state.epoch, state.next_token
+        self._begun = 0, 0, state.epoch, state.next_token  # and `checked`, `_restores` and the next token
         self.is_dry_run = False
         self._uuid_time = ""
 
@@ -70,13 +64,7 @@ class Transaction:
         self.call = call
         self.is_dry_run = is_dry_run(call.command)
         self._first = len(self.changes)
-        self._first_checked = len(self.checked)
-        self._tokens = self.state.epoch, self.state.next_token
-        self._quiet = self.state.quiet
-        if self._pauses:
-            self._pauses = {}
-        if self._schedules:
-            self._schedules = {}
+        self._begun = len(self.checked), len(self._restores), self.state.epoch, self.state.next_token
 
     @property
     def has_changed(self) -> bool:
@@ -89,10 +77,9 @@ class Transaction:
 
     def undo(self) -> None:
         """Undo the changes of the current command. Its numbers are assigned again, because no response has them."""
-        undone = self.changed()
-        del self.changes[self._first :], self.checked[self._first_checked :]
-        state = self.state
-        state.epoch, state.next_token = self._tokens
+        undone, state = self.changed(), self.state
+        checked, restores, state.epoch, state.next_token = self._begun
+        del self.changes[self._first :], self.checked[checked:]
         if not undone:
             return
         state.next_event = undone[0].seq
@@ -101,8 +88,8 @@ class Transaction:
             state.next_job = made[0].job_seq
         if self.is_dry_run:
             return
-        self._restore(undone, self._pauses, self._schedules, self._quiet)
-        self._pauses, self._schedules = {}, {}
+        self._restore(undone, self._restores[restores:])
+        del self._restores[restores:]
         for event in undone:
             for key in event.bodies or ():
                 self.payloads.pop(key, None)
@@ -116,7 +103,7 @@ class Transaction:
 
     def roll_back(self) -> None:
         """Undo all changes, because the batch was not written. Its numbers stay used."""
-        self._restore(self.changes, self.pauses, self.schedules, self.quiet)
+        self._restore(self.changes, self._restores)
 
     # -- changes ------------------------------------------------------------------------------------------------------
 
@@ -261,13 +248,7 @@ class Transaction:
 
     # -- internals ----------------------------------------------------------------------------------------------------
 
-    def _restore(
-        self,
-        changes: Sequence[Event],
-        pauses: dict[str, QueuePause | None],
-        schedules: dict[str, Schedule | None],
-        quiet: Mapping[str, QuietRule],
-    ) -> None:
+    def _restore(self, changes: Sequence[Event], restores: Sequence[Callable[[], None]]) -> None:
         """Restore the jobs of `changes` and the other values. A job that was quarantined meanwhile stays out."""
         state = self.state
         rows: dict[str, Job | None] = {}
@@ -290,17 +271,13 @@ class Transaction:
                 known = self.late.results[event.job_seq]
                 known.remove(event.late)
                 state.forget_late(event.job_seq, max((each.seq for each in known), default=None))
-        for queue, pause in pauses.items():
-            state.set_paused(queue, pause)
-        state.set_quiet(quiet)
-        for name, schedule in schedules.items():
-            state.set_schedule(name, schedule)
+        for restore in reversed(restores):
+            restore()
 
     def _fold_schedule(self, name: str) -> None:
         """Apply the last event to the schedule that it names."""
         before = self.state.schedules.get(name)
-        self.schedules.setdefault(name, before)
-        self._schedules.setdefault(name, before)
+        self._restores.append(partial(self.state.set_schedule, name, before))
         self.state.set_schedule(name, fold_schedule(before, self.changes[-1]))
 
     def _set_pause(
@@ -311,14 +288,13 @@ class Transaction:
         reason: str | None,
         details: dict[str, Any] | None,
     ) -> None:
-        before = self.state.paused.get(queue)
-        self.pauses.setdefault(queue, before)
-        self._pauses.setdefault(queue, before)
+        self._restores.append(partial(self.state.set_paused, queue, self.state.paused.get(queue)))
         self._add(None, None, event_type, reason=reason, details=details, queue=queue)
         self.state.set_paused(queue, pause)
 
     def _set_quiet(self, rule: QuietRule, event_type: EventType, reason: str | None, details: dict[str, Any]) -> None:
         self._add(None, None, event_type, reason=reason, details=details, queue=rule.queue or "")
+        self._restores.append(partial(self.state.set_quiet, self.state.quiet))
         self.state.set_quiet(fold_quiet(self.state.quiet, self.changes[-1]))
 
     def _add(

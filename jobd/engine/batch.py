@@ -116,6 +116,7 @@ class DecidedBatch(Struct):
     began_waiting: list[Envelope] = field(default_factory=list)  # claims that began to wait
     audit: list[AuditEntry] = field(default_factory=list)
     large_bytes: int = 0  # of the responses
+    is_large: bool = False  # so large that no more commands are decided
     left: list[Envelope] = field(default_factory=list)  # not decided, because the responses are large enough
 
     def reply(self, envelope: Envelope, response: Response | ApiError) -> None:
@@ -124,11 +125,7 @@ class DecidedBatch(Struct):
         if isinstance(response, Response) and response.unread_payloads:
             self.unread += response.unread_payloads
             self.large_bytes += response.large_bytes
-
-    @property
-    def is_large(self) -> bool:
-        """Whether the responses are so large that no more commands are decided."""
-        return self.large_bytes >= BATCH_PAYLOADS
+            self.is_large = self.large_bytes >= BATCH_PAYLOADS
 
     @property
     def changes(self) -> list[Event]:

@@ -84,12 +84,10 @@ def plan_applied_blindly(version: Any, job: Job, late: int | None = None, action
 
 
 @bug(Transaction._restore, found_by=RULES)
-def undo_forgets_an_index(
-    restore: Any, self: Transaction, changes: Sequence[Event], pauses: Any, schedules: Any, quiet: Any
-) -> None:
+def undo_forgets_an_index(restore: Any, self: Transaction, changes: Sequence[Event], restores: Any) -> None:
     """An undone command leaves its mark in the average processing time."""
     started_sum = self.state.started_sum
-    restore(self, changes, pauses, schedules, quiet)
+    restore(self, changes, restores)
     self.state.started_sum = started_sum
 
 
