@@ -658,7 +658,7 @@ class Copy(JobCommand, frozen=True, kw_only=True):
 
     admission = "create"
     audit_name = "copy"
-    errors = ("too_many_jobs", "too_many_queues", "upgrade_incomplete")
+    errors = ("invalid_transition", "too_many_jobs", "too_many_queues", "upgrade_incomplete")
     needs_payload = True
 
     payload: Annotated[AnyJson | UnsetType, doc("The payload of the new job. Default: that of the old one.")] = UNSET

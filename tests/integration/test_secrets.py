@@ -228,6 +228,9 @@ def _work(running: TokenDaemon) -> list[str]:
         body = {"lock_id": locks[number], **more.get(verb, {})}
         for _ in range(2):
             assert running.ask("worker", WORKER[0], "POST", f"/v1/jobs/held-{number}/{verb}", body).status == 200
+    schedule = {"every_ms": 3_600_000, "job": {}}
+    put = running.ask("admin", ADMIN[0], "PUT", "/admin/job-management/schedules/held-1", schedule)
+    assert put.status == 201
     running.daemon.post("/v1/jobs", {"id": "claimed", "queue": "claims"})
     locks.append(running.daemon.post("/v1/claim", {"worker": "w", "queues": ["claims"]}).data["grants"][0]["lock_id"])
     return locks

@@ -19,6 +19,8 @@ from jobd.model.commands import (
     EndPauses,
     Export,
     ExtendAfterPause,
+    Fire,
+    GetSchedule,
     GetVersion,
     Goodbye,
     ImportCheck,
@@ -32,9 +34,11 @@ from jobd.model.commands import (
     QuietRules,
     RecordAction,
     Report,
+    Schedules,
     SearchJobs,
     Tick,
     Timeline,
+    WaitForJobs,
     Workers,
 )
 from jobd.model.job import Job
@@ -49,11 +53,12 @@ pytestmark = pytest.mark.timeout(300)  # CPU-bound
 EVENTS = {
     "created", "imported", "granted", "progress", "extended", "completed", "failed", "released", "undelivered",
     "cancelled", "stalled", "late_result", "late_call", "adopted", "force_failed", "force_reset", "transitioned",
-    "retried_by_operator", "fixed", "deleted", "queue_paused", "queue_resumed", "workers_quieted",
+    "retried_by_operator", "fixed", "deleted", "queue_paused", "queue_resumed", "workers_quieted", "schedule_put",
 }  # fmt: skip
 ERRORS = {
     "job_not_found", "job_exists", "already_locked", "queue_paused", "invalid_transition", "lock_lost",
     "progress_timeout", "late_result_not_found", "worker_not_found", "worker_not_silent", "quiet_rule_not_found",
+    "schedule_not_found",
 }  # fmt: skip
 
 
@@ -82,6 +87,10 @@ NOT_PLAYED = {
     Report,
     ExtendAfterPause,
     KeepDue,
+    WaitForJobs,
+    Schedules,
+    GetSchedule,
+    Fire,
 }
 
 

@@ -9,6 +9,7 @@ import itertools
 import json
 from collections import Counter
 from collections.abc import Iterable
+from contextlib import closing
 from typing import Any, Final
 from urllib.parse import parse_qs, urlsplit
 
@@ -30,11 +31,18 @@ from jobd.model.api_call import LINES
 from jobd.model.job import STATUSES
 from tests.proof.faults.harness import Counts, Trial, check
 from tests.support.daemon_process import TOKEN, DaemonProcess, free_port
+from tests.support.daemon_process import call as call_daemon
 
 # Rules that no schema expresses: only these messages may reject a request that is valid by its schema.
 ALLOWED_REJECTIONS: Final = (
     "got a number.",  # in JSON Schema 5.0 is an integer
     "run_at or delay_ms",
+    "Give either cron or every_ms",
+    "Give a host, a version or a queue",
+    "`$.cron`",
+    "`$.timezone`",
+    "is not in full seconds",
+    "Name the program that maintains",
     "is less than base_ms",
     "This cursor belongs to a list with another status.",
     "is not in the future",
@@ -63,6 +71,7 @@ ALWAYS_FAILING: Final = frozenset(
         f"POST {_P}/webhooks/{{name}}/resend",
         f"POST {_P}/webhooks/{{name}}/resend-dead-lettered",
         f"POST {_P}/webhooks/{{name}}/test",
+        f"DELETE {_P}/quiet/{{rule}}",
         f"POST {_P}/workers/{{name}}/take-back",  # no worker is silent
     }
 )
@@ -98,6 +107,9 @@ class ExistingJobs:
         self._count += 1
         job_id = f"known-{self._count}"
         self._daemon.post("/v1/jobs", {"id": job_id, "payload": {"n": self._count}})
+        schedule = {"every_ms": 3_600_000, "job": {}, "source": "fuzz", "paused": True}
+        with closing(self._daemon.worker()) as connection:
+            call_daemon(connection, "PUT", f"/v1/schedules/{job_id}", schedule)
         if state in ("held", "finished"):
             self.locks[job_id] = self._daemon.post(f"/v1/jobs/{job_id}/start", {"worker": "w"}).data["lock_id"]
         if state == "finished":
@@ -114,6 +126,12 @@ class ExistingJobs:
         if isinstance(case.body, dict):
             if "jobId" in case.body:
                 case.body["jobId"] = job_id
+            if case.path == f"{_P}/quiet" and case.method == "POST":
+                case.body |= {"host": "fuzz"}
+                case.body.pop("until", None)
+            if "job" in case.body and case.method == "PUT":  # a schedule
+                case.body.pop("cron", None)
+                case.body |= {"every_ms": 3_600_000, "source": "fuzz"}
             if case.body.get("from") in STATUSES:
                 case.body["from"] = status
             for name in ("lock_id", "lockId"):

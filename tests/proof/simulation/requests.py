@@ -30,9 +30,11 @@ from jobd.model.commands import (
     Expire,
     Export,
     ExtendLock,
+    Fire,
     ForceFail,
     ForceReset,
     Get,
+    GetSchedule,
     GetVersion,
     Goodbye,
     Import,
@@ -55,6 +57,7 @@ from jobd.model.commands import (
     ResumeWorker,
     RetryJob,
     RunNow,
+    Schedules,
     SearchJobs,
     Start,
     Stats,
@@ -65,10 +68,11 @@ from jobd.model.commands import (
     Update,
     Updates,
     Validate,
+    WaitForJobs,
     Why,
     Workers,
 )
-from jobd.model.job import EARLIEST_MS, STATUSES, YEAR_MS, Backoff, Job
+from jobd.model.job import EARLIEST_MS, SECOND_MS, STATUSES, YEAR_MS, Backoff, Job
 from tests.proof.simulation.disk import SimDisk
 from tests.proof.simulation.scenario import Scenario
 from tests.support.calls import COMMANDS, aimed
@@ -111,6 +115,10 @@ class RequestGenerator:
         if ids and self.chance(0.95):
             return self.dice.choice(ids[-12:])
         return self.new_id()
+
+    def schedule_id(self) -> str:
+        """Return the id of a schedule if there is one."""
+        return self.dice.choice(list(self.disk.schedules) or ["none"])
 
     def queue(self) -> str:
         return self.dice.choice(self.plan.queues)
@@ -316,6 +324,11 @@ class RequestGenerator:
     def maintenance(self) -> AnyCommand:
         """Send a command of cleanup, but about any job at any time: each is checked when it is applied."""
         ids = [self.job_id() for _ in range(self.dice.randint(1, 3))]
+        if (schedule := self.disk.schedules.get(self.schedule_id())) is not None and self.chance(0.5):
+            after = (schedule.last_at or schedule.timed_from) // SECOND_MS * SECOND_MS
+            at = after + self.dice.choice((0, SECOND_MS, 5 * SECOND_MS))
+            version = schedule.version - self.chance(0.1)  # one that is void
+            return Fire(id=schedule.id, version=version, scheduled_at=at, is_missed=self.chance(0.2))
         return self.dice.choice((Recover(limit=1), Expire(limit=1), DeleteExpired(ids=ids), RepairJobs(ids=ids)))
 
     # -- everybody ----------------------------------------------------------------------------------------------------
@@ -344,6 +357,9 @@ class RequestGenerator:
                         Queues(),
                         Workers(),
                         QuietRules(),
+                        Schedules(),
+                        GetSchedule(id=self.schedule_id()),
+                        WaitForJobs(ids=[self.job_id()], wait_ms=0),
                         Export(limit=self.dice.choice((1, 50)), cursor=self.maybe(0.3, "7")),
                     )
                 )
