@@ -214,6 +214,7 @@ class Problems:
         self._crews, self._running, self._due, self._tallies = {}, {}, [], []
         self._backlogs.begin(boot_ms)
         self._retries.begin(boot_ms)
+        await slices.end()
         await slices.of(self._read_crews(), _ignore)
         await slices.of(self._read_running(), _ignore)
         pairs = await slices.of(self._due_pairs(), self._due.append)
@@ -222,6 +223,7 @@ class Problems:
         await slices.of(list(self._state.retrying.items()), lambda each: self._retries.note(*each))
         self._backlogs.end(boot_ms)
         self._retries.end(boot_ms)
+        await slices.end()
         self._next_scan = loop_time() + (SCAN_MANY_EVERY_S if pairs > MANY_PAIRS else 0)
 
     def _rejected(self) -> dict[str, int]:

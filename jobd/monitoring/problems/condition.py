@@ -63,7 +63,7 @@ class Thresholds(Struct, frozen=True):
     clocks_differ_ms: int = SECOND_MS
 
     @property
-    def disk_used_percent(self) -> float:
+    def disk_nearly_full(self) -> float:
         return 100 - self.disk_free_percent
 
 
@@ -155,9 +155,9 @@ class Condition(Struct, frozen=True):
     """One row of the catalogue.
 
     `find` yields the subjects for which it holds, and None where a slice may end. `alert` is the name of the alert that
-    is derived from it, `threshold` its name in Thresholds, and `per` the value of the problem for 1 of the alert, if
-    that is not given by the unit. `hides` names conditions whose problems are explained by one of this condition, if
-    their subjects overlap. `of_pairs`: it reads all queues and kinds, and is evaluated less often if they are many.
+    is derived from it, and of its threshold. `per` is the value of the problem for 1 of the alert, if the unit does not
+    give it. `hides` names conditions whose problems are explained by one of this condition, if their subjects overlap.
+    `of_pairs`: it reads all queues and kinds, and is evaluated less often if they are many.
     """
 
     name: str
@@ -165,14 +165,14 @@ class Condition(Struct, frozen=True):
     find: Callable[[Scene], Iterable[Finding | Draft | None]]
     unit: Unit = "jobs"
     alert: str = ""
-    threshold: str | None = None
     per: int | None = None
     hides: tuple[str, ...] = ()
     of_cluster: bool = False
     of_pairs: bool = False
 
     def alert_threshold(self, limits: Thresholds) -> float:
-        limit: float = 0 if self.threshold is None else getattr(limits, self.threshold)
+        name = self.alert if hasattr(limits, self.alert) else f"{self.alert}_ms"
+        limit: float = getattr(limits, name, 0)
         return limit / SECOND_MS if self.unit == "ms" else limit
 
     def alert_value(self, value: float) -> float:
