@@ -1,10 +1,11 @@
-"""The port of a Celery application: a group of downloads, a retry of the part that failed, results for the caller."""
+"""The port of a Celery application: beat, a group of downloads, a retry of the part that failed, results."""
 
 from datetime import date, timedelta
 
 from jobd import App, Retry, current_job
 
 app = App("ingest")
+DAYS = [date(2026, 1, day) for day in (1, 2, 3)]
 
 
 @app.task(
@@ -19,10 +20,11 @@ def fetch(force: str, days: list[date]) -> int:
 
 @app.task(queue="plan")
 def nightly(forces: list[str], days: list[date]) -> list[str]:
-    group = [fetch.call(force, days) for force in forces]
-    return [job.id for job in app.enqueue_many(group)]  # the same ids in a second attempt
+    return [job.id for job in app.enqueue_many([fetch.call(force, days) for force in forces])]
 
+
+app.schedule("0 2 * * *", id="nightly", timezone="Europe/London")(nightly.call(["kent", "surrey"], DAYS))
 
 if __name__ == "__main__":
-    ids = nightly.enqueue(["kent", "surrey"], [date(2026, 1, day) for day in (1, 2, 3)]).result(timeout=60)
+    ids = nightly.enqueue(["kent", "surrey"], DAYS).result(timeout=60)
     print([fetch.job(id).result(timeout=60) for id in ids])
