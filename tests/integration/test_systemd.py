@@ -19,9 +19,12 @@ from typing import IO
 import pytest
 
 from jobd import systemd
+from jobd.cli import exit_codes
+from jobd.cli.ctl.main import jobctl
 from jobd.config_loader import load
 from tests import ROOT
 from tests.conftest import tool_missing
+from tests.support.cli_harness import commands_of
 from tests.support.daemon_process import DaemonProcess
 
 UNITS = ROOT / "systemd"
@@ -284,6 +287,27 @@ def test_the_sandbox_is_tight(installed: Path, max_exposure: float) -> None:
     level = re.search(r"Overall exposure level for jobd\.service: (\d+\.\d+)", done.stdout)
     assert level is not None, done.stdout + done.stderr
     assert float(level[1]) <= max_exposure, done.stdout
+
+
+def test_systemd_accepts_the_unit_of_a_worker(tmp_path: Path) -> None:
+    unit = tmp_path / "shop-worker.service"
+    text = (UNITS / "worker" / unit.name).read_text(encoding="utf-8")
+    unit.write_text(text.replace("/opt/shop/bin/jobctl", "/bin/true"), encoding="utf-8")
+    done = analyze("verify", "--man=no", unit)
+    assert (done.returncode, done.stdout + done.stderr) == (0, "")
+    done = analyze("security", "--offline=true", "--no-pager", "--threshold=15", unit)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_unit_of_a_worker_waits_for_its_jobs_and_starts_again() -> None:
+    unit = dict(settings_of(UNITS / "worker/shop-worker.service"))
+    program, *words = shlex.split(unit["ExecStart"])
+    assert Path(program).name == "jobctl"
+    parsed = commands_of(jobctl)[words[0]].make_context(words[0], words[1:]).params
+    stop_s = int(unit["TimeoutStopSec"].removesuffix("s"))
+    assert stop_s > parsed["grace"] / 1000 + 10, "a task that ignores the end of its grace is killed 10 s later"
+    assert unit["Restart"] == "on-failure"
+    assert unit["RestartPreventExitStatus"] == str(exit_codes.CONFIG)
 
 
 def settings_of(path: Path) -> list[tuple[str, str]]:
