@@ -27,17 +27,17 @@ import (
 )
 
 type Job struct {
-	ID      string          `json:"id"`
-	Kind    string          `json:"kind"`
-	Payload json.RawMessage `json:"payload"`
+	ID         string            `json:"id"`
+	Kind       string            `json:"kind"`
+	Payload    json.RawMessage   `json:"payload"`
+	Headers    map[string]string `json:"headers"`    // what the creator sent, such as a trace
+	Checkpoint json.RawMessage   `json:"checkpoint"` // of an earlier attempt
 }
 
 type Grant struct {
-	Job        Job               `json:"job"`
-	LockID     string            `json:"lock_id"`
-	TTLMs      int               `json:"ttl_ms"`
-	Headers    map[string]string `json:"headers"`    // what the creator sent, such as a trace
-	Checkpoint json.RawMessage   `json:"checkpoint"` // of an earlier attempt
+	Job    Job    `json:"job"`
+	LockID string `json:"lock_id"`
+	TTLMs  int    `json:"ttl_ms"`
 }
 
 // APIError is an error response. Code is stable (lock_lost, already_locked, …); Message is for people.
@@ -139,14 +139,14 @@ type Sum struct {
 }
 
 // work does the work itself. It continues at the checkpoint, and ends early when ctx is done: write nothing more then.
-func work(ctx context.Context, grant Grant, report func(percent int, message string, checkpoint any)) (object, error) {
+func work(ctx context.Context, job Job, report func(percent int, message string, checkpoint any)) (object, error) {
 	var numbers []float64
-	if err := json.Unmarshal(grant.Job.Payload, &numbers); err != nil {
+	if err := json.Unmarshal(job.Payload, &numbers); err != nil {
 		return nil, fmt.Errorf("the payload is not a list of numbers: %w", err)
 	}
 	var state Sum
-	if grant.Checkpoint != nil {
-		if err := json.Unmarshal(grant.Checkpoint, &state); err != nil {
+	if job.Checkpoint != nil {
+		if err := json.Unmarshal(job.Checkpoint, &state); err != nil {
 			return nil, err
 		}
 	}
@@ -187,7 +187,7 @@ func run(grant Grant) {
 			}
 		}
 	}()
-	result, err := work(ctx, grant, func(percent int, message string, checkpoint any) {
+	result, err := work(ctx, grant.Job, func(percent int, message string, checkpoint any) {
 		renewals <- object{"progress": percent, "message": message, "checkpoint": checkpoint}
 	})
 	close(renewals)
@@ -204,7 +204,7 @@ func run(grant Grant) {
 		fmt.Fprintf(os.Stderr, "%s: %v\n", grant.Job.ID, err)
 		return
 	}
-	fmt.Println(grant.Job.ID, "completed", grant.Headers)
+	fmt.Println(grant.Job.ID, "completed", grant.Job.Headers["trace"])
 }
 
 func connect() error {

@@ -4,8 +4,9 @@
 //   JOBD_URL=http://127.0.0.1:8771 JOBD_WORKER_TOKEN_FILE=…  node docs/examples/worker.mts     over TCP, with fetch
 //
 // JOBD_URL may have the URLs of all nodes of a cluster, separated by commas. Calls then go to the node that leads.
-// It works on jobs of the queue `default`, one at a time. On SIGTERM it finishes the current job, then exits (within 5 s
-// if it is idle). With ONCE=1 it exits after one job. It extends the lock while it works, and stops working if the lock is lost.
+// It works on jobs of the queue `default`, one at a time, and continues a job where its last attempt stopped. On SIGTERM it
+// finishes the current job, then exits (within 5 s if it is idle). With ONCE=1 it exits after one job. It extends the lock
+// while it works, and stops working if the lock is lost.
 
 import { randomUUID } from "node:crypto";
 import { readFileSync } from "node:fs";
@@ -13,7 +14,11 @@ import { request } from "node:http";
 import { hostname } from "node:os";
 
 type Json = null | boolean | number | string | Json[] | { [key: string]: Json };
-type Job = { id: string; queue: string; kind: string; payload: Json; attempt: number };
+type Job = {
+  id: string; queue: string; kind: string; payload: Json; attempt: number;
+  headers?: Record<string, string>; // what the creator sent, such as a trace
+  checkpoint?: Json; // of an earlier attempt
+};
 type Grant = { job: Job; lock_id: string; fencing_token: number; ttl_ms: number };
 
 const socketPath = process.env.JOBD_SOCKET ?? "/run/jobd/worker.sock";
@@ -98,14 +103,15 @@ async function callWithRetry<T>(path: string, body: object): Promise<T> {
 
 const messageOf = (error: unknown) => (error instanceof Error && error.message) || String(error);
 
-/** The work itself. `report` reports progress. `lost` fires when the lock is lost: stop, and write nothing more. */
-async function work(job: Job, report: (percent: number, message?: string) => Promise<void>, lost: AbortSignal) {
+/** The work itself. It continues at the checkpoint. `report` reports progress. `lost` fires when the lock is lost: stop, and write nothing more. */
+async function work(job: Job, report: (percent: number, message: string, checkpoint: Json) => Promise<void>, lost: AbortSignal) {
   const numbers = Array.isArray(job.payload) ? job.payload.map(Number) : [];
-  let sum = 0;
-  for (const [index, number] of numbers.entries()) {
+  let { done, sum } = (job.checkpoint ?? { done: 0, sum: 0 }) as { done: number; sum: number };
+  while (done < numbers.length) {
     if (lost.aborted) throw lost.reason;
+    const number = numbers[done++];
     sum += number;
-    await report(Math.floor((100 * (index + 1)) / numbers.length), `added ${number}`);
+    await report(Math.floor((100 * done) / numbers.length), `added ${number}`, { done, sum });
   }
   return { metadata: { sum, count: numbers.length } };
 }
@@ -124,9 +130,10 @@ async function run(grant: Grant) {
   };
   const timer = setInterval(() => void renew("extend", {}), ttl_ms / 3);
   try {
-    const result = await work(job, (progress, message) => renew("progress", { progress, message }), lost.signal);
+    const report = (progress: number, message: string, checkpoint: Json) => renew("progress", { progress, message, checkpoint });
+    const result = await work(job, report, lost.signal);
     await callWithRetry(`${at}/complete`, { lock_id, ...result });
-    console.log(`${job.id} completed`);
+    console.log(`${job.id} completed ${job.headers?.trace ?? ""}`);
   } catch (error) {
     if (lost.signal.aborted || (error instanceof ApiError && error.code === "lock_lost")) {
       console.error(`${job.id} lost its lock: ${messageOf(error)}`);

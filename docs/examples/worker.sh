@@ -1,8 +1,8 @@
 #!/bin/sh
 # A jobd worker in shell: the program that `jobctl run` starts once for each job.
 #
-#   jobctl submit --queue thumbs '{"source": "/srv/in/cat.txt", "target": "/srv/out/cat.txt.gz"}'
-#   jobctl run --queue thumbs --once -- docs/examples/worker.sh
+#   jobctl submit --queue archive '{"sources": ["/srv/in/cat.txt", "/srv/in/dog.txt"], "target": "/srv/out"}'
+#   jobctl run --queue archive --once -- docs/examples/worker.sh
 #
 # It gets the payload as JSON on stdin and the job's fields as JOBD_JOB_* variables. Output lines that begin with ::
 # control the job; all others pass through. Exit code 0 completes the job. Any other code fails it, with the last lines
@@ -10,19 +10,26 @@
 set -eu
 
 payload=$(cat)
-source=$(printf '%s' "$payload" | jq -er .source)
 target=$(printf '%s' "$payload" | jq -er .target)
+count=$(printf '%s' "$payload" | jq -er '.sources | length')
+trace=$(printf '%s' "${JOBD_JOB_HEADERS:-null}" | jq -r '.trace // "none"')
+
+done=${JOBD_JOB_CHECKPOINT:-0} # number of files that earlier attempts have compressed
+echo "trace $trace: from file $((done + 1)) of $count"
 
 # Write under a unique name, then rename: if the job runs again after a crash, it never leaves a partial file behind.
-part="$target.part.$JOBD_JOB_FENCING_TOKEN"
+part="$target/part.$JOBD_JOB_FENCING_TOKEN"
 trap 'rm -f "$part"' EXIT
 
-echo "::progress 10 compressing $source"
-gzip -9 -c -- "$source" >"$part"
-
-echo "::progress 90 checking"
-gzip -t <"$part"
-mv -- "$part" "$target"
+while [ "$done" -lt "$count" ]; do
+    source=$(printf '%s' "$payload" | jq -er --argjson at "$done" '.sources[$at]')
+    gzip -9 -c -- "$source" >"$part"
+    gzip -t <"$part"
+    mv -- "$part" "$target/$(basename -- "$source").gz"
+    done=$((done + 1))
+    echo "::checkpoint $done"
+    echo "::progress $((100 * done / count)) compressed $source"
+done
 
 echo "::result file_path=$target"
-echo "::meta bytes=$(wc -c <"$target")"
+echo "::meta files=$count"

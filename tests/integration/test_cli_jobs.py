@@ -16,7 +16,7 @@ import pytest
 
 from jobd.client import JobClient, JobView, Unreachable
 from tests import ROOT
-from tests.support.cli_harness import JOB_FIELDS, TOKEN, CliDaemon, Jobctl, node_runs_typescript
+from tests.support.cli_harness import JOB_FIELDS, TOKEN, CliDaemon, Jobctl
 
 
 @pytest.mark.slow
@@ -412,22 +412,22 @@ def test_interrupting_a_wait_does_not_change_the_job(running: CliDaemon) -> None
 
 @pytest.mark.skipif(shutil.which("jq") is None, reason="the shell example uses jq")
 def test_the_shell_worker_of_the_docs(running: CliDaemon, tmp_path: Path) -> None:
-    (tmp_path / "cat.txt").write_text("miaow\n" * 1000)
-    payload = {"source": str(tmp_path / "cat.txt"), "target": str(tmp_path / "cat.txt.gz")}
-    running.client.create_job(payload, queue="r5", id="r5")
-    example = str(ROOT / "docs/examples/worker.sh")
-    done = running.run("jobd.cli.ctl.main", "run", "--queue", "r5", "--once", "--", example)
-    assert done.returncode == 0, done.stderr
+    """The third file is not there at first. The second attempt does not need the first two any more."""
+    sources = [tmp_path / name for name in ("cat", "dog", "owl")]
+    for source in sources[:2]:
+        source.write_text("miaow\n" * 1000)
+    payload = {"sources": list(map(str, sources)), "target": str(tmp_path)}
+    running.client.create_job(
+        payload, queue="r5", id="r5", max_attempts=2, backoff={"base_ms": 0}, headers={"trace": "t-5"}
+    )
+    command = "run", "--queue", "r5", "--once", "--", str(ROOT / "docs/examples/worker.sh")
+    first = running.run("jobd.cli.ctl.main", *command)
+    assert (first.returncode, first.stdout) == (1, "trace t-5: from file 1 of 3\n"), first.stderr
+    sources[2].write_text("hoot")
+    for source in sources[:2]:
+        source.unlink()
+    second = running.run("jobd.cli.ctl.main", *command)
+    assert (second.returncode, second.stdout) == (0, "trace t-5: from file 3 of 3\n"), second.stderr
     job = running.client.get_job("r5")
-    assert job.file_path == str(tmp_path / "cat.txt.gz")
-    assert job.metadata_value == {"bytes": (tmp_path / "cat.txt.gz").stat().st_size}
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["cat.txt", "cat.txt.gz"]
-
-
-@pytest.mark.skipif(not node_runs_typescript(), reason="the TypeScript example runs on node 22.18 and later")
-def test_the_typescript_worker_of_the_docs(running: CliDaemon) -> None:
-    running.client.create_job([1, 2, 3.5], id="r6", priority=-1000)  # before what other tests have left there
-    env = {**running.env, **running.client_environ, "ONCE": "1"}
-    subprocess.run(["node", str(ROOT / "docs/examples/worker.mts")], env=env, check=True, capture_output=True)
-    job = running.client.get_job("r6")
-    assert (job.status, job.metadata_value) == ("completed", {"sum": 6.5, "count": 3})
+    assert (job.file_path, job.metadata_value) == (str(tmp_path), {"files": 3})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cat.gz", "dog.gz", "owl", "owl.gz"]
