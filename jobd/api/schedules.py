@@ -75,7 +75,10 @@ async def _check(timing: Timing) -> None:
 async def with_times(app: App[Services], view: ScheduleView) -> ScheduleView:
     """Add the times and words of the timing, and the status of a job that is not in memory."""
     timing = Timing(view.cron, view.every_ms, view.offset_ms, view.timezone)
-    await load_zone(timing.timezone)
+    try:
+        await load_zone(timing.timezone)
+    except InvalidTiming as error:  # a node that accepted it had a newer tzdata
+        return replace(view, explanation=f"It does not fire here: time zone {error}.", next_at=None)
     status = view.last_status
     if status is None and view.last_job_id is not None:
         found = await app.actor.ask(Get(id=view.last_job_id), by="daemon")
