@@ -746,9 +746,8 @@ class State:
                 self.queue_names.remove(queue)
 
     def set_quiet(self, rules: Mapping[str, QuietRule]) -> None:
-        if rules is not self.quiet:
-            self.quiet = rules
-            self.on_quiet()
+        self.quiet = rules
+        self.on_quiet()
 
     def set_schedule(self, name: str, schedule: Schedule | None) -> None:
         if schedule is None:

@@ -10,6 +10,7 @@ from msgspec import Raw, convert
 from jobd.core.rules.schedule_rules import MAX_JOB_BYTES
 from jobd.model import commands as cmd
 from jobd.model.commands import Fire, PutSchedule, RunSchedule, ScheduledJob, scheduled_job_id
+from jobd.model.events import QueuePause
 from jobd.model.job import DAY_MS, HOUR_MS, Backoff, Extra, Policy
 from jobd.model.responses import ScheduleView
 from jobd.model.schedules import Schedule
@@ -214,6 +215,7 @@ def test_pause_and_resume(rules: RuleHarness) -> None:
     put(rules)
     view = rules.accept_admin(cmd.PauseSchedule(id="s", reason="why", until=NOW + 9))
     assert (view.paused, view.pause_reason, view.paused_until, view.paused_by) == (True, "why", NOW + 9, "admin")
+    assert view.pause == QueuePause(NOW, "admin", "why", NOW + 9)
     count = len(rules.events)
     rules.accept_admin(cmd.PauseSchedule(id="s"))
     assert len(rules.events) == count
@@ -251,3 +253,9 @@ def test_a_row_survives_its_stored_form(rules: RuleHarness) -> None:
     details = rules.last().details
     assert details is not None
     assert convert(details["row"], Schedule) == schedule(rules)
+
+
+def test_why_names_the_schedule_of_a_job(rules: RuleHarness) -> None:
+    put(rules)
+    fire(rules, NOW + 1_000)
+    assert rules.accept(cmd.Why(id=scheduled_job_id("s", NOW + 1_000))).schedule_id == "s"
