@@ -337,8 +337,10 @@ class Schemas:
         return Annotated[self._translate(info.type), Meta(extra_json_schema=more)]
 
     def _field_default(self, struct: type[Struct], info: FieldInfo) -> Any:
-        if not struct.__struct_config__.forbid_unknown_fields:  # a response
-            return msgspec.field(default=UNSET if info.default is UNSET else NODEFAULT)
+        config = struct.__struct_config__
+        if not config.forbid_unknown_fields:  # a response
+            is_omitted = config.omit_defaults and info.default is not NODEFAULT
+            return msgspec.field(default=UNSET if is_omitted or info.default is UNSET else NODEFAULT)
         if type(info.default) is Raw:
             default = info.default
             return msgspec.field(default_factory=lambda: default)
