@@ -85,12 +85,12 @@ def invalid(field: str, message: str) -> ApiException:
 
 
 def check_format(tx: Transaction, what: str) -> None:
-    """Reject a request that gives the job `what`, if a node of the cluster does not read records with it."""
+    """Reject a request that stores `what`, if a node of the cluster does not read records with it."""
     node = tx.state.too_old_for(EXTRA_FORMAT)
     if node is None:
         return
     message = (
-        f"Node {node} of the cluster runs an older version, which does not read jobs with {what}. Upgrade it, or "
+        f"Node {node} of the cluster runs an older version, which does not read {what}. Upgrade it, or "
         f"remove its entry if it is gone (jobd cluster forget {node}), and try again. Nothing was changed."
     )
     raise api_error("upgrade_incomplete", message, node=node)
@@ -108,7 +108,7 @@ def headers_body(tx: Transaction, headers: dict[str, str]) -> bytes:
     if size > HEADER_BYTES:
         message = f"The headers have {size} bytes, but may have {HEADER_BYTES}. Use the payload instead."
         raise invalid("headers", message)
-    check_format(tx, "headers")
+    check_format(tx, "headers of jobs")
     return encode(headers)
 
 
@@ -122,7 +122,7 @@ def checkpoint_body(tx: Transaction, checkpoint: Any) -> bytes | None:
             "and its place in the checkpoint."
         )
         raise invalid("checkpoint", message)
-    check_format(tx, "checkpoints")
+    check_format(tx, "checkpoints of jobs")
     return b"" if checkpoint == NULL else bytes(checkpoint)
 
 

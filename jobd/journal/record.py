@@ -3,7 +3,8 @@
 The first byte is the format. The rest is a MessagePack array. Events are rows of `event_codec.py`, and other values are
 arrays of their fields. A reader that meets an unknown format stops, because later formats may have other meanings.
 A record has the lowest format that has what it needs: 1 without `writes`, which readers of format 1 ignore. A record of
-format 3 is about jobs with an Extra (model/job.py), and has headers and checkpoints in `bodies`.
+format 3 makes a job with an Extra (model/job.py), or changes a schedule or a quiet rule, which earlier readers would
+ignore. It has headers and checkpoints in `bodies`.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from msgspec.structs import astuple, replace
 
 from jobd.journal import event_codec
 from jobd.journal.event_codec import EventRow
-from jobd.model.events import Event
-from jobd.model.job import Job, LateResult, Result
+from jobd.model.events import QUIET, SCHEDULING, Event
+from jobd.model.job import LateResult, Result
 from jobd.model.journal import BadRecord, Record
 from jobd.model.storage import (
     EXTRA_FORMAT,
@@ -71,13 +72,14 @@ def encode(batch: Batch) -> tuple[bytes, list[EventRow]]:
     created: list[tuple[bytes, str]] = []
     late: list[tuple[Any, ...]] = []
     bodies: dict[int, dict[int, bytes]] = {}
+    is_extended = False
     for event in batch.changes:
         events.append(event_codec.encode(event))
         if _is_new(event):
             created.append((event.payload or b"null", event.request_hash or ""))
-        after = event.after
-        if event.bodies or (after is not None and after.extra is not None and event.before is None and _is_copy(after)):
-            bodies[event.seq] = event.bodies or {}
+        if event.bodies:
+            bodies[event.seq] = event.bodies
+        is_extended = is_extended or _is_extended(event)
         if event.late is not None:
             late.append(_late_row(event.late))
     body = _Body(
@@ -96,7 +98,7 @@ def encode(batch: Batch) -> tuple[bytes, list[EventRow]]:
         [_audit_row(entry) for entry in batch.audit] if batch.audit else [],
         batch.writes,
     )
-    if bodies:
+    if is_extended:
         return b"\x03" + _encode((*astuple(body), bodies)), events
     return (b"\x02" if batch.writes else b"\x01") + _encode(body), events
 
@@ -144,8 +146,12 @@ def _batch(body: _ExtraBody) -> Batch:
     )
 
 
-def _is_copy(job: Job) -> bool:
-    return job.extra is not None and job.extra.copied_from is not None
+def _is_extended(event: Event) -> bool:
+    """Return whether `event` has bodies, makes a job with an Extra, or changes a schedule or a quiet rule."""
+    if not event.job_seq:
+        return event.type in QUIET or event.type in SCHEDULING
+    made = event.after if event.before is None else None
+    return bool(event.bodies) or (made is not None and made.extra is not None)
 
 
 def _is_new(event: Event) -> bool:

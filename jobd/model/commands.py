@@ -765,7 +765,7 @@ class AddQuietRule(Command, frozen=True, kw_only=True):
 
     admission = "change"
     audit_name = "quiet"
-    errors = ("too_many_quiet_rules",)
+    errors = ("too_many_quiet_rules", "upgrade_incomplete")
 
     host: Host | None = None
     version: Version | None = None
@@ -779,7 +779,7 @@ class EndQuietRule(Command, frozen=True):
 
     admission = "change"
     audit_name = "resume"
-    errors = ("quiet_rule_not_found",)
+    errors = ("quiet_rule_not_found", "upgrade_incomplete")
 
     rule: Annotated[JobId, doc("The `id` of the rule.")]
     reason: Reason | None = None
@@ -1013,7 +1013,7 @@ def scheduled_job_id(schedule: str, at: int) -> str:
 class ScheduleCommand(Command, frozen=True, kw_only=True):
     """A change of one schedule. Over HTTP the path gives its id."""
 
-    errors: ClassVar[tuple[str, ...]] = ("schedule_not_found",)
+    errors: ClassVar[tuple[str, ...]] = ("schedule_not_found", "upgrade_incomplete")
 
     id: ScheduleId
 
@@ -1026,7 +1026,7 @@ class PutSchedule(ScheduleCommand, frozen=True, kw_only=True):
 
     admission = "create"
     audit_name = "put-schedule"
-    errors = ("schedule_owned", "too_many_schedules")
+    errors = ("schedule_owned", "too_many_schedules", "upgrade_incomplete")
 
     cron: (
         Annotated[
@@ -1083,7 +1083,9 @@ class RunSchedule(ScheduleCommand, frozen=True, kw_only=True):
 
     admission = "create"
     audit_name = "run-schedule"
-    errors = ("schedule_not_found", "schedule_busy", "job_exists", "too_many_jobs", "too_many_queues")
+    errors = (
+        "schedule_not_found", "schedule_busy", "job_exists", "too_many_jobs", "too_many_queues", "upgrade_incomplete",
+    )  # fmt: skip
 
     scheduled_at: Annotated[UnixMs | None, doc("A time of the schedule, in Unix ms, in full seconds.")] = None
     force: Annotated[bool, doc("Create it although the last job is unfinished and `overlap` is skip.")] = False

@@ -79,7 +79,7 @@ BackupStep = Literal["copying", "checking"]
 BackupProgress = Callable[[BackupStep, int, int], None]
 
 
-EXTRA_FORMAT: Final = 3  # of the records with jobs that have an Extra
+EXTRA_FORMAT: Final = 3  # of the records with an Extra of a job, a schedule or a quiet rule
 IN_MEMORY: Final = "in memory: lost when the daemon stops"  # what such a store shows instead of its path
 
 

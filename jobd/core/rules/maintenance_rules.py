@@ -32,6 +32,7 @@ from jobd.model.commands import (
 from jobd.model.errors import api_error
 from jobd.model.job import FINISHED, Job, LockDeadlines
 from jobd.model.responses import Issue, MaintenanceResult, PreviewResult, Recovered, Recovery, Response, TakeBackView
+from jobd.model.storage import EXTRA_FORMAT
 
 TAKEN_BACK: Final = 200  # jobs of one take-back command
 
@@ -229,13 +230,17 @@ def _is_past(job: Job, at: Moment) -> bool:
 
 
 def end_pauses(tx: Transaction, command: EndPauses) -> Response:
-    """Resume the queues whose pause is over, and end such quiet rules, by the trusted wall time."""
+    """Resume the queues whose pause is over, and end such quiet rules, by the trusted wall time.
+
+    Quiet rules wait while a node does not read their records.
+    """
     over = [
         name for name, pause in tx.state.paused.items() if pause.until is not None and pause.until <= tx.at.believed
     ]
     for name in over:
         tx.resume(name, "The pause ended as scheduled.")
-    for rule in [rule for rule in tx.state.quiet.values() if rule.until is not None and rule.until <= tx.at.believed]:
+    ended = [rule for rule in tx.state.quiet.values() if rule.until is not None and rule.until <= tx.at.believed]
+    for rule in ended if tx.state.too_old_for(EXTRA_FORMAT) is None else ():
         tx.resume_workers(rule, "The rule ended as scheduled.")
     return Response(MaintenanceResult(len(over)))
 

@@ -171,7 +171,7 @@ def update(tx: Transaction, command: Update) -> Response:
 def copy(tx: Transaction, command: Copy) -> Response:
     """Create a job with the options and headers of another one, and with its payload unless there is a new one."""
     job = guards.find(tx, command.id)
-    guards.check_format(tx, "copied_from")
+    guards.check_format(tx, "copied_from of jobs")
     guards.check_live_jobs(tx)
     guards.check_queue(tx, job.options.queue)
     stored = tx.requests.get(job.id) or Payload(b"null", "")
@@ -229,8 +229,8 @@ def import_job(tx: Transaction, command: Import) -> Response:
     guards.check_queue(tx, command.queue)
     headers = guards.headers_body(tx, command.headers) if command.headers else b""
     checkpoint = guards.checkpoint_body(tx, command.checkpoint) or b""
-    if command.copied_from is not UNSET:
-        guards.check_format(tx, "copied_from")
+    if command.copied_from is not UNSET or command.schedule_id is not None:
+        guards.check_format(tx, "copied_from or schedule_id of jobs")
     job = _imported(tx, command)
     beside = {"headers_bytes": len(headers), "checkpoint_bytes": len(checkpoint)}
     extra = replace(job.extra or Extra(), copied_from=command.copied_from or None, **beside)

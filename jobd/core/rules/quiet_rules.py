@@ -46,6 +46,7 @@ def add_rule(tx: Transaction, command: AddQuietRule) -> Response:
     number, since = (f"q{tx.state.next_event}", tx.now) if known is None else (known.id, known.at)
     rule = QuietRule(number, *selects, command.reason, tx.call.by, since, command.until)
     if known is None or (known.reason, known.until) != (rule.reason, rule.until):
+        guards.check_format(tx, "quiet rules")
         tx.quiet_workers(rule)
     return Response(_view(tx, tx.state.quiet[number]))
 
@@ -54,6 +55,7 @@ def end_rule(tx: Transaction, command: EndQuietRule) -> Response:
     if (rule := tx.state.quiet.get(command.rule)) is None:
         message = f"There is no quiet rule {command.rule}: it has ended, or never existed. List the rules: jobctl quiet"
         raise api_error("quiet_rule_not_found", message, rule=command.rule)
+    guards.check_format(tx, "quiet rules")
     response = Response(_view(tx, rule))
     tx.resume_workers(rule, command.reason)
     return response

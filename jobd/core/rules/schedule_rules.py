@@ -51,7 +51,7 @@ def put(tx: Transaction, command: PutSchedule) -> Response:
         raise api_error("schedule_owned", message, source=known.source)
     schedule = _requested(tx, command, known)
     if schedule != known:
-        tx.change_schedule(command.id, "schedule_put", schedule.queue, row=msgspec.to_builtins(schedule))
+        _change(tx, command.id, "schedule_put", schedule.queue, row=msgspec.to_builtins(schedule))
     return Response(views.schedule_view(tx.state, schedule, tx.now), status=201 if known is None else 200)
 
 
@@ -104,9 +104,9 @@ def fire(tx: Transaction, command: Fire) -> Response:
         return Response(None)
     job_id, queue = scheduled_job_id(schedule.id, at), schedule.queue
     if command.is_missed:
-        tx.change_schedule(schedule.id, "schedule_missed", queue, scheduled_at=at, missed=command.missed + 1)
+        _change(tx, schedule.id, "schedule_missed", queue, scheduled_at=at, missed=command.missed + 1)
     elif (reason := _skip_reason(tx, schedule, job_id)) is not None:
-        tx.change_schedule(schedule.id, "schedule_skipped", queue, reason, scheduled_at=at, missed=command.missed)
+        _change(tx, schedule.id, "schedule_skipped", queue, reason, scheduled_at=at, missed=command.missed)
     else:
         _create(tx, schedule, job_id, at, {"scheduled_at": at, "missed": command.missed})
     return Response(None)
@@ -145,21 +145,21 @@ def pause(tx: Transaction, command: PauseSchedule) -> Response:
     guards.check_until(tx, command.until, "Leave it out to pause until an operator resumes the schedule.")
     known, given = schedule.pause, (command.reason, command.until)
     if known is None or given not in ((None, None), (known.reason, known.until)):
-        tx.change_schedule(schedule.id, "schedule_paused", schedule.queue, command.reason, until=command.until)
+        _change(tx, schedule.id, "schedule_paused", schedule.queue, command.reason, until=command.until)
     return Response(views.schedule_view(tx.state, tx.state.schedules[schedule.id], tx.now))
 
 
 def resume(tx: Transaction, command: ResumeSchedule) -> Response:
     schedule = find(tx, command.id)
     if schedule.pause is not None:
-        tx.change_schedule(schedule.id, "schedule_resumed", schedule.queue, command.reason)
+        _change(tx, schedule.id, "schedule_resumed", schedule.queue, command.reason)
     return Response(views.schedule_view(tx.state, tx.state.schedules[schedule.id], tx.now))
 
 
 def delete(tx: Transaction, command: DeleteSchedule) -> Response:
     schedule = find(tx, command.id)
     response = Response(views.schedule_view(tx.state, schedule, tx.now))
-    tx.change_schedule(schedule.id, "schedule_deleted", schedule.queue, command.reason)
+    _change(tx, schedule.id, "schedule_deleted", schedule.queue, command.reason)
     return response
 
 
@@ -184,6 +184,11 @@ def find(tx: Transaction, name: str) -> Schedule:
     return schedule
 
 
+def _change(tx: Transaction, *event: Any, **details: Any) -> None:
+    guards.check_format(tx, "schedules")
+    tx.change_schedule(*event, **details)
+
+
 def _unfinished(tx: Transaction, schedule: Schedule) -> Job | None:
     """Return the last job of the schedule if it is not finished."""
     last = None if schedule.last_job_id is None else tx.state.get(schedule.last_job_id)
@@ -192,6 +197,7 @@ def _unfinished(tx: Transaction, schedule: Schedule) -> Job | None:
 
 def _create(tx: Transaction, schedule: Schedule, job_id: str, at: int | None, details: dict[str, Any]) -> Job:
     """Create a job of the schedule. Its `run_at` is its time, with the jitter of the schedule."""
+    guards.check_format(tx, "schedules")
     fields = {name: value for name, value in schedule.job.items() if name != "payload"}
     request = msgspec.convert({"payload": Raw(msgspec.json.encode(schedule.job.get("payload")))} | fields, Create)
     run_at = tx.now if at is None else at + _jitter_ms(schedule, at)

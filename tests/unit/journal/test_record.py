@@ -8,7 +8,7 @@ from msgspec import Raw
 
 from jobd.journal import record
 from jobd.model.fields import MAX_NESTING
-from jobd.model.job import Result
+from jobd.model.job import Extra, Result
 from jobd.model.journal import BadRecord, Record
 from jobd.model.storage import (
     AuditEntry,
@@ -114,6 +114,23 @@ def test_a_record_without_its_empty_list_of_writes_is_readable() -> None:
     parts = msgspec.msgpack.decode(body[1:])
     assert parts.pop() == []
     assert record.decode(recorded(body[:1] + msgspec.msgpack.encode(parts)))[0] == written(batch)
+
+
+@pytest.mark.parametrize(
+    "change", ["put", "paused", "resumed", "skipped", "missed", "deleted", "quiet", "resume", "job"]
+)
+def test_a_record_that_earlier_readers_would_ignore_has_the_third_format(change: str) -> None:
+    maker = ChangeFactory(has_extra=False)
+    match change:
+        case "quiet" | "resume":
+            event = maker.quiet_event("q1", change == "resume")
+        case "job":
+            event = maker.create(extra=Extra("nightly", NOW))
+        case _:
+            event = maker.schedule_event("nightly", change)
+    body, _ = record.encode(maker.batch([event]))
+    assert body[0] == 3
+    assert record.decode(recorded(body))[0].changes == [as_recorded(event)]
 
 
 def test_only_a_record_with_headers_or_a_checkpoint_has_the_third_format() -> None:

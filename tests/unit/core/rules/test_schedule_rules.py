@@ -14,6 +14,7 @@ from jobd.model.events import QueuePause
 from jobd.model.job import DAY_MS, HOUR_MS, Backoff, Extra, Policy
 from jobd.model.responses import ScheduleView
 from jobd.model.schedules import Schedule
+from jobd.model.storage import EXTRA_FORMAT
 from tests.support.rule_harness import NOW, RuleHarness
 
 JOB: dict[str, Any] = {
@@ -130,6 +131,32 @@ def test_a_firing_respects_the_limits_of_jobs(rules: RuleHarness) -> None:
     rules.create("a")
     rules.reject(Fire(id="s", version=schedule(rules).version, scheduled_at=NOW + 1_000), "too_many_jobs")
     assert schedule(rules).last_at is None, "it is made up later"
+
+
+def test_nothing_changes_while_a_node_does_not_read_records_of_schedules(rules: RuleHarness) -> None:
+    put(rules)
+    kept = rules.accept_admin(cmd.AddQuietRule(host="h", reason="r", until=NOW + 1))
+    new = ScheduledJob(queue="other")
+    rules.state.too_old_for = lambda format: "old" if format == EXTRA_FORMAT else None
+    version = schedule(rules).version
+    for command in (
+        PutSchedule(id="s", every_ms=1_000, job=new),
+        Fire(id="s", version=version, scheduled_at=NOW + 1_000),
+        Fire(id="s", version=version, scheduled_at=NOW + 1_000, is_missed=True),
+        RunSchedule(id="s"),
+        cmd.PauseSchedule(id="s"),
+        cmd.DeleteSchedule(id="s"),
+        cmd.AddQuietRule(host="other", reason="r"),
+        cmd.EndQuietRule(rule=kept.id),
+        cmd.Import(id="a", schedule_id="s"),
+    ):
+        rejected = rules.reject(command, "upgrade_incomplete", admin=True)
+        assert rejected.details == {"node": "old"}
+    rules.advance(2)
+    assert rules.decide(cmd.EndPauses()).changes == []
+    put(rules, job=ScheduledJob(**JOB))
+    rules.state.too_old_for = lambda format: None
+    assert [change.type for change in rules.decide(cmd.EndPauses()).changes] == ["workers_resumed"]
 
 
 def test_the_same_request_changes_nothing(rules: RuleHarness) -> None:
