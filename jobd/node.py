@@ -26,7 +26,14 @@ from jobd.http.decoding import Limits
 from jobd.http.routing import Route
 from jobd.journal import record
 from jobd.model.job import new_epoch
-from jobd.model.journal import BadRecord, JournalOutcomeUnknown, JournalUnavailable, LeadershipLost, NodeEntry
+from jobd.model.journal import (
+    BadRecord,
+    JournalOutcomeUnknown,
+    JournalUnavailable,
+    LeadershipLost,
+    NodeEntry,
+    NodeTooOld,
+)
 from jobd.model.responses import ClusterView
 from jobd.resources import EXIT_BUSY, EXIT_CONFIG, EXIT_IO, CannotStart, open_cluster_store
 from jobd.storage.cluster.lost_records import membership_of
@@ -82,7 +89,7 @@ class ClusterNode:
         )
         with contextlib.suppress(JournalUnavailable):
             await self._standby.read_head()  # so that the first responses name the leader
-        self.registry = NodeRegistry(self._journal, self._describe, on_duplicate=self._on_duplicate)
+        self.registry = NodeRegistry(self._journal, self._describe, on_refused=self._on_refused)
 
         self.snapshots = SnapshotSchedule(
             self._journal,
@@ -115,7 +122,8 @@ class ClusterNode:
         try:
             self.leadership = await following
         except BadRecord as error:
-            await self.registry.announce()
+            with contextlib.suppress(NodeTooOld):
+                await self.registry.announce()
             raise CannotStart(f"this node cannot follow the journal: {error}", EXIT_CONFIG) from error
         except StoreError as error:
             raise CannotStart(str(error), error.exit_code) from error
@@ -126,7 +134,10 @@ class ClusterNode:
         if self._failure is not None:
             raise self._failure
         if self.leadership is not None:
-            await self.registry.begin_leadership()
+            try:
+                await self.registry.begin_leadership()
+            except NodeTooOld as error:
+                raise CannotStart(str(error), EXIT_CONFIG) from error
             self.store.lead(self.leadership.append, self.registry.too_old_for)
         return self.leadership
 
@@ -186,7 +197,7 @@ class ClusterNode:
             lease_ms=int(self._settings.journal.lease),
         )
 
-    def _on_duplicate(self, problem: str) -> None:
+    def _on_refused(self, problem: str) -> None:
         if self.leadership is None:
             self._failure = CannotStart(problem, EXIT_CONFIG)
             self._standby.stop()

@@ -15,7 +15,7 @@ from jobd.cluster.lease import boot_clock_s
 from jobd.engine.clock import wall_clock_ms
 from jobd.journal import record
 from jobd.model.clocks import BootS
-from jobd.model.journal import JournalHealth, JournalUnavailable, NodeEntry, SharedJournal
+from jobd.model.journal import JournalHealth, JournalUnavailable, NodeEntry, NodeTooOld, SharedJournal
 
 EVERY_S: Final = 2.0
 GONE_S: Final = 3 * EVERY_S  # if an entry is older, its process has probably ended
@@ -29,7 +29,8 @@ class NodeRegistry:
 
     `nodes` and `health` are those last read; `health` is None while they cannot be read. `ahead_ms` is by how much the
     wall clock of this node is ahead of that of the server. `problem` is set if another process uses the name of this
-    node. If the other process used it first, `on_duplicate` is called with `problem`, and no entry is written.
+    node, or if the journal has records that this node does not read. If the other process used it first, or the records
+    are not read, `on_refused` is called with `problem`, and no entry is written.
     """
 
     def __init__(
@@ -37,7 +38,7 @@ class NodeRegistry:
         journal: SharedJournal,
         describe: Callable[[], NodeEntry],
         *,
-        on_duplicate: Callable[[str], None] = lambda problem: None,
+        on_refused: Callable[[str], None] = lambda problem: None,
         now_s: Callable[[], BootS] = boot_clock_s,
         wall_ms: Callable[[], int] = wall_clock_ms,
     ) -> None:
@@ -48,7 +49,7 @@ class NodeRegistry:
         self.ahead_ms = 0
         self._journal = journal
         self._describe = describe
-        self._on_duplicate = on_duplicate
+        self._on_refused = on_refused
         self._now_s = now_s
         self._wall_ms = wall_ms
         self._other: NodeEntry | None = None  # of another process with the name, which this one watches
@@ -70,6 +71,9 @@ class NodeRegistry:
                 self.failure = None
             except JournalUnavailable as error:
                 self.health, self.failure = None, str(error)
+            except NodeTooOld as error:
+                self.problem = str(error)
+                self._on_refused(self.problem)
             await asyncio.sleep(EVERY_S)
 
     @property
@@ -85,7 +89,7 @@ class NodeRegistry:
     async def begin_leadership(self) -> None:
         """Write the entry of this node, which it may not have done yet, and read `nodes` again.
 
-        Another leader may have written for nodes that this one has not seen.
+        Another leader may have written for nodes that this one has not seen. Raises NodeTooOld.
         """
         self._has_nodes = False
         await self.announce()
@@ -103,7 +107,10 @@ class NodeRegistry:
             await self._read_nodes()
 
     async def announce(self) -> None:
-        """Write the entry of a node that leads, or cannot follow: leaders then write records that it reads."""
+        """Write the entry of a node that leads, or cannot follow: leaders then write records that it reads.
+
+        Raises NodeTooOld.
+        """
         with contextlib.suppress(JournalUnavailable):
             await self._journal.register(self._describe())
 
@@ -143,7 +150,7 @@ class NodeRegistry:
             self._other, self._other_since_s = other, self._now_s()
             self._other_writes = self._other_writes + 1 if is_same else 0
             if self._other_writes > 1:
-                self._on_duplicate(self._note_duplicate(mine.name))
+                self._on_refused(self._note_duplicate(mine.name))
         return other.seen_ms < GONE_S * 1000 and self._now_s() < self._other_since_s + GONE_S
 
     def _note_duplicate(self, name: str) -> str:

@@ -103,6 +103,11 @@ def encode(batch: Batch) -> tuple[bytes, list[EventRow]]:
     return (b"\x02" if batch.writes else b"\x01") + _encode(body), events
 
 
+def format_of(record: Record) -> int:
+    """Return the format of `record`, 0 for the one that closes a journal."""
+    return 0 if record.body == CLOSING else record.body[0]
+
+
 def decode(record: Record) -> Decoded:
     """Return the batch of `record`, without rows of jobs, and the rows of its events. Raises BadRecord."""
     if not record.body or not 1 <= record.body[0] <= FORMAT:

@@ -127,6 +127,16 @@ class JournalMisconfigured(JournalUnavailable):
     exit_code = 78
 
 
+class NodeTooOld(Exception):
+    """The journal has records of a format that a node does not read. Its entry was not written."""
+
+    def __init__(self, node: NodeEntry) -> None:
+        super().__init__(
+            f"the journal has records that node {node.name} does not read: its version of jobd reads formats up to "
+            f"{node.format}. Install the version of the other nodes."
+        )
+
+
 class BadSnapshot(Exception):
     """A snapshot cannot be used: it is damaged, incomplete, or was dropped while it was read."""
 
@@ -187,7 +197,10 @@ class SharedJournal(Protocol):
         """Delete the records with a number up to `upto`, except for those that share a partition with later ones."""
 
     async def register(self, node: NodeEntry) -> str | None:
-        """Write the entry of a node. Return the id of the process that wrote it last, if it was another one."""
+        """Write the entry of a node. Return the id of the process that wrote it last, if it was another one.
+
+        Raises NodeTooOld after the first record of format EXTRA_FORMAT or later that the node does not read.
+        """
 
     async def nodes(self) -> list[NodeEntry]:
         """Return the nodes by name. A node that ended stays until `forget`."""

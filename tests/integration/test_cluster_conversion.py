@@ -125,6 +125,22 @@ def test_a_node_of_an_older_version_does_not_follow_newer_records(tmp_path: Path
     assert ids(leader) == ["one"]
 
 
+def test_a_node_of_an_older_version_cannot_register_after_a_record_of_format_3(
+    tmp_path: Path, url: str, stack: ExitStack, postgres_server: PostgresServer, journal_name: str
+) -> None:
+    assert main(["cluster", "init", *flags(url)]) == 0
+    leader = Cluster(tmp_path, url, stack).add("a")
+    leader.wait_leads()
+    assert leader.post("/v1/jobs", {"id": "one", "headers": {"trace": "t"}}).status == 201
+    old = stack.push(NodeProcess(tmp_path / "old", url, "old"))
+    old.variant = "older_format"
+    old.launch()
+    assert old.process is not None
+    assert old.process.wait(WAIT_S) == 78
+    database = journal_name.replace("-", "_")
+    assert postgres_server.sql("SELECT node FROM jobd_nodes", database=database) == "a"
+
+
 def test_a_cluster_is_left_and_made_again(tmp_path: Path, url: str, stack: ExitStack) -> None:
     assert main(["cluster", "init", *flags(url)]) == 0
     cluster = Cluster(tmp_path, url, stack)

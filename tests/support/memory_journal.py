@@ -9,6 +9,7 @@ from typing import Final, TypeVar
 from msgspec import Struct
 from msgspec.structs import replace
 
+from jobd.journal.record import format_of
 from jobd.journal.shielding import to_end
 from jobd.model.journal import (
     BadRecord,
@@ -19,9 +20,11 @@ from jobd.model.journal import (
     JournalOutcomeUnknown,
     JournalUnavailable,
     NodeEntry,
+    NodeTooOld,
     Record,
     SnapshotInfo,
 )
+from jobd.model.storage import EXTRA_FORMAT
 
 _READ_BYTES: Final = 16 << 20
 _LEADING: Final = {"append", "renew", "take_over", "resolve", "release"}  # calls whose outcome can be unknown
@@ -64,6 +67,7 @@ class MemoryHead(Struct, frozen=True):
     holder: str | None = None
     url: str | None = None
     acked: int = 0
+    format: int = 0
     version: int = 0
 
 
@@ -215,6 +219,8 @@ class MemorySharedJournal:
 
     async def register(self, node: NodeEntry) -> str | None:
         await self._begin("register")
+        if node.format < self.server.head.format >= EXTRA_FORMAT:
+            raise NodeTooOld(node)
         before = self.server.nodes.get(node.name)
         self.server.writes += 1
         node = replace(node, version=str(self.server.writes))
@@ -283,7 +289,8 @@ class MemorySharedJournal:
         if head.number != record.number - 1 or head.epoch != epoch:
             raise Fenced
         server.records.append(record)
-        await self._confirm("append", server.change(replace(head, number=record.number, acked=acked)), failovers)
+        head = replace(head, number=record.number, acked=acked, format=max(head.format, format_of(record)))
+        await self._confirm("append", server.change(head), failovers)
 
     async def _renew(self, acked: int, epoch: int) -> int:
         failovers = await self._begin("renew")

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from jobd import config_loader, node
 from jobd.config import KEYS, Config, LoadedConfig
 from jobd.config_loader import load
 from jobd.daemon import Daemon
+from jobd.journal.record import FORMAT
 from jobd.model.journal import Fenced, Record, SharedJournal
 from jobd.node import ClusterNode, config_hash
 from jobd.resources import CannotStart
@@ -71,6 +73,16 @@ async def test_a_standby_whose_disk_fails_ends_with_a_message(
             monkeypatch.setattr(standby.warm, "apply", fail)
             with pytest.raises(sqlite3.OperationalError):
                 await standby.follow(asyncio.Event())
+
+
+async def test_a_node_that_does_not_read_the_records_does_not_lead(tmp_path: Path, server: MemoryServer) -> None:
+    server.head = replace(server.head, format=FORMAT + 1)
+    newer = ClusterNode(await asyncio.to_thread(configured, f"{tmp_path}/b.db"))
+    async with contextlib.AsyncExitStack() as stack:
+        await newer.open(stack, lambda: None)
+        with pytest.raises(CannotStart, match=r"has records that node .* does not read") as ended:
+            await newer.follow(asyncio.Event())
+    assert (ended.value.code, server.nodes) == (78, {})
 
 
 async def test_a_node_whose_artifact_store_cannot_be_used_does_not_become_a_standby(

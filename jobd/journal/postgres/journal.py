@@ -13,7 +13,7 @@ from jobd.journal.postgres.leader_session import EXPIRES, NOW, LeaderSession, he
 from jobd.journal.postgres.postgres_errors import explain, was_rejected
 from jobd.journal.postgres.session import JournalSession, Target, check_commit, lock_keys
 from jobd.journal.shielding import to_end
-from jobd.model.journal import BadRecord, Head, JournalHealth, NodeEntry, Record, SnapshotInfo
+from jobd.model.journal import BadRecord, Head, JournalHealth, NodeEntry, NodeTooOld, Record, SnapshotInfo
 
 T = TypeVar("T")
 
@@ -132,7 +132,10 @@ class PostgresJournal:
         return [(epoch, first) for epoch, first in await self._read(lambda conn: conn.fetch(_EPOCHS, self._name))]
 
     async def register(self, node: NodeEntry) -> str | None:
-        return await self._read(lambda conn: nodes.register(conn, self._name, node))
+        row = await self._read(lambda conn: nodes.register(conn, self._name, node))
+        if row is None:
+            raise NodeTooOld(node)
+        return None if row[0] == node.process else row[0]
 
     async def nodes(self) -> list[NodeEntry]:
         return await self._read(lambda conn: nodes.entries(conn, self._name))

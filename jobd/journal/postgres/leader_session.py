@@ -9,6 +9,7 @@ from jobd.journal.checksum import checksum
 from jobd.journal.postgres import partitions
 from jobd.journal.postgres.postgres_errors import explain, is_disk_full, lacks_partition, was_rejected
 from jobd.journal.postgres.session import JournalSession, Target, lock_keys
+from jobd.journal.record import format_of
 from jobd.model.journal import Fenced, Head, JournalOutcomeUnknown, JournalUnavailable, Record
 from jobd.model.storage import JournalDiskFull
 
@@ -24,7 +25,8 @@ EXPIRES: Final = "(extract(epoch FROM expires) * 1000000)::bigint"
 # One statement: the row lock orders an append against a takeover.
 _APPEND: Final = """
     WITH head AS (
-        UPDATE jobd_journals SET number = number + 1, acked = $4, expires = clock_timestamp() + $5 * interval '1 ms'
+        UPDATE jobd_journals SET number = number + 1, acked = $4, expires = clock_timestamp() + $5 * interval '1 ms',
+            format = greatest(format, $12)
         WHERE name = $1 AND number = $2 AND epoch = $3 RETURNING number
     )
     INSERT INTO jobd_journal (name, number, first_event, last_event, epoch, at, crc, body)
@@ -79,7 +81,15 @@ class LeaderSession:
             self._extending = asyncio.create_task(self._extend_ahead(record.number + 1))
 
     async def _append(self, conn: Any, record: Record, acked: int) -> None:
-        row = (record.first_event, record.last_event, record.epoch, record.at, checksum(record), record.body)
+        row = (
+            record.first_event,
+            record.last_event,
+            record.epoch,
+            record.at,
+            checksum(record),
+            record.body,
+            format_of(record),
+        )
         arguments = (self._name, record.number - 1, self._epoch, acked, self._lease_ms, *row)
         try:
             found = await self._run(conn, _APPEND, *arguments)

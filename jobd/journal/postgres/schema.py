@@ -14,7 +14,7 @@ _TABLES: Final = """
 CREATE TABLE IF NOT EXISTS jobd_schema (version int NOT NULL);
 CREATE TABLE IF NOT EXISTS jobd_journals (
     name text PRIMARY KEY, cluster_id text NOT NULL, number bigint NOT NULL, epoch bigint NOT NULL, holder text,
-    url text, expires timestamptz NOT NULL, acked bigint NOT NULL
+    url text, expires timestamptz NOT NULL, acked bigint NOT NULL, format int NOT NULL DEFAULT 0
 ) WITH (fillfactor = 50);
 CREATE TABLE IF NOT EXISTS jobd_journal (
     name text NOT NULL, number bigint NOT NULL, first_event bigint NOT NULL, last_event bigint NOT NULL,
@@ -38,11 +38,13 @@ ALTER TABLE jobd_snapshots ALTER COLUMN body SET STORAGE EXTERNAL;
 """  # EXTERNAL: without compression
 # Columns that tables of earlier versions lack. Those versions insert rows without them.
 _HAS_NEW_COLUMNS: Final = """
-    SELECT count(*) = 2 FROM pg_attribute
-    WHERE attrelid = 'jobd_nodes'::regclass AND attname IN ('schema_version', 'lease_ms')"""
+    SELECT count(*) = 3 FROM pg_attribute
+    WHERE attrelid = 'jobd_nodes'::regclass AND attname IN ('schema_version', 'lease_ms')
+        OR attrelid = 'jobd_journals'::regclass AND attname = 'format'"""
 _NEW_COLUMNS: Final = """
     ALTER TABLE jobd_nodes ADD COLUMN IF NOT EXISTS schema_version int NOT NULL DEFAULT 0,
-        ADD COLUMN IF NOT EXISTS lease_ms bigint NOT NULL DEFAULT 0"""
+        ADD COLUMN IF NOT EXISTS lease_ms bigint NOT NULL DEFAULT 0;
+    ALTER TABLE jobd_journals ADD COLUMN IF NOT EXISTS format int NOT NULL DEFAULT 0"""
 _NAMES: Final = ("jobd_schema", "jobd_journals", "jobd_journal", "jobd_epochs", "jobd_snapshots", "jobd_nodes")
 _LOCK: Final = "SELECT pg_advisory_xact_lock(x'6A6F6264'::int, 0)"  # for two nodes that run this at the same time
 _EXISTS: Final = "SELECT to_regclass('jobd_schema') IS NOT NULL"

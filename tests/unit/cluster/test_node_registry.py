@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
+import pytest
 from msgspec.structs import replace
 from structlog.testing import capture_logs
 
@@ -11,7 +12,7 @@ from jobd.cluster.node_registry import EVERY_S, NodeRegistry
 from jobd.cluster.view import Position, cluster_view
 from jobd.journal.record import FORMAT, LOWEST_FORMAT
 from jobd.model.clocks import BootS
-from jobd.model.journal import Head, NodeEntry
+from jobd.model.journal import Head, NodeEntry, NodeTooOld
 from jobd.model.responses import ClusterView
 from tests.support.memory_journal import MemoryServer, MemorySharedJournal
 from tests.support.virtual_engine import in_virtual_time, seconds
@@ -38,7 +39,7 @@ class Process:
         self.registry = NodeRegistry(
             self.journal,
             lambda: mine,
-            on_duplicate=self.duplicates.append,
+            on_refused=self.duplicates.append,
             now_s=lambda: BootS(loop_time()),
             wall_ms=lambda: loop_ms() + self.ahead_ms,
         )
@@ -168,6 +169,18 @@ async def test_a_new_leader_replaces_the_entry_of_its_previous_process_at_once(s
     await older.registry.begin_leadership()
     await older.stop()
     assert [(node.process, node.format) for node in await older.journal.nodes()] == [("new-a", LOWEST_FORMAT)]
+
+
+@in_virtual_time
+async def test_a_node_is_refused_that_does_not_read_the_records(server: MemoryServer) -> None:
+    server.head = replace(server.head, format=FORMAT)
+    old = Process(server, replace(entry("a", "p-1"), format=FORMAT - 1))
+    await seconds(0.1)
+    assert [old.registry.problem] == old.duplicates
+    assert "node a does not read" in old.duplicates[0]
+    with pytest.raises(NodeTooOld):
+        await old.registry.begin_leadership()
+    assert server.nodes == {}
 
 
 @in_virtual_time

@@ -126,4 +126,4 @@ async def test_a_cancelled_append_is_not_undone(server: MemoryServer) -> None:
     go_on.set()
     await asyncio.sleep(0)
     await asyncio.sleep(0)
-    assert server.records == [Record(1, 10, 13, 100, 1_001, b"body")]
+    assert server.records == [Record(1, 10, 13, 100, 1_001, b"\x01body")]

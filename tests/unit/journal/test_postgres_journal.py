@@ -266,12 +266,14 @@ async def test_a_server_that_does_not_respond_to_a_poll_for_a_lease_is_unavailab
     await node.close()
 
 
-@pytest.mark.parametrize("columns", [["schema_version", "lease_ms"], ["lease_ms"]])
+@pytest.mark.parametrize(
+    "columns", [["nodes.schema_version", "nodes.lease_ms"], ["nodes.lease_ms"], ["journals.format"]]
+)
 async def test_columns_that_earlier_tables_lack_are_added(
     a: PostgresJournal, postgres_server: PostgresServer, journal_name: str, columns: list[str]
 ) -> None:
-    for column in columns:
-        postgres_server.sql(f"ALTER TABLE jobd_nodes DROP COLUMN {column}")
+    for table, column in (name.split(".") for name in columns):
+        postgres_server.sql(f"ALTER TABLE jobd_{table} DROP COLUMN {column}")
     journal = await PostgresJournal.open(postgres_server.url(), journal_name, LEASE_MS)
     await journal.register(NodeEntry("b", "p", "", 2, "", 0, schema_version=12, lease_ms=3_000))
     assert [(node.schema_version, node.lease_ms) for node in await journal.nodes()] == [(12, 3_000)]

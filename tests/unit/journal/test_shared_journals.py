@@ -8,7 +8,8 @@ import pytest
 
 from jobd.journal.postgres import journal, partitions
 from jobd.journal.postgres.journal import PostgresJournal
-from jobd.model.journal import BadRecord, BadSnapshot, Fenced, Head, NodeEntry, Record, SharedJournal
+from jobd.journal.record import CLOSING
+from jobd.model.journal import BadRecord, BadSnapshot, Fenced, Head, NodeEntry, NodeTooOld, Record, SharedJournal
 from tests.support.memory_journal import MemoryServer, MemorySharedJournal
 from tests.support.polling import wait_until
 from tests.support.postgres import PostgresServer
@@ -49,7 +50,7 @@ async def b(node_of: Nodes) -> SharedJournal:
     return await node_of()
 
 
-def record_of(number: int, epoch: int, body: bytes = b"body") -> Record:
+def record_of(number: int, epoch: int, body: bytes = b"\x01body") -> Record:
     return Record(number, 10 * number, 10 * number + 3, epoch, 1_000 + number, body)
 
 
@@ -230,6 +231,21 @@ async def test_a_second_process_with_the_name_of_a_node_is_reported(a: SharedJou
     assert await b.register(NodeEntry("east", "p2", "", 1, "", 0)) == "p1"
     assert await b.register(NodeEntry("east", "p2", "", 1, "", 0)) is None
     assert await a.register(NodeEntry("east", "p1", "", 1, "", 0)) == "p2"
+
+
+async def test_a_node_that_does_not_read_the_records_is_not_registered(a: SharedJournal, b: SharedJournal) -> None:
+    first, second = (NodeEntry("east", "p1", "", number, "", 0) for number in (1, 2))
+    await lead(a)
+    await a.append(record_of(1, 100, b"\x02"), 0)
+    await b.register(first)
+    await a.append(record_of(2, 100, b"\x03"), 1)
+    await a.append(record_of(3, 100, CLOSING), 2)
+    for node in (first, second):
+        with pytest.raises(NodeTooOld, match=f"node east does not read: .* up to {node.format}"):
+            await b.register(node)
+    assert [node.format for node in await a.nodes()] == [1], "it was registered before"
+    await b.register(NodeEntry("east", "p1", "", 3, "", 0))
+    assert [node.format for node in await a.nodes()] == [3]
 
 
 async def parts_of(*parts: bytes) -> AsyncIterator[bytes]:

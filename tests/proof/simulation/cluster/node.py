@@ -155,7 +155,7 @@ class SimNode(Host):
         cluster, network = self.cluster, self.network
         assert network is not None
         registry = NodeRegistry(
-            network, self._describe, on_duplicate=self._on_duplicate, now_s=self.boot_s, wall_ms=self.wall
+            network, self._describe, on_refused=self._on_duplicate, now_s=self.boot_s, wall_ms=self.wall
         )
         schedule = SnapshotSchedule(
             network,
