@@ -13,7 +13,9 @@ from jobd.model import commands
 from jobd.model.commands import JobCommand
 from jobd.model.responses import JobView
 
-Verb = Literal["run-now", "extend", "release", "retry", "force-reset", "force-fail", "cancel", "delete", "adopt"]
+Verb = Literal[
+    "run-now", "extend", "release", "retry", "force-reset", "force-fail", "cancel", "delete", "copy", "adopt"
+]
 
 
 class ActionTarget(Struct, frozen=True):
@@ -115,6 +117,13 @@ _ALL: Final = (
         commands.Delete,
         destructive=True,
         cli_command="jobctl delete",
+    ),
+    JobAction(
+        "copy",
+        "Copy",
+        "does not change. A new job gets its options, headers and payload, and is due now.",
+        commands.Copy,
+        cli_command="jobctl copy",
     ),
     JobAction(
         "adopt",

@@ -205,6 +205,8 @@ async def job(viewer: Viewer, job_id: str) -> PageData:
     return {
         "job": view,
         "payload": pretty_json(Raw(b"null") if view.payload is UNSET else view.payload),
+        "headers": view.headers or {},
+        "checkpoint": None if view.checkpoint is UNSET else pretty_json(view.checkpoint),
         "metadata": None if view.metadata is None else pretty_json(view.metadata),
         "events": events[::-1][:MAX_EVENTS],
         "has_older_events": len(events) > MAX_EVENTS,

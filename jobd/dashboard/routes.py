@@ -397,6 +397,8 @@ class Dashboard:
             return await self._job_page_with_error(viewer, job_id, result)
         if action.verb == "delete":
             return redirect_with_flash(viewer, "/jobs", f"Job {job_id} was deleted.")
+        if action.verb == "copy":
+            return redirect_with_flash(viewer, job_url(result.data.id), f"This job was created as a copy of {job_id}.")
         return redirect_with_flash(
             viewer,
             job_url(job_id),

@@ -73,7 +73,7 @@ from jobd.model.fields import (
     WorkerName,
     doc,
 )
-from jobd.model.job import DAY_MS, HOUR_MS, SECOND_MS, YEAR_MS, Backoff, OnStall, Status
+from jobd.model.job import DAY_MS, HOUR_MS, SECOND_MS, STATUSES, YEAR_MS, Backoff, OnStall, Status
 
 MAX_CLAIM: Final = 100
 MAX_NAMES: Final = 100  # queues or kinds of one claim
@@ -659,6 +659,7 @@ class Copy(JobCommand, frozen=True, kw_only=True):
     admission = "create"
     audit_name = "copy"
     errors = ("invalid_transition", "too_many_jobs", "too_many_queues", "upgrade_incomplete")
+    allowed_from = STATUSES
     needs_payload = True
 
     payload: Annotated[AnyJson | UnsetType, doc("The payload of the new job. Default: that of the old one.")] = UNSET

@@ -44,6 +44,25 @@ async def test_an_action_shows_its_transition_and_is_applied_when_confirmed(
     assert "done." not in text(await browser.get("/jobs/held")), "the flash message is shown once"
 
 
+async def test_a_copy_has_a_page_with_headers_payload_and_checkpoint(harness: DashboardHarness) -> None:
+    await harness.call("jobs", id="old", headers={"trace": "<t1>"}, payload={"n": 7})
+    lock = (await harness.call("jobs/old/start", worker="w"))["lock_id"]
+    await harness.call("jobs/old/progress", lock_id=lock, progress=1, checkpoint={"at": 12})
+    browser = await harness.browser()
+    page = text(await browser.get("/jobs/old"))
+    for words in ("<dt>trace</dt>", "&lt;t1&gt;", 'aria-label="Checkpoint"', "&#34;at&#34;: 12"):
+        assert words in page, words
+    assert 'class="status' not in text(await browser.get("/jobs/old/confirm?verb=copy")), "the job does not change"
+    response = await browser.confirm("old", "copy", "try it")
+    assert response.status == 303
+    page = text(await browser.get(response.headers["location"]))
+    for words in ("created as a copy of old", 'href="/jobs/old">old</a>', "&lt;t1&gt;", "&#34;n&#34;: 7"):
+        assert words in page, words
+    assert "Checkpoint" not in page
+    assert await harness.status("old") == "processing"
+    assert "try it" in text(await browser.get("/audit"))
+
+
 async def test_a_late_result_is_not_deleted_unseen(harness: DashboardHarness) -> None:
     lock = await harness.start_job()
     response = await harness.admin.request(
@@ -183,11 +202,11 @@ async def test_the_curl_command_of_an_action_does_the_same(harness: DashboardHar
     sent = words[words.index("-d") + 1].replace("LOCK_ID", lock) if "-d" in words else None
     target = words[-1].removeprefix("http://localhost")
     response = await harness.admin.request(words[3], target, sent, AUTH)
-    assert response.status == 200, response.json
+    assert response.status == (201 if verb == "copy" else 200), response.json
     timeline = await harness.admin.request("GET", "/admin/job-management/jobs/held/timeline", headers=AUTH)
     if verb == "delete":
         assert timeline.status == 404
-    else:
+    elif verb != "copy":
         assert timeline.data["events"][-1]["by"] == "admin"
 
 

@@ -123,10 +123,10 @@ async def test_the_page_of_a_job_shows_its_state_and_actions(harness: DashboardH
     ):
         assert words in page, words
     assert lock not in page, "the lock id is secret"
-    assert re.findall(r"verb=([a-z-]+)", page) == ["extend", "release", "force-reset", "force-fail", "cancel"]
+    assert re.findall(r"verb=([a-z-]+)", page) == ["extend", "release", "force-reset", "force-fail", "cancel", "copy"]
     await harness.call("jobs/held/complete", lock_id=lock, download_url="https://files.example/a", metadata={"n": [1]})
     page = text(await browser.get("/jobs/held"))
-    assert re.findall(r"verb=([a-z-]+)", page) == ["delete"]
+    assert re.findall(r"verb=([a-z-]+)", page) == ["delete", "copy"]
     assert '<a href="/jobs/held/external-link" rel="noreferrer noopener">https://files.example/a</a>' in page
 
 
