@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from jobd.client.admin import AdminClient
     from jobd.client.aio import AsyncAdminClient, AsyncJobClient
     from jobd.client.worker.command_worker import CommandWorker
-    from jobd.client.worker.task import SyncTask, Task
+    from jobd.client.worker.handler_context import AsyncHandlerContext, HandlerContext
     from jobd.client.worker.worker import Worker
 
 # Imported on first use: most programs do not need all clients, and aiohttp takes 0.2 s to import.
@@ -36,7 +36,7 @@ _LAZY_IMPORTS = {
     "jobd.client.admin": ["AdminClient"],
     "jobd.client.aio": ["AsyncAdminClient", "AsyncJobClient"],
     "jobd.client.worker.command_worker": ["CommandWorker"],
-    "jobd.client.worker.task": ["SyncTask", "Task"],
+    "jobd.client.worker.handler_context": ["AsyncHandlerContext", "HandlerContext"],
     "jobd.client.worker.worker": ["Worker"],
 }
 
@@ -51,11 +51,13 @@ def __getattr__(name: str) -> Any:
 __all__ = [
     "AdminClient",
     "AsyncAdminClient",
+    "AsyncHandlerContext",
     "AsyncJobClient",
     "CommandWorker",
     "Discard",
     "Endpoint",
     "GrantView",
+    "HandlerContext",
     "ImportPreview",
     "ImportResult",
     "JobClient",
@@ -68,8 +70,6 @@ __all__ = [
     "Snooze",
     "Stopped",
     "StreamedEvent",
-    "SyncTask",
-    "Task",
     "ValidateJobView",
     "Worker",
     "admin_endpoints",

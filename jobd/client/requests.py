@@ -14,7 +14,7 @@ from msgspec import Raw, Struct
 from jobd.client.api_request import LINE_ENDS_TO_SPACES, ApiRequest, build, uuid7
 from jobd.model.calls import AdminJobRequests, JobRequests, ManyJobRequests
 from jobd.model.commands import MAINTENANCE_ACTIONS, About, PlanAction
-from jobd.model.job import Backoff, OnStall, Status
+from jobd.model.job import BackoffOptions, OnStall, Status
 from jobd.model.responses import GrantView, JobView, PlanView, TransitionView
 
 
@@ -26,7 +26,7 @@ def create_job(
     id: str | None = None,
     priority: int | None = None,
     max_attempts: int | None = None,
-    backoff: Backoff | Mapping[str, Any] | None = None,
+    backoff: BackoffOptions | Mapping[str, Any] | None = None,
     max_stalls: int | None = None,
     on_stall: OnStall | None = None,
     stall_after_ms: int | None = None,

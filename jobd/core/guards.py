@@ -11,7 +11,7 @@ from jobd.core.transaction import Transaction
 from jobd.model.clocks import LockMs
 from jobd.model.commands import Complete, Moment
 from jobd.model.errors import ApiException, api_error
-from jobd.model.job import CHECKPOINT_BYTES, HEADER_BYTES, TRANSITIONS, Backoff, Job, Policy, storage_key_error
+from jobd.model.job import CHECKPOINT_BYTES, HEADER_BYTES, TRANSITIONS, BackoffOptions, Job, Policy, storage_key_error
 from jobd.model.storage import EXTRA_FORMAT
 
 NULL: Final = Raw(b"null")
@@ -96,7 +96,7 @@ def check_format(tx: Transaction, what: str) -> None:
     raise api_error("upgrade_incomplete", message, node=node)
 
 
-def check_backoff(backoff: Backoff) -> None:
+def check_backoff(backoff: BackoffOptions) -> None:
     if backoff.max_ms < backoff.base_ms:
         message = f"max_ms {backoff.max_ms} is less than base_ms {backoff.base_ms}. Raise max_ms, or lower base_ms."
         raise invalid("backoff.max_ms", message)

@@ -73,7 +73,7 @@ from jobd.model.fields import (
     WorkerName,
     doc,
 )
-from jobd.model.job import DAY_MS, HOUR_MS, SECOND_MS, STATUSES, YEAR_MS, Backoff, OnStall, Status
+from jobd.model.job import DAY_MS, HOUR_MS, SECOND_MS, STATUSES, YEAR_MS, BackoffOptions, OnStall, Status
 
 MAX_CLAIM: Final = 100
 MAX_NAMES: Final = 100  # queues or kinds of one claim
@@ -135,7 +135,7 @@ class NewJob(Command, frozen=True, kw_only=True):
     payload: Payload = Raw(b"null")
     priority: Priority = 0
     max_attempts: MaxAttempts = 1
-    backoff: Annotated[Backoff, doc("Wait between a failed attempt and the next one.")] = Backoff()
+    backoff: Annotated[BackoffOptions, doc("Wait between a failed attempt and the next one.")] = BackoffOptions()
     max_stalls: MaxStalls | None = None
     on_stall: Annotated[OnStall | None, doc("What happens to the job when it stalls.")] = None
     stall_after_ms: StallAfterMs | None = None

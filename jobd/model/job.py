@@ -217,7 +217,7 @@ def new_epoch(highest: int, now_ms: int) -> int:
     return max(seconds, highest + 1) if seconds <= SAFE_EPOCH else highest + 1
 
 
-class Backoff(Struct, frozen=True, gc=False, forbid_unknown_fields=True):
+class BackoffOptions(Struct, frozen=True, gc=False, forbid_unknown_fields=True):
     """How long a failed job waits before its next attempt."""
 
     kind: Annotated[
@@ -244,8 +244,8 @@ class Backoff(Struct, frozen=True, gc=False, forbid_unknown_fields=True):
 
 
 # The journal stores the parts of a job as arrays, because field names would take a third of its size. So new fields are
-# appended and have a default, and fields are never removed or moved. Backoff is an object, as clients send it. The
-# first event of a job leaves out the defaults of Job, so these never change.
+# appended and have a default, and fields are never removed or moved. BackoffOptions is an object, as clients send it.
+# The first event of a job leaves out the defaults of Job, so these never change.
 
 
 class Options(Struct, frozen=True, gc=False, array_like=True):
@@ -258,7 +258,7 @@ class Options(Struct, frozen=True, gc=False, array_like=True):
     kind: str = ""
     priority: int = 0
     max_attempts: int = 1
-    backoff: Backoff = Backoff()
+    backoff: BackoffOptions = BackoffOptions()
     max_stalls: int = 3
     on_stall: OnStall = "auto"
     stall_after_ms: int | None = None

@@ -27,7 +27,7 @@ from jobd.model.commands import (
 )
 from jobd.model.events import EventView, QueuePause
 from jobd.model.fields import Metadata, doc
-from jobd.model.job import Backoff, Job
+from jobd.model.job import BackoffOptions, Job
 from jobd.model.times import duration, utc
 
 # Fields that several responses have.
@@ -101,7 +101,7 @@ class JobView(Struct, gc=False):
     progress_message: Annotated[str | None, doc("The latest message of the worker.")]
     attempt: Annotated[int, doc("Attempts used, including the running one.")]
     max_attempts: Annotated[int, doc("Maximum number of attempts.")]
-    backoff: Annotated[Backoff, doc("Wait between a failed attempt and the next one.")]
+    backoff: Annotated[BackoffOptions, doc("Wait between a failed attempt and the next one.")]
     stalls: Annotated[int, doc("Number of times the job has stalled.")]
     max_stalls: Annotated[int, doc("A job that stalls more often fails.")]
     on_stall: Annotated[str, doc("What happens to the job when it stalls.")]

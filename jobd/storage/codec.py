@@ -14,7 +14,7 @@ from msgspec import Raw
 from msgspec.structs import astuple
 
 from jobd.model.flat_job import FIELDS, NO_ERROR, NO_RESULT, PARTS, maker
-from jobd.model.job import HOUR_MS, Backoff, Failure, Job, LateResult, Options, PackedJob, Result, packed
+from jobd.model.job import HOUR_MS, BackoffOptions, Failure, Job, LateResult, Options, PackedJob, Result, packed
 from jobd.model.storage import AuditEntry, Numbers, QueueRow, StoredResponse, Tombstone
 from jobd.model.webhooks import Delivery, WebhookCursor
 
@@ -92,7 +92,7 @@ COLUMNS: Final[dict[str, tuple[str, ...]]] = {
 SQL: Final = {table: ", ".join(columns) for table, columns in COLUMNS.items()}
 
 _NO_METADATA: Final = Raw(b"null")
-_BACKOFF: Final = Backoff("exponential", 10_000, HOUR_MS, True)
+_BACKOFF: Final = BackoffOptions("exponential", 10_000, HOUR_MS, True)
 _KEPT: Final = 10_000  # options that JobReader shares
 
 _pack = msgspec.msgpack.Encoder().encode
@@ -279,7 +279,7 @@ class JobReader:
         shared = [word(value, value) if type(value) is str else value for value in fields]
         given = dict(zip(Options.__struct_fields__, shared, strict=True))
         backoff = given["backoff"]
-        given["backoff"] = _BACKOFF if backoff is None else Backoff(word(backoff[0], backoff[0]), *backoff[1:])
+        given["backoff"] = _BACKOFF if backoff is None else BackoffOptions(word(backoff[0], backoff[0]), *backoff[1:])
         given["on_stall"] = "auto" if given["on_stall"] is None else given["on_stall"]
         options = self._options[fields] = Options(**given)
         return options

@@ -55,7 +55,7 @@ from jobd.model.job import (
     LIVE,
     STATUSES,
     TOKEN_COUNTER_BITS,
-    Backoff,
+    BackoffOptions,
     Grant,
     Job,
     LatePolicy,
@@ -330,7 +330,7 @@ class Exploration(DecisionChecks):
 
     def _common_steps(self) -> Iterator[Step]:
         world = self.world
-        made = Create(id=ID, max_attempts=world.max_attempts, backoff=Backoff(base_ms=TICK_MS))
+        made = Create(id=ID, max_attempts=world.max_attempts, backoff=BackoffOptions(base_ms=TICK_MS))
         yield Step(replace(made, delay_ms=world.delay * TICK_MS or None))
         yield Step(Bulk(jobs=[made]))
         yield from (Step(Import(id=ID, status=status), admin=True) for status in STATUSES)

@@ -16,7 +16,7 @@ from jobd.model.job import (
     FINISHED,
     LIVE,
     TOKEN_COUNTER_BITS,
-    Backoff,
+    BackoffOptions,
     Extra,
     Failure,
     Grant,
@@ -39,7 +39,7 @@ LATE: Final = Result(file_path="/late")
 OPTIONS: Final = (
     Options(),
     Options(queue="video", kind="convert", priority=-5, max_attempts=3),
-    Options(queue="mail", backoff=Backoff("fixed", 5, 10, False), on_stall="requeue", stall_after_ms=0),
+    Options(queue="mail", backoff=BackoffOptions("fixed", 5, 10, False), on_stall="requeue", stall_after_ms=0),
     Options(queue="video", progress_timeout_ms=0, max_stalls=0, on_stall="fail"),
 )
 

@@ -11,7 +11,18 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Final, get_args, get_type_hints
 
-from jobd.client import ERRORS, AdminClient, Discard, JobClient, Retry, Snooze, Stopped, SyncTask, Worker, requests
+from jobd.client import (
+    ERRORS,
+    AdminClient,
+    Discard,
+    HandlerContext,
+    JobClient,
+    Retry,
+    Snooze,
+    Stopped,
+    Worker,
+    requests,
+)
 from jobd.client.apis import AdminApi, WorkerApi
 from jobd.client.methods import signature_of
 from jobd.model.api_call import ApiCall
@@ -154,9 +165,9 @@ def tables() -> str:
         ["## Worker"],
         parameters(Worker),
         methods(Worker, ["handler", "run", "stop", "serve"]),
-        ["## Task"],
-        ["`Task` has `progress` as a coroutine, and its `cancelled` is an `asyncio.Event`."],
-        methods(SyncTask, ["progress", "set_result", "raise_if_lost"]),
+        ["## Handler context"],
+        ["`AsyncHandlerContext` has `progress` as a coroutine, and its `cancelled` is an `asyncio.Event`."],
+        methods(HandlerContext, ["progress", "set_result", "raise_if_lost"]),
         ["| exception | meaning |", "| --- | --- |"]
         + [f"| `{each.__name__}` | {text(each)} |" for each in (Retry, Snooze, Discard, Stopped)],
         ["## AdminClient"],

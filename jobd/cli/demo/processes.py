@@ -22,7 +22,7 @@ from typing import Any, Final, Self
 
 import jobd
 from jobd.cli import exit_codes, terminal
-from jobd.client import Discard, JobClient, JobdError, SyncTask, Worker
+from jobd.client import Discard, HandlerContext, JobClient, JobdError, Worker
 
 WIDTH: Final = 160
 HEIGHT: Final = 120
@@ -212,22 +212,22 @@ def work(endpoint: str, name: str, lock_ttl_ms: str, results: str, *queues: str)
     worker = Worker(endpoint, name=name, queues=queues, lock_ttl_ms=int(lock_ttl_ms))
 
     @worker.handler("picture", "film")
-    def draw(task: SyncTask) -> dict[str, Any]:
-        picture = render(**task.payload, report=task.progress)
-        target = Path(results) / f"{task.job.id}.png"
+    def draw(context: HandlerContext) -> dict[str, Any]:
+        picture = render(**context.payload, report=context.progress)
+        target = Path(results) / f"{context.job.id}.png"
         part = target.with_suffix(f".{os.getpid()}.part")
         part.write_bytes(picture)
         os.replace(part, target)
         return {"file_path": str(target), "metadata": {"worker": name, "sha256": hashlib.sha256(picture).hexdigest()}}
 
-    def simulate(task: SyncTask) -> dict[str, Any]:
+    def simulate(context: HandlerContext) -> dict[str, Any]:
         """Take `seconds`, and fail after 60 % if the payload names a failure."""
         for step in range(1, 11):
-            time.sleep(task.payload["seconds"] / 10)
-            if step == 6 and (failure := task.payload.get("fails")):
+            time.sleep(context.payload["seconds"] / 10)
+            if step == 6 and (failure := context.payload.get("fails")):
                 error, message = FAILURES[failure]
                 raise error(message)
-            task.progress(10 * step - 1, f"part {step} of 10")
+            context.progress(10 * step - 1, f"part {step} of 10")
         return {"metadata": {"worker": name}}
 
     worker.handler(simulate)

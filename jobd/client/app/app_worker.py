@@ -11,16 +11,16 @@ from msgspec import UNSET, Raw, UnsetType
 
 from jobd.client.app.app_schedules import AppSchedules
 from jobd.client.app.daemon_jobs import DaemonJobs
-from jobd.client.app.job_context import context_of
+from jobd.client.app.job_context import JobContext, context_of
 from jobd.client.app.options import milliseconds
 from jobd.client.app.task_registry import TaskDefinition, TaskRegistry
 from jobd.client.app.worker_processes import ParentLink
 from jobd.client.errors import JobdError, Unreachable
 from jobd.client.outcomes import Stopped
+from jobd.client.worker.handler_context import AsyncHandlerContext, BaseHandlerContext, HandlerContext
 from jobd.client.worker.handlers import HandlerLoop, RegisteredHandler
 from jobd.client.worker.lock_keeper import LOST, LockKeeper
 from jobd.client.worker.runner import Execution, seconds
-from jobd.client.worker.task import BaseTask, SyncTask, Task
 from jobd.client.worker.worker import Worker
 
 _SCHEDULES_EVERY_S = 5.0  # between two attempts to put them
@@ -99,23 +99,23 @@ class AppWorker(Worker):
 class _WorkerRun:
     """The run of a task in a worker, for its JobContext."""
 
-    def __init__(self, task: Task | SyncTask) -> None:
-        self._task = task
+    def __init__(self, context: AsyncHandlerContext | HandlerContext) -> None:
+        self._context = context
 
     @property
     def has_to_end(self) -> bool:
-        return self._task.cancelled.is_set()
+        return self._context.cancelled.is_set()
 
     def report(self, progress: float, message: str | None, checkpoint: Raw | UnsetType) -> None:
-        if isinstance(self._task, SyncTask):
+        if isinstance(self._context, HandlerContext):
             try:
-                self._task.raise_if_lost()
+                self._context.raise_if_lost()
             except LOST as error:
                 raise Stopped(error.message) from error
-        self._task.report_latest(progress, message, checkpoint)
+        self._context.report_latest(progress, message, checkpoint)
 
     def set_result(self, **fields: Any) -> None:
-        self._task.set_result(**fields)
+        self._context.set_result(**fields)
 
 
 def _handler(definition: TaskDefinition) -> RegisteredHandler:
@@ -130,20 +130,23 @@ def _handler(definition: TaskDefinition) -> RegisteredHandler:
     )
 
 
-def _function(definition: TaskDefinition) -> Callable[[SyncTask], dict[str, Any]]:
-    def run(task: SyncTask) -> dict[str, Any]:
-        return {"metadata": definition.run(context_of(task.job, task.fencing_token, _WorkerRun(task)), _payload(task))}
+def _function(definition: TaskDefinition) -> Callable[[HandlerContext], dict[str, Any]]:
+    def run(context: HandlerContext) -> dict[str, Any]:
+        return {"metadata": definition.run(_job_context(context), _payload(context))}
 
     return run
 
 
-def _async_function(definition: TaskDefinition) -> Callable[[Task], Any]:
-    async def run(task: Task) -> dict[str, Any]:
-        context = context_of(task.job, task.fencing_token, _WorkerRun(task))
-        return {"metadata": await definition.arun(context, _payload(task))}
+def _async_function(definition: TaskDefinition) -> Callable[[AsyncHandlerContext], Any]:
+    async def run(context: AsyncHandlerContext) -> dict[str, Any]:
+        return {"metadata": await definition.arun(_job_context(context), _payload(context))}
 
     return run
 
 
-def _payload(task: BaseTask) -> bytes:
-    return b"null" if task.job.payload is UNSET else bytes(task.job.payload)
+def _job_context(context: AsyncHandlerContext | HandlerContext) -> JobContext:
+    return context_of(context.job, context.fencing_token, _WorkerRun(context))
+
+
+def _payload(context: BaseHandlerContext) -> bytes:
+    return b"null" if context.job.payload is UNSET else bytes(context.job.payload)

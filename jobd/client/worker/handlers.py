@@ -17,11 +17,11 @@ from msgspec import UNSET
 from jobd.client.outcomes import Discard, PayloadMismatch, Retry, Snooze, Stopped
 from jobd.client.worker.aio_utils import call_on, first_of, settle, within
 from jobd.client.worker.error_text import failure_message, failure_options, safe_text
+from jobd.client.worker.handler_context import AsyncHandlerContext, BaseHandlerContext, HandlerContext
 from jobd.client.worker.lock_keeper import LockKeeper
 from jobd.client.worker.payload_mismatch import give_back
 from jobd.client.worker.runner import STOP_S, Execution
 from jobd.client.worker.service_thread import Log
-from jobd.client.worker.task import BaseTask, SyncTask, Task
 
 RESULT_FIELDS: Final = frozenset({"download_url", "file_path", "storage_key", "metadata"})
 logger = logging.getLogger("jobd.client")
@@ -98,7 +98,7 @@ class HandlerLoop:
 class _HandlerExecution(Execution):
     """The run of a handler for one job. Created and read in the service thread."""
 
-    task: BaseTask
+    context: BaseHandlerContext
 
     def __init__(self, handler: RegisteredHandler) -> None:
         super().__init__(asyncio.get_running_loop().create_future(), handler.timeout_s)
@@ -156,10 +156,10 @@ class _HandlerExecution(Execution):
 
     def _encoded_result(self) -> dict[str, Any]:
         """Return the result with encoded metadata. Raises TypeError or ValueError, or an error of user code."""
-        result = merged_result(self.task.result, self._returned)
+        result = merged_result(self.context.result, self._returned)
         if unknown := result.keys() - RESULT_FIELDS:
             raise TypeError(
-                f"task.result has unknown fields ({', '.join(sorted(map(repr, unknown)))}); "
+                f"the result has unknown fields ({', '.join(sorted(map(repr, unknown)))}); "
                 "only download_url, file_path, storage_key and metadata are allowed"
             )
         try:
@@ -184,19 +184,19 @@ class _HandlerFailure(NamedTuple):
 class AsyncExecution(_HandlerExecution):
     def __init__(self, handler: RegisteredHandler, keeper: LockKeeper, loop: HandlerLoop) -> None:
         super().__init__(handler)
-        self.task: Task = Task(keeper)
+        self.context: AsyncHandlerContext = AsyncHandlerContext(keeper)
         self._loop = loop
         self._running: asyncio.Task[Any] | None = None
         self._may_end_by_itself = True  # after a call in it has raised that the lock is lost
         loop.call(functools.partial(self._begin, handler.function))
 
-    def _begin(self, function: Callable[[Task], Any]) -> None:
-        self._running = self._loop.begin(self._run(function), self.task.job.id)
+    def _begin(self, function: Callable[[AsyncHandlerContext], Any]) -> None:
+        self._running = self._loop.begin(self._run(function), self.context.job.id)
         self._running.add_done_callback(self._on_done)
 
-    async def _run(self, function: Callable[[Task], Any]) -> tuple[Any, BaseException | None]:
+    async def _run(self, function: Callable[[AsyncHandlerContext], Any]) -> tuple[Any, BaseException | None]:
         try:
-            return await function(self.task), None
+            return await function(self.context), None
         except BaseException as error:  # including SystemExit, which ends the job, not the worker
             return None, error
 
@@ -207,20 +207,20 @@ class AsyncExecution(_HandlerExecution):
         self._loop.call(self._cancel)
 
     def _cancel(self) -> None:
-        self.task.cancelled.set()
+        self.context.cancelled.set()
         # Calls that are scheduled already run first, so that `progress` raises LockLost and not CancelledError.
         asyncio.get_running_loop().call_soon(self._cancel_unless_ending)
 
     def _cancel_unless_ending(self) -> None:
         assert self._running is not None, "it was begun by an earlier call"
-        is_ending = self._may_end_by_itself and self.task.lost_raised_in is self._running
+        is_ending = self._may_end_by_itself and self.context.lost_raised_in is self._running
         if not is_ending:  # a cancellation would interrupt its cleanup
             self._running.cancel()
 
     async def stop(self, at_once: asyncio.Event) -> None:
         """Stop the handler, and cancel it if it continues after a call has raised that the lock is lost."""
         await super().stop(at_once)
-        if self._may_end_by_itself and not self.done.done() and self.task.lost_raised_in is not None:
+        if self._may_end_by_itself and not self.done.done() and self.context.lost_raised_in is not None:
             self._may_end_by_itself = False
             self.abort()
 
@@ -232,24 +232,24 @@ class ThreadExecution(_HandlerExecution):
 
     def __init__(self, handler: RegisteredHandler, keeper: LockKeeper, loop: HandlerLoop) -> None:
         super().__init__(handler)
-        self.task: SyncTask = SyncTask(keeper)
+        self.context: HandlerContext = HandlerContext(keeper)
         run = functools.partial(loop.context.run, self._run, handler.function)
         threading.Thread(target=run, name=f"job {keeper.id}", daemon=True).start()
 
-    def _run(self, function: Callable[[SyncTask], Any]) -> None:
+    def _run(self, function: Callable[[HandlerContext], Any]) -> None:
         returned, raised = None, None
         try:
-            returned = function(self.task)
+            returned = function(self.context)
         except BaseException as error:
             raised = error
         self._ended(returned, raised)
 
     def abort(self) -> None:
-        self.task.cancelled.set()
+        self.context.cancelled.set()
 
 
 def merged_result(set_: dict[str, Any], returned: Any) -> dict[str, Any]:
-    """Merge the result set on the task with the return value of the handler, which takes precedence."""
+    """Merge the result set on the context with the return value of the handler, which takes precedence."""
     if returned is None:
         return set_
     if not isinstance(returned, dict):

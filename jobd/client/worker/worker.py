@@ -35,8 +35,8 @@ class Worker:
         worker = Worker(queues=["video"], concurrency=4)
 
         @worker.handler("transcode")
-        async def transcode(task):
-            await task.progress(10, "probing")
+        async def transcode(context):
+            await context.progress(10, "probing")
             return {"file_path": "/videos/1.mp4"}
 
         worker.run()
@@ -103,8 +103,8 @@ class Worker:
         """Register a function for jobs of these kinds, or, without a kind, for every kind without its own handler.
 
         `@worker.handler` is the same as `@worker.handler()`. `timeout` takes precedence over that of the worker. Raises
-        TypeError for a kind that is not a string and for a function that cannot be called with a task, and ValueError
-        if a kind already has a handler.
+        TypeError for a kind that is not a string and for a function that cannot be called with a context, and
+        ValueError if a kind already has a handler.
         """
         timeout_s = seconds(timeout)
         if len(kinds) == 1 and callable(kinds[0]):
@@ -116,14 +116,14 @@ class Worker:
 
     def _register(self, kinds: tuple[str, ...], timeout_s: float | None, function: HandlerFunction) -> HandlerFunction:
         if not callable(function) or inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
-            raise TypeError(f"{function!r} cannot be a handler; a handler is a function or an async function of a task")
+            raise TypeError(f"{function!r} cannot be a handler; a handler is a plain or async function of a context")
         with contextlib.suppress(ValueError):  # some built-in callables have no signature
             signature = inspect.signature(function)
             try:
                 signature.bind(None)
             except TypeError as error:
                 raise TypeError(
-                    f"{function!r} cannot be a handler; it must be callable with a task as its only argument: {error}"
+                    f"{function!r} cannot be a handler; it must be callable with one argument, a context: {error}"
                 ) from None
         for kind in kinds or (None,):
             if kind in self._handlers:

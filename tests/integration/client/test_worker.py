@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from jobd.client import AsyncJobClient, Discard, Retry, Snooze, SyncTask, Task, Worker
+from jobd.client import AsyncHandlerContext, AsyncJobClient, Discard, HandlerContext, Retry, Snooze, Worker
 from jobd.client.worker import handlers
 from tests.support.client_harness import event_types, running_worker, wait_for_job, wait_until_finished
 
@@ -25,11 +25,11 @@ async def test_an_async_handler_completes_its_job_with_its_return_value(client: 
     tokens: list[int] = []
 
     @worker.handler("add")
-    async def add(task: Task) -> dict[str, Any]:
-        await task.progress(50, "half way")
-        task.set_result(download_url="https://files/1", metadata={"from": "set"})
-        tokens.append(task.fencing_token)
-        return {"sum": sum(task.payload), "file_path": "/f"}
+    async def add(context: AsyncHandlerContext) -> dict[str, Any]:
+        await context.progress(50, "half way")
+        context.set_result(download_url="https://files/1", metadata={"from": "set"})
+        tokens.append(context.fencing_token)
+        return {"sum": sum(context.payload), "file_path": "/f"}
 
     job = await client.create_job([1, 2, 3], queue=queue, kind="add")
     async with running_worker(worker):
@@ -52,11 +52,11 @@ async def test_a_plain_handler_runs_in_a_thread(client: AsyncJobClient, queue: s
     threads: list[threading.Thread] = []
 
     @worker.handler()
-    def work(task: SyncTask) -> list[Any]:
+    def work(context: HandlerContext) -> list[Any]:
         threads.append(threading.current_thread())
-        task.progress(10)
-        task.raise_if_lost()
-        return [task.job.id, task.payload]
+        context.progress(10)
+        context.raise_if_lost()
+        return [context.job.id, context.payload]
 
     job = await client.create_job("p", queue=queue)
     async with running_worker(worker):
@@ -68,17 +68,17 @@ async def test_a_plain_handler_runs_in_a_thread(client: AsyncJobClient, queue: s
 
 async def test_functions_and_callable_objects_can_be_handlers(client: AsyncJobClient, queue: str) -> None:
     class Adder:
-        async def __call__(self, task: Task) -> int:
-            return int(task.payload) + 1
+        async def __call__(self, context: AsyncHandlerContext) -> int:
+            return int(context.payload) + 1
 
     async_worker, worker = Worker(client, queues=[f"{queue}-async"]), Worker(client, queues=[queue])
 
     @async_worker.handler
-    async def work(task: Task) -> str:
+    async def work(context: AsyncHandlerContext) -> str:
         return "async"
 
     @worker.handler
-    def plain(task: SyncTask) -> str:
+    def plain(context: HandlerContext) -> str:
         return "plain"
 
     assert asyncio.iscoroutinefunction(work), "the decorator returns the function itself"
@@ -105,12 +105,12 @@ async def test_an_exception_fails_the_job_with_its_class_and_traceback(
     if is_async:
 
         @worker.handler()
-        async def work(task: Task) -> None:
+        async def work(context: AsyncHandlerContext) -> None:
             burst()
     else:
 
         @worker.handler()
-        def plain(task: SyncTask) -> None:
+        def plain(context: HandlerContext) -> None:
             burst()
 
     job = await client.create_job(queue=queue)
@@ -129,10 +129,10 @@ async def test_a_failed_attempt_is_retried(client: AsyncJobClient, queue: str) -
     worker = Worker(client, queues=[queue])
 
     @worker.handler()
-    async def work(task: Task) -> int:
-        if task.job.attempt < 3:
+    async def work(context: AsyncHandlerContext) -> int:
+        if context.job.attempt < 3:
             raise Retry("not yet", after=0)
-        return task.job.attempt
+        return context.job.attempt
 
     job = await client.create_job(queue=queue, max_attempts=3)
     async with running_worker(worker):
@@ -146,8 +146,8 @@ async def test_snooze_puts_the_job_back_without_an_attempt(client: AsyncJobClien
     worker = Worker(client, queues=[queue])
 
     @worker.handler
-    async def work(task: Task) -> None:
-        await task.progress(10)
+    async def work(context: AsyncHandlerContext) -> None:
+        await context.progress(10)
         raise Snooze(after)
 
     job = await client.create_job(queue=queue)
@@ -185,28 +185,28 @@ class Zone(datetime.tzinfo):
     dst = tzname = utcoffset  # type: ignore[assignment]
 
 
-def raises(make: Callable[[], BaseException]) -> Callable[[Task], Coroutine[Any, Any, None]]:
-    async def work(task: Task) -> None:
+def raises(make: Callable[[], BaseException]) -> Callable[[AsyncHandlerContext], Coroutine[Any, Any, None]]:
+    async def work(context: AsyncHandlerContext) -> None:
         raise make()
 
     return work
 
 
-def returns(value: Any) -> Callable[[Task], Coroutine[Any, Any, Any]]:
-    async def work(task: Task) -> Any:
+def returns(value: Any) -> Callable[[AsyncHandlerContext], Coroutine[Any, Any, Any]]:
+    async def work(context: AsyncHandlerContext) -> Any:
         return value
 
     return work
 
 
-def sets(field: Any) -> Callable[[Task], Coroutine[Any, Any, None]]:
-    async def work(task: Task) -> None:
-        task.result[field] = 5
+def sets(field: Any) -> Callable[[AsyncHandlerContext], Coroutine[Any, Any, None]]:
+    async def work(context: AsyncHandlerContext) -> None:
+        context.result[field] = 5
 
     return work
 
 
-def exits(task: SyncTask) -> None:
+def exits(context: HandlerContext) -> None:
     sys.exit(3)
 
 
@@ -224,7 +224,7 @@ FAILURES: dict[str, tuple[Callable[..., Any], str, str]] = {
                 "JSON: Encoding objects of type object is unsupported"),
     "encoding": (returns({"at": datetime.datetime(2026, 1, 1, tzinfo=Zone())}), "ZoneError", "in utcoffset"),
     **{
-        f"field {field!r}": (sets(field), "TypeError", f"task.result has unknown fields ({field!r})")
+        f"field {field!r}": (sets(field), "TypeError", f"the result has unknown fields ({field!r})")
         for field in ("rows", "lock_id", 5)
     },
     "rejected": (returns({"storage_key": "../outside"}), "complete:invalid_request", "rejected its `complete`"),
@@ -265,7 +265,7 @@ async def test_a_message_that_json_cannot_express_is_escaped(
     worker = Worker(client, queues=[queue])
 
     @worker.handler
-    def work(task: SyncTask) -> None:
+    def work(context: HandlerContext) -> None:
         raise FileNotFoundError(os.fsdecode(b"/srv/\xff") + "\x00")
 
     jobs = [await client.create_job(queue=queue) for _ in range(2)]
@@ -289,7 +289,7 @@ async def test_a_job_is_released_if_no_thread_can_be_started(
 
     monkeypatch.setattr(threading.Thread, "start", reject)
     worker = Worker(client, queues=[queue])
-    worker.handler(lambda task: None)
+    worker.handler(lambda context: None)
     with pytest.raises(RuntimeError, match="can't start new thread"):
         await worker.serve()
     back = await client.get_job(job.id)
@@ -306,7 +306,7 @@ async def test_a_bug_in_jobd_fails_the_job_before_it_ends_the_worker(
     worker = Worker(client, queues=[queue])
 
     @worker.handler
-    async def work(task: Task) -> None:
+    async def work(context: AsyncHandlerContext) -> None:
         pass
 
     job = await client.create_job(queue=queue)
@@ -321,8 +321,8 @@ async def test_a_payload_that_python_cannot_hold_fails_only_its_job(client: Asyn
     worker = Worker(client, queues=[queue], concurrency=2)
 
     @worker.handler()
-    async def work(task: Task) -> Any:
-        return task.payload
+    async def work(context: AsyncHandlerContext) -> Any:
+        return context.payload
 
     bad = await client.create_job(msgspec.Raw(b"[1e999]"), queue=queue)
     good = await client.create_job(1, queue=queue)
@@ -335,8 +335,8 @@ async def test_only_jobs_with_a_handler_are_claimed(client: AsyncJobClient, queu
     worker = Worker(client, queues=[queue], concurrency=3)
 
     @worker.handler("a", "b")
-    async def work(task: Task) -> str:
-        return task.job.kind
+    async def work(context: AsyncHandlerContext) -> str:
+        return context.job.kind
 
     jobs = [await client.create_job(queue=queue, kind=kind) for kind in ("c", "a", "b")]
     async with running_worker(worker):
@@ -350,7 +350,7 @@ async def test_jobs_run_concurrently_up_to_the_limit(client: AsyncJobClient, que
     together = asyncio.Event()
 
     @worker.handler()
-    async def work(task: Task) -> None:
+    async def work(context: AsyncHandlerContext) -> None:
         nonlocal running, max_running
         running += 1
         max_running = max(max_running, running)

@@ -18,7 +18,7 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from jobd.client import AsyncJobClient, JobClient, Stopped, SyncTask, Task, Worker
+from jobd.client import AsyncHandlerContext, AsyncJobClient, HandlerContext, JobClient, Stopped, Worker
 from jobd.client.worker import claimer
 from tests.support.client_harness import event_types, python_program, running_worker, wait_for_job
 from tests.support.daemon_process import DaemonProcess
@@ -30,7 +30,7 @@ async def test_stop_lets_a_running_handler_end_and_claims_no_more(client: AsyncJ
     started, go = asyncio.Event(), asyncio.Event()
 
     @worker.handler()
-    async def work(task: Task) -> None:
+    async def work(context: AsyncHandlerContext) -> None:
         started.set()
         await go.wait()
 
@@ -55,7 +55,7 @@ async def test_after_the_grace_a_handler_is_stopped_and_its_job_released(
     if is_async:
 
         @worker.handler()
-        async def work(task: Task) -> None:
+        async def work(context: AsyncHandlerContext) -> None:
             started.set()
             with contextlib.suppress(asyncio.CancelledError):  # its job is not completed either way
                 await asyncio.Event().wait()
@@ -63,11 +63,11 @@ async def test_after_the_grace_a_handler_is_stopped_and_its_job_released(
     else:
 
         @worker.handler()
-        def plain(task: SyncTask) -> None:
+        def plain(context: HandlerContext) -> None:
             started.set()
             try:
                 while True:
-                    task.progress(1)
+                    context.progress(1)
             except Stopped as error:
                 raised.append(error)
                 raise
@@ -88,9 +88,9 @@ async def test_after_the_grace_the_result_of_a_plain_handler_counts(client: Asyn
     started = threading.Event()
 
     @worker.handler()
-    def work(task: SyncTask) -> dict[str, int]:
+    def work(context: HandlerContext) -> dict[str, int]:
         started.set()
-        task.cancelled.wait()
+        context.cancelled.wait()
         return {"pages": 3}
 
     job = await client.create_job(queue=queue)
@@ -126,7 +126,7 @@ async def test_a_job_whose_grant_was_missed_by_a_stopped_worker_is_released(
         worker = Worker(endpoint, queues=[queue])
 
         @worker.handler()
-        async def work(task: Task) -> None:
+        async def work(context: AsyncHandlerContext) -> None:
             raise AssertionError("began after the stop")
 
         async with running_worker(worker):
@@ -143,7 +143,7 @@ async def test_a_third_stop_does_not_wait_for_a_thread(
     started, go = threading.Event(), threading.Event()
 
     @worker.handler()
-    def work(task: SyncTask) -> None:
+    def work(context: HandlerContext) -> None:
         started.set()
         go.wait()
 
@@ -163,7 +163,7 @@ async def test_cancelling_serve_stops_handlers_and_releases_jobs(client: AsyncJo
     started = asyncio.Event()
 
     @worker.handler()
-    async def work(task: Task) -> None:
+    async def work(context: AsyncHandlerContext) -> None:
         started.set()
         await asyncio.Event().wait()
 
@@ -255,7 +255,7 @@ async def test_a_signal_ends_claims_even_if_a_handler_blocks_the_loop(client: As
     worker = Worker(client, queues=[queue], concurrency=2)
 
     @worker.handler("blocks")
-    async def blocks(task: Task) -> None:
+    async def blocks(context: AsyncHandlerContext) -> None:
         with JobClient(client.endpoint) as blocking:
             os.kill(os.getpid(), signal.SIGTERM)
             while any(seen.waiting for seen in blocking.workers() if seen.worker == worker.name):
@@ -264,7 +264,7 @@ async def test_a_signal_ends_claims_even_if_a_handler_blocks_the_loop(client: As
             time.sleep(0.2)  # long enough for a claim
 
     @worker.handler("later")
-    def begun(task: SyncTask) -> None:
+    def begun(context: HandlerContext) -> None:
         raise AssertionError("claimed after the signal")
 
     later: list[str] = []

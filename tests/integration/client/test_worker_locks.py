@@ -14,7 +14,16 @@ from typing import Any
 
 import pytest
 
-from jobd.client import AsyncAdminClient, AsyncJobClient, JobClient, LockLost, Stopped, SyncTask, Task, Worker
+from jobd.client import (
+    AsyncAdminClient,
+    AsyncHandlerContext,
+    AsyncJobClient,
+    HandlerContext,
+    JobClient,
+    LockLost,
+    Stopped,
+    Worker,
+)
 from jobd.client.worker import handlers, lock_keeper
 from jobd.client.worker.lock_keeper import LockKeeper
 from tests.support.client_harness import running_worker, wait_for_job, wait_until_finished
@@ -36,11 +45,11 @@ async def test_a_handler_that_blocks_its_loop_keeps_its_lock(
     worker = Worker(client, queues=[queue], lock_ttl_ms=30_000)
 
     @worker.handler
-    async def work(task: Task) -> int:
+    async def work(context: AsyncHandlerContext) -> int:
         with JobClient(f"unix:{daemon.socket}") as jobs:
-            while [event.type for event in jobs.timeline(task.job.id)].count("extended") < 3:
+            while [event.type for event in jobs.timeline(context.job.id)].count("extended") < 3:
                 time.sleep(0.05)
-        return task.job.attempt
+        return context.job.attempt
 
     job = await client.create_job(queue=queue)
     async with running_worker(worker):
@@ -57,15 +66,15 @@ async def test_a_grant_received_while_the_loop_is_blocked_keeps_its_lock(
     worker = Worker(client, queues=[queue], lock_ttl_ms=30_000, concurrency=2)
 
     @worker.handler("blocks")
-    async def block(task: Task) -> None:
+    async def block(context: AsyncHandlerContext) -> None:
         with JobClient(f"unix:{daemon.socket}") as jobs:
             other = jobs.create_job(queue=queue, kind="other")
             while [event.type for event in jobs.timeline(other.id)].count("extended") < 3:
                 time.sleep(0.05)
-        task.set_result(metadata=other.id)
+        context.set_result(metadata=other.id)
 
     @worker.handler
-    async def work(task: Task) -> str:
+    async def work(context: AsyncHandlerContext) -> str:
         return "later"
 
     job = await client.create_job(queue=queue, kind="blocks")
@@ -81,16 +90,16 @@ async def test_a_lock_lost_while_the_loop_is_blocked_cancels_the_handler(
     ended: list[BaseException] = []
 
     @worker.handler
-    async def work(task: Task) -> None:
+    async def work(context: AsyncHandlerContext) -> None:
         with JobClient(f"unix:{daemon.socket}") as jobs:
-            jobs.cancel_job(task.job.id)
+            jobs.cancel_job(context.job.id)
         while "stopping its work" not in caplog.text:
             time.sleep(0.01)
         try:
             await asyncio.Event().wait()
         except asyncio.CancelledError as error:
             ended.append(error)
-            task.raise_if_lost()
+            context.raise_if_lost()
 
     job = await client.create_job(queue=queue)
     async with running_worker(worker):
@@ -114,11 +123,11 @@ async def test_a_handler_has_the_context_of_serve(client: AsyncJobClient, queue:
     variable = contextvars.ContextVar[str]("variable")
 
     @worker.handler("async")
-    async def work(task: Task) -> str:
+    async def work(context: AsyncHandlerContext) -> str:
         return variable.get()
 
     @worker.handler
-    def plain(task: SyncTask) -> str:
+    def plain(context: HandlerContext) -> str:
         return variable.get()
 
     variable.set("of the caller")
@@ -137,17 +146,17 @@ async def test_a_handler_is_stopped_after_its_timeout(
     worker = Worker(client, queues=[queue], timeout=1000 if is_own else limit)
     seen: list[BaseException] = []
 
-    async def work(task: Task) -> str:
+    async def work(context: AsyncHandlerContext) -> str:
         try:
             await asyncio.Event().wait()
         except asyncio.CancelledError as error:
             seen.append(error)
         return "too late"
 
-    def plain(task: SyncTask) -> str:
-        task.cancelled.wait()
+    def plain(context: HandlerContext) -> str:
+        context.cancelled.wait()
         try:
-            task.progress(5)
+            context.progress(5)
         except Stopped as error:
             seen.append(error)
             raise
@@ -172,13 +181,13 @@ async def test_a_thread_that_outlives_its_timeout_keeps_its_lock_and_its_result(
     go, runs = threading.Event(), []
 
     @worker.handler("long")
-    def long(task: SyncTask) -> str:
-        runs.append(task.job.attempt)
+    def long(context: HandlerContext) -> str:
+        runs.append(context.job.attempt)
         go.wait()
         return "finished"
 
     @worker.handler
-    def short(task: SyncTask) -> None: ...
+    def short(context: HandlerContext) -> None: ...
 
     job = await client.create_job(queue=queue, kind="long", max_attempts=3, backoff={"kind": "fixed", "base_ms": 0})
     after = await client.create_job(queue=queue)
@@ -201,21 +210,21 @@ async def test_progress_after_the_end_of_a_run_is_an_error(
     errors: list[Exception] = []
     go = asyncio.Event()
 
-    async def report(task: Task) -> None:
+    async def report(context: AsyncHandlerContext) -> None:
         try:
-            await task.progress(50)
+            await context.progress(50)
         except (LockLost, Stopped) as error:
             errors.append(error)
 
-    tasks: list[Task] = []
+    tasks: list[AsyncHandlerContext] = []
 
     @worker.handler
-    async def work(task: Task) -> None:
-        tasks.append(task)
+    async def work(context: AsyncHandlerContext) -> None:
+        tasks.append(context)
         with contextlib.suppress(asyncio.CancelledError):
             await go.wait()
         await go.wait()
-        await report(task)
+        await report(context)
 
     job = await client.create_job(queue=queue)
     async with running_worker(worker):
@@ -229,11 +238,11 @@ async def test_progress_after_the_end_of_a_run_is_an_error(
 async def test_cancelling_a_job_cancels_its_async_handler(client: AsyncJobClient, queue: str) -> None:
     worker = Worker(client, queues=[queue], lock_ttl_ms=30_000)
     started, stopped = asyncio.Event(), asyncio.Event()
-    tasks: list[Task] = []
+    tasks: list[AsyncHandlerContext] = []
 
     @worker.handler("long")
-    async def long(task: Task) -> None:
-        tasks.append(task)
+    async def long(context: AsyncHandlerContext) -> None:
+        tasks.append(context)
         started.set()
         try:
             await asyncio.Event().wait()
@@ -241,7 +250,7 @@ async def test_cancelling_a_job_cancels_its_async_handler(client: AsyncJobClient
             stopped.set()
 
     @worker.handler()
-    async def short(task: Task) -> None:
+    async def short(context: AsyncHandlerContext) -> None:
         pass
 
     job = await client.create_job(queue=queue, kind="long")
@@ -266,13 +275,13 @@ async def test_a_plain_handler_that_lost_its_lock_reports_nothing(
     outcome: list[Any] = []
 
     @worker.handler()
-    def work(task: SyncTask) -> str:
+    def work(context: HandlerContext) -> str:
         if started.is_set():
             return "second"
         started.set()
-        task.cancelled.wait()
+        context.cancelled.wait()
         try:
-            task.raise_if_lost()
+            context.raise_if_lost()
         except LockLost as error:
             outcome.append(error)
         return "first"
@@ -293,13 +302,13 @@ async def test_a_handler_that_received_lock_lost_is_not_interrupted_while_it_end
     started, go, ended = asyncio.Event(), asyncio.Event(), asyncio.Event()
 
     @worker.handler()
-    async def work(task: Task) -> None:
+    async def work(context: AsyncHandlerContext) -> None:
         started.set()
         await go.wait()
         try:
-            await task.progress(50)
+            await context.progress(50)
         finally:
-            await task.cancelled.wait()
+            await context.cancelled.wait()
             await asyncio.to_thread(ended.is_set)  # longer than the cancellation would take
             ended.set()
 
@@ -319,13 +328,13 @@ async def test_a_handler_that_ignores_a_lost_lock_is_cancelled(
     started, go, cancelled = asyncio.Event(), asyncio.Event(), asyncio.Event()
 
     @worker.handler()
-    async def work(task: Task) -> None:
+    async def work(context: AsyncHandlerContext) -> None:
         started.set()
         await go.wait()
         try:
             while True:
                 with contextlib.suppress(LockLost):
-                    await task.progress(50)
+                    await context.progress(50)
         except asyncio.CancelledError:
             cancelled.set()
             raise
@@ -350,11 +359,11 @@ async def test_work_continues_while_the_daemon_is_unreachable(
             worker = Worker(client, queues=[queue], lock_ttl_ms=30_000)
 
             @worker.handler()
-            async def work(task: Task) -> str:
+            async def work(context: AsyncHandlerContext) -> str:
                 started.set()
                 await go.wait()
-                await task.progress(50, "on my own")
-                await task.progress(60, "still on my own")
+                await context.progress(50, "on my own")
+                await context.progress(60, "still on my own")
                 return "done without you"
 
             job = await client.create_job(queue=queue)

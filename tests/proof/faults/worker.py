@@ -11,7 +11,7 @@ import logging
 import sys
 from typing import Any
 
-from jobd.client import Task, Worker
+from jobd.client import AsyncHandlerContext, Worker
 
 
 def report(what: str, **more: Any) -> None:
@@ -25,15 +25,15 @@ async def main(path: str, queue: str, lock_ttl_ms: int) -> None:
     worker = Worker(f"unix:{path}", queues=[queue], lock_ttl_ms=lock_ttl_ms)
 
     @worker.handler()
-    async def work(task: Task) -> None:
-        await task.progress(10)
-        report("begun", job=task.job.id, token=task.fencing_token)
+    async def work(context: AsyncHandlerContext) -> None:
+        await context.progress(10)
+        report("begun", job=context.job.id, token=context.fencing_token)
         try:
             await stdin.readline()
         except asyncio.CancelledError:
-            report("lost", job=task.job.id)
+            report("lost", job=context.job.id)
             raise
-        report("done", job=task.job.id)
+        report("done", job=context.job.id)
 
     await worker.serve()
 

@@ -72,7 +72,7 @@ from jobd.model.commands import (
     Why,
     Workers,
 )
-from jobd.model.job import EARLIEST_MS, SECOND_MS, STATUSES, YEAR_MS, Backoff, Job
+from jobd.model.job import EARLIEST_MS, SECOND_MS, STATUSES, YEAR_MS, BackoffOptions, Job
 from tests.proof.simulation.disk import SimDisk
 from tests.proof.simulation.scenario import Scenario
 from tests.support.calls import COMMANDS, aimed
@@ -143,7 +143,12 @@ class RequestGenerator:
             priority=self.dice.choice((0, 0, 0, -1, 5)),
             max_attempts=self.dice.choice((1, 1, 2, 3)),
             backoff=self.dice.choice(
-                (Backoff(), Backoff(base_ms=0), Backoff(kind="fixed", base_ms=700), Backoff(base_ms=50, jitter=False))
+                (
+                    BackoffOptions(),
+                    BackoffOptions(base_ms=0),
+                    BackoffOptions(kind="fixed", base_ms=700),
+                    BackoffOptions(base_ms=50, jitter=False),
+                )
             ),
             max_stalls=self.maybe(0.3, 0, 1, 5),
             on_stall=self.maybe(0.4, "auto", "requeue", "fail"),
@@ -297,7 +302,7 @@ class RequestGenerator:
             kind=self.kind(),
             priority=options.choice((0, 0, -1000, 1000)),
             max_attempts=options.choice((1, 2, 1000)),
-            backoff=options.choice((Backoff(), Backoff(base_ms=0, max_ms=0))),
+            backoff=options.choice((BackoffOptions(), BackoffOptions(base_ms=0, max_ms=0))),
             max_stalls=options.choice((None, 0, 1000)),
             on_stall=options.choice((None, "auto", "requeue", "fail")),
             stall_after_ms=options.choice((None, 0, 2_000, 45_000)),

@@ -13,11 +13,11 @@ import pytest
 
 from jobd.client import (
     AlreadyLocked,
+    AsyncHandlerContext,
     AsyncJobClient,
     InvalidRequest,
     JobNotFound,
     LockLost,
-    Task,
     TooLarge,
     Unauthorized,
     Unreachable,
@@ -212,8 +212,8 @@ async def test_a_worker_with_high_concurrency_uses_a_stream(
     seen: list[int] = []
 
     @worker.handler()
-    async def work(task: Task) -> None:
-        await task.progress(50)
+    async def work(context: AsyncHandlerContext) -> None:
+        await context.progress(50)
         seen.append(streams_of(server))
         if len(seen) == 20:
             worker.stop()

@@ -18,10 +18,10 @@ from jobd.cli import connection
 from jobd.cli.ctl import main
 from jobd.client import (
     AdminClient,
+    AsyncHandlerContext,
     AsyncJobClient,
     JobClient,
     RetryOptions,
-    Task,
     Unreachable,
     Worker,
     apis,
@@ -299,8 +299,8 @@ async def test_a_worker_gets_the_grant_whose_response_was_lost_with_the_leader(n
     worker = Worker(nodes.list)
 
     @worker.handler
-    async def work(task: Task) -> None:
-        done.append(task.job.id)
+    async def work(context: AsyncHandlerContext) -> None:
+        done.append(context.job.id)
 
     granted: dict[str, ReceivedRequest] = {}
 

@@ -18,7 +18,7 @@ from jobd.model.job import (
     HOUR_MS,
     LOOP_FROM,
     MINUTE_MS,
-    Backoff,
+    BackoffOptions,
     Failure,
     LockDeadlines,
     Policy,
@@ -203,7 +203,7 @@ def test_fail_without_attempts_left(rules: RuleHarness) -> None:
 
 
 def test_fail_with_attempts_left_requeues_the_job_with_a_delay(rules: RuleHarness) -> None:
-    lock_id = rules.held(max_attempts=3, backoff=Backoff("exponential", 1_000, 1_500, False))
+    lock_id = rules.held(max_attempts=3, backoff=BackoffOptions("exponential", 1_000, 1_500, False))
     rules.progress(lock_id, 30)
     view = rules.accept(cmd.Fail(id="a", lock_id=lock_id, error_message="boom"))
     assert (view.status, view.run_at, view.attempt, view.progress) == ("queued", NOW + 1_000, 1, 0)
@@ -227,25 +227,25 @@ def test_the_worker_can_set_the_retry_delay_or_prevent_the_retry(rules: RuleHarn
 @pytest.mark.parametrize(
     ("backoff", "attempt", "fraction", "expected"),
     [
-        (Backoff("fixed", 10, 100, False), 1, 0.5, 10),
-        (Backoff("fixed", 10, 100, False), 9, 0.5, 10),
-        (Backoff("fixed", 500, 100, False), 1, 0.5, 100),
-        (Backoff("exponential", 10, 1_000, False), 1, 0.5, 10),
-        (Backoff("exponential", 10, 1_000, False), 2, 0.5, 20),
-        (Backoff("exponential", 10, 1_000, False), 7, 0.5, 640),
-        (Backoff("exponential", 10, 1_000, False), 8, 0.5, 1_000),
-        (Backoff("exponential", 10, 1_000, False), 1_000, 0.5, 1_000),
-        (Backoff("exponential", 10, 1_000, False), 0, 0.5, 10),  # a row made by hand
-        (Backoff("exponential", 10, 1_000, True), 2, 0.0, 20),
-        (Backoff("exponential", 10, 1_000, True), 2, 0.5, 15),
-        (Backoff("exponential", 10, 1_000, True), 2, 0.999, 11),
-        (Backoff(), 1, 0.999, 5_005),
-        (Backoff(), 4, 0.0, 80_000),
-        (Backoff(), 20, 0.0, 3_600_000),
-        (Backoff("exponential", 0, 0, True), 2, 0.9, 0),
+        (BackoffOptions("fixed", 10, 100, False), 1, 0.5, 10),
+        (BackoffOptions("fixed", 10, 100, False), 9, 0.5, 10),
+        (BackoffOptions("fixed", 500, 100, False), 1, 0.5, 100),
+        (BackoffOptions("exponential", 10, 1_000, False), 1, 0.5, 10),
+        (BackoffOptions("exponential", 10, 1_000, False), 2, 0.5, 20),
+        (BackoffOptions("exponential", 10, 1_000, False), 7, 0.5, 640),
+        (BackoffOptions("exponential", 10, 1_000, False), 8, 0.5, 1_000),
+        (BackoffOptions("exponential", 10, 1_000, False), 1_000, 0.5, 1_000),
+        (BackoffOptions("exponential", 10, 1_000, False), 0, 0.5, 10),  # a row made by hand
+        (BackoffOptions("exponential", 10, 1_000, True), 2, 0.0, 20),
+        (BackoffOptions("exponential", 10, 1_000, True), 2, 0.5, 15),
+        (BackoffOptions("exponential", 10, 1_000, True), 2, 0.999, 11),
+        (BackoffOptions(), 1, 0.999, 5_005),
+        (BackoffOptions(), 4, 0.0, 80_000),
+        (BackoffOptions(), 20, 0.0, 3_600_000),
+        (BackoffOptions("exponential", 0, 0, True), 2, 0.9, 0),
     ],
 )
-def test_backoff(backoff: Backoff, attempt: int, fraction: float, expected: int) -> None:
+def test_backoff(backoff: BackoffOptions, attempt: int, fraction: float, expected: int) -> None:
     assert backoff.wait_ms(attempt, fraction) == expected
 
 
@@ -254,7 +254,7 @@ def test_jitter_comes_from_the_seed() -> None:
     waits = set()
     for _ in range(2):
         rules = RuleHarness()
-        lock_id = rules.held(max_attempts=2, backoff=Backoff("fixed", DAY_MS, DAY_MS, True))
+        lock_id = rules.held(max_attempts=2, backoff=BackoffOptions("fixed", DAY_MS, DAY_MS, True))
         waits.add(rules.accept(cmd.Fail(id="a", lock_id=lock_id, error_message="e")).run_at - NOW)
     assert len(waits) == 1
     assert DAY_MS // 2 < waits.pop() <= DAY_MS

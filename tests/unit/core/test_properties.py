@@ -19,7 +19,18 @@ from jobd.core.row_checks import counts, validate
 from jobd.core.transaction import Transaction
 from jobd.model import commands as cmd
 from jobd.model.errors import ApiError
-from jobd.model.job import STATUSES, Backoff, Failure, Grant, Job, LockDeadlines, Options, Policy, PreviousGrant, Result
+from jobd.model.job import (
+    STATUSES,
+    BackoffOptions,
+    Failure,
+    Grant,
+    Job,
+    LockDeadlines,
+    Options,
+    Policy,
+    PreviousGrant,
+    Result,
+)
 from jobd.model.responses import Response
 from tests.proof.simulation.invariants import DecisionChecks
 from tests.support.calls import COMMANDS
@@ -71,7 +82,9 @@ FIELDS: Final[dict[str, st.SearchStrategy[Any]]] = {
     "max_attempts": st.integers(1, 2),
     "max_stalls": st.sampled_from([None, 0]),
     "on_stall": st.sampled_from([None, "auto", "requeue", "fail"]),
-    "backoff": st.builds(Backoff, kind=st.sampled_from(["exponential", "fixed"]), base_ms=waits, jitter=st.booleans()),
+    "backoff": st.builds(
+        BackoffOptions, kind=st.sampled_from(["exponential", "fixed"]), base_ms=waits, jitter=st.booleans()
+    ),
     "stall_after_ms": maybe_wait,
     "progress_timeout_ms": maybe_wait,
     "retry_after_ms": maybe_wait,

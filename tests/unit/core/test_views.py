@@ -17,7 +17,7 @@ from jobd.model.job import (
     HOUR_MS,
     MINUTE_MS,
     STATUSES,
-    Backoff,
+    BackoffOptions,
     Extra,
     Failure,
     Grant,
@@ -32,7 +32,7 @@ from tests.support.factories import deadlines_at
 from tests.support.rule_harness import NOW
 
 AT = Moment(NOW, LockMs(1_000), NOW - 1_000)
-OPTIONS = Options("q", "k", 3, 4, Backoff("fixed", 1, 2, False), 5, "fail", 6, 7)
+OPTIONS = Options("q", "k", 3, 4, BackoffOptions("fixed", 1, 2, False), 5, "fail", 6, 7)
 GRANT = Grant("secret", 11, "w-1", NOW - 12, 13, 14, 15)
 DEADLINES = deadlines_at(1_016, 1_017, 1_018)
 JOB = Job(

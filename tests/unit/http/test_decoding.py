@@ -42,7 +42,7 @@ from jobd.model.commands import (
     Updates,
 )
 from jobd.model.errors import ApiError, ApiException
-from jobd.model.job import Backoff
+from jobd.model.job import BackoffOptions
 from jobd.model.requests import BackupRequest, Deliveries, RowCheckRequest
 
 LIMITS = Limits()
@@ -513,7 +513,7 @@ def _heirs(kind: type[Any]) -> set[type[Any]]:
 
 
 def test_every_pattern_has_a_description() -> None:
-    commands: list[Any] = [*_heirs(Command), PlanFilter, Updates, Backoff]
+    commands: list[Any] = [*_heirs(Command), PlanFilter, Updates, BackoffOptions]
     seen = 0
     for command in commands:
         for info in msgspec.structs.fields(command):

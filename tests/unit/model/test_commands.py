@@ -11,7 +11,7 @@ from msgspec import UNSET, Raw
 from jobd.model import commands
 from jobd.model import commands as cmd
 from jobd.model.clocks import LockMs
-from jobd.model.job import LATEST_MS, Backoff
+from jobd.model.job import LATEST_MS, BackoffOptions
 from jobd.model.requests import BackupRequest, RowCheckRequest
 
 YEAR_MS = 365 * 86_400_000
@@ -159,7 +159,7 @@ def test_the_defaults_of_commands() -> None:
         "payload": Raw(b"null"),
         "priority": 0,
         "max_attempts": 1,
-        "backoff": Backoff("exponential", 10_000, 3_600_000, True),
+        "backoff": BackoffOptions("exponential", 10_000, 3_600_000, True),
     }
     given = {name: value for name, value in msgspec.structs.asdict(create).items() if value not in (None, UNSET)}
     assert given == expected

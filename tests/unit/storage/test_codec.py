@@ -28,7 +28,7 @@ from jobd.model.commands import (
     Update,
 )
 from jobd.model.events import GIVEN_BACK, KEEP_HEARTBEATS, ROUTINE, Changes, Event, fold
-from jobd.model.job import Backoff, Failure, Job, Options, Result, packed
+from jobd.model.job import BackoffOptions, Failure, Job, Options, Result, packed
 from jobd.model.storage import AuditEntry, Numbers, QueueRow, StoredResponse, Tombstone
 from jobd.storage import codec
 from jobd.storage.schema import migrations
@@ -117,7 +117,7 @@ def test_rows_written_by_this_version_stay_the_same() -> None:
         '"download_url":"https://x/y","file_path":"/a","metadata":{"a": [1, null]},"releases":6,"payload_bytes":9000,'
         '"extra":["nightly",1700000000006,2,3,"old"]}'
     )
-    backoff = Backoff("fixed", 5, 6, jitter=False)
+    backoff = BackoffOptions("fixed", 5, 6, jitter=False)
     options = Options(backoff=backoff, max_stalls=0, on_stall="fail")
     job = Job(3, "a", options, "queued", NOW, NOW, NOW)
     assert codec.job_row(job)[-1] == '{"backoff":["fixed",5,6,false],"max_stalls":0,"on_stall":"fail"}'
@@ -128,7 +128,7 @@ def test_equal_jobs_have_equal_rows() -> None:
     kind, on_stall = (
         msgspec.json.decode(f'"{word}"') for word in ("exponential", "auto")
     )  # other objects than in the code
-    options = replace(job.options, on_stall=on_stall, backoff=Backoff(kind))
+    options = replace(job.options, on_stall=on_stall, backoff=BackoffOptions(kind))
     other = replace(job, options=options)
     assert other == job
     assert codec.job_row(other) == codec.job_row(job)

@@ -14,13 +14,13 @@ import pytest
 
 import jobd
 from jobd.client import (
+    AsyncHandlerContext,
     AsyncJobClient,
     Forbidden,
     InvalidRequest,
     JobdError,
     NotFound,
     Retry,
-    Task,
     Unauthorized,
     Unreachable,
     Worker,
@@ -49,7 +49,7 @@ async def test_there_is_no_progress_timeout_by_default(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("code", ["overloaded", "shutting_down", "outcome_unknown", "storage_full"])
 async def test_complete_is_retried_and_the_lock_extended_meanwhile(tmp_path: Path, code: str) -> None:
-    async def work(task: Task) -> str:
+    async def work(context: AsyncHandlerContext) -> str:
         return "result"
 
     async with working(tmp_path, work, responses={"complete": [*[rejected(code, 503)] * 4, ok(JOB)]}) as daemon:
@@ -70,7 +70,7 @@ async def test_a_job_fails_after_repeated_internal_errors_to_its_complete(tmp_pa
 
 
 async def test_a_rejected_failure_is_sent_again_without_its_options(tmp_path: Path) -> None:
-    async def work(task: Task) -> None:
+    async def work(context: AsyncHandlerContext) -> None:
         raise Retry(after=1)
 
     too_much = rejected("invalid_request", 400, "`retry_after_ms` is too much.")
@@ -95,8 +95,8 @@ async def test_complete_after_the_end_of_the_grant_is_not_retried(
 async def test_progress_that_json_cannot_express_is_an_error_of_the_handler(
     tmp_path: Path, message: Any, error: str
 ) -> None:
-    async def work(task: Task) -> None:
-        await task.progress(10, message)
+    async def work(context: AsyncHandlerContext) -> None:
+        await context.progress(10, message)
 
     async with working(tmp_path, work) as daemon:
         await daemon.receive("fail")
@@ -106,10 +106,10 @@ async def test_progress_that_json_cannot_express_is_an_error_of_the_handler(
 async def test_rejected_progress_extends_the_lock(tmp_path: Path) -> None:
     """Otherwise a handler that often reports progress over 100 would lose its lock."""
 
-    async def work(task: Task) -> None:
+    async def work(context: AsyncHandlerContext) -> None:
         for _ in range(20):
             with pytest.raises(InvalidRequest):
-                await task.progress(101)
+                await context.progress(101)
 
     async with working(tmp_path, work, responses={"progress": [rejected("invalid_request", 400)]}) as daemon:
         await daemon.receive("complete")
@@ -123,7 +123,7 @@ async def test_a_single_error_stops_the_work_only_if_it_is_about_the_lock(
     monkeypatch.setattr(lock_keeper, "EXTENSIONS_PER_TTL", 1_000)
     stopped = asyncio.Event()
 
-    async def work(task: Task) -> None:
+    async def work(context: AsyncHandlerContext) -> None:
         try:
             await asyncio.Event().wait()
         finally:
@@ -149,10 +149,10 @@ async def test_rejections_for_a_ttl_stop_the_work_and_the_worker(
         worker = Worker(endpoint)
 
         @worker.handler()
-        async def work(task: Task) -> None:
+        async def work(context: AsyncHandlerContext) -> None:
             while True:
                 with contextlib.suppress(Unauthorized, Forbidden, NotFound):
-                    await task.progress(1)
+                    await context.progress(1)
                 await asyncio.sleep(0.001)
 
         with pytest.raises(JobdError) as caught:
@@ -169,14 +169,14 @@ async def test_an_ending_is_not_retried_after_rejections_for_a_ttl(
     daemon = ScriptedDaemon(claim=[ok({"grants": [GRANT]}), rejection], complete=[rejection], extend=[rejection])
     with serving(daemon.server, tmp_path / "p") as endpoint:
         worker = Worker(endpoint)
-        worker.handler()(lambda task: None)
+        worker.handler()(lambda context: None)
         with pytest.raises(Unauthorized):
             await worker.serve()
     assert "could not complete the job: Wrong token." in caplog.text
 
 
 async def test_the_time_without_a_daemon_is_no_time_of_rejections(tmp_path: Path) -> None:
-    async def work(task: Task) -> None:
+    async def work(context: AsyncHandlerContext) -> None:
         await asyncio.Event().wait()
 
     extend = [drop, drop, rejected("unauthorized", 401), rejected("lock_lost", 409, "Held.")]
@@ -189,7 +189,7 @@ async def test_the_time_without_a_daemon_is_no_time_of_rejections(tmp_path: Path
 async def test_claims_are_retried_after_temporary_errors(tmp_path: Path, code: str) -> None:
     go = asyncio.Event()
 
-    async def work(task: Task) -> None:
+    async def work(context: AsyncHandlerContext) -> None:
         await go.wait()
 
     claim = [rejected(code, 500), ok({"grants": [GRANT]}), ok({"grants": []})]
@@ -206,7 +206,7 @@ async def test_a_third_stop_ends_the_retries_of_complete(tmp_path: Path) -> None
     daemon = ScriptedDaemon(complete=[drop], extend=[drop])
     with serving(daemon.server, tmp_path / "p") as endpoint:
         worker = Worker(endpoint)
-        worker.handler()(lambda task: None)
+        worker.handler()(lambda context: None)
         async with running_worker(worker) as serving_:
             await daemon.receive("complete", 2)
             for _ in range(3):
@@ -218,7 +218,7 @@ async def test_a_worker_describes_itself(tmp_path: Path) -> None:
     daemon = ScriptedDaemon()
     with serving(daemon.server, tmp_path / "p") as endpoint:
         worker = Worker(endpoint, concurrency=3)
-        worker.handler(lambda task: None)
+        worker.handler(lambda context: None)
         async with running_worker(worker):
             await daemon.receive("claim", 2)
         before = len(daemon.bodies("claim"))

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from jobd.client import AsyncJobClient, Task, Worker
+from jobd.client import AsyncHandlerContext, AsyncJobClient, Worker
 from jobd.client.worker.claimer import ClaimOptions, describe_claims, describe_process
 from jobd.client.worker.handlers import merged_result
 from tests.support.scripted_server import ScriptedServer, rejected
@@ -20,15 +20,15 @@ from tests.support.scripted_server import ScriptedServer, rejected
 def test_wrong_use_of_the_decorator_is_a_type_error() -> None:
     worker = Worker("unix:/nowhere")
 
-    def generator(task: Task) -> Iterator[int]:
+    def generator(context: AsyncHandlerContext) -> Iterator[int]:
         yield 1
 
-    async def async_generator(task: Task) -> AsyncIterator[int]:
+    async def async_generator(context: AsyncHandlerContext) -> AsyncIterator[int]:
         yield 1
 
     def without_a_task() -> None: ...
 
-    def with_more(task: Task, more: int) -> None: ...
+    def with_more(context: AsyncHandlerContext, more: int) -> None: ...
 
     for wrong in (generator, async_generator, without_a_task, with_more):
         with pytest.raises(TypeError):

@@ -18,7 +18,7 @@ from jobd.model.job import (
     MINUTE_MS,
     STATUSES,
     TRANSITIONS,
-    Backoff,
+    BackoffOptions,
     Failure,
     LockDeadlines,
     Policy,
@@ -445,7 +445,7 @@ def test_only_an_imported_job_that_is_finished_has_finished_at(rules: RuleHarnes
 
 
 def test_an_import_checks_the_backoff_as_a_create_does(rules: RuleHarness) -> None:
-    rejection = rules.reject(cmd.Import(id="a", backoff=Backoff(max_ms=999)), "invalid_request")
+    rejection = rules.reject(cmd.Import(id="a", backoff=BackoffOptions(max_ms=999)), "invalid_request")
     assert rejection.details == {"field": "$.backoff.max_ms"}
 
 

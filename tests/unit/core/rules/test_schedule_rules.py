@@ -11,7 +11,7 @@ from jobd.core.rules.schedule_rules import MAX_JOB_BYTES
 from jobd.model import commands as cmd
 from jobd.model.commands import Fire, PutSchedule, RunSchedule, ScheduledJob, scheduled_job_id
 from jobd.model.events import QueuePause
-from jobd.model.job import DAY_MS, HOUR_MS, Backoff, Extra, Policy
+from jobd.model.job import DAY_MS, HOUR_MS, BackoffOptions, Extra, Policy
 from jobd.model.responses import ScheduleView
 from jobd.model.schedules import Schedule
 from jobd.model.storage import EXTRA_FORMAT
@@ -196,7 +196,7 @@ def test_who_may_put_a_schedule(rules: RuleHarness) -> None:
         {"cron": "0 0 * * *"},
         {"every_ms": None},
         {"job": ScheduledJob(payload=Raw(b'"' + b"x" * MAX_JOB_BYTES + b'"'))},
-        {"job": ScheduledJob(backoff=Backoff("fixed", 5, 4))},
+        {"job": ScheduledJob(backoff=BackoffOptions("fixed", 5, 4))},
     ],
     ids=["both", "none", "large", "backoff"],
 )

@@ -15,7 +15,7 @@ from jobd.core.state import State
 from jobd.core.transaction import Transaction
 from jobd.model import commands as cmd
 from jobd.model.errors import ApiError
-from jobd.model.job import DAY_MS, MINUTE_MS, Backoff, Failure, Job, LockDeadlines, Options, Policy
+from jobd.model.job import DAY_MS, MINUTE_MS, BackoffOptions, Failure, Job, LockDeadlines, Options, Policy
 from jobd.model.responses import Imported, JobView, QueueList, Response
 from tests.support.calls import JOB_COMMANDS, aimed
 from tests.support.rule_harness import NOW, RuleHarness
@@ -51,7 +51,7 @@ def test_the_options_of_the_creator_are_stored(rules: RuleHarness) -> None:
         kind="cut",
         priority=-1000,
         max_attempts=7,
-        backoff=Backoff("fixed", 5, 10, False),
+        backoff=BackoffOptions("fixed", 5, 10, False),
         max_stalls=0,
         on_stall="fail",
         stall_after_ms=0,
@@ -61,7 +61,7 @@ def test_the_options_of_the_creator_are_stored(rules: RuleHarness) -> None:
     )
     view: JobView = rules.accept(requested_ms)
     assert (view.queue, view.kind, view.priority, view.max_attempts) == ("video", "cut", -1000, 7)
-    assert (view.backoff, view.max_stalls, view.on_stall) == (Backoff("fixed", 5, 10, False), 0, "fail")
+    assert (view.backoff, view.max_stalls, view.on_stall) == (BackoffOptions("fixed", 5, 10, False), 0, "fail")
     assert (view.stall_after_ms, view.progress_timeout_ms, view.run_at, view.expires_at) == (0, 0, NOW + 5, NOW + 6)
 
 
@@ -92,10 +92,10 @@ def test_a_delay_moves_run_at(rules: RuleHarness) -> None:
 
 
 def test_the_longest_wait_is_at_least_the_first(rules: RuleHarness) -> None:
-    rejection = rules.reject(cmd.Create(backoff=Backoff(base_ms=5_000, max_ms=10)), "invalid_request")
+    rejection = rules.reject(cmd.Create(backoff=BackoffOptions(base_ms=5_000, max_ms=10)), "invalid_request")
     assert rejection.details == {"field": "$.backoff.max_ms"}
     assert rejection.message == "max_ms 10 is less than base_ms 5000. Raise max_ms, or lower base_ms."
-    assert rules.create(backoff=Backoff(base_ms=10, max_ms=10)).options.backoff.max_ms == 10
+    assert rules.create(backoff=BackoffOptions(base_ms=10, max_ms=10)).options.backoff.max_ms == 10
 
 
 def test_expires_at_must_be_in_the_future(rules: RuleHarness) -> None:
@@ -144,7 +144,7 @@ def test_a_job_does_not_expire_because_a_clock_that_was_behind_is_put_right(rule
     ("first", "second", "differs_in"),
     [
         ({}, {"queue": "q", "kind": "k", "payload": Raw(b"1")}, ["payload", "queue", "kind"]),
-        ({}, {"backoff": Backoff("fixed"), "stall_after_ms": 1}, ["backoff", "stall_after_ms"]),
+        ({}, {"backoff": BackoffOptions("fixed"), "stall_after_ms": 1}, ["backoff", "stall_after_ms"]),
         ({"progress_timeout_ms": 0}, {}, ["progress_timeout_ms"]),
         ({}, {"max_stalls": 1, "on_stall": "fail"}, ["max_stalls", "on_stall"]),
         ({"max_stalls": 1}, {}, []),  # perhaps the configuration has changed

@@ -20,7 +20,7 @@ from jobd.model.responses import JobView
 logger = logging.getLogger("jobd.client")
 
 
-class BaseTask:
+class BaseHandlerContext:
     """The job and its result, for both kinds of handler."""
 
     def __init__(self, keeper: LockKeeper) -> None:
@@ -107,7 +107,7 @@ def _copy(target: Future[None], source: asyncio.Future[None]) -> None:
         target.set_exception(error)
 
 
-class Task(BaseTask):
+class AsyncHandlerContext(BaseHandlerContext):
     """The job of an async handler.
 
     `payload` is decoded. Pass `fencing_token` to resources that check it. If the lock is lost or the job is cancelled,
@@ -137,12 +137,12 @@ class Task(BaseTask):
         super().raise_if_lost()
 
 
-class SyncTask(BaseTask):
+class HandlerContext(BaseHandlerContext):
     """The job of a plain handler, which has its own thread.
 
-    Like Task, but a thread cannot be cancelled: report progress, check `cancelled` (a threading.Event) or call
-    `raise_if_lost` often, and end soon if the lock is lost, the worker stops, or the timeout has passed. Raise Stopped
-    if the work is not finished: a normal return completes the job.
+    A thread cannot be cancelled: report progress, check `cancelled` (a threading.Event) or call `raise_if_lost` often,
+    and end soon if the lock is lost, the worker stops, or the timeout has passed. Raise Stopped if the work is not
+    finished: a normal return completes the job.
     """
 
     def __init__(self, keeper: LockKeeper) -> None:
