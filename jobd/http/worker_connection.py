@@ -84,14 +84,14 @@ class WorkerConnection(asyncio.Protocol):
         self._drained: asyncio.Future[None] | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Set the write buffer limits to 0, so that `pause_writing` reveals a client that reads slowly.
+        """Set the write buffer limits to the lowest, so that `pause_writing` reveals a client that reads slowly.
 
-        A closed transport waits forever for its unsent data. TLS transports have a deadline for that.
+        With 0, a TLS transport would pause although its buffer is empty. Below its buffer is that of the TCP transport,
+        64 KiB, which cannot be set. A closed transport waits forever for its unsent data, except with TLS.
         """
         opened = self.transport = cast("asyncio.Transport", transport)  # uvloop's transports are no subclasses of it
         self._open_connections.add(self)
-        if transport.get_extra_info("sslcontext") is None:
-            opened.set_write_buffer_limits(0)
+        opened.set_write_buffer_limits(0 if transport.get_extra_info("sslcontext") is None else 1)
         self._idle_timer = self._loop.call_later(self.app.limits.idle_s, self._check_idle)
 
     # -- input ---------------------------------------------------------------------------------------------------------

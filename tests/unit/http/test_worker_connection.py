@@ -220,6 +220,31 @@ async def test_a_client_that_reads_too_slowly_is_cut_off(
     assert unix.actor.undelivered_responses == []  # its first byte has been written
 
 
+async def test_a_tls_client_that_stops_reading_the_last_part_of_a_response_is_cut_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A TLS transport would keep this part without a sign, because it is below its default limit."""
+    monkeypatch.setattr("jobd.http.read_deadline.WRITE_TIMEOUT_S", 0.05)
+    server, client = await tls_pair(tmp_path)
+    async with HttpHarness(ROUTES, tmp_path) as harness:
+        harness.actor.respond = lambda _: Response("x" * 400_000, grants=[("a", "lock")])
+        [(_, port)] = await harness.listener.open_tcp("127.0.0.1", 0, tls=server)
+        reader, writer = await asyncio.open_connection("127.0.0.1", port, ssl=client, server_hostname="localhost")
+        while not harness.listener.connections:  # noqa: ASYNC110 - there is nothing to wait for, and this is soon
+            await asyncio.sleep(0)
+        [connection] = harness.connections
+        assert connection.transport is not None
+        for transport, option in ((connection.transport, socket.SO_SNDBUF), (writer.transport, socket.SO_RCVBUF)):
+            transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, option, 1)
+        writer.transport.pause_reading()  # type: ignore[attr-defined]
+        with capture_logs() as logs:
+            writer.write(CLAIM)
+            async with asyncio.timeout(10):
+                await wait_until_closed(harness)
+        assert [(entry["event"], entry["grants"]) for entry in logs if "grants" in entry] == [("response_cut_off", 1)]
+        await RawConnection(reader, writer).close()
+
+
 @pytest.mark.parametrize("end", ["client", "reads"])
 async def test_a_response_of_which_no_byte_was_sent_is_undelivered(unix: HttpHarness, end: str) -> None:
     """A client that pipelines and does not read has a full socket, so its next response waits in the transport.
