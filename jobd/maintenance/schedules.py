@@ -22,7 +22,7 @@ from jobd.model.job import MINUTE_MS, SECOND_MS
 from jobd.model.schedules import Schedule
 
 LOOK_S: Final = 1.0  # the clock may step, and pauses end, by wall time
-RETRY_S: Final = 5.0  # after a rejected command: the disk is full, or a limit is reached
+RETRY_MS: Final = 5 * SECOND_MS  # after a rejected command: the disk is full, or a limit is reached
 AT_ONCE: Final = 100  # commands that wait for the same commit
 SLICE: Final = 20  # schedules whose times are computed before others run
 LATE_MS: Final = MINUTE_MS  # a schedule that makes up nothing still fires this late
@@ -40,6 +40,7 @@ class Scheduler:
         self._changed = dict.fromkeys(self._state.schedules)
         self._next: dict[str, int] = {}  # when each schedule has something to do
         self._heap: list[tuple[int, str]] = []  # the same; entries that differ from `_next` are void
+        self._looked_at = 0
         self._wake = asyncio.Event()
         self._stopping = False
         self._state.on_schedule = self._note_change
@@ -51,13 +52,14 @@ class Scheduler:
     async def run(self) -> None:
         while not self._stopping:
             self._wake.clear()
+            self._check_clock()
             await self._compute()
-            rejected, at = await self._fire(), self._moment()
-            wait_s: float | None = RETRY_S if rejected else LOOK_S
-            if not (self._heap or self._changed):
-                wait_s = None
-            elif self._heap and not rejected and not at.suspect:
+            await self._fire()
+            at, wait_s = self._moment(), None
+            if self._heap and not at.suspect:
                 wait_s = min(max(self._heap[0][0] - at.now, 1) / SECOND_MS, LOOK_S)
+            elif self._heap or self._changed:
+                wait_s = LOOK_S
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._wake.wait(), wait_s)
 
@@ -65,19 +67,31 @@ class Scheduler:
         self._stopping = True
         self._wake.set()
 
+    def _check_clock(self) -> None:
+        """Compute all times again after the clock was set back: later times may not count any more."""
+        now = self._moment().now
+        if now < self._looked_at - SECOND_MS:
+            self._changed.update(dict.fromkeys(self._state.schedules))
+        self._looked_at = now
+
     async def _compute(self) -> None:
         """Compute the next time of each schedule that has changed."""
         count = 0
         while self._changed and not self._stopping:
             name, _ = self._changed.popitem()
-            self._next.pop(name, None)
             schedule = self._state.schedules.get(name)
-            if schedule is not None and (at := await self._next_at(schedule)) is not None:
-                self._next[name] = at
-                heappush(self._heap, (at, name))
+            at = None if schedule is None else await self._next_at(schedule)
+            if at is None:
+                self._next.pop(name, None)
+            elif at != self._next.get(name):
+                self._plan(name, at)
             count += 1
             if count % SLICE == 0:
                 await asyncio.sleep(0)
+
+    def _plan(self, name: str, at: int) -> None:
+        self._next[name] = at
+        heappush(self._heap, (at, name))
 
     async def _next_at(self, schedule: Schedule) -> int | None:
         if schedule.pause is not None:
@@ -89,27 +103,32 @@ class Scheduler:
             log.error("schedule_invalid", schedule=schedule.id, field=error.field, reason=str(error))
             return None
 
-    async def _fire(self) -> bool:
-        """Send the commands that are due. Return whether one of them was rejected."""
-        at, rejected = self._moment(), False
+    async def _fire(self) -> None:
+        """Send the commands that are due. Those that are rejected are sent again later."""
+        at = self._moment()
         while self._heap and self._heap[0][0] <= at.believed and not at.suspect and not self._stopping:
             commands: list[tuple[str, AnyCommand, str]] = []
             while self._heap and self._heap[0][0] <= at.believed and len(commands) < AT_ONCE:
                 due_at, name = heappop(self._heap)
                 schedule = self._state.schedules.get(name)
                 if schedule is not None and self._next.get(name) == due_at:
-                    commands.append((name, *_command(schedule, at.now)))
-                    self._changed[name] = None  # compute its next time, whatever the response is
+                    del self._next[name]
+                    commands.append((name, *_command(schedule, due_at, at.now)))
             answers = await asyncio.gather(*(self._actor.ask(command, by=by) for _, command, by in commands))
-            rejected |= any(isinstance(answer, ApiError) for answer in answers)
-        return rejected
+            for (name, _, _), answer in zip(commands, answers, strict=True):
+                if isinstance(answer, ApiError):
+                    self._plan(name, at.now + RETRY_MS)
+                else:
+                    self._changed[name] = None
 
 
-def _command(schedule: Schedule, now: int) -> tuple[AnyCommand, str]:
-    """Return the command of a schedule that is due, and its author."""
+def _command(schedule: Schedule, due_at: int, now: int) -> tuple[AnyCommand, str]:
+    """Return the command of a schedule that has been due since `due_at`, and its author."""
     if schedule.pause is not None:
         return ResumeSchedule(id=schedule.id, reason="The pause ended as scheduled."), "daemon"
-    at, missed = latest_time(schedule.timing, schedule.fires_after(now), now)
+    if (after := schedule.fires_after(now)) >= now:  # the clock was set back by more than a day
+        after = due_at - 1
+    at, missed = latest_time(schedule.timing, after, now)
     command = Fire(
         id=schedule.id,
         version=schedule.version,

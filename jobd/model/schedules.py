@@ -67,8 +67,12 @@ class Schedule(Struct, frozen=True, omit_defaults=True, kw_only=True):
         return str(self.job.get("queue", "default"))
 
     def fires_after(self, now: int) -> int:
-        """Return the time after which it fires next. Times that a clock wrote more than a day ahead do not count."""
+        """Return the time after which it fires next: `now` if a clock wrote one of its times more than a day ahead."""
         return max(at if at <= now + DAY_MS else now for at in (self.timed_from, self.last_at or self.timed_from))
+
+    def is_over(self, at: int, now: int) -> bool:
+        """Return whether a time cannot fire any more. Times that a clock wrote more than a day ahead do not count."""
+        return any(at <= known <= now + DAY_MS for known in (self.timed_from, self.last_at or self.timed_from))
 
 
 def schedule_id(event: Event) -> str | None:
@@ -90,19 +94,23 @@ def fold_schedule(known: Schedule | None, event: Event) -> Schedule | None:
         if "missed" not in details:
             return known  # an operator ran it
         fired_at = details["scheduled_at"]
-        return replace(known, last_at=fired_at, last_fired_at=fired_at, skips_in_a_row=0)
+        return replace(_passed(known, fired_at), last_fired_at=fired_at, skips_in_a_row=0)
     if event.type == "schedule_skipped":
         skip = Skip(details["scheduled_at"], event.reason or "")
         return replace(
-            known,
-            last_at=skip.scheduled_at,
+            _passed(known, skip.scheduled_at),
             skipped=known.skipped + 1,
             skips_in_a_row=known.skips_in_a_row + 1,
             last_skip=skip,
         )
     if event.type == "schedule_missed":
-        return replace(known, last_at=details["scheduled_at"])
+        return _passed(known, details["scheduled_at"])
     if event.type == "schedule_paused":
         return replace(known, pause=QueuePause(event.at, event.by, event.reason, details["until"]))
     assert event.type == "schedule_resumed"
     return replace(known, pause=None, timed_from=event.at, version=event.seq)
+
+
+def _passed(known: Schedule, at: int) -> Schedule:
+    """Return the schedule after a time of it. A clock that was set back may have written a later `timed_from`."""
+    return replace(known, last_at=at, timed_from=min(known.timed_from, at))

@@ -99,7 +99,7 @@ def fire(tx: Transaction, command: Fire) -> Response:
         or schedule.version != command.version
         or schedule.pause is not None
         or tx.at.suspect
-        or at <= schedule.fires_after(tx.now)
+        or schedule.is_over(at, tx.now)
     ):
         return Response(None)
     job_id, queue = scheduled_job_id(schedule.id, at), schedule.queue

@@ -8,7 +8,15 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from jobd.maintenance.schedules import Scheduler
-from jobd.model.commands import Create, DeleteSchedule, PauseSchedule, PutSchedule, ResumeSchedule, ScheduledJob
+from jobd.model.commands import (
+    Create,
+    DeleteSchedule,
+    PauseSchedule,
+    PutSchedule,
+    ResumeSchedule,
+    RunSchedule,
+    ScheduledJob,
+)
 from jobd.model.job import DAY_MS, HOUR_MS, MINUTE_MS
 from tests.support.virtual_engine import VirtualEngine, checked_engine, in_virtual_time
 
@@ -74,6 +82,18 @@ async def test_no_time_fires_twice_after_steps_of_the_clock() -> None:
 
 
 @in_virtual_time
+async def test_a_schedule_goes_on_after_the_clock_was_set_back_by_days() -> None:
+    async with checked_engine() as engine, running(engine):
+        await engine.yes(put(every_ms=HOUR_MS))
+        await asyncio.sleep(2 * 3_600)
+        before = len(times(engine))
+        engine.step_ms -= 2 * DAY_MS
+        await asyncio.sleep(45 * 3_600)
+        found = times(engine)[before:]
+        assert found == list(range(found[0], found[0] + 45 * HOUR_MS, HOUR_MS))
+
+
+@in_virtual_time
 async def test_a_suspect_clock_fires_nothing() -> None:
     async with checked_engine() as engine, running(engine):
         await engine.yes(put())
@@ -97,6 +117,31 @@ async def test_rejected_firings_are_made_up() -> None:
         await asyncio.sleep(10)
         assert len(times(engine)) == 1
         assert engine.state.schedules["s"].missed >= 1
+
+
+@in_virtual_time
+async def test_a_rejected_schedule_does_not_delay_others() -> None:
+    async with checked_engine() as engine, running(engine):
+        engine.actor.policy = engine.actor.policy.__class__(queues=1)
+        await engine.yes(put(every_ms=1_000))
+        await asyncio.sleep(2)
+        await engine.yes(put(id="rejected", every_ms=1_000, job=ScheduledJob(queue="other")))
+        await asyncio.sleep(30)
+        assert (len(times(engine)), engine.state.schedules["s"].missed) in ((31, 0), (32, 0))
+
+
+@in_virtual_time
+async def test_runs_between_two_times_are_not_planned() -> None:
+    async with checked_engine() as engine:
+        scheduler = Scheduler(engine.actor, engine.clock.moment)
+        task = asyncio.create_task(scheduler.run())
+        await engine.yes(put(every_ms=DAY_MS))
+        for _ in range(5):
+            await engine.yes(RunSchedule(id="s"))
+            await asyncio.sleep(1)
+        assert len(scheduler._heap) == 1
+        scheduler.stop()
+        await task
 
 
 @in_virtual_time
