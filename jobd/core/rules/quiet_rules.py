@@ -18,13 +18,21 @@ def direct(tx: Transaction, command: DirectWorker) -> Response:
     """Keep the directive for the next claims of the worker. The actor answers the waiting ones."""
     presence, name = tx.state.presence, command.name
     if (seen := presence.workers.get(name)) is None:
-        message = f"Worker {name} has not been seen since the start of the daemon. List the workers: jobctl workers"
+        processes = [each for each in presence.workers if each.startswith(f"{name}-")][:3]  # of `jobctl worker`
+        hint = f"Did you mean {', '.join(processes)}? " if processes else ""
+        message = (
+            f"Worker {name} has not been seen since the start of the daemon. {hint}List the workers: jobctl workers"
+        )
         raise api_error("worker_not_found", message, worker=name)
     if (state := presence.state(seen)) in ("died", "gone"):
+        advice = (
+            "A new process of this name is not quiet, unless a rule covers it: jobctl quiet lists the rules"
+            if command.action == "resume"
+            else "For workers that appear later, make a rule: jobctl quiet --host HOST --version VERSION --reason TEXT"
+        )
         message = (
             f"Worker {name} {'died' if state == 'died' else 'is gone'}: it was last seen "
-            f"{duration(tx.now - presence.heard_at(seen))} ago, so no process would get this. For workers that appear "
-            "later, make a rule: jobctl quiet --host HOST --version VERSION --reason TEXT"
+            f"{duration(tx.now - presence.heard_at(seen))} ago, so no process would get this. {advice}"
         )
         raise api_error("worker_gone", message, worker=name, state=state)
     instance = None if seen.about is None else seen.about.instance

@@ -121,7 +121,10 @@ async def test_stop_is_repeated_until_the_goodbye(engine: VirtualEngine) -> None
     rejection = await engine.no(cmd.QuietWorker(name="w"))
     assert rejection.code == "worker_gone"
     assert "jobctl quiet --host" in rejection.message
+    assert "jobctl quiet lists the rules" in (await engine.no(cmd.ResumeWorker(name="w"))).message
     assert (await engine.no(cmd.StopWorker(name="x"))).code == "worker_not_found"
+    await engine.yes(cmd.Claim(worker="x-1"))
+    assert "Did you mean x-1?" in (await engine.no(cmd.StopWorker(name="x"))).message
     assert await told(engine) is None, "the name is used again"
 
 
