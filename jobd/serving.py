@@ -134,6 +134,8 @@ class Serving:
         apps: list[App[Any]],
         artifacts: ArtifactStore | None,
         leading: Leading | None = None,
+        *,
+        make_clock: Callable[..., Clock] = Clock,
     ) -> None:
         self._stack = stack
         self._background = Background(stack)
@@ -145,7 +147,7 @@ class Serving:
         self._leading = leading
         self._leadership = None if leading is None else leading.leadership
         settings, numbers = loaded.config, opened.numbers
-        self.clock = Clock(numbers, keep_ms=settings.policy().shortest_keep_ms)
+        self.clock = make_clock(numbers, keep_ms=settings.policy().shortest_keep_ms)
         self._clock_monitor = ClockMonitor(
             self._on_pause, self._on_set_back, self.clock.moment, on_set_ahead=_log_set_ahead
         )
@@ -187,6 +189,12 @@ class Serving:
         run("metrics", services.metrics)
         self._stack.push_async_callback(services.planner.close)
         run("webhooks", self.webhooks)
+
+    async def clock_moved(self) -> None:
+        """Do at once what is due by the clock, which was moved by a test."""
+        await self.maintainer.recover_due()
+        await self._scheduler.fire_due()
+        await self.actor.ask(Ping(), by="daemon")  # it serves the claims that wait
 
     def _before_batch(self) -> Awaitable[None] | None:
         self._clock_monitor.check()

@@ -194,7 +194,7 @@ class Maintainer:
             next_recovery = min(next_recovery, loop_time() + every_s)
             if every_s and loop_time() >= next_recovery:
                 next_recovery = loop_time() + every_s
-                await self._guarded("recovery", self._recover_due)
+                await self._guarded("recovery", self.recover_due)
             if loop_time() >= next_tick:
                 next_tick = loop_time() + TICK_S
                 await self._guarded("tick", self._tick)
@@ -205,7 +205,8 @@ class Maintainer:
             upcoming = min(next_tick, next_recovery) if every_s else next_tick
             await _wait(self._recovery_wake, min(upcoming - loop_time(), pause_ends_in_s))
 
-    async def _recover_due(self) -> None:
+    async def recover_due(self) -> None:
+        """Recover stalled jobs, and let queued jobs expire."""
         if self._has_expired():
             await self._context.recover("recovery", [])
         if self._has_overdue():

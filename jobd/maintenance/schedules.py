@@ -42,6 +42,7 @@ class Scheduler:
         self._heap: list[tuple[int, str]] = []  # the same; entries that differ from `_next` are void
         self._looked_at = 0
         self._wake = asyncio.Event()
+        self._callers: list[asyncio.Future[None]] = []  # of `fire_due`
         self._stopping = False
         self._state.on_schedule = self._note_change
 
@@ -53,8 +54,11 @@ class Scheduler:
         while not self._stopping:
             self._wake.clear()
             self._check_clock()
+            callers, self._callers = self._callers, []
             await self._compute()
             await self._fire()
+            for caller in callers:
+                caller.set_result(None)
             at, wait_s = self._moment(), None
             if self._heap and not at.suspect:
                 wait_s = min(max(self._heap[0][0] - at.now, 1) / SECOND_MS, LOOK_S)
@@ -62,6 +66,13 @@ class Scheduler:
                 wait_s = LOOK_S
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._wake.wait(), wait_s)
+
+    async def fire_due(self) -> None:
+        """Look at the clock now, and return when the schedules that are due have fired."""
+        caller: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._callers.append(caller)
+        self._wake.set()
+        await caller
 
     def stop(self) -> None:
         self._stopping = True

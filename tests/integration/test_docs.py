@@ -570,7 +570,7 @@ STOP_WORKER: Final = "kill $(cat worker_routes.pid 2>/dev/null) 2>/dev/null || t
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["troubleshooting.md", "migration.md", "workers.md", "python.md"])
+@pytest.mark.parametrize("name", ["troubleshooting.md", "migration.md", "workers.md", "python.md", "testing.md"])
 def test_the_examples_of_a_page_against_a_daemon(name: str, context: DocumentEnvironment) -> None:
     token = context.directory / "admin_token"
     token.write_text(TOKEN)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import threading
 import weakref
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from jobd.client import requests
@@ -24,6 +25,20 @@ if TYPE_CHECKING:
 RETRY_FOR_S: Final = 30.0
 logger = logging.getLogger("jobd.client")
 _HINT: Final = " Start a daemon with `jobd dev`, or name another one: JOBD_SOCKET, JOBD_URL, or App(url=...)."
+
+
+_replacement: Address | None = None  # the daemon of a test, for all apps
+
+
+@contextlib.contextmanager
+def replaced_daemon(address: Address) -> Iterator[None]:
+    """Let all apps use another daemon, whatever their address is. For tests."""
+    global _replacement
+    before, _replacement = _replacement, address
+    try:
+        yield
+    finally:
+        _replacement = before
 
 
 class _Warning:
@@ -45,7 +60,8 @@ class DaemonJobs:
         self._token = token
         self._guard = threading.Lock()
         self._client: JobClient | None = None
-        self._clients: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, AsyncJobClient] = (
+        self._client_of: Address | None = None  # the replacement that it was made for
+        self._clients: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, tuple[Address | None, AsyncJobClient]] = (
             weakref.WeakKeyDictionary()
         )
         # The end of a loop closes its asynchronous generators, and with them the connections.
@@ -66,7 +82,7 @@ class DaemonJobs:
     @property
     def endpoints(self) -> tuple[Endpoint, ...]:
         """The addresses of the daemon."""
-        return worker_endpoints(self._url, self._token)
+        return worker_endpoints(_replacement or self._url, self._token)
 
     def create(self, jobs: Sequence[NewJob]) -> None:
         if len(jobs) > 1:
@@ -161,24 +177,29 @@ class DaemonJobs:
         return result
 
     def _blocking(self) -> JobClient:
-        if self._client is None:
-            with self._guard:
-                if self._client is None:
-                    client = JobClient(self._url, token=self._token, retry_for_s=RETRY_FOR_S)
-                    client.on_retry = self._warning
-                    weakref.finalize(self, client.close)  # also at the end of the program
-                    self._client = client
-        return self._client
+        if (found := self._client) is not None and self._client_of is _replacement:
+            return found
+        with self._guard:
+            if self._client is None or self._client_of is not _replacement:
+                self.close()
+                client = JobClient(_replacement or self._url, token=self._token, retry_for_s=RETRY_FOR_S)
+                client.on_retry = self._warning
+                weakref.finalize(self, client.close)  # also at the end of the program
+                self._client_of, self._client = _replacement, client
+            return self._client
 
     async def _asynchronous(self) -> AsyncJobClient:
         loop = asyncio.get_running_loop()
+        if loop in self._clients and self._clients[loop][0] is not _replacement:
+            await self._closers.pop(loop).aclose()
         if loop not in self._clients:
             closer = self._closers[loop] = self._hold_client(loop)
             await anext(closer)
-        return self._clients[loop]
+        return self._clients[loop][1]
 
     async def _hold_client(self, loop: asyncio.AbstractEventLoop) -> AsyncGenerator[None]:
-        client = self._clients[loop] = self.asynchronous_client()
+        client = self.asynchronous_client()
+        self._clients[loop] = _replacement, client
         client.on_retry = self._warning
         try:
             yield
@@ -195,7 +216,7 @@ class DaemonJobs:
                 f"Asynchronous calls and workers need the package {error.name}: pip install 'jobd-client[worker]'",
                 name=error.name,
             ) from None
-        return AsyncJobClient(self._url, token=self._token, retry_for_s=RETRY_FOR_S)
+        return AsyncJobClient(_replacement or self._url, token=self._token, retry_for_s=RETRY_FOR_S)
 
 
 def _bulk(jobs: Sequence[NewJob]) -> ApiRequest[list[JobView]]:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
-import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, TypeVar
 
 from msgspec import UNSET, Raw, UnsetType
 
@@ -19,6 +19,8 @@ from jobd.client.app.task_registry import TaskDefinition
 from jobd.client.errors import JobNotFound
 from jobd.client.outcomes import Retry, Snooze
 from jobd.client.worker.error_text import failure_message
+
+T = TypeVar("T")
 
 
 @dataclass(slots=True)
@@ -55,7 +57,7 @@ class InlineJobs:
     def create(self, jobs: Sequence[NewJob]) -> None:
         for new in jobs:
             if self._tasks[new.name].is_async:
-                _run_loop(self._run(new))
+                run_coroutine(self._run(new))
             else:
                 with contextlib.suppress(StopIteration):  # it never waits
                     self._run(new).send(None)
@@ -135,18 +137,7 @@ class InlineJobs:
         """Nothing is open."""
 
 
-def _run_loop(work: Any) -> None:
+def run_coroutine(work: Coroutine[Any, Any, T]) -> T:
     """Run `work` on a new event loop: in another thread, because this one may have a loop."""
-    errors: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            asyncio.run(work)
-        except BaseException as error:
-            errors.append(error)
-
-    thread = threading.Thread(target=contextvars.copy_context().run, args=(run,))
-    thread.start()
-    thread.join()
-    if errors:
-        raise errors[0]
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(contextvars.copy_context().run, asyncio.run, work).result()

@@ -87,15 +87,16 @@ def request_fields(task: TaskOptions, job: JobOptions) -> dict[str, Any]:
     if (delay := given.get("delay")) is not None:
         fields["delay_ms"] = milliseconds("delay", delay)
     if (run_at := given.get("run_at")) is not None:
-        fields["run_at"] = _unix_ms("run_at", run_at)
+        fields["run_at"] = unix_ms("run_at", run_at)
     if isinstance(expires := given.get("expires"), datetime):
-        fields["expires_at"] = _unix_ms("expires", expires)
+        fields["expires_at"] = unix_ms("expires", expires)
     elif expires is not None:
         fields["expires_in_ms"] = milliseconds("expires", expires)
     return fields
 
 
-def _unix_ms(name: str, value: Any) -> int:
+def unix_ms(name: str, value: Any) -> int:
+    """Return a time in Unix ms. Raises TypeError if it is no aware datetime."""
     if not isinstance(value, datetime) or value.tzinfo is None:
         raise TypeError(f"{name} must be an aware datetime such as datetime.now(timezone.utc), not {value!r}")
     return round(value.timestamp() * 1000)
