@@ -232,10 +232,10 @@ class Projection:
         payloads: dict[int, bytes] = {}
         bad: dict[str, str] = {}
         new = {change.job_seq: change.payload for change in batch.changes if change.payload is not None}
-        for change in batch.changes:
-            new |= change.bodies or {}
+        for bodies in [change.bodies for change in batch.changes if change.bodies]:
+            new |= bodies
         for seq in batch.payloads:
-            if (body := new.get(seq)) is not None:
+            if (body := self._jobs.payloads.get(seq) or new.get(seq)) is not None:
                 payloads[seq] = body
                 continue
             payload, error = self._payloads.get(seq), ""
