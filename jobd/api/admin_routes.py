@@ -15,10 +15,11 @@ from jobd.api import operator_actions as actions
 from jobd.api.auditing import audit_read, check_audit_filter
 from jobd.api.downloads import send_artifact, send_backup
 from jobd.api.event_stream import send_events
+from jobd.api.explanations import send_queue_why, send_why
 from jobd.api.imports import import_jobs, preview_import
 from jobd.api.openapi import routes_of, with_document
 from jobd.api.probes import PROBES, send_cluster
-from jobd.api.schedules import put_schedule, send_schedule, send_schedules, send_why
+from jobd.api.schedules import put_schedule, send_schedule, send_schedules
 from jobd.api.services import Services
 from jobd.http.app import App, run_command
 from jobd.http.request import RequestContext, as_one_entry, operator_of
@@ -113,6 +114,7 @@ def _respond_to_operator(act: Callable[[App[Services], Operator | None, Any], Aw
 _HANDLERS: Final[dict[ApiCall[Any, Any], RouteHandler]] = {
     calls.AdminJobCalls.validate_job: _validate_job,
     calls.AdminJobCalls.why: send_why,
+    calls.AdminQueueCalls.why_queue: send_queue_why,
     calls.AdminJobRequests.artifact: send_artifact,
     calls.ManyJobRequests.import_jobs: import_jobs,
     calls.ManyJobRequests.preview_import: preview_import,

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from msgspec import UNSET
 from msgspec.structs import replace
 
 from jobd.api.services import Services
 from jobd.http.app import App, run_command
 from jobd.http.request import RequestContext
 from jobd.maintenance.cron import InvalidTiming, explanation, load_zone, next_times
-from jobd.model.commands import Get, GetSchedule, PutSchedule, Why
+from jobd.model.commands import Get, PutSchedule
 from jobd.model.errors import ApiError, invalid_request_error
-from jobd.model.responses import Response, ScheduleView, WhyView
+from jobd.model.responses import Response, ScheduleView
 from jobd.model.schedules import Timing
-from jobd.model.times import utc
 
 TIMES_SHOWN = 5
 
@@ -39,28 +37,6 @@ async def send_schedules(app: App[Services], ctx: RequestContext, command: Any) 
     if isinstance(response, Response):
         response.data.schedules = [await with_times(app, each) for each in response.data.schedules]
     return response
-
-
-async def send_why(app: App[Services], ctx: RequestContext, command: Why) -> Response | ApiError:
-    response = await run_command(app, ctx, command)
-    if isinstance(response, Response):
-        response.data = await with_schedule(app, response.data)
-    return response
-
-
-async def with_schedule(app: App[Services], view: WhyView) -> WhyView:
-    """Add in words which schedule created the job, and its next time."""
-    if (name := view.schedule_id) is UNSET:
-        return view
-    schedule = await app.actor.ask(GetSchedule(id=name), by="daemon")
-    if isinstance(schedule, ApiError):
-        then = "deleted since"
-    elif schedule.data.paused:
-        then = "paused now"
-    else:
-        at = (await with_times(app, schedule.data)).next_at
-        then = "no next time" if at is None else f"next {utc(at)}"
-    return replace(view, because=f"{view.because} It was created by schedule {name}, {then}.")
 
 
 async def _check(timing: Timing) -> None:

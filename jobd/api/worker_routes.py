@@ -6,9 +6,10 @@ from typing import Final
 
 from jobd.api.command_stream import StreamedCommand, StreamedResponse, serve_command_stream
 from jobd.api.event_stream import send_events
+from jobd.api.explanations import send_why
 from jobd.api.openapi import document_at, routes_of, with_document
 from jobd.api.probes import PROBES, send_cluster
-from jobd.api.schedules import put_schedule, send_schedule, send_schedules, send_why
+from jobd.api.schedules import put_schedule, send_schedule, send_schedules
 from jobd.http.routing import Route
 from jobd.model.api_call import LINES
 from jobd.model.calls import WORKER_API, EventRequests, JobCalls, NodeCalls, ScheduleCalls

@@ -11,7 +11,7 @@ from jobd.model.times import duration, utc
 
 if TYPE_CHECKING:
     from jobd.model.events import EventView, StreamedEvent
-    from jobd.model.responses import JobView, Validation, WhyView
+    from jobd.model.responses import JobView, QueueWhyView, Validation, WhyView
 
 _LONG = 4_000
 
@@ -143,7 +143,12 @@ _BLOCKED_BY: Final = {
 
 
 def why(view: WhyView) -> None:
-    """Print the state, its reason, the next event and what to do."""
+    """Print the open problem, the state, its reason, the next event and what to do."""
+    if view.problem:
+        problem = view.problem
+        terminal.emit(terminal.one_line(f"problem: {problem.name}: {problem.title} {problem.cause}".rstrip()))
+        for cure in problem.cure:
+            terminal.emit(f"cure: {cure.label}: {cure.command}" if cure.command else f"cure: {cure.label}")
     terminal.emit(terminal.one_line(f"{view.state}: {view.because}"))
     if view.next is not None:
         at = "" if view.next.at is None else f": {terminal.when(view.next.at)}"
@@ -154,6 +159,15 @@ def why(view: WhyView) -> None:
         terminal.emit(f"blocked by: {_BLOCKED_BY.get(view.blocked_by, view.blocked_by)}")
     for hint in view.do:
         terminal.emit(f"do: {hint}")
+
+
+def queue_why(view: QueueWhyView) -> None:
+    """Print the state of a queue, and of each kind why its oldest due job waits."""
+    terminal.emit(view.because)
+    for each in view.kinds:
+        terminal.emit("")
+        terminal.emit(f"kind {each.kind or '-'}: {each.due:,} due, the oldest is {each.job_id}")
+        why(each.why)
 
 
 def validation(view: Validation) -> None:

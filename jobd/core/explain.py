@@ -20,9 +20,10 @@ from jobd.core.worker_presence import ClaimSet, WorkerPresence, WorkerSeen
 from jobd.model.commands import NO_REASON, Moment
 from jobd.model.events import Event, QueuePause, describe_author
 from jobd.model.job import DELAYED_FROM, SECOND_MS, Grant, Job, LateResult, LockDeadlines, Policy
-from jobd.model.responses import NextEvent, WhyView
+from jobd.model.responses import KindWhy, NextEvent, QueueWhyView, WhyView
 from jobd.model.times import duration, time_left, utc
 
+MAX_KINDS: Final = 100  # of a queue that are explained
 MAX_NAMED: Final = 3  # workers or kinds that a sentence lists
 WITHOUT_WORKER: Final = ("no worker", "no worker of its kind")  # values of `blocked_by`
 RUN_MS: Final = SECOND_MS  # of recovery, at most as a rule
@@ -36,6 +37,28 @@ def explain(job: Job, state: State, at: Moment, policy: Policy, late: list[LateR
     if job.extra is not None and job.extra.schedule_id is not None:
         view = replace(view, schedule_id=job.extra.schedule_id)
     return replace(view, do=[*_late(job, late, policy), *view.do]) if late else view
+
+
+def explain_queue(name: str, state: State, at: Moment, policy: Policy) -> QueueWhyView:
+    """Explain the job of each kind that has been due longest."""
+    found = [(state.oldest_of_kind(name, kind, at.now)[1], kind) for kind in state.queued_kinds(name)]
+    oldest = sorted((entry[1:4], kind) for entry, kind in found if entry is not None)[:MAX_KINDS]
+    kinds = []
+    for (*_, job_id), kind in oldest:
+        view = explain(state.jobs[job_id], state, at, policy)
+        kinds.append(KindWhy(kind, state.due_of_kind(name, kind, at.now)[0], job_id, view))
+    return QueueWhyView(name, _queue_state(name, state, len(kinds), len(found)), kinds)
+
+
+def _queue_state(name: str, state: State, due: int, queued: int) -> str:
+    counts, pause = state.counts.get(name), state.paused.get(name)
+    if counts is None and pause is None:
+        return f"There is no queue {name}: it has no jobs and is not paused. List the queues: jobctl queues"
+    paused = f"Queue {name} was paused {pause.describe()}. " if pause is not None else ""
+    if due:
+        return f"{paused}Jobs of {due} of {queued} queued kinds are due."
+    live = ", ".join(f"{0 if counts is None else counts[status]:,} {status}" for status in ("queued", "processing"))
+    return f"{paused}No job of queue {name} is due: {live}."
 
 
 def _late(job: Job, late: list[LateResult], policy: Policy) -> list[str]:
@@ -359,7 +382,8 @@ def _advice(job: Job, grant: Grant, deadlines: LockDeadlines, at: Moment) -> lis
     if not deadlines.is_live(at.lock_ms):
         do.append(f"Take back its jobs with expired locks: jobctl take-back {quote(grant.worker)}")
     again = f"jobctl force-fail {job.id}, and to run it again: jobctl retry {job.id}"
-    cancel = f"jobctl cancel {job.id} (its work stops at its next report, within {duration(grant.ttl_ms // 3)})"
+    stops = f"this ends it at once, and its work stops at the next report, at most {duration(grant.ttl_ms // 3)} later"
+    cancel = f"jobctl cancel {job.id} ({stops})"
     return [*do, f"If it is dead and you cannot wait: {again}", f"If it is not needed: {cancel}"]
 
 

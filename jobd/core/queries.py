@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import assert_never
 
 from jobd.core import guards, views
-from jobd.core.explain import explain
+from jobd.core.explain import explain, explain_queue
 from jobd.core.row_checks import validate
 from jobd.core.rules import plan_rules
 from jobd.core.transaction import Transaction
@@ -27,6 +27,7 @@ from jobd.model.commands import (
     Validate,
     WaitForJobs,
     Why,
+    WhyQueue,
     Workers,
 )
 from jobd.model.job import FINISHED, Job
@@ -44,7 +45,7 @@ from jobd.model.responses import (
 )
 
 OfJob = Get | GetVersion | Timeline | Why | Validate | LateResults
-Reading = OfJob | WaitForJobs | ListJobs | Queues | Workers | Stats | Locks | Export | AuditLog
+Reading = OfJob | WaitForJobs | ListJobs | WhyQueue | Queues | Workers | Stats | Locks | Export | AuditLog
 
 
 def read(tx: Transaction, command: Reading) -> Response:
@@ -61,6 +62,8 @@ def read(tx: Transaction, command: Reading) -> Response:
             return Response(ExportPage([], None), read=HistoryRead(export=command))
         case AuditLog():
             return Response(AuditPage([], None), read=HistoryRead(audit=command))
+        case WhyQueue():
+            return Response(explain_queue(command.name, tx.state, tx.at, tx.policy))
         case Queues():
             return Response(views.queues(tx.state, command))
         case Workers():

@@ -17,7 +17,7 @@ from msgspec import UNSET, Meta, Raw
 from msgspec.structs import replace
 
 from jobd.api.auditing import check_audit_filter
-from jobd.api.schedules import with_schedule
+from jobd.api.explanations import whole_explanation, whole_queue_explanation
 from jobd.core.queries import lists_by_end
 from jobd.dashboard.context import Viewer, is_live_update, is_secure
 from jobd.dashboard.filters import (
@@ -210,7 +210,7 @@ async def job(viewer: Viewer, job_id: str) -> PageData:
         "metadata": None if view.metadata is None else pretty_json(view.metadata),
         "events": events[::-1][:MAX_EVENTS],
         "has_older_events": len(events) > MAX_EVENTS,
-        "why": await with_schedule(viewer.app, why),
+        "why": await whole_explanation(viewer.app, job_id, why),
         "late_results": late.late_results[::-1],
         "can_adopt": viewer.may_change and is_allowed(JOB_ACTIONS["adopt"], view, viewer.now),
         "has_artifacts": viewer.app.services.downloads.has_store,
@@ -311,6 +311,12 @@ async def queues(viewer: Viewer, request: QueuesPageQuery) -> PageData:
         "cursor": request.cursor,
         "pause_choices": PAUSE_CHOICES,
     }
+
+
+async def queue(viewer: Viewer, request: commands.WhyQueue) -> PageData:
+    """Show why the due jobs of a queue wait."""
+    [view] = await query(viewer, request)
+    return {"queue": await whole_queue_explanation(viewer.app, view)}
 
 
 async def workers(viewer: Viewer, request: WorkersPageQuery) -> PageData:

@@ -50,7 +50,7 @@ from jobd.http.request import RequestContext
 from jobd.http.response import RawBody
 from jobd.http.routing import Route
 from jobd.model.api_call import EVENT_STREAM
-from jobd.model.commands import Command, Get, GetSchedule, JobCommand, PlanCommand
+from jobd.model.commands import Command, Get, GetSchedule, JobCommand, PlanCommand, WhyQueue
 from jobd.model.errors import ApiError, api_error, checked
 from jobd.model.fields import Text
 from jobd.model.requests import ArtifactRequest, NoFields
@@ -210,6 +210,7 @@ class Dashboard:
         return (
             page(PageSpec("/", NoFields, "overview", "Overview", pages.overview, on_standby=True)),
             page(PageSpec("/queues", pages.QueuesPageQuery, "queues", "Queues", pages.queues)),
+            page(PageSpec("/queues/{name}", WhyQueue, "queue", "Queues", pages.queue, interval_s=5)),
             *map(page, PAGES),
             *(form(path, fields, submit) for path, fields, submit in FORMS),
             *self._job_routes("/jobs/{id}"),

@@ -167,6 +167,7 @@ class AdminQueueCalls(CallGroup, tag="Queues and workers", base=ADMIN, auth="adm
     resume_queue = ApiCall(commands.Resume, responses.PausedView, "POST", "/queues/{name}/resume", key=True)
     queue_page = ApiCall(commands.Queues, responses.QueueList, "GET", "/queues")
     queues = queue_page.then(lambda page: page.queues)
+    why_queue = ApiCall(commands.WhyQueue, responses.QueueWhyView, "GET", "/queues/{name}/why")
     worker_page = ApiCall(commands.Workers, responses.WorkerList, "GET", "/workers")
     workers = worker_page.then(lambda page: page.workers)
     # Without a dry run it is not repeated, because the worker is not silent any more.

@@ -243,6 +243,12 @@ class Why(JobRead, frozen=True, kw_only=True):
     """Explain why a job is in its state and what happens next."""
 
 
+class WhyQueue(Read, frozen=True):
+    """Explain for each kind of a queue why the job that has been due longest waits, and what happens next."""
+
+    name: QueueName
+
+
 class Validate(JobRead, frozen=True, kw_only=True):
     """List the issues in the record of a job."""
 
@@ -1413,6 +1419,7 @@ AnyCommand = (
     | WaitForJobs
     | Timeline
     | Why
+    | WhyQueue
     | Validate
     | ListJobs
     | SearchJobs

@@ -35,6 +35,11 @@ class Subject(Struct, frozen=True, omit_defaults=True, kw_only=True):
         named = (self.queue, self.kind, self.version, self.host, self.worker, self.job, self.webhook, self.node)
         return tuple(each for each in (*named, self.schedule, self.code) if each) or (self.type,)
 
+    def is_part_of(self, whole: Subject) -> bool:
+        """Return whether `whole` has every part that identifies it, and there is one."""
+        named = [name for name in self.__struct_fields__ if name != "type" and getattr(self, name) is not None]
+        return bool(named) and all(getattr(self, name) == getattr(whole, name) for name in named)
+
     def overlaps(self, other: Subject) -> bool:
         """Return whether no part that both have differs, and the queue is the same."""
         pairs = ((getattr(self, name), getattr(other, name)) for name in _SHARED)

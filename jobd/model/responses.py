@@ -28,6 +28,7 @@ from jobd.model.commands import (
 from jobd.model.events import EventView, QueuePause
 from jobd.model.fields import Metadata, doc
 from jobd.model.job import BackoffOptions, Job
+from jobd.model.problems import Problem
 from jobd.model.times import duration, utc
 
 # Fields that several responses have.
@@ -325,6 +326,24 @@ class WhyView(Struct, frozen=True):
     blocked_by: Annotated[str | None, doc("What prevents the job from running, or null.")]
     do: Annotated[list[str], doc("What an operator can do about it.")]
     schedule_id: Annotated[str | UnsetType, doc("The schedule that created the job, if one did.")] = UNSET
+    problem: Annotated[Problem | UnsetType, doc("The most urgent open problem of the job, if there is one.")] = UNSET
+
+
+class KindWhy(Struct, frozen=True):
+    """Why the due jobs of a kind wait."""
+
+    kind: KindText
+    due: Annotated[int, doc("How many jobs of the kind are due.")]
+    job_id: Annotated[str, doc("The job that has been due longest.")]
+    why: Annotated[WhyView, doc("Why this job waits, and what happens next.")]
+
+
+class QueueWhyView(Struct, frozen=True):
+    """Why the due jobs of a queue wait."""
+
+    queue: QueueText
+    because: Annotated[str, doc("The state of the queue, in words.")]
+    kinds: Annotated[list[KindWhy], doc("Up to 100 kinds with due jobs, the one that has waited longest first.")]
 
 
 class Issue(Struct, frozen=True):

@@ -243,6 +243,12 @@ class FailureGroups:
             whole=self.is_complete,
         )
 
+    def alike(self, message: str | None, code: str | None, job_id: str) -> FailureGroup | None:
+        """Return the group of a failed job with this error. None: it has none, or not all jobs are counted yet."""
+        name = fingerprint(message, code, job_id) or ""
+        group = self._groups.get(name) if self.is_complete else None
+        return None if group is None else _shown(name, group, self._moment().now - DAY_MS)
+
 
 def _failure_state(job: Job | None) -> FailureState | None:
     if job is None or (job.error is None and job.status != "failed"):

@@ -293,6 +293,11 @@ def test_a_job_its_explanation_and_its_timeline_are_shown(jobctl: Jobctl) -> Non
     )
     assert set(jobctl.json("why", "s5")) == {"state", "because", "next", "blocked_by", "do"}
     assert jobctl.ok("why", "s5").startswith("queued: ")
+    assert jobctl.ok("why", "--queue", "none-such").startswith("There is no queue none-such: ")
+    jobctl.ok("submit", "--id", "s5-due", "--queue", "s5-why")
+    assert "\nkind -: 1 due, the oldest is s5-due\nqueued: " in jobctl.ok("why", "--queue", "s5-why")
+    assert [each["job_id"] for each in jobctl.json("why", "--queue", "s5-why")["kinds"]] == ["s5-due"]
+    assert jobctl.rejected("why")[0] == jobctl.rejected("why", "s5", "--queue", "q")[0] == 2
     events = jobctl.json("timeline", "s5")["events"]
     assert [set(event) for event in events] == [{"seq", "at", "type", "from", "to", "by", "reason", "details"}]
     assert "created" in jobctl.ok("timeline", "s5")

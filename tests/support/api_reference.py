@@ -46,6 +46,8 @@ SHAPES: Final[dict[str, Any]] = {
     "streamed event": events.StreamedEvent,
     "streamed response": StreamedResponse,
     "why": responses.WhyView,
+    "queue why": responses.QueueWhyView,
+    "kind why": responses.KindWhy,
     "next": responses.NextEvent,
     "validation": responses.Validation,
     "issue": responses.Issue,

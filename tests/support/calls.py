@@ -93,7 +93,8 @@ SCHEDULE: Final = responses.ScheduleView(**_SCHEDULE)
 # What the actor returns for commands whose handler reads the response.
 DATA: Final[dict[type[Command], Any]] = {
     commands.Stats: STATS,
-    commands.Why: responses.WhyView("queued", "", None, None, []),
+    commands.Why: responses.WhyView("completed", "", None, None, []),
+    commands.WhyQueue: responses.QueueWhyView("q", "", []),
     commands.Schedules: responses.ScheduleList([SCHEDULE]),
     **dict.fromkeys((commands.PutSchedule, commands.GetSchedule, commands.PauseSchedule), SCHEDULE),
     **dict.fromkeys((commands.ResumeSchedule, commands.DeleteSchedule), SCHEDULE),
@@ -249,6 +250,7 @@ def _queues() -> Iterator[Example]:
     goodbye = commands.Goodbye(name="w-2", instance="i", reason="drained")
     yield Example(calls.QueueCalls.goodbye, goodbye, "worker_not_found")
     admin = calls.AdminQueueCalls
+    yield Example(admin.why_queue, commands.WhyQueue(name="q"))
     paused = EventOf("queue_paused", None, {"since": AT, "until": AT + 9})
     yield Example(admin.pause_queue, commands.Pause(name="q", reason="r", until=AT + 9), paused)
     yield Example(admin.resume_queue, commands.Resume(name="q", reason="r"))

@@ -11,7 +11,7 @@ from jobd.cli import exit_codes, tables, terminal
 from jobd.cli.confirm import destructive_options, reason_option, run_action
 from jobd.cli.connection import admin_client, all_options, has_admin_token, job_client, read_pages, worker_options
 from jobd.cli.ctl import plan_commands
-from jobd.cli.ctl.completion import IDS, JOB, KIND, QUEUE
+from jobd.cli.ctl.completion import IDS, JOB, JOB_ID, KIND, QUEUE
 from jobd.cli.ctl.plan_commands import is_plan, where_option
 from jobd.cli.params import NAME, PAST, STATUS, command, json_option, limit_option
 
@@ -68,11 +68,24 @@ def job(job_id: str, as_json: bool) -> None:
         tables.job(view, client.timeline(job_id) if view.finished_at and view.started_at else ())
 
 
-@command(JOB, json_option, worker_options)
-def why(job_id: str, as_json: bool) -> None:
-    """Explain a job's status and what happens next."""
-    view = job_client().why(job_id)
-    terminal.emit_json(view) if as_json else tables.why(view)
+@click.command()
+@click.argument("job_id", metavar="[ID]", type=JOB_ID, required=False)
+@click.option("--queue", type=QUEUE, metavar="NAME", help="Explain the oldest due job of each kind of this queue. *")
+@json_option
+@all_options
+def why(job_id: str | None, queue: str | None, as_json: bool) -> None:
+    """Explain a job's status and what happens next.
+
+    The option marked * uses the admin API instead of the worker API.
+    """
+    if (job_id is None) == (queue is None):
+        raise click.UsageError("Give either the ID of a job or --queue NAME.")
+    if job_id is not None:
+        view = job_client().why(job_id)
+        terminal.emit_json(view) if as_json else tables.why(view)
+    elif queue is not None:
+        of_queue = admin_client().why_queue(queue)
+        terminal.emit_json(of_queue) if as_json else tables.queue_why(of_queue)
 
 
 @command(JOB, json_option, worker_options)

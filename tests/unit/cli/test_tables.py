@@ -6,11 +6,14 @@ import re
 
 import msgspec
 import pytest
+from msgspec.structs import replace
 
 from jobd.cli import tables
 from jobd.client import JobView
 from jobd.model.events import EventView, StreamedEvent
-from jobd.model.responses import WhyView
+from jobd.model.problems import Cure
+from jobd.model.responses import KindWhy, QueueWhyView, WhyView
+from tests.support.calls import PROBLEM
 from tests.support.client_harness import JOB
 
 
@@ -29,6 +32,21 @@ def test_why_names_what_blocks_a_job_in_words(capsys: pytest.CaptureFixture[str]
     tables.why(WhyView("queued", "It is paused.", None, "queue_paused", []))
     tables.why(WhyView("queued", "It waits.", None, "no worker", []))
     assert capsys.readouterr().out.splitlines()[1::2] == ["blocked by: the pause of its queue", "blocked by: no worker"]
+
+
+def test_why_begins_with_the_problem_and_its_cures(capsys: pytest.CaptureFixture[str]) -> None:
+    problem = replace(PROBLEM, cure=[*PROBLEM.cure, Cure("See the page", None)])
+    view = WhyView("queued", "It waits.", None, None, [], problem=problem)
+    tables.queue_why(QueueWhyView("mail", "Due.", [KindWhy("receipt", 1_962, "a", view)]))
+    assert capsys.readouterr().out.splitlines() == [
+        "Due.",
+        "",
+        "kind receipt: 1,962 due, the oldest is a",
+        "problem: mail / receipt: 962 jobs are due, and no worker takes them.",
+        "cure: Start a worker: jobctl run --queue mail -- CMD",
+        "cure: See the page",
+        "queued: It waits.",
+    ]
 
 
 def test_why_shows_the_first_line_of_an_error(capsys: pytest.CaptureFixture[str]) -> None:

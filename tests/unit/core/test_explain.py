@@ -431,7 +431,8 @@ def test_a_processing_job_names_its_worker(rules: RuleHarness) -> None:
         [
             "Check whether worker w-7 is alive.",
             f"If it is dead and you cannot wait: {end}",
-            "If it is not needed: jobctl cancel a (its work stops at its next report, within 5 min)",
+            "If it is not needed: jobctl cancel a (this ends it at once, and its work stops at the next report, "
+            "at most 5 min later)",
         ],
     )
 
@@ -582,6 +583,31 @@ def test_repeated_releases_do_not_hide_an_expiry(rules: RuleHarness) -> None:
     for _ in range(5):
         rules.accept(cmd.Release(id="a", lock_id=rules.start()))
     assert at_and_rule(why(rules)) == (NOW + 500, "expires_at")
+
+
+def test_the_oldest_due_job_of_each_kind_of_a_queue_is_explained(rules: RuleHarness, monkeypatch: Any) -> None:
+    def explained(queue: str = "q") -> tuple[str, list[tuple[str, int, str]]]:
+        view = rules.accept(cmd.WhyQueue(name=queue))
+        assert all(each.why == why(rules, each.job_id) for each in view.kinds)
+        return view.because, [(each.kind, each.due, each.job_id) for each in view.kinds]
+
+    unknown = "There is no queue q: it has no jobs and is not paused. List the queues: jobctl queues"
+    assert explained() == (unknown, [])
+    rules.accept(cmd.Pause(name="r", reason="deploy"))
+    paused = "Queue r was paused by a client at 2023-11-14 22:13:20 UTC, until resumed: deploy. "
+    assert explained("r") == (f"{paused}No job of queue r is due: 0 queued, 0 processing.", [])
+    rules.create("later", queue="q", delay_ms=MINUTE_MS)
+    rules.held("held", queue="q")
+    assert explained() == ("No job of queue q is due: 1 queued, 1 processing.", [])
+    rules.advance(1)
+    rules.create("b-1", queue="q", kind="b", priority=9)
+    rules.advance(1)
+    rules.create("a-1", queue="q", kind="a")
+    rules.create("b-2", queue="q", kind="b")
+    due = "Jobs of 2 of 3 queued kinds are due."
+    assert explained() == (due, [("b", 2, "b-1"), ("a", 1, "a-1")])
+    monkeypatch.setattr("jobd.core.explain.MAX_KINDS", 1)
+    assert explained()[1] == [("b", 2, "b-1")]
 
 
 def test_a_processing_row_without_a_holder(rules: RuleHarness) -> None:

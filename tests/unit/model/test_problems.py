@@ -27,3 +27,19 @@ def test_a_subject_is_identified_by_its_parts() -> None:
 )
 def test_subjects_overlap_unless_a_part_of_both_differs(other: Subject, overlaps: bool) -> None:
     assert Subject(type="queue", queue="mail", kind="receipt").overlaps(other) is overlaps
+
+
+@pytest.mark.parametrize(
+    ("subject", "expected"),
+    [
+        (Subject(type="pair", queue="mail", kind="receipt"), True),
+        (Subject(type="pair", queue="mail", kind=""), False),
+        (Subject(type="queue", queue="mail"), True),
+        (Subject(type="worker", worker="w-2", host="web-1"), False),
+        (Subject(type="disk"), False),
+        (Subject(type="node", node="n-1", queue="mail"), False),
+    ],
+)
+def test_a_subject_is_part_of_one_that_has_all_its_parts(subject: Subject, expected: bool) -> None:
+    job = Subject(type="job", job="a", queue="mail", kind="receipt", worker="w-1", host="web-1")
+    assert subject.is_part_of(job) == expected
