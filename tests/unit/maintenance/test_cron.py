@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from zoneinfo import ZoneInfo
 
@@ -10,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jobd.maintenance.cron import MAX_COUNTED, InvalidTiming, explanation, latest_time, next_times
+from jobd.model.job import DAY_MS, MINUTE_MS
 from jobd.model.schedules import Timing
 
 ZONES = {"Berlin": "Europe/Berlin", "New York": "America/New_York", "Lord Howe": "Australia/Lord_Howe"}
@@ -45,6 +47,34 @@ def local(timing: Timing, after: str, count: int) -> list[str]:
 )
 def test_changes_of_daylight_saving_time(cron: str, zone: str, after: str, expected: list[str]) -> None:
     assert local(Timing(cron, timezone=ZONES[zone]), after, len(expected)) == expected
+
+
+@pytest.mark.parametrize(
+    ("zone", "change"),
+    [
+        *[("Europe/Berlin", "2026-03-29"), ("Europe/Berlin", "2026-10-25")],
+        *[("America/New_York", "2026-03-08"), ("America/New_York", "2026-11-01")],
+        *[("Australia/Lord_Howe", "2026-04-05"), ("Australia/Lord_Howe", "2026-10-04")],
+        *[("Pacific/Chatham", "2026-04-05"), ("Pacific/Chatham", "2026-09-27")],
+    ],
+)
+@pytest.mark.parametrize(
+    ("cron", "minutes", "hours"),
+    [
+        ("* 2 * * *", range(60), [2]),
+        ("*/30 2 * * *", [0, 30], [2]),
+        ("0 */2 * * *", [0], range(0, 24, 2)),
+        ("7 */3 * * *", [7], range(0, 24, 3)),
+        ("45 * * * *", [45], range(24)),
+    ],
+)
+def test_elapsed_time_has_every_minute_that_matches(
+    zone: str, change: str, cron: str, minutes: Sequence[int], hours: Sequence[int]
+) -> None:
+    begin, end = ms(change) - DAY_MS, ms(change) + DAY_MS
+    clock = [(at, datetime.fromtimestamp(at / 1000, ZoneInfo(zone))) for at in range(begin, end, MINUTE_MS)]
+    expected = [at for at, wall in clock if wall.minute in minutes and wall.hour in hours]
+    assert next_times(Timing(cron, timezone=zone), begin - 1, len(expected)) == expected
 
 
 @given(
@@ -84,8 +114,8 @@ def test_the_latest_time_is_the_last_of_those_that_have_passed(timing: Timing, a
 @pytest.mark.parametrize(
     ("timing", "message"),
     [
-        (Timing("61 * * * *"), 'cron: "61 * * * *": invalid minute'),
-        (Timing("0 0 30 2 *"), 'cron: "0 0 30 2 *": invalid day-of-month'),
+        (Timing("61 * * * *"), 'cron: "61 * * * *" has the minute 61: use 0-59'),
+        (Timing("0 0 30 2 *"), 'cron: "0 0 30 2 *" has the day-of-month 30: use 1-31, L or'),
         (Timing("* * * * * *"), 'cron: "* * * * * *" has 6 fields: it needs five, minute hour day-of-month month day'),
         (Timing("@yearly"), 'cron: "@yearly" is unknown: use @hourly, @daily, @weekly, @monthly or five fields'),
         (
