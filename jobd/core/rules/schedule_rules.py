@@ -37,7 +37,8 @@ MAX_JOB_BYTES = 64 << 10  # of the fields of the jobs of a schedule, which stay 
 def put(tx: Transaction, command: PutSchedule) -> Response:
     """Create or replace a schedule. An operator's request without a source takes it over."""
     if (command.cron is None) == (command.every_ms is None):
-        raise guards.invalid("cron", "Give either cron or every_ms.")
+        given = "Neither cron nor every_ms is" if command.cron is None else "cron and every_ms are both"
+        raise guards.invalid("cron", f"{given} given. Give either cron or every_ms.")
     if command.source is None and not tx.call.admin:
         raise guards.invalid("source", "Name the program that maintains the schedule, such as app:shop.")
     known = tx.state.schedules.get(command.id)

@@ -58,6 +58,15 @@ def test_a_time_creates_one_job_with_the_fields_of_the_schedule(rules: RuleHarne
     assert (schedule(rules).last_fired_at, schedule(rules).last_job_id) == (NOW + 1_000, job.id)
 
 
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [({"cron": "@daily", "every_ms": 1_000}, "cron and every_ms are both given."), ({}, "Neither cron nor every_ms")],
+)
+def test_a_schedule_has_one_timing(rules: RuleHarness, fields: dict[str, Any], words: str) -> None:
+    request = PutSchedule(id="s", job=ScheduledJob(**JOB), **fields)
+    assert words in str(rules.reject(request, "invalid_request", admin=True))
+
+
 @pytest.mark.parametrize("at", [NOW + 1_000, NOW + 500, NOW, NOW - DAY_MS])
 def test_no_time_fires_again_or_before_the_schedule_was_made(rules: RuleHarness, at: int) -> None:
     put(rules, overlap="allow")
