@@ -259,6 +259,8 @@ class LimitsSection(Struct, frozen=True, forbid_unknown_fields=True):
     """Claims that can wait for work at the same time; beyond that `503 overloaded`."""
     event_streams: Positive = 100
     """Open event streams of both APIs and the dashboard together; beyond that `503 overloaded`."""
+    output_bytes: NotNegative = 1 << 30
+    """Bytes of the file with the output of jobs, at least 1 MiB; the oldest goes first. 0: `409 output_off`."""
     downloads: Positive = 20
     """Downloads of artifacts at the same time; beyond that `503 overloaded`."""
     live_jobs: Positive = 5_000_000

@@ -17,6 +17,7 @@ from jobd.model.job import is_job_id
 from jobd.model.storage import IN_MEMORY
 from jobd.webhooks.config import WebhookSetting
 
+MIN_OUTPUT_BYTES: Final = 1 << 20
 _LABEL: Final = r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?"
 _HOST_NAME: Final = re.compile(rf"{_LABEL}(\.{_LABEL})*\.?", re.IGNORECASE | re.ASCII)
 _LONGEST_HOST: Final = 253  # characters
@@ -50,6 +51,8 @@ def check(config: Config) -> None:
         raise ConfigError("worker.tls_cert requires worker.listen: a Unix socket has no TLS")
     if config.limits.payload > config.limits.body:
         raise ConfigError("limits.payload must not be larger than limits.body")
+    if 0 < config.limits.output_bytes < MIN_OUTPUT_BYTES:
+        raise ConfigError(f"limits.output_bytes must be at least {MIN_OUTPUT_BYTES}, or 0 to keep no output")
     if config.limits.inflight_bytes < 2 * config.limits.body:
         raise ConfigError("limits.inflight_bytes must be at least twice limits.body, or large requests are rejected")
     for host in config.admin.hosts:

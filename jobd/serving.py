@@ -34,6 +34,7 @@ from jobd.maintenance.clock_monitor import ClockMonitor
 from jobd.maintenance.disk_sampler import DiskSampler
 from jobd.maintenance.due_jobs import DueJobs
 from jobd.maintenance.maintainer import Maintainer, read_extra, read_stats
+from jobd.maintenance.outputs import Outputs
 from jobd.maintenance.plan_runner import Planner
 from jobd.maintenance.restart_grace import SLICE, extend_held_locks
 from jobd.maintenance.schedules import Scheduler
@@ -54,6 +55,7 @@ from jobd.monitoring.timeseries import Timeseries
 from jobd.resources import RandomPool
 from jobd.storage.artifacts.base import ArtifactStore
 from jobd.storage.artifacts.downloads import Downloads
+from jobd.storage.output import OutputFile
 from jobd.storage.startup import MEMORY
 from jobd.storage.store import Store
 from jobd.webhooks.context import DispatchContext
@@ -369,7 +371,9 @@ class Serving:
             cluster=view,
             append_seconds=None if leading is None else leading.leadership.append_seconds,
         )
-        self.actor.on_commit += [feed.publish, failures.committed, problems.committed, self.timeseries.record]
+        outputs = self._make_outputs(feed)
+        listeners = [feed.publish, failures.committed, problems.committed, self.timeseries.record, outputs.committed]
+        self.actor.on_commit += listeners
         return Services(
             actor=self.actor,
             backups=Backups(store, lambda: clock.moment().now),
@@ -380,6 +384,7 @@ class Serving:
             health=health,
             maintainer=self.maintainer,
             metrics=metrics,
+            outputs=outputs,
             planner=Planner(self.actor, clock),
             problems=problems,
             scrubber=Scrubber(store),
@@ -393,6 +398,12 @@ class Serving:
             step_down=None if leading is None else leading.step_down,
             refresh_nodes=None if leading is None else leading.refresh,
         )
+
+    def _make_outputs(self, feed: EventFeed) -> Outputs:
+        path = MEMORY if self._store.path == MEMORY else f"{self._store.path}.output"
+        file = OutputFile(path, self._loaded.config.limits.output_bytes)
+        self._stack.push_async_callback(file.close)
+        return Outputs(file, feed, lambda: self.clock.moment().now)
 
     def _make_health(self, view: Callable[[], ClusterView]) -> Health:
         return Health(

@@ -309,6 +309,9 @@ class _Run:
         except LockLost as error:
             raise Stopped(error.message) from error
 
+    def add_output(self, text: str) -> None:
+        """Nothing reads the output."""
+
     def set_result(self, **fields: Any) -> None:
         self.result |= fields
 

@@ -18,6 +18,7 @@ from jobd.api.event_stream import send_events
 from jobd.api.explanations import send_queue_why, send_why
 from jobd.api.imports import import_jobs, preview_import
 from jobd.api.openapi import routes_of, with_document
+from jobd.api.output import send_output
 from jobd.api.probes import PROBES, send_cluster
 from jobd.api.schedules import put_schedule, send_schedule, send_schedules
 from jobd.api.services import Services
@@ -114,6 +115,7 @@ def _respond_to_operator(act: Callable[[App[Services], Operator | None, Any], Aw
 _HANDLERS: Final[dict[ApiCall[Any, Any], RouteHandler]] = {
     calls.AdminJobCalls.validate_job: _validate_job,
     calls.AdminJobCalls.why: send_why,
+    calls.AdminJobCalls.output: send_output,
     calls.AdminQueueCalls.why_queue: send_queue_why,
     calls.AdminJobRequests.artifact: send_artifact,
     calls.ManyJobRequests.import_jobs: import_jobs,

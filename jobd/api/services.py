@@ -17,6 +17,7 @@ from jobd.engine.event_feed import EventFeed
 from jobd.maintenance.backups import Backups
 from jobd.maintenance.disk_sampler import DiskSampler
 from jobd.maintenance.maintainer import Maintainer
+from jobd.maintenance.outputs import Outputs
 from jobd.maintenance.plan_runner import Planner
 from jobd.maintenance.scrubber import Scrubber
 from jobd.model.commands import MakePlan, Tick
@@ -59,6 +60,7 @@ class Services(Struct, kw_only=True):
     feed: EventFeed
     health: Health
     metrics: Metrics
+    outputs: Outputs
     planner: Planner
     problems: Problems
     scrubber: Scrubber

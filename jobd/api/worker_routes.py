@@ -8,6 +8,7 @@ from jobd.api.command_stream import StreamedCommand, StreamedResponse, serve_com
 from jobd.api.event_stream import send_events
 from jobd.api.explanations import send_why
 from jobd.api.openapi import document_at, routes_of, with_document
+from jobd.api.output import append_output, send_output
 from jobd.api.probes import PROBES, send_cluster
 from jobd.api.schedules import put_schedule, send_schedule, send_schedules
 from jobd.http.routing import Route
@@ -19,6 +20,8 @@ _ROUTES: Final = (
         WORKER_API,
         {
             JobCalls.why: send_why,
+            JobCalls.append_output: append_output,
+            JobCalls.output: send_output,
             ScheduleCalls.put_schedule: put_schedule,
             ScheduleCalls.schedule_page: send_schedules,
             ScheduleCalls.get_schedule: send_schedule,

@@ -29,6 +29,8 @@ __all__ = [
     "NotFound",
     "NotLeader",
     "OutcomeUnknown",
+    "OutputOff",
+    "OutputUnavailable",
     "Overloaded",
     "PlanNotFound",
     "ProgressTimeout",
@@ -41,6 +43,7 @@ __all__ = [
     "ShuttingDown",
     "StorageFull",
     "StorageUnavailable",
+    "TooFrequent",
     "TooLarge",
     "TooManyJobs",
     "TooManyQueues",
@@ -159,6 +162,18 @@ class AlreadyLocked(JobdError, code="already_locked"):
 
 class NotDue(JobdError, code="not_due"):
     """The job's `run_at` is in the future."""
+
+
+class OutputOff(JobdError, code="output_off"):
+    """The daemon keeps no output of jobs. Send none."""
+
+
+class OutputUnavailable(JobdError, code="output_unavailable"):
+    """The output was not stored. The job is not affected."""
+
+
+class TooFrequent(JobdError, code="too_frequent"):
+    """The grant has sent output less than a second ago. Nothing was stored."""
 
 
 class QueuePaused(JobdError, code="queue_paused"):

@@ -51,6 +51,7 @@ RULES: Final[Mapping[type[Command], Rule]] = {
     commands.Start: worker_rules.start,
     commands.Progress: worker_rules.progress,
     commands.Extend: worker_rules.extend,
+    commands.AppendOutput: worker_rules.append_output,
     commands.Complete: worker_rules.complete,
     commands.Fail: worker_rules.fail,
     commands.Release: worker_rules.release,

@@ -78,6 +78,10 @@ class Watchers:
             _wake(self._of_queue.get(change.queue, ()))
             _wake(self._of_job.get(change.job_id, ()))
 
+    def touch(self, job_id: str) -> None:
+        """Wake the watchers of one job."""
+        _wake(self._of_job.get(job_id, ()))
+
     def end(self) -> None:
         for watcher in self._all:
             watcher.end()

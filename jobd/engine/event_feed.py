@@ -202,6 +202,10 @@ class EventFeed:
         self._check_place()
         return Watcher(self._watchers, queue, job_id, cut)
 
+    def touch(self, job_id: str) -> None:
+        """Wake the watchers of a job, of which something has changed that is no event."""
+        self._watchers.touch(job_id)
+
     def _check_place(self) -> None:
         if self.is_closed:
             raise api_error("shutting_down", "The daemon is stopping; connect again in a moment.")

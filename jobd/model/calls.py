@@ -49,6 +49,10 @@ class JobCalls(CallGroup, tag="Jobs"):
     validate_job_state = ApiCall(commands.Validate, responses.Validation, "GET", "/v1/jobs/{id}/validate")
     start_processing = ApiCall(commands.Start, responses.GrantView, "POST", "/v1/jobs/{id}/start", key=True)
     update_progress = ApiCall(commands.Progress, responses.LockState, "POST", "/v1/jobs/{id}/progress")
+    append_output = ApiCall(
+        commands.AppendOutput, responses.OutputEnd, "POST", "/v1/jobs/{id}/output", repeatable=False
+    )
+    output = ApiCall(requests.Output, responses.OutputView, "GET", "/v1/jobs/{id}/output")
     extend_job_lock = ApiCall(commands.Extend, responses.LockState, "POST", "/v1/jobs/{id}/extend")
     fail_job = ApiCall(commands.Fail, responses.JobView, "POST", "/v1/jobs/{id}/fail")
     release_job = ApiCall(commands.Release, responses.JobView, "POST", "/v1/jobs/{id}/release")
@@ -116,6 +120,7 @@ class AdminJobCalls(CallGroup, tag="Jobs", base=ADMIN, auth="admin"):
         lambda view: view.events
     )
     why = ApiCall(commands.Why, responses.WhyView, "GET", "/jobs/{id}/why")
+    output = ApiCall(requests.Output, responses.OutputView, "GET", "/jobs/{id}/output")
     late_results = ApiCall(commands.LateResults, responses.LateResultList, "GET", "/jobs/{id}/late-results").then(
         lambda view: view.late_results
     )

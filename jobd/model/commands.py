@@ -374,6 +374,19 @@ class Progress(HolderCommand, frozen=True, kw_only=True):
     checkpoint: Checkpoint | UnsetType = UNSET
 
 
+class AppendOutput(HolderCommand, frozen=True, kw_only=True):
+    """Add to the output of the current grant. It does not renew the lock.
+
+    `text` has at most 16 KiB of UTF-8. A grant may send about one request a second. Output can be lost, so an error of
+    this call is no reason to fail the job.
+    """
+
+    admission = "read"
+    errors = ("lock_lost", "too_frequent", "output_off", "output_unavailable")
+
+    text: Annotated[str, doc("What the job printed.", min_length=1)]
+
+
 class Extend(HolderCommand, frozen=True, kw_only=True):
     """Extend the lock. It is never shortened."""
 
@@ -1427,6 +1440,7 @@ AnyCommand = (
     | Claim
     | Progress
     | Extend
+    | AppendOutput
     | Complete
     | Fail
     | Release

@@ -57,7 +57,9 @@ ERROR_CODES: Final[dict[str, ErrorCode]] = {
     "too_large": ErrorCode(413, "the body, payload, metadata or number of jobs exceeds its limit"),
     "unsupported_media_type": ErrorCode(415, "the body has another type, or is compressed"),
     "expectation_failed": ErrorCode(417, "the `Expect` header has a value other than `100-continue`"),
+    "output_off": ErrorCode(409, "`limits.output_bytes` is 0, so no output is kept"),
     "idempotency_key_reused": ErrorCode(422, "the key was used with another body"),
+    "too_frequent": ErrorCode(429, "the grant sent output less than a second ago; nothing was stored"),
     "internal_error": ErrorCode(500, "a bug in jobd; nothing was changed"),
     "overloaded": ErrorCode(503, "too many requests are waiting; nothing was done; wait `Retry-After` seconds"),
     "shutting_down": ErrorCode(503, "the daemon is stopping; nothing was done"),
@@ -68,6 +70,7 @@ ERROR_CODES: Final[dict[str, ErrorCode]] = {
         503, "a node of the cluster runs an older version, which cannot read what the request needs; nothing was done"
     ),
     "storage_unavailable": ErrorCode(503, "the artifact store cannot be read now"),
+    "output_unavailable": ErrorCode(503, "the file of the output cannot be used now; nothing was stored"),
     "outcome_unknown": ErrorCode(
         503,
         "the write failed, and its outcome is unknown; send the request again with the same id or key",

@@ -6,7 +6,7 @@ from typing import Annotated, Final
 
 from msgspec import Meta
 
-from jobd.model.commands import MAX_NAMES, Command, JobCommand, NamedJobCommand
+from jobd.model.commands import MAX_NAMES, MAX_WAIT_MS, Command, JobCommand, NamedJobCommand
 from jobd.model.fields import BackupId, Cursor, PageLimit, QueueFilter, Reason, RowCursor, doc
 from jobd.model.problems import Severity
 from jobd.model.responses import DeliveryState
@@ -17,6 +17,7 @@ MAX_GROUPS: Final = 200
 MAX_NUMBER: Final = (1 << 63) - 1
 MAX_BACK: Final = 10_000
 
+OutputPosition = Annotated[str, Meta(pattern=r"^[0-9]{1,19}\.[0-9]{1,19}$")]
 Names = Annotated[str, Meta(min_length=1, max_length=MAX_NAMES * 201)]
 
 
@@ -140,6 +141,18 @@ class ArtifactRequest(JobCommand, frozen=True, kw_only=True):
     errors = ("not_found", "storage_unavailable", "late_result_not_found")
 
     late_result: Annotated[int, doc("The `seq` of a late result. Default: the result of the job.", ge=1)] | None = None
+
+
+class Output(JobCommand, frozen=True, kw_only=True):
+    """Get what a job printed: of each of its last 5 grants the last 64 KiB.
+
+    With `wait_ms`, the response comes when there is text after `after`, when the job is finished, or after this time.
+    """
+
+    errors = ("output_off",)
+
+    after: Annotated[OutputPosition | None, doc("Only text after the `position` of an earlier response.")] = None
+    wait_ms: Annotated[int, doc("How long to wait for text, in ms.", ge=0, le=MAX_WAIT_MS)] = 0
 
 
 class BackupRequest(Command, frozen=True, kw_only=True):

@@ -212,6 +212,43 @@ class JobEnds(Struct, gc=False):
     finished: Annotated[bool, doc("Whether no job is queued or processing.")]
 
 
+class OutputEnd(Struct):
+    """How much output a grant has sent."""
+
+    end: Annotated[int, doc("Bytes of UTF-8 that the grant has sent so far.")]
+
+
+class GrantOutput(Struct):
+    """The output of a grant that is kept. Text before `offset` was removed or not asked for."""
+
+    attempt: Annotated[int, doc("The attempt of the grant.")]
+    worker: Annotated[str, doc("The worker that held the job.")]
+    fencing_token: Annotated[int, doc("The fencing token of the grant.")]
+    begins_at: Annotated[int, doc("When the first output came, in Unix ms.")]
+    offset: Annotated[int, doc("Bytes of UTF-8 before `text`.")]
+    end: Annotated[int, doc("Bytes of UTF-8 up to the end of `text`.")]
+    text: Annotated[str, doc("What the job printed. It may contain control characters.")]
+
+
+class OutputView(Struct):
+    """What a job printed."""
+
+    id: JobIdText
+    status: StatusText
+    finished: Annotated[bool, doc("Whether the job is finished, so that no more text comes.")]
+    position: Annotated[str, doc("The end of the output. As `after` of the next request it gives only later text.")]
+    grants: Annotated[list[GrantOutput], doc("The output of the latest grants, oldest first.")]
+
+
+class OutputGrant(Struct):
+    """The grant that output belongs to. `created_at` tells apart jobs that had the same id."""
+
+    created_at: int
+    attempt: int
+    worker: str
+    fencing_token: int
+
+
 class JobList(Struct):
     """A list of jobs."""
 

@@ -93,6 +93,7 @@ SCHEDULE: Final = responses.ScheduleView(**_SCHEDULE)
 # What the actor returns for commands whose handler reads the response.
 DATA: Final[dict[type[Command], Any]] = {
     commands.Stats: STATS,
+    commands.AppendOutput: responses.OutputGrant(AT, 1, "w-1", 7),
     commands.Why: responses.WhyView("completed", "", None, None, []),
     commands.WhyQueue: responses.QueueWhyView("q", "", []),
     commands.Schedules: responses.ScheduleList([SCHEDULE]),
@@ -175,6 +176,9 @@ def _jobs() -> Iterator[Example]:
     yield Example(api.update_progress, commands.Progress(**held, progress=1, checkpoint=Raw(b"[7]")), PROGRESSED)
     extended = EventOf("extended", "processing", {"lock_expires_at": AT + 1_800_000})
     yield Example(api.extend_job_lock, commands.Extend(**held, additional_ms=86_400_000), extended)
+    yield Example(api.append_output, commands.AppendOutput(**held, text="line 1\n"))
+    yield Example(api.output, wire.Output(id="a"))
+    yield Example(api.output, wire.Output(id="a", after="7.4", wait_ms=5))
     failing = commands.Fail(**held, error_message="e", error_code="c", retry_after_ms=5)
     yield Example(api.fail_job, failing, EventOf("retried", "queued", {"attempt": 1, "run_at": AT + 5}))
     again = replace(failing, checkpoint=Raw(b'{"done":3}'))
@@ -209,6 +213,7 @@ def _admin_jobs() -> Iterator[Example]:
     yield Example(api.delete_job, commands.Delete(**why), "invalid_transition")
     yield Example(api.timeline, commands.Timeline(id="a"))
     yield Example(api.why, commands.Why(id="a"))
+    yield Example(api.output, wire.Output(id="a"))
     yield Example(api.late_results, commands.LateResults(id="a"))
     yield Example(api.adopt, commands.Adopt(**why), "invalid_transition")
     yield Example(api.adopt, commands.Adopt(**why, result=7), "invalid_transition")

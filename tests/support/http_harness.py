@@ -28,6 +28,7 @@ from jobd.http.decoding import Limits
 from jobd.http.routing import Route
 from jobd.http.server import HttpListener, WorkerListener
 from jobd.http.worker_connection import WorkerConnection
+from jobd.maintenance.outputs import Outputs
 from jobd.model.calls import AdminQueueCalls, DaemonCalls, ManyJobCalls, StoreCalls
 from jobd.model.clocks import LockMs
 from jobd.model.commands import Command, IdempotencyKey, MakePlan, Moment, Operator, TakeBack
@@ -57,8 +58,10 @@ from jobd.model.responses import (
 from jobd.model.storage import DiskSpace
 from jobd.monitoring.timeseries import Timeseries
 from jobd.storage.artifacts.downloads import Downloads
+from jobd.storage.output import OutputFile
+from jobd.storage.startup import MEMORY
 from tests.conftest import tool_missing
-from tests.support.calls import ALERT, BACKUP, DELIVERY, PLAN, PROBLEMS, REPORT, WEBHOOK, result_of
+from tests.support.calls import ALERT, AT, BACKUP, DELIVERY, PLAN, PROBLEMS, REPORT, WEBHOOK, result_of
 from tests.support.memory_storage import MemoryStorage
 
 TOKEN = "canary-token-0123456789abcdef"
@@ -383,11 +386,13 @@ def make_services(actor: Any, fakes: Fakes) -> Services:
         "webhooks": FakeWebhooks(fakes),
         "is_alive": lambda: fakes.alive,
     }
+    feed = event_feed.EventFeed(fakes.storage, 0, 3)
     return Services(
         actor=actor,
         health=monitoring,
         metrics=monitoring,
-        feed=event_feed.EventFeed(fakes.storage, 0, 3),
+        feed=feed,
+        outputs=Outputs(OutputFile(MEMORY, 1 << 20), feed, lambda: AT),
         downloads=Downloads(None, 2),
         is_open=True,
         **parts,

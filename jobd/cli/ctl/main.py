@@ -31,6 +31,7 @@ _WORKER_API: Final = (
     ("run", "run"),
     ("worker_command", "worker"),
     ("wait", "wait"),
+    ("output", "output"),
     ("jobs", "jobs job why timeline validate cancel"),
     ("completion", "completion"),
 )

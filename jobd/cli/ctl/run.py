@@ -51,6 +51,7 @@ from jobd.cli.params import DURATION, NAME
 @click.option(
     "--drain", is_flag=True, help="Exit when no job is due and no retry is awaited, and report how many are left."
 )
+@click.option("--no-output", is_flag=True, help="Do not send the output to the daemon (see jobctl output).")
 @click.option("--name", type=NAME, metavar="NAME", help="Name of this worker.  [default: host and pid]")
 @click.argument("command", metavar="CMD...", nargs=-1, required=True, type=click.UNPROCESSED)
 @worker_options
@@ -64,16 +65,17 @@ def run(
     grace: int,
     once: bool,
     drain: bool,
+    no_output: bool,
     name: str | None,
     command: tuple[str, ...],
 ) -> int:
     """Claim jobs and run CMD for each.
 
     CMD gets the payload as JSON on stdin and the job's fields in JOBD_JOB_* variables. To report, it prints lines such
-    as "::progress 42 text", "::meta key=value" and "::result file_path=value"; other output is passed on. Exit code 0
-    completes the job, any other code fails it. A run that exceeds --timeout fails with the error code "timeout". With
-    --once or --drain, jobctl exits with 0 if all its jobs are completed in the end, else with 1. With --concurrency
-    above 1, each line of output begins with the id of its job.
+    as "::progress 42 text", "::meta key=value" and "::result file_path=value"; other output is passed on, and the
+    daemon keeps its end for `jobctl output`. Exit code 0 completes the job, any other code fails it. A run that exceeds
+    --timeout fails with the error code "timeout". With --once or --drain, jobctl exits with 0 if all its jobs are
+    completed in the end, else with 1. With --concurrency above 1, each line of output begins with the id of its job.
 
     \b
     Example: jobctl run --queue video --concurrency 2 -- ./convert.sh --quality high
@@ -96,6 +98,7 @@ def run(
         grace_s=grace / 1000,
         once=once,
         drain=drain,
+        keep_output=not no_output,
         name=name,
     )
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # a parent may have left it ignored, which hides exit statuses

@@ -114,6 +114,9 @@ class _WorkerRun:
                 raise Stopped(error.message) from error
         self._context.report_latest(progress, message, checkpoint)
 
+    def add_output(self, text: str) -> None:
+        self._context.add_output(text)
+
     def set_result(self, **fields: Any) -> None:
         self._context.set_result(**fields)
 

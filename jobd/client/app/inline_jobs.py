@@ -40,6 +40,9 @@ class InlineJob:
     def report(self, progress: float, message: str | None, checkpoint: Raw | UnsetType) -> None:
         self.checkpoint = checkpoint
 
+    def add_output(self, text: str) -> None:
+        """Nothing reads the output."""
+
     def set_result(self, **fields: Any) -> None:
         """Nothing reads these fields."""
 

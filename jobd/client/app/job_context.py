@@ -65,6 +65,9 @@ class RunPort(Protocol):
     def report(self, progress: float, message: str | None, checkpoint: Raw | UnsetType) -> None:
         """Report progress without waiting. Raises Stopped if the function has to end and cannot be cancelled."""
 
+    def add_output(self, text: str) -> None:
+        """Add a line to the output of the job. Does not wait."""
+
     def set_result(self, **fields: Any) -> None:
         """Set fields of the job's result."""
 
@@ -75,6 +78,9 @@ class RunHere:
     has_to_end: Final = False
 
     def report(self, progress: float, message: str | None, checkpoint: Raw | UnsetType) -> None:
+        """Do nothing."""
+
+    def add_output(self, text: str) -> None:
         """Do nothing."""
 
     def set_result(self, **fields: Any) -> None:
@@ -140,8 +146,9 @@ class JobContext:
         self._run.report(percent, message, UNSET if checkpoint is UNSET else self.stored.body)
 
     def log(self, text: str) -> None:
-        """Log a line that begins with the id of the job, to `jobd.client` at level info."""
+        """Add a line to the output of the job (see `jobctl output`), and log it to `jobd.client` at level info."""
         logger.info("job %s: %s", self.id, text)
+        self._run.add_output(text)
 
     @property
     def cancelled(self) -> bool:

@@ -115,7 +115,8 @@ class WorkerProcesses:
         self._signals += 1
         self._stopping.set()
         for child in self._children:
-            child.kill() if self._signals >= _KILLS_AT else child.terminate()
+            with contextlib.suppress(ProcessLookupError):  # it has ended, and nobody has read its code yet
+                child.kill() if self._signals >= _KILLS_AT else child.terminate()
 
     async def _keep(self, number: int) -> None:
         while not self._stopping.is_set():

@@ -65,7 +65,7 @@ class CommandWorker:
     SIGTERM, and SIGKILL `kill_after_s` later. Children that outlive their program are stopped in the same way. A run
     that takes longer than `timeout` (a timedelta, or seconds) is stopped too, and its attempt fails with `error_code`
     "timeout". If this process is killed, a watchdog process stops the groups, with SIGKILL after at most half the TTL
-    of the lock.
+    of the lock. The daemon keeps the end of the output, unless `keep_output` is False.
 
     `once` ends the worker after one job. `drain` ends it when no job is due, none is running, and no retry of an
     attempt that this worker failed is awaited. It then logs how many jobs are left, and why. With a `concurrency` above
@@ -90,6 +90,7 @@ class CommandWorker:
         kill_after_s: float = 10.0,
         once: bool = False,
         drain: bool = False,
+        keep_output: bool = True,
         name: str | None = None,
         log: Log | None = None,
         stdout_fd: int = 1,
@@ -115,6 +116,7 @@ class CommandWorker:
         self._timeout_s = seconds(timeout)
         self._grace_s = grace_s
         self._kill_after_s = kill_after_s
+        self._keep_output = keep_output
         self._log = log or _print
         self._fds = (stdout_fd, stderr_fd)
         self._writers: list[OutputWriter] = []
@@ -192,8 +194,9 @@ class CommandWorker:
         stdout, stderr = self._writers
         prefix = f"{job.id}: ".encode() if self._options.concurrency > 1 else b""
         directives, tail = Directives(keeper.report), Tail()
-        out = OutputFilter(directives, lambda text: log(f"job {job.id}: {text}"), prefix=prefix)
-        err = OutputFilter(None, log, prefix=prefix)
+        keep = keeper.output.add if self._keep_output else None
+        out = OutputFilter(directives, lambda text: log(f"job {job.id}: {text}"), prefix=prefix, keep=keep)
+        err = OutputFilter(None, log, prefix=prefix, keep=keep)
 
         async def on_stdout(piece: bytes) -> None:
             await stdout.write(out.feed(piece) if piece else out.end())

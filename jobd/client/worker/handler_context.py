@@ -54,6 +54,15 @@ class BaseHandlerContext:
         named = {"download_url": download_url, "file_path": file_path, "storage_key": storage_key, "metadata": metadata}
         self.result.update({name: value for name, value in named.items() if value is not None})
 
+    def log(self, text: str) -> None:
+        """Add a line to the output of the job (see `jobctl output`), and log it to `jobd.client` at level info."""
+        logger.info("job %s: %s", self.job.id, text)
+        self.add_output(text)
+
+    def add_output(self, text: str) -> None:
+        """Add a line to the output of the job. Does not wait."""
+        self._keeper.output.add(f"{text}\n")
+
     def raise_if_lost(self) -> None:
         """Raise LockLost (or ProgressTimeout) if the lock is lost."""
         if self._keeper.lost.done():

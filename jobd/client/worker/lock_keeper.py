@@ -34,6 +34,7 @@ from jobd.client.retries import RETRIED, RetryOptions
 from jobd.client.worker.aio_utils import settle, within
 from jobd.client.worker.claimer import RETRIED_CLAIM
 from jobd.client.worker.error_text import MESSAGE_CHARACTERS
+from jobd.client.worker.job_output import JobOutput
 from jobd.client.worker.service_thread import Log
 from jobd.model.api_call import ApiCall
 from jobd.model.calls import JobCalls
@@ -85,6 +86,7 @@ class LockKeeper:
         self.ending: tuple[str, JobView] | None = None  # the verb that the daemon has accepted, and the job after it
         self.is_discarded = False  # the failure asks for no other attempt
         self._heartbeat: asyncio.Task[None] | None = None
+        self.output: Final = JobOutput(grant.job.id, self._send_output, log)
 
     @property
     def _is_ended(self) -> bool:
@@ -155,8 +157,9 @@ class LockKeeper:
         return await self._client.send(request_for(JobCalls.timeline, self.id, limit=limit), ONE_ATTEMPT)
 
     async def stop(self, *, flush: bool = False) -> None:
-        """Stop extending the lock. With `flush`, try once to send pending progress."""
+        """Send the rest of the output and stop extending the lock. With `flush`, try once to send pending progress."""
         self._is_over = True
+        await self.output.end(flush=self._is_reachable and not self.lost.done())
         if self._heartbeat is not None:
             heartbeat, self._heartbeat = self._heartbeat, None
             heartbeat.cancel()
@@ -166,6 +169,9 @@ class LockKeeper:
             if flush:
                 await self._try(report)
             settle(report.reported)
+
+    async def _send_output(self, text: str) -> None:
+        await self._client.send(self._request(JobCalls.append_output, text=text), ONE_ATTEMPT)
 
     async def _extend(self, first_s: float) -> None:
         loop = asyncio.get_running_loop()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import codecs
 import contextlib
 import math
 import os
@@ -131,11 +132,21 @@ class OutputFilter:
 
     Only the start of a line that may be a directive is buffered. With a `prefix`, every line is buffered up to its end
     and begins with the prefix, so that the lines of several programs do not mix. `warn` is called for the first lines
-    that are not valid directives, and at the end with the number of the others.
+    that are not valid directives, and at the end with the number of the others. `keep` gets all that is passed on, as
+    text without the prefix.
     """
 
-    def __init__(self, directives: Directives | None, warn: Callable[[str], None], *, prefix: bytes = b"") -> None:
+    def __init__(
+        self,
+        directives: Directives | None,
+        warn: Callable[[str], None],
+        *,
+        prefix: bytes = b"",
+        keep: Callable[[str], object] | None = None,
+    ) -> None:
         self._directives = directives
+        self._keep = keep
+        self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
         self._warn = warn
         self._prefix = prefix
         self._buffer = b""
@@ -156,8 +167,10 @@ class OutputFilter:
             self._buffer = b""
         return self._prefixed(passed)
 
-    def _prefixed(self, output: bytes) -> bytes:
+    def _prefixed(self, output: bytes, *, is_end: bool = False) -> bytes:
         """Add the prefix to each line, and a line end to an open line or piece, because another program may follow."""
+        if self._keep is not None:
+            self._keep(self._decode(output, final=is_end))
         if not self._prefix or not output:
             return output
         return b"".join(self._prefix + line + b"\n" for line in output.removesuffix(b"\n").split(b"\n"))
@@ -180,7 +193,7 @@ class OutputFilter:
         if self._invalid > WARNINGS:
             more = self._invalid - WARNINGS
             self._warn(f"not a directive, passed on: {more} more {'line' if more == 1 else 'lines'}")
-        return self._prefixed(passed)
+        return self._prefixed(passed, is_end=True)
 
     def _may_be_directive(self) -> bool:
         if self._directives is None:

@@ -17,6 +17,7 @@ from jobd.core.rules import late_result_rules, operator_rules
 from jobd.core.transaction import Transaction
 from jobd.model.commands import (
     AnyCommand,
+    AppendOutput,
     Bulk,
     Cancel,
     Claim,
@@ -50,7 +51,7 @@ from jobd.model.job import (
     release_delay_ms,
     with_checkpoint,
 )
-from jobd.model.responses import GoodbyeView, Grants, JobList, JobView, Response
+from jobd.model.responses import GoodbyeView, Grants, JobList, JobView, OutputGrant, Response
 from jobd.model.times import duration, time_left
 
 _encode: Final = msgspec.json.Encoder().encode
@@ -368,6 +369,15 @@ def _extend(
     return Response(views.lock_state(job.grant, deadlines, tx.at, extended))
 
 
+def append_output(tx: Transaction, command: AppendOutput) -> Response:
+    """Return the grant that the output belongs to. The output itself is no state."""
+    job = _held(tx, command, "output")
+    assert isinstance(job, Job)
+    assert job.grant is not None
+    grant = job.grant
+    return Response(OutputGrant(job.created_at, job.attempt, grant.worker, grant.fencing_token))
+
+
 def complete(tx: Transaction, command: Complete) -> Response:
     """Complete the job. The result of an ended grant is late: it may still be stored or adopted."""
     try:
@@ -464,7 +474,7 @@ def cancel(tx: Transaction, command: Cancel) -> Response:
 
 # -- the holder of a job ----------------------------------------------------------------------------------------------
 
-Holders = Progress | Extend | Complete | Fail | Release | ExtendLock | ReleaseLock
+Holders = AppendOutput | Progress | Extend | Complete | Fail | Release | ExtendLock | ReleaseLock
 
 
 def _held(tx: Transaction, command: Holders, verb: str) -> Job | Response:

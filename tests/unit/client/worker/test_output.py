@@ -43,6 +43,16 @@ def test_directives_are_removed_and_the_rest_is_unchanged() -> None:
     assert parsed.warnings == []
 
 
+@pytest.mark.parametrize("prefix", [b"", b"a: "])
+def test_what_is_passed_on_is_kept_as_text_without_the_prefix(prefix: bytes) -> None:
+    kept: list[str] = []
+    output = OutputFilter(Directives(lambda *_: None), pytest.fail, prefix=prefix, keep=kept.append)
+    for piece in (b"one \xe2\x82", b"\xac\n::progress 1\n\xff", b"\nlast \xe2"):
+        output.feed(piece)
+    output.end()
+    assert "".join(kept) == "one €\n\ufffd\nlast \ufffd"
+
+
 @pytest.mark.parametrize(
     ("line", "progress", "text"),
     [
