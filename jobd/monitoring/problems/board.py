@@ -25,8 +25,8 @@ from jobd.model.webhooks import FailingWebhook, OpenProblems
 from jobd.monitoring.health import Health
 from jobd.monitoring.problems import daemon
 from jobd.monitoring.problems.catalogue import ALERTS, CONDITIONS
-from jobd.monitoring.problems.condition import Condition, Crew, DuePair, Scene, Thresholds
-from jobd.monitoring.problems.life import CLEAR_MS, HOLD_MS, SUBJECTS, ProblemLife, Selection
+from jobd.monitoring.problems.condition import Condition, Crew, DuePair, Scene, Thresholds, pair_id
+from jobd.monitoring.problems.life import CLEAR_MS, HOLD_MS, SUBJECTS, ProblemLife
 from jobd.monitoring.problems.losses import WorkerLosses
 from jobd.monitoring.problems.pair_counts import PairCounts, Tally
 from jobd.monitoring.problems.pairs import SETTLED_MS
@@ -88,13 +88,11 @@ class Problems:
         self._known: list[Problem] = []
         self._evaluated_at = 0
         self._first: BootMs | None = None  # the first check with measured health
-        self._found: dict[str, Selection] = {}  # condition -> its latest findings
         self._crews: dict[ClaimSet, Crew] = {}
         self._running: dict[tuple[str, str], list[int]] = {}  # pair -> see Scene
         self._due: list[DuePair] = []
         self._tallies: list[Tally] = []
-        self._backlogs: Trends[tuple[str, str]] = Trends()
-        self._retries: Trends[str] = Trends()
+        self._trends = Trends()
         self._free: deque[tuple[BootMs, int]] = deque()  # bytes of the disk in the last hour, one a minute
         self._errors: deque[tuple[BootMs, dict[str, int]]] = deque()
         self._next_scan = MonotonicS(0.0)
@@ -191,19 +189,18 @@ class Problems:
         slices, is_scanned = _Slices(), loop_time() >= self._next_scan
         if is_scanned:
             await self._scan(slices)
-        scene = await self._scene()
+        scene, boot_ms = await self._scene(), self._clock.boot_ms()
+        now = scene.at.now
         for condition in CONDITIONS:
             if condition.of_pairs and not is_scanned:
-                continue  # it finds the same as at the last scan
-            selection = self._found[condition.name] = self._life.selection(condition.name)
-            await slices.of(condition.find(scene), selection.add)
+                self._life.find_again(condition.name, boot_ms)
+            else:
+                selection = self._life.selection(condition.name)
+                await slices.of(condition.find(scene), selection.add)
+                await slices.of(self._life.find(selection, now, boot_ms), _ignore)
         known: list[Problem] = []
         await slices.of(islice(daemon.known(scene), SUBJECTS), known.append)
-        self._known, self._evaluated_at = known, scene.at.now
-        now, boot_ms = scene.at.now, self._clock.boot_ms()
-        for selection in self._found.values():
-            self._life.find(selection, now, boot_ms)
-            await slices.end()
+        self._known, self._evaluated_at = known, now
         if self._life.update(now, boot_ms):
             self.on_change()
         await slices.of(self._life.write_log(), _ignore)
@@ -211,19 +208,19 @@ class Problems:
     async def _scan(self, slices: _Slices) -> None:
         """Read what the conditions of queues and kinds need. Many pairs are scanned less often."""
         at, boot_ms = self._clock.moment(), self._clock.boot_ms()
-        self._crews, self._running, self._due, self._tallies = {}, {}, [], []
-        self._backlogs.begin(boot_ms)
-        self._retries.begin(boot_ms)
-        await slices.end()
+        for old in (self._crews, self._running, self._due, self._tallies):
+            old.clear()
+            await slices.end()
+        self._trends.begin(boot_ms)
         await slices.of(self._read_crews(), _ignore)
         await slices.of(self._read_running(), _ignore)
         pairs = await slices.of(self._due_pairs(), self._due.append)
         await slices.of(self.counts.recent(at.now), self._tallies.append)
-        await slices.of(self._due, lambda pair: self._backlogs.note((pair.queue, pair.kind), pair.due))
-        await slices.of(list(self._state.retrying.items()), lambda each: self._retries.note(*each))
-        self._backlogs.end(boot_ms)
-        self._retries.end(boot_ms)
-        await slices.end()
+        counts = ((pair_id("backlog_grows", pair.queue, pair.kind), pair.due) for pair in self._due)
+        await slices.of(counts, lambda each: self._trends.note(*each))
+        counts = ((pair_id("retry_backlog", queue), count) for queue, count in list(self._state.retrying.items()))
+        await slices.of(counts, lambda each: self._trends.note(*each))
+        self._trends.end(boot_ms)
         self._next_scan = loop_time() + (SCAN_MANY_EVERY_S if pairs > MANY_PAIRS else 0)
 
     def _rejected(self) -> dict[str, int]:
@@ -272,8 +269,7 @@ class Problems:
             crews=self._crews,
             running=self._running,
             tallies=self._tallies,
-            backlogs=self._backlogs,
-            retries=self._retries,
+            trends=self._trends,
             rejected=self._rejected(),
         )
 

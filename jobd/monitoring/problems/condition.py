@@ -100,7 +100,7 @@ class Crew(Struct):
     last: str | None = None
 
 
-class DuePair(Struct, frozen=True):
+class DuePair(Struct, frozen=True, gc=False):
     """A queue and a kind with due jobs. `job_id` waits longest. `is_behind`: others have a better priority."""
 
     queue: str
@@ -140,8 +140,7 @@ class Scene(Struct, kw_only=True):
     durations: Iterable[KindDurations] = ()
     due: Iterable[DuePair] = ()
     tallies: Iterable[Tally] = ()
-    backlogs: Trends[tuple[str, str]]
-    retries: Trends[str]
+    trends: Trends
     rejected: Mapping[str, int] = {}  # code -> error responses of the last 5 minutes
     crews: Mapping[ClaimSet, Crew] = {}
     running: Mapping[tuple[str, str], list[int]] = {}  # pair -> running jobs with a live lock, oldest started_at
@@ -188,7 +187,7 @@ def problem_id(condition: str, subject: Subject) -> str:
     return "/".join((condition, *subject.parts))
 
 
-def pair_id(condition: str, queue: str, kind: str) -> str:
+def pair_id(condition: str, queue: str, kind: str = "") -> str:
     """Return the `problem_id` of a queue and a kind, at a fifth of the cost."""
     return f"{condition}/{queue}/{kind}" if kind else f"{condition}/{queue}"
 

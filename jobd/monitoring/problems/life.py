@@ -7,7 +7,6 @@ stands still on a full disk.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import cached_property
 from heapq import heappop, heappush
 from operator import itemgetter
 from typing import Final, get_args
@@ -36,7 +35,6 @@ class _Track(Struct):
     """A finding that may become a problem, or one that is open. `told` is what was last announced, and when."""
 
     problem: Problem
-    finding: Finding
     first: BootMs
     seen: BootMs
     rank: tuple[int, int]
@@ -71,11 +69,9 @@ class Selection:
             heappop(self._new)
             self.rest += 1
 
-    @cached_property
-    def chosen(self) -> list[tuple[str, Finding]]:
-        """The ids and findings of this selection, which is complete."""
-        new = [draft for _, _, draft in sorted(self._new, key=itemgetter(0), reverse=True)]
-        return [(draft.id, draft.make()) for draft in (*self._known, *new)]
+    def chosen(self) -> list[Draft]:
+        """Return the findings of this selection, which is complete."""
+        return [*self._known, *(draft for _, _, draft in sorted(self._new, key=itemgetter(0), reverse=True))]
 
 
 class ProblemLife:
@@ -91,6 +87,7 @@ class ProblemLife:
         self._hold_ms = hold_ms
         self._clear_ms = clear_ms
         self._tracks: dict[str, _Track] = {}
+        self._updated = BootMs(0)
 
     @property
     def opened(self) -> frozenset[str]:
@@ -128,6 +125,7 @@ class ProblemLife:
                 del self._tracks[id_]
             elif track.is_open:
                 worse |= _becomes_worse(track, now, boot_ms)
+        self._updated = boot_ms
         self._list()
         self.begun = [problem for problem in self.listed if before.pop(problem.id, None) is None]
         self.closed = list(before.values())
@@ -145,21 +143,19 @@ class ProblemLife:
             log.info("problem_closed", id=problem.id, since=problem.since, title=problem.title)
             yield
 
-    def find(self, selection: Selection, now: int, boot_ms: BootMs) -> None:
-        """Apply the findings of one condition, new ones or those of an earlier evaluation."""
+    def find(self, selection: Selection, now: int, boot_ms: BootMs) -> Iterator[None]:
+        """Apply the findings of one condition. Yields after each one."""
         condition = self._conditions[selection.condition]
         self.rest[condition.name] = selection.rest
-        for id_, finding in selection.chosen:
-            track = self._tracks.get(id_)
+        for draft in selection.chosen():
+            track = self._tracks.get(draft.id)
             if track is None and len(self._tracks) >= MOST:
                 self.rest[condition.name] += 1
                 continue
-            if track is not None and track.finding is finding:
-                track.seen = boot_ms
-                continue
+            finding = draft.make()
             since = now if track is None else track.problem.since
             problem = Problem(
-                id=id_,
+                id=draft.id,
                 condition=condition.name,
                 severity=finding.severity or condition.severity,
                 subject=finding.subject,
@@ -172,9 +168,16 @@ class ProblemLife:
                 cure=list(finding.cure),
             )
             if track is None:
-                self._tracks[id_] = _Track(problem, finding, boot_ms, boot_ms, finding.rank)
+                self._tracks[draft.id] = _Track(problem, boot_ms, boot_ms, finding.rank)
             else:
-                track.problem, track.finding, track.seen, track.rank = problem, finding, boot_ms, finding.rank
+                track.problem, track.seen, track.rank = problem, boot_ms, finding.rank
+            yield
+
+    def find_again(self, condition: str, boot_ms: BootMs) -> None:
+        """Apply the findings that one condition had at the latest update."""
+        for track in self._tracks.values():
+            if track.problem.condition == condition and track.seen == self._updated:
+                track.seen = boot_ms
 
     def _list(self) -> None:
         """List the open problems by urgency, without those that another one hides."""

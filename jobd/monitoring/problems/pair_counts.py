@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from typing import Final, NamedTuple
+from typing import Final
 
 from msgspec import Struct, field
 
@@ -45,7 +45,7 @@ class PairMinutes(Struct):
         return min(found, default=last) * MINUTE_MS
 
 
-class Tally(NamedTuple):
+class Tally(Struct, gc=False):
     """The sums of the last 10 minutes of one queue and kind."""
 
     queue: str

@@ -123,8 +123,8 @@ def backlog_grows(scene: Scene) -> Iterator[Finding | None]:
     for pair in scene.due:
         yield None
         key = pair.queue, pair.kind
-        is_open = pair_id("backlog_grows", *key) in scene.opened
-        rise, counts = scene.backlogs.rise(key, is_open=is_open), scene.counts.pairs.get(key)
+        is_open = (id_ := pair_id("backlog_grows", *key)) in scene.opened
+        rise, counts = scene.trends.rise(id_, is_open=is_open), scene.counts.pairs.get(key)
         if rise is None or counts is None or pair.queue in scene.state.paused:
             continue
         grown, created = rise[1] - rise[0], counts.sums(scene.at.now)[CREATED]
@@ -148,9 +148,8 @@ def retry_backlog(scene: Scene) -> Iterator[Finding | None]:
     """More and more jobs of a queue wait for a retry."""
     for queue, count in list(scene.state.retrying.items()):
         yield None
-        subject = Subject(type="queue", queue=queue)
-        is_open = problem_id("retry_backlog", subject) in scene.opened
-        if count < scene.limits.retry_backlog or (rise := scene.retries.rise(queue, is_open=is_open)) is None:
+        is_open = (id_ := pair_id("retry_backlog", queue)) in scene.opened
+        if count < scene.limits.retry_backlog or (rise := scene.trends.rise(id_, is_open=is_open)) is None:
             continue
         title = f"{count:,} wait for a retry, {max(rise[1] - rise[0], 0) / MINUTES:,.0f} more a minute"
         pairs = [scene.counts.pairs.get((queue, kind)) for kind in scene.state.queued_kinds(queue)]
@@ -160,7 +159,7 @@ def retry_backlog(scene: Scene) -> Iterator[Finding | None]:
         if error is not None and attempts:
             title += f"; {100 * failed / attempts:.0f} % of attempts fail: {_error(error)}"
         yield Finding(
-            subject=subject,
+            subject=Subject(type="queue", queue=queue),
             title=title,
             value=count,
             jobs=count,

@@ -467,7 +467,7 @@ class LifeHarness:
             for finding in found.get(selection.condition, ()):
                 selection.add(finding)
         for selection in selections:
-            self.life.find(selection, now, boot_ms)
+            list(self.life.find(selection, now, boot_ms))
         has_changed = self.life.update(now, boot_ms)
         for _ in self.life.write_log():
             pass
