@@ -12,7 +12,7 @@ Severity = Literal["critical", "warning", "notice"]  # the worst first
 Unit = Literal["jobs", "ms", "percent", "bytes"]
 
 
-class Subject(Struct, frozen=True, omit_defaults=True, kw_only=True):
+class Subject(Struct, frozen=True, omit_defaults=True, kw_only=True, gc=False):
     """What a problem is about. Only the parts that identify it are set."""
 
     type: Annotated[str, doc("`pair` (a queue and a kind), `queue`, `kind`, `job`, `worker`, `node`, and so on.")]
@@ -49,7 +49,7 @@ class Subject(Struct, frozen=True, omit_defaults=True, kw_only=True):
 _SHARED = ("queue", "kind", "host", "version")
 
 
-class Cure(Struct, frozen=True):
+class Cure(Struct, frozen=True, gc=False):
     """A way to end a problem, or to look further."""
 
     label: Annotated[str, doc("What it does, in a few words.")]
@@ -58,7 +58,7 @@ class Cure(Struct, frozen=True):
     changes: Annotated[bool, doc("Whether it changes something.")] = False
 
 
-class Problem(Struct, frozen=True, kw_only=True):
+class Problem(Struct, frozen=True, kw_only=True, gc=False):
     """A condition that holds for a subject."""
 
     id: Annotated[str, doc("The condition and the subject: `no_workers/mail/receipt`.")]
