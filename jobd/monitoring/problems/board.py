@@ -88,7 +88,7 @@ class Problems:
         self._known: list[Problem] = []
         self._evaluated_at = 0
         self._first: BootMs | None = None  # the first check with measured health
-        self._crews: dict[ClaimSet, Crew] = {}
+        self._crews: dict[ClaimSet | None, Crew] = {}
         self._running: dict[tuple[str, str], list[int]] = {}  # pair -> see Scene
         self._due: list[DuePair] = []
         self._tallies: list[Tally] = []
@@ -253,7 +253,7 @@ class Problems:
             at=at,
             limits=self.thresholds,
             opened=self._life.opened,
-            is_settled=self._first is not None and boot_ms - self._first >= SETTLED_MS - self._hold_ms,
+            up_ms=0 if self._first is None else boot_ms - self._first + self._hold_ms,
             health=self._health.last,
             space=space,
             full_in_ms=self._full_in_ms(space),
@@ -274,15 +274,14 @@ class Problems:
         )
 
     def _read_crews(self) -> Iterator[None]:
-        """Count the workers of each claim set by state."""
+        """Count the workers of each claim set by state. Those without a remembered claim have the set None."""
         presence, crews = self._state.presence, self._crews
         for name, worker in presence.remembered():
-            if worker.claims is not None:
-                crew, state = crews.setdefault(worker.claims, Crew({})), presence.state(worker)
-                crew.states[state] = crew.states.get(state, 0) + 1
-                if state in ("died", "gone"):
-                    last = presence.workers.get(crew.last or "")
-                    crew.last = name if last is None or last.last_seen_at <= worker.last_seen_at else crew.last
+            crew, state = crews.setdefault(worker.claims, Crew({})), presence.state(worker)
+            crew.states[state] = crew.states.get(state, 0) + 1
+            if state in ("died", "gone"):
+                last = presence.workers.get(crew.last or "")
+                crew.last = name if last is None or last.last_seen_at <= worker.last_seen_at else crew.last
             yield
 
     def _read_running(self) -> Iterator[None]:

@@ -67,7 +67,7 @@ class Thresholds(Struct, frozen=True):
         return 100 - self.disk_free_percent
 
 
-class Finding(Struct, frozen=True, kw_only=True):
+class Finding(Struct, frozen=True, kw_only=True, gc=False):
     """A subject for which a condition holds now. `severity` is that of the condition if it is None."""
 
     subject: Subject
@@ -126,7 +126,7 @@ class Scene(Struct, kw_only=True):
     at: Moment
     limits: Thresholds
     opened: frozenset[str] = frozenset()
-    is_settled: bool = True  # the workers had time to claim again since the start, when the finding can be a problem
+    up_ms: int = HOUR_MS  # since the start, when a finding of now can be a problem
     health: HealthView | None = None
     space: DiskSpace | None = None
     full_in_ms: float | None = None  # at the rate of the last hour; None if it is not known or the disk does not fill
@@ -142,7 +142,7 @@ class Scene(Struct, kw_only=True):
     tallies: Iterable[Tally] = ()
     trends: Trends
     rejected: Mapping[str, int] = {}  # code -> error responses of the last 5 minutes
-    crews: Mapping[ClaimSet, Crew] = {}
+    crews: Mapping[ClaimSet | None, Crew] = {}
     running: Mapping[tuple[str, str], list[int]] = {}  # pair -> running jobs with a live lock, oldest started_at
 
     def exceeds(self, id_: str, value: float, threshold: float, close_at: float | None = None) -> bool:

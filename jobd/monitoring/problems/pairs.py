@@ -28,6 +28,7 @@ from jobd.monitoring.problems.condition import (
 from jobd.monitoring.problems.pair_counts import CREATED, ENDED, FAILED, MINUTES, Tally
 
 SETTLED_MS: Final = 3 * MINUTE_MS  # presence begins empty: until then a worker may not have claimed again
+LEFT_MS: Final = SETTLED_MS - MINUTE_MS // 2  # the same for a pair whose worker claimed since the start, and left
 NOTICEABLE_MS: Final = 100  # a smaller difference never counts as slower, whatever the ratio
 TAKES: Final = ("busy", "waiting", "idle")  # states of workers that take jobs, as sentences list them
 MANY_FAIL: Final = 0.9
@@ -35,8 +36,11 @@ MANY_FAIL: Final = 0.9
 
 def no_workers(scene: Scene) -> Iterator[Draft | None]:
     """A job is due, and no worker that takes its queue and kind is there."""
-    limit_ms = scene.limits.queue_without_workers_ms
-    for pair in scene.due if scene.is_settled else ():
+    limit_ms, others = scene.limits.queue_without_workers_ms, scene.crews.get(None)
+    # The holders of jobs that have not claimed since the start may take any pair.
+    has_others = others is not None and not others.states.keys().isdisjoint(("busy", "silent"))
+    is_settled = scene.up_ms >= SETTLED_MS
+    for pair in scene.due if is_settled or (scene.up_ms >= LEFT_MS and not has_others) else ():
         yield None
         key = pair.queue, pair.kind
         if pair.wait_ms <= limit_ms or pair.queue in scene.state.paused or key in scene.running:
@@ -44,6 +48,8 @@ def no_workers(scene: Scene) -> Iterator[Draft | None]:
         crew = crew_of(scene, *key)
         if any(crew.states.get(state) for state in ("silent", *TAKES)):
             continue  # the jobs of a silent worker are a problem of their own
+        if not is_settled and crew.last is None:
+            continue
         yield Draft(pair_id("no_workers", *key), pair.rank, partial(_missing, scene, pair, crew))
 
 

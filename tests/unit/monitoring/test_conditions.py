@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Awaitable, Callable
+from types import SimpleNamespace
 from typing import Any, Final
 
 import pytest
 from msgspec.structs import replace
 
 from jobd.core.stats import HOURS_NEEDED, SAMPLES_NEEDED
+from jobd.engine.clock import loop_time
 from jobd.maintenance.cleanup_run import CleanupSchedule
+from jobd.model.clocks import MonotonicS
 from jobd.model.commands import (
     Claim,
     Complete,
@@ -459,5 +462,32 @@ def test_nothing_above_a_notice_opens_in_half_an_hour(name: str) -> None:
             await seconds(1_800)
             urgent = {each.id for each in stage.listed.values() if each.severity != "notice"}
         assert urgent == ALLOWED.get(name, set()), [each.title for each in stage.listed.values()]
+
+    in_virtual_time(run)()
+
+
+@pytest.mark.parametrize("is_held", [False, True])
+def test_a_pair_that_loses_its_worker_right_after_the_start_is_found_in_three_minutes(is_held: bool) -> None:
+    """While a worker from before the start holds a job and has not claimed again, it may take the pair."""
+
+    async def run() -> None:
+        storage = MemoryStorage()
+        if is_held:
+            await hold_jobs(storage)
+        async with VirtualEngine(storage, schedule=SCHEDULE) as engine, Stage(engine) as stage:
+            stage.problems._first = engine.clock.boot_ms()
+            for job in engine.state.processing.values():
+                assert job.grant is not None
+                stage.act(stage.hold(SimpleNamespace(job=job, lock_id=job.grant.lock_id), 1_000))
+            lost_at: dict[str, MonotonicS] = {}
+            for queue in ("mail", "billing"):
+                await stage.claim(queue, f"{queue}-1")
+                await stage.engine.yes(Goodbye(name=f"{queue}-1", reason="stopped"))
+                await stage.create(queue)
+                lost_at[queue] = loop_time()
+                await seconds(60)
+            for queue in ("mail", "billing"):
+                await seconds(lost_at[queue] + (170 if is_held else 165) - loop_time())
+                assert (f"no_workers/{queue}" in stage.listed) != (is_held and queue == "mail")
 
     in_virtual_time(run)()
