@@ -35,7 +35,7 @@ from jobd.monitoring.problems.trends import Trends
 EVALUATE_EVERY_S: Final = 5.0
 MEASURE_EVERY_S: Final = 10.0  # measuring costs a write with fsync, but an alert must fire within 45 s of a failure
 QUIET: Final = "The condition holds for no subject, or was not measured yet."  # the hint of an alert
-SLICE_S: Final = 0.001
+SLICE_S: Final = 0.0005
 DUE_FOR_MS: Final = MINUTE_MS  # below it, no condition asks for a pair
 MANY_PAIRS: Final = 2_000  # beyond, they are scanned less often
 SCAN_MANY_EVERY_S: Final = 15.0
@@ -185,7 +185,7 @@ class Problems:
         self._stop.set()
 
     async def check(self) -> None:
-        """Read what the conditions need, evaluate them, and update the list. Each slice takes about a millisecond."""
+        """Read what the conditions need, evaluate them, and update the list. A slice takes about half a millisecond."""
         slices, is_scanned = _Slices(), loop_time() >= self._next_scan
         if is_scanned:
             await self._scan(slices)
