@@ -17,7 +17,7 @@ from msgspec.structs import astuple, replace
 
 from jobd.journal import event_codec
 from jobd.journal.event_codec import EventRow
-from jobd.model.events import QUIET, SCHEDULING, Event
+from jobd.model.events import QUIET, SCHEDULING
 from jobd.model.job import LateResult, Result
 from jobd.model.journal import BadRecord, Record
 from jobd.model.storage import (
@@ -72,14 +72,16 @@ def encode(batch: Batch) -> tuple[bytes, list[EventRow]]:
     created: list[tuple[bytes, str]] = []
     late: list[tuple[Any, ...]] = []
     bodies: dict[int, dict[int, bytes]] = {}
-    is_extended = False
+    is_extended = False  # a job with an Extra is made, or a schedule or a quiet rule changes
     for event in batch.changes:
         events.append(event_codec.encode(event))
-        if _is_new(event):
+        if not event.job_seq:
+            is_extended = is_extended or event.type in QUIET or event.type in SCHEDULING
+        elif event.from_status is None:  # a new job
             created.append((event.payload or b"null", event.request_hash or ""))
+            is_extended = is_extended or (event.after is not None and event.after.extra is not None)
         if event.bodies:
             bodies[event.seq] = event.bodies
-        is_extended = is_extended or _is_extended(event)
         if event.late is not None:
             late.append(_late_row(event.late))
     body = _Body(
@@ -98,7 +100,7 @@ def encode(batch: Batch) -> tuple[bytes, list[EventRow]]:
         [_audit_row(entry) for entry in batch.audit] if batch.audit else [],
         batch.writes,
     )
-    if is_extended:
+    if is_extended or bodies:
         return b"\x03" + _encode((*astuple(body), bodies)), events
     return (b"\x02" if batch.writes else b"\x01") + _encode(body), events
 
@@ -127,7 +129,7 @@ def _batch(body: _ExtraBody) -> Batch:
     changes = []
     for row in body.events:
         event = event_codec.decode(row)
-        if _is_new(event):
+        if event.from_status is None and event.job_seq:
             payload, request_hash = next(created)
             event = replace(event, payload=payload, request_hash=request_hash)
         elif event.type == "late_result":
@@ -149,18 +151,6 @@ def _batch(body: _ExtraBody) -> Batch:
         audit=[_audit(row) for row in body.audit],
         writes=body.writes,
     )
-
-
-def _is_extended(event: Event) -> bool:
-    """Return whether `event` has bodies, makes a job with an Extra, or changes a schedule or a quiet rule."""
-    if not event.job_seq:
-        return event.type in QUIET or event.type in SCHEDULING
-    made = event.after if event.before is None else None
-    return bool(event.bodies) or (made is not None and made.extra is not None)
-
-
-def _is_new(event: Event) -> bool:
-    return event.from_status is None and event.job_seq != 0
 
 
 def _key(row: tuple[Any, ...]) -> StoredResponse:
