@@ -17,7 +17,9 @@ MAX_GROUPS: Final = 200
 MAX_NUMBER: Final = (1 << 63) - 1
 MAX_BACK: Final = 10_000
 
-OutputPosition = Annotated[str, Meta(pattern=r"^[0-9]{1,19}\.[0-9]{1,19}$")]
+OutputPosition = Annotated[
+    str, Meta(pattern=r"^[0-9]{1,19}\.[0-9]{1,19}$(?!\n)", extra={"expected": "the `position` of an earlier response"})
+]
 Names = Annotated[str, Meta(min_length=1, max_length=MAX_NAMES * 201)]
 
 
