@@ -64,7 +64,8 @@ class OutputFile:
         self._path = path
         self._file: tuple[int, int] | None = None  # device and inode
         self._conn: sqlite3.Connection | None = None
-        self._thread: ThreadPoolExecutor | None = None
+        self._thread = ThreadPoolExecutor(1, "output")  # it starts with the first call
+        self._is_closed = False
         self._is_failing = False
 
     async def append(self, job_id: str, grant: OutputGrant, text: bytes, now: int) -> int:
@@ -81,14 +82,14 @@ class OutputFile:
         await self._call(lambda conn: conn.executemany("DELETE FROM grants WHERE job_id = ?", rows))
 
     async def close(self) -> None:
-        thread, self._thread = self._thread, None
-        if thread is not None:
-            await asyncio.get_running_loop().run_in_executor(thread, self._close)
-            thread.shutdown(wait=False)  # it has nothing to do any more
+        if not self._is_closed:
+            self._is_closed = True
+            await asyncio.get_running_loop().run_in_executor(self._thread, self._close)
+            self._thread.shutdown(wait=False)  # it has nothing to do any more
 
     async def _call(self, work: Callable[[sqlite3.Connection], T]) -> T:
-        if self._thread is None:
-            self._thread = ThreadPoolExecutor(1, "output")
+        if self._is_closed:
+            raise OutputUnavailable("The daemon is stopping")
         return await asyncio.get_running_loop().run_in_executor(self._thread, self._run, work)
 
     # -- in the thread -------------------------------------------------------------------------------------------------

@@ -586,6 +586,7 @@ class HttpHarness:
             await line.close()
         if not self._is_stopped:
             await self.stop(1.0)
+        await self.services.outputs.file.close()
 
     @property
     def connections(self) -> list[WorkerConnection]:

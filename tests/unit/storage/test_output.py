@@ -80,14 +80,12 @@ async def test_the_oldest_output_makes_room(file: OutputFile, path: Path) -> Non
 
 @pytest.mark.parametrize("damage", ["deleted", "overwritten", "replaced"])
 async def test_a_lost_file_is_made_anew(file: OutputFile, path: Path, damage: str) -> None:
-    await append(file, "before")
     if damage == "overwritten":
-        await file.close()
         path.write_bytes(b"no database" * 1000)
-    elif damage == "deleted":
-        path.unlink()
     else:
+        await append(file, "before")
         path.unlink()
+    if damage == "replaced":
         sqlite3.connect(path).close()
     with capture_logs() as logs:
         assert await shown(file) == []
@@ -106,3 +104,11 @@ async def test_a_file_that_cannot_be_used_is_reported_once(file: OutputFile, pat
     path.rmdir()
     await append(file, "kept")
     assert await shown(file) == [(7, 0, "kept")]
+
+
+async def test_a_closed_file_is_not_opened_again(file: OutputFile, path: Path) -> None:
+    await file.close()
+    with pytest.raises(OutputUnavailable, match="stopping"):
+        await file.delete(["a"])
+    await file.close()
+    assert not path.exists()
