@@ -21,7 +21,6 @@ from jobd.model.commands import (
     Resume,
     ScheduleCommand,
     TakeBack,
-    is_dry_run,
 )
 from jobd.model.errors import ApiError
 from jobd.model.events import Event
@@ -31,7 +30,7 @@ from jobd.model.storage import AuditEntry
 
 def entry(call: Call, response: Response | ApiError, changes: list[Event], at: int) -> AuditEntry | None:
     """Return the audit entry of `call` and its changes; None if it needs none. `at` is wall time."""
-    if call.operator is None or is_dry_run(call.command):
+    if call.operator is None or call.command.dry_run:
         return None
     command = call.command
     if isinstance(command, RecordAction):

@@ -296,15 +296,13 @@ class Fifo:
     def __iter__(self) -> Iterator[PackedJob]:
         return self._from(self._first)
 
-    def takes(self, job: PackedJob) -> bool:
-        """Return whether `job` belongs after all others."""
-        if self._first >= len(self._jobs):
-            return True
-        last = self._jobs[-1]
-        return last.created_at <= job.created_at and last.seq < job.seq
-
-    def append(self, job: PackedJob) -> None:
-        self._jobs.append(job)
+    def append(self, job: PackedJob) -> bool:
+        """Add `job` if it belongs after all others. Return whether it does."""
+        jobs = self._jobs
+        if self._first < len(jobs) and (jobs[-1].created_at > job.created_at or jobs[-1].seq >= job.seq):
+            return False
+        jobs.append(job)
+        return True
 
     def extend(self, jobs: Iterable[PackedJob]) -> None:
         self._jobs.extend(jobs)
@@ -419,10 +417,9 @@ class QueuedJobs:
         """Add a packed job."""
         kind = job.options.kind
         bucket = self._bucket(kind, job.options.priority, now)
-        if not bucket.fifo.takes(job):
+        if not bucket.fifo.append(job):
             return self.add(kind, packed_entry(job), now)
         bucket.live += 1
-        bucket.fifo.append(job)
         if self._only is None and bucket.fifo.first(self._waits) is job:
             self.offer(bucket, now)
         return bucket

@@ -46,7 +46,7 @@ from __future__ import annotations
 
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from heapq import merge
+from heapq import heappush, merge
 from itertools import chain, islice, takewhile
 from operator import itemgetter
 from typing import Final, NamedTuple
@@ -394,18 +394,20 @@ class State:
             return
         self._count(before, after)
         if before is not None:
-            if before.status == "queued":
+            status = before.status
+            if status == "queued":
                 self._leave_queue(before)
-            elif before.status == "processing":
+            elif status == "processing":
                 self._end_processing(before)
             else:
                 self._drop_finished(before.id)
             if before.releases >= LOOP_FROM:
                 self.release_loops.pop(before.id, None)
         if after is not None:
-            if after.status == "queued":
+            status = after.status
+            if status == "queued":
                 self._enter_queue(after, packed(after) if before is None else None)
-            elif after.status == "processing":
+            elif status == "processing":
                 self._begin_processing(after)
             else:
                 self.keep_finished(after)
@@ -546,7 +548,7 @@ class State:
 
     def _enter_queue(self, job: Job, short: PackedJob | None) -> None:
         options, now = job.options, self._now
-        queued = self._queued_of(options.queue)
+        queued = self._queued.get(options.queue) or self._queued_of(options.queue)
         if short is None:
             if is_retried(job):
                 self._count_retrying(options.queue, 1)
@@ -635,7 +637,8 @@ class State:
         self.processing.pop(job_id, None)
         self.progressed.pop(job_id, None)
         self.started_sum -= job.started_at or job.created_at
-        self._unsort(job)
+        if job_id in self._not_live:
+            self._unsort(job)
         deadlines = self._deadlines
         self._deadline_of.pop(job_id, None)
         if len(deadlines.entries) > 2 * len(self._deadline_of) + SLACK:
@@ -661,7 +664,7 @@ class State:
             self._deadline_of.pop(job_id, None)
             return
         self._deadline_of[job_id] = deadline
-        self._deadlines.push((deadline, job.seq, job_id))
+        heappush(self._deadlines.entries, (deadline, job.seq, job_id))
 
     def _unsort(self, job: Job) -> None:
         ids = self._not_live.pop(job.id, None)
@@ -697,27 +700,15 @@ class State:
     def _count(self, before: Job | None, after: Job | None) -> None:
         # A job never changes its queue, but undo can replace it by another job of the same id. Rows with an unknown
         # status, from manual edits, are not counted.
-        totals = self.totals
-        queue = None
-        if before is not None and after is not None and before.options is after.options:
-            old, new = before.status, after.status
-            if old in totals and new in totals:  # the common case
-                same = self.counts[after.options.queue]
-                same[old] -= 1
-                same[new] += 1
-                totals[old] -= 1
-                totals[new] += 1
-                return
+        totals, queue = self.totals, None
         if after is not None and (status := after.status) in totals:
             queue = after.options.queue
-            counts = self.counts.get(queue)
-            if counts is None:
-                counts = self._counts_of(queue)
+            counts = self.counts.get(queue) or self._counts_of(queue)
             counts[status] += 1
             totals[status] += 1
         if before is not None and (status := before.status) in totals:
             former = before.options.queue
-            self._counts_of(former)[status] -= 1
+            (self.counts.get(former) or self._counts_of(former))[status] -= 1
             totals[status] -= 1
             if former != queue:
                 self._end_if_empty(former)

@@ -13,7 +13,7 @@ from typing import Any, Final
 from msgspec.structs import replace
 
 from jobd.core.state import State
-from jobd.model.commands import Call, Moment, is_dry_run
+from jobd.model.commands import Call, Moment
 from jobd.model.events import Event, EventType, QueuePause, QuietRule, fold_quiet
 from jobd.model.job import COUNTER_MASK, TOKEN_COUNTER_BITS, Job, LateResult, Policy, new_epoch
 from jobd.model.schedules import fold_schedule
@@ -61,10 +61,11 @@ class Transaction:
 
     def begin(self, call: Call) -> None:
         """Begin the next command."""
+        state = self.state
         self.call = call
-        self.is_dry_run = is_dry_run(call.command)
+        self.is_dry_run = call.command.dry_run
         self._first = len(self.changes)
-        self._begun = len(self.checked), len(self._restores), self.state.epoch, self.state.next_token
+        self._begun = len(self.checked), len(self._restores), state.epoch, state.next_token
 
     @property
     def has_changed(self) -> bool:

@@ -29,7 +29,6 @@ from jobd.model.job import (
     Policy,
     PreviousGrant,
     Result,
-    default_if_none,
     requeues_on_stall,
     with_checkpoint,
 )
@@ -79,10 +78,12 @@ def grant(tx: Transaction, job: Job, request: Start | Claim) -> Job:
     token = tx.token()
     stall_after_ms = request.stall_after_ms
     if stall_after_ms is None:
-        stall_after_ms = default_if_none(options.stall_after_ms, policy.stall_after_ms)
+        stall_after_ms = policy.stall_after_ms if options.stall_after_ms is None else options.stall_after_ms
     progress_timeout_ms = options.progress_timeout_ms
     if progress_timeout_ms is None:
-        progress_timeout_ms = default_if_none(request.progress_timeout_ms, policy.progress_timeout_ms)
+        progress_timeout_ms = request.progress_timeout_ms
+    if progress_timeout_ms is None:
+        progress_timeout_ms = policy.progress_timeout_ms
     ttl_ms = request.lock_ttl_ms or policy.lock_ttl_ms
     expires, progress_due = lock_ms + ttl_ms, None
     if progress_timeout_ms:

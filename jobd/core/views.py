@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from heapq import nlargest, nsmallest
 from itertools import islice
@@ -20,9 +20,20 @@ from jobd.core.worker_presence import WorkerPresence, WorkerSeen
 from jobd.model.commands import Import, Locks, Moment, Queues, Workers, WorkerState
 from jobd.model.events import QueuePause
 from jobd.model.flat_job import NO_ERROR, NO_RESULT, PARTS, maker
-from jobd.model.job import STATUSES, Grant, Job, LateResult, LockDeadlines, Policy, extra_keys, shown_bytes
+from jobd.model.job import (
+    STATUSES,
+    Grant,
+    Job,
+    LateResult,
+    LockDeadlines,
+    Policy,
+    extra_keys,
+    granted_bytes,
+    shown_bytes,
+)
 from jobd.model.responses import (
     ErrorView,
+    Grants,
     GrantView,
     JobView,
     LateResultView,
@@ -67,12 +78,18 @@ def lock_view(job: Job, at: Moment, *, admin: bool = False) -> LockView | None:
 def job_view(job: Job, at: Moment, policy: Policy, *, admin: bool = False, payload: Raw | UnsetType = UNSET) -> JobView:
     """Return the view of `job`. Durations that the creator did not set are shown as they apply now."""
     options, grant = job.options, job.grant
+    lock: LockView | None = None
+    worker: str | UnsetType = UNSET
     durations = options if grant is None else grant
     stall_after_ms, progress_timeout_ms = durations.stall_after_ms, durations.progress_timeout_ms
     if stall_after_ms is None:
         stall_after_ms = policy.stall_after_ms
     if progress_timeout_ms is None:
         progress_timeout_ms = policy.progress_timeout_ms
+    if grant is not None:
+        lock = lock_view(job, at, admin=admin)
+        if lock is None and job.deadlines is not None:
+            worker = grant.worker
     view = _view(
         job,
         options,
@@ -81,8 +98,8 @@ def job_view(job: Job, at: Moment, policy: Policy, *, admin: bool = False, paylo
         payload,
         stall_after_ms,
         progress_timeout_ms,
-        None if grant is None else lock_view(job, at, admin=admin),
-        grant.worker if grant is not None and job.deadlines is not None and job.deadlines.cleared else UNSET,
+        lock,
+        worker,
     )
     if (extra := job.extra) is not None:
         view.schedule_id = UNSET if extra.schedule_id is None else extra.schedule_id
@@ -162,6 +179,18 @@ def grant_view(job: Job, at: Moment, view: JobView) -> GrantView:
         grant.ttl_ms,
         progress_due_at(deadlines, at),
     )
+
+
+def granted(jobs: Iterable[Job], at: Moment, policy: Policy, *, admin: bool) -> Response:
+    """Return the response with the current grants of `jobs`."""
+    shown, unread_payloads, grants, large_bytes = [], [], [], 0
+    for job in jobs:
+        view = job_view(job, at, policy, admin=admin)
+        shown.append(grant := grant_view(job, at, view))
+        unread_payloads += [(job.seq, view)] if job.extra is None else unread(job, view)
+        grants.append((job.id, grant.lock_id))
+        large_bytes += granted_bytes(job)
+    return Response(Grants(shown), 200, unread_payloads, grants, large_bytes=large_bytes)
 
 
 def queues(state: State, command: Queues) -> QueueList:

@@ -74,12 +74,11 @@ from jobd.model.commands import (
     StopWorker,
     Tick,
     Undelivered,
-    is_dry_run,
 )
 from jobd.model.errors import ApiError
 from jobd.model.events import Event
-from jobd.model.job import LIVE, Policy, granted_bytes
-from jobd.model.responses import Grants, JobView, Response
+from jobd.model.job import LIVE, Policy
+from jobd.model.responses import JobView, Response
 from jobd.model.storage import AuditEntry, Batch, LateResultRows, Payload, StoredResponse, audit_share, tombstones
 
 log = structlog.get_logger("jobd.actor")
@@ -122,10 +121,11 @@ class DecidedBatch(Struct):
     def reply(self, envelope: Envelope, response: Response | ApiError) -> None:
         """Add a response."""
         self.replies.append((envelope, response))
-        if isinstance(response, Response) and response.unread_payloads:
+        if type(response) is Response and response.unread_payloads:
             self.unread += response.unread_payloads
-            self.large_bytes += response.large_bytes
-            self.is_large = self.large_bytes >= BATCH_PAYLOADS
+            if response.large_bytes:
+                self.large_bytes += response.large_bytes
+                self.is_large = self.large_bytes >= BATCH_PAYLOADS
 
     @property
     def changes(self) -> list[Event]:
@@ -212,10 +212,11 @@ class Decider:
         """Return what to write for a decided batch."""
         keys, forgotten = self.keys.changed()
         # A queue whose pause or number of finished jobs changes. Events of queues have no status.
-        ends = (each for each in decided.changes if each.to_status not in LIVE or each.from_status not in _LIVE_OR_NEW)
-        queues = {event.queue for event in ends if event.queue}
+        changes = decided.changes
+        queues = {each.queue for each in changes if each.to_status not in LIVE or each.from_status not in _LIVE_OR_NEW}
+        queues.discard("")
         return Batch(
-            changes=decided.changes,
+            changes=changes,
             numbers=self.state.numbers(decided.at.lock_ms, decided.at.believed, decided.at.clock),
             queues={queue: self.state.queue_row(queue) for queue in queues},
             keys=keys,
@@ -224,7 +225,7 @@ class Decider:
             report=decided.report,
             payloads=decided.wanted_payloads(),
             unmark=decided.unmark,
-            tombstones=tombstones(decided.changes) if policy.artifacts else [],
+            tombstones=tombstones(changes) if policy.artifacts else [],
             sweeps=policy.artifacts,
             audit=decided.audit,
         )
@@ -276,11 +277,12 @@ class Decider:
 
     def _decide_one(self, decided: DecidedBatch, envelope: Envelope) -> Response | ApiError | None:
         """Return the response to one command. None: its claim waits for work, or for an equal one that does."""
-        command = envelope.command
+        command: Any = envelope.command
+        kind = type(command)
         if self._unread.is_full and (rejection := self._unread.reject(command)) is not None:
             return rejection
         key = envelope.key
-        if key is not None and is_dry_run(command):
+        if key is not None and command.dry_run:
             key = None  # a dry run may be repeated
         if key is not None:
             first = self.waiting_claims.waiting_with(key.digest)
@@ -290,20 +292,20 @@ class Decider:
             if known is not None:
                 return known  # on a full disk too
         rejection = self._reject(command)
-        if rejection is not None and not (type(command) is Complete and late_result_rules.is_late(self.state, command)):
+        if rejection is not None and not (kind is Complete and late_result_rules.is_late(self.state, command)):
             return rejection  # a late complete gets lock_lost on a full disk too, because it writes nothing
-        if type(command) is Claim:
+        if kind is Claim:
             state = self.state
             is_closed = state.quiet or state.presence.directed or not command.limit
             state.presence.note_request(command, quiet.open_queues(state, command) if is_closed else None)
-        elif type(command) is Start:
+        elif kind is Start:
             self.state.presence.note_request(command)
-        elif type(command) in _NOTED and (rejection := self._note(decided, command)) is not None:
+        elif kind in _NOTED and (rejection := self._note(decided, command)) is not None:
             return rejection
         response = self._decided(decided, envelope)
-        if command.can_wait and self._waits(decided, envelope, response):
+        if command.can_wait and command.wait_ms and self._waits(decided, envelope, response):
             return None
-        if type(command) in _DIRECTIVES and isinstance(response, Response):
+        if kind in _DIRECTIVES and isinstance(response, Response):
             self._tell(decided, response.data.worker)
         if self._unread.is_full and _is_large_repeat(decided.tx, response):
             return self._unread.rejection()
@@ -338,8 +340,6 @@ class Decider:
         if len(tx.ended) > ended:
             for lock_id in tx.ended[ended:]:
                 self.keys.ended(lock_id)
-        if type(call.command) is Claim and type(response) is Response and response.data.directive is not UNSET:
-            quiet.note_told(self.state, call.command.worker, response.data.directive)
         if call.operator is not None:
             self._audit(decided, call, response, tx.changed())
         return response
@@ -357,7 +357,7 @@ class Decider:
     def _waits(self, decided: DecidedBatch, envelope: Envelope, response: Response | ApiError) -> bool:
         """Let a request with `wait_ms` wait if its response does not show what it waits for. Return whether it does."""
         command: Any = envelope.command
-        if not command.wait_ms or not self.may_wait or not isinstance(response, Response):
+        if not self.may_wait or not isinstance(response, Response):
             return False
         if type(command) is not Claim:
             unfinished = [job_id for job_id in command.job_ids() if job_id in self.state.jobs]
@@ -457,17 +457,11 @@ class Decider:
         self, decided: DecidedBatch, envelope: Envelope, grants: list[tuple[str, str]]
     ) -> Response | None:
         """Return the grants of the first call that are still current; None if there are none."""
-        response = Response(Grants([]), unread_payloads=[], grants=[], replayed=True)
-        for job_id, lock_id in grants:
-            if self.state.holds(job_id, lock_id):
-                job = self.state.jobs[job_id]
-                view = views.job_view(job, decided.at, decided.tx.policy, admin=envelope.admin)
-                response.data.grants.append(views.grant_view(job, decided.at, view))
-                response.unread_payloads += views.unread(job, view)
-                response.grants.append((job_id, lock_id))
-                response.large_bytes += granted_bytes(job)
-        if not response.grants:
+        jobs = [self.state.jobs[job_id] for job_id, lock_id in grants if self.state.holds(job_id, lock_id)]
+        if not jobs:
             return None
+        response = views.granted(jobs, decided.at, decided.tx.policy, admin=envelope.admin)
+        response.replayed = True
         if isinstance(envelope.command, Start):
             response.data = response.data.grants[0]
         self._count_receivers(envelope, response, len(envelope.futures))

@@ -99,6 +99,7 @@ class Command(Struct, frozen=True, gc=False, forbid_unknown_fields=True, kw_only
     errors: ClassVar[tuple[str, ...]] = ()  # in addition to those that every call can return
     is_of_job: ClassVar[bool] = False  # a JobCommand; isinstance() is slow for a struct of another class
     is_of_holder: ClassVar[bool] = False  # it names a grant of its job
+    dry_run: ClassVar[bool] = False  # the response shows the effect, but nothing is changed
     can_wait: ClassVar[bool] = False  # the response may wait for a job
     needs_payload: ClassVar[bool] = False  # the decision needs the payload or the request hash of its jobs
     stores_job: ClassVar[bool] = False  # a stored response shows its job with payload and metadata
@@ -591,7 +592,7 @@ class Transition(NamedJobCommand, frozen=True, kw_only=True):
         Updates()
     )
     reason: Reason | None = None
-    dry_run: DryRun = False
+    dry_run: DryRun = False  # type: ignore[misc]  # of the class in others
 
 
 class ExtendLock(NamedJobCommand, frozen=True):
@@ -629,7 +630,7 @@ class RunNow(JobCommand, frozen=True):
     allowed_from = ("queued",)
 
     reason: Reason | None = None
-    dry_run: DryRun = False
+    dry_run: DryRun = False  # type: ignore[misc]  # of the class in others
 
 
 class Update(JobCommand, frozen=True, kw_only=True):
@@ -644,7 +645,7 @@ class Update(JobCommand, frozen=True, kw_only=True):
     run_at: DueAt | None = None
     max_attempts: MaxAttempts | None = None
     reason: Reason | None = None
-    dry_run: DryRun = False
+    dry_run: DryRun = False  # type: ignore[misc]  # of the class in others
 
 
 class GetVersion(JobRead, frozen=True, kw_only=True):
@@ -666,7 +667,7 @@ class Adopt(JobCommand, frozen=True):
 
     result: Annotated[int, doc("The `seq` of the late result. Default: that of the latest grant.", ge=1)] | None = None
     reason: Reason | None = None
-    dry_run: DryRun = False
+    dry_run: DryRun = False  # type: ignore[misc]  # of the class in others
 
     def weight(self) -> int:
         return ADOPT_WEIGHT
@@ -732,7 +733,7 @@ class TakeBack(Command, frozen=True):
 
     name: WorkerName
     reason: Reason | None = None
-    dry_run: DryRun = False
+    dry_run: DryRun = False  # type: ignore[misc]  # of the class in others
 
 
 class DirectWorker(Command, frozen=True):
@@ -855,7 +856,7 @@ class ImportCheck(Import, frozen=True, kw_only=True):
 
     audit_name = None
     errors = ()
-    dry_run: ClassVar[bool] = True
+    dry_run = True
 
 
 class Export(Read, frozen=True, kw_only=True):
@@ -991,7 +992,7 @@ class ApplyEndings(ApplyPlan, frozen=True, kw_only=True):
 class Preview(Read, frozen=True, kw_only=True):
     """Return what recovery and expiry would do now, up to `limit` jobs of each. Changes nothing."""
 
-    dry_run: ClassVar[bool] = True
+    dry_run = True
 
     limit: int
 
@@ -1501,14 +1502,6 @@ AnyCommand = (
     | Ping
     | Report
 )
-
-_DRY_RUNNABLE: Final = frozenset(kind for kind in get_args(AnyCommand) if hasattr(kind, "dry_run"))
-
-
-def is_dry_run(command: Command) -> bool:
-    """Return whether `command` is a dry run: its response shows the effect, but nothing is changed."""
-    return type(command) in _DRY_RUNNABLE and getattr(command, "dry_run", False)
-
 
 # Every `what` of an audit entry.
 AUDITED_ACTIONS: Final = tuple(

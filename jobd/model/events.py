@@ -289,8 +289,8 @@ def stored_changes(event: Event) -> Struct | None:
     before, after = event.before, event.after
     if after is None or after is before:
         return event.changes
-    has_extra = before is not None and (after.extra is not None or before.extra is not None)
-    recorder = None if has_extra else _FREQUENT.get(event.type)
+    has_new_extra = before is not None and after.extra is not before.extra
+    recorder = None if has_new_extra else _FREQUENT.get(event.type)
     return _difference(before or _NO_JOB, after, UNSET) if recorder is None else recorder(before, after)
 
 

@@ -468,8 +468,3 @@ class Policy(Struct, frozen=True):
     def late_policy(self, queue: str) -> LatePolicy:
         """Return the policy for late results of the jobs of `queue`."""
         return self.late_queues.get(queue, self.late_results)
-
-
-def default_if_none(value: int | None, default: int) -> int:
-    """Return `value`, or `default` if it is None. 0 is a value."""
-    return default if value is None else value

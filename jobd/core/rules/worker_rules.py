@@ -208,11 +208,9 @@ def start(tx: Transaction, command: Start) -> Response:
         job = transitions.stall(tx, job, transitions.stall_reason(tx, job))
     job = transitions.expire_if_overdue(tx, job)
     _check_start(tx, job)
-    job = transitions.grant(tx, job, command)
-    view = views.job_view(job, tx.at, tx.policy, admin=tx.call.admin)
-    granted = views.grant_view(job, tx.at, view)
-    unread, size = views.unread(job, view), granted_bytes(job)
-    return Response(granted, 200, unread, [(job.id, granted.lock_id)], large_bytes=size)
+    response = views.granted([transitions.grant(tx, job, command)], tx.at, tx.policy, admin=tx.call.admin)
+    response.data = response.data.grants[0]
+    return response
 
 
 def _check_start(tx: Transaction, job: Job) -> None:
@@ -257,12 +255,14 @@ def claim(tx: Transaction, command: Claim) -> Response:
     state, queues = tx.state, command.queues
     if state.quiet or state.presence.directed or not command.limit:
         if (directive := quiet.directive_for(state, command)) is not None:
+            quiet.note_told(state, command.worker, directive)
             return Response(Grants([], directive))
         queues = list(quiet.open_queues(state, command))
     due = state.first_due(queues, command.kinds, command.limit)
     if len(due) > 1:
         del due[_fitting(due) :]
-    return _granted(tx, [transitions.grant(tx, job, command) for job in due])
+    jobs = [transitions.grant(tx, job, command) for job in due]
+    return views.granted(jobs, tx.at, tx.policy, admin=tx.call.admin)
 
 
 def _fitting(jobs: list[Job]) -> int:
@@ -273,22 +273,6 @@ def _fitting(jobs: list[Job]) -> int:
         if total > CLAIM_BYTES:
             return max(index, 1)
     return len(jobs)
-
-
-def _granted(tx: Transaction, jobs: list[Job]) -> Response:
-    shown, unread_payloads, grants, large_bytes = [], [], [], 0
-    for job in jobs:
-        view = views.job_view(job, tx.at, tx.policy, admin=tx.call.admin)
-        granted = views.grant_view(job, tx.at, view)
-        shown.append(granted)
-        if job.extra is None:
-            unread_payloads.append((job.seq, view))
-            large_bytes += job.payload_bytes
-        else:
-            unread_payloads += views.unread(job, view)
-            large_bytes += granted_bytes(job)
-        grants.append((job.id, granted.lock_id))
-    return Response(Grants(shown), 200, unread_payloads, grants, large_bytes=large_bytes)
 
 
 def undelivered(tx: Transaction, command: Undelivered) -> Response:

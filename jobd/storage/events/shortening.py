@@ -47,15 +47,15 @@ class TimelineShortener:
     def note(self, changes: Sequence[Event]) -> None:
         """Count the events that were written."""
         for event in changes:
-            if event.type in HEARTBEATS:
+            if event.type == "granted":
+                self._heartbeats[event.job_seq] = (event.seq, 0)
+            elif event.type in HEARTBEATS:
                 # For a grant made before the start the count is unknown, so thin its timeline once.
                 begin, heartbeats = self._heartbeats.get(event.job_seq, (0, KEEP_HEARTBEATS))
                 self._heartbeats[event.job_seq] = (begin, heartbeats + 1)
                 if heartbeats >= KEEP_HEARTBEATS:
                     self._waiting.setdefault((self._thin, event.job_seq), begin)
-            elif event.type == "granted":
-                self._heartbeats[event.job_seq] = (event.seq, 0)
-            elif event.to_status != "processing":
+            elif event.to_status != "processing" and event.from_status is not None:
                 self._heartbeats.pop(event.job_seq, None)
                 if event.type in GIVEN_BACK:
                     self._count_returned_grant(event.job_seq)

@@ -110,7 +110,7 @@ class JobWriter:
                     continue
                 before[seq], after[seq] = stored, None if stored is None else stored.job
                 has_extra = has_extra or (stored is not None and stored.job.extra is not None)
-            after[seq] = fold(after[seq], event)
+            after[seq] = event.after or fold(after[seq], event)
             if event.bodies:
                 bodies |= event.bodies
                 has_extra = True

@@ -38,7 +38,6 @@ from jobd.model.commands import (
     Start,
     TakeBack,
     Undelivered,
-    is_dry_run,
 )
 from jobd.model.errors import ApiError
 from jobd.model.events import Event, fold
@@ -138,7 +137,7 @@ class DecisionChecks:
         self.must(at.lock_ms >= self._last_lock_ms, "S12", f"lock time went from {self._last_lock_ms} to {at.lock_ms}")
         self._last_lock_ms = at.lock_ms
         self._check_answer(state, rows, paused, command, decision, job, at)
-        changes_nothing = is_read or is_dry_run(command)
+        changes_nothing = is_read or command.dry_run
         self.must(not (changes_nothing and decision.changes), "S15", f"{name} did something, which only reads", job_id)
         self.must(decision.changes or brief == _brief(state, job), "S8", f"{name} changed the state silently", job_id)
         for change in decision.changes:

@@ -20,7 +20,7 @@ from jobd.core.transaction import Transaction
 from jobd.engine.disk_full import WriteLimit
 from jobd.engine.idempotency import KEPT_MS, SAFE_MS
 from jobd.model.clocks import LockMs
-from jobd.model.commands import AnyCommand, Call, Claim, IdempotencyKey, Moment, is_dry_run
+from jobd.model.commands import AnyCommand, Call, Claim, IdempotencyKey, Moment
 from jobd.model.errors import ApiError
 from jobd.model.events import Event, fold
 from jobd.model.job import FINISHED, LIVE, MAX_LATE_RESULTS, SECOND_MS, TOKEN_COUNTER_BITS, Grant, Job
@@ -138,7 +138,7 @@ class Monitor(DecisionChecks):
         if self.steps == self.machine.enough:
             self.machine.finished.set()
         self.fired[f"command {type(call.command).__name__}"] += 1
-        self.fired["dry run"] += is_dry_run(call.command)
+        self.fired["dry run"] += call.command.dry_run
         if self.steps % PICTURE_EVERY == 0:
             before = snapshot(tx.state)
             with contextlib.suppress(Exception):  # the checked decision raises it too

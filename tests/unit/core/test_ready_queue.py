@@ -95,10 +95,10 @@ def untouched(kind: str, priority: int, created_at: int, seq: int) -> PackedJob:
 def test_a_fifo_is_trimmed_only_if_removed_jobs_outnumber_live_ones() -> None:
     line = Fifo()
     jobs = [untouched("", 0, number, number) for number in range(2 * 2 + SLACK + 1)]
-    line.extend(jobs[1:])
+    line.extend(jobs[:-1])
     line.trim(2, lambda job: job.seq in (7, 9))
     assert len(line) == 2 * 2 + SLACK
-    line.append(jobs[0])
+    line.append(jobs[-1])
     line.trim(2, lambda job: job.seq in (7, 9))
     assert list(line) == [jobs[7], jobs[9]]
 
@@ -122,7 +122,7 @@ def test_a_fifo_drops_the_places_of_removed_jobs_at_its_front() -> None:
         assert (list(line), len(line)) == (jobs[removed:], len(jobs) - removed)
         assert first is next(iter(line), None)
         assert len(line._jobs) == len(jobs) - kept * _GONE_AT_ONCE
-    assert line.takes(jobs[0])
+    assert line.append(jobs[0])
 
 
 def test_the_next_job_of_a_fifo_is_found_without_scanning() -> None:
