@@ -293,7 +293,7 @@ class Counters(Struct):
             kind = event.type
             events[kind] = events.get(kind, 0) + 1
             if kind == "granted":
-                queue = _label(event.queue, grants)
+                queue = event.queue if event.queue in grants else _label(event.queue, grants)
                 grants[queue] = grants.get(queue, 0) + 1
                 if ended_grants:
                     self.double_grants.granted(event)
@@ -357,10 +357,11 @@ class Counters(Struct):
         self.completions[minute] = (count + 1, total_ms + processing_ms)
         if len(self.completions) > 61:
             self.completions = _latest(self.completions, minute, 60)
-        name = _label(queue, self.processing)
-        if name not in self.processing:
-            self.processing[name] = Histogram.empty(PROCESSING_BUCKETS_S)
-        self.processing[name].add(processing_ms / 1000, PROCESSING_BUCKETS_S)
+        histogram = self.processing.get(queue)
+        if histogram is None:
+            empty = Histogram.empty(PROCESSING_BUCKETS_S)
+            histogram = self.processing.setdefault(_label(queue, self.processing), empty)
+        histogram.add(processing_ms / 1000, PROCESSING_BUCKETS_S)
 
     def _recovered(self, at: int, *, requeued: bool) -> None:
         hour = at // HOUR_MS

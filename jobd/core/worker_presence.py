@@ -196,17 +196,6 @@ class WorkerPresence:
         """Iterate over the sets that contain this queue."""
         return iter(self._of_queue.get(queue, ()))
 
-    def unclaimed_ms(self, queue: str, kind: str, lock_ms: LockMs) -> int:
-        """Return for how long, at lock time `lock_ms`, no worker has claimed this queue and kind.
-
-        0 while a claim waits. Without a remembered claim it counts from `since`. The cost grows with the number of sets
-        that contain this queue.
-        """
-        fitting = [claims for claims in self.claim_sets(queue) if claims.takes(kind)]
-        if any(claims.waiting for claims in fitting):
-            return 0
-        return max(lock_ms - max((claims.claimed for claims in fitting), default=self.since), 0)
-
     # -- changing -----------------------------------------------------------------------------------------------------
 
     def set_time(self, now: int, lock_ms: LockMs) -> None:

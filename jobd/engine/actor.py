@@ -519,9 +519,11 @@ class Actor:
 
     def _prepare_meanwhile(self, decided: DecidedBatch) -> None:
         """Encode the responses while the batch is written, if their payloads are in memory."""
+        if self.disk.commits_inline and decided.writes:
+            return  # the write returns the payloads
         if wanted := decided.wanted_payloads():
             decided.known.payloads |= self.disk.cached_payloads(wanted)
-        if not self.disk.commits_inline and decided.writes and decided.known.payloads.keys() >= set(wanted):
+        if decided.writes and decided.known.payloads.keys() >= set(wanted):
             decided.fill({})
             asyncio.get_running_loop().call_soon(self._prepare, decided)
 

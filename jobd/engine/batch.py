@@ -234,8 +234,9 @@ class Decider:
         """Apply what follows from the commit of the batch."""
         self.keys.commit()
         self.state.clock = decided.at.clock
-        for lock_id in decided.tx.ended:
-            self._receivers.pop(lock_id, None)
+        if receivers := self._receivers:
+            for lock_id in decided.tx.ended:
+                receivers.pop(lock_id, None)
         if unvalidated := self.state.unvalidated:
             gone = [change.job_seq for change in decided.changes if change.after is None]
             for seq in (*gone, *decided.tx.checked):

@@ -442,10 +442,11 @@ class Projection:
             db.conn.executemany(event_rows.INSERT, event_rows.pack(events))
         if queues := {name: row for batch in batches for name, row in batch.queues.items()}:
             db.conn.executemany(PUT_QUEUE, [codec.queue_row(name, row) for name, row in queues.items()])
-        for event in [each for each in changes if not each.job_seq and each.type in QUIET]:
-            table_writes.write_quiet(db, event)
-        for event in [each for each in changes if each.details is not None and "schedule" in each.details]:
-            table_writes.write_schedule(db, event)
+        for event in [each for each in changes if each.details is not None and each.type != "granted"]:
+            if event.type in QUIET:
+                table_writes.write_quiet(db, event)
+            elif event.details and "schedule" in event.details:
+                table_writes.write_schedule(db, event)
         if tombstones:
             db.conn.executemany(PUT_TOMBSTONE, map(codec.tombstone_row, tombstones))
         self._write_keys(batches)
