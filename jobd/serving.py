@@ -355,7 +355,8 @@ class Serving:
         view = partial(ClusterView, role="single") if leading is None else partial(self._with_full_disk, leading.view)
         feed = EventFeed(store, self._opened.numbers.next_event - 1, settings.limits.event_streams)
         failures = FailureGroups(store, clock.moment, self._opened.numbers.next_job, self._opened.jobs)
-        health = self._make_health(view)
+        outputs = self._make_outputs(feed)
+        health = self._make_health(view, lambda: outputs.file.failure)
         disk_sampler = DiskSampler(store, lambda: clock.moment().now)
         problems = self._make_problems(health, view, disk_sampler)
         metrics = Metrics(
@@ -371,7 +372,6 @@ class Serving:
             cluster=view,
             append_seconds=None if leading is None else leading.leadership.append_seconds,
         )
-        outputs = self._make_outputs(feed)
         listeners = [feed.publish, failures.committed, problems.committed, self.timeseries.record, outputs.committed]
         self.actor.on_commit += listeners
         return Services(
@@ -405,7 +405,7 @@ class Serving:
         self._stack.push_async_callback(file.close)
         return Outputs(file, feed, lambda: self.clock.moment().now)
 
-    def _make_health(self, view: Callable[[], ClusterView]) -> Health:
+    def _make_health(self, view: Callable[[], ClusterView], output_failure: Callable[[], str | None]) -> Health:
         return Health(
             self.actor,
             self.clock,
@@ -415,6 +415,7 @@ class Serving:
             artifacts=self._artifacts,
             sweeper=self._sweeper,
             is_in_memory=self._store.path == MEMORY,
+            output_failure=output_failure,
             cluster=view,
         )
 

@@ -6,6 +6,7 @@ Every list is bounded, and its page says if there are more items.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import re
 from functools import partial
 from itertools import islice
@@ -211,6 +212,8 @@ async def job(viewer: Viewer, job_id: str) -> PageData:
         "events": events[::-1][:MAX_EVENTS],
         "has_older_events": len(events) > MAX_EVENTS,
         "why": await whole_explanation(viewer.app, job_id, why),
+        "output": await _output(viewer, view),
+        "output_failure": viewer.app.services.outputs.file.failure,
         "late_results": late.late_results[::-1],
         "can_adopt": viewer.may_change and is_allowed(JOB_ACTIONS["adopt"], view, viewer.now),
         "has_artifacts": viewer.app.services.downloads.has_store,
@@ -218,6 +221,14 @@ async def job(viewer: Viewer, job_id: str) -> PageData:
         "base_url": base_url(viewer),
         "no_link_reason": partial(no_link_reason, own=own_hosts(viewer)),
     }
+
+
+async def _output(viewer: Viewer, job: responses.JobView) -> list[responses.GrantOutput]:
+    """Return what the job printed, the latest grant first. If it cannot be read, the file has a `failure`."""
+    outputs = viewer.app.services.outputs
+    with contextlib.suppress(ApiException):
+        return (await outputs.read(job, None))[0][::-1] if outputs.file.limit_bytes else []
+    return []
 
 
 def base_url(viewer: Viewer) -> str:

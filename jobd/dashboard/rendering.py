@@ -57,7 +57,12 @@ _JOB: Final = r"(?:timeline|why|cancel) (?P<id>[A-Za-z0-9_.:-]{1,200}(?<!\.))"
 _COMMAND: Final = re.compile(rf"\bjobctl (?:(?P<verb>{'|'.join(_PAGES)})\b|{_JOB})")
 MAX_JSON: Final = 20_000  # characters of a payload
 MAX_SHORT_JSON: Final = 300
+MAX_PRINTED: Final = 20_000  # characters of the output of a grant
 _EPOCH: Final = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
+
+# A sequence that sets colours, the title of a window or the position of the cursor, and text that a later one replaces.
+_TERMINAL: Final = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[()][0-9A-B]|[=>78cDEHM])")
+_OVERWRITTEN: Final = re.compile(r"[^\n]*\r(?=[^\r\n])")
 
 # Replacements for control characters and for characters that change the direction of text.
 _VISIBLE: Final = {
@@ -95,6 +100,7 @@ class Renderer:
             "short_json": short_json,
             "headline": headline,
             "short_number": short_number,
+            "printed": printed,
             "link_commands": link_commands,
             "shell_quote": shlex.quote,
             "raw": raw,
@@ -102,6 +108,7 @@ class Renderer:
             "url_quote": lambda text: quote(str(text), safe=""),
         }
         self._environment.globals |= {"static_url": assets.url, "version": __version__, "curl_prefix": curl_prefix}
+        self._environment.globals["max_printed"] = MAX_PRINTED
 
         for name in PRECOMPILED:
             self._environment.get_template(name)
@@ -186,6 +193,12 @@ def byte_size(count: int) -> str:
 def short_number(number: float) -> str:
     """Format a number with two significant digits, or as an integer from 10 up: 0, 0.25, 3.1, 120."""
     return thousands(round(number)) if number >= 10 else f"{number:.2g}"
+
+
+def printed(text: str) -> str:
+    """Return the end of what a program printed, as a terminal would show it, without colours."""
+    text = _TERMINAL.sub("", text[-MAX_PRINTED:])
+    return _OVERWRITTEN.sub("", text).replace("\r", "")
 
 
 def thousands(number: float) -> str:

@@ -45,12 +45,14 @@ class Outputs(Struct):
         return end
 
     async def read(self, job: JobView, after: str | None) -> tuple[list[GrantOutput], str]:
-        """Return the text after a position, and the position at its end. A file that cannot be used has none."""
+        """Return the text after a position, and the position at its end."""
         token, begin = (int(each) for each in (after or "0.0").split("."))
         try:
             grants = await self.file.read(job.id, job.created_at, token, begin)
-        except OutputUnavailable:
-            grants = []
+        except OutputUnavailable as error:
+            raise api_error(
+                "output_unavailable", f"The output cannot be read: {error}. Jobs go on without it."
+            ) from None
         return grants, f"{grants[-1].fencing_token}.{grants[-1].end}" if grants else f"{token}.{begin}"
 
     def committed(self, changes: Sequence[Event]) -> None:

@@ -70,7 +70,7 @@ ERROR_CODES: Final[dict[str, ErrorCode]] = {
         503, "a node of the cluster runs an older version, which cannot read what the request needs; nothing was done"
     ),
     "storage_unavailable": ErrorCode(503, "the artifact store cannot be read now"),
-    "output_unavailable": ErrorCode(503, "the file of the output cannot be used now; nothing was stored"),
+    "output_unavailable": ErrorCode(503, "the file of the output cannot be used now; jobs go on without it"),
     "outcome_unknown": ErrorCode(
         503,
         "the write failed, and its outcome is unknown; send the request again with the same id or key",

@@ -151,7 +151,7 @@ class Output(JobCommand, frozen=True, kw_only=True):
     With `wait_ms`, the response comes when there is text after `after`, when the job is finished, or after this time.
     """
 
-    errors = ("output_off",)
+    errors = ("output_off", "output_unavailable")
 
     after: Annotated[OutputPosition | None, doc("Only text after the `position` of an earlier response.")] = None
     wait_ms: Annotated[int, doc("How long to wait for text, in ms.", ge=0, le=MAX_WAIT_MS)] = 0

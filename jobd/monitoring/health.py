@@ -68,6 +68,7 @@ class Health:
         artifacts: ArtifactStore | None = None,
         sweeper: ArtifactSweeper | None = None,
         is_in_memory: bool = False,
+        output_failure: Callable[[], str | None] = lambda: None,
         cluster: Callable[[], ClusterView] = lambda: ClusterView(role="single"),
     ) -> None:
         self.last: HealthView | None = None
@@ -78,6 +79,7 @@ class Health:
         self._artifacts = artifacts
         self._sweeper = sweeper
         self._is_in_memory = is_in_memory
+        self._output_failure = output_failure
         self._faults: deque[str] = deque(faults, MAX_FAULTS)
         self._take_faults = take_faults
         self._known = self._known_now()  # as of the latest measurement
@@ -107,10 +109,10 @@ class Health:
                 self._space_at = loop_time()
         return full_disk.space
 
-    def _known_now(self) -> tuple[WriteLimit, bool, bool]:
-        """Return the values whose change makes the latest result outdated: limits of a full disk, a suspect clock."""
+    def _known_now(self) -> tuple[object, ...]:
+        """Return values whose change makes the latest result outdated: limits of a full disk, a suspect clock, …"""
         full_disk = self._actor.full_disk
-        return full_disk.write_limit, full_disk.has_reserve, self._clock.moment().suspect
+        return full_disk.write_limit, full_disk.has_reserve, self._clock.moment().suspect, self._output_failure()
 
     def _as_of_now(self, last: HealthView) -> HealthView:
         """Return the latest result with the current state of cleanup."""
@@ -207,6 +209,8 @@ class Health:
         wrong = [] if damage is None else [damage]
         if not self._actor.full_disk.has_reserve:
             wrong.append(_without_reserve(space))
+        if (failure := self._output_failure()) is not None:
+            wrong.append(f"The output of jobs is not kept: {failure}. Jobs go on without it.")
         if wrong:
             return PartHealth("degraded", " ".join(wrong))
         return PartHealth("healthy", f"A write and a read took {took_ms:.1f} ms.")

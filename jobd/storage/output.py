@@ -56,21 +56,24 @@ class OutputUnavailable(Exception):
 class OutputFile:
     """The output of jobs in the file at `path`, which has at most `limit_bytes`. 0: none is kept.
 
-    Its methods are called on the event loop and work in a thread of their own. They raise OutputUnavailable.
+    Its methods are called on the event loop and work in a thread of their own. They raise OutputUnavailable. `failure`
+    is the error of the latest method, until text is added without an error.
     """
 
     def __init__(self, path: str, limit_bytes: int) -> None:
         self.limit_bytes = limit_bytes
+        self.failure: str | None = None
         self._path = path
         self._file: tuple[int, int] | None = None  # device and inode
         self._conn: sqlite3.Connection | None = None
         self._thread = ThreadPoolExecutor(1, "output")  # it starts with the first call
         self._is_closed = False
-        self._is_failing = False
 
     async def append(self, job_id: str, grant: OutputGrant, text: bytes, now: int) -> int:
         """Add text to the output of a grant at time `now` (Unix ms). Return how many bytes the grant has sent."""
-        return await self._call(lambda conn: self._append(conn, job_id, grant, text, now))
+        end = await self._call(lambda conn: self._append(conn, job_id, grant, text, now))
+        self.failure = None
+        return end
 
     async def read(self, job_id: str, created_at: int, token: int, begin: int) -> list[GrantOutput]:
         """Return the output of the job's grants from `token` on, of this grant only the text after `begin` bytes."""
@@ -107,11 +110,10 @@ class OutputFile:
                 result = self._do(work)
         except (OSError, sqlite3.Error) as error:
             self._close()
-            if not self._is_failing:
+            if self.failure is None:
                 log.warning("output_unavailable", path=self._path, error=str(error), help="Jobs go on without output.")
-            self._is_failing = True
+            self.failure = str(error)
             raise OutputUnavailable(str(error)) from None
-        self._is_failing = False
         return result
 
     def _do(self, work: Callable[[sqlite3.Connection], T]) -> T:

@@ -128,6 +128,25 @@ def visit(page: Page, daemon: DashboardDaemon, path: str) -> None:
     expect(page.locator(drawn).first).to_be_visible()
 
 
+def test_output_is_followed_at_its_end(page: Page, daemon: DashboardDaemon, console_errors: list[str]) -> None:
+    lock = start_job(daemon, "prints")
+    sign_in(page, daemon, path="/jobs/prints")
+    daemon.do("jobs/prints/output", lock_id=lock, text="".join(f"line {n}\n" for n in range(500)))
+    text = page.get_by_label("Attempt 1")
+    last = "(each) => Math.round(each.scrollHeight - each.scrollTop - each.clientHeight)"
+    expect(text).to_contain_text("line 499")
+    assert text.evaluate(last) <= 1
+    daemon.do("jobs/prints/output", lock_id=lock, text="<b>the end</b>" + "x" * 3000)
+    expect(text).to_contain_text("<b>the end</b>")
+    assert text.evaluate(last) <= 1
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    text.evaluate("(each) => each.scrollTo(0, 50)")
+    daemon.do("jobs/prints/output", lock_id=lock, text="later")
+    expect(text).to_contain_text("later")
+    assert text.evaluate("(each) => each.scrollTop") == 50
+    assert console_errors == []
+
+
 def test_a_job_is_watched_from_queued_to_completed(
     page: Page, daemon: DashboardDaemon, console_errors: list[str]
 ) -> None:

@@ -71,7 +71,10 @@ def test_jobs_go_on_without_the_file(tmp_path: Path, cause: str) -> None:
         if cause == "unusable":
             file.mkdir()
             assert error(call(worker, "POST", PATH, {**lock, "text": "y"})) == (503, "output_unavailable")
-        assert call(worker, "GET", PATH).data["grants"] == []
+            assert error(call(worker, "GET", PATH)) == (503, "output_unavailable")
+            assert "Is a directory" in daemon.admin("GET", "/admin/job-management/health").data["database"]["message"]
+        else:
+            assert call(worker, "GET", PATH).data["grants"] == []
         assert call(worker, "POST", "/v1/jobs/a/complete", lock).status == 200
 
 

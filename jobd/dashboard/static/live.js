@@ -94,6 +94,16 @@
   region.addEventListener("htmx:beforeSwap", (event) => {
     if (hasSelection()) event.detail.shouldSwap = false;
   });
+  // Output shows its end, unless the user has scrolled up in it.
+  let scrolledUp = new Set();
+  const tails = () => [...region.querySelectorAll("[data-tail]")];
+  const toEnd = () => tails().filter((each) => !scrolledUp.has(each.id)).forEach((each) => (each.scrollTop = each.scrollHeight));
+  region.addEventListener("htmx:beforeSwap", () => {
+    const isUp = (each) => each.scrollHeight - each.scrollTop - each.clientHeight > 8;
+    scrolledUp = new Set(tails().filter(isUp).map((each) => each.id));
+  });
+  region.addEventListener("htmx:afterSwap", toEnd);
+  toEnd();
   document.addEventListener("visibilitychange", () => {
     if (state !== "stopped") setState("polling");
     open();

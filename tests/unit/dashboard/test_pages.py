@@ -16,7 +16,7 @@ from msgspec.structs import replace
 from jobd.dashboard import rendering
 from jobd.model.commands import AUDITED_ACTIONS
 from jobd.model.problems import ProblemList, Subject
-from jobd.model.responses import AlertView, OldestDue
+from jobd.model.responses import AlertView, OldestDue, OutputGrant
 from jobd.monitoring.timeseries import SLOTS, STEPS
 from jobd.storage.artifacts.downloads import Downloads
 from jobd.storage.artifacts.filesystem import FileArtifactStore
@@ -128,6 +128,27 @@ async def test_the_page_of_a_job_shows_its_state_and_actions(harness: DashboardH
     page = text(await browser.get("/jobs/held"))
     assert re.findall(r"verb=([a-z-]+)", page) == ["delete", "copy"]
     assert '<a href="/jobs/held/external-link" rel="noreferrer noopener">https://files.example/a</a>' in page
+
+
+async def test_the_page_of_a_job_shows_what_it_printed(harness: DashboardHarness) -> None:
+    await harness.start_job()
+    await harness.restart_job("held")
+    browser = await harness.browser()
+    assert "h-output" not in text(await browser.get("/jobs/held"))
+    outputs = harness.admin.services.outputs
+    job = (await harness.admin.request("GET", "/admin/job-management/jobs/held", headers=AUTH)).data
+    for token, printed in ((1, "line 1\n" * 3_000), (2, "\x1b[31m<b>bold</b>\x1b[0m\u202e\n10 %\r20 %\n")):
+        await outputs.append("held", OutputGrant(job["created_at"], token, f"w-{token}", token), printed.encode())
+    section = text(await browser.get("/jobs/held")).partition('<h2 id="h-output')[2].partition("</section>")[0]
+    assert section.index("Attempt 2") < section.index("Attempt 1"), "newest first"
+    assert ">&lt;b&gt;bold&lt;/b&gt;\\u202e\n20 %\n</pre>" in section
+    assert section.count("Truncated") == section.count("20.5 KiB were printed; <code>jobctl output held</code>") == 1
+    assert len(section) < rendering.MAX_PRINTED + 3_000
+    await outputs.file.close()
+    outputs.file.failure = "the disk is <full>"
+    assert "cannot be used: the disk is &lt;full&gt;. The job goes on" in text(await browser.get("/jobs/held"))
+    outputs.file.failure, outputs.file.limit_bytes = None, 0
+    assert "h-output" not in text(await browser.get("/jobs/held"))
 
 
 async def test_a_long_timeline_shows_the_latest_events(harness: DashboardHarness) -> None:

@@ -179,13 +179,13 @@ async def test_a_missing_reserve_file_is_degraded_until_it_is_rebuilt() -> None:
     storage.errors["build_reserve"] = DiskFull("no room for 16 MiB")
     storage.disk_space = DiskSpace("/disk/jobd.db", 2 << 20, 20 << 20)
     async with VirtualEngine(storage) as engine:
-        health = health_of(engine, ["2 jobs have vanished"])
+        health = health_of(engine, ["2 jobs have vanished"], output_failure=lambda: "disk I/O error")
         view = await health.view()
         assert view.status == view.database.status == "degraded"
         assert view.database.message == (
             "Damage: 2 jobs have vanished. Run: jobd doctor The reserve file is missing next to /disk/jobd.db "
             "(17825792 bytes are needed, 2097152 are free). On a full disk, running jobs may not be able to end. "
-            "Free some space."
+            "Free some space. The output of jobs is not kept: disk I/O error. Jobs go on without it."
         )
         await engine.yes(Create(id="a"))  # it is not rejected
         storage.disk_space = None

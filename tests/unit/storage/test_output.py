@@ -100,9 +100,13 @@ async def test_a_file_that_cannot_be_used_is_reported_once(file: OutputFile, pat
         for _ in range(2):
             with pytest.raises(OutputUnavailable):
                 await append(file, "lost")
+            assert file.failure == "[Errno 21] Is a directory: " + repr(str(path))
     assert [entry["event"] for entry in logs] == ["output_unavailable"]
     path.rmdir()
+    assert await shown(file) == []
+    assert file.failure, "only reading is known to work"
     await append(file, "kept")
+    assert file.failure is None
     assert await shown(file) == [(7, 0, "kept")]
 
 
