@@ -278,7 +278,9 @@ def _workers(scene: Scene, crew: Crew, running: list[int] | None) -> str:
 
 
 def _error(error: Failure) -> str:
-    return f"{f'{error.code}: ' if error.code else ''}{first_line(error.message or 'no message')[:200]}"
+    """Return the code and the first line of the message, which begins with the code if it is of a Python worker."""
+    message = first_line(error.message or "no message")[:200]
+    return message if not error.code or message.startswith(error.code) else f"{error.code}: {message}"
 
 
 def _ratio(each: KindDurations) -> float | None:

@@ -167,11 +167,12 @@ async def test_failing_holds_from_half_of_the_attempts_of_a_pair(engine: Virtual
         if number < 10:
             await engine.yes(Complete(id=f"a-{number}", lock_id=lock_id))
         else:
-            await engine.yes(Fail(id=f"a-{number}", lock_id=lock_id, error_message="no codec\nat", error_code="E"))
+            fail = Fail(id=f"a-{number}", lock_id=lock_id, error_message="Error: no codec\nat", error_code="Error")
+            await engine.yes(fail)
     (failing,) = (await found(problems)).values()
     assert (failing.id, failing.severity, failing.value, failing.jobs) == ("failing/a/k", "warning", 50, 10)
     assert failing.title.startswith("10 of 20 attempts failed since ")
-    assert failing.title.endswith("UTC: E: no codec")
+    assert failing.title.endswith("UTC: Error: no codec")
     problems.thresholds = Thresholds(failure_rate=0.55)
     assert list(await found(problems)) == ["failing/a/k"], "it closes at 0.9 of its threshold"
     problems.thresholds = Thresholds(failure_rate=0.56)
