@@ -6,6 +6,7 @@ For every job that is not finished, something happens next, at a known time, by 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice
 from shlex import quote
 from typing import Final, NamedTuple
 
@@ -15,7 +16,7 @@ from jobd.core import transitions
 from jobd.core.guards import is_overdue
 from jobd.core.quiet import quiet_takers
 from jobd.core.rules.late_result_rules import not_adoptable
-from jobd.core.state import State
+from jobd.core.state import PAUSES_READ_MS, State
 from jobd.core.worker_presence import ClaimSet, WorkerPresence, WorkerSeen
 from jobd.model.commands import NO_REASON, Moment
 from jobd.model.events import Event, QueuePause, describe_author
@@ -25,8 +26,9 @@ from jobd.model.times import duration, time_left, utc
 
 MAX_KINDS: Final = 100  # of a queue that are explained
 MAX_NAMED: Final = 3  # workers or kinds that a sentence lists
+MAX_OUTCOMES: Final = 200  # jobs of a worker whose outcomes are counted
 WITHOUT_WORKER: Final = ("no worker", "no worker of its kind")  # values of `blocked_by`
-RUN_MS: Final = SECOND_MS  # of recovery, at most as a rule
+RUN_MS: Final = SECOND_MS  # between the time of an event and its commit, at most as a rule
 
 # Events by which a worker or operator ends a job. For the others (stalled, expired) the message is enough.
 _NAMES_AUTHOR: Final = frozenset({"completed", "adopted", "cancelled", "force_failed", "transitioned", "imported"})
@@ -104,11 +106,14 @@ def _queued(job: Job, state: State, at: Moment) -> WhyView:
         expires = _by_recovery(what, job.expires_at, "expires_at", state, at)
     if (pause := state.paused.get(queue)) is not None:
         because = f"Queue {queue} was paused {pause.describe()}. None of its jobs is granted.{back}"
-        return WhyView("queued", because, _pause_ends(pause, expires), "queue_paused", _resuming(queue, pause))
+        first = _first(expires, _pause_ends(pause, at), at)
+        return WhyView("queued", because, first, "queue_paused", _resuming(queue, pause))
     if job.run_at > at.now:
         because = f"It is not due for another {time_left(job.run_at - at.now)}."
         if job.ended is not None and job.ended.verb == "fail":
             tries = "once" if job.attempt == 1 else f"{job.attempt} times"
+            if job.stalls:  # which can have used attempts too
+                tries = f"in attempt {job.attempt}"
             of = f"attempt {job.attempt + 1} of {job.options.max_attempts}"
             because = f"It failed {tries} and is retried in {time_left(job.run_at - at.now)}, {of}."
         outlook = _outlook(job, state, at)
@@ -117,10 +122,9 @@ def _queued(job: Job, state: State, at: Moment) -> WhyView:
             because += f" At present, {outlook.clause}."
         because += back
         rule = "release delay" if job.releases >= DELAYED_FROM else "run_at"
-        due = NextEvent("It becomes due and is offered to workers.", job.run_at, rule)
-        first = due if job.expires_at is None or job.run_at < job.expires_at else expires
+        due = _next("It becomes due and is offered to workers.", job.run_at, rule, at)
         do = [*_look_at_releases(job), f"Run it now: jobctl run-now {job.id}", *(outlook.do if has_no_worker else [])]
-        return WhyView("queued", because, first, "run_at", do)
+        return WhyView("queued", because, _first(expires, due, at), "run_at", do)
     view = _waiting(job, state, at, expires, back)
     return replace(view, do=[*_look_at_releases(job), *view.do])
 
@@ -131,10 +135,25 @@ def _look_at_releases(job: Job) -> list[str]:
     return [f"Find out why its workers release it; {job.ended.worker} was the last."]
 
 
-def _pause_ends(pause: QueuePause, expires: NextEvent | None) -> NextEvent | None:
-    if pause.until is None or (expires is not None and (expires.at or 0) <= pause.until):
+def _pause_ends(pause: QueuePause, at: Moment) -> NextEvent | None:
+    if pause.until is None:
+        return None
+    until = max(pause.until + at.now - at.believed, at.now)
+    return _next("The daemon resumes the queue.", until, "pause", at, PAUSES_READ_MS)
+
+
+def _first(expires: NextEvent | None, other: NextEvent | None, at: Moment) -> NextEvent | None:
+    """Return which of both happens first. A job does not expire while the clock is suspect."""
+    if expires is None or other is None or expires.at is None:
+        return expires or other
+    if other.at is None:
         return expires
-    return NextEvent("The daemon resumes the queue.", pause.until, "pause")
+    return other if at.suspect or other.at < expires.at else expires
+
+
+def _next(what: str, first: int, rule: str, at: Moment, within_ms: int = 0) -> NextEvent:
+    """Return what happens from `first` on, within `within_ms`. The latest time is unknown while something is wrong."""
+    return NextEvent(what, first, rule, None if at.suspect or at.held else first + within_ms + RUN_MS)
 
 
 def _resuming(queue: str, pause: QueuePause) -> list[str]:
@@ -167,17 +186,19 @@ def _by_recovery(what: str, due_at: int, rule: str, state: State, at: Moment) ->
     schedule, first = state.recovery, max(due_at, at.now)
     if not schedule.recover_every_ms:
         first = max(first, schedule.next_cleanup_at)
-    every_ms = schedule.recover_every_ms or schedule.cleanup_every_ms
-    return NextEvent(what, first, rule, None if at.suspect else first + every_ms + RUN_MS)
+    return _next(what, first, rule, at, schedule.recover_every_ms or schedule.cleanup_every_ms)
 
 
 def _waiting(job: Job, state: State, at: Moment, expires: NextEvent | None, back: str) -> WhyView:
     queue, kind = job.options.queue, job.options.kind
     first = next(state.due([queue], [kind]), None)
-    ahead = "It is next in line." if first is not None and first.id == job.id else "Other jobs come first."
-    outlook = _outlook(job, state, at)
-    because = f"It has waited for {duration(at.now - job.waits_since(at.now))}: {outlook.clause}. {ahead}{back}"
-    return WhyView("queued", because, expires or outlook.next, outlook.blocked_by, outlook.do)
+    is_first = first is not None and first.id == job.id
+    ahead = "It is next in line" if is_first else "Other jobs come first"
+    if is_first and len(state.queued_kinds(queue)) > 1:
+        ahead += " for its kind"
+    outlook = _outlook(job, state, at, is_first=is_first)
+    because = f"It has waited for {duration(at.now - job.waits_since(at.now))}: {outlook.clause}. {ahead}.{back}"
+    return WhyView("queued", because, _first(expires, outlook.next, at), outlook.blocked_by, outlook.do)
 
 
 class _Outlook(NamedTuple):
@@ -189,22 +210,26 @@ class _Outlook(NamedTuple):
     do: list[str]
 
 
-def _outlook(job: Job, state: State, at: Moment) -> _Outlook:
+def _outlook(job: Job, state: State, at: Moment, *, is_first: bool = False) -> _Outlook:
     queue, kind = job.options.queue, job.options.kind
     presence = state.presence
+    if at.held:
+        resumed = NextEvent("Jobs are granted again once the disk has room.", None, "disk")
+        clause = "the disk is full, so no job is granted and lock time stands still"
+        return _Outlook(clause, resumed, "full disk", ["See what takes the space: jobctl disk"])
     sets = list(presence.claim_sets(queue))
     fitting = [claims for claims in sets if claims.takes(kind)]
     see, start = "List the workers: jobctl workers", f"Start a worker: jobctl run --queue {queue} -- CMD"
+    what = "The first worker that claims its queue and kind gets it, unless another job comes first."
+    offered = NextEvent(what, None, "claim")
     if any(claims.waiting for claims in fitting):
-        offered = NextEvent("A waiting worker gets it at once, unless the disk is full.", at.now, "claim")
-        return _Outlook("a worker waits for such jobs", offered, None, [see])
+        at_once = _next("A waiting worker gets it at once.", at.now, "claim", at) if is_first else offered
+        return _Outlook("a worker waits for such jobs", at_once, None, [see])
     workers = [(name, presence.workers[name]) for claims in fitting for name in claims.workers]
     idle = [each for each in workers if presence.state(each[1]) in ("waiting", "idle")]
     busy = [each for each in workers if len(each[1].jobs) > len(each[1].expired)]
     silent = [name for name, each in workers if each.expired]
     take_back = [f"Take back the jobs of {name}: jobctl take-back {quote(name)}" for name in silent[:MAX_NAMED]]
-    what = "The first worker that claims its queue and kind gets it, unless another job comes first."
-    offered = NextEvent(what, None, "claim")
     if idle:
         return _Outlook(_idle(idle, busy, state, at), offered, "no waiting worker", [see, start])
     if busy:
@@ -317,9 +342,9 @@ def _processing(job: Job, state: State, at: Moment) -> WhyView:
     grant, deadlines = job.grant, job.deadlines
     if grant is None or deadlines is None:
         because = "Its status is processing, but no worker holds it. Such rows come from imports or manual edits."
-        cleanup_at, every_ms = max(state.recovery.next_cleanup_at, at.now), state.recovery.cleanup_every_ms
-        what = "The next cleanup run treats it as stalled."
-        soon = NextEvent(what, cleanup_at, "validation", None if at.suspect else cleanup_at + every_ms)
+        what = f"The next cleanup run treats it as stalled: {transitions.stall_outcome(job)}."
+        cleanup_at = max(state.recovery.next_cleanup_at, at.now)
+        soon = _next(what, cleanup_at, "validation", at, state.recovery.cleanup_every_ms)
         return WhyView("processing", because, soon, None, ["Start a cleanup run: jobctl cleanup"])
     since = duration(at.now - grant.acquired_at)
     because = f"Worker {grant.worker} has held it for {since}, at {job.progress:g} %.{_signs(job, grant, state, at)}"
@@ -334,7 +359,7 @@ def _processing(job: Job, state: State, at: Moment) -> WhyView:
         because += " Its lock has expired: the worker is silent. It may still end the job or report."
     because += _progress_due(grant, deadlines, at) + _released(job, " before this grant" if job.progress == 0 else "")
     return WhyView(
-        "processing", because, _next_of(job, grant, deadlines, state, at), None, _advice(job, grant, deadlines, at)
+        "processing", because, _next_of(job, grant, deadlines, state, at), None, _advice(job, grant, state, at)
     )
 
 
@@ -351,7 +376,10 @@ def _progress_due(grant: Grant, deadlines: LockDeadlines, at: Moment) -> str:
 def _signs(job: Job, grant: Grant, state: State, at: Moment) -> str:
     """Describe the signs of life of a job: its lock, its progress, and how long its kind usually takes."""
     assert job.deadlines is not None
-    renewed = f" Its lock was renewed {duration(at.lock_ms - (job.deadlines.stall_due - grant.stall_after_ms))} ago"
+    renewed_ms = at.lock_ms - (job.deadlines.stall_due - grant.stall_after_ms)
+    renewed = f" Its lock was renewed {duration(renewed_ms)} ago"
+    if renewed_ms < 0:  # by restart_grace.py
+        renewed = " The daemon has extended its lock, because no worker could report for a while"
     reported = state.progressed.get(job.id)
     if reported is not None:
         progress = f"; its last progress was {duration(at.lock_ms - reported)} ago."
@@ -368,6 +396,10 @@ def _next_of(job: Job, grant: Grant, deadlines: LockDeadlines, state: State, at:
         what = f"{_recovery(state)} ends its grant: {outcome}."
         rule = "recovery" if state.recovery.recover_every_ms else "cleanup"
         return _by_recovery(what, at.now, rule, state, at)
+    if at.held:
+        left = time_left(deadlines.stalled_at - at.lock_ms)
+        what = f"Lock time stands still. If worker {grant.worker} is not heard for {left} of lock time, {outcome}."
+        return NextEvent(what, None, "disk")
     stalled_at = at.wall(deadlines.stalled_at)
     is_progress_due = deadlines.progress_due is not None and deadlines.stalled_at == deadlines.progress_due
     if is_progress_due:  # an extension does not move it
@@ -377,10 +409,15 @@ def _next_of(job: Job, grant: Grant, deadlines: LockDeadlines, state: State, at:
     return _by_recovery(what, stalled_at, "stall_after", state, at)
 
 
-def _advice(job: Job, grant: Grant, deadlines: LockDeadlines, at: Moment) -> list[str]:
+def _advice(job: Job, grant: Grant, state: State, at: Moment) -> list[str]:
     do = [f"Check whether worker {grant.worker} is alive."]
-    if not deadlines.is_live(at.lock_ms):
-        do.append(f"Take back its jobs with expired locks: jobctl take-back {quote(grant.worker)}")
+    assert job.deadlines is not None
+    if not job.deadlines.is_live(at.lock_ms):
+        expired = state.presence.workers[grant.worker].expired
+        outcomes = transitions.stall_outcomes(state.processing[each] for each in islice(expired, MAX_OUTCOMES))
+        more = f"; {len(expired) - MAX_OUTCOMES:,} more" if len(expired) > MAX_OUTCOMES else ""
+        then = f"jobctl take-back {quote(grant.worker)} ({outcomes}{more})"
+        do.append(f"Take back its jobs with expired locks: {then}")
     again = f"jobctl force-fail {job.id}, and to run it again: jobctl retry {job.id}"
     stops = f"this ends it at once, and its work stops at the next report, at most {duration(grant.ttl_ms // 3)} later"
     cancel = f"jobctl cancel {job.id} ({stops})"
@@ -391,8 +428,7 @@ def _finished(job: Job, state: State, at: Moment) -> WhyView:
     deleted = None
     if job.expires_at is not None:
         what, first = "The first cleanup run from then on deletes it" + _once_trusted(at), max(job.expires_at, at.now)
-        latest_at = None if at.suspect else first + state.recovery.cleanup_every_ms + RUN_MS
-        deleted = NextEvent(what, first, "retention", latest_at)
+        deleted = _next(what, first, "retention", at, state.recovery.cleanup_every_ms)
     match job.status:
         case "completed":
             return WhyView("completed", ending(job), deleted, None, [])

@@ -94,6 +94,9 @@ LATE_CALLS_KEPT: Final = 10_000  # remembered calls; beyond, the oldest are forg
 LATE_RESULTS_KEPT: Final = 10_000  # jobs with late results since the start
 
 
+PAUSES_READ_MS: Final = 10 * SECOND_MS  # after which the maintainer knows at the latest when a new pause ends
+
+
 class RecoverySchedule(NamedTuple):
     """How often recovery and cleanup run. `recover_every_ms` 0: only cleanup runs recover jobs."""
 

@@ -263,7 +263,7 @@ def _stall_failure(job: Job) -> _StallFailure | None:
     if options.on_stall == "fail":
         return _StallFailure(", by its on_stall", "on_stall", "Its on_stall is fail; retry the job to run it again.")
     used = f"({job.attempt} of {options.max_attempts})"
-    advice = "The work may be half done; check it, then retry the job to run it again."
+    advice = f"No attempts are left {used}. The work may be half done; check it, then retry the job to run it again."
     return _StallFailure(f": progress {job.progress:g} %, no attempts left {used}", "no attempts left", advice)
 
 

@@ -142,7 +142,7 @@ class Clock:
         self._judge(now)
         trusted = None if self._step is None else self._expected
         ahead = self._ahead if abs(self._ahead) > _FLICKER_MS else 0
-        return Moment(now, lock_ms, self._offset, trusted, ahead, self._step)  # type: ignore[arg-type]  # a LockMs
+        return Moment(now, lock_ms, self._offset, trusted, ahead, self._step, self._held)  # type: ignore[arg-type]  # a LockMs
 
     @property
     def suspect(self) -> bool:

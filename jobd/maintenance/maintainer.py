@@ -15,7 +15,7 @@ import structlog
 from msgspec import Raw
 from msgspec.structs import astuple, replace
 
-from jobd.core.state import RecoverySchedule
+from jobd.core.state import PAUSES_READ_MS, RecoverySchedule
 from jobd.core.stats import Counters
 from jobd.engine.actor import Actor
 from jobd.engine.clock import Clock, loop_time
@@ -41,7 +41,7 @@ log = structlog.get_logger("jobd.cleanup")
 
 T = TypeVar("T")
 
-TICK_S: Final = 10.0
+TICK_S: Final = PAUSES_READ_MS / SECOND_MS
 PAUSE_RETRY_S: Final = 1.0  # between two attempts to end the pause of a queue, which a full disk rejects
 MAX_RESTORED: Final = 100  # reports read at start to find the latest successful run
 LATE_AFTER: Final = 3  # intervals without a successful run after which cleanup is degraded
@@ -266,7 +266,8 @@ class Maintainer:
     def _announce_next_run(self) -> None:
         """Store when recovery and cleanup run next in the state, for `why`."""
         next_at = self._clock.moment().now + round((self._next_run() - loop_time()) * SECOND_MS)
-        self._state.recovery = RecoverySchedule(self.schedule.recover_every_ms, self.schedule.interval_ms, next_at)
+        period_ms = max(self.schedule.interval_ms, self.schedule.min_interval_ms)
+        self._state.recovery = RecoverySchedule(self.schedule.recover_every_ms, period_ms, next_at)
 
     async def _run_once(self) -> None:
         self.is_running, self._last_begin = True, loop_time()

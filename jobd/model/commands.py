@@ -1381,6 +1381,7 @@ class Moment(Struct, frozen=True, gc=False):
     trusted: int | None = None  # the expected wall time while the clock is suspect, else None
     ahead: int = 0  # wall time minus its expected value
     step: ClockStep | None = None  # while the clock is suspect
+    held: bool = False  # lock time stands still, because a full disk rejects the reports of workers
 
     @property
     def suspect(self) -> bool:

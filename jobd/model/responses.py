@@ -341,11 +341,11 @@ class NextEvent(Struct, frozen=True):
     """What happens to a job next without an action of a worker or an operator."""
 
     what: Annotated[str, doc("What will happen.")]
-    at: Annotated[int | None, doc("When, in Unix ms. Null if it depends on a worker.")]
+    at: Annotated[int | None, doc("When, in Unix ms. Null if it depends on a worker or on a full disk.")]
     rule: Annotated[str, doc("The rule by which it happens.")]
     latest_at: Annotated[
         int | None,
-        doc("The latest time, as recovery and cleanup run in intervals. Null while the clock is suspect."),
+        doc("The latest time. Null if `at` is null, while the clock is suspect, and on a full disk."),
     ] = None
 
 

@@ -61,7 +61,9 @@ def test_how_a_stall_ends(
     if status == "failed" and on_stall == "fail":
         reason += " Its on_stall is fail; retry the job to run it again."
     elif status == "failed":
-        reason += " The work may be half done; check it, then retry the job to run it again."
+        reason += (
+            " No attempts are left (1 of 1). The work may be half done; check it, then retry the job to run it again."
+        )
     assert recovered.details[0].reason == reason
     event = rules.last()
     assert (event.by, event.reason) == ("recovery", reason)

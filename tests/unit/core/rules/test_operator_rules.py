@@ -494,7 +494,11 @@ def test_an_import_check_shows_the_result_and_changes_nothing(rules: RuleHarness
     assert isinstance(decision.answer, Response)
     preview = decision.answer.data
     assert (preview.job_id, preview.skipped, preview.status) == ("a", False, status)
-    advice = "" if status == "queued" else " The work may be half done; check it, then retry the job to run it again."
+    advice = (
+        ""
+        if status == "queued"
+        else " No attempts are left (1 of 1). The work may be half done; check it, then retry the job to run it again."
+    )
     assert preview.reason == f"The job was processing when it was imported; its worker is unknown here.{advice}"
     assert preview.room == rules.policy.live_jobs
     assert decision.changes == []

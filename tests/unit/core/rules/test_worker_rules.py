@@ -501,7 +501,8 @@ def test_a_stalled_job_that_fails_by_recovery_is_not_started(rules: RuleHarness)
     assert decision.answer.code == "invalid_transition"
     assert decision.answer.message == (
         "Job a is failed. Only a queued job can be started (No update from worker w-1 for 15 min at 45 % (attempt 1 of "
-        "1). The lock had expired. The work may be half done; check it, then retry the job to run it again.)."
+        "1). The lock had expired. No attempts are left (1 of 1). The work may be half done; check it, then retry the "
+        "job to run it again.)."
     )
     assert [change.type for change in decision.changes] == ["stalled"]
     assert rules.job().status == "failed"
