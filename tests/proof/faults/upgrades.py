@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Final
 
-from jobd.journal.record import FORMAT
+from jobd.model.storage import EXTRA_FORMAT
 from tests.proof.faults.harness import Counts, Trial, check
 from tests.proof.faults.nodes import (
     DATABASE,
@@ -25,9 +25,10 @@ from tests.support.webhook_receiver import Receiver
 
 NEW: Final = ""  # variants of the daemon
 OLD: Final = "older_format"
+NEWEST: Final = EXTRA_FORMAT - 1  # of the records under this load; after one of EXTRA_FORMAT there is no way back
 CHANGES: Final = 60  # between two steps
 SETTINGS: Final = {
-    "JOBD_CLEANUP_INTERVAL": "500ms",  # its statistics need a record of the newest format
+    "JOBD_CLEANUP_INTERVAL": "500ms",  # its statistics need a record of format NEWEST
     "JOBD_CLEANUP_MIN_INTERVAL": "0s",
     "JOBD_JOURNAL_SNAPSHOT_EVERY": "1s",
 }
@@ -78,7 +79,7 @@ def _go_back(cluster: NodesUnderLoad) -> None:
     first.variant = OLD
     first.launch()
     assert exit_code(first) == 78, first.log[-2000:]
-    assert f"has format {FORMAT}" in first.wait_for_log(b"cannot_start")
+    assert f"has format {NEWEST}" in first.wait_for_log(b"cannot_start")
     poll_until(lambda: _is_reported(leader, first))
     unread = _last_newest(cluster)
     poll_until(lambda: _last_snapshot(cluster) > unread)
@@ -100,6 +101,8 @@ def _upgrade(cluster: NodesUnderLoad) -> None:
         assert leader.stop() == 0, leader.log[-2000:]
     cluster.wait_for_changes(CHANGES)
     poll_until(lambda: _is_reported(cluster.leader(), leader))
+    response = cluster.leader().post("/v1/jobs", {"id": "with-headers", "headers": {"trace": "t"}})
+    assert response.error == "upgrade_incomplete", response.body
     assert _last_newest(cluster) == before, "a record was written that an older node does not read"
     leader.variant = NEW
     cluster.revive()
@@ -124,17 +127,17 @@ def _install_on_leader(cluster: NodesUnderLoad, version: str, leader: NodeProces
 
 
 def _is_reported(node: NodeProcess, older: NodeProcess) -> bool:
-    """Return whether a node says that another one does not read the newest records."""
-    return any(f"format {FORMAT}: {older.name} (up to {FORMAT - 1})" in text for text in node.cluster()["problems"])
+    """Return whether a node says that another one is older."""
+    return any(f" {older.name} (up to {NEWEST - 1})" in text for text in node.cluster()["problems"])
 
 
 def _wait_for_newest(cluster: NodesUnderLoad, *, after: int) -> None:
-    """Wait for a record of the newest format."""
+    """Wait for a record of format NEWEST."""
     poll_until(lambda: _last_newest(cluster) > after)
 
 
 def _last_newest(cluster: NodesUnderLoad) -> int:
-    return _number(cluster, f"SELECT max(number) FROM jobd_journal WHERE get_byte(body, 0) = {FORMAT}")
+    return _number(cluster, f"SELECT max(number) FROM jobd_journal WHERE get_byte(body, 0) >= {NEWEST}")
 
 
 def _last_record(cluster: NodesUnderLoad) -> int:
