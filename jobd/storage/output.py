@@ -1,8 +1,8 @@
 """Keep what running jobs print: the last part for each of the latest grants, in a SQLite file beside the store.
 
 Output is no state: it is not in the journal, in backups or on other nodes, and a crash of the machine may lose it. If
-the file is deleted or damaged, a new one is made, and only output is lost. The file never exceeds its limit: the output
-of the oldest grants goes first.
+the file is deleted or damaged, a new one is made, and only output is lost. The file never exceeds its limit, and grows
+only while its disk has free space, which jobs need more: the output of the oldest grants goes first.
 """
 
 from __future__ import annotations
@@ -23,6 +23,10 @@ from jobd.storage.startup import MEMORY
 KEPT_BYTES: Final = 64 << 10  # of a grant
 KEPT_GRANTS: Final = 5  # of a job
 _SPARE_BYTES: Final = 256 << 10  # more than one append adds to the file
+_FREE_BYTES: Final = 64 << 20  # of the disk; with less, the file does not grow
+_MAX_WAITING: Final = 1_000  # calls; a slow disk delays the others only so long
+# Errors of an intact file on a disk with a problem. All others, and rows of wrong types, mean damage.
+_OF_THE_DISK: Final = {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_BUSY}
 _SCHEMA: Final = """
 PRAGMA journal_mode = TRUNCATE;
 PRAGMA synchronous = OFF;
@@ -67,6 +71,7 @@ class OutputFile:
         self._file: tuple[int, int] | None = None  # device and inode
         self._conn: sqlite3.Connection | None = None
         self._thread = ThreadPoolExecutor(1, "output")  # it starts with the first call
+        self._waiting = 0  # calls
         self._is_closed = False
 
     async def append(self, job_id: str, grant: OutputGrant, text: bytes, now: int) -> int:
@@ -93,16 +98,24 @@ class OutputFile:
     async def _call(self, work: Callable[[sqlite3.Connection], T]) -> T:
         if self._is_closed:
             raise OutputUnavailable("The daemon is stopping")
-        return await asyncio.get_running_loop().run_in_executor(self._thread, self._run, work)
+        if self._waiting >= _MAX_WAITING:
+            raise OutputUnavailable(f"{_MAX_WAITING} requests already wait for its disk")
+        self._waiting += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._thread, self._run, work)
+        finally:
+            self._waiting -= 1
 
     # -- in the thread -------------------------------------------------------------------------------------------------
 
     def _run(self, work: Callable[[sqlite3.Connection], T]) -> T:
+        if self._is_closed:
+            raise OutputUnavailable("The daemon is stopping")
         try:
             try:
                 result = self._do(work)
-            except sqlite3.DatabaseError as error:
-                if not _is_damaged(error):
+            except (sqlite3.DatabaseError, TypeError, ValueError) as error:
+                if getattr(error, "sqlite_errorcode", 0) & 0xFF in _OF_THE_DISK:
                     raise
                 log.warning("output_lost", path=self._path, error=str(error), help="The file is made anew.")
                 self._close()
@@ -141,8 +154,10 @@ class OutputFile:
 
     def _append(self, conn: sqlite3.Connection, job_id: str, grant: OutputGrant, text: bytes, now: int) -> int:
         key = (job_id, grant.fencing_token)
-        while _used_bytes(conn) > self.limit_bytes - _SPARE_BYTES and conn.execute(_OLDEST_OTHER, key).rowcount:
-            pass
+        limit_bytes = min(self.limit_bytes, self._possible_bytes())
+        while _used_bytes(conn) > limit_bytes - _SPARE_BYTES:
+            if not conn.execute(_OLDEST_OTHER, key).rowcount:
+                raise OSError(f"Less than {_FREE_BYTES >> 20} MiB are free on its disk")
         values = (job_id, grant.created_at, grant.fencing_token, grant.attempt, grant.worker, now)
         is_new = conn.execute("INSERT OR IGNORE INTO grants VALUES (NULL, ?, ?, ?, ?, ?, ?, 0)", values).rowcount
         if is_new:
@@ -152,6 +167,14 @@ class OutputFile:
         conn.execute("INSERT INTO pieces VALUES (?, ?, ?)", (seq, end - len(text), text))
         conn.execute("DELETE FROM pieces WHERE grant_seq = ? AND begin < ?", (seq, end - KEPT_BYTES))
         return int(end)
+
+    def _possible_bytes(self) -> int:
+        """Return which size the file may have on its disk."""
+        if self._path == MEMORY:
+            return self.limit_bytes
+        disk = os.statvfs(self._path)
+        size = os.stat(self._path).st_size
+        return max(size, size + disk.f_bavail * disk.f_frsize - _FREE_BYTES)
 
 
 def _read(conn: sqlite3.Connection, job_id: str, created_at: int, token: int, begin: int) -> list[GrantOutput]:
@@ -183,9 +206,3 @@ def _identity(path: str) -> tuple[int, int] | None:
     except OSError:
         return None
     return found.st_dev, found.st_ino
-
-
-def _is_damaged(error: sqlite3.Error) -> bool:
-    """Return whether the file is damaged, or another program wrote it."""
-    code = getattr(error, "sqlite_errorcode", None) or 0
-    return code & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB) or isinstance(error, sqlite3.IntegrityError)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import sqlite3
+import threading
 from collections.abc import AsyncIterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 from structlog.testing import capture_logs
 
 from jobd.model.responses import OutputGrant
+from jobd.storage import output
 from jobd.storage.output import KEPT_BYTES, KEPT_GRANTS, OutputFile, OutputUnavailable
 
 AT = 1_700_000_000_000
@@ -92,6 +96,51 @@ async def test_a_lost_file_is_made_anew(file: OutputFile, path: Path, damage: st
         await append(file, "after")
     assert await shown(file) == [(7, 0, "after")]
     assert [entry["event"] for entry in logs] == (["output_lost"] if damage == "overwritten" else [])
+
+
+@pytest.mark.parametrize("change", ["UPDATE pieces SET text = 5", "DROP TABLE pieces", "DELETE FROM grants"])
+async def test_a_file_with_other_contents_is_made_anew(file: OutputFile, path: Path, change: str) -> None:
+    await append(file, "before")
+    with closing(sqlite3.connect(path)) as conn:
+        conn.execute(change)
+        conn.commit()
+    assert await shown(file) == []
+    await append(file, "after")
+    assert await shown(file) == [(7, 0, "after")]
+
+
+async def test_the_file_does_not_grow_on_a_disk_with_little_space(
+    file: OutputFile, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for n in range(30):
+        await append(file, "x" * 16_384, f"job-{n}", token=n)
+    size = path.stat().st_size
+    monkeypatch.setattr(output, "_FREE_BYTES", 1 << 60)
+    for n in range(30, 60):
+        await append(file, "x" * 16_384, f"job-{n}", token=n)
+    assert path.stat().st_size == size
+    assert await shown(file, "job-0") == []
+    path.unlink()
+    with pytest.raises(OutputUnavailable, match="free on its disk"):
+        await append(file, "lost")
+
+
+async def test_calls_that_wait_for_a_slow_disk_are_bounded_and_end_with_the_file(
+    file: OutputFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    may_go_on = threading.Event()
+    file._thread.submit(may_go_on.wait)  # the disk
+    monkeypatch.setattr(output, "_MAX_WAITING", 2)
+    waiting = [asyncio.create_task(append(file, "text")) for _ in range(3)]
+    with pytest.raises(OutputUnavailable, match="2 requests already wait"):
+        await waiting.pop()
+    ending = asyncio.create_task(file.close())
+    await asyncio.sleep(0)
+    may_go_on.set()
+    for each in waiting:
+        with pytest.raises(OutputUnavailable, match="stopping"):
+            await each
+    await ending
 
 
 async def test_a_file_that_cannot_be_used_is_reported_once(file: OutputFile, path: Path) -> None:
