@@ -117,10 +117,6 @@ class DiskBroken(Exception):
     """A batch was not completed, and its outcome may be unknown. The process must end and start from the disk."""
 
 
-class _DecideAgain(Exception):
-    """A read found damaged rows that the decisions did not know. Decide again."""
-
-
 class Actor:
     """Owns the state. `ask` puts a command into the mailbox and waits for its response; `run` decides and commits.
 
@@ -475,7 +471,7 @@ class Actor:
             except BadRows as bad:
                 self._decider.roll_back(decided)
                 await self._quarantine(bad.jobs)
-            except (_DecideAgain, FormatNotRead):
+            except FormatNotRead:
                 self._decider.roll_back(decided)
         self._send_responses()  # of the batch before, if this one did not wait
         self._unsent, self._under_way = decided, None
@@ -603,7 +599,7 @@ class Actor:
             return {}
         loaded = await self.disk.load([], wanted, [])
         if loaded.bad:
-            raise _DecideAgain
+            raise BadRows(loaded.bad)
         if missing := [seq for seq in wanted if seq not in loaded.payloads]:
             raise LookupError(f"the disk has no payloads of jobs {missing}, and reports no damage")
         return {seq: payload.body for seq, payload in loaded.payloads.items()}

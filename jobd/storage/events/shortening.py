@@ -25,6 +25,7 @@ _READ_AT_ONCE: Final = 50  # rows of events
 _ROWS: Final = f"SELECT {SQL['events']} FROM events WHERE job_seq = ? AND seq > ?"
 _TYPE: Final = EVENT_COLUMNS.index("type")
 _seq = attrgetter("seq")
+_RowAndEvents = tuple[Row, list[Event]]
 
 
 class TimelineShortener:
@@ -82,7 +83,7 @@ class TimelineShortener:
             self._heartbeats[job_seq] = (self._heartbeats[job_seq][0], 0)
         rows = self._rows(f"{_ROWS} ORDER BY seq", (job_seq, begin - event_rows.SPAN))
         if not any(fault(row) for row in rows):  # timeline quarantines a damaged row and names it
-            found = [_EventsRow(row) for row in rows if row[1] >= begin]
+            found = [_read(row) for row in rows if row[1] >= begin]
             self._write(found, event_codec.thin(_events(found)))
 
     def _shorten(self, job_seq: int, begin: int) -> None:
@@ -96,14 +97,14 @@ class TimelineShortener:
         rows = self._rows(sql, (job_seq, begin - event_rows.SPAN, end, SHORTENED_AT_ONCE + event_rows.SPAN))
         rows = [row for row in rows if fault(row) or row[1] >= begin][:SHORTENED_AT_ONCE]
         damaged = [index for index, row in enumerate(rows) if fault(row)]
-        found: list[_EventsRow] = []
+        found: list[_RowAndEvents] = []
         size = 0
         for row in rows[damaged[-1] + 1 if damaged else 0 :]:
             if size >= SHORTENED_AT_ONCE:
                 break
-            found.append(_EventsRow(row))
-            size += len(found[-1].events)
-        upto = found[-1].row[1] if found else max(rows[-1][0], begin) if rows else end
+            found.append(_read(row))
+            size += len(found[-1][1])
+        upto = found[-1][0][1] if found else max(rows[-1][0], begin) if rows else end
         events = _events(found)
         first, last = bisect_left(events, begin, key=_seq), bisect_right(events, end, key=_seq)
         self._write(found, events[:first] + event_codec.shorten(events[first:last]) + events[last:])
@@ -134,23 +135,19 @@ class TimelineShortener:
         with raising_structure_damaged(of_index=True):
             return self._db.rows(sql, args)
 
-    def _write(self, found: list[_EventsRow], kept: list[Event]) -> None:
+    def _write(self, found: list[_RowAndEvents], kept: list[Event]) -> None:
         """Write the rows from the first to the last with an event that changed or is not kept."""
         left = {event.seq: event for event in kept}
-        changed = [index for index, each in enumerate(found) if any(left.get(e.seq) is not e for e in each.events)]
+        changed = [at for at, (_, events) in enumerate(found) if any(left.get(e.seq) is not e for e in events)]
         if changed:
             part = found[changed[0] : changed[-1] + 1]
-            events = [event_codec.encode(left[event.seq]) for event in _events(part) if event.seq in left]
-            event_rows.rewrite(self._db.conn, [each.row for each in part], events)
+            encoded = [event_codec.encode(left[event.seq]) for event in _events(part) if event.seq in left]
+            event_rows.rewrite(self._db.conn, [row for row, _ in part], encoded)
 
 
-class _EventsRow:
-    """A row and its events."""
-
-    def __init__(self, row: Row) -> None:
-        self.row = row
-        self.events = [event_codec.decode(event) for event in event_rows.unpack(row)]
+def _read(row: Row) -> _RowAndEvents:
+    return row, [event_codec.decode(event) for event in event_rows.unpack(row)]
 
 
-def _events(found: Iterable[_EventsRow]) -> list[Event]:
-    return [event for each in found for event in each.events]
+def _events(found: Iterable[_RowAndEvents]) -> list[Event]:
+    return [event for _, events in found for event in events]

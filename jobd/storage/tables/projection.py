@@ -83,7 +83,7 @@ from jobd.storage.files import StoreUnreadable
 from jobd.storage.queries import read_job
 from jobd.storage.tables import table_writes
 from jobd.storage.tables.tail import Pending, fix, read_tail
-from jobd.storage.tables.writers import JobWriter, LateWriter, RowDamaged, RowMissing, RowUnreadable, StoredJob
+from jobd.storage.tables.writers import JobWriter, LateWriter, RowDamaged, RowMissing, StoredJob
 
 T = TypeVar("T")
 
@@ -497,14 +497,14 @@ class Projection:
             conn.execute(insert("reports"), with_checksum((last + 1, bytes(report))))
             conn.execute("DELETE FROM reports WHERE seq <= ?", (last + 1 - KEEP_REPORTS,))
 
-    def _find(self, seq: int) -> StoredJob | None:
-        """Return the row of a job. Raises RowUnreadable."""
-        rows = self.db.rows(BY_SEQ, (seq,))
+    def _find(self, event: Event) -> StoredJob | None:
+        """Return the row of the job of `event`. Raises RowDamaged."""
+        rows = self.db.rows(BY_SEQ, (event.job_seq,))
         if not rows:
             return None
         job, error = read_job(rows[0], self.db.reader.job)
         if job is None:
-            raise RowUnreadable(rows[0], error)
+            raise RowDamaged(event.job_id, rows[0], error)
         return StoredJob(job, rows[0])
 
     # --------------------------------------------------------------------------------------------------- upkeep

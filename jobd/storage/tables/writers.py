@@ -53,14 +53,6 @@ class RowDamaged(Exception):
         self.row = row
 
 
-class RowUnreadable(Exception):
-    """A row is damaged. `row` has its columns and checksum."""
-
-    def __init__(self, row: Row, reason: str) -> None:
-        super().__init__(reason)
-        self.row = row
-
-
 class StoredJob(Struct, frozen=True, gc=False):
     """A job, and its row with the checksum. With `is_gone`, the row has to be inserted again."""
 
@@ -72,13 +64,13 @@ class StoredJob(Struct, frozen=True, gc=False):
 class JobWriter:
     """Writes the row that each job has after its changes, once. Caches the rows and payloads written last.
 
-    `find` returns the row of a seq, or None. It raises RowUnreadable. `note` gets sentences about damage.
+    `find` returns the row of the job of an event, or None. It raises RowDamaged. `note` gets sentences about damage.
     """
 
     def __init__(
         self,
         conn: sqlite3.Connection,
-        find: Callable[[int], StoredJob | None],
+        find: Callable[[Event], StoredJob | None],
         note: Callable[[str], object],
     ) -> None:
         self._conn = conn
@@ -166,10 +158,10 @@ class JobWriter:
             return stored
         error: Exception = RowMissing(event.job_id)
         try:
-            if (found := self._find(event.job_seq)) is not None:
+            if (found := self._find(event)) is not None:
                 return found
-        except RowUnreadable as unreadable:
-            error = RowDamaged(event.job_id, unreadable.row, str(unreadable))
+        except RowDamaged as damaged:
+            error = damaged
         if event.job_id in skipped:
             return None
         if event.before is None:
