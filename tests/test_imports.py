@@ -51,8 +51,8 @@ ARROWS: Final[dict[str, set[str]]] = {
     },
 }
 TOP: Final = [
-    "__init__", "__main__", "config", "config_checks", "config_loader", "credentials", "daemon", "logging", "node",
-    "pytest_plugin", "resources", "serving", "systemd", "testing",
+    "__init__", "__main__", "config", "config_checks", "config_loader", "credentials", "daemon", "django", "logging",
+    "node", "pytest_plugin", "resources", "serving", "systemd", "testing",
 ]  # fmt: skip
 PURE: Final = ("model", "core")
 PURE_IMPORTS: Final = {
@@ -140,7 +140,7 @@ def test_every_imported_distribution_is_a_declared_dependency() -> None:
     extras = project["optional-dependencies"]
     lines = (*project["dependencies"], *extras["s3"], *extras["postgres"])
     declared = {line.split(">")[0].replace("-", "_") for line in lines}
-    loaded_by = {"pytest_plugin": {"pytest"}}
+    loaded_by = {"pytest_plugin": {"pytest"}, "django": {"django", "django_tasks"}}
     reexported = {"multidict", "yarl", "markupsafe"}  # parts of the interfaces of aiohttp and jinja2
     for source in SOURCES:
         used = {name.partition(".")[0] for name in names(source)} - {"jobd"} - sys.stdlib_module_names

@@ -7,6 +7,7 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 FILES = [
     "jobd/__init__.py",
+    "jobd/django.py",
     "jobd/py.typed",
     "jobd/model/**/*.py",
     "jobd/client/**/*.py",

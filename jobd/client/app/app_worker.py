@@ -52,7 +52,7 @@ class AppWorker(Worker):
             raise ValueError("the app has no tasks: declare one with @app.task, or name its module: App(include=[...])")
         if not isinstance(registry.jobs, DaemonJobs):
             raise ValueError("an app with inline=True runs its jobs itself and needs no worker")
-        declared = sorted({task.queue for task in tasks})
+        declared = sorted({task.queue for task in tasks} | registry.queues)
         super().__init__(registry.jobs.endpoints, queues=queues or declared, **options)
         self._progress_every_s = _PROGRESS_EVERY_S
         self._shows_runs = shows_runs or self._shows_runs

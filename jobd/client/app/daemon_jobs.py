@@ -17,6 +17,7 @@ from jobd.client.endpoint import Address, Endpoint, worker_endpoints
 from jobd.client.errors import InvalidTransition, JobdError, JobExists, Unreachable
 from jobd.client.sync import JobClient
 from jobd.model.calls import JobCalls
+from jobd.model.events import EventView
 from jobd.model.responses import JobView
 
 if TYPE_CHECKING:
@@ -117,6 +118,9 @@ class DaemonJobs:
 
     async def aget(self, job_id: str) -> JobView:
         return await self._asend(request_for(JobCalls.get_job, job_id))
+
+    def timeline(self, job_id: str) -> list[EventView]:
+        return self._send(request_for(JobCalls.timeline, job_id))
 
     def wait(self, job_id: str, timeout_s: float | None) -> JobView:
         try:

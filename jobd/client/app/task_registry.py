@@ -30,6 +30,7 @@ class TaskRegistry:
     def __init__(self, jobs: JobPort, tasks: dict[str, TaskDefinition]) -> None:
         self.jobs: Final = jobs
         self.tasks: Final = tasks
+        self.queues: set[str] = set()  # from which a worker claims, beside those of the tasks
         self.middleware: Final[list[Callable[[JobContext], contextlib.AbstractContextManager[None]]]] = []
         self.async_middleware: Final[list[Callable[[JobContext], contextlib.AbstractAsyncContextManager[None]]]] = []
         self.on_enqueue: Final[list[Callable[[NewJob], None]]] = []
