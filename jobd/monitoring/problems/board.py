@@ -232,7 +232,11 @@ class Problems:
         return {code: errors[code] - count for code, count in self._errors[0][1].items()}
 
     def _full_in_ms(self, space: DiskSpace | None) -> float | None:
-        """Return when the disk is full at the rate of the last hour, once it was measured for ten minutes."""
+        """Return when the disk is full at the rate of the last hour, once it was measured for ten minutes.
+
+        None if it would be full later than `disk_full_within` had nothing been written in the part of that hour before
+        the start: a burst shortly after it is no rate.
+        """
         boot_ms = self._clock.boot_ms()
         if space is None:
             return None
@@ -242,7 +246,8 @@ class Problems:
             self._free.popleft()
         since, free_bytes = self._free[0]
         used_bytes = free_bytes - space.free_bytes
-        if used_bytes <= 0 or boot_ms - since < RATE_AFTER_MS:
+        is_fast = used_bytes * self.thresholds.disk_full_within_ms > space.free_bytes * HOUR_MS
+        if used_bytes <= 0 or boot_ms - since < RATE_AFTER_MS or not is_fast:
             return None
         return space.free_bytes * (boot_ms - since) / used_bytes
 

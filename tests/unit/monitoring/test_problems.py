@@ -353,7 +353,7 @@ async def test_a_disk_that_is_full_soon_is_found_by_the_rate_of_the_last_hour(en
     for minute in range(90):
         engine.disk.disk_space = DiskSpace("/srv/jobd.db", (200 - minute) * gib, 400 * gib)
         listed = await found(problems)
-        assert ("disk/disk" in listed) == (minute >= 10), minute
+        assert ("disk/disk" in listed) == (minute >= 29), minute  # 29 GiB an hour would fill it in 6 h
         await seconds(60)
     assert (
         listed["disk/disk"].title == "111.0 GiB of 400.0 GiB are free on the disk of /srv/jobd.db, full in 1 h 51 min."
@@ -364,6 +364,16 @@ async def test_a_disk_that_is_full_soon_is_found_by_the_rate_of_the_last_hour(en
     engine.disk.disk_space = DiskSpace("/srv/jobd.db", 180 * gib, 400 * gib)
     await seconds(2)
     assert await found(problems) == {}
+
+
+@in_engine()
+async def test_a_disk_that_is_full_within_an_hour_is_found_after_ten_minutes(engine: VirtualEngine) -> None:
+    problems, gib = problems_of(engine), 1 << 30
+    for minute in range(11):
+        engine.disk.disk_space = DiskSpace("/srv/jobd.db", (200 - 5 * minute) * gib, 400 * gib)
+        listed = await found(problems)
+        await seconds(60)
+    assert listed["disk/disk"].title.endswith("full in 30 min.")
 
 
 A = NodeView("a", "", "leader", 100, 1_000, 0, 1, False)
