@@ -32,9 +32,9 @@ from jobd.config import ConfigError, LoadedConfig
 from jobd.core.state import State
 from jobd.dashboard.routes import Dashboard
 from jobd.engine.actor import DiskBroken
-from jobd.http.app import App
 from jobd.http.auth import Authenticator
 from jobd.http.decoding import Limits
+from jobd.http.http_app import HttpApp
 from jobd.http.routing import Route, Router
 from jobd.http.server import HttpListener, WorkerListener
 from jobd.model.storage import OpenedStore
@@ -117,7 +117,7 @@ class Daemon:
         self._stop_requested_at = 0.0
         self._is_store_open = False
         self._is_ready = False  # the start is complete, and systemd was notified
-        self._apps: list[App[Any]] = []
+        self._apps: list[HttpApp[Any]] = []
         self._listeners: dict[str, HttpListener] = {}
         self._authenticators: dict[str, Authenticator] = {}
         self._preparing: asyncio.Future[None] | None = None
@@ -276,7 +276,7 @@ class Daemon:
                 app.confirm = serving.confirm_leadership
                 continue
             authenticator, limits, is_admin = self._authenticators[name], self._limits(), name == "admin"
-            app = App(
+            app = HttpApp(
                 authenticator, router, serving.actor, serving.services, limits=limits, admin=is_admin, pages=pages
             )
             self._apps.append(app)

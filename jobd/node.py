@@ -20,9 +20,9 @@ from jobd.cluster.view import Position, cluster_view
 from jobd.cluster.warm_state import WarmState
 from jobd.config import KEYS, Config, LoadedConfig, value_of
 from jobd.engine.clock import wall_clock_ms
-from jobd.http.app import App, BrowserPages
 from jobd.http.auth import Authenticator
 from jobd.http.decoding import Limits
+from jobd.http.http_app import BrowserPages, HttpApp
 from jobd.http.routing import Route
 from jobd.journal import record
 from jobd.model.job import new_epoch
@@ -103,7 +103,7 @@ class ClusterNode:
 
     def app(
         self, authenticator: Authenticator, routes: tuple[Route, ...], limits: Limits, pages: BrowserPages | None
-    ) -> App[object]:
+    ) -> HttpApp[object]:
         """Return the app of a listener, which serves what a standby does. The admin listener has pages."""
         services = StandbyServices(self.view)
         return standby_app(authenticator, routes, services, limits, admin=pages is not None, pages=pages)

@@ -29,8 +29,8 @@ from jobd.config import Config, ConfigError, LoadedConfig, parse_listen
 from jobd.config_checks import check_artifact_directory, unencrypted
 from jobd.config_loader import state_directory
 from jobd.http.admin_listener import AdminListener
-from jobd.http.app import App
 from jobd.http.auth import accepted_hosts
+from jobd.http.http_app import HttpApp
 from jobd.http.server import HttpListener, WorkerListener, is_in_use
 from jobd.model.journal import JournalUnavailable, SharedJournal
 from jobd.model.storage import DiskFull, OpenedStore
@@ -238,7 +238,7 @@ def check_addresses_free(settings: Config, passed: PassedSockets) -> None:
             raise CannotStart(f"[{name}] cannot listen on {address}: {why}", EXIT_CONFIG)
 
 
-async def open_listener(name: str, app: App[Services], settings: Config, passed: PassedSockets) -> HttpListener:
+async def open_listener(name: str, app: HttpApp[Services], settings: Config, passed: PassedSockets) -> HttpListener:
     """Open the listener `name` for `app` on the sockets that systemd passed, else on its configured address."""
     listener = AdminListener(app) if name == "admin" else WorkerListener(app)
     address = addresses(settings)[name]

@@ -26,7 +26,7 @@ from jobd.engine.clock import Clock, monotonic_s
 from jobd.engine.disk_full import WriteLimit
 from jobd.engine.event_feed import EventFeed
 from jobd.engine.idempotency import IdempotencyStore
-from jobd.http.app import App
+from jobd.http.http_app import HttpApp
 from jobd.maintenance.artifact_sweeper import ArtifactSweeper, SweepStats
 from jobd.maintenance.backups import Backups
 from jobd.maintenance.cleanup_run import CleanupSchedule
@@ -45,17 +45,17 @@ from jobd.model.errors import ApiError, not_leader_error
 from jobd.model.responses import ClusterView, Response
 from jobd.model.storage import IN_MEMORY, OpenedStore
 from jobd.model.webhooks import WebhookEndpoint
-from jobd.monitoring import event_log
+from jobd.monitoring import event_logging
 from jobd.monitoring.failure_groups import FailureGroups
 from jobd.monitoring.health import Health
 from jobd.monitoring.metrics import Metrics
-from jobd.monitoring.problems.board import Problems
+from jobd.monitoring.problems.board import ProblemBoard
 from jobd.monitoring.problems.condition import Thresholds
 from jobd.monitoring.timeseries import Timeseries
 from jobd.resources import RandomPool
 from jobd.storage.artifacts.base import ArtifactStore
 from jobd.storage.artifacts.downloads import Downloads
-from jobd.storage.output import OutputFile
+from jobd.storage.output_file import OutputFile
 from jobd.storage.startup import MEMORY
 from jobd.storage.store import Store
 from jobd.webhooks.context import DispatchContext
@@ -133,7 +133,7 @@ class Serving:
         store: Store,
         opened: OpenedStore,
         state: State,
-        apps: list[App[Any]],
+        apps: list[HttpApp[Any]],
         artifacts: ArtifactStore | None,
         leading: Leading | None = None,
         *,
@@ -419,8 +419,10 @@ class Serving:
             cluster=view,
         )
 
-    def _make_problems(self, health: Health, view: Callable[[], ClusterView], disk_sampler: DiskSampler) -> Problems:
-        return Problems(
+    def _make_problems(
+        self, health: Health, view: Callable[[], ClusterView], disk_sampler: DiskSampler
+    ) -> ProblemBoard:
+        return ProblemBoard(
             self.actor.state,
             self.clock,
             health,
@@ -463,7 +465,7 @@ def _make_actor(
         now_s=monotonic_s,
         before_batch=before_batch,
     )
-    actor.on_commit.append(event_log.write_lines)
+    actor.on_commit.append(event_logging.write_lines)
     return actor
 
 

@@ -37,9 +37,9 @@ from jobd.client.worker.error_text import failure_message, failure_options
 from jobd.config_loader import load
 from jobd.core.state import State
 from jobd.engine.clock import Clock, boot_clock_ms, wall_clock_ms
-from jobd.http.app import App as HttpApp
 from jobd.http.auth import Authenticator
 from jobd.http.decoding import Limits
+from jobd.http.http_app import HttpApp
 from jobd.http.routing import Router
 from jobd.http.server import WorkerListener
 from jobd.model.responses import GrantView, JobView
@@ -260,7 +260,7 @@ class TestDaemon:
 
     def _run(self, app: App, grant: GrantView, *, raises: bool) -> JobHandle[Any]:
         definition, job = app.registry.tasks[grant.job.kind], grant.job
-        run = _Run(self._client, grant)
+        run = _InlineRun(self._client, grant)
         context = context_of(job, grant.fencing_token, run)
         payload = b"null" if job.payload is UNSET else bytes(job.payload)
         handle: JobHandle[Any] = JobHandle(definition, job.id)
@@ -292,7 +292,7 @@ class TestDaemon:
         return failed.status == "failed"
 
 
-class _Run:
+class _InlineRun:
     """The run of a task here, for its JobContext."""
 
     has_to_end: Final = False

@@ -8,6 +8,7 @@ import graphlib
 import re
 import sys
 import tomllib
+from collections import Counter
 from pathlib import Path
 from typing import Final
 
@@ -109,6 +110,12 @@ def test_no_import_is_circular() -> None:
 def test_every_module_belongs_to_a_package() -> None:
     top = {str(source.relative_to(PACKAGE)) for source in SOURCES if not owner_of(source)}
     assert top == {f"{name}.py" for name in TOP}
+
+
+def test_no_name_of_a_class_means_two_things() -> None:
+    trees = [ast.parse(source.read_text(encoding="utf-8")) for source in SOURCES]
+    names = Counter(each.name for tree in trees for each in tree.body if isinstance(each, ast.ClassDef))
+    assert [name for name, count in names.items() if count > 1] == []
 
 
 @pytest.mark.parametrize("pure", PURE)

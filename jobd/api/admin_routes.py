@@ -22,7 +22,7 @@ from jobd.api.output import send_output
 from jobd.api.probes import PROBES, send_cluster
 from jobd.api.schedules import put_schedule, send_schedule, send_schedules
 from jobd.api.services import Services
-from jobd.http.app import App, run_command
+from jobd.http.http_app import HttpApp, run_command
 from jobd.http.request import RequestContext, as_one_entry, operator_of
 from jobd.http.response import RawBody
 from jobd.http.routing import RouteHandler
@@ -34,7 +34,7 @@ from jobd.model.requests import Deliveries, NoFields, Reports, ValidateJob
 from jobd.model.responses import Response
 
 
-async def _stats(app: App[Services], ctx: RequestContext, command: commands.Stats) -> Response | ApiError:
+async def _stats(app: HttpApp[Services], ctx: RequestContext, command: commands.Stats) -> Response | ApiError:
     response = await run_command(app, ctx, command)
     if isinstance(response, Response):
         state = app.services.maintainer.state()
@@ -48,7 +48,7 @@ async def _stats(app: App[Services], ctx: RequestContext, command: commands.Stat
     return response
 
 
-async def _health(app: App[Services], ctx: RequestContext, command: NoFields) -> Response:
+async def _health(app: HttpApp[Services], ctx: RequestContext, command: NoFields) -> Response:
     view, problems = await app.services.health.view(), app.services.problems.view()
     if problems.evaluated_at is not None:
         critical = sum(each.severity == "critical" for each in problems.problems)
@@ -56,7 +56,7 @@ async def _health(app: App[Services], ctx: RequestContext, command: NoFields) ->
     return Response(view, status=503 if view.status == "unhealthy" else 200)
 
 
-async def _validate_job(app: App[Services], ctx: RequestContext, command: ValidateJob) -> Response | ApiError:
+async def _validate_job(app: HttpApp[Services], ctx: RequestContext, command: ValidateJob) -> Response | ApiError:
     ctx.job_id = command.id
     response = await app.actor.ask(commands.Validate(id=command.id), by=ctx.by, admin=True)
     if isinstance(response, Response) and not ctx.admin:
@@ -64,49 +64,49 @@ async def _validate_job(app: App[Services], ctx: RequestContext, command: Valida
     return response
 
 
-async def _deliveries(app: App[Services], ctx: RequestContext, command: Deliveries) -> Response:
+async def _deliveries(app: HttpApp[Services], ctx: RequestContext, command: Deliveries) -> Response:
     before = None if command.cursor is None else int(command.cursor)
     return Response(checked(await app.services.deliveries(command.name, command.state, before, command.limit)))
 
 
-async def _export(app: App[Services], ctx: RequestContext, command: commands.Export) -> Response | ApiError:
+async def _export(app: HttpApp[Services], ctx: RequestContext, command: commands.Export) -> Response | ApiError:
     page = await run_command(app, ctx, command)
     if isinstance(page, Response):
         await audit_read(app, ctx, "export")
     return page
 
 
-async def _audit(app: App[Services], ctx: RequestContext, command: commands.AuditLog) -> Response | ApiError:
+async def _audit(app: HttpApp[Services], ctx: RequestContext, command: commands.AuditLog) -> Response | ApiError:
     check_audit_filter(command)
     return await run_command(app, ctx, command)
 
 
-async def _apply_plan(app: App[Services], ctx: RequestContext, command: commands.RunPlan) -> Response:
+async def _apply_plan(app: HttpApp[Services], ctx: RequestContext, command: commands.RunPlan) -> Response:
     operator = ctx.operator or operator_of(ctx)
     applied = app.services.planner.apply(command.plan_id, operator, trial=command.trial, rate=command.rate)
     return Response(checked(await applied))
 
 
-async def _metrics(app: App[Services], ctx: RequestContext, command: NoFields) -> Response:
+async def _metrics(app: HttpApp[Services], ctx: RequestContext, command: NoFields) -> Response:
     return Response(RawBody(calls.METRICS_TYPE, await app.services.metrics_text()))
 
 
-async def _reports(app: App[Services], ctx: RequestContext, command: Reports) -> Response:
+async def _reports(app: HttpApp[Services], ctx: RequestContext, command: Reports) -> Response:
     return Response(responses.ReportList(await app.services.maintainer.reports(command.limit)))
 
 
 def _respond(result_of: Callable[[Services, Any], Any]) -> RouteHandler:
     """Return a handler that responds with a result of the services, or with the ApiError that they return."""
 
-    async def handle(app: App[Services], ctx: RequestContext, command: Any) -> Response:
+    async def handle(app: HttpApp[Services], ctx: RequestContext, command: Any) -> Response:
         result = result_of(app.services, command)
         return Response(checked(await result if isawaitable(result) else result))
 
     return handle
 
 
-def _respond_to_operator(act: Callable[[App[Services], Operator | None, Any], Awaitable[Any]]) -> RouteHandler:
-    async def handle(app: App[Services], ctx: RequestContext, command: Any) -> Response:
+def _respond_to_operator(act: Callable[[HttpApp[Services], Operator | None, Any], Awaitable[Any]]) -> RouteHandler:
+    async def handle(app: HttpApp[Services], ctx: RequestContext, command: Any) -> Response:
         return Response(checked(await act(app, ctx.operator, command)))
 
     return handle

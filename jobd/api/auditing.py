@@ -7,7 +7,7 @@ from typing import Any
 from msgspec.structs import replace
 
 from jobd.api.services import Services
-from jobd.http.app import App, log
+from jobd.http.http_app import HttpApp, log
 from jobd.http.request import RequestContext, reading_operator
 from jobd.model.commands import AuditLog, Operator, RecordAction, RecordedAction
 from jobd.model.errors import ApiError, invalid_request_error
@@ -24,7 +24,7 @@ def check_audit_filter(query: AuditLog) -> None:
 
 
 async def audit_action(
-    app: App[Services],
+    app: HttpApp[Services],
     operator: Operator | None,
     action: RecordedAction,
     details: dict[str, Any] | None = None,
@@ -42,7 +42,7 @@ async def audit_action(
 
 
 async def audit_read(
-    app: App[Services], ctx: RequestContext, action: RecordedAction, *, name: str = "", job_id: str | None = None
+    app: HttpApp[Services], ctx: RequestContext, action: RecordedAction, *, name: str = "", job_id: str | None = None
 ) -> None:
     """Record an audited read: one entry per minute, operator, job and kind of read."""
     operator, details = reading_operator(ctx, name), {"access": "read"} if ctx.by == "reader" else None

@@ -16,8 +16,8 @@ from msgspec import Struct
 
 from jobd.api.services import Services
 from jobd.engine.envelope import Envelope
-from jobd.http.app import App
 from jobd.http.decoding import Limits, RequestDecoder, make_body_type, malformed_json_error, validation_error
+from jobd.http.http_app import HttpApp
 from jobd.http.read_deadline import read_deadline, slow_client
 from jobd.http.request import RequestContext
 from jobd.http.response import SAFE_HEADERS, error_line, response_line
@@ -112,7 +112,7 @@ def line_decoders(limits: Limits) -> dict[str, RequestDecoder]:
 class LineReader:
     """Decode the lines of a stream."""
 
-    def __init__(self, app: App[Services]) -> None:
+    def __init__(self, app: HttpApp[Services]) -> None:
         self._authenticator = app.authenticator
         self._kinds = {
             op: _LineKind(decoder, app.routes[decoder.command]) for op, decoder in line_decoders(app.limits).items()
@@ -143,7 +143,7 @@ class LineReader:
         return self._authenticator.idempotency_key(key, route.method, route.path.replace("{id}", job_id or ""), line)
 
 
-async def serve_command_stream(app: App[Services], ctx: RequestContext, _: Any) -> None:
+async def serve_command_stream(app: HttpApp[Services], ctx: RequestContext, _: Any) -> None:
     """Serve the stream until the body ends, the daemon stops, or the framing is malformed."""
     assert isinstance(ctx, WorkerRequest)
     ctx.send_continue()
@@ -185,7 +185,7 @@ class _PendingResponse:
 class _StreamSession:
     """One stream. `_slots` are the unwritten responses, in order."""
 
-    def __init__(self, app: App[Services], ctx: WorkerRequest) -> None:
+    def __init__(self, app: HttpApp[Services], ctx: WorkerRequest) -> None:
         self.has_responses = asyncio.Event()
         self.unread = app.actor.unread
         self._app = app

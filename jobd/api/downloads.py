@@ -16,7 +16,7 @@ import structlog
 
 from jobd.api.auditing import audit_action, audit_read
 from jobd.api.services import Services
-from jobd.http.app import App
+from jobd.http.http_app import HttpApp
 from jobd.http.request import RequestContext
 from jobd.http.response import SAFE_HEADERS
 from jobd.http.streaming import finish, write
@@ -35,7 +35,7 @@ MAX_NAME_CHARS: Final = 150  # characters of a file name
 log = structlog.get_logger("jobd.artifacts")
 
 
-async def send_artifact(app: App[Services], ctx: RequestContext, query: Any, name: str = "") -> ApiError | None:
+async def send_artifact(app: HttpApp[Services], ctx: RequestContext, query: Any, name: str = "") -> ApiError | None:
     """Send the requested artifact as a file. If reading it fails, abort the connection.
 
     `name` is the name of the operator, if the session has one.
@@ -54,7 +54,7 @@ async def send_artifact(app: App[Services], ctx: RequestContext, query: Any, nam
         download.close()
 
 
-async def _key(app: App[Services], ctx: RequestContext, request: ArtifactRequest) -> str | ApiError:
+async def _key(app: HttpApp[Services], ctx: RequestContext, request: ArtifactRequest) -> str | ApiError:
     command = Get(id=request.id) if request.late_result is None else LateResults(id=request.id)
     response = await app.actor.ask(command, by=ctx.by, size=ctx.size)
     if isinstance(response, ApiError):
@@ -108,7 +108,7 @@ CONNECTION_CHECK_S: Final = 0.5  # between two checks of the connection of a cli
 T = TypeVar("T")
 
 
-async def send_backup(app: App[Services], ctx: RequestContext, request: BackupRequest) -> ApiError | None:
+async def send_backup(app: HttpApp[Services], ctx: RequestContext, request: BackupRequest) -> ApiError | None:
     """Make a backup, then send it. If sending fails, abort the connection."""
     await audit_action(app, ctx.operator, "backup")
     log.info("backup_started", by="admin")
@@ -131,7 +131,7 @@ async def send_backup(app: App[Services], ctx: RequestContext, request: BackupRe
         copy.close(failure)
 
 
-async def _while_connected(app: App[Services], ctx: RequestContext, work: Coroutine[Any, Any, T]) -> T:
+async def _while_connected(app: HttpApp[Services], ctx: RequestContext, work: Coroutine[Any, Any, T]) -> T:
     """Return the result of `work`. Cancel it if the client disconnects or the daemon stops."""
     task = asyncio.ensure_future(work)
     try:

@@ -8,7 +8,7 @@ import structlog
 
 from jobd.api.services import Services
 from jobd.engine.event_feed import Subscriber
-from jobd.http.app import App
+from jobd.http.http_app import HttpApp
 from jobd.http.read_deadline import slow_client
 from jobd.http.request import RequestContext
 from jobd.http.response import SAFE_HEADERS
@@ -28,7 +28,7 @@ _TYPES: Final = frozenset(get_args(EventType))
 log = structlog.get_logger("jobd.web")
 
 
-async def send_events(app: App[Services], ctx: RequestContext, query: EventsRequest) -> None:
+async def send_events(app: HttpApp[Services], ctx: RequestContext, query: EventsRequest) -> None:
     """Send the stream until the client disconnects or the daemon stops. Disconnects a client that reads too slowly."""
     event_filter, after = _event_filter(query), _after(query, ctx)
     subscriber = app.services.feed.listen(event_filter, follow=query.follow, cut=ctx.abort)

@@ -7,7 +7,7 @@ from msgspec.structs import replace
 
 from jobd.api.schedules import with_times
 from jobd.api.services import Services
-from jobd.http.app import App, run_command
+from jobd.http.http_app import HttpApp, run_command
 from jobd.http.request import RequestContext
 from jobd.model.commands import Get, GetSchedule, Why, WhyQueue
 from jobd.model.errors import ApiError
@@ -17,26 +17,26 @@ from jobd.model.times import utc
 from jobd.monitoring.problems.losses import group_of
 
 
-async def send_why(app: App[Services], ctx: RequestContext, command: Why) -> Response | ApiError:
+async def send_why(app: HttpApp[Services], ctx: RequestContext, command: Why) -> Response | ApiError:
     response = await run_command(app, ctx, command)
     if isinstance(response, Response):
         response.data = await whole_explanation(app, command.id, response.data)
     return response
 
 
-async def send_queue_why(app: App[Services], ctx: RequestContext, command: WhyQueue) -> Response | ApiError:
+async def send_queue_why(app: HttpApp[Services], ctx: RequestContext, command: WhyQueue) -> Response | ApiError:
     response = await run_command(app, ctx, command)
     if isinstance(response, Response):
         response.data = await whole_queue_explanation(app, response.data)
     return response
 
 
-async def whole_queue_explanation(app: App[Services], view: QueueWhyView) -> QueueWhyView:
+async def whole_queue_explanation(app: HttpApp[Services], view: QueueWhyView) -> QueueWhyView:
     kinds = [replace(each, why=await whole_explanation(app, each.job_id, each.why)) for each in view.kinds]
     return replace(view, kinds=kinds)
 
 
-async def whole_explanation(app: App[Services], job_id: str, view: WhyView) -> WhyView:
+async def whole_explanation(app: HttpApp[Services], job_id: str, view: WhyView) -> WhyView:
     found = await app.actor.ask(Get(id=job_id), by="daemon")
     if isinstance(found, ApiError):  # deleted since
         return view
@@ -46,7 +46,7 @@ async def whole_explanation(app: App[Services], job_id: str, view: WhyView) -> W
     return view if view.state in ("completed", "cancelled") else _with_problem(app, found.data, view)
 
 
-def _with_problem(app: App[Services], job: JobView, view: WhyView) -> WhyView:
+def _with_problem(app: HttpApp[Services], job: JobView, view: WhyView) -> WhyView:
     """Add the most urgent open problem of the job, its worker, its queue and kind, or its schedule."""
     state = app.actor.state
     live = state.jobs.find(job.id)
@@ -81,7 +81,7 @@ def _with_failures_alike(services: Services, job: JobView, view: WhyView) -> Why
     return replace(view, because=because, do=[retry, *view.do])
 
 
-async def _with_schedule(app: App[Services], view: WhyView) -> WhyView:
+async def _with_schedule(app: HttpApp[Services], view: WhyView) -> WhyView:
     """Add in words which schedule created the job, and its next time."""
     if (name := view.schedule_id) is UNSET:
         return view

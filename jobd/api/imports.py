@@ -11,8 +11,8 @@ from msgspec import Struct
 
 from jobd.api.auditing import audit_action
 from jobd.api.services import Services
-from jobd.http.app import App
 from jobd.http.decoding import RequestDecoder
+from jobd.http.http_app import HttpApp
 from jobd.http.request import RequestContext, as_one_entry
 from jobd.http.streaming import LineStream
 from jobd.model.commands import Import, ImportCheck
@@ -44,13 +44,13 @@ class PendingLine(Struct):
     task: asyncio.Task[Response | ApiError]
 
 
-async def import_jobs(app: App[Services], ctx: RequestContext, _: Any) -> Response | ApiError:
+async def import_jobs(app: HttpApp[Services], ctx: RequestContext, _: Any) -> Response | ApiError:
     """Import the lines of the body independently and in order: create, skip or reject each job."""
     ctx.send_continue()
     return await Importer(app, ctx, Import).run()
 
 
-async def preview_import(app: App[Services], ctx: RequestContext, _: Any) -> Response | ApiError:
+async def preview_import(app: HttpApp[Services], ctx: RequestContext, _: Any) -> Response | ApiError:
     """Preview an import, whose lines are dry runs."""
     ctx.send_continue()
     return await Importer(app, ctx, ImportCheck).run()
@@ -62,7 +62,7 @@ class Importer:
     A dry run of a line does not see the lines before it, so a preview remembers what they would create.
     """
 
-    def __init__(self, app: App[Services], ctx: RequestContext, command: type[Import]) -> None:
+    def __init__(self, app: HttpApp[Services], ctx: RequestContext, command: type[Import]) -> None:
         self._app = app
         self._ctx = ctx
         self._is_preview = command is ImportCheck

@@ -17,8 +17,8 @@ from msgspec.structs import FieldInfo
 
 from jobd import __version__
 from jobd.api.command_stream import LINE_TYPES, StreamedCommand
-from jobd.http.app import App
 from jobd.http.auth import OPERATOR_HEADER
+from jobd.http.http_app import HttpApp
 from jobd.http.request import RequestContext
 from jobd.http.response import ErrorBody, RawBody
 from jobd.http.routing import Route, RouteHandler, route_of
@@ -82,7 +82,7 @@ def with_document(title: str, routes: Iterable[Route]) -> tuple[Route, ...]:
 def document_at(path: str, title: str, routes: Callable[[], Iterable[Route]]) -> Route:
     """Return the route GET `path` of the document of `routes`. The document has no secrets and needs no token."""
 
-    async def send_document(app: App[Any], ctx: RequestContext, query: NoFields) -> Response:
+    async def send_document(app: HttpApp[Any], ctx: RequestContext, query: NoFields) -> Response:
         return Response(RawBody(JSON, await asyncio.to_thread(text)))
 
     @cache

@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from jobd.api.auditing import audit_action
 from jobd.api.services import Services, log, unknown_webhook
-from jobd.http.app import App
+from jobd.http.http_app import HttpApp
 from jobd.model.commands import Operator
 from jobd.model.errors import ApiException, api_error, checked
 from jobd.model.responses import CleanupReport, ClockView, ClusterView, DeliveryView, Resent
@@ -19,18 +19,20 @@ from jobd.model.storage import CannotWrite, FormatNotRead
 T = TypeVar("T")
 
 
-async def run_cleanup(app: App[Services], operator: Operator | None, reason: str | None) -> CleanupReport:
+async def run_cleanup(app: HttpApp[Services], operator: Operator | None, reason: str | None) -> CleanupReport:
     await audit_action(app, operator, "cleanup", reason=reason)
     return await app.services.maintainer.run_cleanup(forced=True)
 
 
-async def accept_clock(app: App[Services], operator: Operator | None, reason: str | None) -> ClockView:
+async def accept_clock(app: HttpApp[Services], operator: Operator | None, reason: str | None) -> ClockView:
     view = checked(await app.services.accept_clock())
     await audit_action(app, operator, "accept-clock", reason=reason)
     return view
 
 
-async def step_down(app: App[Services], operator: Operator | None, reason: str | None, *, force: bool) -> ClusterView:
+async def step_down(
+    app: HttpApp[Services], operator: Operator | None, reason: str | None, *, force: bool
+) -> ClusterView:
     """Make this node step down, with an entry in the audit log. Return the state of the cluster before that.
 
     Rejected without `force` if no standby is ready.
@@ -53,7 +55,7 @@ async def step_down(app: App[Services], operator: Operator | None, reason: str |
 
 
 async def deliver_again(
-    app: App[Services], operator: Operator | None, webhook: str, delivery: int, reason: str | None
+    app: HttpApp[Services], operator: Operator | None, webhook: str, delivery: int, reason: str | None
 ) -> DeliveryView:
     """Send a delivery again now, in any state."""
     webhooks = app.services.webhooks
@@ -66,7 +68,7 @@ async def deliver_again(
 
 
 async def deliver_all_again(
-    app: App[Services], operator: Operator | None, webhook: str, upto: int | None, reason: str | None
+    app: HttpApp[Services], operator: Operator | None, webhook: str, upto: int | None, reason: str | None
 ) -> Resent:
     """Send all dead-lettered deliveries again, or those up to the delivery `upto`."""
     webhooks = app.services.webhooks
@@ -76,14 +78,16 @@ async def deliver_all_again(
     return Resent(count)
 
 
-async def test_webhook(app: App[Services], operator: Operator | None, webhook: str, reason: str | None) -> DeliveryView:
+async def test_webhook(
+    app: HttpApp[Services], operator: Operator | None, webhook: str, reason: str | None
+) -> DeliveryView:
     sent = await _change_outbox(app, webhook, lambda: app.services.webhooks.test(webhook))
     log.info("webhook_tested", webhook=webhook)
     await audit_action(app, operator, "test-webhook", {"webhook": webhook}, reason)
     return sent
 
 
-async def _change_outbox(app: App[Services], webhook: str, change: Callable[[], Awaitable[T]]) -> T:
+async def _change_outbox(app: HttpApp[Services], webhook: str, change: Callable[[], Awaitable[T]]) -> T:
     services = app.services
     if not services.webhooks.has(webhook):
         raise ApiException(unknown_webhook(webhook))

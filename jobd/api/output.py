@@ -7,7 +7,7 @@ import contextlib
 from typing import Final
 
 from jobd.api.services import Services
-from jobd.http.app import App, run_command
+from jobd.http.http_app import HttpApp, run_command
 from jobd.http.request import RequestContext
 from jobd.model.commands import AppendOutput, Get
 from jobd.model.errors import ApiError, api_error
@@ -18,7 +18,7 @@ from jobd.model.responses import JobView, OutputEnd, OutputView, Response
 APPEND_BYTES: Final = 16 << 10
 
 
-async def append_output(app: App[Services], ctx: RequestContext, command: AppendOutput) -> Response | ApiError:
+async def append_output(app: HttpApp[Services], ctx: RequestContext, command: AppendOutput) -> Response | ApiError:
     """Keep the text if the command names the current grant."""
     outputs = app.services.outputs
     outputs.check_on()
@@ -32,7 +32,7 @@ async def append_output(app: App[Services], ctx: RequestContext, command: Append
     return Response(OutputEnd(await outputs.append(command.id, checked.data, text)))
 
 
-async def send_output(app: App[Services], ctx: RequestContext, command: Output) -> Response | ApiError:
+async def send_output(app: HttpApp[Services], ctx: RequestContext, command: Output) -> Response | ApiError:
     """Send the output. With `wait_ms`, wait until there is some or the job is finished."""
     outputs, loop = app.services.outputs, asyncio.get_running_loop()
     outputs.check_on()

@@ -6,7 +6,7 @@ from typing import Annotated, Final, Literal, Protocol
 
 from msgspec import UNSET, Struct, UnsetType
 
-from jobd.http.app import App
+from jobd.http.http_app import HttpApp
 from jobd.http.request import RequestContext
 from jobd.http.routing import Route, RouteHandler
 from jobd.model.fields import doc
@@ -35,15 +35,15 @@ def _probed(probe: Probe) -> Response:
     return Response(probe, status=200 if probe.status == "ok" else 503)
 
 
-async def _alive(app: App[NodeServices], ctx: RequestContext, command: NoFields) -> Response:
+async def _alive(app: HttpApp[NodeServices], ctx: RequestContext, command: NoFields) -> Response:
     return _probed(Probe("ok" if app.services.is_alive() else "unavailable"))
 
 
-async def _ready(app: App[NodeServices], ctx: RequestContext, command: NoFields) -> Response:
+async def _ready(app: HttpApp[NodeServices], ctx: RequestContext, command: NoFields) -> Response:
     return _probed(app.services.readiness())
 
 
-async def send_cluster(app: App[NodeServices], ctx: RequestContext, command: NoFields) -> Response:
+async def send_cluster(app: HttpApp[NodeServices], ctx: RequestContext, command: NoFields) -> Response:
     return Response(app.services.cluster_view())
 
 

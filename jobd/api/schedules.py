@@ -7,7 +7,7 @@ from typing import Any
 from msgspec.structs import replace
 
 from jobd.api.services import Services
-from jobd.http.app import App, run_command
+from jobd.http.http_app import HttpApp, run_command
 from jobd.http.request import RequestContext
 from jobd.maintenance.cron import InvalidTiming, explanation, load_zone, next_times
 from jobd.model.commands import Get, PutSchedule
@@ -18,21 +18,21 @@ from jobd.model.schedules import Timing
 TIMES_SHOWN = 5
 
 
-async def put_schedule(app: App[Services], ctx: RequestContext, command: PutSchedule) -> Response | ApiError:
+async def put_schedule(app: HttpApp[Services], ctx: RequestContext, command: PutSchedule) -> Response | ApiError:
     """Reject a timing that cannot be read or never fires."""
     if (command.cron is None) != (command.every_ms is None):  # else the rule rejects it
         await _check(Timing(command.cron, command.every_ms, command.offset_ms, command.timezone))
     return await send_schedule(app, ctx, command)
 
 
-async def send_schedule(app: App[Services], ctx: RequestContext, command: Any) -> Response | ApiError:
+async def send_schedule(app: HttpApp[Services], ctx: RequestContext, command: Any) -> Response | ApiError:
     response = await run_command(app, ctx, command)
     if isinstance(response, Response):
         response.data = await with_times(app, response.data)
     return response
 
 
-async def send_schedules(app: App[Services], ctx: RequestContext, command: Any) -> Response | ApiError:
+async def send_schedules(app: HttpApp[Services], ctx: RequestContext, command: Any) -> Response | ApiError:
     response = await run_command(app, ctx, command)
     if isinstance(response, Response):
         response.data.schedules = [await with_times(app, each) for each in response.data.schedules]
@@ -48,7 +48,7 @@ async def _check(timing: Timing) -> None:
         raise invalid_request_error(f"$.{error.field}", f"{error}.") from None
 
 
-async def with_times(app: App[Services], view: ScheduleView) -> ScheduleView:
+async def with_times(app: HttpApp[Services], view: ScheduleView) -> ScheduleView:
     """Add the times and words of the timing, and the status of a job that is not in memory."""
     timing = Timing(view.cron, view.every_ms, view.offset_ms, view.timezone)
     try:

@@ -35,7 +35,7 @@ from jobd.model.responses import (
 from jobd.monitoring.failure_groups import FailureGroups
 from jobd.monitoring.health import Health
 from jobd.monitoring.metrics import Metrics
-from jobd.monitoring.problems.board import Problems
+from jobd.monitoring.problems.board import ProblemBoard
 from jobd.monitoring.timeseries import Timeseries
 from jobd.storage.artifacts.downloads import Downloads
 from jobd.webhooks.manager import WebhookManager
@@ -62,7 +62,7 @@ class Services(Struct, kw_only=True):
     metrics: Metrics
     outputs: Outputs
     planner: Planner
-    problems: Problems
+    problems: ProblemBoard
     scrubber: Scrubber
     disk_sampler: DiskSampler
     timeseries: Timeseries

@@ -10,9 +10,9 @@ from jobd.api.probes import Probe
 from jobd.engine.actor import Actor
 from jobd.engine.clock import Clock
 from jobd.engine.unread_responses import UnreadResponses
-from jobd.http.app import App, BrowserPages
 from jobd.http.auth import Authenticator
 from jobd.http.decoding import Limits
+from jobd.http.http_app import BrowserPages, HttpApp
 from jobd.http.routing import Route
 from jobd.model.errors import ApiError, not_leader_error
 from jobd.model.responses import ClusterView
@@ -54,9 +54,9 @@ def standby_app(
     *,
     admin: bool,
     pages: BrowserPages | None = None,
-) -> App[object]:
-    """Return the app of a listener until this node leads. `App.serve` then gives it the other routes."""
-    return App(
+) -> HttpApp[object]:
+    """Return the app of a listener until this node leads. `HttpApp.serve` then gives it the other routes."""
+    return HttpApp(
         authenticator,
         [route for route in routes if route.on_standby],
         cast(Actor, NoActor()),

@@ -26,11 +26,11 @@ Blocking = TypeVar("Blocking")  # the result in a blocking client
 Async = TypeVar("Async")  # the same in an asyncio client
 
 
-class _Blocking(Protocol):
+class _BlockingSender(Protocol):
     def send(self, request: ApiRequest[T]) -> T: ...
 
 
-class _Async(Protocol):
+class _AsyncSender(Protocol):
     async def send(self, request: ApiRequest[T]) -> T: ...
 
 
@@ -85,10 +85,10 @@ class _ClientMethod(Generic[P, Blocking, Async]):
     @overload
     def __get__(self, client: None, owner: type) -> Callable[..., Any]: ...
     @overload
-    def __get__(self, client: _Async, owner: type) -> Callable[P, Async]: ...
+    def __get__(self, client: _AsyncSender, owner: type) -> Callable[P, Async]: ...
     @overload
-    def __get__(self, client: _Blocking, owner: type) -> Callable[P, Blocking]: ...
-    def __get__(self, client: _Async | _Blocking | None, owner: type) -> Any:
+    def __get__(self, client: _BlockingSender, owner: type) -> Callable[P, Blocking]: ...
+    def __get__(self, client: _AsyncSender | _BlockingSender | None, owner: type) -> Any:
         function = self._functions.get(owner)
         if function is None:
             function = self._functions[owner] = self._function(owner)

@@ -34,7 +34,7 @@ from jobd.model.storage import AuditEntry, Batch, EventPruning, OpenedStore
 from jobd.storage import files
 from jobd.storage.cluster import lost_records, membership, snapshots
 from jobd.storage.cluster.cluster_store import ClusterStore
-from jobd.storage.cluster.lost_records import LostChanges, LostJob
+from jobd.storage.cluster.lost_records import LostChange, LostChanges
 from jobd.storage.cluster.membership import Followed, StoreAhead
 from jobd.storage.files import FileLock, StoreError
 
@@ -46,7 +46,7 @@ class CannotAccept(StoreError):
     """A loss cannot be accepted. The text says why."""
 
 
-class Loss(Struct):
+class JournalLoss(Struct):
     """The records after `upto`, which the journal has lost.
 
     The store at `path` has those up to `last`, and none if `last` is `upto`. `changed` is what these changed. With
@@ -92,7 +92,7 @@ class Accepted(Struct):
     epoch: int
 
 
-def _line(lost: LostJob) -> str:
+def _line(lost: LostChange) -> str:
     if lost.before is None:
         return f"{lost.id}: it is {lost.after} here, and the journal does not have it"
     if lost.after is None:
@@ -102,7 +102,9 @@ def _line(lost: LostJob) -> str:
     return f"{lost.id}: it is {lost.after} here, and {lost.before} in the journal"
 
 
-async def find(journal: SharedJournal, path: str, upto: int, servers: Mapping[str, int | None] | None = None) -> Loss:
+async def find(
+    journal: SharedJournal, path: str, upto: int, servers: Mapping[str, int | None] | None = None
+) -> JournalLoss:
     """Return what the journal has lost after record `upto`, as far as the store at `path` has it.
 
     `servers` has the last record on each server, None if it cannot be asked. Raises CannotAccept if one of them has
@@ -124,7 +126,9 @@ async def find(journal: SharedJournal, path: str, upto: int, servers: Mapping[st
     if has_lost:
         after = await _last_event(journal, path, upto)
         changed = await asyncio.to_thread(lost_records.changes, path, after)
-    return Loss(path, upto, last.number if last is not None and has_lost else upto, is_accepted, changed, unknown)
+    return JournalLoss(
+        path, upto, last.number if last is not None and has_lost else upto, is_accepted, changed, unknown
+    )
 
 
 def _check_servers(servers: Mapping[str, int | None], number: int) -> list[str]:
@@ -172,7 +176,7 @@ async def _last_event(journal: SharedJournal, path: str, number: int) -> int:
         return await asyncio.to_thread(lost_records.last_event, copy)
 
 
-def write_file(loss: Loss) -> int:
+def write_file(loss: JournalLoss) -> int:
     """Write the jobs of the store that the journal lacks or has in another state. Return their number.
 
     The lines are those of `jobctl export`.
@@ -191,7 +195,7 @@ def write_file(loss: Loss) -> int:
     return count
 
 
-async def accept(journal: SharedJournal, loss: Loss, policy: Policy, lease_s: float) -> Accepted:
+async def accept(journal: SharedJournal, loss: JournalLoss, policy: Policy, lease_s: float) -> Accepted:
     """End all grants by their stall rule in one record, and let numbers of jobs and events continue JUMP higher.
 
     All nodes must be stopped: it fails if a node leads, see `take_free_leadership`. If it is interrupted, the record is
@@ -236,7 +240,7 @@ async def _write_ending(
     store: ClusterStore,
     opened: OpenedStore,
     head: Head,
-    loss: Loss,
+    loss: JournalLoss,
     policy: Policy,
 ) -> Batch:
     """Follow the journal to its end, and append the record that ends all grants. Return its batch."""
@@ -251,7 +255,7 @@ async def _write_ending(
     return batch
 
 
-def _ending(warm: WarmState, epoch: int, loss: Loss, policy: Policy) -> Batch:
+def _ending(warm: WarmState, epoch: int, loss: JournalLoss, policy: Policy) -> Batch:
     """Return the batch that ends all grants, with an epoch of at least `epoch`."""
     numbers, state = warm.opened().numbers, warm.state
     state.epoch, state.next_token = max(epoch, state.epoch + 1), 1

@@ -8,11 +8,11 @@ from jobd.model.commands import (
     AddQuietRule,
     AnyCommand,
     ApplyPlan,
-    Call,
     Copy,
     DirectWorker,
     EndQuietRule,
     Import,
+    IssuedCommand,
     JobCommand,
     Operator,
     Pause,
@@ -28,7 +28,7 @@ from jobd.model.responses import Response
 from jobd.model.storage import AuditEntry
 
 
-def entry(call: Call, response: Response | ApiError, changes: list[Event], at: int) -> AuditEntry | None:
+def entry(call: IssuedCommand, response: Response | ApiError, changes: list[Event], at: int) -> AuditEntry | None:
     """Return the audit entry of `call` and its changes; None if it needs none. `at` is wall time."""
     if call.operator is None or call.command.dry_run:
         return None

@@ -17,7 +17,7 @@ from jobd.core.rules import (
 )
 from jobd.core.transaction import Transaction
 from jobd.model import commands
-from jobd.model.commands import ApplyPlan, Call, Command
+from jobd.model.commands import ApplyPlan, Command, IssuedCommand
 from jobd.model.errors import ApiError, ApiException
 from jobd.model.responses import EmptyResponse, Response
 
@@ -107,7 +107,7 @@ RULES: Final[Mapping[type[Command], Rule]] = {
 }
 
 
-def decide(tx: Transaction, call: Call) -> Response | ApiError:
+def decide(tx: Transaction, call: IssuedCommand) -> Response | ApiError:
     """Decide `call` in the transaction. A bug in its rule, or a dry run, undoes its changes.
 
     A rejection undoes nothing. It may leave only steps by time (a stall, an expiry) and records of late calls.

@@ -13,7 +13,7 @@ from typing import Any, Final
 from msgspec.structs import replace
 
 from jobd.core.state import State
-from jobd.model.commands import Call, Moment
+from jobd.model.commands import IssuedCommand, Moment
 from jobd.model.events import Event, EventType, QueuePause, QuietRule, fold_quiet
 from jobd.model.job import COUNTER_MASK, TOKEN_COUNTER_BITS, Job, LateResult, Policy, new_epoch
 from jobd.model.schedules import fold_schedule
@@ -59,7 +59,7 @@ class Transaction:
         self.is_dry_run = False
         self._uuid_time = ""
 
-    def begin(self, call: Call) -> None:
+    def begin(self, call: IssuedCommand) -> None:
         """Begin the next command."""
         state = self.state
         self.call = call

@@ -15,7 +15,7 @@ from msgspec.structs import replace
 from jobd.core import guards
 from jobd.core.transaction import Transaction
 from jobd.model.clocks import LockMs
-from jobd.model.commands import Claim, NewJob, Start
+from jobd.model.commands import Claim, NewJobFields, Start
 from jobd.model.events import EventType
 from jobd.model.flat_job import FIELDS, NO_RESULT, maker
 from jobd.model.job import (
@@ -55,7 +55,7 @@ _finished = maker(Job, "job, status, updated_at, finished_at, expires_at, grant,
 _options = maker(Options, "request, max_stalls, on_stall", {name: f"request.{name}" for name in FIELDS})
 
 
-def requested_options(tx: Transaction, request: NewJob) -> Options:
+def requested_options(tx: Transaction, request: NewJobFields) -> Options:
     """Return the options of a new job. max_stalls and on_stall get their defaults here, so that the job shows them."""
     policy = tx.policy
     max_stalls = policy.max_stalls if request.max_stalls is None else request.max_stalls

@@ -9,8 +9,8 @@ from msgspec import Struct
 from jobd.api.services import Services
 from jobd.dashboard.rendering import redirect
 from jobd.dashboard.sessions import Session, Sessions
-from jobd.http.app import App
 from jobd.http.auth import Permission
+from jobd.http.http_app import HttpApp
 from jobd.http.request import RequestContext, operator_of
 from jobd.model.commands import Command
 from jobd.model.errors import ApiError, api_error
@@ -40,7 +40,7 @@ class ReasonForm(Form, frozen=True, kw_only=True):
 class Viewer(Struct):
     """The sender of a request for a page. `session` is None for a program, which sends its token each time."""
 
-    app: App[Services]
+    app: HttpApp[Services]
     context: RequestContext
     access: Permission
     session: Session | None = None
@@ -87,7 +87,7 @@ class Viewer(Struct):
             )
 
 
-def find_viewer(app: App[Services], context: RequestContext, sessions: Sessions) -> Viewer | None:
+def find_viewer(app: HttpApp[Services], context: RequestContext, sessions: Sessions) -> Viewer | None:
     """Return the viewer, or None without a session or token. Raise 401 if the request carries an invalid token."""
     viewer = None
     if AUTHORIZATION in context.headers:

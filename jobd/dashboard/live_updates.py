@@ -18,7 +18,7 @@ from jobd.dashboard.context import Viewer
 from jobd.dashboard.rendering import HEADERS
 from jobd.engine.change_watchers import Watcher
 from jobd.engine.event_feed import HEARTBEAT_S, RETRY_MS
-from jobd.http.app import App
+from jobd.http.http_app import HttpApp
 from jobd.http.request import RequestContext
 from jobd.http.response import SAFE_HEADERS, RawBody
 from jobd.http.streaming import finish, write
@@ -49,7 +49,7 @@ def live_url(subscription: Subscription) -> str:
 
 
 async def live_stream(
-    app: App[Services],
+    app: HttpApp[Services],
     context: RequestContext,
     subscription: Subscription,
     current_viewer: Callable[[], Viewer | None],

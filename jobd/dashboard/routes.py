@@ -44,8 +44,8 @@ from jobd.dashboard.rendering import HEADERS, HTML, TEMPLATES, Renderer, redirec
 from jobd.dashboard.sessions import Sessions
 from jobd.dashboard.sign_in import SignInForm, SignInPages, SignInQuery, redirect_to_sign_in
 from jobd.dashboard.urls import job_url
-from jobd.http.app import App, check_read_only
 from jobd.http.auth import Authenticator
+from jobd.http.http_app import HttpApp, check_read_only
 from jobd.http.request import RequestContext
 from jobd.http.response import RawBody
 from jobd.http.routing import Route
@@ -259,7 +259,7 @@ class Dashboard:
     def _page_route(self, spec: PageSpec) -> Route:
         has_live_region = (TEMPLATES / f"{spec.name}.live.html").is_file()
 
-        async def handle(app: App[Services], context: RequestContext, query: Any) -> Response:
+        async def handle(app: HttpApp[Services], context: RequestContext, query: Any) -> Response:
             viewer = find_viewer(app, context, self.sessions)
             if viewer is None:
                 return redirect_to_sign_in(context)
@@ -294,7 +294,7 @@ class Dashboard:
     ) -> Route:
         """Return the route of a form. It needs a session with its CSRF token, or a token, with full access."""
 
-        async def handle(app: App[Services], context: RequestContext, query: Any) -> Response:
+        async def handle(app: HttpApp[Services], context: RequestContext, query: Any) -> Response:
             viewer = find_viewer(app, context, self.sessions)
             if viewer is None:
                 raise api_error(
@@ -344,33 +344,35 @@ class Dashboard:
 
     # -- files --------------------------------------------------------------------------------------------------------
 
-    async def _static(self, app: App[Services], context: RequestContext, query: StaticFileQuery) -> Response | ApiError:
+    async def _static(
+        self, app: HttpApp[Services], context: RequestContext, query: StaticFileQuery
+    ) -> Response | ApiError:
         body = self._assets.body(query.name, query.v)
         return ApiError("not_found", "There is no such file.") if body is None else Response(body)
 
-    async def _docs(self, document: str, app: App[Services], context: RequestContext, query: NoFields) -> Response:
+    async def _docs(self, document: str, app: HttpApp[Services], context: RequestContext, query: NoFields) -> Response:
         """Show the API reference. GET `document` is public, so this page needs no session either."""
         viewer = None if AUTHORIZATION in context.headers else find_viewer(app, context, self.sessions)
         return Response(await self._render("docs.html", viewer, title="API", name="docs", document=document))
 
-    async def _live(self, app: App[Services], context: RequestContext, query: Subscription) -> Response | None:
+    async def _live(self, app: HttpApp[Services], context: RequestContext, query: Subscription) -> Response | None:
         return await live_stream(app, context, query, lambda: find_viewer(app, context, self.sessions))
 
-    async def _chart(self, app: App[Services], context: RequestContext, query: NoFields) -> Response:
+    async def _chart(self, app: HttpApp[Services], context: RequestContext, query: NoFields) -> Response:
         viewer = find_viewer(app, context, self.sessions)
         if viewer is None:
             raise api_error("unauthorized", "Sign in first.")
         return Response(app.services.timeseries.chart(viewer.now))
 
     async def _artifact(
-        self, app: App[Services], context: RequestContext, query: ArtifactRequest
+        self, app: HttpApp[Services], context: RequestContext, query: ArtifactRequest
     ) -> Response | ApiError | None:
         viewer = find_viewer(app, context, self.sessions)
         if viewer is None:
             return redirect_to_sign_in(context)
         return await send_artifact(app, context, query, viewer.name)
 
-    async def _external_link(self, app: App[Services], context: RequestContext, query: ArtifactRequest) -> Response:
+    async def _external_link(self, app: HttpApp[Services], context: RequestContext, query: ArtifactRequest) -> Response:
         """Show a page with a link to the download URL that a worker reported."""
         viewer = find_viewer(app, context, self.sessions)
         if viewer is None:

@@ -17,8 +17,8 @@ from jobd.api.services import Services
 from jobd.dashboard.context import Form, Viewer, is_live_update, is_secure, request_target, session_cookie, set_cookie
 from jobd.dashboard.rendering import HEADERS, HTML, redirect
 from jobd.dashboard.sessions import MAX_AGE_S, LoginThrottle, Session, Sessions, SignInLog
-from jobd.http.app import App
 from jobd.http.auth import operator_name
+from jobd.http.http_app import HttpApp
 from jobd.http.request import RequestContext, client_address
 from jobd.http.response import RawBody
 from jobd.model.commands import Command, Operator, RecordAction, RecordedAction
@@ -55,7 +55,7 @@ class SignInPages:
         self._log = SignInLog(clock_s)
         self._delayed = 0
 
-    async def page(self, app: App[Services], context: RequestContext, query: SignInQuery) -> Response:
+    async def page(self, app: HttpApp[Services], context: RequestContext, query: SignInQuery) -> Response:
         if self._sessions.find(session_cookie(context)) is not None:
             return Response(redirect(safe_redirect(query.next)), status=303)
         return Response(await self._form(query.next, ""))
@@ -64,7 +64,7 @@ class SignInPages:
         data = {"title": "Sign in", "name": "sign-in", "next_url": safe_redirect(next_url), "error": error}
         return await self._render("sign_in.html", None, **data)
 
-    async def sign_in(self, app: App[Services], context: RequestContext, form: SignInForm) -> Response:
+    async def sign_in(self, app: HttpApp[Services], context: RequestContext, form: SignInForm) -> Response:
         """Open a session. There is no CSRF token before it.
 
         Another site could only sign an operator in with a token that it knows. The authenticator has checked Origin.
@@ -80,7 +80,7 @@ class SignInPages:
         cookie = set_cookie(context, secret, MAX_AGE_S)
         return Response(redirect(safe_redirect(form.next), Set_Cookie=cookie), status=303)
 
-    async def _reject(self, app: App[Services], form: SignInForm, operator: Operator) -> Response:
+    async def _reject(self, app: HttpApp[Services], form: SignInForm, operator: Operator) -> Response:
         """Respond to an invalid token, with a delay if its address has sent many."""
         failure = self._throttle.record_failure(operator.address)
         app.error_counts["unauthorized"] += 1
@@ -107,7 +107,7 @@ class SignInPages:
             await self._record_audit(viewer.app, viewer.session, client_address(viewer.context), "sign-out")
         return Response(redirect("/sign-in", Set_Cookie=set_cookie(viewer.context, "", 0)), status=303)
 
-    async def _record_audit(self, app: App[Services], session: Session, address: str, what: RecordedAction) -> None:
+    async def _record_audit(self, app: HttpApp[Services], session: Session, address: str, what: RecordedAction) -> None:
         operator = Operator(session.name or ("reader" if session.access == "read" else ""), address)
         window = self._log.record(what, session.access, address, operator.who)
         repeated = {"times": window.count, "names": list(window.names)} if window.count > 1 else {}

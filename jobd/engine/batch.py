@@ -59,13 +59,13 @@ from jobd.engine.waiting_claims import WaitingClaims
 from jobd.model.clocks import MonotonicS
 from jobd.model.commands import (
     AnyCommand,
-    Call,
     Claim,
     Command,
     Complete,
     Create,
     EndGrants,
     IdempotencyKey,
+    IssuedCommand,
     Moment,
     QuietWorker,
     Report,
@@ -328,7 +328,7 @@ class Decider:
             decided.report = command.body
         return None
 
-    def _decided(self, decided: DecidedBatch, call: Call) -> Response | ApiError:
+    def _decided(self, decided: DecidedBatch, call: IssuedCommand) -> Response | ApiError:
         """Decide one command. A bug in a rule costs one command."""
         tx = decided.tx
         ended = len(tx.ended)
@@ -345,7 +345,9 @@ class Decider:
             self._audit(decided, call, response, tx.changed())
         return response
 
-    def _audit(self, decided: DecidedBatch, call: Call, response: Response | ApiError, changes: list[Event]) -> None:
+    def _audit(
+        self, decided: DecidedBatch, call: IssuedCommand, response: Response | ApiError, changes: list[Event]
+    ) -> None:
         """Add the audit entry of a call. On a full disk, only changes get one."""
         audited = audit.entry(call, response, changes, decided.at.now)
         if audited is None:

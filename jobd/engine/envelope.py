@@ -7,7 +7,7 @@ from typing import Any, Final, Protocol
 from msgspec import field
 
 from jobd.model.clocks import MonotonicS
-from jobd.model.commands import Admission, Call, IdempotencyKey
+from jobd.model.commands import Admission, IdempotencyKey, IssuedCommand
 from jobd.model.errors import ApiError
 from jobd.model.responses import Response
 
@@ -52,7 +52,7 @@ class Waiter(Protocol):
     def set_result(self, response: Response | ApiError, /) -> None: ...
 
 
-class Envelope(Call, eq=False):
+class Envelope(IssuedCommand, eq=False):
     """A call in the mailbox, with the receivers of its response.
 
     `futures` has several if its key is repeated while it waits. `size` is in bytes, as it counts towards

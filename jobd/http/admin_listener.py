@@ -18,7 +18,7 @@ from aiohttp.http_exceptions import HttpProcessingError, LineTooLong
 from msgspec.structs import replace
 
 from jobd.engine.unread_responses import UnreadResponses
-from jobd.http.app import App
+from jobd.http.http_app import HttpApp
 from jobd.http.parser import LONG_LINE, PIECE_BYTES, WRONG_HEAD, MalformedRequest, malformed_request
 from jobd.http.read_deadline import read_deadline, slow_client, write_all
 from jobd.http.request import BodyError, RequestContext, add_header, announces_body, without_authority
@@ -128,7 +128,7 @@ class _Sent(web.StreamResponse):
 class AdminListener(HttpListener):
     """The listener of the admin API and the dashboard: a server of aiohttp with one handler."""
 
-    def __init__(self, app: App[Any]) -> None:
+    def __init__(self, app: HttpApp[Any]) -> None:
         super().__init__(app)
         self._server = web.Server(self._handle, handler_cancellation=True)
 
@@ -173,7 +173,7 @@ class AdminListener(HttpListener):
 class _AdminConnection(web.RequestHandler):
     """A connection of aiohttp with the errors of the app. Those of aiohttp repeat input, which may contain a token."""
 
-    def __init__(self, server: web.Server, app: App[Any]) -> None:
+    def __init__(self, server: web.Server, app: HttpApp[Any]) -> None:
         super().__init__(
             server,
             loop=asyncio.get_running_loop(),

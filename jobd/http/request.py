@@ -35,7 +35,7 @@ class RequestContext(Struct, eq=False):
     `path` and `query` are not decoded. `headers` have lower-case names and raw values (see `header`); the values of a
     repeated header are joined by commas (cookies by semicolons), and `repeated` contains its name. `version` is "1.1"
     or "1.0"; others are rejected. `is_truncated`: the client stopped sending before the end of the body. If
-    `keep_alive` is false, the connection ends after the response. `resolved` is None before `App.authorize`, and if
+    `keep_alive` is false, the connection ends after the response. `resolved` is None before `HttpApp.authorize`, and if
     there is no such route.
     """
 

@@ -14,8 +14,8 @@ from jobd.model.commands import Command
 from jobd.model.errors import ApiError
 from jobd.model.responses import Response
 
-# Handles a request that is not one command for the actor. Arguments: App, RequestContext, decoded request. The result
-# is None if it has streamed the response.
+# Handles a request that is not one command for the actor. Arguments: HttpApp, RequestContext, decoded request. The
+# result is None if it has streamed the response.
 RouteHandler = Callable[[Any, Any, Any], Awaitable[Response | ApiError | None]]
 # Renders an error as a page. Arguments: RequestContext, ApiError.
 ErrorRenderer = Callable[[Any, ApiError], Any]

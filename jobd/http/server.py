@@ -19,7 +19,7 @@ from typing import Any, Final
 
 import structlog
 
-from jobd.http.app import App
+from jobd.http.http_app import HttpApp
 from jobd.http.worker_connection import WorkerConnection
 
 BACKLOG: Final = 1024
@@ -33,7 +33,7 @@ log = structlog.get_logger("jobd.web")
 class HttpListener(ABC):
     """The listening sockets of one app. Create it inside the event loop. `tls` is the context of its certificate."""
 
-    def __init__(self, app: App[Any]) -> None:
+    def __init__(self, app: HttpApp[Any]) -> None:
         self.app = app
         self.tls: ssl.SSLContext | None = None
         self._sockets: list[asyncio.Server] = []
@@ -127,7 +127,7 @@ class HttpListener(ABC):
 
 
 class WorkerListener(HttpListener):
-    def __init__(self, app: App[Any]) -> None:
+    def __init__(self, app: HttpApp[Any]) -> None:
         super().__init__(app)
         self._connections: set[WorkerConnection] = set()
 

@@ -1,7 +1,7 @@
 """Serve one connection of a worker: parse requests, send their commands to the actor, write responses in their order.
 
-    bytes ──> _held ──> parser ──> _queue ──> _current ──> App.authorize ──┬ a command: App.send ──> actor ──> respond
-              unparsed             parsed     one at a time                └ else: a task, App.handle
+    bytes ──> _held ──> parser ──> _queue ──> _current ──> HttpApp.authorize ──┬ a command: send ──> actor ──> respond
+              unparsed             parsed     one at a time                └ else: a task, handle
     the rest of a body that is not wanted: _dropped, read for LINGER_S
 
 A request is started as soon as its head has arrived and the response to the previous one is written.
@@ -33,8 +33,8 @@ from typing import Any, Final, cast
 import structlog
 from msgspec.structs import replace
 
-from jobd.http.app import App
 from jobd.http.hangup import HangupCheck, is_hung_up, is_probing
+from jobd.http.http_app import HttpApp
 from jobd.http.parser import AHEAD_BYTES, PIECE_BYTES, MalformedRequest, RequestParser, malformed_request, piece_size
 from jobd.http.read_deadline import ReadDeadline, slow_client, write_all
 from jobd.http.response import HTTP_VERSION, HttpResponse
@@ -59,7 +59,7 @@ class WorkerConnection(asyncio.Protocol):
         "_is_writing_paused", "_linger_timer", "_loop", "_open_connections", "_parser", "_queue", "app", "transport",
     )  # fmt: skip
 
-    def __init__(self, app: App[Any], open_connections: set[WorkerConnection]) -> None:
+    def __init__(self, app: HttpApp[Any], open_connections: set[WorkerConnection]) -> None:
         self.app = app
         self.transport: asyncio.Transport | None = None
         self._loop = asyncio.get_running_loop()

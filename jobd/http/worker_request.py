@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any, Final, Protocol, cast
 
-from jobd.http.app import MALFORMED_BODY, App
+from jobd.http.http_app import MALFORMED_BODY, HttpApp
 from jobd.http.read_deadline import ReadDeadline
 from jobd.http.request import BodyError, RequestContext
 from jobd.http.response import HttpResponse
@@ -16,7 +16,7 @@ NEXT_CHUNK: Final = b"0"  # the probe in a chunked body: a leading zero of the s
 
 
 class RequestConnection(Protocol):
-    app: App[Any]
+    app: HttpApp[Any]
     transport: asyncio.Transport | None
 
     def respond(self, request: WorkerRequest, response: Response | ApiError, /) -> None: ...

@@ -13,7 +13,7 @@ from jobd.engine.event_feed import EventFeed
 from jobd.model.errors import api_error
 from jobd.model.events import Event
 from jobd.model.responses import GrantOutput, JobView, OutputGrant
-from jobd.storage.output import OutputFile, OutputUnavailable
+from jobd.storage.output_file import OutputFile, OutputFileFailed
 
 EVERY_S: Final = 1.0  # between two requests of a grant, on average
 BURST: Final = 3
@@ -38,7 +38,7 @@ class Outputs(Struct):
         self._count(grant.fencing_token)
         try:
             end = await self.file.append(job_id, grant, text, self.now())
-        except OutputUnavailable as error:
+        except OutputFileFailed as error:
             message = f"The output was not stored: {error}. The job is not affected: go on without it."
             raise api_error("output_unavailable", message) from None
         self.feed.touch(job_id)
@@ -49,7 +49,7 @@ class Outputs(Struct):
         token, begin = (int(each) for each in (after or "0.0").split("."))
         try:
             grants = await self.file.read(job.id, job.created_at, token, begin)
-        except OutputUnavailable as error:
+        except OutputFileFailed as error:
             raise api_error(
                 "output_unavailable", f"The output cannot be read: {error}. Jobs go on without it."
             ) from None
@@ -64,7 +64,7 @@ class Outputs(Struct):
             deletion.add_done_callback(self.deletions.discard)
 
     async def _delete(self, job_ids: list[str]) -> None:
-        with contextlib.suppress(OutputUnavailable):  # it was logged, and a deleted job's output is not shown
+        with contextlib.suppress(OutputFileFailed):  # it was logged, and a deleted job's output is not shown
             await self.file.delete(job_ids)
 
     def _count(self, token: int) -> None:

@@ -22,11 +22,11 @@ T = TypeVar("T")
 U = TypeVar("U")
 
 
-class _Blocking(Protocol):
+class _BlockingClient(Protocol):
     def method(self, call: ApiCall[P, T], /) -> Callable[P, T]: ...
 
 
-class _Async(Protocol):
+class _AsyncClient(Protocol):
     def method(self, call: ApiCall[P, T], /) -> Callable[P, Coroutine[Any, Any, T]]: ...
 
 
@@ -103,9 +103,9 @@ class ApiCall(Generic[P, T]):
     @overload
     def __get__(self, client: None, owner: type) -> ApiCall[P, T]: ...
     @overload
-    def __get__(self, client: _Async, owner: type) -> Callable[P, Coroutine[Any, Any, T]]: ...
+    def __get__(self, client: _AsyncClient, owner: type) -> Callable[P, Coroutine[Any, Any, T]]: ...
     @overload
-    def __get__(self, client: _Blocking, owner: type) -> Callable[P, T]: ...
+    def __get__(self, client: _BlockingClient, owner: type) -> Callable[P, T]: ...
     def __get__(self, client: Any, owner: type) -> Any:
         return self if client is None else client.method(self)
 

@@ -125,7 +125,7 @@ class Command(Struct, frozen=True, gc=False, forbid_unknown_fields=True, kw_only
 # Commands of workers and of programs that create jobs.
 
 
-class NewJob(Command, frozen=True, kw_only=True):
+class NewJobFields(Command, frozen=True, kw_only=True):
     """The fields of a new job, created or imported."""
 
     admission = "create"
@@ -146,7 +146,7 @@ class NewJob(Command, frozen=True, kw_only=True):
     headers: Headers | UnsetType = UNSET
 
 
-class Create(NewJob, frozen=True, kw_only=True):
+class Create(NewJobFields, frozen=True, kw_only=True):
     """Create a job. Repeating the request returns the same job.
 
     An `id` that exists with other fields is rejected; `details.differs_in` names the fields that certainly differ.
@@ -810,7 +810,7 @@ class QuietRules(Read, frozen=True, kw_only=True):
     """List the quiet rules, oldest first."""
 
 
-class Import(NewJob, frozen=True, kw_only=True):
+class Import(NewJobFields, frozen=True, kw_only=True):
     """Import jobs from a stream of JSON lines, one job per line.
 
     Each line is created, skipped (its id exists) or rejected independently. Missing times become the time of the
@@ -1516,7 +1516,7 @@ AUDITED_ACTIONS: Final = tuple(
 )
 
 
-class Call(Struct):
+class IssuedCommand(Struct):
     """A command with its caller and the randomness that it may use. `admin` callers see lock ids.
 
     `operator` is set for requests of operators. `expected` is the version of the job that the caller has seen

@@ -35,7 +35,7 @@ from jobd.model.job import SECOND_MS, STATUSES
 from jobd.model.problems import Problem, Severity
 from jobd.model.responses import ClusterView, ProcessStats
 from jobd.model.webhooks import WebhookMetrics
-from jobd.monitoring.problems.board import Problems
+from jobd.monitoring.problems.board import ProblemBoard
 from jobd.monitoring.problems.catalogue import CONDITIONS
 from jobd.storage.files import log_of
 
@@ -62,7 +62,7 @@ class Metrics:
         self,
         actor: Actor,
         maintainer: Maintainer,
-        problems: Problems,
+        problems: ProblemBoard,
         clock: Clock,
         sweeps: SweepStats,
         store_path: str,

@@ -25,7 +25,6 @@ from jobd.model.clocks import LockMs
 from jobd.model.commands import (
     AnyCommand,
     Bulk,
-    Call,
     Claim,
     Create,
     DeleteExpired,
@@ -36,6 +35,7 @@ from jobd.model.commands import (
     Fail,
     Get,
     Import,
+    IssuedCommand,
     Moment,
     Progress,
     Recover,
@@ -359,7 +359,7 @@ class Exploration(DecisionChecks):
             command = replace(command, expires_at=state.now + self.world.expires * TICK_MS)
         core = state.rebuilt() if self._core is None or self._core[0] is not state else self._core[1]
         self._begin(state)
-        call = Call(command, "admin" if step.admin else "client", SEED, step.admin)
+        call = IssuedCommand(command, "admin" if step.admin else "client", SEED, step.admin)
         decision = self.check(decide.decide, state.transaction(core, self.policy), call)
         self._core = None if decision.changes else (state, core)
         self.decisions += 1
@@ -416,7 +416,9 @@ class Exploration(DecisionChecks):
 
     def _ask(self, core: State, state: WorldState, command: AnyCommand) -> Any:
         self._begin(state)
-        decision = self.check(decide.decide, state.transaction(core, self.policy), Call(command, "client", SEED))
+        decision = self.check(
+            decide.decide, state.transaction(core, self.policy), IssuedCommand(command, "client", SEED)
+        )
         self.played.add(type(command))
         self.must(isinstance(decision.answer, Response) and not decision.changes, "S8", f"{decision.answer}", ID)
         assert isinstance(decision.answer, Response)

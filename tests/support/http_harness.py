@@ -22,9 +22,9 @@ from jobd.engine import envelope, event_feed
 from jobd.engine.envelope import Waiter
 from jobd.engine.unread_responses import UnreadResponses
 from jobd.http.admin_listener import AdminListener
-from jobd.http.app import App, BrowserPages
 from jobd.http.auth import Authenticator
 from jobd.http.decoding import Limits
+from jobd.http.http_app import BrowserPages, HttpApp
 from jobd.http.routing import Route
 from jobd.http.server import HttpListener, WorkerListener
 from jobd.http.worker_connection import WorkerConnection
@@ -58,7 +58,7 @@ from jobd.model.responses import (
 from jobd.model.storage import DiskSpace
 from jobd.monitoring.timeseries import Timeseries
 from jobd.storage.artifacts.downloads import Downloads
-from jobd.storage.output import OutputFile
+from jobd.storage.output_file import OutputFile
 from jobd.storage.startup import MEMORY
 from tests.conftest import tool_missing
 from tests.support.calls import ALERT, AT, BACKUP, DELIVERY, PLAN, PROBLEMS, REPORT, WEBHOOK, result_of
@@ -547,7 +547,7 @@ class HttpHarness:
         self.actor: Any = actor or cast("Any", FakeActor())
         self.fakes = Fakes()
         self.services = make_services(self.actor, self.fakes)
-        self.app = App(
+        self.app = HttpApp(
             authenticator or Authenticator("worker"),
             routes,
             self.actor,

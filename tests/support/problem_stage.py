@@ -10,16 +10,16 @@ from jobd.model.commands import About, Claim, Complete, Create, Extend
 from jobd.model.job import HOUR_MS
 from jobd.model.problems import Problem
 from jobd.monitoring.health import Health
-from jobd.monitoring.problems.board import EVALUATE_EVERY_S, Problems
+from jobd.monitoring.problems.board import EVALUATE_EVERY_S, ProblemBoard
 from jobd.monitoring.problems.condition import Thresholds
 from tests.support.virtual_engine import VirtualEngine, seconds
 
 
-def problems_of(engine: VirtualEngine, thresholds: Thresholds | None = None, **settings: Any) -> Problems:
+def problems_of(engine: VirtualEngine, thresholds: Thresholds | None = None, **settings: Any) -> ProblemBoard:
     """Return problems that open and close at once, on a daemon that has been up for long."""
     health = Health(engine.actor, engine.clock, engine.maintainer)
     settings = {"hold_ms": 0, "clear_ms": 0, **settings}
-    made = Problems(engine.state, engine.clock, health, engine.maintainer, thresholds, **settings)
+    made = ProblemBoard(engine.state, engine.clock, health, engine.maintainer, thresholds, **settings)
     made._first = engine.clock.boot_ms() - HOUR_MS
     engine.actor.on_commit.append(made.committed)
     return made

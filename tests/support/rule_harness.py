@@ -15,7 +15,18 @@ from jobd.core.rules import late_result_rules
 from jobd.core.state import State
 from jobd.core.transaction import Transaction
 from jobd.model.clocks import LockMs
-from jobd.model.commands import AnyCommand, Call, Claim, Complete, Create, Moment, Progress, Recover, Start, TakeBack
+from jobd.model.commands import (
+    AnyCommand,
+    Claim,
+    Complete,
+    Create,
+    IssuedCommand,
+    Moment,
+    Progress,
+    Recover,
+    Start,
+    TakeBack,
+)
 from jobd.model.errors import ApiError
 from jobd.model.events import Event, fold
 from jobd.model.job import (
@@ -101,7 +112,7 @@ class RuleHarness:
         self.lock_ms += ms
         self.state.advance(self.now, self.lock_ms)
 
-    def rule(self, tx: Transaction, call: Call) -> Response | ApiError:
+    def rule(self, tx: Transaction, call: IssuedCommand) -> Response | ApiError:
         return decide.decide(tx, call)
 
     def decide(
@@ -115,7 +126,7 @@ class RuleHarness:
         seed = blake2b(self.calls.to_bytes(8, "big"), key=SEED, digest_size=16).digest()
         # What the actor reads from the disk for the command.
         tx = Transaction(self.state, self.moment, self.policy, self.requests, self.known_late(command))
-        call = Call(command, by, seed, admin, expected=expected)
+        call = IssuedCommand(command, by, seed, admin, expected=expected)
         before = snapshot(self.state)
         first = self.rule(tx, call)
         events = list(tx.changes)

@@ -136,9 +136,9 @@ def accept_loss_command(upto: int, yes: bool, is_dry_run: bool, config: str | No
     does not start because of the loss: it lists the jobs that the lost records changed, and writes them to a file
     beside store.path, which `jobctl import` reads. All grants end by their stall rule. Repeating it is harmless.
     """
-    from jobd.cluster.loss import Loss, accept, find, write_file
+    from jobd.cluster.loss import JournalLoss, accept, find, write_file
 
-    async def look(journal: PostgresJournal) -> Loss:
+    async def look(journal: PostgresJournal) -> JournalLoss:
         return await find(journal, settings.store.path, upto, await journal.records())
 
     settings = _cluster_settings(config, flags)

@@ -74,7 +74,7 @@ class ParentLink:
 
 
 @dataclass(slots=True)
-class _Run:
+class _ChildRun:
     line: RunLine
     limit: asyncio.TimerHandle | None
 
@@ -143,7 +143,7 @@ class WorkerProcesses:
         if self._stopping.is_set():  # since the child was started
             child.terminate()
         reader, writer = await asyncio.open_connection(sock=ours)
-        runs: dict[int, _Run] = {}
+        runs: dict[int, _ChildRun] = {}
         has_run = False
         overdue: list[RunLine] = []
         try:
@@ -165,7 +165,7 @@ class WorkerProcesses:
             self._log(f"process {name} was ended by {signal.Signals(-code).name}{jobs}. Another one is started.")
         return code, has_run
 
-    def _on_line(self, line: RunLine, runs: dict[int, _Run], kill: Callable[[RunLine], None]) -> None:
+    def _on_line(self, line: RunLine, runs: dict[int, _ChildRun], kill: Callable[[RunLine], None]) -> None:
         if not line.lock_id:
             ended = runs.pop(line.token, None)
             if ended is not None and ended.limit is not None:
@@ -174,7 +174,7 @@ class WorkerProcesses:
         limit = None
         if line.timeout_s is not None:
             limit = asyncio.get_running_loop().call_later(line.timeout_s + self._kill_after_s, kill, line)
-        runs[line.token] = _Run(line, limit)
+        runs[line.token] = _ChildRun(line, limit)
 
     async def _end(self, name: str, overdue: RunLine, others: Sequence[RunLine]) -> None:
         """Fail the attempt that was over its timeout, and release the other jobs of its process."""

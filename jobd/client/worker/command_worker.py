@@ -24,8 +24,8 @@ from jobd.client.worker.claimer import LOCK_TTL_MS, ClaimOptions, default_name, 
 from jobd.client.worker.error_text import MESSAGE_CHARACTERS
 from jobd.client.worker.idle_reasons import pauses, remaining_jobs
 from jobd.client.worker.lock_keeper import LockKeeper, describe_failure
-from jobd.client.worker.output import Directives, OutputFilter, OutputWriter, Tail, print_message
 from jobd.client.worker.process import Program
+from jobd.client.worker.program_output import Directives, OutputFilter, OutputWriter, Tail, print_message
 from jobd.client.worker.runner import Execution, WorkerRunner, on_signals, seconds
 from jobd.client.worker.service_thread import Log, ServiceThread
 from jobd.client.worker.watchdog import Watchdog

@@ -20,7 +20,7 @@ from jobd.client.errors import Unauthorized
 from jobd.client.worker.claimer import LOCK_TTL_MS, ClaimOptions, default_name, describe_claims, describe_process
 from jobd.client.worker.handlers import AsyncExecution, HandlerLoop, RegisteredHandler, ThreadExecution, logger
 from jobd.client.worker.lock_keeper import LockKeeper
-from jobd.client.worker.output import print_message
+from jobd.client.worker.program_output import print_message
 from jobd.client.worker.runner import Execution, WorkerRunner, on_signals, seconds
 from jobd.client.worker.service_thread import ServiceThread
 

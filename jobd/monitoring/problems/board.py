@@ -46,7 +46,7 @@ REJECTED_MS: Final = 5 * MINUTE_MS
 log = structlog.get_logger("jobd.problems")
 
 
-class Problems:
+class ProblemBoard:
     """Calls `check` every few seconds from `run` until `stop`. The views are those of the latest check.
 
     `on_change` is called when problems open, close or become worse.

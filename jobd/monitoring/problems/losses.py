@@ -21,7 +21,7 @@ JOBS_KEPT: Final = 10_000  # that lost a worker last
 Group = tuple[str, str]  # host and version; empty if the worker does not say
 
 
-class Loss(NamedTuple):
+class WorkerLoss(NamedTuple):
     """The latest loss of a worker: its wall time, and how long the worker reported after the grant."""
 
     at: int
@@ -33,7 +33,7 @@ class GroupLosses(Struct):
 
     grants: dict[int, int] = field(default_factory=dict)
     stalls: dict[int, int] = field(default_factory=dict)
-    workers: dict[str, Loss] = field(default_factory=dict)
+    workers: dict[str, WorkerLoss] = field(default_factory=dict)
 
     def trim(self, now: int) -> None:
         """Forget what is more than ten minutes ago, or ahead of a clock that was set back."""
@@ -83,7 +83,7 @@ class WorkerLosses:
         key, group = self._of(name)
         self.dying[key] = None
         group.stalls[step] = group.stalls.get(step, 0) + 1
-        group.workers[name] = Loss(event.at, max(before.updated_at - before.grant.acquired_at, 0))
+        group.workers[name] = WorkerLoss(event.at, max(before.updated_at - before.grant.acquired_at, 0))
         workers = self.holders.setdefault(event.job_id, {})
         workers[name] = None
         self.holders.move_to_end(event.job_id)

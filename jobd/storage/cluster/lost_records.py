@@ -24,7 +24,7 @@ from jobd.storage.schema import migrations
 _EVENTS: Final = f"SELECT {SQL['events']} FROM events WHERE seq > ? ORDER BY seq"
 
 
-class LostJob(Struct):
+class LostChange(Struct):
     """A job that lost records have changed. `job` is the row in the tables; None if it was deleted, or is damaged.
 
     `before` is its status in the journal, None if it was created later. `after` is the one in the tables, None if it
@@ -45,7 +45,7 @@ class LostChanges(Struct):
     `damaged` counts rows of events with unknown changes.
     """
 
-    jobs: list[LostJob] = []
+    jobs: list[LostChange] = []
     queues: list[str] = []
     damaged: int = 0
 
@@ -86,13 +86,13 @@ def changes(path: str, after_event: int) -> LostChanges:
     """Return what the events with a seq above `after_event` have changed."""
     lost = LostChanges()
     with _opened(path) as db:
-        by_seq: dict[int, LostJob] = {}
+        by_seq: dict[int, LostChange] = {}
         for row in db.conn.execute(_EVENTS, (after_event - event_rows.SPAN,)):
             if event_rows.fault(row) is not None:  # the changes are unknown, so list the job with its current status
                 lost.damaged += 1
                 for number in event_rows.job_numbers(row):
                     for job_seq, id_, status, *_ in db.rows(BY_SEQ, (number,)):
-                        by_seq.setdefault(job_seq, LostJob(id_, status, status))
+                        by_seq.setdefault(job_seq, LostChange(id_, status, status))
                 continue
             for event in map(event_codec.decode, event_rows.unpack(row)):
                 if event.seq <= after_event:
@@ -100,7 +100,7 @@ def changes(path: str, after_event: int) -> LostChanges:
                 if not event.job_seq:
                     lost.queues.append(event.queue)
                 elif (known := by_seq.get(event.job_seq)) is None:
-                    by_seq[event.job_seq] = LostJob(event.job_id, event.from_status, event.to_status)
+                    by_seq[event.job_seq] = LostChange(event.job_id, event.from_status, event.to_status)
                 else:
                     known.after = event.to_status
         for seq, each in sorted(by_seq.items()):

@@ -21,7 +21,6 @@ from jobd.model.clocks import LockMs
 from jobd.model.commands import (
     Adopt,
     AnyCommand,
-    Call,
     Claim,
     Complete,
     DeleteExpired,
@@ -30,6 +29,7 @@ from jobd.model.commands import (
     ExtendLock,
     Fail,
     Import,
+    IssuedCommand,
     Moment,
     Progress,
     Recover,
@@ -53,7 +53,7 @@ NOTES: Final = frozenset({"late_result", "late_call"})  # events that change no 
 ENDINGS: Final = frozenset({"completed", "failed", "retried", "released", "undelivered", "stalled"})
 BY_HAND: Final = frozenset({"cancelled", "force_failed", "force_reset", "transitioned"})  # also end a grant
 
-Decide = Callable[[Transaction, Call], Response | ApiError]
+Decide = Callable[[Transaction, IssuedCommand], Response | ApiError]
 
 
 class Violation(Exception):
@@ -118,7 +118,7 @@ class DecisionChecks:
 
     # -- one decision -------------------------------------------------------------------------------------------------
 
-    def check(self, decide: Decide, tx: Transaction, call: Call) -> Decision:
+    def check(self, decide: Decide, tx: Transaction, call: IssuedCommand) -> Decision:
         """Decide a command, check the decision and return it."""
         state, at, command = tx.state, tx.at, call.command
         name, job_id = type(command).__name__, getattr(command, "id", None)

@@ -32,7 +32,7 @@ from jobd.model.job import DAY_MS
 from jobd.model.journal import BadRecord, JournalOutcomeUnknown, JournalUnavailable, LeadershipLost
 from jobd.model.responses import Response
 from jobd.model.storage import DiskFull, OpenedStore
-from jobd.monitoring import event_log
+from jobd.monitoring import event_logging
 from tests.proof.simulation.artifacts import SimArtifacts
 from tests.proof.simulation.disk import SimDisk, Snapshot
 from tests.proof.simulation.loop import SimLoop
@@ -425,7 +425,7 @@ class SimDaemon:
         )
         self.actor.before_batch = self.check_clocks
         self.actor.slow_commit_s = machine.scenario.slow_commit_s
-        self.actor.on_commit.append(event_log.write_lines)
+        self.actor.on_commit.append(event_logging.write_lines)
         machine.monitor.check_start(self, GRACE_MS)
 
     def _open_state(self, opened: OpenedStore) -> State:

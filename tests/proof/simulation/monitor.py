@@ -20,7 +20,7 @@ from jobd.core.transaction import Transaction
 from jobd.engine.disk_full import WriteLimit
 from jobd.engine.idempotency import KEPT_MS, SAFE_MS
 from jobd.model.clocks import LockMs
-from jobd.model.commands import AnyCommand, Call, Claim, IdempotencyKey, Moment
+from jobd.model.commands import AnyCommand, Claim, IdempotencyKey, IssuedCommand, Moment
 from jobd.model.errors import ApiError
 from jobd.model.events import Event, fold
 from jobd.model.job import FINISHED, LIVE, MAX_LATE_RESULTS, SECOND_MS, TOKEN_COUNTER_BITS, Grant, Job
@@ -132,7 +132,7 @@ class Monitor(DecisionChecks):
 
     # -- a decision ---------------------------------------------------------------------------------------------------
 
-    def decide(self, tx: Transaction, call: Call) -> Response | ApiError:
+    def decide(self, tx: Transaction, call: IssuedCommand) -> Response | ApiError:
         """Call the real `decide`, with checks before and after. Now and then, do and undo the command first."""
         self.steps += 1
         if self.steps == self.machine.enough:

@@ -20,7 +20,7 @@ from jobd.model.job import Policy
 from jobd.model.journal import JournalUnavailable, NodeEntry
 from jobd.model.storage import AuditQuery, JobQuery
 from jobd.storage.cluster import joining, snapshots
-from jobd.storage.cluster.lost_records import LostChanges, LostJob
+from jobd.storage.cluster.lost_records import LostChange, LostChanges
 from jobd.storage.cluster.membership import StoreAhead, WrongCluster
 from jobd.storage.files import StoreBusy
 from tests.support.factories import ChangeFactory
@@ -271,8 +271,8 @@ async def test_an_empty_journal_can_be_all_that_is_left(path: str, server: Memor
 
 
 def test_the_description_of_a_large_loss_is_short() -> None:
-    jobs = [LostJob(f"job-{number}", "queued", "queued") for number in range(103)]
-    lines = loss.Loss("/jobd.db", 1, 9, False, LostChanges(jobs)).describe()
+    jobs = [LostChange(f"job-{number}", "queued", "queued") for number in range(103)]
+    lines = loss.JournalLoss("/jobd.db", 1, 9, False, LostChanges(jobs)).describe()
     assert len(lines) == 103
     assert lines[2] == "    job-0: it is queued in both, but the lost records changed it"
     assert lines[-1] == "    and 3 more"

@@ -30,7 +30,9 @@ def audit_entries(engine: VirtualEngine) -> list[AuditEntry]:
 def entry(rules: RuleHarness, command: cmd.AnyCommand, operator: cmd.Operator | None = EVE) -> AuditEntry | None:
     by = "client" if operator is None else operator.by
     decision = rules.decide(command, by=by, admin=True)
-    return audit.entry(cmd.Call(command, by, b"", True, operator), decision.answer, decision.changes, rules.now)
+    return audit.entry(
+        cmd.IssuedCommand(command, by, b"", True, operator), decision.answer, decision.changes, rules.now
+    )
 
 
 def test_every_command_of_operators_is_audited() -> None:
@@ -146,7 +148,7 @@ def test_a_plan_counts_the_jobs_that_it_changed_and_names_a_single_one(
 
 
 def test_a_recorded_action_is_stored_unchanged() -> None:
-    call = cmd.Call(cmd.RecordAction(what="backup", details={"n": 1}, reason="why"), operator=EVE)
+    call = cmd.IssuedCommand(cmd.RecordAction(what="backup", details={"n": 1}, reason="why"), operator=EVE)
     found = audit.entry(call, Response(EmptyResponse()), [], 5)
     assert found == AuditEntry(5, "eve", "10.0.0.7", "backup", reason="why", details={"n": 1})
 

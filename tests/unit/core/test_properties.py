@@ -208,7 +208,7 @@ class PropertyRun(RuleHarness):
         self.decide(self._named(command), admin=admin, by="admin" if admin else "client")
         self._check_rows()
 
-    def rule(self, tx: Transaction, call: cmd.Call) -> Response | ApiError:
+    def rule(self, tx: Transaction, call: cmd.IssuedCommand) -> Response | ApiError:
         """Decide, and check the decision with the invariants of the simulation."""
         answer = DecisionChecks().check(decide.decide, tx, call).answer
         if isinstance(answer, ApiError):
@@ -323,7 +323,7 @@ def test_rules_accept_any_manually_edited_row(job: Job, sequence: list[tuple[cmd
         rules.lock_ms += ms
         state.advance(rules.now, rules.lock_ms)
         tx = Transaction(state, rules.moment, POLICY)
-        call = cmd.Call(_aimed(command), "client", number.to_bytes(16, "little"))
+        call = cmd.IssuedCommand(_aimed(command), "client", number.to_bytes(16, "little"))
         assert isinstance(decide.decide(tx, call), (Response, ApiError))
         assert state.total() == sum(
             each.status in STATUSES for each in [*state.jobs.values(), *state.finished.values()]
@@ -344,7 +344,7 @@ def test_a_cleanup_run_leaves_no_row_that_it_could_repair(job: Job) -> None:
     def repair() -> Any:
         rules.state.advance(rules.now, rules.lock_ms)
         tx = Transaction(rules.state, rules.moment, POLICY)
-        response = decide.decide(tx, cmd.Call(cmd.RepairJobs(ids=["a"]), "cleanup", SEED))
+        response = decide.decide(tx, cmd.IssuedCommand(cmd.RepairJobs(ids=["a"]), "cleanup", SEED))
         assert isinstance(response, Response)
         return response.data
 

@@ -31,7 +31,7 @@ MANY = range(1, 500)
 
 def transaction(seed: bytes = SEED, at: cmd.Moment = AT, state: State | None = None) -> Transaction:
     tx = Transaction(state or State(), at, Policy())
-    tx.begin(cmd.Call(cmd.Ping(), "client", seed))
+    tx.begin(cmd.IssuedCommand(cmd.Ping(), "client", seed))
     return tx
 
 
@@ -144,11 +144,11 @@ def test_undo_restores_everything_that_a_command_changed(rules: RuleHarness) -> 
     rules.accept_admin(cmd.PutSchedule(id="s", every_ms=1_000, job=cmd.ScheduledJob()))
     before = snapshot(rules.state)
     tx = Transaction(rules.state, rules.moment, rules.policy)
-    tx.begin(cmd.Call(cmd.Ping(), seed=SEED))
+    tx.begin(cmd.IssuedCommand(cmd.Ping(), seed=SEED))
     tx.update(rules.job("b"), replace(rules.job("b"), run_at=5), "updated")
     tx.change_schedule("s", "schedule_paused", "q", until=None)
     between = snapshot(rules.state)
-    tx.begin(cmd.Call(cmd.Ping(), seed=SEED))
+    tx.begin(cmd.IssuedCommand(cmd.Ping(), seed=SEED))
     transitions.stall(tx, rules.job("a"), "It was slow.")
     tx.create(replace(JOB, id="new", seq=tx.job_number()), "imported", b"null", "hash")
     tx.token()
@@ -162,7 +162,7 @@ def test_undo_restores_everything_that_a_command_changed(rules: RuleHarness) -> 
     assert not tx.has_changed
     assert (snapshot(rules.state), len(tx.changes), tx.checked) == (between, 2, [])
     assert list(rules.state.processing) == ["a", "b", "c"]
-    tx.begin(cmd.Call(cmd.Ping(), seed=SEED))
+    tx.begin(cmd.IssuedCommand(cmd.Ping(), seed=SEED))
     tx.resume("p", None)
     numbers = rules.state.numbers(0, 0, rules.state.clock)
     tx.roll_back()
@@ -172,13 +172,13 @@ def test_undo_restores_everything_that_a_command_changed(rules: RuleHarness) -> 
 
 def test_undo_forgets_the_hash_of_an_undone_job_only(rules: RuleHarness) -> None:
     tx = Transaction(rules.state, rules.moment, rules.policy)
-    assert isinstance(decide.decide(tx, cmd.Call(cmd.Create(id="a"))), Response)
+    assert isinstance(decide.decide(tx, cmd.IssuedCommand(cmd.Create(id="a"))), Response)
     assert set(tx.requests) == {"a"}
-    assert isinstance(decide.decide(tx, cmd.Call(cmd.Import(id="c"))), Response)
-    assert isinstance(decide.decide(tx, cmd.Call(cmd.Create(id="b"))), Response)
+    assert isinstance(decide.decide(tx, cmd.IssuedCommand(cmd.Import(id="c"))), Response)
+    assert isinstance(decide.decide(tx, cmd.IssuedCommand(cmd.Create(id="b"))), Response)
     tx.undo()
     assert set(tx.requests) == {"a"}
-    assert isinstance(decide.decide(tx, cmd.Call(cmd.Create(id="a"))), Response)
+    assert isinstance(decide.decide(tx, cmd.IssuedCommand(cmd.Create(id="a"))), Response)
 
 
 def test_undo_forgets_late_results_and_calls(rules: RuleHarness) -> None:
@@ -187,7 +187,7 @@ def test_undo_forgets_late_results_and_calls(rules: RuleHarness) -> None:
     for command in (cmd.Complete(id="a", lock_id=lock_id), cmd.Progress(id="a", lock_id=lock_id, progress=1)):
         tx = Transaction(rules.state, rules.moment, rules.policy)
         for _ in range(2):
-            assert isinstance(decide.decide(tx, cmd.Call(command)), ApiError)
+            assert isinstance(decide.decide(tx, cmd.IssuedCommand(command)), ApiError)
             assert tx.has_changed, "it is known from the undone command"
             tx.undo()
         assert (tx.late.results.get(1, []), rules.state.latest_late(1)) == ([], None)
@@ -206,7 +206,7 @@ def test_undo_restores_the_latest_late_result(rules: RuleHarness) -> None:
     assert latest == rules.last().seq
     command = cmd.Complete(id="a", lock_id=lock_ids[2])
     tx = Transaction(rules.state, rules.moment, rules.policy, late=rules.known_late(command))
-    assert isinstance(decide.decide(tx, cmd.Call(command)), ApiError)
+    assert isinstance(decide.decide(tx, cmd.IssuedCommand(command)), ApiError)
     assert rules.state.latest_late(1) != latest
     tx.roll_back()
     assert rules.state.latest_late(1) == latest
@@ -216,7 +216,7 @@ def test_a_dry_run_changes_nothing(rules: RuleHarness) -> None:
     rules.held()
     before = snapshot(rules.state)
     tx = Transaction(rules.state, rules.moment, rules.policy)
-    tx.begin(cmd.Call(cmd.Preview(limit=1), seed=SEED))
+    tx.begin(cmd.IssuedCommand(cmd.Preview(limit=1), seed=SEED))
     tx.delete(tx.update(rules.job(), replace(rules.job(), run_at=5), "updated"))
     assert [change.type for change in tx.changed()] == ["updated", "deleted"]
     assert snapshot(rules.state) | {"next_event": before["next_event"]} == before
@@ -229,7 +229,7 @@ def test_the_lock_of_a_deleted_job_has_ended(rules: RuleHarness) -> None:
     lock_id = rules.held()
     row = rules.row(replace(rules.job(), status="failed"))
     tx = Transaction(rules.state, rules.moment, rules.policy)
-    tx.begin(cmd.Call(cmd.Ping(), seed=SEED))
+    tx.begin(cmd.IssuedCommand(cmd.Ping(), seed=SEED))
     tx.delete(row)
     assert tx.ended == [lock_id]
     tx.undo()
@@ -239,8 +239,8 @@ def test_the_lock_of_a_deleted_job_has_ended(rules: RuleHarness) -> None:
 def test_undo_keeps_the_ended_locks_of_earlier_commands(rules: RuleHarness) -> None:
     first, second = rules.held("a"), rules.held("b")
     tx = Transaction(rules.state, rules.moment, rules.policy)
-    decide.decide(tx, cmd.Call(cmd.Complete(id="a", lock_id=first)))
-    decide.decide(tx, cmd.Call(cmd.Complete(id="b", lock_id=second)))
+    decide.decide(tx, cmd.IssuedCommand(cmd.Complete(id="a", lock_id=first)))
+    decide.decide(tx, cmd.IssuedCommand(cmd.Complete(id="b", lock_id=second)))
     assert tx.ended == [first, second]
     tx.undo()
     assert tx.ended == [first]
@@ -252,8 +252,8 @@ def test_a_batch_that_is_not_written_restores_the_counts_of_jobs_in_quarantine(r
     rules.accept(cmd.ForceFail(id="failed"))
     lock_id = rules.held("held")
     tx = Transaction(rules.state, rules.moment, rules.policy)
-    decide.decide(tx, cmd.Call(cmd.Complete(id="held", lock_id=lock_id)))
-    decide.decide(tx, cmd.Call(cmd.ForceReset(id="failed")))
+    decide.decide(tx, cmd.IssuedCommand(cmd.Complete(id="held", lock_id=lock_id)))
+    decide.decide(tx, cmd.IssuedCommand(cmd.ForceReset(id="failed")))
     for job_id in ("held", "failed"):
         rules.state.quarantine(job_id, "bad", is_moved=False)
     assert (rules.state.totals["completed"], rules.state.totals["failed"]) == (1, 0)
@@ -268,7 +268,7 @@ def test_a_rule_that_raises_leaves_nothing(rules: RuleHarness, monkeypatch: pyte
     monkeypatch.setattr(views, "job_response", lambda *_: 1 / 0)
     tx = Transaction(rules.state, rules.moment, rules.policy)
     with pytest.raises(ZeroDivisionError):
-        decide.decide(tx, cmd.Call(cmd.Cancel(id="a")))
+        decide.decide(tx, cmd.IssuedCommand(cmd.Cancel(id="a")))
     assert (snapshot(rules.state), tx.changes) == (before, [])
 
 
@@ -279,8 +279,8 @@ def test_every_command_has_a_rule() -> None:
 
 def test_undo_drops_the_payloads_of_new_jobs(rules: RuleHarness) -> None:
     tx = Transaction(rules.state, rules.moment, rules.policy)
-    decide.decide(tx, cmd.Call(cmd.Create(id="kept", payload=Raw(b"1"))))
-    decide.decide(tx, cmd.Call(cmd.Create(id="undone", payload=Raw(b"2"))))
+    decide.decide(tx, cmd.IssuedCommand(cmd.Create(id="kept", payload=Raw(b"1"))))
+    decide.decide(tx, cmd.IssuedCommand(cmd.Create(id="undone", payload=Raw(b"2"))))
     assert len(tx.payloads) == 2
     tx.undo()
     assert [change.job_seq for change in tx.changes] == list(tx.payloads)

@@ -490,13 +490,13 @@ def test_a_take_back_is_in_the_audit_log(rules: RuleHarness) -> None:
     command = cmd.TakeBack(name="w", reason="w-7 lost its power")
     decision = rules.decide(command, admin=True)
     row = audit.entry(
-        cmd.Call(command, operator=cmd.Operator("ana", "127.0.0.1")), decision.answer, decision.changes, NOW
+        cmd.IssuedCommand(command, operator=cmd.Operator("ana", "127.0.0.1")), decision.answer, decision.changes, NOW
     )
     assert row is not None
     assert (row.what, row.details, row.jobs, row.reason) == ("take-back", {"worker": "w"}, 2, "w-7 lost its power")
     repeated = rules.decide(command, admin=True)
     row = audit.entry(
-        cmd.Call(command, operator=cmd.Operator("ana", "127.0.0.1")), repeated.answer, repeated.changes, NOW
+        cmd.IssuedCommand(command, operator=cmd.Operator("ana", "127.0.0.1")), repeated.answer, repeated.changes, NOW
     )
     assert row is not None
     assert (row.outcome, row.jobs) == ("worker_not_silent", 0)

@@ -217,7 +217,7 @@ async def test_a_bug_in_a_rule_costs_one_command() -> None:
     engine = VirtualEngine()
     original = decide.decide
 
-    def broken(tx: Transaction, call: cmd.Call) -> Response | ApiError:
+    def broken(tx: Transaction, call: cmd.IssuedCommand) -> Response | ApiError:
         if isinstance(call.command, cmd.Pause):
             raise ZeroDivisionError
         return original(tx, call)

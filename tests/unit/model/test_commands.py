@@ -185,7 +185,7 @@ def test_the_defaults_of_commands() -> None:
     )
     assert cmd.Fail(id="a", lock_id="l", error_message="e").retry is True
     assert cmd.Transition(id="a", from_="queued", to="failed").updates == cmd.Updates()
-    call = cmd.Call(claim)
+    call = cmd.IssuedCommand(claim)
     assert (call.by, call.seed, call.admin) == ("client", b"", False)
 
 

@@ -58,7 +58,7 @@ from jobd.monitoring.metrics import (
     quantile,
     text,
 )
-from jobd.monitoring.problems.board import Problems
+from jobd.monitoring.problems.board import ProblemBoard
 from jobd.monitoring.problems.catalogue import ALERTS
 from jobd.storage.store import Store
 from tests.support.memory_storage import MemoryStorage
@@ -67,7 +67,7 @@ from tests.support.virtual_engine import VirtualEngine, in_engine, in_virtual_ti
 
 def metrics_of(engine: VirtualEngine, *errors: Counter[str], store_path: str = ":memory:") -> Metrics:
     health = Health(engine.actor, engine.clock, engine.maintainer)
-    problems = Problems(engine.state, engine.clock, health, engine.maintainer, hold_ms=0, clear_ms=0)
+    problems = ProblemBoard(engine.state, engine.clock, health, engine.maintainer, hold_ms=0, clear_ms=0)
     return Metrics(
         engine.actor,
         engine.maintainer,
@@ -125,7 +125,7 @@ async def real(path: Path) -> AsyncIterator[RealStoreParts]:
         actor = Actor(store, state, IdempotencyStore(opened.keys, 1000), clock, policy, random=os.urandom)
         maintainer = Maintainer(actor, clock, CleanupSchedule(batch=2))
         health = Health(actor, clock, maintainer, take_faults=store.take_faults)
-        problems = Problems(state, clock, health, maintainer)
+        problems = ProblemBoard(state, clock, health, maintainer)
         metrics = Metrics(actor, maintainer, problems, clock, SweepStats(), str(path), tuple, EventFeed(store, 0, 1))
         running = [asyncio.create_task(run()) for run in (actor.run, maintainer.run, problems.run, metrics.run)]
         yield RealStoreParts(store, actor, maintainer, metrics)

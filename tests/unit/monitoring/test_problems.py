@@ -32,7 +32,7 @@ from jobd.model.responses import UNSEEN_MS, ClusterView, HealthView, NodeView
 from jobd.model.storage import DiskSpace
 from jobd.model.webhooks import FailingWebhook
 from jobd.monitoring.problems import life
-from jobd.monitoring.problems.board import Problems
+from jobd.monitoring.problems.board import ProblemBoard
 from jobd.monitoring.problems.catalogue import ALERTS, CONDITIONS
 from jobd.monitoring.problems.condition import Condition, Finding, Thresholds
 from jobd.monitoring.problems.life import ProblemLife
@@ -44,7 +44,7 @@ from tests.support.problem_stage import problems_of
 from tests.support.virtual_engine import VirtualEngine, in_engine, in_virtual_time, row, seconds
 
 
-async def found(problems: Problems) -> dict[str, Problem]:
+async def found(problems: ProblemBoard) -> dict[str, Problem]:
     """Evaluate a moment later, and return the list by id."""
     await seconds(0.002)
     await problems.check()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from jobd.api.command_stream import _StreamSession
-from jobd.http.app import App
+from jobd.http.http_app import HttpApp
 from jobd.http.parser import RequestParser
 from jobd.http.response import HttpResponse
 from jobd.model.responses import Response
@@ -14,8 +14,8 @@ from tests.proof.planted.registry import bug
 HTTP = "tests/unit/http"
 
 
-@bug(App[Any]._ok_response, found_by=HTTP)
-def lost_grants_not_reported(ok_response: Any, self: App[Any], response: Response) -> HttpResponse:
+@bug(HttpApp[Any]._ok_response, found_by=HTTP)
+def lost_grants_not_reported(ok_response: Any, self: HttpApp[Any], response: Response) -> HttpResponse:
     """A grant whose response is lost stays until its lock expires."""
     grants, response.grants = response.grants, []
     try:

@@ -196,7 +196,7 @@ def test_a_lock_that_ends_in_the_same_batch_leaves_its_result(rules: RuleHarness
     lock_id = rules.held()
     rules.accept(cmd.ForceReset(id="a"), admin=True)
     tx = Transaction(rules.state, rules.moment, rules.policy)
-    rejection = decide.decide(tx, cmd.Call(completing(lock_id)))
+    rejection = decide.decide(tx, cmd.IssuedCommand(completing(lock_id)))
     assert isinstance(rejection, ApiError)
     assert rejection.details["late_result"] == tx.changes[0].seq
 
@@ -459,7 +459,7 @@ def test_a_job_created_in_the_same_batch_has_no_late_results(rules: RuleHarness)
     """Before the batch it did not exist, so nothing was read from disk."""
     rules.create()
     tx = Transaction(rules.state, rules.moment, rules.policy)
-    rejection = decide.decide(tx, cmd.Call(cmd.Adopt(id="a"), admin=True))
+    rejection = decide.decide(tx, cmd.IssuedCommand(cmd.Adopt(id="a"), admin=True))
     assert isinstance(rejection, ApiError)
     assert rejection.code == "late_result_not_found"
 
@@ -613,7 +613,7 @@ def test_a_transaction_numbers_late_results(rules: RuleHarness) -> None:
     late(rules, completing(stalled(rules)))
     expected = rules.state.next_event
     tx = Transaction(rules.state, rules.moment, rules.policy)
-    tx.begin(cmd.Call(cmd.Get(id="a")))
+    tx.begin(cmd.IssuedCommand(cmd.Get(id="a")))
     first = tx.keep_late(rules.job(), rules.late()[0], "r", {})
     second = tx.keep_late(rules.job(), first, "r", {})
     assert (first.seq, second.seq) == (expected, expected + 1)

@@ -168,7 +168,7 @@ def test_time_is_judged_when_a_command_is_applied(rules: RuleHarness) -> None:
     ]
     for command, nothing in nothings:
         tx = Transaction(rules.state, before, rules.policy)
-        response = decide.decide(tx, cmd.Call(command, seed=SEED))
+        response = decide.decide(tx, cmd.IssuedCommand(command, seed=SEED))
         assert not isinstance(response, ApiError)
         assert response.data == nothing
         assert not tx.changes
@@ -179,7 +179,7 @@ def test_the_lock_of_a_stalled_job_is_not_cleared(rules: RuleHarness) -> None:
     rules.advance(TTL)
     later = cmd.Moment(rules.now + HOUR_MS, rules.lock_ms + HOUR_MS, NOW - int(rules.lock_ms))
     tx = Transaction(rules.state, later, rules.policy)
-    assert decide.decide(tx, cmd.Call(cmd.Recover(limit=9), seed=SEED)) == Response(Recovered([], 0, False))
+    assert decide.decide(tx, cmd.IssuedCommand(cmd.Recover(limit=9), seed=SEED)) == Response(Recovered([], 0, False))
 
 
 def test_a_live_lock_is_never_stalled(rules: RuleHarness) -> None:

@@ -96,7 +96,7 @@ def test_a_cleanup_plan_notes_only_late_results_that_it_deletes() -> None:
 
 def transaction(rules: RuleHarness) -> Transaction:
     tx = Transaction(rules.state, rules.moment, rules.policy)
-    tx.begin(cmd.Call(cmd.Recover(limit=1), "daemon", b"s" * 16))
+    tx.begin(cmd.IssuedCommand(cmd.Recover(limit=1), "daemon", b"s" * 16))
     return tx
 
 

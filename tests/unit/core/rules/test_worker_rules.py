@@ -269,7 +269,9 @@ def test_a_page_of_queues_reads_no_other_queue(rules: RuleHarness, monkeypatch: 
         rules.state.reindex(None, Job(number, f"j-{number}", Options(f"q-{number:03}"), "queued", NOW, NOW, NOW))
     scanned: list[str] = []
     monkeypatch.setattr(State, "oldest_due_at", lambda state, queue: scanned.append(queue))
-    found = decide.decide(Transaction(rules.state, rules.moment, rules.policy), cmd.Call(cmd.Queues(cursor="q-499")))
+    found = decide.decide(
+        Transaction(rules.state, rules.moment, rules.policy), cmd.IssuedCommand(cmd.Queues(cursor="q-499"))
+    )
     assert isinstance(found, Response)
     assert [each.name for each in found.data.queues] == [f"q-{number}" for number in range(500, 700)]
     assert (found.data.next_cursor, len(scanned)) == ("q-699", 200)

@@ -10,7 +10,7 @@ import msgspec
 import pytest
 from msgspec import UNSET, Raw
 
-from jobd.client.worker.output import LINE_BYTES, BadDirective, Directives, OutputFilter, OutputWriter, Tail
+from jobd.client.worker.program_output import LINE_BYTES, BadDirective, Directives, OutputFilter, OutputWriter, Tail
 from jobd.http.body_scanner import excess_depth
 from jobd.model.fields import MAX_NESTING
 

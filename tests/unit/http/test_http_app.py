@@ -13,9 +13,9 @@ from msgspec import Raw
 from structlog.testing import capture_logs
 
 from jobd.api.worker_routes import ROUTES
-from jobd.http.app import MAX_LINES_PER_SECOND, LogRateLimiter
 from jobd.http.auth import Authenticator, accepted_hosts
 from jobd.http.decoding import Limits
+from jobd.http.http_app import MAX_LINES_PER_SECOND, LogRateLimiter
 from jobd.http.routing import Route, Router
 from jobd.model.commands import Cancel, Create, Get, Progress
 from jobd.model.errors import ApiError
@@ -486,7 +486,7 @@ async def test_a_bug_costs_one_request_and_one_log_line_without_secrets(harness:
         "job-1",
         "ValueError",
     )
-    assert "test_app.py" in bug["where"]
+    assert "test_http_app.py" in bug["where"]
     assert "canary" not in str(logs)
     assert "canary" not in response.body.decode()
     harness.actor.respond = lambda _: Response(EmptyResponse())

@@ -13,8 +13,8 @@ import pytest
 from structlog.testing import capture_logs
 
 from jobd.model.responses import OutputGrant
-from jobd.storage import output
-from jobd.storage.output import KEPT_BYTES, KEPT_GRANTS, OutputFile, OutputUnavailable
+from jobd.storage import output_file
+from jobd.storage.output_file import KEPT_BYTES, KEPT_GRANTS, OutputFile, OutputFileFailed
 
 AT = 1_700_000_000_000
 GRANT = OutputGrant(created_at=AT, attempt=1, worker="w-1", fencing_token=7)
@@ -115,13 +115,13 @@ async def test_the_file_does_not_grow_on_a_disk_with_little_space(
     for n in range(30):
         await append(file, "x" * 16_384, f"job-{n}", token=n)
     size = path.stat().st_size
-    monkeypatch.setattr(output, "_FREE_BYTES", 1 << 60)
+    monkeypatch.setattr(output_file, "_FREE_BYTES", 1 << 60)
     for n in range(30, 60):
         await append(file, "x" * 16_384, f"job-{n}", token=n)
     assert path.stat().st_size == size
     assert await shown(file, "job-0") == []
     path.unlink()
-    with pytest.raises(OutputUnavailable, match="free on its disk"):
+    with pytest.raises(OutputFileFailed, match="free on its disk"):
         await append(file, "lost")
 
 
@@ -130,15 +130,15 @@ async def test_calls_that_wait_for_a_slow_disk_are_bounded_and_end_with_the_file
 ) -> None:
     may_go_on = threading.Event()
     file._thread.submit(may_go_on.wait)  # the disk
-    monkeypatch.setattr(output, "_MAX_WAITING", 2)
+    monkeypatch.setattr(output_file, "_MAX_WAITING", 2)
     waiting = [asyncio.create_task(append(file, "text")) for _ in range(3)]
-    with pytest.raises(OutputUnavailable, match="2 requests already wait"):
+    with pytest.raises(OutputFileFailed, match="2 requests already wait"):
         await waiting.pop()
     ending = asyncio.create_task(file.close())
     await asyncio.sleep(0)
     may_go_on.set()
     for each in waiting:
-        with pytest.raises(OutputUnavailable, match="stopping"):
+        with pytest.raises(OutputFileFailed, match="stopping"):
             await each
     await ending
 
@@ -147,7 +147,7 @@ async def test_a_file_that_cannot_be_used_is_reported_once(file: OutputFile, pat
     path.mkdir()
     with capture_logs() as logs:
         for _ in range(2):
-            with pytest.raises(OutputUnavailable):
+            with pytest.raises(OutputFileFailed):
                 await append(file, "lost")
             assert file.failure == "[Errno 21] Is a directory: " + repr(str(path))
     assert [entry["event"] for entry in logs] == ["output_unavailable"]
@@ -161,7 +161,7 @@ async def test_a_file_that_cannot_be_used_is_reported_once(file: OutputFile, pat
 
 async def test_a_closed_file_is_not_opened_again(file: OutputFile, path: Path) -> None:
     await file.close()
-    with pytest.raises(OutputUnavailable, match="stopping"):
+    with pytest.raises(OutputFileFailed, match="stopping"):
         await file.delete(["a"])
     await file.close()
     assert not path.exists()

@@ -1,7 +1,7 @@
 """Turn HTTP requests into commands for the actor, and its responses into HTTP responses.
 
 Every request is first authorized, before its body has arrived. A request that is one command is then sent to the actor
-with `App.send`, and `App.respond` encodes the response. `App.handle` runs the handler of any other request.
+with `HttpApp.send`, and `HttpApp.respond` encodes the response. `HttpApp.handle` runs the handler of any other request.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class BrowserPages(Protocol):
     def error_page(self, ctx: RequestContext, error: ApiError) -> RawBody: ...
 
 
-async def run_command(app: App[Any], ctx: RequestContext, command: Any) -> Response | ApiError:
+async def run_command(app: HttpApp[Any], ctx: RequestContext, command: Any) -> Response | ApiError:
     """Handle a request that is one command for the actor, as most are."""
     return await app.actor.ask(
         command,
@@ -106,7 +106,7 @@ def _expected_version(ctx: RequestContext, route: Route) -> str:
     return version[1]
 
 
-class App(Generic[S]):
+class HttpApp(Generic[S]):
     """The application behind one listener.
 
     `routes` has the route of each type of request. `error_counts` counts the errors sent, by code. While `closing`,

@@ -53,14 +53,14 @@ T = TypeVar("T")
 log = structlog.get_logger("jobd.output")
 
 
-class OutputUnavailable(Exception):
+class OutputFileFailed(Exception):
     """The file cannot be used now. The message says why."""
 
 
 class OutputFile:
     """The output of jobs in the file at `path`, which has at most `limit_bytes`. 0: none is kept.
 
-    Its methods are called on the event loop and work in a thread of their own. They raise OutputUnavailable. `failure`
+    Its methods are called on the event loop and work in a thread of their own. They raise OutputFileFailed. `failure`
     is the error of the latest method, until text is added without an error.
     """
 
@@ -97,9 +97,9 @@ class OutputFile:
 
     async def _call(self, work: Callable[[sqlite3.Connection], T]) -> T:
         if self._is_closed:
-            raise OutputUnavailable("The daemon is stopping")
+            raise OutputFileFailed("The daemon is stopping")
         if self._waiting >= _MAX_WAITING:
-            raise OutputUnavailable(f"{_MAX_WAITING} requests already wait for its disk")
+            raise OutputFileFailed(f"{_MAX_WAITING} requests already wait for its disk")
         self._waiting += 1
         try:
             return await asyncio.get_running_loop().run_in_executor(self._thread, self._run, work)
@@ -110,7 +110,7 @@ class OutputFile:
 
     def _run(self, work: Callable[[sqlite3.Connection], T]) -> T:
         if self._is_closed:
-            raise OutputUnavailable("The daemon is stopping")
+            raise OutputFileFailed("The daemon is stopping")
         try:
             try:
                 result = self._do(work)
@@ -126,7 +126,7 @@ class OutputFile:
             if self.failure is None:
                 log.warning("output_unavailable", path=self._path, error=str(error), help="Jobs go on without output.")
             self.failure = str(error)
-            raise OutputUnavailable(str(error)) from None
+            raise OutputFileFailed(str(error)) from None
         return result
 
     def _do(self, work: Callable[[sqlite3.Connection], T]) -> T:
