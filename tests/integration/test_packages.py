@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -131,3 +132,26 @@ def test_the_server_brings_the_client(wheels: dict[str, Path], tmp_path: Path) -
     assert checked.returncode == 0, checked.stdout + checked.stderr
     assert "All checks passed" in checked.stdout
     assert _run(environment.bin / "jobctl", "--version").stdout.split()[-1] == __version__
+
+
+@pytest.mark.parametrize("install", ["wheel", "editable"])
+def test_mypy_and_pyright_find_the_same_errors(wheels: dict[str, Path], tmp_path: Path, install: str) -> None:
+    python = Path(sys.executable)  # with an editable install of the tree
+    if install == "wheel":
+        environment = Environment(tmp_path / "venv", wheels)
+        environment.install("jobd-client")
+        environment.install("fastapi")
+        python = environment.bin / "python"
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    for program in (ROOT / "tests/typing/typed_calls.py", *(ROOT / "docs/examples").rglob("*.py")):
+        if "from jobd import" in program.read_text():
+            shutil.copy(program, programs)
+    config = {"typeCheckingMode": "strict", "reportUnnecessaryTypeIgnoreComment": "error"}
+    (programs / "pyrightconfig.json").write_text(json.dumps(config))
+    files = sorted(programs.glob("*.py"))
+    options = ["--strict", "--config-file=", f"--cache-dir={tmp_path / 'cache'}", f"--python-executable={python}"]
+    mypy = _run(sys.executable, "-m", "mypy", *options, *files)
+    assert mypy.stdout == f"Success: no issues found in {len(files)} source files\n", mypy.stdout
+    pyright = _run(sys.executable, "-m", "basedpyright", "--project", programs, "--pythonpath", python)
+    assert pyright.stdout == "0 errors, 0 warnings, 0 notes\n", pyright.stdout

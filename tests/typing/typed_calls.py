@@ -1,6 +1,6 @@
-"""What mypy has to accept and to reject: a wrong line has the error that its comment names, no other line has one.
+"""What mypy and pyright accept and reject: each line with a comment is an error in both, and no other line is one.
 
-Only the type checker reads this module. A comment that is not needed is an error too.
+Only the type checkers read this module. mypy checks the kind of an error too. A comment that is not needed is an error.
 """
 
 from __future__ import annotations
@@ -66,3 +66,7 @@ async def wrong() -> None:
     tidy.enqueue(1)  # type: ignore[call-arg]
     "".join(app.enqueue_many([tidy.call()]))  # type: ignore[arg-type]
     app.task(quue="x")  # type: ignore[call-overload]
+    app.schedule("0 3 * * *", zone="Europe/Berlin")  # type: ignore[call-arg]
+    app.schedule("0 3 * * *")(len)  # type: ignore[type-var]
+    receipt.enqueue(tidy.call(), "acme")  # type: ignore[arg-type]
+    receipt.enqueue(tidy.enqueue(), "acme")  # type: ignore[arg-type]
