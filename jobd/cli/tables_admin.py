@@ -336,6 +336,10 @@ def failures(view: FailuresView) -> None:
         "LATEST MESSAGE": "message",
     }
     terminal.table(columns, view.groups, empty="No job has failed.")
+    if largest := next((group for group in view.groups if group.count), None):
+        recent = " --where finished_since=1d" if 0 < largest.older_than_day < largest.count else ""
+        which = f"--where error={largest.fingerprint}{recent}"
+        terminal.say(f"Retry, one job first: jobctl retry {which} --trial --rate 10/s")
     if view.other:
         terminal.say(f"{view.other} of {view.total} failed jobs are not in these groups.")
     if view.other_retrying:

@@ -40,11 +40,12 @@ DESTRUCTIVE: Final = {"cleanup", *(verb for verb, action in JOB_ACTIONS.items() 
 
 
 class PlanForm(JobFilter, frozen=True, kw_only=True):
-    """`scope` selects the jobs in `ids`, or all jobs that match the filters."""
+    """`scope` selects the jobs in `ids`, or all that match the filters. `recent_error` is `error`, in the last day."""
 
     action: PlanAction
     scope: Literal["selected", "all"]
     ids: list[JobId] = msgspec.field(default_factory=list)
+    recent_error: str = ""
     reason: Text = ""
     csrf: str = ""
 
@@ -88,6 +89,8 @@ def _filters(plan: PlanView) -> dict[str, str]:
 
 def _plan_command(viewer: Viewer, form: PlanForm) -> MakePlan:
     reason = form.reason.strip() or None
+    if form.recent_error:
+        form = msgspec.structs.replace(form, error=form.recent_error, finished_since="1d")
     if form.scope == "all":
         if form.error is not None and not form.error.strip():  # an empty filter would match all jobs
             raise api_error(

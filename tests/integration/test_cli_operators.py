@@ -142,6 +142,20 @@ def test_jobs_are_found_by_text_and_by_time(jobctl: Jobctl) -> None:
     assert jobctl.json("retry", *where, "--where", "finished_until=1h", "--dry-run")["jobs"] == []
 
 
+def test_the_latest_failures_can_be_retried_alone(jobctl: Jobctl, tmp_path: Path) -> None:
+    old = {"id": "la-old", "queue": "la", "status": "failed", "error_message": "la", "finished_at": 1_750_000_000_000}
+    (tmp_path / "old").write_text(json.dumps(old))
+    jobctl.ok("import", str(tmp_path / "old"))
+    jobctl.ok("submit", "--id", "la-new", "--queue", "la")
+    jobctl.ok("force-fail", "la-new", "-y", "--reason", "la")
+    _, _, hint = jobctl.run("failures")
+    plan = jobctl.ok("retry", "--where", "queue=la", "--dry-run")
+    (latest,) = re.findall("Only the latest: add --where (finished_since=)'(.*)'", plan)
+    (job,) = jobctl.json("retry", "--where", "queue=la", "--where", "".join(latest), "--dry-run")["jobs"]
+    assert job["id"] == "la-new"
+    assert "Retry, one job first: jobctl retry --where error=" in hint
+
+
 def test_a_plan_of_many_jobs_is_shown_and_applied(jobctl: Jobctl) -> None:
     for n in range(3):
         jobctl.ok("submit", "--id", f"pl{n}", "--queue", "pl")

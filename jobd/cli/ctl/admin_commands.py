@@ -304,7 +304,7 @@ def failures(limit: int, as_json: bool) -> None:
 
     \b
     List the jobs of a group:    jobctl jobs --error ERROR
-    Retry its failed jobs:       jobctl retry --where error=ERROR
+    Retry its failed jobs:       jobctl retry --where error=ERROR --where finished_since=1d --trial
     List its waiting jobs:       jobctl jobs --error ERROR --status queued
     Run a waiting job now:       jobctl run-now ID
     """

@@ -311,6 +311,8 @@ def _show_plans(plans: Sequence[PlanView], *, is_more: bool) -> None:
     for plan in plans:
         if plan.aged:
             terminal.emit(plan.aged)
+        if plan.filter is not None and len(plan.ages) > 1:
+            terminal.emit(f"Only the latest: add --where finished_since='{utc(plan.ages[0].since)}'")
     if jobs:
         columns: terminal.Columns = {"JOB": "id", "WOULD BE": lambda job: f"{job.from_} → {job.to or 'deleted'}"}
         terminal.table(columns, jobs[:_SHOWN])

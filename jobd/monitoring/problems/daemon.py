@@ -97,7 +97,8 @@ def webhooks(scene: Scene) -> Iterator[Finding]:
     for each in scene.failing_webhooks:
         if each.for_ms <= scene.limits.webhook_failing_ms:
             continue
-        carries = f" It carries these problems: {plural(each.waiting, 'message')} wait." if each.wants_problems else ""
+        waiting = f"{plural(each.waiting, 'message')} wait{'s' if each.waiting == 1 else ''}"
+        carries = f" It carries these problems: {waiting}." if each.wants_problems else ""
         title = f"Accepts nothing for {duration(each.for_ms)}: {each.error}.{carries}"
         cure = Cure("See its deliveries", f"jobctl webhooks deliveries {each.name}", f"/webhooks/{each.name}")
         yield Finding(

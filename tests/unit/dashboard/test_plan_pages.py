@@ -12,7 +12,7 @@ import pytest
 
 from jobd.dashboard import plan_pages
 from jobd.maintenance import plan_builder
-from jobd.model.job import LATEST_MS
+from jobd.model.job import DAY_MS, LATEST_MS
 from tests.support.dashboard_harness import (
     AUTH,
     READ_ONLY_TOKEN,
@@ -171,6 +171,26 @@ async def test_a_plan_whose_search_timed_out_says_so_and_continues(
         response = await browser.post(f"/plans/plan-{number - 1}/next", csrf=csrf)
         page = text(await browser.get(response.headers["location"]))
     assert "No suitable jobs found." in page
+
+
+async def test_the_latest_failures_of_a_group_are_retried_alone(harness: DashboardHarness) -> None:
+    browser = await harness.browser()
+    await fail_jobs(harness, "a", "b")
+    harness.ahead_ms = 3 * DAY_MS
+    await fail_jobs(harness, "c")
+    page = text(await browser.get("/failures"))
+    (fingerprint,) = re.findall(r'name="recent_error" value="([0-9a-f]+)"[^>]*>Retry 1 of the last day<', page)
+    fields = {"csrf": await browser.csrf(), "action": "retry", "scope": "all"}
+    made = await browser.post("/plans", **fields, recent_error=fingerprint)
+    plan = text(await browser.get(made.headers["location"]))
+    assert "Plan: retry 1 job<" in plan
+    assert "Plan only the latest" not in plan
+    plan = text(await browser.get((await browser.post("/plans", **fields, error=fingerprint)).headers["location"]))
+    assert "Plan: retry 3 jobs" in plan
+    form = re.findall(r'<form method="post" action="/plans">(.*?)Plan only the latest 1<', plan, re.DOTALL)[0]
+    latest = dict(re.findall(r'name="(\w+)" value="([^"]*)"', form))
+    plan = text(await browser.get((await browser.post("/plans", **latest)).headers["location"]))
+    assert "Plan: retry 1 job<" in plan
 
 
 async def test_a_failure_group_is_retried(harness: DashboardHarness) -> None:
