@@ -11,6 +11,7 @@ import msgspec
 
 from jobd.client.app.options import milliseconds
 from jobd.client.app.typed_task import Call, TaskBase
+from jobd.client.errors import InvalidRequest
 
 if TYPE_CHECKING:
     from jobd.client.aio import AsyncJobClient
@@ -76,7 +77,11 @@ class AppSchedules:
     async def put(self, client: AsyncJobClient) -> None:
         """Put all schedules. Raises JobdError for one that the daemon rejects."""
         for name, fields in self.requests().items():
-            await client.put_schedule(id=name, source=self.source, **fields)
+            try:
+                await client.put_schedule(id=name, source=self.source, **fields)
+            except InvalidRequest as error:
+                error.message = f"schedule {name!r}: {error.message}"
+                raise
 
 
 def _fields(

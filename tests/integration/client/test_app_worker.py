@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from jobd import App, Discard, JobCancelled, JobFailed, NewJob, Retry, Stopped, current_job
-from jobd.client import AsyncAdminClient, AsyncJobClient, ScheduleOwned
+from jobd.client import AsyncAdminClient, AsyncJobClient, InvalidRequest, ScheduleOwned
 from jobd.client.app import daemon_jobs
 from jobd.client.worker import payload_mismatch
 from tests.support.client_harness import event_types, wait_for_job, wait_until_finished
@@ -255,4 +255,10 @@ async def test_a_worker_puts_the_schedules_of_its_app(app: App, queue: str, daem
         assert (await admin.get_schedule(id=f"tick-{queue}")).source == "app:tests"
         await admin.put_schedule(id=f"tick-{queue}", every_ms=3_600_000, job={"queue": queue})
     with pytest.raises(ScheduleOwned, match="belongs to an operator"):
+        await app._worker().serve()
+
+
+async def test_a_worker_names_the_schedule_with_an_unknown_zone(app: App, queue: str) -> None:
+    app.schedule("@daily", id="late", timezone="Europe/Berln")(app.task(name="work", queue=queue)(lambda: 1))
+    with pytest.raises(InvalidRequest, match=r'schedule \'late\': .*"Europe/Berln" is unknown: use an IANA name'):
         await app._worker().serve()
