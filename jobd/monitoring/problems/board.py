@@ -89,7 +89,7 @@ class ProblemBoard:
         self._evaluated_at = 0
         self._first: BootMs | None = None  # the first check with measured health
         self._crews: dict[ClaimSet | None, Crew] = {}
-        self._running: dict[tuple[str, str], list[int]] = {}  # pair -> see Scene
+        self._running: dict[str, int] = {}  # see Scene
         self._due: list[DuePair] = []
         self._tallies: list[Tally] = []
         self._trends = Trends()
@@ -282,22 +282,22 @@ class ProblemBoard:
         """Count the workers of each claim set by state. Those without a remembered claim have the set None."""
         presence, crews = self._state.presence, self._crews
         for name, worker in presence.remembered():
-            crew, state = crews.setdefault(worker.claims, Crew({})), presence.state(worker)
-            crew.states[state] = crew.states.get(state, 0) + 1
+            crew, state = crews.setdefault(worker.claims, Crew()), presence.state(worker)
             if state in ("died", "gone"):
                 last = presence.workers.get(crew.last or "")
                 crew.last = name if last is None or last.last_seen_at <= worker.last_seen_at else crew.last
+            else:
+                setattr(crew, state, getattr(crew, state) + 1)
             yield
 
     def _read_running(self) -> Iterator[None]:
-        """Count the jobs with a live lock of each queue and kind, and find since when the oldest has been running."""
+        """Find since when the oldest job with a live lock of each queue and kind has been running."""
         lock_ms, running = self._clock.moment().lock_ms, self._running
         for job in list(islice(self._state.processing.values(), RUNNING_READ)):
             if job.deadlines is not None and job.deadlines.is_live(lock_ms):
                 started_at = job.started_at or job.created_at
-                found = running.setdefault((job.options.queue, job.options.kind), [0, started_at])
-                found[0] += 1
-                found[1] = min(found[1], started_at)
+                pair = pair_id("running", job.options.queue, job.options.kind)
+                running[pair] = min(running.get(pair, started_at), started_at)
             yield
 
     def _due_pairs(self) -> Iterator[DuePair | None]:

@@ -11,7 +11,7 @@ from jobd.core.state import State
 from jobd.core.stats import KindDurations
 from jobd.core.worker_presence import ClaimSet
 from jobd.maintenance.cleanup_run import InvalidRows
-from jobd.model.commands import Moment, WorkerState
+from jobd.model.commands import Moment
 from jobd.model.job import HOUR_MS, MINUTE_MS, SECOND_MS
 from jobd.model.problems import Cure, Severity, Subject, Unit
 from jobd.model.responses import ClusterView, DiskUse, HealthView
@@ -93,10 +93,13 @@ class Draft(NamedTuple):
     make: Callable[[], Finding]
 
 
-class Crew(Struct):
-    """The workers of one claim set by state, and the one heard last of those that died or are gone."""
+class Crew(Struct, gc=False):
+    """How many workers of one claim set are in each state, and the one heard last of those that died or are gone."""
 
-    states: dict[WorkerState, int]
+    silent: int = 0
+    busy: int = 0
+    waiting: int = 0
+    idle: int = 0
     last: str | None = None
 
 
@@ -143,7 +146,7 @@ class Scene(Struct, kw_only=True):
     trends: Trends
     rejected: Mapping[str, int] = {}  # code -> error responses of the last 5 minutes
     crews: Mapping[ClaimSet | None, Crew] = {}
-    running: Mapping[tuple[str, str], list[int]] = {}  # pair -> running jobs with a live lock, oldest started_at
+    running: Mapping[str, int] = {}  # pair_id("running", …) -> the oldest started_at of its jobs with a live lock
 
     def exceeds(self, id_: str, value: float, threshold: float, close_at: float | None = None) -> bool:
         """Return whether a value is above the threshold, or, of an open problem, above the value at which it closes."""

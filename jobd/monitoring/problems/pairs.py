@@ -31,6 +31,7 @@ SETTLED_MS: Final = 3 * MINUTE_MS  # presence begins empty: until then a worker 
 LEFT_MS: Final = SETTLED_MS - MINUTE_MS // 2  # the same for a pair whose worker claimed since the start, and left
 NOTICEABLE_MS: Final = 100  # a smaller difference never counts as slower, whatever the ratio
 TAKES: Final = ("busy", "waiting", "idle")  # states of workers that take jobs, as sentences list them
+STATES: Final = ("silent", *TAKES)  # that a Crew counts
 MANY_FAIL: Final = 0.9
 
 
@@ -38,15 +39,15 @@ def no_workers(scene: Scene) -> Iterator[Draft | None]:
     """A job is due, and no worker that takes its queue and kind is there."""
     limit_ms, others = scene.limits.queue_without_workers_ms, scene.crews.get(None)
     # The holders of jobs that have not claimed since the start may take any pair.
-    has_others = others is not None and not others.states.keys().isdisjoint(("busy", "silent"))
+    has_others = others is not None and (others.busy or others.silent)
     is_settled = scene.up_ms >= SETTLED_MS
     for pair in scene.due if is_settled or (scene.up_ms >= LEFT_MS and not has_others) else ():
         yield None
         key = pair.queue, pair.kind
-        if pair.wait_ms <= limit_ms or pair.queue in scene.state.paused or key in scene.running:
+        if pair.wait_ms <= limit_ms or pair.queue in scene.state.paused or pair_id("running", *key) in scene.running:
             continue
         crew = crew_of(scene, *key)
-        if any(crew.states.get(state) for state in ("silent", *TAKES)):
+        if any(getattr(crew, state) for state in STATES):
             continue  # the jobs of a silent worker are a problem of their own
         if not is_settled and crew.last is None:
             continue
@@ -83,7 +84,7 @@ def _waiting(scene: Scene, pair: DuePair) -> Finding:
     key = pair.queue, pair.kind
     return Finding(
         subject=pair.subject,
-        title=f"{_due(pair)}. {_workers(scene, crew_of(scene, *key), scene.running.get(key))}",
+        title=f"{_due(pair)}. {_workers(scene, *key)}",
         value=pair.wait_ms,
         jobs=pair.due,
         wait_ms=pair.wait_ms,
@@ -145,7 +146,7 @@ def backlog_grows(scene: Scene) -> Iterator[Finding | None]:
             value=pair.due,
             jobs=pair.due,
             wait_ms=pair.wait_ms,
-            cause=_workers(scene, crew_of(scene, *key), scene.running.get(key)),
+            cause=_workers(scene, *key),
             cure=(Cure("See its workers", "jobctl workers", "/workers"),),
         )
 
@@ -183,8 +184,7 @@ def expiring(scene: Scene) -> Iterator[Finding | None]:
         key = tally.queue, tally.kind
         yield Finding(
             subject=tally.subject,
-            title=f"{expired:,} of {ended:,} jobs expired before a worker took them. "
-            f"{_workers(scene, crew_of(scene, *key), scene.running.get(key))}",
+            title=f"{expired:,} of {ended:,} jobs expired before a worker took them. {_workers(scene, *key)}",
             value=100 * expired / ended,
             jobs=expired,
             severity="critical" if 2 * expired >= ended else None,
@@ -231,13 +231,13 @@ def slow_kinds(scene: Scene) -> Iterator[Finding | None]:
 
 def crew_of(scene: Scene, queue: str, kind: str) -> Crew:
     """Return the workers whose latest claim takes the pair."""
-    joined = Crew({})
+    joined = Crew()
     for claims in scene.state.presence.claim_sets(queue):
         crew = scene.crews.get(claims)
         if crew is None or not claims.takes(kind):
             continue
-        for state, count in crew.states.items():
-            joined.states[state] = joined.states.get(state, 0) + count
+        for state in STATES:
+            setattr(joined, state, getattr(joined, state) + getattr(crew, state))
         if crew.last is not None and (joined.last is None or _heard(scene, crew.last) > _heard(scene, joined.last)):
             joined.last = crew.last
     return joined
@@ -266,14 +266,15 @@ def _last_word(presence: WorkerPresence, name: str) -> str:
     return f"The last, {name}, {'said goodbye' if worker.goodbye else 'was last heard'} at {at}."
 
 
-def _workers(scene: Scene, crew: Crew, running: list[int] | None) -> str:
-    there = {state: count for state in TAKES if (count := crew.states.get(state, 0))}
+def _workers(scene: Scene, queue: str, kind: str) -> str:
+    crew, running_since = crew_of(scene, queue, kind), scene.running.get(pair_id("running", queue, kind))
+    there = {state: count for state in TAKES if (count := getattr(crew, state))}
     total = sum(there.values())
     if not total:
         return "No worker claims this queue and kind."
     if there.get("busy") != total:
         return f"{plural(total, 'worker')}: {', '.join(f'{count} {state}' for state, count in there.items())}."
-    since = "" if running is None else f", the longest for {duration(scene.at.now - running[1])}"
+    since = "" if running_since is None else f", the longest for {duration(scene.at.now - running_since)}"
     return f"Its only worker is busy{since}." if total == 1 else f"All {total} workers are busy{since}."
 
 
