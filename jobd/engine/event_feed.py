@@ -13,7 +13,6 @@ from typing import Final
 
 import msgspec
 import structlog
-from msgspec import Struct
 
 from jobd.engine.change_watchers import Watcher, Watchers
 from jobd.engine.clock import loop_time
@@ -38,16 +37,10 @@ log = structlog.get_logger("jobd.feed")
 _encode: Final = msgspec.json.Encoder().encode
 
 
-class EncodedEvent(Struct, frozen=True):
-    """An event as it is sent to listeners."""
-
-    event: StreamedEvent
-    text: bytes
-
-    @classmethod
-    def of(cls, event: Event) -> EncodedEvent:
-        shown = streamed_event(event)
-        return cls(shown, b"id: %d\nevent: %b\ndata: %b\n\n" % (shown.seq, shown.type.encode(), _encode(shown)))
+def _encoded(event: Event) -> tuple[StreamedEvent, bytes]:
+    """Return an event with its text for listeners."""
+    shown = streamed_event(event)
+    return shown, b"id: %d\nevent: %b\ndata: %b\n\n" % (shown.seq, shown.type.encode(), _encode(shown))
 
 
 class EventBatch:
@@ -56,18 +49,18 @@ class EventBatch:
     __slots__ = ("frames", "text")
 
     def __init__(self, events: Sequence[Event]) -> None:
-        self.frames = [EncodedEvent.of(event) for event in events]
-        self.text = b"".join(frame.text for frame in self.frames)
+        self.frames = [_encoded(event) for event in events]
+        self.text = b"".join(text for _, text in self.frames)
 
     def since(self, position: int, wanted: EventFilter) -> bytes:
         """Return the events after `position` that `wanted` selects."""
-        if wanted.matches_everything and self.frames[0].event.seq > position:
+        if wanted.matches_everything and self.frames[0][0].seq > position:
             return self.text
-        return _texts(self.frames, position, wanted)
+        return b"".join(text for event, text in self.frames if event.seq > position and wanted.matches(event))
 
     @property
     def last(self) -> int:
-        return self.frames[-1].event.seq
+        return self.frames[-1][0].seq
 
 
 class Piece:
@@ -89,7 +82,7 @@ class Piece:
         """Return the events after `position` that `wanted` selects."""
         if not wanted.matches_everything:
             some = (event for event in self.events if event.seq > position and wanted.matches(event))
-            return b"".join(EncodedEvent.of(event).text for event in some)
+            return b"".join(_encoded(event)[1] for event in some)
         return self.round.since(position, wanted) if self.events else b""
 
     @property
@@ -396,7 +389,3 @@ class Subscriber:
 
 
 _READ_AGAIN: Final = "Read the state again, then connect without Last-Event-ID."
-
-
-def _texts(frames: Sequence[EncodedEvent], position: int, wanted: EventFilter) -> bytes:
-    return b"".join(each.text for each in frames if each.event.seq > position and wanted.matches(each.event))
