@@ -19,13 +19,13 @@ from jobd.engine.envelope import Envelope
 from jobd.http.decoding import Limits, RequestDecoder, make_body_type, malformed_json_error, validation_error
 from jobd.http.http_app import HttpApp
 from jobd.http.read_deadline import read_deadline, slow_client
-from jobd.http.request import RequestContext
+from jobd.http.request import RequestContext, canceller
 from jobd.http.response import SAFE_HEADERS, error_line, response_line
 from jobd.http.routing import Route
 from jobd.http.streaming import LineStream, finish
 from jobd.http.worker_request import WorkerRequest
 from jobd.model.api_call import LINES
-from jobd.model.commands import STREAMED_COMMANDS, Command, IdempotencyKey
+from jobd.model.commands import STREAMED_COMMANDS, Cancel, Command, IdempotencyKey
 from jobd.model.errors import ApiError, ApiException, invalid_request_error, too_large_error
 from jobd.model.fields import doc
 from jobd.model.responses import Response
@@ -260,9 +260,10 @@ class _StreamSession:
                 limit = self._app.limits.body
                 raise too_large_error(f"The line is over {limit} bytes. Split it.", limit=limit)
             decoded = self._reader.read(line)
-            slot.by, slot.job_id, slot.weight = decoded.by, decoded.job_id, decoded.command.weight()
+            slot.by = canceller(self._ctx) if type(decoded.command) is Cancel else decoded.by
+            slot.job_id, slot.weight = decoded.job_id, decoded.command.weight()
             envelope = self._app.actor.send(
-                decoded.command, slot, by=decoded.by, key=decoded.key, size=slot.size, ordered=True
+                decoded.command, slot, by=slot.by, key=decoded.key, size=slot.size, ordered=True
             )
         except ApiException as rejected:
             envelope = rejected.error

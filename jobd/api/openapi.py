@@ -17,14 +17,14 @@ from msgspec.structs import FieldInfo
 
 from jobd import __version__
 from jobd.api.command_stream import LINE_TYPES, StreamedCommand
-from jobd.http.auth import OPERATOR_HEADER
+from jobd.http.auth import CLIENT_HEADER, OPERATOR_HEADER
 from jobd.http.http_app import HttpApp
 from jobd.http.request import RequestContext
 from jobd.http.response import ErrorBody, RawBody
 from jobd.http.routing import Route, RouteHandler, route_of
 from jobd.model.api_call import EVENT_STREAM, JSON, LINES, ApiCall, Tag, calls_of
 from jobd.model.calls import ADMIN
-from jobd.model.commands import JobCommand
+from jobd.model.commands import Cancel, JobCommand
 from jobd.model.errors import ERROR_CODES
 from jobd.model.job import ID_PATTERN
 from jobd.model.requests import NoFields
@@ -58,6 +58,7 @@ HEADERS: Final = {
     "Last-Event-ID": "The `id` of the last event received. The stream continues after it.",
     "X-Jobd-Operator": "Name of the operator for timelines and the audit log: up to 64 characters. Unprintable "
     "characters are replaced by spaces.",
+    "X-Jobd-Client": "Name of the client for the timeline of a job that it cancels, as `X-Jobd-Operator`.",
     "Retry-After": "Seconds to wait if the code is `overloaded`.",
     "WWW-Authenticate": "How to send the token.",
 }
@@ -160,6 +161,7 @@ def _parameters(route: Route) -> list[JsonObject]:
         (route.key, "Idempotency-Key", {"pattern": "^[ -~]{1,200}$"}),
         (route.takes_version, "If-Match", {"pattern": '^"[0-9a-f]{1,60}"$'}),
         (is_recorded, OPERATOR_HEADER, {}),
+        (route.auth == "worker" and route.request in (Cancel, StreamedCommand), CLIENT_HEADER, {}),
         (route.content_type == EVENT_STREAM, "Last-Event-ID", {"pattern": "^[0-9]{0,19}$"}),  # empty: none
     ):
         if applies:

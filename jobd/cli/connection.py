@@ -89,7 +89,8 @@ def worker_api_endpoints(options: ConnectionOptions) -> tuple[Endpoint, ...]:
     address = options.url or (os.path.abspath(options.socket.removeprefix("unix:")) if options.socket else None)
     if address is None and not (os.environ.get("JOBD_SOCKET") or os.environ.get("JOBD_URL")):
         address = worker_socket()
-    return _usage_error_if_invalid(lambda: worker_endpoints(address, worker_token(options)))
+    client = options.operator or this_operator()
+    return _usage_error_if_invalid(lambda: worker_endpoints(address, worker_token(options), client=client))
 
 
 def admin_api_endpoints(options: ConnectionOptions) -> tuple[Endpoint, ...]:

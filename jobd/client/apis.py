@@ -82,11 +82,12 @@ class BaseClient:
         endpoint: Address | None = None,
         *,
         token: str | None = None,
+        name: str | None = None,
         timeout_s: float = 30.0,
         retry_for_s: float = 30.0,
         tls: ssl.SSLContext | None = None,
     ) -> None:
-        self._nodes = NodeList(worker_endpoints(endpoint, token), follows_unlisted=self._follows_unlisted)
+        self._nodes = NodeList(worker_endpoints(endpoint, token, client=name), follows_unlisted=self._follows_unlisted)
         self._retry = RetryOptions(total_s=retry_for_s, timeout_s=timeout_s)
         needs_tls = any(each.tls for each in self.endpoints)
         self._tls = (tls or ssl.create_default_context()) if needs_tls else None

@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 
 DEFAULT_ADMIN_URL: Final = "http://127.0.0.1:8770"
 OPERATOR_HEADER: Final = "X-Jobd-Operator"
+CLIENT_HEADER: Final = "X-Jobd-Client"
 SYSTEM_DIRECTORY: Final = "/run/jobd"
 # The path of a Unix socket may contain a comma, so the text after a separator has to look like an endpoint.
 _SEPARATOR: Final = re.compile(r"\s*,\s*(?=unix:|https?:|/)")
@@ -22,7 +23,8 @@ class Endpoint:
     """One listener of a daemon: a Unix socket (`path`), or a TCP address with or without `tls`.
 
     `prefix` precedes every path, as a proxy may require. `repr` and `str` never show the token. `operator` is the name
-    in the audit log for calls of the admin API. Raises ValueError if a header cannot have the token.
+    in the audit log for calls of the admin API, `client` that in the timeline of a job that a call of the worker API
+    cancels. Raises ValueError if a header cannot have the token.
     """
 
     path: str | None = None
@@ -32,6 +34,7 @@ class Endpoint:
     prefix: str = ""
     token: str | None = field(default=None, repr=False)
     operator: str | None = None
+    client: str | None = None
 
     def __post_init__(self) -> None:
         if self.token is not None and re.fullmatch(r"[!-~]*", self.token) is None:
@@ -56,8 +59,9 @@ class Endpoint:
     @property
     def headers(self) -> dict[str, str]:
         headers = {} if self.token is None else {"Authorization": f"Bearer {self.token}"}
-        if self.operator:
-            headers[OPERATOR_HEADER] = "".join(c if " " <= c <= "~" else "?" for c in self.operator)
+        for header, name in ((OPERATOR_HEADER, self.operator), (CLIENT_HEADER, self.client)):
+            if name:
+                headers[header] = "".join(c if " " <= c <= "~" else "?" for c in name)
         return headers
 
 
@@ -98,12 +102,16 @@ def parse_endpoint(text: str, *, token: str | None = None) -> Endpoint:
 
 
 def worker_endpoints(
-    where: Address | None = None, token: str | None = None, environ: Mapping[str, str] = os.environ
+    where: Address | None = None,
+    token: str | None = None,
+    environ: Mapping[str, str] = os.environ,
+    *,
+    client: str | None = None,
 ) -> tuple[Endpoint, ...]:
     """Find the worker API: `where`, else $JOBD_SOCKET, else $JOBD_URL, else the daemon's default socket.
 
     There are several endpoints if jobd runs on several machines. The token (TCP only) is `token`, else the first line
-    of the file $JOBD_WORKER_TOKEN_FILE.
+    of the file $JOBD_WORKER_TOKEN_FILE. `client` is the name of the client in timelines.
     """
 
     def token_for(endpoint: Endpoint) -> str | None:
@@ -114,7 +122,7 @@ def worker_endpoints(
         )
 
     text = where or environ.get("JOBD_SOCKET") or environ.get("JOBD_URL") or default_socket(environ)
-    return _parse_list(text, token_for)
+    return tuple(each if client is None else replace(each, client=client) for each in _parse_list(text, token_for))
 
 
 def admin_endpoints(

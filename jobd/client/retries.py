@@ -76,7 +76,9 @@ class NodeList:
         if len(listed) == 1:
             return listed[0]
         is_trusted = self._follows_unlisted and source in self.endpoints and named.scheme == source.scheme
-        return replace(named, token=source.token, operator=source.operator) if is_trusted else None
+        return (
+            replace(named, token=source.token, operator=source.operator, client=source.client) if is_trusted else None
+        )
 
 
 class RetryState:

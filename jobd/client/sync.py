@@ -238,7 +238,7 @@ class JobClient(WorkerApi, BlockingClient):
 
     `endpoint` is `unix:/path`, `http://host:port`, or None for $JOBD_SOCKET, $JOBD_URL or the daemon's default. If jobd
     runs on several machines, it is the list of their URLs: a sequence, or text with commas. Calls then go to the
-    leader, and wait for a takeover as below.
+    leader, and wait for a takeover as below. The timeline of a job that the client cancels has its `name`.
 
     While the daemon is unreachable or overloaded, calls are retried if that is safe, for `retry_for_s` seconds in total
     (0: no retries). `timeout_s` limits the wait for one response. Every method raises JobdError, usually one of the

@@ -482,4 +482,6 @@ def _ended_by(end: Event) -> str:
     if end.type == "adopted":
         how += f" with a late result of worker {(end.details or {}).get('worker')}"
     reason = f": {end.reason.removesuffix('.')}" if end.reason not in (None, "", NO_REASON) else ""
-    return f"{how} by {describe_author(end.by)}{reason}"
+    details = end.details or {}
+    plan = f" with plan {details['plan']} ({details['planned']:,} jobs)" if details.get("planned", 0) > 1 else ""
+    return f"{how} by {describe_author(end.by)}{plan}{reason}"

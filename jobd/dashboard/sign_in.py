@@ -17,7 +17,7 @@ from jobd.api.services import Services
 from jobd.dashboard.context import Form, Viewer, is_live_update, is_secure, request_target, session_cookie, set_cookie
 from jobd.dashboard.rendering import HEADERS, HTML, redirect
 from jobd.dashboard.sessions import MAX_AGE_S, LoginThrottle, Session, Sessions, SignInLog
-from jobd.http.auth import operator_name
+from jobd.http.auth import printable_name
 from jobd.http.http_app import HttpApp
 from jobd.http.request import RequestContext, client_address
 from jobd.http.response import RawBody
@@ -69,7 +69,7 @@ class SignInPages:
 
         Another site could only sign an operator in with a token that it knows. The authenticator has checked Origin.
         """
-        address, name = client_address(context), operator_name(form.name)
+        address, name = client_address(context), printable_name(form.name)
         opened = self._sessions.sign_in(form.token.strip(), name, by_tls=is_secure(context))
         if opened is None:
             return await self._reject(app, form, Operator(name or ANONYMOUS, address))

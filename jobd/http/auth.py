@@ -24,6 +24,7 @@ LOOPBACK: Final = frozenset({"localhost", "127.0.0.1", "::1"})
 ANY_ADDRESS: Final = frozenset({"", "0.0.0.0", "::"})
 
 OPERATOR_HEADER: Final = "X-Jobd-Operator"
+CLIENT_HEADER: Final = "X-Jobd-Client"
 
 Permission = Literal["full", "read"]
 
@@ -113,8 +114,8 @@ def header_text(headers: Mapping[str, bytes], name: str) -> str:
     return headers.get(name, b"").rstrip(b" \t").decode("utf-8", "surrogateescape")
 
 
-def operator_name(name: str) -> str:
-    """Return the name of an operator in a printable form, at most MAX_OPERATOR characters. It may be empty."""
+def printable_name(name: str) -> str:
+    """Return the name of an operator or client in printable form, at most MAX_OPERATOR characters. It may be empty."""
     printable = "".join(char if char.isprintable() else " " for char in name[: 4 * MAX_OPERATOR])
     return " ".join(printable.split())[:MAX_OPERATOR].rstrip()
 

@@ -22,10 +22,11 @@ from jobd.engine.actor import Actor
 from jobd.engine.envelope import Envelope, Waiter
 from jobd.http.auth import FORM, Authenticator, check_content_type
 from jobd.http.decoding import Limits, path_value
-from jobd.http.request import BodyError, RequestContext, operator_of
+from jobd.http.request import BodyError, RequestContext, canceller, operator_of
 from jobd.http.response import HttpResponse, RawBody, error_response, ok_response
 from jobd.http.routing import ResolvedRoute, Route, Router
 from jobd.model.api_call import JSON, LINES
+from jobd.model.commands import Cancel
 from jobd.model.errors import SHUTTING_DOWN, ApiError, ApiException, api_error, not_leader_error, too_large_error
 from jobd.model.journal import JournalOutcomeUnknown, LeadershipLost
 from jobd.model.responses import Response
@@ -316,7 +317,7 @@ class HttpApp(Generic[S]):
         if IF_MATCH in ctx.headers:
             ctx.expected = _expected_version(ctx, resolved.route)
         command = resolved.decode(body, ctx.path_value)
-        ctx.by = command.sender() or ctx.by
+        ctx.by = canceller(ctx) if type(command) is Cancel and not self.admin else command.sender() or ctx.by
         if len(job_ids := command.job_ids()) == 1:
             ctx.job_id = job_ids[0]
         return command

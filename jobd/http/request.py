@@ -14,12 +14,13 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from jobd.engine.envelope import Envelope
-from jobd.http.auth import OPERATOR_HEADER, header_text, operator_name
+from jobd.http.auth import CLIENT_HEADER, OPERATOR_HEADER, header_text, printable_name
 from jobd.http.response import stream_head
 from jobd.http.routing import ResolvedRoute, Route
 from jobd.model.commands import IdempotencyKey, Operator
 
 _OPERATOR: Final = OPERATOR_HEADER.lower()
+_CLIENT: Final = CLIENT_HEADER.lower()
 _CREDENTIALS: Final = struct.Struct("3i")  # pid, uid, gid
 # A request target in absolute form. One with a user or another scheme is rejected as an unknown path.
 _URI: Final = re.compile(r"https?://((?:\[[0-9a-f:.]+\]|[^/?#@\[\]]+)(?::[0-9]*)?)([/?].*)?", re.IGNORECASE)
@@ -178,8 +179,8 @@ def without_authority(target: str, headers: dict[str, bytes]) -> str:
     return path if path.startswith("/") else f"/{path}"
 
 
-def client_address(ctx: RequestContext) -> str:
-    """Return the IP address of the client, or its user id on a Unix socket."""
+def _peer(ctx: RequestContext, unix: str) -> str:
+    """Return the IP address of the client. On a Unix socket, return `unix` with its `pid` and `uid`."""
     transport = ctx.transport
     if transport is None:
         return "gone"
@@ -187,20 +188,31 @@ def client_address(ctx: RequestContext) -> str:
     if isinstance(peer, tuple):
         return str(peer[0])
     opened = transport.get_extra_info("socket")
-    _, uid, _ = _CREDENTIALS.unpack(opened.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
-    return f"unix uid={uid}"
+    pid, uid, _ = _CREDENTIALS.unpack(opened.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
+    return unix.format(pid=pid, uid=uid)
+
+
+def client_address(ctx: RequestContext) -> str:
+    """Return the IP address of the client, or its user id on a Unix socket."""
+    return _peer(ctx, "unix uid={uid}")
+
+
+def canceller(ctx: RequestContext) -> str:
+    """Return the author of a cancel of a client: its name, if it sends one, and user, process or address."""
+    name, peer = printable_name(ctx.header(_CLIENT)), _peer(ctx, "uid {uid}, pid {pid}")
+    return f"client:{name} ({peer})" if name else f"client:{peer}"
 
 
 def operator_of(ctx: RequestContext, name: str = "") -> Operator:
     """Return the operator who requests a change. `name` takes precedence over the header."""
-    return Operator(name or operator_name(ctx.header(_OPERATOR)), client_address(ctx))
+    return Operator(name or printable_name(ctx.header(_OPERATOR)), client_address(ctx))
 
 
 def reading_operator(ctx: RequestContext, name: str = "") -> Operator:
     """Return the operator who reads audited data. A read-only token without a name is `reader`."""
     if ctx.operator is not None:
         return ctx.operator
-    name = name or operator_name(ctx.header(_OPERATOR))
+    name = name or printable_name(ctx.header(_OPERATOR))
     return Operator(name or ("reader" if ctx.by == "reader" else ""), client_address(ctx))
 
 

@@ -292,7 +292,7 @@ class Planner:
             return ApiError("shutting_down", "The daemon is stopping.")
         view = plan.view
         kind = ApplyEndings if plan_rules.is_ending(view.action) else ApplyPlan
-        command = kind(action=view.action, jobs=chunk, reason=view.reason)
+        command = kind(action=view.action, jobs=chunk, reason=view.reason, plan=view.plan_id, planned=view.count)
         if plan_rules.may_wait(view.action):
             self._watched |= dict.fromkeys((job.id for job in chunk), plan)
         if plan.trial is not None and not plan.done.applied:

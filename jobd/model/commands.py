@@ -965,12 +965,17 @@ class ExpectedVersion(Struct, frozen=True, gc=False):
 
 
 class ApplyPlan(Command, frozen=True, kw_only=True):
-    """Apply a slice of a plan: `action` on those of `jobs` that have not changed since the plan was made."""
+    """Apply a slice of a plan: `action` on those of `jobs` that have not changed since the plan was made.
+
+    The events of the jobs name the `plan` and the number of its jobs, `planned`.
+    """
 
     admission: ClassVar[Admission] = "change"
 
     action: PlanAction
     jobs: list[ExpectedVersion]
+    plan: str = ""
+    planned: int = 0
     reason: str | None = None
 
     def job_ids(self) -> list[str]:

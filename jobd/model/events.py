@@ -91,8 +91,9 @@ Changes: Any = msgspec.defstruct(
 class Event(Struct, frozen=True, gc=False):
     """One fact. `seq` orders the events of the whole store: it is unique and never reused; gaps are allowed.
 
-    `at` is wall time in Unix ms. `by` is the author: `worker:NAME`, `client`, `admin`, `admin:NAME`, `recovery`,
-    `cleanup` or `daemon`. Events of a queue have `job_seq` 0 and an empty `job_id`. `details` is public.
+    `at` is wall time in Unix ms. `by` is the author: `worker:NAME`, `client` (of a cancel `client:WHO`), `admin`,
+    `admin:NAME`, `recovery`, `cleanup` or `daemon`. Events of a queue have `job_seq` 0 and an empty `job_id`.
+    `details` is public.
 
     The columns up to `changes` are stored. `changes` can contain a lock_id and is never sent to a client. An event of
     this process has the rows `before` and `after` instead, from which `stored_changes` makes them: `before` is None for
@@ -201,7 +202,8 @@ class EventView(Struct, frozen=True, rename={"from_": "from"}):
         str,
         doc(
             "The author: `worker:NAME`, `client`, `admin:NAME` (`admin` if no name was given), "
-            "`recovery`, `cleanup` or `daemon`."
+            "`recovery`, `cleanup` or `daemon`. Of a cancel, `client:NAME (uid N, pid N)`, or `client:uid N, pid N` "
+            "without a name; over TCP with the address instead."
         ),
     ]
     reason: Annotated[str | None, doc("Why, in words, or null.")]

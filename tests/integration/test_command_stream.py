@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import socket
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -168,6 +169,7 @@ async def test_grants_of_a_stream_whose_client_has_closed_are_released(either: H
 
 async def test_a_line_gives_the_command_of_its_call(harness: HttpHarness) -> None:
     stream = await RawCommandStream.open(harness)
+    cancelled_by = f"client:uid {os.getuid()}, pid {os.getpid()}"
     lines: list[tuple[dict[str, Any], str, str]] = [
         ({"op": "create", "id": "j", "payload": {"a": 1}, "queue": "q"}, "/v1/jobs", "client"),
         ({"op": "bulk", "jobs": [{"id": "a"}, {"payload": 2}]}, "/v1/jobs/bulk", "client"),
@@ -178,7 +180,7 @@ async def test_a_line_gives_the_command_of_its_call(harness: HttpHarness) -> Non
         ({"op": "complete", "id": "j", "lock_id": "l", "metadata": [1]}, "/v1/jobs/{id}/complete", "client"),
         ({"op": "fail", "id": "j", "lock_id": "l", "error_message": "m"}, "/v1/jobs/{id}/fail", "client"),
         ({"op": "release", "id": "j", "lock_id": "l"}, "/v1/jobs/{id}/release", "client"),
-        ({"op": "cancel", "id": "j", "reason": "r"}, "/v1/jobs/{id}/cancel", "client"),
+        ({"op": "cancel", "id": "j", "reason": "r"}, "/v1/jobs/{id}/cancel", cancelled_by),
         ({"op": "get", "id": "j"}, "/v1/jobs/{id}", "client"),
     ]
     assert {line["op"] for line, _, _ in lines} == STREAMED_COMMANDS.keys()

@@ -43,7 +43,11 @@ _CLIENT: Final = {
     "tls": "an `ssl.SSLContext` for an `https` address; None: the certificates of the system",
 }
 PARAMETERS: Final[dict[type, dict[str, str]]] = {
-    JobClient: {"endpoint": "an [address](#addresses)", **_CLIENT},
+    JobClient: {
+        "endpoint": "an [address](#addresses)",
+        "name": "the name of your program in the timelines of jobs that it cancels",
+        **_CLIENT,
+    },
     AdminClient: {
         "endpoint": "an [address](#addresses)",
         **_CLIENT,

@@ -49,7 +49,7 @@ class App:
         inline: bool = False,
     ) -> None:
         tasks: dict[str, TaskDefinition] = {}
-        jobs: JobPort = InlineJobs(tasks) if inline else DaemonJobs(url, token)
+        jobs: JobPort = InlineJobs(tasks) if inline else DaemonJobs(url, token, name)
         self.name: Final = name
         self.include: Final = (include,) if isinstance(include, str) else tuple(include)
         self.registry: Final = TaskRegistry(jobs, tasks)

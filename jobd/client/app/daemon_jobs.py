@@ -56,8 +56,9 @@ class _Warning:
 class DaemonJobs:
     """Jobs of the daemon at `url`. A blocking client is shared by all threads, and each event loop has a client."""
 
-    def __init__(self, url: Address | None, token: str | None) -> None:
+    def __init__(self, url: Address | None, token: str | None, name: str) -> None:
         self._url = url
+        self._name = name
         self._token = token
         self._guard = threading.Lock()
         self._client: JobClient | None = None
@@ -186,7 +187,9 @@ class DaemonJobs:
         with self._guard:
             if self._client is None or self._client_of is not _replacement:
                 self.close()
-                client = JobClient(_replacement or self._url, token=self._token, retry_for_s=RETRY_FOR_S)
+                client = JobClient(
+                    _replacement or self._url, token=self._token, name=self._name, retry_for_s=RETRY_FOR_S
+                )
                 client.on_retry = self._warning
                 weakref.finalize(self, client.close)  # also at the end of the program
                 self._client_of, self._client = _replacement, client
@@ -220,7 +223,7 @@ class DaemonJobs:
                 f"Asynchronous calls and workers need the package {error.name}: pip install 'jobd-client[worker]'",
                 name=error.name,
             ) from None
-        return AsyncJobClient(_replacement or self._url, token=self._token, retry_for_s=RETRY_FOR_S)
+        return AsyncJobClient(_replacement or self._url, token=self._token, name=self._name, retry_for_s=RETRY_FOR_S)
 
 
 def _bulk(jobs: Sequence[NewJob]) -> ApiRequest[list[JobView]]:

@@ -10,6 +10,7 @@ from hashlib import blake2b
 from typing import Any, Final
 
 import msgspec
+from msgspec.structs import replace
 
 from jobd.core import guards
 from jobd.core.transaction import Transaction
@@ -56,9 +57,12 @@ def _one(tx: Transaction, command: ApplyPlan, rules: Rules, expected: ExpectedVe
         what = "It has changed since the plan was made."
         done.changed.append(ChangedJob(job.id, "", job.status, what))
         return
+    before = len(tx.changes)
     try:
         rules[command.action](tx, _command_for(command, expected))
         done.applied += 1
+        plan = {"plan": command.plan, "planned": command.planned} if command.plan else {}
+        tx.changes[before:] = [replace(each, details={**(each.details or {}), **plan}) for each in tx.changes[before:]]
     except ApiException as rejected:
         done.rejected.append(ChangedJob(job.id, "", job.status, rejected.error.message))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import AsyncIterator
 from typing import Any, Final
 
@@ -63,6 +64,8 @@ async def test_a_call_is_its_command(harnesses: Harnesses) -> None:
         assert envelope.command == example.command
         assert (envelope.key is not None) == bool(example.call.options.get("key")), example
         by = "admin" if example.is_admin else example.command.sender() or "client"
+        if by == "client" and isinstance(example.command, commands.Cancel):
+            by = f"client:uid {os.getuid()}, pid {os.getpid()}"
         assert (envelope.by, envelope.admin) == (by, example.is_admin)
         then: dict[type, Any] = {commands.Export: RecordAction(what="export"), commands.Why: commands.Get(id="a")}
         added = then.get(type(example.command))

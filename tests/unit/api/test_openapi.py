@@ -104,6 +104,8 @@ def test_a_call_documents_its_success_and_its_errors(name: str) -> None:
         if route.auth == "admin" and (route.method != "GET" or taken):
             wanted_headers.add("X-Jobd-Operator")
             wanted_headers |= {"If-Match"} if route.takes_version else set()
+        elif route.path in ("/v1/jobs/{id}/cancel", "/v1/commands"):
+            wanted_headers.add("X-Jobd-Client")
         assert headers == wanted_headers | ({"Last-Event-ID"} if route.response is StreamedEvent else set())
         assert (operation[call_of(route)]["security"] == [{"token": []}]) == (route.auth == "admin")
         assert ("requestBody" in operation[call_of(route)]) == (route.method != "GET")

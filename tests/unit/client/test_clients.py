@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from jobd import App
 from jobd.client import (
     AdminClient,
     AsyncJobClient,
@@ -58,12 +59,16 @@ def send(kind: str, endpoint: str) -> Send:
 
 
 def test_the_name_of_the_operator_is_sent_as_ascii(server: ScriptedServer) -> None:
-    server.script = [ok({"alerts": []}), ok({"alerts": []})]
+    server.script = [ok({"alerts": []}), ok({"alerts": []}), EMPTY_PAGE, ok(JOB)]
     with serving(server) as url:
         for name in ("eve@build-3", "zoë\r\nX: y"):
             with AdminClient(url, token="t" * 24, operator=name) as client:
                 client.alerts()
-    assert [received.headers["X-Jobd-Operator"] for received in server.received] == ["eve@build-3", "zo???X: y"]
+        with JobClient(url, name="shop") as jobs:
+            jobs.list_jobs()
+        App("web", url=url).task(name="t")(lambda: None).job("a").status()
+    assert [received.headers.get("X-Jobd-Operator") for received in server.received[:2]] == ["eve@build-3", "zo???X: y"]
+    assert [received.headers["X-Jobd-Client"] for received in server.received[2:]] == ["shop", "web"]
 
 
 def test_a_call_sends_its_fields_and_returns_a_typed_result(server: ScriptedServer, send: Send) -> None:

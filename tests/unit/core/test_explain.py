@@ -635,6 +635,9 @@ def test_finished(rules: RuleHarness) -> None:
     [
         (cmd.Cancel(id="a", reason="Not wanted."), "admin:ana", "It was cancelled by operator ana: Not wanted."),
         (cmd.Cancel(id="a"), "client", "It was cancelled by a client."),
+        (cmd.Cancel(id="a", reason="left"), "client:shop (uid 998, pid 4410)",
+         "It was cancelled by client shop (uid 998, pid 4410): left."),
+        (cmd.Cancel(id="a"), "client:::1", "It was cancelled by client ::1."),
         (cmd.Cancel(id="a"), "admin", "It was cancelled by an operator."),
         (cmd.ForceFail(id="a", reason="hangs"), "admin:ana", "It was failed by operator ana: hangs."),
         (cmd.ForceFail(id="a"), "admin:ana", "It was failed by operator ana."),

@@ -88,6 +88,10 @@ async def test_a_job_lifecycle_over_a_stream(apis: BothApis) -> None:
     assert repeated["repeated"] is True
     response = await apis.worker.request("POST", "/v1/jobs/nobody/cancel")
     assert (response.status, response.error) == (404, "job_not_found")
+    await apis.post("/v1/jobs", '{"id":"job-2"}', X_Jobd_Client="shop")
+    await apis.post("/v1/jobs/job-2/cancel", '{"reason":"left"}', X_Jobd_Client=" sh\top ")
+    created, cancelled = (await apis.worker.request("GET", "/v1/jobs/job-2/timeline")).data["events"]
+    assert (created["by"], cancelled["by"]) == ("client", f"client:sh op (uid {os.getuid()}, pid {os.getpid()})")
     events = (await apis.worker.request("GET", "/v1/jobs/job-1/timeline")).data["events"]
     assert [event["type"] for event in events] == ["created", "granted", "progress", "completed"]
     assert events[1]["by"] == "worker:w-1"

@@ -35,6 +35,7 @@ from jobd.model.commands import (
     Preview,
     Start,
     Update,
+    Why,
 )
 from jobd.model.errors import ApiError
 from jobd.model.job import DAY_MS, SECOND_MS, Grant, Options
@@ -303,6 +304,7 @@ async def test_a_plan_lists_its_changes_and_applies_them(engine: VirtualEngine) 
     assert (result.applied, result.changed, result.rejected, result.repeated) == (2, [], [], False)
     assert (await engine.yes(Get(id="a"))).status == "queued"
     assert engine.disk.events[-1].reason == "mended"
+    assert engine.disk.events[-1].details == {"plan": "p", "planned": 2}
     shown = engine.planner.find("p")
     assert isinstance(shown, PlanView)
     assert shown.result == result
@@ -405,6 +407,20 @@ async def test_a_disconnected_caller_does_not_stop_a_plan(engine: VirtualEngine)
     await asyncio.sleep(1)
     result = await apply_plan(engine.planner)
     assert (result.applied, result.repeated) == (plan_runner.SLICE + 1, True)
+
+
+@in_engine()
+async def test_why_names_the_plan_that_cancelled_a_job(engine: VirtualEngine) -> None:
+    for job_id in ("a", "b", "c"):
+        await engine.yes(Create(id=job_id))
+    for ids in (["a", "b"], ["c"]):
+        await make_plan(engine.planner, action="cancel", ids=ids, reason="wrong file")
+        await apply_plan(engine.planner)
+    because = [(await engine.yes(Why(id=job_id))).because for job_id in ("a", "c")]
+    assert because == [
+        "It was cancelled by operator eve with plan p (2 jobs): wrong file.",
+        "It was cancelled by operator eve: wrong file.",
+    ]
 
 
 @in_engine()
