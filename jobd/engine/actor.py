@@ -77,11 +77,9 @@ from jobd.model.commands import (
     Claim,
     Complete,
     Create,
-    Get,
     IdempotencyKey,
     Operator,
     Undelivered,
-    WaitForJobs,
 )
 from jobd.model.errors import SHUTTING_DOWN, ApiError, not_leader_error
 from jobd.model.events import Event
@@ -285,7 +283,7 @@ class Actor:
         """The number of commands in the mailbox and of reads of history in progress."""
         return len(self._mailbox) + len(self._history.reads)
 
-    def _reject_entry(self, command: AnyCommand, size: int) -> ApiError | None:
+    def _reject_entry(self, command: Any, size: int) -> ApiError | None:
         if self._stopping:
             return self._rejection
         room, bounds = SHARES[command.admission], self.bounds
@@ -296,7 +294,7 @@ class Actor:
             return ApiError("overloaded", "Too many commands are waiting; try again in a second.")
         if self.unread.is_full and room < 1:
             return self.unread.rejection()
-        if isinstance(command, Claim | Get | WaitForJobs) and command.wait_ms:
+        if command.can_wait and command.wait_ms:
             if command.wait_ms > bounds.claim_wait_ms:
                 message = f"wait_ms may be at most {bounds.claim_wait_ms} (limits.claim_wait), not {command.wait_ms}."
                 return ApiError("invalid_request", message, {"field": "$.wait_ms"})
