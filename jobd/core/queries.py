@@ -104,7 +104,7 @@ def _of_job(tx: Transaction, command: OfJob) -> Response:
             return views.job_response(tx, job)
         case GetVersion():
             shown = views.job_response(tx, job)
-            shown.data.version = plan_rules.version(job, tx.state.latest_late(job.seq))
+            shown.data.version = plan_rules.version(job, tx.state.late_results.get(job.seq))
             return shown
         case Timeline():
             return Response(TimelineView([]), read=HistoryRead(timeline=job.seq, events=command.limit))

@@ -49,7 +49,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from heapq import heappush, merge
 from itertools import chain, islice, takewhile
 from operator import itemgetter
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, TypeVar
 
 from msgspec.structs import astuple
 
@@ -69,7 +69,7 @@ from jobd.core.stats import Counters
 from jobd.core.worker_presence import WorkerPresence
 from jobd.model.clocks import LockMs
 from jobd.model.commands import ClockTrust
-from jobd.model.events import Event, QueuePause, QuietRule
+from jobd.model.events import QueuePause, QuietRule
 from jobd.model.job import (
     FINISHED,
     LOOP_FROM,
@@ -87,11 +87,13 @@ from jobd.model.job import (
 from jobd.model.schedules import Schedule
 from jobd.model.storage import Numbers, OpenedStore, QueueRow
 
+K = TypeVar("K")
+V = TypeVar("V")
+
 FINISHED_KEPT: Final = 1_000  # finished jobs in memory, for repeated endings and quick reads
 FINISHED_BYTES: Final = 16 << 20  # of their metadata
 OPTIONS_KEPT: Final = 10_000
-LATE_CALLS_KEPT: Final = 10_000  # remembered calls; beyond, the oldest are forgotten and may be recorded again
-LATE_RESULTS_KEPT: Final = 10_000  # jobs with late results since the start
+LATE_KEPT: Final = 10_000  # remembered calls, which may be recorded again once they are forgotten, and results
 
 
 PAUSES_READ_MS: Final = 10 * SECOND_MS  # after which the maintainer knows at the latest when a new pause ends
@@ -114,8 +116,6 @@ class State:
         "_deadlines",
         "_expiries",
         "_finished_bytes",
-        "_late_calls",
-        "_late_results",
         "_lock_ms",
         "_not_live",
         "_now",
@@ -129,7 +129,8 @@ class State:
         "expired_locks",
         "finished",
         "jobs",
-        "late",
+        "late_calls",
+        "late_results",
         "next_event",
         "next_job",
         "next_token",
@@ -171,8 +172,9 @@ class State:
         # Quarantined jobs whose rows could not be moved. A finished one has its queue and status here, because it stays
         # in the counts until its row is moved.
         self.unmoved: dict[str, tuple[str, str] | None] = {}
-        self._late_calls: dict[tuple[int, int, str], None] = {}  # job seq, fencing token, verb
-        self._late_results: dict[int, int] = {}  # job seq -> seq of the latest late result since the start
+        # Rejected calls that the journal has, since the start: job seq, fencing token, verb.
+        self.late_calls: dict[tuple[int, int, str], None] = {}
+        self.late_results: dict[int, int] = {}  # job seq -> seq of the latest late result since the start
         self.paused: dict[str, QueuePause] = {}
         self.quiet: Mapping[str, QuietRule] = {}  # by id; replaced as a whole
         self.on_quiet: Callable[[], None] = lambda: None  # called when `quiet` has changed
@@ -358,37 +360,6 @@ class State:
         return self._options.setdefault(options, options)
 
     # -- changing -----------------------------------------------------------------------------------------------------
-
-    def has_late_call(self, job_seq: int, fencing_token: int, verb: str) -> bool:
-        """Return whether the journal is known to have this rejected call."""
-        return (job_seq, fencing_token, verb) in self._late_calls
-
-    def add_late_call(self, event: Event) -> None:
-        """Remember the rejected call of `event`."""
-        self._late_calls[_call_of(event)] = None
-        if len(self._late_calls) > LATE_CALLS_KEPT:
-            del self._late_calls[next(iter(self._late_calls))]
-
-    def forget_late_call(self, event: Event) -> None:
-        """Forget the call, because it is undone."""
-        self._late_calls.pop(_call_of(event), None)
-
-    def latest_late(self, job_seq: int) -> int | None:
-        """Return the seq of the latest late result of a job since the start, as far as remembered."""
-        return self._late_results.get(job_seq)
-
-    def add_late(self, job_seq: int, seq: int) -> None:
-        """Remember the latest late result of a job."""
-        self._late_results.pop(job_seq, None)
-        self._late_results[job_seq] = seq
-        if len(self._late_results) > LATE_RESULTS_KEPT:
-            del self._late_results[next(iter(self._late_results))]
-
-    def forget_late(self, job_seq: int, latest: int | None) -> None:
-        """Forget the latest late result, because it is undone. `latest` is the one before."""
-        self._late_results.pop(job_seq, None)
-        if latest is not None:
-            self._late_results[job_seq] = latest
 
     def reindex(self, before: Job | None, after: Job | None) -> None:
         """Replace the row of a job in every order and counter. None: no such job. Exchange both to undo it."""
@@ -772,10 +743,12 @@ class State:
         return self._deadline_of.get(entry[2]) == entry[0] and self.processing[entry[2]].seq == entry[1]
 
 
-def _call_of(event: Event) -> tuple[int, int, str]:
-    details = event.details
-    assert details is not None
-    return event.job_seq, details["fencing_token"], details["verb"]
+def remember(late: dict[K, V], key: K, value: V) -> None:
+    """Set a value of `State.late_calls` or `late_results`. Forget the one that was set longest ago above LATE_KEPT."""
+    late.pop(key, None)
+    late[key] = value
+    if len(late) > LATE_KEPT:
+        del late[next(iter(late))]
 
 
 def _is_same_grant(before: Job, after: Job) -> bool:

@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from msgspec.structs import replace
 
-from jobd.core.state import State
+from jobd.core.state import State, remember
 from jobd.model.commands import IssuedCommand, Moment
 from jobd.model.events import Event, EventType, QueuePause, QuietRule, fold_quiet
 from jobd.model.job import COUNTER_MASK, TOKEN_COUNTER_BITS, Job, LateResult, Policy, new_epoch
@@ -172,14 +172,14 @@ class Transaction:
         late = replace(late, seq=self.state.next_event)
         self._add(job, job, "late_result", f"worker:{late.worker}", reason, details, late=late)
         self.late.results.setdefault(job.seq, []).append(late)
-        self.state.add_late(job.seq, late.seq)
+        remember(self.state.late_results, job.seq, late.seq)
         return late
 
     def note_call(self, job: Job, worker: str, reason: str, details: dict[str, Any]) -> None:
         """Record a rejected call. The row of `job` does not change."""
         self.state.presence.note_seen(worker, self.now)
         self._add(job, job, "late_call", f"worker:{worker}", reason, details)
-        self.state.add_late_call(self.changes[-1])
+        remember(self.state.late_calls, _call_of(self.changes[-1]), None)
 
     def pause(self, queue: str, pause: QueuePause) -> None:
         """Pause a queue, or replace its pause."""
@@ -267,11 +267,13 @@ class Transaction:
             if event.type == "imported":
                 state.unvalidated.pop(event.job_seq, None)
             elif event.type == "late_call":
-                state.forget_late_call(event)
+                state.late_calls.pop(_call_of(event), None)
             elif event.late is not None:
                 known = self.late.results[event.job_seq]
                 known.remove(event.late)
-                state.forget_late(event.job_seq, max((each.seq for each in known), default=None))
+                state.late_results.pop(event.job_seq, None)
+                if known:
+                    state.late_results[event.job_seq] = max(each.seq for each in known)
         for restore in reversed(restores):
             restore()
 
@@ -340,3 +342,9 @@ class Transaction:
             if before is not None and before.grant is not None and (after is None or after.grant is not before.grant):
                 self.ended.append(before.grant.lock_id)
             state.reindex(before, after)
+
+
+def _call_of(event: Event) -> tuple[int, int, str]:
+    details = event.details
+    assert details is not None
+    return event.job_seq, details["fencing_token"], details["verb"]

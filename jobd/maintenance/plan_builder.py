@@ -184,7 +184,7 @@ class PlanBuilder:
         """Add jobs to the plan. Read their versions before their late results: a later one changes the version."""
         self._added.update(job.id for job in jobs)
         self._times += [job.finished_at or job.created_at for job in jobs]
-        action, latest_late = self._request.action, self._state.latest_late
+        action, latest_late = self._request.action, self._state.late_results.get
         self.expected += [
             ExpectedVersion(job.id, plan_rules.version(job, latest_late(job.seq), action)) for job in jobs
         ]

@@ -105,7 +105,7 @@ def note_call(tx: Transaction, job: Job, command: Calls) -> None:
     if ended is None or ended.lock_id != command.lock_id or not tx.policy.late_calls:
         return
     verb, action = _CALLS[type(command)]
-    if tx.state.has_late_call(job.seq, ended.fencing_token, verb):
+    if (job.seq, ended.fencing_token, verb) in tx.state.late_calls:
         return
     lost = f"after its lock was lost ({ended.rule})"
     reason = f"Worker {ended.worker} tried to {action} {lost}; {_holder(job)}. The call was rejected."

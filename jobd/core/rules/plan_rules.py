@@ -42,7 +42,7 @@ def check_version(tx: Transaction, command: AnyCommand, expected: str) -> None:
     """Reject `command` if its job is no longer in the version that the caller expects."""
     assert isinstance(command, JobCommand)
     job = guards.find(tx, command.id)
-    if version(job, tx.state.latest_late(job.seq)) != expected:
+    if version(job, tx.state.late_results.get(job.seq)) != expected:
         message = f"The job has changed since you read it: it is {job.status} now. Nothing was done."
         raise api_error("invalid_transition", message, job_id=job.id, status=job.status)
 
@@ -53,7 +53,7 @@ def _one(tx: Transaction, command: ApplyPlan, rules: Rules, expected: ExpectedVe
     except ApiException as missing:
         done.changed.append(ChangedJob(expected.id, "", None, missing.error.message))
         return
-    if version(job, tx.state.latest_late(job.seq), command.action) != expected.version:
+    if version(job, tx.state.late_results.get(job.seq), command.action) != expected.version:
         what = "It has changed since the plan was made."
         done.changed.append(ChangedJob(job.id, "", job.status, what))
         return
@@ -128,7 +128,7 @@ def version(job: Job, late: int | None = None, action: PlanAction | None = None)
 
     For MAINTENANCE_ACTIONS it changes with those too, because they decide whether the job is stalled and what happens
     to it. `updated_at` of a job without a grant is included, to detect changes that were undone. `late` is the latest
-    late result (State.latest_late), which is deleted with the job.
+    late result (State.late_results), which is deleted with the job.
     """
     seen: tuple[object, ...] = (
         job.seq,

@@ -10,7 +10,7 @@ from msgspec import Raw
 from msgspec.structs import replace
 
 from jobd.core.ready_queue import SLACK, PriorityBucket
-from jobd.core.state import FINISHED_KEPT, LiveJobs, State
+from jobd.core.state import FINISHED_KEPT, LiveJobs, State, remember
 from jobd.model import commands as cmd
 from jobd.model.clocks import LockMs
 from jobd.model.events import QueuePause
@@ -170,11 +170,11 @@ def test_finished_jobs_in_memory_are_bounded_in_bytes() -> None:
 
 
 def test_the_late_results_added_last_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("jobd.core.state.LATE_RESULTS_KEPT", 2)
+    monkeypatch.setattr("jobd.core.state.LATE_KEPT", 2)
     state = State()
     for seq, job_seq in enumerate((1, 2, 1, 3)):
-        state.add_late(job_seq, seq)
-    assert [state.latest_late(job_seq) for job_seq in (1, 2, 3)] == [2, None, 3]
+        remember(state.late_results, job_seq, seq)
+    assert state.late_results == {1: 2, 3: 3}
 
 
 @pytest.mark.parametrize("status", ["queued", "processing", "completed"])

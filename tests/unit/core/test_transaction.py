@@ -190,7 +190,7 @@ def test_undo_forgets_late_results_and_calls(rules: RuleHarness) -> None:
             assert isinstance(decide.decide(tx, cmd.IssuedCommand(command)), ApiError)
             assert tx.has_changed, "it is known from the undone command"
             tx.undo()
-        assert (tx.late.results.get(1, []), rules.state.latest_late(1)) == ([], None)
+        assert (tx.late.results.get(1, []), rules.state.late_results.get(1)) == ([], None)
 
 
 def test_undo_restores_the_latest_late_result(rules: RuleHarness) -> None:
@@ -202,14 +202,14 @@ def test_undo_restores_the_latest_late_result(rules: RuleHarness) -> None:
         lock_ids.append(rules.start())
     rules.accept(cmd.ForceFail(id="a"))
     rules.reject(cmd.Complete(id="a", lock_id=lock_ids[1]), "lock_lost")
-    latest = rules.state.latest_late(1)
+    latest = rules.state.late_results.get(1)
     assert latest == rules.last().seq
     command = cmd.Complete(id="a", lock_id=lock_ids[2])
     tx = Transaction(rules.state, rules.moment, rules.policy, late=rules.known_late(command))
     assert isinstance(decide.decide(tx, cmd.IssuedCommand(command)), ApiError)
-    assert rules.state.latest_late(1) != latest
+    assert rules.state.late_results.get(1) != latest
     tx.roll_back()
-    assert rules.state.latest_late(1) == latest
+    assert rules.state.late_results.get(1) == latest
 
 
 def test_a_dry_run_changes_nothing(rules: RuleHarness) -> None:

@@ -231,7 +231,7 @@ def test_a_late_result_that_arrives_before_the_plan_is_applied_changes_the_versi
 
 
 def test_the_latest_late_result_is_remembered_for_a_limited_number_of_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("jobd.core.state.LATE_RESULTS_KEPT", 2)
+    monkeypatch.setattr("jobd.core.state.LATE_KEPT", 2)
     rules = RuleHarness()
     seqs: dict[str, int | None] = {}
     for job_id in ("a", "b", "a", "c"):
@@ -240,7 +240,7 @@ def test_the_latest_late_result_is_remembered_for_a_limited_number_of_jobs(monke
         rules.reject(Complete(id=job_id, lock_id=lock_id, file_path="/out"), "lock_lost")
         seqs[job_id] = rules.last().seq
         rules.accept(ForceReset(id=job_id))
-    known = {job_id: rules.state.latest_late(rules.job(job_id).seq) for job_id in seqs}
+    known = {job_id: rules.state.late_results.get(rules.job(job_id).seq) for job_id in seqs}
     assert known == seqs | {"b": None}
 
 

@@ -759,7 +759,7 @@ def test_a_recorded_late_call_does_not_prevent_an_adoption() -> None:
 
 
 def test_the_number_of_remembered_calls_is_bounded(rules: RuleHarness, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("jobd.core.state.LATE_CALLS_KEPT", 2)
+    monkeypatch.setattr("jobd.core.state.LATE_KEPT", 2)
     lock_id = stalled(rules)
     for verb in ("progress", "extend", "release"):
         late(rules, call(verb, lock_id), is_stored=False, is_recorded=True)

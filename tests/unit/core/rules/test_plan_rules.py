@@ -127,7 +127,7 @@ def test_maintenance_of_one_job_returns_the_result_or_an_error(rules: RuleHarnes
 
 def known(rules: RuleHarness, action: cmd.PlanAction, *ids: str) -> list[cmd.ExpectedVersion]:
     jobs = [rules.job(job_id) for job_id in ids]
-    return [cmd.ExpectedVersion(job.id, version(job, rules.state.latest_late(job.seq), action)) for job in jobs]
+    return [cmd.ExpectedVersion(job.id, version(job, rules.state.late_results.get(job.seq), action)) for job in jobs]
 
 
 def apply(rules: RuleHarness, action: cmd.PlanAction, jobs: list[cmd.ExpectedVersion]) -> PlanSlice:
