@@ -2,7 +2,8 @@
 
 Output is no state: it is not in the journal, in backups or on other nodes, and a crash of the machine may lose it. If
 the file is deleted or damaged, a new one is made, and only output is lost. The file never exceeds its limit, and grows
-only while its disk has free space, which jobs need more: the output of the oldest grants goes first.
+only while its disk has free space, which jobs need more: the output of the oldest grants goes first. A file that is
+larger than a lowered limit is made anew.
 """
 
 from __future__ import annotations
@@ -117,9 +118,7 @@ class OutputFile:
             except (sqlite3.DatabaseError, TypeError, ValueError) as error:
                 if getattr(error, "sqlite_errorcode", 0) & 0xFF in _OF_THE_DISK:
                     raise
-                log.warning("output_lost", path=self._path, error=str(error), help="The file is made anew.")
-                self._close()
-                os.unlink(self._path)
+                self._remove(str(error))
                 result = self._do(work)
         except (OSError, sqlite3.Error) as error:
             self._close()
@@ -140,11 +139,19 @@ class OutputFile:
             return self._conn
         self._close()
         if self._path != MEMORY:
+            with contextlib.suppress(FileNotFoundError):
+                if (size := os.stat(self._path).st_size) > self.limit_bytes:  # which was lowered; a file never shrinks
+                    self._remove(f"It has {size} bytes, more than limits.output_bytes.")
             os.close(os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600))
         self._conn = sqlite3.connect(self._path, check_same_thread=False)
         self._conn.executescript(_SCHEMA)
         self._file = _identity(self._path)
         return self._conn
+
+    def _remove(self, reason: str) -> None:
+        log.warning("output_lost", path=self._path, error=reason, help="The file is made anew.")
+        self._close()
+        os.unlink(self._path)
 
     def _close(self) -> None:
         conn, self._conn = self._conn, None

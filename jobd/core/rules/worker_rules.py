@@ -480,7 +480,9 @@ def _held(tx: Transaction, command: Holders, verb: str) -> Job | Response:
         return views.job_response(tx, job, repeated=True)
     if verb == "release" and ended.verb in ("complete", "fail"):
         return views.job_response(tx, job, repeated=True)
-    message = f"This grant of job {job.id} was already ended by {ended.verb}; {verb} changes nothing. Stop working on it."
+    message = (
+        f"This grant of job {job.id} was already ended by {ended.verb}; {verb} changes nothing. Stop working on it."
+    )
     raise api_error("invalid_transition", message, status=job.status, ended_by=ended.verb, ended_at=ended.at)
 
 

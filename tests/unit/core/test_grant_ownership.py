@@ -176,7 +176,10 @@ def test_another_ending_after_the_first_changes_nothing(rules: RuleHarness, verb
         return
     rejection = rules.reject(others[second], "invalid_transition")
     assert rejection.details == {"status": rules.job().status, "ended_by": verb, "ended_at": NOW}
-    assert rejection.message == f"This grant of job a was already ended by {verb}; {second} changes nothing. Stop working on it."
+    assert (
+        rejection.message
+        == f"This grant of job a was already ended by {verb}; {second} changes nothing. Stop working on it."
+    )
 
 
 def test_the_next_ended_grant_replaces_the_previous_one(rules: RuleHarness) -> None:

@@ -80,6 +80,12 @@ async def test_the_oldest_output_makes_room(file: OutputFile, path: Path) -> Non
         assert path.stat().st_size <= file.limit_bytes
     assert await shown(file, "job-0") == []
     assert len((await shown(file, "job-199"))[0][2]) == KEPT_BYTES
+    await file.close()
+    lowered = OutputFile(str(path), 1 << 19)
+    await append(lowered, "new")
+    assert await shown(lowered, "job-199") == []
+    assert path.stat().st_size <= lowered.limit_bytes
+    await lowered.close()
 
 
 @pytest.mark.parametrize("damage", ["deleted", "overwritten", "replaced"])
