@@ -69,7 +69,7 @@ def _apply_change(state: State, event: Event) -> None:
     elif event.job_id in state.quarantined:
         return
     elif event.type == "deleted":
-        state.forget_finished(event.queue, event.from_status)
+        state.count_as((event.queue, event.from_status), -1)
     else:
         raise LookupError(f"event {event.seq} changes job {event.job_id}, which has no row")
 

@@ -419,10 +419,6 @@ class State:
             if job.result is not None:
                 self._finished_bytes -= metadata_bytes(job)
 
-    def forget_finished(self, queue: str, status: str) -> None:
-        """Count a finished job that is not in memory as deleted."""
-        self._count_as((queue, status), -1)
-
     def _drop_finished(self, job_id: str) -> None:
         self._finished_bytes -= metadata_bytes(self.finished.pop(job_id))
 
@@ -443,7 +439,7 @@ class State:
             if job is not None:
                 self.reindex(job, None)
             else:
-                self._count_as(counted, -1)
+                self.count_as(counted, -1)
         elif job is not None and job.status in FINISHED:
             self._drop_finished(job_id)
             self.unmoved[job_id] = job.options.queue, job.status
@@ -455,10 +451,10 @@ class State:
     def recount_unmoved(self, job_id: str, before: Job | None) -> None:
         """Restore the count of a quarantined job whose row was not moved, according to its row `before` the batch."""
         if job_id in self.unmoved:
-            self._count_as(self.unmoved[job_id], -1)
+            self.count_as(self.unmoved[job_id], -1)
             is_counted = before is not None and before.status in FINISHED
             self.unmoved[job_id] = (before.options.queue, before.status) if before is not None and is_counted else None
-            self._count_as(self.unmoved[job_id], +1)
+            self.count_as(self.unmoved[job_id], +1)
 
     def advance(self, now: int, lock_ms: LockMs) -> None:
         """Apply the time: delayed jobs become due, locks expire, jobs stall.
@@ -687,7 +683,7 @@ class State:
             if former != queue:
                 self._end_if_empty(former)
 
-    def _count_as(self, place: tuple[str, str] | None, step: int) -> None:
+    def count_as(self, place: tuple[str, str] | None, step: int) -> None:
         """Add `step` to the finished jobs of a queue and status."""
         if place is not None:
             queue, status = place

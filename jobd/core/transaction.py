@@ -181,13 +181,13 @@ class Transaction:
         self._add(job, job, "late_call", f"worker:{worker}", reason, details)
         remember(self.state.late_calls, _call_of(self.changes[-1]), None)
 
-    def pause(self, queue: str, pause: QueuePause) -> None:
-        """Pause a queue, or replace its pause."""
-        self._set_pause(queue, pause, "queue_paused", pause.reason, {"since": pause.at, "until": pause.until})
-
-    def resume(self, queue: str, reason: str | None) -> None:
-        """End the pause of a queue."""
-        self._set_pause(queue, None, "queue_resumed", reason, None)
+    def set_pause(self, queue: str, pause: QueuePause | None, reason: str | None) -> None:
+        """Pause a queue, or replace its pause. With None, end it."""
+        event_type: EventType = "queue_resumed" if pause is None else "queue_paused"
+        details = None if pause is None else {"since": pause.at, "until": pause.until}
+        self._restores.append(partial(self.state.set_paused, queue, self.state.paused.get(queue)))
+        self._add(None, None, event_type, reason=reason, details=details, queue=queue)
+        self.state.set_paused(queue, pause)
 
     def quiet_workers(self, rule: QuietRule) -> None:
         """Add a quiet rule, or replace it."""
@@ -282,18 +282,6 @@ class Transaction:
         before = self.state.schedules.get(name)
         self._restores.append(partial(self.state.set_schedule, name, before))
         self.state.set_schedule(name, fold_schedule(before, self.changes[-1]))
-
-    def _set_pause(
-        self,
-        queue: str,
-        pause: QueuePause | None,
-        event_type: EventType,
-        reason: str | None,
-        details: dict[str, Any] | None,
-    ) -> None:
-        self._restores.append(partial(self.state.set_paused, queue, self.state.paused.get(queue)))
-        self._add(None, None, event_type, reason=reason, details=details, queue=queue)
-        self.state.set_paused(queue, pause)
 
     def _set_quiet(self, rule: QuietRule, event_type: EventType, reason: str | None, details: dict[str, Any]) -> None:
         self._add(None, None, event_type, reason=reason, details=details, queue=rule.queue or "")

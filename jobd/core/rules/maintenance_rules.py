@@ -238,7 +238,7 @@ def end_pauses(tx: Transaction, command: EndPauses) -> Response:
         name for name, pause in tx.state.paused.items() if pause.until is not None and pause.until <= tx.at.believed
     ]
     for name in over:
-        tx.resume(name, "The pause ended as scheduled.")
+        tx.set_pause(name, None, "The pause ended as scheduled.")
     ended = [rule for rule in tx.state.quiet.values() if rule.until is not None and rule.until <= tx.at.believed]
     for rule in ended if tx.state.too_old_for(EXTRA_FORMAT) is None else ():
         tx.resume_workers(rule, "The rule ended as scheduled.")

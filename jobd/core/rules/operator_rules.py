@@ -205,13 +205,13 @@ def pause(tx: Transaction, command: Pause) -> Response:
     if known is not None and given in ((None, None), (known.reason, known.until)):
         return Response(views.paused_view(command.name, known))
     pause = QueuePause(now if known is None else known.at, tx.call.by, *given)
-    tx.pause(command.name, pause)
+    tx.set_pause(command.name, pause, pause.reason)
     return Response(views.paused_view(command.name, pause))
 
 
 def resume(tx: Transaction, command: Resume) -> Response:
     if command.name in tx.state.paused:
-        tx.resume(command.name, command.reason)
+        tx.set_pause(command.name, None, command.reason)
     return Response(views.paused_view(command.name, None))
 
 

@@ -43,7 +43,7 @@ def test_numbers_go_up_by_one() -> None:
     tx.create(JOB, "created", b"null", "")
     for _ in range(2):
         tx.update(JOB, JOB, "updated")
-    tx.pause("q", QueuePause(NOW))
+    tx.set_pause("q", QueuePause(NOW), None)
     assert [change.seq for change in tx.changes] == [1, 2, 3, 4]
     assert (tx.changes[-1].job_seq, tx.changes[-1].job_id) == (0, "")
 
@@ -152,9 +152,9 @@ def test_undo_restores_everything_that_a_command_changed(rules: RuleHarness) -> 
     transitions.stall(tx, rules.job("a"), "It was slow.")
     tx.create(replace(JOB, id="new", seq=tx.job_number()), "imported", b"null", "hash")
     tx.token()
-    tx.pause("p", QueuePause(NOW))
-    tx.resume("p", None)
-    tx.pause("q", QueuePause(NOW))
+    tx.set_pause("p", QueuePause(NOW), None)
+    tx.set_pause("p", None, None)
+    tx.set_pause("q", QueuePause(NOW), None)
     tx.change_schedule("s", "schedule_deleted", "q")
     tx.checked.append(1)
     assert tx.has_changed
@@ -163,7 +163,7 @@ def test_undo_restores_everything_that_a_command_changed(rules: RuleHarness) -> 
     assert (snapshot(rules.state), len(tx.changes), tx.checked) == (between, 2, [])
     assert list(rules.state.processing) == ["a", "b", "c"]
     tx.begin(cmd.IssuedCommand(cmd.Ping(), seed=SEED))
-    tx.resume("p", None)
+    tx.set_pause("p", None, None)
     numbers = rules.state.numbers(0, 0, rules.state.clock)
     tx.roll_back()
     assert rules.state.numbers(0, 0, rules.state.clock) == numbers, "a batch that was not written keeps its numbers"
