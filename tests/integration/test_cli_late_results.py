@@ -13,18 +13,12 @@ import pytest
 from jobd.client import LockLost
 from jobd.model import responses
 from tests import ROOT
-from tests.support.cli_harness import (
-    READ_ONLY_TOKEN,
-    TOKEN,
-    CliDaemon,
-    Jobctl,
-    fields_of,
-    on_a_terminal,
-    rejected_on_a_terminal,
-)
+from tests.support import cli_harness
 
 
-def test_a_stored_result_is_downloaded(jobctl: Jobctl, running: CliDaemon, tmp_path: Path) -> None:
+def test_a_stored_result_is_downloaded(
+    jobctl: cli_harness.Jobctl, running: cli_harness.CliDaemon, tmp_path: Path
+) -> None:
     jobctl.ok("submit", "--id", "c7", "--queue", "c7")
     target, content = tmp_path / "report.pdf", os.urandom(300_000)
     code, err = jobctl.rejected("artifact", "c7", "-o", str(target))
@@ -56,7 +50,7 @@ def test_a_stored_result_is_downloaded(jobctl: Jobctl, running: CliDaemon, tmp_p
 
 
 def test_a_late_result_can_be_downloaded_before_it_is_adopted(
-    jobctl: Jobctl, running: CliDaemon, tmp_path: Path
+    jobctl: cli_harness.Jobctl, running: cli_harness.CliDaemon, tmp_path: Path
 ) -> None:
     jobctl.ok("submit", "--id", "c8", "--queue", "c8")
     grant = running.client.claim("w-late", queues=["c8"])[0]
@@ -73,7 +67,7 @@ def test_a_late_result_can_be_downloaded_before_it_is_adopted(
     assert target.read_bytes() == b"late"
 
 
-def test_an_operator_adopts_a_late_result(jobctl: Jobctl, running: CliDaemon) -> None:
+def test_an_operator_adopts_a_late_result(jobctl: cli_harness.Jobctl, running: cli_harness.CliDaemon) -> None:
     jobctl.ok("submit", "--id", "c6", "--queue", "c6")
     assert jobctl.run("late", "c6") == (0, "", "No late results.\n")
     assert jobctl.rejected("adopt", "c6", "--dry-run")[0] == 4
@@ -82,7 +76,7 @@ def test_an_operator_adopts_a_late_result(jobctl: Jobctl, running: CliDaemon) ->
     with pytest.raises(LockLost) as lost:
         running.client.complete_job("c6", lock_id=grant.lock_id, file_path="/srv/6", metadata={"a": 1})
     (late,) = jobctl.json("late", "c6")["late_results"]
-    assert set(late) == fields_of(responses.LateResultView)
+    assert set(late) == cli_harness.fields_of(responses.LateResultView)
     assert late["seq"] == lost.value.late_result
     code, out, _ = jobctl.run("late", "c6")
     assert code == 0
@@ -105,7 +99,7 @@ def test_an_operator_adopts_a_late_result(jobctl: Jobctl, running: CliDaemon) ->
 
 
 def test_a_dry_run_respects_a_required_download_url(
-    jobctl: Jobctl, running: CliDaemon, monkeypatch: pytest.MonkeyPatch
+    jobctl: cli_harness.Jobctl, running: cli_harness.CliDaemon, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _create_late_results(running, jobctl, "du1")
     (late,) = jobctl.json("late", "du1")["late_results"]
@@ -117,7 +111,7 @@ def test_a_dry_run_respects_a_required_download_url(
         assert (code, out, err.startswith(f"du1: adopt would be rejected: {lacks}")) == (4, "", True)
         assert err.endswith("[invalid_request]\n")
         assert jobctl.rejected("adopt", "du1", "-y") == (4, err.replace("du1: adopt would be rejected", "jobctl"))
-        code, shown = rejected_on_a_terminal(running, "adopt", "du1")
+        code, shown = cli_harness.rejected_on_a_terminal(running, "adopt", "du1")
         assert (code, lacks in shown) == (4, True)
         assert "but it cannot be adopted" in jobctl.json("why", "du1")["do"][0]
         assert lacks in jobctl.ok("late", "du1").splitlines()[-1]
@@ -129,7 +123,7 @@ def test_a_dry_run_respects_a_required_download_url(
         )
         assert jobctl.rejected(*move, "-y") == (4, f"jobctl: {missing}")
         assert "would transition" in jobctl.ok(*move, "--set", "download_url=https://x.test/1", "--dry-run")
-        monkeypatch.setenv("ADMIN_TOKEN", READ_ONLY_TOKEN)
+        monkeypatch.setenv("ADMIN_TOKEN", cli_harness.READ_ONLY_TOKEN)
         code, err = jobctl.rejected("adopt", "du1", "--dry-run")
         assert (code, lacks in err) == (4, True), "a read-only token shows it, too"
         code, out, err = jobctl.run(*move, "--dry-run")
@@ -141,12 +135,12 @@ def test_a_dry_run_respects_a_required_download_url(
     assert "would adopt" in jobctl.ok("adopt", "du1", "--dry-run")
     assert "it is failed" in jobctl.ok(*move, "--dry-run")
     assert running.client.get_job("du1").status == "failed"
-    monkeypatch.setenv("ADMIN_TOKEN", TOKEN)
+    monkeypatch.setenv("ADMIN_TOKEN", cli_harness.TOKEN)
     done = [each["what"] for each in jobctl.json("audit", "--job", "du1", "--limit", "9")["entries"]]
     assert done == ["transition", "adopt", "force-fail"], "a dry run is no action"
 
 
-def _create_late_results(running: CliDaemon, jobctl: Jobctl, *ids: str) -> None:
+def _create_late_results(running: cli_harness.CliDaemon, jobctl: cli_harness.Jobctl, *ids: str) -> None:
     """Create failed jobs in a queue of this name, each with a late result."""
     for job_id in ids:
         running.client.create_job(id=job_id, queue=ids[0])
@@ -161,7 +155,7 @@ _INSTEAD: Final = "1 late result that was not adopted. Check whether it can be a
 
 
 def test_late_results_are_mentioned_before_they_are_deleted(
-    jobctl: Jobctl, running: CliDaemon, monkeypatch: pytest.MonkeyPatch
+    jobctl: cli_harness.Jobctl, running: cli_harness.CliDaemon, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _create_late_results(running, jobctl, "lt1")
     running.client.create_job(id="lt2", queue="lt2")
@@ -176,7 +170,7 @@ def test_late_results_are_mentioned_before_they_are_deleted(
     assert (plan["with_late_results"], [job["late_results"] for job in plan["jobs"]]) == (1, [1])
     shown = jobctl.ok("apply", plan["plan_id"], "--dry-run")
     assert _GOES in shown
-    code, _, prompt = on_a_terminal(running, b"n\n", "delete", "lt1")
+    code, _, prompt = cli_harness.on_a_terminal(running, b"n\n", "delete", "lt1")
     assert (code, prompt.index(_GOES) < prompt.index("delete job lt1")) == (1, True)
-    monkeypatch.setenv("ADMIN_TOKEN", READ_ONLY_TOKEN)
+    monkeypatch.setenv("ADMIN_TOKEN", cli_harness.READ_ONLY_TOKEN)
     assert f"It has {_GOES}" in jobctl.ok("delete", "lt1", "--dry-run"), "a read-only token shows it, too"

@@ -21,34 +21,8 @@ from jobd.core import decide
 from jobd.core.rules import worker_rules
 from jobd.core.state import State
 from jobd.core.transaction import Transaction
+from jobd.model import commands as cmd
 from jobd.model.clocks import LockMs
-from jobd.model.commands import (
-    AnyCommand,
-    Bulk,
-    Claim,
-    Create,
-    DeleteExpired,
-    EndGrants,
-    Expire,
-    ExtendAfterPause,
-    ExtendLock,
-    Fail,
-    Get,
-    Import,
-    IssuedCommand,
-    Moment,
-    Progress,
-    Recover,
-    ReleaseLock,
-    RepairJobs,
-    Start,
-    Stats,
-    TakeBack,
-    Transition,
-    Undelivered,
-    Validate,
-    Why,
-)
 from jobd.model.errors import ApiError
 from jobd.model.events import QueuePause
 from jobd.model.job import (
@@ -89,11 +63,11 @@ PLAIN: Final = {
 }
 
 
-def _plain(examples: Iterable[Example]) -> tuple[AnyCommand, ...]:
+def _plain(examples: Iterable[Example]) -> tuple[cmd.AnyCommand, ...]:
     """Return the different commands of the examples about the job, the queue and the first worker of a world."""
-    shown: dict[str, AnyCommand] = {}
+    shown: dict[str, cmd.AnyCommand] = {}
     for command in (each.command for each in examples):
-        name = WORKERS[0] if isinstance(command, TakeBack) else "default"
+        name = WORKERS[0] if isinstance(command, cmd.TakeBack) else "default"
         plain = aimed(command, id=ID, name=name, **PLAIN)
         shown[repr(plain)] = plain
     return tuple(shown.values())
@@ -103,7 +77,7 @@ HOLDER_COMMANDS: Final = _plain(each for each in HOLDERS if not each.is_admin)
 OPERATIONS: Final = _plain(
     each
     for each in COMMANDS
-    if each.is_admin and each not in HOLDERS and not isinstance(each.command, Import | Transition)
+    if each.is_admin and each not in HOLDERS and not isinstance(each.command, cmd.Import | cmd.Transition)
     if each.command.admission != "read"
 )
 
@@ -166,8 +140,8 @@ class WorldState(Struct, frozen=True):
     lock_ms: LockMs
 
     @property
-    def at(self) -> Moment:
-        return Moment(self.now, self.lock_ms, self.now - int(self.lock_ms))
+    def at(self) -> cmd.Moment:
+        return cmd.Moment(self.now, self.lock_ms, self.now - int(self.lock_ms))
 
     def rebuilt(self) -> State:
         numbers = Numbers(next_token=self.next_token, next_job=2, next_event=1, lock_ms=self.lock_ms, wall_ms=self.now)
@@ -243,14 +217,14 @@ def _ended(ended: PreviousGrant | None) -> tuple[Any, ...] | None:
     return (ended.rule, ended.reason, ended.verb, ended.body_hash == worker_rules.digest(_failing(ended.lock_id, True)))
 
 
-def _failing(lock_id: str, retry: bool) -> Fail:
-    return Fail(id=ID, lock_id=lock_id, error_message="e", retry=retry, retry_after_ms=0)
+def _failing(lock_id: str, retry: bool) -> cmd.Fail:
+    return cmd.Fail(id=ID, lock_id=lock_id, error_message="e", retry=retry, retry_after_ms=0)
 
 
 class Step(Struct, frozen=True):
     """A command, the worker that sends it (by number, or none), and whether its response arrives."""
 
-    command: AnyCommand
+    command: cmd.AnyCommand
     worker: int | None = None
     lost: bool = False
     admin: bool = False
@@ -312,54 +286,54 @@ class Exploration(DecisionChecks):
         """Return all commands that can be sent now."""
         yield from self._common_steps()
         for worker, name in enumerate(WORKERS):
-            yield from (Step(Start(id=ID, worker=name), worker), Step(Claim(worker=name), worker))
+            yield from (Step(cmd.Start(id=ID, worker=name), worker), Step(cmd.Claim(worker=name), worker))
             lock_id = state.locks[worker]
             if lock_id is not None and lock_id not in state.locks[:worker]:
                 yield from (Step(command, worker) for command in self._holder_steps(lock_id))
-        yield Step(Start(id=ID, worker=WORKERS[0]), 0, lost=True)
+        yield Step(cmd.Start(id=ID, worker=WORKERS[0]), 0, lost=True)
         yield from (Step(command) for command in self._holder_steps("a lock of long ago"))
         job = state.job
         if job is not None and job.grant is not None:
             lock_id = job.grant.lock_id
-            yield Step(Undelivered(id=ID, lock_id=lock_id))
-            yield Step(ExtendLock(id=ID, lock_id=lock_id), admin=True)
-            yield Step(ReleaseLock(id=ID, lock_id=lock_id), admin=True)
+            yield Step(cmd.Undelivered(id=ID, lock_id=lock_id))
+            yield Step(cmd.ExtendLock(id=ID, lock_id=lock_id), admin=True)
+            yield Step(cmd.ReleaseLock(id=ID, lock_id=lock_id), admin=True)
         if job is not None and job.ended is not None:
-            yield Step(Undelivered(id=ID, lock_id=job.ended.lock_id))
-            yield Step(ReleaseLock(id=ID, lock_id=job.ended.lock_id), admin=True)
+            yield Step(cmd.Undelivered(id=ID, lock_id=job.ended.lock_id))
+            yield Step(cmd.ReleaseLock(id=ID, lock_id=job.ended.lock_id), admin=True)
 
     def _common_steps(self) -> Iterator[Step]:
         world = self.world
-        made = Create(id=ID, max_attempts=world.max_attempts, backoff=BackoffOptions(base_ms=TICK_MS))
+        made = cmd.Create(id=ID, max_attempts=world.max_attempts, backoff=BackoffOptions(base_ms=TICK_MS))
         yield Step(replace(made, delay_ms=world.delay * TICK_MS or None))
-        yield Step(Bulk(jobs=[made]))
-        yield from (Step(Import(id=ID, status=status), admin=True) for status in STATUSES)
+        yield Step(cmd.Bulk(jobs=[made]))
+        yield from (Step(cmd.Import(id=ID, status=status), admin=True) for status in STATUSES)
         for command in OPERATIONS:
             yield Step(aimed(command, max_attempts=world.max_attempts), admin=True)
         moves = ((here, there) for here in STATUSES for there in STATUSES if here != there)
-        yield from (Step(Transition(id=ID, from_=here, to=there), admin=True) for here, there in moves)
-        of_time: tuple[AnyCommand, ...] = (
-            Recover(limit=1),
-            Expire(limit=1),
-            DeleteExpired(ids=[ID]),
-            RepairJobs(ids=[ID]),
+        yield from (Step(cmd.Transition(id=ID, from_=here, to=there), admin=True) for here, there in moves)
+        of_time: tuple[cmd.AnyCommand, ...] = (
+            cmd.Recover(limit=1),
+            cmd.Expire(limit=1),
+            cmd.DeleteExpired(ids=[ID]),
+            cmd.RepairJobs(ids=[ID]),
         )
-        yield from (Step(command) for command in (*of_time, EndGrants(ids=[ID], last=True)))
+        yield from (Step(command) for command in (*of_time, cmd.EndGrants(ids=[ID], last=True)))
         if world.grace:
-            yield Step(ExtendAfterPause(ids=[ID], grace_ms=world.grace * TICK_MS))
+            yield Step(cmd.ExtendAfterPause(ids=[ID], grace_ms=world.grace * TICK_MS))
 
-    def _holder_steps(self, lock_id: str) -> Iterator[AnyCommand]:
-        yield Progress(id=ID, lock_id=lock_id, progress=0)
+    def _holder_steps(self, lock_id: str) -> Iterator[cmd.AnyCommand]:
+        yield cmd.Progress(id=ID, lock_id=lock_id, progress=0)
         yield from (aimed(command, lock_id=lock_id) for command in HOLDER_COMMANDS)
 
     def _decide(self, state: WorldState, step: Step) -> WorldState | None:
         """Return the state after the real decision; None if nothing changed."""
         command = step.command
-        if isinstance(command, Create) and self.world.expires is not None:
+        if isinstance(command, cmd.Create) and self.world.expires is not None:
             command = replace(command, expires_at=state.now + self.world.expires * TICK_MS)
         core = state.rebuilt() if self._core is None or self._core[0] is not state else self._core[1]
         self._begin(state)
-        call = IssuedCommand(command, "admin" if step.admin else "client", SEED, step.admin)
+        call = cmd.IssuedCommand(command, "admin" if step.admin else "client", SEED, step.admin)
         decision = self.check(decide.decide, state.transaction(core, self.policy), call)
         self._core = None if decision.changes else (state, core)
         self.decisions += 1
@@ -402,22 +376,22 @@ class Exploration(DecisionChecks):
         if job is None:
             return
         self.must((job.grant is not None) == (job.status == "processing"), "S1", f"a {job.status} job", ID)
-        why = self._ask(core, state, Why(id=ID))
+        why = self._ask(core, state, cmd.Why(id=ID))
         assert isinstance(why, WhyView)
         ends = why.next is not None or state.paused
         self.must(ends or job.status not in LIVE, "promise 3", f"nothing will ever happen to it: {why}", ID)
-        found = self._ask(core, state, Validate(id=ID))
+        found = self._ask(core, state, cmd.Validate(id=ID))
         assert isinstance(found, Validation)
         self.must(found.can_proceed, "validation", f"{found.issues}", ID)
-        self._ask(core, state, Get(id=ID))
-        self._ask(core, state, Stats())
+        self._ask(core, state, cmd.Get(id=ID))
+        self._ask(core, state, cmd.Stats())
         if job.status == "processing":
             self._check_recovery_alone(state)
 
-    def _ask(self, core: State, state: WorldState, command: AnyCommand) -> Any:
+    def _ask(self, core: State, state: WorldState, command: cmd.AnyCommand) -> Any:
         self._begin(state)
         decision = self.check(
-            decide.decide, state.transaction(core, self.policy), IssuedCommand(command, "client", SEED)
+            decide.decide, state.transaction(core, self.policy), cmd.IssuedCommand(command, "client", SEED)
         )
         self.played.add(type(command))
         self.must(isinstance(decision.answer, Response) and not decision.changes, "S8", f"{decision.answer}", ID)
@@ -428,7 +402,7 @@ class Exploration(DecisionChecks):
         """Check that recovery alone soon ends the grant."""
         for _ in range(SOON):
             state = replace(state, now=state.now + TICK_MS, lock_ms=state.lock_ms + TICK_MS)
-            after = self._decide(state, Step(Recover(limit=1)))
+            after = self._decide(state, Step(cmd.Recover(limit=1)))
             state = after or state
             if state.job is None or state.job.status != "processing":
                 return

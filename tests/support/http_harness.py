@@ -29,32 +29,12 @@ from jobd.http.routing import Route
 from jobd.http.server import HttpListener, WorkerListener
 from jobd.http.worker_connection import WorkerConnection
 from jobd.maintenance.outputs import Outputs
+from jobd.model import responses
 from jobd.model.calls import AdminQueueCalls, DaemonCalls, ManyJobCalls, StoreCalls
 from jobd.model.clocks import LockMs
 from jobd.model.commands import Command, IdempotencyKey, MakePlan, Moment, Operator, TakeBack
 from jobd.model.errors import ApiError
 from jobd.model.problems import ProblemList
-from jobd.model.responses import (
-    AlertView,
-    BackupView,
-    CleanupHealth,
-    CleanupReport,
-    DatabaseHealth,
-    DeliveryPage,
-    DeliveryState,
-    DeliveryView,
-    DiskView,
-    EmptyResponse,
-    HealthStatus,
-    HealthView,
-    OldestDue,
-    PartHealth,
-    PlanView,
-    PreviewView,
-    ProcessStats,
-    Response,
-    WebhookView,
-)
 from jobd.model.storage import DiskSpace
 from jobd.monitoring.timeseries import Timeseries
 from jobd.storage.artifacts.downloads import Downloads
@@ -65,7 +45,7 @@ from tests.support.calls import ALERT, AT, BACKUP, DELIVERY, PLAN, PROBLEMS, REP
 from tests.support.memory_storage import MemoryStorage
 
 TOKEN = "canary-token-0123456789abcdef"
-DISK = DiskView("/var/lib/jobd/jobd.db", 3 << 30, 8 << 30)
+DISK = responses.DiskView("/var/lib/jobd/jobd.db", 3 << 30, 8 << 30)
 
 
 class ReceivedCommand(Struct):
@@ -81,14 +61,16 @@ class FakeActor:
     """Record the received commands, and respond with `respond`."""
 
     def __init__(
-        self, response: Callable[[Any], Response | ApiError | Awaitable[Response | ApiError]] | None = None
+        self,
+        response: Callable[[Any], responses.Response | ApiError | Awaitable[responses.Response | ApiError]]
+        | None = None,
     ) -> None:
         self.received: list[ReceivedCommand] = []
-        self.undelivered_responses: list[Response] = []
+        self.undelivered_responses: list[responses.Response] = []
         self.unread = UnreadResponses()
         self.cancelled = asyncio.Event()
         self.arrived = asyncio.Event()
-        self.respond = response or (lambda command: Response(EmptyResponse()))
+        self.respond = response or (lambda command: responses.Response(responses.EmptyResponse()))
         self.state = SimpleNamespace(queue_names=["mail", "video"], quarantined={"bad-1": "checksum"})
         self.full_disk = SimpleNamespace(reject=lambda command: None)
         self._tasks: dict[envelope.Envelope, asyncio.Task[None]] = {}
@@ -103,12 +85,12 @@ class FakeActor:
         size: int = 0,
         operator: Operator | None = None,
         expected: str | None = None,
-    ) -> Response | ApiError:
+    ) -> responses.Response | ApiError:
         self.received.append(ReceivedCommand(command, by, admin, key, size, operator))
         self.arrived.set()
         try:
             response = self.respond(command)
-            return response if isinstance(response, Response | ApiError) else await response
+            return response if isinstance(response, responses.Response | ApiError) else await response
         except asyncio.CancelledError:
             self.cancelled.set()
             raise
@@ -131,15 +113,17 @@ class FakeActor:
         self._tasks[asked] = asyncio.ensure_future(self._respond(waiter, self.respond(command)))
         return asked
 
-    async def _respond(self, waiter: Waiter, response: Response | ApiError | Awaitable[Response | ApiError]) -> None:
+    async def _respond(
+        self, waiter: Waiter, response: responses.Response | ApiError | Awaitable[responses.Response | ApiError]
+    ) -> None:
         try:
-            result = response if isinstance(response, Response | ApiError) else await response
+            result = response if isinstance(response, responses.Response | ApiError) else await response
         except asyncio.CancelledError:
             self.cancelled.set()
             raise
         if not waiter.done():
             waiter.set_result(result)
-        elif isinstance(result, Response) and result.grants:
+        elif isinstance(result, responses.Response) and result.grants:
             self.undelivered_responses.append(result)
 
     @property
@@ -149,7 +133,7 @@ class FakeActor:
     def abandon(self, asked: envelope.Envelope) -> None:
         self._tasks[asked].cancel()
 
-    def undelivered(self, response: Response) -> None:
+    def undelivered(self, response: responses.Response) -> None:
         self.undelivered_responses.append(response)
 
 
@@ -177,10 +161,10 @@ class Fakes:
     """The results of the fake parts of `make_services`, and the calls that they received."""
 
     def __init__(self) -> None:
-        self.status: HealthStatus = "healthy"
+        self.status: responses.HealthStatus = "healthy"
         self.alerts = [ALERT]
         self.problems = PROBLEMS
-        self.oldest_due: OldestDue | None = None
+        self.oldest_due: responses.OldestDue | None = None
         self.metrics_text = b"jobd_stalled_jobs 0\n"
         self.alive = True
         self.accepted = False  # the wall clock
@@ -198,7 +182,7 @@ class Fakes:
         self.close_reasons: list[str | None] = []
         self.closed = asyncio.Event()
         self.hooks = [WEBHOOK]
-        self.deliveries_page = DeliveryPage([DELIVERY], "7")
+        self.deliveries_page = responses.DeliveryPage([DELIVERY], "7")
         self.asked_deliveries: list[tuple[str, str | None, int | None, int]] = []
         self.resent: list[tuple[str, int | None]] = []
         self.lost = (2, 9)  # dead-lettered messages, and the number of the newest
@@ -209,17 +193,17 @@ class FakeMaintainer:
     def __init__(self, fakes: Fakes) -> None:
         self._fakes = fakes
 
-    async def run_cleanup(self, *, forced: bool) -> CleanupReport:
+    async def run_cleanup(self, *, forced: bool) -> responses.CleanupReport:
         self._fakes.forced.append(forced)
         return REPORT
 
     def state(self) -> Any:
         return result_of(DaemonCalls.cleanup_state)
 
-    async def reports(self, limit: int) -> list[CleanupReport]:
+    async def reports(self, limit: int) -> list[responses.CleanupReport]:
         return [REPORT][:limit]
 
-    async def preview(self, scan_s: float = 1.0) -> PreviewView | ApiError:
+    async def preview(self, scan_s: float = 1.0) -> responses.PreviewView | ApiError:
         return self._fakes.no_preview or replace(result_of(ManyJobCalls.preview), held_jobs=self._fakes.past_jobs)
 
     async def recover_stuck(self, operator: Operator | None, reason: str | None) -> Any:
@@ -235,11 +219,11 @@ class FakePlanner:
     def __init__(self, fakes: Fakes) -> None:
         self._fakes = fakes
 
-    async def make(self, asked: MakePlan, plan_id: str) -> PlanView | ApiError:
+    async def make(self, asked: MakePlan, plan_id: str) -> responses.PlanView | ApiError:
         self._fakes.planned.append(asked)
         return self.find("p1")
 
-    def find(self, plan_id: str) -> PlanView | ApiError:
+    def find(self, plan_id: str) -> responses.PlanView | ApiError:
         if plan_id != "p1":
             return ApiError("plan_not_found", "There is no such plan.")
         return PLAN
@@ -287,7 +271,7 @@ class FakeBackups:
             raise fakes.pieces[0]
         return fakes.no_backup or fakes.backup_type(fakes.pieces, fakes.close_reasons, fakes.closed)
 
-    def views(self) -> list[BackupView]:
+    def views(self) -> list[responses.BackupView]:
         return [BACKUP]
 
 
@@ -298,24 +282,26 @@ class FakeWebhooks:
     def has(self, name: str) -> bool:
         return name == "q"
 
-    def views(self) -> list[WebhookView]:
+    def views(self) -> list[responses.WebhookView]:
         return self._fakes.hooks
 
-    async def page(self, name: str, state: DeliveryState | None, before: int | None, limit: int) -> DeliveryPage:
+    async def page(
+        self, name: str, state: responses.DeliveryState | None, before: int | None, limit: int
+    ) -> responses.DeliveryPage:
         self._fakes.asked_deliveries.append((name, state, before, limit))
         return self._fakes.deliveries_page
 
     async def dead_letter_counts(self, name: str) -> tuple[int, int]:
         return self._fakes.lost if self.has(name) else (0, 0)
 
-    async def redeliver(self, name: str, id_: int) -> DeliveryView | None:
+    async def redeliver(self, name: str, id_: int) -> responses.DeliveryView | None:
         return DELIVERY if id_ == 7 else None
 
     async def redeliver_all(self, name: str, upto: int | None) -> int:
         self._fakes.resent.append((name, upto))
         return 3
 
-    async def test(self, name: str) -> DeliveryView:
+    async def test(self, name: str) -> responses.DeliveryView:
         return DELIVERY
 
 
@@ -325,11 +311,13 @@ class FakeMonitoring:
     def __init__(self, fakes: Fakes) -> None:
         self._fakes = fakes
 
-    async def view(self) -> HealthView:
+    async def view(self) -> responses.HealthView:
         status = self._fakes.status
-        part = PartHealth(status, "measured")
-        database = DatabaseHealth(status, "measured", 7, DISK.path, DISK.free_bytes, DISK.total_bytes)
-        return HealthView(status, database, part, part, CleanupHealth(False, None, "idle"), 1_700_000_000_000)
+        part = responses.PartHealth(status, "measured")
+        database = responses.DatabaseHealth(status, "measured", 7, DISK.path, DISK.free_bytes, DISK.total_bytes)
+        return responses.HealthView(
+            status, database, part, part, responses.CleanupHealth(False, None, "idle"), 1_700_000_000_000
+        )
 
     async def space(self) -> DiskSpace:
         return DiskSpace(DISK.path, DISK.free_bytes, DISK.total_bytes)
@@ -337,15 +325,15 @@ class FakeMonitoring:
     async def render(self) -> bytes:
         return self._fakes.metrics_text
 
-    async def vitals(self) -> ProcessStats:
-        return ProcessStats(3, 2, 0.005, 0.001, 1 << 20, 1 << 10, 61_000, self._fakes.oldest_due)
+    async def vitals(self) -> responses.ProcessStats:
+        return responses.ProcessStats(3, 2, 0.005, 0.001, 1 << 20, 1 << 10, 61_000, self._fakes.oldest_due)
 
 
 class FakeProblems:
     def __init__(self, fakes: Fakes) -> None:
         self._fakes = fakes
 
-    def alerts(self) -> list[AlertView]:
+    def alerts(self) -> list[responses.AlertView]:
         return self._fakes.alerts
 
     def view(self, severity: str | None = None, queue: str | None = None) -> ProblemList:
@@ -625,11 +613,11 @@ class HttpHarness:
 class HeldResponse:
     """Hold back the responses of the fake actor until the test sets `go`."""
 
-    def __init__(self, harness: HttpHarness, response: Response | ApiError | None = None) -> None:
+    def __init__(self, harness: HttpHarness, response: responses.Response | ApiError | None = None) -> None:
         self.go = asyncio.Event()
-        self._answer = response or Response(EmptyResponse())
+        self._answer = response or responses.Response(responses.EmptyResponse())
         harness.actor.respond = self._respond
 
-    async def _respond(self, _: Any) -> Response | ApiError:
+    async def _respond(self, _: Any) -> responses.Response | ApiError:
         await self.go.wait()
         return self._answer

@@ -11,19 +11,7 @@ from msgspec.structs import replace
 
 from jobd.journal.record import format_of
 from jobd.journal.shielding import to_end
-from jobd.model.journal import (
-    BadRecord,
-    BadSnapshot,
-    Fenced,
-    Head,
-    JournalHealth,
-    JournalOutcomeUnknown,
-    JournalUnavailable,
-    NodeEntry,
-    NodeTooOld,
-    Record,
-    SnapshotInfo,
-)
+from jobd.model import journal
 from jobd.model.storage import EXTRA_FORMAT
 
 _READ_BYTES: Final = 16 << 20
@@ -37,25 +25,25 @@ class MemoryJournal:
     """Keeps its records in a list. `before_append` is called before each append, and may raise its error."""
 
     def __init__(self) -> None:
-        self.records: list[Record] = []
-        self.before_append: Callable[[Record], object] = lambda record: None
+        self.records: list[journal.Record] = []
+        self.before_append: Callable[[journal.Record], object] = lambda record: None
 
-    def append(self, record: Record) -> None:
+    def append(self, record: journal.Record) -> None:
         self.before_append(record)
         self.records.append(record)
 
-    def read(self, after: int, limit: int) -> list[Record]:
+    def read(self, after: int, limit: int) -> list[journal.Record]:
         return _read(self.records, after, limit)
 
     def trim(self, upto: int) -> None:
         self.records = [record for record in self.records if record.number > upto]
 
 
-def _read(records: list[Record], after: int, limit: int) -> list[Record]:
+def _read(records: list[journal.Record], after: int, limit: int) -> list[journal.Record]:
     found = [record for record in records if record.number > after][:limit]
     for number, record in enumerate(found, after + 1):
         if record.number != number:
-            raise BadRecord(number, "is missing")
+            raise journal.BadRecord(number, "is missing")
     return found
 
 
@@ -83,13 +71,13 @@ class MemoryServer:
         self.cluster_id = cluster_id
         self.head = MemoryHead()
         self.durable = self.head
-        self.records: list[Record] = []
+        self.records: list[journal.Record] = []
         self.epochs: list[tuple[int, int]] = []
-        self.nodes: dict[str, tuple[NodeEntry, int]] = {}  # with the wall time
+        self.nodes: dict[str, tuple[journal.NodeEntry, int]] = {}  # with the wall time
         self.writes = 0  # of these
         self.snapshots: dict[int, tuple[list[bytes], int]] = {}
         self.snapshot_writer: MemorySharedJournal | None = None
-        self.health = JournalHealth(is_synchronous=True, is_waiting=False, oldest_transaction_ms=0)
+        self.health = journal.JournalHealth(is_synchronous=True, is_waiting=False, oldest_transaction_ms=0)
         self.leader: MemorySharedJournal | None = None  # the handle with the session of the leader
         self.failovers = 0
 
@@ -165,7 +153,7 @@ class MemorySharedJournal:
         async def raise_error(call: str) -> None:
             if call in left:
                 left.remove(call)
-                raise error or JournalOutcomeUnknown
+                raise error or journal.JournalOutcomeUnknown
 
         setattr(self, hook, raise_error)
 
@@ -174,20 +162,20 @@ class MemorySharedJournal:
         if self.server.leader is self:
             self.server.leader = None
 
-    async def head(self) -> Head:
+    async def head(self) -> journal.Head:
         await self._begin("head")
         return await self._end("head", self._head(self.server.head))
 
-    async def append(self, record: Record, acked: int) -> None:
+    async def append(self, record: journal.Record, acked: int) -> None:
         await to_end(self._append(record, acked, self.epoch))
 
     async def renew(self, acked: int) -> int:
         return await to_end(self._renew(acked, self.epoch))
 
-    async def take_over(self, seen: Head, *, holder: str, url: str, epoch: int) -> Head | None:
+    async def take_over(self, seen: journal.Head, *, holder: str, url: str, epoch: int) -> journal.Head | None:
         return await to_end(self._take_over(seen, holder, url, epoch))
 
-    async def resolve(self, epoch: int) -> Head:
+    async def resolve(self, epoch: int) -> journal.Head:
         return await to_end(self._resolve(epoch))
 
     async def release(self) -> None:
@@ -196,7 +184,7 @@ class MemorySharedJournal:
             self.disconnect()
             await self._confirm("release", self.server.change(replace(self.server.head, holder=None)), failovers)
 
-    async def read(self, after: int, limit: int) -> list[Record]:
+    async def read(self, after: int, limit: int) -> list[journal.Record]:
         await self._begin("read")
         found, size = [], 0
         for record in _read(self.server.records, after, limit):
@@ -205,7 +193,7 @@ class MemorySharedJournal:
             if size >= _READ_BYTES:
                 break
         if not found and self.server.head.number > after:
-            raise BadRecord(after + 1, "is missing")
+            raise journal.BadRecord(after + 1, "is missing")
         return await self._end("read", found)
 
     async def epochs(self) -> list[tuple[int, int]]:
@@ -217,10 +205,10 @@ class MemorySharedJournal:
         self.server.records = [record for record in self.server.records if record.number > upto]
         await self._end("trim", None)
 
-    async def register(self, node: NodeEntry) -> str | None:
+    async def register(self, node: journal.NodeEntry) -> str | None:
         await self._begin("register")
         if node.format < self.server.head.format >= EXTRA_FORMAT:
-            raise NodeTooOld(node)
+            raise journal.NodeTooOld(node)
         before = self.server.nodes.get(node.name)
         self.server.writes += 1
         node = replace(node, version=str(self.server.writes))
@@ -228,7 +216,7 @@ class MemorySharedJournal:
         is_other = before is not None and before[0].process != node.process
         return await self._end("register", before[0].process if before and is_other else None)
 
-    async def nodes(self) -> list[NodeEntry]:
+    async def nodes(self) -> list[journal.NodeEntry]:
         await self._begin("nodes")
         now = self.server.now_ms()
         found = [replace(node, seen_ms=max(now - at, 0)) for _, (node, at) in sorted(self.server.nodes.items())]
@@ -254,10 +242,10 @@ class MemorySharedJournal:
         server.snapshots[number] = (written, server.now_ms())
         return await self._end("write_snapshot", True)
 
-    async def snapshots(self) -> list[SnapshotInfo]:
+    async def snapshots(self) -> list[journal.SnapshotInfo]:
         await self._begin("snapshots")
         found = [
-            SnapshotInfo(number, len(parts), sum(map(len, parts)), at)
+            journal.SnapshotInfo(number, len(parts), sum(map(len, parts)), at)
             for number, (parts, at) in sorted(self.server.snapshots.items())
         ]
         return await self._end("snapshots", found)
@@ -265,7 +253,7 @@ class MemorySharedJournal:
     async def read_snapshot(self, number: int) -> AsyncIterator[bytes]:
         await self._begin("read_snapshot")
         if number not in self.server.snapshots:
-            raise BadSnapshot(f"there is no complete snapshot of record {number}")
+            raise journal.BadSnapshot(f"there is no complete snapshot of record {number}")
         for part in self.server.snapshots[number][0]:
             yield await self._end("read_part", part)
 
@@ -274,7 +262,7 @@ class MemorySharedJournal:
         self.server.snapshots.pop(number, None)
         await self._end("drop_snapshot", None)
 
-    async def health(self) -> JournalHealth:
+    async def health(self) -> journal.JournalHealth:
         await self._begin("health")
         return await self._end("health", replace(self.server.health, timeline=self.server.failovers))
 
@@ -283,11 +271,11 @@ class MemorySharedJournal:
 
     # ------------------------------------------------------------------------------------------------------------------
 
-    async def _append(self, record: Record, acked: int, epoch: int) -> None:
+    async def _append(self, record: journal.Record, acked: int, epoch: int) -> None:
         failovers = await self._begin("append")
         server, head = self.server, self.server.head
         if head.number != record.number - 1 or head.epoch != epoch:
-            raise Fenced
+            raise journal.Fenced
         server.records.append(record)
         head = replace(head, number=record.number, acked=acked, format=max(head.format, format_of(record)))
         await self._confirm("append", server.change(head), failovers)
@@ -295,12 +283,12 @@ class MemorySharedJournal:
     async def _renew(self, acked: int, epoch: int) -> int:
         failovers = await self._begin("renew")
         if self.server.head.epoch != epoch:
-            raise Fenced
+            raise journal.Fenced
         self.server.leader = self
         await self._confirm("renew", self.server.change(replace(self.server.head, acked=acked)), failovers)
         return self.server.now_ms()
 
-    async def _take_over(self, seen: Head, holder: str, url: str, epoch: int) -> Head | None:
+    async def _take_over(self, seen: journal.Head, holder: str, url: str, epoch: int) -> journal.Head | None:
         failovers = await self._begin("take_over")
         self.holder = holder
         head = self.server.head
@@ -308,18 +296,18 @@ class MemorySharedJournal:
             return None
         return await self._lead("take_over", replace(head, holder=holder, url=url), epoch, failovers)
 
-    async def _resolve(self, epoch: int) -> Head:
+    async def _resolve(self, epoch: int) -> journal.Head:
         failovers = await self._begin("resolve")
         if self.holder is None or self.server.head.holder != self.holder:
-            raise Fenced
+            raise journal.Fenced
         return await self._lead("resolve", self.server.head, epoch, failovers)
 
-    def _head(self, head: MemoryHead) -> Head:
+    def _head(self, head: MemoryHead) -> journal.Head:
         is_connected = self.server.leader is not None
         renewed, at = str(head.version), self.server.now_ms()
-        return Head(head.number, head.epoch, head.holder, head.url, head.acked, renewed, is_connected, at)
+        return journal.Head(head.number, head.epoch, head.holder, head.url, head.acked, renewed, is_connected, at)
 
-    async def _lead(self, call: str, head: MemoryHead, epoch: int, failovers: int) -> Head:
+    async def _lead(self, call: str, head: MemoryHead, epoch: int, failovers: int) -> journal.Head:
         """Take leadership with a new epoch."""
         head = self.server.change(replace(head, epoch=max(epoch, head.epoch + 1)))
         self.server.epochs.append((head.epoch, head.number + 1))
@@ -331,23 +319,23 @@ class MemorySharedJournal:
     async def _begin(self, call: str) -> int:
         """Check that the server can be reached, and return the number of its failovers."""
         if not self._is_reachable:
-            raise JournalUnavailable(_UNREACHABLE)
+            raise journal.JournalUnavailable(_UNREACHABLE)
         failovers = self.server.failovers
         await self.before(call)
         if not self._is_reachable or failovers != self.server.failovers:
-            raise JournalOutcomeUnknown if call in _LEADING else JournalUnavailable(_UNREACHABLE)
+            raise journal.JournalOutcomeUnknown if call in _LEADING else journal.JournalUnavailable(_UNREACHABLE)
         return failovers
 
     async def _confirm(self, call: str, head: MemoryHead, failovers: int) -> None:
         """Wait until a change is durable."""
         await self.after(call)
         if not self._is_reachable or failovers != self.server.failovers:
-            raise JournalOutcomeUnknown
+            raise journal.JournalOutcomeUnknown
         self.server.confirm(head)
 
     async def _end(self, call: str, value: T) -> T:
         """Return `value` of a call that changes no row."""
         await self.after(call)
         if not self._is_reachable:
-            raise JournalUnavailable(_UNREACHABLE)
+            raise journal.JournalUnavailable(_UNREACHABLE)
         return value

@@ -17,43 +17,16 @@ import msgspec
 from msgspec.structs import replace
 
 from jobd.journal import event_codec
+from jobd.model import storage
 from jobd.model.events import Event
 from jobd.model.fingerprints import fingerprint
 from jobd.model.job import FINISHED, LIVE, Job, Result, extra_keys, packed, seq_of_body
 from jobd.model.responses import CheckedRows, DamagedRow
-from jobd.model.storage import (
-    MAX_POSTPONE_MS,
-    AuditEntry,
-    AuditQuery,
-    AuditRows,
-    BackupProgress,
-    BadRows,
-    Batch,
-    DiskFull,
-    DiskSpace,
-    DueTombstones,
-    EventPage,
-    FiguresWrite,
-    JobQuery,
-    JobRows,
-    JobStorage,
-    LateResultQuery,
-    LateResultRows,
-    LoadedRows,
-    Numbers,
-    OpenedStore,
-    OutboxStorage,
-    Payload,
-    Quarantined,
-    TableWrite,
-    Tombstone,
-    TombstoneWrite,
-)
 from tests.support.memory_outbox import MemoryOutbox
 from tests.support.memory_projection import MemoryProjection
 
 
-class MemoryStorage(MemoryProjection, MemoryOutbox, JobStorage, OutboxStorage):
+class MemoryStorage(MemoryProjection, MemoryOutbox, storage.JobStorage, storage.OutboxStorage):
     """The committed data in dicts. Every method yields to the event loop once, as calls of the storage thread do.
 
     Failures on demand:
@@ -70,20 +43,20 @@ class MemoryStorage(MemoryProjection, MemoryOutbox, JobStorage, OutboxStorage):
 
     commits_inline = False
 
-    def __init__(self, numbers: Numbers | None = None, *, slices_wait: bool = False) -> None:
+    def __init__(self, numbers: storage.Numbers | None = None, *, slices_wait: bool = False) -> None:
         MemoryProjection.__init__(self, numbers, slices_wait=slices_wait)
         self.gone_to = 0
         self.event_bytes = 0  # of each event, in the size of the store
         self.has_reserve = True
-        self.disk_space: DiskSpace | None = DiskSpace("/disk/jobd.db", 8 << 30, 16 << 30)
+        self.disk_space: storage.DiskSpace | None = storage.DiskSpace("/disk/jobd.db", 8 << 30, 16 << 30)
         self.replaced: str | None = None
         self.has_spare = True
         self.older_node: str | None = None  # a node that does not read records of the latest format
-        self.batches: list[Batch] = []  # committed ones
+        self.batches: list[storage.Batch] = []  # committed ones
         self.calls: dict[str, int] = {}
         self.write_errors: deque[Exception | None] = deque()
         self.lost_commits = 0
-        self.fits: Callable[[Batch], bool] = lambda batch: True
+        self.fits: Callable[[storage.Batch], bool] = lambda batch: True
         self.bad_jobs: dict[str, str] = {}
         self.bad_payloads: dict[int, str] = {}
         self.errors: dict[str, Exception] = {}
@@ -94,8 +67,8 @@ class MemoryStorage(MemoryProjection, MemoryOutbox, JobStorage, OutboxStorage):
         self.unmoved: dict[str, str] = {}  # as `quarantined`: jobs found since the start whose rows are still in place
         self.quarantined_ids: dict[int, str] = {}  # seq -> id of quarantined jobs
         self.damaged_tombstones: dict[int, Job] = {}  # seq -> the quarantined job
-        self.on_quarantined: Callable[[Quarantined], None] = lambda aside: None
-        self._all_quarantined: list[Quarantined] = []  # in order
+        self.on_quarantined: Callable[[storage.Quarantined], None] = lambda aside: None
+        self._all_quarantined: list[storage.Quarantined] = []  # in order
         self._reported = 0  # of these
 
     # -- for tests ----------------------------------------------------------------------------------------------------
@@ -115,13 +88,13 @@ class MemoryStorage(MemoryProjection, MemoryOutbox, JobStorage, OutboxStorage):
     def put(self, job: Job, payload: bytes = b"null", request_hash: str = "") -> None:
         """Add an edited or imported row, which is not validated yet."""
         for tables in self.both():
-            tables.put_row(job, Payload(payload, request_hash))
+            tables.put_row(job, storage.Payload(payload, request_hash))
 
-    def opened(self) -> OpenedStore:
+    def opened(self) -> storage.OpenedStore:
         """Return what a start would read, after whatever was in memory only is lost. Raises BadRecord."""
         self.read_tail()
         self.choose_epoch()
-        with contextlib.suppress(DiskFull):
+        with contextlib.suppress(storage.DiskFull):
             self.project()
         self.on_quarantined = lambda aside: None
         self.on_tombstones = lambda count: None
@@ -132,7 +105,7 @@ class MemoryStorage(MemoryProjection, MemoryOutbox, JobStorage, OutboxStorage):
         self._reported = len(self._all_quarantined)
         undamaged = [job for _, job in sorted(self.jobs.items()) if job.id not in self.unmoved]
         live = [(packed(job), job) for job in undamaged if job.status in LIVE]
-        return OpenedStore(
+        return storage.OpenedStore(
             numbers=self.numbers,
             jobs=[job for short, job in live if short is None],
             packed_jobs=[short for short, _ in live if short is not None],
@@ -144,13 +117,13 @@ class MemoryStorage(MemoryProjection, MemoryOutbox, JobStorage, OutboxStorage):
             unvalidated=dict(self.unvalidated),
             faults=[],
             stats=self.figures,
-            full=not self.fits(Batch([], self.numbers)),
+            full=not self.fits(storage.Batch([], self.numbers)),
             has_reserve=self.has_reserve,
             marked=self.marked,
             tombstones=len(self.tombstones),
         )
 
-    def append(self, batch: Batch, reported: int) -> dict[int, bytes]:
+    def append(self, batch: storage.Batch, reported: int) -> dict[int, bytes]:
         """Append all of `batch` to the journal, or nothing if it raises. Return the payloads that it asks for.
 
         It considers the first `reported` quarantined jobs.
@@ -183,11 +156,11 @@ class MemoryStorage(MemoryProjection, MemoryOutbox, JobStorage, OutboxStorage):
     def cached_payloads(self, job_seqs: list[int]) -> dict[int, bytes]:
         return {}
 
-    async def load(self, ids: list[str], payloads: list[int], digests: list[str]) -> LoadedRows:
+    async def load(self, ids: list[str], payloads: list[int], digests: list[str]) -> storage.LoadedRows:
         await self._enter("load")
         if self.touches(ids, payloads, digests):
             self.project_for_read()
-        loaded = LoadedRows({}, {}, {}, {})
+        loaded = storage.LoadedRows({}, {}, {}, {})
         for job_id in ids:
             self._load_job(job_id, loaded)
         for seq in payloads:
@@ -203,7 +176,7 @@ class MemoryStorage(MemoryProjection, MemoryOutbox, JobStorage, OutboxStorage):
         await self._report_quarantined()
         return loaded
 
-    async def write(self, batch: Batch) -> dict[int, bytes]:
+    async def write(self, batch: storage.Batch) -> dict[int, bytes]:
         reported = self._reported
         await self._enter("write")
         if not self.gate.is_set():
@@ -213,7 +186,7 @@ class MemoryStorage(MemoryProjection, MemoryOutbox, JobStorage, OutboxStorage):
         if self.write_errors and (error := self.write_errors.popleft()) is not None:
             raise error
         if not self.fits(batch):
-            raise DiskFull("the disk of this test is full")
+            raise storage.DiskFull("the disk of this test is full")
         shown = self.append(batch, reported)
         if self.tables is self:
             self.project()
@@ -222,7 +195,7 @@ class MemoryStorage(MemoryProjection, MemoryOutbox, JobStorage, OutboxStorage):
             raise OSError("fsync failed; the batch may be there or not")
         return shown
 
-    def _in_order(self, query: JobQuery, beyond: int | None, end: int | None = None) -> list[int]:
+    def _in_order(self, query: storage.JobQuery, beyond: int | None, end: int | None = None) -> list[int]:
         if query.by_end:
             places = sorted(((job.finished_at or 0, job.seq) for job in self.jobs.values()), reverse=True)
             return [place[1] for place in places if beyond is None or end is None or place < (end, beyond)]
@@ -230,10 +203,10 @@ class MemoryStorage(MemoryProjection, MemoryOutbox, JobStorage, OutboxStorage):
             return sorted((seq for seq in self.jobs if beyond is None or seq < beyond), reverse=True)
         return sorted(seq for seq in self.jobs if beyond is None or seq > beyond)
 
-    async def find_jobs(self, query: JobQuery) -> JobRows:
+    async def find_jobs(self, query: storage.JobQuery) -> storage.JobRows:
         await self._enter("find")
         self.project_for_read()
-        page = JobRows([], None)
+        page = storage.JobRows([], None)
         size, scanned = 0, 0
         for seq in self._in_order(query, query.before if query.after is None else query.after, query.before_end):
             if scanned == query.scan or len(page.jobs) == query.limit:
@@ -275,11 +248,11 @@ class MemoryStorage(MemoryProjection, MemoryOutbox, JobStorage, OutboxStorage):
         events = [event for event in self.events if event.job_seq == job_seq][-limit if limit else 0 :]
         return event_codec.thin(events)
 
-    async def read_late_results(self, wanted: list[LateResultQuery]) -> LateResultRows:
+    async def read_late_results(self, wanted: list[storage.LateResultQuery]) -> storage.LateResultRows:
         await self._enter("late")
         if self.touches((), [each.job_seq for each in wanted]):
             self.project_for_read()
-        known = LateResultRows()
+        known = storage.LateResultRows()
         for each in wanted:
             kept = self.late_results.get(each.job_seq, ())
             known.results[each.job_seq] = [
@@ -296,12 +269,12 @@ class MemoryStorage(MemoryProjection, MemoryOutbox, JobStorage, OutboxStorage):
         self.project_for_read()
         return {seq: len(self.late_results[seq]) for seq in job_seqs if self.late_results.get(seq)}
 
-    async def events_after(self, after: int, limit: int) -> EventPage:
+    async def events_after(self, after: int, limit: int) -> storage.EventPage:
         """Return up to `limit` events with a seq above `after`, oldest first."""
         await self._enter("events_after")
         self.project_for_read()
         found = [event for event in self.events if event.seq > after][:limit]
-        return EventPage(found, self.numbers.next_event - 1, self.gone_to, len(found) == limit)
+        return storage.EventPage(found, self.numbers.next_event - 1, self.gone_to, len(found) == limit)
 
     async def expired_jobs(self, now: int, limit: int, skip: int = 0) -> list[str]:
         await self._enter("expired")
@@ -339,15 +312,15 @@ class MemoryStorage(MemoryProjection, MemoryOutbox, JobStorage, OutboxStorage):
             self.gone_to = max(self.gone_to, pruning.upto)
         return before_it - len(self.events)
 
-    async def read_audit(self, query: AuditQuery) -> AuditRows:
+    async def read_audit(self, query: storage.AuditQuery) -> storage.AuditRows:
         await self._enter("audit")
         self.project_for_read()
         below = [seq for seq in sorted(self.audited, reverse=True) if query.before is None or seq < query.before]
         scanned = below[: query.scan]
         found = [(seq, self.audited[seq]) for seq in scanned if _is_asked(self.audited[seq], query)]
         if len(found) > query.limit:
-            return AuditRows(found[: query.limit], found[query.limit - 1][0])
-        return AuditRows(found, scanned[-1] if len(below) > len(scanned) else None)
+            return storage.AuditRows(found[: query.limit], found[query.limit - 1][0])
+        return storage.AuditRows(found, scanned[-1] if len(below) > len(scanned) else None)
 
     async def trim_audit(self, before: int, limit: int) -> int:
         await self._enter("trim_audit")
@@ -356,35 +329,35 @@ class MemoryStorage(MemoryProjection, MemoryOutbox, JobStorage, OutboxStorage):
             await self.write_tables(trimming)
         return len(trimming.entries)
 
-    async def due_tombstones(self, now: int, limit: int) -> DueTombstones:
+    async def due_tombstones(self, now: int, limit: int) -> storage.DueTombstones:
         await self._enter("due_tombstones")
         self.project_for_read()
         waiting = self.tombstones.values()
-        due = [each for each in waiting if each.due_at <= now or each.due_at > now + MAX_POSTPONE_MS]
+        due = [each for each in waiting if each.due_at <= now or each.due_at > now + storage.MAX_POSTPONE_MS]
         due.sort(key=lambda each: each.due_at)
         late = {result.result.storage_key for kept in self.late_results.values() for result in kept}
         held = {each.job_seq for each in due[:limit] if each.key in late}
-        return DueTombstones([(each, self.is_referenced(each.key)) for each in due[:limit]], held=held)
+        return storage.DueTombstones([(each, self.is_referenced(each.key)) for each in due[:limit]], held=held)
 
     def is_referenced(self, key: str) -> bool:
         """Return whether a job has `key` as its storage_key. Quarantined jobs count."""
         jobs = [*self.jobs.values(), *self.damaged_tombstones.values()]
         return any(job.result is not None and job.result.storage_key == key for job in jobs)
 
-    async def update_tombstones(self, pruned: list[int], later: list[Tombstone]) -> None:
+    async def update_tombstones(self, pruned: list[int], later: list[storage.Tombstone]) -> None:
         await self._enter("update_tombstones")
-        await self.write_tables(TombstoneWrite(pruned, later))
+        await self.write_tables(storage.TombstoneWrite(pruned, later))
 
     async def save_stats(self, body: bytes) -> None:
         await self._enter("save_figures")
-        await self.write_tables(FiguresWrite(bytes(body)))
+        await self.write_tables(storage.FiguresWrite(bytes(body)))
 
     async def probe(self, spare_bytes: int = 0) -> None:
         await self._enter("probe")
-        if not self.fits(Batch([], self.numbers)) or (spare_bytes and not self.has_spare):
-            raise DiskFull("the disk of this test is full")
+        if not self.fits(storage.Batch([], self.numbers)) or (spare_bytes and not self.has_spare):
+            raise storage.DiskFull("the disk of this test is full")
 
-    async def measure_space(self) -> DiskSpace | None:
+    async def measure_space(self) -> storage.DiskSpace | None:
         await self._enter("space")
         return self.disk_space
 
@@ -399,9 +372,9 @@ class MemoryStorage(MemoryProjection, MemoryOutbox, JobStorage, OutboxStorage):
     async def build_reserve(self) -> None:
         await self._enter("build_reserve")
         self.has_reserve = True
-        if not self.fits(Batch([], self.numbers)):
+        if not self.fits(storage.Batch([], self.numbers)):
             self.has_reserve = False
-            raise DiskFull("there is no space for the reserve file")
+            raise storage.DiskFull("there is no space for the reserve file")
 
     async def check_rows(self, cursor: str | None) -> CheckedRows | None:
         """Check all jobs in one slice."""
@@ -416,7 +389,7 @@ class MemoryStorage(MemoryProjection, MemoryOutbox, JobStorage, OutboxStorage):
         await self._report_quarantined()
         return CheckedRows("jobs", checked, [DamagedRow(f"job {job.id}", reason) for job, reason in bad], None)
 
-    async def backup(self, progress: BackupProgress | None = None) -> BinaryIO:
+    async def backup(self, progress: storage.BackupProgress | None = None) -> BinaryIO:
         """Return the live and finished jobs as JSON."""
         await self._enter("backup")
         self.project_for_read()
@@ -427,7 +400,7 @@ class MemoryStorage(MemoryProjection, MemoryOutbox, JobStorage, OutboxStorage):
 
     # -- inside -------------------------------------------------------------------------------------------------------
 
-    async def write_tables(self, write: TableWrite) -> None:
+    async def write_tables(self, write: storage.TableWrite) -> None:
         """Append a write that belongs to no batch."""
         self.append_write(write)
 
@@ -441,7 +414,7 @@ class MemoryStorage(MemoryProjection, MemoryOutbox, JobStorage, OutboxStorage):
         if (error := self.errors.get(name)) is not None:
             raise error
 
-    def _load_job(self, job_id: str, loaded: LoadedRows) -> None:
+    def _load_job(self, job_id: str, loaded: storage.LoadedRows) -> None:
         job = self.job(job_id)
         if job is None:
             if job_id in self.quarantined:
@@ -452,7 +425,7 @@ class MemoryStorage(MemoryProjection, MemoryOutbox, JobStorage, OutboxStorage):
         else:
             loaded.jobs[job_id] = job
 
-    def _check_payloads(self, batch: Batch, new: dict[int, bytes]) -> None:
+    def _check_payloads(self, batch: storage.Batch, new: dict[int, bytes]) -> None:
         bad = {}
         for seq in batch.payloads:
             reason = self._bad_payload(seq)
@@ -462,7 +435,7 @@ class MemoryStorage(MemoryProjection, MemoryOutbox, JobStorage, OutboxStorage):
                 name = job.id if job else self.quarantined_ids.get(job_seq, f"seq {seq}")
                 bad[name] = reason or "the payload is missing"
         if bad:
-            raise BadRows(bad)
+            raise storage.BadRows(bad)
 
     def _bad_payload(self, seq: int) -> str | None:
         return self.bad_payloads.get(seq) if seq_of_body(seq) in self.jobs else None
@@ -475,7 +448,7 @@ class MemoryStorage(MemoryProjection, MemoryOutbox, JobStorage, OutboxStorage):
         self.project_for_read()
         if job.seq in self.jobs and (self.pending or not self.can_move(job)):
             self.unmoved[job.id] = reason
-            self._all_quarantined.append(Quarantined(job.id, reason, is_moved=False))
+            self._all_quarantined.append(storage.Quarantined(job.id, reason, is_moved=False))
             return
         self.unmoved.pop(job.id, None)
         self.quarantined[job.id] = reason
@@ -486,7 +459,7 @@ class MemoryStorage(MemoryProjection, MemoryOutbox, JobStorage, OutboxStorage):
             self.quarantined_ids[job.seq] = job.id
             self.damaged_tombstones[job.seq] = job
         uncounted = (job.options.queue, job.status) if is_here and job.status in FINISHED else None
-        self._all_quarantined.append(Quarantined(job.id, reason, uncounted))
+        self._all_quarantined.append(storage.Quarantined(job.id, reason, uncounted))
 
     async def _report_quarantined(self) -> None:
         """Call `on_quarantined` a moment later, as from another thread."""
@@ -506,7 +479,7 @@ def _name(job: Job) -> str | None:
     return fingerprint(job.error.message, job.error.code, job.id)
 
 
-def _is_asked(audited: AuditEntry, query: AuditQuery) -> bool:
+def _is_asked(audited: storage.AuditEntry, query: storage.AuditQuery) -> bool:
     return (
         query.who in (None, audited.who)
         and query.what in (None, audited.what)
@@ -515,7 +488,7 @@ def _is_asked(audited: AuditEntry, query: AuditQuery) -> bool:
     )
 
 
-def _matches(job: Job, query: JobQuery) -> bool:
+def _matches(job: Job, query: storage.JobQuery) -> bool:
     held = job.grant or job.ended
     finished_at = -1 if job.finished_at is None else job.finished_at
     return (

@@ -7,27 +7,10 @@ from typing import Any, Final, get_args
 
 from msgspec.structs import replace
 
+from jobd.model import storage
 from jobd.model.events import QUIET, Event, QuietRule, fold, fold_quiet
 from jobd.model.job import FINISHED, MAX_LATE_RESULTS, Job, LateResult, checkpoint_key, extra_keys, headers_key
 from jobd.model.schedules import Schedule, fold_schedule, schedule_id
-from jobd.model.storage import (
-    AuditEntry,
-    AuditShare,
-    AuditTrimming,
-    Batch,
-    EventPruning,
-    FiguresWrite,
-    Numbers,
-    OutboxWrite,
-    Payload,
-    QueueRow,
-    StoredResponse,
-    TableWrite,
-    Tombstone,
-    TombstoneWrite,
-    audit_share,
-    distinct_tombstones,
-)
 from jobd.model.webhooks import Delivery, WebhookCursor
 from jobd.storage.tables.writers import KEEP_AUDIT, KEEP_BESIDE
 from tests.support.factories import as_stored
@@ -38,23 +21,23 @@ KEPT_REPORTS: Final = 500
 class MemoryTables:
     """What batches change. It has the records of the journal up to `projected_to`."""
 
-    def __init__(self, numbers: Numbers | None = None) -> None:
-        self.numbers = numbers or Numbers()
+    def __init__(self, numbers: storage.Numbers | None = None) -> None:
+        self.numbers = numbers or storage.Numbers()
         self.projected_to = 0
         self.jobs: dict[int, Job] = {}  # seq -> row
         self.ids: dict[str, int] = {}  # id -> seq
-        self.payloads: dict[int, Payload] = {}
+        self.payloads: dict[int, storage.Payload] = {}
         self.events: list[Event] = []
         self.late_results: dict[int, tuple[LateResult, ...]] = {}  # job seq -> its late results, the oldest grant first
-        self.queues: dict[str, QueueRow] = {}
+        self.queues: dict[str, storage.QueueRow] = {}
         self.quiet: dict[str, QuietRule] = {}
         self.schedules: dict[str, Schedule] = {}
-        self.keys: dict[str, StoredResponse] = {}
+        self.keys: dict[str, storage.StoredResponse] = {}
         self.unvalidated: dict[int, str] = {}
         self.deleted: dict[int, int] = {}  # seq -> wall time of the deletion
         self.kept_reports: deque[bytes] = deque(maxlen=KEPT_REPORTS)
-        self.tombstones: dict[int, Tombstone] = {}  # job seq -> row
-        self.audited: dict[int, AuditEntry] = {}  # seq -> audit entry as written; parts are not merged
+        self.tombstones: dict[int, storage.Tombstone] = {}  # job seq -> row
+        self.audited: dict[int, storage.AuditEntry] = {}  # seq -> audit entry as written; parts are not merged
         self.figures: bytes | None = None
         self.cursors: dict[str, WebhookCursor] = {}
         self.outbox: dict[int, Delivery] = {}  # id -> row
@@ -88,9 +71,9 @@ class MemoryTables:
 
     # -- batches
 
-    def apply(self, batch: Batch) -> list[Tombstone]:
+    def apply(self, batch: storage.Batch) -> list[storage.Tombstone]:
         """Fold `batch` into the tables. Return the tombstones that it left."""
-        left: list[Tombstone] = []
+        left: list[storage.Tombstone] = []
         for change in batch.changes:
             left += self._write_late_results(change, sweeps=batch.sweeps)
             self._write_row(change)
@@ -107,7 +90,7 @@ class MemoryTables:
         self.keys |= {key.digest: key for key in batch.keys}
         for seq in batch.checked:
             self.unvalidated.pop(seq, None)
-        left = distinct_tombstones([*left, *batch.tombstones])
+        left = storage.distinct_tombstones([*left, *batch.tombstones])
         for tombstone in left:
             assert tombstone.job_seq not in self.jobs, f"job {tombstone.job_id} is there, and has a tombstone"
             self.tombstones[tombstone.job_seq] = tombstone
@@ -120,7 +103,7 @@ class MemoryTables:
         self.marked = self.marked and not batch.unmark
         return left
 
-    def _write_late_results(self, change: Event, *, sweeps: bool) -> list[Tombstone]:
+    def _write_late_results(self, change: Event, *, sweeps: bool) -> list[storage.Tombstone]:
         """Store a late result; delete excess ones and those of a deleted job, and return their tombstones."""
         event = change
         kept = [*self.late_results.get(event.job_seq, ()), *([change.late] if change.late is not None else [])]
@@ -131,7 +114,9 @@ class MemoryTables:
         self.late_results[event.job_seq] = tuple(kept[len(going) :])
         named = [(late.seq, late.result.storage_key) for late in going]
         return [
-            Tombstone(-seq, event.job_id, key, event.at, event.at) for seq, key in named if sweeps and key is not None
+            storage.Tombstone(-seq, event.job_id, key, event.at, event.at)
+            for seq, key in named
+            if sweeps and key is not None
         ]
 
     def _write_row(self, change: Event) -> None:
@@ -147,9 +132,9 @@ class MemoryTables:
         self.jobs[seq] = job
         self.ids[job.id] = seq
         if event.from_status is None:
-            self.payloads[seq] = Payload(change.payload or b"null", change.request_hash or "")
+            self.payloads[seq] = storage.Payload(change.payload or b"null", change.request_hash or "")
         for key, body in (change.bodies or {}).items():
-            self.payloads[key] = Payload(body, "")
+            self.payloads[key] = storage.Payload(body, "")
         for key in {headers_key(seq), checkpoint_key(seq)} & self.payloads.keys() - set(extra_keys(job)):
             del self.payloads[key]
         if event.type == "imported":
@@ -162,7 +147,7 @@ class MemoryTables:
         seq = self.ids.get(job_id)
         return None if seq is None else self.jobs[seq]
 
-    def put_row(self, job: Job, payload: Payload) -> None:
+    def put_row(self, job: Job, payload: storage.Payload) -> None:
         """Add an edited or imported row, which is not validated yet."""
         self.jobs[job.seq] = job
         self.ids[job.id] = job.seq
@@ -197,53 +182,55 @@ class MemoryTables:
 
     # -- writes that belong to no batch
 
-    def _apply_write(self, write: TableWrite) -> None:
+    def _apply_write(self, write: storage.TableWrite) -> None:
         match write:
-            case EventPruning(events, jobs):
+            case storage.EventPruning(events, jobs):
                 gone, rest = set(jobs), set(events)
                 self.events = [each for each in self.events if each.job_seq not in gone and each.seq not in rest]
                 for seq in jobs:
                     del self.deleted[seq]
-            case AuditTrimming(entries):
+            case storage.AuditTrimming(entries):
                 for seq in entries:
                     self.audited.pop(seq, None)
-            case TombstoneWrite(deleted, postponed):
+            case storage.TombstoneWrite(deleted, postponed):
                 for seq in deleted:
                     del self.tombstones[seq]
                 for tombstone in postponed:
                     assert tombstone.job_seq in self.tombstones, f"{tombstone.job_id} has no tombstone to postpone"
                     self.tombstones[tombstone.job_seq] = tombstone
-            case FiguresWrite(body):
+            case storage.FiguresWrite(body):
                 self.figures = body
-            case OutboxWrite(cursors, deliveries):
+            case storage.OutboxWrite(cursors, deliveries):
                 self.cursors |= {each.name: each for each in cursors}
                 self.outbox |= {each.id: each for each in deliveries}
 
-    def plan_pruning(self, before: int, limit: int) -> EventPruning:
+    def plan_pruning(self, before: int, limit: int) -> storage.EventPruning:
         """Choose up to `limit` events of jobs deleted before wall time `before`, and of queues before it."""
         old = {seq for seq, at in self.deleted.items() if at < before}
         pruned = [event for event in self.events if event.job_seq in old or (event.job_seq == 0 and event.at < before)]
         whole = old - {event.job_seq for event in pruned[limit:]}
         chosen = [event for event in pruned[:limit] if event.job_seq not in whole]
-        return EventPruning(
+        return storage.EventPruning(
             [event.seq for event in chosen], sorted(whole), max((event.seq for event in pruned[:limit]), default=0)
         )
 
-    def plan_trimming(self, before: int, limit: int) -> AuditTrimming:
+    def plan_trimming(self, before: int, limit: int) -> storage.AuditTrimming:
         """Choose up to `limit` audit entries: older than wall time `before`, or over the limit of their share."""
         last = max(self.audited, default=0)
         old = [seq for seq in sorted(self.audited)[:limit] if seq < last]
         trimmed = [seq for seq in old if self.audited[seq].at < before]
-        for share in get_args(AuditShare):
+        for share in get_args(storage.AuditShare):
             keep = KEEP_AUDIT if share == "changes" else KEEP_BESIDE
             if len(self.audited) <= keep:
                 continue
-            rows = [seq for seq, row in sorted(self.audited.items()) if audit_share(row.what, row.outcome) == share]
+            rows = [
+                seq for seq, row in sorted(self.audited.items()) if storage.audit_share(row.what, row.outcome) == share
+            ]
             trimmed += [seq for seq in rows[: max(len(rows) - keep, 0)] if seq < last and seq not in trimmed]
-        return AuditTrimming(trimmed[:limit])
+        return storage.AuditTrimming(trimmed[:limit])
 
     def _count(self, job: Job, step: int) -> None:
-        queue = self.queues.get(job.options.queue, QueueRow())
+        queue = self.queues.get(job.options.queue, storage.QueueRow())
         count = max(getattr(queue, job.status) + step, 0)
         self.queues[job.options.queue] = replace(queue, **{job.status: count})
 

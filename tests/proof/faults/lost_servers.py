@@ -7,22 +7,10 @@ import shutil
 import time
 from typing import Final
 
+from tests.proof.faults import nodes
 from tests.proof.faults.harness import Counts, Trial, check
 from tests.proof.faults.lost_leaders import kill_leader, suspend_leader
 from tests.proof.faults.network import NETWORKS, Link, networks
-from tests.proof.faults.nodes import (
-    LEASE_S,
-    NODES,
-    POSTGRES,
-    ROLE,
-    STEPPED_DOWN,
-    NodesUnderLoad,
-    exit_code,
-    leads,
-    nodes_under_load,
-    running,
-    started,
-)
 from tests.support.polling import poll_until
 from tests.support.postgres import PostgresServer, wait_for
 from tests.support.tcp_proxy import ProxyThread
@@ -32,13 +20,13 @@ RECEIVED: Final = "SELECT pg_last_wal_receive_lsn() - '0/0'::pg_lsn"
 HAS_ALL: Final = "SELECT NOT EXISTS (SELECT FROM pg_stat_wal_receiver WHERE status = 'streaming')"
 
 
-@check(rounds=10, few=0, needs=(POSTGRES,))
+@check(rounds=10, few=0, needs=(nodes.POSTGRES,))
 def cluster_primary_killed(trial: Trial) -> Counts:
     """kill -9 of the PostgreSQL primary, a standby is promoted by hand: nothing that was acknowledged is lost."""
     return _kill_primaries(trial, "on")
 
 
-@check(rounds=3, few=0, needs=(POSTGRES,))
+@check(rounds=3, few=0, needs=(nodes.POSTGRES,))
 def cluster_asynchronous_role(trial: Trial) -> Counts:
     """The same if the default of the role is `synchronous_commit = off`."""
     return _kill_primaries(trial, "off")
@@ -47,9 +35,9 @@ def cluster_asynchronous_role(trial: Trial) -> Counts:
 def _kill_primaries(trial: Trial, default: str) -> Counts:
     """Kill one primary after the other. `default` is that of the role for `synchronous_commit`."""
     restarts = 0
-    with nodes_under_load(trial) as cluster:
-        cluster.servers[0].sql(f"ALTER ROLE {ROLE} SET synchronous_commit = {default}")
-        with started(cluster):
+    with nodes.nodes_under_load(trial) as cluster:
+        cluster.servers[0].sql(f"ALTER ROLE {nodes.ROLE} SET synchronous_commit = {default}")
+        with nodes.started(cluster):
             for number in range(trial.rounds):
                 cluster.wait_for_changes(CHANGES + 17 * (number % 7))
                 restarts += lose_primary(cluster)
@@ -57,7 +45,7 @@ def _kill_primaries(trial: Trial, default: str) -> Counts:
     return {"primaries killed": trial.rounds, "leaders that had exited with 75": restarts, **cluster.counts}
 
 
-def lose_primary(cluster: NodesUnderLoad) -> int:
+def lose_primary(cluster: nodes.NodesUnderLoad) -> int:
     """Kill the primary and promote a standby by hand. Return how many leaders had exited."""
     with cluster.outage("the loss of the primary"):
         cluster.servers[0].kill()
@@ -99,14 +87,14 @@ def _set(server: PostgresServer, name: str, value: str) -> None:
     server.sql("SELECT pg_reload_conf()")
 
 
-def revive_until_led(cluster: NodesUnderLoad) -> int:
+def revive_until_led(cluster: nodes.NodesUnderLoad) -> int:
     """Start leaders that have exited, until one leads."""
     restarts = 0
 
     def is_led() -> bool:
         nonlocal restarts
         restarts += cluster.revive()
-        return any(leads(node) for node in cluster.nodes)
+        return any(nodes.leads(node) for node in cluster.nodes)
 
     poll_until(is_led)
     return restarts
@@ -115,12 +103,12 @@ def revive_until_led(cluster: NodesUnderLoad) -> int:
 # -- partitions -------------------------------------------------------------------------------------------------------
 
 
-@check(rounds=20, few=0, needs=(POSTGRES, NETWORKS))
+@check(rounds=20, few=0, needs=(nodes.POSTGRES, NETWORKS))
 def cluster_leader_cut_off(trial: Trial) -> Counts:
     """The leader is cut off from PostgreSQL: another node leads; or from clients, for 4.5 s: it leads until a
     step-down.
     """
-    with networks(len(NODES)) as each, running(trial, networks=each) as cluster:
+    with networks(len(nodes.NODES)) as each, nodes.running(trial, networks=each) as cluster:
         for number in range(trial.rounds):
             cluster.wait_for_changes(CHANGES)
             cut_off_leader(cluster, "clients" if number % 2 else "database")
@@ -128,7 +116,7 @@ def cluster_leader_cut_off(trial: Trial) -> Counts:
     return {"partitions": trial.rounds, **cluster.counts}
 
 
-def cut_off_leader(cluster: NodesUnderLoad, link: Link) -> None:
+def cut_off_leader(cluster: nodes.NodesUnderLoad, link: Link) -> None:
     leader = cluster.leader()
     network = cluster.networks[cluster.nodes.index(leader)]
     if link == "database":
@@ -136,25 +124,25 @@ def cut_off_leader(cluster: NodesUnderLoad, link: Link) -> None:
             network.cut(link)
     else:
         network.cut(link)
-        time.sleep(LEASE_S * 1.5)
-        assert not any(leads(node) for node in cluster.others(leader)), "the leader could renew its lease"
+        time.sleep(nodes.LEASE_S * 1.5)
+        assert not any(nodes.leads(node) for node in cluster.others(leader)), "the leader could renew its lease"
         with cluster.outage("a step-down without clients", cluster.others(leader)):
             assert leader.admin("POST", "cluster/step-down", {"reason": "test"}).status == 200
     network.heal(link)
-    assert exit_code(leader) == STEPPED_DOWN, leader.log[-2000:]
+    assert nodes.exit_code(leader) == nodes.STEPPED_DOWN, leader.log[-2000:]
     cluster.revive()
 
 
-@check(rounds=10, few=0, needs=(POSTGRES, NETWORKS))
+@check(rounds=10, few=0, needs=(nodes.POSTGRES, NETWORKS))
 def cluster_standby_cut_off(trial: Trial) -> Counts:
     """A standby is cut off from PostgreSQL: the leader goes on, and the standby follows again afterwards."""
-    with networks(len(NODES)) as each, running(trial, networks=each) as cluster:
+    with networks(len(nodes.NODES)) as each, nodes.running(trial, networks=each) as cluster:
         for number in range(trial.rounds):
             leader = cluster.leader()
             standby = cluster.others(leader)[number % 2]
             network = each[cluster.nodes.index(standby)]
             network.cut("database")
-            time.sleep(LEASE_S * 1.5)
+            time.sleep(nodes.LEASE_S * 1.5)
             cluster.wait_for_changes(CHANGES)
             assert leader.get("/readyz").status == 200, "the leader lost leadership by a partition of a standby"
             network.heal("database")
@@ -163,11 +151,11 @@ def cluster_standby_cut_off(trial: Trial) -> Counts:
     return {"partitions": trial.rounds, **cluster.counts}
 
 
-@check(rounds=100, few=0, needs=(POSTGRES,))
+@check(rounds=100, few=0, needs=(nodes.POSTGRES,))
 def cluster_append_answer_lost(trial: Trial) -> Counts:
     """An append or its response is lost with its connection: the leader finds out which, and no client notices."""
-    with nodes_under_load(trial) as cluster, ProxyThread(cluster.servers[0].port) as proxy:
-        with started(cluster, port=proxy.proxy.port):
+    with nodes.nodes_under_load(trial) as cluster, ProxyThread(cluster.servers[0].port) as proxy:
+        with nodes.started(cluster, port=proxy.proxy.port):
             epoch = cluster.leader().cluster()["epoch"]
             for number in range(trial.rounds):
                 cluster.wait_for_changes(CHANGES)
@@ -182,10 +170,10 @@ def cluster_append_answer_lost(trial: Trial) -> Counts:
     return {"cut connections": trial.rounds, "appends with an unknown outcome": unknown, **cluster.counts}
 
 
-@check(rounds=5, needs=(POSTGRES, NETWORKS))
+@check(rounds=5, needs=(nodes.POSTGRES, NETWORKS))
 def cluster_faults_in_turn(trial: Trial) -> Counts:
     """The leader is killed, suspended, cut off, and the primary killed, one after the other: nothing is lost."""
-    with networks(len(NODES)) as each, running(trial, networks=each) as cluster:
+    with networks(len(nodes.NODES)) as each, nodes.running(trial, networks=each) as cluster:
         for _ in range(trial.rounds):
             for fault in (kill_leader, suspend_leader, lambda _: cut_off_leader(cluster, "database"), lose_primary):
                 cluster.wait_for_changes(CHANGES)

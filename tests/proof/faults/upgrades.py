@@ -8,17 +8,8 @@ from contextlib import contextmanager
 from typing import Final
 
 from jobd.model.storage import EXTRA_FORMAT
+from tests.proof.faults import nodes
 from tests.proof.faults.harness import Counts, Trial, check
-from tests.proof.faults.nodes import (
-    DATABASE,
-    NODES,
-    POSTGRES,
-    NodesUnderLoad,
-    exit_code,
-    nodes_under_load,
-    remove_store,
-    under_load,
-)
 from tests.support.node_process import NodeProcess
 from tests.support.polling import poll_until
 from tests.support.webhook_receiver import Receiver
@@ -44,7 +35,7 @@ events = ["job.created"]
 """
 
 
-@check(rounds=3, few=0, needs=(POSTGRES,))
+@check(rounds=3, few=0, needs=(nodes.POSTGRES,))
 def cluster_versions(trial: Trial) -> Counts:
     """Nodes go back to a version that reads fewer records, and are upgraded again: no command fails, none is lost."""
     with Receiver() as receiver, _running(trial, receiver) as cluster:
@@ -60,16 +51,16 @@ def cluster_versions(trial: Trial) -> Counts:
 
 
 @contextmanager
-def _running(trial: Trial, receiver: Receiver) -> Iterator[NodesUnderLoad]:
-    with nodes_under_load(trial) as cluster:
-        for name in NODES:
+def _running(trial: Trial, receiver: Receiver) -> Iterator[nodes.NodesUnderLoad]:
+    with nodes.nodes_under_load(trial) as cluster:
+        for name in nodes.NODES:
             node = cluster.add(name, environ=SETTINGS)
             node.config.write_text(_WEBHOOK.format(url=receiver.url))
-        with under_load(cluster):
+        with nodes.under_load(cluster):
             yield cluster
 
 
-def _go_back(cluster: NodesUnderLoad) -> None:
+def _go_back(cluster: nodes.NodesUnderLoad) -> None:
     """Install the older version: the leader last. The first node needs a snapshot that is new enough."""
     _wait_for_newest(cluster, after=_last_record(cluster))
     leader = cluster.leader()
@@ -78,12 +69,12 @@ def _go_back(cluster: NodesUnderLoad) -> None:
     _wait_for_newest(cluster, after=_last_record(cluster))
     first.variant = OLD
     first.launch()
-    assert exit_code(first) == 78, first.log[-2000:]
+    assert nodes.exit_code(first) == 78, first.log[-2000:]
     assert f"has format {NEWEST}" in first.wait_for_log(b"cannot_start")
     poll_until(lambda: _is_reported(leader, first))
     unread = _last_newest(cluster)
     poll_until(lambda: _last_snapshot(cluster) > unread)
-    remove_store(first)
+    nodes.remove_store(first)
     first.start()
     cluster.wait_until_followed()
     _install(cluster, OLD, second)
@@ -91,7 +82,7 @@ def _go_back(cluster: NodesUnderLoad) -> None:
     assert _last_newest(cluster) == unread, "a record was written that an older node does not read"
 
 
-def _upgrade(cluster: NodesUnderLoad) -> None:
+def _upgrade(cluster: nodes.NodesUnderLoad) -> None:
     """Install the newer version: the leader last. It takes effect when all nodes have it."""
     before = _last_newest(cluster)
     leader = cluster.leader()
@@ -109,7 +100,7 @@ def _upgrade(cluster: NodesUnderLoad) -> None:
     _wait_for_newest(cluster, after=before)
 
 
-def _install(cluster: NodesUnderLoad, version: str, node: NodeProcess) -> None:
+def _install(cluster: nodes.NodesUnderLoad, version: str, node: NodeProcess) -> None:
     """Install a version on a standby."""
     assert node.stop() == 0, node.log[-2000:]
     node.variant = version
@@ -118,7 +109,7 @@ def _install(cluster: NodesUnderLoad, version: str, node: NodeProcess) -> None:
     cluster.wait_until_followed()
 
 
-def _install_on_leader(cluster: NodesUnderLoad, version: str, leader: NodeProcess) -> None:
+def _install_on_leader(cluster: nodes.NodesUnderLoad, version: str, leader: NodeProcess) -> None:
     with cluster.outage("a stop", cluster.others(leader)):
         assert leader.stop() == 0, leader.log[-2000:]
     leader.variant = version
@@ -131,28 +122,28 @@ def _is_reported(node: NodeProcess, older: NodeProcess) -> bool:
     return any(f" {older.name} (up to {NEWEST - 1})" in text for text in node.cluster()["problems"])
 
 
-def _wait_for_newest(cluster: NodesUnderLoad, *, after: int) -> None:
+def _wait_for_newest(cluster: nodes.NodesUnderLoad, *, after: int) -> None:
     """Wait for a record of format NEWEST."""
     poll_until(lambda: _last_newest(cluster) > after)
 
 
-def _last_newest(cluster: NodesUnderLoad) -> int:
+def _last_newest(cluster: nodes.NodesUnderLoad) -> int:
     return _number(cluster, f"SELECT max(number) FROM jobd_journal WHERE get_byte(body, 0) >= {NEWEST}")
 
 
-def _last_record(cluster: NodesUnderLoad) -> int:
+def _last_record(cluster: nodes.NodesUnderLoad) -> int:
     return _number(cluster, "SELECT max(number) FROM jobd_journal")
 
 
-def _last_snapshot(cluster: NodesUnderLoad) -> int:
+def _last_snapshot(cluster: nodes.NodesUnderLoad) -> int:
     return _number(cluster, "SELECT max(number) FROM jobd_snapshots WHERE complete")
 
 
-def _number(cluster: NodesUnderLoad, statement: str) -> int:
-    return int(cluster.servers[0].sql(statement, database=DATABASE) or 0)
+def _number(cluster: nodes.NodesUnderLoad, statement: str) -> int:
+    return int(cluster.servers[0].sql(statement, database=nodes.DATABASE) or 0)
 
 
-def _wait_for_messages(cluster: NodesUnderLoad, receiver: Receiver) -> None:
+def _wait_for_messages(cluster: nodes.NodesUnderLoad, receiver: Receiver) -> None:
     """Wait until a message has come for every job whose creation was acknowledged."""
     created = {f"jobs/{name}" for name, job in list(cluster.ledger.jobs.items()) if job.events}
     poll_until(lambda: created <= {each.event["subject"] for each in list(receiver.received)}, every_s=0.5)

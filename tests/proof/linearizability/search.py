@@ -11,16 +11,8 @@ from typing import Final
 
 from msgspec import Struct, field
 
+from tests.proof.linearizability import model
 from tests.proof.linearizability.history import Operation
-from tests.proof.linearizability.model import (
-    NEVER,
-    HistoryConditions,
-    ModelState,
-    comes_after,
-    drifts,
-    may_change,
-    step,
-)
 
 MOST_STEPS: Final = 2_000_000  # above this limit the result is unknown, which is an error
 
@@ -34,14 +26,16 @@ class SearchResult(Struct):
 
     is_explained: bool
     order: list[Operation]
-    state: ModelState
+    state: model.ModelState
     steps: int
 
 
-def judge(operations: Sequence[Operation], world: HistoryConditions, first: ModelState | None = None) -> SearchResult:
+def judge(
+    operations: Sequence[Operation], world: model.HistoryConditions, first: model.ModelState | None = None
+) -> SearchResult:
     """Return whether some order explains these operations on one job, which starts in state `first` (absent)."""
     search = _Search(sorted(operations, key=lambda each: each.call_ns), world)
-    is_explained = search.explore(0, first or ModelState())
+    is_explained = search.explore(0, first or model.ModelState())
     order = [search.operations[index] for index in search.best]
     return SearchResult(is_explained, order, search.best_state, search.steps)
 
@@ -50,19 +44,19 @@ class _Search(Struct):
     """The state of a search. Sets of operations are integers: bit n is operation n."""
 
     operations: list[Operation]
-    world: HistoryConditions
+    world: model.HistoryConditions
     steps: int = 0
     path: list[int] = field(default_factory=list)
     best: list[int] = field(default_factory=list)
-    best_state: ModelState = ModelState()
-    tried: set[tuple[int, ModelState]] = field(default_factory=set)
+    best_state: model.ModelState = model.ModelState()
+    tried: set[tuple[int, model.ModelState]] = field(default_factory=set)
     needs: list[int] = field(default_factory=list)  # operations that must come before each, by its key
 
     def __post_init__(self) -> None:
         bits = [(1 << index, each) for index, each in enumerate(self.operations)]
-        self.needs = [sum(bit for bit, other in bits if comes_after(each, other)) for each in self.operations]
+        self.needs = [sum(bit for bit, other in bits if model.comes_after(each, other)) for each in self.operations]
 
-    def explore(self, done: int, state: ModelState) -> bool:
+    def explore(self, done: int, state: model.ModelState) -> bool:
         """Return whether the operations not in `done` have an order that starts in `state`."""
         length = len(self.path)
         done = self._take_what_changes_nothing(done, state)
@@ -71,11 +65,11 @@ class _Search(Struct):
         del self.path[length:]
         return False
 
-    def _explores(self, done: int, state: ModelState) -> bool:
+    def _explores(self, done: int, state: model.ModelState) -> bool:
         if len(self.path) >= len(self.best):
             self.best, self.best_state = list(self.path), state
         ends_ns = self._next_end_ns(done)
-        if ends_ns == NEVER:
+        if ends_ns == model.NEVER:
             return True  # only lost calls are left, which need not have taken effect
         if (done, state) in self.tried:
             return False
@@ -88,9 +82,9 @@ class _Search(Struct):
             if self.explore(done | 1 << index, after):
                 return True
             self.path.pop()
-        return any(self.explore(done, drifted) for drifted in drifts(state, ends_ns, self.world))
+        return any(self.explore(done, drifted) for drifted in model.drifts(state, ends_ns, self.world))
 
-    def _take_what_changes_nothing(self, done: int, state: ModelState) -> int:
+    def _take_what_changes_nothing(self, done: int, state: model.ModelState) -> int:
         """Take operations that fit here and change nothing. Taking them first excludes no order.
 
         The exception is a lost call, which had to take effect before its daemon ended.
@@ -101,21 +95,21 @@ class _Search(Struct):
             until_ns = self._until_ns(done)
             for index in self._next(done, self._next_end_ns(done)):
                 each = self.operations[index]
-                if not may_change(each) and each.call_ns <= until_ns and self._step(state, index) == state:
+                if not model.may_change(each) and each.call_ns <= until_ns and self._step(state, index) == state:
                     self.path.append(index)
                     done, found = done | 1 << index, True
         return done
 
-    def _step(self, state: ModelState, index: int) -> ModelState | None:
+    def _step(self, state: model.ModelState, index: int) -> model.ModelState | None:
         self.steps += 1
         if self.steps > MOST_STEPS:
             raise TooHard(f"{self.steps} steps over {len(self.operations)} operations")
-        return step(state, self.operations[index], self.world)
+        return model.step(state, self.operations[index], self.world)
 
     def _next_end_ns(self, done: int) -> int:
         """Return the earliest end of the answered calls that are left. The next operation began before it."""
         left = (each.return_ns for index, each in enumerate(self.operations) if each.response and not done >> index & 1)
-        return min((end for end in left if end is not None), default=NEVER)
+        return min((end for end in left if end is not None), default=model.NEVER)
 
     def _next(self, done: int, ends_ns: int) -> Iterator[int]:
         """Return the candidates: begun before any remaining one ended, and lost ones before their daemon died."""
@@ -136,4 +130,4 @@ class _Search(Struct):
         """Return the earliest deadline of the lost calls that are left."""
         began_ns = self._began_ns(done)
         left = (each.latest_ns for index, each in enumerate(self.operations) if not done >> index & 1)
-        return min((end for end in left if end is not None and end >= began_ns), default=NEVER)
+        return min((end for end in left if end is not None and end >= began_ns), default=model.NEVER)

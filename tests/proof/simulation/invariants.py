@@ -17,28 +17,8 @@ from typing import Any, Final
 from jobd.core.quiet import open_queues
 from jobd.core.state import State
 from jobd.core.transaction import Transaction
+from jobd.model import commands as cmd
 from jobd.model.clocks import LockMs
-from jobd.model.commands import (
-    Adopt,
-    AnyCommand,
-    Claim,
-    Complete,
-    DeleteExpired,
-    EndGrants,
-    Extend,
-    ExtendLock,
-    Fail,
-    Import,
-    IssuedCommand,
-    Moment,
-    Progress,
-    Recover,
-    Release,
-    ReleaseLock,
-    Start,
-    TakeBack,
-    Undelivered,
-)
 from jobd.model.errors import ApiError
 from jobd.model.events import Event, fold
 from jobd.model.job import FINISHED, SECOND_MS, STATUSES, TRANSITIONS, Job, LockDeadlines, release_delay_ms
@@ -46,14 +26,23 @@ from jobd.model.responses import Recovered, Response
 from tests.support.factories import as_stored
 from tests.support.rule_harness import Decision, due_order
 
-HOLDERS: Final = (Progress, Extend, Complete, Fail, Release, ExtendLock, ReleaseLock, Undelivered)
-CALLS: Final = (Progress, Extend, Complete, Fail, Release)  # calls of workers
+HOLDERS: Final = (
+    cmd.Progress,
+    cmd.Extend,
+    cmd.Complete,
+    cmd.Fail,
+    cmd.Release,
+    cmd.ExtendLock,
+    cmd.ReleaseLock,
+    cmd.Undelivered,
+)
+CALLS: Final = (cmd.Progress, cmd.Extend, cmd.Complete, cmd.Fail, cmd.Release)  # calls of workers
 BY_TIME: Final = frozenset({"stalled", "expired"})  # events of time before a rejected command
 NOTES: Final = frozenset({"late_result", "late_call"})  # events that change no row
 ENDINGS: Final = frozenset({"completed", "failed", "retried", "released", "undelivered", "stalled"})
 BY_HAND: Final = frozenset({"cancelled", "force_failed", "force_reset", "transitioned"})  # also end a grant
 
-Decide = Callable[[Transaction, IssuedCommand], Response | ApiError]
+Decide = Callable[[Transaction, cmd.IssuedCommand], Response | ApiError]
 
 
 class Violation(Exception):
@@ -109,16 +98,16 @@ class DecisionChecks:
         self._grace_ends = lock_ms + grace_ms
         self._last_token, self._last_lock_ms = 0, lock_ms
 
-    def check_recovery(self, job: Job, at: Moment) -> None:
+    def check_recovery(self, job: Job, at: cmd.Moment) -> None:
         """Check that a stalled job is recovered in time."""
 
-    def check_aging(self, job: Job, at: Moment) -> None:
+    def check_aging(self, job: Job, at: cmd.Moment) -> None:
         """Check that a job may be deleted or failed by age."""
         self.must(not at.suspect, "S13", f"a {job.status} job is old by a clock that is suspect", job.id)
 
     # -- one decision -------------------------------------------------------------------------------------------------
 
-    def check(self, decide: Decide, tx: Transaction, call: IssuedCommand) -> Decision:
+    def check(self, decide: Decide, tx: Transaction, call: cmd.IssuedCommand) -> Decision:
         """Decide a command, check the decision and return it."""
         state, at, command = tx.state, tx.at, call.command
         name, job_id = type(command).__name__, getattr(command, "id", None)
@@ -160,10 +149,10 @@ class DecisionChecks:
         state: State,
         rows: Mapping[str, Job],
         paused: set[str],
-        command: AnyCommand,
+        command: cmd.AnyCommand,
         decision: Decision,
         job: Job | None,
-        at: Moment,
+        at: cmd.Moment,
     ) -> None:
         """Check the response. `rows` and `paused` are as before the command."""
         if isinstance(command, HOLDERS):
@@ -171,11 +160,11 @@ class DecisionChecks:
         elif isinstance(decision.answer, ApiError):
             made = {change.type for change in decision.changes}
             self.must(made <= BY_TIME, "S6", f"a rejected {type(command).__name__} made {made}")
-        if isinstance(command, Claim):
+        if isinstance(command, cmd.Claim):
             self._check_claim(rows, paused, open_queues(state, command), command, decision, at)
-        elif isinstance(command, Recover):
+        elif isinstance(command, cmd.Recover):
             self._check_recovery(rows, command, decision, at)
-        elif isinstance(command, Start) and job is not None:
+        elif isinstance(command, cmd.Start) and job is not None:
             self._check_start(job, decision, at)
 
     def _check_claim(
@@ -183,9 +172,9 @@ class DecisionChecks:
         rows: Mapping[str, Job],
         paused: set[str],
         queues: Sequence[str],
-        command: Claim,
+        command: cmd.Claim,
         decision: Decision,
-        at: Moment,
+        at: cmd.Moment,
     ) -> None:
         order = due_order(rows.values(), at.now, queues, command.kinds, paused)
         expected = [job_id for job_id in order if not is_overdue(rows[job_id], at.now)][: command.limit]
@@ -193,7 +182,9 @@ class DecisionChecks:
         job_id = granted[0] if granted else None
         self.must(granted == expected, "S14", f"a claim got {granted}, its order is {expected}", job_id)
 
-    def _check_recovery(self, rows: Mapping[str, Job], command: Recover, decision: Decision, at: Moment) -> None:
+    def _check_recovery(
+        self, rows: Mapping[str, Job], command: cmd.Recover, decision: Decision, at: cmd.Moment
+    ) -> None:
         """Recovery takes every stalled job up to the limit. Rows without a grant are left to cleanup runs."""
         stalled = sum(
             is_stalled(job, at.lock_ms) and job.grant is not None and job.deadlines is not None for job in rows.values()
@@ -207,14 +198,14 @@ class DecisionChecks:
                 "stalled jobs are left and not reported",
             )
 
-    def _check_start(self, job: Job, decision: Decision, at: Moment) -> None:
+    def _check_start(self, job: Job, decision: Decision, at: cmd.Moment) -> None:
         response = decision.answer
         if isinstance(response, ApiError) and response.code == "already_locked":
             self.must(not is_stalled(job, at.lock_ms), "S5", "a stalled job was called locked", job.id)
 
-    def _check_holder(self, command: Any, decision: Decision, job: Job | None, at: Moment) -> None:
+    def _check_holder(self, command: Any, decision: Decision, job: Job | None, at: cmd.Moment) -> None:
         verb, lock_id = type(command).__name__, command.lock_id
-        if isinstance(command, Complete) and {change.type for change in decision.changes} & {*NOTES, "adopted"}:
+        if isinstance(command, cmd.Complete) and {change.type for change in decision.changes} & {*NOTES, "adopted"}:
             self._check_late(command, decision, job)
             return
         if isinstance(command, CALLS) and [change.type for change in decision.changes] == ["late_call"]:
@@ -236,7 +227,7 @@ class DecisionChecks:
             allowed = {"invalid_request"} | ({"progress_timeout"} if past else set())
             self.must(code in allowed, "S3", f"{verb} of the latest grant was rejected: {code}", command.id)
 
-    def _check_late(self, command: Complete, decision: Decision, job: Job | None) -> None:
+    def _check_late(self, command: cmd.Complete, decision: Decision, job: Job | None) -> None:
         """A complete from an ended grant is rejected and noted, or adopted if the job was not granted since."""
         kinds = [change.type for change in decision.changes]
         is_current = job is not None and job.grant is not None and job.grant.lock_id == command.lock_id
@@ -266,7 +257,7 @@ class DecisionChecks:
 
     # -- one change ---------------------------------------------------------------------------------------------------
 
-    def _check_change(self, change: Event, command: AnyCommand, at: Moment) -> None:
+    def _check_change(self, change: Event, command: cmd.AnyCommand, at: cmd.Moment) -> None:
         before, after, event = change.before, change.after, as_stored(change)
         if event.job_seq == 0:
             return
@@ -278,21 +269,23 @@ class DecisionChecks:
             if after.deadlines is not None and event.type != "imported":
                 self._check_deadlines(before.deadlines if before is not None else None, after, event, command, at)
 
-    def _check_leaving(self, before: Job, after: Job | None, event: Event, command: AnyCommand, at: Moment) -> None:
+    def _check_leaving(
+        self, before: Job, after: Job | None, event: Event, command: cmd.AnyCommand, at: cmd.Moment
+    ) -> None:
         """Check that the event is allowed for a job in the state `before`."""
         kind = event.type
-        if kind == "stalled" and isinstance(command, TakeBack):
+        if kind == "stalled" and isinstance(command, cmd.TakeBack):
             is_live = before.deadlines is None or before.deadlines.is_live(at.lock_ms)
             is_its = before.grant is not None and before.grant.worker == command.name
             self.must(is_its and not is_live, "S5", "a live lock or that of another was taken back", before.id)
-        elif kind == "stalled" and not isinstance(command, (EndGrants, Import)):
+        elif kind == "stalled" and not isinstance(command, (cmd.EndGrants, cmd.Import)):
             self._check_stall(before, at)
         if kind == "expired":
             self.must(is_overdue(before, at.now), "S5", "a job expired before its time", before.id)
             self.check_aging(before, at)
         if kind == "deleted":
             old = before.expires_at is not None and before.expires_at <= at.now
-            by_age = isinstance(command, DeleteExpired) or getattr(command, "action", None) == "cleanup"
+            by_age = isinstance(command, cmd.DeleteExpired) or getattr(command, "action", None) == "cleanup"
             fits = before.status in FINISHED and (old or not by_age)
             self.must(fits, "S13", f"a job was deleted that is {before.status}", before.id)
             if by_age:
@@ -303,7 +296,7 @@ class DecisionChecks:
         if kind in NOTES:
             self.must(after == before, "S3", f"{kind} changed a row", before.id)
         if kind == "adopted":
-            fits = before.status in ("queued", "failed", "cancelled") and isinstance(command, (Adopt, Complete))
+            fits = before.status in ("queued", "failed", "cancelled") and isinstance(command, (cmd.Adopt, cmd.Complete))
             self.must(fits, "S4", f"{kind} of a job that was {before.status}", before.id)
         if kind in ENDINGS:
             self.must(before.status == "processing", "S4", f"{kind} ended a job that was {before.status}", before.id)
@@ -318,7 +311,7 @@ class DecisionChecks:
             stays = after.run_at == (before.run_at if delay_ms is None else at.now + delay_ms)
             self.must(stays, "S14", f"{kind} took the job from its place", before.id)
 
-    def _check_stall(self, before: Job, at: Moment) -> None:
+    def _check_stall(self, before: Job, at: cmd.Moment) -> None:
         self.must(is_stalled(before, at.lock_ms), "S5", "a job was recovered that is not stalled", before.id)
         if before.grant is None or before.deadlines is None:
             return
@@ -326,7 +319,7 @@ class DecisionChecks:
         self.must(not graced, "S5", "a job was recovered within the grace after a start", before.id)
         self.check_recovery(before, at)
 
-    def _check_row(self, before: Job | None, job: Job, event: Event, command: AnyCommand, at: Moment) -> None:
+    def _check_row(self, before: Job | None, job: Job, event: Event, command: cmd.AnyCommand, at: cmd.Moment) -> None:
         """Check the row after one event."""
         moved = before is not None and before.status != job.status
         pair = (event.from_status, job.status)
@@ -347,7 +340,7 @@ class DecisionChecks:
             self._check_attempt(before, job, event)
             self._check_releases(before, job, event, command)
 
-    def _check_releases(self, before: Job, job: Job, event: Event, command: AnyCommand) -> None:
+    def _check_releases(self, before: Job, job: Job, event: Event, command: cmd.AnyCommand) -> None:
         """Consecutive releases without progress delay a job. Progress or another end of a grant resets their count."""
         expected = before.releases
         if event.type == "released":
@@ -368,7 +361,7 @@ class DecisionChecks:
         self.must(job.attempt == expected, "S4", f"{event.type}: attempt {before.attempt} became {job.attempt}", job.id)
 
     def _check_deadlines(
-        self, before: LockDeadlines | None, job: Job, event: Event, command: AnyCommand, at: Moment
+        self, before: LockDeadlines | None, job: Job, event: Event, command: cmd.AnyCommand, at: cmd.Moment
     ) -> None:
         """Check the deadlines: not beyond the progress timeout, not earlier than before, at least as requested."""
         deadlines, grant, kind = job.deadlines, job.grant, event.type

@@ -12,66 +12,7 @@ from msgspec import UNSET, Raw
 
 from jobd.core.rules.plan_rules import version
 from jobd.engine.waiting_claims import FEW
-from jobd.model.commands import (
-    AddQuietRule,
-    Adopt,
-    AnyCommand,
-    ApplyEndings,
-    ApplyPlan,
-    AuditLog,
-    Bulk,
-    Cancel,
-    Claim,
-    Create,
-    Delete,
-    DeleteExpired,
-    EndQuietRule,
-    ExpectedVersion,
-    Expire,
-    Export,
-    ExtendLock,
-    Fire,
-    ForceFail,
-    ForceReset,
-    Get,
-    GetSchedule,
-    GetVersion,
-    Goodbye,
-    Import,
-    ImportCheck,
-    LateResults,
-    ListJobs,
-    Locks,
-    Pause,
-    Ping,
-    PlanAction,
-    Preview,
-    Queues,
-    QuietRules,
-    QuietWorker,
-    RecordAction,
-    Recover,
-    ReleaseLock,
-    RepairJobs,
-    Resume,
-    ResumeWorker,
-    RetryJob,
-    RunNow,
-    Schedules,
-    SearchJobs,
-    Start,
-    Stats,
-    StopWorker,
-    TakeBack,
-    Timeline,
-    Transition,
-    Update,
-    Updates,
-    Validate,
-    WaitForJobs,
-    Why,
-    Workers,
-)
+from jobd.model import commands as cmd
 from jobd.model.job import EARLIEST_MS, SECOND_MS, STATUSES, YEAR_MS, BackoffOptions, Job
 from tests.proof.simulation.disk import SimDisk
 from tests.proof.simulation.scenario import Scenario
@@ -79,8 +20,9 @@ from tests.support.calls import COMMANDS, aimed
 
 # Commands of operators for which `operation` has no case: their examples are sent.
 OF_CASES: Final = (
-    AddQuietRule, Adopt, Cancel, Delete, EndQuietRule, ExtendLock, ForceFail, ForceReset, Import, Pause, QuietWorker,
-    ReleaseLock, Resume, ResumeWorker, RetryJob, RunNow, StopWorker, TakeBack, Transition, Update,
+    cmd.AddQuietRule, cmd.Adopt, cmd.Cancel, cmd.Delete, cmd.EndQuietRule, cmd.ExtendLock, cmd.ForceFail,
+    cmd.ForceReset, cmd.Import, cmd.Pause, cmd.QuietWorker, cmd.ReleaseLock, cmd.Resume, cmd.ResumeWorker,
+    cmd.RetryJob, cmd.RunNow, cmd.StopWorker, cmd.TakeBack, cmd.Transition, cmd.Update,
 )  # fmt: skip
 OTHERS: Final = tuple(
     example.command
@@ -132,9 +74,9 @@ class RequestGenerator:
 
     # -- creators -----------------------------------------------------------------------------------------------------
 
-    def create(self, now: int, *, named: float = 0.7) -> Create:
+    def create(self, now: int, *, named: float = 0.7) -> cmd.Create:
         run_at = self.maybe(0.1, self.time(now))
-        return Create(
+        return cmd.Create(
             id=self.new_id() if self.chance(named) else None,
             queue=self.queue(),
             kind=self.kind(),
@@ -159,20 +101,20 @@ class RequestGenerator:
             expires_at=self.maybe(0.15, now + 2_000, now + 20_000, now - 5),
         )
 
-    def bulk(self, now: int) -> Bulk:
-        return Bulk(jobs=[self.create(now, named=0.4) for _ in range(self.dice.randint(1, 4))])
+    def bulk(self, now: int) -> cmd.Bulk:
+        return cmd.Bulk(jobs=[self.create(now, named=0.4) for _ in range(self.dice.randint(1, 4))])
 
-    def cancel(self) -> Cancel:
-        return Cancel(id=self.job_id(), reason=self.maybe(0.5, "not wanted"))
+    def cancel(self) -> cmd.Cancel:
+        return cmd.Cancel(id=self.job_id(), reason=self.maybe(0.5, "not wanted"))
 
     # -- workers ------------------------------------------------------------------------------------------------------
 
-    def claim(self, worker: str) -> Claim:
+    def claim(self, worker: str) -> cmd.Claim:
         queues = [self.queue() for _ in range(self.dice.randint(1, 3))]
         kinds = [self.kind() for _ in range(self.dice.randint(1, 2))] if self.chance(0.3) else None
         if kinds is not None and self.time_dice.random() < 0.3:
             kinds += [f"unused-{number}" for number in range(FEW)]  # such a claim is found in another way
-        return Claim(
+        return cmd.Claim(
             worker=worker,
             queues=queues,
             kinds=kinds,
@@ -183,8 +125,8 @@ class RequestGenerator:
             progress_timeout_ms=self.maybe(0.2, 0, 3_000, 20_000),
         )
 
-    def start(self, worker: str) -> Start:
-        return Start(
+    def start(self, worker: str) -> cmd.Start:
+        return cmd.Start(
             id=self.job_id(),
             worker=worker,
             lock_ttl_ms=self.maybe(0.4, 1_000, 4_000, 60_000),
@@ -194,77 +136,79 @@ class RequestGenerator:
 
     # -- operators ----------------------------------------------------------------------------------------------------
 
-    def operation(self, now: int) -> AnyCommand:
+    def operation(self, now: int) -> cmd.AnyCommand:
         job_id, dice = self.job_id(), self.dice
         job = self.disk.job(job_id)
         lock_id = job.grant.lock_id if job is not None and job.grant is not None else "none"
         match dice.randrange(18 + len(OTHERS)):
             case 0:
-                return ForceFail(id=job_id, reason=self.maybe(0.5, "by hand"))
+                return cmd.ForceFail(id=job_id, reason=self.maybe(0.5, "by hand"))
             case 1:
-                return ForceReset(id=job_id)
+                return cmd.ForceReset(id=job_id)
             case 2:
-                return RetryJob(id=job_id)
+                return cmd.RetryJob(id=job_id)
             case 3 | 4:
                 status = job.status if job is not None and self.chance(0.9) else "queued"
                 return self.transition(job_id, status, now)
             case 5:
-                return ExtendLock(id=job_id, lock_id=lock_id, additional_ms=self.maybe(0.7, 1, 2_000, 60_000))
+                return cmd.ExtendLock(id=job_id, lock_id=lock_id, additional_ms=self.maybe(0.7, 1, 2_000, 60_000))
             case 6:
-                return ReleaseLock(id=job_id, lock_id=lock_id)
+                return cmd.ReleaseLock(id=job_id, lock_id=lock_id)
             case 7:
-                return RunNow(id=job_id) if self.chance(0.7) else RecordAction(what="cleanup")
+                return cmd.RunNow(id=job_id) if self.chance(0.7) else cmd.RecordAction(what="cleanup")
             case 8:
-                return Update(
+                return cmd.Update(
                     id=job_id,
                     priority=self.maybe(0.5, -3, 0, 9),
                     run_at=self.maybe(0.3, self.time(now)),
                     max_attempts=self.maybe(0.3, 1, 4),
                 )
             case 9:
-                return Delete(id=job_id)
+                return cmd.Delete(id=job_id)
             case 10:
-                return Pause(name=self.queue(), reason=self.maybe(0.3, "deploy"), until=self.maybe(0.5, self.time(now)))
+                return cmd.Pause(
+                    name=self.queue(), reason=self.maybe(0.3, "deploy"), until=self.maybe(0.5, self.time(now))
+                )
             case 11:
-                return Resume(name=self.queue())
+                return cmd.Resume(name=self.queue())
             case 12:
-                return TakeBack(name=f"w-{self.dice.randrange(4)}", dry_run=self.chance(0.2))
+                return cmd.TakeBack(name=f"w-{self.dice.randrange(4)}", dry_run=self.chance(0.2))
             case 13 | 14:
                 return self.adoption(job_id) if self.chance(0.7) else self.planned(job_id)
             case 15:
                 return self.import_job(now)
             case 16:
                 if self.disk.quiet and self.chance(0.6):
-                    return EndQuietRule(rule=next(iter(self.disk.quiet)))
-                return AddQuietRule(queue=self.queue(), reason="bad", until=now + dice.randrange(1, 20_000))
+                    return cmd.EndQuietRule(rule=next(iter(self.disk.quiet)))
+                return cmd.AddQuietRule(queue=self.queue(), reason="bad", until=now + dice.randrange(1, 20_000))
             case 17:
-                directive = dice.choice((QuietWorker, ResumeWorker, ResumeWorker, StopWorker))
+                directive = dice.choice((cmd.QuietWorker, cmd.ResumeWorker, cmd.ResumeWorker, cmd.StopWorker))
                 return directive(name=f"w-{dice.randrange(4)}")
             case number:
                 return aimed(OTHERS[number - 18], id=job_id, lock_id=lock_id, name=self.queue())  # type: ignore[no-any-return]
 
-    def planned(self, job_id: str) -> ApplyPlan:
+    def planned(self, job_id: str) -> cmd.ApplyPlan:
         """Return a slice of a plan, of which some jobs have changed since."""
         known = [(each, self.disk.job(each)) for each in dict.fromkeys((job_id, self.job_id(), self.job_id()))]
         seen = [
-            ExpectedVersion(each, "other" if job is None or self.chance(0.2) else self._version(job))
+            cmd.ExpectedVersion(each, "other" if job is None or self.chance(0.2) else self._version(job))
             for each, job in known
         ]
-        kind = ApplyPlan if self.chance(0.5) else ApplyEndings
-        action: PlanAction = self.dice.choice(("retry", "force-reset", "cancel", "force-fail", "delete"))
-        plan: ApplyPlan = kind(action=action, jobs=seen)
+        kind = cmd.ApplyPlan if self.chance(0.5) else cmd.ApplyEndings
+        action: cmd.PlanAction = self.dice.choice(("retry", "force-reset", "cancel", "force-fail", "delete"))
+        plan: cmd.ApplyPlan = kind(action=action, jobs=seen)
         return self._maintenance_plan(known) if self.time_dice.random() < 0.3 else plan
 
-    def _maintenance_plan(self, known: list[tuple[str, Job | None]]) -> ApplyPlan:
+    def _maintenance_plan(self, known: list[tuple[str, Job | None]]) -> cmd.ApplyPlan:
         """Return the same jobs as a plan of recovery or cleanup."""
         dice = self.time_dice
-        action: PlanAction = dice.choice(("recover-stuck", "cleanup"))
+        action: cmd.PlanAction = dice.choice(("recover-stuck", "cleanup"))
 
         def seen(job: Job | None) -> str:
             late = None if job is None else self._late(job)
             return "other" if job is None or dice.random() < 0.1 else version(job, late, action)
 
-        return ApplyEndings(action=action, jobs=[ExpectedVersion(each, seen(job)) for each, job in known])
+        return cmd.ApplyEndings(action=action, jobs=[cmd.ExpectedVersion(each, seen(job)) for each, job in known])
 
     def _late(self, job: Job) -> int | None:
         return max((late.seq for late in self.disk.late_results.get(job.seq, ())), default=None)
@@ -274,16 +218,16 @@ class RequestGenerator:
         late = self._late(job)
         return version(job, late if self.chance(0.7) else None)
 
-    def adoption(self, job_id: str) -> Adopt:
+    def adoption(self, job_id: str) -> cmd.Adopt:
         """Adopt a late result, usually of a job that has one."""
         kept = {self.disk.jobs[seq].id: lates for seq, lates in self.disk.late_results.items() if seq in self.disk.jobs}
         if kept and self.chance(0.8):
             job_id = self.dice.choice(list(kept))
         seqs = [late.seq for late in kept.get(job_id, ())]
-        return Adopt(id=job_id, result=self.maybe(0.4, *seqs, 7), reason=self.maybe(0.5, "it is right"))
+        return cmd.Adopt(id=job_id, result=self.maybe(0.4, *seqs, 7), reason=self.maybe(0.5, "it is right"))
 
-    def transition(self, job_id: str, status: Any, now: int) -> Transition:
-        updates = Updates(
+    def transition(self, job_id: str, status: Any, now: int) -> cmd.Transition:
+        updates = cmd.Updates(
             error_message=self.maybe(0.2, "said so"),
             priority=self.maybe(0.2, 1),
             run_at=self.maybe(0.2, self.time(now)),
@@ -291,11 +235,11 @@ class RequestGenerator:
             storage_key=self.maybe(0.2, "a/b"),
             metadata=self.maybe(0.2, Raw(b"[1]")),
         )
-        return Transition(id=job_id, from_=status, to=self.dice.choice(STATUSES), updates=updates)
+        return cmd.Transition(id=job_id, from_=status, to=self.dice.choice(STATUSES), updates=updates)
 
-    def import_job(self, now: int) -> Import:
+    def import_job(self, now: int) -> cmd.Import:
         """Import a job with arbitrary fields."""
-        kind, options = ImportCheck if self.chance(0.2) else Import, self.time_dice
+        kind, options = cmd.ImportCheck if self.chance(0.2) else cmd.Import, self.time_dice
         return kind(
             id=self.new_id(),
             queue=self.queue(),
@@ -326,30 +270,32 @@ class RequestGenerator:
             error_message=self.maybe(0.3, "once"),
         )
 
-    def maintenance(self) -> AnyCommand:
+    def maintenance(self) -> cmd.AnyCommand:
         """Send a command of cleanup, but about any job at any time: each is checked when it is applied."""
         ids = [self.job_id() for _ in range(self.dice.randint(1, 3))]
         if (schedule := self.disk.schedules.get(self.schedule_id())) is not None and self.chance(0.5):
             after = (schedule.last_at or schedule.timed_from) // SECOND_MS * SECOND_MS
             at = after + self.dice.choice((0, SECOND_MS, 5 * SECOND_MS))
             version = schedule.version - self.chance(0.1)  # one that is void
-            return Fire(id=schedule.id, version=version, scheduled_at=at, is_missed=self.chance(0.2))
-        return self.dice.choice((Recover(limit=1), Expire(limit=1), DeleteExpired(ids=ids), RepairJobs(ids=ids)))
+            return cmd.Fire(id=schedule.id, version=version, scheduled_at=at, is_missed=self.chance(0.2))
+        return self.dice.choice(
+            (cmd.Recover(limit=1), cmd.Expire(limit=1), cmd.DeleteExpired(ids=ids), cmd.RepairJobs(ids=ids))
+        )
 
     # -- everybody ----------------------------------------------------------------------------------------------------
 
-    def read(self) -> AnyCommand:
+    def read(self) -> cmd.AnyCommand:
         match self.dice.randrange(11):
             case 0 | 1:
-                return Get(id=self.job_id())
+                return cmd.Get(id=self.job_id())
             case 2:
-                return Timeline(id=self.job_id())
+                return cmd.Timeline(id=self.job_id())
             case 3:
-                return Why(id=self.job_id())
+                return cmd.Why(id=self.job_id())
             case 4:
-                return Validate(id=self.job_id()) if self.chance(0.7) else GetVersion(id=self.job_id())
+                return cmd.Validate(id=self.job_id()) if self.chance(0.7) else cmd.GetVersion(id=self.job_id())
             case 5:
-                kind = self.dice.choice((ListJobs, SearchJobs))
+                kind = self.dice.choice((cmd.ListJobs, cmd.SearchJobs))
                 return kind(
                     status=self.maybe(0.3, *STATUSES),
                     queue=self.maybe(0.3, self.queue()),
@@ -359,20 +305,20 @@ class RequestGenerator:
             case 6:
                 return self.dice.choice(
                     (
-                        Queues(),
-                        Workers(),
-                        QuietRules(),
-                        Schedules(),
-                        GetSchedule(id=self.schedule_id()),
-                        WaitForJobs(ids=[self.job_id()], wait_ms=0),
-                        Export(limit=self.dice.choice((1, 50)), cursor=self.maybe(0.3, "7")),
+                        cmd.Queues(),
+                        cmd.Workers(),
+                        cmd.QuietRules(),
+                        cmd.Schedules(),
+                        cmd.GetSchedule(id=self.schedule_id()),
+                        cmd.WaitForJobs(ids=[self.job_id()], wait_ms=0),
+                        cmd.Export(limit=self.dice.choice((1, 50)), cursor=self.maybe(0.3, "7")),
                     )
                 )
             case 7:
-                return Stats()
+                return cmd.Stats()
             case 8:
-                return Locks() if self.chance(0.6) else Preview(limit=2)
+                return cmd.Locks() if self.chance(0.6) else cmd.Preview(limit=2)
             case 9:
-                return LateResults(id=self.job_id()) if self.chance(0.7) else AuditLog(limit=2)
+                return cmd.LateResults(id=self.job_id()) if self.chance(0.7) else cmd.AuditLog(limit=2)
             case _:
-                return Ping() if self.chance(0.5) else Goodbye(f"w-{self.dice.randrange(3)}")
+                return cmd.Ping() if self.chance(0.5) else cmd.Goodbye(f"w-{self.dice.randrange(3)}")

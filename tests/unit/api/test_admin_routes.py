@@ -17,27 +17,18 @@ from structlog.testing import capture_logs
 from jobd.api.admin_routes import ROUTES
 from jobd.core.views import job_view
 from jobd.http.auth import Authenticator
+from jobd.model import responses
 from jobd.model.commands import MakePlan, Operator, PlanFilter, RecordAction, Stats, Tick
 from jobd.model.errors import ApiError
 from jobd.model.job import Policy
 from jobd.model.journal import JournalOutcomeUnknown, LeadershipLost
-from jobd.model.responses import (
-    READY_MS,
-    UNSEEN_MS,
-    ClusterView,
-    DeliveryView,
-    NodeView,
-    Response,
-    ValidateJobView,
-    Validation,
-)
 from jobd.model.storage import FormatNotRead
 from tests.support.calls import DELIVERY, STATS
 from tests.support.http_harness import TOKEN, FakeWebhooks, HttpHarness, request_bytes
 from tests.unit.core.test_views import AT, JOB
 
 P = "/admin/job-management"
-STANDBY = NodeView("b", "http://b", "standby", 0, 1, 0, 2, False)
+STANDBY = responses.NodeView("b", "http://b", "standby", 0, 1, 0, 2, False)
 AUTH = {"Authorization": f"Bearer {TOKEN}"}
 
 
@@ -122,7 +113,7 @@ async def test_a_wrong_request_is_rejected(harness: HttpHarness) -> None:
 async def test_an_action_is_audited_even_if_its_client_has_disconnected(harness: HttpHarness) -> None:
     started, go = asyncio.Event(), asyncio.Event()
 
-    async def slow(*_: object) -> DeliveryView:
+    async def slow(*_: object) -> responses.DeliveryView:
         started.set()
         await go.wait()
         return DELIVERY
@@ -150,8 +141,8 @@ async def test_a_leader_steps_down_after_its_audit_entry(harness: HttpHarness) -
     rejected = await harness.request("POST", path, headers=AUTH)
     assert (rejected.status, rejected.error) == (404, "not_found")
     assert (await harness.request("GET", "/v1/cluster", headers=AUTH)).data["role"] == "single"
-    nodes = [NodeView("a", "http://a", "leader", 0, 1, 0, 2, False), STANDBY]
-    view = ClusterView(role="leader", node="a", nodes=nodes)
+    nodes = [responses.NodeView("a", "http://a", "leader", 0, 1, 0, 2, False), STANDBY]
+    view = responses.ClusterView(role="leader", node="a", nodes=nodes)
     harness.services.cluster_view = lambda: view
     harness.services.step_down = lambda: stepped.append(True)
     done = await harness.request("POST", path, '{"reason":"why"}', AUTH)
@@ -161,10 +152,12 @@ async def test_a_leader_steps_down_after_its_audit_entry(harness: HttpHarness) -
     assert audited.command == RecordAction(what="step-down", reason="why")
 
 
-@pytest.mark.parametrize("changes", [{"seen_ms": UNSEEN_MS}, {"behind_ms": READY_MS}, {"role": "leader"}])
+@pytest.mark.parametrize(
+    "changes", [{"seen_ms": responses.UNSEEN_MS}, {"behind_ms": responses.READY_MS}, {"role": "leader"}]
+)
 async def test_a_step_down_without_a_ready_standby_needs_force(harness: HttpHarness, changes: dict[str, Any]) -> None:
     path, stepped = f"{P}/cluster/step-down", []
-    harness.services.cluster_view = lambda: ClusterView(role="leader", nodes=[replace(STANDBY, **changes)])
+    harness.services.cluster_view = lambda: responses.ClusterView(role="leader", nodes=[replace(STANDBY, **changes)])
     harness.services.step_down = lambda: stepped.append(True)
     refreshes: list[bool] = []
 
@@ -289,15 +282,15 @@ async def test_a_read_only_token_sees_a_validated_job_without_its_lock_id(harnes
     harness.app.authenticator.replace_tokens([TOKEN], [READER["Authorization"].split()[1]])
     for headers, shown in ((AUTH, True), (READER, False)):
         held = job_view(JOB, AT, Policy(), admin=True)
-        view = ValidateJobView("a", held, Validation(True, [], True), 1)
-        harness.actor.respond = lambda _, view=view: Response(view)
+        view = responses.ValidateJobView("a", held, responses.Validation(True, [], True), 1)
+        harness.actor.respond = lambda _, view=view: responses.Response(view)
         response = await harness.request("GET", f"{P}/validate-job?jobId=a", headers=headers)
         assert ("lock_id" in response.data["job"]["lock"]) == shown
         assert response.data["job"]["lock"]["worker"] == "w-1"
 
 
 async def test_stats_say_whether_a_cleanup_is_running(harness: HttpHarness) -> None:
-    harness.actor.respond = lambda _: Response(STATS)
+    harness.actor.respond = lambda _: responses.Response(STATS)
     data = (await harness.request("GET", f"{P}/stats", headers=AUTH)).data
     assert (data["totalJobs"], data["cleanupRunning"], data["timeSinceLastCleanup"]) == (3, True, 1234)
     assert data["disk"] == {"path": "/var/lib/jobd/jobd.db", "freeBytes": 3 << 30, "totalBytes": 8 << 30}

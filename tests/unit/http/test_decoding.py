@@ -18,44 +18,22 @@ from jobd.dashboard.webhook_pages import WebhookPageQuery
 from jobd.http.body_scanner import MANY_KEYS, excess_depth
 from jobd.http.decoding import Limits, RequestDecoder, make_body_type, path_value, validation_error
 from jobd.http.routing import Route
-from jobd.model.commands import (
-    AuditLog,
-    Bulk,
-    Cancel,
-    Claim,
-    Command,
-    Complete,
-    Create,
-    Extend,
-    Fail,
-    Import,
-    ListJobs,
-    MakePlan,
-    Pause,
-    PlanFilter,
-    Progress,
-    SearchJobs,
-    Start,
-    TakeBack,
-    Transition,
-    Update,
-    Updates,
-)
+from jobd.model import commands as cmd
 from jobd.model.errors import ApiError, ApiException
 from jobd.model.job import BackoffOptions
 from jobd.model.requests import BackupRequest, Deliveries, RowCheckRequest
 
 LIMITS = Limits()
 DECODERS: dict[str, RequestDecoder] = {
-    "create": RequestDecoder(Create, None, LIMITS),
-    "bulk": RequestDecoder(Bulk, None, LIMITS),
-    "claim": RequestDecoder(Claim, None, LIMITS),
-    "start": RequestDecoder(Start, "id", LIMITS),
-    "progress": RequestDecoder(Progress, "id", LIMITS),
-    "complete": RequestDecoder(Complete, "id", LIMITS),
-    "fail": RequestDecoder(Fail, "id", LIMITS),
-    "transition": RequestDecoder(Transition, None, LIMITS),
-    "import": RequestDecoder(Import, None, LIMITS),
+    "create": RequestDecoder(cmd.Create, None, LIMITS),
+    "bulk": RequestDecoder(cmd.Bulk, None, LIMITS),
+    "claim": RequestDecoder(cmd.Claim, None, LIMITS),
+    "start": RequestDecoder(cmd.Start, "id", LIMITS),
+    "progress": RequestDecoder(cmd.Progress, "id", LIMITS),
+    "complete": RequestDecoder(cmd.Complete, "id", LIMITS),
+    "fail": RequestDecoder(cmd.Fail, "id", LIMITS),
+    "transition": RequestDecoder(cmd.Transition, None, LIMITS),
+    "import": RequestDecoder(cmd.Import, None, LIMITS),
 }
 
 
@@ -65,7 +43,7 @@ def error_of(decoder: RequestDecoder, body: bytes, value: str | None = None) -> 
     return caught.value.error
 
 
-def outcome(decoder: RequestDecoder, body: bytes) -> Command | ApiError:
+def outcome(decoder: RequestDecoder, body: bytes) -> cmd.Command | ApiError:
     try:
         return decoder.from_body(body, "a" if decoder.path_field else None)
     except ApiException as no:
@@ -74,28 +52,30 @@ def outcome(decoder: RequestDecoder, body: bytes) -> Command | ApiError:
 
 def test_the_path_sets_the_id() -> None:
     command = DECODERS["progress"].from_body(b'{"lock_id":"x","progress":1.5}', "job-1")
-    assert command == Progress(id="job-1", lock_id="x", progress=1.5)
+    assert command == cmd.Progress(id="job-1", lock_id="x", progress=1.5)
 
 
 def test_the_same_id_in_the_body_is_accepted_and_another_is_rejected() -> None:
     decoder = DECODERS["progress"]
-    assert decoder.from_body(b'{"id":"a","lock_id":"x","progress":1}', "a") == Progress(id="a", lock_id="x", progress=1)
+    assert decoder.from_body(b'{"id":"a","lock_id":"x","progress":1}', "a") == cmd.Progress(
+        id="a", lock_id="x", progress=1
+    )
     no = error_of(decoder, b'{"id":"b","lock_id":"x","progress":1}', "a")
     assert (no.code, no.details) == ("invalid_request", {"field": "$.id"})
 
 
 def test_the_path_sets_the_name_of_a_queue() -> None:
-    assert RequestDecoder(Pause, "name", LIMITS).from_body(b"", "mail") == Pause(name="mail")
+    assert RequestDecoder(cmd.Pause, "name", LIMITS).from_body(b"", "mail") == cmd.Pause(name="mail")
 
 
 def test_an_empty_body_is_an_empty_object() -> None:
-    assert RequestDecoder(Cancel, "id", LIMITS).from_body(b"", "a") == Cancel(id="a")
-    assert DECODERS["create"].from_body(b"") == Create()
+    assert RequestDecoder(cmd.Cancel, "id", LIMITS).from_body(b"", "a") == cmd.Cancel(id="a")
+    assert DECODERS["create"].from_body(b"") == cmd.Create()
     assert error_of(DECODERS["progress"], b"", "a").details == {"field": "$.lock_id"}
 
 
 def test_default_factories_survive_the_split() -> None:
-    part = make_body_type(Claim, "worker")
+    part = make_body_type(cmd.Claim, "worker")
     assert msgspec.json.decode(b"{}", type=part).queues == ["default"]
 
 
@@ -153,7 +133,9 @@ def test_the_message_helps() -> None:
     assert "A-Z a-z 0-9" in error_of(DECODERS["create"], b'{"id":"a b"}').message
     assert "control" in error_of(DECODERS["create"], b'{"kind":"a\\u0001"}').message
     assert "NUL" in error_of(DECODERS["complete"], b'{"lock_id":"x","file_path":"\\u0000"}', "a").message
-    assert "a whole number or null" in error_of(RequestDecoder(Update, "id", LIMITS), b'{"priority":"x"}', "a").message
+    assert (
+        "a whole number or null" in error_of(RequestDecoder(cmd.Update, "id", LIMITS), b'{"priority":"x"}', "a").message
+    )
     assert "is missing" in error_of(DECODERS["progress"], b"{}", "a").message
 
 
@@ -224,7 +206,7 @@ def test_the_error_does_not_repeat_the_body() -> None:
 def test_any_bytes_give_a_command_or_a_400(body: bytes) -> None:
     response = outcome(DECODERS["create"], body)
     code = response.code if isinstance(response, ApiError) else None
-    assert code == "invalid_request" or isinstance(response, Create)
+    assert code == "invalid_request" or isinstance(response, cmd.Create)
 
 
 _JSON = st.recursive(
@@ -250,29 +232,33 @@ def test_any_object_gives_a_command_or_a_400(name: str, fields: dict[str, Any]) 
 
 
 def test_a_payload_at_its_limit_is_accepted_and_one_byte_more_is_not() -> None:
-    decoder = RequestDecoder(Create, None, Limits(payload=10))
+    decoder = RequestDecoder(cmd.Create, None, Limits(payload=10))
     assert decoder.from_body(b'{"payload":"12345678"}')
     no = error_of(decoder, b'{"payload":"123456789"}')
     assert (no.code, no.details) == ("too_large", {"field": "$.payload", "limit": 10})
 
 
-@pytest.mark.parametrize(("command", "field"), [(Bulk, "$.jobs[1].payload"), (Import, "$.payload")])
-def test_payloads_of_bulks_and_imports_have_the_same_limit(command: type[Command], field: str) -> None:
+@pytest.mark.parametrize(("command", "field"), [(cmd.Bulk, "$.jobs[1].payload"), (cmd.Import, "$.payload")])
+def test_payloads_of_bulks_and_imports_have_the_same_limit(command: type[cmd.Command], field: str) -> None:
     decoder = RequestDecoder(command, None, Limits(payload=10))
     body = b'{"id":"a","payload":"123456789"}'
-    no = error_of(decoder, b'{"jobs":[{},%b]}' % body if command is Bulk else body)
+    no = error_of(decoder, b'{"jobs":[{},%b]}' % body if command is cmd.Bulk else body)
     assert (no.code, no.details["field"]) == ("too_large", field)
 
 
 @pytest.mark.parametrize(
     ("command", "field", "body"),
     [
-        (Complete, "$.metadata", b'{"id":"a","lock_id":"l","metadata":%b}'),
-        (Transition, "$.updates.metadata", b'{"jobId":"a","from":"queued","to":"failed","updates":{"metadata":%b}}'),
-        (Import, "$.metadata", b'{"id":"a","metadata":%b}'),
+        (cmd.Complete, "$.metadata", b'{"id":"a","lock_id":"l","metadata":%b}'),
+        (
+            cmd.Transition,
+            "$.updates.metadata",
+            b'{"jobId":"a","from":"queued","to":"failed","updates":{"metadata":%b}}',
+        ),
+        (cmd.Import, "$.metadata", b'{"id":"a","metadata":%b}'),
     ],
 )
-def test_metadata_has_the_limit_of_payloads(command: type[Command], field: str, body: bytes) -> None:
+def test_metadata_has_the_limit_of_payloads(command: type[cmd.Command], field: str, body: bytes) -> None:
     """Metadata is in every view of the job, in pages and in events."""
     decoder = RequestDecoder(command, None, Limits(payload=10))
     assert decoder.from_body(body % b'"12345678"')
@@ -367,7 +353,7 @@ def assert_fixed_depth(type_: Any, parents: tuple[type, ...]) -> None:
 
 
 def test_a_bulk_at_its_limit_is_accepted_and_one_job_more_is_not() -> None:
-    decoder = RequestDecoder(Bulk, None, Limits(bulk=3))
+    decoder = RequestDecoder(cmd.Bulk, None, Limits(bulk=3))
     assert decoder.from_body(b'{"jobs":[{},{},{}]}')
     no = error_of(decoder, b'{"jobs":[{},{},{},{}]}')
     assert (no.code, no.details) == ("too_large", {"field": "$.jobs", "limit": 3})
@@ -391,12 +377,12 @@ def test_a_list_that_is_too_long_is_not_decoded_to_its_end(decoder: str, field: 
 def test_a_large_body_with_short_lists_is_accepted() -> None:
     jobs = [{"payload": "x" * 200} for _ in range(1000)]
     command = DECODERS["bulk"].from_body(json.dumps({"jobs": jobs}).encode())
-    assert isinstance(command, Bulk)
+    assert isinstance(command, cmd.Bulk)
     assert len(command.jobs) == 1000
     blank = b" " * 100_000
     assert error_of(DECODERS["bulk"], blank + b'{"jobs":1}').details["field"] == "$.jobs"
     assert error_of(DECODERS["bulk"], blank + b'{"jobs":[{}],').message.startswith("The body is not valid JSON")
-    assert isinstance(DECODERS["claim"].from_body(blank + b'{"worker":"w"}'), Claim)
+    assert isinstance(DECODERS["claim"].from_body(blank + b'{"worker":"w"}'), cmd.Claim)
 
 
 @pytest.mark.parametrize(
@@ -418,24 +404,24 @@ def test_a_large_body_of_repeated_fields_is_rejected(decoder: str, body: str) ->
 def test_large_bodies_with_many_distinct_fields_are_accepted(indent: int | None) -> None:
     """A thousand jobs with all fields, and payloads of many small fields."""
     limits = Limits(body=4 << 20)
-    every: dict[str, Any] = {info.encode_name: 1 for info in msgspec.structs.fields(Create)}
+    every: dict[str, Any] = {info.encode_name: 1 for info in msgspec.structs.fields(cmd.Create)}
     every |= {"queue": "q", "kind": "k", "on_stall": "auto", "run_at": None, "expires_at": None, "delay_ms": None}
     every |= {"headers": {"h": "1"}, "payload": {f"f{n}": n for n in range(30)}}
     every |= {"backoff": {"kind": "fixed", "base_ms": 1}}
     jobs = [every | {"id": f"job-{number}"} for number in range(1000)]
     body = json.dumps({"jobs": jobs}, indent=indent).encode()
     assert body.count(b'":') > MANY_KEYS
-    command = RequestDecoder(Bulk, None, limits).from_body(body)
-    assert isinstance(command, Bulk)
+    command = RequestDecoder(cmd.Bulk, None, limits).from_body(body)
+    assert isinstance(command, cmd.Bulk)
     assert command.jobs[999].id == "job-999"
     large = {"lock_id": "l", "metadata": {str(number): {"a": number} for number in range(30_000)}}
-    complete = RequestDecoder(Complete, "id", replace(limits, payload=4 << 20))
-    assert isinstance(complete.from_body(json.dumps(large, indent=indent).encode(), "a"), Complete)
+    complete = RequestDecoder(cmd.Complete, "id", replace(limits, payload=4 << 20))
+    assert isinstance(complete.from_body(json.dumps(large, indent=indent).encode(), "a"), cmd.Complete)
 
 
 def test_the_payload_is_kept_unchanged() -> None:
     command = DECODERS["create"].from_body(b'{"payload": {"b": 1e5,  "a": [1.0]} }')
-    assert isinstance(command, Create)
+    assert isinstance(command, cmd.Create)
     assert bytes(command.payload) == b'{"b": 1e5,  "a": [1.0]}'
 
 
@@ -444,15 +430,15 @@ def test_the_payload_is_kept_unchanged() -> None:
 
 def query_error(query: str) -> ApiError:
     with pytest.raises(ApiException) as caught:
-        RequestDecoder(ListJobs, None, LIMITS).from_query(query)
+        RequestDecoder(cmd.ListJobs, None, LIMITS).from_query(query)
     return caught.value.error
 
 
 def test_a_query_gives_a_command() -> None:
-    decoder = RequestDecoder(ListJobs, None, LIMITS)
-    assert decoder.from_query("") == ListJobs()
+    decoder = RequestDecoder(cmd.ListJobs, None, LIMITS)
+    assert decoder.from_query("") == cmd.ListJobs()
     query = "status=queued&queue=mail&limit=200&cursor=17&worker=w%201&kind="
-    assert decoder.from_query(query) == ListJobs(
+    assert decoder.from_query(query) == cmd.ListJobs(
         status="queued", queue="mail", limit=200, cursor="17", worker="w 1", kind=""
     )
 
@@ -482,18 +468,18 @@ def test_an_unknown_parameter_is_named(query: str, field: str) -> None:
 @pytest.mark.parametrize(
     ("command", "query", "words"),
     [
-        (ListJobs, "cursor=zzz", "the `next_cursor` of the page before"),
-        (AuditLog, "cursor=x", "the `next_cursor` of the page before"),
+        (cmd.ListJobs, "cursor=zzz", "the `next_cursor` of the page before"),
+        (cmd.AuditLog, "cursor=x", "the `next_cursor` of the page before"),
         (WorkersPageQuery, "seen=x", "the `next_cursor` of the page before"),
         (RowCheckRequest, "cursor=x", "the `next_cursor` of the page before"),
-        (SearchJobs, "error=zz", "12 hexadecimal digits, as `jobctl failures` shows them"),
+        (cmd.SearchJobs, "error=zz", "12 hexadecimal digits, as `jobctl failures` shows them"),
         (BackupRequest, "id=a/b", "1 to 64 characters of A-Z a-z 0-9 . _ -"),
         (Deliveries, "name=a/b", "1 to 100 characters of A-Z a-z 0-9 . _ : -"),
         (WebhookPageQuery, "name=a&state=sent", "one of waiting, delivered, dead-lettered"),
-        (SearchJobs, "status=gone", "one of queued, processing, completed, failed, cancelled"),
+        (cmd.SearchJobs, "status=gone", "one of queued, processing, completed, failed, cancelled"),
     ],
 )
-def test_the_error_describes_the_pattern_of_a_parameter(command: type[Command], query: str, words: str) -> None:
+def test_the_error_describes_the_pattern_of_a_parameter(command: type[cmd.Command], query: str, words: str) -> None:
     with pytest.raises(ApiException) as no:
         RequestDecoder(command, None, LIMITS).from_query(query)
     field = query.rpartition("&")[2].partition("=")[0]
@@ -501,7 +487,7 @@ def test_the_error_describes_the_pattern_of_a_parameter(command: type[Command], 
 
 
 def test_the_errors_of_a_plan_describe_its_filter_and_cursor() -> None:
-    decoder = RequestDecoder(MakePlan, None, LIMITS)
+    decoder = RequestDecoder(cmd.MakePlan, None, LIMITS)
     no = error_of(decoder, b'{"action":"retry","filter":{"error":"zz"}}')
     assert no.message == "`$.filter.error`: must be 12 hexadecimal digits, as `jobctl failures` shows them."
     no = error_of(decoder, b'{"action":"retry","cursor":"1"}')
@@ -513,7 +499,7 @@ def _heirs(kind: type[Any]) -> set[type[Any]]:
 
 
 def test_every_pattern_has_a_description() -> None:
-    commands: list[Any] = [*_heirs(Command), PlanFilter, Updates, BackoffOptions]
+    commands: list[Any] = [*_heirs(cmd.Command), cmd.PlanFilter, cmd.Updates, BackoffOptions]
     seen = 0
     for command in commands:
         for info in msgspec.structs.fields(command):
@@ -525,7 +511,7 @@ def test_every_pattern_has_a_description() -> None:
 
 
 def test_a_query_cannot_set_the_field_of_the_path() -> None:
-    decoder = RequestDecoder(Extend, "id", LIMITS)
+    decoder = RequestDecoder(cmd.Extend, "id", LIMITS)
     with pytest.raises(ApiException):
         decoder.from_query("id=b&lock_id=x", "a")
 
@@ -533,30 +519,30 @@ def test_a_query_cannot_set_the_field_of_the_path() -> None:
 @pytest.mark.parametrize("value", ["", "a b", "a/b", "a\n", "ä", "a" * 201, "\x00", "\udcff"])
 def test_a_malformed_id_in_the_path_is_a_400(value: str) -> None:
     with pytest.raises(ApiException) as caught:
-        path_value(RequestDecoder(Extend, "id", LIMITS), value)
+        path_value(RequestDecoder(cmd.Extend, "id", LIMITS), value)
     assert caught.value.error.details == {"field": "$.id"}
 
 
 def test_a_long_form_is_not_decoded() -> None:
     with pytest.raises(ApiException) as caught:
-        RequestDecoder(Extend, "id", LIMITS).from_form(b"lock_id=" + b"%41" * 50_000)
+        RequestDecoder(cmd.Extend, "id", LIMITS).from_form(b"lock_id=" + b"%41" * 50_000)
     assert (caught.value.error.code, caught.value.error.details) == ("too_large", {"limit": 128 << 10})
 
 
 @pytest.mark.parametrize("value", ["a", "A.b_c:d-9", "a" * 200, ".."])
 def test_a_valid_id_in_the_path_is_accepted(value: str) -> None:
-    assert path_value(RequestDecoder(Extend, "id", LIMITS), value) == value
+    assert path_value(RequestDecoder(cmd.Extend, "id", LIMITS), value) == value
 
 
 @pytest.mark.parametrize("value", ["a", "a b", "a/b", "ä", "a" * 200])
 def test_every_valid_worker_name_is_accepted_in_the_path(value: str) -> None:
-    assert path_value(RequestDecoder(TakeBack, "name", LIMITS), value) == value
+    assert path_value(RequestDecoder(cmd.TakeBack, "name", LIMITS), value) == value
 
 
 @pytest.mark.parametrize("value", ["", "a\n", "a" * 201, "\x00"])
 def test_invalid_worker_names_are_rejected_in_the_path(value: str) -> None:
     with pytest.raises(ApiException) as caught:
-        path_value(RequestDecoder(TakeBack, "name", LIMITS), value)
+        path_value(RequestDecoder(cmd.TakeBack, "name", LIMITS), value)
     assert caught.value.error.message == "`$.name`: the path must contain text without control characters here."
 
 
@@ -564,8 +550,8 @@ def test_invalid_worker_names_are_rejected_in_the_path(value: str) -> None:
 @pytest.mark.parametrize("field", ["limit", "status"])
 def test_null_is_rejected_in_a_query(value: str, field: str) -> None:
     with pytest.raises(ApiException) as no:
-        RequestDecoder(ListJobs, None, LIMITS).from_query(f"{field}={value}")
+        RequestDecoder(cmd.ListJobs, None, LIMITS).from_query(f"{field}={value}")
     assert no.value.error.details == {"field": f"$.{field}"}
-    assert RequestDecoder(ListJobs, None, LIMITS).from_query(f"kind={value}") == ListJobs(kind=value), (
+    assert RequestDecoder(cmd.ListJobs, None, LIMITS).from_query(f"kind={value}") == cmd.ListJobs(kind=value), (
         "it is a name like any other"
     )

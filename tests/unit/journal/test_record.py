@@ -7,21 +7,10 @@ import pytest
 from msgspec import Raw
 
 from jobd.journal import record
+from jobd.model import storage
 from jobd.model.fields import MAX_NESTING
 from jobd.model.job import Extra, Result
 from jobd.model.journal import BadRecord, Record
-from jobd.model.storage import (
-    AuditEntry,
-    AuditTrimming,
-    Batch,
-    EventPruning,
-    FiguresWrite,
-    OutboxWrite,
-    StoredResponse,
-    TableWrite,
-    Tombstone,
-    TombstoneWrite,
-)
 from jobd.model.webhooks import Delivery, WebhookCursor
 from tests.support.factories import NOW, ChangeFactory, as_recorded
 from tests.support.store_files import job_of
@@ -31,7 +20,7 @@ def recorded(body: bytes) -> Record:
     return Record(7, 1, 1, 1, NOW, body)
 
 
-def back(batch: Batch) -> Batch:
+def back(batch: storage.Batch) -> storage.Batch:
     """Return `batch` after encoding and decoding."""
     body, events = record.encode(batch)
     decoded, rows = record.decode(recorded(body))
@@ -39,7 +28,7 @@ def back(batch: Batch) -> Batch:
     return decoded
 
 
-def written(batch: Batch) -> Batch:
+def written(batch: storage.Batch) -> storage.Batch:
     """Return `batch` without what a record does not keep: rows of jobs, and the payloads that responses need."""
     return msgspec.structs.replace(batch, changes=list(map(as_recorded, batch.changes)), payloads=[])
 
@@ -59,18 +48,20 @@ def test_every_part_of_a_batch_survives() -> None:
     batch = maker.batch(
         [created, late, maker.late(job_of(created), 4), maker.queue_event("video", paused=True)],
         keys=[
-            StoredResponse("d1", "b1", NOW, 201, b'{"x":1}'),
-            StoredResponse("d2", "b2", NOW, grants=[("a", "lock-1"), ("b", "lock-2")]),
+            storage.StoredResponse("d1", "b1", NOW, 201, b'{"x":1}'),
+            storage.StoredResponse("d2", "b2", NOW, grants=[("a", "lock-1"), ("b", "lock-2")]),
         ],
         forget_keys=["d3"],
         checked=[4, 5],
         report=b'{"r":1}',
         unmark=True,
-        tombstones=[Tombstone(9, "x", "key", NOW, NOW + 1, 2)],
+        tombstones=[storage.Tombstone(9, "x", "key", NOW, NOW + 1, 2)],
         sweeps=True,
         audit=[
-            AuditEntry(NOW, "eve", "::1", "cancel", "a", "video", "why", "done", 1, {"big": 2**70, "n": None}, "p1"),
-            AuditEntry(NOW, "eve", "::1", "plan-retry", jobs=2, part_of="p2", changed_ids=["a", "b"]),
+            storage.AuditEntry(
+                NOW, "eve", "::1", "cancel", "a", "video", "why", "done", 1, {"big": 2**70, "n": None}, "p1"
+            ),
+            storage.AuditEntry(NOW, "eve", "::1", "plan-retry", jobs=2, part_of="p2", changed_ids=["a", "b"]),
         ],
     )
     assert back(batch) == written(batch)
@@ -78,12 +69,12 @@ def test_every_part_of_a_batch_survives() -> None:
 
 def test_every_write_of_a_table_survives_in_a_record_of_a_later_format() -> None:
     delivery = Delivery(3, "e", "waiting", "jobs/a", "job.failed", "evt_3", 3, NOW, NOW, 0, None, 500, "é", b"\xff")
-    writes: list[TableWrite] = [
-        OutboxWrite([WebhookCursor("e", 3, 2, 4, {"stuck_jobs": NOW}, NOW)], [delivery], [1, 2], ["f"]),
-        TombstoneWrite([4], [Tombstone(-5, "x", "key", NOW, NOW + 1, 2)]),
-        EventPruning([1, 2], [7], 9),
-        AuditTrimming([1, 2]),
-        FiguresWrite(b"{}"),
+    writes: list[storage.TableWrite] = [
+        storage.OutboxWrite([WebhookCursor("e", 3, 2, 4, {"stuck_jobs": NOW}, NOW)], [delivery], [1, 2], ["f"]),
+        storage.TombstoneWrite([4], [storage.Tombstone(-5, "x", "key", NOW, NOW + 1, 2)]),
+        storage.EventPruning([1, 2], [7], 9),
+        storage.AuditTrimming([1, 2]),
+        storage.FiguresWrite(b"{}"),
     ]
     batch = ChangeFactory().batch([], writes=writes)
     assert back(batch) == batch
@@ -92,7 +83,7 @@ def test_every_write_of_a_table_survives_in_a_record_of_a_later_format() -> None
 
 def test_the_fields_of_table_writes_keep_their_names() -> None:
     """Records that were written before have these names."""
-    write = msgspec.to_builtins(OutboxWrite([WebhookCursor("e", 3)], [], [1], []))
+    write = msgspec.to_builtins(storage.OutboxWrite([WebhookCursor("e", 3)], [], [1], []))
     assert write == {
         "type": "outbox",
         "cursors": [{"name": "e", "position": 3, "gone_to": 0, "next_delivery": 1, "alerts": {}, "updated_at": 0}],
@@ -100,7 +91,7 @@ def test_the_fields_of_table_writes_keep_their_names() -> None:
         "dropped": [1],
         "forgotten": [],
     }
-    assert [*Delivery.__struct_fields__, *Tombstone.__struct_fields__] == [
+    assert [*Delivery.__struct_fields__, *storage.Tombstone.__struct_fields__] == [
         *("id", "endpoint", "state", "subject", "type", "event_id", "seq", "at", "due_at", "tries", "ended_at"),
         *("status", "error", "body", "job_seq", "job_id", "key", "at", "due_at", "tries"),
     ]

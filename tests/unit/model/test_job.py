@@ -11,42 +11,22 @@ from hypothesis import strategies as st
 from msgspec.structs import asdict, replace
 
 from jobd.core.row_checks import validate
+from jobd.model import job
 from jobd.model.clocks import LockMs
 from jobd.model.commands import Moment
-from jobd.model.job import (
-    COUNTER_MASK,
-    LAST_EPOCH,
-    MAX_LATE_RESULTS,
-    SAFE_EPOCH,
-    SECOND_MS,
-    TOKEN_COUNTER_BITS,
-    TRANSITIONS,
-    Job,
-    LatePolicy,
-    LockDeadlines,
-    Options,
-    Policy,
-    Result,
-    epoch_seconds,
-    headline,
-    is_job_id,
-    new_epoch,
-    packed,
-    storage_key_error,
-)
 from tests.support.factories import deadlines_at, full_job
 
-NEW = Job(3, "a", Options(queue="q", kind="k"), "queued", 1_000, 1_000, 1_000)
+NEW = job.Job(3, "a", job.Options(queue="q", kind="k"), "queued", 1_000, 1_000, 1_000)
 
 
 def test_the_characters_and_the_length_of_ids() -> None:
-    assert all(is_job_id(text) for text in ("a", "A-z_0.9:", "x" * 200))
-    assert not any(is_job_id(text) for text in ("", "x" * 201, "a b", "a/b", "é", "a\n", "\na", "a\x00"))
+    assert all(job.is_job_id(text) for text in ("a", "A-z_0.9:", "x" * 200))
+    assert not any(job.is_job_id(text) for text in ("", "x" * 201, "a b", "a/b", "é", "a\n", "\na", "a\x00"))
 
 
 @pytest.mark.parametrize("key", ["a", "a/b.c", "a..b", "...", "a/.../b"])
 def test_valid_storage_keys(key: str) -> None:
-    assert storage_key_error(key) is None
+    assert job.storage_key_error(key) is None
 
 
 def test_the_allowed_changes_of_status() -> None:
@@ -57,20 +37,20 @@ def test_the_allowed_changes_of_status() -> None:
         "cancelled": "queued completed",
         "completed": "",
     }
-    assert {(before, after) for before, afters in variants.items() for after in afters.split()} == TRANSITIONS
+    assert {(before, after) for before, afters in variants.items() for after in afters.split()} == job.TRANSITIONS
 
 
 def test_the_default_policy() -> None:
     minute_ms, day_ms = 60_000, 86_400_000
-    policy = Policy()
+    policy = job.Policy()
     assert (policy.lock_ttl_ms, policy.progress_timeout_ms) == (15 * minute_ms, 30 * minute_ms)
     assert (policy.stall_after_ms, policy.max_stalls, policy.on_stall) == (10 * minute_ms, 3, "auto")
     kept_ms = (policy.keep_completed_ms, policy.keep_failed_ms, policy.keep_cancelled_ms)
     assert kept_ms == (7 * day_ms, 30 * day_ms, 7 * day_ms)
     assert (policy.late_results, policy.late_bytes, policy.artifacts) == ("keep", 256 * 1024, False)
-    assert (MAX_LATE_RESULTS, get_args(LatePolicy)) == (5, ("keep", "adopt_if_unclaimed", "drop"))
+    assert (job.MAX_LATE_RESULTS, get_args(job.LatePolicy)) == (5, ("keep", "adopt_if_unclaimed", "drop"))
     assert (policy.require_download_url, policy.live_jobs, policy.idempotency_keys) == (False, 5_000_000, 200_000)
-    options = Options()
+    options = job.Options()
     assert (options.queue, options.kind, options.priority, options.max_attempts) == ("default", "", 0, 1)
     assert (options.max_stalls, options.on_stall) == (3, "auto")
 
@@ -90,7 +70,7 @@ def test_a_lock_has_expired_at_its_time() -> None:
         (deadlines_at(10, 20, 25), 20),
     ],
 )
-def test_a_job_counts_as_stalled_at_its_first_deadline(deadlines: LockDeadlines, stalled: int) -> None:
+def test_a_job_counts_as_stalled_at_its_first_deadline(deadlines: job.LockDeadlines, stalled: int) -> None:
     assert deadlines.stalled_at == stalled
 
 
@@ -101,20 +81,20 @@ def test_a_lease_is_past_its_progress_timeout_at_the_progress_timeout() -> None:
 
 
 def test_the_compact_form_of_a_new_job_expands_to_the_job() -> None:
-    short = packed(NEW)
+    short = job.packed(NEW)
     assert short is not None
     assert short.expand() == NEW
-    assert validate(short.expand(), Moment(1_000, LockMs(5), 0), Policy()).issues == []
+    assert validate(short.expand(), Moment(1_000, LockMs(5), 0), job.Policy()).issues == []
 
 
-OTHER_FIELDS: Final = [("id", ""), ("options", Options(queue="")), ("started_at", 0), ("result", Result())] + [
+OTHER_FIELDS: Final = [("id", ""), ("options", job.Options(queue="")), ("started_at", 0), ("result", job.Result())] + [
     (name, value) for name, value in asdict(full_job()).items() if name not in ("seq", "id", "options", "created_at")
 ]
 
 
 @pytest.mark.parametrize(("name", "value"), OTHER_FIELDS)
 def test_a_job_with_other_fields_has_no_compact_form(name: str, value: Any) -> None:
-    assert packed(replace(NEW, **{name: value})) is None
+    assert job.packed(replace(NEW, **{name: value})) is None
 
 
 @pytest.mark.parametrize(
@@ -129,7 +109,7 @@ def test_a_job_with_other_fields_has_no_compact_form(name: str, value: Any) -> N
     ],
 )
 def test_a_headline_has_the_whole_first_line(message: str, shown: str) -> None:
-    assert headline(message, 8) == shown
+    assert job.headline(message, 8) == shown
 
 
 # -- epochs of fencing tokens -----------------------------------------------------------------------------------------
@@ -138,26 +118,26 @@ EPOCH_0_MS: Final = 1_577_836_800_000
 SECONDS: Final = st.integers(-(1 << 31), 1 << 40)
 
 
-@given(st.integers(0, SAFE_EPOCH), SECONDS)
+@given(st.integers(0, job.SAFE_EPOCH), SECONDS)
 def test_a_new_epoch_is_above_all_known_ones(seen: int, seconds: int) -> None:
-    epoch = new_epoch(seen, EPOCH_0_MS + seconds * SECOND_MS)
+    epoch = job.new_epoch(seen, EPOCH_0_MS + seconds * job.SECOND_MS)
     assert epoch > seen
-    assert epoch == seconds if seen < seconds <= SAFE_EPOCH else epoch == seen + 1
-    if seen < SAFE_EPOCH:
-        assert (epoch << TOKEN_COUNTER_BITS) | COUNTER_MASK < 1 << 53
+    assert epoch == seconds if seen < seconds <= job.SAFE_EPOCH else epoch == seen + 1
+    if seen < job.SAFE_EPOCH:
+        assert (epoch << job.TOKEN_COUNTER_BITS) | job.COUNTER_MASK < 1 << 53
 
 
-@given(st.lists(st.integers(1, SAFE_EPOCH), min_size=2, unique=True), st.integers(0, 1 << 39))
+@given(st.lists(st.integers(1, job.SAFE_EPOCH), min_size=2, unique=True), st.integers(0, 1 << 39))
 def test_copies_of_one_store_take_different_epochs_in_different_seconds(seconds: list[int], seen: int) -> None:
     """Only if the clock is behind the epoch in the file, they may be the same."""
     ahead = [each for each in seconds if each > seen]
-    assert len({new_epoch(seen, EPOCH_0_MS + each * SECOND_MS) for each in ahead}) == len(ahead)
+    assert len({job.new_epoch(seen, EPOCH_0_MS + each * job.SECOND_MS) for each in ahead}) == len(ahead)
 
 
 def test_epochs_begin_in_2020_and_tokens_are_safe_until_2037() -> None:
     assert datetime.fromtimestamp(EPOCH_0_MS / 1000, UTC) == datetime(2020, 1, 1, tzinfo=UTC)
-    assert datetime.fromtimestamp(EPOCH_0_MS / 1000 + SAFE_EPOCH, UTC).year == 2037
-    assert (SAFE_EPOCH << TOKEN_COUNTER_BITS) | COUNTER_MASK == (1 << 53) - 1
-    assert (LAST_EPOCH << TOKEN_COUNTER_BITS) | COUNTER_MASK == (1 << 63) - 1
-    assert [new_epoch(0, EPOCH_0_MS + ms) for ms in (-1, 0, 999, 1_000, 1_999, 2_000)] == [1, 1, 1, 1, 1, 2]
-    assert epoch_seconds(EPOCH_0_MS - 1) == -1
+    assert datetime.fromtimestamp(EPOCH_0_MS / 1000 + job.SAFE_EPOCH, UTC).year == 2037
+    assert (job.SAFE_EPOCH << job.TOKEN_COUNTER_BITS) | job.COUNTER_MASK == (1 << 53) - 1
+    assert (job.LAST_EPOCH << job.TOKEN_COUNTER_BITS) | job.COUNTER_MASK == (1 << 63) - 1
+    assert [job.new_epoch(0, EPOCH_0_MS + ms) for ms in (-1, 0, 999, 1_000, 1_999, 2_000)] == [1, 1, 1, 1, 1, 2]
+    assert job.epoch_seconds(EPOCH_0_MS - 1) == -1

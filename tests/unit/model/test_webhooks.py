@@ -8,20 +8,9 @@ import msgspec
 import pytest
 from msgspec.structs import replace
 
+from jobd.model import webhooks
 from jobd.model.events import HEARTBEATS, Event, EventType
 from jobd.model.job import DAY_MS
-from jobd.model.webhooks import (
-    EVENTS_GONE,
-    GAP_PENDING,
-    PROBLEMS,
-    TEST_TYPE,
-    TYPES,
-    WebhookCursor,
-    WebhookEndpoint,
-    WebhookName,
-    types_matching,
-    webhook_type,
-)
 from tests.support.factories import NOW
 
 KEYS = (b"a" * 24, b"b" * 32)
@@ -31,25 +20,25 @@ EVENT = Event(
 
 
 def test_every_event_type_has_its_own_webhook_type() -> None:
-    assert {webhook_type(each) for each in get_args(EventType)} | set(PROBLEMS) == set(TYPES)
-    assert len(TYPES) == len(get_args(EventType)) + len(PROBLEMS)
-    assert webhook_type("late_result") == "job.late_result"
-    assert webhook_type("queue_paused") == "queue.paused"
+    assert {webhooks.webhook_type(each) for each in get_args(EventType)} | set(webhooks.PROBLEMS) == set(webhooks.TYPES)
+    assert len(webhooks.TYPES) == len(get_args(EventType)) + len(webhooks.PROBLEMS)
+    assert webhooks.webhook_type("late_result") == "job.late_result"
+    assert webhooks.webhook_type("queue_paused") == "queue.paused"
 
 
 def test_patterns_leave_out_progress_and_extensions() -> None:
-    signs = {webhook_type(each) for each in HEARTBEATS}
-    assert types_matching("*") == set(TYPES) - signs
+    signs = {webhooks.webhook_type(each) for each in HEARTBEATS}
+    assert webhooks.types_matching("*") == set(webhooks.TYPES) - signs
     patterns = ("job.*", "queue.*", "workers.*", "problem.*")
-    assert frozenset().union(*map(types_matching, patterns)) == types_matching("*")
-    assert types_matching("queue.*") == {"queue.paused", "queue.resumed"}
-    assert types_matching("job.progress") == {"job.progress"}
-    for wrong in ("", "job", "job.none", "jobs.*", "**", ".*", "completed", EVENTS_GONE, TEST_TYPE):
-        assert types_matching(wrong) == frozenset(), wrong
+    assert frozenset().union(*map(webhooks.types_matching, patterns)) == webhooks.types_matching("*")
+    assert webhooks.types_matching("queue.*") == {"queue.paused", "queue.resumed"}
+    assert webhooks.types_matching("job.progress") == {"job.progress"}
+    for wrong in ("", "job", "job.none", "jobs.*", "**", ".*", "completed", webhooks.EVENTS_GONE, webhooks.TEST_TYPE):
+        assert webhooks.types_matching(wrong) == frozenset(), wrong
 
 
 def test_a_webhook_gets_the_events_of_its_types_and_queues() -> None:
-    everything = WebhookEndpoint("e", "https://x", KEYS)
+    everything = webhooks.WebhookEndpoint("e", "https://x", KEYS)
     assert everything.selects(EVENT)
     assert not everything.selects(replace(EVENT, type="progress"))
     assert everything.reads_events
@@ -61,7 +50,7 @@ def test_a_webhook_gets_the_events_of_its_types_and_queues() -> None:
     assert some.selects(replace(EVENT, type="queue_paused", queue="mail", job_id="", job_seq=0))
     assert some.reads_events
     assert not some.wants_problems
-    for alerts in ({"problem.opened"}, PROBLEMS):
+    for alerts in ({"problem.opened"}, webhooks.PROBLEMS):
         watchman = replace(everything, events=frozenset(alerts))
         assert watchman.wants_problems
         assert not watchman.reads_events
@@ -70,27 +59,27 @@ def test_a_webhook_gets_the_events_of_its_types_and_queues() -> None:
 
 @pytest.mark.parametrize("name", ["a", "A-1_b.c:d", "x" * 100])
 def test_the_name_of_a_webhook_has_no_spaces(name: str) -> None:
-    assert msgspec.convert(name, WebhookName) == name
+    assert msgspec.convert(name, webhooks.WebhookName) == name
     for wrong in ("", "a b", "a/b", "x" * 101, f"{name}\n"):
         with pytest.raises(msgspec.ValidationError):
-            msgspec.convert(wrong, WebhookName)
+            msgspec.convert(wrong, webhooks.WebhookName)
 
 
 def test_the_types_that_receivers_know() -> None:
-    assert PROBLEMS == ("problem.opened", "problem.changed", "problem.closed", "problem.many")
-    assert (EVENTS_GONE, TEST_TYPE) == ("events.gone", "webhook.test")
-    assert GAP_PENDING < 0, "no number of an event"
+    assert webhooks.PROBLEMS == ("problem.opened", "problem.changed", "problem.closed", "problem.many")
+    assert (webhooks.EVENTS_GONE, webhooks.TEST_TYPE) == ("events.gone", "webhook.test")
+    assert webhooks.GAP_PENDING < 0, "no number of an event"
 
 
 def test_the_repr_of_a_webhook_has_no_secret_and_no_url() -> None:
-    shown = repr(WebhookEndpoint("e", "https://x/token", KEYS))
-    assert shown == str(WebhookEndpoint("e", "https://x/token", KEYS)) == "Endpoint(e)"
+    shown = repr(webhooks.WebhookEndpoint("e", "https://x/token", KEYS))
+    assert shown == str(webhooks.WebhookEndpoint("e", "https://x/token", KEYS)) == "Endpoint(e)"
 
 
 def test_the_defaults_of_a_webhook() -> None:
-    endpoint = WebhookEndpoint("e", "https://x", KEYS)
+    endpoint = webhooks.WebhookEndpoint("e", "https://x", KEYS)
     assert (endpoint.allow_private, endpoint.timeout_ms, endpoint.give_up_after_ms) == (False, 10_000, 3 * DAY_MS)
 
 
 def test_the_defaults_of_a_cursor() -> None:
-    assert WebhookCursor("e", 4) == WebhookCursor("e", 4, 0, 1, {}, 0)
+    assert webhooks.WebhookCursor("e", 4) == webhooks.WebhookCursor("e", 4, 0, 1, {}, 0)

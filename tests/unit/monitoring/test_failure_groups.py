@@ -9,20 +9,7 @@ from typing import Any
 
 import pytest
 
-from jobd.model.commands import (
-    Cancel,
-    Create,
-    Delete,
-    Fail,
-    ForceFail,
-    ForceReset,
-    Import,
-    RunNow,
-    SearchJobs,
-    Start,
-    Transition,
-    Updates,
-)
+from jobd.model import commands as cmd
 from jobd.model.fingerprints import fingerprint
 from jobd.model.job import DAY_MS, HOUR_MS
 from jobd.model.responses import FailureGroup, Response
@@ -55,10 +42,10 @@ def groups_waiting(known: FailureGroups) -> dict[str, int]:
 
 async def try_once(engine: VirtualEngine, job_id: str, message: str, wait_ms: int = 0) -> None:
     """Claim the job, if possible, and fail it; it waits for a retry if it has attempts left."""
-    granted = await engine.actor.ask(Start(id=job_id, worker="w"))
+    granted = await engine.actor.ask(cmd.Start(id=job_id, worker="w"))
     if isinstance(granted, Response):
         lock_id = granted.data.lock_id
-        await engine.yes(Fail(id=job_id, lock_id=lock_id, error_message=message, retry_after_ms=wait_ms))
+        await engine.yes(cmd.Fail(id=job_id, lock_id=lock_id, error_message=message, retry_after_ms=wait_ms))
 
 
 def watching(engine: VirtualEngine) -> FailureGroups:
@@ -68,8 +55,8 @@ def watching(engine: VirtualEngine) -> FailureGroups:
 
 
 async def fail(engine: VirtualEngine, job_id: str, reason: str, **fields: Any) -> None:
-    await engine.yes(Create(id=job_id, **fields))
-    await engine.yes(ForceFail(id=job_id, reason=reason))
+    await engine.yes(cmd.Create(id=job_id, **fields))
+    await engine.yes(cmd.ForceFail(id=job_id, reason=reason))
 
 
 @in_engine()
@@ -107,20 +94,20 @@ async def test_removed_jobs_are_no_longer_counted(engine: VirtualEngine) -> None
     known = watching(engine)
     for job_id in ("a", "b", "c", "d"):
         await fail(engine, job_id, "took 12 s")
-    await engine.yes(ForceReset(id="a"))
-    await engine.yes(Delete(id="b"))
+    await engine.yes(cmd.ForceReset(id="a"))
+    await engine.yes(cmd.Delete(id="b"))
     assert groups(known) == counted(engine)
     assert known.view(9).groups[0].job_ids == ["c", "d"] or known.view(9).groups[0].job_ids == ["d", "c"]
-    await engine.yes(Cancel(id="a"))
-    await engine.yes(ForceReset(id="c"))
-    await engine.yes(ForceReset(id="d"))
+    await engine.yes(cmd.Cancel(id="a"))
+    await engine.yes(cmd.ForceReset(id="c"))
+    await engine.yes(cmd.ForceReset(id="d"))
     assert known.view(9).groups == []
-    moved = Transition(id="c", from_="queued", to="failed", updates=Updates(error_message="by hand"))
+    moved = cmd.Transition(id="c", from_="queued", to="failed", updates=cmd.Updates(error_message="by hand"))
     await engine.yes(moved)
-    await engine.yes(Import(id="e", status="failed"))
+    await engine.yes(cmd.Import(id="e", status="failed"))
     assert groups(known) == counted(engine)
     assert (known.view(9).total, known.view(9).other) == (2, 1), "a job without an error is in no group"
-    await engine.yes(Delete(id="e"))
+    await engine.yes(cmd.Delete(id="e"))
     assert (known.view(9).total, known.view(9).other) == (1, 0)
 
 
@@ -139,9 +126,9 @@ async def test_a_group_counts_its_jobs_that_ended_more_than_a_day_ago() -> None:
             assert sum(ms >= 25 * HOUR_MS for ms in ended) <= group.older_than_day <= sum(ms > DAY_MS for ms in ended)
             assert (group.count, len(seen._groups[group.fingerprint].ended)) == (40, failure_groups.MAX_HOURS)
         older = group.older_than_day
-        await engine.yes(ForceReset(id="j0"))
-        await engine.yes(Delete(id="j39"))
-        await engine.yes(Delete(id="j38"))
+        await engine.yes(cmd.ForceReset(id="j0"))
+        await engine.yes(cmd.Delete(id="j39"))
+        await engine.yes(cmd.Delete(id="j38"))
         assert [seen.view(9).groups[0].older_than_day for seen in (known, again)] == [older - 1] * 2
         await asyncio.sleep(24 * 3600)
         assert known.view(9).groups[0].older_than_day == known.view(9).groups[0].count == 37
@@ -149,15 +136,15 @@ async def test_a_group_counts_its_jobs_that_ended_more_than_a_day_ago() -> None:
 
 @in_engine()
 async def test_jobs_that_wait_for_a_retry_are_counted_separately(engine: VirtualEngine) -> None:
-    await engine.yes(Create(id="early", max_attempts=3, queue="mail"))
+    await engine.yes(cmd.Create(id="early", max_attempts=3, queue="mail"))
     await try_once(engine, "early", "took 7 s")
     await asyncio.sleep(5)
-    await engine.yes(Create(id="moved", max_attempts=3))
+    await engine.yes(cmd.Create(id="moved", max_attempts=3))
     await try_once(engine, "moved", "took 8 s", wait_ms=3_600_000)
-    await engine.yes(Create(id="new"))
+    await engine.yes(cmd.Create(id="new"))
     known = watching(engine)
     assert not known.is_complete
-    await engine.yes(RunNow(id="moved"))
+    await engine.yes(cmd.RunNow(id="moved"))
     assert sum(groups_waiting(known).values()) == 1, "its changes are counted before it is read"
     await known.run()
     assert known.is_complete
@@ -173,7 +160,7 @@ async def test_jobs_that_wait_for_a_retry_are_counted_separately(engine: Virtual
     assert (group.count, group.retrying, group.message) == (1, 1, "took 10 s")
     assert sorted(group.job_ids) == ["early", "moved"]
     assert (groups(known), groups_waiting(known)) == (counted(engine), waiting(engine))
-    await engine.yes(Start(id="early", worker="w"))
+    await engine.yes(cmd.Start(id="early", worker="w"))
     assert (known.view(9).total, known.view(9).retrying) == (1, 0), "it is processing"
     assert [len(known.view(0).groups), known.view(0).other, known.view(0).other_retrying] == [0, 1, 0]
 
@@ -185,9 +172,9 @@ async def test_the_first_occurrence_survives_an_empty_group(engine: VirtualEngin
     await fail(engine, "a", "took 12 s")
     [first] = known.view(9).groups
     await asyncio.sleep(60)
-    await engine.yes(ForceReset(id="a"))
+    await engine.yes(cmd.ForceReset(id="a"))
     assert known.view(9).groups == []
-    await engine.yes(ForceFail(id="a", reason="took 13 s"))
+    await engine.yes(cmd.ForceFail(id="a", reason="took 13 s"))
     [repeated] = known.view(9).groups
     assert repeated.first_at == first.first_at
     assert repeated.last_at >= first.last_at + 60_000
@@ -208,9 +195,9 @@ async def test_history_is_counted_correctly_while_jobs_change(seed: int) -> None
     async with VirtualEngine(MemoryStorage()) as engine:
         ids = [f"j{n}" for n in range(20)]
         for job_id in ids:
-            await engine.yes(Create(id=job_id, max_attempts=9))
+            await engine.yes(cmd.Create(id=job_id, max_attempts=9))
             if dice.random() < 0.5:
-                await engine.yes(ForceFail(id=job_id, reason=f"error {dice.choice('abc')}"))
+                await engine.yes(cmd.ForceFail(id=job_id, reason=f"error {dice.choice('abc')}"))
             elif dice.random() < 0.6:
                 await try_once(engine, job_id, f"error {dice.choice('abc')}")
         known = watching(engine)
@@ -219,14 +206,14 @@ async def test_history_is_counted_correctly_while_jobs_change(seed: int) -> None
             job_id = dice.choice(ids)
             command = dice.choice(
                 (
-                    ForceReset(id=job_id),
-                    ForceFail(id=job_id, reason=f"error {dice.choice('abcd')}"),
-                    Delete(id=job_id),
+                    cmd.ForceReset(id=job_id),
+                    cmd.ForceFail(id=job_id, reason=f"error {dice.choice('abcd')}"),
+                    cmd.Delete(id=job_id),
                 )
             )
             requests = [engine.actor.ask(command)]
             if dice.random() < 0.3:
-                requests.append(engine.actor.ask(Create(id=f"new{n}")))
+                requests.append(engine.actor.ask(cmd.Create(id=f"new{n}")))
             await asyncio.gather(*requests)
             if dice.random() < 0.5:
                 await try_once(engine, dice.choice(ids), f"error {dice.choice('abcd')}")
@@ -290,7 +277,7 @@ async def test_a_group_does_not_depend_on_the_ids_of_its_jobs(engine: VirtualEng
         (2, fingerprint("x: no customer x-7, job x ends", "force_failed", "x")),
         (1, fingerprint("1: no customer 1-7, job 1 ends", "force_failed")),
     ]
-    found = await engine.yes(SearchJobs(error=known.view(9).groups[0].fingerprint))
+    found = await engine.yes(cmd.SearchJobs(error=known.view(9).groups[0].fingerprint))
     assert {job.id for job in found.jobs} == {"order-abc", "k3f9z"}
 
 
@@ -305,15 +292,15 @@ async def test_everything_kept_is_limited(engine: VirtualEngine) -> None:
     assert (view.total, view.other) == (7, 2)
     assert len(view.groups[0].job_ids) == 2
     assert view.groups[0].queues == ["q0", "q4"]
-    await engine.yes(Delete(id="j6"))
-    await engine.yes(Delete(id="j2"))
-    await engine.yes(Delete(id="j1"))
+    await engine.yes(cmd.Delete(id="j6"))
+    await engine.yes(cmd.Delete(id="j2"))
+    await engine.yes(cmd.Delete(id="j1"))
     view = known.view(9)
     assert (view.total, view.other, len(view.groups)) == (4, 1, 1)
-    await engine.yes(Delete(id="j3"))
-    await engine.yes(Delete(id="j0"))
-    await engine.yes(Delete(id="j4"))
-    await engine.yes(Delete(id="j5"))
+    await engine.yes(cmd.Delete(id="j3"))
+    await engine.yes(cmd.Delete(id="j0"))
+    await engine.yes(cmd.Delete(id="j4"))
+    await engine.yes(cmd.Delete(id="j5"))
     assert (known.view(9).total, known.view(9).groups) == (0, [])
     await asyncio.sleep(5)
     later = engine.now
@@ -321,13 +308,13 @@ async def test_everything_kept_is_limited(engine: VirtualEngine) -> None:
     await fail(engine, "j9", "beta")
     since = {group.message: group.first_at for group in known.view(9).groups}
     assert since["alpha"] < later <= since["beta"], "its first occurrence was forgotten"
-    await engine.yes(Create(id="j10", max_attempts=2))
+    await engine.yes(cmd.Create(id="j10", max_attempts=2))
     await try_once(engine, "j10", "gamma")
     assert (known.view(9).retrying, known.view(9).other_retrying) == (1, 1)
-    await engine.yes(Delete(id="j9"))
-    await engine.yes(Create(id="j11", max_attempts=2))
+    await engine.yes(cmd.Delete(id="j9"))
+    await engine.yes(cmd.Create(id="j11", max_attempts=2))
     await try_once(engine, "j11", "gamma")
-    await engine.yes(ForceFail(id="j10", reason="gamma"))
+    await engine.yes(cmd.ForceFail(id="j10", reason="gamma"))
     assert (known.view(9).retrying, known.view(9).total) == (1, 2)
 
 
@@ -337,5 +324,5 @@ async def test_a_search_finds_the_failed_jobs_of_a_group(engine: VirtualEngine) 
     await fail(engine, "b", "took 40 s")
     await fail(engine, "c", "lost")
     name = fingerprint("took 1 s", "force_failed")
-    assert [job.id for job in (await engine.yes(SearchJobs(error=name))).jobs] == ["b", "a"]
-    assert [job.id for job in (await engine.yes(SearchJobs(error=name, status="queued"))).jobs] == []
+    assert [job.id for job in (await engine.yes(cmd.SearchJobs(error=name))).jobs] == ["b", "a"]
+    assert [job.id for job in (await engine.yes(cmd.SearchJobs(error=name, status="queued"))).jobs] == []

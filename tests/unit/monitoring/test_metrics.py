@@ -29,19 +29,7 @@ from jobd.engine.idempotency import IdempotencyStore
 from jobd.maintenance.artifact_sweeper import SweepStats
 from jobd.maintenance.cleanup_run import CleanupSchedule
 from jobd.maintenance.maintainer import Maintainer
-from jobd.model.commands import (
-    AnyCommand,
-    Claim,
-    Complete,
-    Create,
-    EndGrants,
-    Fire,
-    Pause,
-    PutSchedule,
-    RunSchedule,
-    ScheduledJob,
-    Start,
-)
+from jobd.model import commands as cmd
 from jobd.model.errors import ERROR_STATUS
 from jobd.model.job import SECOND_MS, Job, Options, Policy
 from jobd.model.responses import ClusterView, Response
@@ -109,7 +97,7 @@ class RealStoreParts:
         self.maintainer = maintainer
         self.metrics = metrics
 
-    async def yes(self, command: AnyCommand) -> Response:
+    async def yes(self, command: cmd.AnyCommand) -> Response:
         response = await self.actor.ask(command)
         assert isinstance(response, Response), response
         return response
@@ -155,11 +143,11 @@ async def test_job_lifecycles_on_a_real_store_are_counted(tmp_path: Path) -> Non
     async with real(tmp_path / "jobd.db") as daemon:
         now = time.time_ns() // 1_000_000
         for number in range(5):
-            await daemon.yes(Create(id=f"old-{number}", queue="video"))
-            granted = (await daemon.yes(Start(id=f"old-{number}", worker="w"))).data
-            await daemon.yes(Complete(id=f"old-{number}", lock_id=granted.lock_id, file_path="/x"))
-        await daemon.yes(Create(id="dead"))
-        await daemon.yes(Start(id="dead", worker="w", lock_ttl_ms=1, stall_after_ms=0))
+            await daemon.yes(cmd.Create(id=f"old-{number}", queue="video"))
+            granted = (await daemon.yes(cmd.Start(id=f"old-{number}", worker="w"))).data
+            await daemon.yes(cmd.Complete(id=f"old-{number}", lock_id=granted.lock_id, file_path="/x"))
+        await daemon.yes(cmd.Create(id="dead"))
+        await daemon.yes(cmd.Start(id="dead", worker="w", lock_ttl_ms=1, stall_after_ms=0))
         while "dead" in daemon.actor.state.processing:
             await daemon.maintainer.recover_stuck()
             await asyncio.sleep(0.05)
@@ -200,7 +188,7 @@ async def test_job_lifecycles_on_a_real_store_are_counted(tmp_path: Path) -> Non
 @in_virtual_time
 async def test_the_events_that_the_tables_lack_are_counted() -> None:
     async with VirtualEngine(MemoryStorage(slices_wait=True)) as engine:
-        await engine.yes(Create(id="a"))
+        await engine.yes(cmd.Create(id="a"))
         body = text(metrics_of(engine).families())
         assert value(body, "jobd_unprojected_events") == engine.disk.behind > 0
 
@@ -277,7 +265,7 @@ async def test_vitals_of_a_store_in_memory_have_no_sizes() -> None:
 async def test_locks_stalled_jobs_and_waiting_claims(engine: VirtualEngine) -> None:
     await engine.held("a", lock_ttl_ms=60_000)
     await engine.held("b", lock_ttl_ms=600_000)
-    parked = asyncio.create_task(engine.yes(Claim(worker="w", wait_ms=60_000)))
+    parked = asyncio.create_task(engine.yes(cmd.Claim(worker="w", wait_ms=60_000)))
     await seconds(1)
     engine.actor.unread.add(7)
     assert value(shown(engine), "jobd_parked_claims") == 1
@@ -286,9 +274,9 @@ async def test_locks_stalled_jobs_and_waiting_claims(engine: VirtualEngine) -> N
     await parked
     await seconds(1)
     engine.disk.gate.clear()
-    tasks = [asyncio.create_task(engine.yes(Create())) for _ in range(4)]
+    tasks = [asyncio.create_task(engine.yes(cmd.Create())) for _ in range(4)]
     await engine.disk.at_gate.wait()
-    tasks += [asyncio.create_task(engine.yes(Create())) for _ in range(3)]
+    tasks += [asyncio.create_task(engine.yes(cmd.Create())) for _ in range(3)]
     await seconds(0)
     body = shown(engine)
     assert value(body, "jobd_mailbox_commands") == 3
@@ -300,11 +288,11 @@ async def test_locks_stalled_jobs_and_waiting_claims(engine: VirtualEngine) -> N
 
 @in_engine()
 async def test_the_wait_of_the_oldest_due_job_of_each_queue(engine: VirtualEngine) -> None:
-    await engine.yes(Create(id="a", queue="film", priority=9))
+    await engine.yes(cmd.Create(id="a", queue="film", priority=9))
     await seconds(40)
-    await engine.yes(Create(id="b", queue="film"))
-    await engine.yes(Create(id="c", queue="later", run_at=engine.now + 9_000))
-    await engine.yes(Pause(name="film"), by="admin")
+    await engine.yes(cmd.Create(id="b", queue="film"))
+    await engine.yes(cmd.Create(id="c", queue="later", run_at=engine.now + 9_000))
+    await engine.yes(cmd.Pause(name="film"), by="admin")
     await seconds(2)
     body = shown(engine)
     assert value(body, "jobd_queue_oldest_due_seconds", queue="film") == 42
@@ -315,13 +303,13 @@ async def test_the_wait_of_the_oldest_due_job_of_each_queue(engine: VirtualEngin
 
 @in_engine()
 async def test_times_of_schedules_are_counted_by_outcome(engine: VirtualEngine) -> None:
-    await engine.yes(PutSchedule(id="s", every_ms=SECOND_MS, job=ScheduledJob(), source="app:shop"))
+    await engine.yes(cmd.PutSchedule(id="s", every_ms=SECOND_MS, job=cmd.ScheduledJob(), source="app:shop"))
     version = engine.state.schedules["s"].version
     fires: list[dict[str, Any]] = [{"missed": 4}, {"missed": 1}, {}, {"missed": 2, "is_missed": True}]
     for number, fields in enumerate(fires, 1):
         at = engine.now + number * SECOND_MS
-        await engine.yes(Fire(id="s", version=version, scheduled_at=at, **fields), by="schedule:s")
-    await engine.yes(RunSchedule(id="s", force=True))
+        await engine.yes(cmd.Fire(id="s", version=version, scheduled_at=at, **fields), by="schedule:s")
+    await engine.yes(cmd.RunSchedule(id="s", force=True))
     found = {
         name: value(shown(engine), "jobd_schedule_fired_total", outcome=name) for name in ("fired", "skipped", "missed")
     }
@@ -331,10 +319,10 @@ async def test_times_of_schedules_are_counted_by_outcome(engine: VirtualEngine) 
 @in_engine()
 async def test_only_queues_with_very_many_kinds_are_skipped(engine: VirtualEngine) -> None:
     for number in range(MAX_BUCKETS_SCANNED):
-        await engine.yes(Create(id=f"a-{number}", queue="many", kind=str(number)))
+        await engine.yes(cmd.Create(id=f"a-{number}", queue="many", kind=str(number)))
     assert oldest_due_s(engine.state, engine.now + 1_000) == {"many": 1}
-    await engine.yes(Create(id="b", queue="many", kind="one more"))
-    await engine.yes(Create(id="c", queue="few"))
+    await engine.yes(cmd.Create(id="b", queue="many", kind="one more"))
+    await engine.yes(cmd.Create(id="c", queue="few"))
     assert oldest_due_s(engine.state, engine.now + 1_000) == {"few": 1}
 
 
@@ -350,8 +338,8 @@ async def test_durations_double_grants_quarantine_and_the_clock(engine: VirtualE
             engine.state.counters.baselines.add("film", engine.now, 1023 if hour < HOURS_NEEDED else 4095)
         await seconds(3600 if hour < HOURS_NEEDED else 0)
     await engine.held("a")
-    await engine.yes(EndGrants(ids=["a"], last=True), by="daemon")
-    await engine.yes(Start(id="a", worker="w-2"))
+    await engine.yes(cmd.EndGrants(ids=["a"], last=True), by="daemon")
+    await engine.yes(cmd.Start(id="a", worker="w-2"))
     engine.state.quarantine("bad", "its checksum is wrong")
     engine.step_ms = 3 * SECOND_MS
     body = shown(engine)
@@ -398,7 +386,7 @@ async def test_problems_by_condition_and_the_jobs_of_the_worst_queues(engine: Vi
     metrics = metrics_of(engine)
     problems = metrics._problems
     for number in range(PROBLEM_QUEUES + 3):
-        await engine.yes(Create(queue=f"q-{number}"))
+        await engine.yes(cmd.Create(queue=f"q-{number}"))
     problems._first = engine.clock.boot_ms()
     await seconds(200)
     await problems.check()
@@ -415,8 +403,8 @@ async def test_problems_by_condition_and_the_jobs_of_the_worst_queues(engine: Vi
 @in_engine()
 async def test_queue_labels_are_limited_and_the_rest_is_summed(engine: VirtualEngine) -> None:
     for number in range(QUEUES_SHOWN + 30):
-        await engine.yes(Create(id=f"a-{number}", queue=f"q-{number}"))
-        await engine.yes(Start(id=f"a-{number}", worker="w"))
+        await engine.yes(cmd.Create(id=f"a-{number}", queue=f"q-{number}"))
+        await engine.yes(cmd.Start(id=f"a-{number}", worker="w"))
     body = shown(engine)
     queues = {sample.labels["queue"] for sample in read(body)["jobd_queue_jobs"].samples}
     assert len(queues) == QUEUES_SHOWN + 1
@@ -443,7 +431,7 @@ async def test_histograms_are_cumulative(engine: VirtualEngine) -> None:
     for number, ms in enumerate((50, 100, 101, 15_000_000)):
         lock_id = await engine.held(f"job-{number}", lock_ttl_ms=86_400_000, progress_timeout_ms=0)
         await seconds(ms / 1000)
-        await engine.yes(Complete(id=f"job-{number}", lock_id=lock_id))
+        await engine.yes(cmd.Complete(id=f"job-{number}", lock_id=lock_id))
     body = shown(engine)
     buckets = {
         sample.labels["le"]: sample.value
@@ -462,7 +450,7 @@ async def test_metrics_that_are_not_formatted_yet_share_nothing_with_the_state(e
     families = metrics.families()
     before = text(families)
     lock_id = await engine.held("b", queue="other")
-    await engine.yes(Complete(id="b", lock_id=lock_id))
+    await engine.yes(cmd.Complete(id="b", lock_id=lock_id))
     engine.state.counters.note(engine.disk.batches[-1].changes[-1:])
     assert text(families) == before
     assert text(metrics.families()) != before

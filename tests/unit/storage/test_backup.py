@@ -23,22 +23,9 @@ from jobd.storage.files import FileLock, StoreBusy, StoreTooNew, StoreUnreadable
 from jobd.storage.offline import doctor, dry_run
 from jobd.storage.schema import migrations
 from jobd.storage.store import MEMORY, Store, StoreBroken
+from tests.support import store_files
 from tests.support.daemon_process import DaemonProcess
 from tests.support.factories import ChangeFactory
-from tests.support.store_files import (
-    assert_holds,
-    assert_restored,
-    assert_store_holds,
-    damage_backup,
-    edit_store,
-    exists,
-    leave_tail,
-    make_store,
-    open_store,
-    read_file,
-    remove,
-    write_file,
-)
 
 
 @pytest.fixture
@@ -48,7 +35,7 @@ def copy(tmp_path: Path) -> str:
 
 async def take(store: Store, target: str) -> None:
     with await store.backup() as file:
-        write_file(target, file.read())
+        store_files.write_file(target, file.read())
 
 
 def names(path: str) -> set[str]:
@@ -58,7 +45,7 @@ def names(path: str) -> set[str]:
 async def test_a_backup_without_the_directory_of_the_store_says_what_is_missing(tmp_path: Path) -> None:
     directory = tmp_path / "state"
     directory.mkdir()
-    async with open_store(str(directory / "jobd.db")) as (store, _):
+    async with store_files.open_store(str(directory / "jobd.db")) as (store, _):
         directory.rename(tmp_path / "elsewhere")
         with pytest.raises(BackupError, match=f"cannot be written in {directory}: No such file or directory. The dir"):
             await take(store, str(tmp_path / "copy.db"))
@@ -66,23 +53,23 @@ async def test_a_backup_without_the_directory_of_the_store_says_what_is_missing(
 
 
 async def test_a_copy_is_complete_marked_and_one_file(path: str, copy: str) -> None:
-    maker = await make_store(path)
-    async with open_store(path) as (store, _):
+    maker = await store_files.make_store(path)
+    async with store_files.open_store(path) as (store, _):
         await take(store, copy)
         assert names(path) == {"jobd.db" + suffix for suffix in ("", "-wal", ".lock", ".epoch", ".ballast")}
-    assert read_file(copy)[18:20] == b"\x01\x01"  # it has no write-ahead log
-    with edit_store(copy) as conn:
+    assert store_files.read_file(copy)[18:20] == b"\x01\x01"  # it has no write-ahead log
+    with store_files.edit_store(copy) as conn:
         assert conn.execute("PRAGMA integrity_check").fetchone() == ("ok",)
         assert conn.execute("SELECT marked FROM meta").fetchone() == (1,)
-    async with open_store(path) as (store, found):  # the store itself is not marked
+    async with store_files.open_store(path) as (store, found):  # the store itself is not marked
         assert not found.marked
-    await assert_restored(copy, maker)
+    await store_files.assert_restored(copy, maker)
 
 
 async def test_a_copy_under_load_is_consistent(path: str, copy: str) -> None:
     maker = ChangeFactory(8)
     seen: list[tuple[int, int]] = []
-    async with open_store(path) as (store, _):
+    async with store_files.open_store(path) as (store, _):
         for _ in range(20):  # some megabytes, for many steps of the copy
             changes = [replace(maker.create(), payload=b'"%s"' % (b"z" * 3_000)) for _ in range(50)]
             await store.write(maker.batch(changes))
@@ -99,7 +86,7 @@ async def test_a_copy_under_load_is_consistent(path: str, copy: str) -> None:
     assert batches > 10
     assert len(seen) > 5
     assert seen[-1][0] == seen[-1][1]
-    async with open_store(copy) as (store, found):
+    async with store_files.open_store(copy) as (store, found):
         assert found.faults == []
         count = {status: 0 for status in (*LIVE, *FINISHED)}
         for (status,) in store._connection.raw.execute("SELECT status FROM jobs"):
@@ -118,21 +105,21 @@ async def take_with(store: Store, target: str, seen: list[tuple[int, int]]) -> N
             seen.append((done, total))
 
     with await store.backup(report_step) as file:
-        write_file(target, file.read())
+        store_files.write_file(target, file.read())
 
 
 async def test_a_store_in_memory_can_be_copied(copy: str) -> None:
     maker = ChangeFactory(2)
-    async with open_store(MEMORY) as (store, _):
+    async with store_files.open_store(MEMORY) as (store, _):
         await store.write(maker.any_batch(30))
         await take(store, copy)
-    async with open_store(copy) as (_, found):
+    async with store_files.open_store(copy) as (_, found):
         assert found.marked
         assert len(found.live()) == sum(job.status in LIVE for job in maker.jobs.values())
 
 
 async def test_closing_the_store_stops_a_copy_and_leaves_no_file(path: str, copy: str) -> None:
-    await make_store(path)
+    await store_files.make_store(path)
     store, _ = await Store.open(path)
     loop = asyncio.get_running_loop()
     begun = asyncio.Event()
@@ -184,39 +171,39 @@ async def test_a_cancelled_request_stops_the_copy(store: Store, path: str) -> No
 
 
 async def test_files_left_by_a_crash_are_removed_at_the_next_start(path: str) -> None:
-    await make_store(path)
-    write_file(f"{path}.tmp-0123", b"half")
-    write_file(f"{path}.backup-monday", b"an operator's")
-    async with open_store(path):
-        assert not exists(f"{path}.tmp-0123")
-        assert exists(f"{path}.backup-monday")
+    await store_files.make_store(path)
+    store_files.write_file(f"{path}.tmp-0123", b"half")
+    store_files.write_file(f"{path}.backup-monday", b"an operator's")
+    async with store_files.open_store(path):
+        assert not store_files.exists(f"{path}.tmp-0123")
+        assert store_files.exists(f"{path}.backup-monday")
 
 
 async def test_a_damaged_store_cannot_be_copied(path: str, copy: str) -> None:
-    await make_store(path)
-    with edit_store(path) as conn:
+    await store_files.make_store(path)
+    with store_files.edit_store(path) as conn:
         (page,) = conn.execute("SELECT rootpage FROM sqlite_schema WHERE name = 'events_job'").fetchone()
-    content = bytearray(read_file(path))
+    content = bytearray(store_files.read_file(path))
     content[(page - 1) * 4096 + 3] ^= 0x10  # the number of entries on a page of an index
-    write_file(path, content)
-    async with open_store(path) as (store, _):
+    store_files.write_file(path, content)
+    async with store_files.open_store(path) as (store, _):
         with pytest.raises(StoreUnreadable, match="does not pass its check"):
             await take(store, copy)
-    assert not exists(copy)
+    assert not store_files.exists(copy)
 
 
 async def test_a_copy_of_a_store_with_a_tail_has_its_tables_written(path: str, copy: str) -> None:
     """A record in the tail that removes an earlier mark does not remove that of the copy."""
-    maker = await make_store(path)
-    async with open_store(path) as (store, _):
+    maker = await store_files.make_store(path)
+    async with store_files.open_store(path) as (store, _):
         with pytest.MonkeyPatch.context() as patched:
             patched.setattr(store._projection, "project", full_disk)
             await store.write(maker.any_batch(20))
             await store.write(Batch([], maker.numbers, unmark=True))
             await take(store, copy)
-    with edit_store(copy) as conn:
+    with store_files.edit_store(copy) as conn:
         assert conn.execute("SELECT count(*) FROM journal").fetchone() == (0,)
-    await assert_restored(copy, maker)
+    await store_files.assert_restored(copy, maker)
 
 
 def full_disk() -> None:
@@ -228,51 +215,51 @@ def full_disk() -> None:
 
 
 async def test_a_killed_store_is_restored_with_its_tail(path: str, copy: str) -> None:
-    maker = await make_store(copy)
-    await leave_tail(copy, maker.any_batch(20), Batch([], maker.numbers, unmark=True))
+    maker = await store_files.make_store(copy)
+    await store_files.leave_tail(copy, maker.any_batch(20), Batch([], maker.numbers, unmark=True))
     assert any("its tables lack 2 committed batches (20 events)" in line for line in dry_run.restore(copy, path))
     restore(copy, path)
-    with edit_store(path) as conn:
+    with store_files.edit_store(path) as conn:
         assert conn.execute("SELECT count(*) FROM journal").fetchone() == (0,)
-    await assert_restored(path, maker)
+    await store_files.assert_restored(path, maker)
 
 
 async def test_the_log_is_found_through_a_symbolic_link(path: str, copy: str, tmp_path: Path) -> None:
     """SQLite keeps it next to the file that the link names. It has the latest commits of a killed store."""
-    maker = await make_store(copy)
-    await leave_tail(copy, maker.any_batch(20))
+    maker = await store_files.make_store(copy)
+    await store_files.leave_tail(copy, maker.any_batch(20))
     link = tmp_path / "link.db"
     link.symlink_to(copy)
     notes: list[str] = []
     doctor.check(str(link), on_note=notes.append)
     assert any("the tables lack 1 committed batch (20 events)" in note for note in notes)
     restore(str(link), path)
-    await assert_restored(path, maker)
+    await store_files.assert_restored(path, maker)
 
 
 async def test_a_file_whose_tail_is_damaged_is_not_restored(path: str, copy: str) -> None:
-    maker = await make_store(copy)
-    [number] = await leave_tail(copy, maker.any_batch(4))
-    with edit_store(copy) as conn:
+    maker = await store_files.make_store(copy)
+    [number] = await store_files.leave_tail(copy, maker.any_batch(4))
+    with store_files.edit_store(copy) as conn:
         conn.execute("UPDATE journal SET at = 0")
     for call in (dry_run.restore, restore):
         with pytest.raises(
             StoreUnreadable, match=f"^{copy}: record {number} of the journal is damaged.* --cut-journal"
         ):
             call(copy, path)
-    assert not exists(path)
+    assert not store_files.exists(path)
 
 
 async def test_a_file_of_an_older_schema_version_is_restored(path: str, older: ChangeFactory) -> None:
     copy = f"{path}.copy"
     os.replace(path, copy)
     restore(copy, path)
-    await assert_restored(path, older)
+    await store_files.assert_restored(path, older)
 
 
 async def test_a_restore_keeps_the_old_store(path: str, copy: str) -> None:
     maker = ChangeFactory(3)
-    async with open_store(path) as (store, _):
+    async with store_files.open_store(path) as (store, _):
         await store.write(maker.any_batch(30))
         await take(store, copy)
         jobs = dict(maker.jobs)
@@ -282,117 +269,117 @@ async def test_a_restore_keeps_the_old_store(path: str, copy: str) -> None:
     old_path = restore(copy, path)
     assert old_path is not None
     assert os.path.dirname(old_path) == os.path.dirname(path)
-    async with open_store(path) as (store, found):
+    async with store_files.open_store(path) as (store, found):
         assert (found.marked, found.numbers.epoch, found.numbers.next_event) == (True, 2, 2 << 24)
         assert {job.seq for job in found.live()} == {seq for seq, job in jobs.items() if job.status in LIVE}
         await store.write(Batch([], found.numbers, unmark=True))
-    async with open_store(old_path) as (_, found):  # the old store is complete; it has no epoch file
+    async with store_files.open_store(old_path) as (_, found):  # the old store is complete; it has no epoch file
         assert found.numbers == replace(maker.numbers, epoch=2, next_token=1)
         assert found.faults == []
 
 
 async def test_a_restore_marks_an_unmarked_file(path: str, copy: str) -> None:
-    await make_store(copy)
+    await store_files.make_store(copy)
     assert restore(copy, path) is None
     assert os.stat(path).st_mode & 0o777 == 0o600
-    with edit_store(copy) as conn:
+    with store_files.edit_store(copy) as conn:
         assert conn.execute("SELECT marked FROM meta").fetchone() == (0,)
-    async with open_store(path) as (_, found):
+    async with store_files.open_store(path) as (_, found):
         assert found.marked
 
 
 async def test_the_epoch_of_the_old_store_counts_without_its_epoch_file(path: str, copy: str) -> None:
-    await make_store(copy)
-    await make_store(path)
-    with edit_store(path) as conn:
+    await store_files.make_store(copy)
+    await store_files.make_store(path)
+    with store_files.edit_store(path) as conn:
         migrations.change_meta(conn, epoch=7)
-    remove(f"{path}.epoch")
+    store_files.remove(f"{path}.epoch")
     restore(copy, path)
     assert files.read_epoch(path).epoch == 7
-    async with open_store(path) as (_, found):
+    async with store_files.open_store(path) as (_, found):
         assert found.numbers.epoch == 8
 
 
 async def test_the_write_ahead_log_of_the_old_store_is_kept_with_it(path: str, copy: str) -> None:
-    await make_store(copy)
-    maker = await make_store(path)
-    async with open_store(path) as (store, _):
+    await store_files.make_store(copy)
+    maker = await store_files.make_store(path)
+    async with store_files.open_store(path) as (store, _):
         await store.write(maker.any_batch(5))
-        left = {suffix: read_file(path + suffix) for suffix in ("", "-wal")}
+        left = {suffix: store_files.read_file(path + suffix) for suffix in ("", "-wal")}
     for suffix, content in left.items():  # as after a kill
-        write_file(path + suffix, content)
+        store_files.write_file(path + suffix, content)
     old_path = restore(copy, path)
-    assert not exists(f"{path}-wal")
+    assert not store_files.exists(f"{path}-wal")
     assert old_path is not None
-    async with open_store(old_path) as (store, found):
+    async with store_files.open_store(old_path) as (store, found):
         maker.numbers = replace(maker.numbers, epoch=2, next_token=1)
-        await assert_holds(store, found, maker)
+        await store_files.assert_holds(store, found, maker)
 
 
 async def test_an_unreadable_store_is_kept_unchanged(path: str, copy: str) -> None:
-    await make_store(copy)
-    write_file(path, b"rubbish" * 1_000)
+    await store_files.make_store(copy)
+    store_files.write_file(path, b"rubbish" * 1_000)
     for suffix in ("-wal", "-journal"):
-        write_file(path + suffix, b"more rubbish")
+        store_files.write_file(path + suffix, b"more rubbish")
     old_path = restore(copy, path)
     assert old_path is not None
-    assert read_file(old_path) == b"rubbish" * 1_000
+    assert store_files.read_file(old_path) == b"rubbish" * 1_000
     for suffix in ("-wal", "-journal"):
-        assert not exists(path + suffix)
-        assert read_file(old_path + suffix) == b"more rubbish"
-    async with open_store(path) as (_, found):
+        assert not store_files.exists(path + suffix)
+        assert store_files.read_file(old_path + suffix) == b"more rubbish"
+    async with store_files.open_store(path) as (_, found):
         assert found.marked
 
 
 async def test_a_restore_that_fails_leaves_the_old_store_and_its_log(
     path: str, copy: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    await make_store(copy)
-    write_file(path, b"rubbish" * 1_000)
-    write_file(f"{path}-wal", b"more rubbish")
+    await store_files.make_store(copy)
+    store_files.write_file(path, b"rubbish" * 1_000)
+    store_files.write_file(f"{path}-wal", b"more rubbish")
     monkeypatch.setattr(files, "give_to_owner", lambda name, path: os.chown(f"{name}-missing", 0, 0))
     monkeypatch.setattr(backup, "FileLock", lambda path: contextlib.nullcontext())
     with pytest.raises(FileNotFoundError):
         restore(copy, path)
     assert names(path) == {"jobd.db", "jobd.db-wal"}
-    assert read_file(f"{path}-wal") == b"more rubbish"
+    assert store_files.read_file(f"{path}-wal") == b"more rubbish"
 
 
 async def test_two_restores_in_one_second_keep_both_stores(path: str, copy: str) -> None:
-    await make_store(copy)
+    await store_files.make_store(copy)
     old_paths = [restore(copy, path) for _ in range(4)]
     assert old_paths[0] is None
-    assert len({old_path for old_path in old_paths if old_path and exists(old_path)}) == 3
+    assert len({old_path for old_path in old_paths if old_path and store_files.exists(old_path)}) == 3
 
 
 async def test_a_restore_is_rejected_while_a_daemon_runs(path: str, copy: str) -> None:
-    await make_store(copy)
-    async with open_store(path):
-        before = read_file(path)
+    await store_files.make_store(copy)
+    async with store_files.open_store(path):
+        before = store_files.read_file(path)
         with pytest.raises(StoreBusy, match=str(os.getpid())):
             restore(copy, path)
-        assert read_file(path) == before
+        assert store_files.read_file(path) == before
 
 
 @pytest.mark.parametrize("what", ["missing", "rubbish", "foreign", "newer", "meta", "page"])
 async def test_an_unusable_file_is_not_restored(path: str, copy: str, what: str) -> None:
-    await make_store(copy)
-    await make_store(path, seed=12)
-    damage_backup(copy, what)
-    before = {name: read_file(name) for name in glob.glob(f"{path}*")}
+    await store_files.make_store(copy)
+    await store_files.make_store(path, seed=12)
+    store_files.damage_backup(copy, what)
+    before = {name: store_files.read_file(name) for name in glob.glob(f"{path}*")}
     with pytest.raises(StoreTooNew if what == "newer" else StoreUnreadable):
         restore(copy, path)
-    assert {name: read_file(name) for name in glob.glob(f"{path}*")} == before
+    assert {name: store_files.read_file(name) for name in glob.glob(f"{path}*")} == before
 
 
 async def test_a_store_held_by_another_program_is_not_touched(path: str, copy: str) -> None:
-    await make_store(copy)
-    await make_store(path)
-    with edit_store(path) as conn:
+    await store_files.make_store(copy)
+    await store_files.make_store(path)
+    with store_files.edit_store(path) as conn:
         conn.execute("BEGIN IMMEDIATE")
         with pytest.raises(StoreBusy):
             restore(copy, path)
-    async with open_store(path) as (_, found):
+    async with store_files.open_store(path) as (_, found):
         assert not found.marked
 
 
@@ -403,8 +390,8 @@ def fill(place: Path) -> None:
 
 async def test_a_copy_never_fills_the_disk_of_the_store(small_disk: Path, copy: str) -> None:
     path = str(small_disk / "jobd.db")
-    maker = await make_store(path)
-    async with open_store(path) as (store, _):
+    maker = await store_files.make_store(path)
+    async with store_files.open_store(path) as (store, _):
         with pytest.raises(DiskFull, match=f"MiB free in {small_disk}, but only"):
             await take(store, copy)
         await store.write(maker.any_batch(5))
@@ -427,13 +414,13 @@ def test_jobd_backup_exits_with_75_without_disk_space(small_disk: Path, tmp_path
 
 async def test_a_restore_without_disk_space_leaves_the_store(small_disk: Path, copy: str) -> None:
     path = str(small_disk / "jobd.db")
-    await make_store(copy)
-    maker = await make_store(path)
+    await store_files.make_store(copy)
+    maker = await store_files.make_store(path)
     fill(small_disk)
     with pytest.raises(DiskFull):
         restore(copy, path)
-    remove(str(small_disk / "filler"))
-    await assert_store_holds(path, maker)
+    store_files.remove(str(small_disk / "filler"))
+    await store_files.assert_store_holds(path, maker)
 
 
 def test_other_errors_are_not_reported_as_a_full_disk() -> None:

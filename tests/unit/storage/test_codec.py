@@ -14,19 +14,8 @@ from msgspec import Raw
 from msgspec.structs import asdict, replace
 
 from jobd.journal import event_codec
+from jobd.model import commands as cmd
 from jobd.model.clocks import LockMs
-from jobd.model.commands import (
-    Complete,
-    Extend,
-    Fail,
-    ForceReset,
-    Progress,
-    Recover,
-    Release,
-    ReleaseLock,
-    Undelivered,
-    Update,
-)
 from jobd.model.events import GIVEN_BACK, KEEP_HEARTBEATS, ROUTINE, Changes, Event, fold
 from jobd.model.job import BackoffOptions, Failure, Job, Options, Result, packed
 from jobd.model.storage import AuditEntry, Numbers, QueueRow, StoredResponse, Tombstone
@@ -348,25 +337,27 @@ def loop_of_grants(seed: int) -> tuple[RuleHarness, list[Event]]:
         for _ in range(dice.choice((0, 0, 1, 3))):
             rules.advance(1)
             percent = dice.randrange(100)
-            sign = dice.choice((Extend(id="a", lock_id=lock_id), Progress(id="a", lock_id=lock_id, progress=percent)))
+            sign = dice.choice(
+                (cmd.Extend(id="a", lock_id=lock_id), cmd.Progress(id="a", lock_id=lock_id, progress=percent))
+            )
             rules.accept(sign)
         match dice.randrange(12):
             case 0:
-                rules.accept(Fail(id="a", lock_id=lock_id, error_message="boom", error_code="E"))
+                rules.accept(cmd.Fail(id="a", lock_id=lock_id, error_message="boom", error_code="E"))
             case 1:
                 rules.advance(2_000)
-                rules.accept(Recover(limit=1))
-                rules.reject(Complete(id="a", lock_id=lock_id, file_path="/late"), "lock_lost")
+                rules.accept(cmd.Recover(limit=1))
+                rules.reject(cmd.Complete(id="a", lock_id=lock_id, file_path="/late"), "lock_lost")
             case 2:
-                rules.accept(ForceReset(id="a"), admin=True)
+                rules.accept(cmd.ForceReset(id="a"), admin=True)
             case 3 | 4:
-                rules.accept(Undelivered(id="a", lock_id=lock_id))
-                rules.reject(Extend(id="a", lock_id=lock_id), "lock_lost")  # a late call
+                rules.accept(cmd.Undelivered(id="a", lock_id=lock_id))
+                rules.reject(cmd.Extend(id="a", lock_id=lock_id), "lock_lost")  # a late call
             case 5:
-                rules.accept(ReleaseLock(id="a", lock_id=lock_id), admin=True)
-                rules.accept(Update(id="a", priority=dice.randrange(9)), admin=True)
+                rules.accept(cmd.ReleaseLock(id="a", lock_id=lock_id), admin=True)
+                rules.accept(cmd.Update(id="a", priority=dice.randrange(9)), admin=True)
             case _:
-                rules.accept(Release(id="a", lock_id=lock_id, delay_ms=dice.choice((None, 0, 5))))
+                rules.accept(cmd.Release(id="a", lock_id=lock_id, delay_ms=dice.choice((None, 0, 5))))
     return rules, list(rules.events)
 
 

@@ -20,17 +20,8 @@ from jobd.storage.backup import restore
 from jobd.storage.files import EpochFile, StoreFailed
 from jobd.storage.schema import migrations
 from jobd.storage.store import MEMORY, Store, StoreBusy, StoreTooNew, StoreUnreadable
+from tests.support import store_files
 from tests.support.factories import ChangeFactory
-from tests.support.store_files import (
-    edit_store,
-    killed_store,
-    make_empty_store,
-    make_store,
-    open_store,
-    pick,
-    read_file,
-    write_file,
-)
 
 
 def untouched(path: str) -> dict[str, bytes]:
@@ -54,17 +45,17 @@ async def test_opening_a_store_twice_fails_and_names_the_process(store: Store, p
 
 
 async def test_the_lock_is_released_after_close_and_after_an_error(path: str) -> None:
-    await make_empty_store(path)
-    await make_empty_store(path)
-    write_file(path, b"no database " * 100)
+    await store_files.make_empty_store(path)
+    await store_files.make_empty_store(path)
+    store_files.write_file(path, b"no database " * 100)
     for _ in range(2):
         with pytest.raises(StoreUnreadable, match="is not a jobd database"):
             await Store.open(path)
 
 
 async def test_a_database_that_another_program_holds_is_busy(path: str) -> None:
-    await make_empty_store(path)
-    with edit_store(path) as conn:
+    await store_files.make_empty_store(path)
+    with store_files.edit_store(path) as conn:
         conn.execute("BEGIN IMMEDIATE")
         with pytest.raises(StoreBusy):
             await Store.open(path)
@@ -72,15 +63,15 @@ async def test_a_database_that_another_program_holds_is_busy(path: str) -> None:
 
 @pytest.mark.parametrize("in_log", [False, True])
 async def test_a_newer_store_is_rejected_and_not_changed(path: str, in_log: bool) -> None:
-    async with open_store(path) as (store, _):
+    async with store_files.open_store(path) as (store, _):
         await store.write(ChangeFactory().any_batch(3))
     conn = sqlite3.connect(path, isolation_level=None)
     conn.execute(f"PRAGMA user_version = {migrations.VERSION + 1}")
     if in_log:  # as after a crash of the newer version: only the log has the schema version
-        copies = {suffix: read_file(path + suffix) for suffix in ("", "-wal")}
+        copies = {suffix: store_files.read_file(path + suffix) for suffix in ("", "-wal")}
         conn.close()
         for suffix, content in copies.items():
-            write_file(path + suffix, content)
+            store_files.write_file(path + suffix, content)
     else:
         conn.close()
     before = untouched(path)
@@ -91,15 +82,15 @@ async def test_a_newer_store_is_rejected_and_not_changed(path: str, in_log: bool
 
 
 async def test_the_database_of_another_program_is_rejected(path: str) -> None:
-    with edit_store(path) as conn:
+    with store_files.edit_store(path) as conn:
         conn.execute("CREATE TABLE mine (a)")
-    before = read_file(path)
+    before = store_files.read_file(path)
     with pytest.raises(StoreUnreadable, match="another program"):
         await Store.open(path)
-    with edit_store(path) as conn:
+    with store_files.edit_store(path) as conn:
         assert conn.execute("SELECT count(*) FROM mine").fetchone() == (0,)
         conn.execute("PRAGMA application_id = 77")
-    assert len(before) == len(read_file(path))
+    assert len(before) == len(store_files.read_file(path))
     with pytest.raises(StoreUnreadable, match="another program"):
         await Store.open(path)
 
@@ -114,8 +105,8 @@ async def test_the_database_of_another_program_is_rejected(path: str) -> None:
     ],
 )
 async def test_a_damaged_meta_row_stops_the_start(path: str, damage: str) -> None:
-    await make_empty_store(path)
-    with edit_store(path) as conn:
+    await store_files.make_empty_store(path)
+    with store_files.edit_store(path) as conn:
         conn.execute(damage)
     with pytest.raises(StoreUnreadable) as caught:
         await Store.open(path)
@@ -129,24 +120,24 @@ async def test_a_missing_directory_is_an_os_error(tmp_path: Path) -> None:
 
 async def test_a_killed_store_whose_name_is_not_utf_8_can_be_read(tmp_path: Path) -> None:
     path = str(tmp_path / "\udcff.db")
-    async with killed_store(path) as (store, _):
+    async with store_files.killed_store(path) as (store, _):
         await store.write(ChangeFactory().any_batch(3))
     assert startup.peek(path) == (migrations.APPLICATION_ID, migrations.VERSION)
-    await make_empty_store(path)
+    await store_files.make_empty_store(path)
 
 
 async def test_text_that_is_not_utf_8_reaches_no_response(path: str) -> None:
     """Neither the quarantine nor the list of jobs to validate has checksums, and no response can have such text."""
-    maker = await make_store(path)
-    live, done = pick(maker, LIVE), pick(maker, FINISHED)
-    async with open_store(path) as (store, _):
+    maker = await store_files.make_store(path)
+    live, done = store_files.pick(maker, LIVE), store_files.pick(maker, FINISHED)
+    async with store_files.open_store(path) as (store, _):
         await store.quarantine(live, "for a test")
-    with edit_store(path) as conn:
+    with store_files.edit_store(path) as conn:
         conn.execute("UPDATE quarantined_jobs SET reason = CAST(x'ff' AS TEXT)")
         conn.execute("INSERT INTO bad_rows (place, what, at, row) VALUES (CAST(x'ff' AS TEXT), '', 0, '')")
         conn.execute("UPDATE jobs SET id = CAST(x'ff' AS TEXT) WHERE seq = ?", (done.seq,))
         conn.execute("INSERT OR IGNORE INTO suspects (job_seq) VALUES (?)", (done.seq,))
-    async with open_store(path) as (store, found):
+    async with store_files.open_store(path) as (store, found):
         assert found.quarantined == {live.id: "\ufffd"}
         assert found.unvalidated[done.seq] == "\ufffd"
         assert any("damaged rows of \ufffd in quarantine" in fault for fault in found.faults)
@@ -155,7 +146,7 @@ async def test_text_that_is_not_utf_8_reaches_no_response(path: str) -> None:
 
 async def test_a_read_only_file_is_an_os_error(path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """SQLite would report a failed disk."""
-    await make_empty_store(path)
+    await store_files.make_empty_store(path)
     monkeypatch.chdir(tmp_path)  # other users cannot use the whole path
     tmp_path.chmod(0o777)
     os.chmod(path, 0o444)
@@ -171,7 +162,7 @@ async def test_a_read_only_file_is_an_os_error(path: str, tmp_path: Path, monkey
 
 async def test_no_thread_is_left_behind(path: str, tmp_path: Path) -> None:
     before = set(threading.enumerate())
-    async with open_store(path) as (store, _):
+    async with store_files.open_store(path) as (store, _):
         with pytest.raises(StoreBusy):
             await Store.open(path)
     await store.close()
@@ -190,56 +181,59 @@ async def test_no_thread_is_left_behind(path: str, tmp_path: Path) -> None:
 
 
 async def test_a_marked_store_begins_a_new_epoch_until_its_grants_are_ended(maker: ChangeFactory, path: str) -> None:
-    async with open_store(path) as (store, found):
+    async with store_files.open_store(path) as (store, found):
         assert (found.marked, found.numbers.epoch) == (False, 1)
         await store.write(maker.batch([maker.create()]))
-    with edit_store(path) as conn:
+    with store_files.edit_store(path) as conn:
         migrations.change_meta(conn, marked=1)
-    async with open_store(path) as (_, found):
+    async with store_files.open_store(path) as (_, found):
         assert (found.marked, found.numbers.epoch, found.numbers.next_token) == (True, 2, 1)
         assert found.numbers.next_job == 2
         assert files.read_epoch(path).epoch == 2
-    async with open_store(path) as (store, found):  # a crash before the grants were ended: another epoch begins
+    async with store_files.open_store(path) as (
+        store,
+        found,
+    ):  # a crash before the grants were ended: another epoch begins
         assert (found.marked, found.numbers.epoch) == (True, 3)
         await store.write(Batch([], replace(found.numbers, next_token=7)))
-    async with open_store(path) as (store, found):
+    async with store_files.open_store(path) as (store, found):
         assert (found.marked, found.numbers.epoch) == (True, 4)
         await store.write(Batch([], found.numbers, unmark=True))
-    async with open_store(path) as (_, found):
+    async with store_files.open_store(path) as (_, found):
         assert (found.marked, found.numbers.epoch) == (False, 4)
 
 
 async def test_an_older_copy_without_a_mark_is_detected_by_the_epoch_file(path: str) -> None:
-    await make_empty_store(path)
+    await store_files.make_empty_store(path)
     files.write_epoch(path, 5)
-    async with open_store(path) as (store, found):
+    async with store_files.open_store(path) as (store, found):
         assert (found.marked, found.numbers.epoch) == (True, 6)
         await store.write(Batch([], found.numbers, unmark=True))
 
 
 @pytest.mark.parametrize("is_empty", [True, False])
 async def test_a_database_that_is_missing_or_empty_next_to_its_epoch_file_is_a_fault(path: str, is_empty: bool) -> None:
-    async with open_store(path) as (_, found):
+    async with store_files.open_store(path) as (_, found):
         assert found.faults == []
     os.unlink(path)
     if is_empty:
-        write_file(path, b"")
-    async with open_store(path) as (_, found):
+        store_files.write_file(path, b"")
+    async with store_files.open_store(path) as (_, found):
         assert [fault.split(" at the start")[0] for fault in found.faults] == [f"{path} was missing or empty"]
         assert (found.numbers.epoch, found.numbers.next_event) == (2, 2 << TOKEN_COUNTER_BITS)
-    async with open_store(path) as (_, found):
+    async with store_files.open_store(path) as (_, found):
         assert found.faults == []
 
 
 async def test_a_store_without_its_epoch_file_begins_a_new_epoch_and_keeps_its_grants(path: str) -> None:
-    async with open_store(path) as (store, found):
+    async with store_files.open_store(path) as (store, found):
         await store.write(Batch([], replace(found.numbers, next_token=9, next_event=5)))
     os.unlink(f"{path}.epoch")
-    async with open_store(path) as (_, found):  # it may be a copy next to its original
+    async with store_files.open_store(path) as (_, found):  # it may be a copy next to its original
         assert (found.marked, found.numbers.epoch, found.numbers.next_token) == (False, 2, 1)
         assert found.numbers.next_event == 5
     assert files.read_epoch(path) == EpochFile(2, exists=True)
-    async with open_store(path) as (_, found):
+    async with store_files.open_store(path) as (_, found):
         assert found.numbers.epoch == 2
 
 
@@ -253,17 +247,17 @@ async def test_two_machines_that_restore_one_backup_begin_different_epochs(
 ) -> None:
     original = str(tmp_path / "jobd.db")
     clock_says(monkeypatch, 1_000)
-    async with open_store(original) as (_, found):
+    async with store_files.open_store(original) as (_, found):
         assert (found.numbers.epoch, found.epoch_warning) == (1_000, None)
     given: dict[str, range] = {}
     for second, machine in enumerate("abc", 2_000):
         clock_says(monkeypatch, second)
         path = str(tmp_path / machine)
         assert restore(original, path) is None
-        async with open_store(path) as (store, found):
+        async with store_files.open_store(path) as (store, found):
             assert (found.marked, found.numbers.epoch) == (True, second)
             await store.write(Batch([], replace(found.numbers, next_token=1 << TOKEN_COUNTER_BITS), unmark=True))
-        async with open_store(path) as (_, found):  # a normal start continues
+        async with store_files.open_store(path) as (_, found):  # a normal start continues
             first, last = second << TOKEN_COUNTER_BITS, found.numbers.epoch << TOKEN_COUNTER_BITS
             given[machine] = range(first + 1, last + found.numbers.next_token)
     a, b, c = given.values()
@@ -285,11 +279,11 @@ async def test_a_wrong_clock_at_a_restore_is_reported(
     path: str, monkeypatch: pytest.MonkeyPatch, seconds: int, epoch: int, warning: str | None
 ) -> None:
     clock_says(monkeypatch, 1_000)
-    await make_empty_store(path)
-    with edit_store(path) as conn:
+    await store_files.make_empty_store(path)
+    with store_files.edit_store(path) as conn:
         migrations.change_meta(conn, marked=1)
     clock_says(monkeypatch, seconds)
-    async with open_store(path) as (_, found):
+    async with store_files.open_store(path) as (_, found):
         assert found.numbers.epoch == epoch
         assert (found.epoch_warning or "").startswith(warning or "")
         assert (found.epoch_warning is None) is (warning is None)
@@ -297,12 +291,12 @@ async def test_a_wrong_clock_at_a_restore_is_reported(
 
 
 async def test_a_number_from_an_operator_can_leave_no_safe_epoch(path: str) -> None:
-    await make_empty_store(path)
-    write_file(f"{path}.epoch", b"%d" % SAFE_EPOCH)
-    async with open_store(path) as (_, found):
+    await store_files.make_empty_store(path)
+    store_files.write_file(f"{path}.epoch", b"%d" % SAFE_EPOCH)
+    async with store_files.open_store(path) as (_, found):
         assert found.numbers.epoch == SAFE_EPOCH + 1
         assert "gives fencing tokens of 2^53 and more" in str(found.epoch_warning)
-    write_file(f"{path}.epoch", b"%d" % LAST_EPOCH)
+    store_files.write_file(f"{path}.epoch", b"%d" % LAST_EPOCH)
     with pytest.raises(StoreUnreadable, match=f"no epoch for fencing tokens above {LAST_EPOCH}"):
         await Store.open(path)
 
@@ -313,38 +307,38 @@ async def test_a_crash_between_database_and_epoch_file_ends_no_grant(
     def crash(path: str, epoch: int) -> None:
         raise OSError("the power goes")
 
-    await make_empty_store(path)
+    await store_files.make_empty_store(path)
     os.unlink(f"{path}.epoch")
     with monkeypatch.context() as cut:
         cut.setattr(files, "write_epoch", crash)
         with pytest.raises(OSError, match="the power goes"):
             await Store.open(path)
-    async with open_store(path) as (_, found):
+    async with store_files.open_store(path) as (_, found):
         assert (found.marked, found.numbers.epoch) == (False, 3)
 
 
 async def test_a_store_in_memory_takes_its_epoch_from_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     clock_says(monkeypatch, 700)
-    async with open_store(MEMORY) as (store, found):
+    async with store_files.open_store(MEMORY) as (store, found):
         assert (found.numbers.epoch, found.marked) == (700, False)
         await store.write(Batch([], replace(found.numbers, epoch=900)))  # a full counter
     assert not os.path.exists(f"{MEMORY}.epoch")
 
 
 async def test_a_damaged_epoch_file_stops_the_start(path: str) -> None:
-    await make_empty_store(path)
-    content = bytearray(read_file(f"{path}.epoch"))
+    await store_files.make_empty_store(path)
+    content = bytearray(store_files.read_file(f"{path}.epoch"))
     content[0] ^= 1
-    write_file(f"{path}.epoch", content)
+    store_files.write_file(f"{path}.epoch", content)
     with pytest.raises(StoreUnreadable, match="epoch is damaged"):
         await Store.open(path)
 
 
 async def test_a_schema_name_that_is_not_text_stops_the_start(path: str) -> None:
-    await make_empty_store(path)
-    content = bytearray(read_file(path))
+    await store_files.make_empty_store(path)
+    content = bytearray(store_files.read_file(path))
     content[content.index(b"job_seq", content.index(b"CREATE TABLE payloads")) + 1] ^= 0x80
-    write_file(path, content)
+    store_files.write_file(path, content)
     with pytest.raises(StoreUnreadable, match=r"the schema lacks payloads\.job_seq.*jobd restore"):
         await Store.open(path)
 
@@ -358,8 +352,8 @@ async def test_a_schema_name_that_is_not_text_stops_the_start(path: str) -> None
     ],
 )
 async def test_a_damaged_schema_name_stops_the_start(path: str, change: str, lacking: str) -> None:
-    await make_empty_store(path)
-    with edit_store(path) as conn:
+    await store_files.make_empty_store(path)
+    with store_files.edit_store(path) as conn:
         conn.execute(change)
     with pytest.raises(StoreUnreadable, match=f"the schema lacks {lacking}.*jobd restore"):
         await Store.open(path)

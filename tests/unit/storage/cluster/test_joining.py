@@ -14,34 +14,17 @@ from jobd.storage.cluster.membership import WrongCluster
 from jobd.storage.files import read_epoch
 from jobd.storage.offline import doctor, journal_cut
 from jobd.storage.store import Store, StoreBusy, StoreUnreadable
+from tests.support import store_files
 from tests.support.factories import ChangeFactory
 from tests.support.memory_journal import MemoryServer
 from tests.support.projection_harness import Writer
-from tests.support.store_files import (
-    assert_holds,
-    edit_store,
-    flip,
-    killed_store,
-    leave_tail,
-    make_store,
-    open_store,
-    read_file,
-)
-from tests.unit.storage.cluster.test_cluster_store import (
-    Node,
-    finished_job,
-    following,
-    leading,
-    rejected,
-    rows_of,
-    write_much,
-)
+from tests.unit.storage.cluster import test_cluster_store
 
 
 async def founded(path: str, server: MemoryServer) -> ChangeFactory:
     """Make a store at `path` that belongs to the cluster of `server`, with its snapshot."""
-    maker = await make_store(path)
-    await leave_tail(path, maker.any_batch(9))
+    maker = await store_files.make_store(path)
+    await store_files.leave_tail(path, maker.any_batch(9))
     await convert(path, server)
     return maker
 
@@ -49,42 +32,44 @@ async def founded(path: str, server: MemoryServer) -> ChangeFactory:
 async def convert(path: str, server: MemoryServer) -> None:
     assert joining.convert_to_cluster(path, server.cluster_id) > 0
     server.head = replace(server.head, number=joining.FIRST_RECORD)
-    with BytesIO(read_file(path)) as file:
-        await Node(path, server).journal.write_snapshot(joining.FIRST_RECORD, snapshots.compressed(file), 0)
+    with BytesIO(store_files.read_file(path)) as file:
+        await test_cluster_store.Node(path, server).journal.write_snapshot(
+            joining.FIRST_RECORD, snapshots.compressed(file), 0
+        )
 
 
 async def test_a_store_becomes_the_first_snapshot_of_a_cluster(path: str) -> None:
     server = MemoryServer()
     maker = await founded(path, server)
-    before = rows_of(path)
+    before = test_cluster_store.rows_of(path)
     assert joining.convert_to_cluster(path, server.cluster_id) > 0, "a second call changes nothing"
-    assert rows_of(path) == before
+    assert test_cluster_store.rows_of(path) == before
     with pytest.raises(WrongCluster, match="belongs to cluster memory"):
         await Store.open(path)
-    async with leading(path, server) as leader:
+    async with test_cluster_store.leading(path, server) as leader:
         assert leader.opened.last_record == joining.FIRST_RECORD
-        await assert_holds(leader.store, leader.opened, maker)
+        await store_files.assert_holds(leader.store, leader.opened, maker)
         await leader.store.write(maker.any_batch(9))
-    async with following(f"{path}.new", server) as node:
+    async with test_cluster_store.following(f"{path}.new", server) as node:
         assert node.opened.last_record == joining.FIRST_RECORD
         await node.catch_up()
-    assert rows_of(path) == rows_of(f"{path}.new")
+    assert test_cluster_store.rows_of(path) == test_cluster_store.rows_of(f"{path}.new")
 
 
 async def test_a_cluster_and_the_store_that_leaves_it_have_every_row(path: str) -> None:
     server, writer, single = MemoryServer(), Writer(5), f"{path}.single"
-    async with open_store(single) as (store, _):
-        node = Node(single, server)
+    async with store_files.open_store(single) as (store, _):
+        node = test_cluster_store.Node(single, server)
         node.store = store  # type: ignore[assignment]
-        await write_much(node, Random(5), writer, 150)
+        await test_cluster_store.write_much(node, Random(5), writer, 150)
         await store.finish_upkeep()
         await store.write(writer.batch())
-    before = rows_of(single)
+    before = test_cluster_store.rows_of(single)
     await convert(single, server)
-    async with following(path, server):
+    async with test_cluster_store.following(path, server):
         pass
     joining.leave(path, is_complete=True)
-    after = rows_of(path)
+    after = test_cluster_store.rows_of(path)
     empty = {table for table, rows in before.items() if not rows}
     assert empty <= {"journal", "cluster", "bad_rows", "quarantined_jobs", "reports"}, "the test has rows of all kinds"
     for table in before.keys() - {"meta", "journal"}:
@@ -94,13 +79,13 @@ async def test_a_cluster_and_the_store_that_leaves_it_have_every_row(path: str) 
 async def test_a_damaged_row_is_in_quarantine_on_every_node(path: str) -> None:
     """Otherwise each node that reads it would rebuild its tables, with the same row."""
     server = MemoryServer()
-    async with open_store(path) as (store, _):
-        node = Node(path, server)
+    async with store_files.open_store(path) as (store, _):
+        node = test_cluster_store.Node(path, server)
         node.store = store  # type: ignore[assignment]
-        seq = await finished_job(node, ChangeFactory())
-    flip(path, "jobs", "created_at", "seq", seq)
+        seq = await test_cluster_store.finished_job(node, ChangeFactory())
+    store_files.flip(path, "jobs", "created_at", "seq", seq)
     await convert(path, server)
-    async with following(f"{path}.new", server) as node:
+    async with test_cluster_store.following(f"{path}.new", server) as node:
         assert list(node.opened.quarantined) == ["done"]
         (await node.store.snapshot()).file.close()
 
@@ -111,15 +96,15 @@ async def test_a_store_joins_one_cluster_only(path: str) -> None:
         joining.convert_to_cluster(path, "other")
     with pytest.raises(StoreUnreadable, match="does not exist"):
         joining.convert_to_cluster(f"{path}.missing", "other")
-    async with open_store(f"{path}.used"):
+    async with store_files.open_store(f"{path}.used"):
         with pytest.raises(StoreBusy):
             joining.convert_to_cluster(f"{path}.used", "other")
 
 
 async def test_a_backup_does_not_join_before_its_grants_have_ended(path: str) -> None:
-    await make_store(path)
+    await store_files.make_store(path)
     Path(f"{path}.epoch").unlink()
-    async with open_store(path) as (store, _):
+    async with store_files.open_store(path) as (store, _):
         copy = await store.backup()
     Path(path).write_bytes(copy.read())
     copy.close()
@@ -131,12 +116,12 @@ async def test_a_backup_does_not_join_before_its_grants_have_ended(path: str) ->
 async def test_the_store_of_a_node_becomes_that_of_a_single_machine(path: str, is_complete: bool) -> None:
     server = MemoryServer()
     maker = await founded(path, server)
-    async with leading(path, server) as leader:
+    async with test_cluster_store.leading(path, server) as leader:
         await leader.store.write(maker.any_batch(9))
     later = 1 << 30
     epoch = joining.leave(path, epoch=later, is_complete=is_complete)
     assert epoch == later + 1 == read_epoch(path).epoch
-    async with open_store(path) as (store, opened):
+    async with store_files.open_store(path) as (store, opened):
         assert opened.marked == (not is_complete)
         assert (opened.numbers.epoch, opened.numbers.next_token) == (epoch + (not is_complete), 1)
         assert {job.seq: job for job in opened.live()}.keys() <= maker.jobs.keys()
@@ -144,29 +129,29 @@ async def test_the_store_of_a_node_becomes_that_of_a_single_machine(path: str, i
     with pytest.raises(WrongCluster, match="is already the store of a single machine"):
         joining.leave(path, is_complete=True)
     with pytest.raises(WrongCluster, match="is the store of a single machine: make"):
-        await rejected(path, server)
+        await test_cluster_store.rejected(path, server)
 
 
 async def test_a_store_is_replaced_by_that_of_a_cluster(path: str) -> None:
     server = MemoryServer()
     await founded(path, server)
-    maker = await make_store(f"{path}.single")
-    async with open_store(f"{path}.single"):
+    maker = await store_files.make_store(f"{path}.single")
+    async with store_files.open_store(f"{path}.single"):
         with pytest.raises(StoreBusy):
             joining.discard(f"{path}.single")
-    async with killed_store(f"{path}.single") as (store, _):
+    async with store_files.killed_store(f"{path}.single") as (store, _):
         await store.write(maker.any_batch(20))
     old = joining.discard(f"{path}.single")
-    async with open_store(old) as (store, opened):
+    async with store_files.open_store(old) as (store, opened):
         maker.numbers = replace(maker.numbers, epoch=opened.numbers.epoch, next_token=1)
-        await assert_holds(store, opened, maker)
+        await store_files.assert_holds(store, opened, maker)
     with pytest.raises(StoreUnreadable, match="does not exist"):
         joining.discard(f"{path}.single")
-    async with following(f"{path}.single", server), following(path, server):
+    async with test_cluster_store.following(f"{path}.single", server), test_cluster_store.following(path, server):
         pass
-    assert rows_of(path) == rows_of(f"{path}.single")
+    assert test_cluster_store.rows_of(path) == test_cluster_store.rows_of(f"{path}.single")
     assert joining.discard(f"{path}.single") != old
-    async with open_store(old):
+    async with store_files.open_store(old):
         pass  # it is not the store of a node
 
 
@@ -177,5 +162,5 @@ async def test_a_node_is_not_repaired_by_itself(path: str) -> None:
         doctor.recount(path)
     with pytest.raises(WrongCluster, match="stop its daemon and remove it"):
         journal_cut.cut(path, 1)
-    with edit_store(path) as conn:
+    with store_files.edit_store(path) as conn:
         assert conn.execute("SELECT count(*) FROM cluster").fetchone() == (1,)

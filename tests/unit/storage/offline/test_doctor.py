@@ -21,23 +21,8 @@ from jobd.storage.offline.doctor import StoreProblem, accept, check, recount
 from jobd.storage.offline.edited_rows import RepairRejected
 from jobd.storage.schema import migrations
 from jobd.storage.store import StoreBusy, StoreTooNew, StoreUnreadable
+from tests.support import store_files
 from tests.support.factories import NOW, ChangeFactory
-from tests.support.store_files import (
-    assert_holds,
-    assert_store_holds,
-    damage_tree,
-    edit_store,
-    exists,
-    flip,
-    make_empty_store,
-    make_store,
-    open_store,
-    pick,
-    read_file,
-    remove,
-    remove_quarantined,
-    write_file,
-)
 
 
 def places(problems: list[StoreProblem]) -> list[str]:
@@ -46,8 +31,8 @@ def places(problems: list[StoreProblem]) -> list[str]:
 
 async def busy_store(path: str) -> ChangeFactory:
     """A store with rows in every table."""
-    maker = await make_store(path)
-    async with open_store(path) as (store, _):
+    maker = await store_files.make_store(path)
+    async with store_files.open_store(path) as (store, _):
         keys = [StoredResponse("d1", "b", NOW, 200, b"{}"), StoredResponse("d2", "b", NOW, 200, None, [("a", "l")])]
         await store.write(
             maker.batch([maker.queue_event("video", True), maker.quiet_event("q1", False)], keys=keys, report=b"{}")
@@ -59,34 +44,34 @@ async def busy_store(path: str) -> ChangeFactory:
         message = Delivery(7, "e", "waiting", "jobs/a", "job.failed", "evt_1", 1, NOW, NOW, 0, None, None, None, b"{}")
         await store.plan_deliveries(WebhookCursor("e", 1, next_delivery=8), [message])
         await store.save_stats(b"{}")
-        await store.write(maker.batch([maker.late(pick(maker, LIVE), 1)]))
+        await store.write(maker.batch([maker.late(store_files.pick(maker, LIVE), 1)]))
     return maker
 
 
 async def test_an_undamaged_store_has_no_problem_and_is_not_changed(path: str) -> None:
     await busy_store(path)
-    before = {name: read_file(name) for name in glob.glob(f"{path}*")}
+    before = {name: store_files.read_file(name) for name in glob.glob(f"{path}*")}
     assert check(path) == []
-    assert {name: read_file(name) for name in glob.glob(f"{path}*")} == before
-    remove(f"{path}.lock")  # a copy that no daemon ever opened
+    assert {name: store_files.read_file(name) for name in glob.glob(f"{path}*")} == before
+    store_files.remove(f"{path}.lock")  # a copy that no daemon ever opened
     assert check(path) == []
-    assert not exists(f"{path}.lock")
+    assert not store_files.exists(f"{path}.lock")
 
 
 async def test_the_write_ahead_log_is_checked_and_not_changed(path: str) -> None:
-    maker = await make_store(path)
-    async with open_store(path) as (store, _):
+    maker = await store_files.make_store(path)
+    async with store_files.open_store(path) as (store, _):
         await store.write(maker.any_batch(30))
-        left = {suffix: read_file(path + suffix) for suffix in ("", "-wal")}
+        left = {suffix: store_files.read_file(path + suffix) for suffix in ("", "-wal")}
     for suffix, content in left.items():
-        write_file(path + suffix, content)
+        store_files.write_file(path + suffix, content)
     assert check(path) == []
-    assert {suffix: read_file(path + suffix) for suffix in ("", "-wal")} == left
-    assert not exists(f"{path}-shm")
+    assert {suffix: store_files.read_file(path + suffix) for suffix in ("", "-wal")} == left
+    assert not store_files.exists(f"{path}-shm")
 
 
 async def test_a_store_held_by_a_daemon_is_not_checked(path: str) -> None:
-    async with open_store(path):
+    async with store_files.open_store(path):
         for call in (lambda: check(path), lambda: accept(path, ["a"]), lambda: recount(path)):
             with pytest.raises(StoreBusy, match=str(os.getpid())):
                 call()
@@ -97,20 +82,20 @@ async def test_a_file_that_is_not_a_jobd_store_is_rejected(path: str) -> None:
         check(path)
     with pytest.raises(StoreUnreadable, match="does not exist"):
         accept(path, ["a"])
-    assert not exists(path)
-    write_file(path, b"rubbish" * 100)
+    assert not store_files.exists(path)
+    store_files.write_file(path, b"rubbish" * 100)
     with pytest.raises(StoreUnreadable, match="not a jobd database"):
         check(path)
-    remove(path)
-    await make_store(path)
-    with edit_store(path) as conn:
+    store_files.remove(path)
+    await store_files.make_store(path)
+    with store_files.edit_store(path) as conn:
         conn.execute(f"PRAGMA user_version = {migrations.VERSION + 1}")
     with pytest.raises(StoreTooNew):
         check(path)
 
 
 async def test_an_older_store_has_to_be_migrated_first(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    await make_store(path)
+    await store_files.make_store(path)
     monkeypatch.setattr(migrations, "VERSION", migrations.VERSION + 1)
     (problem,) = check(path)
     assert "start the daemon once" in problem.fix
@@ -140,10 +125,10 @@ async def test_an_older_store_has_to_be_migrated_first(path: str, monkeypatch: p
 )
 async def test_every_kind_of_damage_is_reported_with_a_fix(path: str, damage: str, where: str, what: str) -> None:
     maker = await busy_store(path)
-    live, done = pick(maker, LIVE), pick(maker, FINISHED)
+    live, done = store_files.pick(maker, LIVE), store_files.pick(maker, FINISHED)
     late = maker.numbers.next_event - 1
     words = {"late": late, "live": live.seq, "live_id": live.id, "done": done.seq, "done_queue": done.options.queue}
-    with edit_store(path) as conn:
+    with store_files.edit_store(path) as conn:
         sql = "SELECT seq, last FROM events WHERE job_seq = ? AND last > seq"
         words["events"] = conn.execute(sql, (live.seq,)).fetchone()
         conn.execute(damage.format(**words))
@@ -155,13 +140,13 @@ async def test_every_kind_of_damage_is_reported_with_a_fix(path: str, damage: st
 
 async def test_a_damaged_index_is_reported_and_repaired_by_a_recount(path: str) -> None:
     maker = await busy_store(path)
-    job = pick(maker, FINISHED)
-    with edit_store(path) as conn:
+    job = store_files.pick(maker, FINISHED)
+    with store_files.edit_store(path) as conn:
         conn.execute("PRAGMA writable_schema = ON")
         (sql,) = conn.execute("SELECT sql FROM sqlite_schema WHERE name = 'jobs_expiry'").fetchone()
         less = sql.replace("WHERE", f"WHERE seq <> {job.seq} AND")
         conn.execute("UPDATE sqlite_schema SET sql = ? WHERE name = 'jobs_expiry'", (less,))
-    with edit_store(path) as conn:
+    with store_files.edit_store(path) as conn:
         conn.execute("REINDEX")
         conn.execute("PRAGMA writable_schema = ON")
         conn.execute("UPDATE sqlite_schema SET sql = ? WHERE name = 'jobs_expiry'", (sql,))
@@ -173,7 +158,7 @@ async def test_a_damaged_index_is_reported_and_repaired_by_a_recount(path: str) 
 
 async def test_an_unreadable_page_is_reported_and_the_check_continues(path: str) -> None:
     await busy_store(path)
-    damage_tree(path, "reports")
+    store_files.damage_tree(path, "reports")
     problems = check(path)
     assert "file" in places(problems)
     assert any("jobd restore" in problem.fix for problem in problems)
@@ -181,23 +166,23 @@ async def test_an_unreadable_page_is_reported_and_the_check_continues(path: str)
 
 async def test_numbers_that_are_not_assigned_yet_are_reported(path: str) -> None:
     await busy_store(path)
-    with edit_store(path) as conn:
+    with store_files.edit_store(path) as conn:
         migrations.change_meta(conn, next_job=1, next_event=1)
     assert places(check(path)) == ["meta", "meta"]
 
 
 async def test_a_tombstone_that_waits_too_long_is_reported(path: str) -> None:
-    maker = await make_store(path)
+    maker = await store_files.make_store(path)
     times = [now_ms() - DAY_MS + 60_000, now_ms() - 3 * DAY_MS - 1]
     tombstones = [Tombstone(900 + n, f"gone-{n}", f"k/{n}", at, at, tries=n) for n, at in enumerate(times)]
-    async with open_store(path) as (store, _):
+    async with store_files.open_store(path) as (store, _):
         await store.write(maker.batch([], tombstones=tombstones))
     (problem,) = check(path)
     assert problem.where == "artifact k/1"
     assert problem.what == "job gone-1 was deleted 3 days ago, but its artifact was not (failed attempts: 1)"
     assert "artifacts.url" in problem.fix
     late = Tombstone(-12, "a", "late/1", times[1], times[1], tries=4)
-    async with open_store(path) as (store, _):
+    async with store_files.open_store(path) as (store, _):
         await store.update_tombstones([901], [])
         await store.write(maker.batch([], tombstones=[late]))
     (problem,) = check(path)
@@ -210,7 +195,7 @@ async def test_a_tombstone_that_waits_too_long_is_reported(path: str) -> None:
 async def test_many_problems_of_one_kind_are_counted(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "MAX_LISTED", 3)
     await busy_store(path)
-    with edit_store(path) as conn:
+    with store_files.edit_store(path) as conn:
         conn.execute("UPDATE events SET at = 0")
         (count,) = conn.execute("SELECT count(*) FROM events").fetchone()
     problems = check(path)
@@ -220,12 +205,12 @@ async def test_many_problems_of_one_kind_are_counted(path: str, monkeypatch: pyt
 
 async def test_quarantined_rows_and_other_files_are_checked(path: str) -> None:
     maker = await busy_store(path)
-    job = pick(maker, LIVE)
-    flip(path, "jobs", "queue", "seq", job.seq)
-    with edit_store(path) as conn:
+    job = store_files.pick(maker, LIVE)
+    store_files.flip(path, "jobs", "queue", "seq", job.seq)
+    with store_files.edit_store(path) as conn:
         conn.execute("UPDATE keys SET at = 1 WHERE digest = 'd1'")
-    await make_empty_store(path)
-    write_file(f"{path}.epoch", b"rubbish")
+    await store_files.make_empty_store(path)
+    store_files.write_file(f"{path}.epoch", b"rubbish")
     os.chmod(path, 0o644)
     problems = check(path)
     assert places(problems) == [f"job {job.id}", "keys in quarantine", "epoch file", path]
@@ -249,7 +234,7 @@ async def test_an_epoch_file_of_a_newer_database_is_reported(path: str, monkeypa
     assert foreign.what == f"it belongs to user {owner + 1}, the database to user {owner}"
     assert foreign.fix == f"chown --reference {path} {path}.epoch"
     monkeypatch.undo()
-    with edit_store(path) as conn:
+    with store_files.edit_store(path) as conn:
         migrations.change_meta(conn, marked=1)
     assert check(path) == []  # a restored backup: its next start begins an epoch
 
@@ -260,14 +245,14 @@ async def test_an_epoch_file_of_a_newer_database_is_reported(path: str, monkeypa
 
 async def test_an_edited_row_is_accepted_in_place(path: str) -> None:
     maker = await busy_store(path)
-    job = pick(maker, frozenset({"processing"}))
-    with edit_store(path) as conn:
+    job = store_files.pick(maker, frozenset({"processing"}))
+    with store_files.edit_store(path) as conn:
         edit = "status = 'failed', body = json_set(json_remove(body, '$.grant'), '$.progress', 50)"
         conn.execute(f"UPDATE jobs SET {edit} WHERE seq = ?", (job.seq,))
     assert places(check(path))[0] == f"job {job.id}"
     assert "was accepted" in accept(path, [job.id])
     assert check(path) == []
-    async with open_store(path) as (store, found):
+    async with store_files.open_store(path) as (store, found):
         assert found.faults == []
         assert found.unvalidated[job.seq] == job.id
         back = (await store.load([job.id], [job.seq], [])).jobs[job.id]
@@ -277,30 +262,30 @@ async def test_an_edited_row_is_accepted_in_place(path: str) -> None:
 
 async def test_a_row_is_accepted_from_quarantine(path: str) -> None:
     maker = await busy_store(path)
-    job = pick(maker, LIVE)
-    flip(path, "jobs", "queue", "seq", job.seq)
-    async with open_store(path) as (_, found):
+    job = store_files.pick(maker, LIVE)
+    store_files.flip(path, "jobs", "queue", "seq", job.seq)
+    async with store_files.open_store(path) as (_, found):
         assert list(found.quarantined) == [job.id]
     queue = job.options.queue
-    with edit_store(path) as conn:
+    with store_files.edit_store(path) as conn:
         conn.execute("UPDATE quarantined_jobs SET row = json_set(row, '$.queue', ?)", (queue,))
     accept(path, [job.id])
     assert check(path) == []
-    async with open_store(path) as (store, found):
+    async with store_files.open_store(path) as (store, found):
         assert (found.faults, found.quarantined) == ([], {})
         maker.unvalidated.add(job.seq)
-        await assert_holds(store, found, maker)
+        await store_files.assert_holds(store, found, maker)
 
 
 async def test_all_damaged_rows_that_are_valid_jobs_are_accepted_at_once(path: str) -> None:
     maker = await busy_store(path)
     moved, in_place, invalid = (
-        pick(maker, frozenset({"queued"})),
+        store_files.pick(maker, frozenset({"queued"})),
         *[job for job in maker.jobs.values() if job.status in FINISHED][:2],
     )
-    flip(path, "jobs", "queue", "seq", moved.seq)
-    await make_empty_store(path)
-    with edit_store(path) as conn:
+    store_files.flip(path, "jobs", "queue", "seq", moved.seq)
+    await store_files.make_empty_store(path)
+    with store_files.edit_store(path) as conn:
         conn.execute("UPDATE quarantined_jobs SET row = json_set(row, '$.queue', ?)", (moved.options.queue,))
         edit = "UPDATE jobs SET body = json_set(body, ?, ?) WHERE seq = ?"
         conn.execute(edit, ("$.attempt", 7, in_place.seq))
@@ -325,18 +310,18 @@ async def test_nothing_is_accepted_if_nothing_is_damaged(path: str) -> None:
 
 async def test_a_job_is_accepted_with_a_repaired_payload(path: str) -> None:
     maker = await busy_store(path)
-    job = pick(maker, FINISHED)
-    with edit_store(path) as conn:
+    job = store_files.pick(maker, FINISHED)
+    with store_files.edit_store(path) as conn:
         conn.execute("UPDATE payloads SET body = X'7b' WHERE job_seq = ?", (job.seq,))
-    async with open_store(path) as (store, _):
+    async with store_files.open_store(path) as (store, _):
         assert list((await store.load([], [job.seq], [])).bad) == [job.id]
     with pytest.raises(RepairRejected, match="the payload is not JSON"):
         accept(path, [job.id])
-    with edit_store(path) as conn:
+    with store_files.edit_store(path) as conn:
         conn.execute("UPDATE quarantined_jobs SET payload = CAST('{}' AS BLOB)")
     accept(path, [job.id])
     assert check(path) == []
-    async with open_store(path) as (store, found):
+    async with store_files.open_store(path) as (store, found):
         assert (await store.load([], [job.seq], [])).payloads[job.seq].body == b"{}"
         assert found.queues == maker.queues
 
@@ -346,31 +331,31 @@ async def test_a_job_is_accepted_with_a_repaired_payload(path: str) -> None:
 async def test_a_job_is_accepted_without_damaged_headers_or_checkpoint(path: str, table: str, damage: str) -> None:
     is_headers = table == "headers"
     extra = Extra(headers_bytes=9 * is_headers, checkpoint_bytes=9 * (not is_headers), copied_from="old")
-    async with open_store(path) as (store, _):
+    async with store_files.open_store(path) as (store, _):
         maker = ChangeFactory(has_extra=False)
         event = maker.create("a", extra=extra)
         body_key = headers_key(1) if is_headers else checkpoint_key(1)
         await store.write(maker.batch([replace(event, bodies={body_key: b'{"h":"1"}'})]))
     assert check(path) == []
-    with edit_store(path) as conn:
+    with store_files.edit_store(path) as conn:
         conn.execute(damage.format(table))
     assert places(check(path)) == ["job a"]
     accept(path, ["a"])
     assert check(path) == []
-    async with open_store(path) as (store, found):
+    async with store_files.open_store(path) as (store, found):
         assert found.live()[0].extra == Extra(copied_from="old")
-    with edit_store(path) as conn:
+    with store_files.edit_store(path) as conn:
         conn.execute(f"INSERT INTO {table} VALUES (1, x'37', 1)")
     assert places(check(path)) == [f"{table} 1"]
 
 
 async def test_a_missing_payload_is_accepted_as_null(path: str) -> None:
     maker = await busy_store(path)
-    job = pick(maker, LIVE)
-    with edit_store(path) as conn:
+    job = store_files.pick(maker, LIVE)
+    with store_files.edit_store(path) as conn:
         conn.execute("DELETE FROM payloads WHERE job_seq = ?", (job.seq,))
     accept(path, [job.id])
-    async with open_store(path) as (store, _):
+    async with store_files.open_store(path) as (store, _):
         assert (await store.load([], [job.seq], [])).payloads[job.seq].body == b"null"
 
 
@@ -410,8 +395,8 @@ async def test_a_missing_payload_is_accepted_as_null(path: str) -> None:
 )
 async def test_a_row_that_is_not_a_valid_job_is_rejected_without_changes(path: str, edit: str, message: str) -> None:
     maker = await busy_store(path)
-    job = pick(maker, frozenset({"processing"}))
-    with edit_store(path) as conn:
+    job = store_files.pick(maker, frozenset({"processing"}))
+    with store_files.edit_store(path) as conn:
         conn.execute(edit.format(seq=job.seq))
     before = check(path)
     with pytest.raises(RepairRejected, match=message):
@@ -421,15 +406,15 @@ async def test_a_row_that_is_not_a_valid_job_is_rejected_without_changes(path: s
 
 async def test_a_reused_id_or_seq_is_rejected(path: str) -> None:
     maker = await busy_store(path)
-    job = pick(maker, LIVE)
+    job = store_files.pick(maker, LIVE)
     other = next(each for each in maker.jobs.values() if each.id != job.id)
-    async with open_store(path) as (store, _):
+    async with store_files.open_store(path) as (store, _):
         await store.quarantine(job, "for a test")
-    with edit_store(path) as conn:
+    with store_files.edit_store(path) as conn:
         conn.execute("UPDATE quarantined_jobs SET row = json_set(row, '$.id', ?)", (other.id,))
     with pytest.raises(RepairRejected, match="UNIQUE"):
         accept(path, [job.id])
-    with edit_store(path) as conn:
+    with store_files.edit_store(path) as conn:
         conn.execute("UPDATE quarantined_jobs SET row = json_set(row, '$.id', ?, '$.seq', ?)", (job.id, other.seq))
     with pytest.raises(RepairRejected, match=f"its seq {other.seq} is that of job {other.id}"):
         accept(path, [job.id])
@@ -437,14 +422,14 @@ async def test_a_reused_id_or_seq_is_rejected(path: str) -> None:
 
 async def test_a_quarantined_row_that_is_not_json_is_rejected(path: str) -> None:
     maker = await busy_store(path)
-    job = pick(maker, LIVE)
-    async with open_store(path) as (store, _):
+    job = store_files.pick(maker, LIVE)
+    async with store_files.open_store(path) as (store, _):
         await store.quarantine(job, "for a test")
-    with edit_store(path) as conn:
+    with store_files.edit_store(path) as conn:
         (huge,) = conn.execute("SELECT json_set(row, '$.created_at', json('1e30')) FROM quarantined_jobs").fetchone()
     huge = huge.replace("1e30", "1" + 30 * "0").encode()
     for row in (b"{", b"[]", msgspec.json.encode({"seq": 1}), b'{"\xff": 1}', huge):
-        with edit_store(path) as conn:
+        with store_files.edit_store(path) as conn:
             conn.execute("UPDATE quarantined_jobs SET row = CAST(? AS TEXT)", (row,))
         with pytest.raises(RepairRejected):
             accept(path, [job.id])
@@ -452,8 +437,8 @@ async def test_a_quarantined_row_that_is_not_json_is_rejected(path: str) -> None
 
 async def test_a_recount_accepts_the_existing_rows(path: str) -> None:
     maker = await busy_store(path)
-    live, done = pick(maker, LIVE), pick(maker, FINISHED)
-    with edit_store(path) as conn:
+    live, done = store_files.pick(maker, LIVE), store_files.pick(maker, FINISHED)
+    with store_files.edit_store(path) as conn:
         for table, column in (
             ("jobs", "seq"),
             ("payloads", "job_seq"),
@@ -467,16 +452,16 @@ async def test_a_recount_accepts_the_existing_rows(path: str) -> None:
     assert {"live jobs", "finished jobs"} <= set(places(check(path)))
     assert "Counted:" in recount(path)
     assert check(path) == []
-    remove_quarantined(maker, live)
-    remove_quarantined(maker, done)
+    store_files.remove_quarantined(maker, live)
+    store_files.remove_quarantined(maker, done)
     maker.queues["video"] = replace(maker.queues["video"], paused=False, paused_at=None, paused_by=None)
-    await assert_store_holds(path, maker)
+    await store_files.assert_store_holds(path, maker)
 
 
 async def test_no_fix_advises_a_recount_after_a_recount(path: str) -> None:
     maker = await busy_store(path)
-    job = pick(maker, FINISHED)
-    with edit_store(path) as conn:
+    job = store_files.pick(maker, FINISHED)
+    with store_files.edit_store(path) as conn:
         conn.execute("DELETE FROM jobs WHERE seq = ?", (job.seq,))
     recount(path)
     problems = check(path)
@@ -486,8 +471,8 @@ async def test_no_fix_advises_a_recount_after_a_recount(path: str) -> None:
 
 async def test_a_recount_does_not_hide_a_damaged_row(path: str) -> None:
     maker = await busy_store(path)
-    job = pick(maker, LIVE)
-    flip(path, "jobs", "body", "seq", job.seq)
+    job = store_files.pick(maker, LIVE)
+    store_files.flip(path, "jobs", "body", "seq", job.seq)
     recount(path)
     assert f"job {job.id}" in places(check(path))
 
@@ -495,14 +480,14 @@ async def test_a_recount_does_not_hide_a_damaged_row(path: str) -> None:
 @pytest.mark.parametrize("are_queues_damaged", [False, True])
 async def test_jobs_are_counted_although_the_queue_of_one_is_not_utf_8(path: str, are_queues_damaged: bool) -> None:
     maker = await busy_store(path)
-    job = pick(maker, frozenset({"completed"}))
-    with edit_store(path) as conn:
+    job = store_files.pick(maker, frozenset({"completed"}))
+    with store_files.edit_store(path) as conn:
         conn.execute("UPDATE jobs SET queue = CAST(x'ff' AS TEXT) WHERE seq = ?", (job.seq,))
         conn.execute("UPDATE queues SET crc = crc + ?", (are_queues_damaged,))
     for count_again in (recount, lambda path: accept(path, None)):
         assert "Counted: " in count_again(path)
         assert places(check(path))[:1] == [f"job {job.id}"]
-    async with open_store(path) as (store, found):
+    async with store_files.open_store(path) as (store, found):
         assert found.queues["\ufffd"].completed == 1
         assert (await store.load([job.id], [], [])).bad.keys() == {job.id}
 
@@ -510,7 +495,7 @@ async def test_jobs_are_counted_although_the_queue_of_one_is_not_utf_8(path: str
 async def test_a_recount_separates_a_damaged_row_that_has_the_id_of_another_job(path: str) -> None:
     maker = await busy_store(path)
     first, second = list(maker.jobs.values())[:2]
-    with edit_store(path) as conn:
+    with store_files.edit_store(path) as conn:
         (sql,) = conn.execute("SELECT sql FROM sqlite_schema WHERE name = 'jobs_id'").fetchone()
         conn.execute("DROP INDEX jobs_id")
         conn.execute("UPDATE jobs SET id = ? WHERE seq = ?", (first.id, second.seq))
@@ -531,8 +516,8 @@ def test_a_new_store_has_no_problems(path: str) -> None:
 
 
 async def test_a_renamed_column_of_the_meta_row_is_reported(path: str) -> None:
-    await make_store(path)
-    with edit_store(path) as conn:
+    await store_files.make_store(path)
+    with store_files.edit_store(path) as conn:
         conn.execute("ALTER TABLE meta RENAME COLUMN finished_xor TO finished_xos")
     (problem,) = [problem for problem in doctor.check(path) if problem.where == "meta"]
     assert "finished_xos" in problem.what

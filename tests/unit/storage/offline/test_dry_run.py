@@ -15,18 +15,7 @@ from jobd.storage import backup, files
 from jobd.storage.files import StoreBusy, StoreTooNew, StoreUnreadable
 from jobd.storage.offline import doctor, dry_run
 from jobd.storage.schema import migrations
-from tests.support.store_files import (
-    damage_backup,
-    edit_store,
-    exists,
-    leave_tail,
-    make_store,
-    open_store,
-    pick,
-    read_file,
-    remove,
-    write_file,
-)
+from tests.support import store_files
 
 
 @pytest.fixture
@@ -41,12 +30,16 @@ def copy(tmp_path: Path) -> str:
 
 
 def state(*names: str) -> dict[str, tuple[bytes, int]]:
-    return {name: (read_file(name), os.stat(name).st_mtime_ns) for path in names for name in glob.glob(f"{path}*")}
+    return {
+        name: (store_files.read_file(name), os.stat(name).st_mtime_ns)
+        for path in names
+        for name in glob.glob(f"{path}*")
+    }
 
 
 async def test_a_restore_shows_what_it_would_end_and_replace(path: str, copy: str) -> None:
-    maker = await make_store(copy)
-    await make_store(path, seed=12)
+    maker = await store_files.make_store(copy)
+    await store_files.make_store(path, seed=12)
     files.write_epoch(path, 4)
     before = state(path, copy)
     report = "\n".join(dry_run.restore(copy, path))
@@ -65,34 +58,34 @@ async def test_a_restore_shows_what_it_would_end_and_replace(path: str, copy: st
     ):
         assert words in report
     backup.restore(copy, path)
-    async with open_store(path) as (_, found):  # as described
+    async with store_files.open_store(path) as (_, found):  # as described
         assert found.numbers.epoch == 5
 
 
 async def test_a_dry_run_creates_no_files(path: str, copy: str) -> None:
-    await make_store(copy)
+    await store_files.make_store(copy)
     assert "no database would be replaced" in dry_run.restore(copy, path)[-1]
     assert os.listdir(os.path.dirname(path)) == []
 
 
 async def test_the_epoch_of_the_old_store_counts(path: str, copy: str) -> None:
-    await make_store(copy)
-    await make_store(path)
-    with edit_store(path) as conn:
+    await store_files.make_store(copy)
+    await store_files.make_store(path)
+    with store_files.edit_store(path) as conn:
         migrations.change_meta(conn, epoch=7)
-    remove(f"{path}.epoch")
+    store_files.remove(f"{path}.epoch")
     assert "epoch 8 or later would begin" in "\n".join(dry_run.restore(copy, path))
 
 
 async def test_an_unreadable_store_would_be_kept_unchanged(path: str, copy: str) -> None:
-    await make_store(copy)
-    write_file(path, b"rubbish" * 1_000)
+    await store_files.make_store(copy)
+    store_files.write_file(path, b"rubbish" * 1_000)
     assert "the existing file cannot be read, and would be kept" in dry_run.restore(copy, path)[-1]
 
 
 async def test_a_damaged_row_is_reported_and_the_dry_run_continues(path: str, copy: str) -> None:
-    maker = await make_store(copy)
-    with edit_store(copy) as conn:
+    maker = await store_files.make_store(copy)
+    with store_files.edit_store(copy) as conn:
         conn.execute("UPDATE jobs SET created_at = created_at + 1")
         conn.execute("UPDATE jobs SET status = CAST(x'ff' AS TEXT) WHERE seq = (SELECT max(seq) FROM jobs)")
     report = dry_run.restore(copy, path)
@@ -104,7 +97,7 @@ async def test_a_damaged_row_is_reported_and_the_dry_run_continues(path: str, co
 
 
 async def test_an_older_file_would_be_migrated(path: str, copy: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    await make_store(copy)
+    await store_files.make_store(copy)
     monkeypatch.setattr(migrations, "VERSION", migrations.VERSION + 1)
     report = "\n".join(dry_run.restore(copy, path))
     assert f"its schema version is {migrations.VERSION - 1}" in report
@@ -112,21 +105,21 @@ async def test_an_older_file_would_be_migrated(path: str, copy: str, monkeypatch
 
 
 async def test_a_file_in_use_by_a_daemon_is_reported(path: str, copy: str) -> None:
-    await make_store(copy)
+    await store_files.make_store(copy)
     with files.FileLock(copy):
         assert any("WARNING" in line and str(os.getpid()) in line for line in dry_run.restore(copy, path))
 
 
 @pytest.mark.parametrize("what", ["missing", "rubbish", "foreign", "newer", "meta", "page", "epoch", "folder"])
 async def test_a_dry_run_raises_the_errors_of_the_restore(path: str, copy: str, what: str) -> None:
-    await make_store(copy)
-    await make_store(path, seed=12)
+    await store_files.make_store(copy)
+    await store_files.make_store(path, seed=12)
     if what == "epoch":
-        write_file(f"{path}.epoch", b"rubbish")
+        store_files.write_file(f"{path}.epoch", b"rubbish")
     elif what == "folder":
         path = f"{path}-nowhere/jobd.db"
     else:
-        damage_backup(copy, what)
+        store_files.damage_backup(copy, what)
     before = state(path, copy)
     errors: list[Exception] = []
     for call in (dry_run.restore, backup.restore):
@@ -140,13 +133,13 @@ async def test_a_dry_run_raises_the_errors_of_the_restore(path: str, copy: str, 
 
 
 async def test_a_store_in_use_is_rejected(path: str, copy: str) -> None:
-    await make_store(copy)
-    async with open_store(path):
-        before = read_file(path)
+    await store_files.make_store(copy)
+    async with store_files.open_store(path):
+        before = store_files.read_file(path)
         with pytest.raises(StoreBusy, match=str(os.getpid())):
             dry_run.restore(copy, path)
-        assert read_file(path) == before
-    with edit_store(path) as conn:
+        assert store_files.read_file(path) == before
+    with store_files.edit_store(path) as conn:
         conn.execute("BEGIN IMMEDIATE")
         with pytest.raises(StoreBusy):
             dry_run.restore(copy, path)
@@ -154,7 +147,7 @@ async def test_a_store_in_use_is_rejected(path: str, copy: str) -> None:
 
 
 async def test_free_disk_space_is_checked(path: str, copy: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    await make_store(copy)
+    await store_files.make_store(copy)
     real = os.statvfs(path.rpartition("/")[0])
     short = os.statvfs_result((real.f_bsize, 4096, 10, 10, os.path.getsize(copy) // 4096 - 1, 1, 1, 1, 1, 255))
     monkeypatch.setattr("jobd.storage.offline.dry_run.os.statvfs", lambda _: short)
@@ -167,12 +160,12 @@ async def test_free_disk_space_is_checked(path: str, copy: str, monkeypatch: pyt
 
 
 async def test_accept_writes_what_its_dry_run_shows(path: str) -> None:
-    maker = await make_store(path)
-    job = pick(maker, frozenset({"processing"}))
+    maker = await store_files.make_store(path)
+    job = store_files.pick(maker, frozenset({"processing"}))
     assert job.grant is not None
-    await leave_tail(path, maker.batch([maker.progress(job, 99)]))  # in the log of the database
+    await store_files.leave_tail(path, maker.batch([maker.progress(job, 99)]))  # in the log of the database
     shutil.copytree(os.path.dirname(path), f"{os.path.dirname(path)}-unedited")
-    with edit_store(path) as conn:  # and of one without a log
+    with store_files.edit_store(path) as conn:  # and of one without a log
         conn.execute("UPDATE jobs SET body = json_set(body, '$.priority', 77) WHERE seq = ?", (job.seq,))
     reports = []
     for each in (path, f"{os.path.dirname(path)}-unedited/jobd.db"):
@@ -191,14 +184,14 @@ async def test_accept_writes_what_its_dry_run_shows(path: str) -> None:
 
 @pytest.mark.parametrize("statuses", [LIVE, FINISHED], ids=["live", "finished"])
 async def test_a_job_accepted_from_quarantine_is_counted(path: str, statuses: frozenset[str]) -> None:
-    maker = await make_store(path)
-    job = pick(maker, statuses)
+    maker = await store_files.make_store(path)
+    job = store_files.pick(maker, statuses)
     queue = job.options.queue
-    with edit_store(path) as conn:
+    with store_files.edit_store(path) as conn:
         conn.execute("UPDATE jobs SET queue = 'other' WHERE seq = ?", (job.seq,))
-    async with open_store(path) as (store, _):
+    async with store_files.open_store(path) as (store, _):
         await store.load([job.id], [], [])
-    with edit_store(path) as conn:
+    with store_files.edit_store(path) as conn:
         conn.execute("UPDATE quarantined_jobs SET row = json_set(row, '$.queue', ?)", (queue,))
     report = doctor.accept(path, [job.id], is_dry_run=True)
     assert "the row in quarantine would be accepted" in report
@@ -209,12 +202,12 @@ async def test_a_job_accepted_from_quarantine_is_counted(path: str, statuses: fr
 
 
 async def test_a_recount_shows_the_differences(path: str) -> None:
-    maker = await make_store(path)
-    job = pick(maker, FINISHED)
+    maker = await store_files.make_store(path)
+    job = store_files.pick(maker, FINISHED)
     report = doctor.recount(path, is_dry_run=True)
     assert "all indexes would be rebuilt" in report
     assert "the counts would not change" in report
-    with edit_store(path) as conn:
+    with store_files.edit_store(path) as conn:
         conn.execute("DELETE FROM jobs WHERE seq = ?", (job.seq,))
     report = doctor.recount(path, is_dry_run=True)
     assert "the counts would be: " in report
@@ -224,9 +217,9 @@ async def test_a_recount_shows_the_differences(path: str) -> None:
 
 
 async def test_different_rows_are_reported_even_if_the_counts_agree(path: str) -> None:
-    maker = await make_store(path)
-    job = pick(maker, LIVE)
-    with edit_store(path) as conn:
+    maker = await store_files.make_store(path)
+    job = store_files.pick(maker, LIVE)
+    with store_files.edit_store(path) as conn:
         conn.execute("UPDATE jobs SET crc = crc + 1 WHERE seq = ?", (job.seq,))
     assert "the rows differ from those that are recorded" in doctor.recount(path, is_dry_run=True)
 
@@ -234,7 +227,7 @@ async def test_different_rows_are_reported_even_if_the_counts_agree(path: str) -
 async def test_repairs_are_shown_only_for_a_store_that_is_not_in_use(path: str) -> None:
     with pytest.raises(StoreUnreadable, match="does not exist"):
         doctor.recount(path, is_dry_run=True)
-    assert not exists(path)
-    async with open_store(path):
+    assert not store_files.exists(path)
+    async with store_files.open_store(path):
         with pytest.raises(StoreBusy):
             doctor.recount(path, is_dry_run=True)

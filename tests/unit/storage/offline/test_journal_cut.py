@@ -13,23 +13,13 @@ from jobd.storage.files import StoreUnreadable
 from jobd.storage.offline import doctor, journal_cut
 from jobd.storage.offline.edited_rows import RepairRejected
 from jobd.storage.store import Store, StoreBusy
+from tests.support import store_files
 from tests.support.factories import ChangeFactory
-from tests.support.store_files import (
-    assert_holds,
-    assert_restored,
-    edit_store,
-    leave_tail,
-    make_store,
-    open_store,
-    read_file,
-    remove,
-    write_file,
-)
 
 
 async def store_with_tail(path: str, keep: int) -> tuple[ChangeFactory, list[int], set[str]]:
     """A store whose tables lack three records. Return the model after the first `keep`, their numbers, and all ids."""
-    maker = await make_store(path)
+    maker = await store_files.make_store(path)
     batches = []
     back = maker.snapshot()
     numbers: Numbers = maker.numbers
@@ -38,7 +28,7 @@ async def store_with_tail(path: str, keep: int) -> tuple[ChangeFactory, list[int
             back, numbers = maker.snapshot(), maker.numbers
         batches.append(maker.any_batch(4))
     ids = {change.job_id for batch in batches[keep:] for change in batch.changes}
-    found = await leave_tail(path, *batches)
+    found = await store_files.leave_tail(path, *batches)
     back()
     maker.numbers = numbers
     return maker, found, ids
@@ -47,20 +37,20 @@ async def store_with_tail(path: str, keep: int) -> tuple[ChangeFactory, list[int
 @pytest.mark.parametrize("damaged", [0, 1, 2])
 async def test_a_damaged_record_and_all_later_ones_are_deleted(path: str, damaged: int) -> None:
     maker, numbers, _ = await store_with_tail(path, keep=damaged)
-    with edit_store(path) as conn:
+    with store_files.edit_store(path) as conn:
         conn.execute("UPDATE journal SET at = 0 WHERE number = ?", (numbers[damaged],))
-    before = {name: read_file(name) for name in (path, f"{path}.epoch")}
+    before = {name: store_files.read_file(name) for name in (path, f"{path}.epoch")}
     lines = journal_cut.cut(path, numbers[damaged], is_dry_run=True).splitlines()
-    assert {name: read_file(name) for name in before} == before
+    assert {name: store_files.read_file(name) for name in before} == before
     records = {0: "3 records", 1: "2 records", 2: "1 record"}[damaged]
     assert lines[0].startswith(f"would delete {records} of the journal, from {numbers[damaged]} on, with ")
     assert lines[0].endswith("; 1 of them cannot be read, so their events and jobs are unknown")
     assert journal_cut.cut(path, numbers[damaged]).startswith(f"deleted {records} of the journal")
     assert doctor.check(path, refold=True) == []
-    async with open_store(path) as (store, found):
+    async with store_files.open_store(path) as (store, found):
         assert (found.marked, found.numbers.epoch, found.numbers.next_event) == (True, 2, 2 << 24)
         maker.numbers = replace(maker.numbers, epoch=2, next_token=1, next_event=2 << 24)
-        await assert_holds(store, found, maker)
+        await store_files.assert_holds(store, found, maker)
 
 
 async def test_the_store_from_before_is_kept(path: str) -> None:
@@ -69,31 +59,31 @@ async def test_the_store_from_before_is_kept(path: str) -> None:
     (copy,) = glob.glob(f"{path}.before-cut-*")
     assert f"kept as {copy}" in line
     assert all(id_ in line for id_ in ids if id_)
-    with edit_store(copy) as conn:
+    with store_files.edit_store(copy) as conn:
         assert [number for (number,) in conn.execute("SELECT number FROM journal")] == numbers
         assert conn.execute("SELECT marked FROM meta").fetchone() == (0,)
 
 
 async def test_records_below_the_tail_are_deleted_too(path: str) -> None:
     maker, numbers, _ = await store_with_tail(path, keep=0)
-    with edit_store(path) as conn:
+    with store_files.edit_store(path) as conn:
         conn.execute("UPDATE journal SET number = number - 100 WHERE number = ?", (numbers[0],))
     (problem,) = doctor.check(path)
     assert f"--cut-journal {numbers[0]}" in problem.fix
     journal_cut.cut(path, numbers[0])
-    await assert_restored(path, maker)
+    await store_files.assert_restored(path, maker)
 
 
 async def test_only_records_of_the_tail_can_be_deleted(path: str) -> None:
     _, numbers, _ = await store_with_tail(path, keep=0)
-    before = read_file(path)
+    before = store_files.read_file(path)
     with pytest.raises(RepairRejected, match=f"the tables have the records up to {numbers[0] - 1}"):
         journal_cut.cut(path, numbers[0] - 1)
     with pytest.raises(RepairRejected, match=f"the journal has no record {numbers[-1] + 1}"):
         journal_cut.cut(path, numbers[-1] + 1)
     assert glob.glob(f"{path}.before-cut-*") == []
-    assert read_file(path)[:0] == before[:0]
-    async with open_store(path):
+    assert store_files.read_file(path)[:0] == before[:0]
+    async with store_files.open_store(path):
         with pytest.raises(StoreBusy):
             journal_cut.cut(path, numbers[0])
     with pytest.raises(StoreUnreadable, match="does not exist"):
@@ -106,22 +96,22 @@ async def test_a_table_that_cannot_be_read_is_created_again(
     path: str, count: int, is_interrupted: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its root page is written with every batch, and a store without it does not open."""
-    maker = await make_store(path)
+    maker = await store_files.make_store(path)
     if count:
         back = maker.snapshot()
         numbers = maker.numbers
-        await leave_tail(path, *(maker.any_batch(4) for _ in range(count)))
+        await store_files.leave_tail(path, *(maker.any_batch(4) for _ in range(count)))
         back()
         maker.numbers = numbers
-    with edit_store(path) as conn:
+    with store_files.edit_store(path) as conn:
         conn.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         (root,) = conn.execute("SELECT rootpage FROM sqlite_schema WHERE name = 'journal'").fetchone()
         (page_bytes,) = conn.execute("PRAGMA page_size").fetchone()
         (projected_to,) = conn.execute("SELECT projected_to FROM meta").fetchone()
-    remove(f"{path}-wal")
-    content = bytearray(read_file(path))
+    store_files.remove(f"{path}-wal")
+    content = bytearray(store_files.read_file(path))
     content[(root - 1) * page_bytes] ^= 1
-    write_file(path, content)
+    store_files.write_file(path, content)
     with pytest.raises(StoreUnreadable, match=rf"cannot be read: .* --cut-journal {projected_to + 1}"):
         await Store.open(path)
     assert journal_cut.cut(path, projected_to + 1, is_dry_run=True).startswith("would delete the table of the journal")
@@ -132,7 +122,7 @@ async def test_a_table_that_cannot_be_read_is_created_again(
                 journal_cut.cut(path, projected_to + 1)
     assert journal_cut.cut(path, projected_to + 1).startswith("deleted the table of the journal")
     assert doctor.check(path, refold=True) == []
-    await assert_restored(path, maker)
+    await store_files.assert_restored(path, maker)
 
 
 def _interrupt(_: Database) -> None:

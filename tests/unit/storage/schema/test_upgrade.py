@@ -21,19 +21,8 @@ from jobd.model.storage import DiskSpace
 from jobd.storage import files, startup
 from jobd.storage.files import MigrationNeedsSpace
 from jobd.storage.schema import migrations, upgrade
+from tests.support import store_files
 from tests.support.factories import ChangeFactory
-from tests.support.store_files import (
-    assert_store_holds,
-    damage_tree,
-    edit_store,
-    exists,
-    fill,
-    make_empty_store,
-    make_store,
-    open_store,
-    read_file,
-    write_file,
-)
 from tests.unit.storage.conftest import simulate_next_version
 
 OLD = migrations.VERSION
@@ -69,32 +58,32 @@ async def test_a_copy_of_an_interrupted_migration_is_used_again(older: ChangeFac
         kill_migration(path, "migrate")
         [copy] = copies(path)
         assert f"{path}.v{OLD}-" in copy
-    before = read_file(copy)
-    await assert_store_holds(path, older)
+    before = store_files.read_file(copy)
+    await store_files.assert_store_holds(path, older)
     assert copies(path) == [copy]
-    assert read_file(copy) == before
+    assert store_files.read_file(copy) == before
     assert startup.peek(copy)[1] == OLD
 
 
 async def test_a_copy_of_an_earlier_content_is_kept_and_not_used(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    maker = await make_store(path)
-    write_file(f"{path}.v{OLD}-note", b"no store")
+    maker = await store_files.make_store(path)
+    store_files.write_file(f"{path}.v{OLD}-note", b"no store")
     shutil.copy2(path, f"{path}.v{OLD}-1")
-    async with open_store(path) as (store, _):
+    async with store_files.open_store(path) as (store, _):
         await store.write(maker.any_batch(5))
     simulate_next_version(monkeypatch)
-    await assert_store_holds(path, maker)
+    await store_files.assert_store_holds(path, maker)
     assert len(copies(path)) == 3
 
 
 async def test_the_log_shows_a_migration(older: ChangeFactory, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    with edit_store(path) as conn:
+    with store_files.edit_store(path) as conn:
         (events,) = conn.execute("SELECT count(*) FROM events").fetchone()
     monkeypatch.setattr(upgrade, "REPORT_S", 0.0)
     monkeypatch.setattr(upgrade, "_INSTRUCTIONS", 100)
     monkeypatch.setattr(upgrade, "_COPIED_AT_ONCE", 1)
     with capture_logs() as logs:
-        await make_empty_store(path)
+        await store_files.make_empty_store(path)
     [begun, *steps, done] = [each for each in logs if each["event"].startswith("migrat")]
     assert begun == {
         "event": "migrating",
@@ -115,28 +104,28 @@ async def test_the_log_shows_a_migration(older: ChangeFactory, path: str, monkey
 
 async def test_a_short_migration_logs_no_progress(older: ChangeFactory, path: str) -> None:
     with capture_logs() as logs:
-        await make_empty_store(path)
+        await store_files.make_empty_store(path)
     assert [each["event"] for each in logs if each["event"].startswith("migrat")] == ["migrating", "migrated"]
 
 
 async def test_a_migration_without_space_leaves_nothing(small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = f"{small_disk}/jobd.db"
-    maker = await make_store(path)
+    maker = await store_files.make_store(path)
     os.unlink(f"{path}.ballast")
     simulate_next_version(monkeypatch)
     size = os.path.getsize(path)
-    filler = fill(small_disk)
+    filler = store_files.fill(small_disk)
     os.truncate(filler, filler.stat().st_size - size - (1 << 20))  # enough for the copy
     before = sorted(os.listdir(small_disk))
     for _ in range(2):
         with pytest.raises(
             MigrationNeedsSpace, match=rf"version {OLD} needs \d+ bytes for a copy and the new tables, but only \d+ are"
         ):
-            await make_empty_store(path)
+            await store_files.make_empty_store(path)
         assert sorted(os.listdir(small_disk)) == before
         assert startup.peek(path)[1] == OLD
     filler.unlink()
-    await assert_store_holds(path, maker)
+    await store_files.assert_store_holds(path, maker)
 
 
 async def test_a_migration_with_its_copy_needs_less_space(
@@ -147,10 +136,10 @@ async def test_a_migration_with_its_copy_needs_less_space(
         now.setattr(files, "space", lambda path: DiskSpace(path, 1000, 1 << 40))
         match = r"needs \d+ bytes for the new tables, but only 1000 are free. Free \d+ bytes"
         with pytest.raises(MigrationNeedsSpace, match=match) as raised:
-            await make_empty_store(path)
+            await store_files.make_empty_store(path)
         assert raised.value.exit_code == 78, "systemd does not restart it"
     monkeypatch.setattr(files, "space", lambda path: None)  # the file system does not say
-    await make_empty_store(path)
+    await store_files.make_empty_store(path)
     assert len(copies(path)) == 1
 
 
@@ -180,9 +169,9 @@ UNREAD = (
 async def test_a_damaged_page_of_a_tree_that_is_not_read_does_not_prevent_a_migration(
     older: ChangeFactory, path: str, tree: str
 ) -> None:
-    damage_tree(path, tree)
+    store_files.damage_tree(path, tree)
     with capture_logs() as logs:
-        async with open_store(path) as (_, found):
+        async with store_files.open_store(path) as (_, found):
             assert len(found.jobs) + len(found.packed_jobs) == sum(job.status in LIVE for job in older.jobs.values())
     [begun] = [each for each in logs if each["event"] == "migrating"]
     assert begun["jobs"] == len(older.jobs)
@@ -203,16 +192,16 @@ def space_needed(path: str) -> int:
 async def test_free_pages_and_kept_tables_need_no_space(older: ChangeFactory, path: str) -> None:
     needed = space_needed(path)
     body = b"x" * 3_500
-    with edit_store(path) as conn:
+    with store_files.edit_store(path) as conn:
         conn.execute("CREATE TABLE deleted (body BLOB)")
         conn.executemany("INSERT INTO deleted VALUES (?)", [(body,)] * 200)
         conn.execute("DROP TABLE deleted")
     assert abs(space_needed(path) - needed) < 10_000
     keep = "INSERT INTO payloads (job_seq, body, request_hash, crc) VALUES (?, ?, '', 0)"
-    with edit_store(path) as conn:
+    with store_files.edit_store(path) as conn:
         conn.executemany(keep, [(1_000 + number, body) for number in range(200)])
     assert space_needed(path) - needed < 200 * len(body) // 2
-    with edit_store(path) as conn:
+    with store_files.edit_store(path) as conn:
         sql = "INSERT INTO events SELECT 1000 + seq, last, job_seq, at, ?, crc FROM events ORDER BY seq LIMIT 50"
         conn.execute(sql, (body,))
     assert space_needed(path) - needed > 50 * len(body)
@@ -222,8 +211,8 @@ async def test_a_failed_copy_is_removed(older: ChangeFactory, path: str, monkeyp
     with monkeypatch.context() as now:
         now.setattr(upgrade, "journal_mode", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            await make_empty_store(path)
+            await store_files.make_empty_store(path)
     assert copies(path) == []
-    assert not exists(f"{path}.tmp-v{OLD}")
-    with edit_store(path) as conn, pytest.raises(sqlite3.OperationalError):
+    assert not store_files.exists(f"{path}.tmp-v{OLD}")
+    with store_files.edit_store(path) as conn, pytest.raises(sqlite3.OperationalError):
         conn.execute("SELECT * FROM notes")

@@ -17,22 +17,8 @@ from jobd.storage.files import StoreUnreadable
 from jobd.storage.offline import doctor
 from jobd.storage.schema import migrations
 from jobd.storage.store import Store
+from tests.support import store_files
 from tests.support.factories import ChangeFactory
-from tests.support.store_files import (
-    assert_store_holds,
-    edit_store,
-    flip,
-    job_of,
-    killed_store,
-    leave_tail,
-    make_store,
-    open_store,
-    pick,
-    read_file,
-    remove,
-    remove_quarantined,
-    write_file,
-)
 
 PAGE = 4096
 LEAF = 13  # the type of a page
@@ -40,8 +26,8 @@ LEAF = 13  # the type of a page
 
 async def store_with_tail(path: str) -> tuple[ChangeFactory, list[int]]:
     """A store whose tables lack three records, and the numbers of these."""
-    maker = await make_store(path)
-    return maker, await leave_tail(path, *(maker.any_batch(4) for _ in range(3)))
+    maker = await store_files.make_store(path)
+    return maker, await store_files.leave_tail(path, *(maker.any_batch(4) for _ in range(3)))
 
 
 def reseal(conn: sqlite3.Connection, number: int) -> None:
@@ -52,13 +38,13 @@ def reseal(conn: sqlite3.Connection, number: int) -> None:
 
 async def test_a_tail_is_named_and_is_not_a_problem(path: str) -> None:
     maker, _ = await store_with_tail(path)
-    before = {name: read_file(name) for name in glob.glob(f"{path}*")}
+    before = {name: store_files.read_file(name) for name in glob.glob(f"{path}*")}
     notes: list[str] = []
     assert doctor.check(path, refold=True, on_note=notes.append) == []
     size = "3 committed batches (12 events)"
     assert notes == [f"the tables lack {size} of the journal: the daemon writes them at its next start"]
-    assert {name: read_file(name) for name in glob.glob(f"{path}*")} == before
-    await assert_store_holds(path, maker)
+    assert {name: store_files.read_file(name) for name in glob.glob(f"{path}*")} == before
+    await store_files.assert_store_holds(path, maker)
     assert doctor.check(path, refold=True, on_note=notes.append) == []
     assert len(notes) == 1
 
@@ -85,7 +71,7 @@ async def test_a_record_that_cannot_be_used_is_named_and_ends_the_start(
     path: str, damage: str, at: int, what: str
 ) -> None:
     _, numbers = await store_with_tail(path)
-    with edit_store(path) as conn:
+    with store_files.edit_store(path) as conn:
         conn.execute(damage.format(*numbers))
         if "body = x" in damage:
             reseal(conn, numbers[1])
@@ -106,11 +92,13 @@ async def test_a_flipped_bit_of_a_record_is_reported(path: str, column: str) -> 
     for bit in range(8):
         if column == "number" and numbers[1] ^ 1 << bit in numbers:
             continue
-        flip(path, "journal", column, "number", numbers[1], bit)
+        store_files.flip(path, "journal", column, "number", numbers[1], bit)
         assert "journal" in [problem.where for problem in doctor.check(path)]
         with pytest.raises(StoreUnreadable):
             await Store.open(path)
-        flip(path, "journal", column, "number", numbers[1] ^ 1 << bit if column == "number" else numbers[1], bit)
+        store_files.flip(
+            path, "journal", column, "number", numbers[1] ^ 1 << bit if column == "number" else numbers[1], bit
+        )
 
 
 def is_reported(path: str) -> bool:
@@ -124,11 +112,11 @@ def is_reported(path: str) -> bool:
 async def test_no_flipped_bit_of_the_pages_of_a_tail_is_silent(path: str) -> None:
     """A wrong number of cells in the header of the page hides the last records, without a gap in their numbers."""
     maker = ChangeFactory(3)
-    await leave_tail(path, *(maker.any_batch(2) for _ in range(3)))
-    with edit_store(path) as conn:
+    await store_files.leave_tail(path, *(maker.any_batch(2) for _ in range(3)))
+    with store_files.edit_store(path) as conn:
         conn.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         (root,) = conn.execute("SELECT rootpage FROM sqlite_schema WHERE name = 'journal'").fetchone()
-    whole = {name: read_file(name) for name in (path, f"{path}.epoch")}
+    whole = {name: store_files.read_file(name) for name in (path, f"{path}.epoch")}
     first = (root - 1) * PAGE
     assert whole[path][first] == LEAF
     header, records = range(14), range(int.from_bytes(whole[path][first + 5 : first + 7]), PAGE)
@@ -138,9 +126,9 @@ async def test_no_flipped_bit_of_the_pages_of_a_tail_is_silent(path: str) -> Non
     for place, bit in flips:
         content = bytearray(whole[path])
         content[first + place] ^= 1 << bit
-        remove(f"{path}-wal")
+        store_files.remove(f"{path}-wal")
         for name, file in whole.items():
-            write_file(name, content if name == path else file)
+            store_files.write_file(name, content if name == path else file)
         assert is_reported(path), f"bit {bit} of byte {place}"
         with pytest.raises(StoreUnreadable):
             await Store.open(path)
@@ -148,16 +136,16 @@ async def test_no_flipped_bit_of_the_pages_of_a_tail_is_silent(path: str) -> Non
 
 async def test_the_row_of_a_changed_job_is_missing(path: str) -> None:
     """The daemon starts without the job, as it does without a tail."""
-    maker = await make_store(path)
-    job = pick(maker, frozenset({"processing"}))
-    await leave_tail(path, maker.batch([maker.progress(job)]), maker.batch([maker.create()]))
-    with edit_store(path) as conn:
+    maker = await store_files.make_store(path)
+    job = store_files.pick(maker, frozenset({"processing"}))
+    await store_files.leave_tail(path, maker.batch([maker.progress(job)]), maker.batch([maker.create()]))
+    with store_files.edit_store(path) as conn:
         conn.execute("DELETE FROM jobs WHERE seq = ?", (job.seq,))
     assert any(each.where == f"job {job.id}" and "row is missing" in each.what for each in doctor.check(path))
-    async with open_store(path) as (_, found):
+    async with store_files.open_store(path) as (_, found):
         assert f"job {job.id}: its row is missing" in found.faults
         assert found.quarantined == {job.id: "its row is missing"}
-        remove_quarantined(maker, job)
+        store_files.remove_quarantined(maker, job)
         found.faults.clear()
         assert {each.seq for each in found.live()} == {seq for seq, each in maker.jobs.items() if each.status in LIVE}
 
@@ -167,42 +155,42 @@ async def test_the_row_of_a_changed_job_is_missing(path: str) -> None:
 
 
 async def test_a_repair_writes_the_tail_first(path: str) -> None:
-    maker = await make_store(path)
+    maker = await store_files.make_store(path)
     job = next(job for job in maker.jobs.values() if job.status in FINISHED)
     new = maker.create("new")
-    await leave_tail(path, maker.batch([new, maker.grant(job_of(new))]))
+    await store_files.leave_tail(path, maker.batch([new, maker.grant(store_files.job_of(new))]))
     first = "the tables lack 1 committed batch ("
     assert doctor.recount(path, is_dry_run=True).startswith(first)
-    with edit_store(path) as conn:
+    with store_files.edit_store(path) as conn:
         conn.execute("UPDATE jobs SET body = json_set(body, '$.attempt', 7) WHERE seq = ?", (job.seq,))
     assert doctor.accept(path, [job.id], is_dry_run=True).startswith(first)
     doctor.accept(path, [job.id])
     assert doctor.check(path) == []
-    with edit_store(path) as conn:
+    with store_files.edit_store(path) as conn:
         assert conn.execute("SELECT count(*) FROM journal").fetchone() == (0,)
-    async with open_store(path) as (store, found):
+    async with store_files.open_store(path) as (store, found):
         assert (await store.load(["new"], [], [])).jobs
         assert found.unvalidated[job.seq] == job.id
 
 
 async def test_an_edited_row_that_the_tail_changes_is_accepted_from_quarantine(path: str) -> None:
-    maker = await make_store(path)
-    job = pick(maker, frozenset({"processing"}))
-    await leave_tail(path, maker.batch([maker.progress(job, 99)]))
-    with edit_store(path) as conn:
+    maker = await store_files.make_store(path)
+    job = store_files.pick(maker, frozenset({"processing"}))
+    await store_files.leave_tail(path, maker.batch([maker.progress(job, 99)]))
+    with store_files.edit_store(path) as conn:
         conn.execute("UPDATE jobs SET body = json_set(body, '$.progress', 42) WHERE seq = ?", (job.seq,))
     assert "the row in quarantine was accepted" in doctor.accept(path, [job.id])
     assert doctor.check(path) == []
-    async with open_store(path) as (store, _):
+    async with store_files.open_store(path) as (store, _):
         assert (await store.load([job.id], [], [])).jobs[job.id] == replace(job, progress=42)
 
 
 async def test_a_record_that_contradicts_the_tables_is_named(path: str) -> None:
     """The start and a repair end with the same sentence."""
-    maker = await make_store(path)
-    other = pick(maker, LIVE)
-    [number] = await leave_tail(path, maker.batch([maker.create("new")]))
-    with edit_store(path) as conn:
+    maker = await store_files.make_store(path)
+    other = store_files.pick(maker, LIVE)
+    [number] = await store_files.leave_tail(path, maker.batch([maker.create("new")]))
+    with store_files.edit_store(path) as conn:
         conn.execute("UPDATE jobs SET id = 'new' WHERE seq = ?", (other.seq,))
     contradicts = f"record {number} .* contradicts the tables .* --cut-journal {number}"
     with pytest.raises(StoreUnreadable, match=contradicts):
@@ -212,10 +200,10 @@ async def test_a_record_that_contradicts_the_tables_is_named(path: str) -> None:
 
 
 async def test_a_job_in_quarantine_that_the_tail_changes_is_not_missing(path: str) -> None:
-    maker = await make_store(path)
-    job = pick(maker, frozenset({"processing"}))
-    await leave_tail(path, maker.batch([maker.progress(job)]))
-    with edit_store(path) as conn:
+    maker = await store_files.make_store(path)
+    job = store_files.pick(maker, frozenset({"processing"}))
+    await store_files.leave_tail(path, maker.batch([maker.progress(job)]))
+    with store_files.edit_store(path) as conn:
         conn.execute("INSERT INTO quarantined_jobs VALUES (?, ?, 'for a test', 1, '{}', NULL, NULL)", (job.seq, job.id))
         conn.execute("DELETE FROM jobs WHERE seq = ?", (job.seq,))
     found = [each.what for each in doctor.check(path, refold=True) if each.where == f"job {job.id}"]
@@ -224,18 +212,18 @@ async def test_a_job_in_quarantine_that_the_tail_changes_is_not_missing(path: st
 
 async def test_a_repair_needs_a_usable_tail(path: str) -> None:
     _, numbers = await store_with_tail(path)
-    with edit_store(path) as conn:
+    with store_files.edit_store(path) as conn:
         conn.execute("UPDATE journal SET at = 0 WHERE number = ?", (numbers[0],))
     with pytest.raises(StoreUnreadable, match="--cut-journal"):
         doctor.recount(path)
 
 
 async def test_a_record_of_the_tail_can_remove_the_mark_of_a_backup(path: str) -> None:
-    await make_store(path)
-    with edit_store(path) as conn:
+    await store_files.make_store(path)
+    with store_files.edit_store(path) as conn:
         migrations.change_meta(conn, marked=1)
-    async with killed_store(path) as (store, found):
+    async with store_files.killed_store(path) as (store, found):
         assert found.marked
         await store.write(Batch([], found.numbers, unmark=True))
-    async with open_store(path) as (_, found):
+    async with store_files.open_store(path) as (_, found):
         assert not found.marked
