@@ -218,13 +218,13 @@ async def test_a_bug_in_a_rule_costs_one_command() -> None:
     original = decide.decide
 
     def broken(tx: Transaction, call: cmd.IssuedCommand) -> Response | ApiError:
-        if isinstance(call.command, cmd.Pause):
+        if isinstance(call.command, cmd.Claim):
             raise ZeroDivisionError
         return original(tx, call)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(decide, "decide", broken)
-        tasks = ask_all(engine, [cmd.Create(id="a"), cmd.Pause(name="q"), cmd.Create(id="b")])
+        tasks = ask_all(engine, [cmd.Create(id="a"), cmd.Claim(worker="w", wait_ms=9), cmd.Create(id="b")])
         async with engine:
             answers = [await task for task in tasks]
             assert_consistent(engine)

@@ -11,7 +11,7 @@ from jobd.core.quiet import REPEAT_MS, directive_for, quiet_takers
 from jobd.core.replay import apply
 from jobd.core.state import State
 from jobd.model import commands as cmd
-from jobd.model.responses import DirectiveView
+from jobd.model.responses import DirectiveView, Grants
 from jobd.model.storage import DiskFull
 from tests.support.virtual_engine import (
     VirtualEngine,
@@ -48,7 +48,7 @@ async def test_a_waiting_claim_is_answered_with_a_directive_at_once(engine: Virt
     view = await engine.yes(cmd.QuietWorker(name="w", reason="bad"), by="admin:ana", operator=OPERATOR)
     assert engine.disk.batches[-1].audit[0].details == {"worker": "w"}
     assert (view.worker, view.action, view.state, view.is_sent) == ("w", "quiet", "waiting", True)
-    assert (await waiting).data.directive == DirectiveView("quiet", "admin:ana", "bad")
+    assert (await waiting).data == Grants([], DirectiveView("quiet", "admin:ana", "bad"))
     quiet = await waiting_claim(engine, "w", limit=0, about=OLD)
     assert await seen(engine) == (True, None), "it obeys"
     await engine.yes(cmd.Bulk(jobs=[cmd.Create(id="a"), cmd.Create(id="b")]))
@@ -132,6 +132,7 @@ async def test_stop_is_repeated_until_the_goodbye(engine: VirtualEngine) -> None
 async def test_a_rule_covers_waiting_and_later_workers_of_a_host_and_version(engine: VirtualEngine) -> None:
     old, new = await waiting_claim(engine, "old", about=OLD), await waiting_claim(engine, "new", about=NEW)
     rule = await engine.yes(QUIET)
+    assert engine.disk.batches[-1].queues == {}, "a rule of no queue changes none"
     assert (rule.workers, rule.queue, rule.until) == (1, None, None)
     assert rule.described == engine.state.quiet[rule.id].describe()
     assert rule.described.endswith("until resumed: dies")

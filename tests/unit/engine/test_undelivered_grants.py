@@ -148,6 +148,17 @@ async def test_a_grant_that_an_earlier_daemon_may_have_sent_is_not_released() ->
         await engine.yes(cmd.Complete(id="a", lock_id=first.lock_id))
 
 
+@in_checked_engine()
+async def test_a_keyed_grant_is_forgotten_at_its_end_and_not_at_that_of_another(engine: VirtualEngine) -> None:
+    other = await engine.held("other")
+    await engine.yes(cmd.Create(id="a"))
+    granted = await engine.yes(cmd.Start(id="a", worker="w"), key=key("k"))
+    await engine.yes(cmd.Complete(id="other", lock_id=other))
+    assert engine.actor._decider._receivers == {granted.lock_id: 1}
+    await engine.yes(cmd.Complete(id="a", lock_id=granted.lock_id))
+    assert not engine.actor._decider._receivers
+
+
 @in_virtual_time
 async def test_nothing_is_remembered_of_a_keyed_grant_that_ended_before_its_caller_left() -> None:
     engine = VirtualEngine()
