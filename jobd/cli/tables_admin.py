@@ -12,33 +12,14 @@ from jobd.cli.terminal import Columns, Listing, ago
 from jobd.model.times import duration, utc
 
 if TYPE_CHECKING:
+    from jobd.model import responses
     from jobd.model.commands import About, WorkerState
     from jobd.model.problems import ProblemList
-    from jobd.model.responses import (
-        AuditView,
-        CleanupReport,
-        CleanupState,
-        ClockView,
-        DeliveryPage,
-        DiskUse,
-        FailuresView,
-        HealthView,
-        LateResultView,
-        PreviewView,
-        QueueView,
-        RecoverStuckView,
-        ScheduleView,
-        StatsView,
-        TakeBackView,
-        WebhookView,
-        WorkerList,
-        WorkerView,
-    )
 
 MAX_NAMES: Final = 4  # queues or kinds of a worker
 
 
-def queue_columns(views: Sequence[QueueView]) -> Columns:
+def queue_columns(views: Sequence[responses.QueueView]) -> Columns:
     """Return the columns of queues. If one is paused, the last one describes the pauses."""
     if any(queue.paused for queue in views):
         return {**_QUEUES, "PAUSED": lambda queue: queue.pause.describe() if queue.paused else None}
@@ -73,7 +54,7 @@ SCHEDULES: Final = Listing(
 )
 
 
-def schedule(view: ScheduleView) -> None:
+def schedule(view: responses.ScheduleView) -> None:
     """Show all fields of a schedule that are not empty."""
     skip = view.last_skip
     terminal.pairs(
@@ -98,7 +79,7 @@ def schedule(view: ScheduleView) -> None:
     )
 
 
-def workers(views: Sequence[WorkerView], page: WorkerList, state: WorkerState | None) -> None:
+def workers(views: Sequence[responses.WorkerView], page: responses.WorkerList, state: WorkerState | None) -> None:
     """Show workers in a table. `page` is the last page: its counts and `since` cover all workers."""
     since = f"since the start at {utc(page.since)}"
     empty = f"No worker has been seen recently, {since}." if state is None else f"No worker is {state}."
@@ -117,7 +98,7 @@ def workers(views: Sequence[WorkerView], page: WorkerList, state: WorkerState | 
             terminal.say(f"{count} more {'died' if away == 'died' else 'left'}: jobctl workers --state {away}")
 
 
-def worker_groups(page: WorkerList, by: Literal["host", "version"]) -> None:
+def worker_groups(page: responses.WorkerList, by: Literal["host", "version"]) -> None:
     """Show how many workers of each host or version are in each state."""
     counts: dict[str, Counter[str]] = {}
     for group in page.groups:
@@ -130,12 +111,12 @@ def worker_groups(page: WorkerList, by: Literal["host", "version"]) -> None:
     terminal.table(columns, rows, empty="No worker has been seen since the start.")
 
 
-def worker_state(worker: WorkerView) -> str:
+def worker_state(worker: responses.WorkerView) -> str:
     """Return the state of a worker: `idle`, or `idle, quiet`."""
     return f"{worker.state}, quiet" if worker.quiet else worker.state
 
 
-def claims(worker: WorkerView) -> str | None:
+def claims(worker: responses.WorkerView) -> str | None:
     """Describe the queues and kinds of the latest claim: `mail images (kinds: resize)`."""
     if worker.queues is None:
         return None
@@ -163,7 +144,7 @@ def _few(names: Iterable[str]) -> str:
     return " ".join([*shown[:MAX_NAMES], *more])
 
 
-def take_back(view: TakeBackView, print_line: Callable[[str], None], *, would: bool) -> None:
+def take_back(view: responses.TakeBackView, print_line: Callable[[str], None], *, would: bool) -> None:
     """Print the effect of a take-back on each job. `would`: nothing has changed yet."""
     done = {"reset": "requeued", "failed": "failed"}
     planned = {"reset": "would be requeued", "failed": "would fail"}
@@ -174,12 +155,12 @@ def take_back(view: TakeBackView, print_line: Callable[[str], None], *, would: b
     print_line(f"{'would take' if would else 'took'} back {jobs} of {view.worker}: {how}")
 
 
-def _held(worker: WorkerView) -> str:
+def _held(worker: responses.WorkerView) -> str:
     more = worker.held - len(worker.jobs)
     return " ".join([*worker.jobs, f"and {more} more"] if more else worker.jobs)
 
 
-def stats(view: StatsView) -> None:
+def stats(view: responses.StatsView) -> None:
     oldest, average = view.oldest_processing_job, duration(view.average_processing_time * 1000)
     fields: list[tuple[str, object]] = [("jobs", view.total_jobs)]
     fields += [(f"  {status}", count) for status, count in view.by_status.items()]
@@ -201,7 +182,7 @@ def stats(view: StatsView) -> None:
     terminal.pairs(fields)
 
 
-def disk(use: DiskUse) -> None:
+def disk(use: responses.DiskUse) -> None:
     fields: list[tuple[str, object]] = [
         ("database", terminal.size(use.database_bytes)),
         ("  journal", f"{terminal.size(use.journal_bytes)}, written to the tables soon"),
@@ -227,7 +208,7 @@ def _cleanup(running: bool, since_ms: int | None) -> str:
     return f"{last}, one is running now" if running else last
 
 
-def health(view: HealthView) -> None:
+def health(view: responses.HealthView) -> None:
     clean, database = view.cleanup_status, view.database
     rows = [
         ("database", database.status, database.message),
@@ -272,7 +253,7 @@ def problems(view: ProblemList) -> None:
         terminal.emit(f"known: {each.name}: {each.title}")
 
 
-def report(view: CleanupReport) -> None:
+def report(view: responses.CleanupReport) -> None:
     terminal.pairs(
         [
             ("at", terminal.when(view.timestamp)),
@@ -287,7 +268,7 @@ def report(view: CleanupReport) -> None:
     )
 
 
-def cleanup_state(view: CleanupState) -> None:
+def cleanup_state(view: responses.CleanupState) -> None:
     terminal.emit(_cleanup(view.cleanup_running, view.time_since_last_cleanup))
     if view.last_failure is not None:
         runs = "1 run has" if view.failed_since_last_success == 1 else f"{view.failed_since_last_success} runs have"
@@ -296,7 +277,7 @@ def cleanup_state(view: CleanupState) -> None:
         report(view.last_report)
 
 
-def _errors(report: CleanupReport) -> str:
+def _errors(report: responses.CleanupReport) -> str:
     return "; ".join(report.errors)
 
 
@@ -317,13 +298,13 @@ REPORTS: Final = Listing(
 )
 
 
-def recovered(view: RecoverStuckView) -> None:
+def recovered(view: responses.RecoverStuckView) -> None:
     terminal.emit(f"{view.recovered_jobs} recovered: {view.reset_jobs} requeued, {view.failed_jobs} failed")
     if view.details:
         terminal.table({"JOB": "job_id", "ACTION": "action", "REASON": "reason"}, view.details)
 
 
-def failures(view: FailuresView) -> None:
+def failures(view: responses.FailuresView) -> None:
     columns: Columns = {
         ">FAILED": "count",
         ">OVER A DAY AGO": "older_than_day",
@@ -348,14 +329,14 @@ def failures(view: FailuresView) -> None:
         terminal.say("Jobs from before the start of the daemon are still being counted.")
 
 
-def planned_recoveries(view: PreviewView) -> None:
+def planned_recoveries(view: responses.PreviewView) -> None:
     """Print what recovery would do."""
     terminal.emit(f"{len(view.recover)} would be recovered")
     if view.recover:
         terminal.table({"JOB": "job_id", "WOULD BE": "action", "REASON": "reason"}, view.recover)
 
 
-def preview(view: PreviewView) -> None:
+def preview(view: responses.PreviewView) -> None:
     """Print what cleanup would do."""
     planned_recoveries(view)
     terminal.pairs(
@@ -371,7 +352,7 @@ def preview(view: PreviewView) -> None:
     )
 
 
-def held_count(view: PreviewView) -> str:
+def held_count(view: responses.PreviewView) -> str:
     """Return the number and some ids of the jobs that would be deleted by age if the clock were accepted."""
     return ("more than " if view.more_held else "") + _named(view.held_jobs)
 
@@ -406,7 +387,7 @@ LOCKS: Final = Listing(
 )
 
 
-def late_results(views: Sequence[LateResultView]) -> None:
+def late_results(views: Sequence[responses.LateResultView]) -> None:
     columns: Columns = {
         ">RESULT": "seq",
         "TIME": lambda late: utc(late.at),
@@ -421,7 +402,7 @@ def late_results(views: Sequence[LateResultView]) -> None:
             terminal.emit(late.rejection.message)
 
 
-def _target(entry: AuditView) -> str | None:
+def _target(entry: responses.AuditView) -> str | None:
     """Return the target of an action: a job, queue or webhook, else the number of jobs."""
     if schedule := entry.details.get("schedule"):
         return f"schedule {schedule}"
@@ -433,7 +414,7 @@ def _target(entry: AuditView) -> str | None:
     return "1 job" if entry.changed == 1 else f"{entry.changed} jobs" if entry.changed else None
 
 
-def _outcome(entry: AuditView) -> str:
+def _outcome(entry: responses.AuditView) -> str:
     before, after = entry.details.get("from"), entry.details.get("to")
     if times := entry.details.get("times"):
         return f"{entry.outcome}, {times} times"
@@ -455,7 +436,7 @@ AUDIT: Final[Columns] = {
 }
 
 
-def _state(view: WebhookView) -> str:
+def _state(view: responses.WebhookView) -> str:
     """Return the state as the dashboard shows it."""
     if view.state == "closed":
         return "failing" if view.failing_since is not None else "healthy"
@@ -492,11 +473,11 @@ DELIVERIES: Final[Columns] = {
 }
 
 
-def deliveries(page: DeliveryPage) -> None:
+def deliveries(page: responses.DeliveryPage) -> None:
     terminal.table(DELIVERIES, page.deliveries, empty="No deliveries.")
     if page.next_cursor is not None:
         terminal.say(f"There are more: --cursor {page.next_cursor} continues, --all lists all.")
 
 
-def clock(view: ClockView) -> None:
+def clock(view: responses.ClockView) -> None:
     terminal.pairs([("daemon's time", utc(view.now)), ("suspect", view.suspect), ("", view.message)])

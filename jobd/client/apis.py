@@ -18,23 +18,8 @@ from jobd.client.errors import JobdError, Unreachable
 from jobd.client.event_subscription import NODE_SILENCE_S, SILENCE_S, EventSubscription
 from jobd.client.methods import EventMethod, Method, PagedMethod, requesting
 from jobd.client.retries import NodeList, RetryOptions, RetryState
+from jobd.model import calls
 from jobd.model.api_call import ApiCall
-from jobd.model.calls import (
-    AdminEventCalls,
-    AdminEventRequests,
-    AdminJobCalls,
-    AdminNodeCalls,
-    AdminQueueCalls,
-    AdminScheduleCalls,
-    DaemonCalls,
-    EventRequests,
-    JobCalls,
-    ManyJobCalls,
-    NodeCalls,
-    QueueCalls,
-    ScheduleCalls,
-    StoreCalls,
-)
 from jobd.model.commands import Command
 
 CONNECT_S: Final = 5.0
@@ -156,30 +141,30 @@ def connection_reason(error: BaseException) -> str:
     return getattr(cause, "strerror", None) or str(error) or type(error).__name__
 
 
-class WorkerApi(JobCalls, QueueCalls, ScheduleCalls, NodeCalls, BaseClient):
+class WorkerApi(calls.JobCalls, calls.QueueCalls, calls.ScheduleCalls, calls.NodeCalls, BaseClient):
     """The methods of JobClient and AsyncJobClient."""
 
     create_job = Method(requests.create_job)
     create_jobs = Method(requests.create_jobs)
     claim = Method(requests.claim)
     complete_job = Method(requests.complete_job)
-    iterate_jobs = PagedMethod(requesting(JobCalls.list_jobs), lambda page: page.jobs, _ITERATE_JOBS)
-    iterate_queues = PagedMethod(requesting(QueueCalls.queue_page), lambda page: page.queues, _ITERATE_QUEUES)
+    iterate_jobs = PagedMethod(requesting(calls.JobCalls.list_jobs), lambda page: page.jobs, _ITERATE_JOBS)
+    iterate_queues = PagedMethod(requesting(calls.QueueCalls.queue_page), lambda page: page.queues, _ITERATE_QUEUES)
     iterate_schedules = PagedMethod(
-        requesting(ScheduleCalls.schedule_page), lambda page: page.schedules, _ITERATE_SCHEDULES
+        requesting(calls.ScheduleCalls.schedule_page), lambda page: page.schedules, _ITERATE_SCHEDULES
     )
-    events = EventMethod(EventSubscription, EventRequests.events, _EVENTS)
+    events = EventMethod(EventSubscription, calls.EventRequests.events, _EVENTS)
 
 
 class AdminApi(
-    AdminJobCalls,
-    ManyJobCalls,
-    AdminQueueCalls,
-    AdminScheduleCalls,
-    AdminEventCalls,
-    DaemonCalls,
-    AdminNodeCalls,
-    StoreCalls,
+    calls.AdminJobCalls,
+    calls.ManyJobCalls,
+    calls.AdminQueueCalls,
+    calls.AdminScheduleCalls,
+    calls.AdminEventCalls,
+    calls.DaemonCalls,
+    calls.AdminNodeCalls,
+    calls.StoreCalls,
     BaseClient,
 ):
     """The methods of AdminClient and AsyncAdminClient."""
@@ -214,9 +199,11 @@ class AdminApi(
     make_plan = Method(requests.make_plan)
     export_page = Method(requests.export_page)
     export_jobs = PagedMethod(requests.export_page, lambda page: page.lines, _EXPORT_JOBS)
-    iterate_jobs = PagedMethod(requesting(AdminJobCalls.list_jobs), lambda page: page.jobs, _ITERATE_JOBS)
-    iterate_queues = PagedMethod(requesting(AdminQueueCalls.queue_page), lambda page: page.queues, _ITERATE_QUEUES)
-    iterate_schedules = PagedMethod(
-        requesting(AdminScheduleCalls.schedule_page), lambda page: page.schedules, _ITERATE_SCHEDULES
+    iterate_jobs = PagedMethod(requesting(calls.AdminJobCalls.list_jobs), lambda page: page.jobs, _ITERATE_JOBS)
+    iterate_queues = PagedMethod(
+        requesting(calls.AdminQueueCalls.queue_page), lambda page: page.queues, _ITERATE_QUEUES
     )
-    events = EventMethod(EventSubscription, AdminEventRequests.events, _EVENTS)
+    iterate_schedules = PagedMethod(
+        requesting(calls.AdminScheduleCalls.schedule_page), lambda page: page.schedules, _ITERATE_SCHEDULES
+    )
+    events = EventMethod(EventSubscription, calls.AdminEventRequests.events, _EVENTS)

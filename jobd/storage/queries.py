@@ -33,20 +33,9 @@ from jobd.model.storage import (
     Quarantined,
     StoredResponse,
 )
-from jobd.storage import codec
+from jobd.storage import codec, database
 from jobd.storage.codec import KEY_COLUMNS, SQL, Row, fault
 from jobd.storage.damage.quarantine import quarantine_jobs, quarantine_rows, undamaged_rows
-from jobd.storage.database import (
-    BY_ID,
-    BY_SEQ,
-    FAILED_SQL,
-    FINISHED_SQL,
-    LIVE_SQL,
-    NOT_LIVE_SQL,
-    Database,
-    StructureDamaged,
-    is_corrupt,
-)
 from jobd.storage.events import event_queries
 
 T = TypeVar("T")
@@ -68,13 +57,13 @@ _HAS_TEXT: Final = (
     "WHERE job_seq = jobs.seq AND instr(lower(CAST(body AS TEXT)), ?)))"
 )
 _ENDED: Final = "ifnull(finished_at, 0)"  # as in the index
-_BY_END: Final = f"INDEXED BY jobs_finished WHERE {NOT_LIVE_SQL} AND status = ?"
+_BY_END: Final = f"INDEXED BY jobs_finished WHERE {database.NOT_LIVE_SQL} AND status = ?"
 _ONE_BY_ONE: Final = 10**18 - 1  # `before_end` of a list of a damaged table
 _TABLE: Final = "NOT INDEXED WHERE true"
 # The index for the jobs of a status. Completed jobs have none.
 _SCOPES: Final = {
-    **dict.fromkeys(LIVE, f"INDEXED BY jobs_live WHERE {LIVE_SQL} AND status = ?"),
-    **dict.fromkeys(("failed", "cancelled"), f"INDEXED BY jobs_failed WHERE {FAILED_SQL} AND status = ?"),
+    **dict.fromkeys(LIVE, f"INDEXED BY jobs_live WHERE {database.LIVE_SQL} AND status = ?"),
+    **dict.fromkeys(("failed", "cancelled"), f"INDEXED BY jobs_failed WHERE {database.FAILED_SQL} AND status = ?"),
 }
 _AUDIT_JOBS: Final = (
     "FROM (SELECT seq AS found FROM audit_jobs INDEXED BY audit_jobs_job WHERE job_id = ?) "
@@ -103,7 +92,7 @@ def read_job(row: Row, decode: Callable[[Row], T]) -> tuple[T | None, str]:
     return None, wrong
 
 
-def load(db: Database, ids: list[str], payloads: list[int], digests: list[str]) -> LoadedRows:
+def load(db: database.Database, ids: list[str], payloads: list[int], digests: list[str]) -> LoadedRows:
     """See Storage.load."""
     db.check()
     loaded = LoadedRows()
@@ -123,7 +112,7 @@ def load(db: Database, ids: list[str], payloads: list[int], digests: list[str]) 
         payload, error = db.payload(seq)
         if payload is not None:
             loaded.payloads[seq] = payload
-        elif row_of := db.rows(BY_SEQ, (seq_of_body(seq),)):
+        elif row_of := db.rows(database.BY_SEQ, (seq_of_body(seq),)):
             damaged.append((row_of[0], error))
         elif (id_of := db.job_id_of(seq_of_body(seq))) is not None:
             loaded.bad[id_of] = db.quarantined.get(id_of, error)  # quarantined after the caller saw it
@@ -136,16 +125,16 @@ def load(db: Database, ids: list[str], payloads: list[int], digests: list[str]) 
     return loaded
 
 
-def _row_by_id(db: Database, id_: str) -> tuple[Row | None, str]:
+def _row_by_id(db: database.Database, id_: str) -> tuple[Row | None, str]:
     """Return the row of a job, or None and the error ("" if there is no such job)."""
     try:
-        rows = db.rows(BY_ID, (id_,))
+        rows = db.rows(database.BY_ID, (id_,))
         if rows and _belongs_to_another(rows[0], id_):
-            with contextlib.suppress(DiskFull, StructureDamaged):
+            with contextlib.suppress(DiskFull, database.StructureDamaged):
                 db.rebuild_indexes()
-            rows = db.rows(BY_ID, (id_,))
+            rows = db.rows(database.BY_ID, (id_,))
     except sqlite3.DatabaseError as error:
-        if not is_corrupt(error):
+        if not database.is_corrupt(error):
             raise
         return None, _report_lost(db, id_, f"the row cannot be read: {error}")
     if not rows and id_ not in db.quarantined and db.rows(_INDEXED, (id_,)):
@@ -162,7 +151,7 @@ def _belongs_to_another(row: Row, id_: str) -> bool:
     return bool(row[1] != id_) and fault(row) is None
 
 
-def _report_lost(db: Database, id_: str, reason: str) -> str:
+def _report_lost(db: database.Database, id_: str, reason: str) -> str:
     """Report a job whose row cannot be read and so cannot be quarantined."""
     db.raise_if_clustered(f"job {id_}: {reason}")
     if db.quarantined.get(id_) != reason:
@@ -172,7 +161,7 @@ def _report_lost(db: Database, id_: str, reason: str) -> str:
     return reason
 
 
-def _stored_response(db: Database, digest: str) -> StoredResponse | None:
+def _stored_response(db: database.Database, digest: str) -> StoredResponse | None:
     """Return a stored response; None if there is none or it is damaged, so that the request is decided again."""
     rows = db.rows(f"SELECT rowid, {SQL['keys']} FROM keys WHERE digest = ?", (digest,))
     if not rows:
@@ -198,13 +187,13 @@ def key_fault(row: Row) -> str | None:
 # Pages
 
 
-def find_jobs(db: Database, query: JobQuery) -> JobRows:
+def find_jobs(db: database.Database, query: JobQuery) -> JobRows:
     """See Storage.find_jobs."""
     db.check()
     try:
         page = _page_one_by_one(db, query) if query.before_end == _ONE_BY_ONE else _page(db, query)
     except sqlite3.DatabaseError as error:
-        if not is_corrupt(error):
+        if not database.is_corrupt(error):
             raise
         page = _page_one_by_one(db, query)
     page.last_event = db.numbers.next_event - 1
@@ -239,7 +228,7 @@ def _order(query: JobQuery) -> _Order:
     return _Order("seq", "seq ASC", "seq > ?", "seq <= ?", (query.after,), (_NO_LIMIT,))
 
 
-def _page(db: Database, query: JobQuery) -> JobRows:
+def _page(db: database.Database, query: JobQuery) -> JobRows:
     scope, scope_args, filters, args = _conditions(query)
     order = _order(query)
     begin = (*scope_args, *order.begin)
@@ -276,7 +265,7 @@ def _page(db: Database, query: JobQuery) -> JobRows:
     return page
 
 
-def _end_early(db: Database, page: JobRows, query: JobQuery, end: Row) -> None:
+def _end_early(db: database.Database, page: JobRows, query: JobQuery, end: Row) -> None:
     """End a page at the position up to which it was searched."""
     page.next_before = end[-1]
     if query.by_end:
@@ -286,7 +275,7 @@ def _end_early(db: Database, page: JobRows, query: JobQuery, end: Row) -> None:
         page.scanned_until = None if row is None else row[0]
 
 
-def _page_one_by_one(db: Database, query: JobQuery) -> JobRows:
+def _page_one_by_one(db: database.Database, query: JobQuery) -> JobRows:
     """Return a page of a damaged table. Reads row by row; unreadable rows are reported and skipped.
 
     If its order is `by_end`, it begins a list in the order of creation, which may repeat jobs of earlier pages.
@@ -349,7 +338,7 @@ def _text_edge(sized: Iterable[Row]) -> Row | None:
     return None
 
 
-def _fill_page(db: Database, page: JobRows, matched: list[Row], query: JobQuery) -> int | None:
+def _fill_page(db: database.Database, page: JobRows, matched: list[Row], query: JobQuery) -> int | None:
     """Add rows to a page. Return the seq of its last row if there are rows for another page, else None."""
     damaged: list[tuple[Row, str]] = []
     size, last = 0, None
@@ -389,7 +378,7 @@ def _size_of(job: Job, payload: Payload) -> int:
 # Late results, expired jobs, reports
 
 
-def read_late_results(db: Database, requested: list[LateResultQuery]) -> LateResultRows:
+def read_late_results(db: database.Database, requested: list[LateResultQuery]) -> LateResultRows:
     """See Storage.read_late_results. Reads each job once."""
     db.check()
     whole: dict[int, bool] = {}
@@ -407,7 +396,7 @@ def read_late_results(db: Database, requested: list[LateResultQuery]) -> LateRes
     return known
 
 
-def _late_results(db: Database, job_seq: int, *, whole: bool) -> list[LateResult]:
+def _late_results(db: database.Database, job_seq: int, *, whole: bool) -> list[LateResult]:
     """Return the late results of a job, oldest grant first. Quarantine damaged rows."""
     sql = "SELECT seq FROM late_results INDEXED BY late_results_job WHERE job_seq = ? ORDER BY seq"
     seqs: list[int] = []
@@ -421,7 +410,7 @@ def _late_results(db: Database, job_seq: int, *, whole: bool) -> list[LateResult
     return sorted(results, key=lambda result: result.fencing_token)
 
 
-def count_late_results(db: Database, job_seqs: list[int]) -> dict[int, int]:
+def count_late_results(db: database.Database, job_seqs: list[int]) -> dict[int, int]:
     """See Storage.count_late_results."""
     db.check()
     sql = "SELECT count(*) FROM late_results INDEXED BY late_results_job WHERE job_seq = ?"
@@ -430,12 +419,12 @@ def count_late_results(db: Database, job_seqs: list[int]) -> dict[int, int]:
     return {}
 
 
-def _latest_grants(db: Database, job_seq: int) -> list[Grant]:
+def _latest_grants(db: database.Database, job_seq: int) -> list[Grant]:
     """Return the grants in the latest GRANT_SEARCH_EVENTS events of a job, limited because batches wait for it."""
     try:
         rows = event_queries.latest_rows(db, job_seq, GRANT_SEARCH_EVENTS)
     except sqlite3.DatabaseError as error:
-        if not is_corrupt(error):
+        if not database.is_corrupt(error):
             raise
         return []  # `timeline` reports the error
     latest = event_queries.events_of(db, rows)[-GRANT_SEARCH_EVENTS:]
@@ -443,12 +432,12 @@ def _latest_grants(db: Database, job_seq: int) -> list[Grant]:
     return [event.grant for event in events if event.job_seq == job_seq and event.grant is not None]
 
 
-def expired_jobs(db: Database, now: int, limit: int, skip: int = 0) -> list[str]:
+def expired_jobs(db: database.Database, now: int, limit: int, skip: int = 0) -> list[str]:
     """See Storage.expired_jobs. Skips damaged rows that cannot be quarantined."""
     db.check()
     inner = (  # the index also has jobs with an invalid status
         f"SELECT seq AS found, expires_at AS due FROM jobs INDEXED BY jobs_expiry "
-        f"WHERE expires_at IS NOT NULL AND {NOT_LIVE_SQL} AND {FINISHED_SQL} AND expires_at <= ? "
+        f"WHERE expires_at IS NOT NULL AND {database.NOT_LIVE_SQL} AND {database.FINISHED_SQL} AND expires_at <= ? "
         "ORDER BY expires_at LIMIT ? OFFSET ?"
     )
     sql = f"SELECT {SQL['jobs']} FROM ({inner}) CROSS JOIN jobs NOT INDEXED ON seq = found ORDER BY due"
@@ -462,17 +451,17 @@ def expired_jobs(db: Database, now: int, limit: int, skip: int = 0) -> list[str]
             quarantine_jobs(db, damaged)
         if undamaged or not rows:
             return undamaged
-        skip += sum(bool(db.rows(BY_SEQ, (row[0],))) for row, _ in damaged)
+        skip += sum(bool(db.rows(database.BY_SEQ, (row[0],))) for row, _ in damaged)
 
 
-def reports(db: Database, limit: int) -> list[bytes]:
+def reports(db: database.Database, limit: int) -> list[bytes]:
     """Return cleanup reports, newest first."""
     db.check()
     rows = db.rows("SELECT rowid, seq, body, crc FROM reports ORDER BY seq DESC LIMIT ?", (limit,))
     return [body for _, body, _ in undamaged_rows(db, "reports", rows)]
 
 
-def due_tombstones(db: Database, now: int, limit: int) -> DueTombstones:
+def due_tombstones(db: database.Database, now: int, limit: int) -> DueTombstones:
     """See Storage.due_tombstones.
 
     Skips damaged tombstones that cannot be quarantined, up to a few hundred.
@@ -493,24 +482,24 @@ def due_tombstones(db: Database, now: int, limit: int) -> DueTombstones:
     return DueTombstones(due, len(damaged_seqs) - len(unmoved), late, len(unmoved))
 
 
-def _due_rows(db: Database, now: int, limit: int) -> list[Row]:
+def _due_rows(db: database.Database, now: int, limit: int) -> list[Row]:
     """Return rows of due tombstones, from a scan if the index leads to missing rows."""
     for scan in ("", "NOT INDEXED"):
         try:
             due = db.rows(_DUE.format(scan, "<="), (now, limit))
             return due or db.rows(_DUE.format(scan, ">"), (now + MAX_POSTPONE_MS, limit))
         except sqlite3.DatabaseError as error:
-            if scan or not is_corrupt(error):
+            if scan or not database.is_corrupt(error):
                 raise
     raise AssertionError("unreachable")
 
 
-def is_referenced(db: Database, key: str) -> bool:
+def is_referenced(db: database.Database, key: str) -> bool:
     """Return whether any job has `key` as its storage_key."""
     return db.conn.execute(_REFERENCED, (key,)).fetchone() is not None
 
 
-def read_audit(db: Database, query: AuditQuery) -> AuditRows:
+def read_audit(db: database.Database, query: AuditQuery) -> AuditRows:
     """See Storage.read_audit."""
     db.check()
     with db.noting_corruption("the audit log cannot be read"):
@@ -518,7 +507,7 @@ def read_audit(db: Database, query: AuditQuery) -> AuditRows:
     return AuditRows([])
 
 
-def _audit_page(db: Database, query: AuditQuery) -> AuditRows:
+def _audit_page(db: database.Database, query: AuditQuery) -> AuditRows:
     scope_args: tuple[Any, ...] = ()
     scope = "audit NOT INDEXED WHERE true"
     if query.job_id is not None:

@@ -15,21 +15,9 @@ from typing import Any, Final
 import msgspec
 from msgspec import UNSET, Raw
 
-from jobd.client import requests
+from jobd.client import errors, requests
 from jobd.client.aio import AsyncJobClient
 from jobd.client.api_request import ApiRequest, T, request_for
-from jobd.client.errors import (
-    IdempotencyKeyReused,
-    InternalError,
-    InvalidRequest,
-    InvalidTransition,
-    JobdError,
-    JobNotFound,
-    JobQuarantined,
-    LockLost,
-    ProgressTimeout,
-    TooLarge,
-)
 from jobd.client.retries import RETRIED, RetryOptions
 from jobd.client.worker.aio_utils import settle, within
 from jobd.client.worker.claimer import RETRIED_CLAIM
@@ -49,9 +37,9 @@ EXTENSIONS_PER_TTL: Final = 3
 ONE_ATTEMPT: Final = RetryOptions(total_s=0, timeout_s=ATTEMPT_S)
 
 # After these errors the grant has ended.
-LOST: Final = (LockLost, ProgressTimeout, JobNotFound, JobQuarantined)
+LOST: Final = (errors.LockLost, errors.ProgressTimeout, errors.JobNotFound, errors.JobQuarantined)
 # A retry of the same ending would get the same error.
-_REJECTED: Final = (InvalidRequest, TooLarge, IdempotencyKeyReused)
+_REJECTED: Final = (errors.InvalidRequest, errors.TooLarge, errors.IdempotencyKeyReused)
 _MAX_INTERNAL_ERRORS: Final = 5  # responses `internal_error` to one ending before it fails
 
 
@@ -72,7 +60,7 @@ class LockKeeper:
 
     def __init__(self, client: AsyncJobClient, grant: GrantView, log: Log, *, progress_every_s: float = 0) -> None:
         self.grant: Final = grant
-        self.lost: Final[asyncio.Future[JobdError]] = asyncio.get_running_loop().create_future()
+        self.lost: Final[asyncio.Future[errors.JobdError]] = asyncio.get_running_loop().create_future()
         self._client = client
         self._log = log
         self._progress_every_s = progress_every_s
@@ -91,7 +79,7 @@ class LockKeeper:
     @property
     def _is_ended(self) -> bool:
         """Whether the daemon accepts no ending. After a progress timeout, the grant ends only when recovery runs."""
-        return self.lost.done() and not isinstance(self.lost.result(), ProgressTimeout)
+        return self.lost.done() and not isinstance(self.lost.result(), errors.ProgressTimeout)
 
     @property
     def id(self) -> str:
@@ -121,7 +109,7 @@ class LockKeeper:
         """
         reported = self._pending.reported if self._pending else asyncio.get_running_loop().create_future()
         if self.lost.done() or self._is_over:
-            error = self.lost.result() if self.lost.done() else LockLost("This run of the job has ended.")
+            error = self.lost.result() if self.lost.done() else errors.LockLost("This run of the job has ended.")
             settle(reported, error=error)
             return reported
         if self._pending is not None:
@@ -204,7 +192,7 @@ class LockKeeper:
             state = await self._client.send(request, ONE_ATTEMPT)
         except LOST as error:
             self._on_lost(error, report)
-        except JobdError as error:
+        except errors.JobdError as error:
             self._on_error(error, report)
             if report is not None and self._is_reachable and not self.lost.done():
                 return await self._try(None)  # or reports that are rejected one after another would use up the lock
@@ -215,17 +203,19 @@ class LockKeeper:
             return state
         return None
 
-    def _on_lost(self, error: JobdError, report: _ProgressReport | None) -> None:
+    def _on_lost(self, error: errors.JobdError, report: _ProgressReport | None) -> None:
         for pending in (report, self._pending):
             if pending is not None:
                 settle(pending.reported, error=error)
         if not self.lost.done():
             self.lost.set_result(error)
 
-    def _on_error(self, error: JobdError, report: _ProgressReport | None) -> None:
+    def _on_error(self, error: errors.JobdError, report: _ProgressReport | None) -> None:
         """Handle an error other than a lost lock. Rejected progress is dropped, other progress is kept."""
         if self._is_rejected(error):
-            self._on_lost(LockLost(f"All calls were rejected until the lock had expired: {error.message}"), report)
+            self._on_lost(
+                errors.LockLost(f"All calls were rejected until the lock had expired: {error.message}"), report
+            )
             return
         if error.code not in RETRIED and report is not None:
             self._on_response()
@@ -245,7 +235,7 @@ class LockKeeper:
                 self._pending.request = _with_checkpoint_of(report.request, self._pending.request)
             settle(report.reported)
 
-    def _is_rejected(self, error: JobdError) -> bool:
+    def _is_rejected(self, error: errors.JobdError) -> bool:
         """Return whether the daemon has rejected the worker's calls for the TTL of the lock, which has expired then.
 
         Only errors that prevent claims too, such as a wrong token, count. If the daemon was reachable before the first
@@ -282,11 +272,11 @@ class LockKeeper:
             except LOST as error:
                 self._on_lost(error, None)
                 break
-            except InvalidTransition as error:
+            except errors.InvalidTransition as error:
                 self._log(f"job {self.id}: {verb} was rejected: {error.message}")
                 return None
-            except JobdError as error:
-                internal_errors += isinstance(error, InternalError)
+            except errors.JobdError as error:
+                internal_errors += isinstance(error, errors.InternalError)
                 if isinstance(error, _REJECTED) or internal_errors >= _MAX_INTERNAL_ERRORS:
                     self._log(f"job {self.id}: {verb} was rejected: {error.message}")
                     if not is_final:
@@ -305,7 +295,7 @@ class LockKeeper:
         self._log(f"job {self.id}: {verb} was too late: {self.lost.result().message}")
         return None
 
-    async def _wait_to_retry(self, verb: str, error: JobdError, give_up: asyncio.Event, failures: int) -> bool:
+    async def _wait_to_retry(self, verb: str, error: errors.JobdError, give_up: asyncio.Event, failures: int) -> bool:
         """Wait before the next attempt. Return False if there is none."""
         is_rejected, self._is_reachable = self._is_rejected(error), False
         if give_up.is_set() or is_rejected:
@@ -320,11 +310,11 @@ class LockKeeper:
         now = asyncio.get_running_loop().time()
         if now - self._extended_s < self._ttl_s / EXTENSIONS_PER_TTL:
             return
-        with contextlib.suppress(JobdError):
+        with contextlib.suppress(errors.JobdError):
             await self._client.send(self._request(JobCalls.extend_job_lock), ONE_ATTEMPT)
             self._on_extended(now)
 
-    async def _fail_instead(self, verb: str, error: JobdError, give_up: asyncio.Event) -> None:
+    async def _fail_instead(self, verb: str, error: errors.JobdError, give_up: asyncio.Event) -> None:
         """Fail the job with the error that the daemon raised for another ending."""
         message = f"The work has ended, but the daemon rejected its `{verb}`: {error.message}"[:MESSAGE_CHARACTERS]
         failure = self._request(JobCalls.fail_job, error_message=message, error_code=f"{verb}:{error.code}")
