@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from operator import itemgetter
@@ -201,6 +202,8 @@ def disk(use: responses.DiskUse) -> None:
         terminal.say(f"And {use.more_kinds} more queues and kinds.")
     if use.kinds:
         terminal.say(f"Sizes of queues and kinds are estimates from a sample of {use.jobs_read} jobs.")
+        which = f"--where queue={shlex.quote(use.kinds[0].queue)} --where status=completed --where finished_until=2d"
+        terminal.say(f"Delete jobs that completed long ago: jobctl delete {which}")
 
 
 def _cleanup(running: bool, since_ms: int | None) -> str:

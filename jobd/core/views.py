@@ -278,7 +278,7 @@ def workers(state: State, at: Moment, command: Workers) -> WorkerList:
     by_state, groups = dict.fromkeys(get_args(WorkerState), 0), {}
     quiet: Counter[tuple[str | None, str | None]] = Counter()
     selected: list[tuple[str, WorkerSeen]] = []
-    for each in presence.remembered():
+    for each in presence.remembered(in_order=True):
         activity, about = presence.state(each[1]), each[1].about
         by_state[activity] += 1
         key = (about.host, about.version) if about is not None else (None, None)

@@ -178,12 +178,12 @@ class WorkerPresence:
         is_gone = has_left or worker.goodbye is not None or self.lock_ms - worker.heard >= worker.idle_ms
         return "gone" if is_gone else "idle"
 
-    def remembered(self) -> Iterator[tuple[str, WorkerSeen]]:
+    def remembered(self, *, in_order: bool = False) -> Iterator[tuple[str, WorkerSeen]]:
         """Iterate over names and workers, without those that have been gone for a day.
 
-        Workers can come and go between two steps.
+        Workers can come and go between two steps. The order of `workers` takes ten times as long for the first step.
         """
-        for name in list(self.workers):
+        for name in list(self.workers if in_order else dict.keys(self.workers)):
             worker = self.workers.get(name)
             if worker is not None and (worker.heard > self.lock_ms - FORGOTTEN_AFTER_MS or not worker.is_resting):
                 yield name, worker

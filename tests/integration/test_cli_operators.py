@@ -555,6 +555,7 @@ def test_disk_shows_the_files_and_what_each_kind_takes(jobctl: Jobctl) -> None:
     assert jobctl.run("submit", "--queue", "stored", "--kind", "large", json.dumps("x" * 9_000))[0] == 0
     stored = re.compile(r"^not jobd +\S+ .iB$.*^stored +large +1 ", re.MULTILINE | re.DOTALL)
     poll_until(lambda: stored.search(jobctl.run("disk")[1]))  # once the tables have the job
+    assert "jobctl delete --where queue=stored --where status=completed --where" in jobctl.run("disk")[2]
 
 
 _SHAPES: Final = {

@@ -120,7 +120,7 @@ class ProblemBoard:
             if severity in (None, each.severity) and queue in (None, each.subject.queue)
         ]
         known = [each for each in self._known if queue in (None, each.subject.queue)]
-        return ProblemList(shown, known, sum(self._life.rest.values()), self._evaluated_at)
+        return ProblemList(shown, known, sum(each.rest for each in self._life.listed), self._evaluated_at)
 
     def announced(self) -> OpenProblems | None:
         """Return what webhooks announce, or None while it is not known.

@@ -64,7 +64,7 @@ def _missing(scene: Scene, pair: DuePair, crew: Crew) -> Finding:
         wait_ms=pair.wait_ms,
         severity="warning" if crew.last is None else "critical",
         cure=(
-            Cure("Start a worker", f"jobctl run --queue {shlex.quote(pair.queue)} -- CMD"),
+            _more_workers(pair.queue),
             Cure("See why it waits", f"jobctl why {pair.job_id}", f"/jobs/{pair.job_id}"),
         ),
     )
@@ -89,10 +89,7 @@ def _waiting(scene: Scene, pair: DuePair) -> Finding:
         jobs=pair.due,
         wait_ms=pair.wait_ms,
         cause="Jobs of a higher priority come first." if pair.is_behind else "",
-        cure=(
-            Cure("See why it waits", f"jobctl why {pair.job_id}", f"/jobs/{pair.job_id}"),
-            Cure("See its workers", "jobctl workers", "/workers"),
-        ),
+        cure=(Cure("See why it waits", f"jobctl why {pair.job_id}", f"/jobs/{pair.job_id}"), _more_workers(pair.queue)),
     )
 
 
@@ -147,7 +144,7 @@ def backlog_grows(scene: Scene) -> Iterator[Finding | None]:
             jobs=pair.due,
             wait_ms=pair.wait_ms,
             cause=_workers(scene, *key),
-            cure=(Cure("See its workers", "jobctl workers", "/workers"),),
+            cure=(_more_workers(pair.queue), Cure("See its workers", "jobctl workers", "/workers")),
         )
 
 
@@ -188,7 +185,7 @@ def expiring(scene: Scene) -> Iterator[Finding | None]:
             value=100 * expired / ended,
             jobs=expired,
             severity="critical" if 2 * expired >= ended else None,
-            cure=(Cure("See its workers", "jobctl workers", "/workers"),),
+            cure=(_more_workers(tally.queue), Cure("See its workers", "jobctl workers", "/workers")),
         )
 
 
@@ -227,6 +224,10 @@ def slow_kinds(scene: Scene) -> Iterator[Finding | None]:
             cause="The machine, the disk, or a service that these jobs use may be slow.",
             cure=(Cure("See the oldest jobs", "jobctl stats", "/"),),
         )
+
+
+def _more_workers(queue: str) -> Cure:
+    return Cure("Start a worker", f"jobctl run --queue {shlex.quote(queue)} -- CMD")
 
 
 def crew_of(scene: Scene, queue: str, kind: str) -> Crew:

@@ -137,7 +137,7 @@ def release_loops(scene: Scene) -> Iterator[Finding]:
             cause="This worker cannot process them.",
             cure=(
                 Cure("See who releases it, and why", f"jobctl timeline {job_id}", f"/jobs/{job_id}"),
-                Cure("End the loop", f"jobctl cancel {job_id}", f"/jobs/{job_id}", changes=True),
+                Cure("Quiet the worker", f"jobctl quiet {shlex.quote(worker)} --reason TEXT", "/workers", changes=True),
             ),
         )
 

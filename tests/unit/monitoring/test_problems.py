@@ -109,6 +109,7 @@ async def test_busy_starting_and_paused_pairs_do_not_lack_workers(engine: Virtua
     await engine.yes(Pause(name="paused"))
     await engine.yes(Claim(queues=["other"], kinds=["song"], worker="w-3"))
     await seconds(301)
+    assert (await found(problems))["waits/busy/film"].cure[1].command == "jobctl run --queue busy -- CMD"
     listed = {each.id: each.title for each in (await found(problems)).values()}
     assert listed == {
         "no_workers/other/film": "2 jobs are due, the oldest for 5 min 1 s, and no worker takes them.",
@@ -260,7 +261,7 @@ def _work(engine: VirtualEngine, kind: str, ms: int) -> None:
 async def test_ten_thousand_sick_pairs_give_a_hundred_subjects_and_the_rest(engine: VirtualEngine) -> None:
     problems = problems_of(engine)
     for number in range(10_000):
-        due = engine.now - 200_000 - number
+        due = engine.now - 400_000 - number  # `waits` holds as well, and is hidden
         options = Options(queue=f"q-{number}")
         engine.state.reindex(None, Job(number + 1, f"job-{number}", options, "queued", due, due, due))
     listed = await found(problems)
@@ -314,6 +315,7 @@ async def test_conditions_of_the_daemon_say_what_holds() -> None:
         assert listed[condition].title.startswith(text), listed[condition].title
     assert listed.keys() == expected.keys()
     assert listed["webhook"].severity == "critical"
+    assert listed["release_loop"].cure[1].command == "jobctl quiet w-1 --reason TEXT"
 
 
 @pytest.mark.parametrize(
