@@ -16,6 +16,7 @@ from jobd.core.rules import worker_rules
 from jobd.model import commands
 from jobd.model.commands import (
     AnyCommand,
+    AppendOutput,
     Claim,
     Complete,
     Create,
@@ -235,6 +236,8 @@ class SimWorker(SimClient):
             return
         for _ in range(self.dice.randrange(4)):
             await self._report_progress(granted)
+            if self.requests.time_dice.random() < 0.1:
+                await self.ask(AppendOutput(id=job_id, lock_id=lock_id, text="line\n"), tries=1)
             response = await self.ask(self._heartbeat(job_id, lock_id))
             if isinstance(response, ApiError) and not self.has("worker ignores lock_lost", 0.3):
                 return

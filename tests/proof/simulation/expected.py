@@ -15,11 +15,12 @@ from tests.proof.simulation.cluster.scenario import CLUSTER_FAULTS, LOST
 from tests.proof.simulation.injector import UPKEEP
 from tests.proof.simulation.scenario import FAULTS, MISHAPS
 
-# Errors of the HTTP layer and of nodes of a cluster, not of the core.
+# Errors of the HTTP layer, the services behind it and nodes of a cluster, not of the core.
 HTTP_ONLY: Final = frozenset(
     {
         "not_leader",
         "no_standby",
+        "upgrade_incomplete",
         "unauthorized",
         "forbidden",
         "not_found",
@@ -27,6 +28,9 @@ HTTP_ONLY: Final = frozenset(
         "request_timeout",
         "events_gone",
         "storage_unavailable",
+        "output_off",
+        "output_unavailable",
+        "too_frequent",
         "plan_not_found",
         "too_many_quiet_rules",  # of the core, but no run has 100 rules
         "too_large",

@@ -291,7 +291,7 @@ class RequestGenerator:
             case 2:
                 return cmd.Timeline(id=self.job_id())
             case 3:
-                return cmd.Why(id=self.job_id())
+                return cmd.Why(id=self.job_id()) if self.time_dice.random() < 0.7 else cmd.WhyQueue(name=self.queue())
             case 4:
                 return cmd.Validate(id=self.job_id()) if self.chance(0.7) else cmd.GetVersion(id=self.job_id())
             case 5:
