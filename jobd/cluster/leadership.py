@@ -193,6 +193,8 @@ class Leadership:
                 return  # an append came first
             try:
                 await self._renew()
+                while self._lease.is_over:  # the response came too late, and another node may lead by now
+                    await self._renew()
             except (LeadershipLost, JournalOutcomeUnknown) as lost:
                 self._lost = lost
                 raise

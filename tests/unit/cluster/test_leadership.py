@@ -365,6 +365,24 @@ async def test_reads_wait_for_a_renewal_after_the_clocks_have_jumped(server: Mem
 
 
 @in_virtual_time
+async def test_a_renewal_that_is_confirmed_after_the_lease_allows_no_read(server: MemoryServer) -> None:
+    old, new = Node(server), Node(server, "b")
+    leadership = await old.lead()
+
+    async def lose_leadership(call: str) -> None:
+        if call == "renew" and server.head.holder == "a":
+            await asyncio.sleep(LATE_RESPONSE_S)
+            await new.lead()
+
+    old.journal.after = lose_leadership
+    old.ahead_s = 1.0
+    confirming = leadership.confirm()
+    assert confirming is not None
+    with pytest.raises(Fenced):
+        await confirming
+
+
+@in_virtual_time
 async def test_a_renewal_that_is_due_during_an_append_is_left_out(server: MemoryServer, node: Node) -> None:
     leadership = await node.lead()
     task = asyncio.create_task(leadership.run())
