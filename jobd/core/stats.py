@@ -108,6 +108,7 @@ KINDS_KEPT: Final = 100  # those with the latest completions
 SLOT_MS: Final = 10 * MINUTE_MS
 SLOTS: Final = HOUR_MS // SLOT_MS
 SAMPLES_NEEDED: Final = 20  # completions of an hour that counts
+SLOW_JOBS: Final = 5  # in an hour, so that a kind is slow: of few jobs, the longest ones differ by chance
 HOURS_NEEDED: Final = 3  # hours that count, before there is a usual value
 # The usual value is the median of the hours, not a percentile over all of them, which an hour of slow jobs would soon
 # move. Hours with too few jobs do not count, so that nightly work is compared with previous nights.
@@ -116,12 +117,16 @@ STEP_BITS: Final = 3  # eight buckets for each doubling: durations have an error
 
 
 class KindDurations(Struct, frozen=True):
-    """One kind: completions of the last hour, and 95th percentiles in ms; None if there are too few jobs."""
+    """One kind: completions of the last hour, and 95th percentiles in ms; None if there are too few jobs.
+
+    `slow_ms` is the shortest duration of its SLOW_JOBS longest ones in the last hour.
+    """
 
     kind: str
     completed: int
     last_hour_ms: int | None
     usual_ms: int | None
+    slow_ms: int | None = None
 
 
 class DurationBaseline(Struct):
@@ -204,18 +209,25 @@ def top(place: int) -> int:
 
 def percentile_95(counts: dict[int, int]) -> int:
     """Return the 95th percentile in ms. For fewer than 20 durations it is the longest."""
-    needed = (95 * sum(counts.values()) + 99) // 100
+    return _longest(counts, (95 * sum(counts.values()) + 99) // 100)
+
+
+def _longest(counts: dict[int, int], needed: int) -> int:
+    """Return the longest of the `needed` shortest durations, in ms; 0 if there are none."""
     for place in sorted(counts):
         needed -= counts[place]
         if needed <= 0:
             return top(place)
-    return 0  # empty
+    return 0
 
 
 def _seen(kind: str, baseline: DurationBaseline, counts: dict[int, int]) -> KindDurations:
     completed = sum(counts.values())
-    last_hour_ms = percentile_95(counts) if completed >= SAMPLES_NEEDED else None
-    return KindDurations(kind, completed, last_hour_ms, baseline.usual())
+    usual_ms = baseline.usual()
+    if completed < SAMPLES_NEEDED:
+        return KindDurations(kind, completed, None, usual_ms)
+    slow_ms = _longest(counts, completed - SLOW_JOBS + 1)
+    return KindDurations(kind, completed, percentile_95(counts), usual_ms, slow_ms)
 
 
 def _latest(table: dict[int, T], last: int, count: int) -> dict[int, T]:

@@ -287,6 +287,7 @@ def _error(error: Failure) -> str:
 
 def _ratio(each: KindDurations) -> float | None:
     """Return the ratio of the last hour to the usual duration; None if unknown or too close."""
-    if each.last_hour_ms is None or each.usual_ms is None or each.last_hour_ms - each.usual_ms < NOTICEABLE_MS:
+    if each.last_hour_ms is None or each.usual_ms is None or each.slow_ms is None:
         return None
-    return round(each.last_hour_ms / max(each.usual_ms, 1), 2)
+    slow_ms = min(each.last_hour_ms, each.slow_ms)
+    return None if slow_ms - each.usual_ms < NOTICEABLE_MS else round(slow_ms / max(each.usual_ms, 1), 2)

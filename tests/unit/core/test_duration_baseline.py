@@ -80,7 +80,7 @@ def test_an_hour_with_too_few_jobs_has_no_percentile() -> None:
     work(baselines, HOUR, 10, count=SAMPLES_NEEDED - 1)
     assert one(baselines, HOUR) == KindDurations("film", SAMPLES_NEEDED - 1, None, None)
     work(baselines, HOUR, 12, count=1)
-    assert one(baselines, HOUR) == KindDurations("film", SAMPLES_NEEDED, 10, None)
+    assert one(baselines, HOUR) == KindDurations("film", SAMPLES_NEEDED, 10, None, 10)
 
 
 def test_the_last_hour_advances_in_slots() -> None:
@@ -88,7 +88,7 @@ def test_the_last_hour_advances_in_slots() -> None:
     work(baselines, HOUR, 10)
     work(baselines, HOUR + SLOT_MS, 14)
     assert one(baselines, HOUR + HOUR_MS - 1).completed == 2 * SAMPLES_NEEDED
-    assert one(baselines, HOUR + HOUR_MS) == KindDurations("film", SAMPLES_NEEDED, 14, None)
+    assert one(baselines, HOUR + HOUR_MS) == KindDurations("film", SAMPLES_NEEDED, 14, None, 14)
     assert baselines.view(HOUR + SLOT_MS + HOUR_MS) == []
     work(baselines, HOUR + 3 * DAY_MS, 9)
     assert one(baselines, HOUR + 3 * DAY_MS).last_hour_ms == 9
@@ -101,7 +101,7 @@ def test_the_usual_value_is_the_median_of_the_previous_hours() -> None:
         work(baselines, HOUR + hour * HOUR_MS, ms)
     assert one(baselines, HOUR + 2 * HOUR_MS).usual_ms is None, "the hour that runs is not before itself"
     work(baselines, HOUR + 3 * HOUR_MS, 15)
-    assert one(baselines, HOUR + 3 * HOUR_MS) == KindDurations("film", SAMPLES_NEEDED, 15, 12)
+    assert one(baselines, HOUR + 3 * HOUR_MS) == KindDurations("film", SAMPLES_NEEDED, 15, 12, 15)
     assert len(baselines.kinds["film"].hours) == HOURS_NEEDED
 
 
@@ -134,7 +134,7 @@ def test_nightly_work_is_compared_with_previous_nights() -> None:
     for night in range(4):
         work(baselines, HOUR + night * DAY_MS, 10)
     work(baselines, HOUR + 4 * DAY_MS, 15)
-    assert one(baselines, HOUR + 4 * DAY_MS) == KindDurations("film", SAMPLES_NEEDED, 15, 10)
+    assert one(baselines, HOUR + 4 * DAY_MS) == KindDurations("film", SAMPLES_NEEDED, 15, 10, 15)
 
 
 def test_a_few_slow_hours_do_not_change_the_usual_value_but_a_day_does() -> None:

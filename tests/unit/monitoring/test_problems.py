@@ -9,7 +9,7 @@ import pytest
 from msgspec.structs import replace
 from structlog.testing import capture_logs
 
-from jobd.core.stats import HOURS_NEEDED, SAMPLES_NEEDED, STEP_MS
+from jobd.core.stats import HOURS_NEEDED, SAMPLES_NEEDED, SLOW_JOBS, STEP_MS
 from jobd.engine.clock import loop_time
 from jobd.model.clocks import BootMs
 from jobd.model.commands import (
@@ -250,6 +250,19 @@ async def test_each_slow_kind_is_found_and_does_not_flap(engine: VirtualEngine) 
     assert await found(problems) == {}
     problems.thresholds = Thresholds(slower_than_usual=3.1)
     assert await found(problems) == {}, "but it does not begin there"
+
+
+@in_engine()
+async def test_a_few_long_jobs_do_not_make_a_kind_slow(engine: VirtualEngine) -> None:
+    problems = problems_of(engine)
+    for _ in range(HOURS_NEEDED):
+        _work(engine, "film", 1023)
+        await seconds(3600)
+    _work(engine, "film", 1023)
+    for number in range(SLOW_JOBS):
+        assert await found(problems) == {}, number
+        engine.state.counters.baselines.add("film", engine.now, 3071)
+    assert list(await found(problems)) == ["slow_kind/film"]
 
 
 def _work(engine: VirtualEngine, kind: str, ms: int) -> None:
