@@ -37,6 +37,11 @@ def one(baselines: DurationBaselines, now: int) -> KindDurations:
     return found
 
 
+@pytest.fixture
+def baselines() -> DurationBaselines:
+    return DurationBaselines()
+
+
 @given(st.integers(0, 100 * YEAR_MS))
 def test_a_bucket_has_an_error_of_at_most_an_eighth(ms: int) -> None:
     assert ms <= top(bucket(ms)) <= ms + ms // 8
@@ -75,16 +80,14 @@ def test_the_percentile_is_the_smallest_value_that_covers_95_of_100(values: list
     assert percentile_95(counts) == least
 
 
-def test_an_hour_with_too_few_jobs_has_no_percentile() -> None:
-    baselines = DurationBaselines()
+def test_an_hour_with_too_few_jobs_has_no_percentile(baselines: DurationBaselines) -> None:
     work(baselines, HOUR, 10, count=SAMPLES_NEEDED - 1)
     assert one(baselines, HOUR) == KindDurations("film", SAMPLES_NEEDED - 1, None, None)
     work(baselines, HOUR, 12, count=1)
     assert one(baselines, HOUR) == KindDurations("film", SAMPLES_NEEDED, 10, None, 10)
 
 
-def test_the_last_hour_advances_in_slots() -> None:
-    baselines = DurationBaselines()
+def test_the_last_hour_advances_in_slots(baselines: DurationBaselines) -> None:
     work(baselines, HOUR, 10)
     work(baselines, HOUR + SLOT_MS, 14)
     assert one(baselines, HOUR + HOUR_MS - 1).completed == 2 * SAMPLES_NEEDED
@@ -94,8 +97,7 @@ def test_the_last_hour_advances_in_slots() -> None:
     assert one(baselines, HOUR + 3 * DAY_MS).last_hour_ms == 9
 
 
-def test_the_usual_value_is_the_median_of_the_previous_hours() -> None:
-    baselines = DurationBaselines()
+def test_the_usual_value_is_the_median_of_the_previous_hours(baselines: DurationBaselines) -> None:
     for hour, ms in enumerate([10, 12, 14]):
         assert one(baselines, HOUR + (hour - 1) * HOUR_MS).usual_ms is None if hour else True
         work(baselines, HOUR + hour * HOUR_MS, ms)
@@ -105,32 +107,28 @@ def test_the_usual_value_is_the_median_of_the_previous_hours() -> None:
     assert len(baselines.kinds["film"].hours) == HOURS_NEEDED
 
 
-def test_an_hour_with_many_slots_counts_once() -> None:
-    baselines = DurationBaselines()
+def test_an_hour_with_many_slots_counts_once(baselines: DurationBaselines) -> None:
     for slot in range(SLOTS):
         work(baselines, HOUR + slot * SLOT_MS, 10 if slot else 15, count=10)
     work(baselines, HOUR + HOUR_MS, 1, count=1)
     assert baselines.kinds["film"].hours == [15]
 
 
-def test_an_hour_counts_by_its_own_jobs() -> None:
-    baselines = DurationBaselines()
+def test_an_hour_counts_by_its_own_jobs(baselines: DurationBaselines) -> None:
     work(baselines, HOUR - SLOT_MS, 15)
     work(baselines, HOUR, 10)
     work(baselines, HOUR + HOUR_MS, 1, count=1)
     assert baselines.kinds["film"].hours == [15, 10]
 
 
-def test_hours_with_few_jobs_do_not_count() -> None:
-    baselines = DurationBaselines()
+def test_hours_with_few_jobs_do_not_count(baselines: DurationBaselines) -> None:
     work(baselines, HOUR, 10, count=SAMPLES_NEEDED - 1)
     work(baselines, HOUR + HOUR_MS, 12, count=SAMPLES_NEEDED)
     work(baselines, HOUR + 3 * HOUR_MS, 14, count=1)
     assert baselines.kinds["film"].hours == [12]
 
 
-def test_nightly_work_is_compared_with_previous_nights() -> None:
-    baselines = DurationBaselines()
+def test_nightly_work_is_compared_with_previous_nights(baselines: DurationBaselines) -> None:
     for night in range(4):
         work(baselines, HOUR + night * DAY_MS, 10)
     work(baselines, HOUR + 4 * DAY_MS, 15)
@@ -149,8 +147,7 @@ def test_a_few_slow_hours_do_not_change_the_usual_value_but_a_day_does() -> None
     assert len(baselines.kinds["film"].hours) == HOURS_KEPT
 
 
-def test_slots_are_bounded_even_if_the_clock_steps_back() -> None:
-    baselines = DurationBaselines()
+def test_slots_are_bounded_even_if_the_clock_steps_back(baselines: DurationBaselines) -> None:
     for minute in [*range(0, 600, 5), *range(300, 0, -5)]:
         baselines.add("film", HOUR + minute * MINUTE_MS, 10)
         slots = baselines.kinds["film"].slots
@@ -200,8 +197,7 @@ def test_many_alternating_kinds_do_not_displace_each_other(monkeypatch: pytest.M
     assert "of before a step back of the clock" in baselines.kinds
 
 
-def test_baselines_are_stored_as_json() -> None:
-    baselines = DurationBaselines()
+def test_baselines_are_stored_as_json(baselines: DurationBaselines) -> None:
     for hour in range(5):
         work(baselines, HOUR + hour * HOUR_MS, 100 + hour)
     assert msgspec.json.decode(msgspec.json.encode(baselines), type=DurationBaselines) == baselines

@@ -74,6 +74,11 @@ def log_events(logs: list[MutableMapping[str, Any]]) -> list[tuple[str, str]]:
     return [(line["event"], line["log_level"]) for line in logs]
 
 
+@pytest.fixture
+def daemon_clock(sources: ManualClocks) -> Clock:
+    return clock(sources)
+
+
 def test_lock_time_continues_from_its_persisted_value(sources: ManualClocks) -> None:
     daemon_clock = clock(sources, lock_ms=1_000)
     assert daemon_clock.moment() == Moment(now=WALL, lock_ms=LockMs(1_000), offset=WALL - 1_000)
@@ -92,8 +97,7 @@ def test_a_step_of_the_wall_clock_moves_no_lock_deadline(sources: ManualClocks, 
     assert at.wall(LockMs(1_010)) == sources.wall_ms
 
 
-def test_the_offset_does_not_flicker(sources: ManualClocks) -> None:
-    daemon_clock = clock(sources)
+def test_the_offset_does_not_flicker(sources: ManualClocks, daemon_clock: Clock) -> None:
     first = daemon_clock.moment().offset
     sources.wall_ms += 1
     assert daemon_clock.moment().offset == first
@@ -139,8 +143,7 @@ def test_lock_time_never_goes_back(sources: ManualClocks) -> None:
     )  # it continues from the current reading without waiting until the clock has caught up
 
 
-def test_a_hold_stops_lock_time_and_only_that(sources: ManualClocks) -> None:
-    daemon_clock = clock(sources)
+def test_a_hold_stops_lock_time_and_only_that(sources: ManualClocks, daemon_clock: Clock) -> None:
     sources.advance(10)
     daemon_clock.hold()
     daemon_clock.hold()
@@ -158,8 +161,7 @@ def test_a_hold_stops_lock_time_and_only_that(sources: ManualClocks) -> None:
     assert daemon_clock.moment().lock_ms == 15
 
 
-def test_a_stop_is_a_permanent_hold(sources: ManualClocks) -> None:
-    daemon_clock = clock(sources)
+def test_a_stop_is_a_permanent_hold(sources: ManualClocks, daemon_clock: Clock) -> None:
     sources.advance(10)
     daemon_clock.stop()
     daemon_clock.hold()
@@ -189,8 +191,9 @@ def test_while_running_a_day_or_half_the_shortest_retention_ahead_is_suspect(
     assert (at.now, at.believed) == (sources.wall_ms, sources.wall_ms - bound_ms - 1)
 
 
-def test_the_first_moment_after_a_step_is_suspect_and_expects_boot_time_to_continue(sources: ManualClocks) -> None:
-    daemon_clock = clock(sources)
+def test_the_first_moment_after_a_step_is_suspect_and_expects_boot_time_to_continue(
+    sources: ManualClocks, daemon_clock: Clock
+) -> None:
     sources.wall_ms += 40 * DAY_MS
     assert daemon_clock.moment().believed == WALL
     sources.advance(HOUR_MS)
@@ -200,8 +203,7 @@ def test_the_first_moment_after_a_step_is_suspect_and_expects_boot_time_to_conti
     assert daemon_clock.moment().believed == WALL + 2 * HOUR_MS
 
 
-def test_small_steps_ahead_add_up_and_suspend_is_none(sources: ManualClocks) -> None:
-    daemon_clock = clock(sources)
+def test_small_steps_ahead_add_up_and_suspend_is_none(sources: ManualClocks, daemon_clock: Clock) -> None:
     sources.advance(30 * DAY_MS)  # a suspend, which boot time includes
     assert not daemon_clock.suspect
     for _ in range(2):
@@ -213,9 +215,8 @@ def test_small_steps_ahead_add_up_and_suspend_is_none(sources: ManualClocks) -> 
 
 @pytest.mark.parametrize("back_ms", [1, 5 * SECOND_MS, 3 * DAY_MS, 50 * 365 * DAY_MS])
 def test_a_step_back_is_trusted_and_later_steps_are_measured_from_before_it(
-    sources: ManualClocks, back_ms: int
+    sources: ManualClocks, back_ms: int, daemon_clock: Clock
 ) -> None:
-    daemon_clock = clock(sources)
     sources.wall_ms -= back_ms
     assert not daemon_clock.suspect
     sources.advance(HOUR_MS)
@@ -307,16 +308,14 @@ def test_a_clock_that_was_ahead_and_was_set_back_is_trusted_no_further_once_sync
     assert daemon_clock.suspect
 
 
-def test_an_operator_can_accept_a_clock_that_is_behind(sources: ManualClocks) -> None:
-    daemon_clock = clock(sources)
+def test_an_operator_can_accept_a_clock_that_is_behind(sources: ManualClocks, daemon_clock: Clock) -> None:
     sources.wall_ms -= 3 * DAY_MS
     assert daemon_clock.moment().latest == WALL
     daemon_clock.accept()
     assert daemon_clock.moment().latest == WALL - 3 * DAY_MS
 
 
-def test_the_sentence_names_the_step_also_after_a_restart(sources: ManualClocks) -> None:
-    daemon_clock = clock(sources)
+def test_the_sentence_names_the_step_also_after_a_restart(sources: ManualClocks, daemon_clock: Clock) -> None:
     sources.wall_ms += 40 * DAY_MS
     daemon_clock.moment()
     sources.wall_ms += 2 * DAY_MS
@@ -353,8 +352,7 @@ def test_a_start_after_a_suspect_clock_is_suspect_even_if_the_jump_alone_would_n
     assert daemon_clock.moment().believed == WALL - 2 * DAY_MS
 
 
-def test_a_new_retention_counts_at_once(sources: ManualClocks) -> None:
-    daemon_clock = clock(sources)
+def test_a_new_retention_counts_at_once(sources: ManualClocks, daemon_clock: Clock) -> None:
     sources.wall_ms += 20 * HOUR_MS
     assert not daemon_clock.suspect
     daemon_clock.keep_ms = DAY_MS
@@ -382,8 +380,7 @@ def test_a_suspect_clock_is_logged_once_with_the_jump_and_what_to_do(sources: Ma
     assert log_events(logs) == [("clock_suspect", "warning")]
 
 
-def test_an_operator_can_accept_a_suspect_clock(sources: ManualClocks) -> None:
-    daemon_clock = clock(sources)
+def test_an_operator_can_accept_a_suspect_clock(sources: ManualClocks, daemon_clock: Clock) -> None:
     daemon_clock.accept()
     sources.wall_ms += 40 * DAY_MS
     assert daemon_clock.suspect
@@ -398,8 +395,7 @@ def test_an_operator_can_accept_a_suspect_clock(sources: ManualClocks) -> None:
 
 
 @pytest.mark.parametrize("left_ms", [-3 * DAY_MS, 0, DAY_MS])
-def test_a_wall_time_that_agrees_again_is_trusted(sources: ManualClocks, left_ms: int) -> None:
-    daemon_clock = clock(sources)
+def test_a_wall_time_that_agrees_again_is_trusted(sources: ManualClocks, left_ms: int, daemon_clock: Clock) -> None:
     sources.wall_ms += 40 * DAY_MS
     assert daemon_clock.suspect
     sources.advance(HOUR_MS)
@@ -427,8 +423,7 @@ def after(sources: ManualClocks, daemon_clock: Clock, ms: int, *, step_ms: int =
     return daemon_clock.suspect
 
 
-def test_a_kernel_that_is_synchronised_for_ten_minutes_is_trusted(sources: ManualClocks) -> None:
-    daemon_clock = clock(sources)
+def test_a_kernel_that_is_synchronised_for_ten_minutes_is_trusted(sources: ManualClocks, daemon_clock: Clock) -> None:
     sources.wall_ms += 40 * DAY_MS
     assert daemon_clock.suspect
     assert after(sources, daemon_clock, HOUR_MS)
@@ -446,8 +441,7 @@ def test_a_kernel_that_is_synchronised_for_ten_minutes_is_trusted(sources: Manua
     assert daemon_clock.suspect, "reads before the step no longer count"
 
 
-def test_the_ten_minutes_of_synchronisation_restart_after_a_gap(sources: ManualClocks) -> None:
-    daemon_clock = clock(sources)
+def test_the_ten_minutes_of_synchronisation_restart_after_a_gap(sources: ManualClocks, daemon_clock: Clock) -> None:
     sources.wall_ms += 40 * DAY_MS
     sources.synchronised = True
     assert after(sources, daemon_clock, 9 * MINUTE_MS)
@@ -464,8 +458,7 @@ def test_the_ten_minutes_of_synchronisation_restart_after_a_gap(sources: ManualC
     assert not after(sources, daemon_clock, 10 * SECOND_MS)
 
 
-def test_a_busy_daemon_asks_the_kernel_once_a_second(sources: ManualClocks) -> None:
-    daemon_clock = clock(sources)
+def test_a_busy_daemon_asks_the_kernel_once_a_second(sources: ManualClocks, daemon_clock: Clock) -> None:
     sources.wall_ms += 40 * DAY_MS
     assert after(sources, daemon_clock, 10 * SECOND_MS, step_ms=10)
     assert sources.synchronisation_reads == 10

@@ -20,7 +20,7 @@ from jobd.http.routing import Route, Router
 from jobd.model.commands import Cancel, Create, Get, Progress
 from jobd.model.errors import ApiError
 from jobd.model.responses import EmptyResponse, LockState, Response
-from tests.support.http_harness import TOKEN, TRANSPORTS, HttpHarness, request_bytes
+from tests.support.http_harness import TOKEN, TRANSPORTS, HttpHarness, RawConnection, request_bytes
 from tests.support.polling import wait_until
 
 PROGRESS = '{"lock_id":"canary-lock","progress":50}'
@@ -43,6 +43,11 @@ async def guarded(tmp_path: Path) -> AsyncIterator[HttpHarness]:
 
 def bearer(token: str = TOKEN) -> dict[str, str]:
     return {"Authorization": f"Bearer {token}"}
+
+
+@pytest.fixture
+async def client(harness: HttpHarness) -> RawConnection:
+    return await harness.connect()
 
 
 # -- routes ------------------------------------------------------------------------------------------------------------
@@ -105,9 +110,8 @@ async def test_an_unknown_path_is_a_404(harness: HttpHarness, target: str) -> No
     ],
 )
 async def test_an_unknown_method_is_a_405_that_lists_the_allowed_ones(
-    harness: HttpHarness, method: str, target: str, allow: str
+    method: str, target: str, allow: str, client: RawConnection
 ) -> None:
-    client = await harness.connect()
     response = await client.request(method, target)
     assert (response.status, response.headers["allow"]) == (405, allow)
     assert not any(name.startswith("access-control") for name in response.headers)
@@ -216,17 +220,15 @@ async def test_a_body_at_its_limit_is_accepted_and_one_byte_more_is_not(harness:
         assert response.headers["connection"] == "close"
 
 
-async def test_a_huge_content_length_is_rejected_before_the_body_arrives(harness: HttpHarness) -> None:
-    client = await harness.connect()
+async def test_a_huge_content_length_is_rejected_before_the_body_arrives(client: RawConnection) -> None:
     client.send(request_bytes("POST", "/v1/jobs", b"", {"Content-Length": "99999999999"}))
     assert (await client.receive()).status == 413
 
 
 @pytest.mark.parametrize(("length", "status"), [("2", b"100"), ("2 ", b"100"), ("1001", b"413")])
 async def test_a_content_length_with_thousands_of_zeros_is_a_number(
-    harness: HttpHarness, length: str, status: bytes
+    length: str, status: bytes, client: RawConnection
 ) -> None:
-    client = await harness.connect()
     headers = {"Content-Length": "0" * 5_000 + length, "Expect": "100-continue"}
     client.send(request_bytes("POST", "/v1/jobs", b"", headers))
     assert await client.reader.readexactly(12) == b"HTTP/1.1 " + status
@@ -243,8 +245,7 @@ async def test_a_body_that_does_not_arrive_is_a_408_and_closes_the_connection(tm
         assert harness.actor.received == []
 
 
-async def test_a_slow_body_within_its_deadline_is_accepted(harness: HttpHarness) -> None:
-    client = await harness.connect()
+async def test_a_slow_body_within_its_deadline_is_accepted(client: RawConnection) -> None:
     request = request_bytes("POST", "/v1/jobs", '{"queue":"mail"}')
     client.send(request[:-5])
     await asyncio.sleep(0)
@@ -252,8 +253,7 @@ async def test_a_slow_body_within_its_deadline_is_accepted(harness: HttpHarness)
     assert (await client.receive()).status == 200
 
 
-async def test_a_client_that_expects_100_continue_receives_it(harness: HttpHarness) -> None:
-    client = await harness.connect()
+async def test_a_client_that_expects_100_continue_receives_it(client: RawConnection) -> None:
     request = request_bytes("POST", "/v1/jobs", '{"queue":"mail"}', {"Expect": "100-continue"})
     client.send(request[:-16])
     assert await client.reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
@@ -261,8 +261,7 @@ async def test_a_client_that_expects_100_continue_receives_it(harness: HttpHarne
     assert (await client.receive()).status == 200
 
 
-async def test_an_http_1_0_client_never_receives_100_continue(harness: HttpHarness) -> None:
-    client = await harness.connect()
+async def test_an_http_1_0_client_never_receives_100_continue(harness: HttpHarness, client: RawConnection) -> None:
     request = request_bytes("POST", "/v1/jobs", "{}", {"Expect": "100-continue"}).replace(b"HTTP/1.1", b"HTTP/1.0")
     client.send(request[:-2])
     await wait_until(lambda: bool(harness.app.pending))
@@ -380,8 +379,9 @@ async def test_an_overload_says_when_to_retry(harness: HttpHarness) -> None:
     assert (response.status, response.headers["retry-after"]) == (503, "1")
 
 
-async def test_requests_on_one_connection_get_their_responses_in_order(harness: HttpHarness) -> None:
-    client = await harness.connect()
+async def test_requests_on_one_connection_get_their_responses_in_order(
+    harness: HttpHarness, client: RawConnection
+) -> None:
     harness.actor.respond = lambda command: Response(Raw(b'"%b"' % command.id.encode()))
     client.send(b"".join(request_bytes("GET", f"/v1/jobs/job-{n}") for n in range(100)))
     assert [(await client.receive()).data for _ in range(100)] == [f"job-{n}" for n in range(100)]
@@ -389,9 +389,8 @@ async def test_requests_on_one_connection_get_their_responses_in_order(harness: 
 
 @pytest.mark.parametrize(("header", "answered"), [("keep-alive", "keep-alive"), ("close", "close"), (None, "close")])
 async def test_responses_to_http_1_0_clients_say_whether_the_connection_stays_open(
-    harness: HttpHarness, header: str | None, answered: str
+    header: str | None, answered: str, client: RawConnection
 ) -> None:
-    client = await harness.connect()
     connection = f"Connection: {header}\r\n" if header else ""
     request = f"GET /v1/jobs HTTP/1.0\r\nHost: x\r\n{connection}\r\n".encode()
     client.send(request)
@@ -403,8 +402,7 @@ async def test_responses_to_http_1_0_clients_say_whether_the_connection_stays_op
         assert (await client.receive()).status == 200
 
 
-async def test_a_client_that_asks_to_close_gets_connection_close(harness: HttpHarness) -> None:
-    client = await harness.connect()
+async def test_a_client_that_asks_to_close_gets_connection_close(client: RawConnection) -> None:
     assert (await client.request("GET", "/v1/jobs", headers={"Connection": "close"})).headers["connection"] == "close"
     assert await client.is_closed()
 
@@ -432,9 +430,8 @@ async def test_a_response_is_undelivered_if_the_connection_closed_before_its_fir
     assert harness.actor.undelivered_responses == [response]
 
 
-async def test_the_grants_of_a_delivered_response_are_kept(harness: HttpHarness) -> None:
+async def test_the_grants_of_a_delivered_response_are_kept(harness: HttpHarness, client: RawConnection) -> None:
     harness.actor.respond = lambda _: granted()
-    client = await harness.connect()
     assert (await client.request("POST", "/v1/claim", '{"worker":"w"}')).status == 200
     await client.close()
     await harness.stop(1)
@@ -501,9 +498,8 @@ async def test_a_connection_error_of_a_handler_is_a_bug_unless_the_client_discon
     assert (await harness.request("GET", "/v1/jobs")).status == 500
 
 
-async def test_a_response_that_cannot_be_encoded_is_a_500(harness: HttpHarness) -> None:
+async def test_a_response_that_cannot_be_encoded_is_a_500(harness: HttpHarness, client: RawConnection) -> None:
     harness.actor.respond = lambda _: Response(object())
-    client = await harness.connect()
     assert (await client.request("GET", "/v1/jobs")).status == 500
     harness.actor.respond = lambda _: Response(EmptyResponse())
     assert (await client.request("GET", "/v1/jobs")).status == 200

@@ -47,6 +47,11 @@ async def finished(engine: VirtualEngine, job_id: str, **fields: object) -> None
     await engine.yes(Complete(id=job_id, lock_id=lock_id, **fields))  # type: ignore[arg-type]
 
 
+@pytest.fixture
+def storage() -> MemoryStorage:
+    return MemoryStorage()
+
+
 # -- recovery and ticks -----------------------------------------------------------------------------------------------
 
 
@@ -438,8 +443,7 @@ async def test_undeletable_expired_rows_end_the_step_with_an_error() -> None:
 
 
 @in_virtual_time
-async def test_a_damaged_expired_row_is_quarantined_and_the_run_continues() -> None:
-    storage = MemoryStorage()
+async def test_a_damaged_expired_row_is_quarantined_and_the_run_continues(storage: MemoryStorage) -> None:
     for seq, name in enumerate(("a", "b"), 1):
         storage.put(row(seq, name, "completed", progress=100, finished_at=WALL, expires_at=WALL))
     async with VirtualEngine(storage) as engine:
@@ -453,8 +457,7 @@ async def test_a_damaged_expired_row_is_quarantined_and_the_run_continues() -> N
 
 
 @in_virtual_time
-async def test_a_run_repairs_imported_and_hand_edited_rows() -> None:
-    storage = MemoryStorage()
+async def test_a_run_repairs_imported_and_hand_edited_rows(storage: MemoryStorage) -> None:
     storage.put(row(1, "over", progress=120))
     storage.put(row(2, "silent", "failed", finished_at=WALL))
     storage.put(row(3, "fine"))
@@ -483,9 +486,8 @@ async def test_a_run_repairs_imported_and_hand_edited_rows() -> None:
 
 
 @in_virtual_time
-async def test_issues_without_a_safe_fix_are_reported_by_every_run() -> None:
+async def test_issues_without_a_safe_fix_are_reported_by_every_run(storage: MemoryStorage) -> None:
     policy = Policy(require_download_url=True)
-    storage = MemoryStorage()
     storage.put(row(1, "bare", "completed", progress=100, finished_at=WALL))
     live = row(2, "nameless")
     storage.put(replace(live, options=replace(live.options, queue="")))
@@ -529,8 +531,7 @@ def entry(at: int) -> AuditEntry:
 
 
 @in_virtual_time
-async def test_old_audit_entries_are_deleted_and_the_newest_stays() -> None:
-    storage = MemoryStorage()
+async def test_old_audit_entries_are_deleted_and_the_newest_stays(storage: MemoryStorage) -> None:
     schedule = CleanupSchedule(audit_ms=10 * SECOND_MS, batch=2)
     async with VirtualEngine(storage, schedule=schedule) as engine:
         storage.audited = {seq: entry(engine.now) for seq in range(1, 6)}
@@ -545,8 +546,7 @@ async def test_old_audit_entries_are_deleted_and_the_newest_stays() -> None:
 
 
 @in_virtual_time
-async def test_no_audit_entry_is_old_while_the_clock_is_suspect() -> None:
-    storage = MemoryStorage()
+async def test_no_audit_entry_is_old_while_the_clock_is_suspect(storage: MemoryStorage) -> None:
     async with VirtualEngine(storage) as engine:
         storage.audited = {1: entry(1), 2: entry(engine.now)}
         engine.step_ms = 2 * DAY_MS
@@ -571,8 +571,7 @@ async def test_no_audit_entry_is_old_while_the_clock_is_suspect() -> None:
     ],
 )
 @in_virtual_time
-async def test_a_failed_step_is_reported_and_the_others_run(method: str, error: str) -> None:
-    storage = MemoryStorage()
+async def test_a_failed_step_is_reported_and_the_others_run(method: str, error: str, storage: MemoryStorage) -> None:
     storage.put(row(1, "over", progress=120))
     async with VirtualEngine(storage) as engine:
         await engine.yes(Create(id="old", expires_at=engine.now + 1))
@@ -588,8 +587,7 @@ async def test_a_failed_step_is_reported_and_the_others_run(method: str, error: 
 
 
 @in_virtual_time
-async def test_writes_rejected_by_a_full_disk_are_reported_and_counted_next_time() -> None:
-    storage = MemoryStorage()
+async def test_writes_rejected_by_a_full_disk_are_reported_and_counted_next_time(storage: MemoryStorage) -> None:
     storage.put(row(1, "over", progress=120))
     async with VirtualEngine(storage) as engine:
         await finished(engine, "old", expires_at=engine.now + 1)
@@ -669,8 +667,7 @@ async def test_steps_that_an_older_node_could_not_read_wait(engine: VirtualEngin
 
 
 @in_virtual_time
-async def test_the_last_report_and_the_statistics_survive_a_restart() -> None:
-    storage = MemoryStorage()
+async def test_the_last_report_and_the_statistics_survive_a_restart(storage: MemoryStorage) -> None:
     async with VirtualEngine(storage) as engine:
         engine.run_maintainer()
         await engine.held("a")
@@ -692,8 +689,7 @@ async def test_the_last_report_and_the_statistics_survive_a_restart() -> None:
 
 
 @in_virtual_time
-async def test_counts_since_the_last_report_survive_a_restart() -> None:
-    storage = MemoryStorage()
+async def test_counts_since_the_last_report_survive_a_restart(storage: MemoryStorage) -> None:
     async with VirtualEngine(storage) as engine:
         engine.run_maintainer()
         await engine.held("a")
@@ -705,8 +701,7 @@ async def test_counts_since_the_last_report_survive_a_restart() -> None:
 
 
 @in_virtual_time
-async def test_unreadable_reports_are_omitted() -> None:
-    storage = MemoryStorage()
+async def test_unreadable_reports_are_omitted(storage: MemoryStorage) -> None:
     async with VirtualEngine(storage) as engine:
         engine.run_maintainer()
         report = await engine.maintainer.run_cleanup(forced=True)
@@ -842,8 +837,7 @@ async def test_a_failed_save_of_statistics_does_not_raise_at_the_end(engine: Vir
 
 
 @in_virtual_time
-async def test_failed_runs_do_not_reset_the_time_since_the_last_success() -> None:
-    storage = MemoryStorage()
+async def test_failed_runs_do_not_reset_the_time_since_the_last_success(storage: MemoryStorage) -> None:
     async with VirtualEngine(storage) as engine:
         engine.run_maintainer()
         first = await engine.maintainer.run_cleanup(forced=True)

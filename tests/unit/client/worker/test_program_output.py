@@ -28,15 +28,18 @@ class ParsedOutput:
         return [self.filter.feed(piece) for piece in pieces] + [self.filter.end()]
 
 
-def test_a_checkpoint_is_reported_with_the_latest_progress() -> None:
-    parsed = ParsedOutput()
+@pytest.fixture
+def parsed() -> ParsedOutput:
+    return ParsedOutput()
+
+
+def test_a_checkpoint_is_reported_with_the_latest_progress(parsed: ParsedOutput) -> None:
     parsed.pieces(b'::checkpoint {"page": 1}\n::progress 5 x\n::checkpoint 2\n::checkpoint {\n')
     assert parsed.progress == [(0, None, Raw(b'{"page": 1}')), (5, "x"), (5, "x", Raw(b"2"))]
     assert "a checkpoint is JSON" in parsed.warnings[0]
 
 
-def test_directives_are_removed_and_the_rest_is_unchanged() -> None:
-    parsed = ParsedOutput()
+def test_directives_are_removed_and_the_rest_is_unchanged(parsed: ParsedOutput) -> None:
     text = b"hello\n::progress 42 half way\nbye\r\n\n  ::progress 1\n::progress\t5\nlast"
     assert b"".join(parsed.pieces(text)) == b"hello\nbye\r\n\n  ::progress 1\n::progress\t5\nlast"
     assert parsed.progress == [(42, "half way")]
@@ -63,8 +66,9 @@ def test_what_is_passed_on_is_kept_as_text_without_the_prefix(prefix: bytes) -> 
         ("::progress 7 größer".encode(), 7, "größer"),
     ],
 )
-def test_progress_has_a_number_and_may_have_a_text(line: bytes, progress: float, text: str | None) -> None:
-    parsed = ParsedOutput()
+def test_progress_has_a_number_and_may_have_a_text(
+    line: bytes, progress: float, text: str | None, parsed: ParsedOutput
+) -> None:
     assert parsed.directives.take(line)
     assert parsed.progress == [(progress, text)]
     assert type(parsed.progress[0][0]) is type(progress)
@@ -96,8 +100,7 @@ def test_progress_has_a_number_and_may_have_a_text(line: bytes, progress: float,
         b"::result file_path=" + b"x" * 4097,
     ],
 )
-def test_a_bad_directive_is_passed_on_with_one_warning(line: bytes) -> None:
-    parsed = ParsedOutput()
+def test_a_bad_directive_is_passed_on_with_one_warning(line: bytes, parsed: ParsedOutput) -> None:
     with pytest.raises(BadDirective):
         parsed.directives.take(line)
     assert b"".join(parsed.pieces(line + b"\n", b"next\n")) == line + b"\nnext\n"
@@ -107,8 +110,9 @@ def test_a_bad_directive_is_passed_on_with_one_warning(line: bytes) -> None:
 
 
 @pytest.mark.parametrize(("lines", "last"), [(11, "1 more line"), (10_000, "9990 more lines")])
-def test_there_are_at_most_10_warnings_and_the_number_of_the_others(lines: int, last: str) -> None:
-    parsed = ParsedOutput()
+def test_there_are_at_most_10_warnings_and_the_number_of_the_others(
+    lines: int, last: str, parsed: ParsedOutput
+) -> None:
     text = b"::progress x\n" * lines
     assert b"".join(parsed.pieces(text[:-1], b"\n", b"::progress 5\n")) == text
     assert len(parsed.warnings) == 11
@@ -119,15 +123,13 @@ def test_there_are_at_most_10_warnings_and_the_number_of_the_others(lines: int, 
     assert parsed.progress == [(5, None)]
 
 
-def test_meta_is_json_if_it_parses_and_text_otherwise() -> None:
-    parsed = ParsedOutput()
+def test_meta_is_json_if_it_parses_and_text_otherwise(parsed: ParsedOutput) -> None:
     for line in (b"::meta n=5", b'::meta o={"a":[1]}', b"::meta s=five", b"::meta e=", b"::meta n=6", b"::meta u=a=b"):
         assert parsed.directives.take(line)
     assert parsed.directives.result["metadata"] == {"n": 6, "o": {"a": [1]}, "s": "five", "e": "", "u": "a=b"}
 
 
-def test_meta_that_is_nested_too_deeply_for_the_daemon_is_text() -> None:
-    parsed = ParsedOutput()
+def test_meta_that_is_nested_too_deeply_for_the_daemon_is_text(parsed: ParsedOutput) -> None:
     kept, text, deepest = (b"[" * depth + b"]" * depth for depth in (MAX_NESTING - 1, MAX_NESTING, 30_000))
     objects = b'{"a":' * MAX_NESTING + b"1" + b"}" * MAX_NESTING
     for name, value in ((b"kept", kept), (b"text", text), (b"deepest", deepest), (b"objects", objects)):
@@ -142,15 +144,13 @@ def test_meta_that_is_nested_too_deeply_for_the_daemon_is_text() -> None:
     assert excess_depth(msgspec.json.encode(metadata)) == 0
 
 
-def test_the_last_result_of_each_name_counts() -> None:
-    parsed = ParsedOutput()
+def test_the_last_result_of_each_name_counts(parsed: ParsedOutput) -> None:
     for line in (b"::result file_path=/a b", b"::result file_path=/c", b"::result download_url=https://x/?a=1"):
         assert parsed.directives.take(line)
     assert parsed.directives.result == {"file_path": "/c", "download_url": "https://x/?a=1", "metadata": None}
 
 
-def test_other_lines_with_colons_are_passed_on() -> None:
-    parsed = ParsedOutput()
+def test_other_lines_with_colons_are_passed_on(parsed: ParsedOutput) -> None:
     assert b"".join(parsed.pieces(b"::group::build\n::progressive\n::\n")) == b"::group::build\n::progressive\n::\n"
     assert parsed.warnings == []
 
@@ -167,20 +167,17 @@ def test_the_start_of_a_directive_is_buffered() -> None:
     assert parsed.progress == [(50, "text")]
 
 
-def test_a_directive_is_only_at_the_start_of_a_line() -> None:
-    parsed = ParsedOutput()
+def test_a_directive_is_only_at_the_start_of_a_line(parsed: ParsedOutput) -> None:
     assert parsed.pieces(b"abc", b"::progress 5\n") == [b"abc", b"::progress 5\n", b""]
     assert parsed.progress == []
 
 
-def test_a_directive_may_be_the_last_line_without_a_line_end() -> None:
-    parsed = ParsedOutput()
+def test_a_directive_may_be_the_last_line_without_a_line_end(parsed: ParsedOutput) -> None:
     assert parsed.pieces(b"::progress 5") == [b"", b""]
     assert parsed.progress == [(5, None)]
 
 
-def test_an_endless_line_is_passed_on_in_pieces() -> None:
-    parsed = ParsedOutput()
+def test_an_endless_line_is_passed_on_in_pieces(parsed: ParsedOutput) -> None:
     piece = b"x" * 1000
     start = b"::progress 5 "
     out = [parsed.filter.feed(start), *(parsed.filter.feed(piece) for _ in range(200))]
@@ -190,8 +187,7 @@ def test_an_endless_line_is_passed_on_in_pieces() -> None:
     assert len(parsed.warnings) == 1
 
 
-def test_a_directive_that_is_too_long_is_passed_on_with_a_warning() -> None:
-    parsed = ParsedOutput()
+def test_a_directive_that_is_too_long_is_passed_on_with_a_warning(parsed: ParsedOutput) -> None:
     line = b"::meta key=" + b"x" * LINE_BYTES + b"\n"
     assert parsed.pieces(line) == [line, b""]
     assert parsed.warnings == [f"not a directive, passed on: {line[:80].decode()!r}: it is over 65536 bytes"]

@@ -48,6 +48,11 @@ async def busy_store(path: str) -> ChangeFactory:
     return maker
 
 
+@pytest.fixture
+async def maker(path: str) -> ChangeFactory:
+    return await busy_store(path)
+
+
 async def test_an_undamaged_store_has_no_problem_and_is_not_changed(path: str) -> None:
     await busy_store(path)
     before = {name: store_files.read_file(name) for name in glob.glob(f"{path}*")}
@@ -123,8 +128,9 @@ async def test_an_older_store_has_to_be_migrated_first(path: str, monkeypatch: p
         ("DROP INDEX jobs_expiry", "schema jobs_expiry", "missing"),
     ],
 )
-async def test_every_kind_of_damage_is_reported_with_a_fix(path: str, damage: str, where: str, what: str) -> None:
-    maker = await busy_store(path)
+async def test_every_kind_of_damage_is_reported_with_a_fix(
+    path: str, damage: str, where: str, what: str, maker: ChangeFactory
+) -> None:
     live, done = store_files.pick(maker, LIVE), store_files.pick(maker, FINISHED)
     late = maker.numbers.next_event - 1
     words = {"late": late, "live": live.seq, "live_id": live.id, "done": done.seq, "done_queue": done.options.queue}
@@ -138,8 +144,7 @@ async def test_every_kind_of_damage_is_reported_with_a_fix(path: str, damage: st
     assert all(problem.fix for problem in found)
 
 
-async def test_a_damaged_index_is_reported_and_repaired_by_a_recount(path: str) -> None:
-    maker = await busy_store(path)
+async def test_a_damaged_index_is_reported_and_repaired_by_a_recount(path: str, maker: ChangeFactory) -> None:
     job = store_files.pick(maker, FINISHED)
     with store_files.edit_store(path) as conn:
         conn.execute("PRAGMA writable_schema = ON")
@@ -203,8 +208,7 @@ async def test_many_problems_of_one_kind_are_counted(path: str, monkeypatch: pyt
     assert problems[-1].what == f"and {count - 3} more of this kind"
 
 
-async def test_quarantined_rows_and_other_files_are_checked(path: str) -> None:
-    maker = await busy_store(path)
+async def test_quarantined_rows_and_other_files_are_checked(path: str, maker: ChangeFactory) -> None:
     job = store_files.pick(maker, LIVE)
     store_files.flip(path, "jobs", "queue", "seq", job.seq)
     with store_files.edit_store(path) as conn:
@@ -243,8 +247,7 @@ async def test_an_epoch_file_of_a_newer_database_is_reported(path: str, monkeypa
 # Accepting rows
 
 
-async def test_an_edited_row_is_accepted_in_place(path: str) -> None:
-    maker = await busy_store(path)
+async def test_an_edited_row_is_accepted_in_place(path: str, maker: ChangeFactory) -> None:
     job = store_files.pick(maker, frozenset({"processing"}))
     with store_files.edit_store(path) as conn:
         edit = "status = 'failed', body = json_set(json_remove(body, '$.grant'), '$.progress', 50)"
@@ -260,8 +263,7 @@ async def test_an_edited_row_is_accepted_in_place(path: str) -> None:
         assert (await store.load([], [job.seq], [])).payloads[job.seq].body == maker.payloads[job.seq]
 
 
-async def test_a_row_is_accepted_from_quarantine(path: str) -> None:
-    maker = await busy_store(path)
+async def test_a_row_is_accepted_from_quarantine(path: str, maker: ChangeFactory) -> None:
     job = store_files.pick(maker, LIVE)
     store_files.flip(path, "jobs", "queue", "seq", job.seq)
     async with store_files.open_store(path) as (_, found):
@@ -277,8 +279,7 @@ async def test_a_row_is_accepted_from_quarantine(path: str) -> None:
         await store_files.assert_holds(store, found, maker)
 
 
-async def test_all_damaged_rows_that_are_valid_jobs_are_accepted_at_once(path: str) -> None:
-    maker = await busy_store(path)
+async def test_all_damaged_rows_that_are_valid_jobs_are_accepted_at_once(path: str, maker: ChangeFactory) -> None:
     moved, in_place, invalid = (
         store_files.pick(maker, frozenset({"queued"})),
         *[job for job in maker.jobs.values() if job.status in FINISHED][:2],
@@ -308,8 +309,7 @@ async def test_nothing_is_accepted_if_nothing_is_damaged(path: str) -> None:
     assert accept(path, None) == doctor.accept(path, None, is_dry_run=True) == doctor.NOTHING_DAMAGED
 
 
-async def test_a_job_is_accepted_with_a_repaired_payload(path: str) -> None:
-    maker = await busy_store(path)
+async def test_a_job_is_accepted_with_a_repaired_payload(path: str, maker: ChangeFactory) -> None:
     job = store_files.pick(maker, FINISHED)
     with store_files.edit_store(path) as conn:
         conn.execute("UPDATE payloads SET body = X'7b' WHERE job_seq = ?", (job.seq,))
@@ -349,8 +349,7 @@ async def test_a_job_is_accepted_without_damaged_headers_or_checkpoint(path: str
     assert places(check(path)) == [f"{table} 1"]
 
 
-async def test_a_missing_payload_is_accepted_as_null(path: str) -> None:
-    maker = await busy_store(path)
+async def test_a_missing_payload_is_accepted_as_null(path: str, maker: ChangeFactory) -> None:
     job = store_files.pick(maker, LIVE)
     with store_files.edit_store(path) as conn:
         conn.execute("DELETE FROM payloads WHERE job_seq = ?", (job.seq,))
@@ -393,8 +392,9 @@ async def test_a_missing_payload_is_accepted_as_null(path: str) -> None:
         ("DELETE FROM jobs WHERE seq = {seq}", "there is no job"),
     ],
 )
-async def test_a_row_that_is_not_a_valid_job_is_rejected_without_changes(path: str, edit: str, message: str) -> None:
-    maker = await busy_store(path)
+async def test_a_row_that_is_not_a_valid_job_is_rejected_without_changes(
+    path: str, edit: str, message: str, maker: ChangeFactory
+) -> None:
     job = store_files.pick(maker, frozenset({"processing"}))
     with store_files.edit_store(path) as conn:
         conn.execute(edit.format(seq=job.seq))
@@ -404,8 +404,7 @@ async def test_a_row_that_is_not_a_valid_job_is_rejected_without_changes(path: s
     assert check(path) == before
 
 
-async def test_a_reused_id_or_seq_is_rejected(path: str) -> None:
-    maker = await busy_store(path)
+async def test_a_reused_id_or_seq_is_rejected(path: str, maker: ChangeFactory) -> None:
     job = store_files.pick(maker, LIVE)
     other = next(each for each in maker.jobs.values() if each.id != job.id)
     async with store_files.open_store(path) as (store, _):
@@ -420,8 +419,7 @@ async def test_a_reused_id_or_seq_is_rejected(path: str) -> None:
         accept(path, [job.id])
 
 
-async def test_a_quarantined_row_that_is_not_json_is_rejected(path: str) -> None:
-    maker = await busy_store(path)
+async def test_a_quarantined_row_that_is_not_json_is_rejected(path: str, maker: ChangeFactory) -> None:
     job = store_files.pick(maker, LIVE)
     async with store_files.open_store(path) as (store, _):
         await store.quarantine(job, "for a test")
@@ -435,8 +433,7 @@ async def test_a_quarantined_row_that_is_not_json_is_rejected(path: str) -> None
             accept(path, [job.id])
 
 
-async def test_a_recount_accepts_the_existing_rows(path: str) -> None:
-    maker = await busy_store(path)
+async def test_a_recount_accepts_the_existing_rows(path: str, maker: ChangeFactory) -> None:
     live, done = store_files.pick(maker, LIVE), store_files.pick(maker, FINISHED)
     with store_files.edit_store(path) as conn:
         for table, column in (
@@ -458,8 +455,7 @@ async def test_a_recount_accepts_the_existing_rows(path: str) -> None:
     await store_files.assert_store_holds(path, maker)
 
 
-async def test_no_fix_advises_a_recount_after_a_recount(path: str) -> None:
-    maker = await busy_store(path)
+async def test_no_fix_advises_a_recount_after_a_recount(path: str, maker: ChangeFactory) -> None:
     job = store_files.pick(maker, FINISHED)
     with store_files.edit_store(path) as conn:
         conn.execute("DELETE FROM jobs WHERE seq = ?", (job.seq,))
@@ -469,8 +465,7 @@ async def test_no_fix_advises_a_recount_after_a_recount(path: str) -> None:
     assert not any("--recount" in problem.fix for problem in problems)
 
 
-async def test_a_recount_does_not_hide_a_damaged_row(path: str) -> None:
-    maker = await busy_store(path)
+async def test_a_recount_does_not_hide_a_damaged_row(path: str, maker: ChangeFactory) -> None:
     job = store_files.pick(maker, LIVE)
     store_files.flip(path, "jobs", "body", "seq", job.seq)
     recount(path)
@@ -478,8 +473,9 @@ async def test_a_recount_does_not_hide_a_damaged_row(path: str) -> None:
 
 
 @pytest.mark.parametrize("are_queues_damaged", [False, True])
-async def test_jobs_are_counted_although_the_queue_of_one_is_not_utf_8(path: str, are_queues_damaged: bool) -> None:
-    maker = await busy_store(path)
+async def test_jobs_are_counted_although_the_queue_of_one_is_not_utf_8(
+    path: str, are_queues_damaged: bool, maker: ChangeFactory
+) -> None:
     job = store_files.pick(maker, frozenset({"completed"}))
     with store_files.edit_store(path) as conn:
         conn.execute("UPDATE jobs SET queue = CAST(x'ff' AS TEXT) WHERE seq = ?", (job.seq,))
@@ -492,8 +488,9 @@ async def test_jobs_are_counted_although_the_queue_of_one_is_not_utf_8(path: str
         assert (await store.load([job.id], [], [])).bad.keys() == {job.id}
 
 
-async def test_a_recount_separates_a_damaged_row_that_has_the_id_of_another_job(path: str) -> None:
-    maker = await busy_store(path)
+async def test_a_recount_separates_a_damaged_row_that_has_the_id_of_another_job(
+    path: str, maker: ChangeFactory
+) -> None:
     first, second = list(maker.jobs.values())[:2]
     with store_files.edit_store(path) as conn:
         (sql,) = conn.execute("SELECT sql FROM sqlite_schema WHERE name = 'jobs_id'").fetchone()
