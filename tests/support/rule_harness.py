@@ -14,19 +14,8 @@ from jobd.core import decide, guards
 from jobd.core.rules import late_result_rules
 from jobd.core.state import State
 from jobd.core.transaction import Transaction
+from jobd.model import commands as cmd
 from jobd.model.clocks import LockMs
-from jobd.model.commands import (
-    AnyCommand,
-    Claim,
-    Complete,
-    Create,
-    IssuedCommand,
-    Moment,
-    Progress,
-    Recover,
-    Start,
-    TakeBack,
-)
 from jobd.model.errors import ApiError
 from jobd.model.events import Event, fold
 from jobd.model.job import (
@@ -103,8 +92,8 @@ class RuleHarness:
         self.late_results: dict[int, list[LateResult]] = {}
 
     @property
-    def moment(self) -> Moment:
-        return Moment(self.now, self.lock_ms, self.now - int(self.lock_ms), self.trusted, -self.behind_ms)
+    def moment(self) -> cmd.Moment:
+        return cmd.Moment(self.now, self.lock_ms, self.now - int(self.lock_ms), self.trusted, -self.behind_ms)
 
     def advance(self, ms: int) -> None:
         """Advance both clocks."""
@@ -112,21 +101,21 @@ class RuleHarness:
         self.lock_ms += ms
         self.state.advance(self.now, self.lock_ms)
 
-    def rule(self, tx: Transaction, call: IssuedCommand) -> Response | ApiError:
+    def rule(self, tx: Transaction, call: cmd.IssuedCommand) -> Response | ApiError:
         return decide.decide(tx, call)
 
     def decide(
-        self, command: AnyCommand, *, admin: bool = False, by: str = "client", expected: str | None = None
+        self, command: cmd.AnyCommand, *, admin: bool = False, by: str = "client", expected: str | None = None
     ) -> Decision:
         """Decide, undo and decide again; compare the state with that before, and with a recount of the rows."""
         self.state.advance(self.now, self.lock_ms)
-        if isinstance(command, Start | Claim):
+        if isinstance(command, cmd.Start | cmd.Claim):
             self.state.presence.note_request(command)
         self.calls += 1
         seed = blake2b(self.calls.to_bytes(8, "big"), key=SEED, digest_size=16).digest()
         # What the actor reads from the disk for the command.
         tx = Transaction(self.state, self.moment, self.policy, self.requests, self.known_late(command))
-        call = IssuedCommand(command, by, seed, admin, expected=expected)
+        call = cmd.IssuedCommand(command, by, seed, admin, expected=expected)
         before = snapshot(self.state)
         first = self.rule(tx, call)
         events = list(tx.changes)
@@ -134,7 +123,7 @@ class RuleHarness:
         after = snapshot(self.state)
         assert after == before, f"undo left a change: {[name for name in before if before[name] != after[name]]}"
         response = self.rule(tx, call)
-        if not isinstance(command, Recover | TakeBack):  # undo may change the order in which they find jobs
+        if not isinstance(command, cmd.Recover | cmd.TakeBack):  # undo may change the order in which they find jobs
             assert response == first
             assert list(tx.changes) == events
         for change in tx.changes:
@@ -143,20 +132,20 @@ class RuleHarness:
         compare(self.state, self.rows, self.moment)
         return Decision(response, tx.changes, tx.checked)
 
-    def ask(self, command: AnyCommand, *, admin: bool = False, by: str = "client") -> Response | ApiError:
+    def ask(self, command: cmd.AnyCommand, *, admin: bool = False, by: str = "client") -> Response | ApiError:
         return self.decide(command, admin=admin, by=by).answer
 
-    def respond(self, command: AnyCommand, *, admin: bool = False, by: str = "client") -> Response:
+    def respond(self, command: cmd.AnyCommand, *, admin: bool = False, by: str = "client") -> Response:
         """Decide a command that must succeed; return the response."""
         response = self.ask(command, admin=admin, by=by)
         assert isinstance(response, Response), response
         return response
 
-    def accept(self, command: AnyCommand, *, admin: bool = False, by: str = "client") -> Any:
+    def accept(self, command: cmd.AnyCommand, *, admin: bool = False, by: str = "client") -> Any:
         """Decide a command that must succeed; return the data of the response."""
         return self.respond(command, admin=admin, by=by).data
 
-    def reject(self, command: AnyCommand, code: str, *, admin: bool = False, by: str = "client") -> ApiError:
+    def reject(self, command: cmd.AnyCommand, code: str, *, admin: bool = False, by: str = "client") -> ApiError:
         """Decide a command that must return the error `code` and change no job; late calls may be recorded."""
         decision = self.decide(command, admin=admin, by=by)
         assert isinstance(decision.answer, ApiError), decision.answer
@@ -164,7 +153,7 @@ class RuleHarness:
         assert all(change.type in ("late_result", "late_call") for change in decision.changes)
         return decision.answer
 
-    def accept_admin(self, command: AnyCommand) -> Any:
+    def accept_admin(self, command: cmd.AnyCommand) -> Any:
         """Accept a command of an operator."""
         return self.accept(command, admin=True, by="admin")
 
@@ -195,12 +184,12 @@ class RuleHarness:
         return error
 
     def create(self, job_id: str = "a", **fields: Any) -> Job:
-        self.accept(Create(id=job_id, **fields))
+        self.accept(cmd.Create(id=job_id, **fields))
         return self.job(job_id)
 
     def start(self, job_id: str = "a", *, worker: str = "w-1", **fields: Any) -> str:
         """Start a job; return the lock id."""
-        granted: GrantView = self.accept(Start(id=job_id, worker=worker, **fields))
+        granted: GrantView = self.accept(cmd.Start(id=job_id, worker=worker, **fields))
         return granted.lock_id
 
     def held(self, job_id: str = "a", *, worker: str = "w-1", **fields: Any) -> str:
@@ -210,19 +199,19 @@ class RuleHarness:
 
     def claim(self, **fields: Any) -> list[str]:
         """Claim jobs; return their ids."""
-        return [granted.job.id for granted in self.accept(Claim(worker="w-1", **fields)).grants]
+        return [granted.job.id for granted in self.accept(cmd.Claim(worker="w-1", **fields)).grants]
 
     def progress(self, lock_id: str, progress: float = 50, job_id: str = "a") -> Any:
-        return self.accept(Progress(id=job_id, lock_id=lock_id, progress=progress))
+        return self.accept(cmd.Progress(id=job_id, lock_id=lock_id, progress=progress))
 
     def completed(self, job_id: str = "a", **fields: Any) -> Job:
-        self.accept(Complete(id=job_id, lock_id=self.held(job_id), **fields))
+        self.accept(cmd.Complete(id=job_id, lock_id=self.held(job_id), **fields))
         return self.job(job_id)
 
     def recover(self, after_ms: int) -> Recovered:
         """Recover the jobs that are stalled after this time."""
         self.advance(after_ms)
-        recovered: Recovered = self.accept(Recover(limit=9))
+        recovered: Recovered = self.accept(cmd.Recover(limit=9))
         return recovered
 
     def types(self, job_id: str = "a") -> list[str]:
@@ -245,7 +234,7 @@ class RuleHarness:
 
     # -- internals ----------------------------------------------------------------------------------------------------
 
-    def known_late(self, command: AnyCommand) -> LateResultRows:
+    def known_late(self, command: cmd.AnyCommand) -> LateResultRows:
         """Return the late results that the actor would read from the storage."""
         query = late_result_rules.late_results_needed(self.state, command, self.policy)
         if query is None:
@@ -322,7 +311,7 @@ def due_order(
     return [job.id for job in sorted(due, key=lambda job: (job.options.priority, job.run_at, job.seq))]
 
 
-def compare(state: State, rows: dict[str, Job], at: Moment, *, finished_at_hand: bool = True) -> None:
+def compare(state: State, rows: dict[str, Job], at: cmd.Moment, *, finished_at_hand: bool = True) -> None:
     """Compare every order and counter of the state with a recount over all rows.
 
     Without `finished_at_hand`, as after a start, the state need not know finished jobs.
@@ -355,7 +344,7 @@ def _compare_counts(state: State, rows: dict[str, Job]) -> None:
         assert row.paused == (name in state.paused)
 
 
-def _compare_orders(state: State, rows: dict[str, Job], at: Moment) -> None:
+def _compare_orders(state: State, rows: dict[str, Job], at: cmd.Moment) -> None:
     jobs = rows.values()
     assert state.jobs == {job.id: job for job in jobs if job.status in LIVE}
     assert state.release_loops == {job.id: job.releases for job in jobs if job.status in LIVE and is_release_loop(job)}
@@ -377,7 +366,7 @@ def _compare_orders(state: State, rows: dict[str, Job], at: Moment) -> None:
     assert state.next_run_at() == min(waiting, default=None)
 
 
-def _compare_locks(state: State, rows: dict[str, Job], at: Moment) -> None:
+def _compare_locks(state: State, rows: dict[str, Job], at: cmd.Moment) -> None:
     processing = {job.id: job for job in rows.values() if job.status == "processing"}
     assert state.processing == processing
     lock_deadlines = {

@@ -11,23 +11,7 @@ from msgspec.structs import replace
 
 from jobd.maintenance.cleanup_run import CleanupSchedule
 from jobd.maintenance.restart_grace import extend_held_locks
-from jobd.model.commands import (
-    AddQuietRule,
-    Cancel,
-    Claim,
-    Complete,
-    Create,
-    Extend,
-    Fail,
-    ForceFail,
-    Goodbye,
-    Pause,
-    Progress,
-    Release,
-    Start,
-    TakeBack,
-    Why,
-)
+from jobd.model import commands as cmd
 from jobd.model.errors import ApiError
 from jobd.model.events import Event
 from jobd.model.job import DAY_MS, BackoffOptions
@@ -64,33 +48,33 @@ ANNOUNCED: Final = {
 }
 
 
-def job(**fields: Any) -> Create:
-    return Create(id="a", **fields)
+def job(**fields: Any) -> cmd.Create:
+    return cmd.Create(id="a", **fields)
 
 
-def start(**fields: Any) -> Start:
+def start(**fields: Any) -> cmd.Start:
     times = {"lock_ttl_ms": 10_000, "stall_after_ms": 0, "progress_timeout_ms": 0} | fields
-    return Start(id="a", worker="w-1", **times)
+    return cmd.Start(id="a", worker="w-1", **times)
 
 
-def at(percent: int) -> Progress:
-    return Progress(id="a", lock_id=LOCK, progress=percent)
+def at(percent: int) -> cmd.Progress:
+    return cmd.Progress(id="a", lock_id=LOCK, progress=percent)
 
 
-def fail(**fields: Any) -> Fail:
-    return Fail(id="a", lock_id=LOCK, error_message="boom", **fields)
+def fail(**fields: Any) -> cmd.Fail:
+    return cmd.Fail(id="a", lock_id=LOCK, error_message="boom", **fields)
 
 
-def release(**fields: Any) -> Release:
-    return Release(id="a", lock_id=LOCK, **fields)
+def release(**fields: Any) -> cmd.Release:
+    return cmd.Release(id="a", lock_id=LOCK, **fields)
 
 
-def expiring(in_ms: int, **fields: Any) -> Callable[[VirtualEngine], Create]:
+def expiring(in_ms: int, **fields: Any) -> Callable[[VirtualEngine], cmd.Create]:
     return lambda engine: job(expires_at=engine.now + in_ms, **fields)
 
 
-def pause(in_ms: int) -> Callable[[VirtualEngine], Pause]:
-    return lambda engine: Pause(name="default", until=engine.now + in_ms)
+def pause(in_ms: int) -> Callable[[VirtualEngine], cmd.Pause]:
+    return lambda engine: cmd.Pause(name="default", until=engine.now + in_ms)
 
 
 def step_clock(engine: VirtualEngine) -> None:
@@ -99,23 +83,23 @@ def step_clock(engine: VirtualEngine) -> None:
 
 def waiting(worker: str = "w-2", kinds: list[str] | None = None, queue: str = "default") -> Step:
     """A worker that waits for a job in one claim after another, until it gets one."""
-    return lambda engine: _works(engine, Claim(worker=worker, queues=[queue], kinds=kinds, wait_ms=25_000), 0)
+    return lambda engine: _works(engine, cmd.Claim(worker=worker, queues=[queue], kinds=kinds, wait_ms=25_000), 0)
 
 
 def quiet_worker(until_ms: int | None = None) -> list[Step]:
-    def rule(engine: VirtualEngine) -> AddQuietRule:
-        return AddQuietRule(queue="default", reason="bad", until=until_ms and engine.now + until_ms)
+    def rule(engine: VirtualEngine) -> cmd.AddQuietRule:
+        return cmd.AddQuietRule(queue="default", reason="bad", until=until_ms and engine.now + until_ms)
 
     return [rule, waiting(), job()]
 
 
-async def _works(engine: VirtualEngine, claim: Claim, pause_s: float) -> None:
+async def _works(engine: VirtualEngine, claim: cmd.Claim, pause_s: float) -> None:
     while isinstance(response := await engine.actor.ask(claim), ApiError) or not response.data.grants:
         await seconds(pause_s or isinstance(response, ApiError))
 
 
 def complete(in_ms: int | None = None) -> Step:
-    return lambda engine: Complete(id="a", lock_id=LOCK, file_path="/f", expires_at=in_ms and engine.now + in_ms)
+    return lambda engine: cmd.Complete(id="a", lock_id=LOCK, file_path="/f", expires_at=in_ms and engine.now + in_ms)
 
 
 def fill(engine: VirtualEngine) -> None:
@@ -152,25 +136,25 @@ CONDITIONS: Final[dict[str, tuple[str, list[Step]]]] = {
     # due
     "nobody": (NOTHING, [job(), "no worker has claimed queue `default`"]),
     "other kind": (NOTHING, [job(kind="k"), waiting(kinds=["other"]), "takes only: other"]),
-    "idle worker returns": (GRANTED, [Claim(worker="w-2"), 5, job(), ASK, 5, waiting()]),
+    "idle worker returns": (GRANTED, [cmd.Claim(worker="w-2"), 5, job(), ASK, 5, waiting()]),
     "busy worker": (
         NOTHING,
-        [Create(id="b"), Start(id="b", worker="w-2"), Claim(worker="w-2"), job(), "w-2, the only"],
+        [cmd.Create(id="b"), cmd.Start(id="b", worker="w-2"), cmd.Claim(worker="w-2"), job(), "w-2, the only"],
     ),
-    "worker said goodbye": (NOTHING, [Claim(worker="w-2"), Goodbye(name="w-2"), job(), "which said goodbye"]),
+    "worker said goodbye": (NOTHING, [cmd.Claim(worker="w-2"), cmd.Goodbye(name="w-2"), job(), "which said goodbye"]),
     "quiet worker": (NOTHING, [*quiet_worker(), "one worker that takes such jobs is quiet: w-2"]),
     "quiet until soon": (GRANTED, [*quiet_worker(20_000), "one worker that takes such jobs is quiet: w-2"]),
-    "next in line": (GRANTED, [job(), 1, Create(id="b"), "It is next in line.", ASK, 5, Claim(worker="w-2")]),
+    "next in line": (GRANTED, [job(), 1, cmd.Create(id="b"), "It is next in line.", ASK, 5, cmd.Claim(worker="w-2")]),
     "behind another": (
         NOTHING,
-        [job(), Create(id="b", priority=-1), "Other jobs come first.", ASK, 5, Claim(worker="w-2")],
+        [job(), cmd.Create(id="b", priority=-1), "Other jobs come first.", ASK, 5, cmd.Claim(worker="w-2")],
     ),
     "first of its kind": (
         NOTHING,
-        [job(kind="k"), Create(id="b", priority=-1), "next in line for its kind.", ASK, 5, Claim(worker="w-2")],
+        [job(kind="k"), cmd.Create(id="b", priority=-1), "next in line for its kind.", ASK, 5, cmd.Claim(worker="w-2")],
     ),
     "expires soon": (EXPIRES, [expiring(20_000)]),
-    "expires soon, taken": (GRANTED, [expiring(20_000), ASK, 5, Claim(worker="w-2")]),
+    "expires soon, taken": (GRANTED, [expiring(20_000), ASK, 5, cmd.Claim(worker="w-2")]),
     "expires soon, by cleanup": (EXPIRES, [expiring(12_000), {"schedule": BY_CLEANUP}]),
     "expires soon, by rare cleanup": (EXPIRES, [35, expiring(8_000), {"schedule": RARE}]),
     "overdue": (EXPIRES, [expiring(3_000), 4]),
@@ -179,8 +163,8 @@ CONDITIONS: Final[dict[str, tuple[str, list[Step]]]] = {
     "full disk, worker waits": (NOTHING, [job(delay_ms=3_000), waiting(), fill, 5]),
     "full disk, expires soon": (EXPIRES, [expiring(20_000, delay_ms=3_000), waiting(), fill, 5]),
     # paused
-    "paused": (NOTHING, [job(), waiting(), Pause(name="default"), waiting()]),
-    "paused until soon": (RESUMED, [Pause(name="default"), job(), pause(20_000), waiting()]),
+    "paused": (NOTHING, [job(), waiting(), cmd.Pause(name="default"), waiting()]),
+    "paused until soon": (RESUMED, [cmd.Pause(name="default"), job(), pause(20_000), waiting()]),
     "paused until now": (RESUMED, [1, pause(2_000), job(), waiting()]),
     "expires while paused": (EXPIRES, [pause(40_000), expiring(20_000), waiting()]),
     "due after the pause": (RESUMED, [pause(20_000), job(delay_ms=40_000), waiting()]),
@@ -207,27 +191,27 @@ CONDITIONS: Final[dict[str, tuple[str, list[Step]]]] = {
     "stalled, by cleanup": (QUEUED, [job(), start(), 15, {"schedule": BY_CLEANUP}]),
     "shows no progress": (
         QUEUED,
-        [job(), start(**LONG | {"progress_timeout_ms": 20_000}), ASK, 9, Extend(id="a", lock_id=LOCK)],
+        [job(), start(**LONG | {"progress_timeout_ms": 20_000}), ASK, 9, cmd.Extend(id="a", lock_id=LOCK)],
     ),
-    "heard meanwhile": (NOTHING, [job(), start(stall_after_ms=45_000), ASK, 20, Extend(id="a", lock_id=LOCK)]),
+    "heard meanwhile": (NOTHING, [job(), start(stall_after_ms=45_000), ASK, 20, cmd.Extend(id="a", lock_id=LOCK)]),
     "running": (NOTHING, [job(), start(stall_after_ms=100_000), at(3), 20, "its last progress was 20 s ago"]),
     "daemon restarted": (QUEUED, [job(), start(lock_ttl_ms=12_000), 5, restart, 1, "The daemon has extended its lock"]),
-    "full disk, running": (NOTHING, [job(), start(), waiting(), Create(id="b", delay_ms=2_000), fill, 4]),
+    "full disk, running": (NOTHING, [job(), start(), waiting(), cmd.Create(id="b", delay_ms=2_000), fill, 4]),
     "no holder": (QUEUED, [{"disk": without_holder}]),
     "no holder, progress": (FAILS, [{"disk": lambda: without_holder(progress=7)}]),
-    "cancelled while it runs": ("ends it at once", [job(), start(), ASK, 5, Cancel(id="a")]),
-    "taken back": (QUEUED, [job(), start(stall_after_ms=100_000), 15, ASK, 5, TakeBack(name="w-1")]),
+    "cancelled while it runs": ("ends it at once", [job(), start(), ASK, 5, cmd.Cancel(id="a")]),
+    "taken back": (QUEUED, [job(), start(stall_after_ms=100_000), 15, ASK, 5, cmd.TakeBack(name="w-1")]),
     # finished
     "completed, deleted soon": (DELETED, [job(), start(), complete(in_ms=20_000)]),
     "completed, suspect clock": (NOTHING, [job(), start(), complete(in_ms=20_000), step_clock]),
     "failed, no attempts left": (NOTHING, [job(), start(), fail(), "no attempts left (1 of 1)"]),
     "failed, no retry": (NOTHING, [job(max_attempts=3), start(), fail(retry=False), "asked for no retry (1 of 3"]),
     "failed, expired": (NOTHING, [expiring(2_000), 15, "Its expires_at passed before a worker took the job."]),
-    "failed, by operator": (NOTHING, [job(), ForceFail(id="a", reason="hangs"), "It was failed by"]),
+    "failed, by operator": (NOTHING, [job(), cmd.ForceFail(id="a", reason="hangs"), "It was failed by"]),
     "failed, stalled": (NOTHING, [job(), start(), at(40), 25, "No attempts are left (1 of 1)."]),
     "failed, max_stalls": (NOTHING, [job(max_stalls=0), start(), 25, "It stalled once (max_stalls 0)"]),
     "failed, on_stall": (NOTHING, [job(on_stall="fail"), start(), 25, "Its on_stall is fail"]),
-    "cancelled": (NOTHING, [job(), Cancel(id="a", reason="customer left"), "cancelled by a client: customer left"]),
+    "cancelled": (NOTHING, [job(), cmd.Cancel(id="a", reason="customer left"), "cancelled by a client: customer left"]),
     "quarantined": (NOTHING, [{"disk": damaged}]),
 }
 
@@ -282,7 +266,7 @@ async def test_why_is_true(name: str, phase_s: float) -> None:
             await seconds(1 + phase_s)
         await take_steps(engine, before, workers)
         since, seen = engine.now, len(engine.disk.events)
-        response = await engine.actor.ask(Why(id="a"))
+        response = await engine.actor.ask(cmd.Why(id="a"))
         if disk is not None:
             engine.run_maintainer()
         await take_steps(engine, later, workers)
@@ -301,7 +285,7 @@ async def test_why_is_true(name: str, phase_s: float) -> None:
     assert all(step in words for step in before if isinstance(step, str)), view
     took = next((event.job_id for event in events if event.type == "granted"), "a")
     assert took == "a" or "It is next in line." not in words
-    if later and isinstance(later[-1], TakeBack | Cancel):
+    if later and isinstance(later[-1], cmd.TakeBack | cmd.Cancel):
         assert what.removeprefix("it ") in words
         return
     assert what in announced(soon, since + WINDOW_S * 1000, may_differ=bool(later)), view

@@ -23,17 +23,9 @@ from jobd.model.errors import ApiError
 from jobd.model.job import DAY_MS, HOUR_MS, MINUTE_MS, Grant, Job, Options
 from jobd.model.responses import LostJobView, Response, TakeBackView, WorkerGroup, WorkerList, WorkerView
 from jobd.model.storage import DiskFull, Numbers, OpenedStore
+from tests.support import virtual_engine
 from tests.support.factories import deadlines_at
 from tests.support.rule_harness import NOW, RuleHarness
-from tests.support.virtual_engine import (
-    VirtualEngine,
-    checked_engine,
-    in_checked_engine,
-    in_virtual_time,
-    seconds,
-    until,
-    waiting_claim,
-)
 
 TTL = 15 * MINUTE_MS
 LARGEST = cmd.About(instance="~" * 200, host="~" * 253, pid=2**32 - 1, version="~" * 100, concurrency=100_000)
@@ -361,31 +353,33 @@ def test_a_waiting_claim_counts_all_the_time(presence: WorkerPresence) -> None:
     assert presence.state(worker) == "gone"
 
 
-@in_checked_engine()
-async def test_a_worker_is_seen_as_long_as_its_claim_waits(engine: VirtualEngine) -> None:
+@virtual_engine.in_checked_engine()
+async def test_a_worker_is_seen_as_long_as_its_claim_waits(engine: virtual_engine.VirtualEngine) -> None:
     for is_cut in (False, True):
-        waiting = await waiting_claim(engine, "w", queues=["q"], wait_ms=60_000)
-        await seconds(50)
+        waiting = await virtual_engine.waiting_claim(engine, "w", queues=["q"], wait_ms=60_000)
+        await virtual_engine.seconds(50)
         assert await state_of(engine) == ("waiting", True, engine.now)
         if is_cut:
             waiting.cancel()
-        await until(lambda: len(engine.actor.waiting_claims) == 0)
+        await virtual_engine.until(lambda: len(engine.actor.waiting_claims) == 0)
         state, waits, ended_at = await state_of(engine)
         there = "waiting" if is_cut else "idle"
         assert (state, waits, engine.now - ended_at <= 1) == (there, False, True)
-        await seconds((LEFT_AFTER_MS if is_cut else IDLE_AT_MOST_MS) / 1000 - 1)
+        await virtual_engine.seconds((LEFT_AFTER_MS if is_cut else IDLE_AT_MOST_MS) / 1000 - 1)
         assert await state_of(engine) == (there, False, ended_at)
-        await seconds(1)
+        await virtual_engine.seconds(1)
         assert (await engine.yes(cmd.Workers())).workers == []
 
 
-@in_checked_engine()
-async def test_a_served_claim_stops_waiting_and_a_rolled_back_one_continues(engine: VirtualEngine) -> None:
-    waiting = await waiting_claim(engine, "w", wait_ms=60_000)
+@virtual_engine.in_checked_engine()
+async def test_a_served_claim_stops_waiting_and_a_rolled_back_one_continues(
+    engine: virtual_engine.VirtualEngine,
+) -> None:
+    waiting = await virtual_engine.waiting_claim(engine, "w", wait_ms=60_000)
     engine.disk.write_errors.append(DiskFull())
     assert (await engine.no(cmd.Create(id="a"))).code == "storage_full"
     assert await state_of(engine) == ("waiting", True, engine.now)
-    await seconds(2)
+    await virtual_engine.seconds(2)
     await engine.yes(cmd.Create(id="b"))
     answer = await waiting
     assert isinstance(answer, Response)
@@ -395,7 +389,7 @@ async def test_a_served_claim_stops_waiting_and_a_rolled_back_one_continues(engi
     assert [claims.waiting for claims in engine.state.presence.claim_sets("default")] == [0]
 
 
-async def state_of(engine: VirtualEngine) -> tuple[str, bool, int]:
+async def state_of(engine: virtual_engine.VirtualEngine) -> tuple[str, bool, int]:
     (worker,) = (await engine.yes(cmd.Workers())).workers
     return worker.state, worker.waiting, worker.last_seen_at
 
@@ -509,16 +503,16 @@ async def slices_of_two() -> AsyncIterator[None]:
         yield
 
 
-@in_virtual_time
+@virtual_engine.in_virtual_time
 async def test_a_take_back_of_many_jobs_has_one_response() -> None:
-    async with slices_of_two(), checked_engine() as engine:
+    async with slices_of_two(), virtual_engine.checked_engine() as engine:
         for number in range(5):
             await engine.held(f"job-{number}", stall_after_ms=HOUR_MS)
         command, operator = cmd.TakeBack(name="w-1"), cmd.Operator("ana", "here", "part")
         rejected = await engine.maintainer.take_back(command, operator)
         assert isinstance(rejected, ApiError)
         assert rejected.code == "worker_not_silent"
-        await seconds(60)
+        await virtual_engine.seconds(60)
         seen = await engine.maintainer.take_back(replace(command, dry_run=True), operator)
         assert isinstance(seen, TakeBackView)
         assert (len(seen.details), seen.more) == (2, True)
@@ -527,24 +521,24 @@ async def test_a_take_back_of_many_jobs_has_one_response() -> None:
         assert (done.recovered_jobs, done.reset_jobs, len(done.details), done.more) == (5, 5, 5, False)
 
 
-@in_virtual_time
+@virtual_engine.in_virtual_time
 async def test_an_interrupted_take_back_reports_its_progress() -> None:
     """Because the worker came back, or because the daemon stops."""
-    async with slices_of_two(), checked_engine() as engine:
+    async with slices_of_two(), virtual_engine.checked_engine() as engine:
         locks = {}
         for number in range(6):
             locks[f"job-{number}"] = await engine.held(f"job-{number}", stall_after_ms=HOUR_MS)
-        await seconds(60)
+        await virtual_engine.seconds(60)
         taking = asyncio.create_task(engine.maintainer.take_back(cmd.TakeBack(name="w-1"), None))
-        await until(lambda: engine.state.totals["queued"] == 2)
+        await virtual_engine.until(lambda: engine.state.totals["queued"] == 2)
         for job_id in ("job-2", "job-3", "job-4", "job-5"):
             await engine.yes(cmd.Extend(id=job_id, lock_id=locks[job_id]))
         done = await taking
         assert isinstance(done, TakeBackView)
         assert (done.recovered_jobs, done.more) == (2, False)
-        await seconds(60)
+        await virtual_engine.seconds(60)
         taking = asyncio.create_task(engine.maintainer.take_back(cmd.TakeBack(name="w-1"), None))
-        await until(lambda: engine.state.totals["queued"] == 4)
+        await virtual_engine.until(lambda: engine.state.totals["queued"] == 4)
         engine.maintainer.stop()
         done = await taking
         assert isinstance(done, TakeBackView)

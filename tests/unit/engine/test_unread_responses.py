@@ -13,17 +13,7 @@ from jobd.model import commands as cmd
 from jobd.model.errors import ApiError
 from jobd.model.responses import Response
 from jobd.model.storage import DiskFull, JobQuery, JobRows
-from tests.support.virtual_engine import (
-    VirtualEngine,
-    ask_all,
-    checked_engine,
-    granted_ids,
-    in_checked_engine,
-    in_virtual_time,
-    key,
-    settle,
-    waiting_claim,
-)
+from tests.support import virtual_engine
 
 MIB = 1 << 20
 LIMIT = Bounds(response_bytes=5 * MIB)
@@ -32,7 +22,7 @@ LIMIT = Bounds(response_bytes=5 * MIB)
 class SlowReader:
     """A waiter whose response stays unread."""
 
-    def __init__(self, engine: VirtualEngine, command: cmd.AnyCommand, **asked: Any) -> None:
+    def __init__(self, engine: virtual_engine.VirtualEngine, command: cmd.AnyCommand, **asked: Any) -> None:
         self._unread = engine.actor.unread
         self.response: Response | ApiError | None = None
         engine.actor.send(command, self, **asked)
@@ -54,7 +44,7 @@ class SlowReader:
         return self.response.code if isinstance(self.response, ApiError) else "ok"
 
 
-async def create(engine: VirtualEngine, *sizes: int) -> None:
+async def create(engine: virtual_engine.VirtualEngine, *sizes: int) -> None:
     for number, size in enumerate(sizes, 1):
         await engine.yes(cmd.Create(id=f"job-{number}", payload=Raw(b"1" * size)))
 
@@ -74,8 +64,8 @@ def test_there_is_room_again_below_the_limit() -> None:
     assert (responses.is_full, told) == (False, [9])
 
 
-@in_checked_engine(bounds=LIMIT)
-async def test_beyond_the_limit_only_holders_and_operators_are_served(engine: VirtualEngine) -> None:
+@virtual_engine.in_checked_engine(bounds=LIMIT)
+async def test_beyond_the_limit_only_holders_and_operators_are_served(engine: virtual_engine.VirtualEngine) -> None:
     lock_id = await engine.held()
     engine.actor.unread.add(LIMIT.response_bytes)
     for command in (
@@ -96,89 +86,93 @@ async def test_beyond_the_limit_only_holders_and_operators_are_served(engine: Vi
     assert (await engine.yes(cmd.Get(id="a"))).status == "completed"
 
 
-@in_checked_engine(bounds=LIMIT)
-async def test_claims_that_arrive_together_are_checked_when_they_are_decided(engine: VirtualEngine) -> None:
+@virtual_engine.in_checked_engine(bounds=LIMIT)
+async def test_claims_that_arrive_together_are_checked_when_they_are_decided(
+    engine: virtual_engine.VirtualEngine,
+) -> None:
     await create(engine, *[4 * MIB] * 6)
     claims = [SlowReader(engine, cmd.Claim(worker="w", limit=2)) for _ in range(3)]
-    await settle()
+    await virtual_engine.settle()
     assert [claim.outcome for claim in claims] == ["ok", "overloaded", "overloaded"]
     assert [job.status for job in engine.disk.jobs.values()] == ["processing"] * 2 + ["queued"] * 4
 
 
-@in_checked_engine(bounds=LIMIT)
-async def test_repeats_of_a_claim_that_arrive_together_are_checked_too(engine: VirtualEngine) -> None:
+@virtual_engine.in_checked_engine(bounds=LIMIT)
+async def test_repeats_of_a_claim_that_arrive_together_are_checked_too(engine: virtual_engine.VirtualEngine) -> None:
     await create(engine, 5 * MIB)
-    await engine.yes(cmd.Claim(worker="w"), key=key("k"))
-    repeats = [SlowReader(engine, cmd.Claim(worker="w"), key=key("k")) for _ in range(4)]
-    await settle()
+    await engine.yes(cmd.Claim(worker="w"), key=virtual_engine.key("k"))
+    repeats = [SlowReader(engine, cmd.Claim(worker="w"), key=virtual_engine.key("k")) for _ in range(4)]
+    await virtual_engine.settle()
     assert [repeat.outcome for repeat in repeats] == ["ok", "ok", "overloaded", "overloaded"]
 
 
-@in_checked_engine(bounds=LIMIT)
-async def test_a_large_ending_is_repeated_only_below_the_limit(engine: VirtualEngine) -> None:
+@virtual_engine.in_checked_engine(bounds=LIMIT)
+async def test_a_large_ending_is_repeated_only_below_the_limit(engine: virtual_engine.VirtualEngine) -> None:
     ending = cmd.Complete(id="a", lock_id=await engine.held(payload=Raw(b"1" * (5 * MIB))), file_path="/f")
     engine.actor.unread.add(LIMIT.response_bytes)
     await engine.yes(ending)
     engine.actor.unread.remove(LIMIT.response_bytes)
     repeats = [SlowReader(engine, ending) for _ in range(4)]
-    await settle()
+    await virtual_engine.settle()
     assert [repeat.outcome for repeat in repeats] == ["ok", "ok", "overloaded", "overloaded"]
 
 
-@in_virtual_time
+@virtual_engine.in_virtual_time
 async def test_the_responses_of_a_batch_are_bounded() -> None:
     for large_metadata in (False, True):
-        async with checked_engine(bounds=LIMIT) as engine:
+        async with virtual_engine.checked_engine(bounds=LIMIT) as engine:
             await create(engine, *[1 if large_metadata else 5 * MIB] * 5)
             for number in range(1, 6):
                 lock_id = (await engine.yes(cmd.Start(id=f"job-{number}", worker="w"))).lock_id
                 metadata = Raw(b"1" * (5 * MIB)) if large_metadata else None
                 await engine.yes(cmd.Complete(id=f"job-{number}", lock_id=lock_id, file_path="/f", metadata=metadata))
             reads = [SlowReader(engine, cmd.Get(id=f"job-{number}")) for number in range(1, 6)]
-            await settle()
+            await virtual_engine.settle()
             assert [read.outcome for read in reads] == ["ok", "ok", "overloaded", "overloaded", "overloaded"]
 
 
-@in_checked_engine()
-async def test_commands_after_a_large_response_keep_their_order(engine: VirtualEngine) -> None:
+@virtual_engine.in_checked_engine()
+async def test_commands_after_a_large_response_keep_their_order(engine: virtual_engine.VirtualEngine) -> None:
     """Also if the disk is full for a moment. The batch with the large response ends before the other commands."""
     await create(engine, 9 * MIB)
     engine.disk.write_errors.append(DiskFull("once"))
-    tasks = ask_all(engine, [cmd.Claim(worker="w"), *(cmd.Pause(name=name) for name in "bcd")], size=7)
+    tasks = virtual_engine.ask_all(engine, [cmd.Claim(worker="w"), *(cmd.Pause(name=name) for name in "bcd")], size=7)
     claimed, *_ = await asyncio.gather(*tasks)
-    assert granted_ids(claimed) == ["job-1"]
+    assert virtual_engine.granted_ids(claimed) == ["job-1"]
     assert [event.queue for event in engine.disk.events] == ["default", "default", "b", "c", "d"]
     assert [len(batch.changes) for batch in engine.disk.batches] == [1, 1, 3]
     assert engine.actor._bytes == 0
 
 
-@in_checked_engine(bounds=LIMIT)
-async def test_a_waiting_claim_is_served_once_there_is_room(engine: VirtualEngine) -> None:
+@virtual_engine.in_checked_engine(bounds=LIMIT)
+async def test_a_waiting_claim_is_served_once_there_is_room(engine: virtual_engine.VirtualEngine) -> None:
     lock_id = await engine.held(payload=Raw(b"1" * (9 * MIB)))
-    waiting = await waiting_claim(engine, "w-2")
+    waiting = await virtual_engine.waiting_claim(engine, "w-2")
     engine.actor.unread.add(LIMIT.response_bytes)
     await engine.yes(cmd.Release(id="a", lock_id=lock_id))
-    await settle()
+    await virtual_engine.settle()
     assert not waiting.done()
     paused = engine.actor.enqueue_internal(cmd.Pause(name="q"))  # the next batch has no room for it
     engine.actor.unread.remove(1)
-    assert granted_ids(await waiting) == ["a"]
+    assert virtual_engine.granted_ids(await waiting) == ["a"]
     assert isinstance(await paused, Response)
-    await settle()
+    await virtual_engine.settle()
     assert engine.actor.batch_commands.total == 5  # create, start, release, claim and pause
 
 
-@in_checked_engine()
-async def test_waiting_claims_with_large_payloads_are_served_in_several_batches(engine: VirtualEngine) -> None:
-    waiting = [await waiting_claim(engine, f"w-{number}") for number in range(3)]
+@virtual_engine.in_checked_engine()
+async def test_waiting_claims_with_large_payloads_are_served_in_several_batches(
+    engine: virtual_engine.VirtualEngine,
+) -> None:
+    waiting = [await virtual_engine.waiting_claim(engine, f"w-{number}") for number in range(3)]
     jobs = [cmd.Create(id=name, payload=Raw(b"1" * (9 * MIB))) for name in "abc"]
     await engine.yes(cmd.Bulk(jobs=jobs))
-    assert [granted_ids(await task) for task in waiting] == [["a"], ["b"], ["c"]]
+    assert [virtual_engine.granted_ids(await task) for task in waiting] == [["a"], ["b"], ["c"]]
     assert [len(batch.changes) for batch in engine.disk.batches] == [4, 1, 1]
 
 
-@in_checked_engine(bounds=LIMIT)
-async def test_a_page_that_was_read_meanwhile_is_not_sent(engine: VirtualEngine) -> None:
+@virtual_engine.in_checked_engine(bounds=LIMIT)
+async def test_a_page_that_was_read_meanwhile_is_not_sent(engine: virtual_engine.VirtualEngine) -> None:
     find = engine.disk.find_jobs
 
     async def find_slowly(query: JobQuery) -> JobRows:

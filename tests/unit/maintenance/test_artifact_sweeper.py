@@ -11,16 +11,7 @@ import pytest
 from msgspec.structs import replace
 from structlog.testing import capture_logs
 
-from jobd.maintenance.artifact_sweeper import (
-    CALL_TIMEOUT_S,
-    DEGRADED_AFTER_S,
-    MAX_FAILING,
-    MAX_RETRY_MS,
-    POLL_S,
-    SLICE,
-    ArtifactSweeper,
-    SweepStats,
-)
+from jobd.maintenance import artifact_sweeper
 from jobd.model.commands import Adopt, Complete, Delete, DeleteExpired, ForceFail, ForceReset
 from jobd.model.job import DAY_MS, MAX_LATE_RESULTS, LateResult, Policy, Result
 from jobd.model.journal import LeadershipLost
@@ -37,10 +28,10 @@ YOUNG_MS, SKEW_MS = MARGINS.young_ms, MARGINS.skew_ms
 class SweeperHarness:
     engine: VirtualEngine
     store: MemoryArtifacts
-    sweeper: ArtifactSweeper
+    sweeper: artifact_sweeper.ArtifactSweeper
 
     @property
-    def sweeps(self) -> SweepStats:
+    def sweeps(self) -> artifact_sweeper.SweepStats:
         return self.sweeper.stats
 
     async def complete(self, job_id: str, key: str, *, upload: bool = True, old: bool = True) -> None:
@@ -64,8 +55,8 @@ async def sweeping(
 ) -> AsyncIterator[SweeperHarness]:
     async with VirtualEngine(storage, policy=Policy(artifacts=True)) as engine:
         store = store or MemoryArtifacts(lambda: engine.now)
-        stats = SweepStats(waiting=len(engine.disk.tombstones))
-        sweeper = ArtifactSweeper(engine.disk, store, engine.clock, stats, check=check)
+        stats = artifact_sweeper.SweepStats(waiting=len(engine.disk.tombstones))
+        sweeper = artifact_sweeper.ArtifactSweeper(engine.disk, store, engine.clock, stats, check=check)
         engine.disk.on_tombstones = sweeper.expect
         engine.actor.on_commit.append(sweeper.committed)
         running = asyncio.create_task(sweeper.run())
@@ -82,20 +73,20 @@ async def test_the_artifact_of_a_deleted_job_is_deleted(at: SweeperHarness) -> N
     await until(lambda: at.sweeps.deleted == 1)
     assert list(at.store.objects) == ["k/b"]
     assert not at.engine.disk.tombstones
-    assert at.sweeps == SweepStats(waiting=0, deleted=1)
+    assert at.sweeps == artifact_sweeper.SweepStats(waiting=0, deleted=1)
 
 
 @in_context(sweeping)
 async def test_the_artifact_of_an_expired_job_is_deleted(at: SweeperHarness) -> None:
-    for number in range(3 * SLICE + 1):
+    for number in range(3 * artifact_sweeper.SLICE + 1):
         await at.complete(f"job-{number}", f"k/{number}")
     at.engine.step_ms = 8 * DAY_MS
     at.engine.clock.accept()
-    await at.engine.yes(DeleteExpired(ids=[f"job-{number}" for number in range(3 * SLICE + 1)]))
+    await at.engine.yes(DeleteExpired(ids=[f"job-{number}" for number in range(3 * artifact_sweeper.SLICE + 1)]))
     assert len(at.engine.disk.tombstones) > 0
     await until(lambda: not at.store.objects)
     await until(lambda: not at.engine.disk.tombstones)
-    assert (at.sweeps.waiting, at.sweeps.deleted) == (0, 3 * SLICE + 1)
+    assert (at.sweeps.waiting, at.sweeps.deleted) == (0, 3 * artifact_sweeper.SLICE + 1)
 
 
 @in_context(sweeping)
@@ -134,14 +125,14 @@ async def test_damaged_tombstones_that_cannot_be_quarantined_degrade_health() ->
         await at.complete("a", "k")
         await at.delete("a")
         await until(lambda: at.sweeps.deleted == 1)
-        await seconds(DEGRADED_AFTER_S + POLL_S)
+        await seconds(artifact_sweeper.DEGRADED_AFTER_S + artifact_sweeper.POLL_S)
         assert at.sweeps.waiting == 2
         reason = at.sweeper.degraded_reason()
         assert reason is not None
         assert "Artifacts of deleted jobs cannot be deleted" in reason
         assert "2 damaged tombstones cannot be quarantined; run: jobd doctor" in reason
         storage.crowd = 0
-        await seconds(POLL_S)
+        await seconds(artifact_sweeper.POLL_S)
         assert at.sweeper.degraded_reason() is None
 
 
@@ -167,7 +158,7 @@ async def test_nothing_is_deleted_when_another_node_may_lead(checks: int) -> Non
         assert (len(at.store.tried) > 0) == (checks == 2)
         assert len(at.engine.disk.tombstones) == 1
         left = None
-        await seconds(MAX_RETRY_MS / 1000)
+        await seconds(artifact_sweeper.MAX_RETRY_MS / 1000)
         assert not at.store.objects
 
 
@@ -261,7 +252,7 @@ async def test_the_artifact_of_a_late_result_is_deleted_with_its_job(at: Sweeper
     await until(lambda: at.sweeps.deleted == 1)
     assert not at.store.objects
     assert not at.engine.disk.tombstones
-    assert at.sweeps == SweepStats(waiting=0, deleted=1)
+    assert at.sweeps == artifact_sweeper.SweepStats(waiting=0, deleted=1)
 
 
 @in_context(sweeping)
@@ -300,7 +291,7 @@ async def test_an_unnamed_artifact_is_deleted_when_it_is_old_enough(at: SweeperH
     assert "k" in at.store.objects
     assert len(at.store.tried) <= tried + 2
     await until(lambda: "k" not in at.store.objects)
-    assert YOUNG_MS <= at.engine.now - uploaded_at <= YOUNG_MS + (POLL_S + 1) * 1000
+    assert YOUNG_MS <= at.engine.now - uploaded_at <= YOUNG_MS + (artifact_sweeper.POLL_S + 1) * 1000
 
 
 @in_context(sweeping)
@@ -338,9 +329,9 @@ async def test_failures_are_retried_with_backoff_and_delay_no_other_artifact(at:
     await seconds(3600)
     assert 9 <= at.store.tried.count("bad") <= 16
     (tombstone,) = at.engine.disk.tombstones.values()
-    assert tombstone.due_at - at.engine.now <= MAX_RETRY_MS
+    assert tombstone.due_at - at.engine.now <= artifact_sweeper.MAX_RETRY_MS
     del at.store.faults["bad"]
-    await seconds(MAX_RETRY_MS / 1000 + POLL_S + 1)
+    await seconds(artifact_sweeper.MAX_RETRY_MS / 1000 + artifact_sweeper.POLL_S + 1)
     assert not at.store.objects
     assert at.sweeps.waiting == 0
 
@@ -353,17 +344,17 @@ async def test_a_store_that_fails_for_long_degrades_health(at: SweeperHarness) -
     at.store.broken = ArtifactStoreError("the bucket is gone")
     await at.delete("a")
     await at.delete("b")
-    await seconds(DEGRADED_AFTER_S - 1)
+    await seconds(artifact_sweeper.DEGRADED_AFTER_S - 1)
     assert at.sweeper.degraded_reason() is None
-    await seconds(1 + POLL_S)
+    await seconds(1 + artifact_sweeper.POLL_S)
     reason = at.sweeper.degraded_reason() or ""
     assert reason.startswith("2 artifacts of deleted jobs cannot be deleted, the first for 5 min")
     assert reason.endswith("the bucket is gone")
     at.store.broken = ValueError("a bug")
-    await seconds(MAX_RETRY_MS / 1000 + POLL_S)
+    await seconds(artifact_sweeper.MAX_RETRY_MS / 1000 + artifact_sweeper.POLL_S)
     assert (at.sweeper.degraded_reason() or "").endswith("memory: ValueError: a bug")
     at.store.broken = None
-    await seconds(MAX_RETRY_MS / 1000 + POLL_S)
+    await seconds(artifact_sweeper.MAX_RETRY_MS / 1000 + artifact_sweeper.POLL_S)
     assert at.sweeper.degraded_reason() is None
     assert not at.store.objects
 
@@ -373,7 +364,7 @@ async def test_a_store_that_hangs_times_out(at: SweeperHarness) -> None:
     await at.complete("a", "k")
     at.store.gate.clear()
     await at.delete("a")
-    await seconds(CALL_TIMEOUT_S + 1)
+    await seconds(artifact_sweeper.CALL_TIMEOUT_S + 1)
     assert at.sweeps.failures == 1
     at.store.gate.set()
     await until(lambda: not at.store.objects)
@@ -383,19 +374,19 @@ async def test_a_store_that_hangs_times_out(at: SweeperHarness) -> None:
 async def test_the_delay_of_the_oldest_tombstone_is_reported() -> None:
     storage = MemoryStorage()
     async with sweeping(storage) as at:
-        for number in range(3 * SLICE):
+        for number in range(3 * artifact_sweeper.SLICE):
             await at.complete(f"job-{number}", f"k/{number}")
         at.store.gate.clear()
-        for number in range(3 * SLICE):
+        for number in range(3 * artifact_sweeper.SLICE):
             await at.delete(f"job-{number}")
         assert at.sweeps.behind_ms == 0
-        await seconds(CALL_TIMEOUT_S - 1)
+        await seconds(artifact_sweeper.CALL_TIMEOUT_S - 1)
         at.store.gate.set()
         max_behind_ms = 0
         while at.store.objects:
             await seconds(0.001)
             max_behind_ms = max(max_behind_ms, at.sweeps.behind_ms)
-        assert (CALL_TIMEOUT_S - 2) * 1000 < max_behind_ms < CALL_TIMEOUT_S * 1000
+        assert (artifact_sweeper.CALL_TIMEOUT_S - 2) * 1000 < max_behind_ms < artifact_sweeper.CALL_TIMEOUT_S * 1000
         await until(lambda: not at.engine.disk.tombstones)
         await seconds(1)
         assert at.sweeps.behind_ms == 0
@@ -422,7 +413,7 @@ async def test_the_sweeper_survives_a_failing_disk_and_degrades_health(at: Sweep
     at.engine.disk.errors["due_tombstones"] = OSError("broken")
     await at.complete("a", "k")
     await at.delete("a")
-    await seconds(DEGRADED_AFTER_S + 2 * POLL_S)
+    await seconds(artifact_sweeper.DEGRADED_AFTER_S + 2 * artifact_sweeper.POLL_S)
     assert "the job store failed: broken" in (at.sweeper.degraded_reason() or "")
     at.engine.disk.errors.clear()
     await until(lambda: not at.store.objects)
@@ -451,7 +442,7 @@ async def test_a_clock_step_back_postpones_nothing_forever(at: SweeperHarness) -
     at.engine.step_ms = 0
     at.store.broken = None
     at.store.objects["k"] = at.engine.now - DAY_MS
-    await seconds(2 * POLL_S)
+    await seconds(2 * artifact_sweeper.POLL_S)
     assert not at.store.objects
 
 
@@ -477,14 +468,14 @@ async def test_a_restart_continues_the_deletions() -> None:
 @pytest.mark.slow
 @in_context(sweeping)
 async def test_the_number_of_remembered_failures_is_limited(at: SweeperHarness) -> None:
-    for number in range(MAX_FAILING + 50):
+    for number in range(artifact_sweeper.MAX_FAILING + 50):
         await at.complete(f"job-{number}", f"k/{number}")
     at.store.broken = ArtifactStoreError("down")
     at.engine.step_ms = 8 * DAY_MS
     at.engine.clock.accept()
-    await at.engine.yes(DeleteExpired(ids=[f"job-{number}" for number in range(MAX_FAILING + 50)]))
+    await at.engine.yes(DeleteExpired(ids=[f"job-{number}" for number in range(artifact_sweeper.MAX_FAILING + 50)]))
     await seconds(3600)
-    assert len(at.sweeper._failing) == MAX_FAILING
+    assert len(at.sweeper._failing) == artifact_sweeper.MAX_FAILING
     at.store.broken = None
     await seconds(3 * 3600)
     assert not at.store.objects
@@ -503,4 +494,4 @@ async def test_without_an_artifact_store_deletions_leave_no_tombstone() -> None:
 def test_a_young_artifact_waits_for_less_than_the_maximum() -> None:
     """Otherwise the second scan would see a time of another clock."""
     assert YOUNG_MS + SKEW_MS < MAX_POSTPONE_MS
-    assert MAX_RETRY_MS < MAX_POSTPONE_MS
+    assert artifact_sweeper.MAX_RETRY_MS < MAX_POSTPONE_MS

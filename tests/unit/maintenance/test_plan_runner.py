@@ -13,30 +13,7 @@ from jobd.core.rules import plan_rules
 from jobd.core.rules.plan_rules import version
 from jobd.maintenance import plan_builder, plan_runner, preview
 from jobd.maintenance.plan_runner import Planner
-from jobd.model.commands import (
-    MAINTENANCE_ACTIONS,
-    Adopt,
-    ApplyPlan,
-    Cancel,
-    Complete,
-    Create,
-    Delete,
-    ExpectedVersion,
-    Fail,
-    ForceFail,
-    ForceReset,
-    Get,
-    GetVersion,
-    Import,
-    MakePlan,
-    PlanAction,
-    PlanFilter,
-    PlanRate,
-    Preview,
-    Start,
-    Update,
-    Why,
-)
+from jobd.model import commands as cmd
 from jobd.model.errors import ApiError
 from jobd.model.job import DAY_MS, SECOND_MS, Grant, Options
 from jobd.model.responses import PlanOutcome, PlanTrial, PlanView, PreviewView, Response, late_results_note
@@ -62,19 +39,19 @@ from tests.support.virtual_engine import WALL, VirtualEngine, in_engine, in_virt
         ("delete", {"completed", "failed", "cancelled"}),
     ],
 )
-def test_an_action_is_planned_if_its_rule_allows_it(action: PlanAction, allowed: set[str]) -> None:
+def test_an_action_is_planned_if_its_rule_allows_it(action: cmd.PlanAction, allowed: set[str]) -> None:
     rules = RuleHarness()
     rules.create("queued")
     rules.held("processing")
     rules.completed("completed")
-    for job_id, end in (("failed", ForceFail(id="failed")), ("cancelled", Cancel(id="cancelled"))):
+    for job_id, end in (("failed", cmd.ForceFail(id="failed")), ("cancelled", cmd.Cancel(id="cancelled"))):
         rules.create(job_id)
         rules.accept(end)
     jobs = {status: rules.job(status) for status in ("queued", "processing", "completed", "failed", "cancelled")}
     assert {status for status, job in jobs.items() if plan_rules.skip_reason(action, job) is None} == allowed
     assert all(job.status == status for status, job in jobs.items())
     for status, job in jobs.items():
-        done = rules.accept(ApplyPlan(action=action, jobs=[ExpectedVersion(job.id, version(job))]), admin=True)
+        done = rules.accept(cmd.ApplyPlan(action=action, jobs=[cmd.ExpectedVersion(job.id, version(job))]), admin=True)
         assert done.applied == (status in allowed)
         if done.applied:
             there = rules.state.get(job.id)
@@ -93,9 +70,9 @@ def test_an_action_is_planned_if_its_rule_allows_it(action: PlanAction, allowed:
     ],
 )
 def test_an_error_filter_selects_failed_jobs_unless_a_status_is_given(
-    action: PlanAction, status: Any, error: str | None, found: list[str]
+    action: cmd.PlanAction, status: Any, error: str | None, found: list[str]
 ) -> None:
-    assert plan_rules.statuses(action, PlanFilter(status=status, error=error)) == found
+    assert plan_rules.statuses(action, cmd.PlanFilter(status=status, error=error)) == found
 
 
 def test_a_version_is_short_and_unique() -> None:
@@ -132,19 +109,19 @@ def test_heartbeats_do_not_change_the_version() -> None:
     rules.advance(5)
     rules.progress(lock_id, 50)
     assert not changed()
-    rules.accept(Fail(id="a", lock_id=lock_id, error_message="x", retry_after_ms=0))
+    rules.accept(cmd.Fail(id="a", lock_id=lock_id, error_message="x", retry_after_ms=0))
     assert changed()
     lock_id = rules.start("a")
     assert changed()
-    rules.accept(Fail(id="a", lock_id=lock_id, error_message="x", retry_after_ms=0))
+    rules.accept(cmd.Fail(id="a", lock_id=lock_id, error_message="x", retry_after_ms=0))
     assert changed()
-    rules.accept(Update(id="a", priority=3), admin=True)
+    rules.accept(cmd.Update(id="a", priority=3), admin=True)
     assert changed()
-    rules.accept(ForceFail(id="a"), admin=True)
+    rules.accept(cmd.ForceFail(id="a"), admin=True)
     assert changed()
-    rules.accept(ForceReset(id="a"), admin=True)
+    rules.accept(cmd.ForceReset(id="a"), admin=True)
     assert changed()
-    rules.accept(ForceFail(id="a"), admin=True)
+    rules.accept(cmd.ForceFail(id="a"), admin=True)
     assert changed() or rules.now == rules.job().finished_at
 
 
@@ -161,12 +138,12 @@ def test_changed_jobs_are_skipped_and_rejected_ones_affect_no_other() -> None:
     rules = RuleHarness()
     for job_id in ("a", "b", "c"):
         rules.create(job_id)
-    known = {job_id: ExpectedVersion(job_id, version(rules.job(job_id))) for job_id in ("a", "b", "c")}
+    known = {job_id: cmd.ExpectedVersion(job_id, version(rules.job(job_id))) for job_id in ("a", "b", "c")}
     rules.start("b")
-    error, odd = ExpectedVersion("gone", "x"), ExpectedVersion("d", "y")
+    error, odd = cmd.ExpectedVersion("gone", "x"), cmd.ExpectedVersion("d", "y")
     rules.completed("d")
-    odd = ExpectedVersion("d", version(rules.job("d")))
-    command = ApplyPlan(action="cancel", jobs=[known["a"], known["b"], error, odd, known["c"]], reason="enough")
+    odd = cmd.ExpectedVersion("d", version(rules.job("d")))
+    command = cmd.ApplyPlan(action="cancel", jobs=[known["a"], known["b"], error, odd, known["c"]], reason="enough")
     done = rules.accept(command, admin=True, by="admin:eve")
     assert done.applied == 2
     assert [(each.id, each.now) for each in done.changed] == [("b", "processing"), ("gone", None)]
@@ -176,15 +153,15 @@ def test_changed_jobs_are_skipped_and_rejected_ones_affect_no_other() -> None:
     assert all("changed since" in each.why or "no job" in each.why for each in done.changed)
 
 
-@pytest.mark.parametrize("action", sorted(set(get_args(PlanAction)) - MAINTENANCE_ACTIONS.keys()))
-def test_the_reason_of_a_plan_is_the_reason_of_its_changes(action: PlanAction) -> None:
+@pytest.mark.parametrize("action", sorted(set(get_args(cmd.PlanAction)) - cmd.MAINTENANCE_ACTIONS.keys()))
+def test_the_reason_of_a_plan_is_the_reason_of_its_changes(action: cmd.PlanAction) -> None:
     rules = RuleHarness()
     rules.create("a")
     if action in ("retry", "delete"):
-        rules.accept(ForceFail(id="a", reason="another"))
+        rules.accept(cmd.ForceFail(id="a", reason="another"))
     elif action == "force-reset":
         rules.start("a")
-    request = ApplyPlan(action=action, jobs=[ExpectedVersion("a", version(rules.job()))], reason="enough")
+    request = cmd.ApplyPlan(action=action, jobs=[cmd.ExpectedVersion("a", version(rules.job()))], reason="enough")
     assert rules.accept(request, admin=True).applied == 1
     assert rules.last().reason == "enough"
 
@@ -193,14 +170,14 @@ def test_the_reason_of_a_plan_is_the_reason_of_its_changes(action: PlanAction) -
 def test_a_command_with_an_expected_version_applies_to_that_version_only(*, detour: bool) -> None:
     rules = RuleHarness()
     rules.create("a")
-    rules.accept(ForceFail(id="a"))
-    seen = rules.accept(GetVersion(id="a"))
+    rules.accept(cmd.ForceFail(id="a"))
+    seen = rules.accept(cmd.GetVersion(id="a"))
     assert (seen.id, seen.version) == ("a", version(rules.job()))
     if detour:
-        rules.accept(ForceReset(id="a"))
+        rules.accept(cmd.ForceReset(id="a"))
         rules.advance(1)
-        rules.accept(ForceFail(id="a"))
-    decision = rules.decide(Delete(id="a"), expected=seen.version)
+        rules.accept(cmd.ForceFail(id="a"))
+    decision = rules.decide(cmd.Delete(id="a"), expected=seen.version)
     assert isinstance(decision.answer, ApiError) == detour
     assert ("a" in rules.rows) == detour
     if isinstance(decision.answer, ApiError):
@@ -208,7 +185,7 @@ def test_a_command_with_an_expected_version_applies_to_that_version_only(*, deto
         assert (decision.answer.code, decision.answer.details) == (
             "invalid_transition", {"job_id": "a", "status": "failed"},
         )  # fmt: skip
-    error = rules.decide(Delete(id="none"), expected=seen.version).answer
+    error = rules.decide(cmd.Delete(id="none"), expected=seen.version).answer
     assert isinstance(error, ApiError)
     assert error.code == "job_not_found"
 
@@ -217,17 +194,17 @@ def test_a_command_with_an_expected_version_applies_to_that_version_only(*, deto
 def test_a_late_result_that_arrives_before_the_plan_is_applied_changes_the_version(how: str) -> None:
     rules = RuleHarness()
     lock_id = rules.held()
-    rules.accept(ForceFail(id="a"))
-    seen = rules.accept(GetVersion(id="a")).version
-    rules.reject(Complete(id="a", lock_id=lock_id, file_path="/out"), "lock_lost")
+    rules.accept(cmd.ForceFail(id="a"))
+    seen = rules.accept(cmd.GetVersion(id="a")).version
+    rules.reject(cmd.Complete(id="a", lock_id=lock_id, file_path="/out"), "lock_lost")
     for left_alone in (True, False):
         if how == "expected":
-            assert isinstance(rules.decide(Delete(id="a"), expected=seen).answer, ApiError) == left_alone
+            assert isinstance(rules.decide(cmd.Delete(id="a"), expected=seen).answer, ApiError) == left_alone
         else:
-            done = rules.accept(ApplyPlan(action="delete", jobs=[ExpectedVersion("a", seen)]), admin=True)
+            done = rules.accept(cmd.ApplyPlan(action="delete", jobs=[cmd.ExpectedVersion("a", seen)]), admin=True)
             assert len(done.changed) == left_alone
         assert ("a" in rules.rows) == left_alone or how == "expected"
-        seen = rules.accept(GetVersion(id="a")).version if left_alone else ""
+        seen = rules.accept(cmd.GetVersion(id="a")).version if left_alone else ""
 
 
 def test_the_latest_late_result_is_remembered_for_a_limited_number_of_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -236,10 +213,10 @@ def test_the_latest_late_result_is_remembered_for_a_limited_number_of_jobs(monke
     seqs: dict[str, int | None] = {}
     for job_id in ("a", "b", "a", "c"):
         lock_id = rules.start(job_id) if job_id in rules.rows else rules.held(job_id)
-        rules.accept(ForceFail(id=job_id))
-        rules.reject(Complete(id=job_id, lock_id=lock_id, file_path="/out"), "lock_lost")
+        rules.accept(cmd.ForceFail(id=job_id))
+        rules.reject(cmd.Complete(id=job_id, lock_id=lock_id, file_path="/out"), "lock_lost")
         seqs[job_id] = rules.last().seq
-        rules.accept(ForceReset(id=job_id))
+        rules.accept(cmd.ForceReset(id=job_id))
     known = {job_id: rules.state.late_results.get(rules.job(job_id).seq) for job_id in seqs}
     assert known == seqs | {"b": None}
 
@@ -250,7 +227,7 @@ def test_a_reverted_change_is_still_a_change() -> None:
     seen = version(rules.job())
     for priority in (5, 0):
         rules.advance(1)
-        rules.accept(Update(id="a", priority=priority), admin=True)
+        rules.accept(cmd.Update(id="a", priority=priority), admin=True)
     assert version(rules.job()) != seen
 
 
@@ -274,7 +251,7 @@ def test_a_reverted_change_is_still_a_change() -> None:
         ("retry", [3], "It has 3 late results that were not adopted. Check whether they can be adopted instead."),
     ],
 )
-def test_the_sentence_about_late_results(action: PlanAction, late: list[int], note: str | None) -> None:
+def test_the_sentence_about_late_results(action: cmd.PlanAction, late: list[int], note: str | None) -> None:
     assert late_results_note(action, late) == note
 
 
@@ -283,26 +260,26 @@ def test_the_sentence_about_late_results(action: PlanAction, late: list[int], no
 
 async def create_failed(engine: VirtualEngine, *ids: str, **fields: Any) -> None:
     for job_id in ids:
-        await engine.yes(Create(id=job_id, **fields))
-        await engine.yes(ForceFail(id=job_id))
+        await engine.yes(cmd.Create(id=job_id, **fields))
+        await engine.yes(cmd.ForceFail(id=job_id))
 
 
 @in_engine()
 async def test_a_plan_lists_its_changes_and_applies_them(engine: VirtualEngine) -> None:
     await create_failed(engine, "a", "b")
-    await engine.yes(Create(id="c"))
-    plan = await make_plan(engine.planner, action="retry", filter=PlanFilter(), reason="mended")
+    await engine.yes(cmd.Create(id="c"))
+    plan = await make_plan(engine.planner, action="retry", filter=cmd.PlanFilter(), reason="mended")
     assert [(job.id, job.from_, job.to) for job in plan.jobs] == [
         ("b", "failed", "queued"),
         ("a", "failed", "queued"),
     ]
-    assert (plan.filter, plan.scope) == (PlanFilter(), "Only failed and cancelled jobs can be retried.")
+    assert (plan.filter, plan.scope) == (cmd.PlanFilter(), "Only failed and cancelled jobs can be retried.")
     assert (plan.count, plan.skipped_count, plan.more, plan.next_cursor, plan.result) == (2, 0, False, None, None)
     assert plan.expires_at - plan.made_at == plan_runner.KEPT_MS
-    assert (await engine.yes(Get(id="a"))).status == "failed"
+    assert (await engine.yes(cmd.Get(id="a"))).status == "failed"
     result = await apply_plan(engine.planner)
     assert (result.applied, result.changed, result.rejected, result.repeated) == (2, [], [], False)
-    assert (await engine.yes(Get(id="a"))).status == "queued"
+    assert (await engine.yes(cmd.Get(id="a"))).status == "queued"
     assert engine.disk.events[-1].reason == "mended"
     assert engine.disk.events[-1].details == {"plan": "p", "planned": 2}
     shown = engine.planner.find("p")
@@ -312,13 +289,13 @@ async def test_a_plan_lists_its_changes_and_applies_them(engine: VirtualEngine) 
 
 async def create_with_late_results(engine: VirtualEngine, job_id: str, times: int = 1) -> None:
     """Make a failed job with this many late results."""
-    await engine.yes(Create(id=job_id))
+    await engine.yes(cmd.Create(id=job_id))
     for _ in range(times):
-        lock_id = (await engine.yes(Start(id=job_id, worker="w"))).lock_id
-        await engine.yes(ForceFail(id=job_id))
-        await engine.no(Complete(id=job_id, lock_id=lock_id, file_path="/out"))
-        await engine.yes(ForceReset(id=job_id))
-    await engine.yes(ForceFail(id=job_id))
+        lock_id = (await engine.yes(cmd.Start(id=job_id, worker="w"))).lock_id
+        await engine.yes(cmd.ForceFail(id=job_id))
+        await engine.no(cmd.Complete(id=job_id, lock_id=lock_id, file_path="/out"))
+        await engine.yes(cmd.ForceReset(id=job_id))
+    await engine.yes(cmd.ForceFail(id=job_id))
 
 
 @in_virtual_time
@@ -327,31 +304,31 @@ async def test_a_plan_counts_late_results_also_from_before_a_restart() -> None:
         await create_with_late_results(engine, "a", times=2)
         await create_with_late_results(engine, "b")
         await create_with_late_results(engine, "done")
-        await engine.yes(Adopt(id="done"))
+        await engine.yes(cmd.Adopt(id="done"))
         await create_failed(engine, "c")
     async with VirtualEngine(engine.disk) as engine:
-        for request in ({"ids": ["a", "b", "c", "done"]}, {"filter": PlanFilter()}):
+        for request in ({"ids": ["a", "b", "c", "done"]}, {"filter": cmd.PlanFilter()}):
             plan = await make_plan(engine.planner, action="delete", **request)
             late = {job.id: job.late_results for job in plan.jobs}
             assert (late, plan.with_late_results) == ({"a": 2, "b": 1, "c": 0, "done": 0}, 2)
-        plan = await make_plan(engine.planner, action="retry", filter=PlanFilter())
+        plan = await make_plan(engine.planner, action="retry", filter=cmd.PlanFilter())
         assert [job.late_results for job in plan.jobs] == [0, 1, 2]
 
 
 @in_engine()
 async def test_a_late_result_during_planning_is_counted_or_changes_its_job(engine: VirtualEngine) -> None:
-    await engine.yes(Create(id="a"))
-    lock_id = (await engine.yes(Start(id="a", worker="w"))).lock_id
-    await engine.yes(ForceFail(id="a"))
+    await engine.yes(cmd.Create(id="a"))
+    lock_id = (await engine.yes(cmd.Start(id="a", worker="w"))).lock_id
+    await engine.yes(cmd.ForceFail(id="a"))
     count_late = engine.disk.count_late_results
 
     async def and_then(job_seqs: list[int]) -> dict[int, int]:
         counted = await count_late(job_seqs)
-        await engine.no(Complete(id="a", lock_id=lock_id, file_path="/out"))
+        await engine.no(cmd.Complete(id="a", lock_id=lock_id, file_path="/out"))
         return counted
 
     engine.disk.count_late_results = and_then  # type: ignore[method-assign]
-    assert (await make_plan(engine.planner, action="delete", filter=PlanFilter())).with_late_results == 0
+    assert (await make_plan(engine.planner, action="delete", filter=cmd.PlanFilter())).with_late_results == 0
     assert [job.id for job in (await apply_plan(engine.planner)).changed] == ["a"]
 
 
@@ -362,7 +339,7 @@ async def test_a_plan_of_named_jobs_reports_missing_ones() -> None:
     storage.bad_jobs = {"bad": "its checksum is wrong"}
     async with VirtualEngine(storage) as engine:
         await create_failed(engine, "a")
-        await engine.yes(Create(id="live"))
+        await engine.yes(cmd.Create(id="live"))
         plan = await make_plan(engine.planner, action="delete", ids=["a", "none", "bad", "a", "live"])
         assert [(job.id, job.to) for job in plan.jobs] == [("a", None)]
         assert [(job.id, job.status) for job in plan.skipped] == [("none", None), ("bad", None), ("live", "queued")]
@@ -374,9 +351,9 @@ async def test_a_plan_of_named_jobs_reports_missing_ones() -> None:
 @in_engine()
 async def test_jobs_that_changed_since_the_plan_are_skipped_and_reported(engine: VirtualEngine) -> None:
     await create_failed(engine, "a", "b", "c")
-    await make_plan(engine.planner, action="retry", filter=PlanFilter(status="failed"))
-    await engine.yes(ForceReset(id="a"))
-    await engine.yes(Delete(id="b"))
+    await make_plan(engine.planner, action="retry", filter=cmd.PlanFilter(status="failed"))
+    await engine.yes(cmd.ForceReset(id="a"))
+    await engine.yes(cmd.Delete(id="b"))
     result = await apply_plan(engine.planner)
     assert result.applied == 1
     assert [(job.id, job.from_, job.now) for job in result.changed] == [
@@ -388,19 +365,19 @@ async def test_jobs_that_changed_since_the_plan_are_skipped_and_reported(engine:
 @in_engine()
 async def test_a_plan_is_applied_once(engine: VirtualEngine) -> None:
     await create_failed(engine, "a")
-    await make_plan(engine.planner, action="retry", filter=PlanFilter())
+    await make_plan(engine.planner, action="retry", filter=cmd.PlanFilter())
     first, second = await asyncio.gather(apply_plan(engine.planner), apply_plan(engine.planner))
     assert first == second
-    await engine.yes(ForceFail(id="a"))
+    await engine.yes(cmd.ForceFail(id="a"))
     repeated = await apply_plan(engine.planner)
     assert repeated == replace(first, repeated=True)
-    assert (await engine.yes(Get(id="a"))).status == "failed"
+    assert (await engine.yes(cmd.Get(id="a"))).status == "failed"
 
 
 @in_engine()
 async def test_a_disconnected_caller_does_not_stop_a_plan(engine: VirtualEngine) -> None:
     await create_failed(engine, *(f"j{n}" for n in range(plan_runner.SLICE + 1)))
-    await make_plan(engine.planner, action="retry", filter=PlanFilter())
+    await make_plan(engine.planner, action="retry", filter=cmd.PlanFilter())
     waiting = asyncio.create_task(engine.planner.apply("p", EVE))
     await asyncio.sleep(0)
     waiting.cancel()
@@ -412,11 +389,11 @@ async def test_a_disconnected_caller_does_not_stop_a_plan(engine: VirtualEngine)
 @in_engine()
 async def test_why_names_the_plan_that_cancelled_a_job(engine: VirtualEngine) -> None:
     for job_id in ("a", "b", "c"):
-        await engine.yes(Create(id=job_id))
+        await engine.yes(cmd.Create(id=job_id))
     for ids in (["a", "b"], ["c"]):
         await make_plan(engine.planner, action="cancel", ids=ids, reason="wrong file")
         await apply_plan(engine.planner)
-    because = [(await engine.yes(Why(id=job_id))).because for job_id in ("a", "c")]
+    because = [(await engine.yes(cmd.Why(id=job_id))).because for job_id in ("a", "c")]
     assert because == [
         "It was cancelled by operator eve with plan p (2 jobs): wrong file.",
         "It was cancelled by operator eve: wrong file.",
@@ -426,7 +403,7 @@ async def test_why_names_the_plan_that_cancelled_a_job(engine: VirtualEngine) ->
 @in_engine()
 async def test_a_plan_is_applied_in_slices_and_is_one_audit_entry(engine: VirtualEngine) -> None:
     await create_failed(engine, *(f"j{n}" for n in range(2 * plan_runner.SLICE + 1)), queue="q")
-    await make_plan(engine.planner, action="delete", filter=PlanFilter(queue="q", since=1))
+    await make_plan(engine.planner, action="delete", filter=cmd.PlanFilter(queue="q", since=1))
     before = len(engine.disk.batches)
     await apply_plan(engine.planner)
     sizes = [len(batch.changes) for batch in engine.disk.batches[before:]]
@@ -448,7 +425,7 @@ async def test_a_plan_is_applied_in_slices_and_is_one_audit_entry(engine: Virtua
 @in_engine()
 async def test_on_a_full_disk_a_plan_stops_and_later_continues(engine: VirtualEngine) -> None:
     await create_failed(engine, *(f"j{n}" for n in range(plan_runner.SLICE + 5)))
-    await make_plan(engine.planner, action="retry", filter=PlanFilter())
+    await make_plan(engine.planner, action="retry", filter=cmd.PlanFilter())
     engine.disk.write_errors.extend([None, *(DiskFull("full") for _ in range(3))])
     engine.disk.has_reserve = False
     engine.disk.fits = lambda batch: len(engine.disk.batches) < 2 * (plan_runner.SLICE + 5) + 1
@@ -466,11 +443,11 @@ async def test_on_a_full_disk_a_plan_stops_and_later_continues(engine: VirtualEn
 @in_engine()
 async def test_a_plan_that_ends_jobs_is_applied_on_a_full_disk_too(engine: VirtualEngine) -> None:
     await create_failed(engine, "a")
-    await make_plan(engine.planner, action="delete", filter=PlanFilter())
-    await make_plan(engine.planner, "r", action="retry", filter=PlanFilter())
+    await make_plan(engine.planner, action="delete", filter=cmd.PlanFilter())
+    await make_plan(engine.planner, "r", action="retry", filter=cmd.PlanFilter())
     engine.disk.fill()
-    await engine.no(Create(id="x"))
-    await engine.no(Update(id="a", priority=1))
+    await engine.no(cmd.Create(id="x"))
+    await engine.no(cmd.Update(id="a", priority=1))
     assert isinstance(await engine.planner.apply("r", EVE), ApiError)
     assert (await apply_plan(engine.planner)).applied == 1
     engine.disk.free()
@@ -478,7 +455,7 @@ async def test_a_plan_that_ends_jobs_is_applied_on_a_full_disk_too(engine: Virtu
 
 @in_engine()
 async def test_a_plan_is_kept_for_a_limited_time(engine: VirtualEngine) -> None:
-    await make_plan(engine.planner, action="retry", filter=PlanFilter())
+    await make_plan(engine.planner, action="retry", filter=cmd.PlanFilter())
     await asyncio.sleep(plan_runner.KEPT_MS / SECOND_MS - 1)
     assert isinstance(engine.planner.find("p"), PlanView)
     await asyncio.sleep(1)
@@ -490,9 +467,9 @@ async def test_a_plan_is_kept_for_a_limited_time(engine: VirtualEngine) -> None:
 @in_engine()
 async def test_the_result_of_a_plan_can_be_read_for_hours(engine: VirtualEngine) -> None:
     await create_failed(engine, "a", "b")
-    await make_plan(engine.planner, action="retry", filter=PlanFilter())
+    await make_plan(engine.planner, action="retry", filter=cmd.PlanFilter())
     await asyncio.sleep(plan_runner.KEPT_MS / SECOND_MS - 1)
-    await engine.yes(Delete(id="b"))
+    await engine.yes(cmd.Delete(id="b"))
     result = await apply_plan(engine.planner)
     assert [job.id for job in result.changed] == ["b"]
     await asyncio.sleep(plan_runner.APPLIED_KEPT_MS / SECOND_MS - 1)
@@ -516,13 +493,13 @@ async def test_new_plans_displace_no_results_and_results_no_plans() -> None:
             def kept_ids() -> list[str]:
                 return [name for name in "wxyz01234" if isinstance(engine.planner.find(name), PlanView)]
 
-            await make_plan(engine.planner, "w", action="retry", filter=PlanFilter())
+            await make_plan(engine.planner, "w", action="retry", filter=cmd.PlanFilter())
             for name in "0123":
-                await make_plan(engine.planner, name, action="cancel", filter=PlanFilter())
+                await make_plan(engine.planner, name, action="cancel", filter=cmd.PlanFilter())
                 await apply_plan(engine.planner, name)
             assert kept_ids() == ["w", "1", "2", "3"]
             for name in "xyz":
-                await make_plan(engine.planner, name, action="retry", filter=PlanFilter())
+                await make_plan(engine.planner, name, action="retry", filter=cmd.PlanFilter())
             assert kept_ids() == ["y", "z", "1", "2", "3"]
             monkeypatch.setattr(plan_runner, "MAX_JOBS", 0)
             await apply_plan(engine.planner, "z")
@@ -537,9 +514,9 @@ async def test_the_audit_log_names_a_limited_number_of_unchanged_jobs() -> None:
             for size, named in ((4_000, ["j4", "j3", "j2"]), (5, ["j4", "j3"]), (1, None)):
                 monkeypatch.setattr(plan_runner, "MAX_NAMED_SIZE", size)
                 await create_failed(engine, *(f"j{n}" for n in range(5)))
-                await make_plan(engine.planner, f"p{size}", action="retry", filter=PlanFilter())
+                await make_plan(engine.planner, f"p{size}", action="retry", filter=cmd.PlanFilter())
                 for n in range(5):
-                    await engine.yes(Delete(id=f"j{n}"))
+                    await engine.yes(cmd.Delete(id=f"j{n}"))
                 assert (await apply_plan(engine.planner, f"p{size}")).applied == 0
                 details = engine.disk.batches[-1].audit[-1].details
                 assert details is not None
@@ -570,16 +547,16 @@ async def all_plans(planner: Planner, **request: Any) -> list[list[str]]:
 @in_engine()
 async def test_a_plan_has_a_maximum_size_and_the_next_one_continues(engine: VirtualEngine) -> None:
     await create_failed(engine, "a", "b", "c")
-    assert await all_plans(engine.planner, action="retry", filter=PlanFilter()) == [["c", "b", "a"]]
+    assert await all_plans(engine.planner, action="retry", filter=cmd.PlanFilter()) == [["c", "b", "a"]]
     for n in range(3):
-        await engine.yes(Create(id=f"live{n}"))
-        await engine.yes(Create(id=f"x{n}"))
-        await engine.yes(Cancel(id=f"x{n}"))
+        await engine.yes(cmd.Create(id=f"live{n}"))
+        await engine.yes(cmd.Create(id=f"x{n}"))
+        await engine.yes(cmd.Cancel(id=f"x{n}"))
     await create_failed(engine, "d")
     wholes = [["d", "c", "b"], ["a", "x2", "x1"], ["x0"]]
-    assert await all_plans(engine.planner, action="retry", filter=PlanFilter()) == wholes
+    assert await all_plans(engine.planner, action="retry", filter=cmd.PlanFilter()) == wholes
     assert isinstance(engine.planner.find("p0"), ApiError)  # together they had too many jobs
-    assert await all_plans(engine.planner, action="cancel", filter=PlanFilter()) == [["live2", "live1", "live0"]]
+    assert await all_plans(engine.planner, action="cancel", filter=cmd.PlanFilter()) == [["live2", "live1", "live0"]]
 
 
 @pytest.mark.usefixtures("small")
@@ -596,11 +573,11 @@ async def test_jobs_that_the_action_does_not_apply_to_are_not_read(engine: Virtu
     """Hundreds of younger queued jobs do not slow this down."""
     await create_failed(engine, "needle")
     for n in range(300):
-        await engine.yes(Create(id=f"j{n}"))
+        await engine.yes(cmd.Create(id=f"j{n}"))
     engine.disk.calls.clear()
-    plan = await make_plan(engine.planner, action="retry", filter=PlanFilter())
+    plan = await make_plan(engine.planner, action="retry", filter=cmd.PlanFilter())
     assert ([job.id for job in plan.jobs], plan.more) == (["needle"], False)
-    plan = await make_plan(engine.planner, action="retry", filter=PlanFilter(status="queued"))
+    plan = await make_plan(engine.planner, action="retry", filter=cmd.PlanFilter(status="queued"))
     assert (plan.count, plan.skipped_count, plan.more) == (0, 0, False)
     assert plan.scope == "Only failed and cancelled jobs can be retried."
 
@@ -609,7 +586,7 @@ async def test_jobs_that_the_action_does_not_apply_to_are_not_read(engine: Virtu
 @in_engine()
 async def test_a_plan_finds_a_text_in_every_searched_field(engine: VirtualEngine) -> None:
     await create_failed(engine, "needle", *(f"j{n}" for n in range(20)))
-    plan = await make_plan(engine.planner, action="retry", filter=PlanFilter(q="NEEDLE"))
+    plan = await make_plan(engine.planner, action="retry", filter=cmd.PlanFilter(q="NEEDLE"))
     assert [job.id for job in plan.jobs] == ["needle"]
 
 
@@ -623,7 +600,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 @in_engine()
 async def test_a_plan_that_takes_too_long_ends_and_the_next_one_continues(engine: VirtualEngine) -> None:
     await create_failed(engine, "a", "b", "c", "d")
-    found = await all_plans(engine.planner, action="retry", filter=PlanFilter(queue="default"))
+    found = await all_plans(engine.planner, action="retry", filter=cmd.PlanFilter(queue="default"))
     assert len(found) > 2
     assert [job_id for each in found for job_id in each] == ["d", "c", "b", "a"]
 
@@ -631,10 +608,10 @@ async def test_a_plan_that_takes_too_long_ends_and_the_next_one_continues(engine
 @in_engine()
 async def test_a_cursor_only_continues_a_plan_of_the_same_request(engine: VirtualEngine) -> None:
     for request in (
-        MakePlan(action="cancel", filter=PlanFilter(), cursor="failed.7"),
-        MakePlan(action="retry", filter=PlanFilter(status="cancelled"), cursor="failed.7"),
-        MakePlan(action="retry", filter=PlanFilter(error="0123456789ab"), cursor="cancelled.7"),
-        MakePlan(action="retry", ids=["a"], cursor="failed.7"),
+        cmd.MakePlan(action="cancel", filter=cmd.PlanFilter(), cursor="failed.7"),
+        cmd.MakePlan(action="retry", filter=cmd.PlanFilter(status="cancelled"), cursor="failed.7"),
+        cmd.MakePlan(action="retry", filter=cmd.PlanFilter(error="0123456789ab"), cursor="cancelled.7"),
+        cmd.MakePlan(action="retry", ids=["a"], cursor="failed.7"),
     ):
         wrong = await engine.planner.make(request, "x")
         assert isinstance(wrong, ApiError), request
@@ -643,10 +620,10 @@ async def test_a_cursor_only_continues_a_plan_of_the_same_request(engine: Virtua
 
 @in_engine()
 async def test_a_job_that_changes_status_during_planning_is_listed_once(engine: VirtualEngine) -> None:
-    await engine.yes(Create(id="a"))
-    making = asyncio.create_task(make_plan(engine.planner, action="cancel", filter=PlanFilter()))
+    await engine.yes(cmd.Create(id="a"))
+    making = asyncio.create_task(make_plan(engine.planner, action="cancel", filter=cmd.PlanFilter()))
     await asyncio.sleep(plan_builder.PAUSE_S / 2)
-    await engine.yes(Start(id="a", worker="w"))
+    await engine.yes(cmd.Start(id="a", worker="w"))
     plan = await making
     assert [(job.id, job.from_) for job in plan.jobs] == [("a", "queued")]
     result = await apply_plan(engine.planner)
@@ -656,7 +633,7 @@ async def test_a_job_that_changes_status_during_planning_is_listed_once(engine: 
 @in_engine()
 async def test_a_short_plan_does_not_wait_for_a_long_one(engine: VirtualEngine) -> None:
     await create_failed(engine, *(f"j{n}" for n in range(3 * plan_builder.PAGE)))
-    long = asyncio.create_task(make_plan(engine.planner, "long", action="delete", filter=PlanFilter()))
+    long = asyncio.create_task(make_plan(engine.planner, "long", action="delete", filter=cmd.PlanFilter()))
     await asyncio.sleep(plan_builder.PAUSE_S / 2)
     short = await make_plan(engine.planner, "short", action="delete", ids=["j3"])
     assert (short.count, long.done()) == (1, False)
@@ -666,9 +643,9 @@ async def test_a_short_plan_does_not_wait_for_a_long_one(engine: VirtualEngine) 
 @in_engine()
 async def test_empty_plans_displace_no_others(engine: VirtualEngine) -> None:
     await create_failed(engine, "a")
-    await make_plan(engine.planner, "full", action="retry", filter=PlanFilter())
+    await make_plan(engine.planner, "full", action="retry", filter=cmd.PlanFilter())
     for n in range(plan_runner.MAX_PLANS + 2):
-        await make_plan(engine.planner, f"p{n}", action="cancel", filter=PlanFilter())
+        await make_plan(engine.planner, f"p{n}", action="cancel", filter=cmd.PlanFilter())
     assert isinstance(engine.planner.find("full"), PlanView)
     assert isinstance(engine.planner.find("p0"), ApiError)
     assert isinstance(engine.planner.find(f"p{plan_runner.MAX_PLANS + 1}"), PlanView)
@@ -676,11 +653,11 @@ async def test_empty_plans_displace_no_others(engine: VirtualEngine) -> None:
 
 @in_engine()
 async def test_concurrent_plans_are_limited_and_need_a_filter_or_ids(engine: VirtualEngine) -> None:
-    for request in (MakePlan(action="retry"), MakePlan(action="retry", filter=PlanFilter(), ids=["a"])):
+    for request in (cmd.MakePlan(action="retry"), cmd.MakePlan(action="retry", filter=cmd.PlanFilter(), ids=["a"])):
         wrong = await engine.planner.make(request, "x")
         assert isinstance(wrong, ApiError)
         assert wrong.code == "invalid_request"
-    request = MakePlan(action="retry", filter=PlanFilter())
+    request = cmd.MakePlan(action="retry", filter=cmd.PlanFilter())
     ids = [f"p{n}" for n in range(plan_runner.MAX_BUILDERS + 1)]
     responses = await asyncio.gather(*(engine.planner.make(request, plan_id) for plan_id in ids))
     assert [response.code for response in responses if isinstance(response, ApiError)] == ["overloaded"]
@@ -689,7 +666,7 @@ async def test_concurrent_plans_are_limited_and_need_a_filter_or_ids(engine: Vir
 @in_engine()
 async def test_a_stopping_daemon_ends_a_plan_after_its_slice(engine: VirtualEngine) -> None:
     await create_failed(engine, *(f"j{n}" for n in range(3 * plan_runner.SLICE)))
-    await make_plan(engine.planner, action="retry", filter=PlanFilter())
+    await make_plan(engine.planner, action="retry", filter=cmd.PlanFilter())
     waiting = asyncio.create_task(engine.planner.apply("p", EVE))
     await asyncio.sleep(plan_builder.PAUSE_S / 2)
     await engine.planner.close()
@@ -709,22 +686,22 @@ def test_a_preview_lists_what_recovery_would_do_and_changes_nothing() -> None:
     rules.create("late", expires_at=rules.now + 10)
     rules.advance(3_600_000)
     before = [(job.id, job.status) for job in rules.rows.values()]
-    decision = rules.decide(Preview(limit=9))
+    decision = rules.decide(cmd.Preview(limit=9))
     assert decision.changes == []
     assert isinstance(decision.answer, Response)
     seen = decision.answer.data
     assert {(each.job_id, each.action) for each in seen.details} == {("stuck", "failed"), ("fresh", "reset")}
     assert (seen.expired, seen.more) == (["late"], False)
     assert [(job.id, job.status) for job in rules.rows.values()] == before
-    assert rules.accept(Preview(limit=1)).more
+    assert rules.accept(cmd.Preview(limit=1)).more
 
 
 def test_a_preview_counts_expired_locks() -> None:
     rules = RuleHarness()
     rules.held("a", stall_after_ms=DAY_MS, progress_timeout_ms=0)
-    assert rules.accept(Preview(limit=9)).locks == 0
+    assert rules.accept(cmd.Preview(limit=9)).locks == 0
     rules.advance(rules.policy.lock_ttl_ms)
-    assert rules.accept(Preview(limit=9)).locks == 1
+    assert rules.accept(cmd.Preview(limit=9)).locks == 1
 
 
 def test_a_preview_reports_that_it_is_incomplete() -> None:
@@ -733,7 +710,7 @@ def test_a_preview_reports_that_it_is_incomplete() -> None:
         rules.create(name, expires_at=rules.now + 10)
     rules.advance(10)
     for limit, named in ((1, ["a"]), (2, ["a", "b"])):
-        seen = rules.accept(Preview(limit=limit))
+        seen = rules.accept(cmd.Preview(limit=limit))
         assert (seen.expired, seen.more) == (named, limit < 2)
 
 
@@ -743,8 +720,8 @@ async def test_a_preview_of_a_cleanup_run_matches_the_run() -> None:
     storage.put(row(1, "over", progress=120))
     async with VirtualEngine(storage) as engine:
         await engine.held("stuck", lock_ttl_ms=SECOND_MS)
-        await engine.yes(Create(id="late", expires_at=engine.now + SECOND_MS))
-        await engine.yes(Import(id="old", status="failed", error_message="x", expires_at=WALL + SECOND_MS))
+        await engine.yes(cmd.Create(id="late", expires_at=engine.now + SECOND_MS))
+        await engine.yes(cmd.Import(id="old", status="failed", error_message="x", expires_at=WALL + SECOND_MS))
         await asyncio.sleep(120)
         view = await engine.maintainer.preview()
         assert isinstance(view, PreviewView)
@@ -800,7 +777,9 @@ async def test_a_preview_lists_expired_jobs_even_if_few_are_read_at_a_time() -> 
 
     async with VirtualEngine(storage) as engine:
         for number in range(1, 7):
-            await engine.yes(Import(id=f"old-{number}", status="failed", error_message="x", expires_at=WALL + number))
+            await engine.yes(
+                cmd.Import(id=f"old-{number}", status="failed", error_message="x", expires_at=WALL + number)
+            )
         await asyncio.sleep(60)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(storage, "expired_jobs", one)
@@ -815,7 +794,7 @@ async def test_a_preview_lists_expired_jobs_even_if_few_are_read_at_a_time() -> 
 
 @in_engine()
 async def test_a_preview_while_the_clock_is_suspect_deletes_nothing(engine: VirtualEngine) -> None:
-    await engine.yes(Import(id="old", status="failed", error_message="x", expires_at=WALL + SECOND_MS))
+    await engine.yes(cmd.Import(id="old", status="failed", error_message="x", expires_at=WALL + SECOND_MS))
     await asyncio.sleep(60)
     engine.step_ms = 2 * DAY_MS
     view = await engine.maintainer.preview()
@@ -838,14 +817,14 @@ async def test_a_preview_while_the_clock_is_suspect_deletes_nothing(engine: Virt
 
 
 async def attempt(engine: VirtualEngine, job_id: str, *, fails: bool = False) -> None:
-    lock_id = (await engine.yes(Start(id=job_id, worker="w"))).lock_id
+    lock_id = (await engine.yes(cmd.Start(id=job_id, worker="w"))).lock_id
     await engine.yes(
-        Fail(id=job_id, lock_id=lock_id, error_message="e") if fails else Complete(id=job_id, lock_id=lock_id)
+        cmd.Fail(id=job_id, lock_id=lock_id, error_message="e") if fails else cmd.Complete(id=job_id, lock_id=lock_id)
     )
 
 
 async def statuses(engine: VirtualEngine, *ids: str) -> list[str]:
-    return [(await engine.yes(Get(id=job_id))).status for job_id in ids]
+    return [(await engine.yes(cmd.Get(id=job_id))).status for job_id in ids]
 
 
 @in_engine()
@@ -853,7 +832,7 @@ async def test_the_other_jobs_follow_a_trial_that_completes(engine: VirtualEngin
     await create_failed(engine, "a", "b", "c")
     planner = engine.planner
     assert (await make_plan(planner, action="retry", ids=["a", "b", "c"])).outcome is None
-    await engine.yes(Update(id="a", priority=3))
+    await engine.yes(cmd.Update(id="a", priority=3))
     result = await apply_plan(planner, trial=True)
     assert (result.applied, result.left, result.trial) == (1, 1, PlanTrial("b", "waiting")), "a has changed"
     assert (await apply_plan(planner)).trial == PlanTrial("b", "waiting"), "a repeated request"
@@ -886,7 +865,7 @@ def test_no_job_follows_a_trial_that_does_not_complete(end: str) -> None:
             if end == "the daemon stops":
                 await planner.close()
             elif end == "is cancelled":
-                await engine.yes(Cancel(id="a"))
+                await engine.yes(cmd.Cancel(id="a"))
             else:
                 await attempt(engine, "a", fails=True)
             view = await until_applied(planner)
@@ -901,7 +880,7 @@ def test_no_job_follows_a_trial_that_does_not_complete(end: str) -> None:
 async def test_a_trial_without_a_job_left_to_try_ends(engine: VirtualEngine) -> None:
     await create_failed(engine, "a")
     await make_plan(engine.planner, action="retry", ids=["a"])
-    await engine.yes(Update(id="a", priority=3))
+    await engine.yes(cmd.Update(id="a", priority=3))
     result = await apply_plan(engine.planner, trial=True)
     assert (result.applied, result.left, result.trial) == (0, 0, None)
 
@@ -914,13 +893,16 @@ async def test_the_jobs_of_a_plan_become_due_at_its_rate(
     ids = [f"j{number}" for number in range(5)]
     await create_failed(engine, *ids)
     await make_plan(engine.planner, action="retry", ids=ids)
-    result = await apply_plan(engine.planner, rate=PlanRate(2))
-    due = [(await engine.yes(Get(id=job_id))).run_at for job_id in ids]
+    result = await apply_plan(engine.planner, rate=cmd.PlanRate(2))
+    due = [(await engine.yes(cmd.Get(id=job_id))).run_at for job_id in ids]
     assert [at - due[0] for at in due] == [0, 500, 1_000, 1_500, 2_000]
     assert result.due_until == due[-1]
     assert list(engine.disk.audited.values())[-1].details["rate"] == {"count": 2, "per_ms": 1_000}  # type: ignore[index]
     await make_plan(engine.planner, "c", action="cancel", ids=ids)
-    wrong = [await engine.planner.apply("c", EVE, trial=True), await engine.planner.apply("c", EVE, rate=PlanRate(2))]
+    wrong = [
+        await engine.planner.apply("c", EVE, trial=True),
+        await engine.planner.apply("c", EVE, rate=cmd.PlanRate(2)),
+    ]
     assert [each.details for each in wrong if isinstance(each, ApiError)] == [{"field": "$.trial"}, {"field": "$.rate"}]
 
 
@@ -931,12 +913,12 @@ async def test_a_plan_counts_how_its_jobs_end(engine: VirtualEngine) -> None:
     await apply_plan(engine.planner)
     await attempt(engine, "a")
     await attempt(engine, "b", fails=True)
-    await engine.yes(Cancel(id="c"))
-    await engine.yes(Start(id="d", worker="w"))
+    await engine.yes(cmd.Cancel(id="c"))
+    await engine.yes(cmd.Start(id="d", worker="w"))
     view = engine.planner.find("p")
     assert isinstance(view, PlanView)
     assert str(view.outcome) == "1 completed, 1 failed again, 1 cancelled, 2 wait"
-    await engine.yes(Delete(id="a"))
+    await engine.yes(cmd.Delete(id="a"))
     await make_plan(engine.planner, "q", action="retry", ids=["b"])
     await apply_plan(engine.planner, "q")
     await attempt(engine, "b")

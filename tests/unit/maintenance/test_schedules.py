@@ -8,22 +8,14 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from jobd.maintenance.schedules import Scheduler
-from jobd.model.commands import (
-    Create,
-    DeleteSchedule,
-    PauseSchedule,
-    PutSchedule,
-    ResumeSchedule,
-    RunSchedule,
-    ScheduledJob,
-)
+from jobd.model import commands as cmd
 from jobd.model.job import DAY_MS, HOUR_MS, MINUTE_MS
 from tests.support.virtual_engine import VirtualEngine, checked_engine, in_virtual_time
 
 
-def put(**fields: Any) -> PutSchedule:
-    given: dict[str, Any] = {"id": "s", "every_ms": MINUTE_MS, "overlap": "allow", "job": ScheduledJob()}
-    return PutSchedule(**given | fields, source="app:x")
+def put(**fields: Any) -> cmd.PutSchedule:
+    given: dict[str, Any] = {"id": "s", "every_ms": MINUTE_MS, "overlap": "allow", "job": cmd.ScheduledJob()}
+    return cmd.PutSchedule(**given | fields, source="app:x")
 
 
 @asynccontextmanager
@@ -109,7 +101,7 @@ async def test_a_suspect_clock_fires_nothing() -> None:
 async def test_rejected_firings_are_made_up() -> None:
     async with checked_engine() as engine, running(engine):
         engine.actor.policy = engine.actor.policy.__class__(live_jobs=1)
-        await engine.yes(Create(id="a"))
+        await engine.yes(cmd.Create(id="a"))
         await engine.yes(put())
         await asyncio.sleep(130)
         assert times(engine) == []
@@ -125,7 +117,7 @@ async def test_a_rejected_schedule_does_not_delay_others() -> None:
         engine.actor.policy = engine.actor.policy.__class__(queues=1)
         await engine.yes(put(every_ms=1_000))
         await asyncio.sleep(2)
-        await engine.yes(put(id="rejected", every_ms=1_000, job=ScheduledJob(queue="other")))
+        await engine.yes(put(id="rejected", every_ms=1_000, job=cmd.ScheduledJob(queue="other")))
         await asyncio.sleep(30)
         assert (len(times(engine)), engine.state.schedules["s"].missed) in ((31, 0), (32, 0))
 
@@ -137,7 +129,7 @@ async def test_runs_between_two_times_are_not_planned() -> None:
         task = asyncio.create_task(scheduler.run())
         await engine.yes(put(every_ms=DAY_MS))
         for _ in range(5):
-            await engine.yes(RunSchedule(id="s"))
+            await engine.yes(cmd.RunSchedule(id="s"))
             await asyncio.sleep(1)
         assert len(scheduler._heap) == 1
         scheduler.stop()
@@ -148,17 +140,17 @@ async def test_runs_between_two_times_are_not_planned() -> None:
 async def test_a_pause_ends_by_itself_and_nothing_of_it_is_made_up() -> None:
     async with checked_engine() as engine, running(engine):
         await engine.yes(put())
-        await engine.yes(PauseSchedule(id="s", until=engine.now + 10 * MINUTE_MS))
+        await engine.yes(cmd.PauseSchedule(id="s", until=engine.now + 10 * MINUTE_MS))
         await asyncio.sleep(599)
         assert times(engine) == []
         await asyncio.sleep(62)
         assert len(times(engine)) == 1
-        await engine.yes(PauseSchedule(id="s"))
+        await engine.yes(cmd.PauseSchedule(id="s"))
         await asyncio.sleep(3_600)
-        await engine.yes(ResumeSchedule(id="s"))
+        await engine.yes(cmd.ResumeSchedule(id="s"))
         await asyncio.sleep(61)
         assert len(times(engine)) == 2
-        await engine.yes(DeleteSchedule(id="s"))
+        await engine.yes(cmd.DeleteSchedule(id="s"))
         await asyncio.sleep(3_600)
         assert len(times(engine)) == 2
 

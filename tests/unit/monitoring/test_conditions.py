@@ -13,22 +13,8 @@ from msgspec.structs import replace
 from jobd.core.stats import HOURS_NEEDED, SAMPLES_NEEDED
 from jobd.engine.clock import loop_time
 from jobd.maintenance.cleanup_run import CleanupSchedule
+from jobd.model import commands as cmd
 from jobd.model.clocks import MonotonicS
-from jobd.model.commands import (
-    Claim,
-    Complete,
-    EndGrants,
-    Extend,
-    Fail,
-    Fire,
-    Goodbye,
-    Pause,
-    PauseSchedule,
-    PutSchedule,
-    Release,
-    ScheduledJob,
-    Start,
-)
 from jobd.model.job import DAY_MS, HOUR_MS, Job, Options
 from jobd.model.responses import ClusterView, HealthView, NodeView
 from jobd.model.storage import DiskSpace
@@ -81,7 +67,7 @@ def test_each_condition_opens_in_time_with_its_number_and_cure(condition: str) -
 async def stall(stage: Stage) -> float:
     stage.engine.maintainer.stop()  # nothing is recovered
     await stage.create("film", 6)
-    await stage.engine.yes(Claim(queues=["film"], worker="w-1", limit=6, lock_ttl_ms=1_000, stall_after_ms=0))
+    await stage.engine.yes(cmd.Claim(queues=["film"], worker="w-1", limit=6, lock_ttl_ms=1_000, stall_after_ms=0))
     await seconds(1)
     stage.act(stage.creates("other", 1))  # commands advance the time of the state
     return 0
@@ -90,7 +76,7 @@ async def stall(stage: Stage) -> float:
 @case("processing_jobs", "21 jobs are processing")
 async def process_many(stage: Stage) -> float:
     await stage.create("film", 21)
-    await stage.engine.yes(Claim(queues=["film"], worker="w-1", limit=21, lock_ttl_ms=HOUR_MS))
+    await stage.engine.yes(cmd.Claim(queues=["film"], worker="w-1", limit=21, lock_ttl_ms=HOUR_MS))
     return 0
 
 
@@ -98,7 +84,7 @@ async def process_many(stage: Stage) -> float:
 async def work_long(stage: Stage) -> float:
     lock_id = await stage.engine.held(lock_ttl_ms=2 * HOUR_MS, progress_timeout_ms=0)
     await seconds(3_600)
-    await stage.engine.yes(Complete(id="a", lock_id=lock_id))
+    await stage.engine.yes(cmd.Complete(id="a", lock_id=lock_id))
     return 0
 
 
@@ -110,8 +96,8 @@ async def read_invalid_rows(stage: Stage) -> float:
 @case("granted_twice", "Two workers may have worked on it at once (1 in the last hour)")
 async def grant_twice(stage: Stage) -> float:
     await stage.engine.held()
-    await stage.engine.yes(EndGrants(ids=["a"], last=True), by="daemon")
-    await stage.engine.yes(Start(id="a", worker="w-2"))
+    await stage.engine.yes(cmd.EndGrants(ids=["a"], last=True), by="daemon")
+    await stage.engine.yes(cmd.Start(id="a", worker="w-2"))
     return 0
 
 
@@ -153,7 +139,7 @@ async def break_webhook(stage: Stage) -> float:
 @case("no_workers", "1 job is due, for ")
 async def lose_workers(stage: Stage) -> float:
     await stage.claim("mail", "mailer-1")
-    await stage.engine.yes(Goodbye(name="mailer-1", reason="stopped"))
+    await stage.engine.yes(cmd.Goodbye(name="mailer-1", reason="stopped"))
     await stage.create("mail", kind="receipt")
     return 120
 
@@ -169,7 +155,7 @@ async def wait_long(stage: Stage) -> float:
 async def fail_all(stage: Stage) -> float:
     for number in range(20):
         lock_id = await stage.engine.held(f"bad-{number}")
-        await stage.engine.yes(Fail(id=f"bad-{number}", lock_id=lock_id, error_message="503", error_code="E"))
+        await stage.engine.yes(cmd.Fail(id=f"bad-{number}", lock_id=lock_id, error_message="503", error_code="E"))
     return 0
 
 
@@ -198,7 +184,7 @@ async def release_over_and_over(stage: Stage) -> float:
     for number in range(10):
         await seconds(60 * (number > 4))
         (granted,) = await stage.claim("film", "w-1")
-        await stage.engine.yes(Release(id="a", lock_id=granted.lock_id))
+        await stage.engine.yes(cmd.Release(id="a", lock_id=granted.lock_id))
     return 0
 
 
@@ -215,7 +201,7 @@ async def fail_and_retry(stage: Stage) -> float:
         while True:
             await stage.create("sync", max_attempts=5)
             for granted in await stage.claim("sync", "w-1"):
-                fail = Fail(id=granted.job.id, lock_id=granted.lock_id, error_message="503", error_code="E")
+                fail = cmd.Fail(id=granted.job.id, lock_id=granted.lock_id, error_message="503", error_code="E")
                 await stage.engine.yes(replace(fail, retry_after_ms=HOUR_MS))
             await seconds(10)
 
@@ -270,17 +256,17 @@ async def die_one_by_one(stage: Stage) -> float:
 @case("paused_without_reason", "Paused ")
 async def pause(stage: Stage) -> float:
     await stage.create("film")
-    await stage.engine.yes(Pause(name="film"))
+    await stage.engine.yes(cmd.Pause(name="film"))
     return 900
 
 
 async def fire(stage: Stage, **missed: Any) -> None:
     """Fire a schedule at four times ahead. The job of the first is not due yet, so the others are skipped."""
-    await stage.engine.yes(PutSchedule(id="night", every_ms=HOUR_MS, job=ScheduledJob(), source="app:shop"))
+    await stage.engine.yes(cmd.PutSchedule(id="night", every_ms=HOUR_MS, job=cmd.ScheduledJob(), source="app:shop"))
     for number in range(1, 5):
         at = stage.engine.now + number * HOUR_MS
         version = stage.engine.state.schedules["night"].version
-        await stage.engine.yes(Fire(id="night", version=version, scheduled_at=at, **missed), by="schedule:night")
+        await stage.engine.yes(cmd.Fire(id="night", version=version, scheduled_at=at, **missed), by="schedule:night")
 
 
 @case("schedule_skipping", ": night:")
@@ -353,13 +339,13 @@ async def work_behind_a_long_job(stage: Stage) -> None:
 @quiet
 async def pause_with_a_reason(stage: Stage) -> None:
     await stage.create("film", 50)
-    await stage.engine.yes(Pause(name="film", reason="bad files from a partner"))
+    await stage.engine.yes(cmd.Pause(name="film", reason="bad files from a partner"))
 
 
 @quiet
 async def pause_a_schedule(stage: Stage) -> None:
     await fire(stage, missed=1)
-    await stage.engine.yes(PauseSchedule(id="night"))
+    await stage.engine.yes(cmd.PauseSchedule(id="night"))
 
 
 @quiet
@@ -369,9 +355,9 @@ async def start_jobs_by_id(stage: Stage) -> None:
     async def starts() -> None:
         await seconds(60)
         for number in range(1_000):
-            granted = await stage.engine.yes(Start(id=f"job-{number}", worker="w-1"))
+            granted = await stage.engine.yes(cmd.Start(id=f"job-{number}", worker="w-1"))
             await stage.hold(granted, 60)
-            await stage.engine.yes(Complete(id=granted.job.id, lock_id=granted.lock_id))
+            await stage.engine.yes(cmd.Complete(id=granted.job.id, lock_id=granted.lock_id))
 
     async def creates() -> None:
         for number in range(1_000):
@@ -388,8 +374,8 @@ async def restart_workers_one_after_another(stage: Stage) -> None:
         await seconds(from_s)
         while (until_s := until_s - 5) > from_s:
             for granted in await stage.claim("mail", name, 5_000, host="web", version="2"):
-                await stage.engine.yes(Complete(id=granted.job.id, lock_id=granted.lock_id))
-        await stage.engine.yes(Goodbye(name=name, reason="stopped"))
+                await stage.engine.yes(cmd.Complete(id=granted.job.id, lock_id=granted.lock_id))
+        await stage.engine.yes(cmd.Goodbye(name=name, reason="stopped"))
 
     stage.act(stage.creates("mail", 1))
     for number in range(20):
@@ -410,7 +396,7 @@ async def snooze_every_minute(stage: Stage) -> None:
     async def snoozes() -> None:
         while True:
             for granted in await stage.claim("poll", "w-1", 30_000):
-                await stage.engine.yes(Release(id=granted.job.id, lock_id=granted.lock_id, delay_ms=60_000))
+                await stage.engine.yes(cmd.Release(id=granted.job.id, lock_id=granted.lock_id, delay_ms=60_000))
 
     await stage.create("poll")
     stage.act(snoozes())
@@ -435,9 +421,9 @@ async def restart_the_daemon_with_many_workers(stage: Stage) -> None:
     async def returns(number: int, held: Job) -> None:
         assert held.grant is not None
         await seconds(number % 30)
-        await stage.engine.yes(Extend(id=held.id, lock_id=held.grant.lock_id))
+        await stage.engine.yes(cmd.Extend(id=held.id, lock_id=held.grant.lock_id))
         await seconds(30 + number % 30)
-        await stage.engine.yes(Complete(id=held.id, lock_id=held.grant.lock_id))
+        await stage.engine.yes(cmd.Complete(id=held.id, lock_id=held.grant.lock_id))
         await stage.works("film", held.grant.worker, 5)
 
     for number, job in enumerate(list(stage.engine.state.processing.values())):
@@ -482,7 +468,7 @@ def test_a_pair_that_loses_its_worker_right_after_the_start_is_found_in_three_mi
             lost_at: dict[str, MonotonicS] = {}
             for queue in ("mail", "billing"):
                 await stage.claim(queue, f"{queue}-1")
-                await stage.engine.yes(Goodbye(name=f"{queue}-1", reason="stopped"))
+                await stage.engine.yes(cmd.Goodbye(name=f"{queue}-1", reason="stopped"))
                 await stage.create(queue)
                 lost_at[queue] = loop_time()
                 await seconds(60)

@@ -11,20 +11,8 @@ from structlog.testing import capture_logs
 
 from jobd.core.stats import HOURS_NEEDED, SAMPLES_NEEDED, SLOW_JOBS, STEP_MS
 from jobd.engine.clock import loop_time
+from jobd.model import commands as cmd
 from jobd.model.clocks import BootMs
-from jobd.model.commands import (
-    About,
-    AddQuietRule,
-    Claim,
-    Complete,
-    Create,
-    EndGrants,
-    Fail,
-    Goodbye,
-    Pause,
-    Progress,
-    Start,
-)
 from jobd.model.events import Event
 from jobd.model.job import DAY_MS, HOUR_MS, MINUTE_MS, Job, Options
 from jobd.model.problems import Problem, Subject
@@ -55,15 +43,15 @@ async def found(problems: ProblemBoard) -> dict[str, Problem]:
 
 
 async def waiting(engine: VirtualEngine, queue: str, kind: str = "") -> None:
-    await engine.yes(Create(queue=queue, kind=kind))
+    await engine.yes(cmd.Create(queue=queue, kind=kind))
 
 
 @in_engine()
 async def test_two_queues_without_workers_are_two_problems_with_their_own_times(engine: VirtualEngine) -> None:
     problems = problems_of(engine, hold_ms=30_000, clear_ms=60_000)
-    about = About(host="web-1")
-    await engine.yes(Claim(queues=["mail"], worker="mailer-1", about=about))
-    await engine.yes(Goodbye(name="mailer-1", reason="stopped"))
+    about = cmd.About(host="web-1")
+    await engine.yes(cmd.Claim(queues=["mail"], worker="mailer-1", about=about))
+    await engine.yes(cmd.Goodbye(name="mailer-1", reason="stopped"))
     await waiting(engine, "mail", "receipt")
     await seconds(60)
     await waiting(engine, "billing")
@@ -82,7 +70,7 @@ async def test_two_queues_without_workers_are_two_problems_with_their_own_times(
     )
     assert mail.hides == ["waits/mail/receipt"]
     assert mail.cure[0].command == "jobctl run --queue mail -- CMD"
-    await engine.yes(Claim(queues=["mail"], worker="mailer-2"))
+    await engine.yes(cmd.Claim(queues=["mail"], worker="mailer-2"))
     await problems.check()
     await seconds(60)
     await problems.check()
@@ -102,12 +90,12 @@ def _job_of(problem: Problem) -> str:
 async def test_busy_starting_and_paused_pairs_do_not_lack_workers(engine: VirtualEngine) -> None:
     problems = problems_of(engine)
     for queue in ("busy", "started", "paused", "other"):
-        await engine.yes(Create(id=f"first-{queue}", queue=queue, kind="film"))
-        await engine.yes(Create(id=f"next-{queue}", queue=queue, kind="film"))
-    await engine.yes(Claim(queues=["busy"], worker="w-1", lock_ttl_ms=HOUR_MS))
-    await engine.yes(Start(id="first-started", worker="w-2", lock_ttl_ms=HOUR_MS))
-    await engine.yes(Pause(name="paused"))
-    await engine.yes(Claim(queues=["other"], kinds=["song"], worker="w-3"))
+        await engine.yes(cmd.Create(id=f"first-{queue}", queue=queue, kind="film"))
+        await engine.yes(cmd.Create(id=f"next-{queue}", queue=queue, kind="film"))
+    await engine.yes(cmd.Claim(queues=["busy"], worker="w-1", lock_ttl_ms=HOUR_MS))
+    await engine.yes(cmd.Start(id="first-started", worker="w-2", lock_ttl_ms=HOUR_MS))
+    await engine.yes(cmd.Pause(name="paused"))
+    await engine.yes(cmd.Claim(queues=["other"], kinds=["song"], worker="w-3"))
     await seconds(301)
     assert (await found(problems))["waits/busy/film"].cure[1].command == "jobctl run --queue busy -- CMD"
     listed = {each.id: each.title for each in (await found(problems)).values()}
@@ -118,11 +106,11 @@ async def test_busy_starting_and_paused_pairs_do_not_lack_workers(engine: Virtua
     }
     await seconds(600)
     assert "paused_without_reason/paused" in await found(problems)
-    await engine.yes(Pause(name="paused", reason="deploy"))
+    await engine.yes(cmd.Pause(name="paused", reason="deploy"))
     assert "paused_without_reason/paused" not in await found(problems)
     (known,) = problems.view().known
     assert (known.jobs, "deploy" in known.title) == (2, True)
-    rule = await engine.yes(AddQuietRule(host="web-1", reason="bad build"), by="admin:ana")
+    rule = await engine.yes(cmd.AddQuietRule(host="web-1", reason="bad build"), by="admin:ana")
     await problems.check()
     known = problems.view().known[-1]
     assert (known.id, known.since) == ("quiet/web-1", rule.at)
@@ -166,9 +154,9 @@ async def test_failing_holds_from_half_of_the_attempts_of_a_pair(engine: Virtual
         lock_id = await engine.held(f"a-{number}", queue="a", kind="k")
         assert await found(problems) == {}
         if number < 10:
-            await engine.yes(Complete(id=f"a-{number}", lock_id=lock_id))
+            await engine.yes(cmd.Complete(id=f"a-{number}", lock_id=lock_id))
         else:
-            fail = Fail(id=f"a-{number}", lock_id=lock_id, error_message="Error: no codec\nat", error_code="Error")
+            fail = cmd.Fail(id=f"a-{number}", lock_id=lock_id, error_message="Error: no codec\nat", error_code="Error")
             await engine.yes(fail)
     (failing,) = (await found(problems)).values()
     assert (failing.id, failing.severity, failing.value, failing.jobs) == ("failing/a/k", "warning", 50, 10)
@@ -191,13 +179,13 @@ async def test_jobs_that_expire_or_are_due_far_ahead_and_silent_workers(engine: 
             engine.run_maintainer()
             await engine.maintainer.run_cleanup(forced=True)
             assert list(await found(problems)) == ["expiring/push"]
-        await engine.yes(Create(queue="geo", delay_ms=8 * DAY_MS))
+        await engine.yes(cmd.Create(queue="geo", delay_ms=8 * DAY_MS))
         if number < 10:
             assert await found(problems) == {}
-            await engine.yes(Create(queue="push", expires_in_ms=20_000))
+            await engine.yes(cmd.Create(queue="push", expires_in_ms=20_000))
     await engine.held("a", queue="film", lock_ttl_ms=60_000, stall_after_ms=HOUR_MS)
     await seconds(62)
-    await engine.yes(Create(queue="geo"))  # any command advances the time of the state
+    await engine.yes(cmd.Create(queue="geo"))  # any command advances the time of the state
     listed = await found(problems)
     assert listed["expiring/push"].title.startswith("10 of 10 jobs expired before a worker took them. No worker")
     assert listed["due_far/geo"].title == "20 of 21 jobs created in the last 10 minutes are due in over a week."
@@ -212,7 +200,7 @@ async def test_jobs_due_far_ahead_are_usual_on_the_second_day(engine: VirtualEng
     problems = problems_of(engine)
     for day in range(2):
         for _ in range(20):
-            await engine.yes(Create(queue="geo", delay_ms=30 * DAY_MS))
+            await engine.yes(cmd.Create(queue="geo", delay_ms=30 * DAY_MS))
         assert ("due_far/geo" in await found(problems)) == (day == 0)
         await seconds(86_400)
 
@@ -221,12 +209,12 @@ async def test_jobs_due_far_ahead_are_usual_on_the_second_day(engine: VirtualEng
 async def test_a_silent_worker_says_what_becomes_of_its_jobs(engine: VirtualEngine) -> None:
     problems = problems_of(engine)
     for options in ({}, {}, {"id": "half"}, {"max_stalls": 0}, {"on_stall": "fail"}):
-        await engine.yes(Create(queue="film", **options))
-    claim = Claim(queues=["film"], worker="w-1", limit=5, lock_ttl_ms=60_000, stall_after_ms=0)
+        await engine.yes(cmd.Create(queue="film", **options))
+    claim = cmd.Claim(queues=["film"], worker="w-1", limit=5, lock_ttl_ms=60_000, stall_after_ms=0)
     locks = {each.job.id: each.lock_id for each in (await engine.yes(claim)).grants}
-    await engine.yes(Progress(id="half", lock_id=locks["half"], progress=40))
+    await engine.yes(cmd.Progress(id="half", lock_id=locks["half"], progress=40))
     await seconds(60)
-    await engine.yes(Create())
+    await engine.yes(cmd.Create())
     title = (await found(problems))["worker_silent/w-1"].title
     outcomes = "2 are queued again, 1 fails (no attempts left), 1 fails (max_stalls), 1 fails (on_stall)."
     assert title.endswith(f"UTC, {outcomes}")
@@ -300,8 +288,8 @@ async def test_conditions_of_the_daemon_say_what_holds() -> None:
         engine.run_maintainer()
         await engine.maintainer.run_cleanup(forced=True)
         lock_id = await engine.held("cat-1")
-        await engine.yes(EndGrants(ids=["cat-1"], last=True), by="daemon")
-        await engine.yes(Start(id="cat-1", worker="w-2", lock_ttl_ms=HOUR_MS))
+        await engine.yes(cmd.EndGrants(ids=["cat-1"], last=True), by="daemon")
+        await engine.yes(cmd.Start(id="cat-1", worker="w-2", lock_ttl_ms=HOUR_MS))
         await seconds(2)
         engine.state.counters.recovered[engine.now // STEP_MS] = 1
         engine.state.quarantined["bad-1"] = "checksum"

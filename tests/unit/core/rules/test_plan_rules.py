@@ -15,17 +15,9 @@ from jobd.core.transaction import Transaction
 from jobd.maintenance import plan_builder, plan_runner
 from jobd.maintenance.plan_runner import Planner
 from jobd.model import commands as cmd
+from jobd.model import responses
 from jobd.model.errors import ApiError, ApiException
 from jobd.model.job import DAY_MS, HOUR_MS, MINUTE_MS, SECOND_MS, Job, requeues_on_stall
-from jobd.model.responses import (
-    ChangedJob,
-    MaintenanceResult,
-    PlannedJob,
-    PlanSlice,
-    PlanView,
-    Response,
-    plan_late_results_note,
-)
 from tests.support.factories import full_job
 from tests.support.plans import apply_plan, make_plan
 from tests.support.rule_harness import RuleHarness
@@ -87,11 +79,11 @@ def test_for_maintenance_actions_reports_change_the_version() -> None:
 
 
 def test_a_cleanup_plan_notes_only_late_results_that_it_deletes() -> None:
-    stalled, old = PlannedJob("a", "processing", "queued", 1), PlannedJob("b", "failed", None, 2)
-    assert plan_late_results_note("cleanup", [stalled]) is None
+    stalled, old = responses.PlannedJob("a", "processing", "queued", 1), responses.PlannedJob("b", "failed", None, 2)
+    assert responses.plan_late_results_note("cleanup", [stalled]) is None
     expected = "It has 2 late results that were not adopted. They are deleted with the job."
-    assert plan_late_results_note("cleanup", [stalled, old]) == expected
-    assert plan_late_results_note("retry", [stalled]) is not None
+    assert responses.plan_late_results_note("cleanup", [stalled, old]) == expected
+    assert responses.plan_late_results_note("retry", [stalled]) is not None
 
 
 def transaction(rules: RuleHarness) -> Transaction:
@@ -117,7 +109,7 @@ def test_maintenance_of_one_job_returns_the_result_or_an_error(rules: RuleHarnes
         (maintenance_rules.clean_one, "b"),
     ):
         tx = transaction(rules)
-        assert rule(tx, cmd.JobCommand(id=job_id)) == Response(MaintenanceResult(1))
+        assert rule(tx, cmd.JobCommand(id=job_id)) == responses.Response(responses.MaintenanceResult(1))
         assert len(tx.changes) == 1
         tx.undo()
 
@@ -130,9 +122,9 @@ def known(rules: RuleHarness, action: cmd.PlanAction, *ids: str) -> list[cmd.Exp
     return [cmd.ExpectedVersion(job.id, version(job, rules.state.late_results.get(job.seq), action)) for job in jobs]
 
 
-def apply(rules: RuleHarness, action: cmd.PlanAction, jobs: list[cmd.ExpectedVersion]) -> PlanSlice:
+def apply(rules: RuleHarness, action: cmd.PlanAction, jobs: list[cmd.ExpectedVersion]) -> responses.PlanSlice:
     command = cmd.ApplyEndings(action=action, jobs=jobs, reason="the operator's")
-    done: PlanSlice = rules.accept(command, admin=True, by="admin:eve")
+    done: responses.PlanSlice = rules.accept(command, admin=True, by="admin:eve")
     return done
 
 
@@ -155,7 +147,7 @@ def test_a_plan_changes_due_jobs_and_rejects_others(rules: RuleHarness, action: 
     some = ids[:1] if action == "recover-stuck" else ids[:3]
     assert (done.applied, done.changed) == (len(some), [])
     rejected = [rules.job(each) for each in ids[len(some) :]]
-    assert done.rejected == [ChangedJob(job.id, "", job.status, NO_MORE) for job in rejected]
+    assert done.rejected == [responses.ChangedJob(job.id, "", job.status, NO_MORE) for job in rejected]
     assert rules.job("stuck").status == "queued"
     assert ("old" in rules.rows) == (action == "recover-stuck")
     assert rules.job("late").status == ("queued" if action == "recover-stuck" else "failed")
@@ -202,7 +194,7 @@ def test_a_plan_skips_revived_jobs(rules: RuleHarness, action: cmd.PlanAction, h
     gone = "There is no job a: it was never created, or it was deleted. "
     gone += "Search the list of jobs: GET /v1/jobs or jobctl jobs."
     status, why = (None, gone) if before is None else (before.status, "It has changed since the plan was made.")
-    assert done == PlanSlice(0, [ChangedJob("a", "", status, why)], [])
+    assert done == responses.PlanSlice(0, [responses.ChangedJob("a", "", status, why)], [])
     assert (rules.rows.get("a"), len(rules.events)) == (before, count)
 
 
@@ -229,7 +221,7 @@ async def due_plan(engine: VirtualEngine) -> str:
     return lock_id
 
 
-def moves(plan: PlanView) -> list[tuple[str, str, str | None]]:
+def moves(plan: responses.PlanView) -> list[tuple[str, str, str | None]]:
     return [(job.id, job.from_, job.to) for job in plan.jobs]
 
 
