@@ -40,7 +40,7 @@ from tests import ROOT
 from tests.conftest import tool_missing
 from tests.support import api_reference, config_reference, python_reference
 from tests.support.api_reference import SHAPES
-from tests.support.cli_harness import NODE, commands_of
+from tests.support.cli_harness import commands_of, node_program
 from tests.support.daemon_process import TOKEN, DaemonProcess, die_with_us
 from tests.support.scripted_server import ScriptedServer, rejected, serving
 
@@ -652,7 +652,7 @@ def test_the_typescript_example(context: DocumentEnvironment) -> None:
     assert "127.0.0.1:8771" in steps
     script = "trap 'kill $(cat sums.pid) 2>/dev/null || true' EXIT\n" + steps.replace("127.0.0.1:8771", address)
     environ = {**context.environ, "JOBD_URL": f"http://{address}", "ADMIN_TOKEN": TOKEN}
-    environ["PATH"] = f"{Path(NODE).parent}:{environ['PATH']}"
+    environ["PATH"] = f"{node_program().parent}:{environ['PATH']}"
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", script],
         cwd=context.directory, env=environ,
@@ -681,7 +681,7 @@ def test_a_typescript_worker_finds_the_leader(context: DocumentEnvironment, name
         urls = f"http://{free_address()},{standby},http://{free_address()},http://{address}"
         environ = {**context.environ, **settings, "JOBD_URL": urls, "ONCE": "1"}
         assert daemon.post("/v1/jobs", {"id": "sum-2", "payload": [1, 2, 3.5]}).status == 201
-        done = subprocess.run([NODE, str(file)], env=environ, capture_output=True, text=True, timeout=60)
+        done = subprocess.run([node_program(), file], env=environ, capture_output=True, text=True, timeout=60)
         assert done.returncode == 0, done.stderr
         job = daemon.get("/v1/jobs/sum-1" if name == "worker.mjs" else "/v1/jobs/sum-2").data
         assert (job["status"], job["metadata"]["sum"]) == ("completed", 6.5)

