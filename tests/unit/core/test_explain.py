@@ -434,34 +434,6 @@ def test_the_signs_of_life_of_a_job(rules: RuleHarness) -> None:
     assert " since the start. 95 % of its kind take up to 1 min. Its lock" in why(rules).because
 
 
-@pytest.mark.parametrize(
-    ("fields", "progress", "then", "outcome"),
-    [
-        ({}, 0, "queued", "it is queued again (attempt 1 of 1)."),
-        ({"max_attempts": 3}, 40, "queued", "it is queued again (attempt 2 of 3)."),
-        ({"on_stall": "requeue"}, 40, "queued", "it is queued again (attempt 2 of 2)."),
-        ({}, 40, "failed", "it fails: progress 40 %, no attempts left (1 of 1)."),
-        ({"max_stalls": 0}, 0, "failed", "it fails, as stall 1 (max_stalls 0)."),
-        ({"on_stall": "fail"}, 0, "failed", "it fails, by its on_stall."),
-    ],
-)
-def test_the_outcome_of_a_stall_is_that_of_the_rule(
-    rules: RuleHarness, fields: dict[str, Any], progress: int, then: str, outcome: str
-) -> None:
-    lock_id = rules.held(**fields)
-    if progress:
-        rules.progress(lock_id, progress)
-    told = why(rules).next
-    assert told is not None
-    assert told.what.endswith(f", {outcome}")
-    rules.advance(HOUR_MS)
-    rules.accept(cmd.Recover(limit=1))
-    assert rules.job().status == then
-    if then == "queued":
-        rules.start()
-        assert f"(attempt {rules.job().attempt} of" in outcome
-
-
 def test_a_lock_that_expires_before_the_job_is_stalled(rules: RuleHarness) -> None:
     rules.held(stall_after_ms=20 * MINUTE_MS)
     what = f"If nothing is heard of worker w-1 by 2023-11-14 22:33:20 UTC, {AGAIN}."
@@ -711,14 +683,3 @@ def test_imported_and_invalid_rows_are_explained(rules: RuleHarness) -> None:
     because = "Status paused is unknown, so no rule applies to it."
     do = ["Correct the row with the daemon stopped, then: jobd doctor --accept ID"]
     assert why(rules) == WhyView("paused", because, None, None, do)
-
-
-def test_a_delayed_job_that_expires_before_it_is_due(rules: RuleHarness) -> None:
-    rules.create("a", run_at=NOW + 3 * MINUTE_MS, expires_at=NOW + MINUTE_MS)
-    assert at_and_rule(why(rules)) == (NOW + MINUTE_MS, "expires_at")
-    rules.create("b", run_at=NOW + MINUTE_MS, expires_at=NOW + 3 * MINUTE_MS)
-    assert at_and_rule(why(rules, "b")) == (NOW + MINUTE_MS, "run_at")
-    rules.create(
-        "c", run_at=NOW + MINUTE_MS, expires_at=NOW + MINUTE_MS
-    )  # it expires at the moment at which it becomes due
-    assert at_and_rule(why(rules, "c")) == (NOW + MINUTE_MS, "expires_at")

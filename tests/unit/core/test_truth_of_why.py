@@ -181,11 +181,17 @@ CONDITIONS: Final[dict[str, tuple[str, list[Step]]]] = {
     ),
     "released in a loop": (GRANTED, [job(), *[start(), release()] * 5, waiting(), "released 5 times in a row"]),
     # running
-    "dies": (QUEUED, [job(), start(**LONG)]),
-    "dies with progress": (FAILS, [job(), start(**LONG), at(40)]),
-    "dies, on_stall fail": (FAILS, [job(on_stall="fail"), start(**LONG)]),
-    "dies with progress, on_stall requeue": (QUEUED, [job(on_stall="requeue"), start(**LONG), at(40)]),
-    "dies, max_stalls reached": (FAILS, [job(max_stalls=1), start(), 25, start(), at(1)]),
+    "dies": (QUEUED, [job(), start(**LONG), "(attempt 1 of 1)."]),
+    "dies with progress": (
+        FAILS,
+        [job(), start(**LONG), at(40), "it fails: progress 40 %, no attempts left (1 of 1)."],
+    ),
+    "dies, on_stall fail": (FAILS, [job(on_stall="fail"), start(**LONG), "it fails, by its on_stall."]),
+    "dies with progress, on_stall requeue": (
+        QUEUED,
+        [job(on_stall="requeue"), start(**LONG), at(40), "(attempt 2 of 2)."],
+    ),
+    "dies, max_stalls reached": (FAILS, [job(max_stalls=1), start(), 25, start(), at(1), "as stall 2 (max_stalls 1)."]),
     "stalled": (QUEUED, [job(), start(), 10.1]),
     "stalled, suspect clock": (QUEUED, [job(), start(), 10.1, step_clock]),
     "stalled, by cleanup": (QUEUED, [job(), start(), 15, {"schedule": BY_CLEANUP}]),
@@ -281,7 +287,7 @@ async def test_why_is_true(name: str, phase_s: float) -> None:
         assert response.code == "job_quarantined"
         return
     view: WhyView = response.data
-    soon, words = view.next, f"{view.because} {view.do}"
+    soon, words = view.next, f"{view.because} {view.do} {view.next}"
     assert all(step in words for step in before if isinstance(step, str)), view
     took = next((event.job_id for event in events if event.type == "granted"), "a")
     assert took == "a" or "It is next in line." not in words
