@@ -24,7 +24,9 @@ def holder(job: JobView) -> str | None:
 
 
 def note(job: JobView) -> str:
-    """Return the error of a failed job, else its last progress message."""
+    """Return when a queued job becomes due, the error of a failed job, else its last progress message."""
+    if job.status == "queued" and not job.error_message and (due := terminal.age(job.run_at)).startswith("in "):
+        return f"due {due}"
     if job.status == "failed" or (job.error_message and not job.progress_message):
         return terminal.one_line(job.error_message or "")
     return terminal.clip(job.progress_message or "", 60)

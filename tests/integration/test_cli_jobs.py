@@ -291,6 +291,7 @@ def test_a_job_its_explanation_and_its_timeline_are_shown(jobctl: Jobctl) -> Non
     assert re.search(
         r"^due +\d{4}-\d\d-\d\d \d\d:\d\d:\d\d UTC \(in (59|60) m|^due .*\(in 1 h", jobctl.ok("job", "s5"), re.M
     )
+    assert "  due in " in jobctl.ok("jobs", "--status", "queued")
     assert set(jobctl.json("why", "s5")) == {"state", "because", "next", "blocked_by", "do"}
     assert jobctl.ok("why", "s5").startswith("queued: ")
     assert jobctl.ok("why", "--queue", "none-such").startswith("There is no queue none-such: ")

@@ -196,14 +196,18 @@ def due_far(scene: Scene) -> Iterator[Finding | None]:
         far, created = tally.far, tally.created
         if far < scene.limits.due_far_jobs or 2 * far <= created or tally.pair.is_usual(scene.at.now):
             continue
-        command = f"jobctl jobs --queue {shlex.quote(tally.queue)} --status queued"
+        queue = shlex.quote(tally.queue)
+        plan = f"jobctl cancel --where queue={queue} --where status=queued --where since=10m"
         yield Finding(
             subject=tally.subject,
             title=f"{far:,} of {created:,} jobs created in the last 10 minutes are due in over a week.",
             value=far,
             jobs=far,
             cause="Such jobs usually start at once: seconds and milliseconds mixed up?",
-            cure=(Cure("See them", command, f"/jobs?queue={tally.queue}"),),
+            cure=(
+                Cure("See them", f"jobctl jobs --queue {queue} --status queued", f"/jobs?queue={tally.queue}"),
+                Cure("Plan to cancel them", plan, f"/jobs?queue={tally.queue}&status=queued&since=10m", changes=True),
+            ),
         )
 
 

@@ -189,6 +189,8 @@ async def test_jobs_that_expire_or_are_due_far_ahead_and_silent_workers(engine: 
     listed = await found(problems)
     assert listed["expiring/push"].title.startswith("10 of 10 jobs expired before a worker took them. No worker")
     assert listed["due_far/geo"].title == "20 of 21 jobs created in the last 10 minutes are due in over a week."
+    plan = listed["due_far/geo"].cure[1].command
+    assert plan == "jobctl cancel --where queue=geo --where status=queued --where since=10m"
     silent = listed["worker_silent/w-1"]
     assert silent.title.startswith("Silent for 1 min 2 s: 1 job with expired locks. By ")
     assert silent.title.endswith(" UTC, 1 is queued again.")
