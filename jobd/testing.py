@@ -27,7 +27,7 @@ from jobd.client import JobClient
 from jobd.client.app.app import App
 from jobd.client.app.daemon_jobs import DaemonJobs, replaced_daemon
 from jobd.client.app.inline_jobs import run_coroutine
-from jobd.client.app.job_context import context_of
+from jobd.client.app.job_context import RunHere, context_of
 from jobd.client.app.job_handle import JobHandle
 from jobd.client.app.options import milliseconds, unix_ms
 from jobd.client.app.task_registry import TaskDefinition
@@ -292,10 +292,8 @@ class TestDaemon:
         return failed.status == "failed"
 
 
-class _InlineRun:
+class _InlineRun(RunHere):
     """The run of a task here, for its JobContext."""
-
-    has_to_end: Final = False
 
     def __init__(self, client: JobClient, grant: GrantView) -> None:
         self._client = client
@@ -308,9 +306,6 @@ class _InlineRun:
             self._client.update_progress(id, lock_id=lock_id, progress=progress, message=message, checkpoint=checkpoint)
         except LockLost as error:
             raise Stopped(error.message) from error
-
-    def add_output(self, text: str) -> None:
-        """Nothing reads the output."""
 
     def set_result(self, **fields: Any) -> None:
         self.result |= fields

@@ -11,6 +11,7 @@ from jobd.cli import terminal
 from jobd.cli.progress import bar
 from jobd.model.job import DAY_MS
 from jobd.model.times import duration, utc
+from jobd.storage.offline.doctor import Defect
 
 if TYPE_CHECKING:
     from jobd.client import AdminClient
@@ -20,15 +21,7 @@ MAX_QUEUES: Final = 10  # with a finding of their own
 _MIB: Final = 1 << 20
 
 
-class CheckupFinding(Struct, frozen=True, rename={"fix": "mend"}):
-    """A problem, its place and its fix."""
-
-    where: str
-    what: str
-    fix: str
-
-
-def examine(client: AdminClient) -> list[CheckupFinding]:
+def examine(client: AdminClient) -> list[Defect]:
     """Return every problem of the daemon. Raises JobdError if it does not respond."""
     return [
         *_health(client),
@@ -50,53 +43,51 @@ _PART_FIXES: Final = {
 }
 
 
-def _health(client: AdminClient) -> Iterator[CheckupFinding]:
+def _health(client: AdminClient) -> Iterator[Defect]:
     view = client.health()
     parts = {"database": view.database, "journal": view.journal, "cache": view.cache, "storage": view.storage}
     for name, part in parts.items():
         if part and part.status != "healthy":
-            yield CheckupFinding(name, f"{part.status}: {part.message}", _PART_FIXES[name])
+            yield Defect(name, f"{part.status}: {part.message}", _PART_FIXES[name])
 
 
-def _clock(client: AdminClient) -> Iterator[CheckupFinding]:
+def _clock(client: AdminClient) -> Iterator[Defect]:
     clock = client.clock()
     if clock.suspect:
         fix = "if this time is right: jobctl clock accept; if not, set the clock"
-        yield CheckupFinding("clock", f"{clock.message} The daemon's time is {utc(clock.now)}.", fix)
+        yield Defect("clock", f"{clock.message} The daemon's time is {utc(clock.now)}.", fix)
 
 
-def _quarantine(client: AdminClient) -> Iterator[CheckupFinding]:
+def _quarantine(client: AdminClient) -> Iterator[Defect]:
     for job in client.quarantine():
-        yield CheckupFinding(f"job {job.id}", f"in quarantine: {job.reason}", _accept(job.id))
+        yield Defect(f"job {job.id}", f"in quarantine: {job.reason}", _accept(job.id))
 
 
-def _cleanup(client: AdminClient) -> Iterator[CheckupFinding]:
+def _cleanup(client: AdminClient) -> Iterator[Defect]:
     state = client.cleanup_state()
     since_ms = state.time_since_last_cleanup
     if since_ms is not None and since_ms > OVERDUE_MS and not state.cleanup_running:
         what = f"the last successful cleanup run was {duration(since_ms)} ago"
-        yield CheckupFinding("cleanup", what, "read the reason in the log, then run: jobctl cleanup")
+        yield Defect("cleanup", what, "read the reason in the log, then run: jobctl cleanup")
     report = state.last_report
     if report is None:
         return
     for error in report.errors:
-        yield CheckupFinding(
-            "cleanup", f"a step of the last run failed: {error}", "fix its cause, then run: jobctl cleanup"
-        )
+        yield Defect("cleanup", f"a step of the last run failed: {error}", "fix its cause, then run: jobctl cleanup")
     left = report.validation_issues_found - report.validation_issues_fixed
     if left > 0:
         fix = "the log names the jobs; check with jobctl validate ID, fix with jobctl transition or retry"
-        yield CheckupFinding("validation", f"the last cleanup run found {left} issues without a safe fix", fix)
+        yield Defect("validation", f"the last cleanup run found {left} issues without a safe fix", fix)
 
 
-def _jobs(client: AdminClient) -> Iterator[CheckupFinding]:
+def _jobs(client: AdminClient) -> Iterator[Defect]:
     stalled = client.stats().stuck_jobs
     if stalled:
         fix = "recovery acts within seconds; if they remain: jobctl recover-stuck, and check their workers"
-        yield CheckupFinding("jobs", f"{stalled} stalled now", fix)
+        yield Defect("jobs", f"{stalled} stalled now", fix)
 
 
-def _webhooks(client: AdminClient) -> Iterator[CheckupFinding]:
+def _webhooks(client: AdminClient) -> Iterator[Defect]:
     since = client.clock().now - DAY_MS
     for webhook in client.webhooks():
         where = f"webhook {webhook.name}"
@@ -105,14 +96,12 @@ def _webhooks(client: AdminClient) -> Iterator[CheckupFinding]:
                 f"has accepted no message since {terminal.when(webhook.failing_since)}; {webhook.waiting} are waiting"
             )
             fix = f"fix its receiver or its url, then: jobctl webhooks test {webhook.name}"
-            yield CheckupFinding(where, f"{what}: {webhook.last_error or 'not tried since the start'}", fix)
+            yield Defect(where, f"{what}: {webhook.last_error or 'not tried since the start'}", fix)
         for lost in client.deliveries(webhook.name, state="dead-lettered", limit=1).deliveries:
             if (lost.ended_at or lost.at) > since:
                 last = f"the last one {terminal.when(lost.ended_at)}: {lost.error or 'never tried'}"
                 what = f"messages were dead-lettered; {last}"
-                yield CheckupFinding(
-                    where, what, f"resend them: jobctl webhooks resend {webhook.name} --state dead-lettered"
-                )
+                yield Defect(where, what, f"resend them: jobctl webhooks resend {webhook.name} --state dead-lettered")
 
 
 class Threshold(Struct, frozen=True):
@@ -186,7 +175,7 @@ THRESHOLDS: Final = (
 )
 
 
-def _metrics(text: str) -> Iterator[CheckupFinding]:
+def _metrics(text: str) -> Iterator[Defect]:
     from prometheus_client.parser import text_string_to_metric_families
 
     samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
@@ -198,27 +187,27 @@ def _metrics(text: str) -> Iterator[CheckupFinding]:
             due_s = [(value, name) for value, name in due_s if threshold.is_exceeded(value) and name not in paused]
             exceeded = sorted(due_s, reverse=True)
             for value, name in exceeded[:MAX_QUEUES]:
-                yield CheckupFinding(f"queue {name}", threshold.describe(value), threshold.fix)
+                yield Defect(f"queue {name}", threshold.describe(value), threshold.fix)
             if len(exceeded) > MAX_QUEUES:
                 what = f"the same is true of {len(exceeded) - MAX_QUEUES} more queues"
-                yield CheckupFinding("queues", what, threshold.fix)
+                yield Defect("queues", what, threshold.fix)
         elif threshold.metric in values:
             unit = values["jobd_mailbox_limit_commands"] if threshold.rule == "JobdMailboxFilling" else 1
             value = values[threshold.metric] / unit
             if threshold.is_exceeded(value):
-                yield CheckupFinding(threshold.where, threshold.describe(value), threshold.fix)
+                yield Defect(threshold.where, threshold.describe(value), threshold.fix)
 
 
-def _problems(client: AdminClient) -> Iterator[CheckupFinding]:
+def _problems(client: AdminClient) -> Iterator[Defect]:
     for each in client.problems().problems:
         what = f"{each.severity}, since {terminal.when(each.since)}: {each.title}"
         fix = next((cure.command for cure in each.cure if cure.command), "jobctl status")
-        yield CheckupFinding(each.id, what, f"{each.cause} {fix}".strip())
+        yield Defect(each.id, what, f"{each.cause} {fix}".strip())
 
 
-def check_rows(client: AdminClient) -> list[CheckupFinding]:
+def check_rows(client: AdminClient) -> list[Defect]:
     """Return every damaged row, for `--rows`. This takes minutes for millions of rows."""
-    found: list[CheckupFinding] = []
+    found: list[Defect] = []
     done, table, cursor = 0, "", None
     jobs = client.stats().total_jobs
     with bar("rows", unit="rows") as advance:
@@ -227,7 +216,7 @@ def check_rows(client: AdminClient) -> list[CheckupFinding]:
             done = seen.checked + (done if seen.table == table else 0)
             table = seen.table
             advance(done, max(jobs, done) if table == "jobs" else None, f"checking {table}")
-            found += [CheckupFinding(each.where, each.what, _row_fix(each.where)) for each in seen.damaged]
+            found += [Defect(each.where, each.what, _row_fix(each.where)) for each in seen.damaged]
             cursor = seen.next_cursor
             if cursor is None:
                 return found

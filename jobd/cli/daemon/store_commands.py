@@ -18,10 +18,10 @@ from jobd.cli.daemon.settings import config_option, store_option, store_path
 from jobd.cli.params import json_option
 
 if TYPE_CHECKING:
-    from jobd.cli.daemon.checkup import CheckupFinding
     from jobd.cli.progress import Advance
     from jobd.client import AdminClient
     from jobd.model.responses import BackupView
+    from jobd.storage.offline.doctor import Defect
 
 STALL_TIMEOUT_S: Final = 60.0  # a backup without progress for longer has failed
 
@@ -181,7 +181,7 @@ def _check(path: str, notes: list[str], *, refold: bool) -> Sequence[Any]:
         raise exit_codes.CliError(text, exit_codes.TRY_AGAIN) from None
 
 
-def _checkup(client: AdminClient, *, rows: bool) -> list[CheckupFinding]:
+def _checkup(client: AdminClient, *, rows: bool) -> list[Defect]:
     from jobd.cli.daemon.checkup import check_rows, examine
 
     damaged = check_rows(client) if rows else []

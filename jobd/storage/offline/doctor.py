@@ -57,7 +57,7 @@ _SHOWN_FIELDS: Final = (
 )  # fmt: skip
 
 
-class StoreProblem(msgspec.Struct, frozen=True, rename={"fix": "mend"}):
+class Defect(msgspec.Struct, frozen=True, rename={"fix": "mend"}):
     """One problem: where it is, what it is, and how to fix it."""
 
     where: str
@@ -69,9 +69,7 @@ class StoreProblem(msgspec.Struct, frozen=True, rename={"fix": "mend"}):
 # Check
 
 
-def check(
-    path: str, *, refold: bool = False, on_note: Callable[[str], object] = lambda note: None
-) -> list[StoreProblem]:
+def check(path: str, *, refold: bool = False, on_note: Callable[[str], object] = lambda note: None) -> list[Defect]:
     """Return all problems of the store at `path`. Reads all of it, which takes about a minute for ten million rows.
 
     With `refold`, also compare each job with its events. Calls `on_note` with a sentence about committed batches that
@@ -88,7 +86,7 @@ def check(
         if header[1] < migrations.VERSION:
             problem = f"it has schema version {header[1]}, but this jobd has {migrations.VERSION}"
             fix = "start the daemon once, which copies and migrates the store; then check again"
-            return [StoreProblem(path, problem, fix)]
+            return [Defect(path, problem, fix)]
         stack.enter_context(startup.translated_errors(path))
         conn = stack.enter_context(startup.read_only(path))
         startup.check_application_id(conn, path)
@@ -96,21 +94,23 @@ def check(
         tail = _read_tail(conn)
         if tail.pending:
             on_note(f"the tables lack {tail} of the journal: the daemon writes them at its next start")
-        return found + _limited(_refolded(conn, tail)) if refold else found
+        if refold:
+            found += _limited(Defect(f"job {id_}", what, _REFOLDED) for id_, what in differences(conn, tail.pending))
+        return found
 
 
-def problems(conn: sqlite3.Connection, path: str) -> list[StoreProblem]:
+def problems(conn: sqlite3.Connection, path: str) -> list[Defect]:
     """Return all problems of an open store. It has the current schema version, and nothing writes to it."""
-    found: list[StoreProblem] = []
+    found: list[Defect] = []
     tables = (_jobs, _payloads, _extra, _late, _events, _deleted, _keys, queues, _small_tables, _tombstones)
-    for part in (_meta, _file, _tail, *tables, _quarantined, _files):
+    for part in (_meta, _file, _tail, *tables, _quarantined, _epoch_file, _mode):
         found += _limited(part(conn, path))
     return found
 
 
-def _limited(problems: Iterator[StoreProblem]) -> list[StoreProblem]:
+def _limited(problems: Iterator[Defect]) -> list[Defect]:
     """Return the first MAX_LISTED problems and the number of the others. An unreadable table is also a problem."""
-    listed: list[StoreProblem] = []
+    listed: list[Defect] = []
     more = 0
     try:
         for problem in problems:
@@ -119,9 +119,9 @@ def _limited(problems: Iterator[StoreProblem]) -> list[StoreProblem]:
             else:
                 more += 1
     except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
-        listed.append(StoreProblem("file", f"it cannot be read completely: {error}", _RESTORE))
+        listed.append(Defect("file", f"it cannot be read completely: {error}", _RESTORE))
     if more:
-        listed.append(StoreProblem(listed[-1].where.split()[0], f"and {more} more of this kind", listed[-1].fix))
+        listed.append(Defect(listed[-1].where.split()[0], f"and {more} more of this kind", listed[-1].fix))
     return listed
 
 
@@ -131,14 +131,14 @@ def _all_rows(conn: sqlite3.Connection, sql: str) -> Iterator[Row]:
         yield from conn.execute(sql)
 
 
-def _meta(conn: sqlite3.Connection, path: str) -> Iterator[StoreProblem]:
+def _meta(conn: sqlite3.Connection, path: str) -> Iterator[Defect]:
     row = migrations.read_meta(conn)
-    if row is not None and tuple(row) != (*META_COLUMNS, "crc"):
+    if row is not None and _known_meta(conn) is None:
         error: str | None = f"its columns are {', '.join(map(readable, row))}"
     else:
         error = "it is missing" if row is None else fault(tuple(row.values()))
     if error is not None:
-        yield StoreProblem("meta", error, _RESTORE)
+        yield Defect("meta", error, _RESTORE)
 
 
 def _known_meta(conn: sqlite3.Connection) -> dict[str, int] | None:
@@ -147,12 +147,12 @@ def _known_meta(conn: sqlite3.Connection) -> dict[str, int] | None:
     return row if row is not None and tuple(row) == (*META_COLUMNS, "crc") else None
 
 
-def _file(conn: sqlite3.Connection, path: str) -> Iterator[StoreProblem]:
+def _file(conn: sqlite3.Connection, path: str) -> Iterator[Defect]:
     for (line,) in conn.execute(f"PRAGMA integrity_check({MAX_LISTED + 1})"):
         if line != "ok":
-            yield StoreProblem("file", line, _REBUILD if "index" in line else _RESTORE)
+            yield Defect("file", line, _REBUILD if "index" in line else _RESTORE)
     for name in startup.missing_from_schema(conn):
-        yield StoreProblem(f"schema {name}", "it is missing", _RESTORE)
+        yield Defect(f"schema {name}", "it is missing", _RESTORE)
 
 
 def _read_tail(conn: sqlite3.Connection) -> JournalTail:
@@ -160,21 +160,16 @@ def _read_tail(conn: sqlite3.Connection) -> JournalTail:
     return JournalTail() if meta is None else read_tail(SqliteJournal(conn, conn.execute), meta["projected_to"])
 
 
-def _tail(conn: sqlite3.Connection, path: str) -> Iterator[StoreProblem]:
+def _tail(conn: sqlite3.Connection, path: str) -> Iterator[Defect]:
     tail = _read_tail(conn)
     if tail.error is not None:
-        yield StoreProblem("journal", f"{tail.error}, and the tables lack it", tail_fix(tail.error))
+        yield Defect("journal", f"{tail.error}, and the tables lack it", tail_fix(tail.error))
     for id_ in jobs_without_row(conn, tail.pending):
         problem = "the journal has later changes of it, but its row is missing"
-        yield StoreProblem(f"job {id_}", problem, "compare with a backup; the next start skips these changes")
+        yield Defect(f"job {id_}", problem, "compare with a backup; the next start skips these changes")
 
 
-def _refolded(conn: sqlite3.Connection, tail: JournalTail) -> Iterator[StoreProblem]:
-    for id_, difference in differences(conn, tail.pending):
-        yield StoreProblem(f"job {id_}", difference, _REFOLDED)
-
-
-def _jobs(conn: sqlite3.Connection, path: str) -> Iterator[StoreProblem]:
+def _jobs(conn: sqlite3.Connection, path: str) -> Iterator[Defect]:
     meta = _known_meta(conn)
     db = _database_of(conn, path)
     sums = {True: [0, 0], False: [0, 0]}
@@ -186,7 +181,7 @@ def _jobs(conn: sqlite3.Connection, path: str) -> Iterator[StoreProblem]:
         group[1] ^= codec.original_checksum(row)
         if job is None:
             id_ = original_id(db, row)
-            yield StoreProblem(f"job {id_}", error, _ACCEPT.format(id_))
+            yield Defect(f"job {id_}", error, _ACCEPT.format(id_))
             continue
         next_job = max(next_job, job.seq + 1)
         tokens = (part.fencing_token for part in (job.grant, job.ended) if part is not None)
@@ -200,9 +195,9 @@ def _jobs(conn: sqlite3.Connection, path: str) -> Iterator[StoreProblem]:
                 problem = f"there are {sums[live][0]} rows, but {stored[0]} are recorded"
             else:
                 problem = f"the {stored[0]} rows differ from those that are recorded"
-            yield StoreProblem(f"{name} jobs", problem, _RECOUNT)
+            yield Defect(f"{name} jobs", problem, _RECOUNT)
     if next_job > meta["next_job"] or next_token > (meta["epoch"] << TOKEN_COUNTER_BITS) + meta["next_token"]:
-        yield StoreProblem("meta", "a job has a number that is not assigned yet", _RESTORE)
+        yield Defect("meta", "a job has a number that is not assigned yet", _RESTORE)
 
 
 def _database_of(conn: sqlite3.Connection, path: str) -> Database:
@@ -210,21 +205,21 @@ def _database_of(conn: sqlite3.Connection, path: str) -> Database:
     return Database(conn, os.path.dirname(path) or ".", Numbers(), (0, 0, 0, 0), False, 0, 0)
 
 
-def _payloads(conn: sqlite3.Connection, path: str) -> Iterator[StoreProblem]:
+def _payloads(conn: sqlite3.Connection, path: str) -> Iterator[Defect]:
     ids = "(SELECT id FROM jobs WHERE seq = job_seq)"
     for *columns, id_ in _all_rows(conn, f"SELECT job_seq, body, request_hash, crc, {ids} FROM payloads"):
         error = fault(tuple(columns))
         if id_ is None:
-            yield StoreProblem(f"payload {columns[0]}", "its job does not exist", _UNUSED)
+            yield Defect(f"payload {columns[0]}", "its job does not exist", _UNUSED)
         elif error is not None:
             problem = f"the payload is damaged: {error}"
-            yield StoreProblem(f"job {readable(id_)}", problem, _ACCEPT.format(readable(id_)))
+            yield Defect(f"job {readable(id_)}", problem, _ACCEPT.format(readable(id_)))
     without = "SELECT id FROM jobs NOT INDEXED WHERE seq NOT IN (SELECT job_seq FROM payloads)"
     for (id_,) in _all_rows(conn, without):
-        yield StoreProblem(f"job {readable(id_)}", "the payload is missing", _ACCEPT.format(readable(id_)))
+        yield Defect(f"job {readable(id_)}", "the payload is missing", _ACCEPT.format(readable(id_)))
 
 
-def _extra(conn: sqlite3.Connection, path: str) -> Iterator[StoreProblem]:
+def _extra(conn: sqlite3.Connection, path: str) -> Iterator[Defect]:
     """Check headers and checkpoints."""
     db = _database_of(conn, path)
     kept = {seq for (seq,) in conn.execute("SELECT seq FROM quarantined_jobs")}
@@ -237,44 +232,44 @@ def _extra(conn: sqlite3.Connection, path: str) -> Iterator[StoreProblem]:
             expected |= dict.fromkeys(extra_keys(job), job.id)
     for key, id_ in expected.items():
         if (error := db.payload(key)[1]) != "":
-            yield StoreProblem(f"job {id_}", error, _ACCEPT.format(id_))
+            yield Defect(f"job {id_}", error, _ACCEPT.format(id_))
     for offset, table in enumerate(("headers", "checkpoints")):
         for (seq,) in conn.execute(f"SELECT job_seq FROM {table}"):
             if headers_key(seq) - offset not in expected and seq not in kept:
-                yield StoreProblem(f"{table} {seq}", "no job has them", _UNUSED)
+                yield Defect(f"{table} {seq}", "no job has them", _UNUSED)
 
 
-def _late(conn: sqlite3.Connection, path: str) -> Iterator[StoreProblem]:
+def _late(conn: sqlite3.Connection, path: str) -> Iterator[Defect]:
     known = {seq for (seq,) in conn.execute("SELECT seq FROM jobs UNION SELECT seq FROM quarantined_jobs")}
     for row in _all_rows(conn, f"SELECT {SQL['late_results']} FROM late_results NOT INDEXED"):
         place = f"late result {readable(row[0])}"
         if (error := fault(row)) is not None:
-            yield StoreProblem(place, error, _ON_ACCESS)
+            yield Defect(place, error, _ON_ACCESS)
         elif row[1] not in known:
-            yield StoreProblem(place, "its job does not exist", _UNUSED)
+            yield Defect(place, "its job does not exist", _UNUSED)
 
 
-def _events(conn: sqlite3.Connection, path: str) -> Iterator[StoreProblem]:
+def _events(conn: sqlite3.Connection, path: str) -> Iterator[Defect]:
     last = 0
     db = _database_of(conn, path)
     for row in _all_rows(conn, f"SELECT {SQL['events']} FROM events NOT INDEXED"):
         if (error := event_rows.fault(row)) is not None:
-            yield StoreProblem(row_name(db, "events", row), error, _ON_ACCESS)
+            yield Defect(row_name(db, "events", row), error, _ON_ACCESS)
         else:
             last = max(last, row[1])
     meta = _known_meta(conn)
     if meta is not None and last >= meta["next_event"]:
-        yield StoreProblem("meta", "an event has a number that is not assigned yet", _RESTORE)
+        yield Defect("meta", "an event has a number that is not assigned yet", _RESTORE)
     known = "SELECT seq FROM jobs UNION SELECT seq FROM quarantined_jobs UNION SELECT job_seq FROM deleted_jobs"
     orphans = f"SELECT {SQL['events']} FROM events WHERE job_seq NOT IN ({known}) AND job_seq <> 0 ORDER BY job_seq"
     undamaged = (row for row in _all_rows(conn, orphans) if event_rows.fault(row) is None)
     for _, rows in groupby(undamaged, itemgetter(event_rows.JOB_SEQ)):
         events = list(chain.from_iterable(map(event_rows.unpack, rows)))
         problem = f"it has {len(events)} events but no row, and it was not deleted"
-        yield StoreProblem(f"job {event_codec.decode(events[0]).job_id}", problem, _LEFT)
+        yield Defect(f"job {event_codec.decode(events[0]).job_id}", problem, _LEFT)
 
 
-def _deleted(conn: sqlite3.Connection, path: str) -> Iterator[StoreProblem]:
+def _deleted(conn: sqlite3.Connection, path: str) -> Iterator[Defect]:
     """Yield deleted jobs that differ from their last event, because their rows have no checksum."""
     for job_seq, id_, at in _all_rows(conn, "SELECT job_seq, id, at FROM deleted_jobs"):
         row = conn.execute(_LAST_EVENTS, (job_seq,)).fetchone()
@@ -282,24 +277,24 @@ def _deleted(conn: sqlite3.Connection, path: str) -> Iterator[StoreProblem]:
             continue  # `_events` reports damaged rows, and events of a job that was not deleted
         event = event_codec.decode(event_rows.unpack(row)[-1])
         if (event.type, event.job_id, event.at) != ("deleted", id_, at):
-            yield StoreProblem(
+            yield Defect(
                 f"deleted job {readable(id_)}", f"its row {job_seq} differs from its last event", _LATE_OR_EARLY
             )
 
 
-def _keys(conn: sqlite3.Connection, path: str) -> Iterator[StoreProblem]:
+def _keys(conn: sqlite3.Connection, path: str) -> Iterator[Defect]:
     for row in _all_rows(conn, f"SELECT {SQL['keys']} FROM keys NOT INDEXED"):
         if (error := key_fault(row)) is not None:
-            yield StoreProblem(f"key {readable(row[0])}", error, _ON_ACCESS)
+            yield Defect(f"key {readable(row[0])}", error, _ON_ACCESS)
 
 
-def queues(conn: sqlite3.Connection, path: str) -> Iterator[StoreProblem]:
+def queues(conn: sqlite3.Connection, path: str) -> Iterator[Defect]:
     """Yield queues with damaged rows or with counts that differ from their jobs. Reads every job."""
     stored: dict[str, tuple[int, int, int]] = {}
     for row in _all_rows(conn, f"SELECT {SQL['queues']} FROM queues NOT INDEXED"):
         if (error := fault(row)) is not None:
             fix = "nothing to do: the daemon counts its jobs at the next start; pause it again if it was paused"
-            yield StoreProblem(f"queue {readable(row[0])}", error, fix)
+            yield Defect(f"queue {readable(row[0])}", error, fix)
         else:
             stored[row[0]] = row[2:5]
     counted = startup.recount_queues(conn)
@@ -307,20 +302,20 @@ def queues(conn: sqlite3.Connection, path: str) -> Iterator[StoreProblem]:
         expected, actual = stored.get(name, (0, 0, 0)), counted.get(name, (0, 0, 0))
         if expected != actual:
             problem = f"it has {actual} completed, failed and cancelled jobs, but {expected} are recorded"
-            yield StoreProblem(f"queue {readable(name)}", problem, _RECOUNT)
+            yield Defect(f"queue {readable(name)}", problem, _RECOUNT)
 
 
-def _small_tables(conn: sqlite3.Connection, path: str) -> Iterator[StoreProblem]:
+def _small_tables(conn: sqlite3.Connection, path: str) -> Iterator[Defect]:
     for table in (
         *("quiet_rules", "schedules", "reports", "figures", "tombstones"),
         *("audit", "audit_jobs", "webhooks", "deliveries"),
     ):
         for row in _all_rows(conn, f"SELECT {SQL[table]} FROM {table}"):
             if (error := fault(row)) is not None:
-                yield StoreProblem(f"{table} {readable(row[0])}", error, _ON_ACCESS)
+                yield Defect(f"{table} {readable(row[0])}", error, _ON_ACCESS)
 
 
-def _tombstones(conn: sqlite3.Connection, path: str) -> Iterator[StoreProblem]:
+def _tombstones(conn: sqlite3.Connection, path: str) -> Iterator[Defect]:
     """Yield artifacts that should have been deleted more than OVERDUE_MS ago."""
     now = now_ms()
     for row in _all_rows(conn, f"SELECT {SQL['tombstones']} FROM tombstones NOT INDEXED WHERE at < {now - OVERDUE_MS}"):
@@ -331,40 +326,37 @@ def _tombstones(conn: sqlite3.Connection, path: str) -> Iterator[StoreProblem]:
         deleted = "job" if tombstone.job_seq > 0 else "a late result of job"
         cause = f"{deleted} {tombstone.job_id} was deleted {days} days ago"
         problem = f"{cause}, but its artifact was not (failed attempts: {tombstone.tries})"
-        yield StoreProblem(f"artifact {readable(tombstone.key)}", problem, _SWEEP)
+        yield Defect(f"artifact {readable(tombstone.key)}", problem, _SWEEP)
 
 
-def _quarantined(conn: sqlite3.Connection, path: str) -> Iterator[StoreProblem]:
+def _quarantined(conn: sqlite3.Connection, path: str) -> Iterator[Defect]:
     for id_, reason in _all_rows(conn, "SELECT id, reason FROM quarantined_jobs ORDER BY seq"):
         fix = f"repair `row` in quarantined_jobs with sqlite3, then run `jobd doctor --accept {readable(id_)}`"
-        yield StoreProblem(f"job {readable(id_)}", f"it is in quarantine: {readable(reason)}", fix)
+        yield Defect(f"job {readable(id_)}", f"it is in quarantine: {readable(reason)}", fix)
     for place, problem in _all_rows(conn, "SELECT place, what FROM bad_rows ORDER BY seq"):
         fix = "inspect it, then delete it from bad_rows with sqlite3"
-        yield StoreProblem(f"{readable(place)} in quarantine", readable(problem), fix)
+        yield Defect(f"{readable(place)} in quarantine", readable(problem), fix)
 
 
-def _epoch_file(conn: sqlite3.Connection, path: str) -> Iterator[StoreProblem]:
+def _epoch_file(conn: sqlite3.Connection, path: str) -> Iterator[Defect]:
     try:
         file = files.read_epoch(path)
     except StoreError as error:
-        yield StoreProblem("epoch file", str(error), "see the error")
+        yield Defect("epoch file", str(error), "see the error")
         return
     meta = _known_meta(conn)
     if meta is not None and not meta["marked"] and file.epoch > meta["epoch"]:
         problem = f"it has epoch {file.epoch} and the database {meta['epoch']}, so the database is an older copy"
-        yield StoreProblem(
-            "epoch file", problem, "nothing to do: the next start begins a new epoch and ends all grants"
-        )
+        yield Defect("epoch file", problem, "nothing to do: the next start begins a new epoch and ends all grants")
     name = f"{path}.epoch"
     if os.path.exists(name) and os.stat(name).st_uid != (owner := os.stat(path).st_uid):
         problem = f"it belongs to user {os.stat(name).st_uid}, the database to user {owner}"
-        yield StoreProblem("epoch file", problem, f"chown --reference {path} {name}")
+        yield Defect("epoch file", problem, f"chown --reference {path} {name}")
 
 
-def _files(conn: sqlite3.Connection, path: str) -> Iterator[StoreProblem]:
-    yield from _epoch_file(conn, path)
+def _mode(conn: sqlite3.Connection, path: str) -> Iterator[Defect]:
     if os.stat(path).st_mode & 0o077:
-        yield StoreProblem(path, "other users can read it; it contains payloads and lock ids", f"chmod 600 {path}")
+        yield Defect(path, "other users can read it; it contains payloads and lock ids", f"chmod 600 {path}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from jobd.model.webhooks import Delivery, WebhookCursor
 from jobd.storage import files
 from jobd.storage.database import now_ms
 from jobd.storage.offline import doctor
-from jobd.storage.offline.doctor import StoreProblem, accept, check, recount
+from jobd.storage.offline.doctor import Defect, accept, check, recount
 from jobd.storage.offline.edited_rows import RepairRejected
 from jobd.storage.schema import migrations
 from jobd.storage.store import StoreBusy, StoreTooNew, StoreUnreadable
@@ -25,7 +25,7 @@ from tests.support import store_files
 from tests.support.factories import NOW, ChangeFactory
 
 
-def places(problems: list[StoreProblem]) -> list[str]:
+def places(problems: list[Defect]) -> list[str]:
     return [problem.where for problem in problems]
 
 
