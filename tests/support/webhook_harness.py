@@ -100,6 +100,7 @@ class WebhookHarness:
         self.is_settled = True
         self.may_write = self.may_send = True
         self.listeners: list[Callable[[Any], None]] = []
+        self.storage: Any = disk
         self.context = DispatchContext(
             storage=disk,
             moment=clock.moment,

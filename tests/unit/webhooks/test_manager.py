@@ -51,6 +51,12 @@ def logged() -> Iterator[list[Any]]:
         yield lines
 
 
+@pytest.fixture(autouse=True)
+def short_retries(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("dispatcher", "manager"):
+        monkeypatch.setattr(f"jobd.webhooks.{name}.DISK_FULL_RETRY_S", 0.02)
+
+
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     return tmp_path / "jobd.db"
@@ -124,13 +130,12 @@ async def test_every_endpoint_gets_the_events_it_subscribed_to(path: Path) -> No
 async def test_unwanted_events_are_skipped_without_reading_the_disk(path: Path) -> None:
     only_ends = endpoint(events=frozenset({"job.failed"}))
     async with running_webhooks(path, only_ends, wrap=CountingStore) as at:
-        storage: Any = at.context.storage
-        await wait_until(lambda: storage.calls["events_after"] == 1)
+        await wait_until(lambda: at.storage.calls["events_after"] == 1)
         await asyncio.sleep(0.1)
         for number in range(20):
             await at.commit(at.maker.create(f"job-{number}"))
         assert at.webhooks.views()[0].position == at.maker.numbers.next_event - 1
-        assert (storage.calls["events_after"], storage.calls["plan_deliveries"]) == (1, 0)
+        assert (at.storage.calls["events_after"], at.storage.calls["plan_deliveries"]) == (1, 0)
 
 
 async def test_a_cursor_that_only_skipped_events_is_saved(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,13 +155,12 @@ async def test_a_cursor_that_only_skipped_events_is_saved(path: Path, monkeypatc
 
 async def test_an_idle_webhook_does_no_work(path: Path) -> None:
     async with running_webhooks(path, wrap=CountingStore) as at:
-        storage: Any = at.context.storage
         await at.commit(*lifecycle(at.maker, "a"))
         await wait_until(lambda: at.webhooks.views()[0].delivered == 3)
         await asyncio.sleep(0.2)
-        calls = dict(storage.calls)
+        calls = dict(at.storage.calls)
         await asyncio.sleep(0.5)
-        assert storage.calls == calls
+        assert at.storage.calls == calls
 
 
 async def test_without_webhooks_nothing_subscribes(path: Path) -> None:
@@ -412,8 +416,7 @@ async def test_events_from_before_a_restart_are_delivered_after_it(path: Path) -
 
 async def test_a_delivery_whose_result_was_not_stored_is_repeated(path: Path) -> None:
     async with running_webhooks(path, wrap=CountingStore) as at:
-        storage: Any = at.context.storage
-        storage.faults["store_outcomes"] = RuntimeError("crash")
+        at.storage.faults["store_outcomes"] = RuntimeError("crash")
         await at.commit(*lifecycle(at.maker, "a"))
         await wait_until(lambda: at.posts.types() == ["job.created"])
         await asyncio.sleep(0.1)
@@ -423,20 +426,18 @@ async def test_a_delivery_whose_result_was_not_stored_is_repeated(path: Path) ->
         assert then.posts.delivered[0] == at.posts.delivered[0]
 
 
-async def test_nothing_is_sent_while_another_node_may_lead(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatcher, "DISK_FULL_RETRY_S", 0.01)
+async def test_nothing_is_sent_while_another_node_may_lead(path: Path) -> None:
     posts = FakeTransport()
     async with running_webhooks(path, wrap=CountingStore, posts=posts) as at:
-        storage: Any = at.context.storage
         at.may_send = False
         await at.commit(at.maker.create("a"))
         await wait_until(lambda: at.webhooks.metrics()["e"].waiting == 1)
         at.fire("database")
-        storage.faults["plan_deliveries"] = DiskFull("no room")  # otherwise the alert goes to the outbox
+        at.storage.faults["plan_deliveries"] = DiskFull("no room")  # otherwise the alert goes to the outbox
         await asyncio.sleep(0.1)
         assert not posts.tried
-        assert storage.calls["plan_deliveries"] < 50
-        storage.faults.clear()
+        assert at.storage.calls["plan_deliveries"] < 50
+        at.storage.faults.clear()
         at.may_send = True
         await wait_until(lambda: len(posts.delivered) == 2)
 
@@ -444,7 +445,6 @@ async def test_nothing_is_sent_while_another_node_may_lead(path: Path, monkeypat
 async def test_a_lease_that_ends_while_deliveries_are_loaded_ends_them(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dispatcher, "DISK_FULL_RETRY_S", 0.01)
     monkeypatch.setattr(dispatcher, "MAX_RECENT", 0)
     async with running_webhooks(path) as at:
         loaded = at.store.deliveries
@@ -464,33 +464,27 @@ async def test_a_lease_that_ends_while_deliveries_are_loaded_ends_them(
 
 
 @pytest.mark.parametrize("error", [DiskFull("no room"), FormatNotRead("node b is older")])
-async def test_nothing_is_sent_without_the_outbox_and_nothing_is_lost(
-    path: Path, error: Exception, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(dispatcher, "DISK_FULL_RETRY_S", 0.02)
+async def test_nothing_is_sent_without_the_outbox_and_nothing_is_lost(path: Path, error: Exception) -> None:
     async with running_webhooks(path, wrap=CountingStore) as at:
-        storage: Any = at.context.storage
-        storage.faults["store_outcomes"] = error
+        at.storage.faults["store_outcomes"] = error
         await at.commit(*(at.maker.create(f"job-{number}") for number in range(30)))
         await wait_until(lambda: len(at.posts.delivered) >= dispatcher.PARALLEL)
-        storage.faults["plan_deliveries"] = error
+        at.storage.faults["plan_deliveries"] = error
         await at.commit(*lifecycle(at.maker, "late"))
         await asyncio.sleep(0.2)
         sent = len(at.posts.delivered)
         assert sent <= 2 * dispatcher.PARALLEL
-        storage.faults.clear()
+        at.storage.faults.clear()
         await wait_until(lambda: at.webhooks.views()[0].delivered == 33)
         assert len(at.posts.delivered) == 33  # none of them twice
 
 
-async def test_webhooks_do_not_use_the_reserve_of_a_full_disk(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatcher, "DISK_FULL_RETRY_S", 0.02)
+async def test_webhooks_do_not_use_the_reserve_of_a_full_disk(path: Path) -> None:
     async with running_webhooks(path, wrap=CountingStore) as at:
-        storage: Any = at.context.storage
         at.may_write = False
         await at.commit(*lifecycle(at.maker, "a"))
         await asyncio.sleep(0.2)
-        assert storage.calls["plan_deliveries"] == storage.calls["store_outcomes"] == 0
+        assert at.storage.calls["plan_deliveries"] == at.storage.calls["store_outcomes"] == 0
         assert at.webhooks.views()[0].lag == 4
         with pytest.raises(DiskFull):
             await at.webhooks.test("e")
@@ -500,8 +494,7 @@ async def test_webhooks_do_not_use_the_reserve_of_a_full_disk(path: Path, monkey
         await wait_until(lambda: at.webhooks.views()[0].delivered == 3)
 
 
-async def test_no_delivery_starts_while_results_cannot_be_stored(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatcher, "DISK_FULL_RETRY_S", 0.02)
+async def test_no_delivery_starts_while_results_cannot_be_stored(path: Path) -> None:
     async with running_webhooks(path) as at:
         at.posts.gate.clear()
         await at.commit(*(at.maker.create(f"job-{number}") for number in range(40)))
@@ -523,12 +516,10 @@ class FullStore(CountingStore):
         return await self.store.open_outbox([name for name in names if name != "new"], now)
 
 
-async def test_a_new_endpoint_on_a_full_disk_does_not_delay_others(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("jobd.webhooks.manager.DISK_FULL_RETRY_S", 0.02)
+async def test_a_new_endpoint_on_a_full_disk_does_not_delay_others(path: Path) -> None:
     async with running_webhooks(path, wrap=FullStore) as at:
         at.webhooks.set_endpoints([endpoint(timeout_ms=9), endpoint("new")])
-        storage: Any = at.context.storage
-        await wait_until(lambda: storage.calls["open_outbox"] > 2)
+        await wait_until(lambda: at.storage.calls["open_outbox"] > 2)
         await at.commit(at.maker.create("a"))
         await wait_until(lambda: [view.delivered for view in at.webhooks.views()] == [1, 0])
 
@@ -536,19 +527,17 @@ async def test_a_new_endpoint_on_a_full_disk_does_not_delay_others(path: Path, m
 async def test_a_dispatcher_waits_for_a_disk_that_is_full_at_the_start(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("jobd.webhooks.manager.DISK_FULL_RETRY_S", 0.02)
     async with running_webhooks(path, wrap=CountingStore) as at:
-        storage: Any = at.context.storage
-        storage.faults["open_outbox"] = DiskFull("no room")
+        at.storage.faults["open_outbox"] = DiskFull("no room")
         at.webhooks.set_endpoints([endpoint(), endpoint("f")])
-        await wait_until(lambda: storage.calls["open_outbox"] > 2)
+        await wait_until(lambda: at.storage.calls["open_outbox"] > 2)
         assert [view.state for view in at.webhooks.views()] == ["closed", "starting"]
         assert at.webhooks.event_hold_ms() > 0
-        storage.faults["open_outbox"] = RuntimeError("oops")
+        at.storage.faults["open_outbox"] = RuntimeError("oops")
         monkeypatch.setattr("jobd.webhooks.manager.FAILURE_RETRY_S", 0.02)
-        calls = storage.calls["open_outbox"]
-        await wait_until(lambda: storage.calls["open_outbox"] > calls + 1)
-        storage.faults.clear()
+        calls = at.storage.calls["open_outbox"]
+        await wait_until(lambda: at.storage.calls["open_outbox"] > calls + 1)
+        at.storage.faults.clear()
         await wait_until(lambda: [view.state for view in at.webhooks.views()] == ["closed", "closed"])
         await at.commit(at.maker.create("a"))
         await wait_until(lambda: len(at.posts.delivered) == 2)
@@ -595,7 +584,6 @@ async def test_every_event_arrives_in_order_despite_failures_and_crashes(
 ) -> None:
     """Every event arrives at least once, and never before an earlier event of its job."""
     monkeypatch.setattr(dispatcher, "FAILURE_RETRY_S", 0.02)
-    monkeypatch.setattr(dispatcher, "DISK_FULL_RETRY_S", 0.02)
     chance, maker = random.Random(seed), ChangeFactory(seed)
     taken: list[Delivery] = []
     jobs: dict[str, list[Job]] = {f"job-{number}": [] for number in range(12)}
@@ -610,12 +598,11 @@ async def test_every_event_arrives_in_order_despite_failures_and_crashes(
     for _ in range(60):
         posts = FakeTransport(lambda _: REJECTED if chance.random() < 0.4 else DELIVERED)
         async with running_webhooks(path, maker=maker, posts=posts, wrap=CountingStore) as at:
-            storage: Any = at.context.storage
             for _ in range(chance.randint(1, 4)):
                 left = sum(3 - len(was) for was in jobs.values())
                 if some := min(left, chance.randint(0, 8)):
                     await at.commit(*(next_change() for _ in range(some)))
-                storage.faults = {
+                at.storage.faults = {
                     name: DiskFull("no room") if chance.random() < 0.5 else RuntimeError("crash")
                     for name in ("store_outcomes", "plan_deliveries", "events_after", "deliveries")
                     if chance.random() < 0.15
@@ -821,12 +808,8 @@ async def test_an_endpoint_can_subscribe_to_closed_problems_only(path: Path) -> 
         await wait_until(lambda: at.posts.types() == ["problem.closed"])
 
 
-async def test_on_a_full_disk_a_problem_is_delivered_directly_and_later_through_the_outbox(
-    path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(dispatcher, "DISK_FULL_RETRY_S", 0.02)
+async def test_on_a_full_disk_a_problem_is_delivered_directly_and_later_through_the_outbox(path: Path) -> None:
     async with running_webhooks(path, wrap=CountingStore) as at:
-        storage: Any = at.context.storage
         at.may_write = False
         at.fire("database")
         await wait_until(lambda: at.posts.types() == ["problem.opened"])
@@ -837,7 +820,7 @@ async def test_on_a_full_disk_a_problem_is_delivered_directly_and_later_through_
         await at.commit(*lifecycle(at.maker, "a"))
         await asyncio.sleep(0.2)
         assert len(at.posts.tried) == 3, "each once, because it was accepted"
-        assert storage.calls["plan_deliveries"] == storage.calls["store_outcomes"] == 0
+        assert at.storage.calls["plan_deliveries"] == at.storage.calls["store_outcomes"] == 0
         posted = list(at.posts.delivered)
         at.may_write = True
         await wait_until(lambda: at.webhooks.views()[0].delivered == 6)
@@ -854,26 +837,19 @@ async def test_on_a_full_disk_a_problem_is_delivered_directly_and_later_through_
         assert then.posts.tried == []
 
 
-async def test_a_problem_whose_write_fills_the_disk_is_delivered_directly(
-    path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(dispatcher, "DISK_FULL_RETRY_S", 0.02)
+async def test_a_problem_whose_write_fills_the_disk_is_delivered_directly(path: Path) -> None:
     async with running_webhooks(path, wrap=CountingStore) as at:
-        storage: Any = at.context.storage
-        storage.faults["plan_deliveries"] = DiskFull("no room")
+        at.storage.faults["plan_deliveries"] = DiskFull("no room")
         at.fire("database")
         await wait_until(lambda: at.posts.types() == ["problem.opened"])
         await asyncio.sleep(0.1)
-        storage.faults.clear()
+        at.storage.faults.clear()
         await wait_until(lambda: at.webhooks.views()[0].delivered == 1)
         first, second = at.posts.delivered
         assert (first.event_id, first.body) == (second.event_id, second.body)
 
 
-async def test_on_a_full_disk_each_change_gets_a_few_direct_attempts_in_order(
-    path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(dispatcher, "DISK_FULL_RETRY_S", 0.01)
+async def test_on_a_full_disk_each_change_gets_a_few_direct_attempts_in_order(path: Path) -> None:
     async with running_webhooks(path, posts=FakeTransport(lambda _: REJECTED)) as at:
         at.may_write = False
         at.fire("database")
@@ -895,10 +871,7 @@ async def test_on_a_full_disk_each_change_gets_a_few_direct_attempts_in_order(
         await wait_until(lambda: at.webhooks.views()[0].delivered == 3)
 
 
-async def test_only_the_latest_changes_of_a_flapping_alert_are_kept(
-    path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(dispatcher, "DISK_FULL_RETRY_S", 0.01)
+async def test_only_the_latest_changes_of_a_flapping_alert_are_kept(path: Path) -> None:
     async with running_webhooks(path, posts=FakeTransport(lambda _: REJECTED)) as at:
         at.may_write = False
         for number in range(9):
@@ -985,14 +958,13 @@ async def test_a_message_is_sent_although_the_client_that_asked_for_it_disconnec
         await at.commit(at.maker.create("a"))
         await wait_until(lambda: at.webhooks.metrics()["e"].dead_lettered == 1)
         posts.respond = lambda _: DELIVERED
-        storage: Any = at.context.storage
-        storage.is_pausing = True
+        at.storage.is_pausing = True
         asked = asyncio.create_task(act(at.webhooks))
-        await storage.written.wait()
+        await at.storage.written.wait()
         asked.cancel()
         await asyncio.wait([asked])
         assert asked.cancelled()
-        storage.gate.set()
+        at.storage.gate.set()
         await wait_until(lambda: posts.types() == [sent])
 
 
