@@ -252,19 +252,21 @@ class CleanupRun:
 
     async def _events_step(self) -> None:
         """Delete the events of jobs that were deleted long ago, the oldest first. A large store keeps them shorter."""
-        limit, schedule, at = self._batch, self._context.schedule, self._clock.moment()
-        while not (at.suspect or self._clock.suspect):
+        limit, schedule = self._batch, self._context.schedule
+        while True:
             is_large = await self._storage.used_bytes() > schedule.journal_bytes
             keep_ms = max(0 if is_large else schedule.journal_ms, self._context.hold_events_ms())
-            if await self._storage.prune(at.now - keep_ms, limit) < limit:
+            at = self._clock.moment()  # after the wait, during which the clock can be set back
+            if at.suspect or await self._storage.prune(at.now - keep_ms, limit) < limit:
                 break
             await self._context.yield_to_workers()
 
     async def _audit_step(self) -> None:
         """Delete excess audit entries, and old ones while the wall clock is trusted."""
-        limit, at = self._batch, self._clock.moment()
+        limit = self._batch
         while True:
-            before = 0 if at.suspect or self._clock.suspect else at.now - self._context.schedule.audit_ms
+            at = self._clock.moment()
+            before = 0 if at.suspect else at.now - self._context.schedule.audit_ms
             if await self._storage.trim_audit(before, limit) < limit:
                 break
             await self._context.yield_to_workers()

@@ -395,6 +395,24 @@ async def test_nothing_is_deleted_by_age_while_the_clock_is_suspect(engine: Virt
     assert not [event for event in engine.disk.events if event.job_id == "gone"]
 
 
+@in_engine(schedule=PASSES)
+async def test_events_are_deleted_by_the_time_after_the_size_was_read(engine: VirtualEngine) -> None:
+    await finished(engine, "gone", expires_at=engine.now + 1000)
+    await engine.yes(Delete(id="gone"), by="admin", admin=True)
+    engine.step_ms = 40 * DAY_MS
+    engine.clock.accept()
+    used_bytes = engine.disk.used_bytes
+
+    async def set_back() -> int:
+        engine.step_ms = 0
+        return await used_bytes()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine.disk, "used_bytes", set_back)
+        await engine.first_cleanup()
+    assert [event.type for event in engine.disk.events if event.job_id == "gone"][-1] == "deleted"
+
+
 @in_virtual_time
 async def test_a_large_store_keeps_the_newest_events_of_deleted_jobs() -> None:
     schedule = CleanupSchedule(
