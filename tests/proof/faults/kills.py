@@ -45,6 +45,7 @@ def kill_under_load(trial: Trial) -> Counts:
             slowest_s = max(slowest_s, _ready_again(daemon, trial))
             settled += ledger.settle(daemon)
         assert daemon.stop() == 0
+    assert b"event=output_" not in daemon.log, "the file with the output was lost"
     checked = ledger.check(checked_contents(daemon.store))
     return {
         "kills": trial.rounds,

@@ -61,6 +61,7 @@ class LoadClient:
         ask("created", "", {"id": job_id, "payload": payload, "max_attempts": 2 if ending == "retried" else 1})
         lock = {"lock_id": ask("granted", "start", {"worker": self._name}, key=f"start-{job_id}")["lock_id"]}
         for step in range(self._random.randrange(3)):
+            self._print(connection, job_id, {**lock, "text": f"{step}\n" * 1000})
             ask("progress", "progress", {**lock, "progress": 10 * step + 5, "message": f"step {step}"})
         if self._random.random() < 0.3:
             ask("extended", "extend", {**lock, "additional_ms": 1_200_000})
@@ -70,6 +71,14 @@ class LoadClient:
             ask(ending, "cancel", {"reason": "no more"}, key=f"cancel-{job_id}")
         elif ending != "held":
             ask(ending, "complete" if ending == "completed" else "release", lock)
+
+    def _print(self, connection: http.client.HTTPConnection, job_id: str, body: dict[str, Any]) -> None:
+        """Send output. It is no state, so its loss and its errors change nothing else."""
+        try:
+            reply = call(connection, "POST", f"/v1/jobs/{job_id}/output", body)
+        except (OSError, http.client.HTTPException) as error:
+            raise Disconnected from error
+        assert reply.status == 200 or reply.error != "internal", reply.body
 
     def _ask(self, connection: http.client.HTTPConnection, record: JobRecord, request: SentRequest) -> Any:
         record.open = request

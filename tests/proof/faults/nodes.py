@@ -23,9 +23,10 @@ from typing import Any, Final, NamedTuple
 from uuid import uuid4
 
 from jobd.client import JobClient, JobdError
-from jobd.client.api_request import ApiRequest, ApiResponse
+from jobd.client.api_request import ApiRequest, ApiResponse, request_for
 from jobd.client.endpoint import Endpoint
 from jobd.journal.postgres.journal import create
+from jobd.model.calls import JobCalls
 from jobd.model.job import Job
 from tests.proof.faults.harness import Counts, Tool, Trial
 from tests.proof.faults.ledger import JobRecord, Ledger, SentRequest
@@ -87,6 +88,10 @@ class NodesClient(LoadClient):
     """
 
     endings = ENDINGS + 9 * ENDINGS[:-1]
+
+    def _print(self, connection: Any, job_id: str, body: dict[str, Any]) -> None:
+        with suppress(JobdError):
+            connection.send(request_for(JobCalls.append_output, job_id, **body))
 
     def _ask(self, connection: Any, record: JobRecord, request: SentRequest) -> Any:
         client: CountingClient = connection
