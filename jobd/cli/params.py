@@ -153,16 +153,14 @@ def naming_flags() -> Iterator[None]:
         raise
 
 
-def json_text(text: str, what: str) -> msgspec.Raw:
-    """Check that `text` is JSON and return it unchanged. Raises UsageError with a hint on quoting."""
+def json_text(text: str, what: str, advice: str = "") -> msgspec.Raw:
+    """Check that `text` is JSON and return it unchanged. Raises UsageError with a hint on quoting, and `advice`."""
     import msgspec
 
     try:
         msgspec.json.decode(text)
     except (msgspec.DecodeError, RecursionError, UnicodeEncodeError) as error:
-        hint = (
-            "quote it for the shell, as in '{\"size\": 3}' or '\"some text\"', or add --text, or give - and pipe it in"
-        )
+        hint = f"quote it for the shell, as in '{{\"size\": 3}}' or '\"some text\"',{advice} or give - and pipe it in"
         raise click.UsageError(f"{what} is not valid JSON ({error}): {hint}") from None
     return msgspec.Raw(text.encode())
 

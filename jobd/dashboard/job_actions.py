@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any, Final, Literal
 
 import msgspec
-from msgspec import UNSET, Struct
+from msgspec import UNSET, Raw, Struct
 
 from jobd.api.admin_routes import ROUTES
 from jobd.dashboard.urls import curl_prefix
 from jobd.model import commands
 from jobd.model.commands import JobCommand
+from jobd.model.errors import api_error
 from jobd.model.responses import JobView
 
 Verb = Literal[
@@ -19,12 +20,16 @@ Verb = Literal[
 
 
 class ActionTarget(Struct, frozen=True):
-    """The job and arguments of an action. `lock_id` is the secret of the lock, `result` the number of a late result."""
+    """The job and arguments of an action. `lock_id` is the secret of the lock, `result` the number of a late result.
+
+    `payload` is the JSON text of another payload, "" for the same one.
+    """
 
     id: str
     reason: str | None = None
     lock_id: str = ""
     result: int | None = None
+    payload: str = ""
 
 
 class JobAction(Struct, frozen=True):
@@ -55,6 +60,8 @@ class JobAction(Struct, frozen=True):
             fields["lock_id"] = on.lock_id
         if self.needs_late_result:
             fields["result"] = on.result
+        if on.payload.strip():
+            fields["payload"] = _json(on.payload)
         return self.command(**fields)
 
 
@@ -121,7 +128,7 @@ _ALL: Final = (
     JobAction(
         "copy",
         "Copy",
-        "does not change. A new job gets its options, headers and payload, and is due now.",
+        "does not change. A new job gets its options and headers, and is due now.",
         commands.Copy,
         cli_command="jobctl copy",
     ),
@@ -140,6 +147,15 @@ _ROUTES: Final = {route.request: route for route in ROUTES}
 def visible_lock_id(job: JobView) -> str:
     """Return the secret of the job's lock, "" if there is none or it is hidden."""
     return "" if job.lock is None or job.lock.lock_id is UNSET else job.lock.lock_id
+
+
+def _json(payload: str) -> Raw:
+    try:
+        msgspec.json.decode(payload)
+    except (msgspec.DecodeError, RecursionError) as error:
+        message = f"The payload is not valid JSON: {error}. Go back and correct it. A text needs quotes."
+        raise api_error("invalid_request", message) from None
+    return Raw(payload.encode())
 
 
 def available_actions(job: JobView, now: int) -> list[JobAction]:

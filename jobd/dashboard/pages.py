@@ -243,12 +243,14 @@ def base_url(viewer: Viewer) -> str:
 
 async def confirm(viewer: Viewer, request: ConfirmPageQuery) -> PageData:
     view: responses.JobView
-    [view] = await query(viewer, commands.GetVersion(id=request.id))
     action = JOB_ACTIONS[request.verb]
+    [view] = await query(viewer, commands.GetVersion(id=request.id))
+    payload = (await query(viewer, commands.Get(id=request.id)))[0].payload if action.verb == "copy" else UNSET
     late = await _late_result(viewer, request.id, request.result) if action.needs_late_result else None
     return {
         "job": view,
         "late": late,
+        "payload": ("", 0) if payload is UNSET else pretty_json(payload),
         "late_note": await _late_note(viewer, action, view),
         "deletes_artifacts": action.verb == "delete" and viewer.app.services.downloads.has_store,
         "no_link_reason": partial(no_link_reason, own=own_hosts(viewer)),

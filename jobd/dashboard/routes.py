@@ -73,6 +73,7 @@ class JobActionForm(JobCommand, frozen=True, kw_only=True):
     seen: Annotated[str, Meta(max_length=60)]
     reason: Text = ""
     result: Annotated[int, Meta(ge=1)] | None = None
+    payload: str = ""
     csrf: str = ""
 
 
@@ -393,7 +394,7 @@ class Dashboard:
     async def _run_action(self, viewer: Viewer, form: JobActionForm) -> Response:
         action, job_id = JOB_ACTIONS[form.verb], form.id
         job: JobView = checked(await viewer.ask(Get(id=job_id))).data
-        target = ActionTarget(job_id, form.reason.strip() or None, visible_lock_id(job), form.result)
+        target = ActionTarget(job_id, form.reason.strip() or None, visible_lock_id(job), form.result, form.payload)
         # The actor checks the version when it applies the command: the job may change before that.
         result = await viewer.ask(action.make_command(target), expected=form.seen)
         if isinstance(result, ApiError):

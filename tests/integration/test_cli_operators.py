@@ -42,6 +42,13 @@ def test_a_dry_run_changes_nothing_and_yes_does_it(
     assert jobctl.rejected("cancel", job_id, "--dry-run")[0] == 4
 
 
+def test_a_copy_takes_another_payload(jobctl: Jobctl) -> None:
+    jobctl.ok("submit", "--id", "cp", '{"n": 1}')
+    assert jobctl.json("job", jobctl.ok("copy", "cp", '{"n": 2}').strip())["payload"] == {"n": 2}
+    code, _, err = jobctl.run("copy", "cp", "eight")
+    assert (code, "PAYLOAD is not valid JSON" in err) == (2, True)
+
+
 def test_errors_of_some_jobs_are_named_and_the_others_are_done(jobctl: Jobctl, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("ADMIN_TOKEN")  # the worker API knows no plans
     jobctl.ok("submit", "--id", "c2")

@@ -14,7 +14,7 @@ from jobd.cli.confirm import Confirmation, destructive_options, dry_run_option, 
 from jobd.cli.connection import admin_client, admin_options
 from jobd.cli.ctl.completion import IDS, JOB
 from jobd.cli.ctl.plan_commands import act, where_option
-from jobd.cli.params import MAX_ATTEMPTS, MOMENT, PRIORITY, STATUS, command, json_option
+from jobd.cli.params import MAX_ATTEMPTS, MOMENT, PRIORITY, STATUS, command, json_option, json_text, read_stdin
 
 if TYPE_CHECKING:
     from jobd.client import AdminClient
@@ -230,10 +230,15 @@ def update(job_id: str, reason: str | None, dry_run: bool, as_json: bool, **fiel
 @command(JOB, _REASON, json_option, admin_options)
 @click.argument("payload", required=False)
 def copy(job_id: str, payload: str | None, reason: str | None, as_json: bool) -> int:
-    """Create a job like another one, with its payload or with the JSON text PAYLOAD. Prints the id."""
-    from msgspec import UNSET, Raw
+    """Create a job like another one, with its payload or with PAYLOAD, and print its id.
 
-    job = admin_client().copy_job(job_id, payload=UNSET if payload is None else Raw(payload.encode()), reason=reason)
+    PAYLOAD is JSON, or - to read it from stdin.
+    """
+    from msgspec import UNSET
+
+    text = read_stdin("the payload") if payload == "-" else payload
+    body = UNSET if text is None else json_text(text, "PAYLOAD")
+    job = admin_client().copy_job(job_id, payload=body, reason=reason)
     if as_json:
         terminal.emit_json(job)
     else:

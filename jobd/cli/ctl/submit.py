@@ -119,7 +119,7 @@ def submit(
     text = read_stdin("the payload") if payload == "-" else payload
     if is_text and text is None:
         raise click.UsageError("--text needs PAYLOAD, or - for a text on stdin")
-    body = text if is_text or text is None else json_text(text, "PAYLOAD")
+    body = text if is_text or text is None else json_text(text, "PAYLOAD", " or add --text,")
     client = job_client()
     with naming_flags():
         created = client.create_job(body, id=job_id, **options)

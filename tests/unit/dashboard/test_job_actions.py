@@ -61,6 +61,17 @@ async def test_a_copy_has_a_page_with_headers_payload_and_checkpoint(harness: Da
     assert "Checkpoint" not in page
     assert await harness.status("old") == "processing"
     assert "try it" in text(await browser.get("/audit"))
+    shown = text(await browser.get("/jobs/old/confirm?verb=copy")).partition("<textarea")[2].partition("</textarea>")[0]
+    assert html.unescape(shown.partition(">")[2]) == '{\n  "n": 7\n}'
+    fields = await browser.confirm_fields("old", "copy")
+    response = await browser.post("/jobs/old/do", **fields, payload='{"n":\r\n 8}')
+    assert "&#34;n&#34;: 8" in text(await browser.get(response.headers["location"]))
+    response = await browser.post("/jobs/old/do", **fields, payload="eight")
+    assert (response.status, "not valid JSON: JSON is malformed" in text(response)) == (400, True)
+    await harness.call("jobs", id="large", payload="x" * 30_000)
+    shown = text(await browser.get("/jobs/large/confirm?verb=copy")).partition("Payload, as JSON")[2]
+    assert "Leave this empty" in shown.partition("</textarea>")[0]
+    assert "></textarea>" in shown
 
 
 async def test_a_late_result_is_not_deleted_unseen(harness: DashboardHarness) -> None:
