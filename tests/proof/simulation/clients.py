@@ -113,6 +113,8 @@ class SimClient:
 class SimCreator(SimClient):
     async def act(self) -> None:
         now = self.machine.wall()
+        if self.requests.time_dice.random() < 0.05:
+            await self.ask(self.requests.schedule())
         roll = self.dice.random()
         if roll < 0.6:
             await self.ask(self.requests.create(now))
@@ -144,7 +146,7 @@ class SimOperator(SimClient):
         elif roll < 0.85:
             await self.ask(self.requests.read())
         elif roll < 0.9:
-            await self.machine.call("cleanup", self.requests.maintenance(), by="cleanup")
+            await self.machine.call("cleanup", self.requests.maintenance(self.machine.wall()), by="cleanup")
         else:
             await self._run_maintenance(roll)
 

@@ -9,7 +9,20 @@ from __future__ import annotations
 import asyncio
 from typing import Any, Final
 
-from jobd.model.commands import AnyCommand, Claim, Complete, EndQuietRule, ListJobs, Progress, Resume, RunNow, Stats
+from msgspec.structs import replace
+
+from jobd.model.commands import (
+    AnyCommand,
+    Claim,
+    Complete,
+    DeleteSchedule,
+    EndQuietRule,
+    ListJobs,
+    Progress,
+    Resume,
+    RunNow,
+    Stats,
+)
 from jobd.model.errors import ApiError
 from jobd.model.fields import MAX_PAGE
 from jobd.model.job import DAY_MS, SECOND_MS
@@ -32,6 +45,7 @@ class FinalPhase:
         daemon = await self._check_ready()
         if daemon is None or self.watch.first:
             return
+        await self._check_schedules(daemon)
         await self._check_nothing_stalled(daemon)
         await self._finish_all_jobs(daemon)
         await self.machine.check_delivered()
@@ -70,6 +84,16 @@ class FinalPhase:
         machine.closing_since = daemon.clock.moment().lock_ms
         machine.accept_clock(daemon)
         return daemon
+
+    async def _check_schedules(self, daemon: SimDaemon) -> None:
+        """S19: once jobs can be created again, no time of a schedule is overdue. Delete the schedules after that."""
+        daemon.actor.policy = replace(daemon.actor.policy, live_jobs=1_000_000, queues=10_000)
+        await asyncio.sleep(8)
+        if daemon.scheduling.done():
+            self.watch.fail("S19", "the timer of schedules has ended")
+        self.watch.firings.check_none_overdue(daemon.state.schedules, self.machine.wall())
+        for name in list(daemon.state.schedules):
+            await self._yes(DeleteSchedule(id=name), admin=True)
 
     async def _check_nothing_stalled(self, daemon: SimDaemon) -> None:
         """L2: all holders are gone, so recovery ends every grant in time (monitor.py checks each)."""

@@ -7,6 +7,7 @@ once, S5 only stalled jobs are recovered, S6 acknowledged means on disk and reje
 memory and rows are equal, S8 a rule always returns, S9 the same key gets the same response, S10 counters
 equal a recount, S11 no lock outlives its progress timeout, S12 lock time never goes back, S13 only old finished jobs
 are deleted, S14 claims keep the order, S15 changes of operators are in the audit log, and a dry run changes nothing.
+S18 is checked in cluster/cluster.py, S19 in firings.py.
 """
 
 from __future__ import annotations

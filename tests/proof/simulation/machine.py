@@ -25,6 +25,7 @@ from jobd.maintenance.clock_monitor import ClockMonitor
 from jobd.maintenance.due_jobs import DueJobs
 from jobd.maintenance.maintainer import Maintainer, read_stats
 from jobd.maintenance.restart_grace import GRACE_MS, extend_held_locks
+from jobd.maintenance.schedules import Scheduler
 from jobd.model.clocks import BootMs, LockMs
 from jobd.model.commands import AnyCommand, ClockTrust, EndGrants, IdempotencyKey, Operator
 from jobd.model.errors import ApiError
@@ -416,6 +417,7 @@ class SimDaemon:
             is_full=opened.full,
             has_reserve=opened.has_reserve,
         )
+        self.scheduler = Scheduler(self.actor, self.clock.moment)
         self.due_jobs = DueJobs(self.actor, self.clock.moment, slice_jobs=SLICE)
         self.clock_monitor = ClockMonitor(
             lambda pause_ms, since: None,
@@ -443,6 +445,7 @@ class SimDaemon:
         running.add_done_callback(lambda _: self.stopped.set())
         self.maintainer = Maintainer(self.actor, self.clock, machine.scenario.schedule)
         self.maintaining = self.spawn(self.maintainer.run())
+        self.scheduling = self.spawn(self.scheduler.run())
         sweeping = self._sweep()
         self.is_open, self.opened_s = True, machine.loop.now_s
         machine.note("machine", "open", self.state.numbers(LockMs(0), 0, ClockTrust()), self.clock.suspect)
@@ -455,7 +458,9 @@ class SimDaemon:
             self.sweeper.stop()
             await sweeping
         self.maintainer.stop()
+        self.scheduler.stop()
         await self.maintaining
+        await self.scheduling
         self.actor.stop()
         try:
             await running

@@ -26,6 +26,7 @@ from jobd.model.events import Event, fold
 from jobd.model.job import FINISHED, LIVE, MAX_LATE_RESULTS, SECOND_MS, TOKEN_COUNTER_BITS, Grant, Job
 from jobd.model.responses import CleanupReport, GrantView, Response
 from jobd.model.storage import Batch, StoredResponse
+from tests.proof.simulation.firings import Firings
 from tests.proof.simulation.invariants import BY_TIME, NOTES, Decide, DecisionChecks, Violation
 from tests.proof.simulation.response_times import ResponseTimes
 from tests.support.rule_harness import Decision, compare, snapshot
@@ -48,6 +49,7 @@ class Monitor(DecisionChecks):
         self.machine = machine
         self.fired = fired
         self.response_times = ResponseTimes(machine)
+        self.firings = Firings(self)
         self.first: Violation | None = None
         self.steps = 0
         self.highest_token = 0  # over all commits, including those lost by a restore
@@ -129,6 +131,7 @@ class Monitor(DecisionChecks):
         """Forget the changes that were acknowledged after the restored copy."""
         self.acknowledged = dict(acknowledged)
         self._key_rows = dict(self.machine.disk.keys)
+        self.firings.restored(self.machine.disk.schedules, self.machine.disk.numbers.next_event)
 
     # -- a decision ---------------------------------------------------------------------------------------------------
 
@@ -239,6 +242,7 @@ class Monitor(DecisionChecks):
             self.fired["release delayed"] += event.type == "released" and event.details is not None
             self.fired["late result adopted"] += event.type == "adopted" and event.by.startswith("worker:")
             self.machine.note("event", event)
+            self.firings.committed(event, self._latest_wall)
             if event.job_seq == 0:
                 continue
             self.machine.artifacts.committed(change)

@@ -12,22 +12,32 @@ from msgspec import UNSET, Raw
 
 from jobd.core.rules.plan_rules import version
 from jobd.engine.waiting_claims import FEW
+from jobd.maintenance.cron import latest_time, next_times
 from jobd.model import commands as cmd
 from jobd.model.job import EARLIEST_MS, SECOND_MS, STATUSES, YEAR_MS, BackoffOptions, Job
+from jobd.model.schedules import Schedule
 from tests.proof.simulation.disk import SimDisk
 from tests.proof.simulation.scenario import Scenario
 from tests.support.calls import COMMANDS, aimed
 
 # Commands of operators for which `operation` has no case: their examples are sent.
 OF_CASES: Final = (
-    cmd.AddQuietRule, cmd.Adopt, cmd.Cancel, cmd.Delete, cmd.EndQuietRule, cmd.ExtendLock, cmd.ForceFail,
-    cmd.ForceReset, cmd.Import, cmd.Pause, cmd.QuietWorker, cmd.ReleaseLock, cmd.Resume, cmd.ResumeWorker,
-    cmd.RetryJob, cmd.RunNow, cmd.StopWorker, cmd.TakeBack, cmd.Transition, cmd.Update,
+    cmd.AddQuietRule, cmd.Adopt, cmd.Cancel, cmd.Delete, cmd.DeleteSchedule, cmd.EndQuietRule, cmd.ExtendLock,
+    cmd.ForceFail, cmd.ForceReset, cmd.Import, cmd.Pause, cmd.PauseSchedule, cmd.PutSchedule, cmd.QuietWorker,
+    cmd.ReleaseLock, cmd.Resume, cmd.ResumeSchedule, cmd.ResumeWorker, cmd.RetryJob, cmd.RunNow, cmd.RunSchedule,
+    cmd.StopWorker, cmd.TakeBack, cmd.Transition, cmd.Update,
 )  # fmt: skip
 OTHERS: Final = tuple(
     example.command
     for example in COMMANDS
     if example.is_admin and example.command.admission != "read" and not isinstance(example.command, OF_CASES)
+)
+TIMINGS: Final[tuple[dict[str, Any], ...]] = (
+    {"every_ms": 2_500, "offset_ms": 700},
+    {"every_ms": 7_000},
+    {"every_ms": 20_000},
+    {"every_ms": 60_000, "offset_ms": 90_000},
+    {"cron": "* * * * *"},
 )
 
 
@@ -140,7 +150,7 @@ class RequestGenerator:
         job_id, dice = self.job_id(), self.dice
         job = self.disk.job(job_id)
         lock_id = job.grant.lock_id if job is not None and job.grant is not None else "none"
-        match dice.randrange(18 + len(OTHERS)):
+        match dice.randrange(20 + len(OTHERS)):
             case 0:
                 return cmd.ForceFail(id=job_id, reason=self.maybe(0.5, "by hand"))
             case 1:
@@ -184,8 +194,10 @@ class RequestGenerator:
             case 17:
                 directive = dice.choice((cmd.QuietWorker, cmd.ResumeWorker, cmd.ResumeWorker, cmd.StopWorker))
                 return directive(name=f"w-{dice.randrange(4)}")
+            case 18 | 19:
+                return self.schedule_control(now)
             case number:
-                return aimed(OTHERS[number - 18], id=job_id, lock_id=lock_id, name=self.queue())  # type: ignore[no-any-return]
+                return aimed(OTHERS[number - 20], id=job_id, lock_id=lock_id, name=self.queue())  # type: ignore[no-any-return]
 
     def planned(self, job_id: str) -> cmd.ApplyPlan:
         """Return a slice of a plan, of which some jobs have changed since."""
@@ -270,17 +282,54 @@ class RequestGenerator:
             error_message=self.maybe(0.3, "once"),
         )
 
-    def maintenance(self) -> cmd.AnyCommand:
+    def maintenance(self, now: int) -> cmd.AnyCommand:
         """Send a command of cleanup, but about any job at any time: each is checked when it is applied."""
         ids = [self.job_id() for _ in range(self.dice.randint(1, 3))]
-        if (schedule := self.disk.schedules.get(self.schedule_id())) is not None and self.chance(0.5):
-            after = (schedule.last_at or schedule.timed_from) // SECOND_MS * SECOND_MS
-            at = after + self.dice.choice((0, SECOND_MS, 5 * SECOND_MS))
-            version = schedule.version - self.chance(0.1)  # one that is void
-            return cmd.Fire(id=schedule.id, version=version, scheduled_at=at, is_missed=self.chance(0.2))
+        schedule = self.disk.schedules.get(self.schedule_id())
+        if schedule is not None and schedule.fires_after(now) <= now and self.chance(0.5):
+            return self.firing(schedule, now)
         return self.dice.choice(
             (cmd.Recover(limit=1), cmd.Expire(limit=1), cmd.DeleteExpired(ids=ids), cmd.RepairJobs(ids=ids))
         )
+
+    # -- schedules ----------------------------------------------------------------------------------------------------
+
+    def schedule(self, source: str | None = "app:sim") -> cmd.PutSchedule:
+        dice = self.time_dice
+        return cmd.PutSchedule(
+            id=f"s{dice.randrange(3)}",
+            **dice.choice(TIMINGS),
+            job=cmd.ScheduledJob(queue=dice.choice(self.plan.queues), expires_in_ms=dice.choice((UNSET, 20_000))),
+            overlap=dice.choice(("skip", "allow")),
+            catch_up=dice.choice(("latest", "latest", "none")),
+            jitter_ms=dice.choice((0, 0, 3_000)),
+            source=source,
+        )
+
+    def schedule_control(self, now: int) -> cmd.AnyCommand:
+        name, dice = self.schedule_id(), self.time_dice
+        match dice.randrange(8):
+            case 0:
+                return cmd.DeleteSchedule(id=name)
+            case 1 | 2:
+                return cmd.PauseSchedule(id=name, until=dice.choice((None, now + 5_000, now + 60_000)))
+            case 3:
+                return self.schedule(source=None)
+            case 4 | 5:
+                return cmd.ResumeSchedule(id=name)
+            case _:
+                at = dice.choice((None, now // SECOND_MS * SECOND_MS - 60_000))
+                return cmd.RunSchedule(id=name, scheduled_at=at, force=dice.random() < 0.5)
+
+    def firing(self, schedule: Schedule, now: int) -> cmd.Fire:
+        """Send the last firing again, or the next one if its time has come, beside the timer."""
+        after = schedule.fires_after(now)
+        at, missed = schedule.last_at or after, 0
+        if next_times(schedule.timing, after, 1)[0] <= now:
+            at, missed = latest_time(schedule.timing, after, now)
+        version = schedule.version - self.chance(0.1)  # one that is void
+        is_missed = self.time_dice.random() < 0.2
+        return cmd.Fire(id=schedule.id, version=version, scheduled_at=at, missed=missed, is_missed=is_missed)
 
     # -- everybody ----------------------------------------------------------------------------------------------------
 

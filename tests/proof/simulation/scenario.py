@@ -151,6 +151,7 @@ def policy(dice: Random) -> Policy:
         late_queues={"q2": "adopt_if_unclaimed"} if dice.random() < 0.3 else {},
         live_jobs=dice.choice((4, 12, 5_000_000, 5_000_000)),
         queues=dice.choice((1, 2, 10_000)),
+        schedules=dice.choice((1, 10_000, 10_000)),
     )
 
 
