@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+from bisect import bisect_right
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from datetime import datetime
 from typing import Any
 
+import pytest
+
+from jobd.maintenance.cron import load_zone, next_times
 from jobd.maintenance.schedules import Scheduler
 from jobd.model import commands as cmd
 from jobd.model.job import DAY_MS, HOUR_MS, MINUTE_MS
-from tests.support.virtual_engine import VirtualEngine, checked_engine, in_virtual_time
+from jobd.model.schedules import Timing
+from tests.support.virtual_engine import WALL, VirtualEngine, checked_engine, in_virtual_time
 
 
 def put(**fields: Any) -> cmd.PutSchedule:
@@ -27,10 +33,10 @@ async def running(engine: VirtualEngine) -> AsyncIterator[None]:
     await task
 
 
-def times(engine: VirtualEngine) -> list[int]:
-    """Return the times of the jobs of schedules, in the order of their creation."""
-    jobs = sorted(engine.state.jobs.values(), key=lambda job: job.seq)
-    return [job.extra.scheduled_at for job in jobs if job.extra and job.extra.scheduled_at]
+def times(engine: VirtualEngine, name: str | None = None) -> list[int]:
+    """Return the times of the jobs of all schedules or of one, in the order of their creation."""
+    made = [job.extra for job in sorted(engine.state.jobs.values(), key=lambda job: job.seq) if job.extra]
+    return [each.scheduled_at for each in made if each.scheduled_at and name in (None, each.schedule_id)]
 
 
 @in_virtual_time
@@ -83,6 +89,45 @@ async def test_a_schedule_goes_on_after_the_clock_was_set_back_by_days() -> None
         await asyncio.sleep(45 * 3_600)
         found = times(engine)[before:]
         assert found == list(range(found[0], found[0] + 45 * HOUR_MS, HOUR_MS))
+
+
+@pytest.fixture(
+    params=[
+        *[("Europe/Berlin", "2026-03-29T01:00"), ("Europe/Berlin", "2026-10-25T01:00")],
+        *[("America/New_York", "2026-03-08T07:00"), ("America/New_York", "2026-11-01T06:00")],
+        *[("Australia/Lord_Howe", "2026-04-04T15:00"), ("Australia/Lord_Howe", "2026-10-03T15:30")],
+    ],
+    ids=" ".join,
+)
+def change(request: pytest.FixtureRequest) -> tuple[str, str]:
+    """A time zone, and when daylight saving time ends or begins."""
+    asyncio.run(load_zone(request.param[0]))  # which needs a thread
+    return request.param  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("step_ms", [HOUR_MS, -HOUR_MS, 2 * DAY_MS, -2 * DAY_MS], ids=["+1h", "-1h", "+2d", "-2d"])
+@in_virtual_time
+async def test_each_time_fires_once_over_steps_of_the_clock_at_a_change(change: tuple[str, str], step_ms: int) -> None:
+    """The clock is wrong for 20 min, from 10 min before the change."""
+    zone, at = change
+    begin = round(datetime.fromisoformat(f"{at}+00:00").timestamp() * 1000) - 15 * MINUTE_MS
+    async with checked_engine(step_ms=begin - WALL - 1_000_000) as engine, running(engine):
+        await asyncio.sleep(5)
+        crons = {"fixed": "0,30 1-3 * * *", "elapsed": "*/10 * * * *"}
+        for name, cron in crons.items():
+            await engine.yes(put(id=name, cron=cron, every_ms=None, timezone=zone))
+        for shift_ms, minutes in ((0, 5), (step_ms, 20), (-step_ms, 70)):
+            engine.step_ms += shift_ms
+            await asyncio.sleep(60 * minutes)
+        for name, cron in crons.items():
+            row = engine.state.schedules[name]
+            due = next_times(Timing(cron, timezone=zone), row.created_at, 100)
+            due = due[: bisect_right(due, engine.now)]
+            fired = [at for at in times(engine, name) if at >= begin]
+            assert fired == sorted(set(fired) & set(due))
+            if step_ms > -DAY_MS:  # else times of two days before count, too
+                assert len(fired) + row.missed == len(due)
+            assert fired[-1] == due[-1]
 
 
 @in_virtual_time
