@@ -21,7 +21,7 @@ from aiohttp import web
 from jobd.cli.daemon.main import main
 from tests.support import postgres
 from tests.support.daemon_process import TOKEN, DaemonResponse, UnixConnection, call
-from tests.support.node_process import Cluster, NodeProcess
+from tests.support.node_process import Cluster, NodeProcess, leads
 from tests.support.polling import poll_until
 from tests.support.postgres import PASSWORD, PostgresServer
 from tests.support.tcp_proxy import ProxyThread
@@ -386,26 +386,20 @@ def test_nothing_acknowledged_is_lost_when_the_leader_is_killed_under_load(clust
     for _ in range(2):
         before = len(completed)
         poll_until(lambda: len(completed) > before + 50)  # noqa: B023
-        leader = next(node for node in nodes if _leads(node))
+        leader = next(node for node in nodes if leads(node))
         leader.kill()
-        poll_until(lambda: any(_leads(node) for node in nodes if node is not leader))  # noqa: B023
+        poll_until(lambda: any(leads(node) for node in nodes if node is not leader))  # noqa: B023
         leader.start()
     stop.set()
     for each in workers:
         each.join()
-    leader = next(node for node in nodes if _leads(node))
+    leader = next(node for node in nodes if leads(node))
     for job_id in created:
         assert leader.get(f"/v1/jobs/{job_id}").status == 200, job_id
     for job_id in completed:
         assert leader.get(f"/v1/jobs/{job_id}").data["status"] == "completed", job_id
     assert len(set(completed.values())) == len(completed), "each token was given once"
     poll_until(lambda: all(node.cluster()["lag_events"] == 0 for node in nodes))
-
-
-def _leads(node: NodeProcess) -> bool:
-    with suppress(OSError, http.client.HTTPException):
-        return node.get("/readyz").status == 200
-    return False
 
 
 @pytest.mark.long
@@ -437,7 +431,7 @@ def proxied(cluster: Cluster, proxy: ProxyThread) -> dict[str, str]:
 
 
 @pytest.mark.long
-def test_a_leader_without_its_journal_serves_nothing_before_another_leads(cluster: Cluster, proxy: ProxyThread) -> None:
+def test_a_leader_without_its_journal_serves_nothing_before_anotherleads(cluster: Cluster, proxy: ProxyThread) -> None:
     first = cluster.add("a", **proxied(cluster, proxy))
     first.wait_leads()
     create(first, "one")
@@ -549,7 +543,7 @@ def test_nodes_without_a_synchronous_standby_use_few_sessions(tmp_path: Path, mo
             assert len(found) <= 20, "two of each node, one of the former leader, and those that are ending"
             attempts |= {each for each in found if each.endswith("|Lock")}
         standby.start()
-        poll_until(lambda: _leads(first) or _leads(second))
-        leader = first if _leads(first) else second
+        poll_until(lambda: leads(first) or leads(second))
+        leader = first if leads(first) else second
         assert leader.get("/v1/jobs/before").data["status"] == "queued"
         assert create(leader, "after").status == 201

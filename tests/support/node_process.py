@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+import http.client
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,12 @@ class NodeProcess(DaemonProcess):
 
     def wait_leads(self) -> None:
         self.wait_for_log(b"event=ready")
+
+
+def leads(node: NodeProcess) -> bool:
+    with suppress(OSError, http.client.HTTPException):
+        return node.get("/readyz").status == 200
+    return False
 
 
 class Cluster:
