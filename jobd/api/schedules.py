@@ -43,7 +43,8 @@ async def _check(timing: Timing) -> None:
     try:
         await load_zone(timing.timezone)
         if not next_times(timing, 0, 1):
-            raise invalid_request_error("$.cron", f'"{timing.cron}" has no time within 50 years.')
+            message = f'"{timing.cron}" has no time within 50 years. Give it a day that one of its months has.'
+            raise invalid_request_error("$.cron", message)
     except InvalidTiming as error:
         raise invalid_request_error(f"$.{error.field}", f"{error}.") from None
 

@@ -104,6 +104,15 @@ def test_a_file_of_schedules(jobctl: Jobctl, tmp_path: Path, running: CliDaemon)
     code, message = jobctl.rejected("settings", "apply", str(file))[:2]
     assert code == 78
     assert "[[schedules]]" in message
+    invalid = (
+        ('cron = "0 0 30-31 2 *"', 4, "has the day-of-month 30-31: use 1-31, L or LW"),
+        ("every_ms = 5", 4, "every_ms"),
+        ('every_ms = 60000\npayload_json = "{"', 78, "payload_json is no JSON text: Expecting property name"),
+    )
+    for line, status, words in invalid:
+        file.write_text(f'[[schedules]]\nid = "bad"\n{line}\n')
+        code, message = jobctl.rejected("settings", "apply", str(file))[:2]
+        assert (code, f"{file}: schedule bad: " in message, words in message) == (status, True, True), message
     assert jobctl.rejected("schedule", "stop", "poll")[0] == 2
     assert jobctl.rejected("schedule", "rm", "poll")[0] == 4
 

@@ -104,6 +104,8 @@ def settings(what: str, source: str | None, prune: bool, dry_run: bool) -> None:
 
     A schedule belongs to the file or app that made it. No other one can change it, and --prune deletes no others.
     """
+    from jobd.client.errors import JobdError
+
     client = admin_client()
     if what == "export":
         for view in client.iterate_schedules():
@@ -115,7 +117,12 @@ def settings(what: str, source: str | None, prune: bool, dry_run: bool) -> None:
     owner, wanted = _wanted(source)
     there = {view.id: view for view in client.iterate_schedules()}
     for name, fields in wanted.items():
-        terminal.emit(f"{name}: {_apply(client, name, fields, there.get(name), owner, dry_run=dry_run)}")
+        try:
+            change = _apply(client, name, fields, there.get(name), owner, dry_run=dry_run)
+        except JobdError as error:
+            error.message = f"{source}: schedule {name}: {error.message}"
+            raise
+        terminal.emit(f"{name}: {change}")
     for name, view in there.items():
         if prune and view.source == owner and name not in wanted:
             if not dry_run:
@@ -183,7 +190,11 @@ def _read(file: Path) -> dict[str, dict[str, Any]]:
             raise exit_codes.CliError(f"{file}: schedule {number} {reason}.", exit_codes.CONFIG)
         fields = {field: entry.pop(field) for field in _FIELDS if field in entry}
         if "payload_json" in entry:
-            entry["payload"] = json.loads(entry.pop("payload_json"))
+            try:
+                entry["payload"] = json.loads(entry.pop("payload_json"))
+            except (TypeError, ValueError) as error:
+                message = f"{file}: schedule {name}: payload_json is no JSON text: {error}."
+                raise exit_codes.CliError(message, exit_codes.CONFIG) from None
         found[name] = {**fields, "job": entry}
     return found
 
