@@ -23,11 +23,11 @@ REPEAT_MS: Final = SECOND_MS  # a worker that does not obey is told at most this
 
 def open_queues(state: State, claim: Claim) -> Sequence[str]:
     """Return the queues of which `claim` may get jobs. None, if its worker is to be quiet."""
-    if claim.limit and not state.quiet and not state.presence.directed:  # the common case
+    if not claim.is_quiet and not state.quiet and not state.presence.directed:  # the common case
         return claim.queues
     seen = state.presence.workers.get(claim.worker)
     directive = None if seen is None else seen.directive
-    if claim.limit == 0 or (directive is not None and directive.is_quieting and not directive.is_over(claim)):
+    if claim.is_quiet or (directive is not None and directive.is_quieting and not directive.is_over(claim)):
         return ()
     if not state.quiet:
         return claim.queues
@@ -44,7 +44,7 @@ def directive_for(state: State, claim: Claim, *, is_last: bool = False) -> Direc
         told_at = directive.told_at
         is_due = is_last or told_at is None or state.presence.lock_ms - told_at >= REPEAT_MS
         return directive.view if is_due else None
-    if state.quiet and claim.limit and not open_queues(state, claim):
+    if state.quiet and not claim.is_quiet and not open_queues(state, claim):
         rule = next(_covering(state, claim.about or seen.about))
         return DirectiveView("quiet", rule.by, rule.reason, rule.id) if seen.told_rule != rule.id else None
     return None

@@ -131,7 +131,7 @@ class Directive:
         instance = None if claim.about is None else claim.about.instance
         if self.instance not in (None, instance) and instance is not None:
             return True
-        return claim.limit == 0 if self.view.action == "quiet" else self.view.action == "resume" and claim.limit > 0
+        return claim.is_quiet if self.view.action == "quiet" else self.view.action == "resume" and not claim.is_quiet
 
 
 class LostJob(NamedTuple):
@@ -247,7 +247,7 @@ class WorkerPresence:
     def begin_wait(self, command: Claim, queues: Sequence[str] | None = None) -> ClaimSet:
         """Record that a claim begins to wait for jobs of `queues`. Return the set to pass to `end_wait`."""
         worker = self.note_request(command, queues)
-        claims = worker.claims
+        claims = worker.claims if command.limit else ClaimSet(command.queues, None)  # which waits for no job
         assert claims is not None
         worker.waiting += 1
         claims.waiting += 1

@@ -48,9 +48,9 @@ class WaitingClaims:
         assert isinstance(claim, Claim)
         if envelope.ticket == 0:
             envelope.ticket, self._next_ticket = self._next_ticket, self._next_ticket + 1
-        queues = self._open_queues(claim)
-        places: list[Place] = [(queue, kind) for queue in dict.fromkeys(queues) for kind in _kinds(claim)]
-        self.by_ticket[envelope.ticket] = (envelope, places, self._presence.begin_wait(claim, queues))
+        places: list[Place] = [(queue, kind) for queue in self._queues_of(claim) for kind in _kinds(claim)]
+        wait = self._presence.begin_wait(claim, self._open_queues(claim))
+        self.by_ticket[envelope.ticket] = (envelope, places, wait)
         for place in places:
             waiting = self._at.setdefault(place, {})
             late = bool(waiting) and next(reversed(waiting)) > envelope.ticket
@@ -91,11 +91,15 @@ class WaitingClaims:
         for envelope, places, _ in list(self.by_ticket.values()):
             claim = envelope.command
             assert isinstance(claim, Claim)
-            if {queue for queue, _ in places} != set(self._open_queues(claim)):
+            if {queue for queue, _ in places} != self._queues_of(claim).keys():
                 self.remove(envelope)
                 self.add(envelope)
                 changed.append(claim)
         return changed
+
+    def _queues_of(self, claim: Claim) -> dict[str, None]:
+        """Return the queues for whose jobs a claim waits."""
+        return dict.fromkeys(self._open_queues(claim) if claim.limit else ())
 
     def first(self, queue: str, kind: str) -> Envelope | None:
         """Return the claim that has waited longest for a job of this queue and kind."""

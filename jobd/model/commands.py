@@ -326,7 +326,7 @@ class Claim(Command, frozen=True, kw_only=True):
     """Take the first due jobs, ordered by priority, due time and creation. Wait up to `wait_ms` if there are none.
 
     A response with a `directive` has no grants. A worker that was told to be quiet claims with `limit` 0, which grants
-    nothing and waits for the next directive.
+    nothing and waits for the next directive. One without a free place may do so with `busy`, and is not quiet.
     """
 
     admission = "grant"
@@ -346,6 +346,11 @@ class Claim(Command, frozen=True, kw_only=True):
     stall_after_ms: GrantStallAfterMs | None = None
     progress_timeout_ms: GrantProgressTimeoutMs | None = None
     about: Annotated[About | None, doc("The worker's description of itself, for display only.")] = None
+    busy: Annotated[bool, doc("With `limit` 0: the worker has no free place, but is not quiet.")] | UnsetType = UNSET
+
+    @property
+    def is_quiet(self) -> bool:
+        return self.limit == 0 and self.busy is not True
 
     def sender(self) -> str | None:
         return f"worker:{self.worker}"

@@ -34,6 +34,7 @@ NODE_POLL_MS: Final = 10_000  # with several nodes, as the one that holds the cl
 LOCK_TTL_MS: Final = 60_000
 ARRIVAL_S: Final = 0.05  # after `stop`, for a response that is on its way
 RETRY_FOR_S: Final = 30.0  # of a claim with `once` or `drain`, while the daemon is unreachable
+LISTEN_AFTER_S: Final = 0.5  # without a free place, so that short jobs cost no request more
 PROBE_S: Final = 1.0  # for each request for grants that were missed
 PROBES: Final = 3  # at most, because over TCP the daemon notices a cancelled claim a little later
 # A claim is also retried after errors that the daemon can recover from: a full disk, an internal error.
@@ -79,6 +80,7 @@ class Claimer:
     ) -> None:
         self._client = client
         self._options = options
+        self._poll_ms = POLL_MS if len(client.endpoints) == 1 else NODE_POLL_MS
         self._work = work
         self._log = log
         self._on_stop = on_stop
@@ -152,22 +154,35 @@ class Claimer:
         self._log(f"worker {self._options.worker} {text}{why}")
 
     async def _wait_for_one(self) -> None:
-        """Wait until one of the running jobs has ended or `stop` was called."""
+        """Wait until one of the running jobs has ended or `stop` was called. Meanwhile, obey directives."""
         stopping = asyncio.ensure_future(self._stopping.wait())
+        listening = asyncio.ensure_future(self._listen())
         try:
             await first_of(stopping, *self._running)
         finally:
             stopping.cancel()
+            listening.cancel()  # a directive that is on its way is repeated
+            await asyncio.gather(listening, return_exceptions=True)
         ended = {job for job in self._running if job.done()}
         self._running -= ended
         for job in ended:
             job.result()  # raises a bug in `work`
 
+    async def _listen(self) -> None:
+        """Claim nothing, and wait for directives. An error ends this: the next claim gets it too."""
+        await asyncio.sleep(LISTEN_AFTER_S)
+        retry = RetryOptions(total_s=None, timeout_s=10.0, codes=RETRIED_CLAIM)
+        with contextlib.suppress(JobdError):
+            while True:
+                grants = await self._client.send(self._request(0, self._poll_ms, uuid7()), retry)
+                if grants.directive is not UNSET:
+                    self._obey(grants.directive)
+
     async def _claim(self, limit: int) -> Grants:
         """Claim up to `limit` jobs. Retries with the same key until the daemon responds or `stop` is called."""
         self.has_claimed = True
         key = uuid7()
-        wait_ms = POLL_MS if len(self._client.endpoints) == 1 else NODE_POLL_MS
+        wait_ms = self._poll_ms
         if self._options.drain:
             wait_ms = min(wait_ms, self._retry_wait_ms())
         request = self._request(limit, wait_ms, key)
@@ -199,7 +214,7 @@ class Claimer:
 
     def _request(self, limit: int, wait_ms: int, key: str) -> ApiRequest[Grants]:
         options = self._options
-        about = replace(options.about, quiet=True) if options.about is not None and limit == 0 else options.about
+        about = replace(options.about, quiet=True) if options.about is not None and self._is_quiet else options.about
         fields = {
             "worker": options.worker,
             "queues": list(options.queues),
@@ -210,6 +225,7 @@ class Claimer:
             "stall_after_ms": 0,
             "progress_timeout_ms": options.progress_timeout_ms,
             "about": about,
+            "busy": True if limit == 0 and not self._is_quiet else None,
         }
         return build(JobRequests.claim, fields, key=key, wait_ms=wait_ms)
 

@@ -61,6 +61,26 @@ async def test_a_waiting_claim_is_answered_with_a_directive_at_once(engine: Virt
 
 
 @in_checked_engine()
+async def test_a_busy_worker_waits_for_directives_only_and_is_not_quiet(engine: VirtualEngine) -> None:
+    busy = await waiting_claim(engine, "w", limit=0, busy=True, about=OLD)
+    assert await seen(engine) == (False, None)
+    await engine.yes(cmd.Create(id="a"))
+    assert granted_ids(await engine.respond(cmd.Claim(worker="other"))) == ["a"]
+    rule = (await engine.yes(cmd.AddQuietRule(queue="q", reason="r"))).id  # its claim stays
+    await engine.yes(cmd.EndQuietRule(rule=rule))
+    assert not busy.done()
+    assert (await engine.yes(cmd.QuietWorker(name="w"))).is_sent
+    assert (await busy).data.directive.action == "quiet"
+    assert await seen(engine) == (False, "quiet")
+    quiet = await waiting_claim(engine, "w", limit=0, about=OLD)
+    assert await seen(engine) == (True, None)
+    await engine.yes(cmd.ResumeWorker(name="w"))
+    assert (await quiet).data.directive.action == "resume"
+    assert await told(engine, limit=0, busy=True) is None
+    assert await seen(engine) == (False, None)
+
+
+@in_checked_engine()
 async def test_a_worker_that_does_not_obey_gets_no_jobs_and_is_told_again(engine: VirtualEngine) -> None:
     """A lost response is repeated, but a program that knows no directives must not claim in a loop."""
     assert directive_for(engine.state, cmd.Claim(worker="w")) is None

@@ -7,6 +7,7 @@ import os
 import socket
 from collections.abc import AsyncIterator, Iterator
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +15,8 @@ import pytest
 from jobd.client import AsyncHandlerContext, AsyncJobClient, Worker
 from jobd.client.worker.claimer import ClaimOptions, describe_claims, describe_process
 from jobd.client.worker.handlers import merged_result
-from tests.support.scripted_server import ScriptedServer, rejected
+from tests.support.client_harness import GRANT, working
+from tests.support.scripted_server import ScriptedServer, Step, ok, rejected
 
 
 def test_wrong_use_of_the_decorator_is_a_type_error() -> None:
@@ -129,3 +131,17 @@ def test_a_worker_names_the_address_that_it_uses(
         monkeypatch.setenv(name, value)
     line = describe_claims(ClaimOptions(worker="w"), AsyncJobClient(address))
     assert line == f"worker w claims jobs of queue default, 1 at a time, at {shown}"
+
+
+async def test_a_worker_without_a_free_place_is_stopped(tmp_path: Path) -> None:
+    async def endless(context: AsyncHandlerContext) -> None:
+        await asyncio.Event().wait()
+
+    stop = {"grants": [], "directive": {"action": "stop", "by": "admin:ana", "reason": "bad"}}
+    claims: list[Step] = [ok({"grants": [GRANT]}), ok(stop)]
+    async with working(tmp_path, endless, responses={"claim": claims}, grace_s=0) as daemon:
+        await daemon.receive("release")
+    assert [(each.get("limit", 1), each.get("busy", False)) for each in daemon.bodies("claim")[:2]] == [
+        (1, False),
+        (0, True),
+    ]
