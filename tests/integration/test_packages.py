@@ -25,11 +25,20 @@ ROOT: Final = Path(__file__).parents[2]
 PROJECTS: Final = {"jobd-server": ROOT / "pyproject.toml", "jobd-client": ROOT / ".ci/client/pyproject.toml"}
 CREATE_AND_WAIT: Final = """
 import sys
+from jobd import App
 from jobd.client import JobClient
+
+app = App("alone")
+
+@app.task
+def double(n: int) -> int:
+    return 2 * n
+
+job = double.enqueue(1)
 with JobClient() as client:
-    client.create_job({"n": 1}, id="from-client", kind="echo")
     (grant,) = client.claim("w-1")
-    print(client.complete_job(grant.job.id, lock_id=grant.lock_id, metadata={"n": 2}).status)
+    client.complete_job(grant.job.id, lock_id=grant.lock_id, metadata=2)
+print(job.status(), job.result(timeout=30))
 assert not {"aiohttp", "click"} & set(sys.modules)
 """
 
@@ -105,7 +114,7 @@ def test_the_client_needs_msgspec_only(wheels: dict[str, Path], tmp_path: Path) 
     environment.check()
     with DaemonProcess(tmp_path) as daemon:
         done = _run(environment.bin / "python", "-c", CREATE_AND_WAIT, JOBD_SOCKET=daemon.socket)
-        assert (done.stdout, done.stderr) == ("completed\n", "")
+        assert (done.stdout, done.stderr) == ("completed 2\n", "")
     refused = _run(environment.bin / "jobctl", "jobs")
     assert refused.returncode == 1
     assert refused.stderr == "jobctl needs the package click: pip install 'jobd-client[worker]'\n"

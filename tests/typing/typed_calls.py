@@ -5,10 +5,11 @@ Only the type checkers read this module. mypy checks the kind of an error too. A
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 
-from jobd import App, JobHandle
+from jobd import App, JobContext, JobHandle, NewJob, Retry, current_job
 
 app = App("typed")
 
@@ -31,6 +32,33 @@ def receipt(order_id: int, customer: str, *, copy_to: str | None = None) -> None
 @app.task
 def tidy() -> int:
     return 3
+
+
+@app.schedule("0 3 * * *", timezone="Europe/Berlin")
+@app.task
+def sweep(days: int = 30) -> int:
+    start: int = current_job().checkpoint or 0
+    current_job().progress(50, checkpoint=start)
+    raise Retry("later", after=timedelta(minutes=1), days=days - 1)
+
+
+app.schedule(timedelta(minutes=5), overlap="skip")(resize.call("a.png"))
+app.schedule("0 6 * * 1", id="weekly")(sweep.using(queue="slow").call(days=7))
+
+
+@app.middleware
+def log_run(job: JobContext) -> Iterator[None]:
+    yield
+
+
+@app.middleware
+async def session(job: JobContext) -> AsyncIterator[None]:
+    yield
+
+
+@app.on_enqueue
+def trace(job: NewJob) -> None:
+    job.headers["traceparent"] = "00"
 
 
 class Service:
