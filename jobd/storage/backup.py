@@ -19,7 +19,7 @@ from typing import BinaryIO, Final
 from msgspec import Struct
 
 from jobd.model.storage import BackupError, BackupProgress, BackupStep, DiskFull
-from jobd.storage import files, startup
+from jobd.storage import files, startup, store_file
 from jobd.storage.connection import journal_mode
 from jobd.storage.database import result_code
 from jobd.storage.files import FileLock, StoreError, StoreUnreadable
@@ -258,8 +258,8 @@ def restore(file: str, path: str) -> str | None:
 def _check_and_copy(file: str, new: str) -> None:
     if not os.path.exists(file):
         raise StoreUnreadable(f"{file} does not exist")
-    startup.check_version(file, startup.peek(file))
-    with startup.translated_errors(file), startup.read_only(file) as source:
+    store_file.check_version(file, store_file.peek(file))
+    with startup.translated_errors(file), store_file.read_only(file) as source:
         startup.check_application_id(source, file)
         migrations.check_meta(source, file)
         if has_tail(source):
@@ -286,11 +286,11 @@ def _keep_old(path: str) -> str | None:
 def _checkpoint_old(path: str) -> int:
     """Checkpoint the old database. Return its epoch, 0 if there is none or it cannot be read."""
     try:
-        startup.peek(path)
+        store_file.peek(path)
     except (StoreUnreadable, FileNotFoundError):
         return 0  # not a database, and SQLite would delete its log
     try:
-        startup.check_wal(path)
+        store_file.check_wal(path)
     except StoreUnreadable:
         return 0  # keep the log, which SQLite cannot read completely
     try:

@@ -15,14 +15,13 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Final
-from urllib.parse import quote
 
 from msgspec.structs import replace
 
 from jobd.journal.sqlite import SqliteJournal
 from jobd.model.job import LAST_EPOCH, SAFE_EPOCH, TOKEN_COUNTER_BITS, Job, PackedJob, epoch_seconds, new_epoch
 from jobd.model.storage import SPARE_BYTES, DiskFull, Numbers, OpenedStore, QueueRow, StoredResponse
-from jobd.storage import codec, files
+from jobd.storage import codec, files, store_file
 from jobd.storage.cluster import membership
 from jobd.storage.cluster.membership import Membership
 from jobd.storage.codec import META_COLUMNS, SQL, Row
@@ -41,7 +40,7 @@ from jobd.storage.database import (
     readable,
     result_code,
 )
-from jobd.storage.files import EpochFile, FileLock, NotAStore, StoreBusy, StoreFailed, StoreTooNew, StoreUnreadable
+from jobd.storage.files import EpochFile, FileLock, NotAStore, StoreBusy, StoreFailed, StoreUnreadable
 from jobd.storage.queries import read_job
 from jobd.storage.schema import migrations
 from jobd.storage.schema.upgrade import upgrade
@@ -52,7 +51,6 @@ from jobd.storage.tables.tail import JournalTail, read_tail
 MEMORY: Final = ":memory:"
 PAGE_CACHE_KIB: Final = 8 << 10  # enough for the rows of running jobs
 _LOG_BYTES: Final = 32 << 20  # the log shrinks to this after a large transaction
-_MAGIC: Final = b"SQLite format 3\0"
 # The index only finds live jobs: a column read from it would hide damage in the row.
 _LIVE_JOBS: Final = (
     f"SELECT {SQL['jobs']} FROM (SELECT seq AS found FROM jobs INDEXED BY jobs_live WHERE {LIVE_SQL}) "
@@ -75,9 +73,9 @@ def connect(path: str, synchronous: str) -> FunctionConnection:
     """
     if path != MEMORY and not files.create_private(path):
         os.close(os.open(path, os.O_RDWR | os.O_CLOEXEC))  # SQLite would report a read-only file as a failed disk
-        check_version(path, peek(path))
+        store_file.check_version(path, store_file.peek(path))
         if synchronous != "NORMAL":
-            check_wal(path)
+            store_file.check_wal(path)
     conn = FunctionConnection(path, timeout=1.0, isolation_level=None, check_same_thread=False, cached_statements=256)
     try:
         with translated_errors(path):
@@ -138,82 +136,6 @@ def _unreadable(path: str, error: Exception) -> str:
     return f"{path} cannot be read ({error}): run `jobd doctor`, or restore a backup with `jobd restore`"
 
 
-def peek(path: str) -> tuple[int, int]:
-    """Return application id and schema version of the file at `path`; (0, 0) if it is empty. Writes nothing."""
-    with open(path, "rb") as file:
-        header = file.read(100)
-    if not header:
-        return 0, 0
-    if len(header) < 100 or not header.startswith(_MAGIC):
-        raise NotAStore(f"{path} is not a jobd database")
-    in_file = int.from_bytes(header[68:72]), int.from_bytes(header[60:64])
-    return _peek_wal(path, in_file) if _has_log(path) else in_file
-
-
-def _has_log(path: str) -> bool:
-    """Return whether the database at `path` has a write-ahead log that is not empty."""
-    log = files.log_of(path)
-    return os.path.exists(log) and os.path.getsize(log) > 0
-
-
-def _peek_wal(path: str, in_file: tuple[int, int]) -> tuple[int, int]:
-    """Return the same through a read-only connection, because the write-ahead log may have a newer header."""
-    try:
-        with read_only(path) as conn:
-            (application,) = conn.execute("PRAGMA application_id").fetchone()
-            (version,) = conn.execute("PRAGMA user_version").fetchone()
-            return application, version
-    except sqlite3.Error:
-        return in_file  # the disk is full, for example
-
-
-@contextlib.contextmanager
-def read_only(path: str) -> Iterator[sqlite3.Connection]:
-    """Yield a read-only connection. The caller ensures that nothing else writes, for example with the lock."""
-    shared = files.shared_memory_of(path)
-    had_shared = os.path.exists(shared)
-    mode = "mode=ro" if _has_log(path) else "mode=ro&immutable=1"
-    conn = sqlite3.connect(f"file:{quote(os.fsencode(path))}?{mode}", uri=True, timeout=1.0, isolation_level=None)
-    try:
-        yield conn
-    finally:
-        conn.close()
-        if not had_shared:
-            Path(shared).unlink(missing_ok=True)
-
-
-def check_version(path: str, header: tuple[int, int]) -> None:
-    """Raise NotAStore if the file is not a jobd store, StoreTooNew or StoreUnreadable for an unsupported version."""
-    application, version = header
-    if application not in (0, migrations.APPLICATION_ID):
-        raise NotAStore(f"{path} is a database of another program")
-    if version > migrations.VERSION:
-        raise StoreTooNew(
-            f"{path} has schema version {version}, but this jobd supports {migrations.VERSION}: "
-            "use the newer jobd, or a backup made by this version. The file was not changed"
-        )
-    if 0 < version < migrations.OLDEST:
-        raise StoreUnreadable(f"{path} has schema version {version}, which no release has. The file was not changed")
-
-
-def check_wal(path: str) -> None:
-    """Raise StoreUnreadable if SQLite would skip commits in the write-ahead log of `path`."""
-    log = files.log_of(path)
-    if not wal.has_frames(log):
-        return
-    try:
-        with read_only(path) as conn:
-            conn.execute("PRAGMA user_version").fetchone()
-            used = wal.frames_used(files.shared_memory_of(path))
-    except (sqlite3.Error, OSError):
-        return  # the disk is full, for example
-    if wal.is_damaged(log, used):
-        raise StoreUnreadable(
-            f"{log} is damaged after {used} pages, and later commits cannot be read: restore a backup with `jobd "
-            f"restore`, or continue from before the damage with `jobd restore {path}`, which keeps the damaged files"
-        )
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Read the store
 
@@ -268,7 +190,7 @@ def prepare_schema(conn: sqlite3.Connection, path: str) -> None:
     """Create the schema in an empty file; copy an older store and then migrate it."""
     (application,) = conn.execute("PRAGMA application_id").fetchone()
     (version,) = conn.execute("PRAGMA user_version").fetchone()
-    check_version(path, (application, version))
+    store_file.check_version(path, (application, version))
     (objects,) = conn.execute("SELECT count(*) FROM sqlite_schema").fetchone()
     if not objects:
         migrations.create(conn)

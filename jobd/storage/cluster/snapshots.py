@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import BinaryIO, Final
 
 from jobd.model.journal import SNAPSHOT_PART_BYTES, BadSnapshot
-from jobd.storage import files, startup
+from jobd.storage import files, startup, store_file
 from jobd.storage.cluster import membership
 from jobd.storage.files import StoreError
 from jobd.storage.schema import migrations
@@ -64,7 +64,7 @@ async def _receive(new: str, parts: AsyncIterator[bytes]) -> None:
 
 def _check(new: str, cluster_id: str) -> None:
     try:
-        startup.check_version(new, startup.peek(new))
+        store_file.check_version(new, store_file.peek(new))
         with startup.translated_errors(new), contextlib.closing(sqlite3.connect(new, isolation_level=None)) as conn:
             startup.check_application_id(conn, new)
             migrations.check_meta(conn, new)

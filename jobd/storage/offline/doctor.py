@@ -20,7 +20,7 @@ from jobd.journal import event_codec
 from jobd.journal.sqlite import SqliteJournal
 from jobd.model.job import DAY_MS, LIVE, TOKEN_COUNTER_BITS, Extra, Job, extra_keys, headers_key
 from jobd.model.storage import Numbers, QueueRow
-from jobd.storage import codec, files, startup
+from jobd.storage import codec, files, startup, store_file
 from jobd.storage.cluster import membership
 from jobd.storage.codec import META_COLUMNS, SQL, Row, body_table, fault, insert
 from jobd.storage.damage.quarantine import original_id, row_name
@@ -80,15 +80,15 @@ def check(path: str, *, refold: bool = False, on_note: Callable[[str], object] =
     with contextlib.ExitStack() as stack:
         if os.path.exists(f"{path}.lock"):  # do not create a lock file for a copy that no daemon has opened
             stack.enter_context(FileLock(path))
-        header = startup.peek(path)
-        startup.check_version(path, header)
-        startup.check_wal(path)
+        header = store_file.peek(path)
+        store_file.check_version(path, header)
+        store_file.check_wal(path)
         if header[1] < migrations.VERSION:
             problem = f"it has schema version {header[1]}, but this jobd has {migrations.VERSION}"
             fix = "start the daemon once, which copies and migrates the store; then check again"
             return [Defect(path, problem, fix)]
         stack.enter_context(startup.translated_errors(path))
-        conn = stack.enter_context(startup.read_only(path))
+        conn = stack.enter_context(store_file.read_only(path))
         startup.check_application_id(conn, path)
         found = problems(conn, path)
         tail = _read_tail(conn)

@@ -11,7 +11,7 @@ from typing import Final
 
 from jobd.model.job import new_epoch
 from jobd.model.storage import DiskFull
-from jobd.storage import backup, files, startup
+from jobd.storage import backup, files, startup, store_file
 from jobd.storage.connection import read_number
 from jobd.storage.database import lenient_text, now_ms, readable
 from jobd.storage.files import StoreBusy, StoreError, StoreUnreadable
@@ -31,9 +31,9 @@ def restore(file: str, path: str) -> list[str]:
     used = files.read_epoch(path)
     if not os.path.exists(file):
         raise StoreUnreadable(f"{file} does not exist")
-    header = startup.peek(file)
-    startup.check_version(file, header)
-    with startup.translated_errors(file), startup.read_only(file) as source:
+    header = store_file.peek(file)
+    store_file.check_version(file, header)
+    with startup.translated_errors(file), store_file.read_only(file) as source:
         startup.check_application_id(source, file)
         size = _size(source)
         free = _check_space(path, size)
@@ -114,9 +114,9 @@ def _replaced(path: str) -> tuple[int, str]:
     stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
     kept_as = f"would be kept as {path}.{stamp}"
     try:
-        startup.peek(path)
-        startup.check_wal(path)
-        with startup.translated_errors(path), startup.read_only(path) as old:
+        store_file.peek(path)
+        store_file.check_wal(path)
+        with startup.translated_errors(path), store_file.read_only(path) as old:
             startup.check_application_id(old, path)
             (count,) = old.execute("SELECT count(*) FROM jobs NOT INDEXED").fetchone()
             jobs = "1 job" if count == 1 else f"{count} jobs"

@@ -8,7 +8,7 @@ import sqlite3
 from collections.abc import Iterator
 from typing import Any, Final
 
-from jobd.storage import startup
+from jobd.storage import startup, store_file
 from jobd.storage.connection import read_number
 from jobd.storage.files import FileLock, StoreUnreadable
 from jobd.storage.schema import migrations
@@ -36,8 +36,8 @@ def opened_uncommitted(path: str) -> Iterator[sqlite3.Connection | str]:
     with FileLock(path):
         if not os.path.exists(path):
             raise StoreUnreadable(f"{path} does not exist")
-        startup.check_version(path, header := startup.peek(path))
-        startup.check_wal(path)
+        store_file.check_version(path, header := store_file.peek(path))
+        store_file.check_wal(path)
         if header[1] < migrations.VERSION:
             yield (
                 f"{path} has schema version {header[1]}: it would first be copied and migrated to "
@@ -45,7 +45,7 @@ def opened_uncommitted(path: str) -> Iterator[sqlite3.Connection | str]:
             )
             return
         # While another connection is open, SQLite does not write the log into the file when it closes this one.
-        with startup.translated_errors(path), startup.read_only(path) as other:
+        with startup.translated_errors(path), store_file.read_only(path) as other:
             read_number(other, "PRAGMA user_version")
             with contextlib.closing(
                 sqlite3.connect(path, timeout=1.0, isolation_level=None, factory=_Uncommitted)

@@ -66,7 +66,6 @@ from jobd.model.storage import (
     OutboxWrite,
     Payload,
     QueueRow,
-    StoredResponse,
     TableWrite,
     Tombstone,
     distinct_tombstones,
@@ -74,7 +73,6 @@ from jobd.model.storage import (
 from jobd.storage import codec
 from jobd.storage.cluster import membership
 from jobd.storage.cluster.membership import Membership
-from jobd.storage.codec import insert, with_checksum
 from jobd.storage.damage.quarantine import quarantine_jobs
 from jobd.storage.database import BY_SEQ, PUT_QUEUE, PUT_TOMBSTONE, Database, StructureDamaged, readable
 from jobd.storage.events import event_rows
@@ -104,8 +102,6 @@ MAX_SLICE_EVENTS: Final = 1_500
 SLICE_BYTES: Final = 1 << 20  # of its records are enough too, because a transaction with large payloads takes longer
 MAX_BEHIND: Final = 30_000  # events that the tables may lack
 MAX_BEHIND_FULL: Final = 3_000  # on a full disk, because every read then applies them in memory
-KEEP_REPORTS: Final = 500
-_REPLACE_KEY: Final = insert("keys", "REPLACE")
 
 
 class Projection:
@@ -449,8 +445,8 @@ class Projection:
                 table_writes.write_schedule(db, event)
         if tombstones:
             db.conn.executemany(PUT_TOMBSTONE, map(codec.tombstone_row, tombstones))
-        self._write_keys(batches)
-        self._write_rest(batches)
+        table_writes.write_keys(db, batches)
+        table_writes.write_rest(db, batches)
         for each in pending:
             db.projected_to = each.number
             self._unmark(each)
@@ -472,30 +468,6 @@ class Projection:
     def _unmark(self, pending: Pending) -> None:
         if pending.batch.unmark and pending.number >= self.db.marked:
             self.db.marked = 0
-
-    def _write_keys(self, batches: list[Batch]) -> None:
-        keys: dict[str, StoredResponse | None] = {}
-        for batch in batches:
-            keys.update(dict.fromkeys(batch.forget_keys))
-            keys.update((key.digest, key) for key in batch.keys)
-        if keys:
-            executemany = self.db.conn.executemany
-            executemany("DELETE FROM keys WHERE digest = ?", [(digest,) for digest, key in keys.items() if key is None])
-            executemany(_REPLACE_KEY, [codec.key_row(key) for key in keys.values() if key is not None])
-
-    def _write_rest(self, batches: list[Batch]) -> None:
-        conn = self.db.conn
-        if checked := [(seq,) for batch in batches for seq in batch.checked]:
-            conn.executemany("DELETE FROM suspects WHERE job_seq = ?", checked)
-        for batch in [batch for batch in batches if batch.audit or batch.writes]:
-            if batch.audit:
-                self.db.audit.write(batch.audit)
-            for write in batch.writes:
-                table_writes.apply(self.db, write)
-        for report in (batch.report for batch in batches if batch.report is not None):
-            (last,) = conn.execute("SELECT ifnull(max(seq), 0) FROM reports").fetchone()
-            conn.execute(insert("reports"), with_checksum((last + 1, bytes(report))))
-            conn.execute("DELETE FROM reports WHERE seq <= ?", (last + 1 - KEEP_REPORTS,))
 
     def _find(self, event: Event) -> StoredJob | None:
         """Return the row of the job of `event`. Raises RowDamaged."""

@@ -12,7 +12,16 @@ from msgspec.structs import astuple
 
 from jobd.model.events import Event, QuietRule, fold_quiet
 from jobd.model.schedules import Schedule, fold_schedule, schedule_id
-from jobd.model.storage import AuditTrimming, EventPruning, FiguresWrite, OutboxWrite, TableWrite, TombstoneWrite
+from jobd.model.storage import (
+    AuditTrimming,
+    Batch,
+    EventPruning,
+    FiguresWrite,
+    OutboxWrite,
+    StoredResponse,
+    TableWrite,
+    TombstoneWrite,
+)
 from jobd.storage import codec, outbox
 from jobd.storage.codec import SQL, Row, fault, insert, with_checksum
 from jobd.storage.damage.quarantine import quarantine_events, quarantine_rows, undamaged_rows
@@ -20,8 +29,10 @@ from jobd.storage.database import PUT_TOMBSTONE, Database
 from jobd.storage.events import event_queries, event_rows
 from jobd.storage.tables.writers import AUDIT_ROW
 
+KEEP_REPORTS: Final = 500
 _PUT_QUIET: Final = insert("quiet_rules", "REPLACE")
 _PUT_SCHEDULE: Final = insert("schedules", "REPLACE")
+_PUT_KEY: Final = insert("keys", "REPLACE")
 _PUT_FIGURES: Final = insert("figures", "REPLACE")
 _EXISTS: Final = "SELECT 1 FROM jobs WHERE seq = job_seq UNION ALL SELECT 1 FROM quarantined_jobs WHERE seq = job_seq"
 _DELETED_JOBS: Final = f"SELECT job_seq, id, at, EXISTS ({_EXISTS}) FROM deleted_jobs WHERE at < ? ORDER BY at LIMIT ?"
@@ -165,3 +176,31 @@ def apply(db: Database, write: TableWrite) -> None:
             db.conn.execute(_PUT_FIGURES, with_checksum((1, body)))
         case _:
             assert_never(write)
+
+
+def write_keys(db: Database, batches: list[Batch]) -> None:
+    """Store the responses of batches, and forget those that are no longer kept."""
+    keys: dict[str, StoredResponse | None] = {}
+    for batch in batches:
+        keys.update(dict.fromkeys(batch.forget_keys))
+        keys.update((key.digest, key) for key in batch.keys)
+    if keys:
+        executemany = db.conn.executemany
+        executemany("DELETE FROM keys WHERE digest = ?", [(digest,) for digest, key in keys.items() if key is None])
+        executemany(_PUT_KEY, [codec.key_row(key) for key in keys.values() if key is not None])
+
+
+def write_rest(db: Database, batches: list[Batch]) -> None:
+    """Write the audit entries, reports and other rows of batches that belong to no job."""
+    conn = db.conn
+    if checked := [(seq,) for batch in batches for seq in batch.checked]:
+        conn.executemany("DELETE FROM suspects WHERE job_seq = ?", checked)
+    for batch in [batch for batch in batches if batch.audit or batch.writes]:
+        if batch.audit:
+            db.audit.write(batch.audit)
+        for write in batch.writes:
+            apply(db, write)
+    for report in (batch.report for batch in batches if batch.report is not None):
+        (last,) = conn.execute("SELECT ifnull(max(seq), 0) FROM reports").fetchone()
+        conn.execute(insert("reports"), with_checksum((last + 1, bytes(report))))
+        conn.execute("DELETE FROM reports WHERE seq <= ?", (last + 1 - KEEP_REPORTS,))

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Final
 
 from jobd.model.job import TOKEN_COUNTER_BITS
-from jobd.storage import startup
+from jobd.storage import store_file
 from jobd.storage.offline import doctor
 from jobd.storage.store import Store
 from tests.proof.faults.crash_states import UNSYNCED_OUTCOMES, LoggedCall, ReplayedDisk, records
@@ -99,7 +99,7 @@ class CrashState:
     def check(self, ledger: Ledger, until_s: float, *, with_daemon: bool) -> int:
         """Check that the store has everything acknowledged before `until_s`."""
         path = str(self.path)
-        if self.path.exists() and startup.peek(path) != (0, 0):
+        if self.path.exists() and store_file.peek(path) != (0, 0):
             problems = doctor.check(path)
             assert not problems, f"the doctor finds {problems[:5]}"
         if with_daemon:

@@ -19,7 +19,7 @@ import msgspec
 from msgspec.structs import replace
 
 from jobd.model.storage import JobQuery
-from jobd.storage import startup
+from jobd.storage import store_file
 from jobd.storage.files import StoreError
 from jobd.storage.offline import doctor
 from jobd.storage.store import Store
@@ -89,7 +89,7 @@ def _kill_with_tail(daemon: DaemonProcess) -> None:
         for each in range(10):
             assert daemon.post("/v1/jobs", {"id": f"last-{number}-{each}"}).status == 201
         daemon.kill()
-        with startup.read_only(str(daemon.store)) as conn:
+        with store_file.read_only(str(daemon.store)) as conn:
             if conn.execute("SELECT count(*) FROM journal").fetchone() != (0,):
                 return
         daemon.start()

@@ -11,7 +11,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Final
 
-from jobd.storage import startup
+from jobd.storage import store_file
 from jobd.storage.schema import migrations
 from tests.proof.faults.harness import Counts, Trial, check
 from tests.proof.faults.ledger import Ledger
@@ -96,7 +96,7 @@ def _migrate_with_fault(home: Path, position: FaultPosition) -> str:
 
 def _check_store(path: Path, rows: list[str], ledger: Ledger) -> str:
     """Check that the store is either unchanged, with `rows`, or migrated with a copy of the old one."""
-    version = startup.peek(str(path))[1]
+    version = store_file.peek(str(path))[1]
     copies = [Path(name) for name in glob.glob(f"{path}.v{OLD}-*")]
     for copy in copies:
         assert _dump(copy) == rows, f"{copy} differs from the old store"
@@ -110,7 +110,7 @@ def _check_store(path: Path, rows: list[str], ledger: Ledger) -> str:
 
 
 def _dump(path: Path) -> list[str]:
-    with startup.read_only(str(path)) as conn:
+    with store_file.read_only(str(path)) as conn:
         return list(conn.iterdump())
 
 
@@ -118,7 +118,7 @@ def _check_next_start(home: Path, ledger: Ledger) -> None:
     """Check that the next start finishes the migration and leaves no partial copies."""
     with DaemonProcess(home, variant="next_version") as daemon:
         assert daemon.stop() == 0
-    assert startup.peek(str(daemon.store))[1] == NEWER
+    assert store_file.peek(str(daemon.store))[1] == NEWER
     ledger.check(contents(daemon.store))
     assert not glob.glob(f"{daemon.store}.tmp-*")
     assert glob.glob(f"{daemon.store}.v{OLD}-*"), "the old store was not kept"

@@ -18,7 +18,7 @@ from jobd.journal import event_codec
 from jobd.journal.sqlite import SqliteJournal
 from jobd.model.events import Event, fold
 from jobd.model.job import Job
-from jobd.storage import codec, startup
+from jobd.storage import codec, store_file
 from jobd.storage.codec import SQL
 from jobd.storage.events import event_rows
 from jobd.storage.offline import doctor
@@ -47,7 +47,7 @@ def contents(path: str | Path) -> StoreContents:
     """Read and compare everything: each journal folds to its row, tokens increase, only processing jobs have locks."""
     found = StoreContents()
     reader = codec.JobReader()
-    with startup.read_only(str(path)) as conn:
+    with store_file.read_only(str(path)) as conn:
         for row in conn.execute(f"SELECT {SQL['jobs']} FROM jobs NOT INDEXED"):
             job = reader.job(row)
             found.jobs[job.id] = job

@@ -15,7 +15,7 @@ from msgspec.structs import replace
 
 from jobd.model.job import COUNTER_MASK, FINISHED, LAST_EPOCH, LIVE, SAFE_EPOCH, TOKEN_COUNTER_BITS
 from jobd.model.storage import Batch
-from jobd.storage import files, startup
+from jobd.storage import files, startup, store_file
 from jobd.storage.backup import restore
 from jobd.storage.files import EpochFile, StoreFailed
 from jobd.storage.schema import migrations
@@ -122,7 +122,7 @@ async def test_a_killed_store_whose_name_is_not_utf_8_can_be_read(tmp_path: Path
     path = str(tmp_path / "\udcff.db")
     async with store_files.killed_store(path) as (store, _):
         await store.write(ChangeFactory().any_batch(3))
-    assert startup.peek(path) == (migrations.APPLICATION_ID, migrations.VERSION)
+    assert store_file.peek(path) == (migrations.APPLICATION_ID, migrations.VERSION)
     await store_files.make_empty_store(path)
 
 

@@ -18,7 +18,7 @@ from structlog.testing import capture_logs
 
 from jobd.model.job import LIVE
 from jobd.model.storage import DiskSpace
-from jobd.storage import files, startup
+from jobd.storage import files, startup, store_file
 from jobd.storage.files import MigrationNeedsSpace
 from jobd.storage.schema import migrations, upgrade
 from tests.support import store_files
@@ -62,7 +62,7 @@ async def test_a_copy_of_an_interrupted_migration_is_used_again(older: ChangeFac
     await store_files.assert_store_holds(path, older)
     assert copies(path) == [copy]
     assert store_files.read_file(copy) == before
-    assert startup.peek(copy)[1] == OLD
+    assert store_file.peek(copy)[1] == OLD
 
 
 async def test_a_copy_of_an_earlier_content_is_kept_and_not_used(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,7 +123,7 @@ async def test_a_migration_without_space_leaves_nothing(small_disk: Path, monkey
         ):
             await store_files.make_empty_store(path)
         assert sorted(os.listdir(small_disk)) == before
-        assert startup.peek(path)[1] == OLD
+        assert store_file.peek(path)[1] == OLD
     filler.unlink()
     await store_files.assert_store_holds(path, maker)
 
