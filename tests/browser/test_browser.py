@@ -46,6 +46,7 @@ PATHS = [
 ]
 ELSEWHERE = "--host-resolver-rules=MAP elsewhere.test 127.0.0.1"
 PATHS += ["/alerts", "/cleanup", "/cleanup/confirm?what=run", "/audit", "/failures", "/clock"]
+PATHS += ["/schedules", "/queues/video", "/jobs/video-004/confirm?verb=copy"]
 PATHS += ["/webhooks", "/webhooks/billing", "/webhooks/billing/retry-failed", "/docs/worker", "/docs"]
 
 
