@@ -380,6 +380,8 @@ class SimDaemon:
     def kill(self) -> None:
         """End all tasks at once, without responses or cleanup."""
         self.is_open = False
+        if hasattr(self, "scheduler"):  # wait_for of Python 3.11 loses a cancellation that comes with a wake-up
+            self.scheduler.stop()
         self._close_connections()
         for task in self._tasks:
             if not task.done():
