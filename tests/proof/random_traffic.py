@@ -28,12 +28,13 @@ SCHEDULE: Final = CleanupSchedule(recover_every_ms=10_000)
 SHORT_S: Final = 30 * 60
 LONG_S: Final = 5 * 60 * 60  # enough for a usual duration, and for a change of it
 LONG_EVERY: Final = 20  # seeds
-TAKES_S: Final = (0.2, 2.0, 15.0, 80.0)  # jobs of a kind, on average
-BUSY: Final = 0.5  # part of their time in which workers are busy, at most
-MOST_A_SECOND: Final = 0.2  # new jobs of a kind
+TAKES_S: Final = (0.2, 2.0, 10.0, 40.0)  # jobs of a kind, on average
+BUSY: Final = 0.4  # part of their time in which workers are busy, at most
+MOST_A_SECOND: Final = 0.1  # new jobs of a kind
 KILLED_EVERY_S: Final = 4 * 60 * 60  # of work of one worker
 BURST_S: Final = 90  # in which all workers of a queue finish a burst
 RENEWS_S: Final = 20
+REPORT_EVERY: Final = 10  # seeds
 
 
 class Traffic:
@@ -50,7 +51,7 @@ class Traffic:
         for number in range(self.dice.randint(1, 5)):
             queue = f"q{number}"
             kinds = {f"{queue}-k{each}": self.dice.choice(TAKES_S) for each in range(self.dice.randint(1, 3))}
-            workers = self.dice.randint(2, 6)
+            workers = self.dice.randint(3, 6)
             fails = self.dice.choice((0.0, 0.02, 0.15))
             rate = min(workers * self.dice.uniform(0.1, BUSY) / sum(kinds.values()), MOST_A_SECOND) / self._slower
             for kind, takes_s in kinds.items():
@@ -162,6 +163,8 @@ def main(arguments: list[str] | None = None) -> int:
         if problems := opened(seed):
             failed += 1
             print(f"seed {seed}:", *problems, sep="\n  ")
+        if (seed + 1) % REPORT_EVERY == 0:
+            print(f"{seed + 1 - given.seed} of {given.seeds} seeds", file=sys.stderr)
     print(f"{given.seeds} seeds: {given.seeds - failed} without a problem above a notice")
     return int(failed > 0)
 
