@@ -20,7 +20,7 @@ from msgspec.structs import replace
 from jobd.engine.unread_responses import UnreadResponses
 from jobd.http.http_app import HttpApp
 from jobd.http.parser import LONG_LINE, PIECE_BYTES, WRONG_HEAD, MalformedRequest, malformed_request
-from jobd.http.read_deadline import read_deadline, slow_client, write_all
+from jobd.http.read_deadline import pieces, read_deadline, slow_client
 from jobd.http.request import BodyError, RequestContext, add_header, announces_body, without_authority
 from jobd.http.response import HttpResponse
 from jobd.http.server import HttpListener
@@ -96,10 +96,14 @@ class AdminRequest(RequestContext, eq=False):
             return
         self.keep_alive &= not response.close
         try:
-            async with read_deadline(transport, unread, len(data)):
-                write_all(transport, data)
+            async with read_deadline(transport, unread, len(data)) as extend:
+                parts = pieces(transport, data)
                 del data
-                await self.drain()
+                for part in parts:
+                    transport.write(part)
+                    del part
+                    await self.drain()
+                    extend()
         except TimeoutError:
             log.warning("response_cut_off", reason=slow_client(), by=self.by)
             transport.abort()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from typing import Final
 
@@ -12,7 +12,7 @@ from jobd.http.hangup import unacknowledged_bytes
 
 WRITE_TIMEOUT_S: Final = 75.0  # without progress, for the client to read some of a response
 CHECKS: Final = 15  # per timeout
-TLS_PIECE_BYTES: Final = 256 << 10
+TLS_PIECE_BYTES: Final = 64 << 10
 
 
 class ReadDeadline:
@@ -40,6 +40,10 @@ class ReadDeadline:
         self._timer.cancel()
         self._responses.remove(self._size)
 
+    def extend(self) -> None:
+        """Start anew, because the client has read a piece."""
+        self._since = self._loop.time()
+
     def _check(self) -> None:
         now, unread = self._loop.time(), unread_bytes(self._transport)
         if unread != self._unread:
@@ -53,27 +57,28 @@ class ReadDeadline:
 @asynccontextmanager
 async def read_deadline(
     transport: asyncio.Transport | None, responses: UnreadResponses | None = None, size: int = 0
-) -> AsyncIterator[None]:
-    """Raise TimeoutError in the block once the client has read nothing for WRITE_TIMEOUT_S."""
+) -> AsyncIterator[Callable[[], None]]:
+    """Raise TimeoutError in the block once the client has read nothing for WRITE_TIMEOUT_S, or since the last call."""
     if transport is None:  # the block raises ConnectionError
-        yield
+        yield lambda: None
         return
     async with asyncio.timeout(None) as limit:
         deadline = ReadDeadline(transport, lambda: limit.reschedule(0), responses or UnreadResponses(), size)
         try:
-            yield
+            yield deadline.extend
         finally:
             deadline.cancel()
 
 
-def write_all(transport: asyncio.Transport, data: bytes) -> None:
-    """Write a response. A TLS transport gets it in pieces, because it takes each write whole before it pauses."""
+def pieces(transport: asyncio.Transport, data: bytes) -> Iterator[bytes | memoryview]:
+    """Return the parts of a response to write one by one, each once the transport does not pause.
+
+    A TLS transport passes all that it has to the TCP transport at once, and no longer says that it is unsent.
+    """
     if len(data) <= TLS_PIECE_BYTES or transport.get_extra_info("sslcontext") is None:
-        transport.write(data)
-        return
+        return iter((data,))
     view = memoryview(data)
-    for begin in range(0, len(data), TLS_PIECE_BYTES):
-        transport.write(view[begin : begin + TLS_PIECE_BYTES])
+    return (view[begin : begin + TLS_PIECE_BYTES] for begin in range(0, len(data), TLS_PIECE_BYTES))
 
 
 def unread_bytes(transport: asyncio.Transport) -> int:

@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+from collections.abc import Iterator
 from functools import partial
 from typing import Any, Final, cast
 
@@ -36,7 +37,7 @@ from msgspec.structs import replace
 from jobd.http.hangup import HangupCheck, is_hung_up, is_probing
 from jobd.http.http_app import HttpApp
 from jobd.http.parser import AHEAD_BYTES, PIECE_BYTES, MalformedRequest, RequestParser, malformed_request, piece_size
-from jobd.http.read_deadline import ReadDeadline, slow_client, write_all
+from jobd.http.read_deadline import TLS_PIECE_BYTES, ReadDeadline, pieces, slow_client
 from jobd.http.response import HTTP_VERSION, HttpResponse
 from jobd.http.worker_request import WorkerRequest
 from jobd.model.errors import ApiError
@@ -56,7 +57,8 @@ class WorkerConnection(asyncio.Protocol):
     __slots__ = (
         "_ahead", "_current", "_drained", "_dropped", "_hangup_check", "_held", "_idle_since", "_idle_timer",
         "_is_broken", "_is_ending", "_is_flushing", "_is_half_closed", "_is_reading_paused", "_is_scheduled",
-        "_is_writing_paused", "_linger_timer", "_loop", "_open_connections", "_parser", "_queue", "app", "transport",
+        "_is_writing_paused", "_linger_timer", "_loop", "_open_connections", "_parser", "_queue", "_rest", "app",
+        "transport",
     )  # fmt: skip
 
     def __init__(self, app: HttpApp[Any], open_connections: set[WorkerConnection]) -> None:
@@ -70,6 +72,7 @@ class WorkerConnection(asyncio.Protocol):
         self._current: WorkerRequest | None = None
         self._dropped: WorkerRequest | None = None  # its response is written, the rest of its body is dropped
         self._ahead = 0  # bytes of the current response that were sent as a probe
+        self._rest: Iterator[bytes | memoryview] | None = None  # of the current response
         self._is_broken = False  # the input is malformed, and no more of it is parsed
         self._is_ending = False  # no more requests are started
         self._is_flushing = False  # the current response waits for the client to read
@@ -87,7 +90,8 @@ class WorkerConnection(asyncio.Protocol):
         """Set the write buffer limits to the lowest, so that `pause_writing` reveals a client that reads slowly.
 
         With 0, a TLS transport would pause although its buffer is empty. Below its buffer is that of the TCP transport,
-        64 KiB, which cannot be set. A closed transport waits forever for its unsent data, except with TLS.
+        which cannot be set: it has up to 80 KiB when writing resumes. A closed transport waits forever for its unsent
+        data, except with TLS.
         """
         opened = self.transport = cast("asyncio.Transport", transport)  # uvloop's transports are no subclasses of it
         self._open_connections.add(self)
@@ -290,10 +294,15 @@ class WorkerConnection(asyncio.Protocol):
         self._write(request, response, response.encode(request))
 
     def _write(self, request: WorkerRequest, response: HttpResponse, data: bytes, timeout_s: float = PROBE_S) -> None:
-        transport, is_written = self.transport, False
+        transport, is_written, written = self.transport, False, 0
         if transport is not None and not transport.is_closing():
             if not (self._ahead and response.on_lost is not None and is_probing(transport)):
-                write_all(transport, data[self._ahead :] if self._ahead else data)
+                data = data[self._ahead :] if self._ahead else data
+                if (written := len(data)) <= TLS_PIECE_BYTES:
+                    transport.write(data)
+                else:
+                    self._rest = pieces(transport, data)
+                    written = self._write_rest(transport)
                 is_written = not transport.is_closing()  # a failed write closes the transport
             elif timeout_s > 0:
                 request.response = response
@@ -310,8 +319,8 @@ class WorkerConnection(asyncio.Protocol):
             self._is_flushing = True
             if request.task is None:  # nothing reads the rest of the body
                 request.is_dropped, request.body = True, b""
-            request.is_written = transport.get_write_buffer_size() < len(data)  # a part of it
-            # Only the transport keeps the bytes. `on_lost` would keep the payloads, the command those of the request.
+            request.is_written = transport.get_write_buffer_size() < written  # a part of it
+            # `on_lost` would keep a copy of the payloads, the command would keep those of the request.
             request.envelope = request.prepared = None
             on_lost = None if request.is_written else response.on_lost
             request.response = response = replace(response, body=b"", on_lost=on_lost)
@@ -319,6 +328,14 @@ class WorkerConnection(asyncio.Protocol):
             request.timer = ReadDeadline(transport, cut_off, self.app.actor.unread, len(data))
             return
         self._finish(request, response)
+
+    def _write_rest(self, transport: asyncio.Transport) -> int:
+        """Write the pieces of the current response until the transport pauses. Return how many bytes they have."""
+        written, rest = 0, self._rest or iter(())
+        while not self._is_writing_paused and (piece := next(rest, None)) is not None:
+            transport.write(piece)
+            written += len(piece)
+        return written
 
     def _cut_off(self, request: WorkerRequest, response: HttpResponse) -> None:
         """Abort the connection of a client that has stopped reading. Grants of which it has read a part stay locked."""
@@ -340,7 +357,12 @@ class WorkerConnection(asyncio.Protocol):
             self._drained.set_result(None)
         current = self._current
         if current is not None and self._is_flushing:
-            self._finish(current, current.response)
+            assert self.transport is not None and isinstance(current.timer, ReadDeadline)
+            self._write_rest(self.transport)
+            if self._is_writing_paused:
+                current.timer.extend()
+            else:
+                self._finish(current, current.response)
 
     async def drain(self) -> None:
         """Wait until the client has read enough."""
@@ -378,6 +400,7 @@ class WorkerConnection(asyncio.Protocol):
             request.timer = None
         self._current = None
         self._ahead = 0
+        self._rest = None
         self._is_flushing = False
         if request.task is None or request.task.done():
             self.app.pending.discard(request)
