@@ -69,8 +69,9 @@ def read_slice(db: Database, sample: Sample) -> bool:
 
 
 def _read_place(db: Database, sample: Sample, begin: int, end: int) -> None:
-    """Read some rows with numbers from `begin` up to `end`, at least one if there is one."""
-    start = begin + int(max(end - begin - ROWS, 0) * (sample.place * _SPREAD % 1))
+    """Read some rows with numbers from `begin` up to `end`: the first ones if there are few jobs in the store."""
+    spare = max(end - begin - ROWS, 0) if db.totals[0] + db.totals[2] > PLACES * ROWS else 0
+    start = begin + int(spare * (sample.place * _SPREAD % 1))
     rows, span = [], end - start
     until_s = time.perf_counter() + PLACE_S
     cursor = db.conn.execute(_SAMPLE, (start, end, ROWS))

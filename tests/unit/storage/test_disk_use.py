@@ -81,6 +81,18 @@ async def test_rows_stand_for_those_between_the_gaps(
     assert {each.kind: each.jobs for each in use.kinds} == pytest.approx({"dense": 1_000, "sparse": 100}, rel=0.1)
 
 
+async def test_each_of_a_few_jobs_with_wide_gaps_is_read(
+    store: Store, maker: ChangeFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(disk_use, "PLACES", 10)
+    monkeypatch.setattr(disk_use, "PLACE_S", 10)
+    made = [maker.create() for _ in range(2_000)]
+    await store.write(maker.batch(made))
+    await store.write(maker.batch([maker.delete(job_of(each)) for each in made if each.seq % 50]))
+    await store.finish_upkeep()
+    assert (await DiskSampler(store, lambda: NOW).measure()).jobs_read == 40
+
+
 async def test_a_slow_disk_ends_a_slice_after_one_row(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(disk_use, "SLICE_S", 0)
     monkeypatch.setattr(disk_use, "PLACE_S", 0)
