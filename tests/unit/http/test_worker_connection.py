@@ -220,14 +220,15 @@ async def test_a_client_that_reads_too_slowly_is_cut_off(
     assert unix.actor.undelivered_responses == []  # its first byte has been written
 
 
-async def test_a_tls_client_that_stops_reading_the_last_part_of_a_response_is_cut_off(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("read_bytes", [0, 300_000])
+async def test_a_tls_client_that_stops_reading_a_response_is_cut_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read_bytes: int
 ) -> None:
-    """A TLS transport would keep this part without a sign, because it is below its default limit."""
-    monkeypatch.setattr("jobd.http.read_deadline.WRITE_TIMEOUT_S", 0.05)
+    """A TLS transport would keep the rest without a sign, below its limit and after it has resumed writing."""
+    monkeypatch.setattr("jobd.http.read_deadline.CHECKS", 1_000)
     server, client = await tls_pair(tmp_path)
     async with HttpHarness(ROUTES, tmp_path) as harness:
-        harness.actor.respond = lambda _: Response("x" * 400_000, grants=[("a", "lock")])
+        harness.actor.respond = lambda _: Response("x" * 800_000, grants=[("a", "lock")])
         [(_, port)] = await harness.listener.open_tcp("127.0.0.1", 0, tls=server)
         reader, writer = await asyncio.open_connection("127.0.0.1", port, ssl=client, server_hostname="localhost")
         while not harness.listener.connections:  # noqa: ASYNC110 - there is nothing to wait for, and this is soon
@@ -235,10 +236,15 @@ async def test_a_tls_client_that_stops_reading_the_last_part_of_a_response_is_cu
         [connection] = harness.connections
         assert connection.transport is not None
         for transport, option in ((connection.transport, socket.SO_SNDBUF), (writer.transport, socket.SO_RCVBUF)):
-            transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, option, 1)
+            transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, option, 16 << 10)
         writer.transport.pause_reading()  # type: ignore[attr-defined]
         with capture_logs() as logs:
             writer.write(CLAIM)
+            if read_bytes:
+                writer.transport.resume_reading()  # type: ignore[attr-defined]
+                await reader.readexactly(read_bytes)
+                writer.transport.pause_reading()  # type: ignore[attr-defined]
+            monkeypatch.setattr("jobd.http.read_deadline.WRITE_TIMEOUT_S", 0.05)
             async with asyncio.timeout(10):
                 await wait_until_closed(harness)
         assert [(entry["event"], entry["grants"]) for entry in logs if "grants" in entry] == [("response_cut_off", 1)]
