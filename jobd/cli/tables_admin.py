@@ -113,8 +113,9 @@ def worker_groups(page: responses.WorkerList, by: Literal["host", "version"]) ->
 
 
 def worker_state(worker: responses.WorkerView) -> str:
-    """Return the state of a worker: `idle`, or `idle, quiet`."""
-    return f"{worker.state}, quiet" if worker.quiet else worker.state
+    """Return the state of a worker: `idle`, `idle, quiet` or, until it obeys a directive, `idle, quiet pending`."""
+    quiet = ["quiet"] if worker.quiet and worker.directive != "quiet" else []
+    return ", ".join([worker.state, *quiet, *([f"{worker.directive} pending"] if worker.directive else [])])
 
 
 def claims(worker: responses.WorkerView) -> str | None:

@@ -675,7 +675,9 @@ class DirectedView(Struct, frozen=True):
     worker: WorkerText
     action: Annotated[DirectiveAction, doc("`quiet`, `resume` or `stop`.")]
     state: Annotated[WorkerState, doc("The state of the worker.")]
-    is_sent: Annotated[bool, doc("Whether a waiting claim was answered with it. Else the next claim is.")]
+    is_sent: Annotated[
+        bool, doc("Whether a waiting claim was answered with it or shows that it is obeyed. Else the next is.")
+    ]
 
 
 class QuietRuleView(Struct, frozen=True):

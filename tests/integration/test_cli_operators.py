@@ -297,10 +297,13 @@ def test_every_action_takes_a_reason(jobctl: Jobctl) -> None:
 def test_workers_are_quieted_by_name_and_by_rule(running: CliDaemon, jobctl: Jobctl) -> None:
     about = About(instance="i", host="k8s-b", version="2.4.1")
     running.client.claim("quiet-1", queues=["quiet"], about=about)
-    assert jobctl.ok("quiet", "quiet-1", "--reason", "bad") == "quiet-1 takes no new jobs (with its next claim)\n"
+    later = "(with its next claim; not told yet, see jobctl workers)\n"
+    assert jobctl.ok("quiet", "quiet-1", "--reason", "bad") == f"quiet-1 takes no new jobs {later}"
+    assert "idle, quiet pending " in jobctl.ok("workers")
     running.client.claim("quiet-1", queues=["quiet"], limit=0, about=about)
-    assert "idle, quiet" in jobctl.ok("workers")
-    assert jobctl.ok("resume-worker", "quiet-1") == "quiet-1 takes jobs again (with its next claim)\n"
+    assert "idle, quiet " in jobctl.ok("workers")
+    assert jobctl.ok("resume-worker", "quiet-1") == f"quiet-1 takes jobs again {later}"
+    assert "idle, quiet, resume pending" in jobctl.ok("workers")
     assert jobctl.json("stop", "quiet-1", "--reason", "bad")["action"] == "stop"
     running.client.goodbye("quiet-1", instance="i")
     code, err = jobctl.rejected("stop", "quiet-1")

@@ -15,7 +15,10 @@ from jobd.model.times import duration
 
 
 def direct(tx: Transaction, command: DirectWorker) -> Response:
-    """Keep the directive for the next claims of the worker. The actor answers the waiting ones."""
+    """Keep the directive for the next claims of the worker, unless its waiting claim shows that it obeys.
+
+    The actor answers the waiting ones.
+    """
     presence, name = tx.state.presence, command.name
     if (seen := presence.workers.get(name)) is None:
         processes = [each for each in presence.workers if each.startswith(f"{name}-")][:3]  # of `jobctl worker`
@@ -35,8 +38,12 @@ def direct(tx: Transaction, command: DirectWorker) -> Response:
             f"{duration(tx.now - presence.heard_at(seen))} ago, so no process would get this. {advice}"
         )
         raise api_error("worker_gone", message, worker=name, state=state)
-    instance = None if seen.about is None else seen.about.instance
-    presence.direct(seen, Directive(DirectiveView(command.action, tx.call.by, command.reason), instance))
+    about = seen.about
+    says_quiet = about is not None and about.quiet
+    is_obeyed = seen.is_quiet == says_quiet == (command.action == "quiet") and command.action != "stop"
+    if not (is_obeyed and seen.waiting and seen.directive is None):
+        instance = None if about is None else about.instance
+        presence.direct(seen, Directive(DirectiveView(command.action, tx.call.by, command.reason), instance))
     return Response(DirectedView(name, command.action, state, is_sent=seen.waiting > 0))
 
 

@@ -23,7 +23,7 @@ async def test_a_worker_is_quieted_resumed_and_stopped(harness: DashboardHarness
         assert (response.status, response.headers["location"]) == (303, "/workers")
         page = text(await browser.get("/workers"))
         assert f"Worker w &lt;7&gt; {shown} from its next claim on." in page
-        assert f"{action} with its next claim" in page
+        assert f"{action} pending" in page
     assert (await browser.post("/workers/quiet", name="nobody", action="stop", csrf=csrf)).status == 404
 
 

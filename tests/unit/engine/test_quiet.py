@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from msgspec import UNSET
+from msgspec.structs import replace
 
 from jobd.core.quiet import REPEAT_MS, directive_for, quiet_takers
 from jobd.core.replay import apply
@@ -58,6 +59,22 @@ async def test_a_waiting_claim_is_answered_with_a_directive_at_once(engine: Virt
     assert (await quiet).data.directive.action == "resume"
     assert granted_ids(await engine.respond(cmd.Claim(worker="w", about=OLD))) == ["b"]
     assert await seen(engine) == (False, None)
+
+
+@in_checked_engine()
+async def test_a_directive_that_a_waiting_claim_obeys_is_not_pending(engine: VirtualEngine) -> None:
+    await waiting_claim(engine, "w", about=OLD)
+    assert (await engine.yes(cmd.ResumeWorker(name="w"))).is_sent
+    assert await seen(engine) == (False, None)
+    await engine.yes(cmd.QuietWorker(name="w"))
+    quiet = await waiting_claim(engine, "w", limit=0, about=replace(OLD, quiet=True))
+    assert (await engine.yes(cmd.QuietWorker(name="w"))).is_sent
+    assert await seen(engine) == (True, None)
+    await engine.yes(cmd.ResumeWorker(name="w"))
+    assert (await quiet).data.directive.action == "resume"
+    assert await seen(engine) == (True, "resume")
+    assert not (await engine.yes(cmd.QuietWorker(name="w"))).is_sent
+    assert await seen(engine) == (True, "quiet"), "it replaces the one that was sent"
 
 
 @in_checked_engine()
