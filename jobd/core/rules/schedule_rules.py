@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hashlib import blake2b
-from itertools import islice
+from heapq import nsmallest
 from typing import Any
 
 import msgspec
@@ -169,13 +169,12 @@ def get(tx: Transaction, command: GetSchedule) -> Response:
 
 
 def list_page(tx: Transaction, command: Schedules) -> Response:
-    names = (
-        name
-        for name in sorted(tx.state.schedules)
-        if name > (command.cursor or "") and command.source in (None, tx.state.schedules[name].source)
+    after, source, known = command.cursor or "", command.source, tx.state.schedules
+    names = nsmallest(
+        command.limit + 1, (name for name in known if name > after and source in (None, known[name].source))
     )
-    page = [views.schedule_view(tx.state, tx.state.schedules[name], tx.now) for name in islice(names, command.limit)]
-    return Response(ScheduleList(page, page[-1].id if next(names, None) is not None else None))
+    page = [views.schedule_view(tx.state, known[name], tx.now) for name in names[: command.limit]]
+    return Response(ScheduleList(page, page[-1].id if len(names) > command.limit else None))
 
 
 def find(tx: Transaction, name: str) -> Schedule:
