@@ -42,6 +42,7 @@ from tests.support import api_reference, config_reference, python_reference
 from tests.support.api_reference import SHAPES
 from tests.support.cli_harness import commands_of, node_program
 from tests.support.daemon_process import TOKEN, DaemonProcess, die_with_us
+from tests.support.django_project import settings
 from tests.support.scripted_server import ScriptedServer, rejected, serving
 
 PACKAGE: Final = Path(jobd.__file__).parent
@@ -50,6 +51,7 @@ README, API, OPERATIONS = ROOT / "README.md", ROOT / "docs/api.md", ROOT / "docs
 QUICKSTART, WORKERS, MIGRATION = ROOT / "docs/quickstart.md", ROOT / "docs/workers.md", ROOT / "docs/migration.md"
 PYTHON, TROUBLESHOOTING = ROOT / "docs/python.md", ROOT / "docs/troubleshooting.md"
 CONFIGURATION, CLI, CLUSTER = ROOT / "docs/configuration.md", ROOT / "docs/cli.md", ROOT / "docs/cluster.md"
+DJANGO = ROOT / "docs/django.md"
 PROGRAMS: Final = {"jobd": jobd_program, "jobctl": jobctl_program}
 
 
@@ -641,6 +643,23 @@ def test_every_python_example_is_run() -> None:
             if block.language == "python":
                 name = block.mark.removeprefix("file: ").removesuffix(".py")  # `jobctl worker NAME:app` runs it too
                 assert name in script, f"{document.name}: {block.mark}"
+
+
+def test_the_django_example_is_accepted_by_the_backend(context: DocumentEnvironment) -> None:
+    for block in blocks(DJANGO):
+        if block.language == "python":
+            file = context.directory / block.mark.removeprefix("file: ")
+            file.parent.mkdir(exist_ok=True)
+            file.write_text(block.text.replace("django.tasks", settings.PACKAGE))
+    code = (
+        "import django, shop_settings as own; from django.conf import settings; settings.configure(TASKS=own.TASKS, "
+        "DATABASES={'default': {'ENGINE': 'django.db.backends.sqlite3', 'NAME': ':memory:'}}); django.setup(); "
+        "from shop.tasks import receipt; print(receipt.module_path, receipt.get_backend().check())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=context.directory, capture_output=True, text=True, preexec_fn=die_with_us
+    )
+    assert (done.stdout, done.stderr) == ("shop.tasks.receipt []\n", "")
 
 
 def test_the_typescript_example(context: DocumentEnvironment) -> None:
