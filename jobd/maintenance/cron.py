@@ -18,7 +18,7 @@ from zoneinfo import ZoneInfo
 
 from cronsim import CronSim, CronSimError
 
-from jobd.model.job import DAY_MS, MINUTE_MS
+from jobd.model.job import DAY_MS
 from jobd.model.schedules import Timing
 from jobd.model.times import duration
 
@@ -49,15 +49,18 @@ def next_times(timing: Timing, after_ms: int, count: int) -> list[int]:
 
     A cron expression ends when it has no time within 50 years.
     """
-    if timing.cron is not None:
-        after_ms -= after_ms % MINUTE_MS  # the times of an expression are full minutes
-        return list(_cron_times(timing, after_ms, count))
-    return list(islice(_times(timing, after_ms), count))
+    if timing.cron is None:
+        return list(islice(_times(timing, after_ms), count))
+    known = _known_times(timing, count)
+    if len(known) < 2 or not known[0] <= after_ms < known[1]:
+        known[:] = [after_ms, *islice(_times(timing, after_ms), count)]
+    return known[1:]
 
 
 @lru_cache(maxsize=10_000)
-def _cron_times(timing: Timing, after_ms: int, count: int) -> tuple[int, ...]:
-    return tuple(islice(_times(timing, after_ms), count))
+def _known_times(timing: Timing, count: int) -> list[int]:
+    """Return the list in which a moment and the `count` times after it are kept. It is empty at first."""
+    return []
 
 
 def latest_time(timing: Timing, after_ms: int, until_ms: int) -> tuple[int, int]:

@@ -87,6 +87,7 @@ def test_times_rise_and_do_not_depend_on_the_start(cron: str, zone: str, after: 
     times = next_times(timing, after, 6)
     assert times == sorted(set(times))
     assert times[0] > after
+    assert next_times(timing, times[0] - 1, 6) == times
     assert [next_times(timing, at, 1)[0] for at in [after, *times[:-1]]] == times
 
 
