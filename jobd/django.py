@@ -118,7 +118,7 @@ class JobdBackend(BaseTaskBackend):
         if not isinstance(self.options.get("include", ()), list | tuple):
             found.append(f"include must be a list of modules, not {self.options['include']!r}")
         try:
-            self._jobs.endpoints  # noqa: B018
+            self._jobs.endpoints  # noqa: B018 - it reads the addresses, and raises if one is wrong
         except (OSError, TypeError, ValueError) as error:
             found.append(f"url: {error}")
         return [checks.Error(f"TASKS[{self.alias!r}] OPTIONS: {text}", id="jobd.E001") for text in found]

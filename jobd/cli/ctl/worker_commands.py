@@ -115,7 +115,7 @@ def resume_worker(worker: str | None, rule: str | None, reason: str | None, as_j
 def stop(worker: str, reason: str | None, as_json: bool) -> None:
     """Stop WORKER as SIGTERM does: it claims no more jobs, and its running jobs get their grace.
 
-    It is told with its next claim, at once if it waits, as a worker without a free place does too. A supervisor may
+    The directive is sent with its next claim. A claim that waits is answered at once. A supervisor may
     start it again; `jobctl quiet` does not end it.
     """
     _show_directive(admin_client().stop_worker(worker, ask_reason(reason)), as_json)

@@ -115,7 +115,7 @@ class WorkerProcesses:
         self._signals += 1
         self._stopping.set()
         for child in self._children:
-            with contextlib.suppress(ProcessLookupError):  # it has ended, and nobody has read its code yet
+            with contextlib.suppress(ProcessLookupError):  # it has ended, and its exit code is still to be read
                 child.kill() if self._signals >= _KILLS_AT else child.terminate()
 
     async def _keep(self, number: int) -> None:
