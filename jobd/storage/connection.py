@@ -137,6 +137,12 @@ def read_number(conn: sqlite3.Connection, sql: str) -> int:
     return int(value)
 
 
+def page_bytes(conn: sqlite3.Connection) -> tuple[int, int]:
+    """Return the bytes of the used pages of a database, and of the free ones."""
+    size, pages, free = (read_number(conn, f"PRAGMA {each}") for each in ("page_size", "page_count", "freelist_count"))
+    return (pages - free) * size, free * size
+
+
 def journal_mode(conn: sqlite3.Connection, path: str, mode: str) -> None:
     """Change the journal mode. Raises StoreFailed if SQLite keeps the old mode, which is how it reports errors."""
     (now,) = conn.execute(f"PRAGMA journal_mode = {mode}").fetchone()

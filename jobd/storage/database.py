@@ -16,7 +16,7 @@ from typing import Any, Final, TypeVar
 from msgspec.structs import replace
 
 from jobd.model.fingerprints import fingerprint_of_bytes
-from jobd.model.job import Job, extra_keys, seq_of_body
+from jobd.model.job import TOKEN_COUNTER_BITS, Job, extra_keys, seq_of_body
 from jobd.model.storage import BadRows, DiskFull, Numbers, Payload, Quarantined
 from jobd.storage import codec, files
 from jobd.storage.cluster.membership import Membership, StoreDamaged
@@ -39,11 +39,6 @@ FINISHED_SQL: Final = "status IN ('completed', 'failed', 'cancelled')"
 NOT_LIVE_SQL: Final = "status NOT IN ('queued', 'processing')"
 KEY_SQL: Final = f"{', '.join(KEY_COLUMNS)}, crc"
 
-
-def _settings(columns: Iterable[str]) -> str:
-    return ", ".join(f"{column} = ?" for column in columns)
-
-
 # An upsert leaves the index of names alone. REPLACE deletes the row and inserts it again.
 PUT_QUEUE: Final = (
     insert("queues")
@@ -51,7 +46,7 @@ PUT_QUEUE: Final = (
     + ", ".join(f"{column} = excluded.{column}" for column in COLUMNS["queues"][1:])
 )
 PUT_TOMBSTONE: Final = insert("tombstones", "REPLACE")
-_UPDATE_META: Final = f"UPDATE meta SET {_settings((*META_COLUMNS, 'crc'))} WHERE id = 1"
+_UPDATE_META: Final = f"UPDATE meta SET {', '.join(f'{column} = ?' for column in (*META_COLUMNS, 'crc'))} WHERE id = 1"
 
 # Rows are always read by seq. A read through an index may take a column from the index, which hides damage in the row.
 BY_SEQ: Final = f"SELECT {SQL['jobs']} FROM jobs NOT INDEXED WHERE seq = ?"
@@ -87,11 +82,6 @@ def lenient_text(conn: sqlite3.Connection) -> Iterator[None]:
         conn.text_factory = str
 
 
-def row_bytes(row: Row) -> int:
-    """Return the approximate size of a row: bytes of its blobs and characters of its text."""
-    return sum(len(value) for value in row if isinstance(value, str | bytes))
-
-
 def _fetch_up_to(cursor: sqlite3.Cursor, max_bytes: int) -> tuple[list[Row], bool]:
     rows: list[Row] = []
     size = 0
@@ -100,7 +90,7 @@ def _fetch_up_to(cursor: sqlite3.Cursor, max_bytes: int) -> tuple[list[Row], boo
             if rows and size >= max_bytes:
                 return rows, True
             rows.append(row)
-            size += row_bytes(row)
+            size += sum(len(value) for value in row if isinstance(value, str | bytes))
     return rows, False
 
 
@@ -369,13 +359,6 @@ class Database:
 
     # ------------------------------------------------------------------------------------------------ bookkeeping
 
-    def used_bytes(self) -> int:
-        """Return the size of the database without its free pages."""
-        (pages,) = self.conn.execute("PRAGMA page_count").fetchone()
-        (free,) = self.conn.execute("PRAGMA freelist_count").fetchone()
-        (page_bytes,) = self.conn.execute("PRAGMA page_size").fetchone()
-        return int((pages - free) * page_bytes)
-
     @property
     def has_long_log(self) -> bool:
         """Whether `checkpoint` has work to do."""
@@ -390,12 +373,21 @@ class Database:
     def advance_epoch(self, epoch: int) -> None:
         """Store a new epoch before its first token is granted, in the database first (see `startup._choose_epoch`)."""
         if epoch > self.numbers.epoch:
-            self.commit(self._begin_epoch, epoch)
+            self.commit(self.begin_epoch, epoch)
         self.store_epoch(epoch)
         self.stored_epoch = epoch
 
-    def _begin_epoch(self, epoch: int) -> None:
+    def begin_epoch(self, epoch: int, mark: int = 0) -> None:
+        """Begin `epoch`. The `mark` of a backup is 0 or the first record that may remove it (Batch.unmark).
+
+        After a restore, clients may have seen events that the store no longer has. New events get higher numbers, and a
+        client that resumes from an older number gets the error that events are gone.
+        """
         self.numbers = replace(self.numbers, epoch=epoch, next_token=1)
+        if mark:
+            next_event = max(self.numbers.next_event, epoch << TOKEN_COUNTER_BITS)
+            self.numbers = replace(self.numbers, next_event=next_event)
+            self.gone_to, self.marked = next_event - 1, mark
         self.write_meta()
 
     def write_meta(self) -> None:
@@ -426,11 +418,10 @@ class Database:
 
     def job_id_of(self, seq: int) -> str | None:
         """Return the id of a job, even of a quarantined one; None if there is no such job."""
-        row = self.rows(BY_SEQ, (seq,))
-        if row:
-            return readable(row[0][1])
-        row = self.rows("SELECT id FROM quarantined_jobs WHERE seq = ?", (seq,))
-        return readable(row[0][0]) if row else None
+        for sql in (BY_SEQ, "SELECT seq, id FROM quarantined_jobs WHERE seq = ?"):
+            if found := self.rows(sql, (seq,)):
+                return readable(found[0][1])
+        return None
 
     def job_name(self, seq: int) -> str:
         """Return a name of a job for messages: "job a", or "job number 1" if there is no such job; 0: "queues"."""

@@ -16,6 +16,7 @@ from msgspec import Raw, Struct
 from msgspec.structs import replace
 
 from jobd.model.responses import DiskUse, StoredKind
+from jobd.storage.connection import page_bytes, read_number
 from jobd.storage.database import Database, is_corrupt
 from jobd.storage.files import log_of
 from jobd.storage.startup import MEMORY
@@ -100,10 +101,8 @@ def _result_bytes(body: bytes) -> int:
 def report(db: Database, path: str, sample: Sample, now: int) -> DiskUse:
     """Return the sizes of the files at `path` and the result of a finished sample."""
     db.check()
-    (pages,), (free,), (page_bytes,) = (
-        db.conn.execute(f"PRAGMA {each}").fetchone() for each in ("page_count", "freelist_count", "page_size")
-    )
-    (journal_bytes,) = db.conn.execute("SELECT ifnull(sum(length(body)), 0) FROM journal").fetchone()
+    used_bytes, free_bytes = page_bytes(db.conn)
+    journal_bytes = read_number(db.conn, "SELECT ifnull(sum(length(body)), 0) FROM journal")
     scale = (db.totals[0] + db.totals[2]) / (sum(sums[0] for sums in sample.kinds.values()) or 1)
     kinds = [
         StoredKind(queue, kind, *(round(each * scale) for each in (count, sum(sizes), *sizes)))
@@ -112,12 +111,12 @@ def report(db: Database, path: str, sample: Sample, now: int) -> DiskUse:
     kinds.sort(key=lambda each: -each.bytes)
     use = DiskUse(
         path=path,
-        database_bytes=(pages - free) * page_bytes,
-        free_page_bytes=free * page_bytes,
+        database_bytes=used_bytes,
+        free_page_bytes=free_bytes,
         journal_bytes=journal_bytes,
         kinds=kinds[:MAX_KINDS],
         more_kinds=max(len(kinds) - MAX_KINDS, 0),
-        other_bytes=max((pages - free) * page_bytes - journal_bytes - sum(each.bytes for each in kinds), 0),
+        other_bytes=max(used_bytes - journal_bytes - sum(each.bytes for each in kinds), 0),
         jobs_read=sample.jobs_read,
         measured_at=now,
     )

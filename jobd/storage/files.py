@@ -364,16 +364,16 @@ def check_permission(directory: str) -> None:
 
 def identities(path: str) -> dict[str, tuple[int, int]]:
     """Return device and inode of the database at `path`, and of its log if there is one."""
-    found = {each: _identity(each) for each in (path, log_of(path))}
-    return {each: identity for each, identity in found.items() if identity is not None}
+    return {each: found for each in (path, log_of(path)) if (found := identity(each)) is not None}
 
 
 def replaced(known: dict[str, tuple[int, int]]) -> str | None:
     """Return the first path of `known` at which there is no longer the same file, or None."""
-    return next((path for path, identity in known.items() if _identity(path) != identity), None)
+    return next((path for path, was in known.items() if identity(path) != was), None)
 
 
-def _identity(path: str) -> tuple[int, int] | None:
+def identity(path: str) -> tuple[int, int] | None:
+    """Return device and inode of the file at `path`; None if there is none."""
     try:
         status = os.stat(path)
     except FileNotFoundError:

@@ -19,6 +19,8 @@ from typing import Final, TypeVar
 import structlog
 
 from jobd.model.responses import GrantOutput, OutputGrant
+from jobd.storage import files
+from jobd.storage.connection import page_bytes
 from jobd.storage.startup import MEMORY
 
 KEPT_BYTES: Final = 64 << 10  # of a grant
@@ -135,7 +137,7 @@ class OutputFile:
 
     def _open(self) -> sqlite3.Connection:
         """Return the connection. A file that was deleted or replaced is left."""
-        if self._conn is not None and (self._path == MEMORY or _identity(self._path) == self._file):
+        if self._conn is not None and (self._path == MEMORY or files.identity(self._path) == self._file):
             return self._conn
         self._close()
         if self._path != MEMORY:
@@ -145,7 +147,7 @@ class OutputFile:
             os.close(os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600))
         self._conn = sqlite3.connect(self._path, check_same_thread=False)
         self._conn.executescript(_SCHEMA)
-        self._file = _identity(self._path)
+        self._file = files.identity(self._path)
         return self._conn
 
     def _remove(self, reason: str) -> None:
@@ -162,7 +164,7 @@ class OutputFile:
     def _append(self, conn: sqlite3.Connection, job_id: str, grant: OutputGrant, text: bytes, now: int) -> int:
         key = (job_id, grant.fencing_token)
         limit_bytes = min(self.limit_bytes, self._possible_bytes())
-        while _used_bytes(conn) > limit_bytes - _SPARE_BYTES:
+        while page_bytes(conn)[0] > limit_bytes - _SPARE_BYTES:
             if not conn.execute(_OLDEST_OTHER, key).rowcount:
                 raise OSError(f"Less than {_FREE_BYTES >> 20} MiB are free on its disk")
         values = (job_id, grant.created_at, grant.fencing_token, grant.attempt, grant.worker, now)
@@ -198,18 +200,3 @@ def _read(conn: sqlite3.Connection, job_id: str, created_at: int, token: int, be
             attempt, worker, begins_at = rest
             found.append(GrantOutput(attempt, worker, its_token, begins_at, offset, end, text.decode(errors="replace")))
     return found
-
-
-def _used_bytes(conn: sqlite3.Connection) -> int:
-    (pages,), (free,), (page_bytes,) = (
-        conn.execute(f"PRAGMA {each}").fetchone() for each in ("page_count", "freelist_count", "page_size")
-    )
-    return int((pages - free) * page_bytes)
-
-
-def _identity(path: str) -> tuple[int, int] | None:
-    try:
-        found = os.stat(path)
-    except OSError:
-        return None
-    return found.st_dev, found.st_ino

@@ -16,10 +16,8 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
-from msgspec.structs import replace
-
 from jobd.journal.sqlite import SqliteJournal
-from jobd.model.job import LAST_EPOCH, SAFE_EPOCH, TOKEN_COUNTER_BITS, Job, PackedJob, epoch_seconds, new_epoch
+from jobd.model.job import LAST_EPOCH, SAFE_EPOCH, Job, PackedJob, epoch_seconds, new_epoch
 from jobd.model.storage import SPARE_BYTES, DiskFull, Numbers, OpenedStore, QueueRow, StoredResponse
 from jobd.storage import codec, files, store_file
 from jobd.storage.cluster import membership
@@ -275,28 +273,13 @@ def _choose_epoch(projection: Projection, path: str) -> bool:
         epoch = new_epoch(max(stored_epoch, file.epoch), now_ms())
         if epoch > LAST_EPOCH:
             raise StoreUnreadable(f"{path}: there is no epoch for fencing tokens above {epoch - 1}")
-        db.commit(begin_epoch, db, epoch, projection.last + 1 if is_restored else 0)
+        db.commit(db.begin_epoch, epoch, projection.last + 1 if is_restored else 0)
     if path != MEMORY:
         if file != EpochFile(db.numbers.epoch, exists=True):
             files.write_epoch(path, db.numbers.epoch)
         db.store_epoch = partial(files.write_epoch, path)
     db.stored_epoch = db.numbers.epoch
     return is_restored
-
-
-def begin_epoch(db: Database, epoch: int, mark: int) -> None:
-    """Begin `epoch`. The `mark` of a backup is 0 or the first record that may remove it (Batch.unmark).
-
-    After a restore, clients may have seen events that the store no longer has. New events get higher numbers, and a
-    client that resumes from an older number gets the error that events are gone.
-    """
-    db.numbers = replace(db.numbers, epoch=epoch, next_token=1)
-    if mark:
-        next_event = max(db.numbers.next_event, epoch << TOKEN_COUNTER_BITS)
-        db.numbers = replace(db.numbers, next_event=next_event)
-        db.gone_to = next_event - 1
-        db.marked = mark
-    db.write_meta()
 
 
 def epoch_warning(epoch: int, now: int) -> str | None:

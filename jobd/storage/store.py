@@ -38,7 +38,7 @@ from jobd.model.storage import (
 from jobd.model.webhooks import Delivery, Outbox, WebhookCursor
 from jobd.storage import backup, disk_use, files, outbox, queries, startup
 from jobd.storage.commit_mode import CommitMode, CommitSetting
-from jobd.storage.connection import FunctionConnection, StoreConnection
+from jobd.storage.connection import FunctionConnection, StoreConnection, page_bytes
 from jobd.storage.damage import quarantine, scrub
 from jobd.storage.database import Database
 from jobd.storage.events import event_queries
@@ -389,7 +389,7 @@ class Store(JobStorage, OutboxStorage):
         return await self._run(self._read_late_results, requested)
 
     async def used_bytes(self) -> int:
-        return await self._run(self._database.used_bytes)
+        return (await self._run(page_bytes, self._connection.raw))[0]
 
     async def sample_jobs(self, sample: disk_use.Sample) -> bool:
         """See disk_use.read_slice."""

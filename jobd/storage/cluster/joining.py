@@ -81,7 +81,7 @@ def leave(path: str, *, epoch: int = 0, is_complete: bool) -> int:
 
 def _leave(db: Database, epoch: int, is_complete: bool) -> None:
     migrations.leave_cluster(db.conn)
-    startup.begin_epoch(db, epoch, 0 if is_complete else db.projected_to + 1)
+    db.begin_epoch(epoch, 0 if is_complete else db.projected_to + 1)
 
 
 def epoch_if_left(path: str, last: int) -> int | None:

@@ -12,7 +12,7 @@ from typing import Final
 from jobd.model.job import new_epoch
 from jobd.model.storage import DiskFull
 from jobd.storage import backup, files, startup, store_file
-from jobd.storage.connection import read_number
+from jobd.storage.connection import page_bytes
 from jobd.storage.database import lenient_text, now_ms, readable
 from jobd.storage.files import StoreBusy, StoreError, StoreUnreadable
 from jobd.storage.offline import doctor
@@ -35,7 +35,7 @@ def restore(file: str, path: str) -> list[str]:
     store_file.check_version(file, header)
     with startup.translated_errors(file), store_file.read_only(file) as source:
         startup.check_application_id(source, file)
-        size = _size(source)
+        size = sum(page_bytes(source))
         free = _check_space(path, size)
         migrations.check_meta(source, file)
         tail = startup.check_tail(source, file) if backup.has_tail(source) else None
@@ -57,10 +57,6 @@ def _check_writable(path: str) -> None:
     if not os.access(directory, os.W_OK | os.X_OK):
         code = errno.EACCES if os.path.isdir(directory) else errno.ENOENT
         raise OSError(code, os.strerror(code), directory)
-
-
-def _size(conn: sqlite3.Connection) -> int:
-    return read_number(conn, "PRAGMA page_count") * read_number(conn, "PRAGMA page_size")
 
 
 def _check_space(path: str, need: int) -> int:
@@ -120,6 +116,7 @@ def _replaced(path: str) -> tuple[int, str]:
             startup.check_application_id(old, path)
             (count,) = old.execute("SELECT count(*) FROM jobs NOT INDEXED").fetchone()
             jobs = "1 job" if count == 1 else f"{count} jobs"
-            return migrations.epoch_of(old), f"    the existing database ({_amount(_size(old))}, {jobs}) {kept_as}"
+            size = _amount(sum(page_bytes(old)))
+            return migrations.epoch_of(old), f"    the existing database ({size}, {jobs}) {kept_as}"
     except StoreError:
         return 0, f"    the existing file cannot be read, and {kept_as}"

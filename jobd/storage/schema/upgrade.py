@@ -16,7 +16,7 @@ import structlog
 
 from jobd.model.storage import SPARE_BYTES
 from jobd.storage import files
-from jobd.storage.connection import journal_mode, read_number
+from jobd.storage.connection import journal_mode, page_bytes, read_number
 from jobd.storage.database import is_corrupt, now_ms, result_code
 from jobd.storage.schema import migrations
 
@@ -129,13 +129,9 @@ def _content(conn: sqlite3.Connection) -> tuple[int, dict[str, int] | None]:
 
 def _check_space(conn: sqlite3.Connection, path: str, version: int, *, needs_copy: bool) -> None:
     """Raise MigrationNeedsSpace if the disk has no space for the copy and for the tables that are written again."""
-    page_bytes = read_number(conn, "PRAGMA page_size")
-    size = read_number(conn, "PRAGMA page_count") * page_bytes
-    needed = (
-        int((size - _kept_bytes(conn, version, page_bytes)) * _REWRITE_FACTOR)
-        + (size if needs_copy else 0)
-        + SPARE_BYTES
-    )
+    used, free = page_bytes(conn)
+    needed = int((used - _kept_bytes(conn, version)) * _REWRITE_FACTOR) + SPARE_BYTES
+    needed += used + free if needs_copy else 0
     disk = files.space(path)
     if disk is not None and disk.free_bytes < needed:
         what = "a copy and the new tables" if needs_copy else "the new tables"
@@ -147,12 +143,9 @@ def _check_space(conn: sqlite3.Connection, path: str, version: int, *, needs_cop
         )
 
 
-def _kept_bytes(conn: sqlite3.Connection, version: int, page_bytes: int) -> int:
-    """Return the size of the free pages and of the texts and blobs in tables that are not written again.
-
-    A table with a damaged page counts as 0.
-    """
-    kept = read_number(conn, "PRAGMA freelist_count") * page_bytes
+def _kept_bytes(conn: sqlite3.Connection, version: int) -> int:
+    """Return the size of the texts and blobs in tables that are not written again; a damaged table counts as 0."""
+    kept = 0
     rewritten = {table for step, tables in migrations.REWRITTEN.items() if step >= version for table in tables}
     for table, lengths in conn.execute(_LENGTHS).fetchall():
         if table not in rewritten:
