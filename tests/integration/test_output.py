@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
@@ -23,6 +22,11 @@ def begin(worker: UnixConnection) -> str:
     return str(grant["lock_id"])
 
 
+def follows(daemon: DaemonProcess) -> bool:
+    """Return whether a request waits for output: it counts as an event stream."""
+    return b"\njobd_event_streams 1.0\n" in daemon.admin("GET", "/metrics").body
+
+
 def error(response: Any) -> tuple[int, str]:
     return response.status, response.body["error"]
 
@@ -32,7 +36,7 @@ def test_output_is_followed_to_the_end_of_the_job(tmp_path: Path) -> None:
         lock = {"lock_id": begin(worker)}
         with ThreadPoolExecutor(1) as pool:
             waiting = pool.submit(call, follower, "GET", f"{PATH}?wait_ms=60000")
-            time.sleep(0.1)
+            poll_until(lambda: follows(daemon))
             assert call(worker, "POST", PATH, {**lock, "text": "one\n"}).data == {"end": 4}
             view = waiting.result(10).data
             assert ([each["text"] for each in view["grants"]], view["finished"]) == (["one\n"], False)
