@@ -9,7 +9,7 @@ from typing import assert_never
 
 from jobd.core import guards, views
 from jobd.core.explain import explain, explain_queue
-from jobd.core.row_checks import validate
+from jobd.core.job_validation import validate
 from jobd.core.rules import plan_rules
 from jobd.core.transaction import Transaction
 from jobd.model.commands import (

@@ -1,6 +1,7 @@
-"""The transitions of a job: grant, requeue, finish, stall, expire.
+"""Make the transitions of a job: grant, requeue, finish, stall, expire.
 
-Each transition adds one event and returns the new row. Whether it is allowed is checked before (guards.py).
+Each transition adds one event and returns the new row. It is allowed: the rules have called guards.py before. The
+statuses that may follow one another are `TRANSITIONS` in model/job.py.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from typing import Any, Final, NamedTuple
 import structlog
 from msgspec import Struct, field
 
-from jobd.core.row_checks import counts, validate
+from jobd.core.job_validation import counts, validate
 from jobd.engine.actor import Actor
 from jobd.engine.clock import Clock, loop_time
 from jobd.model.commands import AnyCommand, DeleteExpired, Expire, Operator, Recover, RepairJobs, TakeBack

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from jobd.cli.ctl import change as ctl_change
+from jobd.cli.ctl import change_commands
 from jobd.client import LockLost
 from tests import ROOT
 from tests.support.cli_harness import (
@@ -130,7 +130,7 @@ def test_a_dry_run_uses_the_clock_of_the_daemon(
 ) -> None:
     jobctl.ok("submit", "--id", "dry-4", "--delay", "2h")
     fast = time.time() + 10 * 3600
-    monkeypatch.setattr(ctl_change, "time", SimpleNamespace(time=lambda: fast))
+    monkeypatch.setattr(change_commands, "time", SimpleNamespace(time=lambda: fast))
     assert "would run-now (due" in jobctl.ok("run-now", "dry-4", "--dry-run")
 
 

@@ -30,7 +30,7 @@ from jobd.journal import record
 from jobd.maintenance.artifact_sweeper import ArtifactSweeper
 from jobd.model.commands import Create
 from jobd.model.storage import DiskFull, JobQuery
-from jobd.monitoring.problems import board, pairs
+from jobd.monitoring.problems import board, queues_and_kinds
 from jobd.monitoring.problems.board import ProblemBoard
 from jobd.storage import store
 from jobd.storage.artifacts.base import Margins
@@ -58,7 +58,7 @@ def hung_actor() -> None:
 def prompt_problems() -> None:
     """Evaluate problems without a pause, and open and close them at once. No time passes before jobs lack workers."""
     _set(board, EVALUATE_EVERY_S=0.05, DUE_FOR_MS=0, SETTLED_MS=0)
-    _set(pairs, SETTLED_MS=0)
+    _set(queues_and_kinds, SETTLED_MS=0)
     _set(serving, ProblemBoard=partial(ProblemBoard, hold_ms=0, clear_ms=0))
 
 

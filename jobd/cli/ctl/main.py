@@ -41,15 +41,14 @@ _ADMIN_API: Final = (
         "status alerts stats health disk queues workers take-back late locks cleanup recover-stuck failures reports",
     ),
     ("admin_commands", "audit pause resume"),
-    ("worker_commands", "quiet resume-worker stop"),
+    ("directive_commands", "quiet resume-worker stop"),
     ("admin_commands", "clock"),
     ("schedules", "schedules schedule settings"),
     ("webhook_commands", "webhooks"),
     ("cluster_commands", "cluster"),
     ("event_commands", "events top"),
     ("transfer", "export import artifact"),
-    ("plan_commands", "retry"),
-    ("change", "force-fail force-reset transition adopt run-now update copy delete"),
+    ("change_commands", "retry force-fail force-reset transition adopt run-now update copy delete"),
     ("plan_commands", "apply"),
 )
 for _title, _modules in (("Jobs (worker API)", _WORKER_API), ("Operators (admin API)", _ADMIN_API)):

@@ -1,4 +1,4 @@
-"""Actions on many jobs: make plans, show them, ask, apply them; `jobctl retry` and `jobctl apply`."""
+"""Actions on many jobs: make plans, show them, ask, and apply them. Also `jobctl apply`."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, cast
 import click
 
 from jobd.cli import confirm, exit_codes, terminal
-from jobd.cli.confirm import Confirmation, destructive_options, reason_option
+from jobd.cli.confirm import Confirmation, destructive_options
 from jobd.cli.connection import admin_client, admin_options
-from jobd.cli.ctl.completion import IDS
-from jobd.cli.params import command, past_ms
+from jobd.cli.params import past_ms
 from jobd.cli.progress import busy
 from jobd.model.times import utc
 
@@ -377,26 +376,6 @@ def _show_not_done(results: Sequence[PlanResult]) -> None:
 
 def _jobs(count: int) -> str:
     return "1 job" if count == 1 else f"{count} jobs"
-
-
-@command(IDS, where_option, pace_options, reason_option("Stored with the job."), destructive_options, admin_options)
-def retry(
-    ids: tuple[str, ...],
-    where: tuple[str, ...],
-    trial: bool,
-    rate: PlanRate | None,
-    reason: str | None,
-    **how: bool,
-) -> int:
-    """Requeue failed and cancelled jobs as new.
-
-    Shows a plan and asks before applying it. Jobs that change in the meantime are skipped.
-
-    \b
-    Example: jobctl retry --where error=48fc8598bfad --where finished_since=1h --trial --rate 10/s
-    """
-    is_plan(ids, where)
-    return run_plans("retry", ids, where, reason, **how, pace=Pace(trial, rate))
 
 
 @click.command("apply")

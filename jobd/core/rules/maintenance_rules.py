@@ -12,7 +12,7 @@ from typing import Final, Literal, NamedTuple
 from msgspec.structs import replace
 
 from jobd.core import guards, transitions
-from jobd.core.row_checks import counts, safe_fixes, validate
+from jobd.core.job_validation import counts, safe_fixes, validate
 from jobd.core.transaction import Transaction
 from jobd.model.clocks import LockMs
 from jobd.model.commands import (

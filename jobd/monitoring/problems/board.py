@@ -28,8 +28,8 @@ from jobd.monitoring.problems.catalogue import ALERTS, CONDITIONS
 from jobd.monitoring.problems.condition import Condition, Crew, DuePair, Scene, Thresholds, pair_id
 from jobd.monitoring.problems.life import CLEAR_MS, HOLD_MS, SUBJECTS, ProblemLife
 from jobd.monitoring.problems.losses import WorkerLosses
-from jobd.monitoring.problems.pair_counts import PairCounts, Tally
-from jobd.monitoring.problems.pairs import SETTLED_MS
+from jobd.monitoring.problems.queue_kind_counts import PairCounts, Tally
+from jobd.monitoring.problems.queues_and_kinds import SETTLED_MS
 from jobd.monitoring.problems.trends import Trends
 
 EVALUATE_EVERY_S: Final = 5.0

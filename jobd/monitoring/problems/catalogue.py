@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from jobd.monitoring.problems import cluster, daemon, pairs, schedules, workers
+from jobd.monitoring.problems import cluster, daemon, queues_and_kinds, schedules, workers
 from jobd.monitoring.problems.condition import Condition
 
 CONDITIONS: Final = (
@@ -13,7 +13,7 @@ CONDITIONS: Final = (
     Condition("average_processing", "notice", daemon.average_processing, "ms", alert="average_processing"),
     Condition("cleanup_issues", "warning", daemon.cleanup_issues, alert="cleanup_issues"),
     Condition("granted_twice", "critical", daemon.granted_twice, alert="granted_twice"),
-    Condition("slow_kind", "warning", pairs.slow_kinds, "percent", alert="slower_than_usual"),
+    Condition("slow_kind", "warning", queues_and_kinds.slow_kinds, "percent", alert="slower_than_usual"),
     Condition("database", "critical", daemon.database, alert="database"),
     Condition("cache", "critical", daemon.cache, alert="cache"),
     Condition("storage", "warning", daemon.storage, alert="storage"),
@@ -21,22 +21,28 @@ CONDITIONS: Final = (
     Condition(
         "no_workers",
         "critical",
-        pairs.no_workers,
+        queues_and_kinds.no_workers,
         "ms",
         alert="queue_without_workers",
         hides=("waits", "backlog_grows"),
         of_pairs=True,
     ),
-    Condition("waits", "warning", pairs.waits, "ms", alert="queue_waits", of_pairs=True),
-    Condition("backlog_grows", "warning", pairs.backlog_grows, of_pairs=True),
+    Condition("waits", "warning", queues_and_kinds.waits, "ms", alert="queue_waits", of_pairs=True),
+    Condition("backlog_grows", "warning", queues_and_kinds.backlog_grows, of_pairs=True),
     Condition(
-        "failing", "warning", pairs.failing, "percent", alert="failure_rate", hides=("retry_backlog",), of_pairs=True
+        "failing",
+        "warning",
+        queues_and_kinds.failing,
+        "percent",
+        alert="failure_rate",
+        hides=("retry_backlog",),
+        of_pairs=True,
     ),
-    Condition("retry_backlog", "warning", pairs.retry_backlog, of_pairs=True),
+    Condition("retry_backlog", "warning", queues_and_kinds.retry_backlog, of_pairs=True),
     Condition("disk", "warning", daemon.disk, "percent", alert="disk_nearly_full", per=1, hides=("database",)),
     Condition("release_loop", "warning", workers.release_loops, alert="release_loop"),
-    Condition("expiring", "warning", pairs.expiring, "percent", of_pairs=True),
-    Condition("due_far", "warning", pairs.due_far, of_pairs=True),
+    Condition("expiring", "warning", queues_and_kinds.expiring, "percent", of_pairs=True),
+    Condition("due_far", "warning", queues_and_kinds.due_far, of_pairs=True),
     Condition("no_progress", "warning", workers.no_progress, "ms"),
     Condition("kills_workers", "warning", workers.kills_workers),
     Condition("workers_die", "warning", workers.workers_die, "percent", hides=("worker_silent", "stuck_jobs")),

@@ -19,7 +19,7 @@ from jobd.model.storage import DiskSpace
 from jobd.model.times import utc
 from jobd.model.webhooks import FailingWebhook
 from jobd.monitoring.problems.losses import WorkerLosses
-from jobd.monitoring.problems.pair_counts import PairCounts, Tally
+from jobd.monitoring.problems.queue_kind_counts import PairCounts, Tally
 from jobd.monitoring.problems.trends import Trends
 
 CLOSE_RATIO: Final = 0.9  # a ratio closes at this part of its threshold, so that a value near it does not flap

@@ -8,7 +8,7 @@ from typing import Final
 
 from jobd.model.clocks import BootMs
 from jobd.model.job import MINUTE_MS
-from jobd.monitoring.problems.pair_counts import MINUTES
+from jobd.monitoring.problems.queue_kind_counts import MINUTES
 
 RISES: Final = 7  # of the last MINUTES
 SETTLED: Final = 3  # minutes without a rise end a trend

@@ -1,6 +1,6 @@
 """Check a store that no daemon holds and suggest a fix for each problem, accept edited rows, and recount.
 
-`check` writes nothing. The values of jobs are validated in `core/row_checks.py`.
+`check` writes nothing. The values of jobs are validated in `core/job_validation.py`.
 """
 
 from __future__ import annotations

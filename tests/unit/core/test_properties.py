@@ -15,7 +15,7 @@ from msgspec import Raw
 from msgspec.structs import replace
 
 from jobd.core import decide, guards
-from jobd.core.row_checks import counts, validate
+from jobd.core.job_validation import counts, validate
 from jobd.core.transaction import Transaction
 from jobd.model import commands as cmd
 from jobd.model.errors import ApiError

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import asdict, replace
 
-from jobd.core.row_checks import validate
+from jobd.core.job_validation import validate
 from jobd.model import job
 from jobd.model.clocks import LockMs
 from jobd.model.commands import Moment

@@ -24,7 +24,7 @@ from jobd.monitoring.problems.board import ProblemBoard
 from jobd.monitoring.problems.catalogue import ALERTS, CONDITIONS
 from jobd.monitoring.problems.condition import Condition, Finding, Thresholds
 from jobd.monitoring.problems.life import ProblemLife
-from jobd.monitoring.problems.pair_counts import MINUTES, PAIRS_KEPT, PairCounts
+from jobd.monitoring.problems.queue_kind_counts import MINUTES, PAIRS_KEPT, PairCounts
 from tests.support.calls import DISK_USE
 from tests.support.factories import NOW
 from tests.support.memory_storage import MemoryStorage

@@ -13,16 +13,37 @@ from jobd.cli import exit_codes, tables, terminal
 from jobd.cli.confirm import Confirmation, destructive_options, dry_run_option, reason_option, run_action
 from jobd.cli.connection import admin_client, admin_options
 from jobd.cli.ctl.completion import IDS, JOB
-from jobd.cli.ctl.plan_commands import act, where_option
+from jobd.cli.ctl.plan_commands import Pace, act, is_plan, pace_options, run_plans, where_option
 from jobd.cli.params import MAX_ATTEMPTS, MOMENT, PRIORITY, STATUS, command, json_option, json_text, read_stdin
 
 if TYPE_CHECKING:
     from jobd.client import AdminClient
+    from jobd.model.commands import PlanRate
     from jobd.model.job import Status
     from jobd.model.responses import ErrorView, JobView, LateResultView
 
 _REASON: Final = reason_option("Stored with the job.")
 _UPDATE_FIELDS: Final = ("priority", "run_at", "max_attempts")  # in the order in which they are shown
+
+
+@command(IDS, where_option, pace_options, _REASON, destructive_options, admin_options)
+def retry(
+    ids: tuple[str, ...],
+    where: tuple[str, ...],
+    trial: bool,
+    rate: PlanRate | None,
+    reason: str | None,
+    **how: bool,
+) -> int:
+    """Requeue failed and cancelled jobs as new.
+
+    Shows a plan and asks before applying it. Jobs that change in the meantime are skipped.
+
+    \b
+    Example: jobctl retry --where error=48fc8598bfad --where finished_since=1h --trial --rate 10/s
+    """
+    is_plan(ids, where)
+    return run_plans("retry", ids, where, reason, **how, pace=Pace(trial, rate))
 
 
 @command(IDS, where_option, _REASON, destructive_options, admin_options, name="force-fail")

@@ -25,7 +25,7 @@ from jobd.monitoring.problems.condition import (
     problem_id,
     rank_of,
 )
-from jobd.monitoring.problems.pair_counts import CREATED, ENDED, FAILED, MINUTES, Tally
+from jobd.monitoring.problems.queue_kind_counts import CREATED, ENDED, FAILED, MINUTES, Tally
 
 SETTLED_MS: Final = 3 * MINUTE_MS  # presence begins empty: until then a worker may not have claimed again
 LEFT_MS: Final = SETTLED_MS - MINUTE_MS // 2  # the same for a pair whose worker claimed since the start, and left

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from msgspec import Raw
 from msgspec.structs import replace
 
-from jobd.core.row_checks import NO_MESSAGE, counts, safe_fixes, validate
+from jobd.core.job_validation import NO_MESSAGE, counts, safe_fixes, validate
 from jobd.model.clocks import LockMs
 from jobd.model.commands import Moment
 from jobd.model.job import STATUSES, Failure, Grant, Job, Options, Policy, PreviousGrant, Result
