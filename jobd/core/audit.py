@@ -4,109 +4,78 @@ from __future__ import annotations
 
 from typing import Any
 
-from jobd.model.commands import (
-    AddQuietRule,
-    AnyCommand,
-    ApplyPlan,
-    Copy,
-    DirectWorker,
-    EndQuietRule,
-    Import,
-    IssuedCommand,
-    JobCommand,
-    Operator,
-    Pause,
-    PutSchedule,
-    RecordAction,
-    Resume,
-    ScheduleCommand,
-    TakeBack,
-)
+from jobd.model import commands
+from jobd.model.commands import IssuedCommand, JobCommand
 from jobd.model.errors import ApiError
 from jobd.model.events import Event
 from jobd.model.responses import Response
 from jobd.model.storage import AuditEntry
 
+_QuietRules = commands.AddQuietRule | commands.EndQuietRule
+
 
 def entry(call: IssuedCommand, response: Response | ApiError, changes: list[Event], at: int) -> AuditEntry | None:
     """Return the audit entry of `call` and its changes; None if it needs none. `at` is wall time."""
-    if call.operator is None or call.command.dry_run:
+    command, operator = call.command, call.operator
+    if operator is None or command.dry_run:
         return None
-    command = call.command
-    if isinstance(command, RecordAction):
-        given = {"job_id": command.job_id, "outcome": command.outcome, "details": command.details}
-        return _row(call.operator, at, command.what, reason=command.reason, **given)
-    what = f"plan-{command.action}" if isinstance(command, ApplyPlan) else command.audit_name
-    if what is None or (isinstance(command, Import) and not changes):
-        return None  # a read, or a line of an import that was skipped or rejected, which is in the report
-    if isinstance(command, ScheduleCommand):
-        return _of_schedule(call.operator, at, what, command, response, changes)
-    queue = command.name if isinstance(command, Pause | Resume) else None
-    if isinstance(command, AddQuietRule | EndQuietRule) and changes:
+    if isinstance(command, commands.RecordAction):
+        about: dict[str, Any] = {"job_id": command.job_id, "outcome": command.outcome, "details": command.details}
+        what = command.what
+    else:
+        name = f"plan-{command.action}" if isinstance(command, commands.ApplyPlan) else command.audit_name
+        if name is None or (not changes and _is_idle(command, response)):
+            return None  # also a read
+        what, about = name, _about(command, response, changes)
+    reason = getattr(command, "reason", None)
+    return AuditEntry(at, operator.who, operator.address, what, reason=reason, part_of=operator.part_of, **about)
+
+
+def _is_idle(command: commands.AnyCommand, response: Response | ApiError) -> bool:
+    """Return whether a command that changed nothing needs no entry.
+
+    A line of an import that was skipped or rejected is in the report. A program may put a schedule again, unchanged.
+    """
+    is_repeated = isinstance(command, commands.PutSchedule) and isinstance(response, Response)
+    return is_repeated or isinstance(command, commands.Import)
+
+
+def _about(command: commands.AnyCommand, response: Response | ApiError, changes: list[Event]) -> dict[str, Any]:
+    job_id, queue = _job_of(command), command.name if isinstance(command, commands.Pause | commands.Resume) else None
+    if changes and isinstance(command, JobCommand | commands.ScheduleCommand | _QuietRules):
         queue = changes[0].queue or None
-    is_one = isinstance(command, JobCommand)
+    if changes and isinstance(command, commands.ScheduleCommand):
+        job_id = changes[0].job_id or None
     changed = {change.job_id: None for change in changes if change.job_seq}
-    return _row(
-        call.operator,
-        at,
-        what,
-        job_id=_job_of(command),
-        queue=changes[0].queue if is_one and changes else queue,
-        reason=getattr(command, "reason", None),
-        outcome=response.code if isinstance(response, ApiError) else "done",
-        jobs=len(changed),
-        details=_details(command, response, changes),
-        changed_ids=list(changed) if isinstance(command, ApplyPlan | Copy | TakeBack) else [],
-    )
+    lists_ids = isinstance(command, commands.ApplyPlan | commands.Copy | commands.TakeBack)
+    return {
+        "job_id": job_id,
+        "queue": queue,
+        "outcome": response.code if isinstance(response, ApiError) else "done",
+        "jobs": len(changed),
+        "details": _details(command, response, changes),
+        "changed_ids": list(changed) if lists_ids else [],
+    }
 
 
-def _details(command: AnyCommand, response: Response | ApiError, changes: list[Event]) -> dict[str, Any] | None:
-    if isinstance(command, TakeBack | DirectWorker):
-        return {"worker": command.name}
-    if isinstance(command, AddQuietRule | EndQuietRule):
-        return changes[-1].details if changes else None
-    is_done = isinstance(command, JobCommand) and isinstance(response, Response)
-    return _summary(changes) if is_done else None
-
-
-def _of_schedule(
-    operator: Operator,
-    at: int,
-    what: str,
-    command: ScheduleCommand,
-    response: Response | ApiError,
-    changes: list[Event],
-) -> AuditEntry | None:
-    """Return the entry of a change of a schedule. A program that puts it again, unchanged, needs none."""
-    if isinstance(command, PutSchedule) and isinstance(response, Response) and not changes:
-        return None
-    return _row(
-        operator,
-        at,
-        what,
-        job_id=changes[0].job_id or None if changes else None,
-        queue=changes[0].queue if changes else None,
-        reason=getattr(command, "reason", None),
-        outcome=response.code if isinstance(response, ApiError) else "done",
-        jobs=sum(change.job_seq > 0 for change in changes),
-        details={"schedule": command.id},
-    )
-
-
-def _job_of(command: AnyCommand) -> str | None:
+def _job_of(command: commands.AnyCommand) -> str | None:
     """Return the id of the job that the command is about, or of the only job of a plan."""
-    if isinstance(command, ApplyPlan):
+    if isinstance(command, commands.ApplyPlan):
         return command.jobs[0].id if len(command.jobs) == 1 else None
     return command.id if isinstance(command, JobCommand) else None
 
 
-def _row(operator: Operator, at: int, what: str, **more: Any) -> AuditEntry:
-    return AuditEntry(at, operator.who, operator.address, what, part_of=operator.part_of, **more)
-
-
-def _summary(changes: list[Event]) -> dict[str, Any] | None:
-    """Return the details of a change: both statuses, the number of the event, and its public details."""
-    if not changes:
+def _details(
+    command: commands.AnyCommand, response: Response | ApiError, changes: list[Event]
+) -> dict[str, Any] | None:
+    """Return what the command named; for a job both statuses, the number of the event, and its public details."""
+    if isinstance(command, commands.ScheduleCommand):
+        return {"schedule": command.id}
+    if isinstance(command, commands.TakeBack | commands.DirectWorker):
+        return {"worker": command.name}
+    if not changes or isinstance(command, _QuietRules):
+        return changes[-1].details if changes else None
+    if not isinstance(command, JobCommand) or isinstance(response, ApiError):
         return None
     first, last = changes[0], changes[-1]
     return {**(last.details or {}), "from": first.from_status, "to": last.to_status, "event": last.seq}

@@ -7,6 +7,7 @@ from typing import Any, Final, get_args
 
 from jobd.core import queries
 from jobd.core.rules import (
+    create_rules,
     late_result_rules,
     maintenance_rules,
     operator_rules,
@@ -46,8 +47,8 @@ def _apply_plan(tx: Transaction, command: ApplyPlan) -> Response:
 
 RULES: Final[Mapping[type[Command], Rule]] = {
     commands.Claim: worker_rules.claim,
-    commands.Create: worker_rules.create,
-    commands.Bulk: worker_rules.bulk,
+    commands.Create: create_rules.create,
+    commands.Bulk: create_rules.bulk,
     commands.Start: worker_rules.start,
     commands.Progress: worker_rules.progress,
     commands.Extend: worker_rules.extend,

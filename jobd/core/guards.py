@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from hashlib import blake2b
 from typing import Any, Final
 
 import msgspec
@@ -9,7 +10,7 @@ from msgspec import UNSET, Raw
 
 from jobd.core.transaction import Transaction
 from jobd.model.clocks import LockMs
-from jobd.model.commands import Complete, Moment
+from jobd.model.commands import AnyCommand, Complete, Moment
 from jobd.model.errors import ApiException, api_error
 from jobd.model.job import CHECKPOINT_BYTES, HEADER_BYTES, TRANSITIONS, BackoffOptions, Job, Policy, storage_key_error
 from jobd.model.storage import EXTRA_FORMAT
@@ -173,3 +174,8 @@ def is_stalled(job: Job, lock_ms: LockMs) -> bool:
     return job.status == "processing" and (
         job.deadlines is None or job.grant is None or lock_ms >= job.deadlines.stalled_at
     )
+
+
+def digest(command: AnyCommand) -> str:
+    """Return a hash of a command, the same for equal commands however their JSON was written."""
+    return blake2b(encode(command), digest_size=16).hexdigest()

@@ -17,6 +17,7 @@ from jobd.core.state import State
 from jobd.core.stats import Counters
 from jobd.core.transaction import Transaction
 from jobd.core.worker_presence import WorkerPresence, WorkerSeen
+from jobd.model import responses
 from jobd.model.commands import Import, Locks, Moment, Queues, Workers, WorkerState
 from jobd.model.events import QueuePause
 from jobd.model.flat_job import NO_ERROR, NO_RESULT, PARTS, maker
@@ -31,42 +32,19 @@ from jobd.model.job import (
     granted_bytes,
     shown_bytes,
 )
-from jobd.model.responses import (
-    ErrorView,
-    Grants,
-    GrantView,
-    JobView,
-    LateResultView,
-    LockedJob,
-    LockList,
-    LockState,
-    LockView,
-    LostJobView,
-    OldestDue,
-    OldestProcessing,
-    PausedView,
-    QueueList,
-    QueueView,
-    Response,
-    ScheduleView,
-    SkipView,
-    StatsView,
-    WorkerGroup,
-    WorkerList,
-    WorkerView,
-)
+from jobd.model.responses import GrantView, JobView, LockState, Response
 from jobd.model.schedules import Schedule
 
 JOBS_SHOWN: Final = 100  # of a worker
 GROUPS_SHOWN: Final = 100
 
 
-def lock_view(job: Job, at: Moment, *, admin: bool = False) -> LockView | None:
+def lock_view(job: Job, at: Moment, *, admin: bool = False) -> responses.LockView | None:
     """Return the lock of `job`; None if its expiry was recorded or the job is not processing."""
     if job.grant is None or job.deadlines is None or job.deadlines.cleared:
         return None
     grant = job.grant
-    return LockView(
+    return responses.LockView(
         grant.worker,
         grant.fencing_token,
         grant.acquired_at,
@@ -78,7 +56,7 @@ def lock_view(job: Job, at: Moment, *, admin: bool = False) -> LockView | None:
 def job_view(job: Job, at: Moment, policy: Policy, *, admin: bool = False, payload: Raw | UnsetType = UNSET) -> JobView:
     """Return the view of `job`. Durations that the creator did not set are shown as they apply now."""
     options, grant = job.options, job.grant
-    lock: LockView | None = None
+    lock: responses.LockView | None = None
     worker: str | UnsetType = UNSET
     durations = options if grant is None else grant
     stall_after_ms, progress_timeout_ms = durations.stall_after_ms, durations.progress_timeout_ms
@@ -142,10 +120,10 @@ def as_import(job: Job, payload: Raw, bodies: Mapping[int, bytes]) -> Import:
     return replace(line, schedule_id=extra.schedule_id, scheduled_at=extra.scheduled_at, **fields)
 
 
-def late_view(late: LateResult, not_adoptable: str | None = None) -> LateResultView:
+def late_view(late: LateResult, not_adoptable: str | None = None) -> responses.LateResultView:
     """Return the view of a late result. `not_adoptable` is the message of the error that its adoption returns."""
     result = late.result
-    return LateResultView(
+    return responses.LateResultView(
         late.seq,
         late.at,
         late.worker,
@@ -155,7 +133,7 @@ def late_view(late: LateResult, not_adoptable: str | None = None) -> LateResultV
         result.storage_key,
         result.metadata,
         late.expires_at,
-        None if not_adoptable is None else ErrorView("invalid_request", not_adoptable),
+        None if not_adoptable is None else responses.ErrorView("invalid_request", not_adoptable),
     )
 
 
@@ -190,17 +168,17 @@ def granted(jobs: Iterable[Job], at: Moment, policy: Policy, *, admin: bool) -> 
         unread_payloads += [(job.seq, view)] if job.extra is None else unread(job, view)
         grants.append((job.id, grant.lock_id))
         large_bytes += granted_bytes(job)
-    return Response(Grants(shown), 200, unread_payloads, grants, large_bytes=large_bytes)
+    return Response(responses.Grants(shown), 200, unread_payloads, grants, large_bytes=large_bytes)
 
 
-def queues(state: State, command: Queues) -> QueueList:
+def queues(state: State, command: Queues) -> responses.QueueList:
     """Return a page of the queues after the cursor, by name, or the busiest queues."""
     if command.busiest:
         busiest = nsmallest(command.limit, _named(state, command), key=partial(_by_load, state))
-        return QueueList([_queue(state, name) for name in busiest])
+        return responses.QueueList([_queue(state, name) for name in busiest])
     found = list(islice(_named(state, command), command.limit + 1))
     shown = found[: command.limit]
-    return QueueList([_queue(state, name) for name in shown], shown[-1] if len(found) > len(shown) else None)
+    return responses.QueueList([_queue(state, name) for name in shown], shown[-1] if len(found) > len(shown) else None)
 
 
 def _by_load(state: State, name: str) -> tuple[int, str]:
@@ -217,11 +195,11 @@ def _named(state: State, command: Queues) -> Iterator[str]:
     return names if command.paused is None else (name for name in names if name not in state.paused)
 
 
-def _queue(state: State, name: str) -> QueueView:
+def _queue(state: State, name: str) -> responses.QueueView:
     counts = state.counts.get(name, {})
     by_status = {status: counts.get(status, 0) for status in STATUSES}
     pause = state.paused.get(name, QueuePause())
-    return QueueView(
+    return responses.QueueView(
         name=name,
         paused=name in state.paused,
         oldest_due_at=state.oldest_due_at(name),
@@ -233,15 +211,15 @@ def _queue(state: State, name: str) -> QueueView:
     )
 
 
-def paused_view(queue: str, pause: QueuePause | None) -> PausedView:
-    return PausedView(queue, pause is not None, *(() if pause is None else astuple(pause)))
+def paused_view(queue: str, pause: QueuePause | None) -> responses.PausedView:
+    return responses.PausedView(queue, pause is not None, *(() if pause is None else astuple(pause)))
 
 
-def schedule_view(state: State, schedule: Schedule, now: int) -> ScheduleView:
+def schedule_view(state: State, schedule: Schedule, now: int) -> responses.ScheduleView:
     """Return the view of a schedule, without what follows from its timing: `next_at` is a time before the next one."""
     timing, pause, last = schedule.timing, schedule.pause or QueuePause(), state.get(schedule.last_job_id or "")
     skip = schedule.last_skip
-    return ScheduleView(
+    return responses.ScheduleView(
         id=schedule.id,
         cron=timing.cron,
         every_ms=timing.every_ms,
@@ -265,11 +243,11 @@ def schedule_view(state: State, schedule: Schedule, now: int) -> ScheduleView:
         last_status=None if last is None else last.status,
         skipped=schedule.skipped,
         missed=schedule.missed,
-        last_skip=None if skip is None else SkipView(skip.scheduled_at, skip.reason),
+        last_skip=None if skip is None else responses.SkipView(skip.scheduled_at, skip.reason),
     )
 
 
-def workers(state: State, at: Moment, command: Workers) -> WorkerList:
+def workers(state: State, at: Moment, command: Workers) -> responses.WorkerList:
     """Return a page of the workers in a state, or of all that are there, most recently seen first.
 
     A worker that is seen between two pages moves to the front, so later pages may lack it.
@@ -297,17 +275,17 @@ def workers(state: State, at: Moment, command: Workers) -> WorkerList:
     following = f"{shown[-1][1].last_seen_at} {shown[-1][0]}" if len(selected) > len(shown) else None
     since = at.now if presence.started_at is None else presence.started_at
     largest = nlargest(GROUPS_SHOWN, groups.items(), key=lambda each: sum(each[1].values()))
-    grouped = [WorkerGroup(*key, states, quiet[key]) for key, states in largest]
-    return WorkerList([_worker(presence, *each) for each in shown], following, by_state, grouped, since)
+    grouped = [responses.WorkerGroup(*key, states, quiet[key]) for key, states in largest]
+    return responses.WorkerList([_worker(presence, *each) for each in shown], following, by_state, grouped, since)
 
 
 def _by_latest(each: tuple[str, WorkerSeen]) -> tuple[int, str]:
     return -each[1].last_seen_at, each[0]
 
 
-def _worker(presence: WorkerPresence, name: str, seen: WorkerSeen) -> WorkerView:
+def _worker(presence: WorkerPresence, name: str, seen: WorkerSeen) -> responses.WorkerView:
     claims = seen.claims
-    return WorkerView(
+    return responses.WorkerView(
         name,
         presence.state(seen),
         list(islice(seen.jobs, JOBS_SHOWN)),
@@ -319,24 +297,24 @@ def _worker(presence: WorkerPresence, name: str, seen: WorkerSeen) -> WorkerView
         seen.about,
         presence.heard_at(seen),
         seen.goodbye,
-        None if seen.lost is None else LostJobView(*seen.lost),
+        None if seen.lost is None else responses.LostJobView(*seen.lost),
         seen.is_quiet,
         None if seen.directive is None else seen.directive.view.action,
     )
 
 
-def locks(state: State, at: Moment, command: Locks, *, admin: bool) -> LockList:
+def locks(state: State, at: Moment, command: Locks, *, admin: bool) -> responses.LockList:
     """Return current grants after the cursor (a fencing token), oldest first."""
     after = int(command.cursor or 0)
     held = ((job, job.grant, job.deadlines) for job in state.processing.values() if job.grant and job.deadlines)
     selected = (each for each in held if each[1].fencing_token > after) if after else held
     shown = [_locked(*each, at, admin) for each in islice(selected, command.limit)]
     is_last = command.limit is None or len(shown) < command.limit or next(selected, None) is None
-    return LockList(shown, None if is_last else str(shown[-1].fencing_token))
+    return responses.LockList(shown, None if is_last else str(shown[-1].fencing_token))
 
 
-def _locked(job: Job, grant: Grant, deadlines: LockDeadlines, at: Moment, admin: bool) -> LockedJob:
-    return LockedJob(
+def _locked(job: Job, grant: Grant, deadlines: LockDeadlines, at: Moment, admin: bool) -> responses.LockedJob:
+    return responses.LockedJob(
         id=job.id,
         queue=job.options.queue,
         kind=job.options.kind,
@@ -352,10 +330,10 @@ def _locked(job: Job, grant: Grant, deadlines: LockDeadlines, at: Moment, admin:
     )
 
 
-def stats(state: State, counters: Counters, at: Moment) -> StatsView:
+def stats(state: State, counters: Counters, at: Moment) -> responses.StatsView:
     oldest = next(iter(state.processing.values()), None)
-    shown = None if oldest is None else OldestProcessing(oldest.id, _age_s(oldest, at), oldest.progress)
-    return StatsView(
+    shown = None if oldest is None else responses.OldestProcessing(oldest.id, _age_s(oldest, at), oldest.progress)
+    return responses.StatsView(
         total_jobs=state.total(),
         by_status={status: state.totals[status] for status in STATUSES},
         stuck_jobs=len(state.stalled),
@@ -367,13 +345,13 @@ def stats(state: State, counters: Counters, at: Moment) -> StatsView:
     )
 
 
-def oldest_due(state: State) -> OldestDue | None:
+def oldest_due(state: State) -> responses.OldestDue | None:
     """Return the job that has been due longest, also in a paused queue."""
     if (found := state.oldest_due()) is None:
         return None
     queue, entry = found
     pause = state.paused.get(queue)
-    return OldestDue(entry[3], queue, entry[1], None if pause is None else pause.describe())
+    return responses.OldestDue(entry[3], queue, entry[1], None if pause is None else pause.describe())
 
 
 def average_processing_s(state: State, counters: Counters, at: Moment) -> float:

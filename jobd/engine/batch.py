@@ -56,25 +56,9 @@ from jobd.engine.idempotency import IdempotencyStore
 from jobd.engine.job_waiters import JobWaiters
 from jobd.engine.unread_responses import UnreadResponses
 from jobd.engine.waiting_claims import WaitingClaims
+from jobd.model import commands
 from jobd.model.clocks import MonotonicS
-from jobd.model.commands import (
-    AnyCommand,
-    Claim,
-    Command,
-    Complete,
-    Create,
-    EndGrants,
-    IdempotencyKey,
-    IssuedCommand,
-    Moment,
-    QuietWorker,
-    Report,
-    ResumeWorker,
-    Start,
-    StopWorker,
-    Tick,
-    Undelivered,
-)
+from jobd.model.commands import AnyCommand, Command, IssuedCommand, Moment, Undelivered
 from jobd.model.errors import ApiError
 from jobd.model.events import Event
 from jobd.model.job import LIVE, Policy
@@ -86,8 +70,9 @@ log = structlog.get_logger("jobd.actor")
 BATCH_PAYLOADS: Final = 8 << 20  # bytes of large payloads and metadata in the responses of one batch
 
 _LIVE_OR_NEW: Final = frozenset({None, *LIVE})
-_DIRECTIVES: Final = frozenset({QuietWorker, ResumeWorker, StopWorker})  # isinstance() is slow for structs
-_NOTED: Final = frozenset({Undelivered, Tick, EndGrants, Report})
+# isinstance() is slow for structs
+_DIRECTIVES: Final = frozenset({commands.QuietWorker, commands.ResumeWorker, commands.StopWorker})
+_NOTED: Final = frozenset({Undelivered, commands.Tick, commands.EndGrants, commands.Report})
 
 
 class Preloaded(Struct):
@@ -189,7 +174,7 @@ class Decider:
         decided = DecidedBatch(
             at, self._loop_time(), known, Transaction(self.state, at, policy, known.requests, known.late)
         )
-        if at.suspect != self.state.clock.suspect and self._reject(Create()) is None:
+        if at.suspect != self.state.clock.suspect and self._reject(commands.Create()) is None:
             decided.tick = True  # the suspicion is written at once; on a full disk with the next batch
         self.served = decided.served
         self.state.advance(at.now, at.lock_ms)
@@ -254,7 +239,7 @@ class Decider:
         decided.tx.roll_back()
         # The job that a claim got may be in quarantine now, so any other job of its queues may be its next one.
         claims = [each.command for each in waiting_again]
-        self._note_all_due({queue for claim in claims if isinstance(claim, Claim) for queue in claim.queues})
+        self._note_all_due({queue for claim in claims if isinstance(claim, commands.Claim) for queue in claim.queues})
         for envelope, response in decided.replies:
             if envelope.key is not None and isinstance(response, Response):
                 self._count_receivers(envelope, response, -len(envelope.futures))
@@ -293,13 +278,13 @@ class Decider:
             if known is not None:
                 return known  # on a full disk too
         rejection = self._reject(command)
-        if rejection is not None and not (kind is Complete and late_result_rules.is_late(self.state, command)):
+        if rejection is not None and not (kind is commands.Complete and late_result_rules.is_late(self.state, command)):
             return rejection  # a late complete gets lock_lost on a full disk too, because it writes nothing
-        if kind is Claim:
+        if kind is commands.Claim:
             state = self.state
             is_closed = state.quiet or state.presence.directed or not command.limit
             state.presence.note_request(command, quiet.open_queues(state, command) if is_closed else None)
-        elif kind is Start:
+        elif kind is commands.Start:
             self.state.presence.note_request(command)
         elif kind in _NOTED and (rejection := self._note(decided, command)) is not None:
             return rejection
@@ -319,12 +304,12 @@ class Decider:
         if isinstance(command, Undelivered):
             if self._receivers.get(command.lock_id, 0) > 0:
                 return ApiError("lock_lost", "Another connection has received this grant.")
-        elif isinstance(command, Tick):
+        elif isinstance(command, commands.Tick):
             decided.tick = True
-        elif isinstance(command, EndGrants):
+        elif isinstance(command, commands.EndGrants):
             decided.unmark = decided.unmark or command.last
         else:
-            assert isinstance(command, Report)
+            assert isinstance(command, commands.Report)
             decided.report = command.body
         return None
 
@@ -352,7 +337,7 @@ class Decider:
         audited = audit.entry(call, response, changes, decided.at.now)
         if audited is None:
             return
-        if audit_share(audited.what, audited.outcome) == "changes" or self._reject(Create()) is None:
+        if audit_share(audited.what, audited.outcome) == "changes" or self._reject(commands.Create()) is None:
             decided.audit.append(audited)
 
     # -- waiting claims ------------------------------------------------------------------------------------------------
@@ -362,7 +347,7 @@ class Decider:
         command: Any = envelope.command
         if not self.may_wait or not isinstance(response, Response):
             return False
-        if type(command) is not Claim:
+        if type(command) is not commands.Claim:
             unfinished = [job_id for job_id in command.job_ids() if job_id in self.state.jobs]
             if unfinished:
                 envelope.deadline = envelope.deadline or decided.at_s + command.wait_ms / 1000
@@ -438,7 +423,7 @@ class Decider:
     # -- idempotency keys ---------------------------------------------------------------------------------------------
 
     def _stored_response(
-        self, decided: DecidedBatch, envelope: Envelope, key: IdempotencyKey
+        self, decided: DecidedBatch, envelope: Envelope, key: commands.IdempotencyKey
     ) -> Response | ApiError | None:
         """Return the stored response of a repeated call; None if the call is to be decided."""
         row = self.keys.find(key.digest, decided.at.expected)
@@ -465,13 +450,13 @@ class Decider:
             return None
         response = views.granted(jobs, decided.at, decided.tx.policy, admin=envelope.admin)
         response.replayed = True
-        if isinstance(envelope.command, Start):
+        if isinstance(envelope.command, commands.Start):
             response.data = response.data.grants[0]
         self._count_receivers(envelope, response, len(envelope.futures))
         return response
 
     def _store_response(
-        self, decided: DecidedBatch, envelope: Envelope, key: IdempotencyKey, response: Response | ApiError
+        self, decided: DecidedBatch, envelope: Envelope, key: commands.IdempotencyKey, response: Response | ApiError
     ) -> None:
         """Store the response to a keyed call in the transaction of its change, if there is one."""
         if not decided.tx.has_changed or not isinstance(response, Response):

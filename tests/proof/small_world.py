@@ -17,8 +17,7 @@ from typing import Any, Final
 from msgspec import Struct
 from msgspec.structs import replace
 
-from jobd.core import decide
-from jobd.core.rules import worker_rules
+from jobd.core import decide, guards
 from jobd.core.state import State
 from jobd.core.transaction import Transaction
 from jobd.model import commands as cmd
@@ -214,7 +213,7 @@ def _ended(ended: PreviousGrant | None) -> tuple[Any, ...] | None:
     """Replace the hash, which includes the lock id, by whether the failure allowed a retry."""
     if ended is None:
         return None
-    return (ended.rule, ended.reason, ended.verb, ended.body_hash == worker_rules.digest(_failing(ended.lock_id, True)))
+    return (ended.rule, ended.reason, ended.verb, ended.body_hash == guards.digest(_failing(ended.lock_id, True)))
 
 
 def _failing(lock_id: str, retry: bool) -> cmd.Fail:

@@ -14,21 +14,9 @@ from msgspec.structs import replace
 from jobd.core import guards, transitions
 from jobd.core.job_validation import counts, safe_fixes, validate
 from jobd.core.transaction import Transaction
+from jobd.model import commands
 from jobd.model.clocks import LockMs
-from jobd.model.commands import (
-    DeleteExpired,
-    EndGrants,
-    EndPauses,
-    Expire,
-    ExtendAfterPause,
-    JobCommand,
-    KeepDue,
-    Moment,
-    Preview,
-    Recover,
-    RepairJobs,
-    TakeBack,
-)
+from jobd.model.commands import Moment
 from jobd.model.errors import api_error
 from jobd.model.job import FINISHED, Job, LockDeadlines
 from jobd.model.responses import Issue, MaintenanceResult, PreviewResult, Recovered, Recovery, Response, TakeBackView
@@ -37,7 +25,7 @@ from jobd.model.storage import EXTRA_FORMAT
 TAKEN_BACK: Final = 200  # jobs of one take-back command
 
 
-def recover(tx: Transaction, command: Recover) -> Response:
+def recover(tx: Transaction, command: commands.Recover) -> Response:
     """Recover stalled jobs by their stall rule and clear expired locks, up to `limit` of each."""
     state, lock_ms = tx.state, tx.at.lock_ms
     more = len(state.stalled) > command.limit or len(state.expired_locks) > command.limit
@@ -58,7 +46,7 @@ def recover(tx: Transaction, command: Recover) -> Response:
     return Response(Recovered(details, cleared, more))
 
 
-def take_back(tx: Transaction, command: TakeBack) -> Response:
+def take_back(tx: Transaction, command: commands.TakeBack) -> Response:
     """End the first expired grants of a silent worker by their stall rule. Live locks do not change."""
     name, presence = command.name, tx.state.presence
     worker = presence.workers.get(name)
@@ -89,7 +77,7 @@ def _recovery(tx: Transaction, job: Job) -> Recovery:
     return Recovery(job.id, action, tx.changes[-1].reason or "")
 
 
-def recover_one(tx: Transaction, command: JobCommand) -> Response:
+def recover_one(tx: Transaction, command: commands.JobCommand) -> Response:
     """Recover this job, if it is stalled at this moment."""
     job = guards.find(tx, command.id)
     if guards.is_stalled(job, tx.at.lock_ms):
@@ -99,7 +87,7 @@ def recover_one(tx: Transaction, command: JobCommand) -> Response:
     raise api_error("invalid_transition", message, job_id=job.id, status=job.status)
 
 
-def clean_one(tx: Transaction, command: JobCommand) -> Response:
+def clean_one(tx: Transaction, command: commands.JobCommand) -> Response:
     """Do what a cleanup run would do to this job now, without repairs: recover, fail or delete it."""
     job = guards.find(tx, command.id)
     if guards.may_expire(job, tx.at):
@@ -111,9 +99,9 @@ def clean_one(tx: Transaction, command: JobCommand) -> Response:
     return Response(MaintenanceResult(1))
 
 
-def preview(tx: Transaction, command: Preview) -> Response:
+def preview(tx: Transaction, command: commands.Preview) -> Response:
     """Return what `recover` and `expire` would do now. The command is a dry run."""
-    recovered = recover(tx, Recover(limit=command.limit)).data
+    recovered = recover(tx, commands.Recover(limit=command.limit)).data
     overdue, more_overdue = _overdue(tx, command.limit)
     expired = [job.id for job in overdue if guards.may_expire(job, tx.at)]
     more = recovered.more or more_overdue
@@ -126,7 +114,7 @@ def _clear_lock(tx: Transaction, job: Job, deadlines: LockDeadlines) -> None:
     tx.update(job, replace(job, deadlines=replace(deadlines, cleared=True)), "lock_expired", details=details)
 
 
-def end_grants(tx: Transaction, command: EndGrants) -> Response:
+def end_grants(tx: Transaction, command: commands.EndGrants) -> Response:
     """End grants that were made before the store was restored from a backup, or its journal lost records."""
     done = 0
     for job_id in dict.fromkeys(command.ids):
@@ -141,7 +129,7 @@ def end_grants(tx: Transaction, command: EndGrants) -> Response:
     return Response(MaintenanceResult(done))
 
 
-def extend_after_pause(tx: Transaction, command: ExtendAfterPause) -> Response:
+def extend_after_pause(tx: Transaction, command: commands.ExtendAfterPause) -> Response:
     """Postpone deadlines of processing jobs to at least `grace_ms` from now: after a start, workers must reconnect."""
     until = tx.at.lock_ms + command.grace_ms
     since = tx.at.lock_ms if command.since is None else command.since
@@ -178,7 +166,7 @@ def due_before(jobs: Iterable[Job], now: int, until: int) -> list[WasDue]:
     return [each for each in found if each.by_row or each.run_at <= until]
 
 
-def keep_due(tx: Transaction, command: KeepDue) -> Response:
+def keep_due(tx: Transaction, command: commands.KeepDue) -> Response:
     done = 0
     for job_id, run_at in command.jobs.items():
         job = tx.state.jobs.find(job_id)
@@ -197,7 +185,7 @@ def _postponed(deadlines: LockDeadlines, since: LockMs, until: LockMs) -> LockDe
     return replace(deadlines, expires=expires, stall_due=max(deadlines.stall_due, until), progress_due=progress_due)
 
 
-def expire(tx: Transaction, command: Expire) -> Response:
+def expire(tx: Transaction, command: commands.Expire) -> Response:
     """Fail queued jobs past their `expires_at`."""
     overdue, more = _overdue(tx, command.limit)
     late = [job for job in overdue if guards.may_expire(job, tx.at)]
@@ -212,7 +200,7 @@ def _overdue(tx: Transaction, limit: int) -> tuple[list[Job], bool]:
     return [tx.state.jobs[job_id] for job_id in found[:limit]], len(found) > limit
 
 
-def delete_expired(tx: Transaction, command: DeleteExpired) -> Response:
+def delete_expired(tx: Transaction, command: commands.DeleteExpired) -> Response:
     """Delete those of the named jobs that are finished and past their `expires_at` now."""
     done = 0
     for job_id in dict.fromkeys(command.ids):
@@ -229,7 +217,7 @@ def _is_past(job: Job, at: Moment) -> bool:
     return not at.suspect and job.status in FINISHED and job.expires_at is not None and job.expires_at <= at.now
 
 
-def end_pauses(tx: Transaction, command: EndPauses) -> Response:
+def end_pauses(tx: Transaction, command: commands.EndPauses) -> Response:
     """Resume the queues whose pause is over, and end such quiet rules, by the trusted wall time.
 
     Quiet rules wait while a node does not read their records.
@@ -245,7 +233,7 @@ def end_pauses(tx: Transaction, command: EndPauses) -> Response:
     return Response(MaintenanceResult(len(over)))
 
 
-def repair(tx: Transaction, command: RepairJobs) -> Response:
+def repair(tx: Transaction, command: commands.RepairJobs) -> Response:
     """Validate the named jobs and apply the safe fixes. Other issues are reported in every run."""
     found: list[tuple[str, Issue]] = []
     fixed = 0

@@ -12,21 +12,7 @@ from msgspec.structs import replace
 
 from jobd.core import guards, transitions, views
 from jobd.core.transaction import Transaction
-from jobd.model.commands import (
-    NO_REASON,
-    Copy,
-    Delete,
-    ForceFail,
-    ForceReset,
-    Import,
-    Pause,
-    Resume,
-    RetryJob,
-    RunNow,
-    Transition,
-    Update,
-    Updates,
-)
+from jobd.model import commands
 from jobd.model.events import EventType, QueuePause
 from jobd.model.flat_job import NO_ERROR, NO_RESULT
 from jobd.model.job import (
@@ -50,18 +36,18 @@ from jobd.model.responses import AdminLockView, Imported, LockState, Response, T
 from jobd.model.storage import Payload
 
 
-def force_fail(tx: Transaction, command: ForceFail) -> Response:
+def force_fail(tx: Transaction, command: commands.ForceFail) -> Response:
     job = guards.find(tx, command.id)
-    if job.status not in ForceFail.allowed_from:
+    if job.status not in commands.ForceFail.allowed_from:
         raise guards.invalid_transition(job, "failed", "Only a queued or processing job can be failed.")
-    reason = command.reason or NO_REASON
+    reason = command.reason or commands.NO_REASON
     ended = transitions.ended_by(job, tx.at.now, "force-fail", "force_failed")
     failed = replace(job, error=Failure(reason, "force_failed"))
     after = transitions.finish(tx, job, failed, "force_failed", "failed", ended, reason=reason)
     return _forced(tx, job, after, reason)
 
 
-def force_reset(tx: Transaction, command: ForceReset) -> Response:
+def force_reset(tx: Transaction, command: commands.ForceReset) -> Response:
     """Requeue the job as new. For a failed or cancelled job this is a retry, whichever command asks for it.
 
     Only RetryJob keeps the checkpoint.
@@ -71,13 +57,13 @@ def force_reset(tx: Transaction, command: ForceReset) -> Response:
     if job.status in ("queued", "completed"):  # a job whose row has an unknown status can be reset too
         what = "It needs no retry." if job.status == "queued" else "A completed job is final; create a new job instead."
         raise guards.invalid_transition(job, "queued", what)
-    if job.status == "processing" and isinstance(command, RetryJob):
+    if job.status == "processing" and isinstance(command, commands.RetryJob):
         raise guards.invalid_transition(job, "queued", "Only failed and cancelled jobs can be retried.")
     ended = transitions.ended_by(job, tx.at.now, "force-reset", "force_reset")
     fresh = replace(_without_past_expiry(tx, job), attempt=0, stalls=0, error=None)
-    if job.extra is not None and not isinstance(command, RetryJob):
+    if job.extra is not None and not isinstance(command, commands.RetryJob):
         fresh = replace(fresh, extra=with_checkpoint(job.extra, 0))
-    event: EventType = "retried_by_operator" if job.status in RetryJob.allowed_from else "force_reset"
+    event: EventType = "retried_by_operator" if job.status in commands.RetryJob.allowed_from else "force_reset"
     after = transitions.requeue(tx, job, fresh, event, ended, run_at=command.run_at or tx.at.now, reason=command.reason)
     return _forced(tx, job, after, command.reason)
 
@@ -87,7 +73,7 @@ def _without_past_expiry(tx: Transaction, job: Job) -> Job:
     return replace(job, expires_at=None) if job.expires_at is not None and job.expires_at <= tx.at.now else job
 
 
-def transition(tx: Transaction, command: Transition) -> Response:
+def transition(tx: Transaction, command: commands.Transition) -> Response:
     """Compare and set: change the status only if it still is `from_`."""
     job = guards.find(tx, command.id)
     job = transitions.expire_if_overdue(tx, job)
@@ -105,7 +91,7 @@ def transition(tx: Transaction, command: Transition) -> Response:
     return _forced(tx, job, after, command.reason)
 
 
-def _transitioned(tx: Transaction, job: Job, changed: Job, command: Transition) -> Job:
+def _transitioned(tx: Transaction, job: Job, changed: Job, command: commands.Transition) -> Job:
     reason = command.reason
     ended = transitions.ended_by(job, tx.at.now, "transition", "transitioned")
     if command.to == "queued":
@@ -117,11 +103,11 @@ def _transitioned(tx: Transaction, job: Job, changed: Job, command: Transition) 
     if command.to == "completed":
         changed = transitions.completed(changed, changed.result or NO_RESULT)
     elif command.to == "failed" and command.updates.error_message is None:
-        changed = replace(changed, error=Failure(reason or NO_REASON, "transitioned"))
+        changed = replace(changed, error=Failure(reason or commands.NO_REASON, "transitioned"))
     return transitions.finish(tx, job, changed, "transitioned", command.to, ended, reason=reason)
 
 
-def _updated(tx: Transaction, job: Job, updates: Updates) -> Job:
+def _updated(tx: Transaction, job: Job, updates: commands.Updates) -> Job:
     """Return the row with the fields that `updates` set."""
     job = _rescheduled(tx, job, updates.priority, updates.run_at, updates.max_attempts)
     if updates.error_message is not None:
@@ -143,10 +129,10 @@ def _rescheduled(tx: Transaction, job: Job, priority: int | None, run_at: int | 
     return job if run_at is None else replace(job, run_at=run_at)
 
 
-def run_now(tx: Transaction, command: RunNow) -> Response:
+def run_now(tx: Transaction, command: commands.RunNow) -> Response:
     job = guards.find(tx, command.id)
     job = transitions.expire_if_overdue(tx, job)
-    if job.status not in RunNow.allowed_from:
+    if job.status not in commands.RunNow.allowed_from:
         raise guards.invalid_transition(job, "queued", "Only a queued job can be run now.")
     if job.run_at > tx.at.now:
         reason = command.reason or "run now"
@@ -155,7 +141,7 @@ def run_now(tx: Transaction, command: RunNow) -> Response:
     return views.job_response(tx, job)
 
 
-def update(tx: Transaction, command: Update) -> Response:
+def update(tx: Transaction, command: commands.Update) -> Response:
     job = guards.find(tx, command.id)
     job = transitions.expire_if_overdue(tx, job)
     if job.status == "completed":
@@ -168,7 +154,7 @@ def update(tx: Transaction, command: Update) -> Response:
     return views.job_response(tx, job)
 
 
-def copy(tx: Transaction, command: Copy) -> Response:
+def copy(tx: Transaction, command: commands.Copy) -> Response:
     """Create a job with the options and headers of another one, and with its payload unless there is a new one."""
     job = guards.find(tx, command.id)
     guards.check_format(tx, "copied_from of jobs")
@@ -188,16 +174,16 @@ def copy(tx: Transaction, command: Copy) -> Response:
     return response
 
 
-def delete(tx: Transaction, command: Delete) -> Response:
+def delete(tx: Transaction, command: commands.Delete) -> Response:
     job = guards.find(tx, command.id)
-    if job.status not in Delete.allowed_from:
+    if job.status not in commands.Delete.allowed_from:
         raise guards.invalid_transition(job, "deleted", "Only a finished job can be deleted: cancel it first.")
     response = views.job_response(tx, job)
     tx.delete(job, command.reason)
     return response
 
 
-def pause(tx: Transaction, command: Pause) -> Response:
+def pause(tx: Transaction, command: commands.Pause) -> Response:
     """Pause a queue. A second pause with another reason or end replaces both and keeps the start of the first one."""
     now, known = tx.at.now, tx.state.paused.get(command.name)
     guards.check_until(tx, command.until, "Leave it out to pause until an operator resumes the queue.")
@@ -209,13 +195,13 @@ def pause(tx: Transaction, command: Pause) -> Response:
     return Response(views.paused_view(command.name, pause))
 
 
-def resume(tx: Transaction, command: Resume) -> Response:
+def resume(tx: Transaction, command: commands.Resume) -> Response:
     if command.name in tx.state.paused:
         tx.set_pause(command.name, None, command.reason)
     return Response(views.paused_view(command.name, None))
 
 
-def import_job(tx: Transaction, command: Import) -> Response:
+def import_job(tx: Transaction, command: commands.Import) -> Response:
     """Import a job as it was. An id that exists is skipped, so that an import can be repeated."""
     room = max(tx.policy.live_jobs - tx.state.live_count, 0)
     if command.id in tx.state.quarantined:
@@ -245,10 +231,10 @@ def import_job(tx: Transaction, command: Import) -> Response:
 
 
 # Fields of a job that an import gives.
-_GIVEN: Final = [name for name in Job.__struct_fields__ if name in Import.__struct_fields__]
+_GIVEN: Final = [name for name in Job.__struct_fields__ if name in commands.Import.__struct_fields__]
 
 
-def _imported(tx: Transaction, command: Import) -> Job:
+def _imported(tx: Transaction, command: commands.Import) -> Job:
     now = tx.at.now
     given = (command.started_at, command.finished_at, command.updated_at)
     created = command.created_at or min([now, *(time for time in given if time is not None)])

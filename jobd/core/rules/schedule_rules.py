@@ -11,20 +11,9 @@ from msgspec import UNSET, Raw
 from msgspec.structs import replace
 
 from jobd.core import guards, views
-from jobd.core.rules import worker_rules
+from jobd.core.rules import create_rules
 from jobd.core.transaction import Transaction
-from jobd.model.commands import (
-    Create,
-    DeleteSchedule,
-    Fire,
-    GetSchedule,
-    PauseSchedule,
-    PutSchedule,
-    ResumeSchedule,
-    RunSchedule,
-    Schedules,
-    scheduled_job_id,
-)
+from jobd.model import commands
 from jobd.model.errors import api_error
 from jobd.model.events import QueuePause
 from jobd.model.job import LIVE, SECOND_MS, Extra, Job
@@ -34,7 +23,7 @@ from jobd.model.schedules import Schedule, Timing
 MAX_JOB_BYTES = 64 << 10  # of the fields of the jobs of a schedule, which stay in memory
 
 
-def put(tx: Transaction, command: PutSchedule) -> Response:
+def put(tx: Transaction, command: commands.PutSchedule) -> Response:
     """Create or replace a schedule. An operator's request without a source takes it over."""
     if (command.cron is None) == (command.every_ms is None):
         given = "Neither cron nor every_ms is" if command.cron is None else "cron and every_ms are both"
@@ -62,7 +51,7 @@ def _check_room(tx: Transaction) -> None:
         raise api_error("too_many_schedules", message, limit=limit)
 
 
-def _requested(tx: Transaction, command: PutSchedule, known: Schedule | None) -> Schedule:
+def _requested(tx: Transaction, command: commands.PutSchedule, known: Schedule | None) -> Schedule:
     """Return the schedule after the request, `known` itself if nothing changes."""
     text = msgspec.json.encode(command.job)
     if len(text) > MAX_JOB_BYTES:
@@ -91,7 +80,7 @@ def _requested(tx: Transaction, command: PutSchedule, known: Schedule | None) ->
     return replace(known, updated_at=now, **fields)
 
 
-def fire(tx: Transaction, command: Fire) -> Response:
+def fire(tx: Transaction, command: commands.Fire) -> Response:
     """Create the job of a time. Each time fires once, and none while the clock is suspect."""
     schedule = tx.state.schedules.get(command.id)
     at = command.scheduled_at
@@ -103,7 +92,7 @@ def fire(tx: Transaction, command: Fire) -> Response:
         or schedule.is_over(at, tx.now)
     ):
         return Response(None)
-    job_id, queue = scheduled_job_id(schedule.id, at), schedule.queue
+    job_id, queue = commands.scheduled_job_id(schedule.id, at), schedule.queue
     if command.is_missed:
         _change(tx, schedule.id, "schedule_missed", queue, scheduled_at=at, missed=command.missed + 1)
     elif (reason := _skip_reason(tx, schedule, job_id)) is not None:
@@ -121,12 +110,12 @@ def _skip_reason(tx: Transaction, schedule: Schedule, job_id: str) -> str | None
     return None
 
 
-def run(tx: Transaction, command: RunSchedule) -> Response:
+def run(tx: Transaction, command: commands.RunSchedule) -> Response:
     """Create one job now, or that of a time."""
     schedule, at = find(tx, command.id), command.scheduled_at
     if at is not None and at % SECOND_MS:
         raise guards.invalid("scheduled_at", f"scheduled_at {at} is not in full seconds; it is in Unix milliseconds.")
-    if at is not None and (there := tx.state.get(job_id := scheduled_job_id(schedule.id, at))) is not None:
+    if at is not None and (there := tx.state.get(job_id := commands.scheduled_job_id(schedule.id, at))) is not None:
         if there.extra is None or there.extra.schedule_id != schedule.id:
             message = f"Job {job_id} exists, and another request created it. Delete it first."
             raise api_error("job_exists", message, job_id=job_id, status=there.status)
@@ -141,7 +130,7 @@ def run(tx: Transaction, command: RunSchedule) -> Response:
     return replace(views.job_response(tx, job), status=201)
 
 
-def pause(tx: Transaction, command: PauseSchedule) -> Response:
+def pause(tx: Transaction, command: commands.PauseSchedule) -> Response:
     schedule = find(tx, command.id)
     guards.check_until(tx, command.until, "Leave it out to pause until an operator resumes the schedule.")
     known, given = schedule.pause, (command.reason, command.until)
@@ -150,25 +139,25 @@ def pause(tx: Transaction, command: PauseSchedule) -> Response:
     return Response(views.schedule_view(tx.state, tx.state.schedules[schedule.id], tx.now))
 
 
-def resume(tx: Transaction, command: ResumeSchedule) -> Response:
+def resume(tx: Transaction, command: commands.ResumeSchedule) -> Response:
     schedule = find(tx, command.id)
     if schedule.pause is not None:
         _change(tx, schedule.id, "schedule_resumed", schedule.queue, command.reason)
     return Response(views.schedule_view(tx.state, tx.state.schedules[schedule.id], tx.now))
 
 
-def delete(tx: Transaction, command: DeleteSchedule) -> Response:
+def delete(tx: Transaction, command: commands.DeleteSchedule) -> Response:
     schedule = find(tx, command.id)
     response = Response(views.schedule_view(tx.state, schedule, tx.now))
     _change(tx, schedule.id, "schedule_deleted", schedule.queue, command.reason)
     return response
 
 
-def get(tx: Transaction, command: GetSchedule) -> Response:
+def get(tx: Transaction, command: commands.GetSchedule) -> Response:
     return Response(views.schedule_view(tx.state, find(tx, command.id), tx.now))
 
 
-def list_page(tx: Transaction, command: Schedules) -> Response:
+def list_page(tx: Transaction, command: commands.Schedules) -> Response:
     after, source, known = command.cursor or "", command.source, tx.state.schedules
     names = nsmallest(
         command.limit + 1, (name for name in known if name > after and source in (None, known[name].source))
@@ -199,10 +188,11 @@ def _create(tx: Transaction, schedule: Schedule, job_id: str, at: int | None, de
     """Create a job of the schedule. Its `run_at` is its time, with the jitter of the schedule."""
     guards.check_format(tx, "schedules")
     fields = {name: value for name, value in schedule.job.items() if name != "payload"}
-    request = msgspec.convert({"payload": Raw(msgspec.json.encode(schedule.job.get("payload")))} | fields, Create)
+    payload = Raw(msgspec.json.encode(schedule.job.get("payload")))
+    request = msgspec.convert({"payload": payload, **fields}, commands.Create)
     run_at = tx.now if at is None else at + _jitter_ms(schedule, at)
     details = {"schedule": schedule.id, **details}
-    job, _ = worker_rules.add_job(tx, request, job_id, run_at, "", Extra(schedule.id, at), details)
+    job, _ = create_rules.add_job(tx, request, job_id, run_at, "", Extra(schedule.id, at), details)
     return job
 
 

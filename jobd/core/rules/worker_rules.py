@@ -5,203 +5,48 @@ A rule checks its guards in the documented order, then makes its transitions.
 
 from __future__ import annotations
 
-from hashlib import blake2b
 from typing import Any, Final
 
 import msgspec
-from msgspec import UNSET
 from msgspec.structs import replace
 
 from jobd.core import guards, quiet, transitions, views
 from jobd.core.rules import late_result_rules, operator_rules
 from jobd.core.transaction import Transaction
+from jobd.model import commands
 from jobd.model.commands import (
-    AnyCommand,
     AppendOutput,
-    Bulk,
-    Cancel,
-    Claim,
     Complete,
-    Create,
     Extend,
     ExtendLock,
     Fail,
-    Goodbye,
-    Moment,
     Progress,
     Release,
     ReleaseLock,
-    Start,
-    Undelivered,
 )
-from jobd.model.errors import ApiError, ApiException, api_error
+from jobd.model.errors import ApiException, api_error
 from jobd.model.job import (
     DELAYED_FROM,
     SECOND_MS,
     SMALL_PAYLOAD_BYTES,
-    Extra,
     Failure,
     Job,
     PreviousGrant,
     Result,
     checkpoint_key,
     granted_bytes,
-    headers_key,
-    recorded_bytes,
     release_delay_ms,
     with_checkpoint,
 )
-from jobd.model.responses import GoodbyeView, Grants, JobList, JobView, OutputGrant, Response
+from jobd.model.responses import GoodbyeView, Grants, OutputGrant, Response
 from jobd.model.times import duration, time_left
 
-_encode: Final = msgspec.json.Encoder().encode
-# Options of a job that no command changes.
-_FIXED: Final = ("queue", "kind", "backoff", "stall_after_ms", "progress_timeout_ms")
-_TIMES: Final = frozenset({"run_at", "expires_at"})
 CLAIM_BYTES: Final = 8 << 20  # of the payloads of one claim
-
-# -- create -----------------------------------------------------------------------------------------------------------
-
-
-def create(tx: Transaction, command: Create) -> Response:
-    job, view, is_new = _create(tx, command)
-    return Response(view, status=201) if is_new else Response(view, unread_payloads=views.unread(job, view))
-
-
-def bulk(tx: Transaction, command: Bulk) -> Response:
-    """Create all jobs or none, in the order given. Jobs that the same request created before are returned."""
-    ids = [item.id for item in command.jobs if item.id is not None]
-    if len(ids) != len(set(ids)):
-        twice = next(job_id for job_id in ids if ids.count(job_id) > 1)
-        raise guards.invalid("jobs", f"The id {twice} is in the list twice; give each job its own id.")
-    response = Response(JobList([]), status=201)
-    for index, item in enumerate(command.jobs):
-        try:
-            job, view, is_new = _create(tx, item)
-        except ApiException as rejected:
-            tx.undo()
-            raise _rejected_item(index, rejected.error) from None
-        response.data.jobs.append(view)
-        if not is_new:
-            response.unread_payloads += views.unread(job, view)
-    return response
-
-
-def _rejected_item(index: int, error: ApiError) -> ApiException:
-    details = error.details | {"index": index}
-    if "field" in error.details:
-        details["field"] = f"$.jobs[{index}]{error.details['field'].removeprefix('$')}"
-    return api_error(error.code, f"jobs[{index}]: {error.message} No job was created.", **details)
-
-
-def _create(tx: Transaction, command: Create) -> tuple[Job, JobView, bool]:
-    """Return the new job or the one that the same request created before, its view, and whether it is new."""
-    # A request without an id cannot be repeated, so it needs no hash.
-    request_hash = "" if command.id is None else digest(command)
-    if command.id is not None and (existing := _existing(tx, command, command.id, request_hash)) is not None:
-        return existing, views.job_view(existing, tx.at, tx.policy, admin=tx.call.admin), False
-    _check_options(tx, command)
-    run_at = command.run_at or tx.now + (command.delay_ms or 0)
-    return *add_job(tx, command, command.id, run_at, request_hash), True
-
-
-def add_job(
-    tx: Transaction,
-    command: Create,
-    job_id: str | None,
-    run_at: int,
-    request_hash: str,
-    extra: Extra | None = None,
-    schedule: dict[str, Any] | None = None,
-) -> tuple[Job, JobView]:
-    """Create a job, and return it with its view. `schedule` are the details of a firing."""
-    guards.check_live_jobs(tx)
-    guards.check_queue(tx, command.queue)
-    headers = guards.headers_body(tx, command.headers) if command.headers else None
-    now, number, options = tx.now, tx.job_number(), transitions.requested_options(tx, command)
-    expires_at = command.expires_at if command.expires_in_ms is UNSET else tx.at.latest + command.expires_in_ms
-    if headers:
-        extra = replace(extra or Extra(), headers_bytes=len(headers))
-    job = Job(
-        number,
-        job_id or tx.job_id(number),
-        options,
-        "queued",
-        now,
-        now,
-        run_at,
-        expires_at=expires_at,
-        payload_bytes=recorded_bytes(command.payload),
-        extra=extra,
-    )
-    tx.create(job, "created", bytes(command.payload), request_hash, schedule)
-    view = views.job_view(job, tx.at, tx.policy, admin=tx.call.admin, payload=command.payload)
-    if headers:
-        tx.attach(headers_key(number), headers)
-        view.headers = command.headers
-    return job, view
-
-
-def _existing(tx: Transaction, command: Create, job_id: str, request_hash: str) -> Job | None:
-    if job_id in tx.state.quarantined:
-        raise guards.no_such_job(tx, job_id)
-    job = tx.state.get(job_id)
-    request = tx.requests.get(job_id)
-    if job is None or (request is not None and request.request_hash == request_hash):
-        return job
-    differs_in = _differences(job, command, tx.at)
-    if request is not None and request.body != bytes(command.payload):
-        differs_in.insert(0, "payload")
-    if not differs_in:
-        message = (
-            f"Job {job_id} exists, created by another request. The job does not show in which field: priority, "
-            "max_attempts, run_at and expires_at may have changed since."
-        )
-    else:
-        message = f"Job {job_id} exists, created by a request that differs in {', '.join(differs_in)}."
-    if not _TIMES.isdisjoint(differs_in):
-        message += " A time that is computed from now differs in each request: use delay_ms and expires_in_ms."
-    message += " Use another id, or omit it."
-    raise api_error("job_exists", message, job_id=job_id, status=job.status, differs_in=differs_in)
-
-
-def _differences(job: Job, command: Create, at: Moment) -> list[str]:
-    """Return the fields, except payload, in which `command` certainly differs from the request that created `job`.
-
-    `expires_in_ms` also if the clock was behind then, and was put right since.
-    """
-    options = job.options
-    found = [name for name in _FIXED if getattr(command, name) != getattr(options, name)]
-    for name in ("max_stalls", "on_stall"):  # without a value, the job has that of the configuration at its creation
-        if getattr(command, name) not in (None, getattr(options, name)):
-            found.append(name)
-    if job.updated_at != job.created_at:  # the other fields may have changed since
-        return found
-    found += [name for name in ("priority", "max_attempts") if getattr(command, name) != getattr(options, name)]
-    delay_ms, expires_in_ms = command.delay_ms, command.expires_in_ms
-    if (command.run_at or job.created_at + (delay_ms or 0)) != job.run_at:
-        found.append("run_at" if delay_ms is None else "delay_ms")
-    if expires_in_ms is UNSET:
-        if command.expires_at != job.expires_at:
-            found.append("expires_at")
-    elif not 0 <= (job.expires_at or 0) - job.created_at - expires_in_ms <= at.latest - at.now:
-        found.append("expires_in_ms")
-    return found
-
-
-def _check_options(tx: Transaction, command: Create) -> None:
-    if command.run_at is not None and command.delay_ms is not None:
-        raise guards.invalid("run_at", "Give run_at or delay_ms, not both.")
-    if command.expires_at is not None and command.expires_in_ms is not UNSET:
-        raise guards.invalid("expires_at", "Give expires_at or expires_in_ms, not both.")
-    guards.check_backoff(command.backoff)
-    guards.check_expiry(tx, command.expires_at)
-
 
 # -- grants -----------------------------------------------------------------------------------------------------------
 
 
-def start(tx: Transaction, command: Start) -> Response:
+def start(tx: Transaction, command: commands.Start) -> Response:
     """Grant the named job: queued, due, and its queue not paused. A stalled job is recovered first."""
     job = guards.find(tx, command.id)
     if guards.is_stalled(job, tx.at.lock_ms):
@@ -247,7 +92,7 @@ def _already_locked(tx: Transaction, job: Job) -> ApiException:
     return api_error("already_locked", message, **details)
 
 
-def claim(tx: Transaction, command: Claim) -> Response:
+def claim(tx: Transaction, command: commands.Claim) -> Response:
     """Grant the first due jobs of the queues, by priority, run_at and creation, up to CLAIM_BYTES of payloads.
 
     A worker that is told something gets no job.
@@ -275,7 +120,7 @@ def _fitting(jobs: list[Job]) -> int:
     return len(jobs)
 
 
-def undelivered(tx: Transaction, command: Undelivered) -> Response:
+def undelivered(tx: Transaction, command: commands.Undelivered) -> Response:
     """Put a job back whose grant was not delivered. It keeps its place, and the attempt does not count."""
     job = guards.find(tx, command.id)
     if job.status != "processing" or job.grant is None or job.grant.lock_id != command.lock_id:
@@ -289,7 +134,7 @@ def undelivered(tx: Transaction, command: Undelivered) -> Response:
     )
 
 
-def goodbye(tx: Transaction, command: Goodbye) -> Response:
+def goodbye(tx: Transaction, command: commands.Goodbye) -> Response:
     """Record that a worker ends. Nothing is written."""
     if command.name not in tx.state.presence.workers:
         message = f"Worker {command.name} has not been seen since the start. Its goodbye changes nothing."
@@ -369,7 +214,7 @@ def complete(tx: Transaction, command: Complete) -> Response:
     except ApiException as rejected:
         if rejected.error.code != "lock_lost":
             raise
-        return late_result_rules.complete(tx, command, rejected.error, digest(command))
+        return late_result_rules.complete(tx, command, rejected.error, guards.digest(command))
     if not isinstance(job, Job):
         return job
     guards.check_result(tx, command)
@@ -445,10 +290,10 @@ def _release(tx: Transaction, command: Release | ReleaseLock, delay_ms: int | No
     return views.job_response(tx, job)
 
 
-def cancel(tx: Transaction, command: Cancel) -> Response:
+def cancel(tx: Transaction, command: commands.Cancel) -> Response:
     """Cancel the job at once. The next call of a holder gets lock_lost."""
     job = guards.find(tx, command.id)
-    if job.status not in Cancel.allowed_from:
+    if job.status not in commands.Cancel.allowed_from:
         raise guards.invalid_transition(job, "cancelled", "Only a queued or processing job can be cancelled.")
     ended = transitions.ended_by(job, tx.at.now, "cancel", "cancelled")
     return views.job_response(
@@ -476,7 +321,7 @@ def _held(tx: Transaction, command: Holders, verb: str) -> Job | Response:
         if isinstance(command, (Progress, Extend, Fail, Release)):
             late_result_rules.note_call(tx, job, command)
         raise _lock_lost(job, command.lock_id)
-    if verb == ended.verb and digest(command) == ended.body_hash:
+    if verb == ended.verb and guards.digest(command) == ended.body_hash:
         return views.job_response(tx, job, repeated=True)
     if verb == "release" and ended.verb in ("complete", "fail"):
         return views.job_response(tx, job, repeated=True)
@@ -520,15 +365,10 @@ def _ended_by_holder(tx: Transaction, job: Job, command: Holders, verb: str) -> 
     grant = job.grant
     assert grant is not None  # the job is held
     lock_id, token, worker = grant.lock_id, grant.fencing_token, grant.worker
-    return PreviousGrant(lock_id, token, worker, tx.now, verb, verb, verb, digest(command))
+    return PreviousGrant(lock_id, token, worker, tx.now, verb, verb, verb, guards.digest(command))
 
 
 def _latest(tx: Transaction) -> Job:
     after = tx.changes[-1].after
     assert after is not None
     return after
-
-
-def digest(command: AnyCommand) -> str:
-    """Return a hash of a command, the same for equal commands however their JSON was written."""
-    return blake2b(_encode(command), digest_size=16).hexdigest()

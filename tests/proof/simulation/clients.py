@@ -12,7 +12,7 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from jobd.core.rules import worker_rules
+from jobd.core import guards
 from jobd.model import commands
 from jobd.model.commands import (
     AnyCommand,
@@ -105,9 +105,9 @@ class SimClient:
             return None
         path = f"{type(command).__name__} {getattr(command, 'id', '') if not isinstance(command, Create) else ''}"
         if self.has("reused key", 0.2):
-            return IdempotencyKey(f"{path} shared {self.dice.randrange(3)}", worker_rules.digest(command))
+            return IdempotencyKey(f"{path} shared {self.dice.randrange(3)}", guards.digest(command))
         self._keys += 1
-        return IdempotencyKey(f"{path} {self.name} {self._keys}", worker_rules.digest(command))
+        return IdempotencyKey(f"{path} {self.name} {self._keys}", guards.digest(command))
 
 
 class SimCreator(SimClient):

@@ -9,7 +9,7 @@ import pytest
 from msgspec import Raw
 from msgspec.structs import replace
 
-from jobd.core.rules import worker_rules
+from jobd.core import guards
 from jobd.model import commands as cmd
 from jobd.model.errors import ApiError
 from jobd.model.job import MINUTE_MS, STATUSES, TOKEN_COUNTER_BITS
@@ -220,9 +220,9 @@ def test_a_lock_on_a_job_that_is_not_processing_is_not_accepted(rules: RuleHarne
 
 
 def test_requests_are_distinguished_by_a_hash_of_all_fields() -> None:
-    hashes = {worker_rules.digest(cmd.Create(**fields)) for fields in ({}, {"id": "a"}, {"id": "b"}, {"priority": 1})}
+    hashes = {guards.digest(cmd.Create(**fields)) for fields in ({}, {"id": "a"}, {"id": "b"}, {"priority": 1})}
     assert len(hashes) == 4
-    assert worker_rules.digest(cmd.Create(id="a")) == worker_rules.digest(cmd.Create(id="a", queue="default"))
+    assert guards.digest(cmd.Create(id="a")) == guards.digest(cmd.Create(id="a", queue="default"))
     assert {len(each) for each in hashes} == {32}  # as in the store
 
 
@@ -238,7 +238,7 @@ def test_requests_are_distinguished_by_a_hash_of_all_fields() -> None:
 )
 def test_the_hash_of_a_request_does_not_change_with_an_upgrade(command: Any, digest: str) -> None:
     """The hashes are on disk. A new field that a request does not have must not change them."""
-    assert worker_rules.digest(command) == digest
+    assert guards.digest(command) == digest
 
 
 def test_an_undelivered_grant_requeues_the_job(rules: RuleHarness) -> None:

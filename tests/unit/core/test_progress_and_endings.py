@@ -9,8 +9,7 @@ import pytest
 from msgspec import UNSET, Raw
 from msgspec.structs import asdict, replace
 
-from jobd.core import transitions
-from jobd.core.rules import worker_rules
+from jobd.core import guards, transitions
 from jobd.core.state import State
 from jobd.model import commands as cmd
 from jobd.model.job import (
@@ -150,7 +149,7 @@ def test_complete(rules: RuleHarness) -> None:
     assert rules.last().by == "worker:w-1"
     assert grant is not None
     assert rules.job().ended == PreviousGrant(
-        lock_id, grant.fencing_token, "w-1", rules.now, "complete", "complete", "complete", worker_rules.digest(done)
+        lock_id, grant.fencing_token, "w-1", rules.now, "complete", "complete", "complete", guards.digest(done)
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from msgspec.structs import replace
 
 from jobd.core import transitions, views
-from jobd.core.rules import late_result_rules, maintenance_rules, plan_rules, worker_rules
+from jobd.core.rules import create_rules, late_result_rules, maintenance_rules, plan_rules, worker_rules
 from jobd.core.state import State
 from jobd.core.transaction import Transaction
 from jobd.model.clocks import LockMs
@@ -29,13 +29,13 @@ def no_fence_on_complete(held: Any, tx: Transaction, command: worker_rules.Holde
     return held(tx, command, verb)
 
 
-@bug(worker_rules.bulk, found_by=RULES)
+@bug(create_rules.bulk, found_by=RULES)
 def rejected_bulk_creates_jobs(bulk: Any, tx: Transaction, command: Bulk) -> Any:
     """A rejected bulk keeps its first jobs."""
     try:
         return bulk(tx, command)
     except ApiException:
-        worker_rules.create(tx, command.jobs[0])
+        create_rules.create(tx, command.jobs[0])
         raise
 
 
