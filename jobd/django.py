@@ -269,7 +269,8 @@ def __getattr__(name: str) -> App:
         django.setup()
     alias = "default" if name == "app" else name
     if alias not in task_backends.settings:
-        raise AttributeError(f"TASKS has no backend {alias!r}")
+        known = ", ".join(f"jobd.django:{each}" for each in task_backends.settings)
+        raise AttributeError(f"TASKS has no backend {alias!r}; write {known}")
     backend = task_backends[alias]
     if not isinstance(backend, JobdBackend):
         raise ImproperlyConfigured(

@@ -132,7 +132,12 @@ def load_app(target: str) -> tuple[App, DaemonJobs]:
     except ModuleNotFoundError as error:
         where = f"{target}: there is no module {error.name!r}"
         raise exit_codes.CliError(f"{where}. Modules are found from {os.getcwd()}", exit_codes.CONFIG) from None
-    app = getattr(found, name or "app", None)
+    try:
+        app = getattr(found, name or "app")
+    except AttributeError as error:
+        if hasattr(found, "__getattr__"):  # jobd.django makes its apps, and says which there are
+            raise exit_codes.CliError(f"{target}: {error}", exit_codes.CONFIG) from None
+        app = None
     if not isinstance(app, App):
         apps = [each for each, value in vars(found).items() if isinstance(value, App)]
         hint = f"; write {module}:{apps[0]}" if apps else ""

@@ -12,7 +12,9 @@ from jobd.client import JobClient
 from tests import ROOT
 from tests.support.daemon_process import DaemonProcess, die_with_us
 
-WORKER = [sys.executable, "-m", "jobd.cli.ctl.main", "worker", "jobd.django:app"]
+COMMAND = [sys.executable, "-m", "jobd.cli.ctl.main", "worker"]
+WORKER = [*COMMAND, "jobd.django:app"]
+PROJECT = {"DJANGO_SETTINGS_MODULE": "tests.support.django_project.settings", "PYTHONPATH": str(ROOT)}
 VIEW = """
 import django
 django.setup()
@@ -30,8 +32,7 @@ print(added.return_value, reserved.return_value, reserved.attempts, reserved.err
 
 @pytest.fixture
 def environ(daemon: DaemonProcess) -> dict[str, str]:
-    project = {"DJANGO_SETTINGS_MODULE": "tests.support.django_project.settings", "PYTHONPATH": str(ROOT)}
-    return {**os.environ, **project, "JOBD_SOCKET": daemon.socket}
+    return {**os.environ, **PROJECT, "JOBD_SOCKET": daemon.socket}
 
 
 @pytest.mark.slow
@@ -48,3 +49,15 @@ def test_a_worker_runs_what_another_process_has_enqueued(environ: dict[str, str]
     assert "app django:default" in shown
     assert f"job {ids[0]} (tests.support.django_project.tasks.add) completed after " in shown
     assert subprocess.check_output([sys.executable, "-c", READ, *ids], env=environ, text=True) == "5 2 2 NoStock\n"
+
+
+@pytest.mark.parametrize(
+    ("target", "changed", "message"),
+    [("jobd.django:nothing", {}, "TASKS has no backend 'nothing'; write jobd.django:default, jobd.django:commit, ")],
+)
+def test_an_app_that_cannot_be_made_is_an_error(target: str, changed: dict[str, str], message: str) -> None:
+    ended = subprocess.run(
+        [*COMMAND, target], env={**os.environ, **PROJECT, **changed}, capture_output=True, text=True, check=False
+    )
+    assert (ended.returncode, ended.stderr.count("\n")) == (78, 1)
+    assert ended.stderr.startswith(f"jobctl: {target}: {message}")
