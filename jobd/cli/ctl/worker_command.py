@@ -129,15 +129,21 @@ def load_app(target: str) -> tuple[App, DaemonJobs]:
     sys.path.insert(0, os.getcwd())
     try:
         found = importlib.import_module(module)
+        try:
+            app = getattr(found, name or "app")
+        except AttributeError as error:
+            if hasattr(found, "__getattr__"):  # jobd.django makes its apps, and says which there are
+                raise exit_codes.CliError(f"{target}: {error}", exit_codes.CONFIG) from None
+            app = None
     except ModuleNotFoundError as error:
         where = f"{target}: there is no module {error.name!r}"
         raise exit_codes.CliError(f"{where}. Modules are found from {os.getcwd()}", exit_codes.CONFIG) from None
-    try:
-        app = getattr(found, name or "app")
-    except AttributeError as error:
-        if hasattr(found, "__getattr__"):  # jobd.django makes its apps, and says which there are
-            raise exit_codes.CliError(f"{target}: {error}", exit_codes.CONFIG) from None
-        app = None
+    except Exception as error:
+        if type(error).__name__ != "ImproperlyConfigured":  # of Django, which only the app imports
+            raise
+        is_set = os.environ.get("DJANGO_SETTINGS_MODULE")
+        text = str(error) if is_set else "set DJANGO_SETTINGS_MODULE to the settings of the project, as for manage.py"
+        raise exit_codes.CliError(f"{target}: {text}", exit_codes.CONFIG) from None
     if not isinstance(app, App):
         apps = [each for each, value in vars(found).items() if isinstance(value, App)]
         hint = f"; write {module}:{apps[0]}" if apps else ""

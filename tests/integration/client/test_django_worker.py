@@ -53,7 +53,12 @@ def test_a_worker_runs_what_another_process_has_enqueued(environ: dict[str, str]
 
 @pytest.mark.parametrize(
     ("target", "changed", "message"),
-    [("jobd.django:nothing", {}, "TASKS has no backend 'nothing'; write jobd.django:default, jobd.django:commit, ")],
+    [
+        ("jobd.django:nothing", {}, "TASKS has no backend 'nothing'; write jobd.django:default, jobd.django:commit, "),
+        ("jobd.django:other", {}, "TASKS['other'] has the BACKEND DummyBackend, not jobd.django.JobdBackend"),
+        ("jobd.django:app", {"DJANGO_SETTINGS_MODULE": "no_shop.settings"}, "there is no module 'no_shop'. Modules"),
+        ("jobd.django:app", {"DJANGO_SETTINGS_MODULE": ""}, "set DJANGO_SETTINGS_MODULE to the settings of the proj"),
+    ],
 )
 def test_an_app_that_cannot_be_made_is_an_error(target: str, changed: dict[str, str], message: str) -> None:
     ended = subprocess.run(
