@@ -407,15 +407,21 @@ def late_results(views: Sequence[responses.LateResultView]) -> None:
 
 
 def _target(entry: responses.AuditView) -> str | None:
-    """Return the target of an action: a job, queue or webhook, else the number of jobs."""
-    if schedule := entry.details.get("schedule"):
+    """Return the target of an action: a job, queue, webhook or worker, else the number of jobs."""
+    details = entry.details
+    if schedule := details.get("schedule"):
         return f"schedule {schedule}"
+    if rule := details.get("rule"):
+        selects = [f"{name} {details[name]}" for name in ("host", "version", "queue") if name in details]
+        return ", ".join(selects) or f"rule {rule}"
     if entry.job_id or entry.queue:
         return entry.job_id or f"queue {entry.queue}"
-    if webhook := entry.details.get("webhook"):
-        delivery = entry.details.get("delivery")
+    if webhook := details.get("webhook"):
+        delivery = details.get("delivery")
         return f"webhook {webhook}" if delivery is None else f"webhook {webhook}, delivery {delivery}"
-    return "1 job" if entry.changed == 1 else f"{entry.changed} jobs" if entry.changed else None
+    if entry.changed:
+        return "1 job" if entry.changed == 1 else f"{entry.changed} jobs"
+    return f"worker {details['worker']}" if "worker" in details else None
 
 
 def _outcome(entry: responses.AuditView) -> str:

@@ -316,8 +316,15 @@ def test_workers_are_quieted_by_name_and_by_rule(running: CliDaemon, jobctl: Job
     assert view["id"] in jobctl.ok("quiet")
     assert jobctl.json("resume-worker", "--rule", view["id"])["id"] == view["id"]
     assert "No quiet rules." in jobctl.run("quiet")[2]
-    entries = jobctl.json("audit", "--what", "quiet", "--limit", "2")["entries"]
-    assert [entry["details"].get("host", entry["details"].get("worker")) for entry in entries] == ["k8s-b", "quiet-1"]
+    rows = [re.split("  +", line)[3:5] for line in jobctl.ok("audit", "--limit", "6").splitlines()[1:]]
+    assert rows == [
+        ["resume", f"rule {view['id']}"],
+        ["quiet", "host k8s-b, version 2.4.1"],
+        ["stop", "worker quiet-1"],
+        ["stop", "worker quiet-1"],
+        ["resume", "worker quiet-1"],
+        ["quiet", "worker quiet-1"],
+    ]
 
 
 @pytest.mark.parametrize(
