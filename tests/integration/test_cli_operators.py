@@ -162,6 +162,17 @@ def test_the_latest_failures_can_be_retried_alone(jobctl: Jobctl, tmp_path: Path
     (job,) = jobctl.json("retry", "--where", "queue=la", "--where", "".join(latest), "--dry-run")["jobs"]
     assert job["id"] == "la-new"
     assert "Retry, one job first: jobctl retry --where error=" in hint
+    code, err = jobctl.rejected("retry", "--where", "queue=la", "-y")
+    pattern = (
+        r"jobctl: The jobs ended hours apart: 1 since (.*), 1 until 2025-06-15 15:06:40 UTC\. --yes needs the time: "
+    )
+    assert code == 4
+    assert re.match(pattern, err)
+    assert (
+        f"finished_since='{latest[1]}' for the latest, --where finished_since='2025-06-15 15:06:40 UTC' for all" in err
+    )
+    where = ["--where", "queue=la", "--where", "finished_since=2025-06-15 15:06:40 UTC"]
+    assert jobctl.ok("retry", *where, "-y") == "retry: 2 jobs done\n"
 
 
 def test_a_plan_of_many_jobs_is_shown_and_applied(jobctl: Jobctl) -> None:

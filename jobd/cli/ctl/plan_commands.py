@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, cast
@@ -132,6 +132,8 @@ def run_plans(
         if dry_run:
             _show_all(plans, cursor, as_json=as_json, options=pace.options)
             return exit_codes.REJECTED if is_incomplete else exit_codes.DONE
+        if yes and action == "retry" and where:
+            _check_ages(plans, wanted)
         if not yes:
             _show_plans(plans, is_more=cursor is not None)
             if count:
@@ -151,6 +153,20 @@ def run_plans(
             )
             break
     return code
+
+
+def _check_ages(plans: Sequence[PlanView], filters: Mapping[str, Any]) -> None:
+    """Raise CliError (4) if the jobs of a plan ended hours apart, unless a filter says which of them are meant."""
+    ages = next((plan.ages for plan in plans if len(plan.ages) > 1), None)
+    if ages is None or filters.keys() & {"finished_since", "finished_until"}:
+        return
+    latest, *older = ages
+    shown = ", ".join(
+        [f"{latest.jobs} since {utc(latest.since)}", *(f"{age.jobs} until {utc(age.until)}" for age in older)]
+    )
+    times = [f"--where finished_since='{utc(age.since)}'" for age in (latest, ages[-1])]
+    text = f"The jobs ended hours apart: {shown}. --yes needs the time: {times[0]} for the latest, {times[1]} for all"
+    raise exit_codes.CliError(text, exit_codes.REJECTED)
 
 
 def act(action: PlanAction, ids: Sequence[str], where: Sequence[str], reason: str | None, **how: bool) -> int:
