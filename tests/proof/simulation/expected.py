@@ -87,6 +87,7 @@ OTHERS: Final = (
     "response replayed",
     "dry run",
     "read that may go first",
+    "busy worker told",
     "cleanup degraded",
     "mishap client disconnects at the response",
     "grant undelivered",

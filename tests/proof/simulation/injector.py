@@ -206,7 +206,9 @@ class FaultInjector:
     async def _fail_maintenance(self) -> None:
         """Fail one or more of the calls that cleanup and queries make outside batches."""
         methods = frozenset(self.dice.sample(UPKEEP, self.dice.randint(1, len(UPKEEP))))
-        await self._failing(methods, self.dice.choice((8, 8, 8, 200)))
+        # Tombstones are updated only while some are due, which takes a while.
+        longest_s = (8, 60, 200, 200) if "update_tombstones" in methods else (8, 8, 8, 200)
+        await self._failing(methods, self.dice.choice(longest_s))
 
     async def _jump_clock(self) -> None:
         """Set the wall clock far ahead for a while, then correct it. No job may age by it unless it is accepted."""

@@ -6,14 +6,16 @@ S1 one grant per job, S2 tokens increase, S3 only the latest grant changes a job
 once, S5 only stalled jobs are recovered, S6 acknowledged means on disk and rejected means nothing done, S7 journal,
 memory and rows are equal, S8 a rule always returns, S9 the same key gets the same response, S10 counters
 equal a recount, S11 no lock outlives its progress timeout, S12 lock time never goes back, S13 only old finished jobs
-are deleted, S14 claims keep the order, S15 changes of operators are in the audit log, and a dry run changes nothing.
-S18 is checked in cluster/cluster.py, S19 in firings.py.
+are deleted, S14 claims keep the order, S15 changes of operators are in the audit log, and a dry run changes nothing,
+S16 a worker is told its directive. S18 is checked in cluster/cluster.py, S19 in firings.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final
+
+from msgspec import UNSET
 
 from jobd.core.quiet import open_queues
 from jobd.core.state import State
@@ -70,6 +72,23 @@ def is_stalled(job: Job, lock_ms: LockMs) -> bool:
     return past or (not is_live(deadlines, lock_ms) and lock_ms >= deadlines.stall_due)
 
 
+def _due_directive(state: State, claim: cmd.Claim, at: cmd.Moment) -> str | None:
+    """Return what the worker is to be told: what it does not do yet, once in a second."""
+    seen = state.presence.workers.get(claim.worker)
+    if seen is None or seen.directive is None:
+        return None
+    action, told_at = seen.directive.view.action, seen.directive.told_at
+    is_quiet = claim.limit == 0 and claim.busy is not True
+    is_done = action == ("quiet" if is_quiet else "resume")
+    return None if is_done or (told_at is not None and at.lock_ms - told_at < SECOND_MS) else action
+
+
+def told(decision: Decision) -> str | None:
+    """Return the directive in the response to a claim."""
+    directive = decision.answer.data.directive if isinstance(decision.answer, Response) else UNSET
+    return None if directive is UNSET or directive is None else directive.action
+
+
 def is_overdue(job: Job, now: int) -> bool:
     return job.status == "queued" and job.expires_at is not None and now >= job.expires_at
 
@@ -119,6 +138,7 @@ class DecisionChecks:
         else:  # it changes no other job
             rows = {} if job is None else {job.id: job}
         brief, paused = _brief(state, job), set(state.paused)
+        due = _due_directive(state, command, at) if isinstance(command, cmd.Claim) else None
         try:
             decision = Decision(decide(tx, call), tx.changed(), tx.checked)
         except Exception as error:
@@ -127,6 +147,7 @@ class DecisionChecks:
         self.must(at.lock_ms >= self._last_lock_ms, "S12", f"lock time went from {self._last_lock_ms} to {at.lock_ms}")
         self._last_lock_ms = at.lock_ms
         self._check_answer(state, rows, paused, command, decision, job, at)
+        self.must(due is None or due == told(decision), "S16", f"a worker was not told to {due}")
         changes_nothing = is_read or command.dry_run
         self.must(not (changes_nothing and decision.changes), "S15", f"{name} did something, which only reads", job_id)
         self.must(decision.changes or brief == _brief(state, job), "S8", f"{name} changed the state silently", job_id)

@@ -27,7 +27,7 @@ from jobd.model.job import FINISHED, LIVE, MAX_LATE_RESULTS, SECOND_MS, TOKEN_CO
 from jobd.model.responses import CleanupReport, GrantView, Response
 from jobd.model.storage import Batch, StoredResponse
 from tests.proof.simulation.firings import Firings
-from tests.proof.simulation.invariants import BY_TIME, NOTES, Decide, DecisionChecks, Violation
+from tests.proof.simulation.invariants import BY_TIME, NOTES, Decide, DecisionChecks, Violation, told
 from tests.proof.simulation.response_times import ResponseTimes
 from tests.support.rule_harness import Decision, compare, snapshot
 
@@ -154,6 +154,7 @@ class Monitor(DecisionChecks):
         if id(call.command) in self._decided:
             self._decided[id(call.command)] = decision
         if isinstance(call.command, Claim):
+            self.fired["busy worker told"] += call.command.busy is True and told(decision) is not None
             self._check_arrival(call.command, decision)
             self._check_due(tx)
             self._note_due(tx)

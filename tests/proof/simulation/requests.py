@@ -8,7 +8,7 @@ from __future__ import annotations
 from random import Random
 from typing import Any, Final
 
-from msgspec import UNSET, Raw
+from msgspec import UNSET, Raw, UnsetType
 
 from jobd.core.rules.plan_rules import version
 from jobd.engine.waiting_claims import FEW
@@ -49,6 +49,7 @@ class RequestGenerator:
         self.plan = plan
         self.disk = disk
         self.time_dice = Random(repr(dice.getstate()[1][:8]))  # depends on the seed, without a draw from `dice`
+        self.place_dice = Random(f"places {self.time_dice.getstate()[1][:8]}")
 
     # -- words --------------------------------------------------------------------------------------------------------
 
@@ -124,11 +125,16 @@ class RequestGenerator:
         kinds = [self.kind() for _ in range(self.dice.randint(1, 2))] if self.chance(0.3) else None
         if kinds is not None and self.time_dice.random() < 0.3:
             kinds += [f"unused-{number}" for number in range(FEW)]  # such a claim is found in another way
+        limit: int = self.dice.choice((1, 1, 1, 2, 5, 100))
+        busy: bool | UnsetType = UNSET
+        if self.place_dice.random() < 0.1:  # it has no free place, or it is quiet
+            limit, busy = 0, self.place_dice.choice((True, True, UNSET))
         return cmd.Claim(
             worker=worker,
             queues=queues,
             kinds=kinds,
-            limit=self.dice.choice((1, 1, 1, 2, 5, 100)),
+            limit=limit,
+            busy=busy,
             wait_ms=self.dice.choice((0, 300, 3_000, 10_000, 60_000)),
             lock_ttl_ms=self.maybe(0.4, 1_000, 4_000, 60_000),
             stall_after_ms=self.maybe(0.4, 0, 0, 2_000),

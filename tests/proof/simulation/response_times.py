@@ -35,7 +35,7 @@ class ResponseTimes:
     def sent(self, command: AnyCommand) -> None:
         loop, daemon = self.machine.loop, self.machine.daemon
         self._asked_s[id(command)] = loop.now_s
-        if isinstance(command, Claim) and command.wait_ms and daemon is not None:
+        if isinstance(command, Claim) and command.limit and command.wait_ms and daemon is not None:
             loop.call_later(LOOK_EVERY_S, self._check_claim, daemon, command, loop.now_s, 0)
 
     def answered(self, command: AnyCommand) -> None:
