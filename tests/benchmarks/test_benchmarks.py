@@ -7,14 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner
 from msgspec import structs
 
-from jobd.cli.daemon.bench_load import LoadConnection, clock
-from tests.benchmarks import beside, cpu, load, stage, work
-from tests.benchmarks.__main__ import LARGE, _bars, benchmarks
-from tests.benchmarks.scenarios import SCENARIOS, BenchmarkScenario, Size, measure
-from tests.benchmarks.stage import BenchDaemon, BenchFailed
+from jobd.cli.daemon.bench_load import LoadConnection
+from tests.benchmarks import cpu, load, work
+from tests.benchmarks.scenarios import SCENARIOS, Size, measure
+from tests.benchmarks.stage import BenchDaemon
 
 pytestmark = pytest.mark.slow
 
@@ -76,38 +74,6 @@ def test_lifecycles_are_counted_as_the_daemon_counts_them(tmp_path: Path) -> Non
     assert counted["byStatus"]["processing"] == counted["byStatus"]["failed"] == 0
 
 
-async def test_an_early_start_counts_from_its_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And a late one from when it was due."""
-
-    async def no_sleep(seconds: float) -> None: ...
-
-    monkeypatch.setattr(asyncio, "sleep", no_sleep)
-    before = clock()
-    assert before <= await work.wait_until(before + 100) <= clock()
-    assert await work.wait_until(before) == before
-
-
-def test_a_scenario_has_settings_of_its_own(tmp_path: Path) -> None:
-    narrow = BenchmarkScenario(
-        "narrow", "", lambda stage, size: stage.load("fill", count=6), settings={"JOBD_LIMITS_BULK": "5"}
-    )
-    with pytest.raises(BenchFailed, match="The bulk has over 5 jobs"):
-        measure(narrow, TINY, tmp_path)
-
-
-def test_a_failed_load_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with BenchDaemon(tmp_path) as staged:
-        with pytest.raises(BenchFailed, match="KeyError: 'none'"):
-            staged.load("none")
-        staged.stop()
-        with pytest.raises(BenchFailed, match="the daemon ended with 0"):
-            staged.load("latency", seconds=0.1)
-    monkeypatch.setattr(stage, "READY_S", 0.0)
-    with pytest.raises(BenchFailed, match="did not start"):
-        BenchDaemon(tmp_path).__enter__()
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_two_grants_for_one_job_end_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     class Wrong:
         @classmethod
@@ -120,42 +86,6 @@ def test_two_grants_for_one_job_end_the_run(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(load, "connections_of", Wrong.connections)
     with pytest.raises(SystemExit, match="16 workers were granted job j"):
         asyncio.run(load.contention(work.LoadRequest("contention", "", seconds=1)))
-
-
-def test_an_error_beside_the_load_ends_it() -> None:
-    async def breaks() -> None:
-        await asyncio.sleep(0)
-        raise ValueError("lost")
-
-    async def goes_on() -> None:
-        await asyncio.Event().wait()
-
-    async def run(*works: Any) -> None:
-        async with beside.running_beside(*works):
-            await asyncio.sleep(0.01)
-
-    asyncio.run(run(goes_on()))
-    with pytest.raises(ValueError, match="lost"):
-        asyncio.run(run(goes_on(), breaks()))
-
-
-def test_every_scenario_is_in_the_help() -> None:
-    text = CliRunner().invoke(benchmarks, ["--help"]).output
-    for scenario in SCENARIOS.values():
-        assert f"  {scenario.name}" in text
-    assert max(live for live, _ in LARGE) == 1_000_000
-
-
-def test_figures_are_shown_as_a_table(tmp_path: Path) -> None:
-    words = ["latency", "--seconds", "0.1", "--runs", "1", "--rate", "50", "--dir", str(tmp_path)]
-    shown = CliRunner().invoke(benchmarks, words, catch_exceptions=False)
-    assert shown.exit_code == 0
-    assert "p50_ms" in shown.output
-
-
-def test_a_series_is_drawn_as_bars() -> None:
-    assert _bars([0.0, 1.0, 8.0]) == "▁▂█"
-    assert _bars([0.0, 0.0]) == "▁▁"
 
 
 def test_the_sum_of_instructions_may_grow_by_three_percent_and_a_stage_by_one_percent_of_it() -> None:

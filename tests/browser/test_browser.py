@@ -23,7 +23,6 @@ from jobd.model.job import MINUTE_MS
 from tests.browser.scenarios import (
     CHROMIUM,
     FLAGS,
-    READ_ONLY_TOKEN,
     TROUBLE,
     DashboardDaemon,
     cluster_of,
@@ -220,49 +219,6 @@ def test_the_numbers_in_the_pictures_of_the_documents_fit_each_other(page: Page,
         expect(page.locator("dl.properties", has_text="Uptime")).to_contain_text("11 d 3 h")
 
 
-def test_filters_are_in_the_url(page: Page, daemon: DashboardDaemon, console_errors: list[str]) -> None:
-    make_busy(daemon)
-    sign_in(page, daemon, path="/jobs")
-    page.get_by_role("combobox", name="Status").select_option("failed")
-    page.get_by_role("combobox", name="Queue").fill("video")
-    page.get_by_role("button", name="Filter").click()
-    expect(page).to_have_url(re.compile(r"status=failed&queue=video"))
-    rows = page.locator("tbody tr")
-    expect(rows).to_have_count(3)
-    expect(rows.first).to_contain_text("Connection to storage.example refused")
-    page.reload()
-    expect(page.get_by_role("combobox", name="Queue")).to_have_value("video")
-    expect(rows).to_have_count(3)
-    page.get_by_role("link", name="Clear").click()
-    expect(rows).to_have_count(50)
-    page.get_by_role("link", name="Older").click()
-    expect(page.get_by_role("link", name="Newest")).to_be_visible()
-    page.get_by_role("textbox", name="Id").fill("mail-001")
-    page.get_by_role("button", name="Open").click()
-    expect(page).to_have_url(f"{daemon.url}/jobs/mail-001")
-    assert console_errors == []
-
-
-def test_a_processing_job_is_reset_with_a_reason(
-    page: Page, daemon: DashboardDaemon, console_errors: list[str]
-) -> None:
-    daemon.do("jobs", id="hung", queue="video")
-    lock = daemon.do("jobs/hung/start", worker="w-1")["lock_id"]
-    sign_in(page, daemon, path="/jobs/hung")
-    page.get_by_role("link", name="Reset").click()
-    expect(page.locator(".transition")).to_contain_text("processing → queued")
-    page.get_by_label("Reason").fill("w-1 hangs, host is gone")
-    page.get_by_role("button", name="Reset").click()
-    expect(page).to_have_url(f"{daemon.url}/jobs/hung")
-    expect(page.get_by_role("status").first).to_contain_text("Reset: done. processing → queued")
-    event = page.locator("table.timeline tr", has_text="force_reset")
-    expect(event).to_contain_text("admin")
-    expect(event).to_contain_text("w-1 hangs, host is gone")
-    reply = daemon.post("/v1/jobs/hung/progress", {"lock_id": lock, "progress": 1})
-    assert (reply.status, reply.error) == (409, "lock_lost")
-    assert console_errors == []
-
-
 def test_a_plan_retries_many_jobs(page: Page, daemon: DashboardDaemon, console_errors: list[str]) -> None:
     make_busy(daemon)
     sign_in(page, daemon, path="/jobs?status=failed")
@@ -356,25 +312,6 @@ def test_going_back_to_the_list_selects_no_other_job(page: Page, daemon: Dashboa
     expect(page.locator("#job-d")).to_be_visible()
     expect(page.locator("#selection")).to_have_text(re.compile("^Nothing"))
     expect(page.locator("input:checked")).to_have_count(0)
-
-
-def test_a_late_result_is_adopted(page: Page, daemon: DashboardDaemon, console_errors: list[str]) -> None:
-    daemon.do("jobs", id="late", queue="video")
-    lock = daemon.do("jobs/late/start", worker="w-slow")["lock_id"]
-    daemon.operator("POST", "force-fail", {"jobId": "late", "reason": "w-slow is silent"})
-    daemon.post("/v1/jobs/late/complete", {"lock_id": lock, "file_path": "/srv/out/late.mp4"})
-    sign_in(page, daemon, path="/jobs/late")
-    results = page.get_by_role("region", name="Late results")
-    expect(results).to_contain_text("/srv/out/late.mp4")
-    results.get_by_role("link", name="Adopt the result of w-slow").click()
-    expect(page.locator(".transition")).to_contain_text("failed → completed")
-    page.get_by_label("Reason").fill("the file is whole")
-    page.get_by_role("button", name="Adopt").click()
-    expect(page).to_have_url(f"{daemon.url}/jobs/late")
-    expect(page.get_by_role("heading", level=1)).to_contain_text("completed")
-    event = page.locator("table.timeline tr", has_text="adopted")
-    expect(event).to_contain_text("the file is whole")
-    assert console_errors == []
 
 
 class _WorkerServer(BaseHTTPRequestHandler):
@@ -548,23 +485,6 @@ def test_the_keyboard_focus_survives_updates(page: Page, daemon: DashboardDaemon
     expect(page.get_by_role("status").first).to_contain_text("Queue mail is paused")
 
 
-def test_a_page_without_matches_continues_its_search(page: Page, tmp_path: Path, console_errors: list[str]) -> None:
-    daemon = DashboardDaemon(tmp_path)
-    daemon.variant = "short_pages"
-    with daemon:
-        daemon.do("jobs", id="rare", queue="rare")
-        daemon.do("jobs/bulk", jobs=[{"id": f"often-{number}", "queue": "often"} for number in range(100)])
-        sign_in(page, daemon, path="/jobs")
-        page.goto(f"{daemon.url}/jobs?queue=rare")
-        expect(page.get_by_role("link", name="rare", exact=True).first).to_be_visible()
-        expect(page.get_by_text("continues")).to_have_count(0)
-        page.goto(f"{daemon.url}/jobs?kind=none")
-        expect(page.get_by_text("No older jobs match.")).to_be_visible()
-        page.get_by_role("link", name="Newest").click()
-        expect(page).to_have_url(f"{daemon.url}/jobs?kind=none")
-        assert console_errors == []
-
-
 def test_the_result_of_a_continued_search_does_not_update(
     page: Page, tmp_path: Path, console_errors: list[str]
 ) -> None:
@@ -715,13 +635,6 @@ def test_a_daemon_that_does_not_respond_is_shown(page: Page, daemon: DashboardDa
     expect(page.locator("#offline")).to_contain_text("The daemon does not respond")
     daemon.start()
     expect(page).to_have_url(re.compile("/sign-in"))  # sessions are in memory
-
-
-def test_a_session_ends_with_its_token(page: Page, daemon: DashboardDaemon) -> None:
-    sign_in(page, daemon, READ_ONLY_TOKEN)
-    (daemon.directory / "readers").write_text("another-reader-token-0123456789")
-    assert "read-only tokens" in daemon.reload()
-    expect(page).to_have_url(f"{daemon.url}/sign-in?next=%2F")
 
 
 def test_a_step_down_on_the_page_of_the_cluster(

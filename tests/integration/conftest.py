@@ -11,6 +11,7 @@ import pytest
 
 from jobd.cli.daemon.main import main
 from tests.support.cli_harness import TOKEN, CliDaemon, Jobctl
+from tests.support.forked_process import ForkedNode
 from tests.support.node_process import Cluster
 from tests.support.postgres import PASSWORD, PostgresServer
 
@@ -47,7 +48,7 @@ def database(postgres_server: PostgresServer, journal_name: str, monkeypatch: py
 @pytest.fixture
 def cluster(tmp_path: Path, database: str) -> Iterator[Cluster]:
     with ExitStack() as stack:
-        made = Cluster(tmp_path, database, stack)
+        made = Cluster(tmp_path, database, stack, ForkedNode)
         yield made
     for node in made.nodes:
         print(f"--- {node.name}\n{node.log.decode()}")  # shown if the test fails

@@ -8,15 +8,14 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 
 import pytest
 
 from jobd.cli.daemon.main import main
-from tests.support.daemon_process import TOKEN, DaemonProcess
+from tests.support.daemon_process import TOKEN
+from tests.support.forked_process import ForkedDaemon, ForkedNode
 from tests.support.node_process import Cluster, NodeProcess
-from tests.support.polling import poll_until
 from tests.support.postgres import PASSWORD, PostgresServer
 
 pytestmark = [pytest.mark.slow, pytest.mark.long]
@@ -45,14 +44,6 @@ def flags(url: str, **given: object) -> list[str]:
     return [word for each in settings.items() for word in ("--set", "=".join(each))]
 
 
-def has_nodes(node: NodeProcess) -> bool:
-    return bool(node.cluster()["nodes"])
-
-
-def ids(daemon: DaemonProcess) -> list[str]:
-    return sorted(job["id"] for job in daemon.admin("GET", "jobs?limit=100").data["jobs"])
-
-
 def repeat_until_done(words: list[str], delay_s: float) -> int:
     """Repeat a command with a kill after a longer time each, until it succeeds. Return the number of kills."""
     kills = 0
@@ -79,71 +70,9 @@ main()
     assert subprocess.run([sys.executable, "-c", code, *words]).returncode == -signal.SIGKILL
 
 
-def test_two_journals_in_one_database_are_independent(tmp_path: Path, url: str, stack: ExitStack) -> None:
-    nodes: dict[str, NodeProcess] = {}
-    for name in ("one", "one-p1"):
-        assert main(["cluster", "init", *flags(url, journal__name=name)]) == 0
-        (tmp_path / name).mkdir()
-        cluster = Cluster(tmp_path / name, url, stack, JOBD_JOURNAL_NAME=name)
-        nodes[name] = cluster.add("a")
-        nodes[name].wait_leads()
-        assert nodes[name].post("/v1/jobs", {"id": name}).status == 201
-        assert nodes[name].post("/v1/jobs", {"id": "same"}).status == 201
-    for name, node in nodes.items():
-        poll_until(partial(has_nodes, node))
-        view = node.cluster()
-        assert (view["role"], view["journal"], len(view["nodes"])) == ("leader", name, 1)
-        assert ids(node) == sorted([name, "same"])
-    first, second = nodes.values()
-    assert first.stop() == 0
-    assert second.post("/v1/jobs", {"id": "later"}).status == 201
-    assert main(["cluster", "leave", *flags(url, journal__name="one", store__path=first.store), "--yes"]) == 0
-    assert second.post("/v1/jobs/later/start", {"worker": "w"}).status == 200
-    again = [*flags(url, journal__name="one-p1", store__path=first.store), "--yes"]
-    assert main(["cluster", "accept-loss", "--upto", "1", *again]) == 78, "it is the store of a single machine"
-    second.kill()
-    second.start()
-    second.wait_leads()
-    assert ids(second) == ["later", "one-p1", "same"]
-
-
-def test_a_node_of_an_older_version_does_not_follow_newer_records(tmp_path: Path, url: str, stack: ExitStack) -> None:
-    assert main(["cluster", "init", *flags(url)]) == 0
-    cluster = Cluster(tmp_path, url, stack)
-    leader = cluster.add("a")
-    leader.wait_leads()
-    leader.post("/v1/jobs", {"id": "one"})
-    assert leader.stop() == 0  # its last record has statistics, and format 2
-    old = stack.push(NodeProcess(tmp_path / "old", url, "old"))
-    old.variant = "older_format"
-    old.launch()
-    assert old.process is not None
-    assert old.process.wait(WAIT_S) == 78
-    assert "has format 2, but this jobd supports formats up to 1" in old.wait_for_log(b"cannot_start")
-    leader.start()
-    leader.wait_leads()
-    assert ids(leader) == ["one"]
-
-
-def test_a_node_of_an_older_version_cannot_register_after_a_record_of_format_3(
-    tmp_path: Path, url: str, stack: ExitStack, postgres_server: PostgresServer, journal_name: str
-) -> None:
-    assert main(["cluster", "init", *flags(url)]) == 0
-    leader = Cluster(tmp_path, url, stack).add("a")
-    leader.wait_leads()
-    assert leader.post("/v1/jobs", {"id": "one", "headers": {"trace": "t"}}).status == 201
-    old = stack.push(NodeProcess(tmp_path / "old", url, "old"))
-    old.variant = "older_format"
-    old.launch()
-    assert old.process is not None
-    assert old.process.wait(WAIT_S) == 78
-    database = journal_name.replace("-", "_")
-    assert postgres_server.sql("SELECT node FROM jobd_nodes", database=database) == "a"
-
-
 def test_a_cluster_is_left_and_made_again(tmp_path: Path, url: str, stack: ExitStack) -> None:
     assert main(["cluster", "init", *flags(url)]) == 0
-    cluster = Cluster(tmp_path, url, stack)
+    cluster = Cluster(tmp_path, url, stack, ForkedNode)
     first = cluster.add("a")
     first.wait_leads()
     second = cluster.add("b")
@@ -153,10 +82,9 @@ def test_a_cluster_is_left_and_made_again(tmp_path: Path, url: str, stack: ExitS
     assert (second.stop(), first.stop()) == (0, 0)
     assert main(["cluster", "leave", *flags(url, store__path=first.store), "--yes"]) == 0
     second.launch()
-    assert second.process is not None
     assert second.process.wait(WAIT_S) == 78
     assert "`jobd cluster leave`" in second.wait_for_log(b"cannot_start")
-    with DaemonProcess.not_started(first.directory) as single:
+    with ForkedDaemon.not_started(first.directory) as single:
         single.start()
         grants["job-1"] = single.post("/v1/jobs/job-1/start", {"worker": "w", "lock_ttl_ms": 600_000}).data
         assert (
@@ -188,46 +116,22 @@ def test_a_cluster_is_left_and_made_again(tmp_path: Path, url: str, stack: ExitS
 def test_a_killed_conversion_is_completed(tmp_path: Path, url: str, stack: ExitStack) -> None:
     directory = tmp_path / "single"
     directory.mkdir()
-    with DaemonProcess(directory) as single:
+    with ForkedDaemon(directory) as single:
         for number in range(300):
             payload = {"random": os.urandom(3000).hex()}
             assert single.post("/v1/jobs", {"id": f"job-{number:03}", "payload": payload}).status == 201
         granted = single.post("/v1/jobs/job-000/start", {"worker": "w", "lock_ttl_ms": 600_000}).data
         assert single.stop() == 0
     kill_before_snapshot(["cluster", "init", "--from-store", str(single.store), *flags(url)])
-    for node in (NodeProcess(directory, url, "a"), NodeProcess(tmp_path / "b", url, "b")):
+    for node in (ForkedNode(directory, url, "a"), NodeProcess(tmp_path / "b", url, "b")):
         stack.push(node).launch()
-        assert node.process is not None
         assert node.process.wait(WAIT_S) == 78
         assert "repeat `jobd cluster init --from-store PATH`" in node.wait_for_log(b"cannot_start")
     assert repeat_until_done(["cluster", "init", "--from-store", str(single.store), *flags(url)], 0.3) > 0
-    cluster = Cluster(tmp_path, url, stack)
+    cluster = Cluster(tmp_path, url, stack, ForkedNode)
     node = cluster.add("a")
     node.wait_leads()
     [queue] = node.admin("GET", "queues").data["queues"]
     assert (queue["queued"], queue["processing"]) == (299, 1)
     done = node.post("/v1/jobs/job-000/complete", {"lock_id": granted["lock_id"], "file_path": "/f"})
     assert done.data["status"] == "completed"
-
-
-def test_a_killed_return_to_one_machine_is_completed(tmp_path: Path, url: str, stack: ExitStack) -> None:
-    assert main(["cluster", "init", *flags(url)]) == 0
-    cluster = Cluster(tmp_path, url, stack)
-    leader = cluster.add("a")
-    leader.wait_leads()
-    behind = cluster.add("b")
-    assert behind.stop() == 0
-    for number in range(300):
-        payload = {"random": os.urandom(3000).hex()}
-        assert leader.post("/v1/jobs", {"id": f"job-{number:03}", "payload": payload}).status == 201
-    granted = leader.post("/v1/jobs/job-000/start", {"worker": "w", "lock_ttl_ms": 600_000}).data
-    assert leader.stop() == 0
-    command = ["cluster", "leave", *flags(url, journal__lease="500ms", store__path=behind.store), "--yes"]
-    assert repeat_until_done(command, 0.3) > 0
-    assert repeat_until_done(command, WAIT_S) == 0, "a repetition changes nothing"
-    with DaemonProcess.not_started(behind.directory) as single:
-        single.start()
-        [queue] = single.admin("GET", "queues").data["queues"]
-        assert (queue["queued"], queue["processing"]) == (299, 1)
-        done = single.post("/v1/jobs/job-000/complete", {"lock_id": granted["lock_id"], "file_path": "/f"})
-        assert done.data["status"] == "completed"

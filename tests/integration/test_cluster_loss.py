@@ -17,9 +17,10 @@ from jobd.cli.daemon.main import main
 from tests.conftest import tool_missing
 from tests.support import postgres
 from tests.support.daemon_process import TOKEN
+from tests.support.forked_process import ForkedNode
 from tests.support.node_process import Cluster, NodeProcess
 from tests.support.polling import poll_until
-from tests.support.postgres import PostgresMissing, PostgresServer
+from tests.support.postgres import PostgresMissing
 
 pytestmark = [pytest.mark.slow, pytest.mark.long]
 
@@ -59,7 +60,6 @@ def write_lost(first: NodeProcess, second: NodeProcess) -> None:
 def last_record_of(node: NodeProcess) -> str:
     """Start a node that has lost records, and return the last one of the journal that it names."""
     node.launch()
-    assert node.process is not None
     assert node.process.wait(WAIT_S) == 78
     node.wait_for_log(b"cannot_start")
     found = re.findall(rb"--upto ([0-9]+)", node.log)
@@ -109,7 +109,7 @@ def test_an_asynchronous_failover(tmp_path: Path, stack: ExitStack, capsys: pyte
     primary.sql("SELECT pg_reload_conf()")
     url = primary.url().replace(f":{primary.port}/", f":{primary.port},127.0.0.1:{standby.port}/")
     assert main(["cluster", "init", "--set", f"journal.url={url}", "--set", "journal.require_sync=false"]) == 0
-    cluster = Cluster(tmp_path, url, stack)
+    cluster = Cluster(tmp_path, url, stack, ForkedNode)
     first = cluster.add("a")
     first.wait_leads()
     second = cluster.add("b")
@@ -126,26 +126,4 @@ def test_an_asynchronous_failover(tmp_path: Path, stack: ExitStack, capsys: pyte
     assert process.wait(WAIT_S) == 75
     poll_until(lambda: "lost acknowledged records" in " ".join(second.cluster()["problems"]))
     assert second.stop() == 0
-    accept_and_check(first, second, url, granted, capsys)
-
-
-def test_a_restored_dump(
-    tmp_path: Path, stack: ExitStack, postgres_server: PostgresServer, capsys: pytest.CaptureFixture[str]
-) -> None:
-    postgres_server.sql("CREATE DATABASE dumped")
-    url = postgres_server.url("dumped")
-    assert main(["cluster", "init", "--set", f"journal.url={url}", "--set", "journal.require_sync=false"]) == 0
-    cluster = Cluster(tmp_path, url, stack)
-    first = cluster.add("a")
-    first.wait_leads()
-    second = cluster.add("b")
-    granted = write_kept(first)
-    where = ("-h", str(postgres_server.directory), "-p", str(postgres_server.port), "-U", "postgres")
-    dump = f"{postgres_server.directory}/dump-of-loss"
-    postgres_server.run("pg_dump", *where, "-f", dump, "dumped")
-    write_lost(first, second)
-    assert (first.stop(), second.stop()) == (0, 0)
-    postgres_server.sql("DROP DATABASE dumped WITH (FORCE)")
-    postgres_server.sql("CREATE DATABASE dumped")
-    postgres_server.run("psql", *where, "-q", "-f", dump, "-d", "dumped")
     accept_and_check(first, second, url, granted, capsys)

@@ -1,4 +1,4 @@
-"""The real process on a real disk: races, kill -9 under load, signals, stops with pending requests, exit codes."""
+"""The real process on a real disk: signals, reloads, stops with pending requests, exit codes."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ import pytest
 from msgspec.structs import replace
 
 from jobd.engine.clock import wall_clock_ms
-from jobd.model.job import DAY_MS, HOUR_MS
+from jobd.model.job import HOUR_MS
 from jobd.model.storage import Batch
 from jobd.storage.backup import restore
 from jobd.storage.store import Store
 from tests.conftest import tool_missing
-from tests.support.daemon_process import DaemonProcess, DaemonResponse, call, free_port
+from tests.support.daemon_process import DaemonResponse, call, free_port
 from tests.support.factories import ChangeFactory
-from tests.support.polling import poll_until
+from tests.support.forked_process import ForkedDaemon
 
 
 @pytest.mark.slow
 def test_listeners_close_before_the_actor_and_the_store_last(tmp_path: Path) -> None:
-    with DaemonProcess(tmp_path, variant="reported_stop") as daemon:
+    with ForkedDaemon(tmp_path, variant="reported_stop") as daemon:
         daemon.post("/v1/jobs", {"id": "a"})
         assert daemon.stop() == 0
         found = re.findall(rb"^(begins|ended): (\w+)$", daemon.log, re.M)
@@ -42,24 +42,9 @@ def test_listeners_close_before_the_actor_and_the_store_last(tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-def test_a_restart_keeps_a_lock_and_its_remaining_time(tmp_path: Path) -> None:
-    with DaemonProcess(tmp_path) as daemon:
-        daemon.post("/v1/jobs", {"id": "a"})
-        grant = daemon.post("/v1/jobs/a/start", {"worker": "w-1", "lock_ttl_ms": 10_000, "stall_after_ms": 0}).data
-        daemon.kill()
-        daemon.start()
-        job = daemon.get("/v1/jobs/a").data
-        assert job["status"] == "processing"
-        # No lock expires within the first 30 s after a start.
-        assert job["lock"]["expires_at"] > job["updated_at"] + 25_000
-        done = daemon.post("/v1/jobs/a/complete", {"lock_id": grant["lock_id"]})
-        assert done.data["status"] == "completed"
-
-
-@pytest.mark.slow
 def test_no_lock_expires_while_the_daemon_stops(tmp_path: Path) -> None:
     """A slow request delays the stop for longer than a lock lasts."""
-    with DaemonProcess(tmp_path, '[cleanup]\nrecover_every = "1s"\n') as daemon, closing(daemon.worker()) as slow:
+    with ForkedDaemon(tmp_path, '[cleanup]\nrecover_every = "1s"\n') as daemon, closing(daemon.worker()) as slow:
         daemon.post("/v1/jobs", {"id": "a"})
         slow.connect()
         slow.sock.sendall(b"POST /v1/jobs HTTP/1.1\r\nHost: jobd\r\nContent-Type: application/json\r\n")
@@ -81,7 +66,7 @@ def test_no_lock_expires_while_the_daemon_stops(tmp_path: Path) -> None:
 def test_a_restore_ends_the_grants_of_the_copy_and_issues_higher_tokens(tmp_path: Path) -> None:
     """The backup does not contain what the holders did since, so they get `lock_lost`."""
     copy = tmp_path / "copy.db"
-    with DaemonProcess(tmp_path) as daemon:
+    with ForkedDaemon(tmp_path) as daemon:
         daemon.post("/v1/jobs", {"id": "a"})
         daemon.post("/v1/jobs", {"id": "waits"})
         old = daemon.post("/v1/jobs/a/start", {"worker": "w-1"}).data
@@ -121,7 +106,7 @@ def test_a_wrong_configuration_is_exit_78(tmp_path: Path, config: str, environ: 
     (tmp_path / "link").symlink_to(tmp_path)
     (tmp_path / "directory").mkdir()
     (tmp_path / "file").write_text("text")
-    code, log = DaemonProcess(
+    code, log = ForkedDaemon(
         tmp_path, config, **{name: value.format(tmp_path) for name, value in environ.items()}
     ).failed_start()
     assert code == 78, log
@@ -136,7 +121,7 @@ def test_workers_may_use_any_host_name_over_tcp(tmp_path: Path) -> None:
     token.write_text("w" * 32)
     places = {"JOBD_WORKER_LISTEN": f"127.0.0.1:{port}", "JOBD_WORKER_TOKEN_FILE": str(token)}
     with (
-        DaemonProcess(tmp_path, **places),
+        ForkedDaemon(tmp_path, **places),
         closing(http.client.HTTPConnection("127.0.0.1", port, timeout=30)) as client,
     ):
 
@@ -157,7 +142,7 @@ def test_workers_may_use_any_host_name_over_tcp(tmp_path: Path) -> None:
 def test_a_hanging_artifact_directory_does_not_block_the_stop(tmp_path: Path) -> None:
     (tmp_path / "results").mkdir()
     url = f"file://{tmp_path / 'results'}"
-    with DaemonProcess(tmp_path, variant="hanging_mount", JOBD_ARTIFACTS_URL=url) as daemon:
+    with ForkedDaemon(tmp_path, variant="hanging_mount", JOBD_ARTIFACTS_URL=url) as daemon:
         assert daemon.admin("GET", "health").data["storage"]["status"] == "unhealthy"
         assert daemon.stop() == 0
         daemon.start()
@@ -174,7 +159,7 @@ def test_a_hanging_actor_does_not_feed_the_watchdog(tmp_path: Path) -> None:
         systemd.bind(str(tmp_path / "notify"))
         systemd.settimeout(150)
         own = {"NOTIFY_SOCKET": str(tmp_path / "notify"), "WATCHDOG_USEC": "100000"}
-        with DaemonProcess(tmp_path, variant="hung_actor", **own) as daemon:
+        with ForkedDaemon(tmp_path, variant="hung_actor", **own) as daemon:
             while systemd.recv(4096) != b"WATCHDOG=1":
                 pass
             daemon.process.send_signal(signal.SIGUSR2)
@@ -189,34 +174,34 @@ def test_a_hanging_actor_does_not_feed_the_watchdog(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_new_store_is_logged(tmp_path: Path) -> None:
     """A wrong path creates an empty store, so the log says so."""
-    with DaemonProcess(tmp_path) as daemon:
+    with ForkedDaemon(tmp_path) as daemon:
         line = next(line for line in daemon.log.decode().splitlines() if "event=store_created" in line)
         assert "level=info" in line
         assert line.endswith(f"path={tmp_path}/jobd.db")
         assert daemon.stop() == 0
-    with DaemonProcess(tmp_path) as daemon:
+    with ForkedDaemon(tmp_path) as daemon:
         assert b"event=store_created" not in daemon.log
     store = tmp_path / "no/such/jobd.db"
-    with DaemonProcess(tmp_path, JOBD_STORE_PATH=str(store)) as daemon:
+    with ForkedDaemon(tmp_path, JOBD_STORE_PATH=str(store)) as daemon:
         line = next(line for line in daemon.log.decode().splitlines() if "event=store_created" in line)
         assert "level=warning" in line
         assert f"path={store} " in line
     for path in tmp_path.glob("jobd.db*"):
         path.unlink()
     own = {"JOBD_STORE_PATH": str(tmp_path / "state/jobd.db"), "STATE_DIRECTORY": str(tmp_path / "state")}
-    with DaemonProcess(tmp_path, **own) as daemon:
+    with ForkedDaemon(tmp_path, **own) as daemon:
         assert b"level=info event=store_created" in daemon.log
 
 
 def test_a_start_whose_address_is_taken_leaves_no_files(tmp_path: Path) -> None:
     with closing(socket.create_server(("127.0.0.1", 0))) as other:
         own = {"JOBD_ADMIN_LISTEN": f"127.0.0.1:{other.getsockname()[1]}", "JOBD_STORE_PATH": f"{tmp_path}/new/jobd.db"}
-        assert DaemonProcess(tmp_path, **own).failed_start()[0] == 75
+        assert ForkedDaemon(tmp_path, **own).failed_start()[0] == 75
     assert [path.name for path in tmp_path.iterdir()] == ["config.toml"]
 
 
 def test_sighup_applies_reloadable_keys_and_keeps_the_old_on_error(tmp_path: Path) -> None:
-    with DaemonProcess(tmp_path) as daemon:
+    with ForkedDaemon(tmp_path) as daemon:
         output = daemon.reload("[locks]\nttl = '5m'\n[limits]\nbody = 2000000\n")
         assert "locks.ttl" in output
         assert "limits.body" in output
@@ -229,7 +214,7 @@ def test_sighup_applies_reloadable_keys_and_keeps_the_old_on_error(tmp_path: Pat
 
 @pytest.mark.slow
 def test_a_start_and_a_reload_warn_about_doubtful_settings(tmp_path: Path) -> None:
-    with DaemonProcess(tmp_path, "[cleanup]\ninterval = '30s'\n", JOBD_LOCKS_TTL="1h") as daemon:
+    with ForkedDaemon(tmp_path, "[cleanup]\ninterval = '30s'\n", JOBD_LOCKS_TTL="1h") as daemon:
         assert daemon.log.count(b"event=config_warning") == 2
         assert b"cleanup.min_interval" in daemon.log
         assert b"locks.progress_timeout" in daemon.log
@@ -246,27 +231,6 @@ async def _left_suspect(store: Path, expected_ms: int) -> None:
     await disk.close()
 
 
-@pytest.mark.slow
-def test_a_suspect_clock_survives_restarts_until_it_is_accepted(tmp_path: Path) -> None:
-    # Two days are more than a running daemon accepts, and less than a start accepts.
-    asyncio.run(_left_suspect(tmp_path / "jobd.db", wall_clock_ms() - 2 * DAY_MS))
-    with DaemonProcess(tmp_path) as daemon:
-        for _ in range(2):
-            clock = daemon.admin("GET", "clock").data
-            assert clock["suspect"], clock
-            health = daemon.admin("GET", "health").data
-            assert health["status"] == "degraded"
-            assert "The wall clock is 2 d ahead" in health["cleanupStatus"]["message"]
-            assert b"level=warning event=clock_suspect " in daemon.log
-            daemon.post("/v1/jobs", {})
-            daemon.kill()
-            daemon.start()
-        assert not daemon.admin("POST", "clock/accept", {}).data["suspect"]
-        daemon.kill()
-        daemon.start()
-        assert not daemon.admin("GET", "clock").data["suspect"]
-
-
 async def _left_with_a_job_from_the_future(store: Path) -> None:
     """Make a store whose job was created an hour ahead, and whose last commit was made now."""
     disk, found = await Store.open(str(store))
@@ -279,40 +243,22 @@ async def _left_with_a_job_from_the_future(store: Path) -> None:
 
 def test_a_job_that_a_step_of_the_clock_has_missed_is_due_after_a_start(tmp_path: Path) -> None:
     asyncio.run(_left_with_a_job_from_the_future(tmp_path / "jobd.db"))
-    with DaemonProcess(tmp_path) as daemon:
+    with ForkedDaemon(tmp_path) as daemon:
         assert daemon.post("/v1/jobs/a/start", {"worker": "w"}).status == 200
         assert daemon.get("/v1/jobs/a").data["run_at"] <= wall_clock_ms()
 
 
 def test_a_reloaded_retention_limits_how_far_ahead_the_clock_may_be(tmp_path: Path) -> None:
     asyncio.run(_left_suspect(tmp_path / "jobd.db", wall_clock_ms() - 20 * HOUR_MS))
-    with DaemonProcess(tmp_path) as daemon:
+    with ForkedDaemon(tmp_path) as daemon:
         assert not daemon.admin("GET", "clock").data["suspect"]
         daemon.reload("[retention]\ncancelled = '1d'\n")
         assert daemon.admin("GET", "clock").data["suspect"]
 
 
 @pytest.mark.slow
-def test_jobs_that_were_due_by_a_clock_that_was_ahead_are_due_after_a_restart(tmp_path: Path) -> None:
-    with DaemonProcess(tmp_path, variant="hour_ahead") as daemon:
-        daemon.post("/v1/jobs", {"id": "a"})
-        daemon.post("/v1/jobs", {"id": "retried", "max_attempts": 2, "delay_ms": 1})
-        poll_until(lambda: daemon.get("/v1/jobs/retried/why").data["blocked_by"] != "run_at")
-        lock_id = daemon.post("/v1/jobs/retried/start", {"worker": "w"}).data["lock_id"]
-        daemon.post("/v1/jobs/retried/fail", {"lock_id": lock_id, "error_message": "e", "retry_after_ms": 1})
-        poll_until(lambda: daemon.get("/v1/jobs/retried/why").data["blocked_by"] != "run_at")
-        daemon.post("/v1/jobs", {"id": "b", "delay_ms": 60_000})
-        daemon.kill()
-        daemon.variant = ""
-        daemon.start()
-        assert daemon.post("/v1/jobs/a/start", {"worker": "w"}).status == 200
-        assert daemon.post("/v1/jobs/retried/start", {"worker": "w"}).status == 200
-        assert daemon.post("/v1/jobs/b/start", {"worker": "w"}).error == "not_due"
-
-
-@pytest.mark.slow
 def test_a_stop_waits_until_all_due_jobs_are_kept_due(tmp_path: Path) -> None:
-    with DaemonProcess(tmp_path, variant="hour_ahead") as daemon:
+    with ForkedDaemon(tmp_path, variant="hour_ahead") as daemon:
         for first in range(0, 20_000, 1_000):
             jobs = [{"id": f"job-{first + number}"} for number in range(1_000)]
             assert daemon.post("/v1/jobs/bulk", {"jobs": jobs}).status == 201
@@ -325,7 +271,7 @@ def test_a_stop_waits_until_all_due_jobs_are_kept_due(tmp_path: Path) -> None:
 
 
 def test_sigusr1_dumps_tasks_at_every_log_level(tmp_path: Path) -> None:
-    with DaemonProcess(tmp_path) as daemon:
+    with ForkedDaemon(tmp_path) as daemon:
         daemon.config.write_text('[log]\nlevel = "error"\n')
         daemon.process.send_signal(signal.SIGHUP)
         for _ in range(10):
@@ -340,7 +286,7 @@ def test_sigusr1_dumps_tasks_at_every_log_level(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signals_while_the_store_is_opened(tmp_path: Path, number: signal.Signals) -> None:
-    with DaemonProcess.not_started(tmp_path, variant="endless_start") as daemon:
+    with ForkedDaemon.not_started(tmp_path, variant="endless_start") as daemon:
         daemon.launch()
         daemon.wait_for_log(b"opens: store")
         daemon.process.send_signal(signal.SIGHUP)
@@ -353,7 +299,7 @@ def test_signals_while_the_store_is_opened(tmp_path: Path, number: signal.Signal
 
 @pytest.mark.slow
 def test_sigterm_while_the_listeners_are_opened_stops_the_daemon(tmp_path: Path) -> None:
-    with DaemonProcess.not_started(tmp_path, variant="stopped_start") as daemon:
+    with ForkedDaemon.not_started(tmp_path, variant="stopped_start") as daemon:
         daemon.launch()
         daemon.wait_for_log(b"event=stopped")
         assert daemon.process.wait(150) == 0
@@ -362,9 +308,7 @@ def test_sigterm_while_the_listeners_are_opened_stops_the_daemon(tmp_path: Path)
 @pytest.mark.slow
 def test_development_without_a_token_says_everywhere_that_jobs_are_in_memory(tmp_path: Path) -> None:
     text, port = "in memory: lost when the daemon stops", free_port()
-    with DaemonProcess.not_started(
-        tmp_path, ENVIRONMENT="development", JOBD_ADMIN_LISTEN=f"127.0.0.1:{port}"
-    ) as daemon:
+    with ForkedDaemon.not_started(tmp_path, ENVIRONMENT="development", JOBD_ADMIN_LISTEN=f"127.0.0.1:{port}") as daemon:
         del daemon.environ["ADMIN_TOKEN"], daemon.environ["JOBD_STORE_PATH"]
         daemon.launch()
         assert "environment ENVIRONMENT" in daemon.wait_for_log(text.encode())
@@ -378,32 +322,8 @@ def test_development_without_a_token_says_everywhere_that_jobs_are_in_memory(tmp
             assert text in str(shown.body), path
 
 
-@pytest.mark.slow
-def test_any_failed_fsync_ends_the_daemon(tmp_path: Path) -> None:
-    """The health probe writes too. After its fsync fails, nothing may be acknowledged."""
-    if shutil.which("strace") is None:
-        tool_missing("strace", "strace")
-    with DaemonProcess(tmp_path) as daemon:
-        assert daemon.post("/v1/jobs", {"id": "a"}).status == 201
-        inject = ["-e", "trace=fdatasync,fsync", "-e", "inject=fdatasync,fsync:error=EIO"]
-        with subprocess.Popen(
-            ["strace", "-f", "-p", str(daemon.process.pid), *inject], stderr=subprocess.PIPE
-        ) as strace:
-            assert strace.stderr is not None
-            strace.stderr.readline()  # attached
-            with suppress(OSError, http.client.HTTPException):
-                while True:
-                    if daemon.admin("GET", "health").status == 503:
-                        break
-            assert daemon.process.wait(150) == 74
-            strace.stderr.read()
-        daemon.kill()
-        daemon.start()
-        assert daemon.get("/v1/jobs/a").data["status"] == "queued"
-
-
 @contextmanager
-def creating_a_job(daemon: DaemonProcess, fault: str) -> Iterator[Future[DaemonResponse]]:
+def creating_a_job(daemon: ForkedDaemon, fault: str) -> Iterator[Future[DaemonResponse]]:
     """Create the job `a` with `fault` in its fdatasync. Yield the pending response once the commit is there."""
     if shutil.which("strace") is None:
         tool_missing("strace", "strace")
@@ -426,7 +346,7 @@ def creating_a_job(daemon: DaemonProcess, fault: str) -> Iterator[Future[DaemonR
 @pytest.mark.slow
 def test_requests_wait_for_a_slow_inline_commit_and_succeed(tmp_path: Path) -> None:
     """The first slow commit is always in the event loop."""
-    with DaemonProcess(tmp_path, '[store]\ncommit = "inline"\n') as daemon:
+    with ForkedDaemon(tmp_path, '[store]\ncommit = "inline"\n') as daemon:
         with creating_a_job(daemon, "delay_enter=2s:when=1") as pending:
             assert daemon.get("/healthz").status == 200
             assert pending.result().status == 201
@@ -437,33 +357,17 @@ def test_requests_wait_for_a_slow_inline_commit_and_succeed(tmp_path: Path) -> N
 
 @pytest.mark.slow
 def test_a_commit_that_fails_while_the_daemon_stops_is_exit_74(tmp_path: Path) -> None:
-    with DaemonProcess(tmp_path) as daemon, creating_a_job(daemon, "error=EIO:delay_enter=1s") as pending:
+    with ForkedDaemon(tmp_path) as daemon, creating_a_job(daemon, "error=EIO:delay_enter=1s") as pending:
         assert daemon.stop() == 74, daemon.log.decode()
         assert pending.result().error == "outcome_unknown"
 
 
 @pytest.mark.slow
 def test_a_last_slice_that_fails_is_exit_74_and_loses_nothing(tmp_path: Path) -> None:
-    with DaemonProcess(tmp_path, variant="failing_last_slice") as daemon:
+    with ForkedDaemon(tmp_path, variant="failing_last_slice") as daemon:
         assert daemon.post("/v1/jobs", {"id": "a"}).status == 201
         assert daemon.stop() == 74, daemon.log.decode()
         assert b"event=stopped_by_disk" in daemon.log
         daemon.variant = ""
         daemon.start()
         assert daemon.get("/v1/jobs/a").data["status"] == "queued"
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("number", [1, 4, 5, 7])  # the start of the WAL (twice), the schema, the first probe
-def test_a_disk_that_fails_at_the_start_is_exit_74_in_one_line(tmp_path: Path, number: int) -> None:
-    if shutil.which("strace") is None:
-        tool_missing("strace", "strace")
-    with DaemonProcess.not_started(tmp_path) as daemon:
-        inject = ["-e", "trace=fdatasync", "-e", f"inject=fdatasync:error=EIO:when={number}"]
-        daemon.prefix = ["strace", "-D", "-f", "-o", str(tmp_path / "strace"), *inject]
-        daemon.launch()
-        assert not daemon.gets_ready()
-        assert daemon.process.wait(150) == 74
-        (line,) = daemon.log.decode().splitlines()
-        assert "event=cannot_start" in line
-        assert "the disk failed" in line

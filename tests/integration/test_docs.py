@@ -41,8 +41,9 @@ from tests.conftest import tool_missing
 from tests.support import api_reference, config_reference, python_reference
 from tests.support.api_reference import SHAPES
 from tests.support.cli_harness import commands_of, node_program
-from tests.support.daemon_process import TOKEN, DaemonProcess, die_with_us
+from tests.support.daemon_process import TOKEN, die_with_us
 from tests.support.django_project import settings
+from tests.support.forked_process import ForkedDaemon
 from tests.support.scripted_server import ScriptedServer, rejected, serving
 
 PACKAGE: Final = Path(jobd.__file__).parent
@@ -120,20 +121,6 @@ def section(document: Path, title: str) -> str:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Tables against code.
-
-
-def test_every_config_key_is_documented_with_its_default() -> None:
-    documented = {ticked(key)[0]: (ticked(default)[0], live == "yes") for key, default, live, _ in _config_rows()}
-    defaults = config.Config()
-    expected = {}
-    for key in config.KEYS:
-        part, _, name = key.partition(".")
-        expected[key] = (config.to_toml(getattr(getattr(defaults, part), name)), key in config.RELOADABLE)
-    assert documented == expected, "run: python -m tests.support.config_reference"
-
-
-def _config_rows() -> list[list[str]]:
-    return rows(CONFIGURATION, "key", "default", "live")
 
 
 @pytest.mark.parametrize(
@@ -576,7 +563,7 @@ STOP_WORKER: Final = "kill $(cat worker_routes.pid 2>/dev/null) 2>/dev/null || t
 def test_the_examples_of_a_page_against_a_daemon(name: str, context: DocumentEnvironment) -> None:
     token = context.directory / "admin_token"
     token.write_text(TOKEN)
-    with DaemonProcess(context.directory) as daemon:
+    with ForkedDaemon(context.directory) as daemon:
         environ = {
             **context.environ,
             "JOBD_SOCKET": daemon.socket,
@@ -611,7 +598,7 @@ def test_the_curl_example_finds_the_leader(context: DocumentEnvironment) -> None
     address, server = free_address(), ScriptedServer()
     server.always = lambda received: rejected("not_leader", 503, leader=f"http://{address}")
     settings = {"JOBD_WORKER_LISTEN": address, "JOBD_WORKER_TOKEN_FILE": str(context.directory / "token")}
-    with DaemonProcess(context.directory, **settings) as daemon, serving(server) as standby:
+    with ForkedDaemon(context.directory, **settings) as daemon, serving(server) as standby:
         urls = [f"http://{free_address()}", standby, f"http://{address}"]
         environ = {**context.environ, **settings, "JOBD_URL": ",".join(urls)}
         tried = f"{urls[0]} (000) {urls[1]} (503) {urls[2]} (000)"
@@ -696,7 +683,7 @@ def test_a_typescript_worker_finds_the_leader(context: DocumentEnvironment, name
     address, server = free_address(), ScriptedServer()
     server.always = lambda received: rejected("not_leader", 503, leader=f"http://{address}")
     settings = {"JOBD_WORKER_LISTEN": address, "JOBD_WORKER_TOKEN_FILE": str(context.directory / "token")}
-    with DaemonProcess(context.directory, **settings) as daemon, serving(server) as standby:
+    with ForkedDaemon(context.directory, **settings) as daemon, serving(server) as standby:
         urls = f"http://{free_address()},{standby},http://{free_address()},http://{address}"
         environ = {**context.environ, **settings, "JOBD_URL": urls, "ONCE": "1"}
         assert daemon.post("/v1/jobs", {"id": "sum-2", "payload": [1, 2, 3.5]}).status == 201

@@ -1,13 +1,10 @@
-"""Event streams over a real socket and of a real daemon: filters, resumption, errors, aborts, ends."""
+"""Event streams over a real socket: filters, resumption, errors, aborts, ends."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-import threading
-from collections.abc import AsyncIterator, Iterator
-from contextlib import closing, contextmanager
-from http.client import HTTPException, HTTPResponse
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +16,7 @@ from jobd.engine import event_feed
 from jobd.http.auth import Authenticator
 from jobd.http.worker_request import WorkerRequest
 from jobd.model.requests import MAX_BACK
-from tests.support.daemon_process import TOKEN as ADMIN_TOKEN
-from tests.support.daemon_process import DaemonProcess, UnixConnection
 from tests.support.factories import ChangeFactory
-from tests.support.forked_process import ForkedDaemon
 from tests.support.http_harness import TOKEN, HttpHarness, RawConnection, request_bytes
 from tests.support.virtual_engine import until
 
@@ -164,26 +158,6 @@ async def test_the_admin_api_has_the_stream_too_and_requires_a_token(tmp_path: P
         assert response.body.startswith(b"retry: 2000\nid: 0\n\n")
 
 
-@pytest.mark.slow
-async def test_a_client_that_does_not_read_is_cut_off_and_the_others_receive_everything(
-    harness: HttpHarness, commit: CommitPublisher
-) -> None:
-    slow, quick = await opened_stream(harness), await opened_stream(harness)
-    total = 0
-    hearing = asyncio.ensure_future(next_events(quick, 60_000))
-    while not harness.services.feed.dropped:
-        await commit(1_000)
-        total += 1_000
-        await until(lambda: not harness.services.feed._news)  # as a real disk would yield to the loop
-        assert total < 60_000, "the slow one was not cut off"
-    await commit(60_000 - total)
-    assert [event["seq"] for event in await hearing] == list(range(1, 60_001))
-    with pytest.raises((asyncio.IncompleteReadError, ConnectionError)):
-        await next_events(slow, 60_000)
-    await until(lambda: harness.services.feed.listeners == 1)
-    assert harness.services.feed.dropped == 1
-
-
 async def test_the_wait_for_a_client_that_does_not_read_the_journal_is_limited(
     harness: HttpHarness, commit: CommitPublisher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -238,121 +212,6 @@ async def test_a_bug_in_a_stream_ends_that_stream_only(
         await broken.reader.readuntil(b"0\r\n\r\n")
     await commit()
     assert await seqs(client, 1) == [1]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# A real daemon.
-
-
-class EventStreamClient:
-    """A client in a thread that receives every event, and the last `id`."""
-
-    def __init__(self, response: HTTPResponse) -> None:
-        self.events: list[dict[str, Any]] = []
-        self.position = self._next = ""
-        self._data = b""
-        self.is_complete = False
-        self._response = response
-        self._has_events = threading.Condition()
-        self._thread = threading.Thread(target=self._read)
-        self._thread.start()
-
-    def _read(self) -> None:
-        later_events = b""
-        try:
-            while piece := self._response.read1(65_536):  # readline would take an abort for the end
-                *lines, later_events = (later_events + piece).split(b"\n")
-                with self._has_events:
-                    self._note(lines)
-                    self._has_events.notify_all()
-            self.is_complete = True
-        except (OSError, HTTPException):
-            pass  # cut off: `is_complete` stays false
-
-    def _note(self, lines: list[bytes]) -> None:
-        for line in lines:
-            if line.startswith(b"id: "):
-                self._next = line[4:].decode()
-            elif line.startswith(b"data: "):
-                self._data = line[6:]
-            elif not line:  # an incomplete event is ignored
-                self.position = self._next
-                if self._data:
-                    self.events.append(json.loads(self._data))
-                self._data = b""
-
-    def until(self, count: int) -> None:
-        with self._has_events:
-            assert self._has_events.wait_for(lambda: len(self.events) >= count, 50), len(self.events)
-
-    def ended(self) -> None:
-        self._thread.join(50)
-        assert not self._thread.is_alive()
-
-
-@contextmanager
-def stream(daemon: DaemonProcess, query: str = "", after: str = "") -> Iterator[EventStreamClient]:
-    with closing(UnixConnection(daemon.socket)) as connection:
-        connection.request("GET", f"/v1/events{query}", headers={"Last-Event-ID": after} if after else {})
-        response = connection.getresponse()
-        assert response.status == 200, response.read()
-        received = EventStreamClient(response)
-        try:
-            yield received
-        finally:
-            if connection.sock is not None:
-                connection.sock.shutdown(2)
-            received.ended()
-
-
-def lifecycle(daemon: DaemonProcess, job_id: str) -> None:
-    daemon.post("/v1/jobs", {"id": job_id})
-    lock = daemon.post(f"/v1/jobs/{job_id}/start", {"worker": "w"}).data["lock_id"]
-    daemon.post(f"/v1/jobs/{job_id}/complete", {"lock_id": lock, "metadata": 1})
-
-
-@pytest.mark.slow
-def test_a_client_that_reconnects_receives_everything_once_across_kills(tmp_path: Path) -> None:
-    events: list[dict[str, Any]] = []
-    position = "0"
-    with ForkedDaemon(tmp_path) as daemon:
-        for generation in range(3):
-            with stream(daemon, after=position) as received:
-                for number in range(20):
-                    lifecycle(daemon, f"job-{generation}-{number}")
-                if generation % 2:
-                    received.until(20)  # killed while some events may be in flight
-                daemon.kill()
-                received.ended()
-                assert not received.is_complete
-            events += received.events
-            position = received.position or position
-            daemon.start()
-        with stream(daemon, "?follow=false", after=position) as later_events:
-            later_events.ended()
-            assert later_events.is_complete
-        events += later_events.events
-        assert [event["seq"] for event in events] == sorted({event["seq"] for event in events})
-        with stream(daemon, "?follow=false&last_event_id=0") as complete:
-            complete.ended()
-        assert events == complete.events
-        assert len([event for event in events if event["type"] == "completed"]) == 60
-        for job_id in ("job-0-0", "job-2-19"):
-            shown = [{k: v for k, v in each.items() if k not in ("job_id", "queue")} for each in events
-                     if each["job_id"] == job_id]  # fmt: skip
-            assert shown == daemon.get(f"/v1/jobs/{job_id}/timeline").data["events"]
-
-
-@pytest.mark.slow
-def test_both_listeners_share_the_limit_of_streams_and_metrics_show_it(tmp_path: Path) -> None:
-    with ForkedDaemon(tmp_path, "[limits]\nevent_streams = 1\n") as daemon, stream(daemon) as received:
-        lifecycle(daemon, "a")
-        received.until(3)
-        no = daemon.admin("GET", "events", Authorization=f"Bearer {ADMIN_TOKEN}")
-        assert (no.status, no.error) == (503, "overloaded")
-        figures = daemon.admin("GET", "/metrics").body.decode()
-        assert "\njobd_event_streams 1.0\n" in figures
-        assert "\njobd_event_streams_dropped_total 0.0\n" in figures
 
 
 def test_the_limits_fit_together() -> None:

@@ -14,7 +14,8 @@ from jobd.client import JobClient
 from tests import ROOT
 from tests.conftest import tool_missing
 from tests.support.cli_harness import node_program
-from tests.support.daemon_process import DaemonProcess, die_with_us
+from tests.support.daemon_process import die_with_us
+from tests.support.forked_process import ForkedDaemon
 from tests.support.scripted_server import ReceivedRequest, ScriptedServer, serving
 
 EXAMPLES = ROOT / "docs/examples"
@@ -38,7 +39,7 @@ def command_of(name: str, directory: Path) -> list[str]:
 def test_a_worker_that_is_killed_continues_at_its_checkpoint(name: str, tmp_path: Path) -> None:
     command = command_of(name, tmp_path)
     path = tmp_path / "lossy.sock"
-    with DaemonProcess(tmp_path) as daemon, JobClient(f"unix:{daemon.socket}") as client:
+    with ForkedDaemon(tmp_path) as daemon, JobClient(f"unix:{daemon.socket}") as client:
         job = client.create_job([1, 2, 3, 4, 5.5], headers={"trace": "t-1"})
         server = ScriptedServer(behind=daemon.socket)
         environ: dict[str, Any] = {**os.environ, "JOBD_SOCKET": str(path), "ONCE": "1"}

@@ -17,7 +17,7 @@ from jobd.http.decoding import Limits
 from jobd.model.commands import ImportCheck
 from jobd.model.errors import ApiError
 from jobd.model.responses import Imported, Response
-from tests.support.daemon_process import DaemonProcess
+from tests.support.forked_process import ForkedDaemon
 from tests.support.http_harness import TOKEN, HttpHarness, ReceivedResponse
 
 PREVIEW = "/admin/job-management/import/preview"
@@ -115,7 +115,7 @@ def test_the_preview_matches_the_import(tmp_path: Path) -> None:
         {"id": "nested", "payload": nested(128), "status": "completed", "metadata": nested(128)},
         {"id": "too-deep", "payload": nested(129)},
     ]
-    with DaemonProcess(tmp_path) as daemon:
+    with ForkedDaemon(tmp_path) as daemon:
         endpoint, token = f"unix:{daemon.admin_socket}", daemon.environ["ADMIN_TOKEN"]
         assert daemon.post("/v1/jobs", {"id": "old"}).status == 201
         with AdminClient(endpoint, token=token) as client:

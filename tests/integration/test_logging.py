@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 
 from jobd import logging as log
 from jobd.model.commands import Release
-from tests.support.daemon_process import TOKEN, DaemonProcess
+from tests.support.daemon_process import TOKEN
+from tests.support.forked_process import ForkedDaemon
 
 SECRET = "canary-0123456789-0123456789"
 NASTY = 'a\x1b[2Jb\nlevel=error event=forged\r\x00\x7f\x9b\u2028\u202e\ud800 \\ " é'
@@ -202,7 +203,7 @@ def test_other_packages_log_warnings_and_above_only(capsys: pytest.CaptureFixtur
 
 
 def test_at_level_debug_the_daemon_writes_no_payload_and_no_lock_id(tmp_path: Path) -> None:
-    with DaemonProcess(tmp_path, "[log]\nlevel = 'debug'\n") as daemon:
+    with ForkedDaemon(tmp_path, "[log]\nlevel = 'debug'\n") as daemon:
         daemon.post("/v1/jobs", {"id": "j", "payload": {"secret": SECRET}, "max_attempts": 2})
         grant = daemon.post("/v1/jobs/j/start", {"worker": "w"}).data
         daemon.post("/v1/jobs/j/progress", {"lock_id": grant["lock_id"], "progress": 5, "message": SECRET})

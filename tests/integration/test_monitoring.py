@@ -34,7 +34,7 @@ from jobd.storage.store import Store
 from tests.conftest import tool_missing
 from tests.integration.test_docs import OPERATIONS, rows, ticked
 from tests.support.cli_harness import commands_of
-from tests.support.daemon_process import DaemonProcess
+from tests.support.forked_process import ForkedDaemon
 
 SHIPPED: Final = Path(jobd.__file__).parent / "monitoring"
 RULES, DASHBOARD = SHIPPED / MONITORING_FILES["rules"], SHIPPED / MONITORING_FILES["dashboard"]
@@ -103,7 +103,7 @@ async def save_usual(path: Path) -> None:
         await store.save_stats(msgspec.json.encode(counters))
 
 
-def complete_some(daemon: DaemonProcess, count: int) -> None:
+def complete_some(daemon: ForkedDaemon, count: int) -> None:
     daemon.post("/v1/jobs/bulk", {"jobs": [{"id": f"m{number}"} for number in range(count)]})
     for grant in daemon.post("/v1/claim", {"worker": "w", "limit": count}).data["grants"]:
         done = {"lock_id": grant["lock_id"], "metadata": 1}
@@ -115,7 +115,7 @@ def families(tmp_path_factory: pytest.TempPathFactory) -> list[Metric]:
     """Return the metrics of a real scrape. The daemon knows usual durations."""
     directory = tmp_path_factory.mktemp("scraped")
     asyncio.run(save_usual(directory / "jobd.db"))
-    with DaemonProcess(directory, UNREACHABLE_WEBHOOK) as daemon:
+    with ForkedDaemon(directory, UNREACHABLE_WEBHOOK) as daemon:
         complete_some(daemon, SAMPLES_NEEDED)
         return list(text_string_to_metric_families(daemon.admin("GET", "/metrics").body.decode()))
 

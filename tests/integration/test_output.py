@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from tests.support.daemon_process import DaemonProcess, UnixConnection, call
+from tests.support.daemon_process import UnixConnection, call
+from tests.support.forked_process import ForkedDaemon
 from tests.support.polling import poll_until
 
 PATH = "/v1/jobs/a/output"
@@ -22,7 +23,7 @@ def begin(worker: UnixConnection) -> str:
     return str(grant["lock_id"])
 
 
-def follows(daemon: DaemonProcess) -> bool:
+def follows(daemon: ForkedDaemon) -> bool:
     """Return whether a request waits for output: it counts as an event stream."""
     return b"\njobd_event_streams 1.0\n" in daemon.admin("GET", "/metrics").body
 
@@ -32,7 +33,7 @@ def error(response: Any) -> tuple[int, str]:
 
 
 def test_output_is_followed_to_the_end_of_the_job(tmp_path: Path) -> None:
-    with DaemonProcess(tmp_path) as daemon, closing(daemon.worker()) as worker, closing(daemon.worker()) as follower:
+    with ForkedDaemon(tmp_path) as daemon, closing(daemon.worker()) as worker, closing(daemon.worker()) as follower:
         lock = {"lock_id": begin(worker)}
         with ThreadPoolExecutor(1) as pool:
             waiting = pool.submit(call, follower, "GET", f"{PATH}?wait_ms=60000")
@@ -56,7 +57,7 @@ def test_output_is_followed_to_the_end_of_the_job(tmp_path: Path) -> None:
 
 
 def test_output_of_others_too_much_or_too_often_is_rejected(tmp_path: Path) -> None:
-    with DaemonProcess(tmp_path) as daemon, closing(daemon.worker()) as worker:
+    with ForkedDaemon(tmp_path) as daemon, closing(daemon.worker()) as worker:
         lock = {"lock_id": begin(worker)}
         assert error(call(worker, "POST", PATH, {"lock_id": "x", "text": "y"})) == (409, "lock_lost")
         assert error(call(worker, "POST", PATH, {**lock, "text": "ö" * 8193})) == (413, "too_large")
@@ -67,7 +68,7 @@ def test_output_of_others_too_much_or_too_often_is_rejected(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("cause", ["lost", "unusable"])
 def test_jobs_go_on_without_the_file(tmp_path: Path, cause: str) -> None:
-    with DaemonProcess(tmp_path) as daemon, closing(daemon.worker()) as worker:
+    with ForkedDaemon(tmp_path) as daemon, closing(daemon.worker()) as worker:
         lock = {"lock_id": begin(worker)}
         assert call(worker, "POST", PATH, {**lock, "text": "y"}).status == 200
         [file] = tmp_path.rglob("*.output")
@@ -83,7 +84,7 @@ def test_jobs_go_on_without_the_file(tmp_path: Path, cause: str) -> None:
 
 
 def test_output_can_be_turned_off(tmp_path: Path) -> None:
-    with DaemonProcess(tmp_path, "[limits]\noutput_bytes = 0\n") as daemon, closing(daemon.worker()) as worker:
+    with ForkedDaemon(tmp_path, "[limits]\noutput_bytes = 0\n") as daemon, closing(daemon.worker()) as worker:
         lock = {"lock_id": begin(worker)}
         assert error(call(worker, "POST", PATH, {**lock, "text": "y"})) == (409, "output_off")
         assert error(call(worker, "GET", PATH)) == (409, "output_off")

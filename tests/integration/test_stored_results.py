@@ -1,4 +1,4 @@
-"""Deletion of artifacts by a real daemon: by hand, by age, after a kill, and while the store is unavailable."""
+"""Deletion of artifacts by a real daemon: by hand, by age, and while the store is unavailable."""
 
 from __future__ import annotations
 
@@ -63,34 +63,6 @@ def test_a_result_is_deleted_with_its_job_by_an_operator_and_by_age(tmp_path: Pa
         poll_until(lambda: daemon.admin("GET", "health").data["storage"]["status"] == "healthy")
         assert [path.name for path in results.rglob("*") if path.is_file()] == ["kept.mp4"]
         assert daemon.stop() == 0
-
-
-@pytest.mark.slow
-def test_the_artifact_of_a_late_result_is_deleted_with_its_job_also_across_a_kill(
-    tmp_path: Path, results: Path
-) -> None:
-    away = tmp_path / "away"
-    with daemon_of(tmp_path, results.as_uri()) as daemon:
-        daemon.post("/v1/jobs", {"id": "a"})
-        lock_id = daemon.post("/v1/jobs/a/start", {"worker": "w"}).data["lock_id"]
-        path = results / "late" / "r1"
-        path.parent.mkdir()
-        path.write_text("result")
-        assert daemon.admin("POST", "force-fail", {"jobId": "a"}).status == 200
-        response = daemon.post("/v1/jobs/a/complete", {"lock_id": lock_id, "storage_key": "late/r1"})
-        assert (response.status, "late_result" in response.body["details"]) == (409, True)
-        results.rename(away)
-        assert daemon.admin("DELETE", "jobs/a").status == 200
-        daemon.wait_for_log(b"event=artifact_not_deleted")
-        poll_until(lambda: daemon.admin("GET", "health").status == 503)  # it is measured every few seconds
-        poll_until(lambda: metric(daemon, "jobd_artifact_tombstones") == 1)  # written by the next slice
-        daemon.kill()
-        assert (away / "late" / "r1").exists()
-        away.rename(results)
-        daemon.start()
-        poll_until(lambda: b"event=artifact_deleted" in daemon.log)  # possibly before it was ready
-        assert not path.exists()
-        poll_until(lambda: metric(daemon, "jobd_artifact_tombstones") == 0)
 
 
 @pytest.mark.slow

@@ -26,6 +26,7 @@ from tests import ROOT
 from tests.conftest import tool_missing
 from tests.support.cli_harness import commands_of
 from tests.support.daemon_process import DaemonProcess
+from tests.support.forked_process import ForkedDaemon
 
 UNITS = ROOT / "systemd"
 
@@ -107,7 +108,7 @@ def test_a_reload_ends_after_its_result_is_logged(manager: socket.socket, tmp_pa
 
 @pytest.mark.slow
 def test_a_reload_ends_after_an_internal_error(manager: socket.socket, tmp_path: Path) -> None:
-    with DaemonProcess(tmp_path, variant="failing_reload", NOTIFY_SOCKET=os.environ["NOTIFY_SOCKET"]) as daemon:
+    with ForkedDaemon(tmp_path, variant="failing_reload", NOTIFY_SOCKET=os.environ["NOTIFY_SOCKET"]) as daemon:
         wait_for(manager, b"READY=1")
         daemon.process.send_signal(signal.SIGHUP)
         wait_for(manager, b"READY=1")
@@ -118,7 +119,7 @@ def test_a_reload_ends_after_an_internal_error(manager: socket.socket, tmp_path:
 
 @pytest.mark.slow
 def test_a_long_start_is_not_ended(manager: socket.socket, tmp_path: Path) -> None:
-    with DaemonProcess.not_started(tmp_path, variant="slow_start", NOTIFY_SOCKET=os.environ["NOTIFY_SOCKET"]) as daemon:
+    with ForkedDaemon.not_started(tmp_path, variant="slow_start", NOTIFY_SOCKET=os.environ["NOTIFY_SOCKET"]) as daemon:
         daemon.launch()
         for _ in range(3):
             assert manager.recv(1000).startswith(b"EXTEND_TIMEOUT_USEC=")
@@ -128,7 +129,7 @@ def test_a_long_start_is_not_ended(manager: socket.socket, tmp_path: Path) -> No
 
 @pytest.mark.slow
 def test_a_start_without_progress_is_ended(manager: socket.socket, tmp_path: Path) -> None:
-    with DaemonProcess.not_started(tmp_path, variant="hung_start", NOTIFY_SOCKET=os.environ["NOTIFY_SOCKET"]) as daemon:
+    with ForkedDaemon.not_started(tmp_path, variant="hung_start", NOTIFY_SOCKET=os.environ["NOTIFY_SOCKET"]) as daemon:
         daemon.launch()
         states = []
         while b"READY=1" not in states:

@@ -1,32 +1,23 @@
-"""Webhooks of a real daemon with a real receiver: signed, in order, over kill -9, restarts and stops."""
+"""Webhooks of a real daemon with a real receiver: signed, in order, over reloads, restarts and a full disk."""
 
 from __future__ import annotations
 
 import asyncio
 import base64
 import contextlib
-import http.client
-import itertools
 import json
-import os
-import random
-import subprocess
-import sys
-import threading
-import time
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 import pytest
-from aiohttp import web
 from msgspec.structs import replace
 from standardwebhooks import Webhook, WebhookVerificationError
 
 from jobd.cli import exit_codes
 from jobd.storage.store import Store
 from tests.integration.test_docs import OPERATIONS, blocks
+from tests.support.cli_harness import Jobctl
 from tests.support.daemon_process import TOKEN, DaemonProcess, DaemonResponse
 from tests.support.forked_process import ForkedDaemon
 from tests.support.polling import poll_until
@@ -61,10 +52,6 @@ LIFE: Final = ["job.created", "job.granted", "job.completed"]
 def types_about(messages: list[ReceivedMessage], job_id: str) -> list[str]:
     """Return the types of the messages about a job, each once, in order of first arrival."""
     return list(dict.fromkeys(each.event["type"] for each in messages if each.event["subject"] == f"jobs/{job_id}"))
-
-
-def subject_and_type(message: ReceivedMessage) -> tuple[str, str]:
-    return message.event["subject"], message.event["type"]
 
 
 def done(messages: list[ReceivedMessage], *job_ids: str) -> bool:
@@ -102,40 +89,15 @@ def test_a_lifecycle_is_delivered_in_order_and_the_documented_receiver_accepts_i
     assert b"lock_id" not in b"".join(each.body for each in messages)
 
 
-@pytest.mark.slow
-def test_kill_9_at_any_moment_loses_nothing_and_keeps_the_order(tmp_path: Path, receiver: Receiver) -> None:
-    chance, names = random.Random(7), list[str]()
-
-    def kill_at(daemon: DaemonProcess, names: list[str], goal: int, delay_s: float) -> None:
-        poll_until(lambda: len(names) >= goal)
-        time.sleep(delay_s)
-        daemon.kill()
-
-    async def moody(_: web.Request) -> web.StreamResponse:
-        return web.Response(status=500 if chance.random() < 0.2 else 204)
-
-    receiver.respond = moody
-    with ForkedDaemon(tmp_path, config(receiver), variant="quick_retries") as daemon:
-        for round_ in range(2):
-            goal = len(names) + chance.randrange(5, 40)
-            killer = threading.Thread(target=kill_at, args=(daemon, names, goal, chance.random() / 20))
-            killer.start()
-            with contextlib.suppress(OSError, http.client.HTTPException):  # of a daemon that was killed
-                for number in itertools.count():
-                    run_lifecycle(daemon, f"r{round_}-{number}")
-                    names.append(f"r{round_}-{number}")
-            killer.join()
-            daemon.start()
-        receiver.respond = accept
-        wanted = {(f"jobs/{name}", type_) for name in names for type_ in LIFE}
-        messages = receiver.wait_for(lambda messages: wanted <= set(map(subject_and_type, messages)), 120)
-        assert daemon.stop() == 0
-    for name in names:
-        assert types_about(messages, name) == LIFE
+@pytest.fixture
+def jobctl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Jobctl:
+    monkeypatch.setenv("JOBD_ADMIN_URL", f"unix:{tmp_path}/admin.sock")
+    monkeypatch.setenv("ADMIN_TOKEN", TOKEN)
+    return Jobctl(capsys)
 
 
 @pytest.mark.slow
-def test_operators_list_repeat_and_test_deliveries(tmp_path: Path, receiver: Receiver) -> None:
+def test_operators_list_repeat_and_test_deliveries(tmp_path: Path, receiver: Receiver, jobctl: Jobctl) -> None:
     receiver.respond = responding(500, "not today")
     with ForkedDaemon(tmp_path, config(receiver, 'events = ["job.created"]')) as daemon:
         run_lifecycle(daemon, "a")
@@ -164,40 +126,31 @@ def test_operators_list_repeat_and_test_deliveries(tmp_path: Path, receiver: Rec
         sent = daemon.admin("POST", "webhooks/billing/test", {}).data
         receiver.wait_for(lambda messages: messages[-1].event["type"] == "webhook.test")
         assert sent["type"] == "webhook.test"
-        environ = {**os.environ, "JOBD_ADMIN_URL": f"unix:{daemon.admin_socket}", "ADMIN_TOKEN": TOKEN}
-
-        def jobctl(*words: str) -> subprocess.CompletedProcess[str]:
-            command = [sys.executable, "-c", "from jobd.cli.ctl.main import main; import sys; sys.exit(main())", *words]
-            return subprocess.run(command, env=environ, capture_output=True, text=True, timeout=150)
-
-        listed = jobctl("webhooks")
-        assert listed.returncode == 0, listed.stderr
-        assert "billing" in listed.stdout
-        assert "healthy" in listed.stdout
-        table = jobctl("webhooks", "deliveries", "billing")
-        assert "webhook.test" in table.stdout
-        assert json.loads(jobctl("webhooks", "deliveries", "billing", "--json").stdout)["next_cursor"] is None
+        listed = jobctl.ok("webhooks")
+        assert "billing" in listed
+        assert "healthy" in listed
+        assert "webhook.test" in jobctl.ok("webhooks", "deliveries", "billing")
+        assert jobctl.json("webhooks", "deliveries", "billing")["next_cursor"] is None
         number = str(waiting["id"])
-        assert "is queued" in jobctl("webhooks", "resend", "billing", number, "--reason", "they ask").stdout
-        assert "is queued" in jobctl("webhooks", "test", "billing", "--reason", "mended").stdout
+        assert "is queued" in jobctl.ok("webhooks", "resend", "billing", number, "--reason", "they ask")
+        assert "is queued" in jobctl.ok("webhooks", "test", "billing", "--reason", "mended")
         entries = daemon.admin("GET", "audit?limit=2").data["entries"]
         assert [each["reason"] for each in entries] == ["mended", "they ask"]
-        assert "would be sent" in jobctl("webhooks", "test", "billing", "--dry-run").stdout
-        assert f"{number} would be resent" in jobctl("webhooks", "resend", "billing", number, "--dry-run").stdout
+        assert "would be sent" in jobctl.ok("webhooks", "test", "billing", "--dry-run")
+        assert f"{number} would be resent" in jobctl.ok("webhooks", "resend", "billing", number, "--dry-run")
         for rejected in (("test", "nobody"), ("resend", "nobody", number), ("resend", "billing", "99999")):
             for dry in ((), ("--dry-run",)):
-                assert jobctl("webhooks", *rejected, *dry).returncode == exit_codes.REJECTED, (rejected, dry)
-        assert jobctl("webhooks", "resend", "billing").returncode == 2
-        assert jobctl("webhooks", "resend", "billing", "--state", "waiting").returncode == 2
-        assert jobctl("webhooks", "test").returncode == 2
-        assert jobctl("webhooks", "deliveries", "nobody").returncode == exit_codes.REJECTED
+                assert jobctl.rejected("webhooks", *rejected, *dry)[0] == exit_codes.REJECTED, (rejected, dry)
+        assert jobctl.rejected("webhooks", "deliveries", "nobody")[0] == exit_codes.REJECTED
+        for wrong in (("resend", "billing"), ("resend", "billing", "--state", "waiting"), ("test",)):
+            assert jobctl.run("webhooks", *wrong)[0] == 2, wrong
         metrics = daemon.admin("GET", "/metrics").body.decode()
         assert 'jobd_webhook_deliveries_total{endpoint="billing",outcome="delivered"}' in metrics
         assert daemon.stop() == 0
 
 
 @pytest.mark.slow
-def test_dead_letters_are_listed_in_pages_and_sent_again(tmp_path: Path, receiver: Receiver) -> None:
+def test_dead_letters_are_listed_in_pages_and_sent_again(tmp_path: Path, receiver: Receiver, jobctl: Jobctl) -> None:
     """After an outage of days, simulated by the store of a stopped daemon."""
     receiver.respond = responding(500, "not today")
     with ForkedDaemon(tmp_path, config(receiver, 'events = ["job.created"]')) as daemon:
@@ -207,14 +160,9 @@ def test_dead_letters_are_listed_in_pages_and_sent_again(tmp_path: Path, receive
     asyncio.run(dead_letter_all(daemon.store))
     receiver.respond = accept
     with daemon:
-        environ = {**os.environ, "JOBD_ADMIN_URL": f"unix:{daemon.admin_socket}", "ADMIN_TOKEN": TOKEN}
-
-        def jobctl(*words: str) -> subprocess.CompletedProcess[str]:
-            command = [sys.executable, "-m", "jobd.cli.ctl.main", "webhooks", *words]
-            return subprocess.run(command, env=environ, capture_output=True, text=True, timeout=150, check=False)
 
         def listed(*words: str) -> Any:
-            return json.loads(jobctl("deliveries", "billing", "--json", *words).stdout)
+            return jobctl.json("webhooks", "deliveries", "billing", *words)
 
         everything = listed("--all", "--state", "dead-lettered")
         ids = [each["id"] for each in everything["deliveries"]]
@@ -225,18 +173,16 @@ def test_dead_letters_are_listed_in_pages_and_sent_again(tmp_path: Path, receive
         assert [each["id"] for each in listed("--cursor", page["next_cursor"], "--limit", "2")["deliveries"]] == ids[
             7:9
         ]
-        assert "--cursor" in jobctl("deliveries", "billing").stderr
-        unconfirmed = jobctl("resend", "billing", "--state", "dead-lettered")
-        assert (unconfirmed.returncode, "add --yes" in unconfirmed.stderr) == (2, True)
-        would = jobctl("resend", "billing", "--state", "dead-lettered", "--dry-run")
-        assert (would.returncode, would.stdout) == (0, "450 deliveries would be resent\n")
+        assert "--cursor" in jobctl.run("webhooks", "deliveries", "billing")[2]
+        every = ("webhooks", "resend", "billing", "--state", "dead-lettered")
+        code, _, err = jobctl.run(*every)
+        assert (code, "add --yes" in err) == (2, True)
+        assert jobctl.ok(*every, "--dry-run") == "450 deliveries would be resent\n"
         assert view(daemon)["delivered"] == 0
-        done = jobctl("resend", "billing", "--state", "dead-lettered", "--yes", "--reason", "it is up again")
-        assert (done.returncode, done.stdout.startswith("450 deliveries queued")) == (0, True), done.stderr
+        assert jobctl.ok(*every, "--yes", "--reason", "it is up again").startswith("450 deliveries queued")
         poll_until(lambda: view(daemon)["delivered"] == 450)
         assert {each.event["subject"] for each in receiver.received if each.headers} >= {"jobs/job-0", "jobs/job-449"}
-        repeated = jobctl("resend", "billing", "--state", "dead-lettered", "--yes", "--json")
-        assert (repeated.returncode, json.loads(repeated.stdout)) == (0, {"resent": 0, "would": 0})
+        assert jobctl.json(*every, "--yes") == {"resent": 0, "would": 0}
         entries = daemon.admin("GET", "audit?what=resend-dead-lettered").data["entries"]
         assert [each["details"] for each in entries] == [{"webhook": "billing", "resent": 450}]
         assert entries[0]["reason"] == "it is up again"
@@ -267,43 +213,6 @@ def test_a_reload_applies_new_webhooks(tmp_path: Path, receiver: Receiver) -> No
         assert "reloaded" in daemon.reload("")
         poll_until(lambda: daemon.admin("GET", "webhooks").data == {"webhooks": []})
         assert daemon.stop() == 0
-
-
-def _has_received(expected: tuple[str, str], messages: list[ReceivedMessage]) -> bool:
-    return expected in map(subject_and_type, messages)
-
-
-def test_two_queues_without_workers_are_two_problems(tmp_path: Path, receiver: Receiver) -> None:
-    """The first is cured and comes again: its messages are its own, and the other keeps its start."""
-    mail, billing = "problems/no_workers/mail", "problems/no_workers/billing"
-    settings = config(receiver, 'events = ["problem.*"]', rest="[alerts]\nqueue_without_workers = '0'")
-
-    def problems(daemon: DaemonProcess) -> dict[str, int]:
-        return {each["id"]: each["since"] for each in daemon.admin("GET", "problems").data["problems"]}
-
-    with ForkedDaemon(tmp_path, settings, variant="prompt_problems") as daemon:
-        for queue in ("mail", "billing"):
-            daemon.post("/v1/claim", {"worker": f"w-{queue}", "queues": [queue]})
-            daemon.post(f"/v1/workers/w-{queue}/goodbye", {})
-            daemon.post("/v1/jobs", {"id": f"{queue}-1", "queue": queue})
-            opened = (f"problems/no_workers/{queue}", "problem.opened")
-            receiver.wait_for(partial(_has_received, opened))
-        before = problems(daemon)
-        assert before.keys() == {"no_workers/mail", "no_workers/billing"}
-        lock_id = daemon.post("/v1/claim", {"worker": "w-2", "queues": ["mail"]}).data["grants"][0]["lock_id"]
-        receiver.wait_for(partial(_has_received, (mail, "problem.closed")))
-        assert problems(daemon) == {"no_workers/billing": before["no_workers/billing"]}
-        daemon.post("/v1/jobs/mail-1/release", {"lock_id": lock_id})
-        daemon.post("/v1/workers/w-2/goodbye", {})
-        receiver.wait_for(lambda messages: subject_and_type(messages[-1]) == (mail, "problem.opened"))
-        assert [subject_and_type(each) for each in receiver.received] == [
-            (mail, "problem.opened"),
-            (billing, "problem.opened"),
-            (mail, "problem.closed"),
-            (mail, "problem.opened"),
-        ]
-        metrics = daemon.admin("GET", "/metrics").body.decode()
-        assert 'jobd_problems_opened_total{condition="no_workers",severity="critical"} 3.0' in metrics
 
 
 @pytest.mark.slow

@@ -92,11 +92,6 @@ class ApiCalls:
     def worker(self) -> UnixConnection:
         return UnixConnection(self.socket)
 
-    @contextmanager
-    def admin_connection(self) -> Iterator[UnixConnection]:
-        with closing(UnixConnection(self.admin_socket)) as connection:
-            yield connection
-
     def post(self, path: str, body: Any = None, **headers: str) -> DaemonResponse:
         with closing(self.worker()) as connection:
             return call(connection, "POST", path, {} if body is None else body, **headers)

@@ -20,7 +20,6 @@ from msgspec.structs import replace
 
 from jobd import daemon, logging, resources, serving
 from jobd.cli.daemon.main import main
-from jobd.cluster import hand_over
 from jobd.core import decide
 from jobd.core.transaction import Transaction
 from jobd.engine import history
@@ -29,7 +28,7 @@ from jobd.http.server import HttpListener
 from jobd.journal import record
 from jobd.maintenance.artifact_sweeper import ArtifactSweeper
 from jobd.model.commands import Create
-from jobd.model.storage import DiskFull, JobQuery
+from jobd.model.storage import JobQuery
 from jobd.monitoring.problems import board, queues_and_kinds
 from jobd.monitoring.problems.board import ProblemBoard
 from jobd.storage import store
@@ -40,8 +39,6 @@ from jobd.storage.store import Store
 from jobd.storage.tables import projection
 from jobd.storage.tables.projection import Projection
 from jobd.webhooks import dispatcher
-from jobd.webhooks.context import DispatchContext
-from jobd.webhooks.retry import RetryPolicy
 
 AHEAD: Final = 2  # versions by which `next_version` is ahead
 
@@ -73,42 +70,10 @@ def dot_names() -> None:
     _set(decide, RULES={**decide.RULES, Create: create_renamed})
 
 
-def quick_retries() -> None:
-    """Retry deliveries of webhooks after fractions of a second."""
-    policy = RetryPolicy(retry_ms=100, max_retry_ms=500, pause_ms=100, max_pause_ms=500)
-    _set(serving, DispatchContext=partial(DispatchContext, retry_policy=policy))
-
-
 def patient_stop() -> None:
     """Wait for as long as a test takes for running deliveries, and for clients that do not read, at a stop."""
     _set(daemon, STOP_S=3_600)
     _set(dispatcher, GRACE_S=3_600)
-
-
-def short_takeovers() -> None:
-    """End an attempt to take leadership after the length of the lease."""
-    from jobd.journal.postgres import leader_session
-
-    _set(leader_session, TAKE_OVER_S=0)
-
-
-def full_tables() -> None:
-    """Find the disk full when the tables are written, after SIGUSR2. Hand over leadership soon after."""
-
-    def be_full(*_: Any) -> None:
-        raise DiskFull("the test says so")
-
-    _set(hand_over, SETTLED_S=1.0)
-    signal.signal(signal.SIGUSR2, lambda *_: _set(Projection, _project_slice=be_full))
-
-
-def idle_sweeper() -> None:
-    """Delete no artifacts."""
-
-    async def leave_all(*_: Any) -> bool:
-        return False
-
-    _set(ArtifactSweeper, _slice=leave_all)
 
 
 def eager_sweeper() -> None:

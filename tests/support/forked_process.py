@@ -15,9 +15,11 @@ from collections.abc import Mapping, Sequence
 from multiprocessing.connection import Connection
 from typing import Final, cast
 
+from jobd import logging
 from jobd.cli.daemon.main import main
 from tests.support import daemon_variants
 from tests.support.daemon_process import DaemonProcess, die_with_us
+from tests.support.node_process import NodeProcess
 
 # One process per test process, in which all modules are imported that were named before the first use.
 PROCESSES: Final = multiprocessing.get_context("forkserver")
@@ -67,6 +69,9 @@ class ForkedProcess:
     def kill(self) -> None:
         self.send_signal(signal.SIGKILL)
 
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
 
 class ForkedDaemon(DaemonProcess):
     """A daemon whose process is forked."""
@@ -75,6 +80,10 @@ class ForkedDaemon(DaemonProcess):
         assert (self.prefix, stderr) == ([], subprocess.PIPE)
         words = ["serve", "--config", str(self.config)]
         return cast("subprocess.Popen[bytes]", ForkedProcess(self.variant, words, self.environ))
+
+
+class ForkedNode(ForkedDaemon, NodeProcess):
+    """A node of a cluster whose process is forked."""
 
 
 def _run(variant: str, arguments: Sequence[str], environ: Mapping[str, str], stderr: Connection) -> None:
@@ -87,4 +96,7 @@ def _run(variant: str, arguments: Sequence[str], environ: Mapping[str, str], std
     if variant:
         getattr(daemon_variants, variant)()
     sys.argv = ["jobd", *arguments]
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    finally:
+        logging.flush(10)  # multiprocessing does not call the functions of atexit

@@ -58,10 +58,13 @@ def leads(node: NodeProcess) -> bool:
 
 
 class Cluster:
-    """The nodes of one journal."""
+    """The nodes of one journal, whose processes are made by `kind`."""
 
-    def __init__(self, directory: Path, url: str, stack: ExitStack, **environ: str) -> None:
+    def __init__(
+        self, directory: Path, url: str, stack: ExitStack, kind: type[NodeProcess] = NodeProcess, **environ: str
+    ) -> None:
         self.directory = directory
+        self._kind = kind
         self.environ = environ  # of every node
         self.url = url
         self._stack = stack
@@ -69,7 +72,7 @@ class Cluster:
 
     def add(self, name: str, *, config: str = "", variant: str = "", **environ: str) -> NodeProcess:
         """Start a node. `variant` is one of tests.support.daemon_variants."""
-        node = NodeProcess(self.directory / name, self.url, name, **self.environ | environ)
+        node = self._kind(self.directory / name, self.url, name, **self.environ | environ)
         node.config.write_text(config)
         node.variant = variant
         self._stack.enter_context(node)

@@ -63,9 +63,6 @@ class PostgresServer:
         """Return the URL over TCP, with the password."""
         return f"postgresql://{role}:{PASSWORD.replace(' ', '%20')}@127.0.0.1:{port or self.port}/{database}"
 
-    def socket_url(self, database: str = "postgres", *, role: str = "postgres") -> str:
-        return f"postgresql://{role}@/{database}?host={self.directory}&port={self.port}"
-
     # -- Life cycle --
 
     def create(self) -> None:
