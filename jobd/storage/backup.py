@@ -256,11 +256,7 @@ def restore(file: str, path: str) -> str | None:
 
 
 def _check_and_copy(file: str, new: str) -> None:
-    if not os.path.exists(file):
-        raise StoreUnreadable(f"{file} does not exist")
-    store_file.check_version(file, store_file.peek(file))
-    with startup.translated_errors(file), store_file.read_only(file) as source:
-        startup.check_application_id(source, file)
+    with startup.opened_read_only(file) as (source, _):
         migrations.check_meta(source, file)
         if has_tail(source):
             startup.check_tail(source, file)

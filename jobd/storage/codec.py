@@ -286,7 +286,7 @@ class JobReader:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Keys, queues, tombstones
+# Keys, queues, and rows that are a struct
 
 _decode_grants = msgspec.json.Decoder(list[tuple[str, str]]).decode
 
@@ -315,14 +315,9 @@ def queue(row: Row) -> QueueRow:
     return QueueRow(bool(row[1]), *row[2:-1])
 
 
-def tombstone_row(tombstone: Tombstone) -> Row:
-    """Return the columns of a tombstone with the checksum."""
-    return with_checksum(astuple(tombstone))
-
-
-def tombstone(row: Row) -> Tombstone:
-    """Return the tombstone of an undamaged row."""
-    return Tombstone(*row[:-1])
+def struct_row(fields: msgspec.Struct) -> Row:
+    """Return the columns of a table whose columns are the fields of a struct, with the checksum."""
+    return with_checksum(astuple(fields))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

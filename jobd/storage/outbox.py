@@ -14,7 +14,7 @@ from jobd.model.job import DAY_MS
 from jobd.model.responses import DeliveryState
 from jobd.model.storage import OutboxWrite
 from jobd.model.webhooks import DELIVERY_STATES, EVENTS_GONE, GAP_PENDING, MAX_BACKLOG, Delivery, Outbox, WebhookCursor
-from jobd.storage.codec import SQL, Row, fault, insert, with_checksum
+from jobd.storage.codec import SQL, Row, fault, insert, struct_row, with_checksum
 from jobd.storage.damage.quarantine import undamaged_rows
 from jobd.storage.database import Database
 
@@ -41,16 +41,6 @@ def cursor(row: Row) -> WebhookCursor:
     name, position, gone_to, next_delivery, alerts, updated_at, _ = row
     firing = msgspec.json.decode(alerts, type=dict[str, int])
     return WebhookCursor(name, position, gone_to, next_delivery, firing, updated_at)
-
-
-def delivery_row(delivery: Delivery) -> Row:
-    """Return the columns of a delivery with the checksum."""
-    return with_checksum(astuple(delivery))
-
-
-def delivery(row: Row) -> Delivery:
-    """Return the delivery of an undamaged row."""
-    return Delivery(*row[:-1])
 
 
 def plan_opening(db: Database, names: list[str], now: int) -> tuple[OutboxWrite | None, tuple[Outbox, Outbox]]:
@@ -107,7 +97,7 @@ def by_ids(db: Database, ids: list[int]) -> list[Delivery]:
     """Return deliveries by id, in this order. Damaged ones are quarantined and left out."""
     db.check()
     rows = db.rows_one_by_one(_BY_ID, ids, "deliveries")
-    return list(map(delivery, undamaged_rows(db, "deliveries", rows)))
+    return [Delivery(*row[:-1]) for row in undamaged_rows(db, "deliveries", rows)]
 
 
 def plan_outcomes(db: Database, tried: list[Delivery], now: int) -> tuple[OutboxWrite | None, bool]:
@@ -230,7 +220,7 @@ def apply(db: Database, write: OutboxWrite) -> None:
     """Apply `write` in a transaction."""
     executemany = db.conn.executemany
     executemany(_PUT_CURSOR, map(cursor_row, write.cursors))
-    executemany(_PUT, map(delivery_row, write.deliveries))
+    executemany(_PUT, map(struct_row, write.deliveries))
     executemany("DELETE FROM deliveries WHERE id = ?", [(id_,) for id_ in write.dropped])
     for table, column in (("deliveries", "endpoint"), ("webhooks", "name")):
         executemany(f"DELETE FROM {table} WHERE {column} = ?", [(name,) for name in write.forgotten])

@@ -32,6 +32,7 @@ from jobd.model.storage import (
     Payload,
     Quarantined,
     StoredResponse,
+    Tombstone,
 )
 from jobd.storage import codec, database
 from jobd.storage.codec import KEY_COLUMNS, SQL, Row, fault
@@ -474,7 +475,7 @@ def due_tombstones(db: database.Database, now: int, limit: int) -> DueTombstones
         new = [(row[0], row, error) for row in rows if row[0] not in damaged_seqs and (error := fault(row)) is not None]
         unmoved |= quarantine_rows(db, "tombstones", new)
         damaged_seqs |= {seq for seq, _, _ in new}
-        undamaged = [codec.tombstone(row) for row in rows if row[0] not in damaged_seqs]
+        undamaged = [Tombstone(*row[:-1]) for row in rows if row[0] not in damaged_seqs]
         if not new or len(undamaged) >= limit:
             break
     late = {each.job_seq for each in undamaged if db.conn.execute(_REFERENCED_LATE, (each.key,)).fetchone() is not None}

@@ -108,6 +108,21 @@ def opened_alone(path: str) -> Iterator[sqlite3.Connection]:
 
 
 @contextlib.contextmanager
+def opened_read_only(path: str) -> Iterator[tuple[sqlite3.Connection, int]]:
+    """Yield a read-only connection to the store at `path`, to which nothing else writes, and its schema version.
+
+    Raises StoreTooNew, NotAStore, StoreUnreadable or DiskFull.
+    """
+    if not os.path.exists(path):
+        raise StoreUnreadable(f"{path} does not exist")
+    header = store_file.peek(path)
+    store_file.check_version(path, header)
+    with translated_errors(path), store_file.read_only(path) as conn:
+        check_application_id(conn, path)
+        yield conn, header[1]
+
+
+@contextlib.contextmanager
 def translated_errors(path: str) -> Iterator[None]:
     """Translate SQLite's errors while opening `path` into StoreError, DiskFull and PermissionError."""
     try:

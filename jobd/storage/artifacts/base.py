@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Final, Literal, Protocol
 
 from msgspec import Struct
@@ -44,16 +44,37 @@ class Deletion(Struct, frozen=True):
     modified_at: int = 0  # of a young object, Unix ms
 
 
-class ArtifactReader(Protocol):
-    """Reads an object of `size` bytes, even if another object replaces it meanwhile."""
+class ArtifactReader:
+    """Reads an object of `size` bytes, even if another object replaces it meanwhile.
 
-    size: int
+    `read` returns bytes of the object from one offset to another, and raises ArtifactStoreError. `close` does not wait.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        size: int,
+        read: Callable[[int, int], Awaitable[bytes]],
+        *,
+        piece_bytes: int = PIECE_BYTES,
+        close: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.size = size
+        self.close = close
+        self._name = name
+        self._read = read
+        self._piece_bytes = piece_bytes
+        self._at = 0
 
     async def more(self) -> bytes:
         """Return the next piece, empty at the end. Raises ArtifactStoreError, e.g. if the object is too short."""
-
-    def close(self) -> None:
-        """Stop reading. Does not wait."""
+        if self._at == self.size:
+            return b""
+        piece = await self._read(self._at, min(self._at + self._piece_bytes, self.size))
+        if not piece:
+            raise ArtifactStoreError(f"{self._name} became shorter while it was read.")
+        self._at += len(piece)
+        return piece
 
 
 class ArtifactStore(Protocol):
@@ -85,3 +106,10 @@ def judge(tombstone: Tombstone, margins: Margins, now: int, modified_at: int) ->
     if modified_at > tombstone.at + margins.skew_ms:
         return "leave"
     return "wait" if now < modified_at + margins.young_ms else "delete"
+
+
+def kept(verdict: Verdict, modified_at: int) -> Deletion | None:
+    """Return the result for an object that `verdict` keeps, else None."""
+    if verdict == "leave":
+        return Deletion("left", "it was written after the job was deleted", modified_at)
+    return Deletion("young", "", modified_at) if verdict == "wait" else None

@@ -19,7 +19,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, Final, TypeVar
 
-from jobd.storage.artifacts.base import PIECE_BYTES, ArtifactStoreError, Deletion, Judge
+from jobd.storage.artifacts.base import ArtifactReader, ArtifactStoreError, Deletion, Judge, kept
 
 T = TypeVar("T")
 Undo = Callable[[Any], None]
@@ -50,9 +50,17 @@ class FileArtifactStore:
         # Not from a pool: the interpreter waits for pool threads when it exits, and this one may hang.
         self._thread = threading.Thread(target=_run_calls, args=(self._calls,), name="artifacts", daemon=True)
 
-    async def open(self, key: str) -> FileReader | None:
+    async def open(self, key: str) -> ArtifactReader | None:
         opened = await self.run(lambda: self._open(key), _close)
-        return None if opened is None else FileReader(self, *opened)
+        if opened is None:
+            return None
+        handle, size = opened
+        return ArtifactReader(
+            f"{self.place}: a file",
+            size,
+            lambda start, end: self.run(lambda: os.pread(handle, end - start, start)),
+            close=lambda: self._calls.put((None, partial(os.close, handle), _no_undo)),  # after pending reads
+        )
 
     async def delete(self, key: str, judge: Judge) -> Deletion:
         return await self.run(lambda: self._delete(key, judge))
@@ -63,14 +71,6 @@ class FileArtifactStore:
     async def close(self) -> None:
         """Ask the thread to end. Does not wait."""
         self._calls.put(None)
-
-    async def read(self, handle: int) -> bytes:
-        """Return the next piece of an open file."""
-        return await self.run(lambda: os.read(handle, PIECE_BYTES))
-
-    def close_file(self, handle: int) -> None:
-        """Close an open file after pending reads."""
-        self._calls.put((None, partial(os.close, handle), _no_undo))
 
     async def run(self, work: Callable[[], T], undo: Callable[[T], None] = _no_undo) -> T:
         """Run `work` in the thread. Raises its errors, and ArtifactStoreError for an OSError or a full queue.
@@ -214,28 +214,6 @@ def _close(opened: tuple[int, int] | None) -> None:
         os.close(opened[0])
 
 
-class FileReader:
-    """Reads an open file up to the size that it had when it was opened."""
-
-    def __init__(self, store: FileArtifactStore, handle: int, size: int) -> None:
-        self.size = size
-        self._store = store
-        self._handle = handle
-        self._left = size
-
-    async def more(self) -> bytes:
-        if not self._left:
-            return b""
-        piece = (await self._store.read(self._handle))[: self._left]
-        if not piece:
-            raise ArtifactStoreError(f"{self._store.place}: a file became shorter while it was read.")
-        self._left -= len(piece)
-        return piece
-
-    def close(self) -> None:
-        self._store.close_file(self._handle)
-
-
 def _run_calls(calls: CallQueue) -> None:
     """Run the queued calls in order until None arrives. This is the target of the thread."""
     while (call := calls.get()) is not None:
@@ -282,10 +260,8 @@ def _delete_in(folder: int, name: str, judge: Judge) -> Deletion:
         return Deletion("left", "it is a directory")
     # Programs cannot set ctime: a copy that keeps the mtime of its source is still new.
     modified_at = max(status.st_mtime_ns, status.st_ctime_ns) // 1_000_000
-    verdict = judge(modified_at)
-    if verdict != "delete":
-        why = "it was written after the job was deleted" if verdict == "leave" else ""
-        return Deletion("left" if verdict == "leave" else "young", why, modified_at)
+    if (left := kept(judge(modified_at), modified_at)) is not None:
+        return left
     os.rename(name, renamed, src_dir_fd=folder, dst_dir_fd=folder)
     if _identity(os.stat(renamed, dir_fd=folder, follow_symlinks=False)) != _identity(status):
         _restore_name(folder, name, renamed)

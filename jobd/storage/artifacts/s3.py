@@ -11,6 +11,7 @@ import re
 import secrets
 from collections.abc import Awaitable
 from datetime import timedelta
+from functools import partial
 from typing import Any, Final, TypeVar
 
 import aiohttp
@@ -19,7 +20,7 @@ from obstore.exceptions import BaseError
 from obstore.store import S3Store
 from yarl import URL
 
-from jobd.storage.artifacts.base import ArtifactStoreError, Deletion, Judge
+from jobd.storage.artifacts.base import ArtifactReader, ArtifactStoreError, Deletion, Judge, kept
 
 T = TypeVar("T")
 
@@ -48,7 +49,8 @@ class S3ArtifactStore:
         self._probe_name = f".jobd-probe-{owner}"
         self._http: aiohttp.ClientSession | None = None
 
-    async def open(self, key: str) -> S3Reader | None:
+    async def open(self, key: str) -> ArtifactReader | None:
+        """Open an object, which is read in ranges, so that a slow client holds no connection to the bucket."""
         if not self._can_name(key):
             return None
         try:
@@ -56,9 +58,10 @@ class S3ArtifactStore:
         except FileNotFoundError:
             await self._check_bucket(key)
             return None
-        return S3Reader(self, key, metadata["size"], metadata["e_tag"])
+        read = partial(self._read_range, key, metadata["e_tag"])
+        return ArtifactReader(f"{self.place}: an object", metadata["size"], read, piece_bytes=PIECE_BYTES)
 
-    async def read_range(self, key: str, e_tag: str | None, start: int, end: int) -> bytes:
+    async def _read_range(self, key: str, e_tag: str | None, start: int, end: int) -> bytes:
         """Read bytes of the object if it still has this tag. Raises ArtifactStoreError."""
         options: Any = {"range": (start, end)} | ({} if e_tag is None else {"if_match": e_tag})
         try:
@@ -76,11 +79,8 @@ class S3ArtifactStore:
                 await self._check_bucket(key)
                 return Deletion("missing")
             modified_at = round(metadata["last_modified"].timestamp() * 1000)
-            verdict = judge(modified_at)
-            if verdict == "leave":
-                return Deletion("left", "it was written after the job was deleted", modified_at)
-            if verdict == "wait":
-                return Deletion("young", "", modified_at)
+            if (left := kept(judge(modified_at), modified_at)) is not None:
+                return left
             if await self._delete(key, metadata["e_tag"]):
                 return Deletion("deleted")
         raise ArtifactStoreError(f"{self.place} did not delete an object: it changed each time, or its tag is wrong.")
@@ -154,30 +154,6 @@ class S3ArtifactStore:
             raise
         except (BaseError, OSError, TimeoutError) as error:
             raise ArtifactStoreError(f"{self.place}: {_short_message(error)}") from error
-
-
-class S3Reader:
-    """Reads an object in ranges, so that a slow client holds no connection to the bucket."""
-
-    def __init__(self, store: S3ArtifactStore, key: str, size: int, e_tag: str | None) -> None:
-        self.size = size
-        self._store = store
-        self._key = key
-        self._e_tag = e_tag
-        self._at = 0
-
-    async def more(self) -> bytes:
-        start, end = self._at, min(self._at + PIECE_BYTES, self.size)
-        if start == end:
-            return b""
-        piece = await self._store.read_range(self._key, self._e_tag, start, end)
-        if len(piece) != end - start:
-            raise ArtifactStoreError(f"{self._store.place}: an object became shorter while it was read.")
-        self._at = end
-        return piece
-
-    def close(self) -> None:
-        pass
 
 
 def _client() -> Any:

@@ -11,7 +11,7 @@ from msgspec import Struct
 
 from jobd.journal import event_codec
 from jobd.model.job import Job
-from jobd.storage import startup, store_file
+from jobd.storage import startup
 from jobd.storage.cluster import membership
 from jobd.storage.cluster.membership import Followed, Membership
 from jobd.storage.codec import SQL
@@ -117,11 +117,7 @@ def changes(path: str, after_event: int) -> LostChanges:
 
 @contextmanager
 def _opened(path: str) -> Iterator[Database]:
-    with FileLock(path), startup.translated_errors(path):
-        header = store_file.peek(path)
-        store_file.check_version(path, header)
-        with store_file.read_only(path) as conn:
-            startup.check_application_id(conn, path)
-            if header[1] < migrations.VERSION:
-                raise StoreUnreadable(f"{path} has schema version {header[1]}: use the version of jobd that wrote it")
-            yield startup.read_meta(conn, path)
+    with FileLock(path), startup.opened_read_only(path) as (conn, version):
+        if version < migrations.VERSION:
+            raise StoreUnreadable(f"{path} has schema version {version}: use the version of jobd that wrote it")
+        yield startup.read_meta(conn, path)

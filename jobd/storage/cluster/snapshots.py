@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import sqlite3
 import zlib
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import BinaryIO, Final
 
 from jobd.model.journal import SNAPSHOT_PART_BYTES, BadSnapshot
-from jobd.storage import files, startup, store_file
+from jobd.storage import files, startup
 from jobd.storage.cluster import membership
 from jobd.storage.files import StoreError
 from jobd.storage.schema import migrations
@@ -64,9 +62,7 @@ async def _receive(new: str, parts: AsyncIterator[bytes]) -> None:
 
 def _check(new: str, cluster_id: str) -> None:
     try:
-        store_file.check_version(new, store_file.peek(new))
-        with startup.translated_errors(new), contextlib.closing(sqlite3.connect(new, isolation_level=None)) as conn:
-            startup.check_application_id(conn, new)
+        with startup.opened_read_only(new) as (conn, _):
             migrations.check_meta(conn, new)
             found = membership.read(conn)
             (line,) = conn.execute("PRAGMA quick_check(1)").fetchone()

@@ -19,7 +19,7 @@ from msgspec.structs import asdict, replace
 from jobd.journal import event_codec
 from jobd.journal.sqlite import SqliteJournal
 from jobd.model.job import DAY_MS, LIVE, TOKEN_COUNTER_BITS, Extra, Job, extra_keys, headers_key
-from jobd.model.storage import Numbers, QueueRow
+from jobd.model.storage import Numbers, QueueRow, Tombstone
 from jobd.storage import codec, files, startup, store_file
 from jobd.storage.cluster import membership
 from jobd.storage.codec import META_COLUMNS, SQL, Row, body_table, fault, insert
@@ -321,7 +321,7 @@ def _tombstones(conn: sqlite3.Connection, path: str) -> Iterator[Defect]:
     for row in _all_rows(conn, f"SELECT {SQL['tombstones']} FROM tombstones NOT INDEXED WHERE at < {now - OVERDUE_MS}"):
         if fault(row) is not None:
             continue
-        tombstone = codec.tombstone(row)
+        tombstone = Tombstone(*row[:-1])
         days = (now - tombstone.at) // DAY_MS
         deleted = "job" if tombstone.job_seq > 0 else "a late result of job"
         cause = f"{deleted} {tombstone.job_id} was deleted {days} days ago"

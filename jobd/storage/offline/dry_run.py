@@ -14,7 +14,7 @@ from jobd.model.storage import DiskFull
 from jobd.storage import backup, files, startup, store_file
 from jobd.storage.connection import page_bytes
 from jobd.storage.database import lenient_text, now_ms, readable
-from jobd.storage.files import StoreBusy, StoreError, StoreUnreadable
+from jobd.storage.files import StoreBusy, StoreError
 from jobd.storage.offline import doctor
 from jobd.storage.schema import migrations
 
@@ -29,18 +29,13 @@ def restore(file: str, path: str) -> list[str]:
     _check_writable(path)
     files.check_not_held(path)
     used = files.read_epoch(path)
-    if not os.path.exists(file):
-        raise StoreUnreadable(f"{file} does not exist")
-    header = store_file.peek(file)
-    store_file.check_version(file, header)
-    with startup.translated_errors(file), store_file.read_only(file) as source:
-        startup.check_application_id(source, file)
+    with startup.opened_read_only(file) as (source, version):
         size = sum(page_bytes(source))
         free = _check_space(path, size)
         migrations.check_meta(source, file)
         tail = startup.check_tail(source, file) if backup.has_tail(source) else None
         backup.check_whole(source, file)
-        lines = [f"would restore {file} to {path}", *_checked(source, file, header[1], size, free)]
+        lines = [f"would restore {file} to {path}", *_checked(source, file, version, size, free)]
         if tail is not None:
             lines.append(f"    its tables lack {tail}: they would be written, and these counts are without them")
         backup_epoch = migrations.epoch_of(source)

@@ -81,7 +81,7 @@ from jobd.storage.files import StoreUnreadable
 from jobd.storage.queries import read_job
 from jobd.storage.tables import table_writes
 from jobd.storage.tables.tail import Pending, fix, read_tail
-from jobd.storage.tables.writers import JobWriter, LateWriter, RowDamaged, RowMissing, StoredJob
+from jobd.storage.tables.writers import JobWriter, RowDamaged, RowMissing, StoredJob
 
 T = TypeVar("T")
 
@@ -121,7 +121,6 @@ class Projection:
         self._payloads: dict[int, Payload] = {}  # bodies of the pending records, by key
         self._outbox = 0  # number of the last record that concerns the webhook outbox
         self._jobs = JobWriter(db.conn, self._find, db.note_fault)
-        self._late = LateWriter(db.conn, db.rows, db.note_fault)
         self._shortener = TimelineShortener(db)
         self._is_projecting = False
         db.on_rollback = self._jobs.forget_rows
@@ -430,7 +429,7 @@ class Projection:
         deletes = bool([each for each in changes if each.late is not None or each.type == "deleted"])
         if deletes or any([batch.tombstones for batch in batches]):
             for batch in batches:  # one by one, so that the tombstones do not depend on the slices
-                left = self._late.write(batch.changes, sweeps=batch.sweeps)
+                left = table_writes.write_late_results(db, batch)
                 tombstones += distinct_tombstones([*left, *batch.tombstones]) if left else batch.tombstones
         if changes:
             db.totals = self._jobs.write(changes, db.totals, db.quarantined)
@@ -444,7 +443,7 @@ class Projection:
             elif event.details and "schedule" in event.details:
                 table_writes.write_schedule(db, event)
         if tombstones:
-            db.conn.executemany(PUT_TOMBSTONE, map(codec.tombstone_row, tombstones))
+            db.conn.executemany(PUT_TOMBSTONE, map(codec.struct_row, tombstones))
         table_writes.write_keys(db, batches)
         table_writes.write_rest(db, batches)
         for each in pending:

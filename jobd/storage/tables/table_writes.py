@@ -8,9 +8,9 @@ from __future__ import annotations
 from typing import Final, assert_never
 
 import msgspec
-from msgspec.structs import astuple
 
 from jobd.model.events import Event, QuietRule, fold_quiet
+from jobd.model.job import MAX_LATE_RESULTS
 from jobd.model.schedules import Schedule, fold_schedule, schedule_id
 from jobd.model.storage import (
     AuditTrimming,
@@ -20,6 +20,7 @@ from jobd.model.storage import (
     OutboxWrite,
     StoredResponse,
     TableWrite,
+    Tombstone,
     TombstoneWrite,
 )
 from jobd.storage import codec, outbox
@@ -41,6 +42,11 @@ _JOB_ROWS: Final = "SELECT seq FROM events INDEXED BY events_job WHERE job_seq =
 _DELETE_JOB: Final = "DELETE FROM events WHERE seq IN (SELECT seq FROM events INDEXED BY events_job WHERE job_seq = ?)"
 _ROW: Final = f"SELECT {SQL['events']} FROM events WHERE seq = ?"
 _ROWS_BEFORE: Final = f"SELECT {SQL['events']} FROM events WHERE seq > ? AND seq < ? AND last >= ?"
+_INSERT_LATE: Final = insert("late_results")
+_LATE_OF_JOB: Final = "SELECT seq FROM late_results INDEXED BY late_results_job WHERE job_seq = ?"
+_EXCESS_LATE: Final = f"{_LATE_OF_JOB} ORDER BY fencing_token DESC LIMIT -1 OFFSET {MAX_LATE_RESULTS}"
+_LATE_ROW: Final = f"SELECT {SQL['late_results']} FROM late_results NOT INDEXED WHERE seq = ?"
+_DELETE_LATE: Final = "DELETE FROM late_results WHERE seq = ?"
 _json = msgspec.json.Encoder().encode
 _schedule = msgspec.json.Decoder(Schedule).decode
 
@@ -131,7 +137,7 @@ def read_quiet(db: Database) -> dict[str, QuietRule]:
 def write_quiet(db: Database, event: Event) -> None:
     """Write the change of an event of a quiet rule."""
     for rule in fold_quiet({}, event).values():
-        db.conn.execute(_PUT_QUIET, with_checksum(astuple(rule)))
+        db.conn.execute(_PUT_QUIET, codec.struct_row(rule))
     if event.type == "workers_resumed":
         db.conn.execute("DELETE FROM quiet_rules WHERE id = ?", ((event.details or {})["rule"],))
 
@@ -155,6 +161,35 @@ def write_schedule(db: Database, event: Event) -> None:
         db.conn.execute("DELETE FROM schedules WHERE id = ?", (name,))
 
 
+def write_late_results(db: Database, batch: Batch) -> list[Tombstone]:
+    """Write the late results of a batch. Delete those above the maximum of their job, and those of deleted jobs.
+
+    Return tombstones for the artifacts of the deleted ones if an artifact store `sweeps`.
+    """
+    touched = [event for event in batch.changes if event.late is not None or event.type == "deleted"]
+    kept = [codec.late_row(event.job_seq, event.late) for event in touched if event.late is not None]
+    db.conn.executemany(_INSERT_LATE, kept)
+    left: list[Tombstone] = []
+    # The last event of each job decides: late results of a job that this slice deletes are deleted too.
+    for event in {event.job_seq: event for event in touched}.values():
+        going = db.rows(_EXCESS_LATE if event.type == "late_result" else _LATE_OF_JOB, (event.job_seq,))
+        for row in [row for each in going for row in db.rows(_LATE_ROW, each)] if batch.sweeps else ():
+            if (key := _late_key(db, row, event.at)) is not None:
+                left.append(Tombstone(-row[0], event.job_id, key, event.at, event.at))
+        db.conn.executemany(_DELETE_LATE, going)
+    return left
+
+
+def _late_key(db: Database, row: Row, now: int) -> str | None:
+    """Return the storage key of a late result, or None. Quarantine a damaged row."""
+    if (error := fault(row)) is None:
+        return codec.late(row, whole=True).result.storage_key
+    shown = codec.as_text("late_results", row)
+    db.conn.execute(insert("bad_rows"), ("late_results", f"{row[0]}: {error}", now, shown))
+    db.note_fault(f"late_results {row[0]}: {error}; the row was quarantined, and its artifact is not deleted")
+    return None
+
+
 def apply(db: Database, write: TableWrite) -> None:
     """Apply `write` in a transaction."""
     executemany = db.conn.executemany
@@ -163,7 +198,7 @@ def apply(db: Database, write: TableWrite) -> None:
             outbox.apply(db, write)
         case TombstoneWrite(deleted, postponed):
             executemany("DELETE FROM tombstones WHERE job_seq = ?", [(seq,) for seq in deleted])
-            executemany(PUT_TOMBSTONE, map(codec.tombstone_row, postponed))
+            executemany(PUT_TOMBSTONE, map(codec.struct_row, postponed))
         case EventPruning(events, jobs, upto):
             _delete_events(db, events)
             for sql in (_DELETE_JOB, "DELETE FROM deleted_jobs WHERE job_seq = ?"):

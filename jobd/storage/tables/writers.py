@@ -1,4 +1,4 @@
-"""Write jobs, late results and audit entries. `projection.py` calls this inside a transaction.
+"""Write jobs and audit entries. `projection.py` calls this inside a transaction.
 
 A slice writes each job row once.
 """
@@ -14,10 +14,10 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from jobd.model.events import NOTES, Event, fold
-from jobd.model.job import LIVE, MAX_LATE_RESULTS, Job, extra_keys, seq_of_body
-from jobd.model.storage import AuditEntry, AuditShare, Tombstone, audit_share
+from jobd.model.job import LIVE, Job, extra_keys, seq_of_body
+from jobd.model.storage import AuditEntry, AuditShare, audit_share
 from jobd.storage import codec
-from jobd.storage.codec import COLUMNS, SQL, Row, body_table, fault, insert, with_checksum
+from jobd.storage.codec import COLUMNS, SQL, Row, body_table, insert, with_checksum
 
 Totals = tuple[int, int, int, int]  # count and XOR of the checksums of live jobs, then of finished jobs
 
@@ -329,58 +329,3 @@ class AuditWriter:
                 del seqs[:count]
                 return
         del seqs[:]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Late results
-
-_INSERT_LATE: Final = insert("late_results")
-_LATE_OF_JOB: Final = "SELECT seq FROM late_results INDEXED BY late_results_job WHERE job_seq = ?"
-_EXCESS_LATE: Final = (
-    "SELECT seq FROM late_results INDEXED BY late_results_job WHERE job_seq = ? "
-    f"ORDER BY fencing_token DESC LIMIT -1 OFFSET {MAX_LATE_RESULTS}"
-)
-_LATE_ROW: Final = f"SELECT {SQL['late_results']} FROM late_results NOT INDEXED WHERE seq = ?"
-_DELETE_LATE: Final = "DELETE FROM late_results WHERE seq = ?"
-_QUARANTINE_ROW: Final = insert("bad_rows")
-
-
-class LateWriter:
-    """Writes late results through one connection. `read` runs a query and accepts text that is not UTF-8."""
-
-    def __init__(self, conn: sqlite3.Connection, read: ReadRows, note: Callable[[str], object]) -> None:
-        self._conn = conn
-        self._read = read
-        self._note = note
-
-    def write(self, changes: Sequence[Event], *, sweeps: bool) -> list[Tombstone]:
-        """Write new late results. Delete those above the maximum of their job, and those of deleted jobs.
-
-        Return tombstones for the artifacts of the deleted ones if an artifact store `sweeps`.
-        """
-        touched = [event for event in changes if event.late is not None or event.type == "deleted"]
-        kept = [(event.job_seq, event.late) for event in touched if event.late is not None]
-        if kept:
-            self._conn.executemany(_INSERT_LATE, [codec.late_row(job_seq, late) for job_seq, late in kept])
-        left: list[Tombstone] = []
-        # The last event of each job decides: late results of a job that this slice deletes are deleted too.
-        for event in {event.job_seq: event for event in touched}.values():
-            going = self._read(_EXCESS_LATE if event.type == "late_result" else _LATE_OF_JOB, (event.job_seq,))
-            if sweeps:
-                left += self._named(event, going)
-            self._conn.executemany(_DELETE_LATE, going)
-        return left
-
-    def _named(self, event: Event, going: list[Row]) -> list[Tombstone]:
-        found = [row for each in going for row in self._read(_LATE_ROW, each)]
-        keys = [(row[0], self._key(row, event.at)) for row in found]
-        return [Tombstone(-seq, event.job_id, key, event.at, event.at) for seq, key in keys if key is not None]
-
-    def _key(self, row: Row, now: int) -> str | None:
-        """Return the storage key of a late result, or None. Quarantine a damaged row."""
-        if (wrong := fault(row)) is None:
-            return codec.late(row, whole=True).result.storage_key
-        shown = codec.as_text("late_results", row)
-        self._conn.execute(_QUARANTINE_ROW, ("late_results", f"{row[0]}: {wrong}", now, shown))
-        self._note(f"late_results {row[0]}: {wrong}; the row was quarantined, and its artifact is not deleted")
-        return None

@@ -22,7 +22,7 @@ from jobd.model.errors import ApiError, ApiException
 from jobd.model.job import Job, LateResult, Policy, Result
 from jobd.model.responses import LateResultList, Response
 from jobd.storage.artifacts import downloads
-from jobd.storage.artifacts.base import PIECE_BYTES, ArtifactStoreError
+from jobd.storage.artifacts.base import PIECE_BYTES, ArtifactReader, ArtifactStoreError
 from jobd.storage.artifacts.downloads import Downloads
 from jobd.storage.artifacts.filesystem import FileArtifactStore
 from tests.support.http_harness import TOKEN, HttpHarness
@@ -200,11 +200,10 @@ async def test_a_result_that_cannot_be_read_completely_is_shorter_than_its_lengt
 ) -> None:
     put(harness, place, "k", b"x" * (2 * PIECE_BYTES))
 
-    async def broken(handle: int) -> bytes:
+    async def broken(reader: ArtifactReader) -> bytes:
         raise ArtifactStoreError("the disk is gone")
 
-    store: Any = harness.services.downloads._store
-    monkeypatch.setattr(store, "read", broken)
+    monkeypatch.setattr(ArtifactReader, "more", broken)
     with capture_logs() as logs, pytest.raises((asyncio.IncompleteReadError, ConnectionError)):
         await harness.request("GET", PATH, headers=AUTH)
     assert [(each["event"], each["error"]) for each in logs] == [("download_cut_off", "the disk is gone")]

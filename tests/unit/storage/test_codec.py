@@ -18,7 +18,7 @@ from jobd.model import commands as cmd
 from jobd.model.clocks import LockMs
 from jobd.model.events import GIVEN_BACK, KEEP_HEARTBEATS, ROUTINE, Changes, Event, fold
 from jobd.model.job import BackoffOptions, Failure, Job, Options, Result, packed
-from jobd.model.storage import AuditEntry, Numbers, QueueRow, StoredResponse, Tombstone
+from jobd.model.storage import AuditEntry, Numbers, QueueRow, StoredResponse
 from jobd.storage import codec
 from jobd.storage.schema import migrations
 from tests.support.factories import NOW, OPTIONS, ChangeFactory, as_stored, full_job
@@ -234,9 +234,6 @@ def test_keys_and_queues_are_the_same_after_encoding_and_decoding() -> None:
     assert codec.key(codec.key_row(granted)[:-1]) == granted
     for queue in (QueueRow(True, 1, 2, 3), QueueRow(True, 1, 2, 3, NOW, "ann", "deploy", NOW + 1)):
         assert codec.queue(codec.queue_row("q", queue)) == queue
-    waiting = Tombstone(7, "a", "k/ü", 1, 2, 3)
-    assert codec.tombstone(codec.tombstone_row(waiting)) == waiting
-    assert codec.fault(codec.tombstone_row(waiting)) is None
 
 
 def test_an_audit_entry_is_the_same_after_encoding_and_decoding() -> None:

@@ -64,9 +64,6 @@ def test_rows_are_the_same_after_encoding_and_decoding() -> None:
     cursor = WebhookCursor("zoë", 5, GAP_PENDING, 3, {"stuck_jobs": NOW}, NOW)
     assert webhook_tables.cursor(webhook_tables.cursor_row(cursor)) == cursor
     assert fault(webhook_tables.cursor_row(cursor)) is None
-    sent = made(3, state="delivered", ended_at=NOW + 1, status=200, error="ü\n", tries=4)
-    assert webhook_tables.delivery(webhook_tables.delivery_row(sent)) == sent
-    assert fault(webhook_tables.delivery_row(sent)) is None
 
 
 async def test_a_new_endpoint_begins_at_the_end_of_the_journal(path: str) -> None:

@@ -366,7 +366,7 @@ def test_a_negative_number_is_checked_too(busy: bytes) -> None:
     """The tombstones of late results have negative numbers."""
     projection = opened(busy)
     db = projection.db
-    db.conn.execute(PUT_TOMBSTONE, codec.tombstone_row(Tombstone(-5, "a", "k/1", NOW, NOW)))
+    db.conn.execute(PUT_TOMBSTONE, codec.struct_row(Tombstone(-5, "a", "k/1", NOW, NOW)))
     db.conn.execute("UPDATE tombstones SET due_at = due_at + 1 WHERE job_seq = -5")
     assert [each.where for each in scrub_all(db)] == ["tombstones -5"]
     db.conn.close()
