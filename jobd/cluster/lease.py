@@ -60,12 +60,13 @@ class LeaderLease:
         if self._sent is None or sent.at_s >= self._sent.at_s:
             self._sent = sent
 
+    def _until(self, part: float) -> float:
+        return 0.0 if self._sent is None else max(self._sent.at_s + self.lease_s * part - self._now_s(), 0.0)
+
     @property
     def left_s(self) -> float:
         """The seconds until the lease is over, 0 if it is."""
-        if self._sent is None:
-            return 0.0
-        return max(self._sent.at_s + self.lease_s * (1 - MARGIN) - self._now_s(), 0.0)
+        return self._until(1 - MARGIN)
 
     @property
     def is_over(self) -> bool:
@@ -79,9 +80,7 @@ class LeaderLease:
     @property
     def renewal_in_s(self) -> float:
         """The seconds until the next renewal is due, unless an append renews the lease before."""
-        if self._sent is None:
-            return 0.0
-        return max(self._sent.at_s + self.lease_s / RENEWALS - self._now_s(), 0.0)
+        return self._until(1 / RENEWALS)
 
 
 class StandbyLease:

@@ -12,7 +12,7 @@ import sqlite3
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, Final
 
@@ -20,7 +20,7 @@ from msgspec import Struct
 
 from jobd.model.storage import BackupError, BackupProgress, BackupStep, DiskFull
 from jobd.storage import files, startup, store_file
-from jobd.storage.connection import journal_mode
+from jobd.storage.connection import journal_mode, read_number
 from jobd.storage.database import result_code
 from jobd.storage.files import FileLock, StoreError, StoreUnreadable
 from jobd.storage.schema import migrations
@@ -128,20 +128,18 @@ def copy_database(
     with _raising_disk_full(), contextlib.closing(_connect(target)) as copy:
         copy.execute("PRAGMA journal_mode = OFF")
         copy.execute("PRAGMA synchronous = OFF")
-        pause = None if step is None else _pausing(step, *source.execute("PRAGMA page_size").fetchone())
+        page_bytes = read_number(source, "PRAGMA page_size")
+
+        def pause(_status: int, remaining: int, total: int) -> None:
+            if step is not None:
+                step("copying", (total - remaining) * page_bytes, total * page_bytes)
+                time.sleep(_PAUSE_S)
+
         source.backup(copy, pages=_STEP_PAGES, progress=pause, sleep=0.001)
     last_record = finish_copy(target, step, is_marked=is_marked)
     if durable:
         files.sync(target)
     return last_record
-
-
-def _pausing(step: BackupProgress, page_bytes: int) -> Callable[[int, int, int], None]:
-    def pause(_status: int, remaining: int, total: int) -> None:
-        step("copying", (total - remaining) * page_bytes, total * page_bytes)
-        time.sleep(_PAUSE_S)
-
-    return pause
 
 
 def _check_space(path: str, target: str) -> None:
@@ -236,13 +234,13 @@ def restore(file: str, path: str) -> str | None:
     or DiskFull. After an error the store is unchanged.
     """
     with FileLock(path):
-        used = files.read_epoch(path)
+        used = files.read_epoch(path) or 0
         new = f"{path}.restoring"
         Path(new).unlink(missing_ok=True)
         try:
             _check_and_copy(file, new)
             epoch = _checkpoint_old(path)
-            if epoch > used.epoch:
+            if epoch > used:
                 files.write_epoch(path, epoch)
             for name in (new, f"{path}.epoch"):
                 if os.path.exists(name):
@@ -283,20 +281,15 @@ def _checkpoint_old(path: str) -> int:
     """Checkpoint the old database. Return its epoch, 0 if there is none or it cannot be read."""
     try:
         store_file.peek(path)
-    except (StoreUnreadable, FileNotFoundError):
-        return 0  # not a database, and SQLite would delete its log
-    try:
         store_file.check_wal(path)
-    except StoreUnreadable:
-        return 0  # keep the log, which SQLite cannot read completely
+    except (StoreUnreadable, FileNotFoundError):
+        return 0  # keep the log, which SQLite cannot read completely, or would delete without a database
     try:
         with contextlib.closing(_connect(path)) as old:
             old.execute("PRAGMA locking_mode = EXCLUSIVE")
             old.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-            (application,) = old.execute("PRAGMA application_id").fetchone()
-            if application != migrations.APPLICATION_ID:
-                return 0
-            return migrations.epoch_of(old)
+            is_store = read_number(old, "PRAGMA application_id") == migrations.APPLICATION_ID
+            return migrations.epoch_of(old) if is_store else 0
     except sqlite3.Error as error:
         if result_code(error) & 0xFF == sqlite3.SQLITE_BUSY:
             raise files.StoreBusy(path, None) from error

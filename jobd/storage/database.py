@@ -25,7 +25,7 @@ from jobd.storage.commit_mode import processor_wait_s
 from jobd.storage.damage.wal import LogGauge
 from jobd.storage.files import StoreBroken
 from jobd.storage.schema.migrations import VERSION, meta_row
-from jobd.storage.tables.writers import AuditWriter, RowDamaged, RowMissing, Totals
+from jobd.storage.tables.writers import AuditWriter, RowUnusable, Totals
 
 T = TypeVar("T")
 _Marks = tuple[Numbers, Totals, int, int, int, Membership | None]
@@ -188,8 +188,8 @@ class Database:
     def commit(self, fn: Callable[..., T], *args: Any) -> T:
         """Run `fn` in one transaction and return its result.
 
-        Raises DiskFull, BadRows, RowDamaged, RowMissing or StructureDamaged if nothing was written. Any other error
-        breaks the store.
+        Raises DiskFull, BadRows, RowUnusable or StructureDamaged if nothing was written. Any other error breaks the
+        store.
         """
         result: T = self._commit(self._transaction, fn, *args)
         return result
@@ -210,7 +210,7 @@ class Database:
             except BaseException as error:
                 self._restore(saved)
                 self._roll_back(error)
-                if isinstance(error, BadRows | RowDamaged | RowMissing | StructureDamaged):
+                if isinstance(error, BadRows | RowUnusable | StructureDamaged):
                     raise
                 if self._is_full(error):
                     raise DiskFull(str(error)) from error

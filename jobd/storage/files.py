@@ -18,8 +18,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
 
-from msgspec import Struct
-
 from jobd.model.job import LAST_EPOCH, TOKEN_COUNTER_BITS
 from jobd.model.storage import RESERVE_BYTES, SPARE_BYTES, DiskFull, DiskSpace
 
@@ -124,7 +122,6 @@ def check_not_held(path: str) -> None:
 
 
 def _lock_owner(lock: int) -> int | None:
-    """Return the process id in the open lock file, or None."""
     pid = os.pread(lock, _LOCK_BYTES, 0).split()
     return int(pid[0]) if pid and pid[0].isdigit() else None
 
@@ -249,7 +246,10 @@ def replace(path: str, content: bytes, like: str | None = None) -> None:
             fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
             try:
                 if like is not None and os.path.exists(like):
-                    _copy_owner_and_mode(fd, os.stat(like))
+                    model = os.stat(like)
+                    if os.geteuid() == 0:
+                        os.fchown(fd, model.st_uid, model.st_gid)
+                    os.fchmod(fd, stat.S_IMODE(model.st_mode))
                 os.write(fd, content)
                 os.fsync(fd)
             finally:
@@ -259,12 +259,6 @@ def replace(path: str, content: bytes, like: str | None = None) -> None:
             Path(new).unlink(missing_ok=True)
             raise
         sync_directory(path)
-
-
-def _copy_owner_and_mode(fd: int, model: os.stat_result) -> None:
-    if os.geteuid() == 0:
-        os.fchown(fd, model.st_uid, model.st_gid)
-    os.fchmod(fd, stat.S_IMODE(model.st_mode))
 
 
 def give_to_owner(name: str, path: str) -> None:
@@ -298,15 +292,8 @@ def keeping_owner(path: str) -> Iterator[None]:
                     os.chown(f"{path}{suffix}", model.st_uid, model.st_gid)
 
 
-class EpochFile(Struct, frozen=True):
-    """The highest epoch in the store's epoch file, and whether there is a file."""
-
-    epoch: int = 0
-    exists: bool = False
-
-
-def read_epoch(path: str) -> EpochFile:
-    """Read the epoch file of the store at `path`.
+def read_epoch(path: str) -> int | None:
+    """Return the highest epoch in the epoch file of the store at `path`, None if there is no file.
 
     Raises StoreUnreadable if it is damaged: a guessed epoch could grant one fencing token twice.
     """
@@ -314,26 +301,18 @@ def read_epoch(path: str) -> EpochFile:
     try:
         fields = Path(name).read_bytes().split()
     except FileNotFoundError:
-        return EpochFile()
+        return None
     except (PermissionError, IsADirectoryError) as error:
         hint = f"make it a file of the owner of {path}, with mode 0600"
         raise StoreUnreadable(f"{name} cannot be read ({error.strerror}): {hint}") from error
-    epoch_file = _epoch_of(fields)
-    if epoch_file is None or epoch_file.epoch > LAST_EPOCH:
+    epoch = int(fields[0]) if fields and fields[0].isdigit() else LAST_EPOCH + 1
+    by_operator = len(fields) == 1
+    if epoch > LAST_EPOCH or not (by_operator or fields[1:] == [b"%d" % TOKEN_COUNTER_BITS, _epoch_crc(epoch)]):
         raise StoreUnreadable(
             f"{name} is damaged: write a number into it that is higher than all epochs of this store, such as the "
             f"current one: echo $(($(date +%s) - 1577836800)) > {name}"
         )
-    return epoch_file
-
-
-def _epoch_of(fields: list[bytes]) -> EpochFile | None:
-    if not fields or not fields[0].isdigit():
-        return None
-    epoch = int(fields[0])
-    if len(fields) == 1 or fields[1:] == [b"%d" % TOKEN_COUNTER_BITS, _epoch_crc(epoch)]:
-        return EpochFile(epoch, exists=True)  # a single number, written by an operator
-    return None
+    return epoch
 
 
 def _epoch_crc(epoch: int) -> bytes:

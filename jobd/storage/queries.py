@@ -17,23 +17,8 @@ from msgspec import Struct
 
 from jobd.journal import event_codec
 from jobd.journal.event_codec import EVENT_COLUMNS
+from jobd.model import storage
 from jobd.model.job import LIVE, Grant, Job, LateResult, granted_bytes, seq_of_body
-from jobd.model.storage import (
-    MAX_POSTPONE_MS,
-    AuditQuery,
-    AuditRows,
-    DiskFull,
-    DueTombstones,
-    JobQuery,
-    JobRows,
-    LateResultQuery,
-    LateResultRows,
-    LoadedRows,
-    Payload,
-    Quarantined,
-    StoredResponse,
-    Tombstone,
-)
 from jobd.storage import codec, database
 from jobd.storage.codec import KEY_COLUMNS, SQL, Row, fault
 from jobd.storage.damage.quarantine import quarantine_jobs, quarantine_rows, undamaged_rows
@@ -74,7 +59,7 @@ _AUDIT_OF_JOB: Final = (
     f"(SELECT seq FROM audit INDEXED BY audit_job WHERE job_id = ? UNION SELECT audit_seq {_AUDIT_JOBS}) WHERE true"
 )
 _TO_LOWER: Final = str.maketrans(ascii_uppercase, ascii_lowercase)  # as SQLite's lower() does
-_NO_PAYLOAD: Final = Payload(b"null", "")
+_NO_PAYLOAD: Final = storage.Payload(b"null", "")
 # Includes quarantined jobs, because an operator may accept them.
 _REFERENCED: Final = (
     "SELECT 1 FROM jobs INDEXED BY jobs_storage_key WHERE storage_key = ?1 "
@@ -93,10 +78,10 @@ def read_job(row: Row, decode: Callable[[Row], T]) -> tuple[T | None, str]:
     return None, wrong
 
 
-def load(db: database.Database, ids: list[str], payloads: list[int], digests: list[str]) -> LoadedRows:
+def load(db: database.Database, ids: list[str], payloads: list[int], digests: list[str]) -> storage.LoadedRows:
     """See Storage.load."""
     db.check()
-    loaded = LoadedRows()
+    loaded = storage.LoadedRows()
     damaged: list[tuple[Row, str]] = []
     for id_ in ids:
         row, error = _row_by_id(db, id_)
@@ -131,7 +116,7 @@ def _row_by_id(db: database.Database, id_: str) -> tuple[Row | None, str]:
     try:
         rows = db.rows(database.BY_ID, (id_,))
         if rows and _belongs_to_another(rows[0], id_):
-            with contextlib.suppress(DiskFull, database.StructureDamaged):
+            with contextlib.suppress(storage.DiskFull, database.StructureDamaged):
                 db.rebuild_indexes()
             rows = db.rows(database.BY_ID, (id_,))
     except sqlite3.DatabaseError as error:
@@ -157,12 +142,12 @@ def _report_lost(db: database.Database, id_: str, reason: str) -> str:
     db.raise_if_clustered(f"job {id_}: {reason}")
     if db.quarantined.get(id_) != reason:
         db.quarantined[id_] = reason
-        db.report_quarantined(Quarantined(id_, reason, is_moved=False))
+        db.report_quarantined(storage.Quarantined(id_, reason, is_moved=False))
         db.faults.append(f"job {id_}: {reason}; run `jobd doctor`")
     return reason
 
 
-def _stored_response(db: database.Database, digest: str) -> StoredResponse | None:
+def _stored_response(db: database.Database, digest: str) -> storage.StoredResponse | None:
     """Return a stored response; None if there is none or it is damaged, so that the request is decided again."""
     rows = db.rows(f"SELECT rowid, {SQL['keys']} FROM keys WHERE digest = ?", (digest,))
     if not rows:
@@ -188,7 +173,7 @@ def key_fault(row: Row) -> str | None:
 # Pages
 
 
-def find_jobs(db: database.Database, query: JobQuery) -> JobRows:
+def find_jobs(db: database.Database, query: storage.JobQuery) -> storage.JobRows:
     """See Storage.find_jobs."""
     db.check()
     try:
@@ -212,7 +197,7 @@ class _Order(Struct, frozen=True):
     end: tuple[int, ...]
 
 
-def _order(query: JobQuery) -> _Order:
+def _order(query: storage.JobQuery) -> _Order:
     before = _NO_LIMIT if query.before is None else query.before
     if query.by_end:
         end = _NO_LIMIT if query.before_end is None else query.before_end
@@ -229,7 +214,7 @@ def _order(query: JobQuery) -> _Order:
     return _Order("seq", "seq ASC", "seq > ?", "seq <= ?", (query.after,), (_NO_LIMIT,))
 
 
-def _page(db: database.Database, query: JobQuery) -> JobRows:
+def _page(db: database.Database, query: storage.JobQuery) -> storage.JobRows:
     scope, scope_args, filters, args = _conditions(query)
     order = _order(query)
     begin = (*scope_args, *order.begin)
@@ -253,7 +238,7 @@ def _page(db: database.Database, query: JobQuery) -> JobRows:
     ends: dict[int, int] = {}
     if query.by_end:
         ends, matched = {row[0]: row[-1] for row in matched}, [row[:-1] for row in matched]
-    page = JobRows([], None, scanned=query.scan)
+    page = storage.JobRows([], None, scanned=query.scan)
     last = _fill_page(db, page, matched, query)
     if is_cut and last is None:
         last = matched[-1][0]
@@ -266,7 +251,7 @@ def _page(db: database.Database, query: JobQuery) -> JobRows:
     return page
 
 
-def _end_early(db: database.Database, page: JobRows, query: JobQuery, end: Row) -> None:
+def _end_early(db: database.Database, page: storage.JobRows, query: storage.JobQuery, end: Row) -> None:
     """End a page at the position up to which it was searched."""
     page.next_before = end[-1]
     if query.by_end:
@@ -276,7 +261,7 @@ def _end_early(db: database.Database, page: JobRows, query: JobQuery, end: Row) 
         page.scanned_until = None if row is None else row[0]
 
 
-def _page_one_by_one(db: database.Database, query: JobQuery) -> JobRows:
+def _page_one_by_one(db: database.Database, query: storage.JobQuery) -> storage.JobRows:
     """Return a page of a damaged table. Reads row by row; unreadable rows are reported and skipped.
 
     If its order is `by_end`, it begins a list in the order of creation, which may repeat jobs of earlier pages.
@@ -292,14 +277,14 @@ def _page_one_by_one(db: database.Database, query: JobQuery) -> JobRows:
     else:
         end = query.after + query.scan
         seqs, is_last = range(query.after + 1, min(end + 1, top)), end + 1 >= top
-    page = JobRows([], None)
+    page = storage.JobRows([], None)
     last = _fill_page(db, page, db.rows_one_by_one(sql, seqs, "jobs", args), query)
     page.next_before = last if last is not None else None if is_last else end
     page.next_end = _ONE_BY_ONE if query.by_end else None
     return page
 
 
-def _conditions(query: JobQuery) -> tuple[str, tuple[Any, ...], str, tuple[Any, ...]]:
+def _conditions(query: storage.JobQuery) -> tuple[str, tuple[Any, ...], str, tuple[Any, ...]]:
     """Return SQL and arguments for the rows to scan (those of an index if possible) and for the rows that match."""
     scope = _TABLE
     scope_args: tuple[Any, ...] = ()
@@ -339,7 +324,7 @@ def _text_edge(sized: Iterable[Row]) -> Row | None:
     return None
 
 
-def _fill_page(db: database.Database, page: JobRows, matched: list[Row], query: JobQuery) -> int | None:
+def _fill_page(db: database.Database, page: storage.JobRows, matched: list[Row], query: storage.JobQuery) -> int | None:
     """Add rows to a page. Return the seq of its last row if there are rows for another page, else None."""
     damaged: list[tuple[Row, str]] = []
     size, last = 0, None
@@ -348,7 +333,7 @@ def _fill_page(db: database.Database, page: JobRows, matched: list[Row], query: 
             break
         bodies: dict[int, bytes] = {}
         job, error = read_job(row, db.reader.job)
-        payload: Payload | None = _NO_PAYLOAD
+        payload: storage.Payload | None = _NO_PAYLOAD
         if job is not None and query.payloads:
             payload, error = db.payload(job.seq)
             if job.extra is not None and not error:
@@ -369,7 +354,7 @@ def _fill_page(db: database.Database, page: JobRows, matched: list[Row], query: 
     return last
 
 
-def _size_of(job: Job, payload: Payload) -> int:
+def _size_of(job: Job, payload: storage.Payload) -> int:
     metadata = None if job.result is None else job.result.metadata
     extra_bytes = granted_bytes(job) - job.payload_bytes
     return len(payload.body) + extra_bytes + (0 if metadata is None else len(bytes(metadata)))
@@ -379,7 +364,7 @@ def _size_of(job: Job, payload: Payload) -> int:
 # Late results, expired jobs, reports
 
 
-def read_late_results(db: database.Database, requested: list[LateResultQuery]) -> LateResultRows:
+def read_late_results(db: database.Database, requested: list[storage.LateResultQuery]) -> storage.LateResultRows:
     """See Storage.read_late_results. Reads each job once."""
     db.check()
     whole: dict[int, bool] = {}
@@ -388,7 +373,7 @@ def read_late_results(db: database.Database, requested: list[LateResultQuery]) -
         whole[each.job_seq] = each.with_results or whole.get(each.job_seq, False)
         if each.lock_id is not None:
             locks.setdefault(each.job_seq, set()).add(each.lock_id)
-    known = LateResultRows()
+    known = storage.LateResultRows()
     for job_seq, is_whole in whole.items():
         known.results[job_seq] = _late_results(db, job_seq, whole=is_whole)
     for job_seq, lock_ids in locks.items():
@@ -462,7 +447,7 @@ def reports(db: database.Database, limit: int) -> list[bytes]:
     return [body for _, body, _ in undamaged_rows(db, "reports", rows)]
 
 
-def due_tombstones(db: database.Database, now: int, limit: int) -> DueTombstones:
+def due_tombstones(db: database.Database, now: int, limit: int) -> storage.DueTombstones:
     """See Storage.due_tombstones.
 
     Skips damaged tombstones that cannot be quarantined, up to a few hundred.
@@ -475,12 +460,12 @@ def due_tombstones(db: database.Database, now: int, limit: int) -> DueTombstones
         new = [(row[0], row, error) for row in rows if row[0] not in damaged_seqs and (error := fault(row)) is not None]
         unmoved |= quarantine_rows(db, "tombstones", new)
         damaged_seqs |= {seq for seq, _, _ in new}
-        undamaged = [Tombstone(*row[:-1]) for row in rows if row[0] not in damaged_seqs]
+        undamaged = [storage.Tombstone(*row[:-1]) for row in rows if row[0] not in damaged_seqs]
         if not new or len(undamaged) >= limit:
             break
     late = {each.job_seq for each in undamaged if db.conn.execute(_REFERENCED_LATE, (each.key,)).fetchone() is not None}
     due = [(each, is_referenced(db, each.key)) for each in undamaged]
-    return DueTombstones(due, len(damaged_seqs) - len(unmoved), late, len(unmoved))
+    return storage.DueTombstones(due, len(damaged_seqs) - len(unmoved), late, len(unmoved))
 
 
 def _due_rows(db: database.Database, now: int, limit: int) -> list[Row]:
@@ -488,7 +473,7 @@ def _due_rows(db: database.Database, now: int, limit: int) -> list[Row]:
     for scan in ("", "NOT INDEXED"):
         try:
             due = db.rows(_DUE.format(scan, "<="), (now, limit))
-            return due or db.rows(_DUE.format(scan, ">"), (now + MAX_POSTPONE_MS, limit))
+            return due or db.rows(_DUE.format(scan, ">"), (now + storage.MAX_POSTPONE_MS, limit))
         except sqlite3.DatabaseError as error:
             if scan or not database.is_corrupt(error):
                 raise
@@ -500,15 +485,15 @@ def is_referenced(db: database.Database, key: str) -> bool:
     return db.conn.execute(_REFERENCED, (key,)).fetchone() is not None
 
 
-def read_audit(db: database.Database, query: AuditQuery) -> AuditRows:
+def read_audit(db: database.Database, query: storage.AuditQuery) -> storage.AuditRows:
     """See Storage.read_audit."""
     db.check()
     with db.noting_corruption("the audit log cannot be read"):
         return _audit_page(db, query)
-    return AuditRows([])
+    return storage.AuditRows([])
 
 
-def _audit_page(db: database.Database, query: AuditQuery) -> AuditRows:
+def _audit_page(db: database.Database, query: storage.AuditQuery) -> storage.AuditRows:
     scope_args: tuple[Any, ...] = ()
     scope = "audit NOT INDEXED WHERE true"
     if query.job_id is not None:
@@ -533,10 +518,10 @@ def _audit_page(db: database.Database, query: AuditQuery) -> AuditRows:
         more = db.conn.execute(f"SELECT 1 FROM {scope} AND seq < ?", (*scope_args, end)).fetchone()
         next_before = None if more is None else end
     undamaged = undamaged_rows(db, "audit", page_rows)
-    return AuditRows([(row[0], codec.audited(row)) for row in undamaged], next_before)
+    return storage.AuditRows([(row[0], codec.audited(row)) for row in undamaged], next_before)
 
 
-def _audit_conditions(query: AuditQuery) -> tuple[str, tuple[Any, ...]]:
+def _audit_conditions(query: storage.AuditQuery) -> tuple[str, tuple[Any, ...]]:
     """Return SQL and arguments for the rows that match."""
     what = "what IN (?, 'artefact')" if query.what == "artifact" else "what = ?"  # the former spelling
     job = "(job_id IS NULL OR job_id = ?)"  # the scope has the entries of the job

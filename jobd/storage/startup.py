@@ -19,26 +19,15 @@ from typing import Final
 from jobd.journal.sqlite import SqliteJournal
 from jobd.model.job import LAST_EPOCH, SAFE_EPOCH, Job, PackedJob, epoch_seconds, new_epoch
 from jobd.model.storage import SPARE_BYTES, DiskFull, Numbers, OpenedStore, QueueRow, StoredResponse
-from jobd.storage import codec, files, store_file
+from jobd.storage import codec, database, files, store_file
 from jobd.storage.cluster import membership
 from jobd.storage.cluster.membership import Membership
 from jobd.storage.codec import META_COLUMNS, SQL, Row
-from jobd.storage.connection import FunctionConnection, journal_mode
+from jobd.storage.connection import FunctionConnection, journal_mode, read_number
 from jobd.storage.damage import wal
 from jobd.storage.damage.quarantine import quarantine_jobs, undamaged_rows
-from jobd.storage.database import (
-    CHECKPOINT_FRAMES,
-    FINISHED_SQL,
-    KEY_SQL,
-    LIVE_SQL,
-    Database,
-    StructureDamaged,
-    lenient_text,
-    now_ms,
-    readable,
-    result_code,
-)
-from jobd.storage.files import EpochFile, FileLock, NotAStore, StoreBusy, StoreFailed, StoreUnreadable
+from jobd.storage.database import Database, StructureDamaged, lenient_text, now_ms, readable, result_code
+from jobd.storage.files import FileLock, NotAStore, StoreBusy, StoreFailed, StoreUnreadable
 from jobd.storage.queries import read_job
 from jobd.storage.schema import migrations
 from jobd.storage.schema.upgrade import upgrade
@@ -51,7 +40,7 @@ PAGE_CACHE_KIB: Final = 8 << 10  # enough for the rows of running jobs
 _LOG_BYTES: Final = 32 << 20  # the log shrinks to this after a large transaction
 # The index only finds live jobs: a column read from it would hide damage in the row.
 _LIVE_JOBS: Final = (
-    f"SELECT {SQL['jobs']} FROM (SELECT seq AS found FROM jobs INDEXED BY jobs_live WHERE {LIVE_SQL}) "
+    f"SELECT {SQL['jobs']} FROM (SELECT seq AS found FROM jobs INDEXED BY jobs_live WHERE {database.LIVE_SQL}) "
     "CROSS JOIN jobs NOT INDEXED ON seq = found"
 )
 _SUSPECTS: Final = "SELECT seq, id FROM suspects CROSS JOIN jobs ON seq = job_seq"
@@ -82,7 +71,7 @@ def connect(path: str, synchronous: str) -> FunctionConnection:
             if path != MEMORY:
                 journal_mode(conn, path, "wal")
             conn.execute(f"PRAGMA synchronous = {synchronous}")
-            conn.execute(f"PRAGMA wal_autocheckpoint = {CHECKPOINT_FRAMES}")
+            conn.execute(f"PRAGMA wal_autocheckpoint = {database.CHECKPOINT_FRAMES}")
             conn.execute(f"PRAGMA journal_size_limit = {_LOG_BYTES}")
             conn.execute(f"PRAGMA cache_size = -{PAGE_CACHE_KIB}")
             conn.execute("PRAGMA temp_store = MEMORY")
@@ -167,7 +156,7 @@ def start(conn: sqlite3.Connection, path: str, cluster_id: str | None = None) ->
             opened = projection.read(_read_all, db)
         opened.marked = marked
         opened.last_record = projection.last
-        opened.tombstones = conn.execute("SELECT count(*) FROM tombstones").fetchone()[0]
+        opened.tombstones = read_number(conn, "SELECT count(*) FROM tombstones")
         opened.epoch_warning = epoch_warning(db.numbers.epoch, now_ms())
         if path != MEMORY:
             _remove_leftovers(path)
@@ -175,10 +164,10 @@ def start(conn: sqlite3.Connection, path: str, cluster_id: str | None = None) ->
             opened.has_reserve = _fits(files.build_reserve, path)
         opened.faults = db.faults.copy()
         if path != MEMORY:  # from now on Projection.upkeep makes checkpoints, outside commits
-            (page_bytes,) = conn.execute("PRAGMA page_size").fetchone()
+            page_bytes = read_number(conn, "PRAGMA page_size")
             db.log = wal.LogGauge(files.log_of(path), page_bytes)
             if not opened.full:
-                wal.extend(files.log_of(path), CHECKPOINT_FRAMES, page_bytes)
+                wal.extend(files.log_of(path), database.CHECKPOINT_FRAMES, page_bytes)
             conn.execute("PRAGMA wal_autocheckpoint = 0")
         return projection, opened
 
@@ -201,11 +190,9 @@ def identify(conn: sqlite3.Connection, path: str, cluster_id: str | None) -> Dat
 
 def prepare_schema(conn: sqlite3.Connection, path: str) -> None:
     """Create the schema in an empty file; copy an older store and then migrate it."""
-    (application,) = conn.execute("PRAGMA application_id").fetchone()
-    (version,) = conn.execute("PRAGMA user_version").fetchone()
-    store_file.check_version(path, (application, version))
-    (objects,) = conn.execute("SELECT count(*) FROM sqlite_schema").fetchone()
-    if not objects:
+    version = read_number(conn, "PRAGMA user_version")
+    store_file.check_version(path, (read_number(conn, "PRAGMA application_id"), version))
+    if not read_number(conn, "SELECT count(*) FROM sqlite_schema"):
         migrations.create(conn)
         return
     check_application_id(conn, path)
@@ -236,8 +223,7 @@ def _names_in_schema(conn: sqlite3.Connection) -> set[str]:
 
 def check_application_id(conn: sqlite3.Connection, path: str) -> None:
     """Raise NotAStore if another program wrote the database."""
-    (application,) = conn.execute("PRAGMA application_id").fetchone()
-    if application != migrations.APPLICATION_ID:
+    if read_number(conn, "PRAGMA application_id") != migrations.APPLICATION_ID:
         raise NotAStore(f"{path} is a database of another program")
 
 
@@ -276,21 +262,21 @@ def _choose_epoch(projection: Projection, path: str) -> bool:
     database before the file, so a file that is ahead of its database means that the database is an older copy.
     """
     db = projection.db
-    file = EpochFile(exists=True) if path == MEMORY else files.read_epoch(path)
-    stored_epoch = db.numbers.epoch
-    is_restored = db.marked > 0 or file.epoch > stored_epoch
-    if stored_epoch == 0 and file.epoch > 0:
+    found = 0 if path == MEMORY else files.read_epoch(path)
+    in_file, stored_epoch = found or 0, db.numbers.epoch
+    is_restored = db.marked > 0 or in_file > stored_epoch
+    if stored_epoch == 0 and in_file > 0:
         db.faults.append(
             f"{path} was missing or empty at the start, but {path}.epoch is that of an earlier database, whose jobs "
             "are gone. Unless you deleted it yourself, stop the daemon and restore a backup: jobd restore FILE"
         )
-    if is_restored or stored_epoch == 0 or not file.exists:
-        epoch = new_epoch(max(stored_epoch, file.epoch), now_ms())
+    if is_restored or stored_epoch == 0 or found is None:
+        epoch = new_epoch(max(stored_epoch, in_file), now_ms())
         if epoch > LAST_EPOCH:
             raise StoreUnreadable(f"{path}: there is no epoch for fencing tokens above {epoch - 1}")
         db.commit(db.begin_epoch, epoch, projection.last + 1 if is_restored else 0)
     if path != MEMORY:
-        if file != EpochFile(db.numbers.epoch, exists=True):
+        if found != db.numbers.epoch:
             files.write_epoch(path, db.numbers.epoch)
         db.store_epoch = partial(files.write_epoch, path)
     db.stored_epoch = db.numbers.epoch
@@ -416,7 +402,7 @@ def _queues(db: Database) -> dict[str, QueueRow]:
 def recount_queues(conn: sqlite3.Connection) -> dict[str, tuple[int, int, int]]:
     """Count the completed, failed and cancelled jobs of each queue. Reads every job."""
     counts: dict[str, dict[str, int]] = {}
-    sql = f"SELECT queue, status, count(*) FROM jobs NOT INDEXED WHERE {FINISHED_SQL} GROUP BY queue, status"
+    sql = f"SELECT queue, status, count(*) FROM jobs NOT INDEXED WHERE {database.FINISHED_SQL} GROUP BY queue, status"
     with lenient_text(conn):
         for queue, status, count in conn.execute(sql):
             counts.setdefault(readable(queue), dict.fromkeys(("completed", "failed", "cancelled"), 0))[status] += count
@@ -424,7 +410,7 @@ def recount_queues(conn: sqlite3.Connection) -> dict[str, tuple[int, int, int]]:
 
 
 def _keys(db: Database) -> list[StoredResponse]:
-    rows = db.rows(f"SELECT rowid, {KEY_SQL} FROM keys ORDER BY at")
+    rows = db.rows(f"SELECT rowid, {database.KEY_SQL} FROM keys ORDER BY at")
     return list(map(codec.key, undamaged_rows(db, "keys", rows)))
 
 

@@ -15,26 +15,8 @@ from typing import Any, BinaryIO, Concatenate, Final, Literal, ParamSpec, Self, 
 
 import structlog
 
+from jobd.model import storage
 from jobd.model.responses import DiskUse
-from jobd.model.storage import (
-    BackupProgress,
-    Batch,
-    CannotWrite,
-    DiskFull,
-    DiskSpace,
-    FiguresWrite,
-    JobStorage,
-    LateResultQuery,
-    LateResultRows,
-    LoadedRows,
-    OpenedStore,
-    OutboxStorage,
-    OutboxWrite,
-    Quarantined,
-    TableWrite,
-    Tombstone,
-    TombstoneWrite,
-)
 from jobd.model.webhooks import Delivery, Outbox, WebhookCursor
 from jobd.storage import backup, disk_use, files, outbox, queries, startup
 from jobd.storage.commit_mode import CommitMode, CommitSetting
@@ -61,7 +43,7 @@ RETRY_S: Final = 1.0  # until they are written again after the disk was full
 Synchronous = Literal["FULL", "EXTRA"]
 
 
-async def open_or_close(work: Coroutine[Any, Any, tuple[S, OpenedStore]]) -> tuple[S, OpenedStore]:
+async def open_or_close(work: Coroutine[Any, Any, tuple[S, storage.OpenedStore]]) -> tuple[S, storage.OpenedStore]:
     """Return the store that `work` opens. A cancelled caller waits for its thread, then closes the store."""
     opening = asyncio.ensure_future(work)
     try:
@@ -85,7 +67,7 @@ def _query(
 
 
 def _planned(
-    plan: Callable[Concatenate[Database, P], tuple[TableWrite | None, T]], *, of_outbox: bool = False
+    plan: Callable[Concatenate[Database, P], tuple[storage.TableWrite | None, T]], *, of_outbox: bool = False
 ) -> Callable[Concatenate[Any, P], Coroutine[Any, Any, T]]:
     """Return a method that calls `plan` with the tables, appends the write that it returns, and returns the result."""
 
@@ -99,7 +81,7 @@ def _planned(
     return write
 
 
-class Store(JobStorage, OutboxStorage):
+class Store(storage.JobStorage, storage.OutboxStorage):
     """The SQLite storage. Create it with `open`; always `close` it."""
 
     def __init__(
@@ -121,7 +103,7 @@ class Store(JobStorage, OutboxStorage):
         self.commits_inline = mode.is_inline
         self.behind = 0
         self.on_broken: Callable[[Exception], None] = lambda error: None
-        self.on_quarantined: Callable[[Quarantined], None] = lambda quarantined: None
+        self.on_quarantined: Callable[[storage.Quarantined], None] = lambda quarantined: None
         self.on_tombstones: Callable[[int], None] = lambda count: None
         self._reported = db.quarantined_count  # `OpenedStore` reports those found at the start
         self._reported_tombstones = projection.tombstones_written  # `OpenedStore` counts those
@@ -143,7 +125,7 @@ class Store(JobStorage, OutboxStorage):
         synchronous: Synchronous = "FULL",
         commit: CommitSetting = "auto",
         on_locked: Callable[[], None] | None = None,
-    ) -> tuple[Self, OpenedStore]:
+    ) -> tuple[Self, storage.OpenedStore]:
         """Open the store at `path` (or MEMORY). Creates it with mode 0600 if it does not exist.
 
         Calls `on_locked` when the lock is held and before anything else is touched; an error in it ends the opening.
@@ -162,7 +144,7 @@ class Store(JobStorage, OutboxStorage):
     @classmethod
     async def _open(
         cls, path: str, connect: Callable[[], FunctionConnection], mode: CommitMode
-    ) -> tuple[Self, OpenedStore]:
+    ) -> tuple[Self, storage.OpenedStore]:
         lock = None if path == MEMORY else await asyncio.to_thread(FileLock, path)
         try:
             connection = await StoreConnection.open(connect)
@@ -210,7 +192,7 @@ class Store(JobStorage, OutboxStorage):
         """Call `fn` in the storage thread with the tables as of the last commit, or as of the last one `of_outbox`."""
         if of_outbox:
             return await self._run(self._projection.read_outbox, fn, self._database, *args)
-        with contextlib.suppress(DiskFull):
+        with contextlib.suppress(storage.DiskFull):
             await self._write_whole_slices()
         return await self._run(self._projection.read, fn, self._database, *args)
 
@@ -279,7 +261,7 @@ class Store(JobStorage, OutboxStorage):
         try:
             with self._reporting():
                 self._connection.run_inline(self._projection.project_slice)
-        except DiskFull:
+        except storage.DiskFull:
             self._plan_retry()
         except Exception as error:
             self.on_broken(error)
@@ -302,7 +284,7 @@ class Store(JobStorage, OutboxStorage):
         """Run `work` in the storage thread; no caller waits for it."""
         try:
             await self._run(work)
-        except DiskFull:
+        except storage.DiskFull:
             self._plan_retry()
         except Exception as error:
             self.on_broken(error)
@@ -325,10 +307,10 @@ class Store(JobStorage, OutboxStorage):
 
     # -- jobs
 
-    async def load(self, ids: list[str], payloads: list[int], digests: list[str]) -> LoadedRows:
+    async def load(self, ids: list[str], payloads: list[int], digests: list[str]) -> storage.LoadedRows:
         return await self._run(self._load, ids, payloads, digests)
 
-    def _load(self, ids: list[str], payloads: list[int], digests: list[str]) -> LoadedRows:
+    def _load(self, ids: list[str], payloads: list[int], digests: list[str]) -> storage.LoadedRows:
         pending = self._projection.pending_payloads(payloads)
         args = (self._database, ids, [seq for seq in payloads if seq not in pending], digests)
         if self._projection.touches(ids, [], digests):
@@ -338,7 +320,7 @@ class Store(JobStorage, OutboxStorage):
         loaded.payloads |= pending
         return loaded
 
-    def _read_late_results(self, requested: list[LateResultQuery]) -> LateResultRows:
+    def _read_late_results(self, requested: list[storage.LateResultQuery]) -> storage.LateResultRows:
         if self._projection.touches([], [each.job_seq for each in requested], []):
             return self._projection.read(queries.read_late_results, self._database, requested)
         return queries.read_late_results(self._database, requested)
@@ -349,10 +331,10 @@ class Store(JobStorage, OutboxStorage):
     def too_old_for(self, format: int) -> str | None:
         return None
 
-    async def write(self, batch: Batch) -> dict[int, bytes]:
+    async def write(self, batch: storage.Batch) -> dict[int, bytes]:
         return await self._append(batch, self._reported)
 
-    async def _append(self, given: Batch | TableWrite, reported: int = 0) -> dict[int, bytes]:
+    async def _append(self, given: storage.Batch | storage.TableWrite, reported: int = 0) -> dict[int, bytes]:
         """Append a record, in the event loop if the disk is fast and no other call runs, else in the storage thread."""
         projection, connection = self._projection, self._connection
         try:
@@ -385,7 +367,7 @@ class Store(JobStorage, OutboxStorage):
     prune = _planned(table_writes.plan_pruning)
     trim_audit = _planned(table_writes.plan_trimming)
 
-    async def read_late_results(self, requested: list[LateResultQuery]) -> LateResultRows:
+    async def read_late_results(self, requested: list[storage.LateResultQuery]) -> storage.LateResultRows:
         return await self._run(self._read_late_results, requested)
 
     async def used_bytes(self) -> int:
@@ -399,8 +381,8 @@ class Store(JobStorage, OutboxStorage):
         """See disk_use.report."""
         return await self._run(disk_use.report, self._database, self.path, sample, now)
 
-    async def update_tombstones(self, deleted: list[int], postponed: list[Tombstone]) -> None:
-        await self._append(TombstoneWrite(deleted, postponed))
+    async def update_tombstones(self, deleted: list[int], postponed: list[storage.Tombstone]) -> None:
+        await self._append(storage.TombstoneWrite(deleted, postponed))
 
     # -------------------------------------------------------------------------------------------- webhook outbox
 
@@ -410,12 +392,12 @@ class Store(JobStorage, OutboxStorage):
             try:
                 if write is not None:
                     await self._append(write)
-            except CannotWrite:
+            except storage.CannotWrite:
                 return unwritten  # cursors can be written later, but alerts about the full disk are delivered now
             return found
 
     async def plan_deliveries(self, moved: WebhookCursor, new: list[Delivery]) -> None:
-        await self._append(OutboxWrite([moved], new))
+        await self._append(storage.OutboxWrite([moved], new))
 
     store_outcomes = _planned(outbox.plan_outcomes, of_outbox=True)
     deliver_again = _planned(outbox.plan_retry, of_outbox=True)
@@ -426,7 +408,7 @@ class Store(JobStorage, OutboxStorage):
 
     # ----------------------------------------------------------------------------------------- miscellaneous
 
-    async def backup(self, progress: BackupProgress | None = None) -> BinaryIO:
+    async def backup(self, progress: storage.BackupProgress | None = None) -> BinaryIO:
         """Return a marked and checked copy of the storage as an open file without a name. May take minutes.
 
         One backup runs at a time. A cancellation stops it. Raises DiskFull or BackupError.
@@ -434,19 +416,19 @@ class Store(JobStorage, OutboxStorage):
         async with self._backup_lock:
             if self._closing.is_set():
                 raise StoreBroken("the store is closed")
-            with contextlib.suppress(DiskFull):  # the copy then has records that its tables lack
+            with contextlib.suppress(storage.DiskFull):  # the copy then has records that its tables lack
                 await self._write_whole_slices()
                 await self._run(self._projection.project)
             with self._connection.lend() as raw:
                 return (await backup.make_copy(raw, self.path, self._closing, progress)).file
 
     async def save_stats(self, body: bytes) -> None:
-        await self._append(FiguresWrite(body))
+        await self._append(storage.FiguresWrite(body))
 
     async def probe(self, spare_bytes: int = 0) -> None:
         await self._run(startup.probe, self._database, self.path, spare_bytes)
 
-    async def measure_space(self) -> DiskSpace | None:
+    async def measure_space(self) -> storage.DiskSpace | None:
         return None if self.path == MEMORY else await self._run(files.space, self.path)
 
     async def replaced_file(self) -> str | None:

@@ -11,6 +11,7 @@ from typing import Final
 from urllib.parse import quote
 
 from jobd.storage import files
+from jobd.storage.connection import read_number
 from jobd.storage.damage import wal
 from jobd.storage.files import NotAStore, StoreTooNew, StoreUnreadable
 from jobd.storage.schema import migrations
@@ -27,24 +28,15 @@ def peek(path: str) -> tuple[int, int]:
     if len(header) < 100 or not header.startswith(_MAGIC):
         raise NotAStore(f"{path} is not a jobd database")
     in_file = int.from_bytes(header[68:72]), int.from_bytes(header[60:64])
-    return _peek_wal(path, in_file) if _has_log(path) else in_file
+    if _has_log(path):  # which may have a newer header
+        with contextlib.suppress(sqlite3.Error), read_only(path) as conn:  # an error: the disk is full, for example
+            return read_number(conn, "PRAGMA application_id"), read_number(conn, "PRAGMA user_version")
+    return in_file
 
 
 def _has_log(path: str) -> bool:
-    """Return whether the database at `path` has a write-ahead log that is not empty."""
     log = files.log_of(path)
     return os.path.exists(log) and os.path.getsize(log) > 0
-
-
-def _peek_wal(path: str, in_file: tuple[int, int]) -> tuple[int, int]:
-    """Return the same through a read-only connection, because the write-ahead log may have a newer header."""
-    try:
-        with read_only(path) as conn:
-            (application,) = conn.execute("PRAGMA application_id").fetchone()
-            (version,) = conn.execute("PRAGMA user_version").fetchone()
-            return application, version
-    except sqlite3.Error:
-        return in_file  # the disk is full, for example
 
 
 @contextlib.contextmanager

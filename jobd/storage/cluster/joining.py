@@ -72,7 +72,7 @@ def leave(path: str, *, epoch: int = 0, is_complete: bool) -> int:
         db = startup.read_meta(conn, path)
         if membership.read(conn) is None:
             raise WrongCluster(f"{path} is already the store of a single machine")
-        seen = files.read_epoch(path).epoch
+        seen = files.read_epoch(path) or 0
         begun = new_epoch(max(db.numbers.epoch, epoch, seen), now_ms())
         files.write_epoch(path, begun)  # first: a second call is possible as long as the store belongs to the cluster
         db.commit(_leave, db, begun, is_complete)

@@ -80,16 +80,12 @@ def check(path: str, *, refold: bool = False, on_note: Callable[[str], object] =
     with contextlib.ExitStack() as stack:
         if os.path.exists(f"{path}.lock"):  # do not create a lock file for a copy that no daemon has opened
             stack.enter_context(FileLock(path))
-        header = store_file.peek(path)
-        store_file.check_version(path, header)
         store_file.check_wal(path)
-        if header[1] < migrations.VERSION:
-            problem = f"it has schema version {header[1]}, but this jobd has {migrations.VERSION}"
+        conn, version = stack.enter_context(startup.opened_read_only(path))
+        if version < migrations.VERSION:
+            problem = f"it has schema version {version}, but this jobd has {migrations.VERSION}"
             fix = "start the daemon once, which copies and migrates the store; then check again"
             return [Defect(path, problem, fix)]
-        stack.enter_context(startup.translated_errors(path))
-        conn = stack.enter_context(store_file.read_only(path))
-        startup.check_application_id(conn, path)
         found = problems(conn, path)
         tail = _read_tail(conn)
         if tail.pending:
@@ -340,13 +336,13 @@ def _quarantined(conn: sqlite3.Connection, path: str) -> Iterator[Defect]:
 
 def _epoch_file(conn: sqlite3.Connection, path: str) -> Iterator[Defect]:
     try:
-        file = files.read_epoch(path)
+        in_file = files.read_epoch(path) or 0
     except StoreError as error:
         yield Defect("epoch file", str(error), "see the error")
         return
     meta = _known_meta(conn)
-    if meta is not None and not meta["marked"] and file.epoch > meta["epoch"]:
-        problem = f"it has epoch {file.epoch} and the database {meta['epoch']}, so the database is an older copy"
+    if meta is not None and not meta["marked"] and in_file > meta["epoch"]:
+        problem = f"it has epoch {in_file} and the database {meta['epoch']}, so the database is an older copy"
         yield Defect("epoch file", problem, "nothing to do: the next start begins a new epoch and ends all grants")
     name = f"{path}.epoch"
     if os.path.exists(name) and os.stat(name).st_uid != (owner := os.stat(path).st_uid):

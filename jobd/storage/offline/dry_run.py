@@ -28,7 +28,7 @@ def restore(file: str, path: str) -> list[str]:
     """
     _check_writable(path)
     files.check_not_held(path)
-    used = files.read_epoch(path)
+    used = files.read_epoch(path) or 0
     with startup.opened_read_only(file) as (source, version):
         size = sum(page_bytes(source))
         free = _check_space(path, size)
@@ -41,7 +41,7 @@ def restore(file: str, path: str) -> list[str]:
         backup_epoch = migrations.epoch_of(source)
         lines += _ended(source)
     old, replaced = _replaced(path)
-    epoch = new_epoch(max(backup_epoch, used.epoch, old), now_ms())
+    epoch = new_epoch(max(backup_epoch, used, old), now_ms())
     lines.append(f"    epoch {epoch} or later would begin; its fencing tokens are higher than all earlier ones")
     return [*lines, replaced]
 

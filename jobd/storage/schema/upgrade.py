@@ -104,7 +104,6 @@ def _part(path: str, label: str) -> str:
 
 
 def _remove_part(path: str, label: str) -> None:
-    """Remove an incomplete copy."""
     for suffix in ("", "-journal"):
         Path(_part(path, label) + suffix).unlink(missing_ok=True)
 

@@ -81,7 +81,7 @@ from jobd.storage.files import StoreUnreadable
 from jobd.storage.queries import read_job
 from jobd.storage.tables import table_writes
 from jobd.storage.tables.tail import Pending, fix, read_tail
-from jobd.storage.tables.writers import JobWriter, RowDamaged, RowMissing, StoredJob
+from jobd.storage.tables.writers import JobWriter, RowUnusable, StoredJob
 
 T = TypeVar("T")
 
@@ -157,8 +157,9 @@ class Projection:
         batch = given if isinstance(given, Batch) else Batch([], db.numbers, writes=[] if given is None else [given])
         if self.behind >= (MAX_BEHIND_FULL if self.is_full else MAX_BEHIND):
             self.project_slice()
-        if db.membership is not None:
-            self._bound_reads()
+        if db.membership is not None and self.behind >= 2 * self.slice_events:
+            with contextlib.suppress(DiskFull):  # bound the work of the next read, which writes all pending events
+                self.project_slice()
         self._check_quarantined(batch)
         payloads = self._read_payloads(batch)
         self._subtract_quarantined(batch.queues, reported)
@@ -197,12 +198,6 @@ class Projection:
             self._add(pending)
         with contextlib.suppress(DiskFull):  # the tables are written later
             while self.behind >= self.slice_events:
-                self.project_slice()
-
-    def _bound_reads(self) -> None:
-        """Write a slice if enough events for two slices are pending, because the next read writes all of them first."""
-        if self.behind >= 2 * self.slice_events:
-            with contextlib.suppress(DiskFull):
                 self.project_slice()
 
     def _check_quarantined(self, batch: Batch) -> None:
@@ -393,13 +388,13 @@ class Projection:
         """
         try:
             yield
-        except RowDamaged as damaged:
-            self.db.quarantined[damaged.job_id] = str(damaged)
-            quarantine_jobs(self.db, [(damaged.row, str(damaged))], self._uncount)
-        except RowMissing as missing:
-            self.db.raise_if_clustered(f"job {missing.job_id}: {missing}")
-            self.db.quarantined[missing.job_id] = str(missing)
-            self.db.note_fault(f"job {missing.job_id}: {missing}")
+        except RowUnusable as error:
+            if error.row is None:
+                self.db.raise_if_clustered(f"job {error.job_id}: {error}")
+                self.db.note_fault(f"job {error.job_id}: {error}")
+            self.db.quarantined[error.job_id] = str(error)
+            if error.row is not None:
+                quarantine_jobs(self.db, [(error.row, str(error))], self._uncount)
         except StructureDamaged as error:
             self.db.raise_if_clustered(str(error))
             raise
@@ -468,14 +463,14 @@ class Projection:
         if pending.batch.unmark and pending.number >= self.db.marked:
             self.db.marked = 0
 
-    def _find(self, event: Event) -> StoredJob | None:
-        """Return the row of the job of `event`. Raises RowDamaged."""
+    def _find(self, event: Event) -> StoredJob:
+        """Return the row of the job of `event`. Raises RowUnusable."""
         rows = self.db.rows(BY_SEQ, (event.job_seq,))
         if not rows:
-            return None
+            raise RowUnusable(event.job_id)
         job, error = read_job(rows[0], self.db.reader.job)
         if job is None:
-            raise RowDamaged(event.job_id, rows[0], error)
+            raise RowUnusable(event.job_id, rows[0], error)
         return StoredJob(job, rows[0])
 
     # --------------------------------------------------------------------------------------------------- upkeep

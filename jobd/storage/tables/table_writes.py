@@ -9,20 +9,10 @@ from typing import Final, assert_never
 
 import msgspec
 
+from jobd.model import storage
 from jobd.model.events import Event, QuietRule, fold_quiet
 from jobd.model.job import MAX_LATE_RESULTS
 from jobd.model.schedules import Schedule, fold_schedule, schedule_id
-from jobd.model.storage import (
-    AuditTrimming,
-    Batch,
-    EventPruning,
-    FiguresWrite,
-    OutboxWrite,
-    StoredResponse,
-    TableWrite,
-    Tombstone,
-    TombstoneWrite,
-)
 from jobd.storage import codec, outbox
 from jobd.storage.codec import SQL, Row, fault, insert, with_checksum
 from jobd.storage.damage.quarantine import quarantine_events, quarantine_rows, undamaged_rows
@@ -51,7 +41,7 @@ _json = msgspec.json.Encoder().encode
 _schedule = msgspec.json.Decoder(Schedule).decode
 
 
-def plan_pruning(db: Database, before: int, limit: int) -> tuple[EventPruning | None, int]:
+def plan_pruning(db: Database, before: int, limit: int) -> tuple[storage.EventPruning | None, int]:
     """Choose up to `limit` event rows from before wall time `before` to delete: those of queues and of deleted jobs.
 
     Return the deletion and the number of rows. Readers that resume below the last of these events get an error, because
@@ -77,7 +67,7 @@ def plan_pruning(db: Database, before: int, limit: int) -> tuple[EventPruning | 
             seqs += [event[0] for row in rows for event in event_rows.unpack(row)]
             break
         jobs.append(job_seq)
-    return (EventPruning(seqs, jobs, upto) if count or jobs else None), count
+    return (storage.EventPruning(seqs, jobs, upto) if count or jobs else None), count
 
 
 def _old_events_of_queues(db: Database, before: int, limit: int) -> list[int]:
@@ -99,7 +89,7 @@ def _old(db: Database, rows: list[Row], before: int) -> list[int]:
     return [row[0] for row in event_queries.undamaged(db, rows) if row[event_rows.AT] < before]
 
 
-def plan_trimming(db: Database, before: int, limit: int) -> tuple[AuditTrimming | None, int]:
+def plan_trimming(db: Database, before: int, limit: int) -> tuple[storage.AuditTrimming | None, int]:
     """See Storage.trim_audit. Damaged rows are quarantined, because their age is unknown."""
     with db.noting_corruption("the audit log cannot be read"):
         is_counted = db.audit.count_more()
@@ -109,7 +99,7 @@ def plan_trimming(db: Database, before: int, limit: int) -> tuple[AuditTrimming 
         quarantine_rows(db, "audit", damaged)
         jobs = db.audit.gone_jobs(limit - len(entries))
         count = len(entries) + len(jobs)
-        return AuditTrimming(entries, jobs) if count else None, count if is_counted else limit
+        return storage.AuditTrimming(entries, jobs) if count else None, count if is_counted else limit
     return None, 0
 
 
@@ -161,7 +151,7 @@ def write_schedule(db: Database, event: Event) -> None:
         db.conn.execute("DELETE FROM schedules WHERE id = ?", (name,))
 
 
-def write_late_results(db: Database, batch: Batch) -> list[Tombstone]:
+def write_late_results(db: Database, batch: storage.Batch) -> list[storage.Tombstone]:
     """Write the late results of a batch. Delete those above the maximum of their job, and those of deleted jobs.
 
     Return tombstones for the artifacts of the deleted ones if an artifact store `sweeps`.
@@ -169,13 +159,13 @@ def write_late_results(db: Database, batch: Batch) -> list[Tombstone]:
     touched = [event for event in batch.changes if event.late is not None or event.type == "deleted"]
     kept = [codec.late_row(event.job_seq, event.late) for event in touched if event.late is not None]
     db.conn.executemany(_INSERT_LATE, kept)
-    left: list[Tombstone] = []
+    left: list[storage.Tombstone] = []
     # The last event of each job decides: late results of a job that this slice deletes are deleted too.
     for event in {event.job_seq: event for event in touched}.values():
         going = db.rows(_EXCESS_LATE if event.type == "late_result" else _LATE_OF_JOB, (event.job_seq,))
         for row in [row for each in going for row in db.rows(_LATE_ROW, each)] if batch.sweeps else ():
             if (key := _late_key(db, row, event.at)) is not None:
-                left.append(Tombstone(-row[0], event.job_id, key, event.at, event.at))
+                left.append(storage.Tombstone(-row[0], event.job_id, key, event.at, event.at))
         db.conn.executemany(_DELETE_LATE, going)
     return left
 
@@ -190,32 +180,32 @@ def _late_key(db: Database, row: Row, now: int) -> str | None:
     return None
 
 
-def apply(db: Database, write: TableWrite) -> None:
+def apply(db: Database, write: storage.TableWrite) -> None:
     """Apply `write` in a transaction."""
     executemany = db.conn.executemany
     match write:
-        case OutboxWrite():
+        case storage.OutboxWrite():
             outbox.apply(db, write)
-        case TombstoneWrite(deleted, postponed):
+        case storage.TombstoneWrite(deleted, postponed):
             executemany("DELETE FROM tombstones WHERE job_seq = ?", [(seq,) for seq in deleted])
             executemany(PUT_TOMBSTONE, map(codec.struct_row, postponed))
-        case EventPruning(events, jobs, upto):
+        case storage.EventPruning(events, jobs, upto):
             _delete_events(db, events)
             for sql in (_DELETE_JOB, "DELETE FROM deleted_jobs WHERE job_seq = ?"):
                 executemany(sql, [(seq,) for seq in jobs])
             db.note_missing(upto)
-        case AuditTrimming(entries, jobs):
+        case storage.AuditTrimming(entries, jobs):
             executemany("DELETE FROM audit WHERE seq = ?", [(seq,) for seq in entries])
             executemany("DELETE FROM audit_jobs WHERE seq = ?", [(seq,) for seq in jobs])
-        case FiguresWrite(body):
+        case storage.FiguresWrite(body):
             db.conn.execute(_PUT_FIGURES, with_checksum((1, body)))
         case _:
             assert_never(write)
 
 
-def write_keys(db: Database, batches: list[Batch]) -> None:
+def write_keys(db: Database, batches: list[storage.Batch]) -> None:
     """Store the responses of batches, and forget those that are no longer kept."""
-    keys: dict[str, StoredResponse | None] = {}
+    keys: dict[str, storage.StoredResponse | None] = {}
     for batch in batches:
         keys.update(dict.fromkeys(batch.forget_keys))
         keys.update((key.digest, key) for key in batch.keys)
@@ -225,7 +215,7 @@ def write_keys(db: Database, batches: list[Batch]) -> None:
         executemany(_PUT_KEY, [codec.key_row(key) for key in keys.values() if key is not None])
 
 
-def write_rest(db: Database, batches: list[Batch]) -> None:
+def write_rest(db: Database, batches: list[storage.Batch]) -> None:
     """Write the audit entries, reports and other rows of batches that belong to no job."""
     conn = db.conn
     if checked := [(seq,) for batch in batches for seq in batch.checked]:

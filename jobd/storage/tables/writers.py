@@ -36,18 +36,10 @@ _INSERT_DELETED: Final = insert("deleted_jobs", "REPLACE")  # damage may have ma
 _INSERT_PAYLOAD: Final = insert("payloads")
 
 
-class RowMissing(Exception):
-    """A record from before the start changes a job that has no row on the disk."""
+class RowUnusable(Exception):
+    """A record from before the start changes a job whose row is damaged, or missing if `row` is None."""
 
-    def __init__(self, job_id: str) -> None:
-        super().__init__("its row is missing")
-        self.job_id = job_id
-
-
-class RowDamaged(Exception):
-    """A record from before the start changes a job whose row is damaged. `row` has its columns and checksum."""
-
-    def __init__(self, job_id: str, row: Row, reason: str) -> None:
+    def __init__(self, job_id: str, row: Row | None = None, reason: str = "its row is missing") -> None:
         super().__init__(reason)
         self.job_id = job_id
         self.row = row
@@ -64,13 +56,13 @@ class StoredJob(Struct, frozen=True, gc=False):
 class JobWriter:
     """Writes the row that each job has after its changes, once. Caches the rows and payloads written last.
 
-    `find` returns the row of the job of an event, or None. It raises RowDamaged. `note` gets sentences about damage.
+    `find` returns the row of the job of an event. It raises RowUnusable. `note` gets sentences about damage.
     """
 
     def __init__(
         self,
         conn: sqlite3.Connection,
-        find: Callable[[Event], StoredJob | None],
+        find: Callable[[Event], StoredJob],
         note: Callable[[str], object],
     ) -> None:
         self._conn = conn
@@ -150,24 +142,21 @@ class JobWriter:
             self._payload_bytes -= sum(len(self.payloads.pop(seq)) for seq in oldest)
 
     def _stored(self, event: Event, skipped: Container[str]) -> StoredJob | None:
-        """Return the row that `change` continues, None if its job is in quarantine. Raises RowMissing or RowDamaged.
+        """Return the row that `change` continues, None if its job is in quarantine. Raises RowUnusable.
 
         A row that is damaged or missing is written again from the job in memory, which only a change of this run has.
         """
         if (stored := self._rows.pop(event.job_seq, None)) is not None:
             return stored
-        error: Exception = RowMissing(event.job_id)
         try:
-            if (found := self._find(event)) is not None:
-                return found
-        except RowDamaged as damaged:
-            error = damaged
-        if event.job_id in skipped:
-            return None
-        if event.before is None:
-            raise error
-        self._conn.execute("DELETE FROM jobs WHERE seq = ?", (event.job_seq,))
-        self._note(f"job {event.job_id}: {error}; it was written again from memory")
+            return self._find(event)
+        except RowUnusable as error:
+            if event.job_id in skipped:
+                return None
+            if event.before is None:
+                raise
+            self._conn.execute("DELETE FROM jobs WHERE seq = ?", (event.job_seq,))
+            self._note(f"job {event.job_id}: {error}; it was written again from memory")
         return StoredJob(event.before, with_checksum(codec.job_row(event.before)), is_gone=True)
 
     def _write_rows(self, stored: dict[int, StoredJob | None], after: dict[int, Job | None], totals: Totals) -> Totals:

@@ -295,7 +295,7 @@ async def test_the_epoch_of_the_old_store_counts_without_its_epoch_file(path: st
         migrations.change_meta(conn, epoch=7)
     store_files.remove(f"{path}.epoch")
     restore(copy, path)
-    assert files.read_epoch(path).epoch == 7
+    assert files.read_epoch(path) == 7
     async with store_files.open_store(path) as (_, found):
         assert found.numbers.epoch == 8
 

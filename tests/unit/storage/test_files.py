@@ -18,7 +18,7 @@ import pytest
 from jobd.model.job import LAST_EPOCH
 from jobd.model.storage import SPARE_BYTES, DiskFull, DiskSpace
 from jobd.storage import files
-from jobd.storage.files import EpochFile, FileLock, StoreBusy, StoreUnreadable
+from jobd.storage.files import FileLock, StoreBusy, StoreUnreadable
 
 
 def test_a_lock_is_exclusive_names_its_process_and_ends_with_it(path: str) -> None:
@@ -72,10 +72,10 @@ def test_a_symbolic_link_is_not_followed(path: str, link: str, write: Callable[[
 
 
 def test_the_epoch_is_stored_and_read(path: str) -> None:
-    assert files.read_epoch(path) == EpochFile()
+    assert files.read_epoch(path) is None
     for epoch in (1, 2, 1 << 22):
         files.write_epoch(path, epoch)
-        assert files.read_epoch(path) == EpochFile(epoch, exists=True)
+        assert files.read_epoch(path) == epoch
     assert not os.path.exists(f"{path}.epoch.new")
 
 
@@ -88,12 +88,12 @@ def test_every_flipped_bit_of_the_epoch_file_is_detected(path: str) -> None:
             content[place] ^= 1 << bit
             Path(f"{path}.epoch").write_bytes(content)
             with contextlib.suppress(StoreUnreadable):
-                assert files.read_epoch(path).epoch == 12  # the space between them was damaged
+                assert files.read_epoch(path) == 12  # the space between them was damaged
 
 
 def test_a_number_written_by_an_operator_is_accepted(path: str) -> None:
     Path(f"{path}.epoch").write_text("17\n")
-    assert files.read_epoch(path) == EpochFile(17, exists=True)
+    assert files.read_epoch(path) == 17
     Path(f"{path}.epoch").write_text("")
     with pytest.raises(StoreUnreadable):
         files.read_epoch(path)

@@ -17,7 +17,7 @@ from jobd.model.job import COUNTER_MASK, FINISHED, LAST_EPOCH, LIVE, SAFE_EPOCH,
 from jobd.model.storage import Batch
 from jobd.storage import files, startup, store_file
 from jobd.storage.backup import restore
-from jobd.storage.files import EpochFile, StoreFailed
+from jobd.storage.files import StoreFailed
 from jobd.storage.schema import migrations
 from jobd.storage.store import MEMORY, Store, StoreBusy, StoreTooNew, StoreUnreadable
 from tests.support import store_files
@@ -189,7 +189,7 @@ async def test_a_marked_store_begins_a_new_epoch_until_its_grants_are_ended(make
     async with store_files.open_store(path) as (_, found):
         assert (found.marked, found.numbers.epoch, found.numbers.next_token) == (True, 2, 1)
         assert found.numbers.next_job == 2
-        assert files.read_epoch(path).epoch == 2
+        assert files.read_epoch(path) == 2
     async with store_files.open_store(path) as (
         store,
         found,
@@ -232,7 +232,7 @@ async def test_a_store_without_its_epoch_file_begins_a_new_epoch_and_keeps_its_g
     async with store_files.open_store(path) as (_, found):  # it may be a copy next to its original
         assert (found.marked, found.numbers.epoch, found.numbers.next_token) == (False, 2, 1)
         assert found.numbers.next_event == 5
-    assert files.read_epoch(path) == EpochFile(2, exists=True)
+    assert files.read_epoch(path) == 2
     async with store_files.open_store(path) as (_, found):
         assert found.numbers.epoch == 2
 

@@ -120,7 +120,7 @@ async def test_the_store_of_a_node_becomes_that_of_a_single_machine(path: str, i
         await leader.store.write(maker.any_batch(9))
     later = 1 << 30
     epoch = joining.leave(path, epoch=later, is_complete=is_complete)
-    assert epoch == later + 1 == read_epoch(path).epoch
+    assert epoch == later + 1 == read_epoch(path)
     async with store_files.open_store(path) as (store, opened):
         assert opened.marked == (not is_complete)
         assert (opened.numbers.epoch, opened.numbers.next_token) == (epoch + (not is_complete), 1)
