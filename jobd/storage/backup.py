@@ -254,6 +254,8 @@ def restore(file: str, path: str) -> str | None:
 
 
 def _check_and_copy(file: str, new: str) -> None:
+    if not os.path.exists(file):
+        raise StoreUnreadable(f"{file} does not exist")
     with startup.opened_read_only(file) as (source, _):
         migrations.check_meta(source, file)
         if has_tail(source):

@@ -16,13 +16,15 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
+import msgspec
+
 from jobd.journal.sqlite import SqliteJournal
 from jobd.model.job import LAST_EPOCH, SAFE_EPOCH, Job, PackedJob, epoch_seconds, new_epoch
 from jobd.model.storage import SPARE_BYTES, DiskFull, Numbers, OpenedStore, QueueRow, StoredResponse
 from jobd.storage import codec, database, files, store_file
 from jobd.storage.cluster import membership
 from jobd.storage.cluster.membership import Membership
-from jobd.storage.codec import META_COLUMNS, SQL, Row
+from jobd.storage.codec import SQL, Row
 from jobd.storage.connection import FunctionConnection, journal_mode, read_number
 from jobd.storage.damage import wal
 from jobd.storage.damage.quarantine import quarantine_jobs, undamaged_rows
@@ -100,10 +102,8 @@ def opened_alone(path: str) -> Iterator[sqlite3.Connection]:
 def opened_read_only(path: str) -> Iterator[tuple[sqlite3.Connection, int]]:
     """Yield a read-only connection to the store at `path`, to which nothing else writes, and its schema version.
 
-    Raises StoreTooNew, NotAStore, StoreUnreadable or DiskFull.
+    Raises FileNotFoundError, StoreTooNew, NotAStore, StoreUnreadable or DiskFull.
     """
-    if not os.path.exists(path):
-        raise StoreUnreadable(f"{path} does not exist")
     header = store_file.peek(path)
     store_file.check_version(path, header)
     with translated_errors(path), store_file.read_only(path) as conn:
@@ -229,13 +229,11 @@ def check_application_id(conn: sqlite3.Connection, path: str) -> None:
 
 def read_meta(conn: sqlite3.Connection, path: str) -> Database:
     """Return the database with the numbers and totals of its meta row. Raises StoreUnreadable."""
-    migrations.check_meta(conn, path)
-    row = conn.execute(f"SELECT {', '.join(META_COLUMNS)} FROM meta WHERE id = 1").fetchone()
-    _, epoch, next_token, next_job, next_event, lock_ms, wall_ms, suspect, *rest = row
-    *clock, live, live_xor, finished, finished_xor, marked, gone_to, projected_to = rest
-    numbers = Numbers(epoch, next_token, next_job, next_event, lock_ms, wall_ms, bool(suspect), *clock)
-    totals = (live, live_xor, finished, finished_xor)
-    return Database(conn, os.path.dirname(path) or ".", numbers, totals, marked, gone_to, projected_to)
+    meta = migrations.check_meta(conn, path)
+    numbers = msgspec.convert({name: meta[name] for name in Numbers.__struct_fields__}, Numbers, strict=False)
+    totals = (meta["live_count"], meta["live_xor"], meta["finished_count"], meta["finished_xor"])
+    places = (meta["marked"], meta["events_gone_to"], meta["projected_to"])
+    return Database(conn, os.path.dirname(path) or ".", numbers, totals, *places)
 
 
 def check_tail(conn: sqlite3.Connection, path: str) -> JournalTail:

@@ -14,7 +14,7 @@ from jobd.model.storage import DiskFull
 from jobd.storage import backup, files, startup, store_file
 from jobd.storage.connection import page_bytes
 from jobd.storage.database import lenient_text, now_ms, readable
-from jobd.storage.files import StoreBusy, StoreError
+from jobd.storage.files import StoreBusy, StoreError, StoreUnreadable
 from jobd.storage.offline import doctor
 from jobd.storage.schema import migrations
 
@@ -29,6 +29,8 @@ def restore(file: str, path: str) -> list[str]:
     _check_writable(path)
     files.check_not_held(path)
     used = files.read_epoch(path) or 0
+    if not os.path.exists(file):
+        raise StoreUnreadable(f"{file} does not exist")
     with startup.opened_read_only(file) as (source, version):
         size = sum(page_bytes(source))
         free = _check_space(path, size)

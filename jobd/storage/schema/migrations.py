@@ -90,12 +90,13 @@ def epoch_of(conn: sqlite3.Connection) -> int:
     return meta["epoch"]
 
 
-def check_meta(conn: sqlite3.Connection, path: str) -> None:
-    """Raise StoreUnreadable if the meta row is missing or damaged."""
+def check_meta(conn: sqlite3.Connection, path: str) -> dict[str, int]:
+    """Return the meta row. Raises StoreUnreadable if it is missing or damaged."""
     meta = read_meta(conn)
     error = "it is missing" if meta is None else fault(tuple(meta.values()))
-    if error is not None:
+    if meta is None or error is not None:
         raise StoreUnreadable(f"{path}: the meta row is unusable ({error}): restore a backup with `jobd restore`")
+    return meta
 
 
 def change_meta(conn: sqlite3.Connection, **values: int) -> None:

@@ -47,22 +47,17 @@ def upgrade(conn: sqlite3.Connection, path: str, version: int) -> None:
     copy = _complete_copy(conn, path, label)
     _check_space(conn, path, version, needs_copy=copy is None)
     began_s = time.monotonic()
-    log.info("migrating", path=path, from_version=version, to_version=migrations.VERSION, **_counts(conn))
+    meta = migrations.check_meta(conn, path)
+    counts = {  # jobs are not counted, because that reads an index which may be damaged
+        "jobs": meta["live_count"] + meta["finished_count"],
+        "events": read_number(conn, "SELECT count(*) FROM events"),
+    }
+    log.info("migrating", path=path, from_version=version, to_version=migrations.VERSION, **counts)
     if copy is None:
         copy = copy_next_to(conn, path, label)
     with _reporting(conn, path):
         migrations.migrate(conn, version)
     log.info("migrated", path=path, kept=copy, duration_s=round(time.monotonic() - began_s, 1))
-
-
-def _counts(conn: sqlite3.Connection) -> dict[str, int]:
-    """Return the number of jobs and events. Jobs are not counted, because that reads an index which may be damaged."""
-    meta = migrations.read_meta(conn)
-    assert meta is not None
-    return {
-        "jobs": meta["live_count"] + meta["finished_count"],
-        "events": read_number(conn, "SELECT count(*) FROM events"),
-    }
 
 
 def _shorten_log(conn: sqlite3.Connection) -> None:
