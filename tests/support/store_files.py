@@ -48,6 +48,19 @@ def fill(directory: Path) -> Path:
     return name
 
 
+def omit_from_index(path: str, index: str, seq: int) -> None:
+    """Remove the entry of a row from a partial index of jobs."""
+    update = "UPDATE sqlite_schema SET sql = ? WHERE name = ?"
+    with edit_store(path) as conn:
+        conn.execute("PRAGMA writable_schema = ON")
+        (sql,) = conn.execute("SELECT sql FROM sqlite_schema WHERE name = ?", (index,)).fetchone()
+        conn.execute(update, (sql.replace("WHERE", f"WHERE seq <> {seq} AND"), index))
+    with edit_store(path) as conn:
+        conn.execute("REINDEX")
+        conn.execute("PRAGMA writable_schema = ON")
+        conn.execute(update, (sql, index))
+
+
 @contextlib.asynccontextmanager
 async def open_store(path: str, commit: CommitSetting = "auto") -> AsyncIterator[tuple[Store, OpenedStore]]:
     store, found = await Store.open(path, commit=commit)

@@ -50,6 +50,15 @@ class Process:
         await asyncio.wait([self.task])
 
 
+async def replaced(server: MemoryServer, alive_s: float = 0.1, pause_s: float = 0) -> Process:
+    """Return the second process of a node whose first one has ended."""
+    old = Process(server, entry("a", "p-1"))
+    await seconds(alive_s)
+    await old.stop()
+    await seconds(pause_s)
+    return Process(server, entry("a", "p-2"))
+
+
 def view(process: Process, at: Position = FOLLOWS, *, require_sync: bool = True) -> ClusterView:
     return cluster_view(process.registry, at, node="b", journal="main", lease_ms=3_000, require_sync=require_sync)
 
@@ -197,11 +206,7 @@ async def test_a_node_that_cannot_follow_announces_its_format(server: MemoryServ
 
 @in_virtual_time
 async def test_a_process_that_was_restarted_gets_its_name_back(server: MemoryServer) -> None:
-    old = Process(server, entry("a", "p-1"))
-    await seconds(0.1)
-    await old.stop()
-    await seconds(1)
-    new = Process(server, entry("a", "p-2"))
+    new = await replaced(server, pause_s=1)
     await seconds(2 * EVERY_S)
     assert [node.process for node in new.registry.nodes] == ["p-1"]
     await seconds(3 * EVERY_S)
@@ -213,11 +218,8 @@ async def test_a_process_that_was_restarted_gets_its_name_back(server: MemorySer
 async def test_a_restarted_process_is_not_a_duplicate_if_the_clock_of_the_server_steps_back(
     server: MemoryServer,
 ) -> None:
-    old = Process(server, entry("a", "p-1"))
-    await seconds(3)
-    await old.stop()
+    new = await replaced(server, alive_s=3)
     server.now_ms = lambda: loop_ms() - 3_600_000
-    new = Process(server, entry("a", "p-2"))
     await seconds(5 * EVERY_S)
     assert (new.duplicates, new.registry.problem) == ([], None)
     assert [node.process for node in new.registry.nodes] == ["p-2"]
@@ -225,10 +227,7 @@ async def test_a_restarted_process_is_not_a_duplicate_if_the_clock_of_the_server
 
 @in_virtual_time
 async def test_the_last_write_of_a_killed_process_makes_no_duplicate(server: MemoryServer) -> None:
-    old = Process(server, entry("a", "p-1"))
-    await seconds(0.1)
-    await old.stop()
-    new = Process(server, entry("a", "p-2"))
+    new = await replaced(server)
     await seconds(0.1)
     await MemorySharedJournal(server).register(entry("a", "p-1"))
     await seconds(5 * EVERY_S)
@@ -238,10 +237,7 @@ async def test_the_last_write_of_a_killed_process_makes_no_duplicate(server: Mem
 
 @in_virtual_time
 async def test_a_restarted_process_is_not_a_duplicate_while_the_journal_is_slow(server: MemoryServer) -> None:
-    old = Process(server, entry("a", "p-1"))
-    await seconds(0.1)
-    await old.stop()
-    new = Process(server, entry("a", "p-2"))
+    new = await replaced(server)
     waits_s = [0.0, 0.0, 0.0, 0.0, 0.4, 0.4, 0.4, 0.4]  # before and after the calls
 
     async def be_slow(call: str) -> None:

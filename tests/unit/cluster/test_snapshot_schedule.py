@@ -200,16 +200,21 @@ async def test_another_node_that_is_writing_is_not_disturbed(server: MemoryServe
     assert (node.copies > 0, server.snapshots) == (True, {})
 
 
+@pytest.mark.parametrize(
+    ("error", "level"),
+    [(DiskFull("the disk is full"), "warning"), (OSError(errno.EMFILE, "Too many open files"), "error")],
+)
 @in_virtual_time
-async def test_a_failure_is_logged_and_tried_again(server: MemoryServer) -> None:
+async def test_a_failure_is_logged_and_tried_again(server: MemoryServer, error: Exception, level: str) -> None:
     node = Node(server, "b")
     node.append(10)
     with capture_logs() as logs:
-        node.error = DiskFull("the disk is full")
+        node.error = error
         await seconds(11)
         node.error = None
         await seconds(11)
-    assert [line["event"] for line in logs] == ["snapshot_failed", "snapshot_written"]
+    found = [(line["event"], line["log_level"]) for line in logs]
+    assert found == [("snapshot_failed", level), ("snapshot_written", "info")]
 
 
 @in_virtual_time
@@ -246,21 +251,6 @@ async def test_a_snapshot_of_the_future_does_not_delay_the_next_one() -> None:
     node.append(10)
     await seconds(40)
     assert list(server.snapshots) == [10, 20]
-
-
-@in_virtual_time
-async def test_an_unexpected_error_is_logged_and_tried_again(server: MemoryServer) -> None:
-    node = Node(server, "b")
-    node.append(10)
-    with capture_logs() as logs:
-        node.error = OSError(errno.EMFILE, "Too many open files")
-        await seconds(11)
-        node.error = None
-        await seconds(11)
-    assert [(line["event"], line["log_level"]) for line in logs] == [
-        ("snapshot_failed", "error"),
-        ("snapshot_written", "info"),
-    ]
 
 
 @in_virtual_time

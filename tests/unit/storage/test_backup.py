@@ -383,11 +383,6 @@ async def test_a_store_held_by_another_program_is_not_touched(path: str, copy: s
         assert not found.marked
 
 
-def fill(place: Path) -> None:
-    with open(place / "filler", "wb") as filler:
-        os.posix_fallocate(filler.fileno(), 0, os.statvfs(place).f_bavail * 4096)
-
-
 async def test_a_copy_never_fills_the_disk_of_the_store(small_disk: Path, copy: str) -> None:
     path = str(small_disk / "jobd.db")
     maker = await store_files.make_store(path)
@@ -416,10 +411,10 @@ async def test_a_restore_without_disk_space_leaves_the_store(small_disk: Path, c
     path = str(small_disk / "jobd.db")
     await store_files.make_store(copy)
     maker = await store_files.make_store(path)
-    fill(small_disk)
+    filler = store_files.fill(small_disk)
     with pytest.raises(DiskFull):
         restore(copy, path)
-    store_files.remove(str(small_disk / "filler"))
+    filler.unlink()
     await store_files.assert_store_holds(path, maker)
 
 

@@ -18,27 +18,15 @@ from jobd.storage.codec import fault
 from jobd.storage.store import Store
 from tests.support.factories import NOW, ChangeFactory
 from tests.support.memory_storage import MemoryStorage
-from tests.support.store_files import edit_store, flip, make_store, open_store
+from tests.support.store_files import edit_store, fill, flip, make_store, open_store
 
 
 def made(id_: int, endpoint: str = "e", **fields: Any) -> Delivery:
-    values: dict[str, Any] = {
-        "state": "waiting",
-        "subject": "jobs/a",
-        "type": "job.failed",
-        "event_id": f"evt_{id_}",
-        "seq": id_,
-    }
-    values |= {
-        "at": NOW,
-        "due_at": NOW,
-        "tries": 0,
-        "ended_at": None,
-        "status": None,
-        "error": None,
-        "body": b'{"a":1}',
-    }
-    return Delivery(id_, endpoint, **(values | fields))
+    event_id = f"evt_{id_}"
+    new = Delivery(
+        id_, endpoint, "waiting", "jobs/a", "job.failed", event_id, id_, NOW, NOW, 0, None, None, None, b'{"a":1}'
+    )
+    return replace(new, **fields)
 
 
 async def planned(store: OutboxStorage, *deliveries: Delivery, name: str = "e", position: int = 9) -> None:
@@ -234,8 +222,7 @@ async def test_known_endpoints_start_on_a_full_disk(maker: ChangeFactory, small_
     async with open_store(str(small_disk / "jobd.db")) as (store, _):
         await store.open_outbox(["e"], NOW)
         await planned(store, made(1), position=3)
-        filler = small_disk / "filler"
-        fill(filler)
+        filler = fill(small_disk)
         with contextlib.suppress(DiskFull):
             while True:
                 await store.write(maker.any_batch(50))
@@ -245,13 +232,6 @@ async def test_known_endpoints_start_on_a_full_disk(maker: ChangeFactory, small_
         filler.unlink()
         outbox = await store.open_outbox(["e", "f"], NOW + 2 * DAY_MS)
         assert outbox.cursors["f"].updated_at == NOW + 2 * DAY_MS
-
-
-def fill(name: Path) -> None:
-    """Fill the disk."""
-    with contextlib.suppress(OSError), open(name, "wb", buffering=0) as file:
-        while True:
-            file.write(b"x" * 4096)
 
 
 async def test_a_damaged_delivery_is_quarantined_and_blocks_nothing(path: str) -> None:

@@ -53,6 +53,11 @@ class Node:
         assert await self.journal.take_over(head, holder=self.path, url=self.path, epoch=head.epoch + 1) is not None
         self.store.lead(self.journal.append, lambda format: "old" if self.format < format else None)
 
+    async def write(self, maker: ChangeFactory, count: int = 1, jobs: int = 1) -> None:
+        """Write batches that create jobs."""
+        for _ in range(count):
+            await self.store.write(maker.batch([maker.create() for _ in range(jobs)]))
+
     async def catch_up(self, limit: int = 7) -> None:
         while records := await self.journal.read(self.store._projection.last, limit):
             await self.store.follow(records)
@@ -282,9 +287,7 @@ async def test_a_standby_does_not_write(path: str, server: MemoryServer) -> None
 
 async def test_a_gap_and_a_damaged_record_are_rejected(path: str, server: MemoryServer) -> None:
     async with leading(path, server) as leader:
-        maker = ChangeFactory()
-        for _ in range(4):
-            await leader.store.write(maker.batch([maker.create()]))
+        await leader.write(ChangeFactory(), 4)
     async with following(f"{path}.other", server) as node:
         with pytest.raises(BadRecord, match="record 2 of the journal is missing"):
             await node.store.follow([server.records[0], server.records[2]])
@@ -318,7 +321,7 @@ async def test_a_power_failure_that_tears_a_slice_loses_nothing(path: str, serve
     maker, other, log = ChangeFactory(), f"{path}.other", f"{path}.other-wal"
     async with leading(path, server) as leader, following(other, server) as node:
         for number in range(4):
-            await leader.store.write(maker.batch([maker.create() for _ in range(200)]))
+            await leader.write(maker, jobs=200)
             await node.catch_up()
             await node.store.finish_upkeep()
             if number == 0:
@@ -425,10 +428,8 @@ async def test_a_full_local_disk_rejects_batches_before_the_append(leader: Node,
 
 
 async def test_a_standby_with_a_full_disk_keeps_records_up_to_its_bound(path: str, server: MemoryServer) -> None:
-    maker = ChangeFactory()
     async with leading(path, server) as leader:
-        for _ in range(40):
-            await leader.store.write(maker.batch([maker.create() for _ in range(100)]))
+        await leader.write(ChangeFactory(), 40, jobs=100)
     async with following(f"{path}.other", server) as node:
         fail_commits(node.store._projection, sqlite3.SQLITE_FULL)
         with pytest.raises(DiskFull):
@@ -595,8 +596,7 @@ async def test_a_store_that_is_in_use_is_refused(path: str, server: MemoryServer
 
 async def test_a_store_ahead_of_its_journal_is_refused(maker: ChangeFactory, path: str, server: MemoryServer) -> None:
     async with leading(path, server) as leader:
-        for _ in range(3):
-            await leader.store.write(maker.batch([maker.create()]))
+        await leader.write(maker, 3)
     server.records.pop()
     server.head = replace(server.head, number=2)
     with pytest.raises(StoreAhead, match="has record 3, but the last record of the journal is 2") as error:
@@ -648,8 +648,7 @@ async def test_a_store_ahead_of_another_branch_is_made_again(path: str, server: 
     async with leading(path, server) as leader, following(other, server) as node:
         await leader.store.write(maker.batch([maker.create("a")]))
         await node.catch_up()
-        for _ in range(3):
-            await leader.store.write(maker.batch([maker.create()]))
+        await leader.write(maker, 3)
         assert await leader.store.is_on_branch(leader.journal)
         del server.records[1:]
         server.head = replace(server.head, number=1)
@@ -674,8 +673,7 @@ async def test_a_store_too_far_behind_starts_from_a_snapshot(path: str, server: 
         await leader.store.write(maker.batch([maker.create()]))
         async with following(other, server) as node:
             await node.catch_up()
-        for _ in range(5):
-            await leader.store.write(maker.batch([maker.create()]))
+        await leader.write(maker, 5)
         number = await snapshot_of(leader)
         await leader.store.write(maker.batch([maker.create()]))
         await leader.journal.trim(3)
@@ -689,10 +687,8 @@ async def test_a_store_too_far_behind_starts_from_a_snapshot(path: str, server: 
 
 
 async def test_without_a_usable_snapshot_a_trimmed_journal_is_an_error(path: str, server: MemoryServer) -> None:
-    maker = ChangeFactory()
     async with leading(path, server) as leader:
-        for _ in range(3):
-            await leader.store.write(maker.batch([maker.create()]))
+        await leader.write(ChangeFactory(), 3)
         await leader.journal.trim(2)
         server.snapshots[3] = ([b"no snapshot"], 0)
     with pytest.raises(StoreUnreadable, match="no usable snapshot and no first record"):
@@ -719,16 +715,14 @@ async def test_a_snapshot_with_records_that_the_journal_has_lost_is_not_taken(pa
         await leader.store.write(maker.batch([maker.create("a")]))
         await snapshot_of(leader)
         await node.catch_up()
-        for _ in range(2):
-            await leader.store.write(maker.batch([maker.create()]))
+        await leader.write(maker, 2)
         await snapshot_of(leader)
         del server.records[1:]
         server.head = replace(server.head, number=1)
         async with following(new, server) as ahead:
             assert ahead.opened.last_record == 1
         await node.lead()
-        for _ in range(3):
-            await node.store.write(maker.batch([maker.create()]))
+        await node.write(maker, 3)
     assert list(server.snapshots) == [1, 3]
     with capture_logs() as logs:
         async with following(path, server) as again:

@@ -151,9 +151,5 @@ async def test_an_unreadable_page_ends_only_its_table(path: str) -> None:
     async with open_store(path) as (store, _):
         counts, damaged = await scan_all(store)
         assert damaged["audit after 0"].startswith("rows cannot be read")
-        assert counts["jobs"] == rows_of_jobs(store)
-
-
-def rows_of_jobs(store: Store) -> int:
-    count: int = store._connection.raw.execute("SELECT count(*) FROM jobs").fetchone()[0]
-    return count
+        (jobs,) = store._connection.raw.execute("SELECT count(*) FROM jobs").fetchone()
+        assert counts["jobs"] == jobs

@@ -22,7 +22,7 @@ from jobd.model.journal import BadRecord, Record
 from jobd.model.storage import AuditEntry, AuditQuery, DiskFull, LateResultQuery, StoredResponse, Tombstone
 from jobd.storage import startup
 from jobd.storage.backup import finish_copy
-from jobd.storage.files import StoreBroken, StoreUnreadable, write_epoch
+from jobd.storage.files import StoreBroken, write_epoch
 from jobd.storage.startup import connect, start
 from jobd.storage.store import Store
 from jobd.storage.tables import projection as projections
@@ -30,7 +30,7 @@ from jobd.storage.tables.projection import Projection
 from tests.support.factories import OPTIONS, ChangeFactory, as_recorded
 from tests.support.memory_tables import MemoryTables
 from tests.support.projection_harness import EVERYTHING, Writer, content_of, differences, fail_commits
-from tests.support.store_files import edit_store, flip, job_of, leave_tail, open_store, remove, remove_quarantined
+from tests.support.store_files import flip, job_of, leave_tail, open_store, remove, remove_quarantined
 
 
 def restarted(path: str) -> MemoryTables:
@@ -89,33 +89,6 @@ def test_a_crash_at_any_moment_keeps_every_acknowledged_batch(
     opened.db.conn.set_trace_callback(None)
     for image, acknowledged in images:
         assert differences(states[acknowledged], restarted(image)) == [], f"{image} after {acknowledged} batches"
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_a_full_disk_delays_slices_and_hides_nothing(opened: Projection, path: str, seed: int) -> None:
-    writer = Writer(seed)
-    for _ in range(10):
-        writer.write(opened)
-    opened.project()
-    for _ in range(10):
-        writer.write(opened)
-    behind = opened.behind
-    fail_commits(opened, sqlite3.SQLITE_FULL)
-    with pytest.raises(DiskFull):
-        opened.project()
-    with pytest.raises(DiskFull):
-        opened.append(writer.maker.batch([]), 0)
-    assert opened.behind == behind
-    assert differences(writer.tables, read_now(opened)) == []
-    assert opened.behind == behind
-    opened.db.before_commit = lambda: None
-    for _ in range(3):
-        writer.write(opened)
-    opened.project()
-    assert opened.behind == 0
-    assert differences(writer.tables, read_now(opened)) == []
-    opened.db.conn.close()
-    assert differences(writer.tables, restarted(path)) == []
 
 
 def test_too_many_pending_records_stop_the_next_append(opened: Projection, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,26 +153,6 @@ def test_a_commit_of_unknown_outcome_breaks_the_store(opened: Projection, act: s
         opened.append(writer.batch(), 0)
     with pytest.raises(StoreBroken):
         opened.read(lambda: None)
-
-
-@pytest.mark.parametrize(
-    ("damage", "reason"),
-    [
-        ("DELETE FROM journal WHERE number = 2", "record 2 of the journal is missing"),
-        ("UPDATE journal SET body = zeroblob(9) WHERE number = 2", "record 2 of the journal is damaged"),
-        ("UPDATE journal SET first_event = first_event + 1 WHERE number = 2", "record 2 of the journal is damaged"),
-        ("UPDATE journal SET number = 9 WHERE number = 3", "record 3 of the journal is missing"),
-    ],
-)
-def test_a_record_that_cannot_be_read_stops_the_start(opened: Projection, path: str, damage: str, reason: str) -> None:
-    writer = Writer(0)
-    for _ in range(3):
-        writer.write(opened)
-    opened.db.conn.close()
-    with edit_store(path) as conn:
-        conn.execute(damage)
-    with pytest.raises(StoreUnreadable, match=f"{reason}.*--cut-journal"):
-        restarted(path)
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -111,12 +111,8 @@ def test_pruning_stops_within_a_job_and_goes_on_later(path: str, monkeypatch: py
     created = [maker.create("a"), maker.create("b")]
     projection.append(maker.batch([*created, *(maker.delete(job_of(each)) for each in created)]), 0)
     projection.project()
-    for limit, pruned, left in ((1, 1, 2), (2, 2, 1), (5, 1, 0), (5, 0, 0)):
-        write, count = table_writes.plan_pruning(projection.db, NOW + 10_000, limit)
-        assert count == pruned
-        if write is not None:
-            projection.append(write)
-        projection.project()
+    for limit, count, left in ((1, 1, 2), (2, 2, 1), (5, 1, 0), (5, 0, 0)):
+        assert pruned(projection, NOW + 10_000, limit) == count
         assert projection.db.conn.execute("SELECT count(*) FROM deleted_jobs").fetchone() == (left,)
     projection.db.conn.close()
 
