@@ -13,6 +13,7 @@ import secrets
 import stat
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
 from functools import partial
 from hashlib import blake2b
 from pathlib import Path
@@ -22,9 +23,7 @@ from typing import Any, Final, TypeVar
 from jobd.storage.artifacts.base import ArtifactReader, ArtifactStoreError, Deletion, Judge, kept
 
 T = TypeVar("T")
-Undo = Callable[[Any], None]
-# The future of the caller (or None), the work, and an undo for its result if the caller was cancelled.
-CallQueue = SimpleQueue[tuple[asyncio.Future[Any] | None, Callable[[], Any], Undo] | None]
+CallQueue = SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None]
 
 MAX_QUEUED: Final = 100  # calls in the queue of the thread
 
@@ -32,10 +31,6 @@ MAX_QUEUED: Final = 100  # calls in the queue of the thread
 _DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _OBJECT: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # a pipe must not block
 _PROBE: Final = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
-
-
-def _no_undo(_: object) -> None:
-    pass
 
 
 class FileArtifactStore:
@@ -51,7 +46,7 @@ class FileArtifactStore:
         self._thread = threading.Thread(target=_run_calls, args=(self._calls,), name="artifacts", daemon=True)
 
     async def open(self, key: str) -> ArtifactReader | None:
-        opened = await self.run(lambda: self._open(key), _close)
+        opened = await self.run(lambda: self._open(key), undo=_close)
         if opened is None:
             return None
         handle, size = opened
@@ -59,7 +54,7 @@ class FileArtifactStore:
             f"{self.place}: a file",
             size,
             lambda start, end: self.run(lambda: os.pread(handle, end - start, start)),
-            close=lambda: self._calls.put((None, partial(os.close, handle), _no_undo)),  # after pending reads
+            close=lambda: self._calls.put((Future(), partial(os.close, handle))),  # after pending reads
         )
 
     async def delete(self, key: str, judge: Judge) -> Deletion:
@@ -72,21 +67,28 @@ class FileArtifactStore:
         """Ask the thread to end. Does not wait."""
         self._calls.put(None)
 
-    async def run(self, work: Callable[[], T], undo: Callable[[T], None] = _no_undo) -> T:
+    async def run(self, work: Callable[[], T], *, undo: Callable[[T], object] = lambda result: None) -> T:
         """Run `work` in the thread. Raises its errors, and ArtifactStoreError for an OSError or a full queue.
 
-        If the caller was cancelled, `undo` gets the result.
+        If the caller was cancelled, `undo` gets the result, in the thread.
         """
         if self._calls.qsize() >= MAX_QUEUED:
             raise ArtifactStoreError(f"{self.place} does not respond: {MAX_QUEUED} calls are waiting.")
         if self._thread.ident is None:
             self._thread.start()
-        future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
-        self._calls.put((future, work, undo))
+        future: Future[T] = Future()
+        self._calls.put((future, work))
         try:
-            return await future
+            return await asyncio.wrap_future(future)
+        except asyncio.CancelledError:
+            future.add_done_callback(lambda done: self._undo(done, undo))
+            raise
         except OSError as error:
             raise ArtifactStoreError(f"{self.place}: {error.strerror or error}") from error
+
+    def _undo(self, done: Future[T], undo: Callable[[T], object]) -> None:
+        if not done.cancelled() and done.exception() is None:
+            self._calls.put((Future(), partial(undo, done.result())))
 
     # -- in the thread ------------------------------------------------------------------------------------------------
 
@@ -217,34 +219,15 @@ def _close(opened: tuple[int, int] | None) -> None:
 def _run_calls(calls: CallQueue) -> None:
     """Run the queued calls in order until None arrives. This is the target of the thread."""
     while (call := calls.get()) is not None:
-        future, work, undo = call
-        if future is not None and future.cancelled():
+        future, work = call
+        if not future.set_running_or_notify_cancel():
             continue
-        result, error = None, None
         try:
             result = work()
-        except BaseException as raised:
-            error = raised
-        if future is None or (error is not None and future.cancelled()):
-            continue
-        if future.cancelled():
-            with contextlib.suppress(OSError):
-                undo(result)
+        except BaseException as error:
+            future.set_exception(error)
         else:
-            with contextlib.suppress(RuntimeError):  # the loop is closed because the process ends
-                future.get_loop().call_soon_threadsafe(_set_outcome, calls, future, result, error, undo)
-
-
-def _set_outcome(
-    calls: CallQueue, future: asyncio.Future[Any], result: Any, error: BaseException | None, undo: Undo
-) -> None:
-    if future.cancelled():
-        if error is None:
-            calls.put((None, partial(undo, result), _no_undo))
-    elif error is None:
-        future.set_result(result)
-    else:
-        future.set_exception(error)
+            future.set_result(result)
 
 
 def _delete_in(folder: int, name: str, judge: Judge) -> Deletion:
