@@ -177,10 +177,7 @@ async def _last_event(journal: SharedJournal, path: str, number: int) -> int:
 
 
 def write_file(loss: JournalLoss) -> int:
-    """Write the jobs of the store that the journal lacks or has in another state. Return their number.
-
-    The lines are those of `jobctl export`.
-    """
+    """Write the jobs that the journal lacks or has in another state, as `jobctl export` does. Return their number."""
     new = f"{loss.file}.new"
     Path(new).unlink(missing_ok=True)
     files.create_private(new)

@@ -107,10 +107,7 @@ class NodeRegistry:
             await self._read_nodes()
 
     async def announce(self) -> None:
-        """Write the entry of a node that leads, or cannot follow: leaders then write records that it reads.
-
-        Raises NodeTooOld.
-        """
+        """Write the entry of a node that leads or cannot follow, so leaders write what it reads. Raises NodeTooOld."""
         with contextlib.suppress(JournalUnavailable):
             await self._journal.register(self._describe())
 

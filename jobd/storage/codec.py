@@ -387,10 +387,7 @@ def json_value(value: Any) -> Any:
 
 
 def job_from_text(text: str) -> Row:
-    """Return the row of a result of `job_as_text`, without the checksum.
-
-    Raises Unreadable if it is not such JSON or lacks a column.
-    """
+    """Return the row of a result of `job_as_text`, without checksum. Raises Unreadable if it is not one."""
     try:
         fields = _decode_fields(text)
         fields.pop("crc", None)

@@ -76,7 +76,7 @@ class StoreBroken(StoreError):
     exit_code = 74
 
 
-class FileLock:
+class FileLock(contextlib.AbstractContextManager["FileLock"]):
     """An exclusive lock on a store, held through an open `<path>.lock`. It ends with the process; the file remains."""
 
     def __init__(self, path: str) -> None:
@@ -99,9 +99,6 @@ class FileLock:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
-
-    def __enter__(self) -> FileLock:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.release()
@@ -262,10 +259,7 @@ def replace(path: str, content: bytes, like: str | None = None) -> None:
 
 
 def give_to_owner(name: str, path: str) -> None:
-    """Give the file `name` to the owner of the store at `path`, or of its directory, if root has written it.
-
-    The daemon runs as that user.
-    """
+    """Give a file that root has written to the daemon's user: the owner of the store at `path`, or of its directory."""
     if os.geteuid() == 0:
         model = _owner(path)
         os.chown(name, model.st_uid, model.st_gid, follow_symlinks=False)
@@ -278,10 +272,7 @@ def _owner(path: str) -> os.stat_result:
 
 @contextlib.contextmanager
 def keeping_owner(path: str) -> Iterator[None]:
-    """Keep the owner of the store at `path`, or that of its directory, if root writes it.
-
-    The daemon runs as that user.
-    """
+    """If root writes the store at `path`, keep its owner, or that of its directory: the daemon's user."""
     model = _owner(path)
     try:
         yield

@@ -448,10 +448,7 @@ def reports(db: database.Database, limit: int) -> list[bytes]:
 
 
 def due_tombstones(db: database.Database, now: int, limit: int) -> storage.DueTombstones:
-    """See Storage.due_tombstones.
-
-    Skips damaged tombstones that cannot be quarantined, up to a few hundred.
-    """
+    """See Storage.due_tombstones. Skips damaged tombstones that cannot be quarantined, up to a few hundred."""
     db.check()
     damaged_seqs: set[int] = set()
     unmoved: set[int] = set()

@@ -173,10 +173,7 @@ def start(conn: sqlite3.Connection, path: str, cluster_id: str | None = None) ->
 
 
 def identify(conn: sqlite3.Connection, path: str, cluster_id: str | None) -> Database:
-    """Migrate the schema, and return the tables with their membership. A new store becomes a member of its cluster.
-
-    Raises WrongCluster.
-    """
+    """Migrate the schema, and return the tables with their membership, which a new store gets. Raises WrongCluster."""
     prepare_schema(conn, path)
     db = read_meta(conn, path)
     found = membership.read(conn)

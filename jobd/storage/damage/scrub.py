@@ -40,10 +40,7 @@ class Slice(Struct):
 
 
 def check_slice(db: Database, cursor: str | None) -> CheckedRows | None:
-    """Check the rows after `cursor` (TABLE:ROWID, or TABLE: for its first row).
-
-    An unreadable page is reported and ends the table.
-    """
+    """Check the rows after `cursor` (TABLE:ROWID, or TABLE: for its first row). An unreadable page ends the table."""
     table, _, after_text = (cursor or f"{TABLES[0]}:").partition(":")
     if table not in TABLES:
         return None
