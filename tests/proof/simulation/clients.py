@@ -31,7 +31,7 @@ from jobd.model.commands import (
 from jobd.model.errors import ApiError
 from jobd.model.job import SECOND_MS
 from jobd.model.responses import GrantView, Response
-from tests.proof.simulation.machine import Machine
+from tests.proof.simulation.machine import Machine, SimCall
 from tests.proof.simulation.requests import RequestGenerator
 from tests.support.calls import CALLS
 
@@ -95,9 +95,7 @@ class SimClient:
                 self.dice.choice((800, 800, 100, 1))
             )  # ideally while the batch is written
         unread = self.has("response not read", 0.08)
-        return await self.machine.call(
-            self.name, command, by=by, admin=self.admin, key=key, disconnect_after_s=hang_up_s, unread=unread
-        )
+        return await self.machine.call(SimCall(self.name, command, by, self.admin, key, hang_up_s, unread))
 
     def _key(self, command: AnyCommand) -> IdempotencyKey | None:
         """Return a new key, or by mistake one that another client used for the same path."""
@@ -141,12 +139,12 @@ class SimOperator(SimClient):
             # `dry_run` of a TakeBack is drawn with the command, and an ImportCheck always is one.
             may_be_dry = "dry_run" in command.__struct_fields__ and not isinstance(command, TakeBack)
             if may_be_dry and self._careful is not None and self._careful.random() < 0.4:
-                await self.machine.call(self.name, replace(command, dry_run=True), by="admin", admin=True)
+                await self.machine.call(SimCall(self.name, replace(command, dry_run=True), "admin", admin=True))
             await self.ask(command)
         elif roll < 0.85:
             await self.ask(self.requests.read())
         elif roll < 0.9:
-            await self.machine.call("cleanup", self.requests.maintenance(self.machine.wall()), by="cleanup")
+            await self.machine.call(SimCall("cleanup", self.requests.maintenance(self.machine.wall()), "cleanup"))
         else:
             await self._run_maintenance(roll)
 

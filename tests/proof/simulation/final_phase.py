@@ -28,7 +28,7 @@ from jobd.model.fields import MAX_PAGE
 from jobd.model.job import DAY_MS, SECOND_MS
 from jobd.model.responses import CleanupReport, GrantView, Response
 from tests.proof.simulation.invariants import is_overdue
-from tests.proof.simulation.machine import Machine, SimDaemon
+from tests.proof.simulation.machine import Machine, SimCall, SimDaemon
 
 READY_S: Final = 2.0
 ALL_TIME_S: Final = 3 * 3_600.0  # longer than any lock, progress timeout or delay of a scenario
@@ -112,7 +112,7 @@ class FinalPhase:
     async def _keep_asking(self) -> None:
         while True:
             await asyncio.sleep(1.3)
-            await self.machine.call(WHO, Stats())
+            await self.machine.call(SimCall(WHO, Stats()))
 
     async def _finish_all_jobs(self, daemon: SimDaemon) -> None:
         """L3: every job is granted once a worker claims its queue. Overdue jobs are left to recovery."""
@@ -212,7 +212,7 @@ class FinalPhase:
         return report
 
     async def _yes(self, command: AnyCommand, *, admin: bool = False) -> Response | None:
-        response = await self.machine.call(WHO, command, admin=admin)
+        response = await self.machine.call(SimCall(WHO, command, admin=admin))
         if isinstance(response, ApiError) and not self._may_reject(response):
             job_id = getattr(command, "id", None)
             self.watch.fail("L3", f"{type(command).__name__} was rejected without a fault: {response.code}", job_id)

@@ -14,6 +14,7 @@ from random import Random
 from typing import Any, Final
 
 import msgspec
+from msgspec import Struct
 
 from jobd.core.state import State
 from jobd.daemon import STOP_S
@@ -64,6 +65,18 @@ def own_tasks(loop: asyncio.AbstractEventLoop, coro: Coroutine[Any, Any, Any], *
     if tasks is not None:
         tasks.append(task)
     return task
+
+
+class SimCall(Struct, frozen=True):
+    """A request of the client `who`, which disconnects `disconnect_after_s`. `unread`: its response is lost."""
+
+    who: str
+    command: AnyCommand
+    by: str = "client"
+    admin: bool = False
+    key: IdempotencyKey | None = None
+    disconnect_after_s: float | None = None
+    unread: bool = False
 
 
 class SimConnection:
@@ -252,66 +265,34 @@ class Machine(Host):
 
     # -- connections --------------------------------------------------------------------------------------------------
 
-    async def call(
-        self,
-        who: str,
-        command: AnyCommand,
-        *,
-        by: str = "client",
-        admin: bool = False,
-        key: IdempotencyKey | None = None,
-        disconnect_after_s: float | None = None,
-        unread: bool = False,
-    ) -> Response | ApiError | None:
-        """Send a command and return its response; None if none came. `hang_up_s`: the caller disconnects then.
-
-        `unread`: the response is sent and lost on the way.
-        """
+    async def call(self, sent: SimCall) -> Response | ApiError | None:
+        """Send a command and return its response; None if none came."""
         daemon = self.daemon
-        if daemon is None or not daemon.is_open:
-            return None
-        return await self._send(daemon, who, command, by, admin, key, disconnect_after_s, unread)
+        return None if daemon is None or not daemon.is_open else await self._send(daemon, sent)
 
-    async def _send(
-        self,
-        daemon: SimDaemon,
-        who: str,
-        command: AnyCommand,
-        by: str,
-        admin: bool,
-        key: IdempotencyKey | None,
-        disconnect_after_s: float | None,
-        unread: bool,
-    ) -> Response | ApiError | None:
-        command = msgspec.structs.replace(command)  # a new request, even if it repeats another
-        connection = SimConnection(who, self.loop)
+    async def _send(self, daemon: SimDaemon, sent: SimCall) -> Response | ApiError | None:
+        command = msgspec.structs.replace(sent.command)  # a new request, even if it repeats another
+        connection = SimConnection(sent.who, self.loop)
         daemon.connections[connection] = None
-        self.note("request", who, type(command).__name__, command, key and key.digest)
-        handler = daemon.spawn(self._handle(daemon, connection, command, by, admin, key))
-        if disconnect_after_s is not None:
-            self.loop.call_later(disconnect_after_s, self._disconnect, connection, handler)
+        self.note("request", sent.who, type(command).__name__, command, sent.key and sent.key.digest)
+        handler = daemon.spawn(self._handle(daemon, connection, command, sent))
+        if sent.disconnect_after_s is not None:
+            self.loop.call_later(sent.disconnect_after_s, self._disconnect, connection, handler)
         try:
             response = await connection.reply
         finally:
             daemon.connections.pop(connection, None)
-        if response is None or unread:
+        if response is None or sent.unread:
             return None
         outcome = response.code if isinstance(response, ApiError) else "yes"
-        self.note("response", who, type(command).__name__, getattr(command, "id", None), outcome)
+        self.note("response", sent.who, type(command).__name__, getattr(command, "id", None), outcome)
         return response
 
-    async def _handle(
-        self,
-        daemon: SimDaemon,
-        connection: SimConnection,
-        command: AnyCommand,
-        by: str,
-        admin: bool,
-        key: IdempotencyKey | None,
-    ) -> None:
+    async def _handle(self, daemon: SimDaemon, connection: SimConnection, command: AnyCommand, sent: SimCall) -> None:
         """Handle a request like the HTTP layer: ask the actor, then respond or report an undelivered response."""
         size = 100 if self.scenario.bounds.inflight_bytes < 1000 else 0
-        operator = Operator("", "simulated") if admin else None
+        operator = Operator("", "simulated") if sent.admin else None
+        by, admin, key = sent.by, sent.admin, sent.key
         self.monitor.note_request(command)
         try:
             response = await daemon.actor.ask(command, by=by, admin=admin, key=key, size=size, operator=operator)

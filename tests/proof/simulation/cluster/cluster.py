@@ -12,12 +12,12 @@ from contextlib import contextmanager
 from typing import Any, Final
 
 import pytest
+from msgspec.structs import replace
 
 from jobd.cluster import snapshot_schedule, standby
 from jobd.cluster.leadership import Leadership
 from jobd.cluster.warm_state import WarmState
 from jobd.core.state import State
-from jobd.model.commands import AnyCommand, IdempotencyKey
 from jobd.model.errors import ApiError
 from jobd.model.journal import Record
 from jobd.model.responses import Response
@@ -27,7 +27,7 @@ from tests.proof.simulation.cluster.scenario import ClusterOptions
 from tests.proof.simulation.cluster.server import SimServer
 from tests.proof.simulation.cluster.webhooks import Receiver
 from tests.proof.simulation.loop import InlineExecutor, SimLoop
-from tests.proof.simulation.machine import Machine, SimDaemon
+from tests.proof.simulation.machine import Machine, SimCall, SimDaemon
 from tests.proof.simulation.monitor import Monitor
 from tests.proof.simulation.scenario import Scenario
 from tests.proof.simulation.trace import Trace
@@ -267,18 +267,9 @@ class Cluster(Machine):
 
     # -- clients
 
-    async def call(
-        self,
-        who: str,
-        command: AnyCommand,
-        *,
-        by: str = "client",
-        admin: bool = False,
-        key: IdempotencyKey | None = None,
-        disconnect_after_s: float | None = None,
-        unread: bool = False,
-    ) -> Response | ApiError | None:
+    async def call(self, sent: SimCall) -> Response | ApiError | None:
         """Send a command to the node that a client takes for the leader, and to others while nothing was done."""
+        who, command = sent.who, sent.command
         if not any(node.is_serving and node.is_in_reach for node in self.nodes):
             await asyncio.sleep(HOPS * HOP_S)
             return None
@@ -291,8 +282,8 @@ class Cluster(Machine):
                 continue
             was_deposed = not self.leads(node)
             waits_s = CLIENT_WAITS_S + getattr(command, "wait_ms", 0) / 1000
-            waits_s = waits_s if disconnect_after_s is None else min(disconnect_after_s, waits_s)
-            response = await self._send(daemon, who, command, by, admin, key, waits_s, unread)
+            waits_s = waits_s if sent.disconnect_after_s is None else min(sent.disconnect_after_s, waits_s)
+            response = await self._send(daemon, replace(sent, disconnect_after_s=waits_s))
             if response is None:
                 self._routes[who] += not node.is_serving
                 return None
