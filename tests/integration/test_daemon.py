@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import http.client
-import re
 import shutil
 import signal
 import socket
@@ -30,18 +29,6 @@ from tests.support.forked_process import ForkedDaemon
 
 
 @pytest.mark.slow
-def test_listeners_close_before_the_actor_and_the_store_last(tmp_path: Path) -> None:
-    with ForkedDaemon(tmp_path, variant="reported_stop") as daemon:
-        daemon.post("/v1/jobs", {"id": "a"})
-        assert daemon.stop() == 0
-        found = re.findall(rb"^(begins|ended): (\w+)$", daemon.log, re.M)
-        order = [b" ".join(each).decode() for each in found]
-    assert order[-3:] == ["begins actor", "begins store", "ended store"], order
-    listeners = order[:-3]  # of the worker API and of the admin API
-    assert sorted(listeners) == ["begins listener"] * 2 + ["ended listener"] * 2, order
-
-
-@pytest.mark.slow
 def test_no_lock_expires_while_the_daemon_stops(tmp_path: Path) -> None:
     """A slow request delays the stop for longer than a lock lasts."""
     with ForkedDaemon(tmp_path, '[cleanup]\nrecover_every = "1s"\n') as daemon, closing(daemon.worker()) as slow:
@@ -49,10 +36,10 @@ def test_no_lock_expires_while_the_daemon_stops(tmp_path: Path) -> None:
         slow.connect()
         slow.sock.sendall(b"POST /v1/jobs HTTP/1.1\r\nHost: jobd\r\nContent-Type: application/json\r\n")
         slow.sock.sendall(b"Content-Length: 14\r\n\r\n{")
-        grant = daemon.post("/v1/jobs/a/start", {"worker": "w-1", "lock_ttl_ms": 5000, "stall_after_ms": 0}).data
+        grant = daemon.post("/v1/jobs/a/start", {"worker": "w-1", "lock_ttl_ms": 2500, "stall_after_ms": 0}).data
         daemon.process.terminate()
         daemon.wait_for_log(b"event=stopping")
-        time.sleep(6.5)  # the lock would have expired, and recovery have run
+        time.sleep(4)  # the lock would have expired, and recovery have run
         slow.sock.sendall(b'"id": "slow"}')
         assert b" 201 " in slow.sock.recv(1000)
         assert daemon.process.wait() == 0
@@ -341,18 +328,6 @@ def creating_a_job(daemon: ForkedDaemon, fault: str) -> Iterator[Future[DaemonRe
         finally:
             strace.terminate()
             strace.stderr.read()
-
-
-@pytest.mark.slow
-def test_requests_wait_for_a_slow_inline_commit_and_succeed(tmp_path: Path) -> None:
-    """The first slow commit is always in the event loop."""
-    with ForkedDaemon(tmp_path, '[store]\ncommit = "inline"\n') as daemon:
-        with creating_a_job(daemon, "delay_enter=2s:when=1") as pending:
-            assert daemon.get("/healthz").status == 200
-            assert pending.result().status == 201
-            assert daemon.get("/v1/jobs/a").data["status"] == "queued"
-        assert daemon.admin("GET", "health").status == 200
-        assert daemon.stop() == 0, daemon.log.decode()
 
 
 @pytest.mark.slow

@@ -91,6 +91,10 @@ async def test_notifying_does_not_block_the_loop(manager: socket.socket) -> None
     assert manager.recv(1000) == b"READY=1"
 
 
+at_a_path = pytest.mark.parametrize("manager", ["path"], indirect=True)
+
+
+@at_a_path
 def test_a_reload_ends_after_its_result_is_logged(manager: socket.socket, tmp_path: Path) -> None:
     """`systemctl reload` returns with READY=1, and its caller may read the log at once."""
     with (
@@ -107,6 +111,7 @@ def test_a_reload_ends_after_its_result_is_logged(manager: socket.socket, tmp_pa
 
 
 @pytest.mark.slow
+@at_a_path
 def test_a_reload_ends_after_an_internal_error(manager: socket.socket, tmp_path: Path) -> None:
     with ForkedDaemon(tmp_path, variant="failing_reload", NOTIFY_SOCKET=os.environ["NOTIFY_SOCKET"]) as daemon:
         wait_for(manager, b"READY=1")
@@ -118,6 +123,7 @@ def test_a_reload_ends_after_an_internal_error(manager: socket.socket, tmp_path:
 
 
 @pytest.mark.slow
+@at_a_path
 def test_a_long_start_is_not_ended(manager: socket.socket, tmp_path: Path) -> None:
     with ForkedDaemon.not_started(tmp_path, variant="slow_start", NOTIFY_SOCKET=os.environ["NOTIFY_SOCKET"]) as daemon:
         daemon.launch()
@@ -128,6 +134,7 @@ def test_a_long_start_is_not_ended(manager: socket.socket, tmp_path: Path) -> No
 
 
 @pytest.mark.slow
+@at_a_path
 def test_a_start_without_progress_is_ended(manager: socket.socket, tmp_path: Path) -> None:
     with ForkedDaemon.not_started(tmp_path, variant="hung_start", NOTIFY_SOCKET=os.environ["NOTIFY_SOCKET"]) as daemon:
         daemon.launch()

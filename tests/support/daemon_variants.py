@@ -24,7 +24,6 @@ from jobd.core import decide
 from jobd.core.transaction import Transaction
 from jobd.engine import history
 from jobd.engine.actor import Actor
-from jobd.http.server import HttpListener
 from jobd.journal import record
 from jobd.maintenance.artifact_sweeper import ArtifactSweeper
 from jobd.model.commands import Create
@@ -201,30 +200,6 @@ def older_format() -> None:
     """Read records up to format 1, like an older version in a rolling upgrade."""
     assert record.FORMAT > 1
     _set(record, FORMAT=1)
-
-
-def reported_stop() -> None:
-    """Print to stderr in which order the parts stop."""
-    _report(HttpListener, "stop", "listener")
-    _report(Actor, "stop", "actor")
-    _report(Store, "close", "store")
-
-
-def _report(kind: type, name: str, part: str) -> None:
-    """Print a line when `kind.name` begins, and when it has ended if it is a coroutine."""
-    method: Callable[..., Any] = getattr(kind, name)
-
-    async def slowly(*args: Any, **named: Any) -> Any:
-        _print(f"begins: {part}")
-        result = await method(*args, **named)
-        _print(f"ended: {part}")
-        return result
-
-    def at_once(*args: Any, **named: Any) -> Any:
-        _print(f"begins: {part}")
-        return method(*args, **named)
-
-    setattr(kind, name, at_once if kind is Actor else slowly)
 
 
 def hanging_mount() -> None:
