@@ -19,7 +19,6 @@ from typing import Any, ClassVar
 import pytest
 from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Page, Route, expect, sync_playwright
 
-from jobd.model.job import MINUTE_MS
 from tests.browser.scenarios import (
     CHROMIUM,
     FLAGS,
@@ -29,7 +28,6 @@ from tests.browser.scenarios import (
     make_busy,
     make_trouble,
 )
-from tests.browser.shop import BUSY_MS, Shop
 from tests.conftest import tool_missing
 from tests.support.daemon_process import TOKEN
 from tests.support.postgres import PostgresMissing
@@ -200,23 +198,6 @@ def test_a_page_without_a_stream_polls(page: Page, tmp_path: Path) -> None:
         expect(second.get_by_role("button", name="Polling")).to_be_visible()
         daemon.do("jobs/watched/complete", lock_id=lock, file_path="/srv/out/a.mp4")
         expect(second.get_by_role("heading", level=1)).to_contain_text("completed")
-
-
-def test_the_numbers_in_the_pictures_of_the_documents_fit_each_other(page: Page, tmp_path: Path) -> None:
-    with Shop(tmp_path) as shop:
-        shop.replay(shop.end_ms - BUSY_MS + 20 * MINUTE_MS)
-        sign_in(page, shop)
-        counts = {
-            name: int(page.locator(f".count.{name} .number").inner_text().replace("\u202f", ""))
-            for name in ("queued", "processing", "completed", "failed", "cancelled")
-        }
-        rates = [
-            [int(number.replace("\u202f", "")) for number in re.findall(r"[\d\u202f]+", text)]
-            for text in page.locator(".rates li").all_inner_texts()
-        ]
-        assert min(counts["processing"], rates[1][0]) > 0
-        assert [sum(counts.values()), counts["completed"]] == [rates[0][2], rates[1][2]]
-        expect(page.locator("dl.properties", has_text="Uptime")).to_contain_text("11 d 3 h")
 
 
 def test_a_plan_retries_many_jobs(page: Page, daemon: DashboardDaemon, console_errors: list[str]) -> None:

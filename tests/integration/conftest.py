@@ -35,13 +35,19 @@ def jobctl(running: CliDaemon, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
 
 
 @pytest.fixture
-def database(postgres_server: PostgresServer, journal_name: str, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Return the URL of a database with a journal."""
+def url(postgres_server: PostgresServer, journal_name: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Return the URL of an empty database."""
     name = journal_name.replace("-", "_")
     postgres_server.sql(f"CREATE ROLE {name} LOGIN PASSWORD '{PASSWORD}'", f"CREATE DATABASE {name} OWNER {name}")
-    url = postgres_server.url(name, role=name)
     monkeypatch.setenv("ADMIN_TOKEN", TOKEN)
-    assert main(["cluster", "init", "--set", f"journal.url={url}", "--set", "journal.require_sync=false"]) == 0
+    return postgres_server.url(name, role=name)
+
+
+@pytest.fixture
+def database(url: str) -> str:
+    """Return the URL of a database with a journal."""
+    flags = ["--set", f"journal.url={url}", "--set", "journal.require_sync=false"]
+    assert main(["cluster", "init", *flags]) == 0
     return url
 
 

@@ -40,8 +40,7 @@ def create(node: NodeProcess, job_id: str) -> DaemonResponse:
 
 
 def test_a_standby_follows_and_takes_over(cluster: Cluster) -> None:
-    first = cluster.add("a")
-    first.wait_leads()
+    first = cluster.add_leader("a")
     assert create(first, "one").status == 201
     granted = first.post("/v1/jobs/one/start", {"worker": "w"}).data
     second = cluster.add("b")
@@ -79,8 +78,7 @@ def test_a_standby_follows_and_takes_over(cluster: Cluster) -> None:
 
 
 def test_a_leader_steps_down_and_follows_again(cluster: Cluster) -> None:
-    first = cluster.add("a")
-    first.wait_leads()
+    first = cluster.add_leader("a")
     create(first, "one")
     second = cluster.add("b")
     poll_until(lambda: knows(first, second))
@@ -104,8 +102,7 @@ def test_a_full_disk_of_the_server_rejects_creates_and_is_shown(
     cluster: Cluster, database: str, postgres_server: PostgresServer
 ) -> None:
     name = urlsplit(database).path.removeprefix("/")
-    first = cluster.add("a")
-    first.wait_leads()
+    first = cluster.add_leader("a")
     postgres_server.sql(*FULL_DISK, database=name)
     rejected = create(first, "one")
     assert (rejected.status, rejected.error) == (507, "storage_full")
@@ -139,8 +136,7 @@ STOPS = {
 @pytest.mark.long
 @pytest.mark.parametrize("how", STOPS)
 def test_slow_clients_do_not_delay_a_takeover(cluster: Cluster, how: str) -> None:
-    first = cluster.add("a", variant="patient_stop")
-    first.wait_leads()
+    first = cluster.add_leader("a", variant="patient_stop")
     for number in range(30):
         first.post("/v1/jobs", {"id": f"large-{number}", "payload": "x" * 200_000})
     with closing(UnixConnection(first.socket)) as reading, closing(UnixConnection(first.socket)) as writing:
@@ -166,25 +162,16 @@ def test_slow_clients_do_not_delay_a_takeover(cluster: Cluster, how: str) -> Non
 
 @pytest.mark.long
 def test_a_name_is_used_once(cluster: Cluster) -> None:
-    cluster.add("a").wait_leads()
-    other = ForkedNode(cluster.directory / "other", cluster.url, "a")
-    with ExitStack() as stack:
-        stack.push(other)
-        other.launch()
-        assert other.process.wait(WAIT_S) == 78
-    assert b'runs as node \\"a\\" on this journal' in other.log
+    cluster.add_leader("a")
+    code, log = ForkedNode(cluster.directory / "other", cluster.url, "a").failed_start()
+    assert (code, 'runs as node \\"a\\" on this journal' in log) == (78, True)
 
 
 @pytest.mark.long
-def test_a_node_without_its_journal_says_why_and_ends(cluster: Cluster, database: str) -> None:
-    node = ForkedNode(cluster.directory / "x", database.replace("127.0.0.1", "127.0.0.1:1,127.0.0.1"), "x")
-    node.environ["JOBD_JOURNAL_URL"] = "postgresql://nobody:secret@127.0.0.1:1/jobd"
-    with ExitStack() as stack:
-        stack.push(node)
-        node.launch()
-        assert node.process.wait(WAIT_S) == 75
-    assert b"cannot_start" in node.log
-    assert b"secret" not in node.log
+def test_a_node_without_its_journal_says_why_and_ends(tmp_path: Path) -> None:
+    node = ForkedNode(tmp_path / "x", "postgresql://nobody:secret@127.0.0.1:1/jobd", "x")
+    code, log = node.failed_start()
+    assert (code, "cannot_start" in log, "secret" in log) == (75, True, False)
 
 
 @pytest.mark.long
@@ -192,8 +179,7 @@ def test_a_node_that_has_worked_waits_while_its_password_is_rejected(
     cluster: Cluster, database: str, postgres_server: PostgresServer
 ) -> None:
     role = database.rpartition("/")[2]
-    node = cluster.add("a")
-    node.wait_leads()
+    node = cluster.add_leader("a")
     assert create(node, "one").status == 201
     assert node.stop() == 0
     postgres_server.sql(f"ALTER ROLE {role} PASSWORD 'another'")
@@ -207,7 +193,7 @@ def test_a_node_that_has_worked_waits_while_its_password_is_rejected(
 
 @pytest.mark.long
 def test_a_standby_stops_at_a_signal_and_reloads(cluster: Cluster) -> None:
-    cluster.add("a").wait_leads()
+    cluster.add_leader("a")
     standby = cluster.add("b")
     poll_until(lambda: len(standby.cluster()["nodes"]) == 2)
     standby.config.write_text("[retention]\ncompleted = '1d'\n")
@@ -232,7 +218,7 @@ def proxied(cluster: Cluster, proxy: ProxyThread) -> dict[str, str]:
 
 @pytest.mark.long
 def test_a_standby_stops_at_once_while_postgresql_hangs(cluster: Cluster, proxy: ProxyThread) -> None:
-    cluster.add("a").wait_leads()
+    cluster.add_leader("a")
     standby = cluster.add("b", JOBD_JOURNAL_LEASE="30s", **proxied(cluster, proxy))
     poll_until(lambda: len(standby.cluster()["nodes"]) == 2)
     proxy.lose(requests=True, responses=True)
@@ -249,8 +235,7 @@ def test_a_restart_of_postgres_ends_no_leadership_and_loses_nothing(
     with postgres.postgres() as server, ExitStack() as stack:
         flags = ["--set", f"journal.url={server.url()}", "--set", "journal.require_sync=false"]
         assert main(["cluster", "init", *flags]) == 0
-        node = Cluster(tmp_path, server.url(), stack, ForkedNode).add("a", JOBD_JOURNAL_LEASE="20s")
-        node.wait_leads()
+        node = Cluster(tmp_path, server.url(), stack, ForkedNode).add_leader("a", JOBD_JOURNAL_LEASE="20s")
         assert create(node, "before").status == 201
         server.kill()
         results: list[int] = []

@@ -6,36 +6,17 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 from jobd.cli.daemon.main import main
-from tests.support.daemon_process import TOKEN
 from tests.support.forked_process import ForkedDaemon, ForkedNode
-from tests.support.node_process import Cluster, NodeProcess
-from tests.support.postgres import PASSWORD, PostgresServer
+from tests.support.node_process import Cluster
 
 pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 WAIT_S = 60.0
-
-
-@pytest.fixture
-def url(postgres_server: PostgresServer, journal_name: str, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Return the URL of an empty database."""
-    name = journal_name.replace("-", "_")
-    postgres_server.sql(f"CREATE ROLE {name} LOGIN PASSWORD '{PASSWORD}'", f"CREATE DATABASE {name} OWNER {name}")
-    monkeypatch.setenv("ADMIN_TOKEN", TOKEN)
-    return postgres_server.url(name, role=name)
-
-
-@pytest.fixture
-def stack() -> Iterator[ExitStack]:
-    with ExitStack() as stack:
-        yield stack
 
 
 def flags(url: str, **given: object) -> list[str]:
@@ -70,11 +51,8 @@ main()
     assert subprocess.run([sys.executable, "-c", code, *words]).returncode == -signal.SIGKILL
 
 
-def test_a_cluster_is_left_and_made_again(tmp_path: Path, url: str, stack: ExitStack) -> None:
-    assert main(["cluster", "init", *flags(url)]) == 0
-    cluster = Cluster(tmp_path, url, stack, ForkedNode)
-    first = cluster.add("a")
-    first.wait_leads()
+def test_a_cluster_is_left_and_made_again(url: str, cluster: Cluster) -> None:
+    first = cluster.add_leader("a")
     second = cluster.add("b")
     for number in range(4):
         assert first.post("/v1/jobs", {"id": f"job-{number}"}).status == 201
@@ -113,7 +91,7 @@ def test_a_cluster_is_left_and_made_again(tmp_path: Path, url: str, stack: ExitS
         assert done.data["status"] == "completed", job_id
 
 
-def test_a_killed_conversion_is_completed(tmp_path: Path, url: str, stack: ExitStack) -> None:
+def test_a_killed_conversion_is_completed(tmp_path: Path, url: str) -> None:
     directory = tmp_path / "single"
     directory.mkdir()
     with ForkedDaemon(directory) as single:
@@ -123,15 +101,13 @@ def test_a_killed_conversion_is_completed(tmp_path: Path, url: str, stack: ExitS
         granted = single.post("/v1/jobs/job-000/start", {"worker": "w", "lock_ttl_ms": 600_000}).data
         assert single.stop() == 0
     kill_before_snapshot(["cluster", "init", "--from-store", str(single.store), *flags(url)])
-    for node in (ForkedNode(directory, url, "a"), NodeProcess(tmp_path / "b", url, "b")):
-        stack.push(node).launch()
-        assert node.process.wait(WAIT_S) == 78
-        assert "repeat `jobd cluster init --from-store PATH`" in node.wait_for_log(b"cannot_start")
+    for node in (ForkedNode(directory, url, "a"), ForkedNode(tmp_path / "b", url, "b")):
+        code, log = node.failed_start()
+        assert (code, "repeat `jobd cluster init --from-store PATH`" in log) == (78, True)
     assert repeat_until_done(["cluster", "init", "--from-store", str(single.store), *flags(url)], 0.3) > 0
-    cluster = Cluster(tmp_path, url, stack, ForkedNode)
-    node = cluster.add("a")
-    node.wait_leads()
-    [queue] = node.admin("GET", "queues").data["queues"]
-    assert (queue["queued"], queue["processing"]) == (299, 1)
-    done = node.post("/v1/jobs/job-000/complete", {"lock_id": granted["lock_id"], "file_path": "/f"})
-    assert done.data["status"] == "completed"
+    with ForkedNode(tmp_path / "a", url, "a") as node:
+        node.wait_leads()
+        [queue] = node.admin("GET", "queues").data["queues"]
+        assert (queue["queued"], queue["processing"]) == (299, 1)
+        done = node.post("/v1/jobs/job-000/complete", {"lock_id": granted["lock_id"], "file_path": "/f"})
+        assert done.data["status"] == "completed"

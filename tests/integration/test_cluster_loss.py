@@ -110,8 +110,7 @@ def test_an_asynchronous_failover(tmp_path: Path, stack: ExitStack, capsys: pyte
     url = primary.url().replace(f":{primary.port}/", f":{primary.port},127.0.0.1:{standby.port}/")
     assert main(["cluster", "init", "--set", f"journal.url={url}", "--set", "journal.require_sync=false"]) == 0
     cluster = Cluster(tmp_path, url, stack, ForkedNode)
-    first = cluster.add("a")
-    first.wait_leads()
+    first = cluster.add_leader("a")
     second = cluster.add("b")
     granted = write_kept(first)
     postgres.wait_for(primary, "SELECT replay_lsn >= pg_current_wal_insert_lsn() FROM pg_stat_replication")

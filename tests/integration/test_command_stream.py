@@ -22,7 +22,7 @@ from jobd.model.commands import STREAMED_COMMANDS
 from jobd.model.errors import ApiError
 from jobd.model.responses import EmptyResponse, Grants, Response
 from tests.support.http_harness import TOKEN, FakeActor, HeldResponse, HttpHarness, RawConnection, request_bytes
-from tests.support.virtual_engine import until
+from tests.support.virtual_engine import settle, until
 from tests.support.worker_api_server import WorkerApiServer, worker_api_server
 
 KIND = {"Content-Type": "application/x-ndjson", "Transfer-Encoding": "chunked"}
@@ -124,7 +124,7 @@ async def half_closed(harness: HttpHarness) -> None:
 
 
 async def test_a_half_closed_client_receives_all_responses(either: HttpHarness) -> None:
-    held = HeldResponse(either, Response(EmptyResponse()))
+    held = HeldResponse(either)
     stream = await RawCommandStream.open(either)
     stream.send({"op": "create", "id": "a"}, {"op": "create", "id": "b"})
     stream.end()
@@ -308,8 +308,7 @@ async def test_no_response_is_sent_before_its_commit(server: WorkerApiServer) ->
     stream.send({"op": "create", "id": "j"}, {"op": "get", "id": "j"})
     await server.disk.at_gate.wait()
     hearing = asyncio.ensure_future(stream.receive())
-    for _ in range(50):
-        await asyncio.sleep(0)
+    await settle()
     assert not hearing.done()
     server.disk.gate.set()
     assert (await hearing)["status"] == 201
@@ -354,50 +353,36 @@ async def test_the_limit_of_the_mailbox_applies_to_streams(tmp_path: Path) -> No
 # Limits.
 
 
-async def test_the_number_of_pending_commands_is_limited(tmp_path: Path) -> None:
-    gate = asyncio.Event()
-
-    async def wait(command: Any) -> Response:
-        await gate.wait()
-        return Response(EmptyResponse())
-
-    actor = FakeActor(wait)
-    async with HttpHarness(ROUTES, tmp_path, actor=actor) as harness:
-        stream = await RawCommandStream.open(harness)
-        stream.send(*({"op": "get", "id": f"j-{number}"} for number in range(1_000)))
-        stream.end()
-        await until(lambda: len(actor.received) == command_stream.AHEAD_WEIGHT)
-        for _ in range(100):
-            await asyncio.sleep(0)
-        assert len(actor.received) == command_stream.AHEAD_WEIGHT
-        gate.set()
-        for _ in range(1_000):
-            assert (await stream.receive())["success"]
-        assert await stream.receive() is None
-        assert [envelope.command.id for envelope in actor.received] == [f"j-{number}" for number in range(1_000)]
+async def test_the_number_of_pending_commands_is_limited(harness: HttpHarness) -> None:
+    held, received = HeldResponse(harness), harness.actor.received
+    stream = await RawCommandStream.open(harness)
+    stream.send(*({"op": "get", "id": f"j-{number}"} for number in range(1_000)))
+    stream.end()
+    await until(lambda: len(received) == command_stream.AHEAD_WEIGHT)
+    await settle()
+    await settle()
+    assert len(received) == command_stream.AHEAD_WEIGHT
+    held.go.set()
+    for _ in range(1_000):
+        assert (await stream.receive())["success"]
+    assert await stream.receive() is None
+    assert [envelope.command.id for envelope in received] == [f"j-{number}" for number in range(1_000)]
 
 
-async def test_bulks_and_claims_count_by_their_jobs_and_lines_by_their_bytes(tmp_path: Path) -> None:
-    gate = asyncio.Event()
-
-    async def wait(command: Any) -> Response:
-        await gate.wait()
-        return Response(Grants([]))
-
-    actor = FakeActor(wait)
-    async with HttpHarness(ROUTES, tmp_path, actor=actor) as harness:
-        claims = await RawCommandStream.open(harness)
-        claims.send(*({"op": "claim", "worker": "w", "limit": 100} for _ in range(9)))
-        await until(lambda: len(actor.received) == 3)
-        large = await RawCommandStream.open(harness)
-        for _ in range(9):
-            large.send({"op": "create", "payload": "x" * 200_000})
-        await until(lambda: len(actor.received) == 3 + 6)
-        for _ in range(100):
-            await asyncio.sleep(0)
-        assert len(actor.received) == 9
-        gate.set()
-        assert all([(await stream.receive())["success"] for stream in (claims, large) for _ in range(9)])
+async def test_bulks_and_claims_count_by_their_jobs_and_lines_by_their_bytes(harness: HttpHarness) -> None:
+    held, received = HeldResponse(harness, Response(Grants([]))), harness.actor.received
+    claims = await RawCommandStream.open(harness)
+    claims.send(*({"op": "claim", "worker": "w", "limit": 100} for _ in range(9)))
+    await until(lambda: len(received) == 3)
+    large = await RawCommandStream.open(harness)
+    for _ in range(9):
+        large.send({"op": "create", "payload": "x" * 200_000})
+    await until(lambda: len(received) == 3 + 6)
+    await settle()
+    await settle()
+    assert len(received) == 9
+    held.go.set()
+    assert all([(await stream.receive())["success"] for stream in (claims, large) for _ in range(9)])
 
 
 async def test_a_client_that_stops_reading_is_not_read_and_cut_off(

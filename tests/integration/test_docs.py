@@ -14,7 +14,6 @@ import os
 import re
 import shlex
 import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -41,7 +40,7 @@ from tests.conftest import tool_missing
 from tests.support import api_reference, config_reference, python_reference
 from tests.support.api_reference import SHAPES
 from tests.support.cli_harness import commands_of, node_program
-from tests.support.daemon_process import TOKEN, die_with_us
+from tests.support.daemon_process import TOKEN, die_with_us, free_port
 from tests.support.django_project import settings
 from tests.support.forked_process import ForkedDaemon
 from tests.support.scripted_server import ScriptedServer, rejected, serving
@@ -145,10 +144,10 @@ def test_every_error_code_is_documented_with_its_status() -> None:
     assert {ticked(code)[0]: int(status) for code, status, *_ in rows(API, "code", "status")} == errors.ERROR_STATUS
 
 
-def body_fields(shape: Any, given: str | None = None) -> list[str]:
+def body_fields(shape: Any) -> list[str]:
     """Return the fields of a body as a table lists them, with `?` if they are optional."""
     fields = structs.fields(shape)
-    return sorted(f"{each.encode_name}{'' if each.required else '?'}" for each in fields if each.name != given)
+    return sorted(f"{each.encode_name}{'' if each.required else '?'}" for each in fields)
 
 
 def test_every_stream_operation_is_documented() -> None:
@@ -551,8 +550,7 @@ def test_the_quickstart_from_top_to_bottom(context: DocumentEnvironment) -> None
 
 
 def free_address() -> str:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        return f"127.0.0.1:{free.getsockname()[1]}"
+    return f"127.0.0.1:{free_port()}"
 
 
 STOP_WORKER: Final = "kill $(cat worker_routes.pid 2>/dev/null) 2>/dev/null || true"

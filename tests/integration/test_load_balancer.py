@@ -87,8 +87,7 @@ class HAProxy:
 @pytest.fixture
 def nodes(cluster: Cluster) -> list[NodeProcess]:
     """Return a leader and its standby."""
-    leader = cluster.add("a")
-    leader.wait_leads()
+    leader = cluster.add_leader("a")
     return [leader, cluster.add("b")]
 
 

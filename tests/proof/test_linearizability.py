@@ -54,32 +54,20 @@ def got(call: int, end: int, **seen: Any) -> Operation:
     return op("get", call, end, "done", **seen)
 
 
+BEGUN: Final = [created(), granted(2, 3, "L1")]
+COMPLETED: Final = [*BEGUN, held("complete", 4, 5, "L1", "done")]
+RELEASED: Final = [*BEGUN, held("release", 4, 5, "L1", "done")]
+LOST: Final = [*BEGUN, held("complete", 4, None, "L1")]  # its response was lost
 LOST_START: Final = op("start", 2, None, body={"worker": "lost"})
 GOOD: Final[dict[str, list[Operation]]] = {
-    "one after the other": [created(), granted(2, 3, "L1"), held("complete", 4, 5, "L1", "done"), got(6, 7, mark="x")],
-    "the second to answer was first": [
-        created(),
-        granted(2, 9, "L1"),
-        op("start", 3, 4, "already_locked", worker="w"),
-    ],
+    "one after the other": [*COMPLETED, got(6, 7, mark="x")],
+    "the second to answer was first": [created(), granted(2, 9, "L1"), op("start", 3, 4, "already_locked", worker="w")],
     "a claim finds nothing while another has it": [created(), granted(2, 9, "L1"), op("claim", 3, 4, "nothing")],
     "a claim finds nothing before the job is there": [created(0, 9), op("claim", 3, 4, "nothing"), got(5, 6)],
-    "a lost completion that happened": [
-        created(),
-        granted(2, 3, "L1"),
-        held("complete", 4, None, "L1"),
-        got(20, 21, status="completed", mark="x"),
-    ],
-    "a lost completion that did not happen": [
-        created(),
-        granted(2, 3, "L1"),
-        held("complete", 4, None, "L1"),
-        got(20, 21, status="processing"),
-    ],
+    "a lost completion that happened": [*LOST, got(20, 21, status="completed", mark="x")],
+    "a lost completion that did not happen": [*LOST, got(20, 21, status="processing")],
     "a lost completion that was seen late": [
-        created(),
-        granted(2, 3, "L1"),
-        held("complete", 4, None, "L1"),
+        *LOST,
         got(20, 21, status="processing"),
         got(30, 31, status="completed"),
         held("complete", 40, 41, "L1", "repeated"),
@@ -87,16 +75,14 @@ GOOD: Final[dict[str, list[Operation]]] = {
     "a lost grant holds the job": [created(), LOST_START, op("start", 5, 6, "already_locked")],
     "a lost grant is taken back": [created(), LOST_START, op("claim", 5, 6, "nothing"), granted(7, 8, "L2", 2)],
     "a repeated ending": [
-        created(),
-        granted(2, 3, "L1"),
+        *BEGUN,
         held("fail", 4, 5, "L1", "done"),
         held("fail", 6, 7, "L1", "repeated", status="queued"),
         held("release", 8, 9, "L1", "repeated"),
         held("fail", 10, 11, "L1", "invalid_transition", by="y"),
     ],
     "an old lock is rejected": [
-        created(),
-        granted(2, 3, "L1"),
+        *BEGUN,
         op("cancel", 4, 5, "done"),
         held("progress", 6, 7, "L1", "lock_lost", reason="cancelled"),
         op("force-reset", 8, 9, "done", before="cancelled"),
@@ -106,9 +92,7 @@ GOOD: Final[dict[str, list[Operation]]] = {
         held("progress", 16, 17, "L1", "lock_lost", reason="not_current"),
     ],
     "deleted and created again": [
-        created(),
-        granted(2, 3, "L1"),
-        held("complete", 4, 5, "L1", "done"),
+        *COMPLETED,
         op("delete", 6, 7, "done"),
         op("get", 8, 9, "job_not_found"),
         created(10, 11),
@@ -116,45 +100,23 @@ GOOD: Final[dict[str, list[Operation]]] = {
     ],
 }
 BAD: Final[dict[str, list[Operation]]] = {
-    "granted twice": [created(), granted(2, 3, "L1"), granted(4, 5, "L2", 2)],
+    "granted twice": [*BEGUN, granted(4, 5, "L2", 2)],
     "granted before it was created": [granted(0, 1, "L1"), created(2, 3)],
     "the second answer is too early": [created(), op("start", 2, 3, "already_locked"), granted(4, 9, "L1")],
-    "an acknowledged completion is lost": [
-        created(),
-        granted(2, 3, "L1"),
-        held("complete", 4, 5, "L1", "done"),
-        got(6, 7, status="processing"),
-    ],
-    "a lost completion comes and goes": [
-        created(),
-        granted(2, 3, "L1"),
-        held("complete", 4, None, "L1"),
-        got(20, 21, status="completed"),
-        got(30, 31, status="processing"),
-    ],
-    "a result without a call that stored it": [created(), granted(2, 3, "L1"), got(4, 5, status="completed")],
-    "an old lock is taken": [
-        created(),
-        granted(2, 3, "L1"),
-        held("release", 4, 5, "L1", "done"),
-        granted(6, 7, "L2", 2),
-        held("complete", 8, 9, "L1", "done"),
-    ],
+    "an acknowledged completion is lost": [*COMPLETED, got(6, 7, status="processing")],
+    "a lost completion comes and goes": [*LOST, got(20, 21, status="completed"), got(30, 31, status="processing")],
+    "a result without a call that stored it": [*BEGUN, got(4, 5, status="completed")],
+    "an old lock is taken": [*RELEASED, granted(6, 7, "L2", 2), held("complete", 8, 9, "L1", "done")],
     "a token comes again": [
         created(),
         granted(2, 3, "L1", 7),
         held("release", 4, 5, "L1", "done"),
         granted(6, 7, "L2", 7),
     ],
-    "ended twice": [
-        created(),
-        granted(2, 3, "L1"),
-        held("complete", 4, 9, "L1", "done"),
-        held("complete", 5, 8, "L1", "done"),
-    ],
+    "ended twice": [*BEGUN, held("complete", 4, 9, "L1", "done"), held("complete", 5, 8, "L1", "done")],
     "a lost grant is completed by a stranger": [created(), LOST_START, held("complete", 5, 6, "L1", "done")],
     "an answer of the wrong order": [created(0, 3), got(1, 2, status="queued"), op("get", 4, 5, "job_not_found")],
-    "recovered though its lock is live": [created(), granted(2, 3, "L1"), granted(20, 21, "L2", 2)],
+    "recovered though its lock is live": [*BEGUN, granted(20, 21, "L2", 2)],
     "a fault inside": [created(), op("start", 2, 3, "internal_error", {"worker": "w"})],
 }
 
@@ -175,7 +137,7 @@ def test_a_history_that_no_order_explains_is_rejected(name: str) -> None:
 
 
 def test_a_short_lock_ends_by_itself_but_not_before_its_time() -> None:
-    before = [created(), granted(2, 3, "L1")]
+    before = BEGUN
     assert judge([*before, granted(13, 14, "L2", 2)], SHORT).is_explained
     assert not judge([*before, granted(4, 8, "L2", 2)], SHORT).is_explained
     renewed = [*before, held("progress", 9, 10, "L1", "alive")]
@@ -189,7 +151,7 @@ def test_a_short_lock_ends_by_itself_but_not_before_its_time() -> None:
 def test_an_outage_does_not_age_a_lock() -> None:
     """The lock was live when the daemon died: after the start it has 30 s."""
     away = HistoryConditions(SHORT.terms, (Outage(5 * MS, 50 * MS),))
-    before = [created(), granted(2, 3, "L1")]
+    before = BEGUN
     assert not judge([*before, granted(60, 61, "L2", 2)], away).is_explained
     after_ms = (50 * MS + GRACE) // MS
     assert judge([*before, granted(60, after_ms, "L2", 2)], away).is_explained

@@ -46,15 +46,3 @@ def test_the_program_reports_which_test_finds_a_bug(capsys: pytest.CaptureFixtur
     printed = capsys.readouterr().out
     assert re.search(r"^stream-error-overtakes +http +[0-9.]+ s  integration/test_command_stream\.py::", printed)
     assert "1 of 1 bugs found" in printed
-
-
-def test_a_bug_that_no_test_finds_is_reported(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    missed = Bug("missed", "tests/unit/core/test_transaction.py", len, len)
-    monkeypatch.setitem(BUGS, "missed", missed)
-    monkeypatch.setattr(program, "run", lambda planted: program.BugResult(planted, 1.0, "", "12 passed"))
-    assert program.main(["missed"]) == 1
-    printed = capsys.readouterr()
-    assert "NOT FOUND" in printed.out
-    assert "12 passed" in printed.err

@@ -78,3 +78,9 @@ class Cluster:
         self._stack.enter_context(node)
         self.nodes.append(node)
         return node
+
+    def add_leader(self, name: str, **options: str) -> NodeProcess:
+        """Start a node, as `add` does, and wait until it leads."""
+        node = self.add(name, **options)
+        node.wait_leads()
+        return node

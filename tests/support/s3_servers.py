@@ -16,17 +16,11 @@ from pathlib import Path
 from typing import Final
 
 from tests.conftest import tool_missing
-from tests.support.daemon_process import die_with_us
+from tests.support.daemon_process import die_with_us, free_port
 
 KEY: Final = "key-of-tests"
 SECRET: Final = "secret-of-tests-0123456789abcdef"
 END_S: Final = 20  # radosgw-admin takes 0.05 s to exit; 1 of 25 runs on a busy machine hangs
-
-
-def free_port() -> int:
-    with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as server:
-        port: int = server.getsockname()[1]
-        return port
 
 
 @contextlib.contextmanager

@@ -67,8 +67,7 @@ def _log_writes(trial: Trial, ledger: Ledger, acknowledgements: int) -> list[Log
     environ = {"LD_PRELOAD": str(library), "WRITES_OF": str(home / "jobd.db"), "WRITES_LOG": str(log)}
     with DaemonProcess(home, variant="one_slice", **environ) as daemon:
         for number, ends_by in enumerate(("kill", "stop", "stop")):
-            with load(daemon, ledger, f"load-{number}"):
-                assert ledger.wait_for(acknowledgements), daemon.log[-2000:]
+            with load(daemon, ledger, f"load-{number}", acknowledgements):
                 if ends_by == "kill":
                     daemon.kill()
             if ends_by == "stop":

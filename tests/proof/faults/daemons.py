@@ -257,8 +257,7 @@ def graceful_stop(trial: Trial) -> Counts:
                 busy = [pool.submit(claimers.claim, each) for each in range(3)] + [
                     pool.submit(claimers.create, str(number))
                 ]
-                with load(daemon, ledger, f"round-{number}"):
-                    assert ledger.wait_for(60), daemon.log[-2000:]
+                with load(daemon, ledger, f"round-{number}", 60):
                     began_s = time.monotonic()
                     daemon.process.send_signal(signal.SIGTERM)
                     poll_until(lambda: _rejects_connections(daemon))

@@ -38,8 +38,7 @@ def kill_under_load(trial: Trial) -> Counts:
     settled, slowest_s = 0, 0.0
     with DaemonProcess(trial.directory) as daemon:
         for number in range(trial.rounds):
-            with load(daemon, ledger, f"round-{number}"):
-                assert ledger.wait_for(150 + 37 * (number % 7)), daemon.log[-2000:]
+            with load(daemon, ledger, f"round-{number}", 150 + 37 * (number % 7)):
                 daemon.kill()
             ledger.check(checked_contents(daemon.store))
             slowest_s = max(slowest_s, _ready_again(daemon, trial))
@@ -67,8 +66,7 @@ def kill_with_many_jobs(trial: Trial) -> Counts:
             jobs = [{"id": f"waiting-{number}", "queue": "waiting"} for number in range(start, start + 1000)]
             assert daemon.post("/v1/jobs/bulk", {"jobs": jobs}).status == 201
         for number in range(trial.rounds):
-            with load(daemon, ledger, f"round-{number}"):
-                assert ledger.wait_for(200), daemon.log[-2000:]
+            with load(daemon, ledger, f"round-{number}", 200):
                 daemon.kill()
             slowest_s = max(slowest_s, _ready_again(daemon, trial))
             ledger.settle(daemon)
@@ -95,8 +93,7 @@ def kill_inside_slices(trial: Trial) -> Counts:
             daemon.variant, daemon.prefix = "one_slice", []
             daemon.start()
             ledger.settle(daemon)
-            with load(daemon, ledger, f"tail-{number}"):
-                assert ledger.wait_for(150), daemon.log[-2000:]
+            with load(daemon, ledger, f"tail-{number}", 150):
                 daemon.kill()
             found = checked_contents(daemon.store)
             ledger.check(found)

@@ -6,7 +6,7 @@ import http.client
 import random
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from typing import Any, Final
 
@@ -103,14 +103,15 @@ class LoadClient:
 
 
 @contextmanager
-def load(daemon: ApiCalls, ledger: Ledger, name: str, clients: int = CLIENTS) -> Iterator[list[Future[None]]]:
-    """Run clients while the block runs. `name` is unique in a store."""
+def load(daemon: ApiCalls, ledger: Ledger, name: str, changes: int = 0) -> Iterator[None]:
+    """Run clients while the block runs, which begins after `changes` acknowledgements. `name` is unique in a store."""
     stop = threading.Event()
-    with ThreadPoolExecutor(clients) as pool:
-        each = [LoadClient(ledger, f"{name}-{number}", stop) for number in range(clients)]
+    with ThreadPoolExecutor(CLIENTS) as pool:
+        each = [LoadClient(ledger, f"{name}-{number}", stop) for number in range(CLIENTS)]
         done = [pool.submit(client.work, daemon.worker) for client in each]
         try:
-            yield done
+            assert not changes or ledger.wait_for(changes), getattr(daemon, "log", "")[-2000:]
+            yield
         finally:
             stop.set()
     for one in done:

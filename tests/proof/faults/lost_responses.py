@@ -200,8 +200,7 @@ def killed_before_reply(trial: Trial) -> Counts:
     applied = 0
     with DaemonProcess(trial.directory) as daemon:
         for number in range(trial.rounds):
-            with load(daemon, ledger, f"round-{number}"):
-                assert ledger.wait_for(20), daemon.log[-2000:]
+            with load(daemon, ledger, f"round-{number}", 20):
                 _kill_at_write(daemon, 1 + number)
                 daemon.kill()
             store = checked_contents(daemon.store)

@@ -28,8 +28,7 @@ def power_cut(trial: Trial) -> Counts:
         store = disk.place / "jobd.db"
         with DaemonProcess(trial.directory, variant="one_slice", JOBD_STORE_PATH=str(store)) as daemon:
             for number in range(trial.rounds):
-                with load(daemon, ledger, f"round-{number}"):
-                    assert ledger.wait_for(150 + 37 * (number % 7)), daemon.log[-2000:]
+                with load(daemon, ledger, f"round-{number}", 150 + 37 * (number % 7)):
                     cut_s = time.monotonic()
                     disk.cut_power()
                     code = daemon.process.wait(150)

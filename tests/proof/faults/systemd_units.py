@@ -216,8 +216,7 @@ def systemd_stop(trial: Trial) -> Counts:
             machine.run_checked("systemctl", "start", SERVICE)
             ledger.settle(machine)
             waiting = waiting_claim(machine)
-            with load(machine, ledger, f"round-{number}"):
-                assert ledger.wait_for(150), machine.log[-2000:]
+            with load(machine, ledger, f"round-{number}", 150):
                 machine.run_checked("systemctl", "stop", *UNITS)
             with closing(waiting):
                 assert DaemonResponse(waiting.getresponse()).data == {"grants": []}

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import re
 from hashlib import blake2b
-from typing import Any
+from typing import Any, Final
 
 import msgspec
+
+SHOWN: Final = 40  # lines of a story
 
 
 class Trace:
@@ -34,10 +36,10 @@ class Trace:
         """Return the checksum of all lines; an empty string if there is none."""
         return self._sum.hexdigest() if self._with_digest else ""
 
-    def story(self, job_id: str | None, length: int = 40) -> list[str]:
+    def story(self, job_id: str | None) -> list[str]:
         """Return the last lines about a job (or about all) with the faults between them."""
         lines = self.lines
         if job_id:
             concerned = re.compile(rf'"{re.escape(job_id)}"|,"(fault|machine|broken)"')
             lines = [line for line in lines if concerned.search(line)]
-        return [line if len(line) <= 400 else f"{line[:400]}…" for line in lines[-length:]]
+        return [line if len(line) <= 400 else f"{line[:400]}…" for line in lines[-SHOWN:]]
