@@ -76,13 +76,11 @@ async def test_records_below_the_tail_are_deleted_too(path: str) -> None:
 
 async def test_only_records_of_the_tail_can_be_deleted(path: str) -> None:
     _, numbers, _ = await store_with_tail(path, keep=0)
-    before = store_files.read_file(path)
     with pytest.raises(RepairRejected, match=f"the tables have the records up to {numbers[0] - 1}"):
         journal_cut.cut(path, numbers[0] - 1)
     with pytest.raises(RepairRejected, match=f"the journal has no record {numbers[-1] + 1}"):
         journal_cut.cut(path, numbers[-1] + 1)
     assert glob.glob(f"{path}.before-cut-*") == []
-    assert store_files.read_file(path)[:0] == before[:0]
     async with store_files.open_store(path):
         with pytest.raises(StoreBusy):
             journal_cut.cut(path, numbers[0])

@@ -6,19 +6,16 @@ import contextlib
 import glob
 import os
 import re
-import signal
 import sqlite3
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from jobd.storage import codec
 from jobd.storage.schema import migrations
-from jobd.storage.store import Store, StoreTooNew, StoreUnreadable
+from jobd.storage.store import Store, StoreUnreadable
 from tests.support.factories import ChangeFactory
-from tests.support.store_files import assert_store_holds, edit_store, make_empty_store, make_store, read_file
+from tests.support.store_files import assert_store_holds, edit_store, make_store, read_file
 
 
 def test_the_header_of_the_schema_names_no_version() -> None:
@@ -83,39 +80,6 @@ async def test_a_failed_migration_leaves_the_store_unchanged(
         assert conn.execute("SELECT count(*) FROM sqlite_schema WHERE name = 'notes'").fetchone() == (0,)
         assert conn.execute("SELECT count(*) FROM events").fetchone() != (0,)
     await assert_store_holds(path, older)
-
-
-MIGRATOR = """
-import asyncio, os, signal, sys
-from jobd.storage.schema import migrations
-from jobd.storage.store import Store
-
-def step(conn):
-    conn.execute("CREATE TABLE notes (a ANY) STRICT")
-    conn.execute("DELETE FROM jobs")
-    os.kill(os.getpid(), signal.SIGKILL)
-
-migrations.MIGRATIONS = {migrations.VERSION: step}
-migrations.VERSION += 1
-asyncio.run(Store.open(sys.argv[1]))
-"""
-
-
-async def test_a_kill_during_a_migration_leaves_the_store_unchanged(path: str) -> None:
-    maker = await make_store(path)
-    done = subprocess.run([sys.executable, "-c", MIGRATOR, path], check=False)  # noqa: ASYNC221
-    assert done.returncode == -signal.SIGKILL
-    await assert_store_holds(path, maker)
-
-
-async def test_a_migrated_store_is_too_new_for_the_older_version(older: ChangeFactory, path: str) -> None:
-    await make_empty_store(path)
-    before, version = read_file(path), migrations.VERSION
-    with pytest.MonkeyPatch.context() as now:
-        now.setattr(migrations, "VERSION", migrations.OLDEST)
-        with pytest.raises(StoreTooNew, match=f"schema version {version}"):
-            await Store.open(path)
-    assert read_file(path) == before
 
 
 def test_statements_are_split_with_their_comments() -> None:

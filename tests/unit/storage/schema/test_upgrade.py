@@ -35,7 +35,13 @@ from jobd.storage.schema import upgrade
 kill = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
 if sys.argv[2] == "copy":
     files.sync = kill
-migrations.MIGRATIONS = {migrations.VERSION: kill}
+
+def step(conn):
+    conn.execute("CREATE TABLE notes (a ANY) STRICT")
+    conn.execute("DELETE FROM jobs")
+    kill()
+
+migrations.MIGRATIONS = {migrations.VERSION: step}
 migrations.VERSION += 2
 conn = startup.connect(sys.argv[1], "FULL")
 startup.prepare_schema(conn, sys.argv[1])
