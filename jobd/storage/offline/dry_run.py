@@ -6,17 +6,17 @@ import errno
 import os
 import sqlite3
 from collections.abc import Iterator
-from datetime import UTC, datetime
 from typing import Final
 
 from jobd.model.job import new_epoch
 from jobd.model.storage import DiskFull
 from jobd.storage import backup, files, startup, store_file
-from jobd.storage.connection import page_bytes
+from jobd.storage.connection import page_bytes, read_number
 from jobd.storage.database import lenient_text, now_ms, readable
 from jobd.storage.files import StoreBusy, StoreError, StoreUnreadable
 from jobd.storage.offline import doctor
 from jobd.storage.schema import migrations
+from jobd.storage.tables.tail import counted
 
 MAX_SHOWN: Final = 10  # problems of a file to restore
 
@@ -92,10 +92,8 @@ def _ended(source: sqlite3.Connection) -> Iterator[str]:
     with lenient_text(source):
         counts = dict(source.execute("SELECT status, count(*) FROM jobs NOT INDEXED GROUP BY status").fetchall())
     each = ", ".join(f"{count} {readable(status)}" for status, count in counts.items())
-    total = sum(counts.values())
-    yield f"    it has {total} {'job' if total == 1 else 'jobs'}{f': {each}' if each else ''}"
-    processing = counts.get("processing", 0)
-    yield f"    processing: {processing}; their grants would end by their stall rule"
+    yield f"    it has {counted(sum(counts.values()), 'job')}{f': {each}' if each else ''}"
+    yield f"    processing: {counts.get('processing', 0)}; their grants would end by their stall rule"
 
 
 def _replaced(path: str) -> tuple[int, str]:
@@ -104,15 +102,13 @@ def _replaced(path: str) -> tuple[int, str]:
         return 0, "    no database would be replaced"
     if files.has_sqlite_lock(path):
         raise StoreBusy(path, None)
-    stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
-    kept_as = f"would be kept as {path}.{stamp}"
+    kept_as = f"would be kept as {files.dated_name(path)}"
     try:
         store_file.peek(path)
         store_file.check_wal(path)
         with startup.translated_errors(path), store_file.read_only(path) as old:
             startup.check_application_id(old, path)
-            (count,) = old.execute("SELECT count(*) FROM jobs NOT INDEXED").fetchone()
-            jobs = "1 job" if count == 1 else f"{count} jobs"
+            jobs = counted(read_number(old, "SELECT count(*) FROM jobs NOT INDEXED"), "job")
             size = _amount(sum(page_bytes(old)))
             return migrations.epoch_of(old), f"    the existing database ({size}, {jobs}) {kept_as}"
     except StoreError:

@@ -3,114 +3,85 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Final
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from jobd.storage import commit_mode
+from jobd.storage.commit_mode import LONG_STALL_S, MEDIAN_S, PAUSE_S, RECENT, STALL_S, TRIAL, TRIAL_STALLS
 
-FAST_S = commit_mode.MEDIAN_S / 2
-
-
-def after(mode: commit_mode.CommitMode, took_s: float, times: int, now_s: float = 0.0) -> bool:
-    for _ in range(times):
-        mode.add(took_s, now_s)
-    return mode.is_inline
+FAST_S: Final = MEDIAN_S / 2
 
 
-def slowed_down(now_s: float = 0.0) -> commit_mode.CommitMode:
-    mode = commit_mode.CommitMode("auto")
-    assert after(mode, FAST_S, 50)
-    assert not after(mode, commit_mode.LONG_STALL_S, 1, now_s)
-    return mode
+Steps = list[tuple[float, int, float, bool]]  # the duration of commits, how many, when they end, is the next one inline
+
+
+def check(mode: commit_mode.CommitMode, steps: Steps) -> None:
+    for took_s, times, now_s, is_inline in steps:
+        for _ in range(times):
+            mode.add(took_s, now_s)
+        assert mode.is_inline == is_inline
 
 
 @pytest.mark.parametrize(("setting", "is_inline"), [("inline", True), ("thread", False)])
 def test_a_fixed_mode_does_not_change(setting: commit_mode.CommitSetting, is_inline: bool) -> None:
-    mode = commit_mode.CommitMode(setting)
-    assert after(mode, 1.0, 20) == is_inline
-    assert after(mode, FAST_S, 2 * commit_mode.TRIAL, 100.0) == is_inline
+    check(commit_mode.CommitMode(setting), [(1.0, 20, 0, is_inline), (FAST_S, 2 * TRIAL, 100, is_inline)])
 
 
-def test_fast_commits_stay_inline() -> None:
-    assert commit_mode.CommitMode("auto").is_inline
-    assert after(commit_mode.CommitMode("auto"), FAST_S, 1000)
+INLINE: dict[str, Steps] = {
+    "fast commits stay inline": [(FAST_S, 1_000, 0, True)],
+    "single short stalls do not end it": [(LONG_STALL_S - 0.001, 1, 0, True), (FAST_S, RECENT - 1, 0, True)] * 20,
+    "a long stall ends it": [(FAST_S, 50, 0, True), (LONG_STALL_S, 1, 0, False)],
+    "so does the first commit": [(LONG_STALL_S, 1, 0, False)],
+    "two recent stalls end it": [(STALL_S, 1, 0, True), (FAST_S, RECENT - 2, 0, True), (STALL_S, 1, 0, False)],
+    "a slow median ends it, if there are enough": [(MEDIAN_S, RECENT - 1, 0, True), (MEDIAN_S, 1, 0, False)],
+    "half of the commits decide about a median": [
+        (FAST_S, RECENT, 0, True),
+        (MEDIAN_S, RECENT // 2 - 1, 0, True),
+        (MEDIAN_S, 1, 0, False),
+    ],
+}
 
 
-def test_single_short_stalls_do_not_end_the_inline_mode() -> None:
-    mode = commit_mode.CommitMode("auto")
-    for _ in range(20):
-        assert after(mode, commit_mode.LONG_STALL_S - 0.001, 1)
-        assert after(mode, FAST_S, commit_mode.RECENT - 1)
+@pytest.mark.parametrize("steps", INLINE.values(), ids=INLINE)
+def test_commits_are_inline_until_the_disk_is_slow(steps: Steps) -> None:
+    check(commit_mode.CommitMode("auto"), steps)
 
 
-def test_a_long_stall_ends_the_inline_mode() -> None:
-    slowed_down()
-    assert not after(commit_mode.CommitMode("auto"), commit_mode.LONG_STALL_S, 1), "also the first commit"
+AFTER_FEW: Final = TRIAL - TRIAL_STALLS - 1
+THREAD: dict[str, Steps] = {
+    "enough fast commits end it": [(FAST_S, TRIAL - 1, PAUSE_S, False), (FAST_S, 1, PAUSE_S, True)],
+    "a few stalls do not keep it": [
+        (STALL_S, TRIAL_STALLS, PAUSE_S, False),
+        (FAST_S, AFTER_FEW, PAUSE_S, False),
+        (FAST_S, 1, PAUSE_S, True),
+    ],
+    "more stalls keep it while they are among the latest commits": [
+        (STALL_S, TRIAL_STALLS + 1, PAUSE_S, False),
+        (FAST_S, AFTER_FEW, PAUSE_S, False),
+        (FAST_S, 1, PAUSE_S, True),
+    ],
+    "a slow median keeps it": [(MEDIAN_S, 3 * TRIAL, PAUSE_S, False)],
+    "it does not end with a stall": [
+        (FAST_S, TRIAL - 1, PAUSE_S, False),
+        (STALL_S, 1, PAUSE_S, False),
+        (FAST_S, 1, PAUSE_S, True),
+    ],
+    "it does not end in the pause": [(FAST_S, 10 * TRIAL, PAUSE_S - 0.001, False), (FAST_S, 1, PAUSE_S, True)],
+    "the pause begins with the latest change": [
+        (FAST_S, 2 * TRIAL, 20, True),
+        (LONG_STALL_S, 1, 21, False),
+        (FAST_S, 2 * TRIAL, 21 + PAUSE_S - 0.001, False),
+        (FAST_S, 1, 21 + PAUSE_S, True),
+    ],
+}
 
 
-def test_two_recent_stalls_end_the_inline_mode() -> None:
-    mode = commit_mode.CommitMode("auto")
-    assert after(mode, commit_mode.STALL_S, 1)
-    assert after(mode, FAST_S, commit_mode.RECENT - 2)
-    assert not after(mode, commit_mode.STALL_S, 1)
-
-
-def test_commits_that_are_a_little_slow_end_the_inline_mode_together() -> None:
-    mode = commit_mode.CommitMode("auto")
-    assert after(mode, commit_mode.MEDIAN_S, commit_mode.RECENT - 1), "too few for a median"
-    assert not after(mode, commit_mode.MEDIAN_S, 1)
-    mode = commit_mode.CommitMode("auto")
-    after(mode, FAST_S, commit_mode.RECENT)
-    assert after(mode, commit_mode.MEDIAN_S, commit_mode.RECENT // 2 - 1)
-    assert not after(mode, commit_mode.MEDIAN_S, 1)
-
-
-def test_commits_are_inline_again_after_enough_fast_ones() -> None:
-    mode = slowed_down()
-    assert not after(mode, FAST_S, commit_mode.TRIAL - 1, commit_mode.PAUSE_S)
-    assert after(mode, FAST_S, 1, commit_mode.PAUSE_S)
-
-
-def test_a_few_stalls_do_not_keep_commits_in_the_thread() -> None:
-    mode = slowed_down()
-    assert not after(mode, commit_mode.STALL_S, commit_mode.TRIAL_STALLS, commit_mode.PAUSE_S)
-    assert not after(mode, FAST_S, commit_mode.TRIAL - commit_mode.TRIAL_STALLS - 1, commit_mode.PAUSE_S)
-    assert after(mode, FAST_S, 1, commit_mode.PAUSE_S)
-
-
-def test_more_stalls_keep_commits_in_the_thread() -> None:
-    mode = slowed_down()
-    assert not after(mode, commit_mode.STALL_S, commit_mode.TRIAL_STALLS + 1, commit_mode.PAUSE_S)
-    assert not after(mode, FAST_S, commit_mode.TRIAL - commit_mode.TRIAL_STALLS - 1, commit_mode.PAUSE_S)
-    assert after(mode, FAST_S, 1, commit_mode.PAUSE_S), "the first stall is no longer among the latest commits"
-
-
-def test_commits_with_a_slow_median_stay_in_the_thread() -> None:
-    mode = slowed_down()
-    assert not after(mode, commit_mode.MEDIAN_S, 3 * commit_mode.TRIAL, commit_mode.PAUSE_S)
-
-
-def test_commits_do_not_become_inline_with_a_stall() -> None:
-    mode = slowed_down()
-    assert not after(mode, FAST_S, commit_mode.TRIAL - 1, commit_mode.PAUSE_S)
-    assert not after(mode, commit_mode.STALL_S, 1, commit_mode.PAUSE_S)
-    assert after(mode, FAST_S, 1, commit_mode.PAUSE_S)
-
-
-def test_commits_are_not_inline_again_before_the_pause_is_over() -> None:
-    mode = slowed_down(5.0)
-    assert not after(mode, FAST_S, 10 * commit_mode.TRIAL, 5.0 + commit_mode.PAUSE_S - 0.001)
-    assert after(mode, FAST_S, 1, 5.0 + commit_mode.PAUSE_S)
-
-
-def test_the_pause_begins_with_the_latest_change_to_the_thread() -> None:
-    mode = slowed_down(0.0)
-    assert after(mode, FAST_S, 2 * commit_mode.TRIAL, 20.0)
-    assert not after(mode, commit_mode.LONG_STALL_S, 1, 21.0), "a slow disk ends the inline mode at once"
-    assert not after(mode, FAST_S, 2 * commit_mode.TRIAL, 21.0 + commit_mode.PAUSE_S - 0.001)
-    assert after(mode, FAST_S, 1, 21.0 + commit_mode.PAUSE_S)
+@pytest.mark.parametrize("steps", THREAD.values(), ids=THREAD)
+def test_commits_are_in_the_thread_until_the_disk_is_fast(steps: Steps) -> None:
+    check(commit_mode.CommitMode("auto"), [(LONG_STALL_S, 1, 0, False), *steps])
 
 
 @given(
@@ -124,13 +95,11 @@ def test_inline_commits_were_fast_and_changes_are_apart(commits: list[tuple[floa
             now_s += passed_s / 40
             was_inline = mode.is_inline
             mode.add(took_s, now_s)
-            recent = [*recent, took_s][-commit_mode.RECENT :] if was_inline else []
+            recent = [*recent, took_s][-RECENT:] if was_inline else []
             if mode.is_inline and not was_inline:
                 returns.append(now_s)
             elif mode.is_inline:
-                assert max(recent) < commit_mode.LONG_STALL_S
-                assert sum(each >= commit_mode.STALL_S for each in recent) < 2
-                assert (
-                    len(recent) < commit_mode.RECENT or sorted(recent)[commit_mode.RECENT // 2] < commit_mode.MEDIAN_S
-                )
-    assert all(second - first >= commit_mode.PAUSE_S for first, second in pairwise(returns))
+                assert max(recent) < LONG_STALL_S
+                assert sum(each >= STALL_S for each in recent) < 2
+                assert len(recent) < RECENT or sorted(recent)[RECENT // 2] < MEDIAN_S
+    assert all(second - first >= PAUSE_S for first, second in pairwise(returns))

@@ -103,20 +103,6 @@ def test_readers_get_all_events_in_order_from_every_number_on(path: str, limit: 
     db.conn.close()
 
 
-def test_the_size_of_a_page_is_limited(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(event_queries, "SLICE_BYTES", 1)
-    projection, maker = opened(path), ChangeFactory()
-    created = [maker.create() for _ in range(9)]
-    projection.append(maker.batch([*created, *(maker.grant(job_of(each)) for each in created)]))
-    projection.project()
-    numbers = [0]
-    while (page := event_queries.events_after(projection.db, numbers[-1], 100)).more:
-        assert len(page.events) == 1
-        numbers.append(page.events[0].seq)
-    assert numbers + [event.seq for event in page.events] == list(range(19))
-    projection.db.conn.close()
-
-
 def rounds(maker: ChangeFactory, job: Job, count: int, heartbeats: int) -> Iterator[Event]:
     """Grants that are released."""
     for _ in range(count):
