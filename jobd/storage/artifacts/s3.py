@@ -6,6 +6,7 @@ Imported only if artifacts.url names a bucket. Messages contain no key, token or
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import re
 import secrets
@@ -51,12 +52,7 @@ class S3ArtifactStore:
 
     async def open(self, key: str) -> ArtifactReader | None:
         """Open an object, which is read in ranges, so that a slow client holds no connection to the bucket."""
-        if not self._can_name(key):
-            return None
-        try:
-            metadata = await self._call(obstore.head_async(self._store, key))
-        except FileNotFoundError:
-            await self._check_bucket(key)
+        if not self._can_name(key) or (metadata := await self._head(key)) is None:
             return None
         read = partial(self._read_range, key, metadata["e_tag"])
         return ArtifactReader(f"{self.place}: an object", metadata["size"], read, piece_bytes=PIECE_BYTES)
@@ -73,10 +69,7 @@ class S3ArtifactStore:
         if not self._can_name(key):
             return Deletion("left", "the key is not a valid object name")
         for _ in range(MAX_TRIES):
-            try:
-                metadata = await self._call(obstore.head_async(self._store, key))
-            except FileNotFoundError:
-                await self._check_bucket(key)
+            if (metadata := await self._head(key)) is None:
                 return Deletion("missing")
             modified_at = round(metadata["last_modified"].timestamp() * 1000)
             if (left := kept(judge(modified_at), modified_at)) is not None:
@@ -105,15 +98,18 @@ class S3ArtifactStore:
         if self._http is not None:
             await self._http.close()
 
-    async def _check_bucket(self, key: str) -> None:
-        """Raise ArtifactStoreError if the bucket does not exist, which the response to HEAD does not say."""
+    async def _head(self, key: str) -> Any:
+        """Return the metadata of an object; None if there is none. Raises ArtifactStoreError."""
+        with contextlib.suppress(FileNotFoundError):
+            return await self._call(obstore.head_async(self._store, key))
         try:
-            await self._call(self._read(key))
+            await self._call(self._read(key))  # the response to HEAD does not say that the bucket does not exist
         except FileNotFoundError as error:
             if "NoSuchBucket" in str(error):
                 raise ArtifactStoreError(
                     f"{self.place}: the bucket does not exist. Create it, or change artifacts.url."
                 ) from error
+        return None
 
     async def _read(self, name: str, options: Any = None) -> bytes:
         response = await obstore.get_async(self._store, name, options=options)

@@ -6,7 +6,7 @@ All steps of a migration run in one transaction. A step does not commit.
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib.resources import files
 from typing import Final
 
@@ -28,16 +28,6 @@ MIGRATIONS: Final[dict[int, Callable[[sqlite3.Connection], None]]] = {}
 REWRITTEN: Final[dict[int, tuple[str, ...]]] = {}
 
 
-def statements(script: str) -> Iterator[str]:
-    """Yield the statements of an SQL script, because `executescript` would commit."""
-    statement = ""
-    for line in script.splitlines(keepends=True):
-        statement += line
-        if sqlite3.complete_statement(statement):
-            yield statement
-            statement = ""
-
-
 def meta_row(
     numbers: Numbers, totals: tuple[int, int, int, int], marked: int, gone_to: int, projected_to: int, version: int
 ) -> tuple[int, ...]:
@@ -48,9 +38,7 @@ def meta_row(
 def create(conn: sqlite3.Connection) -> None:
     """Create the schema in an empty database, in one transaction."""
     script = files("jobd.storage.schema").joinpath("schema.sql").read_text("utf-8")
-    conn.execute("BEGIN IMMEDIATE")
-    for statement in statements(script):
-        conn.execute(statement)
+    conn.executescript(f"BEGIN IMMEDIATE;\n{script}")
     row = meta_row(Numbers(epoch=0), (0, 0, 0, 0), 0, 0, 0, VERSION)  # startup.py begins the first epoch
     names = ", ".join((*META_COLUMNS, "crc"))
     conn.execute(f"INSERT INTO meta (id, {names}) VALUES (1{', ?' * len(row)})", row)

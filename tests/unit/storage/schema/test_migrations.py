@@ -82,11 +82,6 @@ async def test_a_failed_migration_leaves_the_store_unchanged(
     await assert_store_holds(path, older)
 
 
-def test_statements_are_split_with_their_comments() -> None:
-    script = "-- a; comment\nCREATE TABLE a (\n  b INTEGER -- with; this\n) STRICT;\nCREATE TABLE c (d TEXT) STRICT;\n"
-    assert len(list(migrations.statements(script))) == 2
-
-
 def test_every_table_is_strict_and_durable_rows_have_a_checksum() -> None:
     with contextlib.closing(sqlite3.connect(":memory:", isolation_level=None)) as conn:
         migrations.create(conn)
