@@ -13,13 +13,27 @@ from msgspec.structs import replace
 from jobd.journal import event_codec
 from jobd.model.events import Event, fold
 from jobd.model.job import FINISHED, LIVE, Job, LateResult, extra_keys
-from jobd.model.storage import Batch, LateResultQuery, OpenedStore
+from jobd.model.storage import Batch, JobQuery, LateResultQuery, OpenedStore
 from jobd.storage.codec import SQL
 from jobd.storage.commit_mode import CommitSetting
 from jobd.storage.events import event_rows
 from jobd.storage.schema import migrations
 from jobd.storage.store import Store
 from tests.support.factories import ChangeFactory
+
+
+async def all_pages(store: Store, query: JobQuery) -> tuple[list[Job], list[int]]:
+    """Return the jobs of all pages, and the number of jobs in each."""
+    found: list[Job] = []
+    sizes: list[int] = []
+    while True:
+        page = await store.find_jobs(query)
+        found += [job for job, _ in page.jobs]
+        sizes.append(len(page.jobs))
+        if page.next_before is None:
+            return found, sizes
+        beyond = {"before" if query.after is None else "after": page.next_before}
+        query = replace(query, **beyond, before_end=page.next_end)
 
 
 def read_file(path: str) -> bytes:

@@ -16,7 +16,7 @@ from jobd.storage import queries
 from jobd.storage.events import event_queries
 from jobd.storage.store import Store
 from tests.support.factories import NOW, OPTIONS, ChangeFactory, deadlines_at
-from tests.support.store_files import job_of
+from tests.support.store_files import all_pages, job_of
 
 
 async def fill_for_pages(store: Store) -> ChangeFactory:
@@ -32,19 +32,6 @@ async def fill_for_pages(store: Store) -> ChangeFactory:
     at_once = [job for job in maker.jobs.values() if job.finished_at and job.seq % 8 == 0]
     await store.write(maker.batch([maker.update(job, finished_at=NOW + 99) for job in at_once]))
     return maker
-
-
-async def all_pages(store: Store, query: JobQuery) -> tuple[list[Job], int]:
-    found: list[Job] = []
-    pages = 0
-    while True:
-        page = await store.find_jobs(query)
-        found += [job for job, _ in page.jobs]
-        pages += 1
-        if page.next_before is None:
-            return found, pages
-        beyond = {"before" if query.after is None else "after": page.next_before}
-        query = replace(query, **beyond, before_end=page.next_end)
 
 
 @pytest.mark.slow
@@ -81,7 +68,7 @@ async def test_pages_return_each_match_once_in_either_order(
     upwards, pages_upwards = await all_pages(store, JobQuery(limit=limit, scan=scan, after=0, **wanted))  # type: ignore[arg-type]
     assert upwards == found[::-1]
     if scan > 60:
-        assert pages == pages_upwards == max(1, -(-len(matches) // limit))
+        assert len(pages) == len(pages_upwards) == max(1, -(-len(matches) // limit))
 
 
 def _matches(job: Job, wanted: dict[str, str]) -> bool:
@@ -171,16 +158,8 @@ def with_metadata(maker: ChangeFactory, count: int, size: int) -> list[Event]:
 async def test_a_page_reads_a_limited_amount_of_metadata(maker: ChangeFactory, store: Store) -> None:
     await store.write(maker.batch(with_metadata(maker, 10, 1_000)))
     for after, expected in ((None, [10, 9, 8, 7, 6, 5, 4, 3, 2, 1]), (0, [1, 2, 3, 4, 5, 6, 7, 8, 9, 10])):
-        seqs, sizes, query = [], [], JobQuery(payload_bytes=3_500, after=after)
-        while True:
-            page = await store.find_jobs(query)
-            seqs += [job.seq for job, _ in page.jobs]
-            sizes.append(len(page.jobs))
-            if page.next_before is None:
-                break
-            query = replace(query, **{"before" if after is None else "after": page.next_before})
-        assert seqs == expected
-        assert sizes == [3, 3, 3, 1]
+        jobs, sizes = await all_pages(store, JobQuery(payload_bytes=3_500, after=after))
+        assert ([job.seq for job in jobs], sizes) == (expected, [3, 3, 3, 1])
     page = await store.find_jobs(JobQuery(payload_bytes=10, before=2))
     assert [job.seq for job, _ in page.jobs] == [1]
     assert page.next_before is None
@@ -354,14 +333,9 @@ async def test_a_text_search_ends_early_if_payloads_are_large(store: Store, monk
     maker = ChangeFactory()
     big = b'"' + b"x" * 400 + b'needle"'
     await store.write(maker.batch([created_job(maker, f"j{n}", payload=big) for n in range(9)]))
-    found: list[str] = []
-    pages, before = 0, None
-    while pages == 0 or before is not None:
-        page = await store.find_jobs(JobQuery(text="NEEDLE", before=before))
-        found += [job.id for job, _ in page.jobs]
-        pages, before = pages + 1, page.next_before
-    assert found == [f"j{n}" for n in range(8, -1, -1)]
-    assert pages == 3
+    jobs, sizes = await all_pages(store, JobQuery(text="NEEDLE"))
+    assert [job.id for job in jobs] == [f"j{n}" for n in range(8, -1, -1)]
+    assert len(sizes) == 3
 
 
 async def test_jobs_with_the_same_error_are_found(maker: ChangeFactory, store: Store) -> None:

@@ -458,26 +458,14 @@ async def test_an_unreadable_page_of_jobs_is_skipped(path: str) -> None:
         assert list((await store.load(["job-100"], [], [])).bad) == ["job-100"]
         assert (await store.load(["job-1"], [], [])).jobs == {"job-1": maker.jobs[1]}
         assert any("job job-100: the row cannot be read" in fault for fault in store.take_faults())
-        seen: list[int] = []
-        query = storage.JobQuery(limit=200)
-        while True:
-            page = await store.find_jobs(query)
-            assert all(maker.jobs[job.seq] == job for job, _ in page.jobs)
-            seen += [job.seq for job, _ in page.jobs]
-            if page.next_before is None:
-                break
-            query = replace(query, before=page.next_before)
+        jobs, _ = await store_files.all_pages(store, storage.JobQuery(limit=200))
+        assert all(maker.jobs[job.seq] == job for job in jobs)
+        seen = [job.seq for job in jobs]
         assert seen == sorted(set(seen), reverse=True)
         assert {1, 250, 300} < set(seen)
         for scan in (7, 5_000):
-            query, upwards = storage.JobQuery(limit=200, scan=scan, after=0), []
-            while True:
-                page = await store.find_jobs(query)
-                upwards += [job.seq for job, _ in page.jobs]
-                if page.next_before is None:
-                    break
-                query = replace(query, after=page.next_before)
-            assert upwards == seen[::-1]
+            upwards, _ = await store_files.all_pages(store, storage.JobQuery(limit=200, scan=scan, after=0))
+            assert [job.seq for job in upwards] == seen[::-1]
         assert 100 not in seen
         assert any(fault.startswith("jobs ") and "cannot be read" in fault for fault in store.take_faults())
         await store.write(maker.batch([maker.create()]))
