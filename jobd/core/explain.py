@@ -380,7 +380,7 @@ def _signs(job: Job, grant: Grant, state: State, at: Moment) -> str:
     renewed = f" Its lock was renewed {duration(renewed_ms)} ago"
     if renewed_ms < 0:  # by restart_grace.py
         renewed = " The daemon has extended its lock, because no worker could report for a while"
-    reported = state.progressed.get(job.id)
+    reported = state.processing.progressed.get(job.id)
     if reported is not None:
         progress = f"; its last progress was {duration(at.lock_ms - reported)} ago."
     else:

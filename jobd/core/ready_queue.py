@@ -1,4 +1,4 @@
-"""The orders of queued jobs: sorted blocks for queues, heaps with stale entries for times.
+"""The queued jobs of one queue, in the order of claims.
 
 `QueuedJobs` has the queued jobs of one queue. A claim takes the first job by priority, `run_at` and seq that is due
 and not overdue, over all kinds or over some. A bucket has the jobs of one kind and priority.
@@ -22,45 +22,34 @@ Invariants:
 - With two buckets or more, each bucket whose first job is due has an entry of that job in `heads`. The head is offered
   when it changes (`add`, `join`, a removal), and when it becomes due (State._wake). A first job may be overdue; the
   bucket then goes on to the next one.
-- An entry in a heap is valid if its owner still says the same: a head is that of its bucket, a wake time that of its
-  bucket, a deadline that of its job. A stale entry is harmless, and `ordered` returns equal entries once. After `trim`
-  a heap has at most 2 * live + SLACK entries.
 - With one bucket `heads` is empty, and the order of the bucket (`_only`) is that of the queue.
-- In `Sorted`, blocks are in order, have 1 to BLOCK entries, and `_last[i]` is the last entry of block i.
 - In `BucketEntries`, `_expiry[i]` is at or above each `expires_at` in block i, so a block whose value has passed is
   skipped in one step.
 - While an iterator is in use, nothing may be added or removed.
 
-Cost: bisection finds an entry, and an insertion moves at most BLOCK entries. The first job of a queue is found without
-a search, however many jobs or buckets there are. A claim of some kinds looks at up to FEW_HEADS heads before it sorts
-those of its kinds.
+Cost: the first job of a queue is found without a search, however many jobs or buckets there are. A claim of some kinds
+looks at up to FEW_HEADS heads before it sorts those of its kinds.
 """
 
 from __future__ import annotations
 
 import heapq
-from bisect import bisect_left, bisect_right, insort
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
 from heapq import merge
-from itertools import chain, islice, takewhile
+from itertools import chain, takewhile
 from operator import attrgetter, itemgetter
-from typing import Final, Generic, TypeVar
+from typing import Final
 
-from jobd.model.clocks import LockMs
+from jobd.core.orders import SLACK, LazyHeap, Sorted
 from jobd.model.job import Job, PackedJob
-
-Entry = TypeVar("Entry", bound=tuple[object, ...])
-Item = TypeVar("Item", "DueEntry", "TimeEntry", str)
 
 # priority, run_at, job seq, job id, expires_at: the order of claims
 DueEntry = tuple[int, int, int, str, int]
 Head = tuple[int, int, int, str, str]  # the first four of a DueEntry, and the kind: the first due job of a bucket
 TimeEntry = tuple[int, int, str]  # wall time, job seq, job id
-DeadlineEntry = tuple[LockMs, int, str]  # the same by lock time
 BucketName = tuple[str, str, int]  # queue, kind, priority
 
-SLACK = 64  # stale entries that a heap may always have; beyond, at most as many as valid ones
-BLOCK: Final = 512  # entries
 NEVER: Final = 1 << 63  # the expires_at of a job that has none
 FEW_HEADS: Final = 64  # that a claim of some kinds tries before it sorts those of its kinds
 _LONG_AGO: Final = -1
@@ -80,139 +69,6 @@ def entry_of(job: Job) -> DueEntry:
 def packed_entry(job: PackedJob) -> DueEntry:
     """Return the position of a packed job, which is due since its creation."""
     return (job.options.priority, job.created_at, job.seq, job.id, NEVER)
-
-
-class LazyHeap(Generic[Entry]):
-    """A heap that finds its smallest valid entries without removing them.
-
-    Removal would cost a search, so a removed entry stays until it reaches the top or `trim` finds too many of them.
-    """
-
-    __slots__ = ("entries",)
-
-    def __init__(self) -> None:
-        self.entries: list[Entry] = []
-
-    def push(self, entry: Entry) -> None:
-        heapq.heappush(self.entries, entry)
-
-    def first(self, valid: Callable[[Entry], bool]) -> Entry | None:
-        """Return the smallest valid entry. Drops the stale ones before it."""
-        entries = self.entries
-        while entries:
-            if valid(entries[0]):
-                return entries[0]
-            heapq.heappop(entries)
-        return None
-
-    def ordered(self, valid: Callable[[Entry], bool], most: int | None = None) -> Iterator[Entry]:
-        """Iterate over valid entries in order, each once, and end after `most` entries. The heap must not change."""
-        last = self.first(valid)
-        if last is None:
-            return
-        yield last
-        entries = self.entries
-        frontier = [(entries[child], child) for child in (1, 2) if child < len(entries)]
-        heapq.heapify(frontier)
-        for _ in range(len(entries) - 1 if most is None else most):
-            if not frontier:
-                return
-            entry, place = heapq.heappop(frontier)
-            for child in (2 * place + 1, 2 * place + 2):
-                if child < len(entries):
-                    heapq.heappush(frontier, (entries[child], child))
-            # A job that left and came back has equal entries, next to each other.
-            if entry != last and valid(entry):
-                last = entry
-                yield entry
-
-    def pop_until(self, time: int | LockMs) -> Iterator[Entry]:
-        """Remove and return every entry whose first part is at or before `time`, valid or not."""
-        entries = self.entries
-        while entries and entries[0][0] <= time:  # type: ignore[operator]  # the first part of every entry is an int
-            yield heapq.heappop(entries)
-
-    def trim(self, live: int, valid: Callable[[Entry], bool]) -> None:
-        """Drop stale entries if they outnumber the `live` ones. The amortized cost per removal is constant."""
-        if len(self.entries) > 2 * live + SLACK:
-            self.entries = sorted({entry for entry in self.entries if valid(entry)})
-
-
-class Sorted(Generic[Item]):
-    """Entries in order, in blocks of at most BLOCK entries. Bisection finds, adds and removes an entry.
-
-    `_last` holds the last entry of each block.
-    """
-
-    __slots__ = ("_last", "blocks")
-
-    def __init__(self) -> None:
-        self.blocks: list[list[Item]] = []
-        self._last: list[Item] = []
-
-    def __bool__(self) -> bool:
-        return bool(self.blocks)
-
-    def __iter__(self) -> Iterator[Item]:
-        return chain.from_iterable(self.blocks)
-
-    def first(self) -> Item | None:
-        return self.blocks[0][0] if self.blocks else None
-
-    def add(self, entry: Item) -> int:
-        """Add `entry`. Return the number of its block."""
-        place = bisect_left(self._last, entry)
-        if place == len(self._last):  # after all others
-            if not place or len(self.blocks[-1]) >= BLOCK:
-                self._insert(place, [entry])
-                return place
-            place -= 1
-        elif len(self.blocks[place]) >= BLOCK:
-            place += entry > self._split(place)
-        block = self.blocks[place]
-        insort(block, entry)
-        self._last[place] = block[-1]
-        return place
-
-    def remove(self, entry: Item) -> bool:
-        """Remove `entry`. Return whether it was present."""
-        place = bisect_left(self._last, entry)
-        if place == len(self._last):
-            return False
-        block = self.blocks[place]
-        at = bisect_left(block, entry)
-        if block[at] != entry:
-            return False
-        del block[at]
-        if not block:
-            self._drop(place)
-        elif at == len(block):
-            self._last[place] = block[-1]
-        return True
-
-    def after(self, entry: Item) -> Iterator[Item]:
-        """Iterate over the entries after `entry`, in order. Nothing may be added or removed meanwhile."""
-        place = bisect_right(self._last, entry)
-        if place < len(self._last):
-            block = self.blocks[place]
-            yield from islice(block, bisect_right(block, entry), None)
-            yield from chain.from_iterable(islice(self.blocks, place + 1, None))
-
-    def _split(self, place: int) -> Item:
-        """Move the upper half of a block into a new one. Return the last entry of the lower half."""
-        block = self.blocks[place]
-        upper = block[BLOCK // 2 :]
-        del block[BLOCK // 2 :]
-        self._last[place] = block[-1]
-        self._insert(place + 1, upper)
-        return block[-1]
-
-    def _insert(self, place: int, block: list[Item]) -> None:
-        self.blocks.insert(place, block)
-        self._last.insert(place, block[-1])
-
-    def _drop(self, place: int) -> None:
-        del self.blocks[place], self._last[place]
 
 
 class BucketEntries(Sorted[DueEntry]):
@@ -258,11 +114,7 @@ class BucketEntries(Sorted[DueEntry]):
 
     def not_due(self, now: int) -> Iterator[DueEntry]:
         """Iterate over the entries whose `run_at` is after `now`. Nothing may be added or removed meanwhile."""
-        place = bisect_right(self._last, now, key=_run_at)
-        if place < len(self._last):
-            block = self.blocks[place]
-            yield from islice(block, bisect_right(block, now, key=_run_at), None)
-            yield from chain.from_iterable(islice(self.blocks, place + 1, None))
+        return self.after(now, _run_at)
 
     def _insert(self, place: int, block: list[DueEntry]) -> None:
         super()._insert(place, block)

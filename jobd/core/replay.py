@@ -10,7 +10,6 @@ from collections.abc import Iterable
 from msgspec.structs import replace
 
 from jobd.core.state import State
-from jobd.core.worker_presence import WorkerPresence
 from jobd.model.events import QUIET, Event, fold, fold_quiet
 from jobd.model.job import FINISHED, Job
 from jobd.model.schedules import fold_schedule, schedule_id
@@ -32,7 +31,7 @@ def apply(state: State, batch: Batch, loaded: Iterable[Job] = ()) -> None:
     Raises LookupError if a row is missing and not in quarantine.
     """
     for job in loaded:
-        state.keep_finished(job)
+        state.finished.keep(job)
     numbers = batch.numbers
     state.advance(numbers.wall_ms, numbers.lock_ms)
     for event in batch.changes:
@@ -50,7 +49,7 @@ def apply(state: State, batch: Batch, loaded: Iterable[Job] = ()) -> None:
     state.epoch, state.next_token = numbers.epoch, numbers.next_token
     state.next_job, state.next_event = numbers.next_job, numbers.next_event
     state.clock = numbers.clock
-    state.trim_finished()
+    state.finished.trim()
 
 
 def _apply_change(state: State, event: Event) -> None:
@@ -76,11 +75,11 @@ def _apply_change(state: State, event: Event) -> None:
 
 def finish(state: State) -> None:
     """Make the state equal to one that was just opened: it knows workers that hold jobs, and grants are in order."""
+    state.forget_workers()
     presence = state.presence
-    state.presence = presence = WorkerPresence(presence.now, presence.lock_ms)
     for job_id, job in state.processing.items():
         if job.grant is not None and job.deadlines is not None:
             presence.add_job(job.grant.worker, job_id, job.updated_at)
             if not job.deadlines.is_live(presence.lock_ms):
                 presence.set_expired(job.grant.worker, job_id, True)
-    state.order_processing()
+    state.processing.order()

@@ -1,12 +1,9 @@
 """The state in memory: live jobs, and their orders by due time and deadline, with counters.
 
     queued ─────────── grant ───> processing ────────────────────── end ───> finished
-    _queued (ready_queue.py)      live lock: in none of these four           finished: those used last;
-    run_at after now: _wakes      expired_locks: recovery has not seen it    all others are on the disk only
-    expires_at: _expiries         noted_expired: recovery has recorded it
-                                  stalled: recovery may end the grant
-                                  without_deadlines: an invalid row
-                                  next deadline: _deadlines
+    _queued (ready_queue.py)      processing (processing_jobs.py)            finished: those used last;
+    run_at after now: _wakes                                                 all others are on the disk only
+    expires_at: _expiries
 
 `reindex(before, after)` moves a job between these orders and counts it. Rules never call it; the transaction does. The
 time is that of the last `advance`: wall time for `run_at` and `expires_at`, lock time for deadlines. Wall time may go
@@ -21,13 +18,7 @@ Invariants, between two calls of the methods:
   whose rows could not be moved. `totals` is its sum over the queues. A queue without jobs has no entry. Rows with an
   unknown status, from manual edits, are not counted.
 - `queue_names` has exactly the queues that have jobs or are paused.
-- `processing` has exactly the processing jobs, in the order of their grants. After an undo, a start or a replay,
-  `order_processing` restores the order.
-- A processing job is in none of `expired_locks`, `noted_expired`, `stalled` and `without_deadlines`, or in one of
-  them, which `_not_live` names. In none of them, its lock is live.
-- A processing job with deadlines that is not stalled has a valid entry in `_deadlines`, at its next deadline or before
-  it; `_deadline_of` has its time. A report moves the deadline of the job and leaves the entry, which is checked again
-  when it comes up.
+- `processing` has exactly the processing jobs.
 - A bucket that has jobs is in `_buckets`, ordered by the time at which a job in it last became due. A step back of the
   wall clock needs only the buckets after that time.
 - A bucket with a job that is not due has a `wakes_at` at or before the first such `run_at`, and an entry of that time
@@ -36,7 +27,7 @@ Invariants, between two calls of the methods:
   enters or becomes due, the queue is resumed, the wall clock goes back. It may be called without reason.
 - `reindex(a, b)` and then `reindex(b, a)` restore jobs, orders and counts. Exceptions: the order of `processing` and
   of `finished`, a packed job that is full afterwards, and what is known of workers (`presence`).
-- Heaps (`_wakes`, `_deadlines`) may have stale entries, which `trim` bounds. Sorted orders have none.
+- `_wakes` may have stale entries, which `trim` bounds. Sorted orders have none.
 - Overdue queued jobs are not moved when their `expires_at` passes. Every order skips them by time.
 
 Memory: a packed job takes about a quarter of a full one (docs/decisions/packed-jobs.md).
@@ -46,25 +37,17 @@ from __future__ import annotations
 
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from heapq import heappush, merge
-from itertools import chain, islice, takewhile
+from heapq import merge
+from itertools import islice, takewhile
 from operator import itemgetter
 from typing import Final, NamedTuple, TypeVar
 
 from msgspec.structs import astuple
 
-from jobd.core.ready_queue import (
-    SLACK,
-    BucketName,
-    DeadlineEntry,
-    DueEntry,
-    LazyHeap,
-    PriorityBucket,
-    QueuedJobs,
-    Sorted,
-    TimeEntry,
-    entry_of,
-)
+from jobd.core.jobs_by_id import FinishedJobs, LiveJobs
+from jobd.core.orders import LazyHeap, Sorted
+from jobd.core.processing_jobs import ProcessingJobs
+from jobd.core.ready_queue import BucketName, DueEntry, PriorityBucket, QueuedJobs, TimeEntry, entry_of
 from jobd.core.stats import Counters
 from jobd.core.worker_presence import WorkerPresence
 from jobd.model.clocks import LockMs
@@ -81,7 +64,6 @@ from jobd.model.job import (
     PackedJob,
     is_release_loop,
     is_retried,
-    metadata_bytes,
     packed,
 )
 from jobd.model.schedules import Schedule
@@ -90,8 +72,6 @@ from jobd.model.storage import Numbers, OpenedStore, QueueRow
 K = TypeVar("K")
 V = TypeVar("V")
 
-FINISHED_KEPT: Final = 1_000  # finished jobs in memory, for repeated endings and quick reads
-FINISHED_BYTES: Final = 16 << 20  # of their metadata
 OPTIONS_KEPT: Final = 10_000
 LATE_KEPT: Final = 10_000  # remembered calls, which may be recorded again once they are forgotten, and results
 
@@ -111,51 +91,10 @@ class State:
     """All live jobs. `reindex` is the only way to change a row, so that every order and counter stays consistent."""
 
     __slots__ = (
-        "_buckets",
-        "_deadline_of",
-        "_deadlines",
-        "_expiries",
-        "_finished_bytes",
-        "_lock_ms",
-        "_not_live",
-        "_now",
-        "_options",
-        "_queued",
-        "_wakes",
-        "clock",
-        "counters",
-        "counts",
-        "epoch",
-        "expired_locks",
-        "finished",
-        "jobs",
-        "late_calls",
-        "late_results",
-        "next_event",
-        "next_job",
-        "next_token",
-        "noted_expired",
-        "on_due",
-        "on_quiet",
-        "on_schedule",
-        "paused",
-        "presence",
-        "processing",
-        "progressed",
-        "quarantined",
-        "queue_names",
-        "quiet",
-        "recovery",
-        "release_loops",
-        "retrying",
-        "schedules",
-        "stalled",
-        "started_sum",
-        "too_old_for",
-        "totals",
-        "unmoved",
-        "unvalidated",
-        "without_deadlines",
+        "_buckets", "_expiries", "_now", "_options", "_queued", "_wakes", "clock", "counters", "counts", "epoch",
+        "finished", "jobs", "late_calls", "late_results", "next_event", "next_job", "next_token", "on_due",
+        "on_quiet", "on_schedule", "paused", "presence", "processing", "quarantined", "queue_names", "quiet",
+        "recovery", "release_loops", "retrying", "schedules", "too_old_for", "totals", "unmoved", "unvalidated",
     )  # fmt: skip
 
     def __init__(self, numbers: Numbers | None = None) -> None:
@@ -165,9 +104,7 @@ class State:
         self.next_job = numbers.next_job
         self.next_event = numbers.next_event
         self.clock = numbers.clock  # as persisted
-        self.jobs = LiveJobs()
-        self.finished: OrderedDict[str, Job] = OrderedDict()
-        self._finished_bytes = 0  # of their metadata
+        self.finished = FinishedJobs()
         self.quarantined: dict[str, str] = {}
         # Quarantined jobs whose rows could not be moved. A finished one has its queue and status here, because it stays
         # in the counts until its row is moved.
@@ -184,18 +121,11 @@ class State:
         self.queue_names: Sorted[str] = Sorted()  # of queues that have jobs or are paused
         self.totals: dict[str, int] = dict.fromkeys(STATUSES, 0)
         self.counters = Counters()  # updated by the actor after commits
-        self.processing = self.jobs.processing  # in the order of their grants
-        self.started_sum = 0  # sum of started_at over all processing jobs
-        # Processing rows without a grant, which come from manual edits. A cleanup run repairs them.
-        self.without_deadlines: dict[str, None] = {}
         self.presence = WorkerPresence(numbers.wall_ms, numbers.lock_ms)
+        self.processing = ProcessingJobs(self.presence, LockMs(0))
+        self.jobs = LiveJobs(self.processing)
         self.recovery = RecoverySchedule()
-        self.progressed: dict[str, LockMs] = {}  # running job -> time of its latest progress report since the start
         self.unvalidated: dict[int, str] = {}  # seq -> id of imported or accepted rows that were not validated yet
-        self.expired_locks: dict[str, None] = {}  # expired, not yet recorded by recovery
-        self.noted_expired: dict[str, None] = {}  # expired and recorded; the holder can still revive them
-        self.stalled: dict[str, None] = {}
-        self._not_live: dict[str, dict[str, None]] = {}  # id -> which of these four it is in
         self.retrying: dict[str, int] = {}  # queue -> queued jobs for which is_retried is true
         self.release_loops: dict[str, int] = {}  # id -> releases of live jobs for which is_release_loop is true
         self.too_old_for: Callable[[int], str | None] = lambda format: None  # see JobStorage
@@ -204,17 +134,14 @@ class State:
         self._buckets: OrderedDict[PriorityBucket, None] = OrderedDict()  # ordered by when a job in it last became due
         self._wakes: LazyHeap[tuple[int, BucketName]] = LazyHeap()  # run_at of the next delayed job of each bucket
         self._expiries: Sorted[TimeEntry] = Sorted()  # expires_at of queued jobs
-        self._deadlines: LazyHeap[DeadlineEntry] = LazyHeap()
-        self._deadline_of: dict[str, LockMs] = {}  # id -> lock time of its one valid entry
         self._now = 0
-        self._lock_ms = LockMs(0)
         self._options: dict[Options, Options] = {}
 
     @classmethod
     def opened(cls, found: OpenedStore) -> State:
         """Return the state at start: live jobs, and the stored counts of finished ones."""
         state = cls(found.numbers)
-        state._now, state._lock_ms = found.numbers.wall_ms, found.numbers.lock_ms
+        state._now, state.processing.lock_ms = found.numbers.wall_ms, found.numbers.lock_ms
         for name, row in found.queues.items():
             kept = {"completed": row.completed, "failed": row.failed, "cancelled": row.cancelled}
             for status, count in kept.items():
@@ -228,7 +155,7 @@ class State:
         state._enter_all(found.packed_jobs)
         for job in found.jobs:
             state.reindex(None, job)
-        state.order_processing()
+        state.processing.order()
         return state
 
     # -- reading ------------------------------------------------------------------------------------------------------
@@ -318,11 +245,6 @@ class State:
             self._wake_at(bucket, run_at)  # the first job is no longer queued
         return None
 
-    def next_deadline(self) -> LockMs | None:
-        """Return the lock time at which the next lock expires or the next job stalls."""
-        entry = self._deadlines.first(self._is_deadline)
-        return None if entry is None else entry[0]
-
     def next_expiry(self) -> int | None:
         """Return the first expires_at of all queued jobs (Unix ms), which may have passed."""
         entry = self._expiries.first()
@@ -332,10 +254,6 @@ class State:
     def live_count(self) -> int:
         """The number of queued and processing jobs."""
         return self.totals["queued"] + self.totals["processing"]
-
-    def live_locks(self) -> int:
-        """Return the number of processing jobs with a live lock, as of the last `advance`."""
-        return len(self.processing) - len(self._not_live)
 
     def total(self) -> int:
         return sum(self.totals.values())
@@ -364,63 +282,16 @@ class State:
     def reindex(self, before: Job | None, after: Job | None) -> None:
         """Replace the row of a job in every order and counter. None: no such job. Exchange both to undo it."""
         if before is not None and after is not None and before.status == after.status and _is_same_grant(before, after):
-            self._renew(before, after)
-            return
-        self._count(before, after)
-        if before is not None:
-            status = before.status
-            if status == "queued":
-                self._leave_queue(before)
-            elif status == "processing":
-                self._end_processing(before)
-            else:
-                self._drop_finished(before.id)
-            if before.releases >= LOOP_FROM:
-                self.release_loops.pop(before.id, None)
-        if after is not None:
-            status = after.status
-            if status == "queued":
-                self._enter_queue(after, packed(after) if before is None else None)
-            elif status == "processing":
-                self._begin_processing(after)
-            else:
-                self.keep_finished(after)
-            if after.releases >= LOOP_FROM and after.id in self.jobs and is_release_loop(after):
-                self.release_loops[after.id] = after.releases
+            self.processing.renew(before, after)
+        else:
+            self._move(before, after)
+        if (before is not None and before.releases >= LOOP_FROM) or (after is not None and after.releases >= LOOP_FROM):
+            self._note_releases(before, after)
 
-    def order_processing(self) -> None:
-        """Sort processing jobs by grant, after a start or an undo added them in another order."""
-        tokens = [job.grant.fencing_token if job.grant else 0 for job in self.processing.values()]
-        if tokens != sorted(tokens):
-            by_token = sorted(zip(tokens, self.processing.items(), strict=True), key=itemgetter(0))
-            self.processing.clear()
-            self.processing.update(item for _, item in by_token)
-        not_live = (self.expired_locks, self.noted_expired, self.stalled)
-        expired = (worker.expired for worker in self.presence.workers.values())
-        if to_sort := [ids for ids in (*not_live, *expired) if len(ids) > 1]:
-            place = {job_id: number for number, job_id in enumerate(self.processing)}
-            for ids in to_sort:
-                ordered = sorted(ids, key=place.__getitem__)
-                ids.clear()
-                ids.update(dict.fromkeys(ordered))
-
-    def keep_finished(self, job: Job) -> None:
-        """Keep a finished job that was read from disk."""
-        if job.id in self.finished:
-            self._drop_finished(job.id)
-        self.finished[job.id] = job
-        if job.result is not None:
-            self._finished_bytes += metadata_bytes(job)
-
-    def trim_finished(self) -> None:
-        """Keep only the finished jobs that were used last. Called between batches."""
-        while len(self.finished) > FINISHED_KEPT or self._finished_bytes > FINISHED_BYTES:
-            _, job = self.finished.popitem(last=False)
-            if job.result is not None:
-                self._finished_bytes -= metadata_bytes(job)
-
-    def _drop_finished(self, job_id: str) -> None:
-        self._finished_bytes -= metadata_bytes(self.finished.pop(job_id))
+    def forget_workers(self) -> None:
+        """Know no worker, as at a start."""
+        known = self.presence
+        self.presence = self.processing.presence = WorkerPresence(known.now, known.lock_ms)
 
     def quarantine(
         self, job_id: str, reason: str, uncounted: tuple[str, str] | None = None, *, is_moved: bool = True
@@ -441,7 +312,7 @@ class State:
             else:
                 self.count_as(counted, -1)
         elif job is not None and job.status in FINISHED:
-            self._drop_finished(job_id)
+            self.finished.drop(job_id)
             self.unmoved[job_id] = job.options.queue, job.status
         else:
             if job is not None:
@@ -463,41 +334,39 @@ class State:
         """
         if now < self._now:
             self._rewind(now)
-        self._now, self._lock_ms = now, lock_ms
+        self._now = now
         self.presence.set_time(now, lock_ms)
         for wake in self._wakes.pop_until(now):
             if self._is_wake(wake):
                 self._wake(self._bucket(wake[1]))
-        for entry in self._deadlines.pop_until(lock_ms):
-            if self._is_deadline(entry):
-                job = self.processing[entry[2]]
-                self._unsort(job)
-                self._schedule(job)
+        self.processing.advance(lock_ms)
 
     # -- moving jobs between the orders --------------------------------------------------------------------------------
 
-    def _renew(self, before: Job, job: Job) -> None:
-        """Replace the row of a processing job that has the same grant."""
-        job_id, deadlines = job.id, job.deadlines
-        self.processing[job_id] = job
-        if before.releases >= LOOP_FROM or job.releases >= LOOP_FROM:
-            self.release_loops.pop(job_id, None)
-            if is_release_loop(job):
-                self.release_loops[job_id] = job.releases
-        if before.started_at != job.started_at:  # repaired
-            self.started_sum += (job.started_at or job.created_at) - (before.started_at or before.created_at)
-        assert deadlines is not None
-        # An entry that is too early is checked again when it comes up, so moving a deadline costs nothing here.
-        # Deadlines move back only if they are undone.
-        known = self._deadline_of.get(job_id)
-        is_late = (
-            known is None
-            or known > deadlines.expires
-            or (deadlines.progress_due is not None and known > deadlines.progress_due)
-        )
-        if is_late or job_id in self.expired_locks or job_id in self.noted_expired:
-            self._unsort(job)
-            self._schedule(job)
+    def _move(self, before: Job | None, after: Job | None) -> None:
+        self._count(before, after)
+        if before is not None:
+            status = before.status
+            if status == "queued":
+                self._leave_queue(before)
+            elif status == "processing":
+                self.processing.end(before)
+            else:
+                self.finished.drop(before.id)
+        if after is not None:
+            status = after.status
+            if status == "queued":
+                self._enter_queue(after, packed(after) if before is None else None)
+            elif status == "processing":
+                self.processing.begin(after)
+            else:
+                self.finished.keep(after)
+
+    def _note_releases(self, before: Job | None, after: Job | None) -> None:
+        if before is not None:
+            self.release_loops.pop(before.id, None)
+        if after is not None and after.id in self.jobs and is_release_loop(after):
+            self.release_loops[after.id] = after.releases
 
     def _enter_all(self, jobs: Iterable[PackedJob]) -> None:
         """Add packed jobs to an empty state, at a quarter of the cost of single ones."""
@@ -592,61 +461,6 @@ class State:
             self._wakes.push((run_at, bucket.name))
             self._wakes.trim(len(self._buckets), self._is_wake)
 
-    def _begin_processing(self, job: Job) -> None:
-        job_id, grant = job.id, job.grant
-        self.processing[job_id] = job
-        self.started_sum += job.started_at or job.created_at
-        if grant is None or job.deadlines is None:
-            self._sort(job_id, self.without_deadlines)  # an invalid row; validation reports it
-            return
-        self.presence.add_job(grant.worker, job_id, job.updated_at)
-        self._schedule(job)
-
-    def _end_processing(self, job: Job) -> None:
-        job_id = job.id
-        self.processing.pop(job_id, None)
-        self.progressed.pop(job_id, None)
-        self.started_sum -= job.started_at or job.created_at
-        if job_id in self._not_live:
-            self._unsort(job)
-        deadlines = self._deadlines
-        self._deadline_of.pop(job_id, None)
-        if len(deadlines.entries) > 2 * len(self._deadline_of) + SLACK:
-            deadlines.trim(len(self._deadline_of), self._is_deadline)
-        if job.grant is not None:
-            self.presence.remove_job(job.grant.worker, job_id)
-
-    def _schedule(self, job: Job) -> None:
-        """Sort a processing job into live, expired or stalled, and set its next deadline."""
-        job_id, grant, deadlines, now = job.id, job.grant, job.deadlines, self._lock_ms
-        assert grant is not None and deadlines is not None
-        if now < deadlines.expires and not deadlines.cleared:
-            deadline = (
-                deadlines.expires if deadlines.progress_due is None else min(deadlines.expires, deadlines.progress_due)
-            )
-        else:
-            deadline = deadlines.stalled_at
-            self.presence.set_expired(grant.worker, job_id, True)
-            if now < deadline:
-                self._sort(job_id, self.noted_expired if deadlines.cleared else self.expired_locks)
-        if now >= deadline:
-            self._sort(job_id, self.stalled)
-            self._deadline_of.pop(job_id, None)
-            return
-        self._deadline_of[job_id] = deadline
-        heappush(self._deadlines.entries, (deadline, job.seq, job_id))
-
-    def _unsort(self, job: Job) -> None:
-        ids = self._not_live.pop(job.id, None)
-        if ids is not None:
-            del ids[job.id]
-            if job.grant is not None:
-                self.presence.set_expired(job.grant.worker, job.id, False)
-
-    def _sort(self, job_id: str, ids: dict[str, None]) -> None:
-        ids[job_id] = None
-        self._not_live[job_id] = ids
-
     def _rewind(self, now: int) -> None:
         """Apply a step back of the wall clock: due jobs may have to wait again, and overdue ones may be eligible again.
 
@@ -735,9 +549,6 @@ class State:
         bucket = None if queued is None else queued.buckets.get(kind, {}).get(priority)
         return bucket is not None and bucket.wakes_at == wake[0]
 
-    def _is_deadline(self, entry: DeadlineEntry) -> bool:
-        return self._deadline_of.get(entry[2]) == entry[0] and self.processing[entry[2]].seq == entry[1]
-
 
 def remember(late: dict[K, V], key: K, value: V) -> None:
     """Set a value of `State.late_calls` or `late_results`. Forget the one that was set longest ago above LATE_KEPT."""
@@ -751,65 +562,3 @@ def _is_same_grant(before: Job, after: Job) -> bool:
     if before.status != "processing" or before.deadlines is None or after.deadlines is None:
         return False
     return before.grant is not None and after.grant is not None and before.grant.lock_id == after.grant.lock_id
-
-
-class LiveJobs(Mapping[str, Job]):
-    """Live jobs by id: packed, other queued and processing ones.
-
-    Packed ones are expanded on each access: the values are equal, but not identical.
-    """
-
-    __slots__ = ("_full", "_packed", "processing")
-
-    def __init__(self) -> None:
-        self._packed: dict[str, PackedJob] = {}
-        self._full: dict[str, Job] = {}
-        self.processing: dict[str, Job] = {}
-
-    def __getitem__(self, job_id: str) -> Job:
-        if (job := self.find(job_id)) is None:
-            raise KeyError(job_id)
-        return job
-
-    def __contains__(self, job_id: object) -> bool:
-        return job_id in self._packed or job_id in self.processing or job_id in self._full
-
-    def __iter__(self) -> Iterator[str]:
-        return chain(self._packed, self.touched())
-
-    def __len__(self) -> int:
-        return len(self._packed) + len(self._full) + len(self.processing)
-
-    def find(self, job_id: str) -> Job | None:
-        """Return the job or None. Three times as fast as `get`."""
-        if (short := self._packed.get(job_id)) is not None:
-            return short.expand()
-        return self.processing.get(job_id) or self._full.get(job_id)
-
-    def touched(self) -> Iterator[str]:
-        """Iterate over the ids of the jobs that are not packed."""
-        return chain(self._full, self.processing)
-
-    def waits(self, short: PackedJob) -> bool:
-        """Return whether the job is still stored as `short`, that is, unchanged."""
-        return self._packed.get(short.id) is short
-
-    def keep(self, job: Job) -> None:
-        """Add or replace a queued job."""
-        self._packed.pop(job.id, None)
-        self._full[job.id] = job
-
-    def keep_packed(self, job: PackedJob) -> None:
-        self._full.pop(job.id, None)
-        self._packed[job.id] = job
-
-    def keep_all_packed(self, jobs: Iterable[PackedJob]) -> None:
-        """Add packed jobs that are not present yet."""
-        self._packed.update({job.id: job for job in jobs})
-
-    def drop(self, job_id: str) -> bool:
-        """Remove the queued job if it is present. Return whether it was packed."""
-        if self._packed.pop(job_id, None) is not None:
-            return True
-        self._full.pop(job_id, None)
-        return False

@@ -262,7 +262,7 @@ class Transaction:
             else:
                 state.reindex(state.get(job_id), row)
         if any(row is not None and row.status == "processing" for row in rows.values()):
-            state.order_processing()
+            state.processing.order()
         for event in reversed(changes):
             if event.type == "imported":
                 state.unvalidated.pop(event.job_seq, None)

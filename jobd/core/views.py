@@ -336,8 +336,8 @@ def stats(state: State, counters: Counters, at: Moment) -> responses.StatsView:
     return responses.StatsView(
         total_jobs=state.total(),
         by_status={status: state.totals[status] for status in STATUSES},
-        stuck_jobs=len(state.stalled),
-        locked_jobs=state.live_locks(),
+        stuck_jobs=len(state.processing.stalled),
+        locked_jobs=state.processing.live_locks(),
         average_processing_time=average_processing_s(state, counters, at),
         oldest_processing_job=shown,
         stuck_jobs_recovered=counters.recovered_last_day(at.now),
@@ -358,7 +358,7 @@ def average_processing_s(state: State, counters: Counters, at: Moment) -> float:
     """Return the average time since the latest grant in seconds, of jobs completed in the last hour or processing."""
     count, total_ms = counters.completed_last_hour(at.now)
     running = len(state.processing)
-    total_ms += running * at.now - state.started_sum
+    total_ms += running * at.now - state.processing.started_sum
     return round(max(total_ms, 0) / 1000 / (count + running), 3) if count + running else 0.0
 
 

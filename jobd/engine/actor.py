@@ -36,7 +36,7 @@ Invariants:
   survive a full disk.
 - `_bytes` is the sum of the sizes in the mailbox. A command is accepted if mailbox and bytes are below its share of
   the limits (`SHARES`), so running jobs can report when creates are already rejected.
-- Finished jobs that `_load` has read stay in memory at least until their batch is committed: `trim_finished` runs
+- Finished jobs that `_load` has read stay in memory at least until their batch is committed: `finished.trim` runs
   between batches.
 - The loop of `run` does not wait to collect more commands. It reads the sockets empty (`_drain_sockets`) and takes
   what has arrived.
@@ -473,7 +473,7 @@ class Actor:
                 self._decider.roll_back(decided)
         self._send_responses()  # of the batch before, if this one did not wait
         self._unsent, self._under_way = decided, None
-        self.state.trim_finished()
+        self.state.finished.trim()
         if not self._may_send_later(decided) or self.full_disk.write_limit != WriteLimit.NONE or self._internal:
             self._send_responses()
 
@@ -544,7 +544,7 @@ class Actor:
             loaded = await self.disk.load(unknown, [], stored)
             known.responses = loaded.responses
             for finished in loaded.jobs.values():
-                state.keep_finished(finished)
+                state.finished.keep(finished)
         deletable = {job_id for envelope, _ in naming for job_id in envelope.command.deleted_ids()}
         firsts = [ids for envelope, ids in naming if needs_payload_first(envelope, deletable)]
         jobs = [job for ids in firsts for job_id in ids if (job := state.get(job_id)) is not None]

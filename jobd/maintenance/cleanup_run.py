@@ -238,7 +238,7 @@ class CleanupRun:
         for job_id, issue in result.issues:
             self._log_issue(job_id, issue)
         for job_id in dict.fromkeys(job_id for job_id, _ in result.issues):
-            if job_id not in self._state.stalled and self._has_issues(job_id):
+            if job_id not in self._state.processing.stalled and self._has_issues(job_id):
                 count, named = self._invalid
                 self._invalid = InvalidRows(count + 1, (*named, job_id)[:MAX_NAMED])
         await self._context.yield_to_workers()

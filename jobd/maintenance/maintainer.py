@@ -214,9 +214,9 @@ class Maintainer:
 
     def _has_expired(self) -> bool:
         """Return whether a lock has expired or a job has stalled. Takes constant time."""
-        if self._state.stalled or self._state.expired_locks:
+        if self._state.processing.stalled or self._state.processing.expired_locks:
             return True
-        deadline = self._state.next_deadline()
+        deadline = self._state.processing.next_deadline()
         return deadline is not None and deadline <= self._clock.moment().lock_ms
 
     def _has_overdue(self) -> bool:

@@ -112,7 +112,8 @@ class PlanBuilder:
         if isinstance(response, ApiError):
             return response
         until_s = loop_time() + MAX_PLANNING_S
-        await self._add_live(self._state.stalled, lambda job: job.id in self._state.stalled, until_s)
+        stalled = self._state.processing.stalled
+        await self._add_live(stalled, lambda job: job.id in stalled, until_s)
         at = self._clock.moment()
         if self._request.action == "cleanup" and not at.suspect:
             await self._add_live(self._state.overdue(), lambda job: job.status == "queued", until_s)

@@ -132,7 +132,7 @@ class MeasuredCore:
     def _note(self, decided: DecidedBatch) -> None:
         self._decider.committed(decided)
         self._state.counters.note(decided.changes)
-        self._state.trim_finished()
+        self._state.finished.trim()
 
 
 def run(rounds: int, measure: Callable[[str, str, Callable[[], Any]], Any], begin: Callable[[], object]) -> None:

@@ -41,28 +41,11 @@ NOW: Final = 1_700_000_000_000
 SEED: Final = b"0123456789abcdef"
 
 # Attributes of a State that are compared as they are. Heaps are compared by their results.
-PLAIN: Final = [
-    "epoch",
-    "next_token",
-    "next_job",
-    "next_event",
-    "jobs",
-    "quarantined",
-    "release_loops",
-    "retrying",
-    "paused",
-    "quiet",
-    "schedules",
-    "counts",
-    "totals",
-    "processing",
-    "started_sum",
-    "without_deadlines",
-    "unvalidated",
-    "expired_locks",
-    "noted_expired",
-    "stalled",
-]
+PLAIN: Final = (
+    "epoch", "next_token", "next_job", "next_event", "quarantined", "release_loops", "retrying", "paused",
+    "quiet", "schedules", "counts", "totals", "unvalidated",
+)  # fmt: skip
+PROCESSING: Final = ("started_sum", "without_deadlines", "expired_locks", "noted_expired", "stalled")
 
 
 class Decision(Struct):
@@ -287,7 +270,9 @@ def holder_commands(lock_id: str) -> list[Any]:
 
 def snapshot(state: State) -> dict[str, Any]:
     """Return everything in a state that an undone command must not change, without caches and stale heap entries."""
-    shown = {name: copy.deepcopy(getattr(state, name)) for name in PLAIN} | {"finished": dict(state.finished)}
+    shown = {name: copy.deepcopy(getattr(state, name)) for name in PLAIN}
+    shown |= {name: copy.copy(getattr(state.processing, name)) for name in PROCESSING}
+    shown |= {"jobs": dict(state.jobs), "processing": dict(state.processing), "finished": dict(state.finished)}
     shown["overdue"] = list(state.overdue())
     shown["order"] = [job.id for job in state.due(list(state.counts), None)]
     shown["workers"] = {name: set(seen.jobs) for name, seen in state.presence.workers.items() if seen.jobs}
@@ -374,17 +359,17 @@ def _compare_locks(state: State, rows: dict[str, Job], at: cmd.Moment) -> None:
     }
     stalled = {job_id for job_id, deadlines in lock_deadlines.items() if at.lock_ms >= deadlines.stalled_at}
     dead = {job_id for job_id, deadlines in lock_deadlines.items() if not deadlines.is_live(at.lock_ms)} - stalled
-    assert set(state.stalled) == stalled
-    assert set(state.expired_locks) == {job_id for job_id in dead if not lock_deadlines[job_id].cleared}
-    assert set(state.noted_expired) == {job_id for job_id in dead if lock_deadlines[job_id].cleared}
-    assert state.live_locks() == len(lock_deadlines) - len(stalled) - len(dead)
+    assert set(state.processing.stalled) == stalled
+    assert set(state.processing.expired_locks) == {job_id for job_id in dead if not lock_deadlines[job_id].cleared}
+    assert set(state.processing.noted_expired) == {job_id for job_id in dead if lock_deadlines[job_id].cleared}
+    assert state.processing.live_locks() == len(lock_deadlines) - len(stalled) - len(dead)
     assert set(state.overdue()) == {job.id for job in rows.values() if guards.is_overdue(job, at.now)}
     ahead = [deadlines.stalled_at for job_id, deadlines in lock_deadlines.items() if job_id in dead]
     ahead += [
         min(lock_deadlines[job_id].expires, lock_deadlines[job_id].stalled_at)
         for job_id in lock_deadlines.keys() - dead - stalled
     ]
-    first = state.next_deadline()
+    first = state.processing.next_deadline()
     assert first is None or first > at.lock_ms
     assert (first is None) == (not ahead)
     assert first is None or first <= min(ahead), "a deadline would be missed"

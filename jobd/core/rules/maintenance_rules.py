@@ -28,9 +28,9 @@ TAKEN_BACK: Final = 200  # jobs of one take-back command
 def recover(tx: Transaction, command: commands.Recover) -> Response:
     """Recover stalled jobs by their stall rule and clear expired locks, up to `limit` of each."""
     state, lock_ms = tx.state, tx.at.lock_ms
-    more = len(state.stalled) > command.limit or len(state.expired_locks) > command.limit
-    stalled = list(islice(state.stalled, command.limit))
-    expired = list(islice(state.expired_locks, command.limit))
+    more = len(state.processing.stalled) > command.limit or len(state.processing.expired_locks) > command.limit
+    stalled = list(islice(state.processing.stalled, command.limit))
+    expired = list(islice(state.processing.expired_locks, command.limit))
     details = []
     for job_id in stalled:
         job = state.processing[job_id]

@@ -165,7 +165,7 @@ def progress(tx: Transaction, command: Progress) -> Response:
         after = replace(after, extra=with_checkpoint(job.extra, len(checkpoint)))
     tx.update(job, after, "progress", worker=job.grant.worker, details=details)
     tx.attach(checkpoint_key(job.seq), checkpoint)
-    tx.state.progressed[job.id] = tx.at.lock_ms
+    tx.state.processing.progressed[job.id] = tx.at.lock_ms
     return Response(views.lock_state(job.grant, deadlines, tx.at))
 
 

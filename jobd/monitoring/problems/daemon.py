@@ -30,7 +30,7 @@ _HEALTH: Final = Cure("See the health", "jobctl health", "/alerts")
 
 
 def stuck_jobs(scene: Scene) -> Iterator[Finding]:
-    count, recovered = len(scene.state.stalled), scene.state.counters.recovered_lately(scene.at.now)
+    count, recovered = len(scene.state.processing.stalled), scene.state.counters.recovered_lately(scene.at.now)
     if count + recovered > scene.limits.stalled_jobs:
         title = (
             f"{plural(count, 'job')} {'has' if count == 1 else 'have'} stalled, and {recovered:,} "

@@ -146,7 +146,7 @@ def silent_workers(scene: Scene) -> Iterator[Finding | None]:
     """Workers that hold jobs whose locks have expired."""
     state, at = scene.state, scene.at
     names: dict[str, None] = {}
-    for job_id in (*state.expired_locks, *state.noted_expired, *state.stalled):
+    for job_id in (*state.processing.expired_locks, *state.processing.noted_expired, *state.processing.stalled):
         yield None
         if (job := state.processing.get(job_id)) is not None and job.grant is not None:
             names[job.grant.worker] = None
@@ -206,7 +206,7 @@ def no_progress(scene: Scene) -> Iterator[Finding | None]:
         if now - grant.acquired_at < limits.no_progress_ms:
             return  # the others were granted later
         since = grant.acquired_at
-        if (reported := state.progressed.get(job.id)) is not None:
+        if (reported := state.processing.progressed.get(job.id)) is not None:
             since = at.wall(reported)
         elif job.progress:  # reported before the start
             since = max(since, presence.started_at or 0)

@@ -455,5 +455,5 @@ def _brief(state: State, job: Job | None) -> tuple[Any, ...]:
         *state.totals.values(),
         len(state.jobs),
         same,
-        len(state.stalled),
+        len(state.processing.stalled),
     )

@@ -347,7 +347,8 @@ class Monitor(DecisionChecks):
         """
         disk = self.machine.disk
         rows = {job.id: job for job in disk.jobs.values() if job.id not in disk.unmoved or job.status in FINISHED}
-        at = Moment(state._now, state._lock_ms, state._now - int(state._lock_ms))
+        lock_ms = state.processing.lock_ms
+        at = Moment(state._now, lock_ms, state._now - int(lock_ms))
         try:
             compare(state, rows, at, finished_at_hand=False)
             tokens = [job.grant.fencing_token for job in state.processing.values() if job.grant is not None]

@@ -100,7 +100,7 @@ async def test_rows_that_a_change_needs_are_read_after_the_records_before_it(ser
         await leader.create(name)
         await leader.ask(Cancel(id=name))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("jobd.core.state.FINISHED_KEPT", 0)
+        patch.setattr("jobd.core.jobs_by_id.FINISHED_KEPT", 0)
         await leader.ask(ForceReset(id="a"), admin=True)
         standby.journal.is_reachable = True
         await seconds(1.2)

@@ -103,7 +103,7 @@ def test_at_the_progress_timeout_only_endings_are_accepted(rules: RuleHarness) -
     lock_id = rules.held()
     rules.accept(cmd.Extend(id="a", lock_id=lock_id, additional_ms=DAY_MS))
     rules.advance(PROGRESS_TIMEOUT)
-    assert "a" in rules.state.stalled
+    assert "a" in rules.state.processing.stalled
     for command in (cmd.Extend(id="a", lock_id=lock_id), cmd.Progress(id="a", lock_id=lock_id, progress=1)):
         rejection = rules.reject(command, "progress_timeout")
         assert rejection.details == {"progress_timeout_ms": PROGRESS_TIMEOUT, "progress_due_at": rules.now}
@@ -126,7 +126,7 @@ def test_an_expired_lock_still_belongs_to_its_holder(rules: RuleHarness) -> None
     assert rules.accept(cmd.Get(id="a")).lock.expires_at == rules.now + TTL
     rules.recover(TTL)
     rules.progress(lock_id)
-    assert rules.state.live_locks() == 1
+    assert rules.state.processing.live_locks() == 1
 
 
 # -- endings ----------------------------------------------------------------------------------------------------------

@@ -11,18 +11,15 @@ from typing import Any
 
 import pytest
 
+from jobd.core.orders import BLOCK, SLACK, LazyHeap, Sorted
 from jobd.core.ready_queue import (
     _GONE_AT_ONCE,
-    BLOCK,
     NEVER,
-    SLACK,
     BucketEntries,
     DueEntry,
     Fifo,
-    LazyHeap,
     PriorityBucket,
     QueuedJobs,
-    Sorted,
     packed_entry,
 )
 from jobd.model.job import Options, PackedJob

@@ -121,7 +121,7 @@ def test_a_processing_row_without_a_complete_lock_has_no_worker(half: dict[str, 
     state = State()
     state.reindex(None, replace(full_job(), status="processing", **half))
     replay.finish(state)
-    assert (len(state.without_deadlines), state.presence.workers) == (1, {})
+    assert (len(state.processing.without_deadlines), state.presence.workers) == (1, {})
 
 
 @in_engine()

@@ -9,8 +9,10 @@ import pytest
 from msgspec import Raw
 from msgspec.structs import replace
 
-from jobd.core.ready_queue import SLACK, PriorityBucket
-from jobd.core.state import FINISHED_KEPT, LiveJobs, State, remember
+from jobd.core.jobs_by_id import FINISHED_KEPT, LiveJobs
+from jobd.core.orders import SLACK
+from jobd.core.ready_queue import PriorityBucket
+from jobd.core.state import State, remember
 from jobd.model import commands as cmd
 from jobd.model.clocks import LockMs
 from jobd.model.events import QueuePause
@@ -34,9 +36,9 @@ def held(seq: int, worker: str, expires: LockMs = LockMs(500)) -> Job:
 
 
 def test_an_empty_book() -> None:
-    state = State()
-    assert (state.total(), state.live_locks(), state.get("a"), state.oldest_due_at("q")) == (0, 0, None, None)
-    assert (state.next_run_at(), state.next_deadline(), state.next_expiry()) == (None, None, None)
+    state, processing = State(), State().processing
+    assert (state.total(), processing.live_locks(), state.get("a"), state.oldest_due_at("q")) == (0, 0, None, None)
+    assert (state.next_run_at(), processing.next_deadline(), state.next_expiry()) == (None, None, None)
     assert list(state.due(["q"], None)) == []
     assert state.queue_row("q") == QueueRow()
     assert state.numbers(LockMs(7), 9, cmd.ClockTrust()) == Numbers(lock_ms=LockMs(7), wall_ms=9)
@@ -54,8 +56,8 @@ def test_a_start_loads_live_jobs_and_the_counts_of_finished_ones() -> None:
     assert (state.totals["failed"], state.totals["cancelled"]) == (5, 1)
     assert state.paused == {"idle": QueuePause()}
     assert [job.seq for job in state.due(["default"], None)] == [1]
-    assert (state.live_locks(), list(state.stalled)) == (1, ["job-4"])
-    assert (state.next_run_at(), state.next_deadline()) == (NOW + 1, LockMs(500))
+    assert (state.processing.live_locks(), list(state.processing.stalled)) == (1, ["job-4"])
+    assert (state.next_run_at(), state.processing.next_deadline()) == (NOW + 1, LockMs(500))
     assert {name: row for name in queues for row in [state.queue_row(name)]} == queues
 
 
@@ -130,9 +132,9 @@ def test_equal_options_share_one_value(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_finished_jobs_are_kept_for_a_while(rules: RuleHarness) -> None:
     for number in range(FINISHED_KEPT + 2):
-        rules.state.keep_finished(replace(queued(number + 1), status="cancelled"))
-    rules.state.keep_finished(replace(queued(1), status="cancelled"))  # named again, so it is evicted last
-    rules.state.trim_finished()
+        rules.state.finished.keep(replace(queued(number + 1), status="cancelled"))
+    rules.state.finished.keep(replace(queued(1), status="cancelled"))  # named again, so it is evicted last
+    rules.state.finished.trim()
     assert len(rules.state.finished) == FINISHED_KEPT
     assert rules.state.get("job-1") is not None
     assert rules.state.get("job-2") is None
@@ -140,32 +142,32 @@ def test_finished_jobs_are_kept_for_a_while(rules: RuleHarness) -> None:
 
 
 def test_the_size_of_finished_jobs_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("jobd.core.state.FINISHED_BYTES", 3_000)
+    monkeypatch.setattr("jobd.core.jobs_by_id.FINISHED_BYTES", 3_000)
     state = State()
     for seq in range(1, 6):
         result = Result(metadata=Raw(b'"%s"' % (b"y" * 998)))
-        state.keep_finished(replace(queued(seq), status="completed", result=result))
-        state.keep_finished(replace(queued(seq), status="completed", result=result))  # the same again adds nothing
-    state.trim_finished()
+        state.finished.keep(replace(queued(seq), status="completed", result=result))
+        state.finished.keep(replace(queued(seq), status="completed", result=result))  # the same again adds nothing
+    state.finished.trim()
     assert list(state.finished) == ["job-3", "job-4", "job-5"]
     state.reindex(state.finished["job-4"], None)
-    state.keep_finished(replace(queued(6), status="completed", result=Result(file_path="/x")))
-    state.trim_finished()
-    assert (list(state.finished), state._finished_bytes) == (["job-3", "job-5", "job-6"], 2_000)
-    state.keep_finished(replace(queued(8), status="cancelled"))
-    assert state._finished_bytes == 2_000, "a job without a result counts no bytes"
+    state.finished.keep(replace(queued(6), status="completed", result=Result(file_path="/x")))
+    state.finished.trim()
+    assert (list(state.finished), state.finished._bytes) == (["job-3", "job-5", "job-6"], 2_000)
+    state.finished.keep(replace(queued(8), status="cancelled"))
+    assert state.finished._bytes == 2_000, "a job without a result counts no bytes"
     state.reindex(state.finished["job-8"], None)
-    state.keep_finished(replace(queued(7), status="completed", result=Result(metadata=Raw(b'"%s"' % (b"y" * 3_000)))))
-    state.trim_finished()
-    assert (list(state.finished), state._finished_bytes) == ([], 0)
+    state.finished.keep(replace(queued(7), status="completed", result=Result(metadata=Raw(b'"%s"' % (b"y" * 3_000)))))
+    state.finished.trim()
+    assert (list(state.finished), state.finished._bytes) == ([], 0)
 
 
 def test_finished_jobs_in_memory_are_bounded_in_bytes() -> None:
     state = State()
     for seq in (1, 2):
         result = Result(metadata=Raw(b'"%s"' % (b"y" * (4 << 20))))
-        state.keep_finished(replace(queued(seq), status="completed", result=result))
-    state.trim_finished()
+        state.finished.keep(replace(queued(seq), status="completed", result=result))
+    state.finished.trim()
     assert list(state.finished) == ["job-1", "job-2"]
 
 
@@ -386,7 +388,7 @@ def test_heaps_do_not_grow_while_jobs_come_and_go(rules: RuleHarness) -> None:
         taken = held(number, "w")
         state.reindex(job, taken)
         state.reindex(taken, None)
-    for heap in (state._wakes, state._deadlines):
+    for heap in (state._wakes, state.processing._deadlines):
         assert len(heap.entries) <= SLACK + 2
     assert not state._expiries
     compare(state, {}, rules.moment)
@@ -410,13 +412,13 @@ def test_rolling_back_an_extension_restores_the_former_deadline() -> None:
     extended = replace(job, deadlines=replace(job.deadlines, expires=LockMs(99_000)))
     state.reindex(None, stays)
     state.advance(NOW, LockMs(600))
-    assert list(state.expired_locks) == ["job-1"]
+    assert list(state.processing.expired_locks) == ["job-1"]
     state.reindex(stays, extended)
-    assert state.next_deadline() == 99_000
+    assert state.processing.next_deadline() == 99_000
     state.reindex(extended, stays)  # the disk was full, so nothing has happened
-    assert list(state.expired_locks) == ["job-1"]
+    assert list(state.processing.expired_locks) == ["job-1"]
     state.advance(NOW, LockMs(900))
-    assert list(state.stalled) == ["job-1"]
+    assert list(state.processing.stalled) == ["job-1"]
 
 
 @pytest.mark.parametrize(
@@ -442,41 +444,41 @@ def test_a_deadline_that_moves_back_takes_effect_at_once(
     stays, moved = replace(job, deadlines=before), replace(job, deadlines=for_a_while)
     state.reindex(None, moved)
     state.advance(NOW, LockMs(600))
-    assert state.live_locks() == 1
+    assert state.processing.live_locks() == 1
     state.reindex(moved, stays)
-    assert list(getattr(state, sorted_into)) == ["job-1"]
-    assert state.live_locks() == 0
+    assert list(getattr(state.processing, sorted_into)) == ["job-1"]
+    assert state.processing.live_locks() == 0
 
 
 def test_a_cleared_lock_that_is_revived_is_live_again(rules: RuleHarness) -> None:
     """Also if the job would be stuck before the new lock ends."""
     lock_id = rules.held(stall_after_ms=20 * MINUTE_MS)
     rules.recover(TTL)
-    assert list(rules.state.noted_expired) == ["a"]
+    assert list(rules.state.processing.noted_expired) == ["a"]
     rules.progress(lock_id)
-    assert (list(rules.state.noted_expired), rules.state.live_locks()) == ([], 1)
+    assert (list(rules.state.processing.noted_expired), rules.state.processing.live_locks()) == ([], 1)
 
 
 def test_a_row_without_a_lease_has_no_holder(rules: RuleHarness) -> None:
     state, job = State(), held(1, "w-1")
     state.reindex(None, job)
     state.advance(NOW, LockMs(500))
-    assert list(state.stalled) == ["job-1"]
+    assert list(state.processing.stalled) == ["job-1"]
     state.reindex(job, replace(job, deadlines=None))
-    assert (list(state.stalled), list(state.without_deadlines)) == ([], ["job-1"])
+    assert (list(state.processing.stalled), list(state.processing.without_deadlines)) == ([], ["job-1"])
 
 
 def test_the_start_times_of_processing_jobs_are_summed() -> None:
     state = State()
     job = replace(held(1, "w-1"), created_at=NOW - 9)
     state.reindex(None, job)
-    assert state.started_sum == NOW
+    assert state.processing.started_sum == NOW
     state.reindex(job, replace(job, started_at=NOW + 2))
-    assert state.started_sum == NOW + 2
+    assert state.processing.started_sum == NOW + 2
     state.reindex(replace(job, started_at=NOW + 2), replace(job, started_at=None))
-    assert state.started_sum == NOW - 9
+    assert state.processing.started_sum == NOW - 9
     state.reindex(replace(job, started_at=None), None)
-    assert state.started_sum == 0
+    assert state.processing.started_sum == 0
 
 
 # -- all at once ------------------------------------------------------------------------------------------------------
@@ -487,7 +489,7 @@ def test_manually_edited_rows_do_not_break_the_counts(rules: RuleHarness) -> Non
     rules.row(queued(2, status="processing"))
     rules.row(replace(held(3, "w"), deadlines=None))
     compare(rules.state, rules.rows, rules.moment)
-    assert (rules.state.live_locks(), rules.state.total()) == (0, 2)
+    assert (rules.state.processing.live_locks(), rules.state.total()) == (0, 2)
     for job_id in list(rules.rows):
         rules.state.reindex(rules.rows.pop(job_id), None)
     compare(rules.state, {}, rules.moment)
@@ -496,7 +498,7 @@ def test_manually_edited_rows_do_not_break_the_counts(rules: RuleHarness) -> Non
 @pytest.mark.parametrize("status", ["odd", "complete", ""])
 def test_an_unknown_status_breaks_nothing(rules: RuleHarness, status: str) -> None:
     job = rules.rows["job-1"] = queued(1, status=status, progress=101)
-    rules.state.keep_finished(job)  # as read from the disk: no start has counted it
+    rules.state.finished.keep(job)  # as read from the disk: no start has counted it
     rules.accept(cmd.RepairJobs(ids=[job.id]))
     assert (rules.job(job.id).status, rules.job(job.id).progress) == (status, 100)
     compare(rules.state, rules.rows, rules.moment)
@@ -569,7 +571,7 @@ WHOLE = Job(2, "b", Options(), "processing", 1_000, 1_000, 1_000)
 
 @pytest.fixture
 def jobs() -> LiveJobs:
-    jobs = LiveJobs()
+    jobs = LiveJobs({})
     jobs.keep_packed(SHORT)
     jobs.keep(WHOLE)
     return jobs

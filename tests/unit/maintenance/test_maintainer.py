@@ -72,7 +72,7 @@ async def test_a_job_that_reports_after_the_scan_is_not_recovered(engine: Virtua
     await seconds(61)
     at = engine.clock.moment()
     engine.state.advance(at.now, at.lock_ms)
-    assert list(engine.state.stalled) == ["a"]
+    assert list(engine.state.processing.stalled) == ["a"]
     # Both commands are in one batch; the scan found the job stuck.
     reporting = asyncio.create_task(engine.actor.ask(Progress(id="a", lock_id=lock_id, progress=7)))
     recovering = asyncio.create_task(engine.actor.ask(Recover(limit=10), by="recovery"))
@@ -91,7 +91,7 @@ async def test_an_expired_lock_is_cleared_and_the_grant_kept_until_its_stalled_t
     await seconds(75)
     assert last_of(engine, "a").type == "lock_expired"
     await engine.yes(Extend(id="a", lock_id=lock_id))
-    assert engine.state.live_locks() == 1
+    assert engine.state.processing.live_locks() == 1
     await seconds(11 * 60)
     assert last_of(engine, "a").type == "stalled"
     assert engine.maintainer.totals.found == Counter(expired_locks=2, stalled=1)
@@ -104,7 +104,7 @@ async def test_recovery_runs_in_slices_until_nothing_is_stalled(engine: VirtualE
     engine.run_maintainer()
     await seconds(75)
     assert [job.status for job in engine.state.jobs.values()].count("queued") == 6
-    assert engine.state.noted_expired.keys() == {"job-6"}
+    assert engine.state.processing.noted_expired.keys() == {"job-6"}
 
 
 @in_engine(schedule=RECOVERING)

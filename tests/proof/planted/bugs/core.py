@@ -42,7 +42,7 @@ def rejected_bulk_creates_jobs(bulk: Any, tx: Transaction, command: Bulk) -> Any
 @bug(maintenance_rules.recover, found_by=RULES)
 def recovered_before_its_time(recover: Any, tx: Transaction, command: Recover) -> Any:
     """An expired lock counts as stalled."""
-    for job_id in list(tx.state.expired_locks):
+    for job_id in list(tx.state.processing.expired_locks):
         transitions.stall(tx, tx.state.processing[job_id], "too early")
     return recover(tx, command)
 
@@ -86,9 +86,9 @@ def plan_applied_blindly(version: Any, job: Job, late: int | None = None, action
 @bug(Transaction._restore, found_by=RULES)
 def undo_forgets_an_index(restore: Any, self: Transaction, changes: Sequence[Event], restores: Any) -> None:
     """An undone command leaves its mark in the average processing time."""
-    started_sum = self.state.started_sum
+    started_sum = self.state.processing.started_sum
     restore(self, changes, restores)
-    self.state.started_sum = started_sum
+    self.state.processing.started_sum = started_sum
 
 
 @bug(stored_changes, found_by=SIMULATION)

@@ -127,7 +127,7 @@ def test_with_stalled_after_0_a_job_is_stalled_when_its_lock_expires(rules: Rule
     rules.create()
     rules.start(lock_ttl_ms=60_000, stall_after_ms=0)
     rules.advance(59_999)
-    assert not rules.state.stalled
+    assert not rules.state.processing.stalled
     rules.advance(1)
     assert [found.action for found in rules.accept(cmd.Recover(limit=1)).details] == ["reset"]
 
@@ -149,7 +149,7 @@ def test_recovery_works_in_slices(rules: RuleHarness) -> None:
     found = rules.accept(cmd.Recover(limit=2))
     assert (len(found.details), found.locks_cleared, found.more) == (0, 2, False)
     assert rules.accept(cmd.Recover(limit=2)) == Recovered([], 0, False)
-    assert rules.state.live_locks() == 0
+    assert rules.state.processing.live_locks() == 0
     rules.start("a")
     rules.advance(TTL)
     assert rules.accept(cmd.Recover(limit=1)).more is False  # one was allowed, and there was one
@@ -294,7 +294,7 @@ def test_a_lock_that_was_live_at_the_start_is_extended_even_on_a_slow_disk(rules
     rules.advance(2_000)
     assert rules.accept(cmd.ExtendAfterPause(ids=["a"], grace_ms=30_000, since=started)).done == 1
     assert rules.job("a").deadlines == LockDeadlines(rules.lock_ms + 30_000, rules.lock_ms + 30_000, None)
-    assert rules.state.live_locks() == 1
+    assert rules.state.processing.live_locks() == 1
 
 
 def test_a_restored_backup_ends_its_grants(rules: RuleHarness) -> None:
