@@ -38,7 +38,7 @@ from jobd.webhooks import config as webhook_config
 from jobd.webhooks.config import BadWebhook, WebhookSetting
 
 DEFAULT_PATH: Final = "/etc/jobd/config.toml"
-_NOT_SETTINGS: Final = frozenset({"JOBD_CONFIG", "JOBD_SOCKET", "JOBD_URL", "JOBD_ADMIN_URL"})
+_NOT_SETTINGS: Final = frozenset({"JOBD_CONFIG", "JOBD_SOCKET", "JOBD_URL", "JOBD_ADMIN_URL", "JOBD_WORKER_VERSION"})
 
 
 def load(

@@ -148,7 +148,14 @@ def test_a_table_is_written_in_pairs_or_as_in_the_file() -> None:
 
 
 def test_variables_of_workers_and_clients_are_ignored() -> None:
-    names = ("JOBD_JOB_ID", "JOBD_JOB_FENCING_TOKEN", "JOBD_SOCKET", "JOBD_URL", "JOBD_ADMIN_URL")
+    names = (
+        "JOBD_JOB_ID",
+        "JOBD_JOB_FENCING_TOKEN",
+        "JOBD_SOCKET",
+        "JOBD_URL",
+        "JOBD_ADMIN_URL",
+        "JOBD_WORKER_VERSION",
+    )
     assert loaded(None, None, **dict.fromkeys(names, "whatever")) == loaded()
 
 

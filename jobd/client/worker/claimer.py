@@ -29,6 +29,7 @@ from jobd.model.fields import PRINTABLE
 from jobd.model.responses import DirectiveView, Grants, GrantView
 
 MAX_CONCURRENCY: Final = 100_000  # the bound of About.concurrency
+MAX_VERSION: Final = 100  # the bound of About.version
 POLL_MS: Final = 30_000
 NODE_POLL_MS: Final = 10_000  # with several nodes, as the one that holds the claim may no longer lead
 LOCK_TTL_MS: Final = 60_000
@@ -252,12 +253,12 @@ class Claimer:
 
 
 def describe_process(concurrency: int) -> About:
-    host = socket.gethostname()
+    host, version = socket.gethostname(), os.environ.get("JOBD_WORKER_VERSION") or __version__
     return About(
         instance=uuid7(),
         host=host if re.fullmatch(PRINTABLE, host) else None,
         pid=os.getpid(),
-        version=__version__,
+        version=version[:MAX_VERSION] if re.fullmatch(PRINTABLE, version) else None,
         concurrency=min(concurrency, MAX_CONCURRENCY),
     )
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from jobd import __version__
 from jobd.client import AsyncHandlerContext, AsyncJobClient, Worker
 from jobd.client.worker.claimer import ClaimOptions, describe_claims, describe_process
 from jobd.client.worker.handlers import merged_result
@@ -97,6 +98,16 @@ def test_a_host_name_that_is_not_ascii_is_omitted(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(socket, "gethostname", lambda: "größer")
     assert describe_process(10**6).host is None
     assert describe_process(10**6).concurrency == 100_000
+
+
+@pytest.mark.parametrize(
+    ("given", "version"), [("", __version__), ("2.4.1", "2.4.1"), ("v" * 101, "v" * 100), ("größer", None)]
+)
+def test_a_worker_has_the_version_of_its_program(
+    given: str, version: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("JOBD_WORKER_VERSION", given)
+    assert describe_process(1).version == version
 
 
 def test_a_rejected_token_ends_a_program_with_one_line(
