@@ -308,7 +308,7 @@ class AlertsSection(Struct, frozen=True, forbid_unknown_fields=True):
     disk_free_percent: Annotated[float, Meta(ge=0, le=100)] = 10.0
     """Free space on the store's disk, in percent. Fires below the threshold."""
     disk_free_bytes: NotNegative = 1 << 30
-    """Free space on the store's disk, in bytes. Fires below the threshold."""
+    """Free space on the store's disk, in bytes, but at most a quarter of the disk. Fires below the threshold."""
     release_loop: NotNegative = 0
     """Jobs that were released 10 times in a row without progress, the last time without a snooze."""
     disk_full_within: Duration = Duration(6 * HOUR_MS)

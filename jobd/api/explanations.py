@@ -33,7 +33,9 @@ async def send_queue_why(app: HttpApp[Services], ctx: RequestContext, command: W
 
 async def whole_queue_explanation(app: HttpApp[Services], view: QueueWhyView) -> QueueWhyView:
     kinds = [replace(each, why=await whole_explanation(app, each.job_id, each.why)) for each in view.kinds]
-    return replace(view, kinds=kinds)
+    named = {each.why.problem.id for each in kinds if each.why.problem is not UNSET}
+    found = app.services.problems.view(queue=view.queue).problems
+    return replace(view, kinds=kinds, problems=[each for each in found if each.id not in named])
 
 
 async def whole_explanation(app: HttpApp[Services], job_id: str, view: WhyView) -> WhyView:

@@ -11,6 +11,7 @@ from jobd.model.times import duration, utc
 
 if TYPE_CHECKING:
     from jobd.model.events import EventView, StreamedEvent
+    from jobd.model.problems import Problem
     from jobd.model.responses import JobView, QueueWhyView, Validation, WhyView
 
 _LONG = 4_000
@@ -147,10 +148,7 @@ _BLOCKED_BY: Final = {
 def why(view: WhyView) -> None:
     """Print the open problem, the state, its reason, the next event and what to do."""
     if view.problem:
-        problem = view.problem
-        terminal.emit(terminal.one_line(f"problem: {problem.name}: {problem.title} {problem.cause}".rstrip()))
-        for cure in problem.cure:
-            terminal.emit(f"cure: {cure.label}: {cure.command}" if cure.command else f"cure: {cure.label}")
+        _problem(view.problem)
     terminal.emit(terminal.one_line(f"{view.state}: {view.because}"))
     if view.next is not None:
         at = "" if view.next.at is None else f": {terminal.when(view.next.at)}"
@@ -163,8 +161,16 @@ def why(view: WhyView) -> None:
         terminal.emit(f"do: {hint}")
 
 
+def _problem(problem: Problem) -> None:
+    terminal.emit(terminal.one_line(f"problem: {problem.name}: {problem.title} {problem.cause}".rstrip()))
+    for cure in problem.cure:
+        terminal.emit(f"cure: {cure.label}: {cure.command}" if cure.command else f"cure: {cure.label}")
+
+
 def queue_why(view: QueueWhyView) -> None:
-    """Print the state of a queue, and of each kind why its oldest due job waits."""
+    """Print the problems and the state of a queue, and of each kind why its oldest due job waits."""
+    for problem in view.problems:
+        _problem(problem)
     terminal.emit(view.because)
     for each in view.kinds:
         terminal.emit("")

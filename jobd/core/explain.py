@@ -410,7 +410,7 @@ def _next_of(job: Job, grant: Grant, deadlines: LockDeadlines, state: State, at:
 
 
 def _advice(job: Job, grant: Grant, state: State, at: Moment) -> list[str]:
-    do = [f"Check whether worker {grant.worker} is alive."]
+    do = [f"Check whether worker {grant.worker} is alive, and what the job printed: jobctl output {job.id}"]
     assert job.deadlines is not None
     if not job.deadlines.is_live(at.lock_ms):
         expired = state.presence.workers[grant.worker].expired

@@ -381,6 +381,7 @@ class QueueWhyView(Struct, frozen=True):
     queue: QueueText
     because: Annotated[str, doc("The state of the queue, in words.")]
     kinds: Annotated[list[KindWhy], doc("Up to 100 kinds with due jobs, the one that has waited longest first.")]
+    problems: Annotated[list[Problem], doc("Open problems of the queue that none of `kinds` names.")] = []
 
 
 class Issue(Struct, frozen=True):

@@ -15,7 +15,7 @@ from jobd.model.problems import Cure, Problem, Severity, Subject
 from jobd.model.responses import DatabaseHealth, DiskUse, PartHealth
 from jobd.model.times import duration
 from jobd.monitoring.health import QUARANTINED
-from jobd.monitoring.problems.condition import GIB, Finding, Scene, plural, problem_id
+from jobd.monitoring.problems.condition import GIB, Finding, Scene, Thresholds, plural, problem_id
 
 MIB: Final = 1 << 20
 TINY_PERCENT: Final = 2.0  # of the disk
@@ -118,7 +118,11 @@ def disk(scene: Scene) -> Iterator[Finding]:
         return
     free = 100 * space.free_bytes / space.total_bytes
     full_in_ms = math.inf if scene.full_in_ms is None else scene.full_in_ms
-    is_low = free < limits.disk_free_percent or space.free_bytes < limits.disk_free_bytes
+    is_low = _is_low(space.free_bytes, space.total_bytes, limits)
+    if (
+        is_low and free >= TINY_PERCENT and (use := scene.disk_use()) is not None
+    ):  # the daemon uses its free pages first
+        is_low = _is_low(space.free_bytes + use.free_page_bytes, space.total_bytes, limits)
     if not (scene.rejects_creates or is_low or full_in_ms < limits.disk_full_within_ms):
         return
     title = f"{_bytes(space.free_bytes)} of {_bytes(space.total_bytes)} are free on the disk of {space.path}"
@@ -136,13 +140,22 @@ def disk(scene: Scene) -> Iterator[Finding]:
     )
 
 
+def _is_low(free_bytes: int, total_bytes: int, limits: Thresholds) -> bool:
+    percent, least_bytes = 100 * free_bytes / total_bytes, min(limits.disk_free_bytes, total_bytes // 4)
+    return percent < limits.disk_free_percent or free_bytes < least_bytes
+
+
 def _largest(use: DiskUse | None) -> str:
-    """Name the queue and kind that takes the most; empty while that is not known."""
-    if use is None or not use.kinds:
+    """Name what takes the most, the queue and kind and the other files; empty while that is not known."""
+    if use is None:
         return ""
-    largest = use.kinds[0]
-    part, size = largest.main_part
-    return f"{largest.name} holds about {_bytes(largest.bytes)}, of which {_bytes(size)} are {part}. "
+    foreign = use.not_jobd_bytes or 0
+    texts = [(foreign, f"{_bytes(foreign)} are in files that are not jobd's. ")] if foreign >= MIB else []
+    for largest in use.kinds[:1]:
+        part, size = largest.main_part
+        text = f"{largest.name} holds about {_bytes(largest.bytes)}, of which {_bytes(size)} are {part}. "
+        texts.append((largest.bytes, text))
+    return "".join(text for _, text in sorted(texts, reverse=True))
 
 
 def paused_without_reason(scene: Scene) -> Iterator[Finding]:

@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Iterator
 from functools import partial
 from typing import Final
+from urllib.parse import urlencode
 
 from jobd.core.stats import KindDurations
 from jobd.core.worker_presence import WorkerPresence
@@ -107,11 +108,13 @@ def failing(scene: Scene) -> Iterator[Draft | None]:
 
 def _failing(tally: Tally, error: Failure, now: int) -> Finding:
     share = tally.failed / tally.attempts
-    since = clock_time(tally.pair.first(FAILED, now))
+    first_at = tally.pair.first(FAILED, now)
+    # Failures from before the counts are not known here: then the first one is no beginning.
+    since = "in the last 10 minutes" if now - first_at >= (MINUTES - 1) * MINUTE_MS else f"since {clock_time(first_at)}"
     command = f"jobctl jobs --queue {shlex.quote(tally.queue)} --status failed"
     return Finding(
         subject=tally.subject,
-        title=f"{tally.failed:,} of {tally.attempts:,} attempts failed since {since}: {_error(error)}",
+        title=f"{tally.failed:,} of {tally.attempts:,} attempts failed {since}: {_error(error)}",
         value=100 * share,
         jobs=tally.failed,
         severity="critical" if share >= MANY_FAIL else None,
@@ -196,8 +199,10 @@ def due_far(scene: Scene) -> Iterator[Finding | None]:
         far, created = tally.far, tally.created
         if far < scene.limits.due_far_jobs or 2 * far <= created or tally.pair.is_usual(scene.at.now):
             continue
-        queue = shlex.quote(tally.queue)
-        plan = f"jobctl cancel --where queue={queue} --where status=queued --where since=10m"
+        selects = {"queue": tally.queue, "status": "queued"} | ({"kind": tally.kind} if tally.kind else {})
+        shown = " ".join(f"--{name} {shlex.quote(value)}" for name, value in selects.items())
+        plan = " ".join(f"--where {name}={shlex.quote(value)}" for name, value in (selects | {"since": "10m"}).items())
+        page = f"/jobs?{urlencode(selects)}"
         yield Finding(
             subject=tally.subject,
             title=f"{far:,} of {created:,} jobs created in the last 10 minutes are due in over a week.",
@@ -205,8 +210,8 @@ def due_far(scene: Scene) -> Iterator[Finding | None]:
             jobs=far,
             cause="Such jobs usually start at once: seconds and milliseconds mixed up?",
             cure=(
-                Cure("See them", f"jobctl jobs --queue {queue} --status queued", f"/jobs?queue={tally.queue}"),
-                Cure("Plan to cancel them", plan, f"/jobs?queue={tally.queue}&status=queued&since=10m", changes=True),
+                Cure("See them", f"jobctl jobs {shown}", page),
+                Cure("Plan to cancel the latest", f"jobctl cancel {plan}", f"{page}&since=10m", changes=True),
             ),
         )
 

@@ -65,7 +65,8 @@ def _dying(limits: Thresholds, group: Group, losses: GroupLosses, crews: dict[Gr
         title = f"{stalls:,} of {plural(grants, 'grant')} to workers{_named(group)} stalled in the last 10 minutes."
     else:
         reported_ms = max(loss.reported_ms for loss in losses.workers.values())
-        at_once = f", each within {duration(reported_ms)} of its grant" if reported_ms < RESTART_MS else ""
+        within = f"within {duration(reported_ms)} of its grant" if reported_ms else "before its first report"
+        at_once = f", each {within}" if reported_ms < RESTART_MS else ""
         title = f"{died:,} of {plural(total, 'worker')}{_named(group)} died{at_once}."
     for other, (count, dead, _) in sorted(crews.items(), key=itemgetter(1), reverse=True)[:NAMED]:
         title += f" Workers{_named(other)}: {dead:,} of {count:,}." if other != group else ""

@@ -37,8 +37,10 @@ def test_why_names_what_blocks_a_job_in_words(capsys: pytest.CaptureFixture[str]
 def test_why_begins_with_the_problem_and_its_cures(capsys: pytest.CaptureFixture[str]) -> None:
     problem = replace(PROBLEM, cure=[*PROBLEM.cure, Cure("See the page", None)])
     view = WhyView("queued", "It waits.", None, None, [], problem=problem)
-    tables.queue_why(QueueWhyView("mail", "Due.", [KindWhy("receipt", 1_962, "a", view)]))
+    tables.queue_why(QueueWhyView("mail", "Due.", [KindWhy("receipt", 1_962, "a", view)], [PROBLEM]))
     assert capsys.readouterr().out.splitlines() == [
+        "problem: mail / receipt: 962 jobs are due, and no worker takes them.",
+        "cure: Start a worker: jobctl run --queue mail -- CMD",
         "Due.",
         "",
         "kind receipt: 1,962 due, the oldest is a",

@@ -417,7 +417,7 @@ def test_a_processing_job_names_its_worker(rules: RuleHarness) -> None:
         recovered(stalled, NOW + TTL, "stall_after"),  # stalled exactly when the lock expires
         None,
         [
-            "Check whether worker w-7 is alive.",
+            "Check whether worker w-7 is alive, and what the job printed: jobctl output a",
             f"If it is dead and you cannot wait: {end}",
             "If it is not needed: jobctl cancel a (this ends it at once, and its work stops at the next report, "
             "at most 5 min later)",

@@ -43,8 +43,11 @@ async def test_the_first_open_problem_of_the_job_is_shown(harness: DashboardHarn
         assert "<strong>962 jobs are due, and no worker takes them. </strong>" in shown
         assert "<li>Start a worker: jobctl run --queue mail -- CMD</li>" in shown
         assert "It has waited for " in shown
-    [kind] = (await harness.admin.request("GET", f"{ADMIN}/queues/mail/why", headers=AUTH)).data["kinds"]
+    view = (await harness.admin.request("GET", f"{ADMIN}/queues/mail/why", headers=AUTH)).data
+    [kind] = view["kinds"]
     assert (kind["job_id"], kind["why"]["problem"]["id"]) == ("a", "p2")
+    assert "p2" not in (others := [each["id"] for each in view["problems"]])
+    assert "p3" in others
 
 
 async def test_failures_alike_are_counted_with_the_command_for_all(harness: DashboardHarness) -> None:

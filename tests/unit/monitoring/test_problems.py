@@ -162,6 +162,9 @@ async def test_failing_holds_from_half_of_the_attempts_of_a_pair(engine: Virtual
     assert (failing.id, failing.severity, failing.value, failing.jobs) == ("failing/a/k", "warning", 50, 10)
     assert failing.title.startswith("10 of 20 attempts failed since ")
     assert failing.title.endswith("UTC: Error: no codec")
+    await seconds(540)
+    (failing,) = (await found(problems)).values()
+    assert failing.title == "10 of 20 attempts failed in the last 10 minutes: Error: no codec"
     problems.thresholds = Thresholds(failure_rate=0.55)
     assert list(await found(problems)) == ["failing/a/k"], "it closes at 0.9 of its threshold"
     problems.thresholds = Thresholds(failure_rate=0.56)
@@ -328,10 +331,12 @@ async def test_conditions_of_the_daemon_say_what_holds() -> None:
         ((10 << 30) - 1, 100 << 30, "warning"),
         (1 << 30, 4 << 30, None),
         ((1 << 30) - 1, 4 << 30, "warning"),
+        (160 << 20, 640 << 20, None),
+        ((160 << 20) - 1, 640 << 20, "warning"),
         (1 << 20, 1 << 29, "critical"),
     ],
 )
-def test_disk_holds_below_a_tenth_or_one_gibibyte(free: int, total: int, severity: str | None) -> None:
+def test_disk_holds_below_a_tenth_or_one_gibibyte_of_a_large_disk(free: int, total: int, severity: str | None) -> None:
     async def evaluate() -> None:
         async with VirtualEngine() as engine:
             problems = problems_of(engine)
@@ -346,10 +351,24 @@ def test_disk_holds_below_a_tenth_or_one_gibibyte(free: int, total: int, severit
             problem = (await found(problems))["disk/disk"]
             assert problem.title.endswith("New jobs are rejected.")
             assert problem.cause.startswith(
-                "reports / monthly holds about 105.0 MiB, of which 90.0 MiB are results. On"
+                "357.0 MiB are in files that are not jobd's. reports / monthly holds about 105.0 MiB, of which "
+                "90.0 MiB are results. On"
             )
 
     in_virtual_time(evaluate)()
+
+
+@in_engine()
+async def test_the_problem_of_the_disk_counts_free_pages_and_names_other_files(engine: VirtualEngine) -> None:
+    problems, mib = problems_of(engine), 1 << 20
+    use = replace(DISK_USE, not_jobd_bytes=300 * mib, free_page_bytes=106 * mib)
+    problems._disk_use = lambda: use
+    engine.disk.disk_space = DiskSpace("/srv/jobd.db", 53 * mib, 640 * mib)
+    problem = (await found(problems))["disk/disk"]
+    assert problem.cause.startswith("300.0 MiB are in files that are not jobd's. reports / monthly holds about 105.0 ")
+    use = replace(use, free_page_bytes=107 * mib)
+    await seconds(2)
+    assert await found(problems) == {}
 
 
 @in_engine()
