@@ -100,7 +100,7 @@ def no_blocking(request: pytest.FixtureRequest) -> Iterator[None]:
         guarded.can_block_in("jobd/storage/connection.py", "run_inline")  # intended, and fast: see there
         guarded.can_block_in("jobd/journal/postgres/session.py", "_open")  # asyncpg reads small files of the user
     lock = alarm.functions["threading.Lock.acquire"]
-    lock.can_block_in("jobd/storage/connection.py", "__await__")
+    lock.can_block_in("jobd/storage/connection.py", "_block_until_set")
     lock.can_block_in("coverage/collector.py", "lock_data")
     alarm.activate()
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import sqlite3
 import threading
+import types
 from collections import deque
 from collections.abc import Awaitable, Callable, Generator, Iterator
 from typing import Any, Final, Self, TypeVar
@@ -93,7 +94,7 @@ class StoreConnection:
 
         self._started += 1
         self.raw.queued.append(call)
-        await (self._thread.commit() if until is None else _BlockUntilSet(self._thread.commit(), until))
+        await (self._thread.commit() if until is None else _block_until_set(self._thread.commit(), until))
         return results[0]
 
     def run_inline(self, fn: Callable[..., T], *args: Any) -> T:
@@ -112,23 +113,18 @@ class StoreConnection:
             self._lent -= 1
 
 
-class _BlockUntilSet:
-    """Awaits `call`, and blocks the event loop until `until` is set once the thread has the call."""
-
-    def __init__(self, call: Awaitable[None], until: threading.Event) -> None:
-        self._call = call
-        self._until = until
-
-    def __await__(self) -> Generator[Any, Any, None]:
-        steps = self._call.__await__()
-        future = next(steps)
-        self._until.wait(MAX_BLOCK_S)
-        try:
-            yield future
-        except BaseException as error:
-            steps.throw(error)
-            raise
-        yield from steps
+@types.coroutine
+def _block_until_set(call: Awaitable[None], until: threading.Event) -> Generator[Any, Any, None]:
+    """Await `call`, and block the event loop until `until` is set once the thread has the call."""
+    steps = call.__await__()
+    future = next(steps)
+    until.wait(MAX_BLOCK_S)
+    try:
+        yield future
+    except BaseException as error:
+        steps.throw(error)
+        raise
+    yield from steps
 
 
 def read_number(conn: sqlite3.Connection, sql: str) -> int:

@@ -29,6 +29,7 @@ from jobd.storage.tables.writers import AuditWriter, RowUnusable, Totals
 
 T = TypeVar("T")
 _Marks = tuple[Numbers, Totals, int, int, int, Membership | None]
+_NO_NUMBERS: Final = Numbers()  # of tables that are only read
 
 CHECKPOINT_FRAMES: Final = 1000  # measured: fewer checkpoint too often, more make single commits wait longer
 
@@ -119,12 +120,12 @@ class Database:
     def __init__(
         self,
         conn: sqlite3.Connection,
-        directory: str,
-        numbers: Numbers,
-        totals: Totals,
-        marked: int,
-        gone_to: int,
-        projected_to: int,
+        path: str,
+        numbers: Numbers = _NO_NUMBERS,
+        totals: Totals = (0, 0, 0, 0),
+        marked: int = 0,
+        gone_to: int = 0,
+        projected_to: int = 0,
     ) -> None:
         self.conn = conn
         self.numbers = numbers
@@ -142,7 +143,7 @@ class Database:
         self.commit_s: float | None = None  # that the disk took for the latest commit, None if it was not reached
         self.quarantined: dict[str, str] = {}
         self.faults: list[str] = []
-        self._directory = directory
+        self._directory = os.path.dirname(path) or "."
         self.failure: BaseException | None = None  # of an earlier write, which left the content of the disk unknown
         self._rebuilding = False
         self._is_uncommitted = False  # a transaction for reading is open, and no other can be

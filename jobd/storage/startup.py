@@ -230,7 +230,7 @@ def read_meta(conn: sqlite3.Connection, path: str) -> Database:
     numbers = msgspec.convert({name: meta[name] for name in Numbers.__struct_fields__}, Numbers, strict=False)
     totals = (meta["live_count"], meta["live_xor"], meta["finished_count"], meta["finished_xor"])
     places = (meta["marked"], meta["events_gone_to"], meta["projected_to"])
-    return Database(conn, os.path.dirname(path) or ".", numbers, totals, *places)
+    return Database(conn, path, numbers, totals, *places)
 
 
 def check_tail(conn: sqlite3.Connection, path: str) -> JournalTail:

@@ -9,8 +9,6 @@ import sqlite3
 import time
 from typing import Final
 
-from msgspec import Struct
-
 from jobd.model.responses import CheckedRows, DamagedRow
 from jobd.storage.codec import SQL, Row, fault
 from jobd.storage.damage.quarantine import quarantine_jobs, quarantine_rows, row_name
@@ -27,18 +25,6 @@ _QUARANTINED: Final = ("events", "late_results", "audit", "audit_jobs")
 TABLES: Final = ("jobs", *_QUARANTINED, "keys", "tombstones", "deliveries")
 
 
-class Slice(Struct):
-    """The result of one slice. The next one begins after the row with rowid `last`; None at the end of the table.
-
-    That row is undamaged, because damage to a rowid would let the next slice skip rows, or never end.
-    """
-
-    table: str
-    last: int | None
-    checked: int = 0
-    damaged: list[DamagedRow] = []
-
-
 def check_slice(db: Database, cursor: str | None) -> CheckedRows | None:
     """Check the rows after `cursor` (TABLE:ROWID, or TABLE: for its first row). An unreadable page ends the table."""
     table, _, after_text = (cursor or f"{TABLES[0]}:").partition(":")
@@ -46,32 +32,29 @@ def check_slice(db: Database, cursor: str | None) -> CheckedRows | None:
         return None
     after = int(after_text or _START)
     db.check()
-    result = Slice(table, after)
-    until_s = time.perf_counter() + SLICE_S
     try:
-        _check(db, result, after, until_s)
+        checked, damaged, last = _check(db, table, after)
     except sqlite3.DatabaseError as error:
         if not is_corrupt(error):
             raise
-        where = f"{table} after {max(result.last or 0, 0)}"
-        result.damaged.append(DamagedRow(where, f"rows cannot be read: {error}"))
-        result.last = None
-    return CheckedRows(table, result.checked, result.damaged, _next_cursor(result))
+        place = f"{table} after {max(after, 0)}"
+        checked, damaged, last = 0, [DamagedRow(place, f"rows cannot be read: {error}")], None
+    following = TABLES[TABLES.index(table) + 1 :]
+    next_cursor = f"{following[0]}:" if following else None
+    return CheckedRows(table, checked, damaged, next_cursor if last is None else f"{table}:{last}")
 
 
-def _next_cursor(result: Slice) -> str | None:
-    if result.last is not None:
-        return f"{result.table}:{result.last}"
-    following = TABLES[TABLES.index(result.table) + 1 :]
-    return f"{following[0]}:" if following else None
+def _check(db: Database, table: str, after: int) -> tuple[int, list[DamagedRow], int | None]:
+    """Return how many rows were checked, the damaged ones, and the rowid after which the next slice begins.
 
-
-def _check(db: Database, result: Slice, after: int, until_s: float) -> None:
-    table = result.table
+    It is None at the end of the table. Its row is undamaged, because damage to a rowid would let the next slice skip
+    rows, or never end.
+    """
+    until_s = time.perf_counter() + SLICE_S
     sql = f"SELECT rowid, {SQL[table]} FROM {table} NOT INDEXED WHERE rowid > ? ORDER BY rowid LIMIT ?"
     read, is_cut = db.rows_up_to(sql, (after, MAX_ROWS), MAX_BYTES)
     damaged: list[tuple[int, Row, str]] = []
-    size = 0
+    checked, size, last = 0, 0, after
     for rowid, *values in read:
         row, error = tuple(values), None
         if table == "jobs":
@@ -83,23 +66,22 @@ def _check(db: Database, result: Slice, after: int, until_s: float) -> None:
                 size += 0 if payload is None else len(payload.body)
         else:
             error = key_fault(row) if table == "keys" else fault(row)
-        result.checked += 1
+        checked += 1
         if error:
             damaged.append((rowid, row, error))
         if error or rowid <= after:
             continue
-        result.last = rowid
+        last = rowid
         if size > MAX_BYTES or time.perf_counter() > until_s:
             break
-    else:
-        if not is_cut and len(read) < MAX_ROWS:
-            result.last = None
-        elif result.last == after:  # no rowid is known to be right
-            result.last = max(read[-1][0], after + 1)
+    is_end = checked == len(read) < MAX_ROWS and not is_cut
+    if last == after and read:  # no rowid is known to be right
+        last = max(read[-1][0], after + 1)
     if table == "jobs":
         moved = quarantine_jobs(db, [(row, error) for _, row, error in damaged])
-        result.damaged += [DamagedRow(f"job {id_}", error) for id_, error in moved.items()]
-        return
-    if table in _QUARANTINED:
-        quarantine_rows(db, table, damaged)
-    result.damaged += [DamagedRow(row_name(db, table, row), error) for _, row, error in damaged]
+        found = [DamagedRow(f"job {id_}", error) for id_, error in moved.items()]
+    else:
+        if table in _QUARANTINED:
+            quarantine_rows(db, table, damaged)
+        found = [DamagedRow(row_name(db, table, row), error) for _, row, error in damaged]
+    return checked, found, None if is_end else last

@@ -19,7 +19,7 @@ from msgspec.structs import asdict, replace
 from jobd.journal import event_codec
 from jobd.journal.sqlite import SqliteJournal
 from jobd.model.job import DAY_MS, LIVE, TOKEN_COUNTER_BITS, Extra, Job, extra_keys, headers_key
-from jobd.model.storage import Numbers, QueueRow, Tombstone
+from jobd.model.storage import QueueRow, Tombstone
 from jobd.storage import codec, files, startup, store_file
 from jobd.storage.cluster import membership
 from jobd.storage.codec import META_COLUMNS, SQL, Row, body_table, fault, insert
@@ -167,7 +167,7 @@ def _tail(conn: sqlite3.Connection, path: str) -> Iterator[Defect]:
 
 def _jobs(conn: sqlite3.Connection, path: str) -> Iterator[Defect]:
     meta = _known_meta(conn)
-    db = _database_of(conn, path)
+    db = Database(conn, path)
     sums = {True: [0, 0], False: [0, 0]}
     next_job, next_token = 0, 0
     for row in _all_rows(conn, f"SELECT {SQL['jobs']} FROM jobs NOT INDEXED ORDER BY seq"):
@@ -196,11 +196,6 @@ def _jobs(conn: sqlite3.Connection, path: str) -> Iterator[Defect]:
         yield Defect("meta", "a job has a number that is not assigned yet", _RESTORE)
 
 
-def _database_of(conn: sqlite3.Connection, path: str) -> Database:
-    """Return a database for reads. Its totals are not valid."""
-    return Database(conn, os.path.dirname(path) or ".", Numbers(), (0, 0, 0, 0), False, 0, 0)
-
-
 def _payloads(conn: sqlite3.Connection, path: str) -> Iterator[Defect]:
     ids = "(SELECT id FROM jobs WHERE seq = job_seq)"
     for *columns, id_ in _all_rows(conn, f"SELECT job_seq, body, request_hash, crc, {ids} FROM payloads"):
@@ -217,7 +212,7 @@ def _payloads(conn: sqlite3.Connection, path: str) -> Iterator[Defect]:
 
 def _extra(conn: sqlite3.Connection, path: str) -> Iterator[Defect]:
     """Check headers and checkpoints."""
-    db = _database_of(conn, path)
+    db = Database(conn, path)
     kept = {seq for (seq,) in conn.execute("SELECT seq FROM quarantined_jobs")}
     expected: dict[int, str] = {}
     for row in _all_rows(conn, f"SELECT {SQL['jobs']} FROM jobs NOT INDEXED WHERE instr(body, '\"extra\":') > 0"):
@@ -247,7 +242,7 @@ def _late(conn: sqlite3.Connection, path: str) -> Iterator[Defect]:
 
 def _events(conn: sqlite3.Connection, path: str) -> Iterator[Defect]:
     last = 0
-    db = _database_of(conn, path)
+    db = Database(conn, path)
     for row in _all_rows(conn, f"SELECT {SQL['events']} FROM events NOT INDEXED"):
         if (error := event_rows.fault(row)) is not None:
             yield Defect(row_name(db, "events", row), error, _ON_ACCESS)
