@@ -34,7 +34,7 @@ _CREATED: Final = "SELECT created_at FROM jobs NOT INDEXED WHERE seq = ?"
 _LATE: Final = f"SELECT rowid, {SQL['late_results']} FROM late_results NOT INDEXED WHERE seq = ?"
 GRANT_SEARCH_EVENTS: Final = 1_000  # latest events of a job that are searched for an ended grant
 MAX_DAMAGED_SLICES: Final = 10  # slices of damaged tombstones after which the search ends
-_REFERENCED_LATE: Final = "SELECT 1 FROM late_results INDEXED BY late_results_storage_key WHERE storage_key = ?"
+_REFERENCED_LATE: Final = "SELECT 1 FROM late_results INDEXED BY late_results_storage_key WHERE storage_key = ? LIMIT 1"
 _DUE: Final = f"SELECT {SQL['tombstones']} FROM tombstones {{}} WHERE due_at {{}} ? ORDER BY due_at LIMIT ?"
 TEXT_BYTES: Final = 2 << 20  # of payloads searched per query
 _SIZE: Final = "ifnull((SELECT length(body) FROM payloads WHERE job_seq = jobs.seq), 0)"
@@ -63,7 +63,7 @@ _NO_PAYLOAD: Final = storage.Payload(b"null", "")
 # Includes quarantined jobs, because an operator may accept them.
 _REFERENCED: Final = (
     "SELECT 1 FROM jobs INDEXED BY jobs_storage_key WHERE storage_key = ?1 "
-    "UNION ALL SELECT 1 FROM quarantined_jobs WHERE json_valid(row) AND json_extract(row, '$.storage_key') = ?1"
+    "UNION ALL SELECT 1 FROM quarantined_jobs WHERE json_valid(row) AND json_extract(row, '$.storage_key') = ?1 LIMIT 1"
 )
 
 
@@ -460,8 +460,8 @@ def due_tombstones(db: database.Database, now: int, limit: int) -> storage.DueTo
         undamaged = [storage.Tombstone(*row[:-1]) for row in rows if row[0] not in damaged_seqs]
         if not new or len(undamaged) >= limit:
             break
-    late = {each.job_seq for each in undamaged if db.conn.execute(_REFERENCED_LATE, (each.key,)).fetchone() is not None}
-    due = [(each, is_referenced(db, each.key)) for each in undamaged]
+    late = {each.job_seq for each in undamaged if db.rows(_REFERENCED_LATE, (each.key,))}
+    due = [(each, bool(db.rows(_REFERENCED, (each.key,)))) for each in undamaged]
     return storage.DueTombstones(due, len(damaged_seqs) - len(unmoved), late, len(unmoved))
 
 
@@ -475,11 +475,6 @@ def _due_rows(db: database.Database, now: int, limit: int) -> list[Row]:
             if scan or not database.is_corrupt(error):
                 raise
     raise AssertionError("unreachable")
-
-
-def is_referenced(db: database.Database, key: str) -> bool:
-    """Return whether any job has `key` as its storage_key."""
-    return db.conn.execute(_REFERENCED, (key,)).fetchone() is not None
 
 
 def read_audit(db: database.Database, query: storage.AuditQuery) -> storage.AuditRows:
