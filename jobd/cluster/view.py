@@ -47,8 +47,9 @@ def cluster_view(
     if health is not None and require_sync and not health.is_synchronous:
         problems.append("PostgreSQL has no synchronous standby: a lost disk loses acknowledged jobs.")
     if health is not None and len(health.writable) > 1:
-        hosts = " and ".join(health.writable)
-        problems.append(f"PostgreSQL accepts writes at {hosts}: stop the former primary.")
+        used, *former = health.writable
+        names = " and ".join(former)
+        problems.append(f"PostgreSQL accepts writes at {used} and {names}: stop the former primary, {names}.")
     if health is not None and health.is_waiting:
         problems.append("A write waits for a synchronous standby of PostgreSQL.")
     if at.unheard_ms >= UNHEARD_MS:

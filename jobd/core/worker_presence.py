@@ -73,13 +73,13 @@ class WorkerSeen:
     `claims` is None if no claim is remembered. `waiting` is the number of its claims that wait now. `left` (when the
     connection of a waiting claim closed), `goodbye` and `lost` (the latest job that was taken back from it) are None
     once it is heard again. `quiet_since` (wall time) is set while its claims can get no job. Its `claims` are then in
-    no list of claim sets. `directive` waits for its next claims until it obeys; `told_rule` is the quiet rule that it
-    knows of.
+    no list of claim sets. `directive` waits for its next claims until it obeys; `obeyed` is the one that
+    made it quiet. `told_rule` is the quiet rule that it knows of.
     """
 
     __slots__ = (
         "about", "asked", "claimed", "claims", "directive", "expired", "first_seen_at", "goodbye", "heard", "idle_ms",
-        "jobs", "last_seen_at", "left", "lost", "quiet_since", "told_rule", "waiting",
+        "jobs", "last_seen_at", "left", "lost", "obeyed", "quiet_since", "told_rule", "waiting",
     )  # fmt: skip
 
     def __init__(self) -> None:
@@ -97,6 +97,7 @@ class WorkerSeen:
         self.lost: LostJob | None = None
         self.quiet_since: int | None = None
         self.directive: Directive | None = None
+        self.obeyed: DirectiveView | None = None
         self.told_rule = ""
 
     @property
@@ -228,6 +229,7 @@ class WorkerPresence:
             if claims is None or not is_open or claims.queues != command.queues or claims.kinds != command.kinds:
                 claims = self._note_claims(worker, command, command.queues if queues is None else queues)
             if worker.directive is not None and worker.directive.is_over(command):
+                worker.obeyed = worker.directive.view if command.is_quiet else None
                 self._end_directive(worker)
             if worker.asked is not None and self.lock_ms > worker.asked:  # not when this claim begins to wait
                 worker.idle_ms = min(max(2 * (self.lock_ms - worker.asked), IDLE_AT_LEAST_MS), IDLE_AT_MOST_MS)

@@ -1366,7 +1366,8 @@ class ClusterView(Struct, frozen=True, kw_only=True):
         int | None, doc("Age of the oldest transaction in the database, in ms; null if unknown.")
     ] = None
     writable: Annotated[
-        list[str], doc("Hosts of `journal.url` that accept writes: more than one if a former primary runs again.")
+        list[str],
+        doc("Hosts of `journal.url` that accept writes, the one in use first: more than one if a former primary runs."),
     ] = []
     problems: Annotated[list[str], doc("What is wrong, in words.")] = []
     nodes: Annotated[list[NodeView], doc("The nodes, by name.")] = []

@@ -39,7 +39,6 @@ SAMPLE: Final = 50  # jobs compared with the disk
 SAMPLED_FROM: Final = 10_000  # the oldest live jobs; each sample continues where the previous one ended
 COMPARISONS: Final = 3
 MAX_FAULTS: Final = 100
-QUARANTINED: Final = "Quarantined jobs:"
 MAX_NAMED: Final = 5  # jobs or faults named in a message
 _FROM_BEST_TO_WORST: Final[tuple[HealthStatus, ...]] = ("healthy", "degraded", "unhealthy")
 _LIMITS: Final = {
@@ -51,7 +50,7 @@ _LIMITS: Final = {
 
 
 class Health:
-    """Measures health on demand. `last` is the latest result.
+    """Measures health on demand. `last` is the latest result, `damage` its sentences about damaged rows and files.
 
     `faults` are sentences about damage found at start. `take_faults` returns the damage found since its last call.
     `artifacts` and `sweeper` are None if no artifact store is configured.
@@ -72,6 +71,7 @@ class Health:
         cluster: Callable[[], ClusterView] = lambda: ClusterView(role="single"),
     ) -> None:
         self.last: HealthView | None = None
+        self.damage: str | None = None
         self.cluster = cluster
         self._actor = actor
         self._clock = clock
@@ -189,7 +189,7 @@ class Health:
     # -- the database ------------------------------------------------------------------------------------------------
 
     async def _database(self) -> PartHealth:
-        began, damage = loop_time(), self._damage()
+        began, self.damage = loop_time(), self._damage()
         try:
             replaced = await self._in_time("probe", self._probe)
         except DiskFull as error:
@@ -206,7 +206,7 @@ class Health:
         if self._actor.full_disk.write_limit:
             return await self._full_disk()
         space = await self.space()
-        wrong = [] if damage is None else [damage]
+        wrong = [] if self.damage is None else [self.damage]
         if not self._actor.full_disk.has_reserve:
             wrong.append(_without_reserve(space))
         if (failure := self._output_failure()) is not None:
@@ -234,7 +234,7 @@ class Health:
         sentences = []
         if quarantined := self._actor.state.quarantined:
             names = _listed(list(islice(quarantined, MAX_NAMED)), len(quarantined))
-            sentences.append(f"{QUARANTINED} {names}.")
+            sentences.append(f"Quarantined jobs: {names}.")
         if self._faults:
             sentences.append(f"Damage: {_listed(list(islice(self._faults, MAX_NAMED)), len(self._faults), '; ')}.")
         return f"{' '.join(sentences)} Run: jobd doctor" if sentences else None
@@ -246,7 +246,8 @@ class Health:
         try:
             response = await self._in_time("ping", self._ping)
         except TimeoutError:
-            waiting = f"{self._actor.waiting} commands are waiting"
+            count = self._actor.waiting
+            waiting = f"{count} command{' is' if count == 1 else 's are'} waiting"
             return PartHealth("unhealthy", f"The mailbox has not responded for {TIMEOUT_S:g} s; {waiting}.")
         if isinstance(response, ApiError):
             status: HealthStatus = "degraded" if response.code == "overloaded" else "unhealthy"

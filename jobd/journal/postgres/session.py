@@ -8,6 +8,7 @@ import math
 import socket
 import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from operator import attrgetter
 from typing import Any, Final, TypeVar
 
 import asyncpg
@@ -95,7 +96,7 @@ class Target:
     """The server and the journal that sessions are for. `cluster_id` is known after the first session.
 
     `timeline` is the highest that was seen, and no session is on a lower one. `writable` are the hosts that accepted
-    writes when they were last asked.
+    writes when they were last asked, the one to use first.
     """
 
     def __init__(self, url: JournalUrl, name: str, *, lease_ms: int = LEASE_MS, timeline: int = 0) -> None:
@@ -134,7 +135,7 @@ class Target:
         self.note(found)
 
     def note(self, found: Sequence[Connection]) -> None:
-        self.writable = [each.host for each in found]
+        self.writable = [each.host for each in sorted(found, key=attrgetter("branch"), reverse=True)]
         self.timeline = max([self.timeline, *(each.timeline for each in found)])
 
     async def records(self) -> dict[str, int | None]:

@@ -24,7 +24,7 @@ from jobd.model.storage import DiskSpace
 from jobd.model.webhooks import FailingWebhook, OpenProblems
 from jobd.monitoring.health import Health
 from jobd.monitoring.problems import daemon
-from jobd.monitoring.problems.catalogue import ALERTS, CONDITIONS
+from jobd.monitoring.problems.catalogue import ALERT_OF, ALERTS, CONDITIONS
 from jobd.monitoring.problems.condition import Condition, Crew, DuePair, Scene, Thresholds, pair_id
 from jobd.monitoring.problems.life import CLEAR_MS, HOLD_MS, SUBJECTS, ProblemLife
 from jobd.monitoring.problems.losses import WorkerLosses
@@ -143,9 +143,11 @@ class ProblemBoard:
         is_cluster = self.cluster().role != "single"
         open_: dict[str, list[Problem]] = {}
         for problem in self._life.open_problems():
-            open_.setdefault(problem.condition, []).append(problem)
+            open_.setdefault(ALERT_OF[problem.condition], []).append(problem)
         return [
-            self._alert(each, open_.get(each.name, [])) for each in ALERTS.values() if is_cluster or not each.of_cluster
+            self._alert(each, open_.get(each.alert, []))
+            for each in ALERTS.values()
+            if is_cluster or not each.of_cluster
         ]
 
     def _alert(self, condition: Condition, found: list[Problem]) -> AlertView:
@@ -166,9 +168,10 @@ class ProblemBoard:
         """Check every few seconds, and measure health now and then. Errors are logged."""
         next_measurement = loop_time()
         while not self._stop.is_set():
+            began = loop_time()
             try:
-                if loop_time() >= next_measurement:
-                    next_measurement = loop_time() + MEASURE_EVERY_S
+                if began >= next_measurement:
+                    next_measurement = began + MEASURE_EVERY_S
                     await self._health.view()
                 was_known = self.is_known
                 await self.check()
@@ -179,7 +182,9 @@ class ProblemBoard:
             except Exception:
                 log.exception("problems_failed")
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._stop.wait(), EVALUATE_EVERY_S)
+                # From one beginning to the next, so that a disk that responds late delays no problem.
+                pause_s = max(began + EVALUATE_EVERY_S - loop_time(), EVALUATE_EVERY_S / 2)
+                await asyncio.wait_for(self._stop.wait(), pause_s)
 
     def stop(self) -> None:
         self._stop.set()
@@ -260,6 +265,7 @@ class ProblemBoard:
             opened=self._life.opened,
             up_ms=0 if self._first is None else boot_ms - self._first + self._hold_ms,
             health=self._health.last,
+            damage=self._health.damage,
             space=space,
             full_in_ms=self._full_in_ms(space),
             disk_use=self._disk_use,

@@ -14,6 +14,7 @@ CONDITIONS: Final = (
     Condition("cleanup_issues", "warning", daemon.cleanup_issues, alert="cleanup_issues"),
     Condition("granted_twice", "critical", daemon.granted_twice, alert="granted_twice"),
     Condition("slow_kind", "warning", queues_and_kinds.slow_kinds, "percent", alert="slower_than_usual"),
+    Condition("damaged", "warning", daemon.damaged, alert="database"),
     Condition("database", "critical", daemon.database, alert="database"),
     Condition("cache", "critical", daemon.cache, alert="cache"),
     Condition("storage", "warning", daemon.storage, alert="storage"),
@@ -52,7 +53,6 @@ CONDITIONS: Final = (
     Condition("schedule_skipping", "warning", schedules.skipping),
     Condition("schedule_missed", "warning", schedules.missed),
     Condition("rejecting", "warning", daemon.rejecting),
-    Condition("damaged", "warning", daemon.damaged),
     Condition("clock", "warning", daemon.clock, "ms"),
     Condition("standby_behind", "warning", cluster.standby_behind, "ms", alert="standby_behind", of_cluster=True),
     Condition("no_standby", "warning", cluster.no_standby, alert="no_standby", of_cluster=True),
@@ -63,4 +63,6 @@ CONDITIONS: Final = (
     Condition("database_horizon", "warning", cluster.database_horizon, "ms", alert="database_horizon", of_cluster=True),
     Condition("clocks_differ", "warning", cluster.clocks_differ, "ms", alert="clocks_differ", of_cluster=True),
 )
+ALERT_OF: Final = {each.name: each.alert for each in CONDITIONS}
+# Of two conditions with the same alert, the latter defines it.
 ALERTS: Final = {each.alert: each for each in CONDITIONS if each.alert}

@@ -45,8 +45,9 @@ def not_synchronous(scene: Scene) -> Iterator[Finding]:
 
 def two_primaries(scene: Scene) -> Iterator[Finding]:
     if len(scene.cluster.writable) > 1:
-        title = f"PostgreSQL accepts writes at {' and '.join(scene.cluster.writable)}."
-        cause = "jobd uses the one with the highest timeline. Make the other one, the former primary, a standby."
+        used, *former = scene.cluster.writable
+        title = f"PostgreSQL accepts writes at {used} and {' and '.join(former)}."
+        cause = f"jobd uses {used}. Make {' and '.join(former)}, the former primary, a standby."
         yield Finding(subject=_CLUSTER, title=title, cause=cause, cure=(_SHOW,))
 
 

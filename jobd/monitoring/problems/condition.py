@@ -131,6 +131,7 @@ class Scene(Struct, kw_only=True):
     opened: frozenset[str] = frozenset()
     up_ms: int = HOUR_MS  # since the start, when a finding of now can be a problem
     health: HealthView | None = None
+    damage: str | None = None  # of the store, as health says it
     space: DiskSpace | None = None
     full_in_ms: float | None = None  # at the rate of the last hour; None if it is not known or the disk does not fill
     disk_use: Callable[[], DiskUse | None] = lambda: None  # None: it is being measured

@@ -8,13 +8,14 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Final
 
+from msgspec.structs import replace
+
 from jobd.core import quiet
 from jobd.core.views import average_processing_s
 from jobd.model.job import DAY_MS, HOUR_MS, SECOND_MS
-from jobd.model.problems import Cure, Problem, Severity, Subject
+from jobd.model.problems import Cure, Problem, Subject
 from jobd.model.responses import DatabaseHealth, DiskUse, PartHealth
 from jobd.model.times import duration
-from jobd.monitoring.health import QUARANTINED
 from jobd.monitoring.problems.condition import GIB, Finding, Scene, Thresholds, plural, problem_id
 
 MIB: Final = 1 << 20
@@ -83,13 +84,27 @@ def part_unhealthy(name: str, scene: Scene) -> Iterator[Finding]:
     """A part of the latest health. A part that has not been measured yet is not unhealthy."""
     part: DatabaseHealth | PartHealth | None = getattr(scene.health, name, None)
     if part is not None and part.status != "healthy":
-        is_urgent = name != "database" or part.status == "unhealthy"
-        severity: Severity | None = None if is_urgent else "warning"
-        yield Finding(subject=Subject(type=name), title=part.message, severity=severity, cure=(_HEALTH,))
+        yield Finding(subject=Subject(type=name), title=part.message, cure=(_HEALTH,))
 
 
-database = partial(part_unhealthy, "database")
-cache = partial(part_unhealthy, "cache")
+def database(scene: Scene) -> Iterator[Finding]:
+    """The database, beside its damage, which is a problem of its own."""
+    for found in part_unhealthy("database", scene):
+        if _is_disk_sick(scene):
+            yield found
+        elif title := found.title.removeprefix(scene.damage or "").strip():
+            yield replace(found, title=title, severity="warning")
+
+
+def cache(scene: Scene) -> Iterator[Finding]:
+    """Memory. While the disk does not respond, the mailbox waits for it, and that is the problem."""
+    return part_unhealthy("cache", scene) if not _is_disk_sick(scene) else iter(())
+
+
+def _is_disk_sick(scene: Scene) -> bool:
+    return scene.health is not None and scene.health.database.status == "unhealthy"
+
+
 storage = partial(part_unhealthy, "storage")
 
 
@@ -228,13 +243,13 @@ def rejecting(scene: Scene) -> Iterator[Finding]:
 
 
 def damaged(scene: Scene) -> Iterator[Finding]:
-    is_named = scene.health is not None and QUARANTINED in scene.health.database.message  # then it is `database`
-    if (count := len(scene.state.quarantined)) and not is_named:
-        names = ", ".join(list(scene.state.quarantined)[:NAMED])
-        title = f"{plural(count, 'job')} {'is' if count == 1 else 'are'} quarantined: {names}."
-        yield Finding(
-            subject=STORE, title=title, value=count, jobs=count, cure=(Cure("See the repair", "jobd doctor"),)
+    if scene.damage is not None:
+        count = len(scene.state.quarantined)
+        cure = (
+            Cure("See the damage", "jobd doctor --running"),
+            Cure("Repair it while the daemon is stopped", "jobd doctor"),
         )
+        yield Finding(subject=STORE, title=scene.damage, value=max(count, 1), jobs=count, cure=cure)
 
 
 def clock(scene: Scene) -> Iterator[Finding]:

@@ -12,6 +12,7 @@ from urllib.parse import urlencode
 from jobd.core.stats import STEP_MS
 from jobd.core.transitions import stall_outcomes
 from jobd.core.worker_presence import WorkerSeen
+from jobd.model.events import QueuePause
 from jobd.model.job import HOUR_MS, MINUTE_MS, Job
 from jobd.model.problems import Cure, Subject
 from jobd.model.times import duration
@@ -185,10 +186,13 @@ def quiet_long(scene: Scene) -> Iterator[Finding | None]:
         queues = set(claims.queues)
         due = sum(pair.due for pair in scene.due if pair.queue in queues and claims.takes(pair.kind))
         if due and state.presence.state(worker) not in ("died", "gone"):
+            told = worker.obeyed  # None if that was before the start
+            said = f"for {duration(scene.at.now - since)}"
+            if told is not None:
+                said = QueuePause(since, told.by, told.reason).describe()
             yield Finding(
                 subject=_worker(name, worker),
-                title=f"Quiet for {duration(scene.at.now - since)}, while {plural(due, 'job')} that it takes "
-                f"{'is' if due == 1 else 'are'} due.",
+                title=f"Quiet {said}. {plural(due, 'job')} that it takes {'is' if due == 1 else 'are'} due.",
                 value=due,
                 jobs=due,
                 cure=(Cure("Let it take jobs", f"jobctl resume-worker {shlex.quote(name)}", "/workers", changes=True),),

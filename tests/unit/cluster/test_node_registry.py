@@ -113,7 +113,7 @@ async def test_problems_are_described(server: MemoryServer) -> None:
     process = Process(server, entry("b", "p-b"))
     server.health = replace(server.health, is_synchronous=False, is_waiting=True, writable=("pg1", "pg2"))
     await seconds(0.1)
-    two = "PostgreSQL accepts writes at pg1 and pg2: stop the former primary."
+    two = "PostgreSQL accepts writes at pg1 and pg2: stop the former primary, pg2."
     sync = "PostgreSQL has no synchronous standby: a lost disk loses acknowledged jobs."
     waits = "A write waits for a synchronous standby of PostgreSQL."
     assert view(process).problems == [sync, two, waits]

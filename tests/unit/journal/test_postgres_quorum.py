@@ -94,7 +94,10 @@ async def test_the_server_with_the_highest_timeline_is_used(
 
     async def has_left() -> bool:
         health = await b.health()
-        return (health.timeline, len(health.writable)) == (2, 2)
+        return (
+            health.timeline,
+            [str(each.port) in host for each, host in zip((promoted, former), health.writable, strict=False)],
+        ) == (2, [True, True])
 
     await wait_until(has_left)
     kept: list[int] = []

@@ -165,13 +165,15 @@ async def fill_disk(stage: Stage) -> float:
     return 0
 
 
-@case("quiet_long", "Quiet for 1 h, while 1 job that it takes is due.")
+@case("quiet_long", "until resumed: bad build. 1 job that it takes is due.")
 async def stay_quiet(stage: Stage) -> float:
     async def claims() -> None:
         while True:
             await stage.claim("film", "w-1", 30_000, limit=0)
 
     stage.problems.thresholds = Thresholds(quiet_long_ms=HOUR_MS)
+    await stage.claim("film", "w-1")
+    await stage.engine.yes(cmd.QuietWorker(name="w-1", reason="bad build"), by="admin:ana")
     stage.act(claims())
     await seconds(3_600 - 120)
     await stage.create("film")
@@ -281,9 +283,8 @@ async def miss(stage: Stage) -> float:
     return 0
 
 
-@case("damaged", "1 job is quarantined: bad-1.")
+@case("damaged", "Quarantined jobs: bad-1.")
 async def damage(stage: Stage) -> float:
-    await unhealthy("cache")(stage)  # the latest health does not name it yet
     stage.engine.state.quarantined["bad-1"] = "checksum"
     return 0
 

@@ -359,7 +359,7 @@ async def test_a_hanging_mailbox_is_unhealthy(engine: VirtualEngine) -> None:
     await engine.disk.at_gate.wait()
     view = await health.view()
     assert view.status == view.cache.status == "unhealthy"
-    assert "1 commands are waiting" in view.cache.message
+    assert "1 command is waiting" in view.cache.message
     engine.disk.gate.set()
     await task
     await seconds(MAX_AGE_S)

@@ -305,7 +305,7 @@ async def test_conditions_of_the_daemon_say_what_holds() -> None:
         listed = {each.condition: each for each in (await found(problems)).values()}
     expected = {
         "cache": "It differs.",
-        "database": "Quarantined jobs: bad-1. Run: jobd doctor",
+        "damaged": "Quarantined jobs: bad-1. Run: jobd doctor",
         "waits": "11 jobs are due, the oldest for ",
         "granted_twice": "Two workers may have worked on it at once (1 in the last hour): it was taken from w-1 ",
         "webhook": "Accepts nothing for 5 min: 500: broken. It carries these problems: 608 messages wait.",
@@ -420,7 +420,7 @@ VIEW = ClusterView(
         ({"synchronous": None, "oldest_transaction_ms": None}, {}),
         (
             {"writable": ["a:5432", "b:5432"]},
-            {"two_primaries/cluster": "PostgreSQL accepts writes at a:5432 and b"},
+            {"two_primaries/cluster": "PostgreSQL accepts writes at a:5432 and b:5432."},
         ),
         ({"oldest_transaction_ms": 61_000}, {"database_horizon/cluster": "The oldest transaction in the database"}),
         ({"nodes": [A, replace(B, ahead_ms=-1_500)]}, {"clocks_differ/b": "The wall clock of node b is 1.5 s behind"}),
@@ -475,6 +475,32 @@ async def test_run_evaluates_survives_a_bug_and_knows_nothing_in_the_first_30_s(
     assert [each["event"] for each in logs] == ["problems_failed", "problem_opened"]
     problems.stop()
     await running
+
+
+@in_engine()
+async def test_a_disk_that_does_not_respond_is_one_problem_in_time(engine: VirtualEngine) -> None:
+    problems = problems_of(engine, hold_ms=30_000)
+    health = problems._health
+    view = await health.view()
+    database = replace(view.database, status="unhealthy", message="No write.")
+    cache = replace(view.cache, status="unhealthy", message="The mailbox waits.")
+
+    async def late() -> HealthView:
+        await seconds(2)
+        health.last = replace(view, database=database, cache=cache)
+        return health.last
+
+    health.view = late  # type: ignore[method-assign]
+    running = asyncio.create_task(problems.run())
+    await seconds(32.5)  # 2 s of the first measurement, and half a minute
+    problems.stop()
+    await running
+    assert [(each.id, each.severity) for each in problems.view().problems] == [("database/database", "critical")]
+    database = replace(database, status="degraded", message="Damage: x. The reserve file is missing.")
+    health.damage = "Damage: x."
+    await late()
+    degraded = (await found(problems))["database/database"]
+    assert (degraded.title, degraded.severity) == ("The reserve file is missing.", "warning")
 
 
 def findings(*names: str, jobs: int = 1, **fields: Any) -> list[Finding]:
