@@ -91,6 +91,7 @@ async def test_a_schedule_goes_on_after_the_clock_was_set_back_by_days(monkeypat
         await asyncio.sleep(45 * 3_600)
         found = times(engine)[before:]
         assert found == list(range(found[0], found[0] + 45 * HOUR_MS, HOUR_MS))
+        assert engine.state.schedules["s"].missed == 0
 
 
 @pytest.fixture(
