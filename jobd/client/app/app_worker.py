@@ -11,7 +11,7 @@ from msgspec import UNSET, Raw, UnsetType
 
 from jobd.client.app.app_schedules import AppSchedules
 from jobd.client.app.daemon_jobs import DaemonJobs
-from jobd.client.app.job_context import JobContext, context_of
+from jobd.client.app.job_context import JobContext, RunHere, context_of
 from jobd.client.app.options import milliseconds
 from jobd.client.app.task_registry import TaskDefinition, TaskRegistry
 from jobd.client.app.worker_processes import ParentLink
@@ -96,7 +96,7 @@ class AppWorker(Worker):
         return execution
 
 
-class _WorkerRun:
+class _WorkerRun(RunHere):
     """The run of a task in a worker, for its JobContext."""
 
     def __init__(self, context: AsyncHandlerContext | HandlerContext) -> None:

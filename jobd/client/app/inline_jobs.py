@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from msgspec import UNSET, Raw, UnsetType
 
-from jobd.client.app.job_context import JobContext
+from jobd.client.app.job_context import JobContext, RunHere
 from jobd.client.app.job_port import NewJob
 from jobd.client.app.task_registry import TaskDefinition
 from jobd.client.errors import JobNotFound
@@ -23,8 +23,8 @@ from jobd.client.worker.error_text import failure_message
 T = TypeVar("T")
 
 
-@dataclass(slots=True)
-class InlineJob:
+@dataclass
+class InlineJob(RunHere):
     """A job that has run here. A job that was snoozed stays queued."""
 
     status: str = "queued"
@@ -33,18 +33,8 @@ class InlineJob:
     error_code: str | None = None
     checkpoint: Raw | UnsetType = UNSET
 
-    @property
-    def has_to_end(self) -> bool:
-        return False
-
     def report(self, progress: float, message: str | None, checkpoint: Raw | UnsetType) -> None:
         self.checkpoint = checkpoint
-
-    def add_output(self, text: str) -> None:
-        """Nothing reads the output."""
-
-    def set_result(self, **fields: Any) -> None:
-        """Nothing reads these fields."""
 
 
 class InlineJobs:

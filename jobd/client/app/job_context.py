@@ -12,7 +12,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from types import MappingProxyType
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import msgspec
 from msgspec import UNSET, Raw, UnsetType
@@ -55,12 +55,13 @@ class StoredCheckpoint:
         return Raw(msgspec.json.encode({_ARGUMENTS: self.changed, _CHECKPOINT: Raw(self.own)}))
 
 
-class RunPort(Protocol):
-    """The part of a run that depends on where it is: in a worker, in a test, or inline."""
+class RunHere:
+    """A run without a worker: nothing reads its progress, and nothing stops it. A run elsewhere overrides this."""
 
     @property
     def has_to_end(self) -> bool:
         """Whether the job is cancelled, its lock is lost, or the worker stops."""
+        return False
 
     def report(self, progress: float, message: str | None, checkpoint: Raw | UnsetType) -> None:
         """Report progress without waiting. Raises Stopped if the function has to end and cannot be cancelled."""
@@ -72,27 +73,12 @@ class RunPort(Protocol):
         """Set fields of the job's result."""
 
 
-class RunHere:
-    """A run without a worker: nothing reads its progress, and nothing stops it."""
-
-    has_to_end: Final = False
-
-    def report(self, progress: float, message: str | None, checkpoint: Raw | UnsetType) -> None:
-        """Do nothing."""
-
-    def add_output(self, text: str) -> None:
-        """Do nothing."""
-
-    def set_result(self, **fields: Any) -> None:
-        """Do nothing."""
-
-
 class JobContext:
     """The job that runs here. Valid in the thread or task of the function, and in threads that copy the context."""
 
     def __init__(
         self,
-        run: RunPort,
+        run: RunHere,
         *,
         id: str,
         queue: str,
@@ -176,7 +162,7 @@ class JobContext:
         return key.hex() if count == 1 else f"{key.hex()}-{count}"
 
 
-def context_of(job: JobView, fencing_token: int, run: RunPort) -> JobContext:
+def context_of(job: JobView, fencing_token: int, run: RunHere) -> JobContext:
     """Return the context of a job that was granted."""
     return JobContext(
         run,
