@@ -88,31 +88,21 @@ class DaemonJobs:
 
     def create(self, jobs: Sequence[NewJob]) -> None:
         if len(jobs) > 1:
-            try:
-                self._send(_bulk(jobs))
-            except JobExists as error:
-                _check_derived(jobs, error)
-            else:
+            with _allowing_derived(jobs):
+                self._send(requests.create_jobs(map(_fields, jobs)))
                 return
         for job in jobs:
-            try:
+            with _allowing_derived([job]):
                 self._send(requests.create_job(**_fields(job)))
-            except JobExists as error:
-                _check_derived([job], error)
 
     async def acreate(self, jobs: Sequence[NewJob]) -> None:
         if len(jobs) > 1:
-            try:
-                await self._asend(_bulk(jobs))
-            except JobExists as error:
-                _check_derived(jobs, error)
-            else:
+            with _allowing_derived(jobs):
+                await self._asend(requests.create_jobs(map(_fields, jobs)))
                 return
         for job in jobs:
-            try:
+            with _allowing_derived([job]):
                 await self._asend(requests.create_job(**_fields(job)))
-            except JobExists as error:
-                _check_derived([job], error)
 
     def get(self, job_id: str) -> JobView:
         return self._send(request_for(JobCalls.get_job, job_id))
@@ -124,18 +114,12 @@ class DaemonJobs:
         return self._send(request_for(JobCalls.timeline, job_id))
 
     def wait(self, job_id: str, timeout_s: float | None) -> JobView:
-        try:
+        with _hinting():
             return self._blocking().wait_for_job(job_id, timeout_s=timeout_s)
-        except Unreachable as error:
-            error.message += _HINT
-            raise
 
     async def await_end(self, job_id: str, timeout_s: float | None) -> JobView:
-        try:
+        with _hinting():
             return await (await self._asynchronous()).wait_for_job(job_id, timeout_s=timeout_s)
-        except Unreachable as error:
-            error.message += _HINT
-            raise
 
     def cancel(self, job_id: str, reason: str | None) -> bool:
         try:
@@ -164,20 +148,14 @@ class DaemonJobs:
             await closer.aclose()
 
     def _send(self, request: ApiRequest[T]) -> T:
-        try:
+        with _hinting():
             result = self._blocking().send(request)
-        except Unreachable as error:
-            error.message += _HINT
-            raise
         self._warning.is_given = False
         return result
 
     async def _asend(self, request: ApiRequest[T]) -> T:
-        try:
+        with _hinting():
             result = await (await self._asynchronous()).send(request)
-        except Unreachable as error:
-            error.message += _HINT
-            raise
         self._warning.is_given = False
         return result
 
@@ -226,14 +204,24 @@ class DaemonJobs:
         return AsyncJobClient(_replacement or self._url, token=self._token, name=self._name, retry_for_s=RETRY_FOR_S)
 
 
-def _bulk(jobs: Sequence[NewJob]) -> ApiRequest[list[JobView]]:
-    return requests.create_jobs([_fields(job) for job in jobs])
+@contextlib.contextmanager
+def _hinting() -> Iterator[None]:
+    """Inside the context, the error for an unreachable daemon says how to start or name one."""
+    try:
+        yield
+    except Unreachable as error:
+        error.message += _HINT
+        raise
 
 
-def _check_derived(jobs: Sequence[NewJob], error: JobExists) -> None:
-    """Raise `error`, unless an earlier attempt of the running job has created the jobs, with other options."""
-    if not all(job.is_derived for job in jobs):
-        raise error
+@contextlib.contextmanager
+def _allowing_derived(jobs: Sequence[NewJob]) -> Iterator[None]:
+    """Inside the context, jobs may exist that an earlier attempt of the running job has created, with other options."""
+    try:
+        yield
+    except JobExists:
+        if not all(job.is_derived for job in jobs):
+            raise
 
 
 def _fields(job: NewJob) -> dict[str, Any]:
