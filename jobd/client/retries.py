@@ -206,7 +206,6 @@ class RetryState:
 
 
 def _likelihood_applied(error: JobdError) -> int:
-    """Return how likely it is that the request was applied."""
     return len(_MAYBE_APPLIED) - _MAYBE_APPLIED.index(error.code) if error.code in _MAYBE_APPLIED else 0
 
 

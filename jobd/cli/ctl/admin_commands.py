@@ -203,10 +203,7 @@ def take_back(worker: str, yes: bool, dry_run: bool, reason: str | None, as_json
 @click.argument("queue", type=QUEUE)
 @reason_option("Shown wherever the queue is. On a terminal it is asked for.")
 @click.option(
-    "--until",
-    type=MOMENT,
-    metavar="TIME",
-    help="Resume the queue automatically at this time (UTC), or after a duration such as 2h.",
+    "--until", type=MOMENT, help="Resume the queue automatically at this time (UTC), or after a duration such as 2h."
 )
 @json_option
 @admin_options
@@ -313,11 +310,11 @@ def failures(limit: int, as_json: bool) -> None:
 
 
 @click.command()
-@click.option("--who", type=NAME, metavar="NAME", help="Only actions of this operator.")
+@click.option("--who", type=NAME, help="Only actions of this operator.")
 @click.option("--action", type=NAME, metavar="ACTION", help="Only this action, such as force-fail.")
 @click.option("--what", type=NAME, hidden=True)
-@click.option("--job", "job_id", type=JOB_ID, metavar="ID", help="Only actions on this job, also by a plan.")
-@click.option("--since", type=PAST, metavar="TIME", help="Only since this time (UTC), or an age such as 2h.")
+@click.option("--job", "job_id", type=JOB_ID, help="Only actions on this job, also by a plan.")
+@click.option("--since", type=PAST, help="Only since this time (UTC), or an age such as 2h.")
 @limit_option("entries", 50)
 @json_option
 @admin_options

@@ -230,7 +230,7 @@ def run_now(job_id: str, reason: str | None, **how: bool) -> int:
 @click.command()
 @JOB
 @click.option("--priority", type=PRIORITY, metavar="N", help="Jobs with a smaller number run first.")
-@click.option("--run-at", type=MOMENT, metavar="TIME", help="Due at this time (UTC), or a duration from now.")
+@click.option("--run-at", type=MOMENT, help="Due at this time (UTC), or a duration from now.")
 @click.option("--max-attempts", type=MAX_ATTEMPTS, metavar="N", help="Maximum number of attempts.")
 @_REASON
 @dry_run_option

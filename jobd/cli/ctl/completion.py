@@ -29,9 +29,8 @@ _HARMLESS: Final = re.compile(r"\w[\w.:@%+/=-]*", re.ASCII)  # without character
 class _KnownName(NameParam):
     """A name or an id, with those that the daemon knows as completions."""
 
-    def __init__(
-        self, find: Callable[[JobClient, click.Context], Iterable[str]], *, may_be_empty: bool = False
-    ) -> None:
+    def __init__(self, find: Find, name: str = "name", *, may_be_empty: bool = False) -> None:
+        self.name = name
         self._find = find
         self._may_be_empty = may_be_empty
 
@@ -69,8 +68,8 @@ def _job_ids(client: JobClient, _: click.Context) -> Iterable[str]:
 
 
 QUEUE: Final = _KnownName(_queues)
-KIND: Final = _KnownName(_kinds, may_be_empty=True)
-JOB_ID: Final = _KnownName(_job_ids)
+KIND: Final = _KnownName(_kinds, "kind", may_be_empty=True)
+JOB_ID: Final = _KnownName(_job_ids, "id")
 JOB: Final = click.argument("job_id", metavar="ID", type=JOB_ID)
 IDS: Final = click.argument("ids", metavar="[ID...]", nargs=-1, type=JOB_ID)
 

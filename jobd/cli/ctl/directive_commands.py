@@ -52,7 +52,7 @@ def _show_rule(view: QuietRuleView, verb: str, as_json: bool) -> None:
 @click.option("--host", type=NAME, metavar="HOST", help="Quiet the workers of this host.")
 @click.option("--version", type=NAME, metavar="VERSION", help="Quiet the workers of this version.")
 @click.option("--queue", type=QUEUE, metavar="QUEUE", help="Only for jobs of this queue.")
-@click.option("--until", type=MOMENT, metavar="TIME", help="End the rule then (UTC), or after a duration such as 2h.")
+@click.option("--until", type=MOMENT, help="End the rule then (UTC), or after a duration such as 2h.")
 @_REASON
 @json_option
 @admin_options

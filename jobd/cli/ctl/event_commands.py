@@ -24,8 +24,8 @@ MIN_INTERVAL_MS: Final = 100
 
 @click.command()
 @click.option("-f", "--follow", is_flag=True, help="Follow new events until Ctrl-C.")
-@click.option("--queue", type=QUEUE, metavar="NAME", multiple=True, help="Only events of this queue; may be repeated.")
-@click.option("--job", type=JOB_ID, metavar="ID", multiple=True, help="Only events of this job; may be repeated.")
+@click.option("--queue", type=QUEUE, multiple=True, help="Only events of this queue; may be repeated.")
+@click.option("--job", type=JOB_ID, multiple=True, help="Only events of this job; may be repeated.")
 @click.option(
     "--type",
     "type_",

@@ -20,15 +20,13 @@ _ADMIN_FILTERS: Final = frozenset({"since", "until", "finished_since", "finished
 
 @click.command()
 @click.option("--status", type=STATUS, help="Only jobs with this status.")
-@click.option("--queue", type=QUEUE, metavar="NAME", help="Only jobs of this queue.")
-@click.option("--kind", type=KIND, metavar="KIND", help="Only jobs of this kind.")
-@click.option("--worker", type=NAME, metavar="NAME", help="Only jobs that this worker holds or was the last to hold.")
-@click.option(
-    "--since", type=PAST, metavar="TIME", help="Only jobs created at or after this time (UTC), or an age such as 2h. *"
-)
-@click.option("--until", type=PAST, metavar="TIME", help="Only jobs created before this time. *")
-@click.option("--finished-since", type=PAST, metavar="TIME", help="Only jobs finished at or after this time. *")
-@click.option("--finished-until", type=PAST, metavar="TIME", help="Only jobs finished before this time. *")
+@click.option("--queue", type=QUEUE, help="Only jobs of this queue.")
+@click.option("--kind", type=KIND, help="Only jobs of this kind.")
+@click.option("--worker", type=NAME, help="Only jobs that this worker holds or was the last to hold.")
+@click.option("--since", type=PAST, help="Only jobs created at or after this time (UTC), or an age such as 2h. *")
+@click.option("--until", type=PAST, help="Only jobs created before this time. *")
+@click.option("--finished-since", type=PAST, help="Only jobs finished at or after this time. *")
+@click.option("--finished-until", type=PAST, help="Only jobs finished before this time. *")
 @click.option("--text", "q", metavar="TEXT", help="Only jobs with this text in their id, payload or error message. *")
 @click.option("--error", metavar="ERROR", help="Only jobs whose error is in this group of jobctl failures. *")
 @limit_option("jobs", 50)
@@ -70,7 +68,7 @@ def job(job_id: str, as_json: bool) -> None:
 
 @click.command()
 @click.argument("job_id", metavar="[ID]", type=JOB_ID, required=False)
-@click.option("--queue", type=QUEUE, metavar="NAME", help="Explain the oldest due job of each kind of this queue. *")
+@click.option("--queue", type=QUEUE, help="Explain the oldest due job of each kind of this queue. *")
 @json_option
 @all_options
 def why(job_id: str | None, queue: str | None, as_json: bool) -> None:

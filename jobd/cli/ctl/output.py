@@ -10,7 +10,7 @@ import click
 
 from jobd.cli import terminal
 from jobd.cli.connection import worker_options
-from jobd.cli.ctl.completion import JOB_ID
+from jobd.cli.ctl.completion import JOB
 from jobd.cli.ctl.wait import waiting_client
 from jobd.cli.params import json_option
 from jobd.model.times import utc
@@ -23,7 +23,7 @@ _LINE_END: Final = re.compile(r"\r\n?|\n")
 
 
 @click.command()
-@click.argument("job_id", metavar="ID", type=JOB_ID)
+@JOB
 @click.option("-f", "--follow", is_flag=True, help="Print new output as it comes, until the job is finished.")
 @json_option
 @worker_options

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 import click
 
 from jobd.cli import exit_codes
@@ -9,19 +11,24 @@ from jobd.cli.connection import current, worker_api_endpoints, worker_options
 from jobd.cli.ctl.completion import KIND, QUEUE
 from jobd.cli.params import DURATION, NAME
 
+# The options of all workers.
+LOCK_TTL: Final = click.option(
+    "--lock-ttl", type=DURATION, default="60s", show_default=True, help="Lifetime of a lock; the worker renews it."
+)
+_AFTER_SIGTERM: Final = "How long a running job may continue after SIGTERM."
+GRACE: Final = click.option("--grace", type=DURATION, default="30s", show_default=True, help=_AFTER_SIGTERM)
+WORKER_NAME: Final = click.option("--name", type=NAME, help="Name of this worker.  [default: host and pid]")
+
 
 @click.command(context_settings={"allow_interspersed_args": False})
 @click.option(
     "--queue",
     "queues",
     type=QUEUE,
-    metavar="NAME",
     multiple=True,
     help="Claim jobs of this queue; may be repeated.  [default: default]",
 )
-@click.option(
-    "--kind", "kinds", type=KIND, metavar="KIND", multiple=True, help="Claim only jobs of this kind; may be repeated."
-)
+@click.option("--kind", "kinds", type=KIND, multiple=True, help="Claim only jobs of this kind; may be repeated.")
 @click.option(
     "--concurrency",
     metavar="N",
@@ -30,9 +37,7 @@ from jobd.cli.params import DURATION, NAME
     show_default=True,
     help="Number of jobs to run at the same time.",
 )
-@click.option(
-    "--lock-ttl", type=DURATION, default="60s", show_default=True, help="Lifetime of a lock; the worker renews it."
-)
+@LOCK_TTL
 @click.option("--timeout", type=DURATION, help="Time limit of a run: SIGTERM, and SIGKILL 10 s later.  [default: none]")
 @click.option(
     "--progress-timeout",
@@ -40,19 +45,13 @@ from jobd.cli.params import DURATION, NAME
     default="0",
     help="Progress timeout: the lock is lost after this time without progress.  [default: none]",
 )
-@click.option(
-    "--grace",
-    type=DURATION,
-    default="30s",
-    show_default=True,
-    help="How long a running job may continue after SIGTERM.",
-)
+@GRACE
 @click.option("--once", is_flag=True, help="Exit after one job.")
 @click.option(
     "--drain", is_flag=True, help="Exit when no job is due and no retry is awaited, and report how many are left."
 )
 @click.option("--no-output", is_flag=True, help="Do not send the output to the daemon (see jobctl output).")
-@click.option("--name", type=NAME, metavar="NAME", help="Name of this worker.  [default: host and pid]")
+@WORKER_NAME
 @click.argument("command", metavar="CMD...", nargs=-1, required=True, type=click.UNPROCESSED)
 @worker_options
 def run(

@@ -32,21 +32,18 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("payload", required=False)
-@click.option("--queue", type=QUEUE, metavar="NAME", help="Queue of the job.  [default: default]")
-@click.option("--kind", type=KIND, metavar="KIND", help="Kind of work; workers can claim by kind.")
+@click.option("--queue", type=QUEUE, help="Queue of the job.  [default: default]")
+@click.option("--kind", type=KIND, help="Kind of work; workers can claim by kind.")
 @click.option(
     "--id", "job_id", type=NAME, metavar="ID", help="Id of the job. Repeating the same command creates it once."
 )
 @click.option("--priority", type=PRIORITY, metavar="N", help="Jobs with a smaller number run first.")
 @click.option("--delay", "delay_ms", type=DURATION, help="Make the job due after this time, such as 10s.")
-@click.option(
-    "--run-at", type=MOMENT_OR_DELAY, metavar="TIME", help="Make the job due at this time (UTC), or after a duration."
-)
+@click.option("--run-at", type=MOMENT_OR_DELAY, help="Make the job due at this time (UTC), or after a duration.")
 @click.option(
     "--expires",
     "expires_at",
     type=MOMENT_OR_DELAY,
-    metavar="TIME",
     help="Fail the job if it is still queued at this time (UTC), or after a duration.",
 )
 @click.option("--max-attempts", type=MAX_ATTEMPTS, metavar="N", help="Maximum number of attempts.  [default: 1]")

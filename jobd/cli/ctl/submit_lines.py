@@ -189,5 +189,4 @@ class LineSubmitter:
 
 
 def _may_be_applied(error: BaseException) -> bool:
-    """Return whether the request without a response may have been applied."""
     return isinstance(error, KeyboardInterrupt | Unreachable | BadResponse | OutcomeUnknown)

@@ -26,8 +26,8 @@ _TIMEOUT_S: Final = 120.0  # for one chunk of a stream, or one page, on a slow d
 @click.command()
 @click.argument("file", default="-", type=click.Path(dir_okay=False, allow_dash=True, path_type=Path))
 @click.option("--status", type=STATUS, help="Only jobs with this status.")
-@click.option("--queue", type=QUEUE, metavar="NAME", help="Only jobs of this queue.")
-@click.option("--kind", type=KIND, metavar="KIND", help="Only jobs of this kind.")
+@click.option("--queue", type=QUEUE, help="Only jobs of this queue.")
+@click.option("--kind", type=KIND, help="Only jobs of this kind.")
 @click.option("-y", "--yes", is_flag=True, help="Overwrite FILE if it exists.")
 @admin_options
 def export(file: Path, status: Status | None, queue: str | None, kind: str | None, yes: bool) -> int:

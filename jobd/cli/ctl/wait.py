@@ -27,7 +27,7 @@ _NOT_COMPLETED: Final[tuple[NotCompleted, ...]] = ("failed", "cancelled")
 
 @click.command()
 @IDS
-@click.option("--queue", type=QUEUE, metavar="NAME", help="Wait until this queue has no unfinished job.")
+@click.option("--queue", type=QUEUE, help="Wait until this queue has no unfinished job.")
 @click.option("--timeout", "timeout_ms", type=DURATION, help="Stop waiting after this time, such as 10m, and exit 1.")
 @json_option
 @worker_options

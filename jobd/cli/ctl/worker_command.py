@@ -13,7 +13,8 @@ from jobd import __version__
 from jobd.cli import exit_codes
 from jobd.cli.connection import current, worker_api_endpoints, worker_options
 from jobd.cli.ctl.completion import QUEUE
-from jobd.cli.params import DURATION, NAME, ConnectionOptions
+from jobd.cli.ctl.run import GRACE, LOCK_TTL, WORKER_NAME
+from jobd.cli.params import ConnectionOptions
 
 if TYPE_CHECKING:
     from jobd.client.app.app import App
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 @click.option(
     "--queues",
     type=QUEUE,
-    metavar="NAME",
     multiple=True,
     help="Claim jobs of this queue; may be repeated, or a list with commas.  [default: the queues of the tasks]",
 )
@@ -41,17 +41,9 @@ if TYPE_CHECKING:
     type=click.IntRange(min=1),
     help="Run N processes, and kill one whose task does not end at its timeout.  [default: none]",
 )
-@click.option(
-    "--lock-ttl", type=DURATION, default="60s", show_default=True, help="Lifetime of a lock; the worker renews it."
-)
-@click.option(
-    "--grace",
-    type=DURATION,
-    default="30s",
-    show_default=True,
-    help="How long a running job may continue after SIGTERM.",
-)
-@click.option("--name", type=NAME, metavar="NAME", help="Name of this worker.  [default: host and pid]")
+@LOCK_TTL
+@GRACE
+@WORKER_NAME
 @click.option("--supervised", type=int, hidden=True)
 @click.argument("target", metavar="MODULE:APP")
 @worker_options

@@ -32,7 +32,7 @@ def dev(port: int | None) -> int:
     from jobd.config import ConfigError
     from jobd.config_loader import load
 
-    admin = f"127.0.0.1:{port or _free_port()}"
+    admin = f"127.0.0.1:{port or free_port(_ADMIN_PORT)}"
     token = os.environ.get("ADMIN_TOKEN") or secrets.token_urlsafe(32)
     path = str(Path.cwd() / "jobd.sock")
     flags = {"store.path": "jobd.db", "worker.socket": path, "admin.listen": admin, "log.level": "warning"}
@@ -52,12 +52,12 @@ def dev(port: int | None) -> int:
     return daemon.serve(loaded, lambda: load(flags, environ, ""))
 
 
-def _free_port() -> int:
-    """Return the usual port of the admin API, or a free one if another program has it."""
+def free_port(first: int = 0) -> int:
+    """Return the port `first`, or a free one if another program has it."""
     with socket.socket() as found:
         found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            found.bind(("127.0.0.1", _ADMIN_PORT))
+            found.bind(("127.0.0.1", first))
         except OSError:
             found.bind(("127.0.0.1", 0))
         port: int = found.getsockname()[1]

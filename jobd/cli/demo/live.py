@@ -7,7 +7,6 @@ import http.client
 import itertools
 import random
 import secrets
-import socket
 import sys
 import threading
 import time
@@ -20,6 +19,7 @@ from typing import Any, Final
 from urllib.parse import urlencode
 
 from jobd.cli import exit_codes, terminal
+from jobd.cli.daemon.dev import free_port
 from jobd.cli.demo.processes import Sandbox
 from jobd.client import AdminClient, JobClient
 
@@ -161,7 +161,7 @@ def _sign_in(admin_port: int, token: str) -> str:
 
 def show(stop: threading.Event) -> int:
     """Run the demo until `stop` is set."""
-    port = _free_port()
+    port = free_port()
     secret = b64encode(secrets.token_bytes(32)).decode()
     with Sandbox("", f"127.0.0.1:{port}") as sandbox, _LocalServer(port, sandbox.token) as server, server.running():
         sandbox.config = _CONFIG.format(receiver=f"{server.url}webhook", secret=secret)
@@ -214,10 +214,3 @@ def _submit(client: JobClient, stop: threading.Event) -> None:
         if tick % 6 == 0:
             clip = {"seconds": rng.uniform(6, 24), "fails": rng.choice([None] * 9 + ["codec"])}
             client.create_job(clip, id=f"clip-{tick}", queue="video", kind=rng.choice(["transcode", "thumbnails"]))
-
-
-def _free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port: int = found.getsockname()[1]
-        return port
