@@ -67,7 +67,8 @@ def _with_problem(app: HttpApp[Services], job: JobView, view: WhyView) -> WhyVie
     )
     for problem in app.services.problems.view().problems:
         if problem.subject.is_part_of(subject):
-            return replace(view, problem=problem)
+            others = [each for each in problem.cure if each.command != f"jobctl why {job.id}"]  # this is its output
+            return replace(view, problem=replace(problem, cure=others))
     return view
 
 

@@ -9,12 +9,13 @@ from typing import Final
 import structlog
 
 from jobd.engine.clock import loop_time
-from jobd.model.job import MINUTE_MS
+from jobd.model.job import MINUTE_MS, SECOND_MS
 from jobd.model.responses import DiskUse
 from jobd.storage.disk_use import Sample
 from jobd.storage.store import Store
 
 KEPT_MS: Final = 10 * MINUTE_MS
+EMPTY_KEPT_MS: Final = 10 * SECOND_MS  # so that the first jobs show soon; an empty store costs nothing to read
 
 log = structlog.get_logger("jobd.disk")
 
@@ -32,10 +33,12 @@ class DiskSampler:
         return await asyncio.shield(self._start())
 
     def recent(self) -> DiskUse | None:
-        """Return the latest measurement. Start another one if it is more than 10 minutes old."""
-        if self.latest is None or not 0 <= self._now() - self.latest.measured_at < KEPT_MS:
+        """Return the latest measurement. Start another one if it is more than 10 minutes old, 10 s if it is empty."""
+        latest = self.latest
+        kept_ms = KEPT_MS if latest is not None and latest.jobs_read else EMPTY_KEPT_MS
+        if latest is None or not 0 <= self._now() - latest.measured_at < kept_ms:
             self._start().add_done_callback(_log_error)
-        return self.latest
+        return latest
 
     def _start(self) -> asyncio.Task[DiskUse]:
         if self._running is None or self._running.done():

@@ -36,7 +36,7 @@ EVALUATE_EVERY_S: Final = 5.0
 MEASURE_EVERY_S: Final = 10.0  # measuring costs a write with fsync, but an alert must fire within 45 s of a failure
 QUIET: Final = "The condition holds for no subject, or was not measured yet."  # the hint of an alert
 SLICE_S: Final = 0.0005
-DUE_FOR_MS: Final = MINUTE_MS  # below it, no condition asks for a pair
+DUE_FOR_MS: Final = MINUTE_MS  # below it, no condition asks for a pair, unless its threshold is lower
 MANY_PAIRS: Final = 2_000  # beyond, they are scanned less often
 SCAN_MANY_EVERY_S: Final = 15.0
 RUNNING_READ: Final = 10_000
@@ -307,17 +307,19 @@ class ProblemBoard:
             yield
 
     def _due_pairs(self) -> Iterator[DuePair | None]:
-        """Find the pairs whose oldest due job has waited for a minute. Yields once for each pair.
+        """Find the pairs whose oldest due job has waited for a minute, or a lower threshold. Yields once for each pair.
 
         A suspect jump of the wall clock does not lengthen the wait of jobs.
         """
         state, at = self._state, self._clock.moment()
-        now = min(at.now, at.believed)
+        now, limits = min(at.now, at.believed), self.thresholds
+        times_ms = limits.queue_without_workers_ms, 0.8 * limits.queue_waits_ms, limits.paused_without_reason_ms
+        due_for_ms = min(DUE_FOR_MS, *times_ms)
         for queue in list(state.counts):
             for kind in state.queued_kinds(queue):
                 _, entry = state.oldest_of_kind(queue, kind, now)
                 job = None if entry is None else state.jobs.get(entry[3])
-                if entry is None or job is None or (wait_ms := now - job.waits_since(now)) < DUE_FOR_MS:
+                if entry is None or job is None or (wait_ms := now - job.waits_since(now)) < due_for_ms:
                     yield None
                     continue
                 due, best = state.due_of_kind(queue, kind, now)

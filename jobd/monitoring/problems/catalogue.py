@@ -55,7 +55,9 @@ CONDITIONS: Final = (
     Condition("rejecting", "warning", daemon.rejecting),
     Condition("clock", "warning", daemon.clock, "ms"),
     Condition("standby_behind", "warning", cluster.standby_behind, "ms", alert="standby_behind", of_cluster=True),
-    Condition("no_standby", "warning", cluster.no_standby, alert="no_standby", of_cluster=True),
+    Condition(
+        "no_standby", "warning", cluster.no_standby, alert="no_standby", hides=("standby_behind",), of_cluster=True
+    ),
     Condition(
         "journal_not_synchronous", "critical", cluster.not_synchronous, alert="journal_not_synchronous", of_cluster=True
     ),

@@ -30,9 +30,11 @@ def standby_behind(scene: Scene) -> Iterator[Finding]:
 
 
 def no_standby(scene: Scene) -> Iterator[Finding]:
-    is_cluster = scene.cluster.role != "single"
-    if is_cluster and not any(node.role == "standby" and not node.is_unseen for node in _nodes(scene)):
-        title = "No standby is running, so no node takes over from this one. Start jobd on another node."
+    standbys = [node for node in _nodes(scene) if node.role == "standby"]
+    if scene.cluster.role != "single" and all(node.is_unseen for node in standbys):
+        seen = [f"{node.name} was last seen {duration(node.seen_ms)} ago" for node in standbys]
+        title = f"No standby is running, so no node takes over from this one{': ' if seen else ''}{', '.join(seen)}."
+        title += f" Start jobd {'there or ' if seen else ''}on another node."
         yield Finding(subject=_CLUSTER, title=title, cure=(_SHOW,))
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from jobd.model.problems import ProblemList, Subject
+from jobd.model.problems import Cure, ProblemList, Subject
 from jobd.model.times import utc
 from tests.support.calls import PROBLEM
 from tests.support.dashboard_harness import AUTH, DashboardHarness, fail_jobs, text
@@ -23,7 +23,8 @@ async def explain(harness: DashboardHarness, job_id: str) -> Any:
 
 
 def open_problems(harness: DashboardHarness, *subjects: Subject) -> None:
-    found = ProblemList([replace(PROBLEM, id=f"p{number}", subject=each) for number, each in enumerate(subjects)])
+    problem = replace(PROBLEM, cure=[*PROBLEM.cure, Cure("See why it waits", "jobctl why a")])
+    found = ProblemList([replace(problem, id=f"p{number}", subject=each) for number, each in enumerate(subjects)])
     harness.admin.fakes.problems = harness.worker.fakes.problems = found
 
 
@@ -34,7 +35,9 @@ async def test_the_first_open_problem_of_the_job_is_shown(harness: DashboardHarn
     await harness.call("jobs/gone/cancel")
     worker, pair = Subject(type="worker", worker="w-1"), Subject(type="pair", queue="mail", kind="receipt")
     open_problems(harness, Subject(type="disk"), worker, pair, Subject(type="queue", queue="mail"))
-    assert (await explain(harness, "a"))["problem"]["id"] == "p2"
+    shown_problem = (await explain(harness, "a"))["problem"]
+    assert shown_problem["id"] == "p2"
+    assert [each["command"] for each in shown_problem["cure"]] == ["jobctl run --queue mail -- CMD"], "no why again"
     assert (await explain(harness, "held"))["problem"]["id"] == "p1"
     assert "problem" not in await explain(harness, "gone")
     browser = await harness.browser()

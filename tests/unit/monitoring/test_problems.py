@@ -122,6 +122,16 @@ async def test_busy_starting_and_paused_pairs_do_not_lack_workers(engine: Virtua
 
 
 @in_engine()
+async def test_a_threshold_below_a_minute_holds(engine: VirtualEngine) -> None:
+    problems = problems_of(engine, Thresholds(queue_without_workers_ms=5_000))
+    await waiting(engine, "mail")
+    await seconds(4)
+    assert await found(problems) == {}
+    await seconds(2)
+    assert list(await found(problems)) == ["no_workers/mail"]
+
+
+@in_engine()
 async def test_a_start_misses_no_worker_for_three_minutes(engine: VirtualEngine) -> None:
     problems = problems_of(engine)
     await waiting(engine, "mail")
@@ -414,6 +424,11 @@ VIEW = ClusterView(
         ({"role": "single", "nodes": []}, {}),
         ({"nodes": [A, replace(B, lag_records=395, behind_ms=39_900)]}, {"standby_behind/b": "It is 39 s behind"}),
         ({"nodes": [A, B, replace(B, name="c", seen_ms=45_000)]}, {"standby_behind/c": "It was last seen 45 s ago."}),
+        ({"nodes": [A]}, {"no_standby/cluster": "No standby is running, so no node takes over from this one. Start"}),
+        (
+            {"nodes": [A, replace(B, seen_ms=45_000)]},
+            {"no_standby/cluster": "No standby is running, so no node takes over from this one: b was last seen 45 s"},
+        ),
         ({"nodes": [A, replace(B, seen_ms=UNSEEN_MS)]}, {"no_standby/cluster": "No standby is running"}),
         ({"synchronous": False}, {"journal_not_synchronous/cluster": "PostgreSQL has no synchronous standby"}),
         ({"synchronous": False, "require_sync": False}, {}),

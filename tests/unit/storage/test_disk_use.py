@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 
-from jobd.maintenance.disk_sampler import KEPT_MS, DiskSampler
+from jobd.maintenance.disk_sampler import EMPTY_KEPT_MS, KEPT_MS, DiskSampler
 from jobd.model.events import Event
 from jobd.model.job import Options
 from jobd.storage import disk_use
@@ -132,6 +132,18 @@ async def test_a_measurement_is_shared_and_kept_for_ten_minutes(store: Store) ->
     now += KEPT_MS
     assert sampler.recent() is first
     assert await sampler.measure() is sampler.recent() is not first
+
+
+async def test_a_measurement_without_jobs_is_kept_for_ten_seconds() -> None:
+    now = NOW
+    async with (await Store.open(MEMORY))[0] as store:
+        sampler = DiskSampler(store, lambda: now)
+        empty = await sampler.measure()
+        now += EMPTY_KEPT_MS
+        assert sampler.recent() is empty
+        assert sampler._running is not None
+        assert not sampler._running.done(), "it measures again"
+        await sampler.measure()
 
 
 async def test_a_measurement_that_fails_is_logged(
