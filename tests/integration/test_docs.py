@@ -382,7 +382,14 @@ def test_make_targets_files_and_variables_exist(document: Path) -> None:
     ):
         assert (ROOT / name).exists(), f"{document.name}: {name}"
     known = {f"JOBD_{key.replace('.', '_').upper()}" for key in config.KEYS}
-    known |= {"JOBD_CONFIG", "JOBD_SOCKET", "JOBD_URL", "JOBD_ADMIN_URL", "JOBD_WORKER_TOKEN_FILE"}
+    known |= {
+        "JOBD_CONFIG",
+        "JOBD_SOCKET",
+        "JOBD_URL",
+        "JOBD_ADMIN_URL",
+        "JOBD_WORKER_TOKEN_FILE",
+        "JOBD_WORKER_VERSION",
+    }
     known |= {
         PREFIX,
         *(PREFIX + field.upper() for field in (*FIELDS, "fencing_token", "worker", "headers", "checkpoint")),

@@ -246,8 +246,8 @@ def damaged(scene: Scene) -> Iterator[Finding]:
     if scene.damage is not None:
         count = len(scene.state.quarantined)
         cure = (
-            Cure("See the damage", "jobd doctor --running"),
-            Cure("Repair it while the daemon is stopped", "jobd doctor"),
+            Cure("See the repair while the daemon is stopped", "jobd doctor"),
+            Cure("See the damage while it runs", "jobd doctor --running"),  # which names the first cure
         )
         yield Finding(subject=STORE, title=scene.damage, value=max(count, 1), jobs=count, cure=cure)
 
