@@ -40,7 +40,7 @@ def test_every_command_of_operators_is_audited() -> None:
         route.request for route in admin_routes.ROUTES if route.changes and route.request in get_args(cmd.AnyCommand)
     }
     missing = {kind.__name__ for kind in commands if kind.audit_name is None} - {"ImportCheck"}  # changes nothing
-    assert not missing, f"{missing} need an audit_name (model/commands.py)"
+    assert not missing, f"{missing} need an audit_name (model/commands/)"
     assert not [kind for kind in AUDIT_NAMES if kind.admission == "read"]
 
 

@@ -274,7 +274,9 @@ def test_a_rule_that_raises_leaves_nothing(rules: RuleHarness, monkeypatch: pyte
 
 def test_every_command_has_a_rule() -> None:
     different = set(decide.RULES) ^ set(get_args(cmd.AnyCommand))
-    assert not different, f"{different} must be in RULES (core/decide.py) and in AnyCommand (model/commands.py)"
+    assert not different, (
+        f"{different} must be in RULES (core/decide.py) and in AnyCommand (model/commands/issued_command.py)"
+    )
 
 
 def test_undo_drops_the_payloads_of_new_jobs(rules: RuleHarness) -> None:
