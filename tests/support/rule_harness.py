@@ -133,6 +133,7 @@ class RuleHarness:
         decision = self.decide(command, admin=admin, by=by)
         assert isinstance(decision.answer, ApiError), decision.answer
         assert decision.answer.code == code, decision.answer
+        assert decision.answer.message
         assert all(change.type in ("late_result", "late_call") for change in decision.changes)
         return decision.answer
 

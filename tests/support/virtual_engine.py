@@ -180,6 +180,7 @@ class VirtualEngine:
     async def no(self, command: AnyCommand, **asked: Any) -> ApiError:
         response = await self.actor.ask(command, **asked)
         assert isinstance(response, ApiError), response
+        assert response.message
         return response
 
     async def held(

@@ -205,9 +205,9 @@ def test_recoveries_count_for_ten_minutes_and_are_bounded() -> None:
     assert counters.recovered_lately(NOW - HOUR_MS) == 0, "a clock that was set back"
 
 
-def test_times_of_schedules_that_created_no_job_are_counted(rules: RuleHarness) -> None:
+def test_times_of_schedules_are_counted(rules: RuleHarness) -> None:
     counters = Counters()
-    for type_, missed in (("schedule_skipped", 2), ("schedule_missed", 3)):
+    for type_, missed in (("created", 4), ("schedule_skipped", 2), ("schedule_missed", 3)):
         details = {"schedule": "s", "scheduled_at": NOW, "missed": missed}
         counters.note([Event(1, NOW, type_, 0, "", "q", None, None, "schedule:s", "busy", details)])  # type: ignore[arg-type]
-    assert counters.scheduled == {"skipped": 1, "missed": 5}
+    assert counters.scheduled == {"fired": 1, "skipped": 1, "missed": 9}

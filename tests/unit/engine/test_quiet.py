@@ -181,7 +181,8 @@ async def test_a_rule_covers_waiting_and_later_workers_of_a_host_and_version(eng
     assert (names, quiet_takers(engine.state, "q", "")) == (["old", "w"], [])
     [group] = [each for each in (await engine.yes(cmd.Workers())).groups if each.host == "b"]
     assert (group.quiet, (await engine.yes(cmd.QuietRules())).rules[0].workers) == (2, 2)
-    await engine.yes(cmd.EndQuietRule(rule=rule.id), operator=OPERATOR)
+    await engine.yes(cmd.EndQuietRule(rule=rule.id, reason="mended"), operator=OPERATOR)
+    assert engine.disk.batches[-1].changes[0].reason == "mended"
     [entry] = engine.disk.batches[-1].audit
     assert (entry.what, entry.details, entry.queue) == ("resume", {"rule": rule.id}, None)
     assert [granted_ids(await task) for task in (old, later)] == [["b"], ["c"]]
@@ -228,7 +229,8 @@ async def test_rules_that_are_wrong_or_too_many_are_rejected(engine: VirtualEngi
     assert (await engine.no(cmd.AddQuietRule(host="h", reason="r", until=1))).details == {"field": "$.until"}
     for number in range(cmd.MAX_QUIET_RULES):
         await engine.yes(cmd.AddQuietRule(queue=f"q-{number}", reason="r"))
-    assert (await engine.no(cmd.AddQuietRule(queue="more", reason="r"))).code == "too_many_quiet_rules"
+    rejected = await engine.no(cmd.AddQuietRule(queue="more", reason="r"))
+    assert (rejected.code, str(cmd.MAX_QUIET_RULES) in rejected.message) == ("too_many_quiet_rules", True)
 
 
 @in_virtual_time

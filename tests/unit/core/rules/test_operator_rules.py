@@ -19,6 +19,7 @@ from jobd.model.job import (
     STATUSES,
     TRANSITIONS,
     BackoffOptions,
+    Extra,
     Failure,
     LockDeadlines,
     Policy,
@@ -420,6 +421,8 @@ def test_an_import_keeps_all_given_fields(rules: RuleHarness) -> None:
         error_message="e",
         error_code="E",
         payload=Raw(b"1" * 9_000),
+        schedule_id="nightly",
+        scheduled_at=NOW - 8,
     )
     decision = rules.decide(command, by="admin")
     assert not isinstance(decision.answer, ApiError)
@@ -433,7 +436,7 @@ def test_an_import_keeps_all_given_fields(rules: RuleHarness) -> None:
     assert (job.created_at, job.updated_at, job.run_at) == (NOW - 9, NOW - 1, NOW - 8)
     assert (job.started_at, job.finished_at, job.expires_at) == (NOW - 7, NOW - 2, NOW + 9)
     assert (job.result, job.error) == (Result("u", "f", "s", Raw(b"1")), Failure("e", "E"))
-    assert job.payload_bytes == 9_000
+    assert (job.payload_bytes, job.extra) == (9_000, Extra("nightly", NOW - 8))
     assert rules.state.unvalidated == {1: "a"}
     assert rules.accept(command).skipped
 

@@ -12,7 +12,7 @@ from jobd.model import commands as cmd
 from jobd.model.commands import Fire, PutSchedule, RunSchedule, ScheduledJob, scheduled_job_id
 from jobd.model.events import QueuePause
 from jobd.model.job import DAY_MS, HOUR_MS, BackoffOptions, Extra, Policy
-from jobd.model.responses import ScheduleView
+from jobd.model.responses import Response, ScheduleView
 from jobd.model.schedules import Schedule
 from jobd.model.storage import EXTRA_FORMAT
 from tests.support.rule_harness import NOW, RuleHarness
@@ -186,8 +186,9 @@ def test_only_a_changed_timing_counts_from_now(rules: RuleHarness) -> None:
     put(rules, overlap="allow")
     assert (schedule(rules).timed_from, schedule(rules).version) == (first.timed_from, first.version)
     assert schedule(rules).updated_at == NOW + 5_000
-    put(rules, every_ms=2_000)
-    assert schedule(rules).timed_from == NOW + 5_000
+    changed = rules.decide(PutSchedule(id="s", every_ms=2_000, job=ScheduledJob()), admin=True).answer
+    assert isinstance(changed, Response)
+    assert (changed.status, schedule(rules).timed_from) == (200, NOW + 5_000)
     assert schedule(rules).version > first.version
 
 
