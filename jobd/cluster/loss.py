@@ -20,10 +20,11 @@ from jobd.cluster.conversion import repeatable_errors, take_free_leadership
 from jobd.cluster.standby import JUMP, READ_LIMIT
 from jobd.cluster.warm_state import WarmState
 from jobd.core import views
-from jobd.engine.batch import Decider, Preloaded
+from jobd.engine.batch import Decider
 from jobd.engine.clock import Clock, monotonic_s
 from jobd.engine.envelope import Envelope
 from jobd.engine.idempotency import IdempotencyStore
+from jobd.engine.preloading import Preloaded
 from jobd.engine.waiting_claims import WaitingClaims
 from jobd.journal.record import FORMAT
 from jobd.model.commands import EndGrants

@@ -17,6 +17,8 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Final, NamedTuple
 
+from msgspec import Struct
+
 from jobd.model.clocks import LockMs
 from jobd.model.commands import About, Claim, GoodbyeReason, Start, WorkerState
 from jobd.model.job import DAY_MS, MINUTE_MS, SECOND_MS, Job
@@ -110,18 +112,15 @@ class WorkerSeen:
         return not (self.jobs or self.waiting)
 
 
-class Directive:
+class Directive(Struct, eq=False):
     """What an operator wants of the process that has a worker's name: of `instance`, None if it is unknown.
 
     `told_at` is the lock time at which the process was last told.
     """
 
-    __slots__ = ("instance", "told_at", "view")
-
-    def __init__(self, view: DirectiveView, instance: str | None) -> None:
-        self.view = view
-        self.instance = instance
-        self.told_at: LockMs | None = None
+    view: DirectiveView
+    instance: str | None
+    told_at: LockMs | None = None
 
     @property
     def is_quieting(self) -> bool:

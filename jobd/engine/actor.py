@@ -4,10 +4,10 @@ The actor holds the state (all live jobs), the mailbox (commands of callers), tw
 (`_internal`, decided before others; `_deferred`, one per batch until their deadline), the waiting claims, the full
 disk and the reads of history. `run` is one task. Everything else puts a command into a list and returns.
 
-    send, ask        > _mailbox  ┐           ┌──────────── DiskFull, BadRows: roll back, decide again
-    enqueue_internal > _internal ┼> _take > _load > decide (batch.py) > _write > commit > _respond > waiters
-    defer_internal   > _deferred ┘    │        │                           │                └> on_commit
-                                      │        └ finished jobs, payloads,  └ other errors: _fail, DiskBroken
+    send, ask        > _mailbox  ┐             ┌──────────── DiskFull, BadRows: roll back, decide again
+    enqueue_internal > _internal ┼> _take > preload > decide (batch.py) > _write > commit > _respond > waiters
+    defer_internal   > _deferred ┘    │        │                             │                └> on_commit
+                                      │        └ finished jobs, payloads,    └ other errors: _fail, DiskBroken
          a batch: weight 1,000, 8 MiB ┘          stored responses, late results
 
 Invariants:
@@ -16,8 +16,8 @@ Invariants:
   something else: `abandon` removes a waiting claim, `_note_quarantined` (called by the store) removes a damaged job at
   once, also while a batch is written, and `Leadership.on_epoch` raises the epoch of the tokens.
 - Nothing is awaited between the decision of the first command of a batch and that of its last. What the decisions need
-  and memory does not hold is read before, by `_load`.
-- All commands of a batch are decided at one moment, which is read after `_load`. A batch that is decided again gets a
+  and memory does not hold is read before, by `preload`.
+- All commands of a batch are decided at one moment, which is read after `preload`. A batch that is decided again gets a
   new one.
 - At most one batch is decided and not committed (`_under_way`). At most one is committed and has unsent responses
   (`_unsent`). `_unsent` is kept only if commands wait, so that its responses go out during the next write.
@@ -36,7 +36,7 @@ Invariants:
   survive a full disk.
 - `_bytes` is the sum of the sizes in the mailbox. A command is accepted if mailbox and bytes are below its share of
   the limits (`SHARES`), so running jobs can report when creates are already rejected.
-- Finished jobs that `_load` has read stay in memory at least until their batch is committed: `finished.trim` runs
+- Finished jobs that `preload` has read stay in memory at least until their batch is committed: `finished.trim` runs
   between batches.
 - The loop of `run` does not wait to collect more commands. It reads the sockets empty (`_drain_sockets`) and takes
   what has arrived.
@@ -50,7 +50,7 @@ import asyncio
 import math
 from bisect import bisect_right, insort
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from operator import attrgetter
 from typing import Any, Final
@@ -60,15 +60,15 @@ from msgspec import UNSET, Struct
 from msgspec.structs import replace
 
 from jobd.core import quiet
-from jobd.core.rules import late_result_rules
 from jobd.core.state import State
 from jobd.core.stats import Histogram
-from jobd.engine.batch import DecidedBatch, Decider, Preloaded
+from jobd.engine.batch import DecidedBatch, Decider
 from jobd.engine.clock import Clock
 from jobd.engine.disk_full import FullDisk, WriteLimit
-from jobd.engine.envelope import SHARES, Envelope, Waiter, may_go_first, needs_payload_first
+from jobd.engine.envelope import SHARES, Envelope, Waiter, may_go_first
 from jobd.engine.history import HistoryReader
 from jobd.engine.idempotency import IdempotencyStore
+from jobd.engine.preloading import Preloaded, needs_no_read, preload
 from jobd.engine.unread_responses import RESPONSE_BYTES, UnreadResponses
 from jobd.engine.waiting_claims import WaitingClaims
 from jobd.model.clocks import MonotonicS
@@ -76,14 +76,13 @@ from jobd.model.commands import (
     AnyCommand,
     Claim,
     Complete,
-    Create,
     IdempotencyKey,
     Operator,
     Undelivered,
 )
 from jobd.model.errors import SHUTTING_DOWN, ApiError, not_leader_error
 from jobd.model.events import Event
-from jobd.model.job import Policy, extra_keys, headers_key
+from jobd.model.job import Policy
 from jobd.model.journal import JournalOutcomeUnknown, LeadershipLost
 from jobd.model.responses import Grants, Response
 from jobd.model.storage import BadRows, DiskFull, FormatNotRead, JobStorage, Quarantined
@@ -453,7 +452,7 @@ class Actor:
     async def _turn(self, batch: list[Envelope], *, serves: bool = True) -> None:
         """Decide and write a batch and send its responses. Decide it again if the disk is full or rows are damaged."""
         while True:
-            known, policy = await self._load(batch), self._policy_now()
+            known, policy = await self._preload(batch), self._policy_now()
             decided = self._decider.decide(batch, self._clock.moment(), known, policy, serves=serves)
             self._under_way = decided
             if decided.is_large:
@@ -526,54 +525,11 @@ class Actor:
             if isinstance(response, Response) and response.read is None:
                 envelope.prepare(response)
 
-    async def _load(self, batch: list[Envelope]) -> Preloaded:
-        """Read what the decisions need and memory does not hold: finished jobs, stored responses, some payloads."""
-        for envelope in batch:
-            if envelope.key is not None or not self._is_in_memory(envelope.command):
-                break
-        else:
+    async def _preload(self, batch: list[Envelope]) -> Preloaded:
+        if needs_no_read(batch, self.state):
             return Preloaded()
-        known, state = Preloaded(), self.state
-        naming = [(envelope, ids) for envelope in batch if (ids := envelope.command.job_ids())]
-        named = dict.fromkeys(job_id for _, ids in naming for job_id in ids)
-        unknown = [job_id for job_id in named if state.get(job_id) is None and job_id not in state.quarantined]
-        digests = [envelope.key.digest for envelope in batch if envelope.key is not None]
-        stored = [digest for digest in digests if self._decider.keys.is_stored(digest)]
-        if unknown or stored:
-            self._send_meanwhile()
-            loaded = await self.disk.load(unknown, [], stored)
-            known.responses = loaded.responses
-            for finished in loaded.jobs.values():
-                state.finished.keep(finished)
-        deletable = {job_id for envelope, _ in naming for job_id in envelope.command.deleted_ids()}
-        firsts = [ids for envelope, ids in naming if needs_payload_first(envelope, deletable)]
-        jobs = [job for ids in firsts for job_id in ids if (job := state.get(job_id)) is not None]
-        if jobs:
-            self._send_meanwhile()
-            wanted = {key: job.id for job in jobs for key in (job.seq, *extra_keys(job))}
-            loaded = await self.disk.load([], list(wanted), [])
-            known.payloads = {key: payload.body for key, payload in loaded.payloads.items()}
-            known.requests = {wanted[key]: payload for key, payload in loaded.payloads.items() if key >= 0}
-            for job in jobs:
-                if (headers := known.payloads.get(headers_key(job.seq))) is not None and job.id in known.requests:
-                    known.requests[job.id] = replace(known.requests[job.id], headers=headers)
-        await self._load_late((envelope.command for envelope, _ in naming), known)
-        return known
-
-    def _is_in_memory(self, command: Any) -> bool:
-        """Return whether memory has all that the decision needs: it names no job, or comes from the holder."""
-        if command.is_of_holder:
-            return self.state.holds(command.id, command.lock_id)
-        kind = type(command)
-        return kind is Claim or (kind is Create and command.id is None)
-
-    async def _load_late(self, commands: Iterable[AnyCommand], known: Preloaded) -> None:
-        """Read the late results that the decisions need."""
-        wanted = {late_result_rules.late_results_needed(self.state, command, self.policy): None for command in commands}
-        asks = [each for each in wanted if each is not None]
-        if asks:
-            self._send_meanwhile()
-            known.late = await self.disk.read_late_results(sorted(asks, key=lambda each: each.with_results))
+        keys = self._decider.keys
+        return await preload(batch, self.state, self.disk, keys, self.policy, before_read=self._send_meanwhile)
 
     def _policy_now(self) -> Policy:
         """Return the policy. On a full disk, late results and calls are not stored."""

@@ -54,6 +54,7 @@ from jobd.core.transaction import Transaction
 from jobd.engine.envelope import Envelope
 from jobd.engine.idempotency import IdempotencyStore
 from jobd.engine.job_waiters import JobWaiters
+from jobd.engine.preloading import Preloaded
 from jobd.engine.unread_responses import UnreadResponses
 from jobd.engine.waiting_claims import WaitingClaims
 from jobd.model import commands
@@ -63,7 +64,7 @@ from jobd.model.errors import ApiError
 from jobd.model.events import Event
 from jobd.model.job import LIVE, Policy
 from jobd.model.responses import JobView, Response
-from jobd.model.storage import AuditEntry, Batch, LateResultRows, Payload, StoredResponse, audit_share, tombstones
+from jobd.model.storage import AuditEntry, Batch, StoredResponse, audit_share, tombstones
 
 log = structlog.get_logger("jobd.actor")
 
@@ -73,15 +74,6 @@ _LIVE_OR_NEW: Final = frozenset({None, *LIVE})
 # isinstance() is slow for structs
 _DIRECTIVES: Final = frozenset({commands.QuietWorker, commands.ResumeWorker, commands.StopWorker})
 _NOTED: Final = frozenset({Undelivered, commands.Tick, commands.EndGrants, commands.Report})
-
-
-class Preloaded(Struct):
-    """What was read from the disk for the decisions of one batch."""
-
-    responses: dict[str, StoredResponse] = field(default_factory=dict)  # digest -> a response that may be replayed
-    requests: dict[str, Payload] = field(default_factory=dict)  # by job id
-    payloads: dict[int, bytes] = field(default_factory=dict)  # bodies by key
-    late: LateResultRows = field(default_factory=LateResultRows)
 
 
 class DecidedBatch(Struct):

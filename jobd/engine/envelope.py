@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Final, Protocol
+from typing import Final, Protocol
 
 from msgspec import field
 
@@ -28,17 +28,6 @@ def may_go_first(envelope: Envelope) -> bool:
     A Ping may not: it measures how long a command takes.
     """
     return envelope.command.admission == "read" and not envelope.ordered
-
-
-def needs_payload_first(envelope: Envelope, deletable: set[str]) -> bool:
-    """Return whether the payload or request hash of the job is read before the decision.
-
-    The decision needs it, or the job may be deleted in this batch (`deletable`) before the response shows it.
-    """
-    command: Any = envelope.command
-    if command.needs_payload:
-        return True
-    return command.is_of_job and (command.id in deletable or (envelope.key is not None and command.stores_job))
 
 
 class Waiter(Protocol):

@@ -26,10 +26,11 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from jobd.core.state import State
-from jobd.engine.batch import DecidedBatch, Decider, Preloaded
+from jobd.engine.batch import DecidedBatch, Decider
 from jobd.engine.clock import monotonic_s
 from jobd.engine.envelope import Envelope
 from jobd.engine.idempotency import IdempotencyStore
+from jobd.engine.preloading import Preloaded
 from jobd.engine.waiting_claims import WaitingClaims
 from jobd.http.decoding import Limits, RequestDecoder
 from jobd.http.response import response_line
