@@ -139,11 +139,11 @@ _HANDLERS: Final[dict[ApiCall[Any, Any], RouteHandler]] = {
     calls.AdminEventCalls.audit: _audit,
     calls.AdminEventCalls.webhooks: _respond(lambda services, _: responses.WebhookList(services.webhooks.views())),
     calls.AdminEventCalls.deliveries: _deliveries,
-    calls.AdminEventCalls.deliver_again: _respond_to_operator(
-        lambda app, operator, form: actions.deliver_again(app, operator, form.name, form.id, form.reason)
+    calls.AdminEventCalls.resend_delivery: _respond_to_operator(
+        lambda app, operator, form: actions.resend_delivery(app, operator, form.name, form.id, form.reason)
     ),
-    calls.AdminEventCalls.deliver_all_again: _respond_to_operator(
-        lambda app, operator, form: actions.deliver_all_again(app, operator, form.name, form.upto, form.reason)
+    calls.AdminEventCalls.resend_dead_lettered: _respond_to_operator(
+        lambda app, operator, form: actions.resend_dead_lettered(app, operator, form.name, form.upto, form.reason)
     ),
     calls.AdminEventCalls.test_webhook: _respond_to_operator(
         lambda app, operator, form: actions.test_webhook(app, operator, form.name, form.reason)

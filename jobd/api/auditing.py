@@ -19,8 +19,8 @@ def check_audit_filter(query: AuditLog) -> None:
 
     The filter `artifact` matches rows of both spellings.
     """
-    if query.what == "artefact":
-        raise invalid_request_error("$.what", "the action is spelled artifact.")
+    if query.action == "artefact":
+        raise invalid_request_error("$.action", "the action is spelled artifact.")
 
 
 async def audit_action(
@@ -38,7 +38,7 @@ async def audit_action(
     command = RecordAction(what=action, details=details, reason=reason, job_id=job_id)
     response = await app.actor.ask(command, operator=operator)
     if isinstance(response, ApiError):
-        log.warning("audit_missed", what=action, by=None if operator is None else operator.by, reason=response.code)
+        log.warning("audit_missed", action=action, by=None if operator is None else operator.by, reason=response.code)
 
 
 async def audit_read(

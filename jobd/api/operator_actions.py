@@ -54,7 +54,7 @@ async def step_down(
     return view
 
 
-async def deliver_again(
+async def resend_delivery(
     app: HttpApp[Services], operator: Operator | None, webhook: str, delivery: int, reason: str | None
 ) -> DeliveryView:
     """Send a delivery again now, in any state."""
@@ -67,7 +67,7 @@ async def deliver_again(
     return sent
 
 
-async def deliver_all_again(
+async def resend_dead_lettered(
     app: HttpApp[Services], operator: Operator | None, webhook: str, upto: int | None, reason: str | None
 ) -> Resent:
     """Send all dead-lettered deliveries again, or those up to the delivery `upto`."""

@@ -348,17 +348,17 @@ def preview(view: responses.PreviewView) -> None:
             ("expired locks to clear", view.expired_locks),
             ("queued jobs to expire", _named(view.expired_jobs)),
             ("finished jobs to delete", _named(view.deleted_jobs)),
-            ("jobs with issues", _named(view.mended_jobs)),
-            *([("", "there are too many jobs to check all of them for issues")] if view.more_mended else []),
+            ("jobs with issues", _named(view.invalid_jobs)),
+            *([("", "there are too many jobs to check all of them for issues")] if view.more_invalid else []),
             *([("", "there are more: only the first of each kind are counted")] if view.more else []),
-            *([("kept while the clock is suspect", held_count(view))] if view.held_jobs else []),
+            *([("kept while the clock is suspect", kept_count(view))] if view.kept_jobs else []),
         ]
     )
 
 
-def held_count(view: responses.PreviewView) -> str:
+def kept_count(view: responses.PreviewView) -> str:
     """Return the number and some ids of the jobs that would be deleted by age if the clock were accepted."""
-    return ("more than " if view.more_held else "") + _named(view.held_jobs)
+    return ("more than " if view.more_kept else "") + _named(view.kept_jobs)
 
 
 def _named(ids: Sequence[str]) -> str:
@@ -439,7 +439,7 @@ AUDIT: Final[Columns] = {
     "TIME": lambda entry: utc(entry.at),
     "WHO": "who",
     "FROM": "address",
-    "ACTION": "what",
+    "ACTION": "action",
     "TARGET": _target,
     "OUTCOME": _outcome,
     "REASON": lambda entry: entry.reason and terminal.clip(entry.reason),
@@ -460,7 +460,7 @@ WEBHOOKS: Final = Listing(
         "WEBHOOK": "name",
         "URL": "url",
         "STATE": _state,
-        "NEXT ATTEMPT": ago("next_try_at"),
+        "NEXT ATTEMPT": ago("next_attempt_at"),
         ">WAITING": "waiting",
         ">LAG": "lag",
         ">DELIVERED": "delivered",
@@ -474,7 +474,7 @@ DELIVERIES: Final[Columns] = {
     "TYPE": "type",
     "SUBJECT": "subject",
     "STATE": "state",
-    ">ATTEMPTS": "tries",
+    ">ATTEMPTS": "attempts",
     "CREATED": lambda delivery: utc(delivery.at),
     "DUE OR ENDED": lambda delivery: terminal.age(
         (delivery.ended_at or delivery.at) if delivery.due_at is None else delivery.due_at

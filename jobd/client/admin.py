@@ -181,7 +181,7 @@ class StallTimeout:
         """Record the daemon's list of backups. A backup that is not listed makes no progress."""
         seen = next((each for each in backups if each.id == self.id), None)
         if seen is not None:
-            self._progress_s = max(self._progress_s, now_s - seen.quiet_ms / 1000)
+            self._progress_s = max(self._progress_s, now_s - seen.since_progress_ms / 1000)
             self._report(seen)
 
     def is_over(self, now_s: float) -> bool:
@@ -190,7 +190,7 @@ class StallTimeout:
 
     def received(self, done: int, total: int | None) -> None:
         if self._seen is not None:
-            self._report(replace(self._seen, state="sending", bytes_done=done, bytes_total=total, quiet_ms=0))
+            self._report(replace(self._seen, state="sending", bytes_done=done, bytes_total=total, since_progress_ms=0))
 
     def describe(self) -> str:
         last = "" if self._seen is None else f" It was {self._seen.state} at {self._seen.bytes_done} bytes."

@@ -174,7 +174,7 @@ def make_plan(
     until: int | None = None,
     finished_since: int | None = None,
     finished_until: int | None = None,
-    q: str | None = None,
+    text: str | None = None,
     error: str | None = None,
     cursor: str | None = None,
     reason: str | None = None,

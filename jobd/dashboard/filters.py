@@ -19,7 +19,7 @@ from jobd.model.job import DAY_MS, HOUR_MS, MINUTE_MS, SECOND_MS, is_job_id
 T = TypeVar("T", bound=msgspec.Struct)
 
 TIME_FILTERS: Final = ("since", "until", "finished_since", "finished_until")
-FILTERS: Final = ("status", "queue", "kind", "worker", *TIME_FILTERS, "q", "error")
+FILTERS: Final = ("status", "queue", "kind", "worker", *TIME_FILTERS, "text", "error")
 _RELATIVE: Final = re.compile(r"([0-9]{1,6})\s*(s|min|m|h|d)")
 _UNITS: Final = {"s": SECOND_MS, "m": MINUTE_MS, "min": MINUTE_MS, "h": HOUR_MS, "d": DAY_MS}
 
@@ -39,7 +39,7 @@ class JobFilter(Command, frozen=True, kw_only=True):
     until: str = ""
     finished_since: str = ""
     finished_until: str = ""
-    q: str = ""
+    text: str = ""
     error: str | None = None
 
 

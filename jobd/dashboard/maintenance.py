@@ -15,7 +15,7 @@ from jobd.model.fields import QueueName, WorkerName
 from jobd.model.responses import Response
 
 MAX_LISTED: Final = 50  # jobs of each kind
-PREVIEW_S: Final = 0.01  # time limit of the scan for inconsistent jobs
+PREVIEW_S: Final = 0.01  # time limit of the scan for invalid jobs
 PREVIEW_LIMIT: Final = 1_000  # jobs of each kind in a preview
 MAX_CLOCK_JOBS: Final = 50
 LABELS: Final = {"run": "Run cleanup", "recover": "Recover stalled jobs"}
@@ -55,7 +55,7 @@ async def confirm_cleanup(viewer: Viewer, confirmation: CleanupConfirmQuery) -> 
     services = viewer.app.services
     preview = checked(await services.maintainer.preview(PREVIEW_S if confirmation.what == "run" else 0))
     failed = sum(each.action == "failed" for each in preview.recover)
-    by_cleanup = confirmation.what == "run" and (preview.expired_jobs or preview.deleted_jobs or preview.mended_jobs)
+    by_cleanup = confirmation.what == "run" and (preview.expired_jobs or preview.deleted_jobs or preview.invalid_jobs)
     return {
         "what": confirmation.what,
         "label": LABELS[confirmation.what],
@@ -118,11 +118,11 @@ async def take_back(viewer: Viewer, form: TakeBackForm) -> Response:
 async def confirm_clock(viewer: Viewer, _: Command) -> PageData:
     """Preview which jobs would be deleted by age once the clock is accepted."""
     preview = await viewer.app.services.maintainer.preview(0)
-    job_ids = [] if isinstance(preview, ApiError) else preview.held_jobs
+    job_ids = [] if isinstance(preview, ApiError) else preview.kept_jobs
     return {
         "clock": viewer.app.services.clock_view(),
         "count": len(job_ids),
-        "is_more": not isinstance(preview, ApiError) and preview.more_held,
+        "is_more": not isinstance(preview, ApiError) and preview.more_kept,
         "named": job_ids[:MAX_CLOCK_JOBS],
         "error": preview.message if isinstance(preview, ApiError) else "",
     }

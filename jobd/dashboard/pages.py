@@ -73,7 +73,7 @@ class AuditPageQuery(Command, frozen=True, kw_only=True):
     """Filters of the audit log. Empty fields do not filter."""
 
     who: str = ""
-    what: str = ""
+    action: str = ""
     job_id: str = ""
     since: str = ""
     cursor: str = ""
@@ -169,8 +169,8 @@ async def jobs(viewer: Viewer, request: JobsPageQuery) -> PageData:
     data["is_by_end"] = lists_by_end(command)
     next_url = filtered_url("/jobs", request, cursor=page.next_cursor) if page.next_cursor else ""
     first = filtered_url("/jobs", request) if request.cursor else ""
-    is_slow = bool(request.q or request.error)
-    if page.looked_to_at and not request.status and not is_slow:
+    is_slow = bool(request.text or request.error)
+    if page.searched_to_at and not request.status and not is_slow:
         data["by_status"] = [
             (status, filtered_url("/jobs", replace(request, status=status))) for status in INDEXED_STATUSES
         ]

@@ -128,7 +128,7 @@ async def plan_page(viewer: Viewer, shown: PlanCommand) -> PageData:
         "is_maintenance": plan.action in MAINTENANCE_ACTIONS,
         "may_wait": plan_rules.may_wait(plan.action),
         "skipped": plan.skipped[:MAX_LISTED],
-        "skip_reasons": Counter(job.why for job in plan.skipped).most_common(20),
+        "skip_reasons": Counter(job.reason for job in plan.skipped).most_common(20),
         "not_applied": [] if result is None else [*result.changed, *result.rejected][:MAX_LISTED],
         "not_applied_count": 0 if result is None else len(result.changed) + len(result.rejected),
         "max_listed": MAX_LISTED,

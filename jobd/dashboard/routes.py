@@ -143,8 +143,8 @@ PAGES: Final = (
         interval_s=5,
     ),
     PageSpec(
-        "/webhooks/{name}/retry-failed", webhook_pages.RetryFailedQuery, "webhook_retry", "Retry failed deliveries",
-        webhook_pages.confirm_retry_failed, changes=True,
+        "/webhooks/{name}/resend-dead-lettered", webhook_pages.ResendDeadLetteredQuery, "webhook_resend",
+        "Resend dead-lettered messages", webhook_pages.confirm_resend, changes=True,
     ),
     PageSpec(
         CLUSTER,
@@ -182,7 +182,7 @@ FORMS: Final[tuple[tuple[str, type[Command], HandleForm], ...]] = (
     ("/clock/accept", ReasonForm, maintenance.accept_clock),
     ("/webhooks/{name}/test", webhook_pages.TestWebhookForm, webhook_pages.send_test),
     ("/webhooks/{name}/resend", webhook_pages.ResendForm, webhook_pages.resend),
-    ("/webhooks/{name}/resend-dead-lettered", webhook_pages.RetryFailedForm, webhook_pages.retry_failed),
+    ("/webhooks/{name}/resend-dead-lettered", webhook_pages.ResendDeadLetteredForm, webhook_pages.resend_dead_lettered),
 )
 
 

@@ -35,11 +35,11 @@ class TestWebhookForm(ReasonForm, frozen=True, kw_only=True):
     state: StateFilter = ""
 
 
-class RetryFailedQuery(Command, frozen=True, kw_only=True):
+class ResendDeadLetteredQuery(Command, frozen=True, kw_only=True):
     name: WebhookName
 
 
-class RetryFailedForm(ReasonForm, frozen=True, kw_only=True):
+class ResendDeadLetteredForm(ReasonForm, frozen=True, kw_only=True):
     """`upto` is the newest of the counted deliveries; later failures are left out."""
 
     name: WebhookName
@@ -84,21 +84,21 @@ async def send_test(viewer: Viewer, form: TestWebhookForm) -> Response:
 async def resend(viewer: Viewer, form: ResendForm) -> Response:
     """Send a message again, or now if it is waiting for its retry."""
     operator = viewer.context.operator
-    sent = await operator_actions.deliver_again(viewer.app, operator, form.name, form.id, form.reason_or_none)
+    sent = await operator_actions.resend_delivery(viewer.app, operator, form.name, form.id, form.reason_or_none)
     url = _page_url(WebhookPageQuery(name=form.name, state=form.state))
     return redirect_with_flash(viewer, url, f"Sending message {sent.id}.")
 
 
-async def confirm_retry_failed(viewer: Viewer, confirmation: RetryFailedQuery) -> PageData:
+async def confirm_resend(viewer: Viewer, confirmation: ResendDeadLetteredQuery) -> PageData:
     """Count the dead-lettered deliveries before they are sent again."""
     webhook = _find(viewer, confirmation.name)
     count, newest = await viewer.app.services.webhooks.dead_letter_counts(confirmation.name)
     return {"webhook": webhook, "count": count, "newest": newest, "max_kept": MAX_BACKLOG}
 
 
-async def retry_failed(viewer: Viewer, form: RetryFailedForm) -> Response:
+async def resend_dead_lettered(viewer: Viewer, form: ResendDeadLetteredForm) -> Response:
     operator = viewer.context.operator
-    sent = await operator_actions.deliver_all_again(viewer.app, operator, form.name, form.upto, form.reason_or_none)
+    sent = await operator_actions.resend_dead_lettered(viewer.app, operator, form.name, form.upto, form.reason_or_none)
     messages = "1 dead-lettered message" if sent.resent == 1 else f"{sent.resent} dead-lettered messages"
     return redirect_with_flash(viewer, _webhook_url(form.name), f"Sending {messages} again.")
 

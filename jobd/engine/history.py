@@ -160,7 +160,7 @@ def _query(command: ListJobs) -> JobQuery:
             until=command.until,
             finished_since=command.finished_since,
             finished_until=command.finished_until,
-            text=command.q,
+            text=command.text,
             error=command.error,
         )
     return query
@@ -177,7 +177,7 @@ def _export_page(page: JobRows) -> ExportPage:
 
 def _audit_query(log: AuditLog) -> AuditQuery:
     before = None if log.cursor is None else int(log.cursor)
-    return AuditQuery(log.who, log.what, log.job_id, log.since, log.limit, before)
+    return AuditQuery(log.who, log.action, log.job_id, log.since, log.limit, before)
 
 
 def _audit_page(found: AuditRows) -> AuditPage:
@@ -187,7 +187,7 @@ def _audit_page(found: AuditRows) -> AuditPage:
             at=row.at,
             who=row.who,
             address=row.address,
-            what=row.what,
+            action=row.what,
             job_id=row.job_id,
             queue=row.queue,
             reason=row.reason,

@@ -209,7 +209,7 @@ class ArtifactSweeper:
         if outcome is None:
             self.stats.failures += 1
             self._record_failure(tombstone.job_seq, result.error)
-            log.warning("artifact_not_deleted", **fields, tries=tombstone.tries + 1, error=result.error)
+            log.warning("artifact_not_deleted", **fields, attempts=tombstone.tries + 1, error=result.error)
             return
         self._failing.pop(tombstone.job_seq, None)
         if outcome.what == "deleted":
@@ -217,7 +217,7 @@ class ArtifactSweeper:
             log.debug("artifact_deleted", **fields)
         elif outcome.what == "left":
             self.stats.kept += 1
-            log.info("artifact_left", **fields, why=outcome.why)
+            log.info("artifact_left", **fields, reason=outcome.why)
 
     def _record_unmoved(self, count: int) -> None:
         """Record damaged tombstones that could not be quarantined."""

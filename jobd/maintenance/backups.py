@@ -83,13 +83,13 @@ class Backup:
         progressed_s = (
             max(self._progressed_s, self._backups.progressed_s) if self._state == "waiting" else self._progressed_s
         )
-        quiet_ms = 0 if self._ended_at is not None else round(max(time.monotonic() - progressed_s, 0.0) * 1000)
+        since_progress_ms = 0 if self._ended_at is not None else round(max(time.monotonic() - progressed_s, 0.0) * 1000)
         return BackupView(
             id=self._id,
             state=self._state,
             bytes_done=self._done,
             bytes_total=self._total,
-            quiet_ms=quiet_ms,
+            since_progress_ms=since_progress_ms,
             started_at=self._started_at,
             ended_at=self._ended_at,
             message=self._message,

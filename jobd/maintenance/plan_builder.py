@@ -203,8 +203,6 @@ class PlanBuilder:
 
 def as_query(filter_: PlanFilter, status: str, before: int | None) -> JobQuery:
     """Return the query for the jobs of a filter in this status."""
-    filters = asdict(filter_)
-    filters["text"] = filters.pop("q")
-    is_slow = filter_.q is not None or filter_.error is not None
+    is_slow = filter_.text is not None or filter_.error is not None
     paging = {"limit": PAGE, "before": before, "scan": SLOW_SCAN if is_slow else SCAN, "payloads": False}
-    return JobQuery(**{**filters, **paging, "status": status})
+    return JobQuery(**{**asdict(filter_), **paging, "status": status})

@@ -141,7 +141,7 @@ class Planner:
             skipped_count=builder.skipped_count,
             more=builder.more,
             next_cursor=builder.next_cursor,
-            made_at=now,
+            created_at=now,
             expires_at=now + KEPT_MS,
             with_late_results=sum(job.late_results > 0 for job in builder.jobs),
             ages=builder.ages,
@@ -327,7 +327,7 @@ class Planner:
             details["filter"] = {name: value for name, value in asdict(view.filter).items() if value is not None}
         response = await self._actor.ask(RecordAction(what=f"plan-{view.action}", details=details), operator=operator)
         if isinstance(response, ApiError):
-            log.warning("audit_missed", what=f"plan-{view.action}", by=operator.by, reason=response.code)
+            log.warning("audit_missed", action=f"plan-{view.action}", by=operator.by, reason=response.code)
 
 
 def _first_ids(jobs: list[ChangedJob]) -> list[str]:

@@ -30,7 +30,7 @@ async def preview(context: MaintenanceContext, scan_s: float = SCAN_S) -> Previe
     nothing: tuple[list[str], bool] = [], False
     past = await _expired_jobs(context, at.now, scan_s)
     # Nothing is deleted until the clock is trusted.
-    (old, more_old), (held, more_held) = (nothing, past) if at.suspect else (past, nothing)
+    (old, more_old), (held, more_kept) = (nothing, past) if at.suspect else (past, nothing)
     wrong, more_wrong = await _jobs_with_issues(context, scan_s)
     handled = {*(each.job_id for each in seen.details), *seen.expired, *old}  # these steps come before validation
     return PreviewView(
@@ -38,10 +38,10 @@ async def preview(context: MaintenanceContext, scan_s: float = SCAN_S) -> Previe
         expired_locks=seen.locks,
         expired_jobs=seen.expired,
         deleted_jobs=old,
-        mended_jobs=[job_id for job_id in wrong if job_id not in handled],
-        held_jobs=held,
-        more_held=more_held,
-        more_mended=more_wrong,
+        invalid_jobs=[job_id for job_id in wrong if job_id not in handled],
+        kept_jobs=held,
+        more_kept=more_kept,
+        more_invalid=more_wrong,
         more=seen.more or more_old or more_wrong,
         timestamp=at.now,
     )

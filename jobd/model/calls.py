@@ -220,10 +220,10 @@ class AdminEventCalls(CallGroup, tag="Events", base=ADMIN, auth="admin"):
         summary="List the configured webhooks and their state.",
     ).then(lambda view: view.webhooks)
     deliveries = ApiCall(requests.Deliveries, responses.DeliveryPage, "GET", "/webhooks/{name}/deliveries")
-    deliver_again = ApiCall(
+    resend_delivery = ApiCall(
         requests.DeliverAgain, responses.DeliveryView, "POST", "/webhooks/{name}/resend", repeatable=False
     )
-    deliver_all_again = ApiCall(
+    resend_dead_lettered = ApiCall(
         requests.DeliverAllAgain, responses.Resent, "POST", "/webhooks/{name}/resend-dead-lettered", repeatable=False
     ).then(lambda view: view.resent)
     test_webhook = ApiCall(

@@ -574,10 +574,10 @@ class OutboxStorage(EventStorage, Protocol):
     async def store_outcomes(self, tried: list[Delivery], now: int) -> bool:
         """Store deliveries after an attempt. Return whether old dead-lettered ones were dropped."""
 
-    async def deliver_again(self, endpoint: str, id_: int, now: int) -> Delivery | None:
+    async def resend_delivery(self, endpoint: str, id_: int, now: int) -> Delivery | None:
         """Return a delivery to the waiting state, from any state. Return None if it is not stored."""
 
-    async def deliver_all_again(self, endpoint: str, upto: int, limit: int, now: int) -> list[Delivery]:
+    async def resend_dead_lettered(self, endpoint: str, upto: int, limit: int, now: int) -> list[Delivery]:
         """Return up to `limit` dead-lettered deliveries with numbers up to `upto` to the waiting state."""
 
     async def deliveries(self, ids: list[int]) -> list[Delivery]:

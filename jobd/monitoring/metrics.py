@@ -212,14 +212,14 @@ class Metrics:
             "Webhook messages since the start: delivered, failed attempts, dead-lettered, and gaps (events not "
             "delivered)."
         )
-        yield _counters("webhook_deliveries", help_, ["endpoint", "outcome"], _outcomes(webhooks))
+        yield _counters("webhook_deliveries", help_, ["webhook", "outcome"], _outcomes(webhooks))
         waiting = ((name, each.waiting) for name, each in webhooks.items())
-        yield _gauges("webhook_waiting_deliveries", "Messages that wait for delivery.", ["endpoint"], waiting)
+        yield _gauges("webhook_waiting_deliveries", "Messages that wait for delivery.", ["webhook"], waiting)
         lags = ((name, each.lag) for name, each in webhooks.items())
-        yield _gauges("webhook_lag_events", "Events not read for the webhook yet.", ["endpoint"], lags)
+        yield _gauges("webhook_lag_events", "Events not read for the webhook yet.", ["webhook"], lags)
         paused = ((name, int(each.paused)) for name, each in webhooks.items())
         help_ = "1 while the circuit breaker of the webhook is open or half-open."
-        yield _gauges("webhook_paused", help_, ["endpoint"], paused)
+        yield _gauges("webhook_paused", help_, ["webhook"], paused)
 
     def _machine(self) -> Iterator[MakeMetric]:
         actor, feed, space = self._actor, self._feed, self._actor.full_disk.space

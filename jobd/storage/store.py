@@ -400,8 +400,8 @@ class Store(storage.JobStorage, storage.OutboxStorage):
         await self._append(storage.OutboxWrite([moved], new))
 
     store_outcomes = _planned(outbox.plan_outcomes, of_outbox=True)
-    deliver_again = _planned(outbox.plan_retry, of_outbox=True)
-    deliver_all_again = _planned(outbox.plan_retries, of_outbox=True)
+    resend_delivery = _planned(outbox.plan_retry, of_outbox=True)
+    resend_dead_lettered = _planned(outbox.plan_retries, of_outbox=True)
     deliveries = _query(outbox.by_ids, of_outbox=True)
     dead_letter_counts = _query(outbox.dead_letter_counts, of_outbox=True)
     list_deliveries = _query(outbox.page, of_outbox=True)

@@ -109,7 +109,7 @@ class Dispatcher:
             (found,) = await self._context.storage.deliveries([id_]) or (None,)
         else:
             now = self._context.moment().now
-            found = await self._context.storage.deliver_again(self.endpoint.name, id_, now)
+            found = await self._context.storage.resend_delivery(self.endpoint.name, id_, now)
             if found is not None and id_ not in self.queue:
                 self.queue.add(QueuedDelivery(id_, found.subject, 0))
         if id_ in self.queue:
@@ -128,7 +128,7 @@ class Dispatcher:
 
     async def _redeliver_slice(self, upto: int) -> int:
         now = self._context.moment().now
-        found = await self._context.storage.deliver_all_again(self.endpoint.name, upto, SLICE, now)
+        found = await self._context.storage.resend_dead_lettered(self.endpoint.name, upto, SLICE, now)
         for each in found:
             if each.id not in self.queue:
                 self.queue.add(QueuedDelivery(each.id, each.subject, 0))
@@ -346,12 +346,12 @@ class Dispatcher:
         fields = {"webhook": tried.endpoint, "delivery": tried.id, "type": tried.type, "subject": tried.subject}
         if tried.state == "delivered":
             self.stats.delivered += 1
-            log.debug("webhook_delivered", **fields, tries=tried.tries)
+            log.debug("webhook_delivered", **fields, attempts=tried.tries)
         elif tried.state == "dead-lettered":
             self.stats.dead_lettered += 1
-            log.error("webhook_dead_lettered", **fields, tries=tried.tries, error=tried.error)
+            log.error("webhook_dead_lettered", **fields, attempts=tried.tries, error=tried.error)
         else:
-            log.info("webhook_not_delivered", **fields, tries=tried.tries, error=tried.error)
+            log.info("webhook_not_delivered", **fields, attempts=tried.tries, error=tried.error)
 
     async def _dead_letter_old(self) -> None:
         """Dead-letter old deliveries if the endpoint has failed for `give_up_after` and `min_tries` times in a row."""

@@ -11,7 +11,6 @@ from typing import Final, TypeVar
 
 import msgspec
 import structlog
-from msgspec.structs import replace
 
 from jobd.model.events import Event
 from jobd.model.responses import DeliveryPage, DeliveryState, DeliveryView, WebhookView
@@ -144,7 +143,7 @@ class WebhookManager:
             events=sorted(endpoint.events),
             queues=sorted(endpoint.queues),
             state="starting" if dispatcher is None else dispatcher.state,
-            next_try_at=None if next_try_ms is None else now + next_try_ms,
+            next_attempt_at=None if next_try_ms is None else now + next_try_ms,
             position=0 if dispatcher is None else dispatcher.reader.position,
             lag=0 if dispatcher is None else dispatcher.reader.lag,
             waiting=0 if dispatcher is None else len(dispatcher.queue),
@@ -235,5 +234,17 @@ class WebhookManager:
 
 def delivery_view(delivery: Delivery) -> DeliveryView:
     """Return the view of a delivery, without its body."""
-    view = msgspec.convert(delivery, DeliveryView, from_attributes=True)
-    return replace(view, seq=view.seq or None, due_at=view.due_at if view.state == "waiting" else None)
+    return DeliveryView(
+        id=delivery.id,
+        state=delivery.state,
+        type=delivery.type,
+        subject=delivery.subject,
+        event_id=delivery.event_id,
+        seq=delivery.seq or None,
+        at=delivery.at,
+        due_at=delivery.due_at if delivery.state == "waiting" else None,
+        attempts=delivery.tries,
+        ended_at=delivery.ended_at,
+        status=delivery.status,
+        error=delivery.error,
+    )

@@ -37,7 +37,7 @@ PAGES: Final = {
     "clock": "/clock",
     "webhooks": "/webhooks",
     "webhook": "/webhooks/billing",
-    "webhook-retry": "/webhooks/billing/retry-failed",
+    "webhook-resend": "/webhooks/billing/resend-dead-lettered",
     "plan": "/jobs?status=failed",  # the page with the form
     "audit": "/audit",
     "cluster": "/cluster",
@@ -52,7 +52,7 @@ ONLY_IN: Final = {
     "webhook": {"trouble"},
     "take-back": {"trouble"},
     "silent": {"trouble"},
-    "webhook-retry": {"trouble"},
+    "webhook-resend": {"trouble"},
     "plan": {"busy", "trouble", "crowd"},
     "cluster": {"leader", "standby"},
     "step-down": {"leader"},

@@ -44,7 +44,7 @@ PATHS = [
 ELSEWHERE = "--host-resolver-rules=MAP elsewhere.test 127.0.0.1"
 PATHS += ["/alerts", "/cleanup", "/cleanup/confirm?what=run", "/audit", "/failures", "/clock"]
 PATHS += ["/schedules", "/queues/video", "/jobs/video-004/confirm?verb=copy"]
-PATHS += ["/webhooks", "/webhooks/billing", "/webhooks/billing/retry-failed", "/docs/worker", "/docs"]
+PATHS += ["/webhooks", "/webhooks/billing", "/webhooks/billing/resend-dead-lettered", "/docs/worker", "/docs"]
 
 
 # A browser needs two cores. On a busy machine it is slow.
@@ -354,7 +354,7 @@ def test_a_queue_is_paused_with_a_reason(page: Page, daemon: DashboardDaemon, co
     expect(page.get_by_label("Reason")).to_have_value("the disk is swapped\n")
     page.get_by_role("button", name="Pause queue video").click()
     expect(page.get_by_role("status").first).to_contain_text("Queue video is paused")
-    page.goto(f"{daemon.url}/audit?what=pause")
+    page.goto(f"{daemon.url}/audit?action=pause")
     expect(page.locator("table tbody tr")).to_have_count(2)  # one is from the scenario
     expect(page.locator("table tbody tr").first).to_contain_text("the disk is swapped")
     page.goto(f"{daemon.url}/queues")

@@ -164,7 +164,7 @@ def test_a_damaged_row_is_named_with_its_fix(
     assert "job b2: " in out
     assert "fix: " in out
     code, out, _ = _jobd(capsys, "doctor", "--store", str(copy), "--json")
-    assert {"where", "what", "mend"} == set(json.loads(out)["problems"][0])
+    assert {"where", "what", "fix"} == set(json.loads(out)["problems"][0])
     for how in ("--yes", "--dry-run"):
         assert _jobd(capsys, "doctor", "--store", str(copy), "--accept", "nobody", how)[0] == 4
     before = copy.read_bytes()
@@ -233,7 +233,7 @@ async def test_damaged_rows_of_a_running_daemon_are_named_once(
         assert await asyncio.to_thread(jobd_cli.main, argv) == 1
     found = [each for each in json.loads(capsys.readouterr().out)["problems"] if each["where"].startswith("job ")]
     assert [each["where"] for each in found] == ["job bad-1", "job bad-2", "job bad-2"]
-    assert "jobd doctor --accept bad-2" in found[1]["mend"]
+    assert "jobd doctor --accept bad-2" in found[1]["fix"]
 
 
 def test_a_second_daemon_on_a_store_exits_with_75(running: CliDaemon) -> None:

@@ -136,7 +136,7 @@ def test_a_dry_run_respects_a_required_download_url(
     assert "it is failed" in jobctl.ok(*move, "--dry-run")
     assert running.client.get_job("du1").status == "failed"
     monkeypatch.setenv("ADMIN_TOKEN", cli_harness.TOKEN)
-    done = [each["what"] for each in jobctl.json("audit", "--job", "du1", "--limit", "9")["entries"]]
+    done = [each["action"] for each in jobctl.json("audit", "--job", "du1", "--limit", "9")["entries"]]
     assert done == ["transition", "adopt", "force-fail"], "a dry run is no action"
 
 

@@ -76,7 +76,7 @@ def test_cancel_with_an_admin_token_is_audited_and_without_one_uses_the_worker_a
     monkeypatch.setenv("ADMIN_TOKEN", TOKEN)
     audit_entries = [jobctl.json("audit", "--job", f"cw{n}")["entries"] for n in range(4)]
     assert [len(entries) for entries in audit_entries] == [1, 0, 0, 1]
-    assert [audit_entries[0][0][name] for name in ("who", "what", "reason")] == ["eve@desk", "cancel", "not wanted"]
+    assert [audit_entries[0][0][name] for name in ("who", "action", "reason")] == ["eve@desk", "cancel", "not wanted"]
 
 
 def test_cancelling_several_jobs_makes_a_plan(jobctl: Jobctl, running: CliDaemon) -> None:
@@ -94,7 +94,7 @@ def test_cancelling_several_jobs_makes_a_plan(jobctl: Jobctl, running: CliDaemon
     assert (code, out) == (4, "cancel: 2 jobs done\n")
     assert "There is no such job." in err
     audit_entries = jobctl.json("audit", "--since", "1h", "--limit", "2")["entries"]
-    assert [(each["what"], each["reason"], each["changed"]) for each in audit_entries] == [
+    assert [(each["action"], each["reason"], each["changed"]) for each in audit_entries] == [
         ("plan-cancel", None, 2),
         ("plan-cancel", "too many", 1),
     ]
@@ -112,7 +112,7 @@ def test_an_operator_changes_a_job_from_status_to_status(jobctl: Jobctl, running
         running.client.complete_job("c4", lock_id=grant.lock_id)
     assert jobctl.ok("force-reset", "c4", "-y") == "c4: failed → queued\n"
     assert jobctl.json("update", "c4", "--priority", "7", "--max-attempts", "2", "--reason", "late")["priority"] == 7
-    assert jobctl.json("audit", "--what", "update")["entries"][0]["reason"] == "late"
+    assert jobctl.json("audit", "--action", "update")["entries"][0]["reason"] == "late"
     set_ = ["--set", "file_path=/srv/out", "--set", 'metadata={"a": [1]}']
     assert jobctl.rejected("transition", "c4", "failed", "completed", "-y")[0] == 4
     expected = (
@@ -200,9 +200,9 @@ def test_a_plan_of_many_jobs_is_shown_and_applied(jobctl: Jobctl) -> None:
     assert jobctl.run("retry", "--where", "queue=nothing", "-y") == (0, "", "No jobs match.\n")
     assert jobctl.ok("cancel", *where, "-y") == "cancel: 3 jobs done\n"
     assert jobctl.ok("delete", *where, "-y") == "delete: 3 jobs done\n"
-    actions = [each["what"] for each in jobctl.json("audit", "--since", "1h", "--limit", "5")["entries"]]
+    actions = [each["action"] for each in jobctl.json("audit", "--since", "1h", "--limit", "5")["entries"]]
     assert actions == ["plan-delete", "plan-cancel", "plan-retry", "plan-retry", "plan-force-fail"]
-    by_job = [each["what"] for each in jobctl.json("audit", "--job", "pl1")["entries"]]
+    by_job = [each["action"] for each in jobctl.json("audit", "--job", "pl1")["entries"]]
     assert by_job == ["plan-delete", "plan-cancel", "plan-retry", "plan-force-fail"]
 
 
@@ -267,7 +267,7 @@ def test_a_retry_begins_with_a_trial_and_goes_on_at_a_rate(running: CliDaemon, j
         code, out, err = jobctl.run("retry", *ids, "--trial", "--rate", "60/m", "-y")
         working.result()
     assert (code, "retry: 3 jobs done" in out, "the last is due at " in out) == (0, True, True), out + err
-    [entry] = jobctl.json("audit", "--what", "plan-retry", "--limit", "1")["entries"]
+    [entry] = jobctl.json("audit", "--action", "plan-retry", "--limit", "1")["entries"]
     plan_id = entry["details"]["plan_id"]
     assert entry["details"]["trial"] == {"job_id": "trial-0", "state": "completed"}
     assert "Since then: 2 completed, 0 failed again, 1 wait." in jobctl.run("apply", plan_id, "--dry-run")[2]
@@ -295,7 +295,7 @@ def test_every_action_takes_a_reason(jobctl: Jobctl) -> None:
     for number, command in enumerate(commands, 2):
         jobctl.ok(*command.split(), "--reason", f"why {number}")
     found = jobctl.json("audit", "--since", "1h", "--limit", "7")["entries"]
-    assert [(each["what"], each["reason"]) for each in found[::-1]] == [
+    assert [(each["action"], each["reason"]) for each in found[::-1]] == [
         ("run-now", "why 1"), ("cancel", "why 2"), ("delete", "why 3"), ("pause", "why 4"), ("resume", "why 5"),
         ("cleanup", "why 6"), ("accept-clock", "why 7"),
     ]  # fmt: skip
@@ -441,7 +441,7 @@ def test_the_plan_of_a_recovery_can_be_applied(running: CliDaemon, jobctl: Jobct
         assert (code, out) == (4, "recover-stuck: 1 job done\n")
         assert "time-2: changed since the plan: processing → processing." in err
         assert [running.client.get_job(each).status for each in ("time-1", "time-2")] == ["queued", "processing"]
-        [entry] = jobctl.json("audit", "--what", "plan-recover-stuck", "--limit", "1")["entries"]
+        [entry] = jobctl.json("audit", "--action", "plan-recover-stuck", "--limit", "1")["entries"]
         assert (entry["reason"], entry["changed"]) == ("they are dead", 1)
         assert jobctl.run("apply", named[1], "-y")[0] == 4, "the same answer again"
         jobctl.ok("cancel", "time-1", "time-2", "-y")
@@ -469,7 +469,7 @@ def test_take_back_ends_the_grants_of_a_silent_worker(running: CliDaemon, jobctl
         assert (code, "[worker_not_silent]" in err) == (4, True)
         code, _, err = jobctl.run("take-back", "w-unknown", "-y")
         assert (code, "[worker_not_found]" in err) == (4, True)
-        [entry] = jobctl.json("audit", "--what", "take-back", "--limit", "3")["entries"][2:]
+        [entry] = jobctl.json("audit", "--action", "take-back", "--limit", "3")["entries"][2:]
         assert (entry["reason"], entry["changed"], entry["details"]) == ("lost its power", 2, {"worker": "w-silent"})
         code, err = jobctl.rejected("take-back", "w-unknown")
         assert (code, "[worker_not_found]" in err) == (4, True)
@@ -528,7 +528,7 @@ def test_actions_are_in_the_audit_log(jobctl: Jobctl, monkeypatch: pytest.Monkey
     found = jobctl.json("audit", "--job", "au1")["entries"]
     assert set(found[0]) == fields_of(responses.AuditView)
     host = socket.gethostname()
-    assert [(each["who"], each["what"], each["outcome"], each["changed"]) for each in found] == [
+    assert [(each["who"], each["action"], each["outcome"], each["changed"]) for each in found] == [
         (f"bob@{host}", "force-fail", "invalid_transition", 0),
         ("eve@desk", "force-fail", "done", 1),
     ]
@@ -541,9 +541,8 @@ def test_actions_are_in_the_audit_log(jobctl: Jobctl, monkeypatch: pytest.Monkey
     assert lines[0].split() == ["TIME", "WHO", "FROM", "ACTION", "TARGET", "OUTCOME", "REASON"]
     assert "queued → failed" in lines[1]
     queued = jobctl.json("audit", "--who", f"bob@{host}", "--action", "pause")["entries"]
-    assert jobctl.json("audit", "--who", f"bob@{host}", "--what", "pause")["entries"] == queued, "the former name"
     assert [(each["queue"], each["job_id"]) for each in queued] == [("au-q", None)]
-    none = jobctl.json("audit", "--since", "2020-01-01T00:00", "--what", "nothing")
+    none = jobctl.json("audit", "--since", "2020-01-01T00:00", "--action", "nothing")
     assert none == {"entries": [], "next_cursor": None}
     assert len(jobctl.json("audit", "--limit", "2")["entries"]) == 2
 

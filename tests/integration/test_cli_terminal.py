@@ -61,7 +61,7 @@ def test_a_confirmed_action_applies_to_the_job_as_shown(
     assert (job.status, job.error_message) == (before, "nobody has read this" if before == "failed" else None)
     assert on_a_terminal(running, b"y\n", verb, job_id)[:2] == (0, f"{job_id}: {output}\n")
     entry = jobctl.json("audit", "--job", job_id, "--limit", "1")["entries"][0]
-    assert (entry["what"], entry["job_id"], entry["changed"]) == (verb, job_id, 1)
+    assert (entry["action"], entry["job_id"], entry["changed"]) == (verb, job_id, 1)
 
 
 @pytest.mark.slow

@@ -86,7 +86,7 @@ def test_a_leader_steps_down_and_follows_again(cluster: Cluster) -> None:
     poll_until(lambda: first.admin("POST", "cluster/step-down", {"reason": "maintenance"}).status == 200)
     second.wait_leads()
     assert first.process.wait(WAIT_S) == 75
-    entries = second.admin("GET", "audit?what=step-down").data["entries"]
+    entries = second.admin("GET", "audit?action=step-down").data["entries"]
     assert [entry["reason"] for entry in entries] == ["maintenance"]
     assert second.post("/v1/jobs/one/start", {"worker": "w"}).status == 200
 

@@ -159,7 +159,7 @@ def test_every_stream_operation_is_documented() -> None:
 
 
 def test_every_audit_action_is_documented() -> None:
-    listed = re.search(r"\*\*Action\*\* \(`what`\): ([^.]*)\.", section(API, "Audit log"))
+    listed = re.search(r"\*\*Action\*\* \(`action`\): ([^.]*)\.", section(API, "Audit log"))
     assert listed is not None
     different = set(ticked(listed[1])) ^ set(commands.AUDITED_ACTIONS)
     assert not different, f"docs/api.md, Audit log: {different} must be in the list of actions and in AUDITED_ACTIONS"

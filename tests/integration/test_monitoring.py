@@ -40,7 +40,7 @@ SHIPPED: Final = Path(jobd.__file__).parent / "monitoring"
 RULES, DASHBOARD = SHIPPED / MONITORING_FILES["rules"], SHIPPED / MONITORING_FILES["dashboard"]
 PROMETHEUS: Final = {"up"}  # metrics that Prometheus adds to every scrape
 TARGET: Final = {"instance", "job"}  # labels that it adds to all of them
-FREE: Final = {"queue", "kind", "endpoint", *TARGET}  # labels with values of the user
+FREE: Final = {"queue", "kind", "webhook", *TARGET}  # labels with values of the user
 
 
 UNREACHABLE_WEBHOOK: Final = f"""
@@ -170,7 +170,7 @@ def test_every_rule_is_complete_and_has_a_unique_name() -> None:
     for rule in rules():
         assert re.fullmatch("Jobd([A-Z][a-z]+)+", rule.alert)
         assert re.fullmatch("[0-9]+[mh]", rule.lasting or "1m")
-        assert rule.labels in [{"severity": severity} for severity in ("critical", "warning", "info")]
+        assert rule.labels in [{"severity": severity} for severity in ("critical", "warning", "notice")]
         assert set(rule.annotations) == {"summary", "description"}
         assert all(text.endswith(".") for text in rule.annotations.values()), rule.alert
 
@@ -246,19 +246,19 @@ MIB: Final = 1 << 20
 
 PROBLEM: Final = '{condition="no_workers", severity="critical", instance="a", job="jobd"}'
 WARNING: Final = '{condition="waits", severity="warning", instance="a", job="jobd"}'
-WEBHOOK: Final = 'jobd_webhook_deliveries_total{{outcome="{}", endpoint="e", instance="a", job="jobd"}}'
+WEBHOOK: Final = 'jobd_webhook_deliveries_total{{outcome="{}", webhook="e", instance="a", job="jobd"}}'
 
 # When to evaluate, series for which the rule fires (one value a minute), and series for which it does not.
 SEEN: Final[dict[str, tuple[str, dict[str, str], dict[str, str]]]] = {
     "JobdStalledJobs": firing("stalled_jobs"),
     "JobdManyJobsProcessing": firing("processing_jobs"),
     "JobdAverageProcessingLong": firing("average_processing"),
-    "JobdBadRows": firing("cleanup_issues"),
+    "JobdCleanupIssues": firing("cleanup_issues"),
     "JobdJobGrantedTwice": firing("granted_twice"),
     "JobdSlowerThanUsual": firing("slower_than_usual"),
     "JobdDatabaseNotHealthy": firing("database"),
-    "JobdMemoryNotHealthy": firing("cache"),
-    "JobdStoreOfArtifactsNotHealthy": firing("storage"),
+    "JobdCacheNotHealthy": firing("cache"),
+    "JobdArtifactStoreNotHealthy": firing("storage"),
     "JobdWebhookFailing": firing("webhook_failing"),
     "JobdQueueWithoutWorkers": firing("queue_without_workers"),
     "JobdQueueWaits": firing("queue_waits"),

@@ -145,7 +145,7 @@ def test_operators_list_repeat_and_test_deliveries(tmp_path: Path, receiver: Rec
         for wrong in (("resend", "billing"), ("resend", "billing", "--state", "waiting"), ("test",)):
             assert jobctl.run("webhooks", *wrong)[0] == 2, wrong
         metrics = daemon.admin("GET", "/metrics").body.decode()
-        assert 'jobd_webhook_deliveries_total{endpoint="billing",outcome="delivered"}' in metrics
+        assert 'jobd_webhook_deliveries_total{outcome="delivered",webhook="billing"}' in metrics
         assert daemon.stop() == 0
 
 
@@ -183,7 +183,7 @@ def test_dead_letters_are_listed_in_pages_and_sent_again(tmp_path: Path, receive
         poll_until(lambda: view(daemon)["delivered"] == 450)
         assert {each.event["subject"] for each in receiver.received if each.headers} >= {"jobs/job-0", "jobs/job-449"}
         assert jobctl.json(*every, "--yes") == {"resent": 0, "would": 0}
-        entries = daemon.admin("GET", "audit?what=resend-dead-lettered").data["entries"]
+        entries = daemon.admin("GET", "audit?action=resend-dead-lettered").data["entries"]
         assert [each["details"] for each in entries] == [{"webhook": "billing", "resent": 450}]
         assert entries[0]["reason"] == "it is up again"
         assert daemon.admin("POST", "webhooks/nobody/resend-dead-lettered", {}).error == "not_found"

@@ -31,7 +31,7 @@ PROBLEM: Final = Problem(
     cure=[Cure("Start a worker", "jobctl run --queue mail -- CMD")],
 )
 PROBLEMS: Final = ProblemList([PROBLEM], evaluated_at=AT)
-ALERT: Final = responses.AlertView("stuck_jobs", False, None, 0, 5, "look at the workers")
+ALERT: Final = responses.AlertView("stalled_jobs", False, None, 0, 5, "look at the workers")
 BACKUP: Final = responses.BackupView("b1", "copying", 4096, 8192, 3, AT, None, None)
 DISK_USE: Final = responses.DiskUse(
     path="/var/lib/jobd/jobd.db",
@@ -55,7 +55,7 @@ WEBHOOK: Final = responses.WebhookView(
     queues=[],
     state="closed",
     failing_since=None,
-    next_try_at=None,
+    next_attempt_at=None,
     position=9,
     lag=0,
     waiting=1,
@@ -75,7 +75,7 @@ DELIVERY: Final = responses.DeliveryView(
     seq=9,
     at=AT,
     due_at=AT,
-    tries=1,
+    attempts=1,
     ended_at=None,
     status=500,
     error="500",
@@ -207,7 +207,7 @@ def _admin_jobs() -> Iterator[Example]:
     yield Example(api.extend_lock, commands.ExtendLock(**held, additional_ms=86_400_000), extended)
     yield Example(api.release_lock, commands.ReleaseLock(**held), EventOf("released", "queued"))
     yield Example(api.list_jobs, commands.SearchJobs(status="queued", worker="w-1", limit=5))
-    yield Example(api.list_jobs, commands.SearchJobs(since=1, until=2, q="a b"))
+    yield Example(api.list_jobs, commands.SearchJobs(since=1, until=2, text="a b"))
     yield Example(api.list_jobs, commands.SearchJobs(finished_since=1, finished_until=2, error="0123456789ab"))
     yield Example(api.get_job, commands.GetVersion(id="a"))
     yield Example(api.delete_job, commands.Delete(**why), "invalid_transition")
@@ -293,13 +293,13 @@ def _others() -> Iterator[Example]:
         yield Example(group.events, wire.EventsRequest(type="created", follow=False))
     for nodes in (calls.NodeCalls, calls.AdminNodeCalls):
         yield Example(nodes.cluster, wire.NoFields(), result=responses.ClusterView(role="single"))
-    yield Example(events.audit, commands.AuditLog(who="eve", what="cancel", job_id="a", since=5, limit=5, cursor="7"))
+    yield Example(events.audit, commands.AuditLog(who="eve", action="cancel", job_id="a", since=5, limit=5, cursor="7"))
     yield Example(events.webhooks, wire.NoFields(), result=responses.WebhookList([WEBHOOK]))
     page = responses.DeliveryPage([DELIVERY], "7")
     yield Example(events.deliveries, wire.Deliveries(name="q", state="dead-lettered", limit=5, cursor="9"), result=page)
-    yield Example(events.deliver_again, wire.DeliverAgain(name="q", id=7, reason="r"), result=DELIVERY)
+    yield Example(events.resend_delivery, wire.DeliverAgain(name="q", id=7, reason="r"), result=DELIVERY)
     again = wire.DeliverAllAgain(name="q", upto=9, reason="r")
-    yield Example(events.deliver_all_again, again, result=responses.Resent(3))
+    yield Example(events.resend_dead_lettered, again, result=responses.Resent(3))
     yield Example(events.test_webhook, wire.TestWebhook(name="q", reason="r"), result=DELIVERY)
     yield Example(daemon.stats, commands.Stats())
     yield Example(daemon.health, wire.NoFields())

@@ -124,7 +124,7 @@ async def audit_entries(harness: DashboardHarness) -> list[tuple[Any, ...]]:
     """Return the operator, action, outcome and target of all audit entries, oldest first."""
     audit = await harness.admin.request("GET", "/admin/job-management/audit", headers=AUTH)
     entries = audit.data["entries"][::-1]
-    return [(each["who"], each["what"], each["outcome"], each["job_id"] or each["details"]) for each in entries]
+    return [(each["who"], each["action"], each["outcome"], each["job_id"] or each["details"]) for each in entries]
 
 
 def assert_safe(response: ReceivedResponse) -> None:

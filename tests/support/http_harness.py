@@ -204,7 +204,7 @@ class FakeMaintainer:
         return [REPORT][:limit]
 
     async def preview(self, scan_s: float = 1.0) -> responses.PreviewView | ApiError:
-        return self._fakes.no_preview or replace(result_of(ManyJobCalls.preview), held_jobs=self._fakes.past_jobs)
+        return self._fakes.no_preview or replace(result_of(ManyJobCalls.preview), kept_jobs=self._fakes.past_jobs)
 
     async def recover_stuck(self, operator: Operator | None, reason: str | None) -> Any:
         return result_of(DaemonCalls.detect_and_recover_stuck_jobs)

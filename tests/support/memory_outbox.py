@@ -43,13 +43,13 @@ class MemoryOutbox:
         await self.write_tables(OutboxWrite(deliveries=[each for each in tried if each.id in self.outbox]))
         return False
 
-    async def deliver_again(self, endpoint: str, id_: int, now: int) -> Delivery | None:
-        await self._enter("deliver_again")
+    async def resend_delivery(self, endpoint: str, id_: int, now: int) -> Delivery | None:
+        await self._enter("resend_delivery")
         found = await self._requeue([each for each in self._outbox_of(endpoint) if each.id == id_], now)
         return found[0] if found else None
 
-    async def deliver_all_again(self, endpoint: str, upto: int, limit: int, now: int) -> list[Delivery]:
-        await self._enter("deliver_all_again")
+    async def resend_dead_lettered(self, endpoint: str, upto: int, limit: int, now: int) -> list[Delivery]:
+        await self._enter("resend_dead_lettered")
         failed = [each for each in self._outbox_of(endpoint) if each.state == "dead-lettered" and each.id <= upto]
         return [replace(each, body=b"") for each in await self._requeue(failed[:limit], now)]
 

@@ -70,6 +70,7 @@ RESULTS: Final = {
     "handler": "a decorator",
     "iterate_jobs": "iterator of `JobView`",
     "iterate_queues": "iterator of `QueueView`",
+    "iterate_schedules": "iterator of `ScheduleView`",
     "export_jobs": "iterator of `bytes`",
     "events": "iterator of `StreamedEvent`",
 }

@@ -265,9 +265,9 @@ def clock(what: str | None, reason: str | None, yes: bool, dry_run: bool, as_jso
             need_terminal()
         seen = client.preview()
         if dry_run and as_json:
-            terminal.emit_json({"heldJobs": seen.held_jobs, "moreHeld": seen.more_held})
+            terminal.emit_json({"keptJobs": seen.kept_jobs, "moreKept": seen.more_kept})
             return
-        text = f"{tables_admin.held_count(seen)} finished jobs would be deleted by age; the daemon's time is "
+        text = f"{tables_admin.kept_count(seen)} finished jobs would be deleted by age; the daemon's time is "
         text += f"{utc(view.now)}" if view.suspect else f"{utc(view.now)}, and is not suspect"
         if dry_run:
             terminal.emit(text)
@@ -312,15 +312,14 @@ def failures(limit: int, as_json: bool) -> None:
 @click.command()
 @click.option("--who", type=NAME, help="Only actions of this operator.")
 @click.option("--action", type=NAME, metavar="ACTION", help="Only this action, such as force-fail.")
-@click.option("--what", type=NAME, hidden=True)
 @click.option("--job", "job_id", type=JOB_ID, help="Only actions on this job, also by a plan.")
 @click.option("--since", type=PAST, help="Only since this time (UTC), or an age such as 2h.")
 @limit_option("entries", 50)
 @json_option
 @admin_options
-def audit(limit: int, action: str | None, what: str | None, as_json: bool, **match: Any) -> None:
+def audit(limit: int, as_json: bool, **match: Any) -> None:
     """List the actions of operators, including rejected ones, newest first."""
-    found, cursor = read_pages(partial(admin_client().audit, what=action or what, **match), "entries", limit)
+    found, cursor = read_pages(partial(admin_client().audit, **match), "entries", limit)
     if as_json:
         terminal.emit_json({"entries": found, "next_cursor": cursor})
     else:

@@ -36,7 +36,7 @@ _RULES: Final = terminal.Listing(
 
 
 def _show_directive(view: DirectedView, as_json: bool) -> None:
-    when = "now" if view.is_sent else "with its next claim; not told yet, see jobctl workers"
+    when = "now" if view.sent else "with its next claim; not told yet, see jobctl workers"
     terminal.emit_json(view) if as_json else terminal.emit(f"{view.worker} {_DONE[view.action]} ({when})")
 
 

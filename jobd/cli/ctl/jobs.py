@@ -15,7 +15,7 @@ from jobd.cli.ctl.completion import IDS, JOB, JOB_ID, KIND, QUEUE
 from jobd.cli.ctl.plan_commands import is_plan, where_option
 from jobd.cli.params import NAME, PAST, STATUS, command, json_option, limit_option
 
-_ADMIN_FILTERS: Final = frozenset({"since", "until", "finished_since", "finished_until", "q", "error"})
+_ADMIN_FILTERS: Final = frozenset({"since", "until", "finished_since", "finished_until", "text", "error"})
 
 
 @click.command()
@@ -27,7 +27,7 @@ _ADMIN_FILTERS: Final = frozenset({"since", "until", "finished_since", "finished
 @click.option("--until", type=PAST, help="Only jobs created before this time. *")
 @click.option("--finished-since", type=PAST, help="Only jobs finished at or after this time. *")
 @click.option("--finished-until", type=PAST, help="Only jobs finished before this time. *")
-@click.option("--text", "q", metavar="TEXT", help="Only jobs with this text in their id, payload or error message. *")
+@click.option("--text", metavar="TEXT", help="Only jobs with this text in their id, payload or error message. *")
 @click.option("--error", metavar="ERROR", help="Only jobs whose error is in this group of jobctl failures. *")
 @limit_option("jobs", 50)
 @click.option("--all", "everything", is_flag=True, help="List all jobs.")

@@ -63,8 +63,6 @@ def _filter(where: Sequence[str]) -> dict[str, Any]:
                 found[name] = past_ms(found[name], round(time.time() * 1000))
             except ValueError as error:
                 raise click.UsageError(f"--where {name}={found[name]}: {error}") from None
-    if "text" in found:
-        found["q"] = found.pop("text")
     return found
 
 
@@ -355,7 +353,7 @@ def _show_late(action: PlanAction, jobs: Sequence[PlannedJob]) -> None:
 
 
 def _skipped(plan: PlanView) -> str:
-    reasons = dict.fromkeys(f"{job.why}" for job in plan.skipped)
+    reasons = dict.fromkeys(f"{job.reason}" for job in plan.skipped)
     return f"{_jobs(plan.skipped_count)} skipped: {' '.join(list(reasons)[:3])}"
 
 
@@ -385,7 +383,7 @@ def _show_not_done(results: Sequence[PlanResult]) -> None:
     rejected = [job for result in results for job in result.rejected]
     for title, jobs in (("changed since the plan", changed), ("rejected", rejected)):
         for job in jobs[:_SHOWN]:
-            terminal.say(f"{job.id}: {title}: {job.from_} → {job.now or 'deleted'}. {job.why}")
+            terminal.say(f"{job.id}: {title}: {job.from_} → {job.now or 'deleted'}. {job.reason}")
         if len(jobs) > _SHOWN:
             terminal.say(f"… and {len(jobs) - _SHOWN} more {title} (--json shows all)")
 

@@ -90,7 +90,7 @@ def _resend_all(name: str, reason: str | None, *, yes: bool, dry_run: bool, as_j
         return
     if not yes:
         confirm.confirm(f"resend {_deliveries(len(found))}")
-    count = admin_client(timeout_s=60.0).deliver_all_again(name, found[0].id, reason)
+    count = admin_client(timeout_s=60.0).resend_dead_lettered(name, found[0].id, reason)
     message = f"{_deliveries(count)} queued: jobctl webhooks deliveries {name}"
     terminal.emit_json({"resent": count, "would": len(found)}) if as_json else terminal.emit(message)
 
@@ -101,7 +101,7 @@ def _send(name: str, delivery: int | None, reason: str | None, *, dry_run: bool,
         _would_send(name, delivery, as_json=as_json)
         return
     client = admin_client()
-    sent = client.test_webhook(name, reason) if delivery is None else client.deliver_again(name, delivery, reason)
+    sent = client.test_webhook(name, reason) if delivery is None else client.resend_delivery(name, delivery, reason)
     message = f"Delivery {sent.id} ({sent.type}) is queued: jobctl webhooks deliveries {name}"
     terminal.emit_json(sent) if as_json else terminal.emit(message)
 

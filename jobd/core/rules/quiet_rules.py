@@ -44,7 +44,7 @@ def direct(tx: Transaction, command: DirectWorker) -> Response:
     if not (is_obeyed and seen.waiting and seen.directive is None):
         instance = None if about is None else about.instance
         presence.direct(seen, Directive(DirectiveView(command.action, tx.call.by, command.reason), instance))
-    return Response(DirectedView(name, command.action, state, is_sent=seen.waiting > 0))
+    return Response(DirectedView(name, command.action, state, sent=seen.waiting > 0))
 
 
 def add_rule(tx: Transaction, command: AddQuietRule) -> Response:

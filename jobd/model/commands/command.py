@@ -22,7 +22,7 @@ class Command(Struct, frozen=True, gc=False, forbid_unknown_fields=True, kw_only
     """A request to the actor. Decoded directly from a body; unknown fields are rejected."""
 
     admission: ClassVar[Admission]  # of commands that reach the actor
-    audit_name: ClassVar[str | None] = None  # `what` of its audit entries; None: no entries
+    audit_name: ClassVar[str | None] = None  # `action` of its audit entries; None: no entries
     errors: ClassVar[tuple[str, ...]] = ()  # in addition to those that every call can return
     is_of_job: ClassVar[bool] = False  # a JobCommand; isinstance() is slow for a struct of another class
     is_of_holder: ClassVar[bool] = False  # it names a grant of its job

@@ -213,7 +213,7 @@ AnyCommand = (
     | internal.Ping
     | internal.Report
 )
-# Every `what` of an audit entry.
+# Every `action` of an audit entry.
 AUDITED_ACTIONS: Final = tuple(
     dict.fromkeys(
         [

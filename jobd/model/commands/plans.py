@@ -38,7 +38,7 @@ class PlanFilter(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     until: fields.Until | None = None
     finished_since: fields.FinishedSince | None = None
     finished_until: fields.FinishedUntil | None = None
-    q: fields.SearchText | None = None
+    text: fields.SearchText | None = None
     error: fields.ErrorFilter | None = None
 
 

@@ -61,7 +61,7 @@ class LateResults(JobRead, frozen=True, kw_only=True):
 class ListJobs(Read, frozen=True, kw_only=True):
     """List jobs, newest first. With a finished status, the latest to end is first.
 
-    A page may be short; `looked_to_at` then says how far jobs were read. The last page has no `next_cursor`. `worker`
+    A page may be short; `searched_to_at` then says how far jobs were read. The last page has no `next_cursor`. `worker`
     matches the worker of the latest grant, which holds the job or was the last to hold it.
     """
 
@@ -76,15 +76,15 @@ class ListJobs(Read, frozen=True, kw_only=True):
 class SearchJobs(ListJobs, frozen=True, kw_only=True):
     """List jobs as GET `/v1/jobs` does, with more filters.
 
-    A search ends after half a second, so a page may be short; `looked_to_at` then says how far jobs were read. The last
-    page has no `next_cursor`. `finished_since` and `finished_until` select only finished jobs.
+    A search ends after half a second, so a page may be short; `searched_to_at` then says how far jobs were read. The
+    last page has no `next_cursor`. `finished_since` and `finished_until` select only finished jobs.
     """
 
     since: fields.Since | None = None
     until: fields.Until | None = None
     finished_since: fields.FinishedSince | None = None
     finished_until: fields.FinishedUntil | None = None
-    q: fields.SearchText | None = None
+    text: fields.SearchText | None = None
     error: fields.ErrorFilter | None = None
 
 
@@ -116,7 +116,7 @@ class AuditLog(Read, frozen=True, kw_only=True):
     """
 
     who: Annotated[fields.OperatorName | None, doc("Only entries of this operator.")] = None
-    what: (
+    action: (
         Annotated[str, doc("Only entries of this action, such as `force-fail`.", min_length=1, max_length=40)] | None
     ) = None
     job_id: Annotated[fields.JobId | None, doc("Only entries about this job, and plans that changed it.")] = None

@@ -94,13 +94,13 @@ class PreviewView(Struct, frozen=True, rename="camel"):
     expired_locks: Annotated[int, doc("Number of expired locks that would be cleared.")]
     expired_jobs: Annotated[list[str], doc("Queued jobs past their `expires_at` that would fail.")]
     deleted_jobs: Annotated[list[str], doc("Finished jobs that would be deleted by age.")]
-    mended_jobs: Annotated[list[str], doc("Jobs with validation issues that would be fixed or reported.")]
+    invalid_jobs: Annotated[list[str], doc("Jobs with validation issues that would be fixed or reported.")]
     more: Annotated[bool, doc("Whether there are more jobs than are shown.")]
     timestamp: shared.Timestamp
-    held_jobs: Annotated[
+    kept_jobs: Annotated[
         list[str], doc("Finished jobs past their retention that are kept while the clock is suspect.")
     ] = []
-    more_held: Annotated[bool, doc("Whether `heldJobs` does not show all of them.")] = False
-    more_mended: Annotated[bool, doc("Whether `mendedJobs` may be incomplete: the time limit ended the search.")] = (
+    more_kept: Annotated[bool, doc("Whether `keptJobs` does not show all of them.")] = False
+    more_invalid: Annotated[bool, doc("Whether `invalidJobs` may be incomplete: the time limit ended the search.")] = (
         False
     )

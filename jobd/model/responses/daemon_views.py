@@ -156,7 +156,7 @@ class AuditView(Struct, frozen=True):
     at: Annotated[int, doc("When, in Unix ms.")]
     who: Annotated[str, doc("Name of the operator; `admin` if none was given.")]
     address: Annotated[str, doc("Where the request came from.")]
-    what: Annotated[str, doc("The action, such as `force-fail`.")]
+    action: Annotated[str, doc("The action, such as `force-fail`.")]
     job_id: Annotated[str | None, doc("The job, or null.")]
     queue: Annotated[str | None, doc("The queue, or null.")]
     reason: shared.ReasonText

@@ -126,7 +126,7 @@ class JobPage(Struct):
 
     jobs: Annotated[list[JobView], doc("The jobs.")]
     next_cursor: shared.NextCursor
-    looked_to_at: Annotated[
+    searched_to_at: Annotated[
         int | None,
         doc(
             "Creation time of the last job that was read (with a finished `status`, its end), in Unix ms, "

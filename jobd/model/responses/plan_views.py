@@ -27,7 +27,7 @@ class SkippedJob(Struct, frozen=True, gc=False):
 
     id: shared.JobIdText
     status: Annotated[str | None, doc("Status of the job. Null if the job does not exist.")]
-    why: Annotated[str, doc("Why the job is skipped.")]
+    reason: Annotated[str, doc("Why the job is skipped.")]
 
 
 class ChangedJob(Struct, frozen=True, gc=False, rename={"from_": "from"}):
@@ -36,7 +36,7 @@ class ChangedJob(Struct, frozen=True, gc=False, rename={"from_": "from"}):
     id: shared.JobIdText
     from_: Annotated[str, doc("The status when the plan was made.")]
     now: Annotated[str | None, doc("The current status. Null if the job was deleted.")]
-    why: Annotated[str, doc("Why the job was not changed.")]
+    reason: Annotated[str, doc("Why the job was not changed.")]
 
 
 class PlanTrial(Struct, frozen=True):
@@ -105,7 +105,7 @@ class PlanView(Struct, frozen=True):
     skipped_count: Annotated[int, doc("How many jobs are skipped.")]
     more: Annotated[bool, doc("Whether the plan may not cover all jobs.")]
     next_cursor: Annotated[str | None, doc("Cursor of the next plan, or null.")]
-    made_at: Annotated[int, doc("When the plan was made, in Unix ms.")]
+    created_at: Annotated[int, doc("When the plan was made, in Unix ms.")]
     expires_at: Annotated[int, doc("When the plan is removed, in Unix ms.")]
     result: Annotated[PlanResult | None, doc("The result. Null until the plan is applied.")] = None
     with_late_results: Annotated[int, doc("How many of the jobs have late results that were not adopted.")] = 0
@@ -121,7 +121,7 @@ class PlanView(Struct, frozen=True):
         latest, *older = self.ages
         text = f"{latest.jobs:,} since {utc(latest.since)}"
         if older:
-            text += f", {sum(age.jobs for age in older):,} older than {duration(self.made_at - older[0].until)}"
+            text += f", {sum(age.jobs for age in older):,} older than {duration(self.created_at - older[0].until)}"
         return text
 
 

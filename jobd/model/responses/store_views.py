@@ -96,7 +96,7 @@ class BackupView(Struct, frozen=True):
     state: Annotated[BackupState, doc("State of the backup.")]
     bytes_done: Annotated[int, doc("How many bytes are copied, or sent.")]
     bytes_total: Annotated[int | None, doc("How many bytes there are in total. Null until known.")]
-    quiet_ms: Annotated[int, doc("Time since the last progress, in ms.")]
+    since_progress_ms: Annotated[int, doc("Time since the last progress, in ms.")]
     started_at: Annotated[int, doc("When the backup began, in Unix ms.")]
     ended_at: Annotated[int | None, doc("When it was sent or failed, in Unix ms, or null.")]
     message: Annotated[str | None, doc("Why it failed, or null.")]

@@ -25,7 +25,7 @@ class WebhookView(Struct, frozen=True):
         ),
     ]
     failing_since: Annotated[int | None, doc("Since when every attempt has failed, in Unix ms, or null.")]
-    next_try_at: Annotated[
+    next_attempt_at: Annotated[
         int | None, doc("When the next attempt is possible, in Unix ms. Null: now, or no delivery waits for a retry.")
     ]
     position: Annotated[int, doc("The newest event that was read for it.")]
@@ -59,7 +59,7 @@ class DeliveryView(Struct, frozen=True):
     seq: Annotated[int | None, doc("Position of the event in the event log. Null if it is not an event.")]
     at: Annotated[int, doc("When the delivery was created, in Unix ms.")]
     due_at: Annotated[int | None, doc("When the next attempt is due, in Unix ms. Null once it has ended.")]
-    tries: Annotated[int, doc("Number of attempts so far.")]
+    attempts: Annotated[int, doc("Number of attempts so far.")]
     ended_at: Annotated[int | None, doc("When it was delivered or dead-lettered, in Unix ms, or null.")]
     status: Annotated[int | None, doc("HTTP status of the last response, or null.")]
     error: Annotated[str | None, doc("What was wrong with the last attempt, or null.")]

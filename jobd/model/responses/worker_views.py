@@ -80,7 +80,7 @@ class DirectedView(Struct, frozen=True):
     worker: shared.WorkerText
     action: Annotated[DirectiveAction, doc("`quiet`, `resume` or `stop`.")]
     state: Annotated[WorkerState, doc("The state of the worker.")]
-    is_sent: Annotated[
+    sent: Annotated[
         bool, doc("Whether a waiting claim was answered with it or shows that it is obeyed. Else the next is.")
     ]
 

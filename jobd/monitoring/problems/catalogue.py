@@ -8,7 +8,7 @@ from jobd.monitoring.problems import cluster, daemon, queues_and_kinds, schedule
 from jobd.monitoring.problems.condition import Condition
 
 CONDITIONS: Final = (
-    Condition("stuck_jobs", "notice", daemon.stuck_jobs, alert="stalled_jobs"),
+    Condition("stalled_jobs", "notice", daemon.stalled_jobs, alert="stalled_jobs"),
     Condition("processing_jobs", "notice", daemon.processing_jobs, alert="processing_jobs"),
     Condition("average_processing", "notice", daemon.average_processing, "ms", alert="average_processing"),
     Condition("cleanup_issues", "warning", daemon.cleanup_issues, alert="cleanup_issues"),
@@ -46,8 +46,8 @@ CONDITIONS: Final = (
     Condition("due_far", "warning", queues_and_kinds.due_far, of_pairs=True),
     Condition("no_progress", "warning", workers.no_progress, "ms"),
     Condition("kills_workers", "warning", workers.kills_workers),
-    Condition("workers_die", "warning", workers.workers_die, "percent", hides=("worker_silent", "stuck_jobs")),
-    Condition("worker_silent", "warning", workers.silent_workers, hides=("stuck_jobs",)),
+    Condition("workers_die", "warning", workers.workers_die, "percent", hides=("worker_silent", "stalled_jobs")),
+    Condition("worker_silent", "warning", workers.silent_workers, hides=("stalled_jobs",)),
     Condition("paused_without_reason", "notice", daemon.paused_without_reason, of_pairs=True),
     Condition("quiet_long", "notice", workers.quiet_long, of_pairs=True),
     Condition("schedule_skipping", "warning", schedules.skipping),

@@ -30,7 +30,7 @@ _WORKERS: Final = Cure("See the workers", "jobctl workers", "/workers")
 _HEALTH: Final = Cure("See the health", "jobctl health", "/alerts")
 
 
-def stuck_jobs(scene: Scene) -> Iterator[Finding]:
+def stalled_jobs(scene: Scene) -> Iterator[Finding]:
     count, recovered = len(scene.state.processing.stalled), scene.state.counters.recovered_lately(scene.at.now)
     if count + recovered > scene.limits.stalled_jobs:
         title = (

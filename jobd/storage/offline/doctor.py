@@ -57,7 +57,7 @@ _SHOWN_FIELDS: Final = (
 )  # fmt: skip
 
 
-class Defect(msgspec.Struct, frozen=True, rename={"fix": "mend"}):
+class Defect(msgspec.Struct, frozen=True):
     """One problem: where it is, what it is, and how to fix it."""
 
     where: str

@@ -227,7 +227,7 @@ async def test_an_action_proceeds_if_it_cannot_be_audited(harness: HttpHarness) 
     with capture_logs() as logged:
         assert (await harness.request("POST", f"{P}/cleanup", headers=AUTH)).status == 200
     assert harness.fakes.forced == [True]
-    missed = {"event": "audit_missed", "log_level": "warning", "what": "cleanup", "by": "admin"}
+    missed = {"event": "audit_missed", "log_level": "warning", "action": "cleanup", "by": "admin"}
     assert missed | {"reason": "storage_full"} in logged
 
 
@@ -345,6 +345,6 @@ async def test_the_old_spelling_of_artifact_gets_a_hint(harness: HttpHarness) ->
 
 
 async def test_the_old_spelling_of_artifact_in_a_filter_of_the_audit_log_is_rejected(harness: HttpHarness) -> None:
-    response = await harness.request("GET", f"{P}/audit?what=artefact", headers=AUTH)
+    response = await harness.request("GET", f"{P}/audit?action=artefact", headers=AUTH)
     assert (response.status, response.error) == (400, "invalid_request")
-    assert response.json["message"] == "`$.what`: the action is spelled artifact."
+    assert response.json["message"] == "`$.action`: the action is spelled artifact."

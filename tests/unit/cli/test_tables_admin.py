@@ -38,7 +38,7 @@ def test_the_audit_log_shows_the_outcome_of_an_action(
 def test_webhooks_are_listed_with_their_state(capsys: pytest.CaptureFixture[str]) -> None:
     soon = round(time.time() * 1000) + 5 * 60_000 + 12_000
     states = [
-        replace(WEBHOOK, name=name, state=state, failing_since=since, next_try_at=next_)
+        replace(WEBHOOK, name=name, state=state, failing_since=since, next_attempt_at=next_)
         for name, state, since, next_ in (
             ("a", "starting", None, None),
             ("b", "closed", None, None),

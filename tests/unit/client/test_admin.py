@@ -133,13 +133,13 @@ def test_an_interrupted_backup_is_an_error(server: ScriptedServer, admin: AdminC
 
 
 class SlowBackup:
-    """A daemon that sends a backup after `polls` requests for its progress, which was `quiet_ms` ago."""
+    """A daemon that sends a backup after `polls` requests for its progress, which was `since_progress_ms` ago."""
 
     def __init__(
-        self, server: ScriptedServer, monkeypatch: pytest.MonkeyPatch, *, polls: int, quiet_ms: int = 0
+        self, server: ScriptedServer, monkeypatch: pytest.MonkeyPatch, *, polls: int, since_progress_ms: int = 0
     ) -> None:
         self.left = polls
-        self.quiet_ms = quiet_ms
+        self.since_progress_ms = since_progress_ms
         self.ready = threading.Event()
         self.progress: list[Any] = []
         server.early = [self._send]
@@ -158,10 +158,10 @@ class SlowBackup:
         self.left -= 1
         if not self.left:
             self.ready.set()
-        other = {"id": "other", "state": "waiting", "bytes_done": 0, "bytes_total": None, "quiet_ms": 0}
+        other = {"id": "other", "state": "waiting", "bytes_done": 0, "bytes_total": None, "since_progress_ms": 0}
         mine = {**other, "id": self.id, "state": "copying", "bytes_done": -self.left, "bytes_total": 9}
         ends = {"started_at": 1, "ended_at": None, "message": None}
-        return ok({"backups": [other | ends, mine | ends | {"quiet_ms": self.quiet_ms}]})
+        return ok({"backups": [other | ends, mine | ends | {"since_progress_ms": self.since_progress_ms}]})
 
     def take(self, endpoint: str, timeout_s: float) -> int:
         with AdminClient(endpoint, token="x", timeout_s=timeout_s) as client:
@@ -181,7 +181,7 @@ def test_a_backup_may_take_long_while_it_progresses(
 
 
 def test_a_stalled_backup_is_an_error(server: ScriptedServer, endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    slow = SlowBackup(server, monkeypatch, polls=10**6, quiet_ms=3_000_000)
+    slow = SlowBackup(server, monkeypatch, polls=10**6, since_progress_ms=3_000_000)
     try:
         with pytest.raises(Unreachable, match=r"has made no progress for 5 s\. It was copying at -?[0-9]+ bytes"):
             slow.take(endpoint, timeout_s=5)

@@ -39,8 +39,8 @@ def test_a_request_has_the_given_fields_in_its_path_query_or_body() -> None:
 
 def test_a_call_whose_repetition_has_another_result_is_not_repeated() -> None:
     assert {call.name for call in calls_of(*WORKER_API, *ADMIN_API) if not call.repeatable} == {
-        "take_back", "detect_and_recover_stuck_jobs", "step_down", "deliver_again", "deliver_all_again", "test_webhook",
-        "import_jobs", "preview_import", "append_output",
+        "take_back", "detect_and_recover_stuck_jobs", "step_down", "resend_delivery", "resend_dead_lettered",
+        "test_webhook", "import_jobs", "preview_import", "append_output",
     }  # fmt: skip
     assert [request_for(AdminApi.take_back, "w", dry_run=dry).repeatable for dry in (False, True)] == [False, True]
 

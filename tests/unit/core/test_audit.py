@@ -259,14 +259,14 @@ async def test_the_log_is_read_in_pages_newest_first(engine: VirtualEngine) -> N
     for n in range(5):
         await engine.yes(cmd.RecordAction(what=f"n{n}", details={"n": n}), operator=EVE)
     page: AuditPage = await engine.yes(cmd.AuditLog(limit=3))
-    assert [(each.seq, each.what, each.details) for each in page.entries] == [
+    assert [(each.seq, each.action, each.details) for each in page.entries] == [
         (5, "n4", {"n": 4}),
         (4, "n3", {"n": 3}),
         (3, "n2", {"n": 2}),
     ]
     assert page.next_cursor == "3"
     rest: AuditPage = await engine.yes(cmd.AuditLog(limit=3, cursor="3"))
-    assert [each.what for each in rest.entries] == ["n1", "n0"]
+    assert [each.action for each in rest.entries] == ["n1", "n0"]
     assert rest.next_cursor is None
     assert (await engine.yes(cmd.AuditLog(who="bob"))).entries == []
 

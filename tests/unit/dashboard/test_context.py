@@ -120,7 +120,7 @@ async def test_a_read_only_session_can_change_nothing(
     response = await reader.post(target, **fields, csrf=await reader.csrf())
     assert (response.status, "admin token" in text(response)) == (403, True)
     assert (await reader.get("/jobs/held/confirm?verb=cancel")).status == 403
-    assert (await reader.get("/webhooks/q/retry-failed")).status == 403
+    assert (await reader.get("/webhooks/q/resend-dead-lettered")).status == 403
     bearer = {"Authorization": f"Bearer {READ_ONLY_TOKEN}"}
     response = await harness.admin.request("POST", target, urlencode(fields), {**bearer, "Content-Type": FORM})
     assert response.status == 403

@@ -63,9 +63,9 @@ async def test_jobs_are_found_by_worker_time_and_text(harness: DashboardHarness)
         return re.findall(r'id="job-([^"]+)"', text(response))
 
     assert await found("worker=w-1") == ["held"]
-    assert await found("q=eve") == ["invoice-7"]
-    assert await found("q=INVOICE&queue=mail") == ["invoice-7"]
-    assert await found("q=nothing") == []
+    assert await found("text=eve") == ["invoice-7"]
+    assert await found("text=INVOICE&queue=mail") == ["invoice-7"]
+    assert await found("text=nothing") == []
     assert await found("since=2h") == ["invoice-7", "held"]
     assert await found("until=2h&since=") == []
     assert await found("since=2020-01-01&until=2020-01-01+10:00") == []
@@ -75,11 +75,11 @@ async def test_jobs_are_found_by_worker_time_and_text(harness: DashboardHarness)
     assert await found("finished_since=2h") == ["held"]
     assert await found("finished_since=2h&finished_until=1h") == []
     assert await found("worker=w-1&status=failed") == ["held"]
-    page = text(await browser.get("/jobs?since=2h&q=%22x%22"))
+    page = text(await browser.get("/jobs?since=2h&text=%22x%22"))
     assert 'name="since" value="2h"' in page
-    assert 'name="q" value="&#34;x&#34;"' in page
+    assert 'name="text" value="&#34;x&#34;"' in page
     assert "data-interval-s" not in page, "text searches do not update"
-    for query, field in (("since=yesterday", "$.since"), ("until=9999", "$.until"), ("q=" + "x" * 201, "$.q")):
+    for query, field in (("since=yesterday", "$.since"), ("until=9999", "$.until"), ("text=" + "x" * 201, "$.text")):
         response = await browser.get(f"/jobs?{query}")
         assert (response.status, field in text(response)) == (400, True)
         assert_safe(response)
@@ -107,7 +107,7 @@ async def test_a_page_says_how_far_it_has_searched(harness: DashboardHarness, mo
     assert "data-interval-s" not in text(await browser.get("/jobs?queue=b")), "a continued search does not update"
     renewed = text(await browser.get("/jobs?queue=b", HX_Request="true"))
     assert "data-final" in renewed, "nor if it had rows before"
-    for query in ("error=0123456789ab", "q=nothing"):
+    for query in ("error=0123456789ab", "text=nothing"):
         page = text(await browser.get(f"/jobs?{query}"))
         assert "data-interval-s" not in page
         assert "To search faster" not in page, "text and errors have no index"

@@ -137,11 +137,11 @@ async def test_cleanup_and_recovery_are_previewed(harness: DashboardHarness, mon
     assert "950 more." in page
     assert "&lt;x&gt;" in page
     assert "no job is expired or deleted by age" in page, "the clock is suspect"
-    many = PreviewView([], 0, [], [], ["w1", "w2"], True, 1, more_mended=True)
+    many = PreviewView([], 0, [], [], ["w1", "w2"], True, 1, more_invalid=True)
     page = text(await browser.get("/cleanup/confirm?what=run"))
-    assert "2 or more inconsistent" in page
+    assert "2 or more invalid" in page
     assert "too many jobs to scan all of them" in page
-    many = PreviewView([], 0, [], [], [], True, 1, more_mended=True)
+    many = PreviewView([], 0, [], [], [], True, 1, more_invalid=True)
     page = text(await browser.get("/cleanup/confirm?what=run"))
     assert "No stalled or expired jobs found so far." in page
     assert "too many jobs to scan all of them" in page

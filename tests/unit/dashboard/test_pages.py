@@ -76,12 +76,12 @@ async def test_the_audit_log_shows_actions_operators_and_reasons(harness: Dashbo
         assert "127.0.0.1" in failed
     assert "admin:Eve &lt;i&gt;" in text(await eve.get("/jobs/held"))
     assert re.search(r"Eve &lt;i&gt;</span>", text(await eve.get("/queues"))), "the viewer's name is shown"
-    for query, count in (("who=admin", 2), ("what=pause", 1), ("job_id=held&who=", 2), ("since=1h", 6), ("who=x", 0)):
+    for query, count in (("who=admin", 2), ("action=pause", 1), ("job_id=held&who=", 2), ("since=1h", 6), ("who=x", 0)):
         page = text(await eve.get(f"/audit?{query}"))
         assert page.count('id="audit-') == count, query
     assert (await eve.get("/audit?job_id=a%20b")).status == 400
     assert "must be a time" in text(await eve.get("/audit?since=then"))
-    assert "spelled artifact" in text(await eve.get("/audit?what=artefact"))
+    assert "spelled artifact" in text(await eve.get("/audit?action=artefact"))
 
 
 async def test_the_audit_log_suggests_every_action(harness: DashboardHarness) -> None:
@@ -95,13 +95,13 @@ async def test_the_audit_log_has_pages(harness: DashboardHarness) -> None:
     csrf = await browser.csrf()
     for number in range(60):
         await browser.post(f"/queues/q-{number}/pause", csrf=csrf)
-    target, seen = "/audit?what=pause", []
+    target, seen = "/audit?action=pause", []
     while target:
         page = text(await browser.get(target))
         seen += re.findall(r'href="/jobs\?queue=q-(\d+)">q-', page.partition("<tbody")[2])
         older = re.search(r'rel="next" href="([^"]+)"', page)
         target = html.unescape(older[1]) if older else ""
-        assert not older or "what=pause" in target
+        assert not older or "action=pause" in target
     assert seen == [str(number) for number in range(59, -1, -1)]
 
 
@@ -261,7 +261,7 @@ async def test_the_page_of_a_deleted_job_offers_no_actions(harness: DashboardHar
     assert_safe(response)
     page = text(response)
     assert "This job was deleted while the page was open" in page
-    assert ("confirm" in page, "<form" in page, "/audit?what=delete&amp;job_id=a" in page) == (False, False, True)
+    assert ("confirm" in page, "<form" in page, "/audit?action=delete&amp;job_id=a" in page) == (False, False, True)
     assert (await browser.get("/jobs/a")).status == 404, "a new visit is 404"
     assert (await browser.get("/jobs/%20", HX_Request="true")).status == 400
 
@@ -279,7 +279,7 @@ async def test_the_page_of_a_deleted_job_offers_no_actions(harness: DashboardHar
     ],
 )
 async def test_a_command_in_a_hint_links_to_its_page(harness: DashboardHarness, hint: str, shown: str) -> None:
-    alert = AlertView("stuck_jobs", True, 1_700_000_000_000, 7, 5, hint)
+    alert = AlertView("stalled_jobs", True, 1_700_000_000_000, 7, 5, hint)
     harness.admin.fakes.alerts = [alert]
     browser = await harness.browser()
     assert shown in text(await browser.get("/alerts"))
@@ -301,7 +301,7 @@ async def test_actions_on_the_dashboard_are_audited(harness: DashboardHarness) -
     await Browser(harness.admin).post("/queues/q/pause", program)
     response = await harness.admin.request("GET", "/admin/job-management/audit", headers=AUTH)
     found = [
-        (each["who"], each["what"], each["job_id"] or each["queue"], each["reason"])
+        (each["who"], each["action"], each["job_id"] or each["queue"], each["reason"])
         for each in response.data["entries"]
     ]
     assert found == [

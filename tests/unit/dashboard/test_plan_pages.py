@@ -101,7 +101,7 @@ async def test_a_plan_of_all_matches_skips_and_lists_changed_jobs(harness: Dashb
     await fail_jobs(harness, *(f"job-{number:02}" for number in range(60)))
     await harness.call("jobs", id="other", queue="mail")
     browser = await harness.browser()
-    response = await submit_plan(browser, "/jobs?queue=video&status=failed&q=DISK", action="delete", scope="all")
+    response = await submit_plan(browser, "/jobs?queue=video&status=failed&text=DISK", action="delete", scope="all")
     assert "Plan: delete 60 jobs" in text(await browser.get(response.headers["location"]))
     await browser.confirm("job-07", "retry")
     await browser.confirm("job-08", "delete")
@@ -116,7 +116,7 @@ async def test_a_plan_of_all_matches_skips_and_lists_changed_jobs(harness: Dashb
     ]  # fmt: skip
     assert await harness.status("job-07") == "queued"
     assert await harness.status("other") == "queued"
-    page = text(await browser.get("/audit?what=plan-delete"))
+    page = text(await browser.get("/audit?action=plan-delete"))
     left_undone = page[page.index("left_undone") :]
     assert re.findall(r'<a class="id" href="/jobs/([a-z0-9-]+)">', left_undone)[:2] == ["job-08", "job-07"]
 

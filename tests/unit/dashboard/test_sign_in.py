@@ -47,7 +47,7 @@ async def test_a_sign_in_redirects_to_no_other_host(harness: DashboardHarness, u
 
 async def test_a_sign_in_redirects_back_to_any_url_that_a_browser_sends(harness: DashboardHarness) -> None:
     """Forms do not escape `*`, and typed URLs keep more characters."""
-    url = "/jobs?q=a*b&kind=!$'(),;@|^`{}[]~:/?%20&status=failed"
+    url = "/jobs?text=a*b&kind=!$'(),;@|^`{}[]~:/?%20&status=failed"
     anonymous = Browser(harness.admin)
     response = await anonymous.get(url)
     page = text(await anonymous.get(response.headers["location"]))
@@ -131,7 +131,7 @@ async def test_wrong_tokens_are_rejected_and_delayed_and_a_valid_one_is_accepted
     delayed.cancel()
     assert (await harness.admin.request("GET", "/jobs", headers=AUTH)).status == 200, "programs are not delayed"
     assert harness.admin.app.error_counts["unauthorized"] == sessions.FREE_FAILURES + 3
-    page = text(await (await harness.browser()).get("/audit?what=sign-in"))
+    page = text(await (await harness.browser()).get("/audit?action=sign-in"))
     assert '<span class="badge bad">unauthorized</span> <span class="dim">10 times</span>' in page
     *wrong, right, _ = await audit_entries(harness)
     assert wrong == [("eve", "sign-in", "unauthorized", {"times": times}) for times in range(1, 11)]  # one row on disk
@@ -289,7 +289,7 @@ async def test_repeated_sign_ins_share_one_audit_entry(harness: DashboardHarness
     assert ("ann", "sign-in", "done", {"access": "read", "times": 3, "names": ["ann", "bob"]}) in await audit_entries(
         harness
     )
-    page = text(await (await harness.browser()).get("/audit?what=sign-in"))
+    page = text(await (await harness.browser()).get("/audit?action=sign-in"))
     assert '<span class="dim">names</span> ann, bob</span>' in page
     harness.now_s += sessions.SIGN_IN_WINDOW_S
     await reader.post("/sign-in", token=READ_ONLY_TOKEN)

@@ -32,7 +32,7 @@ async def test_webhooks_are_shown_with_their_state(harness: DashboardHarness) ->
         assert "next attempt" not in page
     later = round(time.time() * 1000) + 130_000
     for state, since in (("open", 1), ("closed", 1)):
-        fakes.hooks = [replace(WEBHOOK, state=state, failing_since=since, next_try_at=later)]
+        fakes.hooks = [replace(WEBHOOK, state=state, failing_since=since, next_attempt_at=later)]
         for url in ("/webhooks", "/webhooks/q"):
             assert re.search(
                 rf'next attempt in <time [^>]*data-until="{later}"[^>]*>2 min', text(await browser.get(url))
@@ -69,7 +69,7 @@ async def test_deliveries_are_filtered_paged_and_resent(harness: DashboardHarnes
     assert response.headers["location"] == "/webhooks/q"
     assert "Sending test message 7." in text(await browser.get("/webhooks/q"))
     audit = await harness.admin.request("GET", "/admin/job-management/audit", headers=AUTH)
-    assert [(each["what"], each["details"], each["reason"]) for each in audit.data["entries"]] == [
+    assert [(each["action"], each["details"], each["reason"]) for each in audit.data["entries"]] == [
         ("test-webhook", {"webhook": "q"}, "does it hear us?"),
         ("resend-delivery", {"webhook": "q", "delivery": 7}, "they ask"),
         ("sign-in", {"access": "full"}, None),
@@ -82,14 +82,14 @@ async def test_deliveries_are_filtered_paged_and_resent(harness: DashboardHarnes
 
 async def test_dead_lettered_deliveries_are_counted_and_resent(harness: DashboardHarness) -> None:
     browser, fakes = await harness.browser(), harness.admin.fakes
-    assert 'href="/webhooks/q/retry-failed"' in text(await browser.get("/webhooks/q"))
+    assert 'href="/webhooks/q/resend-dead-lettered"' in text(await browser.get("/webhooks/q"))
     assert "Retry" not in text(await (await harness.browser(READ_ONLY_TOKEN)).get("/webhooks/q"))
     fakes.lost = (MAX_BACKLOG, 99_999)
-    page = text(await browser.get("/webhooks/q/retry-failed"))
+    page = text(await browser.get("/webhooks/q/resend-dead-lettered"))
     assert re.search(r"<strong>10\s?000</strong> dead-lettered messages are kept\.", page)
     assert "Older ones have been dropped" in page
     fakes.lost = (2, 9)
-    page = text(await browser.get("/webhooks/q/retry-failed"))
+    page = text(await browser.get("/webhooks/q/resend-dead-lettered"))
     assert "<strong>2</strong> dead-lettered messages are kept." in page
     assert "Older ones have been dropped" not in page
     assert "<button>Send 2 messages again</button>" in page
@@ -98,17 +98,17 @@ async def test_dead_lettered_deliveries_are_counted_and_resent(harness: Dashboar
     response = await browser.post("/webhooks/q/resend-dead-lettered", csrf=csrf, upto="9", reason="fixed")
     assert (response.status, response.headers["location"]) == (303, "/webhooks/q")
     [last, *_] = (await harness.admin.request("GET", "/admin/job-management/audit", headers=AUTH)).data["entries"]
-    assert (last["what"], last["reason"]) == ("resend-dead-lettered", "fixed")
+    assert (last["action"], last["reason"]) == ("resend-dead-lettered", "fixed")
     assert fakes.resent == [("q", 9)]
     assert "Sending 3 dead-lettered messages again." in text(await browser.get("/webhooks/q"))
     assert ("admin", "resend-dead-lettered", "done", {"webhook": "q", "resent": 3}) in await audit_entries(harness)
     fakes.hooks = [replace(WEBHOOK, failing_since=1)]
-    assert "Fix its receiver first" in text(await browser.get("/webhooks/q/retry-failed"))
+    assert "Fix its receiver first" in text(await browser.get("/webhooks/q/resend-dead-lettered"))
     fakes.lost = (0, 0)
-    assert "No dead-lettered messages." in text(await browser.get("/webhooks/q/retry-failed"))
+    assert "No dead-lettered messages." in text(await browser.get("/webhooks/q/resend-dead-lettered"))
     assert (await browser.post("/webhooks/q/resend-dead-lettered", csrf=csrf)).status == 400
     assert (await browser.post("/webhooks/q/resend-dead-lettered", upto="9")).status == 403
-    assert (await browser.get("/webhooks/none/retry-failed")).status == 404
+    assert (await browser.get("/webhooks/none/resend-dead-lettered")).status == 404
 
 
 async def test_a_delivery_shows_its_outcome(harness: DashboardHarness) -> None:
@@ -134,7 +134,7 @@ async def test_a_delivery_shows_its_outcome(harness: DashboardHarness) -> None:
     for number, words in states.items():
         for each in words:
             assert each in rows[number], (number, each)
-    fakes.hooks = [replace(WEBHOOK, state="open", failing_since=1, next_try_at=3_000_000_000_000)]
+    fakes.hooks = [replace(WEBHOOK, state="open", failing_since=1, next_attempt_at=3_000_000_000_000)]
     page = text(await browser.get("/webhooks/q"))
     assert page.count(">after the pause") == 1, "one is due before the pause ends, the other after"
     assert page.count(">next attempt <time") == 1

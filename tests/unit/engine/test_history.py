@@ -31,17 +31,17 @@ async def test_a_text_search_reads_slices_up_to_one_page(engine: VirtualEngine) 
     for n in range(12):
         await engine.yes(cmd.Create(id=f"j{n}", payload=Raw(b'"needle"' if n in (0, 1, 6) else b"1")))
     finds = engine.disk.calls.get("find", 0)
-    page = await engine.yes(cmd.SearchJobs(q="Needle"))
+    page = await engine.yes(cmd.SearchJobs(text="Needle"))
     assert [job.id for job in page.jobs] == ["j6"]
     assert engine.disk.calls["find"] == finds + 3
     assert page.next_cursor is not None
-    rest = await engine.yes(cmd.SearchJobs(q="needle", cursor=page.next_cursor))
+    rest = await engine.yes(cmd.SearchJobs(text="needle", cursor=page.next_cursor))
     assert [job.id for job in rest.jobs] == ["j1", "j0"]
     assert rest.next_cursor is None
-    first = await engine.yes(cmd.SearchJobs(q="needle", limit=1, cursor=page.next_cursor))
+    first = await engine.yes(cmd.SearchJobs(text="needle", limit=1, cursor=page.next_cursor))
     assert [job.id for job in first.jobs] == ["j1"]
     assert [
-        job.id for job in (await engine.yes(cmd.SearchJobs(q="needle", limit=1, cursor=first.next_cursor))).jobs
+        job.id for job in (await engine.yes(cmd.SearchJobs(text="needle", limit=1, cursor=first.next_cursor))).jobs
     ] == ["j0"]
 
 
@@ -55,15 +55,15 @@ async def test_a_page_scans_until_its_row_limit(engine: VirtualEngine) -> None:
     finds = engine.disk.calls.get("find", 0)
     page = await engine.yes(cmd.ListJobs(queue="b"))
     assert [job.id for job in page.jobs] == ["j8", "j7"]
-    assert (page.next_cursor is not None, page.looked_to_at) == (True, created["j6"])
+    assert (page.next_cursor is not None, page.searched_to_at) == (True, created["j6"])
     assert engine.disk.calls["find"] == finds + 3
     rest = await engine.yes(cmd.ListJobs(queue="b", cursor=page.next_cursor))
-    assert ([job.id for job in rest.jobs], rest.next_cursor, rest.looked_to_at) == (["j1"], None, None)
+    assert ([job.id for job in rest.jobs], rest.next_cursor, rest.searched_to_at) == (["j1"], None, None)
     full = await engine.yes(cmd.ListJobs(queue="b", limit=2))
-    assert ([job.id for job in full.jobs], full.looked_to_at) == (["j8", "j7"], None)
+    assert ([job.id for job in full.jobs], full.searched_to_at) == (["j8", "j7"], None)
     assert full.next_cursor is not None
     none = await engine.yes(cmd.ListJobs(queue="nowhere"))
-    assert (none.jobs, none.looked_to_at) == ([], created["j6"])
+    assert (none.jobs, none.searched_to_at) == ([], created["j6"])
 
 
 @pytest.fixture
@@ -84,7 +84,7 @@ async def test_a_page_scans_until_its_time_limit(engine: VirtualEngine) -> None:
     began = engine.now
     page = await engine.yes(cmd.ListJobs(queue="b"))
     assert (page.jobs, page.next_cursor, engine.now - began) == ([], "19", 3_000)
-    assert (await engine.yes(cmd.SearchJobs(q="nowhere"))).next_cursor == "22"
+    assert (await engine.yes(cmd.SearchJobs(text="nowhere"))).next_cursor == "22"
     found, pages = [], 1
     while page.next_cursor is not None:
         page = await engine.yes(cmd.ListJobs(queue="b", cursor=page.next_cursor))
@@ -187,6 +187,6 @@ async def test_jobs_are_found_by_finish_time_and_last_worker(engine: VirtualEngi
 async def test_a_search_returns_a_limited_amount_of_payload(engine: VirtualEngine) -> None:
     for n in range(4):
         await engine.yes(cmd.Create(id=f"j{n}", payload=Raw(b'"' + b"x" * (3 << 20) + b'"')))
-    page = await engine.yes(cmd.SearchJobs(q="xxx"))
-    assert ([job.id for job in page.jobs], page.looked_to_at) == (["j3"], None)
+    page = await engine.yes(cmd.SearchJobs(text="xxx"))
+    assert ([job.id for job in page.jobs], page.searched_to_at) == (["j3"], None)
     assert (await engine.yes(cmd.SearchJobs(since=0, until=engine.now + 1))).next_cursor is not None

@@ -48,7 +48,7 @@ async def test_a_waiting_claim_is_answered_with_a_directive_at_once(engine: Virt
     waiting, other = await waiting_claim(engine, "w", about=OLD), await waiting_claim(engine, "other")
     view = await engine.yes(cmd.QuietWorker(name="w", reason="bad"), by="admin:ana", operator=OPERATOR)
     assert engine.disk.batches[-1].audit[0].details == {"worker": "w"}
-    assert (view.worker, view.action, view.state, view.is_sent) == ("w", "quiet", "waiting", True)
+    assert (view.worker, view.action, view.state, view.sent) == ("w", "quiet", "waiting", True)
     assert (await waiting).data == Grants([], DirectiveView("quiet", "admin:ana", "bad"))
     quiet = await waiting_claim(engine, "w", limit=0, about=OLD)
     assert await seen(engine) == (True, None), "it obeys"
@@ -64,16 +64,16 @@ async def test_a_waiting_claim_is_answered_with_a_directive_at_once(engine: Virt
 @in_checked_engine()
 async def test_a_directive_that_a_waiting_claim_obeys_is_not_pending(engine: VirtualEngine) -> None:
     await waiting_claim(engine, "w", about=OLD)
-    assert (await engine.yes(cmd.ResumeWorker(name="w"))).is_sent
+    assert (await engine.yes(cmd.ResumeWorker(name="w"))).sent
     assert await seen(engine) == (False, None)
     await engine.yes(cmd.QuietWorker(name="w"))
     quiet = await waiting_claim(engine, "w", limit=0, about=replace(OLD, quiet=True))
-    assert (await engine.yes(cmd.QuietWorker(name="w"))).is_sent
+    assert (await engine.yes(cmd.QuietWorker(name="w"))).sent
     assert await seen(engine) == (True, None)
     await engine.yes(cmd.ResumeWorker(name="w"))
     assert (await quiet).data.directive.action == "resume"
     assert await seen(engine) == (True, "resume")
-    assert not (await engine.yes(cmd.QuietWorker(name="w"))).is_sent
+    assert not (await engine.yes(cmd.QuietWorker(name="w"))).sent
     assert await seen(engine) == (True, "quiet"), "it replaces the one that was sent"
 
 
@@ -86,7 +86,7 @@ async def test_a_busy_worker_waits_for_directives_only_and_is_not_quiet(engine: 
     rule = (await engine.yes(cmd.AddQuietRule(queue="q", reason="r"))).id  # its claim stays
     await engine.yes(cmd.EndQuietRule(rule=rule))
     assert not busy.done()
-    assert (await engine.yes(cmd.QuietWorker(name="w"))).is_sent
+    assert (await engine.yes(cmd.QuietWorker(name="w"))).sent
     assert (await busy).data.directive.action == "quiet"
     assert await seen(engine) == (False, "quiet")
     quiet = await waiting_claim(engine, "w", limit=0, about=OLD)
@@ -102,7 +102,7 @@ async def test_a_worker_that_does_not_obey_gets_no_jobs_and_is_told_again(engine
     """A lost response is repeated, but a program that knows no directives must not claim in a loop."""
     assert directive_for(engine.state, cmd.Claim(worker="w")) is None
     assert await told(engine) is None
-    assert not (await engine.yes(cmd.QuietWorker(name="w"))).is_sent
+    assert not (await engine.yes(cmd.QuietWorker(name="w"))).sent
     await engine.yes(cmd.Create(id="a"))
     assert [await told(engine), await told(engine)] == ["quiet", None]
     held = await waiting_claim(engine, "w", wait_ms=REPEAT_MS - 1, about=OLD)

@@ -169,7 +169,7 @@ async def test_an_artifact_stays_until_the_last_job_that_names_it_is_deleted(at:
     with capture_logs() as lines:
         await at.delete("a")
         await until(lambda: at.sweeps.kept == 1)
-    assert [line["why"] for line in lines if line["event"] == "artifact_left"] == ["another job names its key"]
+    assert [line["reason"] for line in lines if line["event"] == "artifact_left"] == ["another job names its key"]
     assert "shared" in at.store.objects
     assert not at.engine.disk.tombstones
     await at.delete("b")
@@ -195,7 +195,7 @@ async def test_an_artifact_that_a_job_names_while_the_store_looks_for_it_stays()
         await at.engine.yes(Complete(id="c", lock_id=lock_id, storage_key="k"))
         with capture_logs() as lines:
             await until(lambda: at.sweeps.kept == 1)
-        assert [line["why"] for line in lines if line["event"] == "artifact_left"] == ["another job names its key"]
+        assert [line["reason"] for line in lines if line["event"] == "artifact_left"] == ["another job names its key"]
         assert "k" in store.objects
         await at.delete("c")
         await until(lambda: at.sweeps.deleted == 1)

@@ -99,8 +99,8 @@ async def test_progress_is_reported_from_the_first_step(store: Store, monkeypatc
     assert [view.bytes_done for view in seen] == [100 * PAGE * n for n in range(1, 5)]
     assert {view.bytes_total for view in seen} == {seen[0].bytes_total}
     assert (seen[0].id, seen[0].started_at, seen[0].ended_at, seen[0].message) == ("mine", 1_000, None, None)
-    quiet_ms = manager.views()[0].quiet_ms
-    while manager.views()[0].quiet_ms <= quiet_ms:  # noqa: ASYNC110 - the disk hangs, and the view shows it
+    since_progress_ms = manager.views()[0].since_progress_ms
+    while manager.views()[0].since_progress_ms <= since_progress_ms:  # noqa: ASYNC110 - the disk hangs, and the view shows it
         await asyncio.sleep(0.001)
     slow.free = True
     copy = await asking
@@ -116,7 +116,7 @@ async def test_progress_is_reported_from_the_first_step(store: Store, monkeypatc
     [view] = manager.views()
     assert sent == copy.size
     assert (view.state, view.bytes_done, view.bytes_total, view.ended_at) == ("sent", sent, sent, 1_000)
-    assert (view.message, view.quiet_ms) == (None, 0)
+    assert (view.message, view.since_progress_ms) == (None, 0)
 
 
 async def test_the_check_reports_progress_and_can_be_cancelled(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,7 +161,7 @@ async def test_backups_run_one_after_the_other_and_are_limited(store: Store, mon
     assert [(view.id, view.state) for view in manager.views()] == [("second", "waiting"), ("first", "copying")]
     await slow.go()
     one, other = manager.views()  # a waiting backup is not quiet while the other one progresses
-    assert abs(one.quiet_ms - other.quiet_ms) < 50
+    assert abs(one.since_progress_ms - other.since_progress_ms) < 50
     rejected = await manager.begin("third")
     assert isinstance(rejected, ApiError)
     assert rejected.code == "overloaded"

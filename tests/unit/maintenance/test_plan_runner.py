@@ -150,7 +150,7 @@ def test_changed_jobs_are_skipped_and_rejected_ones_affect_no_other() -> None:
     assert [(each.id, each.now) for each in done.rejected] == [("d", "completed")]
     assert [(rules.job(job_id).status) for job_id in ("a", "b", "c")] == ["cancelled", "processing", "cancelled"]
     assert [(event.by, event.reason) for event in rules.events[-2:]] == [("admin:eve", "enough")] * 2
-    assert all("changed since" in each.why or "no job" in each.why for each in done.changed)
+    assert all("changed since" in each.reason or "no job" in each.reason for each in done.changed)
 
 
 @pytest.mark.parametrize("action", sorted(set(get_args(cmd.PlanAction)) - cmd.MAINTENANCE_ACTIONS.keys()))
@@ -275,7 +275,7 @@ async def test_a_plan_lists_its_changes_and_applies_them(engine: VirtualEngine) 
     ]
     assert (plan.filter, plan.scope) == (cmd.PlanFilter(), "Only failed and cancelled jobs can be retried.")
     assert (plan.count, plan.skipped_count, plan.more, plan.next_cursor, plan.result) == (2, 0, False, None, None)
-    assert plan.expires_at - plan.made_at == plan_runner.KEPT_MS
+    assert plan.expires_at - plan.created_at == plan_runner.KEPT_MS
     assert (await engine.yes(cmd.Get(id="a"))).status == "failed"
     result = await apply_plan(engine.planner)
     assert (result.applied, result.changed, result.rejected, result.repeated) == (2, [], [], False)
@@ -343,7 +343,7 @@ async def test_a_plan_of_named_jobs_reports_missing_ones() -> None:
         plan = await make_plan(engine.planner, action="delete", ids=["a", "none", "bad", "a", "live"])
         assert [(job.id, job.to) for job in plan.jobs] == [("a", None)]
         assert [(job.id, job.status) for job in plan.skipped] == [("none", None), ("bad", None), ("live", "queued")]
-        assert "quarantine" in plan.skipped[1].why
+        assert "quarantine" in plan.skipped[1].reason
         assert (await apply_plan(engine.planner)).applied == 1
         assert engine.disk.job("a") is None
 
@@ -586,7 +586,7 @@ async def test_jobs_that_the_action_does_not_apply_to_are_not_read(engine: Virtu
 @in_engine()
 async def test_a_plan_finds_a_text_in_every_searched_field(engine: VirtualEngine) -> None:
     await create_failed(engine, "needle", *(f"j{n}" for n in range(20)))
-    plan = await make_plan(engine.planner, action="retry", filter=cmd.PlanFilter(q="NEEDLE"))
+    plan = await make_plan(engine.planner, action="retry", filter=cmd.PlanFilter(text="NEEDLE"))
     assert [job.id for job in plan.jobs] == ["needle"]
 
 
@@ -726,7 +726,7 @@ async def test_a_preview_of_a_cleanup_run_matches_the_run() -> None:
         view = await engine.maintainer.preview()
         assert isinstance(view, PreviewView)
         assert [(each.job_id, each.action) for each in view.recover] == [("stuck", "reset")]
-        assert (view.expired_jobs, view.deleted_jobs, view.mended_jobs) == (["late"], ["old"], ["over"])
+        assert (view.expired_jobs, view.deleted_jobs, view.invalid_jobs) == (["late"], ["old"], ["over"])
         assert not view.more
         assert 0 <= engine.now - view.timestamp < SECOND_MS
         engine.run_maintainer()
@@ -734,7 +734,7 @@ async def test_a_preview_of_a_cleanup_run_matches_the_run() -> None:
         assert (report.stuck_jobs_recovered, report.expired_jobs_deleted, report.validation_issues_fixed) == (1, 1, 1)
         after = await engine.maintainer.preview()
         assert isinstance(after, PreviewView)
-        assert (after.recover, after.expired_jobs, after.deleted_jobs, after.mended_jobs) == ([], [], [], [])
+        assert (after.recover, after.expired_jobs, after.deleted_jobs, after.invalid_jobs) == ([], [], [], [])
 
 
 @in_virtual_time
@@ -746,8 +746,8 @@ async def test_the_scan_for_issues_is_limited() -> None:
     async def found(engine: VirtualEngine, scan_s: float) -> tuple[int, bool]:
         view = await engine.maintainer.preview(scan_s)
         assert isinstance(view, PreviewView)
-        assert view.more == view.more_mended
-        return len(view.mended_jobs), view.more_mended
+        assert view.more == view.more_invalid
+        return len(view.invalid_jobs), view.more_invalid
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(preview, "SCAN", 10)
@@ -772,8 +772,8 @@ async def test_a_preview_lists_expired_jobs_even_if_few_are_read_at_a_time() -> 
     async def seen(engine: VirtualEngine, scan_s: float = 60) -> tuple[int, bool, bool]:
         view = await engine.maintainer.preview(scan_s)
         assert isinstance(view, PreviewView)
-        assert not (view.deleted_jobs and view.held_jobs)
-        return len(view.deleted_jobs or view.held_jobs), view.more, view.more_held
+        assert not (view.deleted_jobs and view.kept_jobs)
+        return len(view.deleted_jobs or view.kept_jobs), view.more, view.more_kept
 
     async with VirtualEngine(storage) as engine:
         for number in range(1, 7):
@@ -799,11 +799,11 @@ async def test_a_preview_while_the_clock_is_suspect_deletes_nothing(engine: Virt
     engine.step_ms = 2 * DAY_MS
     view = await engine.maintainer.preview()
     assert isinstance(view, PreviewView)
-    assert (view.deleted_jobs, view.held_jobs, view.more_held) == ([], ["old"], False)
+    assert (view.deleted_jobs, view.kept_jobs, view.more_kept) == ([], ["old"], False)
     engine.step_ms = 0
     view = await engine.maintainer.preview()
     assert isinstance(view, PreviewView)
-    assert (view.deleted_jobs, view.held_jobs) == (["old"], [])
+    assert (view.deleted_jobs, view.kept_jobs) == (["old"], [])
     engine.maintainer.stop()
     stopped = await engine.maintainer.preview()
     assert isinstance(stopped, PreviewView | ApiError)

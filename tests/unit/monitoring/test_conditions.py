@@ -62,7 +62,7 @@ def test_each_condition_opens_in_time_with_its_number_and_cure(condition: str) -
     in_virtual_time(run)()
 
 
-@case("stuck_jobs", "6 jobs have stalled")
+@case("stalled_jobs", "6 jobs have stalled")
 @case("worker_silent", "Silent for ")
 async def stall(stage: Stage) -> float:
     stage.engine.maintainer.stop()  # nothing is recovered

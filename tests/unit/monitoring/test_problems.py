@@ -321,7 +321,7 @@ async def test_conditions_of_the_daemon_say_what_holds() -> None:
         "webhook": "Accepts nothing for 5 min: 500: broken. It carries these problems: 608 messages wait.",
         "cleanup_issues": "The latest cleanup run could not fix 11 invalid rows, for example job-1, job-2, job-3.",
         "release_loop": "1 job is released over and over by w-1; cat-1 20 times.",
-        "stuck_jobs": "0 jobs have stalled, and 1 was recovered in the last 10 minutes.",
+        "stalled_jobs": "0 jobs have stalled, and 1 was recovered in the last 10 minutes.",
         "processing_jobs": "1 job is processing",
         "average_processing": "Jobs take 2 s on average",
     }

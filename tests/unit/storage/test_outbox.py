@@ -120,11 +120,11 @@ async def test_pages_have_one_endpoint_and_state_newest_first(storage: OutboxSto
 
 async def test_a_retried_delivery_is_queued_as_if_it_were_new(storage: OutboxStorage) -> None:
     await planned(storage, made(1, state="dead-lettered", tries=9, ended_at=NOW, status=500, error="500"))
-    renewed = await storage.deliver_again("e", 1, NOW + 7)
+    renewed = await storage.resend_delivery("e", 1, NOW + 7)
     assert renewed == made(1, due_at=NOW + 7, status=500, error="500")
     assert await storage.deliveries([1]) == [renewed]
-    assert await storage.deliver_again("f", 1, NOW) is None
-    assert await storage.deliver_again("e", 2, NOW) is None
+    assert await storage.resend_delivery("f", 1, NOW) is None
+    assert await storage.resend_delivery("e", 2, NOW) is None
 
 
 async def test_failed_deliveries_are_retried_oldest_first_up_to_an_id(storage: OutboxStorage) -> None:
@@ -132,12 +132,12 @@ async def test_failed_deliveries_are_retried_oldest_first_up_to_an_id(storage: O
     everything = [made(id_, "ef"[id_ % 2], state=states[id_ % 3], tries=9, ended_at=NOW) for id_ in range(1, 40)]
     await planned(storage, *everything)
     lost = [each.id for each in everything if (each.endpoint, each.state) == ("e", "dead-lettered")]
-    found = await storage.deliver_all_again("e", lost[-2], 2, NOW + 7)
+    found = await storage.resend_dead_lettered("e", lost[-2], 2, NOW + 7)
     renewed = [made(id_, "e", due_at=NOW + 7) for id_ in lost[:2]]
     assert found == [replace(each, body=b"") for each in renewed]
     assert await storage.deliveries(lost[:2]) == renewed
-    assert [each.id for each in await storage.deliver_all_again("e", lost[-2], 99, NOW)] == lost[2:-1]
-    assert await storage.deliver_all_again("e", lost[-2], 99, NOW) == []
+    assert [each.id for each in await storage.resend_dead_lettered("e", lost[-2], 99, NOW)] == lost[2:-1]
+    assert await storage.resend_dead_lettered("e", lost[-2], 99, NOW) == []
     left = await storage.list_deliveries("e", "dead-lettered", 1 << 60, 99)
     assert [each.id for each in left] == lost[-1:]
     assert len(await storage.list_deliveries("f", "dead-lettered", 1 << 60, 99)) > 1, (

@@ -108,7 +108,7 @@ async def test_events_are_delivered_in_order_and_once(path: Path) -> None:
         assert (view.lag, view.waiting, view.failed, view.state) == (0, 0, 0, "closed")
         page = await at.webhooks.page("e", None, None, 99)
         assert [each.state for each in page.deliveries] == ["delivered"] * 4
-        assert all(each.tries == 1 and each.status == 204 and each.ended_at for each in page.deliveries)
+        assert all(each.attempts == 1 and each.status == 204 and each.ended_at for each in page.deliveries)
     assert len(at.posts.tried) == 4
 
 
@@ -232,7 +232,7 @@ async def test_a_failing_message_blocks_only_its_own_job(path: Path) -> None:
         first_of_a = at.posts.subjects().index(("jobs/a", "job.created"))
         assert at.posts.subjects().index(("jobs/b", "job.completed")) < first_of_a
         page = await at.webhooks.page("e", None, None, 99)
-        assert sorted(each.tries for each in page.deliveries) == [1] * 8 + [4]
+        assert sorted(each.attempts for each in page.deliveries) == [1] * 8 + [4]
 
 
 async def test_consecutive_failures_open_the_breaker_and_a_probe_closes_it(path: Path) -> None:
@@ -253,7 +253,7 @@ async def test_consecutive_failures_open_the_breaker_and_a_probe_closes_it(path:
         down = False
         await wait_until(lambda: len(at.posts.delivered) == 30)
         (view,) = at.webhooks.views()
-        assert (view.state, view.failing_since, view.next_try_at) == ("closed", None, None)
+        assert (view.state, view.failing_since, view.next_attempt_at) == ("closed", None, None)
         assert at.webhooks.failing() == []
 
 
@@ -264,7 +264,7 @@ async def test_a_view_shows_the_time_of_the_next_attempt(path: Path) -> None:
 
         def left_ms() -> int | None:
             (view,) = at.webhooks.views()
-            return None if view.next_try_at is None else view.next_try_at - clock.moment().now
+            return None if view.next_attempt_at is None else view.next_attempt_at - clock.moment().now
 
         at.context.retry_policy = slow
         await _slow_down(at)  # a slow breaker, too
@@ -297,7 +297,7 @@ async def test_a_reload_does_not_end_the_failure_of_an_endpoint_but_its_removal_
     monkeypatch.setattr(webhook_harness, "FAST_RETRY", replace(FAST_RETRY, retry_ms=600_000, max_retry_ms=600_000))
     async with running_webhooks(path, posts=FakeTransport(lambda _: REJECTED)) as at:
         await at.commit(at.maker.create("a"))
-        await wait_until(lambda: bool(at.webhooks.failing()) and at.webhooks.views()[0].next_try_at is not None)
+        await wait_until(lambda: bool(at.webhooks.failing()) and at.webhooks.views()[0].next_attempt_at is not None)
         await _slow_down(at)
         assert at.webhooks.failing()
         at.webhooks.set_endpoints([])
@@ -363,10 +363,10 @@ async def test_old_messages_of_an_endpoint_that_keeps_failing_are_dead_lettered_
         await at.commit(*(at.maker.create(f"job-{number}") for number in range(60)))
         await wait_until(lambda: at.webhooks.views()[0].dead_lettered == 60)
         (view,) = at.webhooks.views()
-        assert (view.waiting, view.state, view.next_try_at) == (0, "open", None)
+        assert (view.waiting, view.state, view.next_attempt_at) == (0, "open", None)
         page = await at.webhooks.page("e", "dead-lettered", None, 99)
         assert {each.error for each in page.deliveries} == {REJECTED.error}
-        assert min(each.tries for each in page.deliveries) == 0
+        assert min(each.attempts for each in page.deliveries) == 0
 
 
 async def test_a_bug_in_the_transport_is_a_failed_attempt_and_does_not_show_the_url(
@@ -912,7 +912,7 @@ async def test_a_delivery_in_any_state_can_be_sent_again(path: Path) -> None:
         (sent,) = (await at.webhooks.page("e", None, None, 9)).deliveries
         repeated = await at.webhooks.redeliver("e", sent.id)
         assert repeated is not None
-        assert (repeated.state, repeated.tries) == ("waiting", 0)
+        assert (repeated.state, repeated.attempts) == ("waiting", 0)
         await wait_until(lambda: at.webhooks.views()[0].delivered == 2)
         assert at.posts.delivered[1].event_id == at.posts.delivered[0].event_id
         assert at.posts.delivered[1].body == at.posts.delivered[0].body
@@ -932,7 +932,7 @@ class PausingStore(CountingStore):
 
         async def call(*args: Any) -> Any:
             result = await write(*args)
-            if self.is_pausing and name in ("deliver_again", "deliver_all_again", "plan_deliveries"):
+            if self.is_pausing and name in ("resend_delivery", "resend_dead_lettered", "plan_deliveries"):
                 self.is_pausing = False
                 self.written.set()
                 await self.gate.wait()
@@ -1017,7 +1017,7 @@ async def test_a_test_message_does_not_wait_for_the_retry_of_an_earlier_one(
     posts = FakeTransport(lambda _: REJECTED)
     async with running_webhooks(path, posts=posts) as at:
         await at.webhooks.test("e")
-        await wait_until(lambda: at.webhooks.views()[0].next_try_at is not None)
+        await wait_until(lambda: at.webhooks.views()[0].next_attempt_at is not None)
         posts.respond = lambda _: DELIVERED
         await at.webhooks.test("e")
         await wait_until(lambda: len(posts.delivered) == 2)

@@ -33,7 +33,7 @@ async def test_clock_accept_lists_the_jobs_to_delete_and_asks(
     assert await _clock(tmp_path, held, "accept", "--dry-run") == (0, False)
     assert "2: old-1 old-2 finished jobs would be deleted by age" in capsys.readouterr().out
     assert await _clock(tmp_path, held, "accept", "--dry-run", "--json") == (0, False)
-    assert json.loads(capsys.readouterr().out) == {"heldJobs": held, "moreHeld": False}
+    assert json.loads(capsys.readouterr().out) == {"keptJobs": held, "moreKept": False}
     assert await _clock(tmp_path, held, "--yes") == (2, False)
     assert await _clock(tmp_path, held, "accept", "--yes") == (0, True)
     requests: list[str] = []

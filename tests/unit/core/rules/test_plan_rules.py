@@ -167,7 +167,7 @@ def test_a_plan_applied_while_the_clock_is_suspect_says_why_it_deletes_nothing(r
     rules.trusted = rules.now - HOUR_MS
     done = apply(rules, "cleanup", seen)
     assert (done.applied, done.changed) == (1, [])
-    assert [(each.id, each.why) for each in done.rejected] == [(each, CLOCK_SUSPECT) for each in ("late", "old")]
+    assert [(each.id, each.reason) for each in done.rejected] == [(each, CLOCK_SUSPECT) for each in ("late", "old")]
 
 
 @pytest.mark.parametrize("how", ["extend", "progress", "complete", "recover", "delete"])
