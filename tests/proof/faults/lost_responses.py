@@ -193,7 +193,7 @@ def _release(daemon: DaemonProcess, grant: dict[str, Any]) -> None:
 # -- killed between commit and reply -----------------------------------------------------------------------------------
 
 
-@check(rounds=30, needs=(program("strace"),))
+@check(rounds=30, few=3, needs=(program("strace"),))
 def killed_before_reply(trial: Trial) -> Counts:
     """kill -9 between commit and response: a repeat returns the result, and nothing is done twice."""
     ledger = Ledger()
@@ -207,7 +207,6 @@ def killed_before_reply(trial: Trial) -> Counts:
             ledger.check(store)
             daemon.start()
             done = [record for record in ledger.jobs.values() if record.open is not None and _was_done(record, store)]
-            assert done, "every change was answered"
             applied += len(done)
             for record in done:
                 assert record.open is not None
@@ -216,6 +215,8 @@ def killed_before_reply(trial: Trial) -> Counts:
                     assert reply.headers["Idempotent-Replayed"] == "true", reply.body
             ledger.settle(daemon)
         assert daemon.stop() == 0
+    # The write at which a round kills may be a line of the log, and then each change of the round was answered.
+    assert applied, "every change was answered"
     checked = ledger.check(checked_contents(daemon.store))
     return {
         "kills": trial.rounds,
