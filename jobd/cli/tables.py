@@ -162,7 +162,7 @@ def why(view: WhyView) -> None:
 
 
 def _problem(problem: Problem) -> None:
-    terminal.emit(terminal.one_line(f"problem: {problem.name}: {problem.title} {problem.cause}".rstrip()))
+    terminal.emit(terminal.one_line(f"problem: {problem.name}: {problem.sentence}"))
     for cure in problem.cure:
         terminal.emit(f"cure: {cure.label}: {cure.command}" if cure.command else f"cure: {cure.label}")
 

@@ -247,8 +247,7 @@ def problems(view: ProblemList) -> None:
     width = max((len(each.name) for each in view.problems), default=0)
     for each in view.problems:
         since = duration(view.evaluated_at - each.since)
-        cause = f" {each.cause}" if each.cause else ""
-        terminal.emit(f"{each.severity[0].upper()} {each.name:{width}}  {since:>12}  {each.title}{cause}")
+        terminal.emit(f"{each.severity[0].upper()} {each.name:{width}}  {since:>12}  {each.sentence}")
         if commands := [cure.command for cure in each.cure if cure.command]:
             terminal.emit(f"  {'':{width}}  {'':12}  {'    '.join(commands)}")
     if view.rest:

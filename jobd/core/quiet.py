@@ -64,7 +64,7 @@ def workers_of(state: State, rule: QuietRule) -> int:
     """Return how many workers that are there match a rule."""
     presence = state.presence
     return sum(
-        _covers(rule, seen.about)
+        covers(rule, seen.about)
         and (rule.queue is None or (seen.claims is not None and rule.queue in seen.claims.queues))
         and presence.state(seen) not in ("died", "gone")
         for _, seen in presence.remembered()
@@ -86,9 +86,10 @@ def quiet_takers(state: State, queue: str, kind: str) -> list[tuple[str, WorkerS
 
 
 def _covering(state: State, about: About | None) -> Iterator[QuietRule]:
-    return (rule for rule in state.quiet.values() if _covers(rule, about))
+    return (rule for rule in state.quiet.values() if covers(rule, about))
 
 
-def _covers(rule: QuietRule, about: About | None) -> bool:
+def covers(rule: QuietRule, about: About | None) -> bool:
+    """Return whether the host and version of a worker match a rule."""
     host, version = (None, None) if about is None else (about.host, about.version)
     return rule.host in (None, host) and rule.version in (None, version)

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from msgspec import Struct
 
 from jobd.model.fields import doc
+from jobd.model.times import clock_time
 
 Severity = Literal["critical", "warning", "notice"]  # the worst first
 Unit = Literal["jobs", "ms", "percent", "bytes"]
@@ -66,6 +67,9 @@ class Problem(Struct, frozen=True, kw_only=True, gc=False):
     severity: Annotated[Severity, doc("How urgent it is: `critical`, `warning` or `notice`.")]
     subject: Annotated[Subject, doc("What it is about.")]
     since: Annotated[int, doc("When it was first found, in Unix ms.")]
+    over_since: Annotated[
+        int | None, doc("Since when its condition has not held, in Unix ms. It closes after a minute. Null: it holds.")
+    ] = None
     jobs: Annotated[int, doc("How many jobs it concerns, or 0.")] = 0
     value: Annotated[float, doc("The measured value.")] = 0
     unit: Annotated[Unit, doc("Unit of the value: `jobs`, `ms`, `percent` or `bytes`.")] = "jobs"
@@ -79,6 +83,12 @@ class Problem(Struct, frozen=True, kw_only=True, gc=False):
     def name(self) -> str:
         """The subject in a few words."""
         return " / ".join(self.subject.parts)
+
+    @property
+    def sentence(self) -> str:
+        """Title and cause, and since when the condition has not held."""
+        over = "" if self.over_since is None else f"Over since {clock_time(self.over_since)}: closes within a minute."
+        return " ".join(filter(None, (self.title, self.cause, over)))
 
 
 class ProblemList(Struct, frozen=True):

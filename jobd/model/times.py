@@ -54,3 +54,8 @@ def utc(at_ms: int, now_ms: int | None = None) -> str:
         return datetime.fromtimestamp(at_s, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
     except (OverflowError, ValueError, OSError):
         return f"{at_ms} ms"
+
+
+def clock_time(at_ms: int) -> str:
+    """Return the time of the day, such as `02:40 UTC`."""
+    return f"{utc(at_ms)[11:16]} UTC"

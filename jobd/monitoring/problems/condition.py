@@ -16,7 +16,6 @@ from jobd.model.job import HOUR_MS, MINUTE_MS, SECOND_MS
 from jobd.model.problems import Cure, Severity, Subject, Unit
 from jobd.model.responses import ClusterView, DiskUse, HealthView
 from jobd.model.storage import DiskSpace
-from jobd.model.times import utc
 from jobd.model.webhooks import FailingWebhook
 from jobd.monitoring.problems.losses import WorkerLosses
 from jobd.monitoring.problems.queue_kind_counts import PairCounts, Tally
@@ -198,7 +197,3 @@ def pair_id(condition: str, queue: str, kind: str = "") -> str:
 
 def plural(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
-
-
-def clock_time(at: int) -> str:
-    return f"{utc(at)[11:16]} UTC"

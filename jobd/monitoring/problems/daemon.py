@@ -15,6 +15,7 @@ from jobd.core.views import average_processing_s
 from jobd.model.job import DAY_MS, HOUR_MS, SECOND_MS
 from jobd.model.problems import Cure, Problem, Subject
 from jobd.model.responses import DatabaseHealth, DiskUse, PartHealth
+from jobd.model.storage import DiskSpace
 from jobd.model.times import duration
 from jobd.monitoring.problems.condition import GIB, Finding, Scene, Thresholds, plural, problem_id
 
@@ -151,7 +152,7 @@ def disk(scene: Scene) -> Iterator[Finding]:
         severity="critical" if is_urgent else None,
         cause=f"{_largest(scene.disk_use())}On a full disk the daemon rejects new jobs. Free some space, or shorten "
         "[retention].",
-        cure=(Cure("See what is stored", "jobctl disk", "/"),),
+        cure=(Cure("See what is stored", "jobctl disk", "/"), *_foreign(scene.disk_use(), space)),
     )
 
 
@@ -171,6 +172,12 @@ def _largest(use: DiskUse | None) -> str:
         text = f"{largest.name} holds about {_bytes(largest.bytes)}, of which {_bytes(size)} are {part}. "
         texts.append((largest.bytes, text))
     return "".join(text for _, text in sorted(texts, reverse=True))
+
+
+def _foreign(use: DiskUse | None, space: DiskSpace) -> Iterator[Cure]:
+    if use is not None and (use.not_jobd_bytes or 0) >= MIB:
+        mount = f'"$(df --output=target {shlex.quote(space.path)} | tail -1)"'
+        yield Cure("See the other files on this disk", f"du -xh --max-depth=2 {mount} | sort -h | tail")
 
 
 def paused_without_reason(scene: Scene) -> Iterator[Finding]:

@@ -123,6 +123,8 @@ class ProblemLife:
                 track.told = track.problem.severity, track.problem.jobs, boot_ms - CHANGES_AFTER_MS
             elif track.is_open and track.seen != boot_ms and boot_ms - track.seen >= self._clear_ms:
                 del self._tracks[id_]
+            elif track.is_open and track.seen != boot_ms:
+                track.problem = replace(track.problem, over_since=track.problem.over_since or now)
             elif track.is_open:
                 worse |= _becomes_worse(track, now, boot_ms)
         self._updated = boot_ms

@@ -12,7 +12,7 @@ from jobd.core.stats import KindDurations
 from jobd.core.worker_presence import WorkerPresence
 from jobd.model.job import MINUTE_MS, Failure, first_line
 from jobd.model.problems import Cure, Subject
-from jobd.model.times import duration
+from jobd.model.times import clock_time, duration
 from jobd.monitoring.problems.condition import (
     CLOSE_RATIO,
     Crew,
@@ -20,7 +20,6 @@ from jobd.monitoring.problems.condition import (
     DuePair,
     Finding,
     Scene,
-    clock_time,
     pair_id,
     plural,
     problem_id,

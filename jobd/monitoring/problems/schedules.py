@@ -8,7 +8,8 @@ from typing import Final
 from jobd.model.job import HOUR_MS
 from jobd.model.problems import Cure, Subject
 from jobd.model.schedules import Schedule
-from jobd.monitoring.problems.condition import Finding, Scene, clock_time, plural
+from jobd.model.times import clock_time
+from jobd.monitoring.problems.condition import Finding, Scene, plural
 
 SKIPS: Final = 3  # in a row
 

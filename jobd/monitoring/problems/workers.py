@@ -9,14 +9,16 @@ from operator import itemgetter
 from typing import Final
 from urllib.parse import urlencode
 
+from jobd.core import quiet
 from jobd.core.stats import STEP_MS
 from jobd.core.transitions import stall_outcomes
 from jobd.core.worker_presence import WorkerSeen
+from jobd.model.commands import About
 from jobd.model.events import QueuePause
 from jobd.model.job import HOUR_MS, MINUTE_MS, Job
 from jobd.model.problems import Cure, Subject
-from jobd.model.times import duration
-from jobd.monitoring.problems.condition import Finding, Scene, Thresholds, clock_time, plural
+from jobd.model.times import clock_time, duration
+from jobd.monitoring.problems.condition import Finding, Scene, Thresholds, plural
 from jobd.monitoring.problems.losses import Group, GroupLosses, group_of
 
 LOST_MS: Final = 10 * MINUTE_MS
@@ -34,7 +36,8 @@ def workers_die(scene: Scene) -> Iterator[Finding | None]:
     sick = {
         group: losses
         for group, losses in scene.losses.recent(now)
-        if len(losses.workers) >= limits.workers_die or sum(losses.stalls.values()) >= limits.workers_die_stalls
+        if (len(losses.workers) >= limits.workers_die or sum(losses.stalls.values()) >= limits.workers_die_stalls)
+        and not _is_quiet(scene, group)
     }
     last_at = {group: max((loss.at for loss in losses.workers.values()), default=0) for group, losses in sick.items()}
     crews: dict[Group, list[int]] = {}  # workers, those of them that died, and others that were there when the last did
@@ -53,6 +56,12 @@ def workers_die(scene: Scene) -> Iterator[Finding | None]:
             yield finding
 
 
+def _is_quiet(scene: Scene, group: Group) -> bool:
+    """Return whether a rule keeps jobs from the group. What died had its job before, and needs no one."""
+    about = About(host=group[0] or None, version=group[1] or None)
+    return any(rule.queue is None and quiet.covers(rule, about) for rule in scene.state.quiet.values())
+
+
 def _dying(limits: Thresholds, group: Group, losses: GroupLosses, crews: dict[Group, list[int]]) -> Finding | None:
     total, died, others = crews.get(group, [0, 0, 0])
     stalls = sum(losses.stalls.values())
@@ -65,10 +74,11 @@ def _dying(limits: Thresholds, group: Group, losses: GroupLosses, crews: dict[Gr
     if of_grants > of_workers:
         title = f"{stalls:,} of {plural(grants, 'grant')} to workers{_named(group)} stalled in the last 10 minutes."
     else:
+        last = f"the last at {clock_time(max(loss.at for loss in losses.workers.values()))}"
         reported_ms = max(loss.reported_ms for loss in losses.workers.values())
         within = f"within {duration(reported_ms)} of its grant" if reported_ms else "before its first report"
         at_once = f", each {within}" if reported_ms < RESTART_MS else ""
-        title = f"{died:,} of {plural(total, 'worker')}{_named(group)} died{at_once}."
+        title = f"{died:,} of {plural(total, 'worker')}{_named(group)} died{at_once}, {last}."
     for other, (count, dead, _) in sorted(crews.items(), key=itemgetter(1), reverse=True)[:NAMED]:
         title += f" Workers{_named(other)}: {dead:,} of {count:,}." if other != group else ""
     # If a machine restarts, all its workers die together, and those that start afterwards live.

@@ -43,7 +43,7 @@ async def test_the_first_open_problem_of_the_job_is_shown(harness: DashboardHarn
     browser = await harness.browser()
     for page in ("/jobs/a", "/queues/mail"):
         shown = text(await browser.get(page))
-        assert "<strong>962 jobs are due, and no worker takes them. </strong>" in shown
+        assert "<strong>962 jobs are due, and no worker takes them.</strong>" in shown
         assert "<li>Start a worker: jobctl run --queue mail -- CMD</li>" in shown
         assert "It has waited for " in shown
     view = (await harness.admin.request("GET", f"{ADMIN}/queues/mail/why", headers=AUTH)).data

@@ -21,6 +21,7 @@ from jobd.model.storage import DiskSpace
 from jobd.model.webhooks import FailingWebhook
 from jobd.monitoring.problems.catalogue import CONDITIONS
 from jobd.monitoring.problems.condition import Thresholds
+from jobd.monitoring.problems.life import CLEAR_MS
 from tests.support.memory_storage import MemoryStorage
 from tests.support.problem_stage import Stage
 from tests.support.virtual_engine import VirtualEngine, in_virtual_time, row, seconds
@@ -245,7 +246,7 @@ async def kill_two_workers(stage: Stage) -> float:
     return 0
 
 
-@case("workers_die", "3 of 4 workers of 2.4.1 on k8s-b died, each before its first report.")
+@case("workers_die", "3 of 4 workers of 2.4.1 on k8s-b died, each before its first report, the last at 22:33 UTC.")
 async def die_one_by_one(stage: Stage) -> float:
     await stage.create("thumb", 10)
     stage.act(stage.works("thumb", "live", 3_600, host="k8s-b", version="2.4.1"))
@@ -253,6 +254,16 @@ async def die_one_by_one(stage: Stage) -> float:
         assert await stage.claim("thumb", f"dies-{number}", stall_after_ms=0, host="k8s-b", version="2.4.1")
         await seconds(45)
     return 25  # until the last lock has expired, and recovery has found it
+
+
+@in_virtual_time
+async def test_a_group_that_a_rule_quiets_is_no_problem() -> None:
+    async with VirtualEngine(MemoryStorage(), schedule=SCHEDULE) as engine, Stage(engine) as stage:
+        await seconds(60 + await die_one_by_one(stage) + OPENS_WITHIN_S)
+        assert "workers_die" in {each.condition for each in stage.problems.view().problems}
+        await engine.yes(cmd.AddQuietRule(host="k8s-b", version="2.4.1", reason="bad"))
+        await seconds(CLEAR_MS / 1_000 + 10)
+        assert "workers_die" not in {each.condition for each in stage.problems.view().problems}
 
 
 @case("paused_without_reason", "Paused ")

@@ -376,6 +376,7 @@ async def test_the_problem_of_the_disk_counts_free_pages_and_names_other_files(e
     engine.disk.disk_space = DiskSpace("/srv/jobd.db", 53 * mib, 640 * mib)
     problem = (await found(problems))["disk/disk"]
     assert problem.cause.startswith("300.0 MiB are in files that are not jobd's. reports / monthly holds about 105.0 ")
+    assert (problem.cure[1].command or "").startswith('du -xh --max-depth=2 "$(df --output=target /srv/jobd.db')
     use = replace(use, free_page_bytes=107 * mib)
     await seconds(2)
     assert await found(problems) == {}
@@ -563,8 +564,11 @@ def test_a_problem_opens_after_30_s_and_closes_after_60_s() -> None:
         assert not at.see(5, other=findings("a")), "a flicker begins again"
         assert at.see(30, other=findings("a"))
         assert (at.listed, at.life.listed[0].since) == (["other/a"], NOW + 35_000)
-        assert not at.see(59)
+        assert not at.see(1)
+        assert not at.see(58)
+        assert at.life.listed[0].sentence == "It is so. Over since 22:14 UTC: closes within a minute."
         assert not at.see(1, other=findings("a"))
+        assert at.life.listed[0].over_since is None
         assert not at.see(59)
         assert at.see(1)
         assert (at.listed, at.life.opened) == ([], frozenset())
