@@ -90,7 +90,7 @@ def pending_job_read_from_the_tables(touches: Any, self: Projection, ids: Any, s
     return bool(touches(self, ids, seqs, []))
 
 
-@bug(SqliteJournal.read, found_by=PROJECTION)
+@bug(SqliteJournal.read, found_by="tests/unit/storage/tables/test_tail.py")
 def gap_in_the_journal_skipped(read: Any, self: SqliteJournal, after: int, limit: int) -> Any:
     """A start goes on without a record that is missing."""
     try:
