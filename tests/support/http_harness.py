@@ -43,6 +43,7 @@ from jobd.storage.startup import MEMORY
 from tests.conftest import tool_missing
 from tests.support.calls import ALERT, AT, BACKUP, DELIVERY, PLAN, PROBLEMS, REPORT, WEBHOOK, result_of
 from tests.support.memory_storage import MemoryStorage
+from tests.support.polling import wait_until
 
 TOKEN = "canary-token-0123456789abcdef"
 DISK = responses.DiskView("/var/lib/jobd/jobd.db", 3 << 30, 8 << 30)
@@ -595,6 +596,10 @@ class HttpHarness:
             pair = await asyncio.open_unix_connection(self.path)
         self._connections.append(RawConnection(*pair))
         return self._connections[-1]
+
+    async def wait_until_closed(self, left: int = 0) -> None:
+        """Wait until at most `left` connections are open."""
+        await wait_until(lambda: self.listener.connections <= left)
 
     async def request(
         self, method: str, target: str, body: bytes | str | None = None, headers: Mapping[str, str] | None = None

@@ -21,6 +21,7 @@ from jobd.http.auth import Authenticator
 from jobd.model.job import Policy
 from tests.support.http_harness import TOKEN, HttpHarness, request_bytes
 from tests.support.memory_storage import MemoryStorage
+from tests.support.polling import wait_until
 
 AUTH = {"Authorization": f"Bearer {TOKEN}"}
 ADMIN = "/admin/job-management"
@@ -101,11 +102,9 @@ async def test_a_job_lifecycle_over_a_stream(apis: BothApis) -> None:
 async def test_a_waiting_claim_whose_client_disconnects_takes_no_job(apis: BothApis) -> None:
     closed = await apis.worker.connect()
     closed.send(request_bytes("POST", "/v1/claim", '{"worker":"gone","wait_ms":60000}'))
-    while not apis.actor.waiting_claims:  # noqa: ASYNC110 - the actor has no event for it
-        await asyncio.sleep(0.001)
+    await wait_until(lambda: bool(apis.actor.waiting_claims))
     await closed.close()
-    while apis.actor.waiting_claims:  # noqa: ASYNC110
-        await asyncio.sleep(0.001)
+    await wait_until(lambda: not apis.actor.waiting_claims)
     await apis.post("/v1/jobs", '{"id":"job-1"}')
     [grant] = (await apis.post("/v1/claim", '{"worker":"here"}'))["grants"]
     assert grant["job"]["attempt"] == 1
@@ -120,15 +119,12 @@ async def test_over_tcp_a_waiting_client_that_closes_takes_no_job_and_a_half_clo
     async with HttpHarness(worker_api.ROUTES, tmp_path / "tcp", authenticator=authenticator, actor=apis.actor) as tcp:
         closed, half = await tcp.connect(), await tcp.connect()
         closed.send(claim)
-        while not apis.actor.waiting_claims:  # noqa: ASYNC110 - the actor has no event for it
-            await asyncio.sleep(0.001)
+        await wait_until(lambda: bool(apis.actor.waiting_claims))
         await closed.close()
-        while apis.actor.waiting_claims:  # noqa: ASYNC110
-            await asyncio.sleep(0.001)
+        await wait_until(lambda: not apis.actor.waiting_claims)
         half.send(claim)
         half.writer.write_eof()
-        while not apis.actor.waiting_claims:  # noqa: ASYNC110
-            await asyncio.sleep(0.001)
+        await wait_until(lambda: bool(apis.actor.waiting_claims))
         await apis.post("/v1/jobs", '{"id":"job-1"}')
         [grant] = (await half.receive()).data["grants"]
         assert grant["job"]["attempt"] == 1
@@ -142,8 +138,7 @@ async def test_a_grant_whose_client_disconnected_before_the_response_is_released
     closed.send(request_bytes("POST", "/v1/jobs/job-1/start", '{"worker":"gone"}'))
     await apis.disk.at_gate.wait()
     closed.writer.transport.abort()
-    while apis.worker.listener.connections > 1:  # noqa: ASYNC110 - until the listener has noticed; the other connection is that of `post`
-        await asyncio.sleep(0.001)
+    await apis.worker.wait_until_closed(1)  # the other connection is that of `post`
     apis.disk.gate.set()
     while (job := await apis.job("job-1"))["status"] != "queued":
         pass
@@ -155,8 +150,7 @@ async def test_a_grant_whose_client_disconnected_before_the_response_is_released
 async def test_a_waiting_claim_gets_a_response_when_the_listeners_close(apis: BothApis) -> None:
     client = await apis.worker.connect()
     client.send(request_bytes("POST", "/v1/claim", '{"worker":"w","wait_ms":60000}'))
-    while not apis.actor.waiting_claims:  # noqa: ASYNC110
-        await asyncio.sleep(0.001)
+    await wait_until(lambda: bool(apis.actor.waiting_claims))
     apis.actor.end_claim_waits()
     await apis.worker.stop(30)
     response = await client.receive()
@@ -167,8 +161,7 @@ async def test_a_stop_ends_an_import_that_is_arriving(apis: BothApis) -> None:
     client = await apis.admin.connect()
     headers = {**AUTH, "Content-Type": "application/x-ndjson", "Content-Length": "1000"}
     client.send(request_bytes("POST", f"{ADMIN}/import", headers=headers) + b'{"id":"a"}\n')
-    while "a" not in apis.actor.state.jobs:  # noqa: ASYNC110 - there is nothing to wait for, and this is soon
-        await asyncio.sleep(0.001)
+    await wait_until(lambda: "a" in apis.actor.state.jobs)
     await apis.admin.listener.stop_accepting()
     client.send(b'{"id":"b"}\n')
     response = await client.receive()

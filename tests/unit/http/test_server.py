@@ -60,12 +60,6 @@ async def unix(tmp_path: Path) -> AsyncIterator[HttpHarness]:
         yield opened
 
 
-async def wait_until_closed(harness: HttpHarness) -> None:
-    """Wait until the last connection is closed."""
-    while harness.listener.connections:  # noqa: ASYNC110 - there is nothing to wait for, and this is soon
-        await asyncio.sleep(0.001)
-
-
 @pytest.mark.parametrize("name", HOSTILE)
 async def test_malformed_requests_get_a_4xx_in_json_and_never_reach_the_actor(harness: HttpHarness, name: str) -> None:
     with capture_logs() as logs:
@@ -79,20 +73,21 @@ async def test_malformed_requests_get_a_4xx_in_json_and_never_reach_the_actor(ha
     assert (await harness.request("GET", "/v1/jobs")).status == 200  # the listener still serves other clients
 
 
-async def test_bytes_that_are_not_http_close_the_connection(harness: HttpHarness) -> None:
+@pytest.mark.parametrize(
+    ("data", "status"),
+    [
+        (HOSTILE["doubled lengths"], 400),
+        (POST + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 400),
+        (HOSTILE["CONNECT"], 404),
+    ],
+)
+async def test_bytes_after_a_malformed_request_or_a_connect_are_not_a_request(
+    harness: HttpHarness, data: bytes, status: int
+) -> None:
     client = await harness.connect()
-    client.send(HOSTILE["doubled lengths"] + request_bytes("GET", "/v1/jobs"))
-    assert (await client.receive()).headers["connection"] == "close"
-    assert await client.is_closed()
-    assert harness.actor.received == []
-
-
-async def test_a_smuggled_request_is_not_run(harness: HttpHarness) -> None:
-    client = await harness.connect()
-    client.send(
-        POST + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n" + request_bytes("GET", "/v1/jobs")
-    )
-    assert (await client.receive()).status == 400
+    client.send(data + request_bytes("POST", "/v1/jobs", "{}"))
+    response = await client.receive()
+    assert (response.status, response.headers["connection"]) == (status, "close")
     assert await client.is_closed()
     assert harness.actor.received == []
 
@@ -122,15 +117,6 @@ async def test_the_body_of_an_upgrade_is_not_a_request(tmp_path: Path, size: int
             await asyncio.sleep(0)
         assert [(await client.receive()).status for _ in requests] == [400, 200, 200, 200, 200]
         assert [getattr(each.command, "id", "") for each in harness.actor.received] == [None, None, "", "last"]
-
-
-async def test_bytes_after_a_connect_are_not_a_request(harness: HttpHarness) -> None:
-    client = await harness.connect()
-    client.send(HOSTILE["CONNECT"] + request_bytes("POST", "/v1/jobs", "{}"))
-    response = await client.receive()
-    assert (response.status, response.headers["connection"]) == (404, "close")
-    assert await client.is_closed()
-    assert harness.actor.received == []
 
 
 @pytest.mark.parametrize(
@@ -217,7 +203,7 @@ async def test_a_client_that_disconnects_during_its_request_leaves_nothing_behin
         client = await harness.connect()
         client.send(sent)
         await client.close()
-        await wait_until_closed(harness)
+        await harness.wait_until_closed()
     assert harness.actor.received == []
     is_half_closed = bool(harness.port) and harness.tls is None and b"{" in sent  # as far as TCP shows
     assert [entry["event"] for entry in logs] == ["rejected"] * is_half_closed
@@ -231,7 +217,7 @@ async def test_a_client_that_resets_the_connection_leaves_nothing_behind(harness
     client.writer.transport.abort()
     await harness.actor.cancelled.wait()
     held.go.set()
-    await wait_until_closed(harness)
+    await harness.wait_until_closed()
 
 
 @pytest.mark.slow
@@ -369,7 +355,7 @@ async def test_many_chunks_within_the_limit_are_accepted(tmp_path: Path) -> None
         client.send(CHUNKED + chunks)
         await asyncio.sleep(0)
         client.writer.transport.abort()
-        await wait_until_closed(harness)
+        await harness.wait_until_closed()
         assert len(harness.actor.received) == 3
 
 
@@ -434,7 +420,7 @@ async def test_a_client_that_never_reads_is_cut_off(harness: HttpHarness, monkey
     slow.writer.transport.pause_reading()  # type: ignore[attr-defined]
     slow.send(request_bytes("GET", "/v1/jobs") * 2)  # a TLS transport takes one response, however long
     await harness.actor.arrived.wait()
-    await wait_until_closed(harness)
+    await harness.wait_until_closed()
 
 
 async def test_a_response_is_counted_until_the_client_has_read_it(harness: HttpHarness) -> None:
@@ -520,7 +506,7 @@ async def test_clients_that_reset_their_connections_are_not_errors_of_the_log(
         last = await harness.connect()
         assert (await last.request("GET", "/healthz")).status == 200
         await last.close()
-        await wait_until_closed(harness)
+        await harness.wait_until_closed()
     assert [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING] == []
 
 
@@ -662,18 +648,6 @@ async def test_the_address_of_a_connection_is_a_name_of_the_daemon(tmp_path: Pat
     async with HttpHarness(ROUTES, tmp_path, authenticator=authenticator) as harness:
         assert (await harness.request("GET", "/v1/jobs", headers={"Host": f"127.0.0.1:{harness.port}"})).status == 200
         assert (await harness.request("GET", "/v1/jobs", headers={"Host": "127.0.0.2"})).status == 403
-
-
-async def test_a_listener_speaks_tls(tmp_path: Path) -> None:
-    server, client = await tls_pair(tmp_path)
-    authenticator = Authenticator("tcp", tokens=[TOKEN], hosts=accepted_hosts("127.0.0.1"))
-    async with HttpHarness(ROUTES, tmp_path, authenticator=authenticator) as harness:
-        [(_, port)] = await harness.listener.open_tcp("127.0.0.1", 0, tls=server)
-        connection = RawConnection(
-            *await asyncio.open_connection("127.0.0.1", port, ssl=client, server_hostname="localhost")
-        )
-        assert (await connection.request("GET", "/v1/jobs", headers={"Authorization": f"Bearer {TOKEN}"})).status == 200
-        await connection.close()
 
 
 async def test_a_certificate_is_read_again(tmp_path: Path) -> None:

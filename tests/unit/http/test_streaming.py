@@ -22,6 +22,7 @@ from jobd.model.responses import EmptyResponse, Imported, Response
 from jobd.model.storage import DiskFull
 from jobd.storage.backup import BackupStopped, BadCopy
 from tests.support.http_harness import TOKEN, FakeBackup, HttpHarness, RawConnection, ReceivedResponse, request_bytes
+from tests.support.polling import wait_until
 
 IMPORT = "/admin/job-management/import"
 BACKUP = "/admin/job-management/backup"
@@ -79,9 +80,7 @@ async def test_each_line_is_one_command_in_the_order_of_the_lines(harness: HttpH
 async def test_an_import_that_is_cut_short_ends_after_its_lines(harness: HttpHarness) -> None:
     client = await harness.connect()
     client.send(head() + chunk(b'{"id":"a"}\n{"id":"b"}\n{"id":'))
-    while len(lines_of(harness)) < 2:
-        harness.actor.arrived.clear()
-        await harness.actor.arrived.wait()
+    await wait_until(lambda: len(lines_of(harness)) == 2)
     client.writer.write_eof()
     assert await client.is_closed()
     assert [envelope.command.id for envelope in lines_of(harness)] == ["a", "b"]
@@ -167,11 +166,9 @@ async def test_an_import_reads_no_further_than_a_few_lines_ahead(harness: HttpHa
     answering(harness, hold)
     client = await harness.connect()
     client.send(head() + chunk(b"".join(b'{"id":"job-%d"}\n' % n for n in range(500))) + b"0\r\n\r\n")
-    while len(harness.actor.received) <= imports.AHEAD_LINES:  # noqa: ASYNC110 - the actor has no event for it
-        await asyncio.sleep(0.001)
-    assert (
-        await harness.request("GET", "/healthz")
-    ).status == 200  # other requests are served; the import has not moved
+    await wait_until(lambda: len(harness.actor.received) > imports.AHEAD_LINES)
+    # Other requests are served; the import has not moved.
+    assert (await harness.request("GET", "/healthz")).status == 200
     assert len(harness.actor.received) == imports.AHEAD_LINES + 1
     go.set()
     assert (await client.receive()).data["imported"] == 500
@@ -189,8 +186,7 @@ async def test_an_import_in_many_chunks_reads_no_further_than_a_few_lines_ahead(
     client.send(head() + b"".join(chunk(b'{"id":"%d"}\n' % n) for n in range(lines)))
     client.send(chunk(b"\n") * 200_000 + b"0\r\n\r\n")
     unsent = client.writer.transport.get_write_buffer_size
-    while len(lines_of(harness)) < imports.AHEAD_LINES or not unsent():  # noqa: ASYNC110 - there is no event for it
-        await asyncio.sleep(0.001)
+    await wait_until(lambda: len(lines_of(harness)) >= imports.AHEAD_LINES and unsent() > 0)
     left = unsent()
     for _ in range(50):
         assert (await harness.request("GET", "/healthz")).status == 200
@@ -420,6 +416,5 @@ async def test_a_backup_whose_end_is_not_read_is_aborted(harness: HttpHarness, m
         connection.transport.write(b"x" * 1000)
     with capture_logs() as logs:
         client.send(request_bytes("GET", BACKUP, headers=AUTH))
-        while harness.listener.connections:  # noqa: ASYNC110 - there is nothing to wait for, and this is soon
-            await asyncio.sleep(0.001)
+        await harness.wait_until_closed()
     assert [(entry["event"], entry["error"]) for entry in logs[1:]] == [("backup cut off", "TimeoutError")]

@@ -26,9 +26,9 @@ from tests.support.http_harness import (
     HttpHarness,
     RawConnection,
     request_bytes,
-    tls_pair,
 )
 from tests.support.malformed_requests import CHUNKED, HOSTILE
+from tests.support.polling import wait_until
 
 PIPELINED = 32  # requests
 CLAIM = request_bytes("POST", "/v1/claim", '{"worker":"w","wait_ms":60000}')
@@ -53,12 +53,6 @@ async def wait_for_commands(harness: HttpHarness, count: int) -> None:
         await harness.actor.arrived.wait()
 
 
-async def wait_until_closed(harness: HttpHarness, left: int = 0) -> None:
-    """Wait until at most `left` connections are open."""
-    while harness.listener.connections > left:  # noqa: ASYNC110 - there is nothing to wait for, and this is soon
-        await asyncio.sleep(0.001)
-
-
 async def in_one_write(client: RawConnection, request: bytes) -> None:
     client.send(request)
 
@@ -72,6 +66,21 @@ async def in_two_writes(client: RawConnection, request: bytes) -> None:
 
 
 WRITES = pytest.mark.parametrize("send", [in_one_write, in_two_writes])
+
+
+async def waiting(harness: HttpHarness, send: Any = in_one_write, request: bytes = CLAIM) -> RawConnection:
+    """Send a request on a new connection, and wait until the actor has received it."""
+    client = await harness.connect()
+    await send(client, request)
+    await wait_for_commands(harness, 1)
+    return client
+
+
+async def undelivered(harness: HttpHarness) -> list[Response]:
+    """Return the responses that were not delivered, after the last connection has closed."""
+    await harness.wait_until_closed()
+    await harness.app.wait_idle()
+    return harness.actor.undelivered_responses  # type: ignore[no-any-return]
 
 
 @pytest.mark.parametrize(
@@ -101,9 +110,7 @@ async def test_a_complete_request_needs_no_task(
 @WRITES
 async def test_requests_that_arrive_during_another_are_answered_after_it(harness: HttpHarness, send: Any) -> None:
     held = HeldResponse(harness)
-    client = await harness.connect()
-    await send(client, request_bytes("POST", "/v1/jobs", '{"queue":"first"}'))
-    await wait_for_commands(harness, 1)
+    client = await waiting(harness, send, request_bytes("POST", "/v1/jobs", '{"queue":"first"}'))
     harness.actor.respond = lambda command: Response(command.queue)
     client.send(request_bytes("POST", "/v1/jobs", '{"queue":"second"}'))
     await asyncio.sleep(0)
@@ -120,16 +127,13 @@ async def test_requests_that_arrive_during_another_are_answered_after_it(harness
 async def test_bodies_that_arrive_during_a_request_stay_in_the_socket(tmp_path: Path, send: Any) -> None:
     async with HttpHarness(ROUTES, tmp_path) as harness:
         held = HeldResponse(harness)
-        client = await harness.connect()
-        await send(client, CLAIM)
-        await wait_for_commands(harness, 1)
+        client = await waiting(harness, send)
         harness.actor.respond = lambda command: Response(command.queue)
         [connection] = harness.connections
         sizes = [200_000] * 3 + [10] * 3
         for size in sizes * 4:
             client.send(request_bytes("POST", "/v1/jobs", f'{{"queue":"q-{size}","payload":"{"x" * size}"}}'))
-        while not connection._is_reading_paused:  # noqa: ASYNC110 - there is nothing to wait for, and this is soon
-            await asyncio.sleep(0.001)
+        await wait_until(lambda: bool(connection._is_reading_paused))
         for _ in range(5):
             assert (await harness.request("POST", "/v1/jobs", '{"queue":"other"}')).data == "other"
         assert AHEAD_BYTES < len(connection._held) < 3 * AHEAD_BYTES
@@ -160,8 +164,7 @@ async def test_a_response_to_a_disconnected_client_is_undelivered(unix: HttpHarn
 
     unix.actor.respond = close_client
     client.connect(unix.path)
-    while not unix.listener.connections:  # noqa: ASYNC110 - there is nothing to wait for, and this is soon
-        await asyncio.sleep(0)
+    await wait_until(lambda: bool(unix.listener.connections))
     loop = asyncio.get_running_loop()
     if path == "slow":
         head, _, body = CLAIM.partition(b"\r\n\r\n")
@@ -170,9 +173,7 @@ async def test_a_response_to_a_disconnected_client_is_undelivered(unix: HttpHarn
         await loop.sock_sendall(client, body)
     else:
         await loop.sock_sendall(client, CLAIM)
-    await wait_until_closed(unix)
-    await unix.app.wait_idle()
-    assert unix.actor.undelivered_responses == [response]
+    assert await undelivered(unix) == [response]
 
 
 @WRITES
@@ -190,7 +191,7 @@ async def test_only_the_transport_keeps_a_response_that_is_not_read(unix: HttpHa
     assert (request.body, request.response.body) == (b"", b"")
     assert (request.response.on_lost, request.prepared, request.envelope) == (None, None, None)
     client.writer.transport.abort()
-    await wait_until_closed(unix)
+    await unix.wait_until_closed()
 
 
 @WRITES
@@ -213,7 +214,7 @@ async def test_a_client_that_reads_too_slowly_is_cut_off(
             client.writer.transport.abort()
         elif end == "stop":
             await unix.stop(0.01)
-        await wait_until_closed(unix)
+        await unix.wait_until_closed()
         await unix.app.wait_idle()
     cut_off = [(entry["event"], entry["grants"]) for entry in logs if "grants" in entry]
     assert cut_off == {"patience": [("response_cut_off", 1)], "client": [], "stop": [("requests_cut_off", 1)]}[end]
@@ -226,13 +227,11 @@ async def test_a_tls_client_that_stops_reading_a_response_is_cut_off(
 ) -> None:
     """A TLS transport would keep the rest without a sign, below its limit and after it has resumed writing."""
     monkeypatch.setattr("jobd.http.read_deadline.CHECKS", 1_000)
-    server, client = await tls_pair(tmp_path)
-    async with HttpHarness(ROUTES, tmp_path) as harness:
+    async with await HttpHarness.on("tls", ROUTES, tmp_path) as harness:
         harness.actor.respond = lambda _: Response("x" * 800_000, grants=[("a", "lock")])
-        [(_, port)] = await harness.listener.open_tcp("127.0.0.1", 0, tls=server)
-        reader, writer = await asyncio.open_connection("127.0.0.1", port, ssl=client, server_hostname="localhost")
-        while not harness.listener.connections:  # noqa: ASYNC110 - there is nothing to wait for, and this is soon
-            await asyncio.sleep(0)
+        client = await harness.connect()
+        reader, writer = client.reader, client.writer
+        await wait_until(lambda: bool(harness.listener.connections))
         [connection] = harness.connections
         assert connection.transport is not None
         for transport, option in ((connection.transport, socket.SO_SNDBUF), (writer.transport, socket.SO_RCVBUF)):
@@ -246,9 +245,8 @@ async def test_a_tls_client_that_stops_reading_a_response_is_cut_off(
                 writer.transport.pause_reading()  # type: ignore[attr-defined]
             monkeypatch.setattr("jobd.http.read_deadline.WRITE_TIMEOUT_S", 0.05)
             async with asyncio.timeout(10):
-                await wait_until_closed(harness)
+                await harness.wait_until_closed()
         assert [(entry["event"], entry["grants"]) for entry in logs if "grants" in entry] == [("response_cut_off", 1)]
-        await RawConnection(reader, writer).close()
 
 
 @pytest.mark.parametrize("end", ["client", "reads"])
@@ -268,11 +266,10 @@ async def test_a_response_of_which_no_byte_was_sent_is_undelivered(unix: HttpHar
     client.writer.transport.pause_reading()  # type: ignore[attr-defined]
     client.send(CLAIM * 100)
     [connection] = unix.connections
-    while not connection._is_flushing:  # noqa: ASYNC110 - there is nothing to wait for, and this is soon
-        await asyncio.sleep(0.001)
+    await wait_until(lambda: bool(connection._is_flushing))
     assert connection.transport is not None
     assert connection.transport.get_write_buffer_size() > 8_000
-    waiting = responses[-1]
+    last = responses[-1]
     if end == "client":
         client.writer.transport.abort()
     else:
@@ -280,9 +277,7 @@ async def test_a_response_of_which_no_byte_was_sent_is_undelivered(unix: HttpHar
         for _ in range(100):
             assert (await client.receive()).status == 200
         await client.close()
-    await wait_until_closed(unix)
-    await unix.app.wait_idle()
-    assert unix.actor.undelivered_responses == ([waiting] if end == "client" else [])
+    assert await undelivered(unix) == ([last] if end == "client" else [])
 
 
 async def test_the_body_of_a_rejected_request_is_dropped_while_its_response_waits(unix: HttpHarness) -> None:
@@ -291,17 +286,15 @@ async def test_the_body_of_a_rejected_request_is_dropped_while_its_response_wait
     probe.writer.transport.pause_reading()  # type: ignore[attr-defined]
     probe.send(wrong * 2_000)
     [connection] = unix.connections
-    while not connection._is_flushing:  # noqa: ASYNC110 - there is nothing to wait for, and this is soon
-        await asyncio.sleep(0.001)
+    await wait_until(lambda: bool(connection._is_flushing))
     fit = sum(unix.app.error_counts.values())  # responses until the socket is full
     probe.writer.transport.abort()
-    await wait_until_closed(unix)
+    await unix.wait_until_closed()
     client = await unix.connect()
     client.writer.transport.pause_reading()  # type: ignore[attr-defined]
     client.send(wrong * (fit - 1) + b"POST /nowhere HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000000\r\n\r\n")
     [connection] = unix.connections
-    while not connection._is_flushing:  # noqa: ASYNC110
-        await asyncio.sleep(0.001)
+    await wait_until(lambda: bool(connection._is_flushing))
     for _ in range(100):
         client.send(b"x" * 65_536)
         await asyncio.sleep(0)
@@ -329,7 +322,7 @@ async def test_a_few_unread_bytes_do_not_keep_a_connection_open(
             connection.transport.write(b"x" * 1000)
         assert connection.transport.get_write_buffer_size() < 60_000
         client.send(request_bytes("POST", "/v1/claim", '{"worker":"w"}', close))
-        await wait_until_closed(harness)
+        await harness.wait_until_closed()
 
 
 @WRITES
@@ -337,9 +330,7 @@ async def test_a_connection_that_becomes_idle_during_a_stop_does_not_hold_it_up(
     harness: HttpHarness, send: Any
 ) -> None:
     held = HeldResponse(harness)
-    busy = await harness.connect()
-    busy.send(CLAIM)
-    await wait_for_commands(harness, 1)
+    busy = await waiting(harness)
     harness.actor.respond = lambda _: Response("x" * 3_000_000)
     slow = await harness.connect()
     await send(slow, CLAIM)
@@ -363,9 +354,7 @@ async def test_a_connection_that_becomes_idle_during_a_stop_does_not_hold_it_up(
 async def test_a_response_after_the_deadline_of_a_stop_does_no_harm(harness: HttpHarness) -> None:
     """The actor calls it directly, so an exception here would end the actor."""
     HeldResponse(harness)
-    client = await harness.connect()
-    client.send(CLAIM)
-    await wait_for_commands(harness, 1)
+    client = await waiting(harness)
     [connection] = harness.connections
     request = connection._current
     assert request is not None
@@ -403,6 +392,8 @@ async def test_the_grants_of_a_response_that_cannot_be_encoded_are_released(harn
     await send(client, CLAIM)
     assert (await client.receive()).status == 500
     assert harness.actor.undelivered_responses == [response]
+    harness.actor.respond = lambda _: Response(EmptyResponse())
+    assert (await client.request("GET", "/v1/jobs")).status == 200
 
 
 async def test_a_bug_while_responding_never_reaches_the_actor(
@@ -423,19 +414,17 @@ async def test_a_bug_while_responding_never_reaches_the_actor(
     for envelope in harness.actor.sent:
         envelope.reply(Response(EmptyResponse()))  # raises nothing
     lines[1].writer.transport.abort()
-    await wait_until_closed(harness, 1)
+    await harness.wait_until_closed(1)
     assert [type(context["exception"]) for context in failed] == [ValueError, ValueError]
     monkeypatch.undo()
     await lines[0].close()
-    await wait_until_closed(harness)
+    await harness.wait_until_closed()
     await harness.app.wait_idle()
 
 
 async def test_a_prepared_response_is_sent_unchanged(harness: HttpHarness, monkeypatch: pytest.MonkeyPatch) -> None:
     HeldResponse(harness)
-    client = await harness.connect()
-    client.send(CLAIM)
-    await wait_for_commands(harness, 1)
+    client = await waiting(harness)
     [envelope] = harness.actor.sent
     made = count_calls(monkeypatch, harness.app, "_ok_response")
     response = Response(EmptyResponse())
@@ -453,9 +442,7 @@ async def test_a_prepared_response_that_no_longer_fits_is_encoded_again(
 ) -> None:
     """Its commit failed, or the response has changed."""
     HeldResponse(harness)
-    client = await harness.connect()
-    client.send(CLAIM)
-    await wait_for_commands(harness, 1)
+    client = await waiting(harness)
     [envelope] = harness.actor.sent
     answer: Response | ApiError = Response(object() if why == "a bug" else EmptyResponse())
     assert isinstance(answer, Response)
@@ -536,17 +523,14 @@ async def test_requests_split_anywhere_are_answered_in_order(tmp_path: Path, see
 @pytest.fixture(params=["unix", "tcp"])
 async def either(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[HttpHarness]:
     """A listener on a Unix socket, and one on TCP, which differ in how they see a half-closed client."""
-    authenticator = Authenticator("worker", hosts=None if request.param == "unix" else ["localhost", "x"])
-    async with HttpHarness(ROUTES, tmp_path, authenticator=authenticator, limits=Limits(body=1000)) as opened:
+    async with await HttpHarness.on(request.param, ROUTES, tmp_path, limits=Limits(body=1000)) as opened:
         yield opened
 
 
 @pytest.fixture
 async def tcp(tmp_path: Path) -> AsyncIterator[HttpHarness]:
-    async with HttpHarness(
-        ROUTES, tmp_path, authenticator=Authenticator("worker", hosts=["localhost", "x"]), limits=Limits(body=1000)
-    ) as one:
-        yield one
+    async with await HttpHarness.on("tcp", ROUTES, tmp_path, limits=Limits(body=1000)) as opened:
+        yield opened
 
 
 async def half_closed(harness: HttpHarness) -> WorkerConnection:
@@ -561,9 +545,7 @@ async def half_closed(harness: HttpHarness) -> WorkerConnection:
 @WRITES
 async def test_a_half_closed_client_gets_its_responses_and_then_the_end(either: HttpHarness, send: Any) -> None:
     held = HeldResponse(either)
-    client = await either.connect()
-    await send(client, request_bytes("POST", "/v1/jobs", '{"queue":"first"}'))
-    await wait_for_commands(either, 1)
+    client = await waiting(either, send, request_bytes("POST", "/v1/jobs", '{"queue":"first"}'))
     either.actor.respond = lambda command: Response(command.queue)
     client.send(b"".join(request_bytes("POST", "/v1/jobs", f'{{"queue":"{n}"}}') for n in range(PIPELINED * 2)))
     client.writer.write_eof()
@@ -571,7 +553,7 @@ async def test_a_half_closed_client_gets_its_responses_and_then_the_end(either: 
     response = [(await client.receive()).data for _ in range(1 + PIPELINED * 2)]
     assert response[1:] == [str(n) for n in range(PIPELINED * 2)]
     assert await client.is_closed()
-    await wait_until_closed(either)
+    await either.wait_until_closed()
 
 
 async def test_a_half_closed_client_gets_all_responses_after_a_rejected_body(tmp_path: Path) -> None:
@@ -591,9 +573,7 @@ async def test_a_half_closed_client_gets_all_responses_after_a_rejected_body(tmp
 async def test_a_half_closed_client_may_wait(either: HttpHarness, send: Any) -> None:
     response = Response(EmptyResponse(), grants=[("a", "lock")])
     held = HeldResponse(either, response)
-    client = await either.connect()
-    await send(client, CLAIM)
-    await wait_for_commands(either, 1)
+    client = await waiting(either, send)
     client.writer.write_eof()
     connection = await half_closed(either)
     assert connection._hangup_check is not None
@@ -650,27 +630,24 @@ async def test_a_body_that_breaks_off_is_a_400(either: HttpHarness, before: byte
 async def test_a_client_that_closes_while_it_waits_abandons_its_claim(either: HttpHarness, send: Any) -> None:
     """Over TCP this looks like a half-closed connection, until the first bytes of the response are sent."""
     held = HeldResponse(either, Response(EmptyResponse(), grants=[("a", "lock")]))
-    client = await either.connect()
-    await send(client, CLAIM)
-    await wait_for_commands(either, 1)
+    client = await waiting(either, send)
     await client.close()
     await either.actor.cancelled.wait()
-    await wait_until_closed(either)
+    await either.wait_until_closed()
     await either.app.wait_idle()
     assert not held.go.is_set()
+    assert either.app.error_counts == {}
 
 
 @WRITES
 async def test_a_client_that_half_closes_and_then_closes_abandons_its_claim(unix: HttpHarness, send: Any) -> None:
     HeldResponse(unix)
-    client = await unix.connect()
-    await send(client, CLAIM)
-    await wait_for_commands(unix, 1)
+    client = await waiting(unix, send)
     client.writer.write_eof()
     await half_closed(unix)
     await client.close()
     await unix.actor.cancelled.wait()
-    await wait_until_closed(unix)
+    await unix.wait_until_closed()
     await unix.app.wait_idle()
 
 
@@ -682,9 +659,7 @@ async def test_the_probe_is_a_part_of_the_response(
     monkeypatch.setattr("jobd.http.hangup.FIRST_CHECK_S", 3600)
     response = Response(EmptyResponse(), grants=[("a", "lock")])
     held = HeldResponse(either, response)
-    client = await either.connect()
-    await send(client, CLAIM)
-    await wait_for_commands(either, 1)
+    client = await waiting(either, send)
     if either.port:
         await client.close()
         await half_closed(either)
@@ -693,9 +668,7 @@ async def test_the_probe_is_a_part_of_the_response(
         await half_closed(either)
         await client.close()
     held.go.set()
-    await wait_until_closed(either)
-    await either.app.wait_idle()
-    assert either.actor.undelivered_responses == [response]
+    assert await undelivered(either) == [response]
 
 
 @pytest.mark.slow
@@ -716,17 +689,13 @@ async def test_a_response_with_grants_waits_for_the_probe(
     monkeypatch.setattr("jobd.http.worker_connection.PROBE_S", 3600 if is_there else 0.01)
     response = Response(EmptyResponse(), grants=[("a", "lock")])
     held = HeldResponse(tcp, response)
-    client = await tcp.connect()
-    await send(client, CLAIM)
-    await wait_for_commands(tcp, 1)
+    client = await waiting(tcp, send)
     client.writer.write_eof()
     await half_closed(tcp)
     held.go.set()
     if is_there:
         assert (await client.receive()).status == 200
-    await wait_until_closed(tcp)
-    await tcp.app.wait_idle()
-    assert tcp.actor.undelivered_responses == ([] if is_there else [response])
+    assert await undelivered(tcp) == ([] if is_there else [response])
     assert len(checks) >= 3
 
 
@@ -739,17 +708,13 @@ async def test_every_request_of_a_half_closed_connection_has_a_probe(
 
     monkeypatch.setattr("jobd.http.worker_connection.is_probing", is_probing)
     held = HeldResponse(tcp)
-    client = await tcp.connect()
-    client.send(CLAIM + CLAIM)
-    await wait_for_commands(tcp, 1)
+    client = await waiting(tcp, request=CLAIM + CLAIM)
     client.writer.write_eof()
     await half_closed(tcp)
     response = Response(EmptyResponse(), grants=[("a", "lock")])
     tcp.actor.respond = lambda _: response
     held.go.set()
-    await wait_until_closed(tcp)
-    await tcp.app.wait_idle()
-    assert tcp.actor.undelivered_responses == [response]
+    assert await undelivered(tcp) == [response]
 
 
 @WRITES
@@ -765,33 +730,23 @@ async def test_a_connection_that_closes_during_the_probe_releases_its_grants(
     monkeypatch.setattr("jobd.http.worker_connection.is_probing", is_probing)
     response = Response(EmptyResponse(), grants=[("a", "lock")])
     held = HeldResponse(tcp, response)
-    client = await tcp.connect()
-    await send(client, CLAIM)
-    await wait_for_commands(tcp, 1)
+    client = await waiting(tcp, send)
     client.writer.write_eof()
     connection = await half_closed(tcp)
     held.go.set()
     await checked.wait()
     assert connection.transport is not None
     connection.transport.abort()
-    await wait_until_closed(tcp)
-    await tcp.app.wait_idle()
-    assert tcp.actor.undelivered_responses == [response]
+    assert await undelivered(tcp) == [response]
 
 
 async def test_tls_has_no_half_closed_connections(tmp_path: Path) -> None:
-    server, client = await tls_pair(tmp_path)
-    async with HttpHarness(ROUTES, tmp_path) as harness:
+    async with await HttpHarness.on("tls", ROUTES, tmp_path) as harness:
         HeldResponse(harness)
-        [(_, port)] = await harness.listener.open_tcp("127.0.0.1", 0, tls=server)
-        connection = RawConnection(
-            *await asyncio.open_connection("127.0.0.1", port, ssl=client, server_hostname="localhost")
-        )
-        connection.send(CLAIM)
-        await wait_for_commands(harness, 1)
-        await connection.close()
+        client = await waiting(harness)
+        await client.close()
         await harness.actor.cancelled.wait()
-        await wait_until_closed(harness)
+        await harness.wait_until_closed()
 
 
 # -- malformed requests ------------------------------------------------------------------------------------------------
@@ -818,9 +773,7 @@ async def test_requests_before_a_malformed_one_are_answered_first(either: HttpHa
 
 async def test_a_malformed_request_after_a_waiting_one_is_answered_after_it(harness: HttpHarness) -> None:
     held = HeldResponse(harness)
-    client = await harness.connect()
-    client.send(CLAIM)
-    await wait_for_commands(harness, 1)
+    client = await waiting(harness)
     client.send(request_bytes("GET", "/v1/jobs") + HOSTILE["NUL in a header"])
     await asyncio.sleep(0.01)
     client.send(HOSTILE["NUL in a header"])
