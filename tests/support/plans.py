@@ -17,6 +17,12 @@ async def make_plan(planner: Planner, plan_id: str = "p", **asked: Any) -> PlanV
     return view
 
 
+def kept_plan(planner: Planner, plan_id: str = "p") -> PlanView:
+    view = planner.find(plan_id)
+    assert isinstance(view, PlanView), view
+    return view
+
+
 async def apply_plan(planner: Planner, plan_id: str = "p", **pace: Any) -> PlanResult:
     result = await planner.apply(plan_id, EVE, **pace)
     assert isinstance(result, PlanResult), result

@@ -28,7 +28,7 @@ from jobd.model.commands import AnyCommand, Claim, Complete, Create, Idempotency
 from jobd.model.errors import ApiError
 from jobd.model.events import fold
 from jobd.model.job import HOUR_MS, Job, Options, Policy
-from jobd.model.responses import GrantView, Response
+from jobd.model.responses import CleanupReport, GrantView, Response
 from tests.support.memory_storage import MemoryStorage
 
 WALL: Final = 1_700_000_000_000
@@ -162,6 +162,12 @@ class VirtualEngine:
         """Run the maintainer, and wait for the end of its first cleanup run."""
         self.run_maintainer()
         await until(lambda: self.maintainer.totals.runs == 1)
+
+    async def cleanup(self) -> CleanupReport:
+        """Run the maintainer, and wait for the report of a forced cleanup run."""
+        if len(self._tasks) == 1:
+            self.run_maintainer()
+        return await self.maintainer.run_cleanup(forced=True)
 
     @property
     def now(self) -> int:

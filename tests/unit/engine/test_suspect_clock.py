@@ -118,8 +118,7 @@ async def test_a_clock_that_steps_between_scan_and_rule_costs_no_job_and_no_clea
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine.disk, "expired_jobs", expired)
-        engine.run_maintainer()
-        report = await engine.maintainer.run_cleanup(forced=True)
+        report = await engine.cleanup()
     assert (report.expired_jobs_deleted, report.errors) == (0, [])
     assert status(engine, "done") == "completed"
 
@@ -225,8 +224,7 @@ async def test_a_restart_29_days_ahead_deletes_nothing() -> None:
     async with VirtualEngine(disk) as engine:
         await create_completed(engine)
     async with VirtualEngine(disk, step_ms=29 * DAY_MS) as engine:
-        engine.run_maintainer()
-        assert (await engine.maintainer.run_cleanup(forced=True)).expired_jobs_deleted == 0
+        assert (await engine.cleanup()).expired_jobs_deleted == 0
         assert status(engine, "done") == "completed"
 
 

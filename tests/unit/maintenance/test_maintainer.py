@@ -247,7 +247,7 @@ async def test_a_forced_run_starts_at_once_an_unforced_one_not_within_two_minute
     await seconds(10)
     first = engine.maintainer.last_report
     assert await engine.maintainer.run_cleanup(forced=False) is first
-    forced = await engine.maintainer.run_cleanup(forced=True)
+    forced = await engine.cleanup()
     assert forced.forced
     assert engine.maintainer.totals.runs == 2
     await seconds(120)
@@ -262,7 +262,7 @@ async def test_the_schedule_keeps_its_distance_from_a_forced_run() -> None:
     ) as engine:
         engine.run_maintainer()
         await seconds(50)
-        await engine.maintainer.run_cleanup(forced=True)
+        await engine.cleanup()
         await seconds(59)
         assert engine.maintainer.totals.runs == 2
         await seconds(2)
@@ -300,7 +300,7 @@ async def test_a_cancelled_request_does_not_end_the_run(engine: VirtualEngine) -
     engine.run_maintainer()
     await seconds(1)
     engine.disk.gate.clear()
-    tasks = asyncio.create_task(engine.maintainer.run_cleanup(forced=True))
+    tasks = asyncio.create_task(engine.cleanup())
     await engine.disk.at_gate.wait()
     tasks.cancel()
     await asyncio.wait({tasks})
@@ -367,7 +367,7 @@ async def test_jobs_that_expire_during_a_cleanup_run_wait_for_the_next_one(engin
     await engine.first_cleanup()
     assert len(deletions(engine)) < 10
     await seconds(1)
-    await engine.maintainer.run_cleanup(forced=True)
+    await engine.cleanup()
     assert len(deletions(engine)) == 50
 
 
@@ -427,12 +427,11 @@ async def test_a_large_store_keeps_the_newest_events_of_deleted_jobs() -> None:
             await seconds(1)
         await engine.yes(Create(id="lives"))
         engine.disk.event_bytes = 100
-        engine.run_maintainer()
-        await engine.maintainer.run_cleanup(forced=True)
+        await engine.cleanup()
         assert [event.job_id for event in engine.disk.events] == [*"bbbcccddd", "lives"]
         held.append(DAY_MS)
         engine.disk.event_bytes = 1_000
-        await engine.maintainer.run_cleanup(forced=True)
+        await engine.cleanup()
         assert len(engine.disk.events) == 10
 
 
@@ -499,7 +498,7 @@ async def test_a_run_repairs_imported_and_hand_edited_rows(storage: MemoryStorag
         assert nobody.status == "queued"
         assert odd is not None
         assert (odd.progress, odd.finished_at) == (100, WALL)
-        repeated = await engine.maintainer.run_cleanup(forced=True)
+        repeated = await engine.cleanup()
         assert (repeated.validation_issues_found, repeated.validation_issues_fixed) == (0, 0)
 
 
@@ -510,10 +509,9 @@ async def test_issues_without_a_safe_fix_are_reported_by_every_run(storage: Memo
     live = row(2, "nameless")
     storage.put(replace(live, options=replace(live.options, queue="")))
     async with VirtualEngine(storage, policy=policy) as engine:
-        engine.run_maintainer()
-        first = await engine.maintainer.run_cleanup(forced=True)
+        first = await engine.cleanup()
         assert (first.validation_issues_found, first.validation_issues_fixed) == (2, 0)
-        second = await engine.maintainer.run_cleanup(forced=True)
+        second = await engine.cleanup()
         assert (second.validation_issues_found, second.validation_issues_fixed) == (2, 0)
         assert storage.job("nameless") is not None
 
@@ -555,11 +553,10 @@ async def test_old_audit_entries_are_deleted_and_the_newest_stays(storage: Memor
         storage.audited = {seq: entry(engine.now) for seq in range(1, 6)}
         storage.audited[6] = entry(engine.now + 5 * SECOND_MS)
         await seconds(12)
-        engine.run_maintainer()
-        await engine.maintainer.run_cleanup(forced=True)
+        await engine.cleanup()
         assert list(storage.audited) == [6]
         await seconds(60)
-        await engine.maintainer.run_cleanup(forced=True)
+        await engine.cleanup()
         assert list(storage.audited) == [6]
 
 
@@ -568,11 +565,10 @@ async def test_no_audit_entry_is_old_while_the_clock_is_suspect(storage: MemoryS
     async with VirtualEngine(storage) as engine:
         storage.audited = {1: entry(1), 2: entry(engine.now)}
         engine.step_ms = 2 * DAY_MS
-        engine.run_maintainer()
-        await engine.maintainer.run_cleanup(forced=True)
+        await engine.cleanup()
         assert list(storage.audited) == [1, 2]
         engine.step_ms = 0
-        await engine.maintainer.run_cleanup(forced=True)
+        await engine.cleanup()
         assert list(storage.audited) == [2]
 
 
@@ -595,8 +591,7 @@ async def test_a_failed_step_is_reported_and_the_others_run(method: str, error: 
         await engine.yes(Create(id="old", expires_at=engine.now + 1))
         await seconds(1)
         storage.errors[method] = OSError("broken")
-        engine.run_maintainer()
-        report = await engine.maintainer.run_cleanup(forced=True)
+        report = await engine.cleanup()
         assert report.errors == [error]
         assert report.validation_issues_fixed == 1
         assert engine.maintainer.totals.found["expired"] == 1
@@ -612,17 +607,16 @@ async def test_writes_rejected_by_a_full_disk_are_reported_and_counted_next_time
         await seconds(1)
         engine.actor.full_disk.write_limit = WriteLimit.ALL_BUT_ENDINGS
         engine.disk.errors["probe"] = DiskFull("full")
-        engine.run_maintainer()
-        report = await engine.maintainer.run_cleanup(forced=True)
+        report = await engine.cleanup()
         assert report.expired_jobs_deleted == 1
         assert [error.partition(":")[0] for error in report.errors] == ["validation", "report"]
         assert stored_reports(engine) == []
         del engine.disk.errors["probe"]
         await seconds(2)
-        report = await engine.maintainer.run_cleanup(forced=True)
+        report = await engine.cleanup()
         assert report.errors == []
         assert (report.expired_jobs_deleted, report.validation_issues_fixed) == (1, 1)
-        assert (await engine.maintainer.run_cleanup(forced=True)).expired_jobs_deleted == 0
+        assert (await engine.cleanup()).expired_jobs_deleted == 0
 
 
 @in_engine()
@@ -630,12 +624,12 @@ async def test_changes_during_the_write_of_a_report_are_in_the_next_one(engine: 
     engine.run_maintainer()
     await seconds(1)
     engine.disk.gate.clear()
-    tasks = asyncio.create_task(engine.maintainer.run_cleanup(forced=True))
+    tasks = asyncio.create_task(engine.cleanup())
     await engine.disk.at_gate.wait()
     engine.state.counters.since_report.recovered += 3
     engine.disk.gate.set()
     assert (await tasks).stuck_jobs_recovered == 0
-    assert (await engine.maintainer.run_cleanup(forced=True)).stuck_jobs_recovered == 3
+    assert (await engine.cleanup()).stuck_jobs_recovered == 3
     assert engine.state.counters.since_report.recovered == 0
 
 
@@ -643,11 +637,10 @@ async def test_changes_during_the_write_of_a_report_are_in_the_next_one(engine: 
 async def test_a_bug_in_a_run_does_not_end_cleanup(engine: VirtualEngine) -> None:
     await engine.yes(Create(id="a"))
     totals, engine.maintainer.totals = engine.maintainer.totals, None  # type: ignore[assignment]
-    engine.run_maintainer()
-    report = await engine.maintainer.run_cleanup(forced=True)
+    report = await engine.cleanup()
     assert report.errors == ["run: 'NoneType' object has no attribute 'runs'"]
     engine.maintainer.totals = totals
-    assert (await engine.maintainer.run_cleanup(forced=True)).errors == []
+    assert (await engine.cleanup()).errors == []
 
 
 @pytest.mark.slow
@@ -665,7 +658,7 @@ async def test_health_is_degraded_after_three_intervals_without_success(engine: 
     assert reason.startswith("No cleanup run has succeeded for 15 min")
     assert "events: OSError: broken" in reason
     engine.disk.errors.clear()
-    await engine.maintainer.run_cleanup(forced=True)
+    await engine.cleanup()
     assert engine.maintainer.degraded_reason() is None
 
 
@@ -675,7 +668,7 @@ async def test_steps_that_an_older_node_could_not_read_wait(engine: VirtualEngin
         engine.disk.errors[step] = FormatNotRead("node b is older")
     engine.run_maintainer()
     with capture_logs() as lines:
-        report = await engine.maintainer.run_cleanup(forced=True)
+        report = await engine.cleanup()
     assert report.errors == []
     waits = [line["step"] for line in lines if line["event"] == "cleanup_step_waits"]
     assert waits == ["events", "audit", "statistics"]
@@ -691,7 +684,7 @@ async def test_the_last_report_and_the_statistics_survive_a_restart(storage: Mem
         await engine.held("a")
         await seconds(61)
         await engine.maintainer.recover_stuck()
-        await engine.maintainer.run_cleanup(forced=True)
+        await engine.cleanup()
         report = engine.maintainer.last_report
     storage.gate.clear()
     async with VirtualEngine(storage) as engine:
@@ -714,15 +707,13 @@ async def test_counts_since_the_last_report_survive_a_restart(storage: MemorySto
         await seconds(61)
         await engine.maintainer.recover_stuck()
     async with VirtualEngine(storage) as engine:
-        engine.run_maintainer()
-        assert (await engine.maintainer.run_cleanup(forced=True)).stuck_jobs_recovered == 1
+        assert (await engine.cleanup()).stuck_jobs_recovered == 1
 
 
 @in_virtual_time
 async def test_unreadable_reports_are_omitted(storage: MemoryStorage) -> None:
     async with VirtualEngine(storage) as engine:
-        engine.run_maintainer()
-        report = await engine.maintainer.run_cleanup(forced=True)
+        report = await engine.cleanup()
     storage.kept_reports.append(b"{}")
     async with VirtualEngine(storage) as engine:
         assert await engine.maintainer.reports(10) == [report]
@@ -732,16 +723,14 @@ async def test_unreadable_reports_are_omitted(storage: MemoryStorage) -> None:
 @in_engine()
 async def test_cleanup_starts_even_if_no_report_can_be_read(engine: VirtualEngine) -> None:
     engine.disk.errors["reports"] = OSError("broken")
-    engine.run_maintainer()
-    assert (await engine.maintainer.run_cleanup(forced=True)).errors == []
+    assert (await engine.cleanup()).errors == []
 
 
 @in_virtual_time
 async def test_extra_data_is_saved_with_the_statistics() -> None:
     async with VirtualEngine(extra=lambda: b'{"hour":[1]}') as engine:
         engine.state.counters.completions = {5: (1, 2)}
-        engine.run_maintainer()
-        await engine.maintainer.run_cleanup(forced=True)
+        await engine.cleanup()
         assert read_extra(engine.disk.figures) == b'{"hour":[1]}'
         assert read_stats(engine.disk.figures).completions == {5: (1, 2)}
     without = msgspec.json.encode(Counters(stalls=3))  # as an older version saved them
@@ -820,7 +809,7 @@ async def test_stop_ends_a_run_between_slices_and_resolves_its_waiters(engine: V
         await finished(engine, f"old-{number}", expires_at=engine.now + 1000)
     await seconds(1)
     running = engine.run_maintainer()
-    tasks = asyncio.create_task(engine.maintainer.run_cleanup(forced=True))
+    tasks = asyncio.create_task(engine.cleanup())
     await until(lambda: bool(deletions(engine)))
     engine.maintainer.stop()
     report = await tasks
@@ -832,7 +821,7 @@ async def test_stop_ends_a_run_between_slices_and_resolves_its_waiters(engine: V
     ]
     assert stored_reports(engine) == []
     assert read_stats(engine.disk.figures).since_report.deleted == len(deletions(engine))
-    late = await engine.maintainer.run_cleanup(forced=True)
+    late = await engine.cleanup()
     assert late.errors == ["run: not started because the daemon is stopping."]
 
 
@@ -857,13 +846,12 @@ async def test_a_failed_save_of_statistics_does_not_raise_at_the_end(engine: Vir
 @in_virtual_time
 async def test_failed_runs_do_not_reset_the_time_since_the_last_success(storage: MemoryStorage) -> None:
     async with VirtualEngine(storage) as engine:
-        engine.run_maintainer()
-        first = await engine.maintainer.run_cleanup(forced=True)
+        first = await engine.cleanup()
         await seconds(10)
         engine.disk.errors["expired"] = OSError("broken")
         for number in (1, 2):
             await seconds(50)
-            failed = await engine.maintainer.run_cleanup(forced=True)
+            failed = await engine.cleanup()
             assert failed.errors
             state = engine.maintainer.state()
             assert (state.failed_since_last_success, state.last_failure) == (number, failed)
@@ -882,8 +870,8 @@ async def test_failed_runs_do_not_reset_the_time_since_the_last_success(storage:
         assert (state.time_since_last_cleanup or 0) >= 110_000
         del storage.errors["expired"]
         storage.gate.set()
-        await engine.maintainer.run_cleanup(forced=True)  # the running one had failed already
-        await engine.maintainer.run_cleanup(forced=True)
+        await engine.cleanup()  # the running one had failed already
+        await engine.cleanup()
         state = engine.maintainer.state()
         assert (state.failed_since_last_success, state.last_failure) == (0, None)
         assert (state.time_since_last_cleanup or 0) < 1_000

@@ -22,7 +22,7 @@ from jobd.model.times import utc
 from jobd.storage import codec
 from tests.support.factories import full_job
 from tests.support.memory_storage import MemoryStorage
-from tests.support.plans import EVE, apply_plan, make_plan
+from tests.support.plans import EVE, apply_plan, kept_plan, make_plan
 from tests.support.rule_harness import RuleHarness
 from tests.support.virtual_engine import WALL, VirtualEngine, in_engine, in_virtual_time, row, until
 
@@ -282,8 +282,7 @@ async def test_a_plan_lists_its_changes_and_applies_them(engine: VirtualEngine) 
     assert (await engine.yes(cmd.Get(id="a"))).status == "queued"
     assert engine.disk.events[-1].reason == "mended"
     assert engine.disk.events[-1].details == {"plan": "p", "planned": 2}
-    shown = engine.planner.find("p")
-    assert isinstance(shown, PlanView)
+    shown = kept_plan(engine.planner)
     assert shown.result == result
 
 
@@ -473,8 +472,7 @@ async def test_the_result_of_a_plan_can_be_read_for_hours(engine: VirtualEngine)
     result = await apply_plan(engine.planner)
     assert [job.id for job in result.changed] == ["b"]
     await asyncio.sleep(plan_runner.APPLIED_KEPT_MS / SECOND_MS - 1)
-    shown = engine.planner.find("p")
-    assert isinstance(shown, PlanView)
+    shown = kept_plan(engine.planner)
     assert shown.result == result
     assert shown.expires_at == result.applied_at + plan_runner.APPLIED_KEPT_MS
     assert (await apply_plan(engine.planner)).repeated
@@ -714,6 +712,12 @@ def test_a_preview_reports_that_it_is_incomplete() -> None:
         assert (seen.expired, seen.more) == (named, limit < 2)
 
 
+async def previewed(engine: VirtualEngine, scan_s: float = 60) -> PreviewView:
+    view = await engine.maintainer.preview(scan_s)
+    assert isinstance(view, PreviewView)
+    return view
+
+
 @in_virtual_time
 async def test_a_preview_of_a_cleanup_run_matches_the_run() -> None:
     storage = MemoryStorage()
@@ -723,17 +727,14 @@ async def test_a_preview_of_a_cleanup_run_matches_the_run() -> None:
         await engine.yes(cmd.Create(id="late", expires_at=engine.now + SECOND_MS))
         await engine.yes(cmd.Import(id="old", status="failed", error_message="x", expires_at=WALL + SECOND_MS))
         await asyncio.sleep(120)
-        view = await engine.maintainer.preview()
-        assert isinstance(view, PreviewView)
+        view = await previewed(engine)
         assert [(each.job_id, each.action) for each in view.recover] == [("stuck", "reset")]
         assert (view.expired_jobs, view.deleted_jobs, view.invalid_jobs) == (["late"], ["old"], ["over"])
         assert not view.more
         assert 0 <= engine.now - view.timestamp < SECOND_MS
-        engine.run_maintainer()
-        report = await engine.maintainer.run_cleanup(forced=True)
+        report = await engine.cleanup()
         assert (report.stuck_jobs_recovered, report.expired_jobs_deleted, report.validation_issues_fixed) == (1, 1, 1)
-        after = await engine.maintainer.preview()
-        assert isinstance(after, PreviewView)
+        after = await previewed(engine)
         assert (after.recover, after.expired_jobs, after.deleted_jobs, after.invalid_jobs) == ([], [], [], [])
 
 
@@ -744,8 +745,7 @@ async def test_the_scan_for_issues_is_limited() -> None:
         storage.put(row(number, f"over-{number}", progress=120))
 
     async def found(engine: VirtualEngine, scan_s: float) -> tuple[int, bool]:
-        view = await engine.maintainer.preview(scan_s)
-        assert isinstance(view, PreviewView)
+        view = await previewed(engine, scan_s)
         assert view.more == view.more_invalid
         return len(view.invalid_jobs), view.more_invalid
 
@@ -770,8 +770,7 @@ async def test_a_preview_lists_expired_jobs_even_if_few_are_read_at_a_time() -> 
         return (await MemoryStorage.expired_jobs(storage, now, limit, skip))[:1]
 
     async def seen(engine: VirtualEngine, scan_s: float = 60) -> tuple[int, bool, bool]:
-        view = await engine.maintainer.preview(scan_s)
-        assert isinstance(view, PreviewView)
+        view = await previewed(engine, scan_s)
         assert not (view.deleted_jobs and view.kept_jobs)
         return len(view.deleted_jobs or view.kept_jobs), view.more, view.more_kept
 
@@ -797,12 +796,10 @@ async def test_a_preview_while_the_clock_is_suspect_deletes_nothing(engine: Virt
     await engine.yes(cmd.Import(id="old", status="failed", error_message="x", expires_at=WALL + SECOND_MS))
     await asyncio.sleep(60)
     engine.step_ms = 2 * DAY_MS
-    view = await engine.maintainer.preview()
-    assert isinstance(view, PreviewView)
+    view = await previewed(engine)
     assert (view.deleted_jobs, view.kept_jobs, view.more_kept) == ([], ["old"], False)
     engine.step_ms = 0
-    view = await engine.maintainer.preview()
-    assert isinstance(view, PreviewView)
+    view = await previewed(engine)
     assert (view.deleted_jobs, view.kept_jobs) == (["old"], [])
     engine.maintainer.stop()
     stopped = await engine.maintainer.preview()
@@ -848,8 +845,7 @@ async def test_the_other_jobs_follow_a_trial_that_completes(engine: VirtualEngin
 
 async def until_applied(planner: Planner) -> PlanView:
     await until(lambda: not isinstance(view := planner.find("p"), ApiError) and view.result is not None)
-    view = planner.find("p")
-    assert isinstance(view, PlanView)
+    view = kept_plan(planner)
     return view
 
 
@@ -915,15 +911,13 @@ async def test_a_plan_counts_how_its_jobs_end(engine: VirtualEngine) -> None:
     await attempt(engine, "b", fails=True)
     await engine.yes(cmd.Cancel(id="c"))
     await engine.yes(cmd.Start(id="d", worker="w"))
-    view = engine.planner.find("p")
-    assert isinstance(view, PlanView)
+    view = kept_plan(engine.planner)
     assert str(view.outcome) == "1 completed, 1 failed again, 1 cancelled, 2 wait"
     await engine.yes(cmd.Delete(id="a"))
     await make_plan(engine.planner, "q", action="retry", ids=["b"])
     await apply_plan(engine.planner, "q")
     await attempt(engine, "b")
-    view = engine.planner.find("q")
-    assert isinstance(view, PlanView)
+    view = kept_plan(engine.planner, "q")
     assert str(view.outcome) == "1 completed, 0 failed again, 0 wait"
     await asyncio.sleep(plan_runner.APPLIED_KEPT_MS / 1_000 + 1)
     assert isinstance(engine.planner.find("p"), ApiError)

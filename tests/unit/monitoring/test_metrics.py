@@ -373,8 +373,7 @@ async def test_validation_issues_by_type() -> None:
     storage.put(row(20, "nobody", "processing"))
     async with VirtualEngine(storage) as engine:
         assert not read(shown(engine))["jobd_cleanup_last_timestamp_seconds"].samples
-        engine.run_maintainer()
-        await engine.maintainer.run_cleanup(forced=True)
+        await engine.cleanup()
         body = shown(engine)
         assert value(body, "jobd_validation_issues_total", type="error") == 11
         assert value(body, "jobd_validation_issues_total", type="critical") == 1

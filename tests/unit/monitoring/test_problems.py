@@ -189,8 +189,7 @@ async def test_jobs_that_expire_or_are_due_far_ahead_and_silent_workers(engine: 
     for number in range(20):
         if number == 10:
             await seconds(30)
-            engine.run_maintainer()
-            await engine.maintainer.run_cleanup(forced=True)
+            await engine.cleanup()
             assert list(await found(problems)) == ["expiring/push"]
         await engine.yes(cmd.Create(queue="geo", delay_ms=8 * DAY_MS))
         if number < 10:
@@ -300,8 +299,7 @@ async def test_conditions_of_the_daemon_say_what_holds() -> None:
         failing = [FailingWebhook("b", 300_001, "500: broken", 608, True), FailingWebhook("c", 9, "x")]
         problems = problems_of(engine, Thresholds(0, 0, 0), failing_webhooks=lambda: failing)
         assert [each.condition for each in (await found(problems)).values()] == ["webhook", "no_workers"]
-        engine.run_maintainer()
-        await engine.maintainer.run_cleanup(forced=True)
+        await engine.cleanup()
         lock_id = await engine.held("cat-1")
         await engine.yes(cmd.EndGrants(ids=["cat-1"], last=True), by="daemon")
         await engine.yes(cmd.Start(id="cat-1", worker="w-2", lock_ttl_ms=HOUR_MS))
