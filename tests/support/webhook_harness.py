@@ -9,6 +9,8 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, cast
 
+from msgspec.structs import replace
+
 from jobd.model.clocks import LockMs
 from jobd.model.commands import Moment
 from jobd.model.events import Event
@@ -25,6 +27,7 @@ from tests.support.polling import wait_until
 DELIVERED = DeliveryOutcome(204)
 REJECTED = DeliveryOutcome(500, "500: broken")
 FAST_RETRY = RetryPolicy(retry_ms=20, max_retry_ms=80, min_tries=3, opens_after=5, pause_ms=40, max_pause_ms=80)
+SLOW_RETRY = replace(FAST_RETRY, retry_ms=600_000, max_retry_ms=600_000, pause_ms=600_000, max_pause_ms=600_000)
 KEY = b"k" * 24
 
 
@@ -148,6 +151,7 @@ async def running_webhooks(
     posts: FakeTransport | None = None,
     maker: ChangeFactory | None = None,
     clock: SteppedWallClock | None = None,
+    retry: RetryPolicy = FAST_RETRY,
     wrap: Callable[[Store], Any] = lambda store: store,
     **site: Any,
 ) -> AsyncIterator[WebhookHarness]:
@@ -157,6 +161,7 @@ async def running_webhooks(
         made = WebhookHarness(
             store, posts or FakeTransport(), maker or ChangeFactory(), clock or SteppedWallClock(), wrap(store)
         )
+        made.context.retry_policy = retry
         for name, value in site.items():
             setattr(made, name, value)
         made.webhooks.set_endpoints(endpoints or [endpoint()])

@@ -27,7 +27,6 @@ from jobd.storage.events import event_queries
 from jobd.storage.store import Store
 from jobd.webhooks import dispatcher, event_reader, problem_source
 from jobd.webhooks.manager import WebhookManager
-from tests.support import webhook_harness
 from tests.support.factories import NOW, ChangeFactory
 from tests.support.polling import wait_until
 from tests.support.store_files import edit_store, job_of
@@ -35,6 +34,7 @@ from tests.support.webhook_harness import (
     DELIVERED,
     FAST_RETRY,
     REJECTED,
+    SLOW_RETRY,
     FakeTransport,
     SteppedWallClock,
     endpoint,
@@ -148,7 +148,6 @@ async def test_a_cursor_that_only_skipped_events_is_saved(path: Path, monkeypatc
     monkeypatch.setattr(event_reader, "SAVE_S", 0.05)
     async with running_webhooks(path, only_ends, maker=at.maker) as at:
         await at.commit(at.maker.create())
-
         sql = "SELECT position FROM webhooks"
         await wait_until(lambda: at.store._connection.raw.execute(sql).fetchone() == (2,))
 
@@ -236,8 +235,7 @@ async def test_a_failing_message_blocks_only_its_own_job(path: Path) -> None:
 
 
 async def test_consecutive_failures_open_the_breaker_and_a_probe_closes_it(path: Path) -> None:
-    down = True
-    async with running_webhooks(path, posts=FakeTransport(lambda _: REJECTED if down else DELIVERED)) as at:
+    async with running_webhooks(path, posts=FakeTransport(lambda _: REJECTED)) as at:
         await at.commit(*(at.maker.create(f"job-{number}") for number in range(30)))
         await wait_until(lambda: at.webhooks.views()[0].state == "open")
         tried = len(at.posts.tried)
@@ -250,7 +248,7 @@ async def test_consecutive_failures_open_the_breaker_and_a_probe_closes_it(path:
         assert view.last_error == REJECTED.error
         (failing,) = at.webhooks.failing()
         assert (failing.name, failing.error, failing.wants_problems) == ("e", REJECTED.error, True)
-        down = False
+        at.posts.respond = lambda _: DELIVERED
         await wait_until(lambda: len(at.posts.delivered) == 30)
         (view,) = at.webhooks.views()
         assert (view.state, view.failing_since, view.next_attempt_at) == ("closed", None, None)
@@ -258,16 +256,14 @@ async def test_consecutive_failures_open_the_breaker_and_a_probe_closes_it(path:
 
 
 async def test_a_view_shows_the_time_of_the_next_attempt(path: Path) -> None:
-    slow = replace(FAST_RETRY, retry_ms=100_000, max_retry_ms=100_000, pause_ms=600_000, max_pause_ms=600_000)
+    slow = replace(SLOW_RETRY, retry_ms=100_000, max_retry_ms=100_000)
     clock = SteppedWallClock()
-    async with running_webhooks(path, posts=FakeTransport(lambda _: REJECTED), clock=clock) as at:
+    async with running_webhooks(path, posts=FakeTransport(lambda _: REJECTED), clock=clock, retry=slow) as at:
 
         def left_ms() -> int | None:
             (view,) = at.webhooks.views()
             return None if view.next_attempt_at is None else view.next_attempt_at - clock.moment().now
 
-        at.context.retry_policy = slow
-        await _slow_down(at)  # a slow breaker, too
         assert left_ms() is None
         at.posts.gate.clear()
         await at.commit(at.maker.create("a"))
@@ -291,14 +287,13 @@ async def test_a_view_shows_the_time_of_the_next_attempt(path: Path) -> None:
         assert 250_000 < (left_ms() or 0) <= 600_000
 
 
-async def test_a_reload_does_not_end_the_failure_of_an_endpoint_but_its_removal_does(
-    path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(webhook_harness, "FAST_RETRY", replace(FAST_RETRY, retry_ms=600_000, max_retry_ms=600_000))
-    async with running_webhooks(path, posts=FakeTransport(lambda _: REJECTED)) as at:
+async def test_a_reload_does_not_end_the_failure_of_an_endpoint_but_its_removal_does(path: Path) -> None:
+    async with running_webhooks(path, posts=FakeTransport(lambda _: REJECTED), retry=SLOW_RETRY) as at:
         await at.commit(at.maker.create("a"))
         await wait_until(lambda: bool(at.webhooks.failing()) and at.webhooks.views()[0].next_attempt_at is not None)
-        await _slow_down(at)
+        before = at.webhooks._dispatchers["e"]
+        at.webhooks.set_endpoints([endpoint(timeout_ms=5_000)])
+        await wait_until(lambda: at.webhooks._dispatchers.get("e") not in (None, before))
         assert at.webhooks.failing()
         at.webhooks.set_endpoints([])
         await wait_until(lambda: at.posts.open == 0)
@@ -308,10 +303,9 @@ async def test_a_reload_does_not_end_the_failure_of_an_endpoint_but_its_removal_
 
 
 async def test_a_message_that_always_fails_does_not_keep_the_breaker_open(path: Path) -> None:
-    async with running_webhooks(
-        path, posts=FakeTransport(lambda each: REJECTED if each.subject == "jobs/bad" else DELIVERED)
-    ) as at:
-        at.context.retry_policy = replace(FAST_RETRY, retry_ms=1, max_retry_ms=1)  # due at every probe
+    posts = FakeTransport(lambda each: REJECTED if each.subject == "jobs/bad" else DELIVERED)
+    often = replace(FAST_RETRY, retry_ms=1, max_retry_ms=1)  # due at every probe
+    async with running_webhooks(path, posts=posts, retry=often) as at:
         await at.commit(at.maker.create("bad"))
         await wait_until(lambda: at.webhooks.views()[0].state != "closed")
         await at.commit(at.maker.create("good"))
@@ -320,13 +314,8 @@ async def test_a_message_that_always_fails_does_not_keep_the_breaker_open(path: 
 
 async def test_an_old_message_is_dead_lettered_after_enough_attempts_and_the_next_one_starts(path: Path) -> None:
     clock = SteppedWallClock()
-
-    def response(delivery: Delivery) -> DeliveryOutcome:
-        return REJECTED if delivery.type == "job.created" else DELIVERED
-
-    async with running_webhooks(
-        path, endpoint(give_up_after_ms=HOUR_MS), posts=FakeTransport(response), clock=clock
-    ) as at:
+    posts = FakeTransport(lambda each: REJECTED if each.type == "job.created" else DELIVERED)
+    async with running_webhooks(path, endpoint(give_up_after_ms=HOUR_MS), posts=posts, clock=clock) as at:
         await at.commit(*lifecycle(at.maker, "a"))
         await wait_until(lambda: len(at.posts.tried) > FAST_RETRY.min_tries)
         assert at.posts.delivered == []
@@ -355,11 +344,9 @@ async def test_old_messages_of_an_endpoint_that_keeps_failing_are_dead_lettered_
 ) -> None:
     monkeypatch.setattr(dispatcher, "SLICE", 10)
     monkeypatch.setattr(dispatcher, "MINUTE_MS", 10)
-    monkeypatch.setattr(webhook_harness, "FAST_RETRY", replace(FAST_RETRY, pause_ms=600_000, max_pause_ms=600_000))
-    clock = SteppedWallClock()
-    async with running_webhooks(
-        path, endpoint(give_up_after_ms=200), posts=FakeTransport(lambda _: REJECTED), clock=clock
-    ) as at:
+    slow = replace(FAST_RETRY, pause_ms=600_000, max_pause_ms=600_000)
+    posts = FakeTransport(lambda _: REJECTED)
+    async with running_webhooks(path, endpoint(give_up_after_ms=200), posts=posts, retry=slow) as at:
         await at.commit(*(at.maker.create(f"job-{number}") for number in range(60)))
         await wait_until(lambda: at.webhooks.views()[0].dead_lettered == 60)
         (view,) = at.webhooks.views()
@@ -628,24 +615,22 @@ async def test_events_wait_in_the_journal_while_the_outbox_is_at_its_limit(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(dispatcher, "MAX_BACKLOG", 150)
-    down = True
-    async with running_webhooks(path, posts=FakeTransport(lambda _: REJECTED if down else DELIVERED)) as at:
+    async with running_webhooks(path, posts=FakeTransport(lambda _: REJECTED)) as at:
         for first in range(0, 400, 100):
             await at.commit(*(at.maker.create(f"job-{first + number}") for number in range(100)))
         await wait_until(lambda: at.webhooks.views()[0].waiting == 100)
         await asyncio.sleep(0.2)
         (view,) = at.webhooks.views()
         assert (view.waiting, view.lag) == (100, 300)
-        down = False
+        at.posts.respond = lambda _: DELIVERED
         await wait_until(lambda: len(at.posts.delivered) == 400)
 
 
 async def test_a_lagging_endpoint_holds_the_journal(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatcher, "MAX_BACKLOG", 150)
     monkeypatch.setattr(event_reader, "LAGGING_AFTER_S", 0.1)
-    async with running_webhooks(
-        path, endpoint(give_up_after_ms=5 * DAY_MS), posts=FakeTransport(lambda _: REJECTED)
-    ) as at:
+    posts = FakeTransport(lambda _: REJECTED)
+    async with running_webhooks(path, endpoint(give_up_after_ms=5 * DAY_MS), posts=posts) as at:
         await wait_until(lambda: at.webhooks.event_hold_ms() == 0)
         for first in range(0, 300, 100):
             await at.commit(*(at.maker.create(f"job-{first + number}") for number in range(100)))
@@ -717,8 +702,8 @@ async def test_a_waiting_gap_message_is_not_repeated(path: Path, monkeypatch: py
     monkeypatch.setattr(outbox, "KEEP_ENDED", {"delivered": 99, "dead-lettered": 1})
     slow = replace(REJECTED, retry_after_ms=60_000)
     posts = FakeTransport(lambda each: slow if each.type == "events.gone" else REJECTED)
-    async with running_webhooks(path, endpoint(give_up_after_ms=0, events=FINISHED), posts=posts) as at:
-        at.context.retry_policy = replace(FAST_RETRY, max_retry_ms=60_000)
+    retry, ends = replace(FAST_RETRY, max_retry_ms=60_000), endpoint(give_up_after_ms=0, events=FINISHED)
+    async with running_webhooks(path, ends, posts=posts, retry=retry) as at:
         for number in range(9):
             await at.commit(*lifecycle(at.maker, f"job-{number}"))
         await wait_until(lambda: at.webhooks.views()[0].dead_lettered == 9)
@@ -981,25 +966,14 @@ async def test_a_message_is_sent_although_a_reload_replaces_the_dispatcher(path:
             await wait_until(lambda: len(at.posts.delivered) == 2)
 
 
-async def _slow_down(at: Any) -> None:
-    """Give the running dispatcher longer delays."""
-    before = at.webhooks._dispatchers["e"]
-    at.webhooks.set_endpoints([endpoint(timeout_ms=5_000)])
-    await wait_until(lambda: at.webhooks._dispatchers.get("e") not in (None, before))
-    await wait_until(lambda: at.webhooks.views()[0].state == "closed")
-
-
 @pytest.mark.parametrize("is_test", [False, True])
 async def test_an_action_of_an_operator_probes_an_open_breaker(path: Path, is_test: bool) -> None:
     """Neither a waiting delivery that is sent now nor a test message waits for the end of the pause."""
-    slow = replace(FAST_RETRY, retry_ms=600_000, max_retry_ms=600_000, pause_ms=600_000, max_pause_ms=600_000)
-    down = True
-    async with running_webhooks(path, posts=FakeTransport(lambda _: REJECTED if down else DELIVERED)) as at:
-        at.context.retry_policy = slow
-        await _slow_down(at)
+    posts = FakeTransport(lambda _: REJECTED)
+    async with running_webhooks(path, posts=posts, retry=SLOW_RETRY) as at:
         await at.commit(*(at.maker.create(f"job-{number}") for number in range(6)))
         await wait_until(lambda: at.webhooks.views()[0].state == "open")
-        down = False
+        posts.respond = lambda _: DELIVERED
         if is_test:
             await at.webhooks.test("e")
         else:
@@ -1010,12 +984,9 @@ async def test_an_action_of_an_operator_probes_an_open_breaker(path: Path, is_te
         assert at.webhooks.views()[0].state == "closed"
 
 
-async def test_a_test_message_does_not_wait_for_the_retry_of_an_earlier_one(
-    path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(webhook_harness, "FAST_RETRY", replace(FAST_RETRY, retry_ms=600_000, max_retry_ms=600_000))
+async def test_a_test_message_does_not_wait_for_the_retry_of_an_earlier_one(path: Path) -> None:
     posts = FakeTransport(lambda _: REJECTED)
-    async with running_webhooks(path, posts=posts) as at:
+    async with running_webhooks(path, posts=posts, retry=SLOW_RETRY) as at:
         await at.webhooks.test("e")
         await wait_until(lambda: at.webhooks.views()[0].next_attempt_at is not None)
         posts.respond = lambda _: DELIVERED
@@ -1025,8 +996,7 @@ async def test_a_test_message_does_not_wait_for_the_retry_of_an_earlier_one(
 
 async def test_failures_from_before_a_probe_do_not_open_the_breaker(path: Path) -> None:
     """Five of eight attempts have failed, three hang, and an operator reports that the receiver is back."""
-    slow = replace(FAST_RETRY, retry_ms=600_000, max_retry_ms=600_000, pause_ms=600_000, max_pause_ms=600_000)
-    down, hanging = True, asyncio.Event()
+    hanging = asyncio.Event()
 
     class Hanging(FakeTransport):
         async def post(self, endpoint: WebhookEndpoint, delivery: Delivery) -> DeliveryOutcome:
@@ -1036,13 +1006,11 @@ async def test_failures_from_before_a_probe_do_not_open_the_breaker(path: Path) 
                 return REJECTED
             return await super().post(endpoint, delivery)
 
-    posts = Hanging(lambda _: REJECTED if down else DELIVERED)
-    async with running_webhooks(path, posts=posts) as at:
-        at.context.retry_policy = slow
-        await _slow_down(at)
+    posts = Hanging(lambda _: REJECTED)
+    async with running_webhooks(path, posts=posts, retry=SLOW_RETRY) as at:
         await at.commit(*(at.maker.create(f"job-{number}") for number in range(8)))
         await wait_until(lambda: len(posts.tried) == 8 and at.webhooks.views()[0].state == "open")
-        down = False
+        posts.respond = lambda _: DELIVERED
         assert await at.webhooks.redeliver("e", posts.tried[0].id) is not None
         hanging.set()
         await wait_until(lambda: len(posts.delivered) == 8)
@@ -1052,8 +1020,7 @@ async def test_dead_letters_are_sent_again_in_order(path: Path, monkeypatch: pyt
     """Each message gets an attempt before it can be dead-lettered for its age again."""
     monkeypatch.setattr(dispatcher, "SLICE", 10)
     monkeypatch.setattr(dispatcher, "MINUTE_MS", 10)
-    down = True
-    posts = FakeTransport(lambda _: REJECTED if down else DELIVERED)
+    posts = FakeTransport(lambda _: REJECTED)
     async with running_webhooks(path, endpoint(give_up_after_ms=200), posts=posts) as at:
         for number in range(15):
             await at.commit(*lifecycle(at.maker, f"job-{number}"))
@@ -1062,7 +1029,7 @@ async def test_dead_letters_are_sent_again_in_order(path: Path, monkeypatch: pyt
         newest = page.deliveries[0].id
         monkeypatch.setattr(dispatcher, "MINUTE_MS", 60_000)
         assert await at.webhooks.redeliver_all("e", 0) == 0
-        down = False
+        posts.respond = lambda _: DELIVERED
         assert await at.webhooks.redeliver_all("e", newest - 3) == 42
         await wait_until(lambda: at.webhooks.views()[0].delivered == 42)
         assert await at.webhooks.redeliver_all("e", None) == 3
