@@ -36,7 +36,7 @@ class JobAction(Struct, frozen=True):
     """An action on one job.
 
     `description` continues "The job" or "Each job". `command` declares the statuses that allow it and the status
-    afterwards. `cli_command` is the equivalent of jobctl, if any.
+    afterwards.
     """
 
     verb: Verb
@@ -44,7 +44,11 @@ class JobAction(Struct, frozen=True):
     description: str
     command: type[JobCommand]
     destructive: bool = False
-    cli_command: str = ""
+
+    @property
+    def cli_command(self) -> str:
+        """The equivalent of jobctl, "" if there is none."""
+        return "" if self.needs_lock else f"jobctl {self.verb}"
 
     @property
     def needs_lock(self) -> bool:
@@ -71,7 +75,6 @@ _ALL: Final = (
         "Run now",
         "becomes due now. Among jobs of the same priority it is ordered by this time.",
         commands.RunNow,
-        cli_command="jobctl run-now",
     ),
     JobAction(
         "extend",
@@ -90,7 +93,6 @@ _ALL: Final = (
         "Retry",
         "is queued again as if it were new: no attempts, no stalls, no error, due now.",
         commands.RetryJob,
-        cli_command="jobctl retry",
     ),
     JobAction(
         "force-reset",
@@ -99,7 +101,6 @@ _ALL: Final = (
         "loses the lock, and may have done part of the work.",
         commands.ForceReset,
         destructive=True,
-        cli_command="jobctl force-reset",
     ),
     JobAction(
         "force-fail",
@@ -107,7 +108,6 @@ _ALL: Final = (
         "fails, with your reason as its error. A worker that holds it loses the lock.",
         commands.ForceFail,
         destructive=True,
-        cli_command="jobctl force-fail",
     ),
     JobAction(
         "cancel",
@@ -115,7 +115,6 @@ _ALL: Final = (
         "is cancelled. A worker that holds it loses the lock.",
         commands.Cancel,
         destructive=True,
-        cli_command="jobctl cancel",
     ),
     JobAction(
         "delete",
@@ -123,21 +122,18 @@ _ALL: Final = (
         "is deleted permanently, with its history.",
         commands.Delete,
         destructive=True,
-        cli_command="jobctl delete",
     ),
     JobAction(
         "copy",
         "Copy",
         "does not change. A new job gets its options and headers, and is due now.",
         commands.Copy,
-        cli_command="jobctl copy",
     ),
     JobAction(
         "adopt",
         "Adopt",
         "is completed with the result that this worker submitted after it lost its lock. It will not run again.",
         commands.Adopt,
-        cli_command="jobctl adopt",
     ),
 )
 JOB_ACTIONS: Final[dict[str, JobAction]] = {action.verb: action for action in _ALL}
