@@ -15,6 +15,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from jobd.engine.clock import Clock, loop_time
+from jobd.maintenance.stoppable_loop import StoppableLoop
 from jobd.model.clocks import MonotonicS
 from jobd.model.events import Event
 from jobd.model.job import MINUTE_MS, SECOND_MS
@@ -60,7 +61,7 @@ class SweepResult(Struct, frozen=True):
     error: str = ""
 
 
-class ArtifactSweeper:
+class ArtifactSweeper(StoppableLoop):
     """Sweeps from `run` until `stop`. `expect` counts new tombstones and wakes it. Call `committed` with every commit.
 
     `check` raises an error if another node may lead, whose jobs the tables of this one lack. Nothing is deleted then.
@@ -76,14 +77,13 @@ class ArtifactSweeper:
         *,
         check: Callable[[], None] = lambda: None,
     ) -> None:
+        super().__init__()
         self.stats = stats
         self._storage = storage
         self._artifacts = artifacts
         self._clock = clock
         self._margins = margins
         self._check = check
-        self._wake = asyncio.Event()
-        self._stopping = False
         self._newly_named: set[str] | None = None  # keys that jobs have named since the slice began
         # Tombstone number -> loop time of its first failure, latest error.
         self._failing: dict[int | str, tuple[MonotonicS, str]] = {}
@@ -103,11 +103,8 @@ class ArtifactSweeper:
             else:
                 self._failing.pop(STORE, None)
             self._newly_named = None
-            await self._pause(pause_s)
-
-    def stop(self) -> None:
-        self._stopping = True
-        self._wake.set()
+            has_work = self.stats.waiting > 0 or self._failing or pause_s < POLL_S
+            await self._pause(pause_s if has_work else None)
 
     def expect(self, count: int) -> None:
         """Count new tombstones, and sweep."""
@@ -238,13 +235,3 @@ class ArtifactSweeper:
         since = self._failing[what][0] if what in self._failing else loop_time()
         if what in self._failing or len(self._failing) < MAX_FAILING:
             self._failing[what] = since, why
-
-    async def _pause(self, seconds: float) -> None:
-        """Wait for `_wake`, and for at most `seconds` while there is work."""
-        timer = None
-        if self.stats.waiting > 0 or self._failing or seconds < POLL_S:
-            timer = asyncio.get_running_loop().call_later(seconds, self._wake.set)
-        await self._wake.wait()
-        self._wake.clear()
-        if timer is not None:
-            timer.cancel()

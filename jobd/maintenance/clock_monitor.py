@@ -6,11 +6,11 @@ before the next command is decided.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
 from typing import Final
 
 from jobd.engine.clock import boot_clock_ms
+from jobd.maintenance.stoppable_loop import StoppableLoop
 from jobd.model.clocks import BootMs, LockMs
 from jobd.model.commands import Moment
 from jobd.model.job import SECOND_MS
@@ -21,7 +21,7 @@ SET_BACK_MS: Final = SECOND_MS  # smaller steps are not reported
 SET_AHEAD_MS: Final = 10 * SECOND_MS  # the same; no decision depends on these steps
 
 
-class ClockMonitor:
+class ClockMonitor(StoppableLoop):
     """Report pauses and steps of the wall clock.
 
     `on_pause` gets the ms of the pause and the lock time at which it began; `on_set_back` the ms of the step and the
@@ -39,6 +39,7 @@ class ClockMonitor:
         boot: Callable[[], BootMs] = boot_clock_ms,
         on_set_ahead: Callable[[int], None] = lambda ahead_ms: None,
     ) -> None:
+        super().__init__()
         self._on_pause = on_pause
         self._on_set_back = on_set_back
         self._on_set_ahead = on_set_ahead
@@ -46,8 +47,6 @@ class ClockMonitor:
         self._boot = boot
         self._boot_seen = boot()
         self._seen = moment()
-        self._wake = asyncio.Event()
-        self._stopping = False
 
     def check(self) -> None:
         boot, at, seen = self._boot(), self._moment(), self._seen
@@ -64,11 +63,4 @@ class ClockMonitor:
     async def run(self) -> None:
         while not self._stopping:
             self.check()
-            timer = asyncio.get_running_loop().call_later(CHECK_EVERY_S, self._wake.set)
-            await self._wake.wait()
-            timer.cancel()
-            self._wake.clear()
-
-    def stop(self) -> None:
-        self._stopping = True
-        self._wake.set()
+            await self._pause(CHECK_EVERY_S)

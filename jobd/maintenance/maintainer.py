@@ -28,6 +28,7 @@ from jobd.maintenance.cleanup_run import (
     Unfinished,
 )
 from jobd.maintenance.preview import SCAN_S, preview
+from jobd.maintenance.stoppable_loop import wait_for_wake
 from jobd.model.clocks import MonotonicS
 from jobd.model.commands import EndPauses, Operator, Report, TakeBack, Tick
 from jobd.model.errors import ApiError
@@ -203,7 +204,7 @@ class Maintainer:
                 await self._guarded("pauses", self._end_pauses)
                 pause_ends_in_s = PAUSE_RETRY_S
             upcoming = min(next_tick, next_recovery) if every_s else next_tick
-            await _wait(self._recovery_wake, min(upcoming - loop_time(), pause_ends_in_s))
+            await wait_for_wake(self._recovery_wake, min(upcoming - loop_time(), pause_ends_in_s))
 
     async def recover_due(self) -> None:
         """Recover stalled jobs, and let queued jobs expire."""
@@ -252,7 +253,7 @@ class Maintainer:
             if self._pending_report is not None or loop_time() >= self._next_run():
                 await self._run_once()
             self._announce_next_run()
-            await _wait(self._cleanup_wake, self._next_run() - loop_time())
+            await wait_for_wake(self._cleanup_wake, self._next_run() - loop_time())
         await self._guarded("statistics", self._save_stats)
 
     def _next_run(self) -> MonotonicS:
@@ -400,11 +401,3 @@ def _read(body: bytes, kind: type[T]) -> T | None:
     except msgspec.MsgspecError as error:
         log.warning("kept_value_unreadable", kind=kind.__name__, error=str(error))
         return None
-
-
-async def _wait(wake: asyncio.Event, seconds: float) -> None:
-    """Wait until `wake` is set, or for `seconds`."""
-    timer = asyncio.get_running_loop().call_later(max(seconds, 0), wake.set)
-    await wake.wait()
-    timer.cancel()
-    wake.clear()

@@ -7,7 +7,6 @@ fires, so that a time never fires twice, whatever this timer does.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import Callable
 from heapq import heappop, heappush
 from typing import Final
@@ -16,6 +15,7 @@ import structlog
 
 from jobd.engine.actor import Actor
 from jobd.maintenance.cron import InvalidTiming, latest_time, load_zone, next_times
+from jobd.maintenance.stoppable_loop import StoppableLoop
 from jobd.model.commands import AnyCommand, Fire, Moment, ResumeSchedule
 from jobd.model.errors import ApiError
 from jobd.model.job import MINUTE_MS, SECOND_MS
@@ -30,10 +30,11 @@ LATE_MS: Final = MINUTE_MS  # a schedule that makes up nothing still fires this 
 log = structlog.get_logger("jobd.schedules")
 
 
-class Scheduler:
+class Scheduler(StoppableLoop):
     """Sends the commands of all schedules until `stop`. `moment` returns the time."""
 
     def __init__(self, actor: Actor, moment: Callable[[], Moment]) -> None:
+        super().__init__()
         self._actor = actor
         self._moment = moment
         self._state = actor.state
@@ -41,9 +42,7 @@ class Scheduler:
         self._next: dict[str, int] = {}  # when each schedule has something to do
         self._heap: list[tuple[int, str]] = []  # the same; entries that differ from `_next` are void
         self._looked_at = 0
-        self._wake = asyncio.Event()
         self._callers: list[asyncio.Future[None]] = []  # of `fire_due`
-        self._stopping = False
         self._state.on_schedule = self._note_change
 
     def _note_change(self, name: str) -> None:
@@ -52,7 +51,6 @@ class Scheduler:
 
     async def run(self) -> None:
         while not self._stopping:
-            self._wake.clear()
             self._check_clock()
             callers, self._callers = self._callers, []
             await self._compute()
@@ -64,8 +62,7 @@ class Scheduler:
                 wait_s = min(max(self._heap[0][0] - at.now, 1) / SECOND_MS, LOOK_S)
             elif self._heap or self._changed:
                 wait_s = LOOK_S
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._wake.wait(), wait_s)
+            await self._pause(wait_s)
 
     async def fire_due(self) -> None:
         """Look at the clock now, and return when the schedules that are due have fired."""
@@ -73,10 +70,6 @@ class Scheduler:
         self._callers.append(caller)
         self._wake.set()
         await caller
-
-    def stop(self) -> None:
-        self._stopping = True
-        self._wake.set()
 
     def _check_clock(self) -> None:
         """Compute all times again after the clock was set back: later times may not count any more."""

@@ -5,7 +5,6 @@ The counts are in memory and follow committed changes. Jobs from before the star
 
 from __future__ import annotations
 
-import asyncio
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -14,6 +13,7 @@ from typing import Final, Literal, TypeVar
 import structlog
 from msgspec import Struct, field
 
+from jobd.maintenance.stoppable_loop import StoppableLoop
 from jobd.model.commands import Moment
 from jobd.model.events import Event
 from jobd.model.fingerprints import fingerprint
@@ -92,10 +92,11 @@ class GroupState(Struct):
         return self.jobs["failed"] - sum(count for hour, count in self.ended.items() if hour >= at // HOUR_MS)
 
 
-class FailureGroups:
+class FailureGroups(StoppableLoop):
     """Follows commits with `committed`. `run` reads the earlier jobs: failed ones below `top`, and `live` ones."""
 
     def __init__(self, storage: JobStorage, moment: Callable[[], Moment], top: int, live: Iterable[Job] = ()) -> None:
+        super().__init__()
         self._storage = storage
         self._moment = moment
         self._groups: dict[str, GroupState] = {}
@@ -109,8 +110,6 @@ class FailureGroups:
         self._ends: list[int] = []
         self._known: list[int] = []
         self._below = top  # jobs below it are not read yet
-        self._wake = asyncio.Event()
-        self._stopping = False
 
     # -- changes -------------------------------------------------------------------------------------------------------
 
@@ -200,10 +199,6 @@ class FailureGroups:
                 pause_s = RETRY_S
             await self._pause(pause_s)
 
-    def stop(self) -> None:
-        self._stopping = True
-        self._wake.set()
-
     async def _slice(self) -> None:
         if self._unseen:
             for _ in range(min(LIMIT, len(self._unseen))):
@@ -218,12 +213,6 @@ class FailureGroups:
         self._below = page.next_before or 0
         self._ends.append(-self._below)
         self._known.append(page.last_event)
-
-    async def _pause(self, seconds: float) -> None:
-        timer = asyncio.get_running_loop().call_later(seconds, self._wake.set)
-        await self._wake.wait()
-        timer.cancel()
-        self._wake.clear()
 
     # -- view ----------------------------------------------------------------------------------------------------------
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import math
 import os
 import platform
@@ -29,6 +28,7 @@ from jobd.engine.clock import Clock
 from jobd.engine.event_feed import EventFeed
 from jobd.maintenance.artifact_sweeper import SweepStats
 from jobd.maintenance.maintainer import Maintainer
+from jobd.maintenance.stoppable_loop import StoppableLoop
 from jobd.model.errors import ERROR_STATUS
 from jobd.model.events import EventType
 from jobd.model.job import SECOND_MS, STATUSES
@@ -52,7 +52,7 @@ ISSUE_TYPES: Final = ("error", "critical")  # cleanup runs do not count warnings
 MakeMetric = Callable[[], Metric]
 
 
-class Metrics:
+class Metrics(StoppableLoop):
     """Renders the metrics. From `run` until `stop` it measures the lag of the event loop.
 
     `error_counts` returns the errors sent by each listener, by code. A store in memory has no files; their sizes are 0.
@@ -73,6 +73,7 @@ class Metrics:
         cluster: Callable[[], ClusterView] = lambda: ClusterView(role="single"),
         append_seconds: Histogram | None = None,
     ) -> None:
+        super().__init__()
         self._actor = actor
         self._maintainer = maintainer
         self._problems = problems
@@ -87,7 +88,6 @@ class Metrics:
         self._lags: deque[float] = deque(maxlen=LAGS_KEPT)
         self._commits: deque[list[int]] = deque([actor.commit_seconds.counts.copy()], COMMITS_KEPT)
         self._started_s = time.monotonic()
-        self._stop = asyncio.Event()
 
     async def render(self) -> bytes:
         """Return the metrics in Prometheus text format 0.0.4."""
@@ -121,15 +121,11 @@ class Metrics:
 
     async def run(self) -> None:
         """Measure the lag of the event loop once a second."""
-        while not self._stop.is_set():
+        while not self._stopping:
             began = time.perf_counter()
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._stop.wait(), LAG_EVERY_S)
+            await self._pause(LAG_EVERY_S)
             self._lags.append(max(time.perf_counter() - began - LAG_EVERY_S, 0.0))
             self._commits.append(self._actor.commit_seconds.counts.copy())
-
-    def stop(self) -> None:
-        self._stop.set()
 
     def _jobs(self) -> Iterator[MakeMetric]:
         state, stats = self._actor.state, self._actor.state.counters

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
@@ -15,6 +14,7 @@ from jobd.core.state import State
 from jobd.core.worker_presence import ClaimSet
 from jobd.engine.clock import Clock, loop_time
 from jobd.maintenance.maintainer import Maintainer
+from jobd.maintenance.stoppable_loop import StoppableLoop
 from jobd.model.clocks import BootMs, MonotonicS
 from jobd.model.events import Event
 from jobd.model.job import HOUR_MS, MINUTE_MS, SECOND_MS
@@ -46,7 +46,7 @@ REJECTED_MS: Final = 5 * MINUTE_MS
 log = structlog.get_logger("jobd.problems")
 
 
-class ProblemBoard:
+class ProblemBoard(StoppableLoop):
     """Calls `check` every few seconds from `run` until `stop`. The views are those of the latest check.
 
     `on_change` is called when problems open, close or become worse.
@@ -69,6 +69,7 @@ class ProblemBoard:
         disk_use: Callable[[], DiskUse | None] = lambda: None,
         on_change: Callable[[], None] = lambda: None,
     ) -> None:
+        super().__init__()
         self.thresholds = thresholds or Thresholds()
         self.counts = PairCounts()
         self.losses = WorkerLosses(state.presence)
@@ -96,7 +97,6 @@ class ProblemBoard:
         self._free: deque[tuple[BootMs, int]] = deque()  # bytes of the disk in the last hour, one a minute
         self._errors: deque[tuple[BootMs, dict[str, int]]] = deque()
         self._next_scan = MonotonicS(0.0)
-        self._stop = asyncio.Event()
 
     def committed(self, changes: Sequence[Event]) -> None:
         """Count the changes of a committed batch."""
@@ -167,7 +167,7 @@ class ProblemBoard:
     async def run(self) -> None:
         """Check every few seconds, and measure health now and then. Errors are logged."""
         next_measurement = loop_time()
-        while not self._stop.is_set():
+        while not self._stopping:
             began = loop_time()
             try:
                 if began >= next_measurement:
@@ -181,13 +181,8 @@ class ProblemBoard:
                     self.on_change()
             except Exception:
                 log.exception("problems_failed")
-            with contextlib.suppress(TimeoutError):
-                # From one beginning to the next, so that a disk that responds late delays no problem.
-                pause_s = max(began + EVALUATE_EVERY_S - loop_time(), EVALUATE_EVERY_S / 2)
-                await asyncio.wait_for(self._stop.wait(), pause_s)
-
-    def stop(self) -> None:
-        self._stop.set()
+            # From one beginning to the next, so that a disk that responds late delays no problem.
+            await self._pause(max(began + EVALUATE_EVERY_S - loop_time(), EVALUATE_EVERY_S / 2))
 
     async def check(self) -> None:
         """Read what the conditions need, evaluate them, and update the list. A slice takes about half a millisecond."""
