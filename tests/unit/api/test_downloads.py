@@ -25,7 +25,7 @@ from jobd.storage.artifacts import downloads
 from jobd.storage.artifacts.base import PIECE_BYTES, ArtifactReader, ArtifactStoreError
 from jobd.storage.artifacts.downloads import Downloads
 from jobd.storage.artifacts.filesystem import FileArtifactStore
-from tests.support.http_harness import TOKEN, HttpHarness
+from tests.support.http_harness import TOKEN, HttpHarness, ReceivedResponse, request_bytes
 from tests.support.rule_harness import RuleHarness
 
 AUTH = {"Authorization": f"Bearer {TOKEN}"}
@@ -64,6 +64,11 @@ def put(harness: HttpHarness, place: Path, key: str, content: bytes) -> None:
     (place / key).write_bytes(content)
 
 
+def assert_missing(response: ReceivedResponse, words: str, error: str = "not_found") -> None:
+    assert (response.status, response.error) == (404, error)
+    assert words in response.json["message"]
+
+
 @pytest.mark.parametrize("size", [0, 1, PIECE_BYTES, 3 * PIECE_BYTES + 1])
 async def test_a_stored_result_is_sent_as_a_file(harness: HttpHarness, place: Path, size: int) -> None:
     content = os.urandom(size)
@@ -91,14 +96,10 @@ async def test_a_missing_result_is_an_error_that_says_why(harness: HttpHarness, 
     assert (await harness.request("GET", PATH, headers=AUTH)).error == "job_not_found"
     names(harness, None)
     response = await harness.request("GET", PATH, headers=AUTH)
-    assert (response.status, response.error, "storage_key is not set" in response.json["message"]) == (
-        404,
-        "not_found",
-        True,
-    )
+    assert_missing(response, "storage_key is not set")
     names(harness, "gone/report.pdf")
     response = await harness.request("GET", PATH, headers=AUTH)
-    assert (response.status, response.error, "has no object" in response.json["message"]) == (404, "not_found", True)
+    assert_missing(response, "has no object")
     place.rmdir()
     with capture_logs() as logs:
         response = await harness.request("GET", PATH, headers=AUTH)
@@ -106,7 +107,7 @@ async def test_a_missing_result_is_an_error_that_says_why(harness: HttpHarness, 
     assert "is not a directory" in str(logs[0])
     harness.services.downloads = Downloads(None, MOST)
     response = await harness.request("GET", PATH, headers=AUTH)
-    assert (response.status, response.error, "artifacts.url" in response.json["message"]) == (404, "not_found", True)
+    assert_missing(response, "artifacts.url")
 
 
 def brings(harness: HttpHarness, *lates: LateResult) -> None:
@@ -140,17 +141,9 @@ async def test_the_artifact_of_a_late_result_can_be_downloaded_before_it_is_adop
     ] * 2
     assert (await harness.request("GET", PATH, headers=AUTH)).body == b"own"
     response = await harness.request("GET", f"{PATH}?late_result=11", headers=AUTH)
-    assert (response.status, response.error, "storage_key is not set" in response.json["message"]) == (
-        404,
-        "not_found",
-        True,
-    )
+    assert_missing(response, "storage_key is not set")
     response = await harness.request("GET", f"{PATH}?late_result=8", headers=AUTH)
-    assert (response.status, response.error, "jobctl late a" in response.json["message"]) == (
-        404,
-        "late_result_not_found",
-        True,
-    )
+    assert_missing(response, "jobctl late a", "late_result_not_found")
     for wrong in ("0", "-1", "x", "", "1.5"):
         response = await harness.request("GET", f"{PATH}?late_result={wrong}", headers=AUTH)
         assert (response.status, response.error) == (400, "invalid_request"), wrong
@@ -164,7 +157,7 @@ async def test_the_number_of_downloads_is_limited_and_ended_ones_do_not_count(
     put(harness, place, "k", bytes(64 << 20))
     lines = [await harness.connect() for _ in range(MOST)]
     for line in lines:
-        line.send(f"GET {PATH} HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {TOKEN}\r\n\r\n".encode())
+        line.send(request_bytes("GET", PATH, headers=AUTH))
         await line.reader.readuntil(b"\r\n\r\n")
     response = await harness.request("GET", PATH, headers=AUTH)
     assert (response.status, response.error, response.headers["retry-after"]) == (503, "overloaded", "1")
@@ -187,8 +180,7 @@ async def test_a_client_that_does_not_read_is_cut_off_and_delays_no_other(
     with socket.socket(socket.AF_UNIX) as stalled:
         stalled.setblocking(False)
         await loop.sock_connect(stalled, harness.path)
-        request = f"GET {PATH} HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {TOKEN}\r\n\r\n"
-        await loop.sock_sendall(stalled, request.encode())
+        await loop.sock_sendall(stalled, request_bytes("GET", PATH, headers=AUTH))
         while not harness.services.downloads._open:
             assert (await harness.request("GET", "/healthz")).status == 200
         while harness.services.downloads._open:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -37,10 +38,14 @@ DECODERS: dict[str, RequestDecoder] = {
 }
 
 
-def error_of(decoder: RequestDecoder, body: bytes, value: str | None = None) -> ApiError:
+def error_by(decode: Callable[..., object], *given: object) -> ApiError:
     with pytest.raises(ApiException) as caught:
-        decoder.from_body(body, value)
+        decode(*given)
     return caught.value.error
+
+
+def error_of(decoder: RequestDecoder, body: bytes, value: str | None = None) -> ApiError:
+    return error_by(decoder.from_body, body, value)
 
 
 def outcome(decoder: RequestDecoder, body: bytes) -> cmd.Command | ApiError:
@@ -50,16 +55,10 @@ def outcome(decoder: RequestDecoder, body: bytes) -> cmd.Command | ApiError:
         return no.error
 
 
-def test_the_path_sets_the_id() -> None:
-    command = DECODERS["progress"].from_body(b'{"lock_id":"x","progress":1.5}', "job-1")
-    assert command == cmd.Progress(id="job-1", lock_id="x", progress=1.5)
-
-
-def test_the_same_id_in_the_body_is_accepted_and_another_is_rejected() -> None:
+def test_the_path_sets_the_id_and_the_body_may_have_the_same() -> None:
     decoder = DECODERS["progress"]
-    assert decoder.from_body(b'{"id":"a","lock_id":"x","progress":1}', "a") == cmd.Progress(
-        id="a", lock_id="x", progress=1
-    )
+    for body in (b'{"lock_id":"x","progress":1.5}', b'{"id":"a","lock_id":"x","progress":1.5}'):
+        assert decoder.from_body(body, "a") == cmd.Progress(id="a", lock_id="x", progress=1.5)
     no = error_of(decoder, b'{"id":"b","lock_id":"x","progress":1}', "a")
     assert (no.code, no.details) == ("invalid_request", {"field": "$.id"})
 
@@ -428,12 +427,6 @@ def test_the_payload_is_kept_unchanged() -> None:
 # -- queries -----------------------------------------------------------------------------------------------------------
 
 
-def query_error(query: str) -> ApiError:
-    with pytest.raises(ApiException) as caught:
-        RequestDecoder(cmd.ListJobs, None, LIMITS).from_query(query)
-    return caught.value.error
-
-
 def test_a_query_gives_a_command() -> None:
     decoder = RequestDecoder(cmd.ListJobs, None, LIMITS)
     assert decoder.from_query("") == cmd.ListJobs()
@@ -461,7 +454,7 @@ def test_a_query_gives_a_command() -> None:
     ],
 )
 def test_an_unknown_parameter_is_named(query: str, field: str) -> None:
-    no = query_error(query)
+    no = error_by(RequestDecoder(cmd.ListJobs, None, LIMITS).from_query, query)
     assert (no.code, no.details) == ("invalid_request", {"field": field})
 
 
@@ -480,10 +473,9 @@ def test_an_unknown_parameter_is_named(query: str, field: str) -> None:
     ],
 )
 def test_the_error_describes_the_pattern_of_a_parameter(command: type[cmd.Command], query: str, words: str) -> None:
-    with pytest.raises(ApiException) as no:
-        RequestDecoder(command, None, LIMITS).from_query(query)
     field = query.rpartition("&")[2].partition("=")[0]
-    assert no.value.error.message == f"`$.{field}`: must be {words}."
+    no = error_by(RequestDecoder(command, None, LIMITS).from_query, query)
+    assert no.message == f"`$.{field}`: must be {words}."
 
 
 def test_the_errors_of_a_plan_describe_its_filter_and_cursor() -> None:
@@ -511,47 +503,41 @@ def test_every_pattern_has_a_description() -> None:
 
 
 def test_a_query_cannot_set_the_field_of_the_path() -> None:
-    decoder = RequestDecoder(cmd.Extend, "id", LIMITS)
-    with pytest.raises(ApiException):
-        decoder.from_query("id=b&lock_id=x", "a")
+    error_by(RequestDecoder(cmd.Extend, "id", LIMITS).from_query, "id=b&lock_id=x", "a")
 
 
 @pytest.mark.parametrize("value", ["", "a b", "a/b", "a\n", "ä", "a" * 201, "\x00", "\udcff"])
 def test_a_malformed_id_in_the_path_is_a_400(value: str) -> None:
-    with pytest.raises(ApiException) as caught:
-        path_value(RequestDecoder(cmd.Extend, "id", LIMITS), value)
-    assert caught.value.error.details == {"field": "$.id"}
+    assert error_by(path_value, RequestDecoder(cmd.Extend, "id", LIMITS), value).details == {"field": "$.id"}
 
 
 def test_a_long_form_is_not_decoded() -> None:
-    with pytest.raises(ApiException) as caught:
-        RequestDecoder(cmd.Extend, "id", LIMITS).from_form(b"lock_id=" + b"%41" * 50_000)
-    assert (caught.value.error.code, caught.value.error.details) == ("too_large", {"limit": 128 << 10})
+    no = error_by(RequestDecoder(cmd.Extend, "id", LIMITS).from_form, b"lock_id=" + b"%41" * 50_000)
+    assert (no.code, no.details) == ("too_large", {"limit": 128 << 10})
 
 
-@pytest.mark.parametrize("value", ["a", "A.b_c:d-9", "a" * 200, ".."])
-def test_a_valid_id_in_the_path_is_accepted(value: str) -> None:
-    assert path_value(RequestDecoder(cmd.Extend, "id", LIMITS), value) == value
-
-
-@pytest.mark.parametrize("value", ["a", "a b", "a/b", "ä", "a" * 200])
-def test_every_valid_worker_name_is_accepted_in_the_path(value: str) -> None:
-    assert path_value(RequestDecoder(cmd.TakeBack, "name", LIMITS), value) == value
+@pytest.mark.parametrize(
+    ("command", "field", "values"),
+    [
+        (cmd.Extend, "id", ["a", "A.b_c:d-9", "a" * 200, ".."]),
+        (cmd.TakeBack, "name", ["a", "a b", "a/b", "ä", "a" * 200]),
+    ],
+)
+def test_every_valid_id_and_worker_name_is_accepted_in_the_path(
+    command: type[cmd.Command], field: str, values: list[str]
+) -> None:
+    assert [path_value(RequestDecoder(command, field, LIMITS), value) for value in values] == values
 
 
 @pytest.mark.parametrize("value", ["", "a\n", "a" * 201, "\x00"])
 def test_invalid_worker_names_are_rejected_in_the_path(value: str) -> None:
-    with pytest.raises(ApiException) as caught:
-        path_value(RequestDecoder(cmd.TakeBack, "name", LIMITS), value)
-    assert caught.value.error.message == "`$.name`: the path must contain text without control characters here."
+    no = error_by(path_value, RequestDecoder(cmd.TakeBack, "name", LIMITS), value)
+    assert no.message == "`$.name`: the path must contain text without control characters here."
 
 
 @pytest.mark.parametrize("value", ["null", "NULL", "Null"])
 @pytest.mark.parametrize("field", ["limit", "status"])
 def test_null_is_rejected_in_a_query(value: str, field: str) -> None:
-    with pytest.raises(ApiException) as no:
-        RequestDecoder(cmd.ListJobs, None, LIMITS).from_query(f"{field}={value}")
-    assert no.value.error.details == {"field": f"$.{field}"}
-    assert RequestDecoder(cmd.ListJobs, None, LIMITS).from_query(f"kind={value}") == cmd.ListJobs(kind=value), (
-        "it is a name like any other"
-    )
+    decode = RequestDecoder(cmd.ListJobs, None, LIMITS).from_query
+    assert error_by(decode, f"{field}={value}").details == {"field": f"$.{field}"}
+    assert decode(f"kind={value}") == cmd.ListJobs(kind=value), "it is a name like any other"

@@ -183,13 +183,6 @@ async def test_a_closed_connection_or_invalid_http_is_a_failure(sender: HttpTran
     assert len(outcome.error) < 250
 
 
-async def test_a_refused_connection_names_host_and_port(sender: HttpTransport) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    outcome = await sender.post(to(f"http://127.0.0.1:{port}/?token=hush"), DELIVERY)
-    assert outcome.error == f"127.0.0.1:{port} cannot be reached: Connection refused."
-
-
 HUSH = ("HUSH-path-1", "HUSH query 2", "HUSH%20query%202", "HUSH+query+2", "hush%2fpath", "hush/path")
 PLACE = "/HUSH-path-1/HUSH%2fpath?token=HUSH%20query%202&b=HUSH-path-1"
 NO, END = b"HTTP/1.1 500 No\r\n", b"\r\n\r\n"
@@ -208,30 +201,33 @@ FAILURES: dict[str, tuple[bytes, int, str]] = {
 }
 
 
+def assert_hushed(outcome: DeliveryOutcome) -> str:
+    """Check that there is an error without a secret part of the URL, and return it."""
+    assert outcome.error is not None
+    assert [secret for secret in HUSH if secret.lower() in outcome.error.lower()] == []
+    return outcome.error
+
+
 @pytest.mark.parametrize("why", FAILURES)
 async def test_errors_show_only_the_host_of_the_url(sender: HttpTransport, why: str) -> None:
     head, more, expected = FAILURES[why]
     with raw_server(echoing(head, more)) as port:
         outcome = await sender.post(to(f"http://127.0.0.1:{port}{PLACE}", timeout_ms=5_000), DELIVERY)
-    assert outcome.error is not None
-    assert [secret for secret in HUSH if secret.lower() in outcome.error.lower()] == []
-    assert expected in outcome.error
-    assert len(outcome.error) < 250
+    error = assert_hushed(outcome)
+    assert expected in error
+    assert len(error) < 250
 
 
 async def test_a_refused_connection_shows_only_the_host_of_the_url(sender: HttpTransport) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     outcome = await sender.post(to(f"http://127.0.0.1:{port}{PLACE}"), DELIVERY)
-    assert (outcome.error or "").startswith(f"127.0.0.1:{port} cannot be reached: ")
-    assert "HUSH" not in (outcome.error or "")
+    assert outcome.error == f"127.0.0.1:{port} cannot be reached: Connection refused."
 
 
 @pytest.mark.parametrize("host", ["127.1", "300.300.300.300", "x\\y", "nobody.invalid", "a..b", "[::1%25]"])
 async def test_an_invalid_url_shows_only_its_host(sender: HttpTransport, host: str) -> None:
-    outcome = await sender.post(to(f"http://{host}{PLACE}", timeout_ms=5_000), DELIVERY)
-    assert outcome.error is not None
-    assert [secret for secret in HUSH if secret.lower() in outcome.error.lower()] == []
+    assert_hushed(await sender.post(to(f"http://{host}{PLACE}", timeout_ms=5_000), DELIVERY))
 
 
 @pytest.mark.slow
@@ -244,13 +240,9 @@ async def test_a_wrong_certificate_shows_only_the_host_of_the_url(
             (sender, f"127.0.0.1:{port}"),
             (restricted, f"127.0.0.1:{port}"),
         ):
-            outcome = await each.post(to(f"https://{place}{PLACE}"), DELIVERY)
-            assert outcome.error is not None
-            assert "HUSH" not in outcome.error
+            assert_hushed(await each.post(to(f"https://{place}{PLACE}"), DELIVERY))
     with raw_server(lambda _: b"this is no TLS") as port:
-        outcome = await sender.post(to(f"https://127.0.0.1:{port}{PLACE}"), DELIVERY)
-        assert outcome.error is not None
-        assert "HUSH" not in outcome.error
+        assert_hushed(await sender.post(to(f"https://127.0.0.1:{port}{PLACE}"), DELIVERY))
 
 
 async def test_an_untrusted_certificate_is_rejected(sender: HttpTransport, tmp_path: Path) -> None:
