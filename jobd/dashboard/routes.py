@@ -102,6 +102,9 @@ class PageSpec(Struct, frozen=True):
 
 
 PAGES: Final = (
+    PageSpec("/", NoFields, "overview", "Overview", pages.overview, on_standby=True),
+    PageSpec("/queues", pages.QueuesPageQuery, "queues", "Queues", pages.queues),
+    PageSpec("/queues/{name}", WhyQueue, "queue", "Queues", pages.queue, interval_s=5),
     PageSpec(
         "/jobs", JobsPageQuery, "jobs", "Jobs", pages.jobs,
         interval_s=5, redirect_to=job_redirect, subscription=jobs_subscription,
@@ -113,9 +116,7 @@ PAGES: Final = (
         "/workers/take-back", maintenance.TakeBackQuery, "take_back", "Workers", maintenance.confirm_take_back,
         changes=True,
     ),
-    PageSpec(
-        "/workers/quiet", worker_pages.QuietQuery, "quiet", "Workers", worker_pages.confirm_quiet, changes=True
-    ),
+    PageSpec("/workers/quiet", worker_pages.QuietQuery, "quiet", "Workers", worker_pages.confirm_quiet, changes=True),
     PageSpec("/cleanup", NoFields, "cleanup", "Cleanup", pages.cleanup),
     PageSpec(
         "/cleanup/confirm", maintenance.CleanupConfirmQuery, "cleanup_confirm", "Cleanup", maintenance.confirm_cleanup,
@@ -126,20 +127,14 @@ PAGES: Final = (
         "/schedules", schedule_pages.SchedulesPageQuery, "schedules", "Schedules", schedule_pages.schedule_list,
         interval_s=5,
     ),
-    PageSpec(
-        "/schedules/{id}", GetSchedule, "schedule", "Schedule", schedule_pages.schedule_detail, interval_s=5
-    ),
+    PageSpec("/schedules/{id}", GetSchedule, "schedule", "Schedule", schedule_pages.schedule_detail, interval_s=5),
     PageSpec(
         "/schedules/{id}/change", schedule_pages.ChangeScheduleQuery, "schedule_change", "Schedule",
         schedule_pages.confirm_change, changes=True,
     ),
     PageSpec("/webhooks", NoFields, "webhooks", "Webhooks", webhook_pages.webhook_list, interval_s=5),
     PageSpec(
-        "/webhooks/{name}",
-        webhook_pages.WebhookPageQuery,
-        "webhook",
-        "Webhook",
-        webhook_pages.webhook_detail,
+        "/webhooks/{name}", webhook_pages.WebhookPageQuery, "webhook", "Webhook", webhook_pages.webhook_detail,
         interval_s=5,
     ),
     PageSpec(
@@ -147,17 +142,10 @@ PAGES: Final = (
         "Resend dead-lettered messages", webhook_pages.confirm_resend, changes=True,
     ),
     PageSpec(
-        CLUSTER,
-        cluster_page.ClusterPageQuery,
-        "cluster",
-        "Cluster",
-        cluster_page.cluster_page,
-        on_standby=True,
-        has_stream=False,
+        CLUSTER, cluster_page.ClusterPageQuery, "cluster", "Cluster", cluster_page.cluster_page,
+        on_standby=True, has_stream=False,
     ),
-    PageSpec(
-        "/cluster/step-down", NoFields, "step_down", "Cluster", cluster_page.confirm_step_down, changes=True
-    ),
+    PageSpec("/cluster/step-down", NoFields, "step_down", "Cluster", cluster_page.confirm_step_down, changes=True),
     PageSpec("/audit", pages.AuditPageQuery, "audit", "Audit", pages.audit, interval_s=5),
     PageSpec("/clock", NoFields, "clock", "Clock", maintenance.confirm_clock),
 )  # fmt: skip
@@ -207,12 +195,9 @@ class Dashboard:
         await self._renderer.warm()
 
     def routes(self) -> tuple[Route, ...]:
-        page, form, public, sign_in = self._page_route, self._form_route, self._public_route, self._sign_in_pages
+        form, public, sign_in = self._form_route, self._public_route, self._sign_in_pages
         return (
-            page(PageSpec("/", NoFields, "overview", "Overview", pages.overview, on_standby=True)),
-            page(PageSpec("/queues", pages.QueuesPageQuery, "queues", "Queues", pages.queues)),
-            page(PageSpec("/queues/{name}", WhyQueue, "queue", "Queues", pages.queue, interval_s=5)),
-            *map(page, PAGES),
+            *map(self._page_route, PAGES),
             *(form(path, fields, submit) for path, fields, submit in FORMS),
             *self._job_routes("/jobs/{id}"),
             *self._job_routes("/job"),  # for ids that a path cannot hold
