@@ -18,15 +18,14 @@ from jobd.storage.artifacts.downloads import Downloads
 from jobd.storage.artifacts.filesystem import FileArtifactStore
 from tests.support.dashboard_harness import AUTH, READ_ONLY_TOKEN, Browser, DashboardHarness, audit_entries, text
 from tests.support.http_harness import TOKEN, RawConnection, request_bytes, tls_pair, wrong_tokens
+from tests.support.polling import wait_until
 
 
 async def test_an_anonymous_browser_is_redirected_to_the_sign_in_and_back(harness: DashboardHarness) -> None:
     anonymous = Browser(harness.admin)
     response = await anonymous.get("/jobs?status=failed&queue=a")
-    assert (response.status, response.headers["location"]) == (
-        303,
-        "/sign-in?next=%2Fjobs%3Fstatus%3Dfailed%26queue%3Da",
-    )
+    sign_in_url = "/sign-in?next=%2Fjobs%3Fstatus%3Dfailed%26queue%3Da"
+    assert (response.status, response.headers["location"]) == (303, sign_in_url)
     page = text(await anonymous.get(response.headers["location"]))
     assert 'value="/jobs?status=failed&amp;queue=a"' in page
     response = await anonymous.post("/sign-in", token=TOKEN, next="/jobs?status=failed&queue=a")
@@ -63,12 +62,8 @@ async def test_the_session_cookie_is_out_of_reach_of_scripts_and_other_sites(har
     name, value = response.headers["set-cookie"].split("; ")[0].split("=")
     assert name == f"jobd_{harness.admin.port}", "cookies are shared between ports"
     assert len(value) >= 40
-    assert set(response.headers["set-cookie"].split("; ")[1:]) == {
-        "Path=/",
-        "HttpOnly",
-        "SameSite=Strict",
-        "Max-Age=43200",
-    }
+    attributes = {"Path=/", "HttpOnly", "SameSite=Strict", "Max-Age=43200"}
+    assert set(response.headers["set-cookie"].split("; ")[1:]) == attributes
     assert TOKEN not in repr(vars(harness.dashboard.sessions))
     assert value not in repr(vars(harness.dashboard.sessions))
     behind = {"Origin": "https://localhost", "Host": "localhost"}
@@ -104,8 +99,7 @@ async def test_the_cookie_is_secure_over_tls(harness: DashboardHarness, tmp_path
 
 async def delayed_responses(harness: DashboardHarness, count: int) -> None:
     """Wait until so many responses are delayed."""
-    while harness.dashboard._sign_in_pages._delayed < count:  # noqa: ASYNC110 - there is no event for it
-        await asyncio.sleep(0.001)
+    await wait_until(lambda: harness.dashboard._sign_in_pages._delayed >= count)
 
 
 @pytest.mark.slow

@@ -161,6 +161,9 @@ def test_a_missing_host_is_rejected_on_tcp_only() -> None:
         ("[::]:8770", [], {"localhost", "127.0.0.1", "::1"}),
         ("", [], {"localhost", "127.0.0.1", "::1"}),
         ("10.0.0.7:8770", ["a"], {"10.0.0.7", "a"}),
+        ("10.9.9.9", ["Jobs.Example."], {"10.9.9.9", "jobs.example"}),
+        ("10.9.9.9", ["[2001:DB8:0:0::7]"], {"10.9.9.9", "2001:db8::7"}),
+        ("10.9.9.9", ["2001:db8::7"], {"10.9.9.9", "2001:db8::7"}),
     ],
 )
 def test_a_listener_knows_its_host_names(listen: str, hosts: list[str], names: set[str]) -> None:
@@ -242,22 +245,13 @@ def test_a_key_is_bound_to_the_whole_body(size: int) -> None:
     assert len({key.body_hash for key in keys}) == 5
 
 
-@pytest.mark.parametrize("key", ["", "a" * 201, "a\tb", "a\x7f", "ä", "\udcff", "a\nb"])
-def test_a_bad_key_is_a_400(key: str) -> None:
-    assert code(Authenticator("worker").idempotency_key, key, "POST", "/", b"") == "invalid_request"
-
-
-@pytest.mark.parametrize("key", ["a", "a b", "~" * 200, "!"])
-def test_a_valid_key_is_accepted(key: str) -> None:
-    assert code(Authenticator("worker").idempotency_key, key, "POST", "/", b"") is None
-
-
-@pytest.mark.parametrize(
-    ("text", "name"),
-    [("Jobs.Example.", "jobs.example"), ("[2001:DB8:0:0::7]", "2001:db8::7"), ("2001:db8::7", "2001:db8::7")],
-)
-def test_a_name_is_compared_in_its_normalized_form(text: str, name: str) -> None:
-    assert accepted_hosts("10.9.9.9", [text]) == {"10.9.9.9", name}
+def test_a_valid_key_is_accepted_and_a_bad_one_is_a_400() -> None:
+    for keys, wanted in (
+        (["a", "a b", "~" * 200, "!"], None),
+        (["", "a" * 201, "a\tb", "a\x7f", "ä", "\udcff", "a\nb"], "invalid_request"),
+    ):
+        for key in keys:
+            assert code(Authenticator("worker").idempotency_key, key, "POST", "/", b"") == wanted, key
 
 
 @pytest.mark.parametrize("sent", ["[2001:DB8:0:0::7]:8770", "[2001:db8::7]", "[2001:db8:0:0:0:0:0:7]:1"])

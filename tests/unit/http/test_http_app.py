@@ -55,10 +55,8 @@ async def client(harness: HttpHarness) -> RawConnection:
 async def test_a_request_becomes_a_command_and_its_response_is_sent(harness: HttpHarness) -> None:
     harness.actor.respond = lambda _: Response(LockState(5, 6, None))
     response = await harness.request("POST", "/v1/jobs/job-1/progress", PROGRESS)
-    assert (response.status, response.data) == (
-        200,
-        {"lock_expires_at": 5, "ttl_ms": 6, "progress_due_at": None, "cancel_requested": False},
-    )
+    lock = {"lock_expires_at": 5, "ttl_ms": 6, "progress_due_at": None, "cancel_requested": False}
+    assert (response.status, response.data) == (200, lock)
     [envelope] = harness.actor.received
     assert envelope.command == Progress(id="job-1", lock_id="canary-lock", progress=50)
     assert (envelope.by, envelope.admin, envelope.key, envelope.size) == ("client", False, None, len(PROGRESS))
@@ -417,14 +415,9 @@ async def test_a_bug_costs_one_request_and_one_log_line_without_secrets(harness:
     with capture_logs() as logs:
         response = await client.request("POST", "/v1/jobs/job-1/progress", PROGRESS)
     assert (response.status, response.error) == (500, "internal_error")
-    bug = logs[0]
-    assert (bug["log_level"], bug["command"], bug["job_id"], bug["error"]) == (
-        "error",
-        "Progress",
-        "job-1",
-        "ValueError",
-    )
-    assert "test_http_app.py" in bug["where"]
+    assert "test_http_app.py" in logs[0].pop("where")
+    bug = {"event": "request_bug", "log_level": "error", "command": "Progress", "job_id": "job-1"}
+    assert logs[0] == bug | {"error": "ValueError"}
     assert "canary" not in str(logs)
     assert "canary" not in response.body.decode()
     harness.actor.respond = lambda _: Response(EmptyResponse())

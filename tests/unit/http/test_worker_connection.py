@@ -617,11 +617,8 @@ async def test_a_body_that_breaks_off_is_a_400(either: HttpHarness, before: byte
         if before:
             assert (await client.receive()).status == 200
         response = await client.receive()
-        assert (response.status, response.error, "ended too early" in response.json["message"]) == (
-            400,
-            "invalid_request",
-            True,
-        )
+        assert (response.status, response.error) == (400, "invalid_request")
+        assert "ended too early" in response.json["message"]
         assert await client.is_closed()
     assert len(either.actor.received) == (2 if before else 0)
 

@@ -24,6 +24,7 @@ from jobd.storage.backup import BackupStopped
 from jobd.storage.store import Store
 from tests.support.factories import ChangeFactory
 from tests.support.memory_storage import MemoryStorage
+from tests.support.polling import wait_until
 from tests.support.store_files import edit_store, open_store, write_file
 
 PAGE = 4096
@@ -100,8 +101,7 @@ async def test_progress_is_reported_from_the_first_step(store: Store, monkeypatc
     assert {view.bytes_total for view in seen} == {seen[0].bytes_total}
     assert (seen[0].id, seen[0].started_at, seen[0].ended_at, seen[0].message) == ("mine", 1_000, None, None)
     since_progress_ms = manager.views()[0].since_progress_ms
-    while manager.views()[0].since_progress_ms <= since_progress_ms:  # noqa: ASYNC110 - the disk hangs, and the view shows it
-        await asyncio.sleep(0.001)
+    await wait_until(lambda: manager.views()[0].since_progress_ms > since_progress_ms)  # the disk hangs
     slow.free = True
     copy = await asking
     assert isinstance(copy, Backup)
@@ -171,11 +171,8 @@ async def test_backups_run_one_after_the_other_and_are_limited(store: Store, mon
         await asyncio.sleep(0.001)
     with pytest.raises(asyncio.CancelledError):
         await first
-    assert [(view.id, view.state, view.message) for view in manager.views()][1] == (
-        "first",
-        "failed",
-        "it was cancelled",
-    )
+    failed = manager.views()[1]
+    assert (failed.id, failed.state, failed.message) == ("first", "failed", "it was cancelled")
     slow.free = True
     copy = await second
     assert isinstance(copy, Backup)

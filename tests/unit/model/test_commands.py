@@ -170,19 +170,8 @@ def test_the_defaults_of_commands() -> None:
     claim = cmd.Claim(worker="w")
     assert (claim.queues, claim.kinds, claim.limit, claim.wait_ms) == (["default"], None, 1, 0)
     assert claim.queues is not cmd.Claim(worker="w").queues
-    assert (
-        cmd.ListJobs().limit,
-        cmd.SearchJobs().limit,
-        cmd.AuditLog().limit,
-        cmd.Export().limit,
-        cmd.Locks().limit,
-    ) == (
-        50,
-        50,
-        50,
-        200,
-        None,
-    )
+    lists = (cmd.ListJobs(), cmd.SearchJobs(), cmd.AuditLog(), cmd.Export(), cmd.Locks())
+    assert [each.limit for each in lists] == [50, 50, 50, 200, None]
     assert cmd.Fail(id="a", lock_id="l", error_message="e").retry is True
     assert cmd.Transition(id="a", from_="queued", to="failed").updates == cmd.Updates()
     call = cmd.IssuedCommand(claim)
