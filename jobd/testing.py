@@ -217,12 +217,7 @@ class TestDaemon:
 
     def _list(self, **chosen: Any) -> list[JobView]:
         """Return the jobs, newest first."""
-        page = self._client.list_jobs(limit=200, **chosen)
-        jobs = list(page.jobs)
-        while page.next_cursor:
-            page = self._client.list_jobs(limit=200, cursor=page.next_cursor, **chosen)
-            jobs += page.jobs
-        return jobs
+        return list(self._client.iterate_jobs(limit=200, **chosen))
 
     def _definition(self, kind: str) -> TaskDefinition:
         if kind not in self._definitions:

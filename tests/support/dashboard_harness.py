@@ -81,6 +81,16 @@ def text(response: ReceivedResponse) -> str:
     return response.body.decode()
 
 
+async def following_pages(browser: Browser, target: str, part: str = "") -> list[str]:
+    """Return this page and all that follow it. `part` is that of the list in the page, such as #h-locks."""
+    pages = []
+    while target:
+        pages.append(text(await browser.get(target)))
+        found = re.search(rf'rel="next" href="([^"#]+){part}"', pages[-1])
+        target = html.unescape(found[1]) if found else ""
+    return pages
+
+
 class DashboardHarness:
     """An actor behind a worker listener and an admin listener with the dashboard.
 

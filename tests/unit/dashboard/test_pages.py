@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import itertools
 import re
 import time
@@ -29,6 +28,7 @@ from tests.support.dashboard_harness import (
     DashboardHarness,
     assert_safe,
     audit_entries,
+    following_pages,
     submit_plan,
     text,
 )
@@ -93,14 +93,10 @@ async def test_the_audit_log_has_pages(harness: DashboardHarness) -> None:
     csrf = await browser.csrf()
     for number in range(60):
         await browser.post(f"/queues/q-{number}/pause", csrf=csrf)
-    target, seen = "/audit?action=pause", []
-    while target:
-        page = text(await browser.get(target))
-        seen += re.findall(r'href="/jobs\?queue=q-(\d+)">q-', page.partition("<tbody")[2])
-        older = re.search(r'rel="next" href="([^"]+)"', page)
-        target = html.unescape(older[1]) if older else ""
-        assert not older or "action=pause" in target
-    assert seen == [str(number) for number in range(59, -1, -1)]
+    pages = await following_pages(browser, "/audit?action=pause")
+    assert 'rel="next" href="/audit?action=pause&amp;' in pages[0]
+    seen = [re.findall(r'href="/jobs\?queue=q-(\d+)">q-', page.partition("<tbody")[2]) for page in pages]
+    assert [*itertools.chain(*seen)] == [str(number) for number in range(59, -1, -1)]
 
 
 async def test_the_page_of_a_job_shows_its_state_and_actions(harness: DashboardHarness) -> None:
@@ -365,13 +361,7 @@ async def test_a_queue_shows_its_throughput_and_failures(harness: DashboardHarne
 
 async def rows_by_page(browser: Browser, target: str, row: str) -> list[list[str]]:
     """Return the ids of the rows, page by page."""
-    seen = []
-    while target:
-        page = text(await browser.get(target))
-        seen.append(re.findall(rf'id="{row}-([^"]+)"', page))
-        found = re.search(r'rel="next" href="([^"#]+)"', page)
-        target = html.unescape(found[1]) if found else ""
-    return seen
+    return [re.findall(rf'id="{row}-([^"]+)"', page) for page in await following_pages(browser, target)]
 
 
 async def test_queues_and_workers_have_pages(harness: DashboardHarness) -> None:
@@ -413,12 +403,9 @@ async def test_locks_have_pages(harness: DashboardHarness) -> None:
     for _ in range(3):
         await harness.call("claim", worker="w", limit=100)
     browser = await harness.browser()
-    target, seen = "/workers", []
-    while target:
-        page = text(await browser.get(target))
-        assert "of 250</span>" in page
-        seen += re.findall(r'id="lock-(job-\d+)"', page)
-        found = re.search(r'rel="next" href="([^"]+)"', page)
-        target = html.unescape(found[1]).partition("#")[0] if found else ""
-    assert seen == [f"job-{number:03}" for number in range(250)]
+    shown = await following_pages(browser, "/workers", "#h-locks")
+    assert all("of 250</span>" in page for page in shown)
+    assert [job_id for page in shown for job_id in re.findall(r'id="lock-(job-\d+)"', page)] == [
+        f"job-{number:03}" for number in range(250)
+    ]
     assert (await browser.get("/workers?cursor=x")).status == 400
