@@ -25,7 +25,7 @@ from jobd.client.worker.error_text import MESSAGE_CHARACTERS
 from jobd.client.worker.idle_reasons import pauses, remaining_jobs
 from jobd.client.worker.lock_keeper import LockKeeper, describe_failure
 from jobd.client.worker.process import Program
-from jobd.client.worker.program_output import Directives, OutputFilter, OutputWriter, Tail, print_message
+from jobd.client.worker.program_output import ControlLines, OutputFilter, OutputWriter, Tail, print_message
 from jobd.client.worker.runner import Execution, WorkerRunner, on_signals, seconds
 from jobd.client.worker.service_thread import Log, ServiceThread
 from jobd.client.worker.watchdog import Watchdog
@@ -57,7 +57,7 @@ class CommandWorker:
     """Claim jobs and run `command` for each, `concurrency` at a time.
 
     The program gets the payload as JSON on its stdin and the job's fields as JOBD_JOB_* variables. Its stdout can
-    contain the directives `::progress 42 text`, `::checkpoint JSON`, `::meta key=value` and
+    contain the control lines `::progress 42 text`, `::checkpoint JSON`, `::meta key=value` and
     `::result download_url|file_path|storage_key=value`, one per line. All other output is passed on, and so is stderr.
     Exit status 0 completes the job, any other fails it with the last lines of stderr.
 
@@ -193,9 +193,9 @@ class CommandWorker:
         job = keeper.grant.job
         stdout, stderr = self._writers
         prefix = f"{job.id}: ".encode() if self._options.concurrency > 1 else b""
-        directives, tail = Directives(keeper.report), Tail()
+        control_lines, tail = ControlLines(keeper.report), Tail()
         keep = keeper.output.add if self._keep_output else None
-        out = OutputFilter(directives, lambda text: log(f"job {job.id}: {text}"), prefix=prefix, keep=keep)
+        out = OutputFilter(control_lines, lambda text: log(f"job {job.id}: {text}"), prefix=prefix, keep=keep)
         err = OutputFilter(None, log, prefix=prefix, keep=keep)
 
         async def on_stdout(piece: bytes) -> None:
@@ -216,16 +216,18 @@ class CommandWorker:
             watchdog=self._watchdog,
             token=keeper.grant.fencing_token,
         )
-        return _ProgramExecution(program, directives, tail, self._timeout_s, log)
+        return _ProgramExecution(program, control_lines, tail, self._timeout_s, log)
 
 
 class _ProgramExecution(Execution):
     """The run of a program for one job. It `has_result` never: most programs exit with 0 on SIGTERM, too."""
 
-    def __init__(self, program: Program, directives: Directives, tail: Tail, timeout_s: float | None, log: Log) -> None:
+    def __init__(
+        self, program: Program, control_lines: ControlLines, tail: Tail, timeout_s: float | None, log: Log
+    ) -> None:
         super().__init__(program.done, timeout_s)
         self._program = program
-        self._directives = directives
+        self._control_lines = control_lines
         self._tail = tail
         self._log = log
 
@@ -240,7 +242,7 @@ class _ProgramExecution(Execution):
         self.done.result()  # raises an error of jobd itself
         code = self._program.returncode
         if code == 0:
-            return await keeper.complete(give_up, **self._directives.result)
+            return await keeper.complete(give_up, **self._control_lines.result)
         error_code, message = describe(code)
         if tail := self._tail.text:  # lists show the first line of the message, so it ends with the last line of stderr
             last = tail.rpartition("\n")[2][:LAST_LINE_CHARACTERS]

@@ -1,4 +1,4 @@
-"""Process the output of a program: handle the directives, pass on the rest, keep the last lines."""
+"""Process the output of a program: handle the control lines, pass on the rest, keep the last lines."""
 
 from __future__ import annotations
 
@@ -21,21 +21,22 @@ from jobd.client.worker.aio_utils import call_on, settle
 from jobd.model.fields import MAX_NESTING
 from jobd.model.job import MAX_PERCENT, storage_key_error
 
-LINE_BYTES: Final = 64 << 10  # a longer line is not a directive; it is passed on in pieces
+LINE_BYTES: Final = 64 << 10  # a longer line is not a control line; it is passed on in pieces
 TEXT_CHARACTERS: Final = 4096
-WARNINGS: Final = 10  # of a program, about lines that are not valid directives
+WARNINGS: Final = 10  # of a program, about lines that are not valid control lines
 RESULT_FIELDS: Final = ("download_url", "file_path", "storage_key")
 _VERBS: Final = (b"::progress", b"::checkpoint", b"::meta", b"::result")
 
 
-class BadDirective(ValueError):
-    """A line starts like a directive but is not valid. The message is the reason."""
+class BadControlLine(ValueError):
+    """A line starts like a control line but is not valid. The message is the reason."""
 
 
-class Directives:
-    """The result and metadata in a program's directives so far.
+class ControlLines:
+    """The result and metadata in a program's control lines so far.
 
-    `on_progress` is called for each progress and checkpoint directive, with the latest progress and the new checkpoint.
+    `on_progress` is called for each `::progress` and `::checkpoint` line, with the latest progress and the new
+    checkpoint.
     """
 
     def __init__(self, on_progress: Callable[[float, str | None, Any], object]) -> None:
@@ -50,16 +51,16 @@ class Directives:
         return {**self.result_fields, "metadata": self.metadata or None}
 
     def take(self, line: bytes) -> bool:
-        """Handle `line` (without its end) if it is a directive. Return whether it is. Raises BadDirective."""
+        """Handle `line` (without its end) if it is a control line. Return whether it is. Raises BadControlLine."""
         verb, _, rest = line.partition(b" ")
         if verb not in _VERBS:
             return False
         if len(line) > LINE_BYTES:
-            raise BadDirective(f"it is over {LINE_BYTES} bytes")
+            raise BadControlLine(f"it is over {LINE_BYTES} bytes")
         try:
             text = rest.decode().strip()
         except UnicodeDecodeError:
-            raise BadDirective("it is not UTF-8") from None
+            raise BadControlLine("it is not UTF-8") from None
         if verb == b"::progress":
             self._progress(text)
         elif verb == b"::checkpoint":
@@ -76,11 +77,11 @@ class Directives:
         try:
             progress = float(number)
         except ValueError:
-            raise BadDirective(f"expected a number from 0 to {MAX_PERCENT} after ::progress") from None
+            raise BadControlLine(f"expected a number from 0 to {MAX_PERCENT} after ::progress") from None
         if not math.isfinite(progress) or not 0 <= progress <= MAX_PERCENT:
-            raise BadDirective(f"progress must be from 0 to {MAX_PERCENT}")
+            raise BadControlLine(f"progress must be from 0 to {MAX_PERCENT}")
         if len(message) > TEXT_CHARACTERS:
-            raise BadDirective(f"its text is over {TEXT_CHARACTERS} characters")
+            raise BadControlLine(f"its text is over {TEXT_CHARACTERS} characters")
         self._latest = int(progress) if progress.is_integer() else progress, message.strip() or None
         self._on_progress(*self._latest, UNSET)
 
@@ -88,24 +89,24 @@ class Directives:
         try:
             msgspec.json.decode(text)
         except (msgspec.DecodeError, RecursionError) as error:
-            raise BadDirective(f"a checkpoint is JSON: {error}") from None
+            raise BadControlLine(f"a checkpoint is JSON: {error}") from None
         self._on_progress(*self._latest, Raw(text.encode()))
 
     def _result(self, name: str, value: str) -> None:
         if name not in RESULT_FIELDS:
-            raise BadDirective(f"expected one of {', '.join(RESULT_FIELDS)}")
+            raise BadControlLine(f"expected one of {', '.join(RESULT_FIELDS)}")
         if not 1 <= len(value) <= TEXT_CHARACTERS or "\x00" in value:
-            raise BadDirective(f"{name} needs 1 to {TEXT_CHARACTERS} characters, none of them NUL")
+            raise BadControlLine(f"{name} needs 1 to {TEXT_CHARACTERS} characters, none of them NUL")
         error = storage_key_error(value) if name == "storage_key" else None
         if error is not None:
-            raise BadDirective(f"storage_key {error}")
+            raise BadControlLine(f"storage_key {error}")
         self.result_fields[name] = value
 
 
 def _pair(text: str) -> tuple[str, str]:
     key, equals, value = text.partition("=")
     if not equals or not key.strip():
-        raise BadDirective("expected key=value")
+        raise BadControlLine("expected key=value")
     return key.strip(), value.strip()
 
 
@@ -128,40 +129,40 @@ def _depth(value: Any) -> int:
 
 
 class OutputFilter:
-    """Remove the directives from a stream (none if `directives` is None), and pass on the rest unchanged, at once.
+    """Remove the control lines from a stream (none if `control_lines` is None). Pass on the rest unchanged, at once.
 
-    Only the start of a line that may be a directive is buffered. With a `prefix`, every line is buffered up to its end
-    and begins with the prefix, so that the lines of several programs do not mix. `warn` is called for the first lines
-    that are not valid directives, and at the end with the number of the others. `keep` gets all that is passed on, as
-    text without the prefix.
+    Only the start of a line that may be a control line is buffered. With a `prefix`, every line is buffered up to its
+    end and begins with the prefix, so that the lines of several programs do not mix. `warn` is called for the first
+    lines that are not valid control lines, and at the end with the number of the others. `keep` gets all that is passed
+    on, as text without the prefix.
     """
 
     def __init__(
         self,
-        directives: Directives | None,
+        control_lines: ControlLines | None,
         warn: Callable[[str], None],
         *,
         prefix: bytes = b"",
         keep: Callable[[str], object] | None = None,
     ) -> None:
-        self._directives = directives
+        self._control_lines = control_lines
         self._keep = keep
         self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
         self._warn = warn
         self._prefix = prefix
         self._buffer = b""
         self._is_inside = False  # the start of the current line was passed on
-        self._invalid = 0  # lines that are not valid directives
+        self._invalid = 0  # lines that are not valid control lines
 
     def feed(self, data: bytes) -> bytes:
         """Return the output to pass on, from the buffer and `data`."""
         text = self._buffer + data
         end = text.rfind(b"\n") + 1
-        passed, self._buffer = self._without_directives(text[:end]), text[end:]
+        passed, self._buffer = self._without_control_lines(text[:end]), text[end:]
         self._is_inside = self._is_inside and not end
-        if len(self._buffer) > LINE_BYTES or not (self._prefix or self._may_be_directive()):
+        if len(self._buffer) > LINE_BYTES or not (self._prefix or self._may_be_control_line()):
             if len(self._buffer) > LINE_BYTES and not self._is_inside:
-                self._is_directive(self._buffer)  # too long for a directive: this only warns
+                self._is_control_line(self._buffer)  # too long for a control line: this only warns
             passed += self._buffer
             self._is_inside = self._is_inside or bool(self._buffer)
             self._buffer = b""
@@ -175,41 +176,41 @@ class OutputFilter:
             return output
         return b"".join(self._prefix + line + b"\n" for line in output.removesuffix(b"\n").split(b"\n"))
 
-    def _without_directives(self, lines: bytes) -> bytes:
-        """Return complete lines without the directives. The first is not one if its start was passed on before."""
+    def _without_control_lines(self, lines: bytes) -> bytes:
+        """Return complete lines without the control lines. The first is not one if its start was passed on before."""
         if b"::" not in lines:
             return lines
         passed = [
             line
             for number, line in enumerate(lines[:-1].split(b"\n"))
-            if (number == 0 and self._is_inside) or not self._is_directive(line)
+            if (number == 0 and self._is_inside) or not self._is_control_line(line)
         ]
         return b"".join(line + b"\n" for line in passed)
 
     def end(self) -> bytes:
         """Return the rest of the output at the end of the stream, whose last line may have no line end."""
         rest, self._buffer = self._buffer, b""
-        passed = b"" if not self._is_inside and self._is_directive(rest) else rest
+        passed = b"" if not self._is_inside and self._is_control_line(rest) else rest
         if self._invalid > WARNINGS:
             more = self._invalid - WARNINGS
-            self._warn(f"not a directive, passed on: {more} more {'line' if more == 1 else 'lines'}")
+            self._warn(f"not a control line, passed on: {more} more {'line' if more == 1 else 'lines'}")
         return self._prefixed(passed, is_end=True)
 
-    def _may_be_directive(self) -> bool:
-        if self._directives is None:
+    def _may_be_control_line(self) -> bool:
+        if self._control_lines is None:
             return False
         start = self._buffer[:12]
         return not self._is_inside and any(start.startswith(verb) or verb.startswith(start) for verb in _VERBS)
 
-    def _is_directive(self, line: bytes) -> bool:
-        if self._directives is None or not line.startswith(b"::"):
+    def _is_control_line(self, line: bytes) -> bool:
+        if self._control_lines is None or not line.startswith(b"::"):
             return False
         try:
-            return self._directives.take(line.rstrip(b"\r\n"))
-        except BadDirective as bad:
+            return self._control_lines.take(line.rstrip(b"\r\n"))
+        except BadControlLine as bad:
             self._invalid += 1
             if self._invalid <= WARNINGS:
-                self._warn(f"not a directive, passed on: {line[:80].decode(errors='replace').rstrip()!r}: {bad}")
+                self._warn(f"not a control line, passed on: {line[:80].decode(errors='replace').rstrip()!r}: {bad}")
             return False
 
 

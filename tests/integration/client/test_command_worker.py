@@ -62,7 +62,7 @@ async def test_exit_status_0_completes_the_job_with_its_result(
     assert run.err == "to-stderr\n"
     start, message = run.messages
     assert start == f"worker run claims jobs of queue {queue}, 1 at a time, at {client.endpoints[0]}"
-    assert "not a directive" in message
+    assert "not a control line" in message
 
 
 async def test_progress_is_sent_to_the_daemon(client: AsyncJobClient, queue: str, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The directives of a program, and the output that is passed on."""
+"""The control lines of a program, and the output that is passed on."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import msgspec
 import pytest
 from msgspec import UNSET, Raw
 
-from jobd.client.worker.program_output import LINE_BYTES, BadDirective, Directives, OutputFilter, OutputWriter, Tail
+from jobd.client.worker.program_output import LINE_BYTES, BadControlLine, ControlLines, OutputFilter, OutputWriter, Tail
 from jobd.http.body_scanner import excess_depth
 from jobd.model.fields import MAX_NESTING
 
@@ -21,8 +21,10 @@ class ParsedOutput:
     def __init__(self, *, prefix: bytes = b"") -> None:
         self.progress: list[tuple[Any, ...]] = []
         self.warnings: list[str] = []
-        self.directives = Directives(lambda *report: self.progress.append(report[:2] if report[2] is UNSET else report))
-        self.filter = OutputFilter(self.directives, self.warnings.append, prefix=prefix)
+        self.control_lines = ControlLines(
+            lambda *report: self.progress.append(report[:2] if report[2] is UNSET else report)
+        )
+        self.filter = OutputFilter(self.control_lines, self.warnings.append, prefix=prefix)
 
     def pieces(self, *pieces: bytes) -> list[bytes]:
         return [self.filter.feed(piece) for piece in pieces] + [self.filter.end()]
@@ -39,7 +41,7 @@ def test_a_checkpoint_is_reported_with_the_latest_progress(parsed: ParsedOutput)
     assert "a checkpoint is JSON" in parsed.warnings[0]
 
 
-def test_directives_are_removed_and_the_rest_is_unchanged(parsed: ParsedOutput) -> None:
+def test_control_lines_are_removed_and_the_rest_is_unchanged(parsed: ParsedOutput) -> None:
     text = b"hello\n::progress 42 half way\nbye\r\n\n  ::progress 1\n::progress\t5\nlast"
     assert b"".join(parsed.pieces(text)) == b"hello\nbye\r\n\n  ::progress 1\n::progress\t5\nlast"
     assert parsed.progress == [(42, "half way")]
@@ -49,7 +51,7 @@ def test_directives_are_removed_and_the_rest_is_unchanged(parsed: ParsedOutput) 
 @pytest.mark.parametrize("prefix", [b"", b"a: "])
 def test_what_is_passed_on_is_kept_as_text_without_the_prefix(prefix: bytes) -> None:
     kept: list[str] = []
-    output = OutputFilter(Directives(lambda *_: None), pytest.fail, prefix=prefix, keep=kept.append)
+    output = OutputFilter(ControlLines(lambda *_: None), pytest.fail, prefix=prefix, keep=kept.append)
     for piece in (b"one \xe2\x82", b"\xac\n::progress 1\n\xff", b"\nlast \xe2"):
         output.feed(piece)
     output.end()
@@ -69,7 +71,7 @@ def test_what_is_passed_on_is_kept_as_text_without_the_prefix(prefix: bytes) -> 
 def test_progress_has_a_number_and_may_have_a_text(
     line: bytes, progress: float, text: str | None, parsed: ParsedOutput
 ) -> None:
-    assert parsed.directives.take(line)
+    assert parsed.control_lines.take(line)
     assert parsed.progress == [(progress, text)]
     assert type(parsed.progress[0][0]) is type(progress)
 
@@ -100,13 +102,13 @@ def test_progress_has_a_number_and_may_have_a_text(
         b"::result file_path=" + b"x" * 4097,
     ],
 )
-def test_a_bad_directive_is_passed_on_with_one_warning(line: bytes, parsed: ParsedOutput) -> None:
-    with pytest.raises(BadDirective):
-        parsed.directives.take(line)
+def test_a_bad_control_line_is_passed_on_with_one_warning(line: bytes, parsed: ParsedOutput) -> None:
+    with pytest.raises(BadControlLine):
+        parsed.control_lines.take(line)
     assert b"".join(parsed.pieces(line + b"\n", b"next\n")) == line + b"\nnext\n"
     assert len(parsed.warnings) == 1
     assert parsed.progress == []
-    assert parsed.directives.result == {"metadata": None}
+    assert parsed.control_lines.result == {"metadata": None}
 
 
 @pytest.mark.parametrize(("lines", "last"), [(11, "1 more line"), (10_000, "9990 more lines")])
@@ -117,24 +119,24 @@ def test_there_are_at_most_10_warnings_and_the_number_of_the_others(
     assert b"".join(parsed.pieces(text[:-1], b"\n", b"::progress 5\n")) == text
     assert len(parsed.warnings) == 11
     assert parsed.warnings[9] == (
-        "not a directive, passed on: '::progress x': expected a number from 0 to 100 after ::progress"
+        "not a control line, passed on: '::progress x': expected a number from 0 to 100 after ::progress"
     )
-    assert parsed.warnings[10] == f"not a directive, passed on: {last}"
+    assert parsed.warnings[10] == f"not a control line, passed on: {last}"
     assert parsed.progress == [(5, None)]
 
 
 def test_meta_is_json_if_it_parses_and_text_otherwise(parsed: ParsedOutput) -> None:
     for line in (b"::meta n=5", b'::meta o={"a":[1]}', b"::meta s=five", b"::meta e=", b"::meta n=6", b"::meta u=a=b"):
-        assert parsed.directives.take(line)
-    assert parsed.directives.result["metadata"] == {"n": 6, "o": {"a": [1]}, "s": "five", "e": "", "u": "a=b"}
+        assert parsed.control_lines.take(line)
+    assert parsed.control_lines.result["metadata"] == {"n": 6, "o": {"a": [1]}, "s": "five", "e": "", "u": "a=b"}
 
 
 def test_meta_that_is_nested_too_deeply_for_the_daemon_is_text(parsed: ParsedOutput) -> None:
     kept, text, deepest = (b"[" * depth + b"]" * depth for depth in (MAX_NESTING - 1, MAX_NESTING, 30_000))
     objects = b'{"a":' * MAX_NESTING + b"1" + b"}" * MAX_NESTING
     for name, value in ((b"kept", kept), (b"text", text), (b"deepest", deepest), (b"objects", objects)):
-        assert parsed.directives.take(b"::meta " + name + b"=" + value)
-    metadata = parsed.directives.result["metadata"]
+        assert parsed.control_lines.take(b"::meta " + name + b"=" + value)
+    metadata = parsed.control_lines.result["metadata"]
     assert msgspec.json.encode(metadata["kept"]) == kept
     assert {name: metadata[name] for name in ("text", "deepest", "objects")} == {
         "text": text.decode(),
@@ -146,8 +148,8 @@ def test_meta_that_is_nested_too_deeply_for_the_daemon_is_text(parsed: ParsedOut
 
 def test_the_last_result_of_each_name_counts(parsed: ParsedOutput) -> None:
     for line in (b"::result file_path=/a b", b"::result file_path=/c", b"::result download_url=https://x/?a=1"):
-        assert parsed.directives.take(line)
-    assert parsed.directives.result == {"file_path": "/c", "download_url": "https://x/?a=1", "metadata": None}
+        assert parsed.control_lines.take(line)
+    assert parsed.control_lines.result == {"file_path": "/c", "download_url": "https://x/?a=1", "metadata": None}
 
 
 def test_other_lines_with_colons_are_passed_on(parsed: ParsedOutput) -> None:
@@ -159,7 +161,7 @@ def test_a_prompt_without_a_line_end_is_passed_on_at_once() -> None:
     assert ParsedOutput().pieces(b"password: ", b"ok\n") == [b"password: ", b"ok\n", b""]
 
 
-def test_the_start_of_a_directive_is_buffered() -> None:
+def test_the_start_of_a_control_line_is_buffered() -> None:
     assert ParsedOutput().pieces(b":", b":pro", b"gram\n") == [b"", b"", b"::program\n", b""]
     assert ParsedOutput().pieces(b"::pro", b"x") == [b"", b"::prox", b""]
     parsed = ParsedOutput()
@@ -167,12 +169,12 @@ def test_the_start_of_a_directive_is_buffered() -> None:
     assert parsed.progress == [(50, "text")]
 
 
-def test_a_directive_is_only_at_the_start_of_a_line(parsed: ParsedOutput) -> None:
+def test_a_control_line_is_only_at_the_start_of_a_line(parsed: ParsedOutput) -> None:
     assert parsed.pieces(b"abc", b"::progress 5\n") == [b"abc", b"::progress 5\n", b""]
     assert parsed.progress == []
 
 
-def test_a_directive_may_be_the_last_line_without_a_line_end(parsed: ParsedOutput) -> None:
+def test_a_control_line_may_be_the_last_line_without_a_line_end(parsed: ParsedOutput) -> None:
     assert parsed.pieces(b"::progress 5") == [b"", b""]
     assert parsed.progress == [(5, None)]
 
@@ -187,11 +189,11 @@ def test_an_endless_line_is_passed_on_in_pieces(parsed: ParsedOutput) -> None:
     assert len(parsed.warnings) == 1
 
 
-def test_a_directive_that_is_too_long_is_passed_on_with_a_warning(parsed: ParsedOutput) -> None:
+def test_a_control_line_that_is_too_long_is_passed_on_with_a_warning(parsed: ParsedOutput) -> None:
     line = b"::meta key=" + b"x" * LINE_BYTES + b"\n"
     assert parsed.pieces(line) == [line, b""]
-    assert parsed.warnings == [f"not a directive, passed on: {line[:80].decode()!r}: it is over 65536 bytes"]
-    assert parsed.directives.metadata == {}
+    assert parsed.warnings == [f"not a control line, passed on: {line[:80].decode()!r}: it is over 65536 bytes"]
+    assert parsed.control_lines.metadata == {}
 
 
 def test_with_a_prefix_a_line_is_buffered_until_its_end() -> None:
@@ -201,7 +203,7 @@ def test_with_a_prefix_a_line_is_buffered_until_its_end() -> None:
     assert ParsedOutput(prefix=b"1: ").pieces(long, b"y\n") == [b"1: " + long + b"\n", b"1: y\n", b""]
 
 
-def test_a_filter_without_directives_passes_everything_on() -> None:
+def test_a_filter_without_control_lines_passes_everything_on() -> None:
     passing = OutputFilter(None, pytest.fail)
     assert passing.feed(b"::progress 5\n::me") + passing.end() == b"::progress 5\n::me"
 
