@@ -60,7 +60,7 @@ def worker(
     """Run the tasks of an app until SIGTERM, then drain.
 
     MODULE:APP is a module and the name of its App, such as "shop.tasks:app". Modules are found from the current
-    directory. stderr has a line for each job. A plain function that ignores its timeout keeps its place; with
+    directory. stderr has a line for each job. A plain function that ignores its timeout keeps its slot; with
     --processes, its process is killed, and the attempt fails with the error code "timeout".
 
     \b

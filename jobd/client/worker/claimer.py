@@ -35,7 +35,7 @@ NODE_POLL_MS: Final = 10_000  # with several nodes, as the one that holds the cl
 LOCK_TTL_MS: Final = 60_000
 ARRIVAL_S: Final = 0.05  # after `stop`, for a response that is on its way
 RETRY_FOR_S: Final = 30.0  # of a claim with `once` or `drain`, while the daemon is unreachable
-LISTEN_AFTER_S: Final = 0.5  # without a free place, so that short jobs cost no request more
+LISTEN_AFTER_S: Final = 0.5  # without a free slot, so that short jobs cost no request more
 PROBE_S: Final = 1.0  # for each request for grants that were missed
 PROBES: Final = 3  # at most, because over TCP the daemon notices a cancelled claim a little later
 # A claim is also retried after errors that the daemon can recover from: a full disk, an internal error.

@@ -38,7 +38,7 @@ class Claim(Command, frozen=True, kw_only=True):
     """Take the first due jobs, ordered by priority, due time and creation. Wait up to `wait_ms` if there are none.
 
     A response with a `directive` has no grants. A worker that was told to be quiet claims with `limit` 0, which grants
-    nothing and waits for the next directive. One without a free place may do so with `busy`, and is not quiet.
+    nothing and waits for the next directive. One without a free slot may do so with `busy`, and is not quiet.
     """
 
     admission = "grant"
@@ -60,7 +60,7 @@ class Claim(Command, frozen=True, kw_only=True):
     stall_after_ms: fields.GrantStallAfterMs | None = None
     progress_timeout_ms: fields.GrantProgressTimeoutMs | None = None
     about: Annotated[About | None, doc("The worker's description of itself, for display only.")] = None
-    busy: Annotated[bool, doc("With `limit` 0: the worker has no free place, but is not quiet.")] | UnsetType = UNSET
+    busy: Annotated[bool, doc("With `limit` 0: the worker has no free slot, but is not quiet.")] | UnsetType = UNSET
 
     @property
     def is_quiet(self) -> bool:
