@@ -41,7 +41,7 @@ _QUEUES: Final[Columns] = {
 
 SCHEDULES: Final = Listing(
     "schedules",
-    "No schedules. A program makes them, or a file: jobctl settings apply FILE",
+    "No schedules yet. An app creates them, or a file: jobctl settings apply FILE",
     {
         "SCHEDULE": "id",
         "WHEN": "explanation",
