@@ -405,24 +405,6 @@ def late_results(views: Sequence[responses.LateResultView]) -> None:
             terminal.emit(late.rejection.message)
 
 
-def _target(entry: responses.AuditView) -> str | None:
-    """Return the target of an action: a job, queue, webhook or worker, else the number of jobs."""
-    details = entry.details
-    if schedule := details.get("schedule"):
-        return f"schedule {schedule}"
-    if rule := details.get("rule"):
-        selects = [f"{name} {details[name]}" for name in ("host", "version", "queue") if name in details]
-        return ", ".join(selects) or f"rule {rule}"
-    if entry.job_id or entry.queue:
-        return entry.job_id or f"queue {entry.queue}"
-    if webhook := details.get("webhook"):
-        delivery = details.get("delivery")
-        return f"webhook {webhook}" if delivery is None else f"webhook {webhook}, delivery {delivery}"
-    if entry.changed:
-        return "1 job" if entry.changed == 1 else f"{entry.changed} jobs"
-    return f"worker {details['worker']}" if "worker" in details else None
-
-
 def _outcome(entry: responses.AuditView) -> str:
     before, after = entry.details.get("from"), entry.details.get("to")
     if times := entry.details.get("times"):
@@ -439,7 +421,7 @@ AUDIT: Final[Columns] = {
     "WHO": "who",
     "FROM": "address",
     "ACTION": "action",
-    "TARGET": _target,
+    "TARGET": "target",
     "OUTCOME": _outcome,
     "REASON": lambda entry: entry.reason and terminal.clip(entry.reason),
 }

@@ -164,6 +164,24 @@ class AuditView(Struct, frozen=True):
     changed: Annotated[int, doc("How many jobs were changed.")]
     details: Annotated[dict[str, Any], doc("Machine-readable details.")]
 
+    @property
+    def target(self) -> str | None:
+        """The target of the action: a job, queue, schedule, webhook or worker, else the number of jobs."""
+        details = self.details
+        if schedule := details.get("schedule"):
+            return f"schedule {schedule}"
+        if rule := details.get("rule"):
+            selects = [f"{name} {details[name]}" for name in ("host", "version", "queue") if name in details]
+            return ", ".join(selects) or f"rule {rule}"
+        if self.job_id or self.queue:
+            return self.job_id or f"queue {self.queue}"
+        if webhook := details.get("webhook"):
+            delivery = details.get("delivery")
+            return f"webhook {webhook}" if delivery is None else f"webhook {webhook}, delivery {delivery}"
+        if self.changed:
+            return "1 job" if self.changed == 1 else f"{self.changed} jobs"
+        return f"worker {details['worker']}" if "worker" in details else None
+
 
 class AuditPage(Struct):
     """A page of audit entries, newest first."""

@@ -25,6 +25,7 @@ async def test_a_worker_is_quieted_resumed_and_stopped(harness: DashboardHarness
         assert f"Worker w &lt;7&gt; {shown} from its next claim on." in page
         assert f"{action} pending" in page
     assert (await browser.post("/workers/quiet", name="nobody", action="stop", csrf=csrf)).status == 404
+    assert text(await browser.get("/audit")).count('<td data-label="Target">worker w &lt;7&gt;</td>') == 3
 
 
 async def test_a_quiet_rule_begins_and_ends(harness: DashboardHarness) -> None:
@@ -49,4 +50,7 @@ async def test_a_quiet_rule_begins_and_ends(harness: DashboardHarness) -> None:
     assert "1 worker gets jobs again" in page
     assert (await browser.post("/workers/quiet", rule=rule.id, csrf=csrf)).status == 303
     assert not harness.admin.actor.state.quiet
+    page = text(await browser.get("/audit"))
+    for target in ("host k8s-b, version 2.4.1", f"rule {rule.id}"):
+        assert f'<td data-label="Target">{target}</td>' in page
     assert (await browser.get(f"/workers/quiet?rule={rule.id}")).status == 404
