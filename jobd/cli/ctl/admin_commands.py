@@ -36,7 +36,10 @@ def stats(as_json: bool) -> None:
 
 @command(json_option, admin_options)
 def disk(as_json: bool) -> None:
-    """Show what the disk of the store holds, and about how much the jobs of each queue and kind take."""
+    """Show what takes the space on the disk of the store.
+
+    How much the jobs of a queue and kind take is an estimate.
+    """
     with busy("measuring"):
         view = admin_client().disk()
     terminal.emit_json(view) if as_json else tables_admin.disk(view)

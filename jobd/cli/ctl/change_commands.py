@@ -251,9 +251,9 @@ def update(job_id: str, reason: str | None, dry_run: bool, as_json: bool, **fiel
 @command(JOB, _REASON, json_option, admin_options)
 @click.argument("payload", required=False)
 def copy(job_id: str, payload: str | None, reason: str | None, as_json: bool) -> int:
-    """Create a job like another one, with its payload or with PAYLOAD, and print its id.
+    """Create a job like another one and print its id.
 
-    PAYLOAD is JSON, or - to read it from stdin.
+    It gets the payload of that job, or PAYLOAD: JSON, or - to read it from stdin.
     """
     from msgspec import UNSET
 

@@ -65,11 +65,12 @@ def quiet(
     reason: str | None,
     as_json: bool,
 ) -> None:
-    """Let WORKER take no new jobs, or all workers that a rule covers; without arguments, list the rules.
+    """Stop workers from taking new jobs, or list the rules for that.
 
-    Running jobs continue. WORKER is told with its next claim, at once if it waits, and keeps it until `jobctl
-    resume-worker`; a new process of the name does not. A rule needs a reason, survives a restart, and also covers
-    workers that appear later. A worker is covered if all of --host, --version and --queue fit.
+    Give WORKER, or a rule with --host, --version and --queue; without them, the rules are listed. Running jobs
+    continue. WORKER gets the directive with its next claim, or at once if a claim waits, and stays quiet until `jobctl
+    resume-worker`; a new process with the same name does not. A rule needs a reason, survives a restart, and also
+    covers workers that appear later. It covers a worker if all of its options match.
 
     \b
     Example: jobctl quiet --version 2.4.1 --host k8s-b --reason "dies within 5 s, see INC-4411"
@@ -113,9 +114,9 @@ def resume_worker(worker: str | None, rule: str | None, reason: str | None, as_j
 
 @command(click.argument("worker", type=NAME), _REASON, json_option, admin_options)
 def stop(worker: str, reason: str | None, as_json: bool) -> None:
-    """Stop WORKER as SIGTERM does: it claims no more jobs, and its running jobs get their grace.
+    """Stop WORKER as SIGTERM does.
 
-    The directive is sent with its next claim. A claim that waits is answered at once. A supervisor may
-    start it again; `jobctl quiet` does not end it.
+    It claims no more jobs, and its running jobs get their grace. It gets the directive with its next claim, or at once
+    if a claim waits. A supervisor may start it again; `jobctl quiet` does not end it.
     """
     _show_directive(admin_client().stop_worker(worker, ask_reason(reason)), as_json)

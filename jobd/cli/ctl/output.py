@@ -28,10 +28,11 @@ _LINE_END: Final = re.compile(r"\r\n?|\n")
 @json_option
 @worker_options
 def output(job_id: str, follow: bool, as_json: bool) -> None:
-    """Print what a job printed under `jobctl run` or logged with `current_job().log`.
+    """Print what a job printed or logged.
 
-    The daemon keeps the last 64 KiB of each of its last 5 grants. If there are several, a line begins each. With -f, it
-    continues through retries, and exits with 0 when the job is finished. On a terminal, control characters are escaped.
+    This is the output of a program under `jobctl run`, or the text of `current_job().log`. The daemon keeps the last
+    64 KiB of each of its last 5 grants. With several grants, each begins with a line of its own. With -f, it continues
+    through retries, and exits with 0 when the job is finished. On a terminal, control characters are escaped.
     """
     client, printer = waiting_client(), _Printer(sys.stdout.isatty())
     view = client.output(job_id)

@@ -158,6 +158,12 @@ def test_help_names_the_variable_behind_the_token_file(
     assert variables in " ".join(capsys.readouterr().out.split())
 
 
+def test_no_summary_of_a_command_is_cut(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--help") == 0
+    _usage, *lines = capsys.readouterr().out.splitlines()
+    assert not [line for line in lines if line.endswith("...")]
+
+
 def test_without_a_command_the_help_is_printed_and_the_exit_code_is_2(capsys: pytest.CaptureFixture[str]) -> None:
     assert run() == 2
     out, err = capsys.readouterr()
