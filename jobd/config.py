@@ -166,7 +166,7 @@ class StallSection(Struct, frozen=True, forbid_unknown_fields=True):
     """What happens to a job whose worker has stopped reporting."""
 
     after: Duration = Duration(10 * MINUTE_MS)
-    """Time without a report after which a processing job without a live lock is stalled."""
+    """Time without a report after which a processing job whose lock has expired is stalled."""
     max_stalls: Annotated[int, Meta(ge=0, le=1000)] = 3
     """A job that stalls more often than this fails."""
     on_stall: OnStall = "auto"
@@ -196,7 +196,7 @@ class CleanupSection(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class RetentionSection(Struct, frozen=True, forbid_unknown_fields=True):
-    """How long finished jobs and records are kept."""
+    """How long finished jobs, their events and audit entries are kept."""
 
     completed: Duration = Duration(7 * DAY_MS)
     """How long completed jobs are kept, unless `complete` sets `expires_at`."""

@@ -350,7 +350,7 @@ def _processing(job: Job, state: State, at: Moment) -> WhyView:
     because = f"Worker {grant.worker} has held it for {since}, at {job.progress:g} %.{_signs(job, grant, state, at)}"
     if deadlines.is_live(at.lock_ms):
         until = time_left(deadlines.expires - at.lock_ms)
-        because += f" Its lock is live for another {until}."
+        because += f" Its lock expires in {until}."
     elif deadlines.is_past_progress_due(at.lock_ms):
         because += (
             " Its lock has expired: the worker is silent. It can no longer report progress, but may still end the job."

@@ -86,7 +86,7 @@ AdditionalMs = Annotated[
     int, doc("How long the lock lasts from now on, at least, in ms. Default: the TTL of the grant.", ge=1, le=DAY_MS)
 ]
 StallAfterMs = Annotated[
-    int, doc("A job without a live lock is stalled this long after its latest report, in ms.", ge=0, le=YEAR_MS)
+    int, doc("A job whose lock has expired is stalled this long after its latest report, in ms.", ge=0, le=YEAR_MS)
 ]
 ProgressTimeoutMs = Annotated[
     int,
@@ -164,7 +164,7 @@ ErrorMessage = Annotated[str, doc("A human-readable error message.", min_length=
 DueAt = Annotated[UnixMs, doc("When the job is due, in Unix ms.")]
 GrantStallAfterMs = Annotated[
     StallAfterMs,
-    doc("A job without a live lock is stalled this long after its latest report, in ms. Default: that of the job."),
+    doc("A job whose lock has expired is stalled this long after its latest report, in ms. Default: that of the job."),
 ]
 GrantProgressTimeoutMs = Annotated[
     ProgressTimeoutMs,

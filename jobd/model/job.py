@@ -295,7 +295,7 @@ class LockDeadlines(Struct, frozen=True, gc=False, array_like=True):
     cleared: bool = False
 
     def is_live(self, lock_ms: LockMs) -> bool:
-        """Return whether the lock is live. It is not at `expires`."""
+        """Return whether the lock has not expired. It expires at `expires`."""
         return not self.cleared and lock_ms < self.expires
 
     def is_past_progress_due(self, lock_ms: LockMs) -> bool:

@@ -40,7 +40,7 @@ class StepDown(WithReason, frozen=True, kw_only=True):
 
 
 class ValidateJob(NamedJobCommand, frozen=True):
-    """Get a job, and the issues in its record."""
+    """Get a job, and the issues that validation finds in it."""
 
 
 class Reports(Command, frozen=True):

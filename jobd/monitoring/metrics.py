@@ -139,7 +139,7 @@ class Metrics(StoppableLoop):
         oldest = oldest_due_s(state, self._clock.moment().now)
         yield _gauges("queue_oldest_due_seconds", help_, ["queue"], oldest.items())
         yield _gauge("stalled_jobs", "Jobs whose worker has stalled.", len(state.processing.stalled))
-        yield _gauge("locked_jobs", "Jobs with a live lock.", state.processing.live_locks())
+        yield _gauge("locked_jobs", "Jobs whose lock has not expired.", state.processing.live_locks())
         yield _counters("grants", "Jobs granted to workers, by queue.", ["queue"], stats.grants.items())
         events = ((kind, stats.events.get(kind, 0)) for kind in get_args(EventType))
         yield _counters("events", "Committed events, by type.", ["type"], events)

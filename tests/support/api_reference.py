@@ -123,7 +123,7 @@ SEE: Final[dict[Any, str]] = {
     calls.JobCalls.list_jobs: "See [filters](#filters).",
     calls.JobCalls.release_job: "See [releases](#releases).",
     calls.QueueCalls.workers: "See [workers](#workers).",
-    calls.EventRequests.events: "See [live events](#live-events).",
+    calls.EventRequests.events: "See [event stream](#event-stream).",
     calls.AdminJobCalls.extend_lock: "`additionalTime` is in ms.",
     calls.AdminJobRequests.transition: "See [updates and dry runs](#updates-and-dry-runs).",
     calls.AdminJobRequests.artifact: "See [artifacts](operations.md#artifacts).",

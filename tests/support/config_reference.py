@@ -111,16 +111,21 @@ def tables() -> str:
             "",
             lead(section),
             "",
-            "| key | default | live | description |",
+            "| key | default | reload | description |",
             "| --- | --- | --- | --- |",
         ]
         for key in keys(section):
-            live = "yes" if f"{name}.{key.name}" in RELOADABLE else ""
+            reload = "yes" if f"{name}.{key.name}" in RELOADABLE else ""
             lines.append(
-                f"| `{name}.{key.name}` | `{key.default}` | {live} | {described(key)} |".replace("|  |", "| |")
+                f"| `{name}.{key.name}` | `{key.default}` | {reload} | {described(key)} |".replace("|  |", "| |")
             )
         lines.append("")
-    lines += [f"### `[[{WEBHOOKS}]]`", "", "Receivers of [webhooks](operations.md#webhooks). All keys are live.", ""]
+    lines += [
+        f"### `[[{WEBHOOKS}]]`",
+        "",
+        "Receivers of [webhooks](operations.md#webhooks). All keys are reloadable.",
+        "",
+    ]
     lines += ["| key of a webhook | default | description |", "| --- | --- | --- |"]
     lines += [f"| `{key.name}` | {ticked(key.default)} | {described(key)} |" for key in keys(WebhookSection)]
     return "\n".join([*lines, ""])

@@ -103,7 +103,7 @@ def cleanup(last: bool, dry_run: bool, reason: str | None, as_json: bool) -> int
 @json_option
 @admin_options
 def recover_stuck(dry_run: bool, reason: str | None, as_json: bool) -> None:
-    """Recover stalled jobs now. Jobs with a live lock do not change."""
+    """Recover stalled jobs now. Jobs whose lock has not expired do not change."""
     if dry_run:
         client = admin_client()
         plan, seen = plan_commands.plan_if_allowed(client, "recover-stuck", reason), client.preview()
@@ -190,7 +190,7 @@ def take_back(worker: str, yes: bool, dry_run: bool, reason: str | None, as_json
     """Take back the jobs of a silent worker.
 
     These are the jobs whose lock has expired. The on_stall rule of each decides: by default, a job at progress 0 or
-    with attempts left is requeued, and any other job fails. Jobs of the worker with a live lock do not change.
+    with attempts left is requeued, and any other job fails. The worker's other jobs do not change.
     """
     client = admin_client()
     if not yes and not dry_run:

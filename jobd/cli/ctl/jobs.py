@@ -95,7 +95,7 @@ def timeline(job_id: str, as_json: bool) -> None:
 
 @command(JOB, json_option, worker_options)
 def validate(job_id: str, as_json: bool) -> int:
-    """Check a job's record. Exit 0 if it is valid, else 1."""
+    """Check the fields of a job for issues. Exit 0 if there are none, else 1."""
     found = job_client().validate_job_state(job_id)
     terminal.emit_json(found) if as_json else tables.validation(found)
     return exit_codes.DONE if found.is_valid else exit_codes.FAILED

@@ -55,7 +55,7 @@ if TYPE_CHECKING:
     "--stall-after",
     "stall_after_ms",
     type=DURATION,
-    help="Time without a report after which a job without a live lock is stalled.",
+    help="Time without a report after which a job whose lock has expired is stalled.",
 )
 @click.option(
     "--progress-timeout",

@@ -133,7 +133,7 @@ def doctor_command(
     store: str | None,
     config: str | None,
 ) -> int:
-    """Find the problems of a database, and print how to fix each.
+    """Find the defects of a database, and print how to fix each.
 
     The daemon must be stopped, unless --running is given. Exit 0 if nothing is wrong, else 1.
     """

@@ -56,9 +56,11 @@ def take_back(tx: Transaction, command: commands.TakeBack) -> Response:
     if not worker.expired:
         state = presence.state(worker)
         count = len(worker.jobs)
-        held = "the lock of its job is live" if count == 1 else f"the locks of its {count} jobs are live"
+        held = (
+            "the lock of its job has not expired" if count == 1 else f"the locks of its {count} jobs have not expired"
+        )
         why = held if count else "it holds no job"
-        message = f"Worker {name} is not silent, but {state}: {why}. To end a live grant: jobctl force-fail ID"
+        message = f"Worker {name} is not silent, but {state}: {why}. To take a job from it: jobctl force-fail ID"
         raise api_error("worker_not_silent", message, worker=name, state=state)
     more = len(worker.expired) > TAKEN_BACK
     details = []

@@ -51,7 +51,7 @@ class Why(JobRead, frozen=True, kw_only=True):
 
 
 class Validate(JobRead, frozen=True, kw_only=True):
-    """List the issues in the record of a job."""
+    """List the issues that validation finds in a job."""
 
 
 class LateResults(JobRead, frozen=True, kw_only=True):

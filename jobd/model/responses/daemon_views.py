@@ -41,7 +41,7 @@ class StatsView(Struct, frozen=True, rename="camel"):
     total_jobs: Annotated[int, doc("Number of jobs.")]
     by_status: Annotated[dict[str, int], doc("Number of jobs by status.")]
     stuck_jobs: Annotated[int, doc("Jobs that are stalled now.")]
-    locked_jobs: Annotated[int, doc("Jobs with a live lock.")]
+    locked_jobs: Annotated[int, doc("Jobs whose lock has not expired.")]
     average_processing_time: Annotated[
         float,
         doc(

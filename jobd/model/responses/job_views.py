@@ -15,7 +15,7 @@ from jobd.model.responses import shared
 
 
 class LockView(Struct, frozen=True, gc=False, repr_omit_defaults=True):
-    """A live lock. Only operators see the `lock_id`."""
+    """A lock that has not expired. Only operators see the `lock_id`."""
 
     worker: shared.WorkerText
     fencing_token: shared.FencingToken
@@ -52,7 +52,7 @@ class JobView(Struct, gc=False):
     max_stalls: Annotated[int, doc("A job that stalls more often fails.")]
     on_stall: Annotated[str, doc("What happens to the job when it stalls.")]
     stall_after_ms: Annotated[
-        int, doc("A job without a live lock is stalled this long after its latest report, in ms.")
+        int, doc("A job whose lock has expired is stalled this long after its latest report, in ms.")
     ]
     progress_timeout_ms: Annotated[
         int,
@@ -236,7 +236,7 @@ class WhyView(Struct, frozen=True):
 
 
 class Issue(Struct, frozen=True):
-    """An issue in the record of a job."""
+    """An issue that validation finds in a job."""
 
     type: Annotated[Literal["warning", "error", "critical"], doc("How serious it is.")]
     field: Annotated[str, doc("The affected field.")]
@@ -245,7 +245,7 @@ class Issue(Struct, frozen=True):
 
 
 class Validation(Struct, frozen=True, rename="camel"):
-    """The issues in the record of a job."""
+    """The issues that validation finds in a job."""
 
     is_valid: Annotated[bool, doc("Whether there are no issues.")]
     issues: Annotated[list[Issue], doc("The issues.")]
@@ -253,11 +253,11 @@ class Validation(Struct, frozen=True, rename="camel"):
 
 
 class ValidateJobView(Struct, frozen=True, rename="camel"):
-    """A job and the issues in its record."""
+    """A job and the issues that validation finds in it."""
 
     job_id: shared.JobIdText
     job: Annotated[JobView, doc("The job.")]
-    validation: Annotated[Validation, doc("The issues in its record.")]
+    validation: Annotated[Validation, doc("The issues that validation finds in it.")]
     timestamp: shared.Timestamp
 
 

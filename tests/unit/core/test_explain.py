@@ -406,7 +406,7 @@ def test_a_processing_job_names_its_worker(rules: RuleHarness) -> None:
     because = (
         "Worker w-7 has held it for 1 min, at 45 %. Its lock was renewed 1 min ago; its last progress was 1 min ago."
     )
-    because += " Its lock is live for another 14 min."
+    because += " Its lock expires in 14 min."
     because += " Its progress timeout ends in 29 min (progress_timeout_ms 1800000)."
     fails = "it fails: progress 45 %, no attempts left (1 of 1)"
     stalled = f"If nothing is heard of worker w-7 by 2023-11-14 22:28:20 UTC, {fails}."

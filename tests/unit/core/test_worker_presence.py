@@ -465,11 +465,12 @@ def test_only_the_jobs_of_a_silent_worker_are_taken_back(rules: RuleHarness) -> 
     rules.held("a", worker="w")
     error = rules.reject(cmd.TakeBack(name="w"), "worker_not_silent", admin=True)
     assert error.message == (
-        "Worker w is not silent, but busy: the lock of its job is live. To end a live grant: jobctl force-fail ID"
+        "Worker w is not silent, but busy: the lock of its job has not expired. "
+        "To take a job from it: jobctl force-fail ID"
     )
     rules.held("b", worker="w")
     error = rules.reject(cmd.TakeBack(name="w", dry_run=True), "worker_not_silent", admin=True)
-    assert "the locks of its 2 jobs are live" in error.message
+    assert "the locks of its 2 jobs have not expired" in error.message
     other = rules.held("d", worker="v")
     rules.accept(cmd.Complete(id="d", lock_id=other))
     error = rules.reject(cmd.TakeBack(name="v"), "worker_not_silent", admin=True)
