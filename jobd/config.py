@@ -77,7 +77,7 @@ class AdminSection(Struct, frozen=True, forbid_unknown_fields=True):
     The token gives access to every page and every GET except the backup. It shows no lock ids.
     """
     hosts: list[str] = []
-    """Additional names allowed in the `Host` header, such as that of a reverse proxy. Ports are ignored."""
+    """Additional names allowed in the `Host` header, such as the name of a reverse proxy. Ports are ignored."""
     tls_cert: str = ""
     """PEM certificate chain. SIGHUP reads the file again, for new connections.
 
@@ -141,7 +141,8 @@ class NodeSection(Struct, frozen=True, forbid_unknown_fields=True):
     advertise: str = ""
     """URL of this node's worker API for clients, such as `http://a.example:8771`.
 
-    Empty: that of `worker.listen`, unless it is an address of all interfaces. Without either, clients cannot follow.
+    Empty: the address in `worker.listen`, unless it is an address of all interfaces. Without either, clients cannot
+    follow.
     """
     direct: bool = True
     """Whether `node.advertise` is the address of this process itself, not of a proxy.
@@ -260,11 +261,11 @@ class LimitsSection(Struct, frozen=True, forbid_unknown_fields=True):
     event_streams: Positive = 100
     """Open event streams of both APIs and the dashboard together; beyond that `503 overloaded`."""
     output_bytes: NotNegative = 1 << 30
-    """Bytes of the file with the output of jobs, at least 1 MiB; the oldest goes first. 0: `409 output_off`."""
+    """Bytes of the file with the output of jobs, at least 1 MiB. The oldest is deleted first. 0: `409 output_off`."""
     downloads: Positive = 20
     """Downloads of artifacts at the same time; beyond that `503 overloaded`."""
     live_jobs: Positive = 5_000_000
-    """Unfinished jobs; beyond that `507 too_many_jobs`."""
+    """Live jobs (queued or processing); beyond that `507 too_many_jobs`."""
     queues: Positive = 10_000
     """Queues with jobs, including finished jobs; beyond that, the first job of a queue gets `507 too_many_queues`."""
     schedules: Positive = 10_000
@@ -312,18 +313,18 @@ class AlertsSection(Struct, frozen=True, forbid_unknown_fields=True):
     release_loop: NotNegative = 0
     """Jobs that were released 10 times in a row without progress, the last time without a snooze."""
     disk_full_within: Duration = Duration(6 * HOUR_MS)
-    """Time in which the store's disk is full at the rate of the last hour. Fires below the threshold."""
+    """Time until the store's disk is full, at the rate of the last hour. Fires below the threshold."""
     backlog_grows: Positive = 50
     """Due jobs of a queue and kind that were added in 10 minutes.
 
     Fires at the threshold, too, as do the numbers from here to `workers_die_share`.
     """
     retry_backlog: Positive = 20
-    """Jobs of a queue that wait for another attempt, while they become more."""
+    """Jobs of a queue that wait for another attempt, while their number rises."""
     rejecting: Positive = 10
-    """Responses with the same error in 5 minutes, of those that say that something is full."""
+    """Responses in 5 minutes with the same error, which says that something is full."""
     expiring: Annotated[float, Meta(gt=0, le=1)] = 0.1
-    """Share of expired jobs among those of a queue and kind that ended in the last 10 minutes."""
+    """Of the jobs of a queue and kind that ended in the last 10 minutes, the share that expired."""
     expiring_jobs: Positive = 10
     """Number of jobs that expired in the last 10 minutes from which `expiring` applies."""
     due_far_jobs: Positive = 20
@@ -349,7 +350,7 @@ class AlertsSection(Struct, frozen=True, forbid_unknown_fields=True):
     database_horizon: Duration = Duration(MINUTE_MS)
     """In a cluster: age of the oldest transaction in the database of the journal."""
     clocks_differ: Duration = Duration(SECOND_MS)
-    """In a cluster: difference between the wall clock of a node and that of PostgreSQL."""
+    """In a cluster: difference between the wall clocks of a node and of PostgreSQL."""
 
 
 class ArtifactsSection(Struct, frozen=True, forbid_unknown_fields=True):

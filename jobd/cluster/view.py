@@ -96,7 +96,7 @@ def _problems(nodes: Sequence[NodeEntry], leading: NodeEntry | None) -> Iterable
     if leading is not None:
         others = [node.name for node in nodes if node.config_hash != leading.config_hash]
         if others:
-            yield f"The configuration differs from that of the leader: {', '.join(others)}."
+            yield f"The configuration differs from the leader's: {', '.join(others)}."
     highest = max((node.format for node in nodes), default=0)
     if older := [f"{node.name} (up to {node.format})" for node in nodes if node.format < highest]:
         yield (
@@ -107,4 +107,4 @@ def _problems(nodes: Sequence[NodeEntry], leading: NodeEntry | None) -> Iterable
     for node in nodes:
         if abs(node.ahead_ms) > AHEAD_MS and node.seen_ms < UNSEEN_MS:
             side = "ahead of" if node.ahead_ms > 0 else "behind"
-            yield f"The wall clock of node {node.name} is {duration(abs(node.ahead_ms))} {side} that of PostgreSQL."
+            yield f"The wall clock of node {node.name} is {duration(abs(node.ahead_ms))} {side} PostgreSQL's."

@@ -199,7 +199,7 @@ def test_a_standby_stops_at_a_signal_and_reloads(cluster: Cluster) -> None:
     standby.config.write_text("[retention]\ncompleted = '1d'\n")
     standby.process.send_signal(signal.SIGHUP)
     standby.wait_for_log(b"event=reloaded")
-    poll_until(lambda: "differs from that of the leader: b" in str(standby.cluster()["problems"]))
+    poll_until(lambda: "differs from the leader's: b" in str(standby.cluster()["problems"]))
     standby.process.send_signal(signal.SIGUSR1)
     standby.wait_for_log(b"event=dump_task")
     assert standby.stop() == 0

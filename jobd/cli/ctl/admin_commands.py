@@ -166,7 +166,7 @@ def workers(state: WorkerState | None, by: Literal["host", "version"] | None, as
     busy     holds a job
     waiting  waits for a job
     idle     was seen recently, by the rhythm of its claims
-    died     its last job was taken back, and it was not heard since
+    died     its last job was taken back, and it has sent nothing since
     gone     said goodbye, or closed its connection, or was not seen recently
     """
     client, cursor = admin_client(), None

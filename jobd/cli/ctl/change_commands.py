@@ -151,7 +151,7 @@ def delete(ids: tuple[str, ...], where: tuple[str, ...], reason: str | None, **h
     "--result",
     type=click.IntRange(min=1),
     metavar="N",
-    help="Number of the late result, as in jobctl late.  [default: that of the latest grant]",
+    help="Number of the late result, as in jobctl late.  [default: the result of the latest grant]",
 )
 @_REASON
 @destructive_options

@@ -108,7 +108,7 @@ def _show(view: ClusterView) -> None:
 
 def _note(node: NodeView) -> str:
     notes = ["not seen"] if node.is_unseen else ["ready"] if node.is_ready else []
-    return ", ".join([*notes, *(["configuration differs from that of the leader"] if node.config_differs else [])])
+    return ", ".join([*notes, *(["configuration differs from the leader's"] if node.config_differs else [])])
 
 
 _NODES: Final[terminal.Columns] = {

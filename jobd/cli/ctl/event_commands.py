@@ -49,7 +49,7 @@ def events(
 ) -> None:
     """Print events, one per line.
 
-    Without --last, --after and -f, prints those of the last 100 events that match. With -f, continues with new
+    Without --last, --after and -f, prints the events that match among the last 100. With -f, continues with new
     events; if the connection is lost, it reconnects and misses no event.
     """
     if after is not None and last is not None:

@@ -56,8 +56,8 @@ def schedule(
     \b
     schedule ID              show it, with its next times
     schedule run ID          create one job now; --at TIME: the job of that time
-    schedule pause ID        fire at no time until it is resumed
-    schedule resume ID       fire again, from now on
+    schedule pause ID        create no jobs until it is resumed
+    schedule resume ID       create jobs again, from now on
     schedule rm ID           delete it; its jobs stay
     """
     client = admin_client()
@@ -99,7 +99,7 @@ def settings(what: str, source: str | None, prune: bool, dry_run: bool) -> None:
 
     \b
     settings apply FILE        create and change the schedules of [[schedules]] in the file
-    settings apply MODULE:APP  those of app.schedule, as its workers do when they start
+    settings apply MODULE:APP  create and change the schedules of app.schedule, as its workers do
     settings export            print all schedules in the form of a file
 
     A schedule belongs to the file or app that made it. No other one can change it, and --prune deletes no others.

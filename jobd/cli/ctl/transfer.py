@@ -153,7 +153,9 @@ def _read(lines: IO[bytes], name: str, advance: Advance) -> Iterator[bytes]:
     help="File to write.  [default: stdout]",
 )
 @click.option("-y", "--yes", is_flag=True, help="Overwrite FILE if it exists.")
-@click.option("--late-result", type=int, metavar="N", help="Download that of late result N (see jobctl late) instead.")
+@click.option(
+    "--late-result", type=int, metavar="N", help="Download the artifact of late result N (see jobctl late) instead."
+)
 @admin_options
 def artifact(job_id: str, file: Path, yes: bool, late_result: int | None) -> None:
     """Download the artifact of a job.

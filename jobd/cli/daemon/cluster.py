@@ -74,7 +74,7 @@ def init_command(from_store: str | None, config: str | None, flags: dict[str, st
 def forget_command(name: str, config: str | None, flags: dict[str, str]) -> None:
     """Remove the entry of a node that does not come back.
 
-    Rejects while the node is running. A node that starts later adds its entry again.
+    Fails while the node is running. A node that starts later adds its entry again.
     """
     settings = _cluster_settings(config, flags).journal
     _with_journal(settings, lambda journal: _forget(journal, settings.name, name))
@@ -149,7 +149,7 @@ def accept_loss_command(upto: int, yes: bool, is_dry_run: bool, config: str | No
         terminal.emit(line) if is_dry_run else terminal.say(line)
     if is_dry_run:
         if loss.changed.jobs:
-            terminal.emit(f"would write those of these jobs that this store still has to {loss.file}")
+            terminal.emit(f"would write to {loss.file} the jobs that this store still has")
         terminal.emit(_ALREADY_ACCEPTED if loss.is_accepted else _WOULD_ACCEPT)
         return
     if not yes:
@@ -172,7 +172,7 @@ def accept_loss_command(upto: int, yes: bool, is_dry_run: bool, config: str | No
 @config_option
 @flag_options
 def join_command(yes: bool, config: str | None, flags: dict[str, str]) -> None:
-    """Replace the database at store.path with that of the cluster. The daemon must be stopped.
+    """Replace the database at store.path with a copy of the cluster's. The daemon must be stopped.
 
     The old database is renamed. The next start makes a new one from the journal.
     """
@@ -181,7 +181,7 @@ def join_command(yes: bool, config: str | None, flags: dict[str, str]) -> None:
     settings = _cluster_settings(config, flags)
     path = settings.store.path
     if not yes:
-        confirm(f"replace the database {path} with that of cluster {settings.journal.name}")
+        confirm(f"replace the database {path} with a copy of the database of cluster {settings.journal.name}")
     terminal.emit(f"{path}: kept as {discard(path)}; the next start rebuilds it from the journal")
 
 

@@ -149,7 +149,7 @@ class Update(JobCommand, frozen=True, kw_only=True):
 
 
 class Adopt(JobCommand, frozen=True):
-    """Complete a queued, failed or cancelled job with one of its late results, by default that of the latest grant."""
+    """Complete a queued, failed or cancelled job with a late result, by default the result of the latest grant."""
 
     admission = "change"
     audit_name = "adopt"

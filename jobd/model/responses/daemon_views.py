@@ -240,9 +240,9 @@ class NodeView(Struct, frozen=True):
     record: Annotated[int, doc("The last record of the journal that its tables have.")]
     lag_records: Annotated[int, doc("Number of records that its tables lack.")]
     format: Annotated[int, doc("The highest format of a record that it reads.")]
-    config_differs: Annotated[bool, doc("Whether its configuration differs from that of the leader.")]
+    config_differs: Annotated[bool, doc("Whether its configuration differs from the leader's.")]
     ahead_ms: Annotated[
-        int, doc("By how much its wall clock is ahead of that of PostgreSQL, in ms; negative if behind.")
+        int, doc("By how much its wall clock is ahead of the clock of PostgreSQL, in ms; negative if behind.")
     ] = 0
     behind_ms: Annotated[int, doc("Time since the responding node had a record that it lacks, in ms.")] = 0
     schema_version: Annotated[int, doc("The schema version of its tables; 0 if it did not say.")] = 0

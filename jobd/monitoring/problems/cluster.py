@@ -72,7 +72,7 @@ def clocks_differ(scene: Scene) -> Iterator[Finding]:
         side = "ahead of" if node.ahead_ms > 0 else "behind"
         yield Finding(
             subject=_node(node),
-            title=f"The wall clock of node {node.name} is {duration(abs(node.ahead_ms))} {side} that of PostgreSQL.",
+            title=f"The wall clock of node {node.name} is {duration(abs(node.ahead_ms))} {side} PostgreSQL's.",
             value=abs(node.ahead_ms),
             cause="Correct it, and check NTP on all machines. A takeover would continue with another time.",
             cure=(_SHOW,),

@@ -76,7 +76,7 @@ def granted_twice(scene: Scene) -> Iterator[Finding]:
         f"Two workers may have worked on it at once ({count} in the last hour): it was taken from {worker} (token "
         f"{token}) before its lock expired, and granted to {next_worker} (token {next_token})."
     )
-    cause = "Compare these tokens with those stored with its results."
+    cause = "Compare these tokens with the tokens stored with its results."
     cure = Cure("See why the first grant ended", f"jobctl timeline {last.job_id}", f"/jobs/{last.job_id}")
     yield Finding(subject=_job(last.job_id), title=title, value=count, jobs=count, cause=cause, cure=(cure,))
 
@@ -115,7 +115,7 @@ def webhooks(scene: Scene) -> Iterator[Finding]:
             continue
         waiting = f"{plural(each.waiting, 'message')} wait{'s' if each.waiting == 1 else ''}"
         carries = f" It carries these problems: {waiting}." if each.wants_problems else ""
-        title = f"Accepts nothing for {duration(each.for_ms)}: {each.error}.{carries}"
+        title = f"Has accepted nothing for {duration(each.for_ms)}: {each.error}.{carries}"
         cure = Cure("See its deliveries", f"jobctl webhooks deliveries {each.name}", f"/webhooks/{each.name}")
         yield Finding(
             subject=Subject(type="webhook", webhook=each.name),

@@ -207,7 +207,7 @@ def due_far(scene: Scene) -> Iterator[Finding | None]:
             title=f"{far:,} of {created:,} jobs created in the last 10 minutes are due in over a week.",
             value=far,
             jobs=far,
-            cause="Such jobs usually start at once: seconds and milliseconds mixed up?",
+            cause="Such jobs usually start at once. Perhaps seconds and milliseconds were mixed up.",
             cure=(
                 Cure("See them", f"jobctl jobs {shown}", page),
                 Cure("Plan to cancel the latest", f"jobctl cancel {plan}", f"{page}&since=10m", changes=True),
@@ -226,7 +226,7 @@ def slow_kinds(scene: Scene) -> Iterator[Finding | None]:
         assert each.last_hour_ms is not None and each.usual_ms is not None  # it has a ratio
         yield Finding(
             subject=subject,
-            title=f"95 % take up to {duration(each.last_hour_ms)}, usually {duration(each.usual_ms)}.",
+            title=f"95 % of its jobs take up to {duration(each.last_hour_ms)}, usually {duration(each.usual_ms)}.",
             value=100 * ratio,
             jobs=each.completed,
             cause="The machine, the disk, or a service that these jobs use may be slow.",

@@ -235,14 +235,14 @@ def no_progress(scene: Scene) -> Iterator[Finding | None]:
         renewed_ms = at.lock_ms - (deadlines.stall_due - grant.stall_after_ms)
         yield Finding(
             subject=_job(job),
-            title=f"Runs without progress for {duration(silent_ms)}{times}. "
+            title=f"Has run without progress for {duration(silent_ms)}{times}. "
             f"{grant.worker} is alive: it renewed the lock {duration(renewed_ms)} ago.",
             value=silent_ms,
             jobs=1,
             wait_ms=silent_ms,
             severity="notice" if usual_ms is None else None,
             cure=(
-                Cure("See its signs of life", f"jobctl why {job.id}", f"/jobs/{job.id}"),
+                Cure("See its latest reports", f"jobctl why {job.id}", f"/jobs/{job.id}"),
                 Cure("Cancel it", f"jobctl cancel {job.id}", f"/jobs/{job.id}", changes=True),
             ),
         )

@@ -74,7 +74,7 @@ async def test_nodes_see_each_other(server: MemoryServer) -> None:
         ("b", "standby", 2),
     ]
     assert [node.config_differs for node in shown.nodes] == [False, True]
-    assert shown.problems == ["The configuration differs from that of the leader: b."]
+    assert shown.problems == ["The configuration differs from the leader's: b."]
     assert (shown.synchronous, shown.lag_events, shown.lease_ms) == (True, 3, 3_000)
     assert view(b, replace(FOLLOWS, is_leader=True, holder=None, leader="", record=None)).leader is None
     alike = replace(server.nodes["b"][0], config_hash="a")
@@ -121,7 +121,7 @@ async def test_problems_are_described(server: MemoryServer) -> None:
     for ahead_ms, text in ((3_210, "3.2 s ahead of"), (-1_500, "1.5 s behind")):
         process.registry.nodes = [replace(entry("b", "p-b"), ahead_ms=ahead_ms)]
         shown = view(process, replace(FOLLOWS, problem="The disk is full."), require_sync=False)
-        clock = f"The wall clock of node b is {text} that of PostgreSQL."
+        clock = f"The wall clock of node b is {text} PostgreSQL's."
         assert shown.problems == ["The disk is full.", clock, two, waits]
     unseen = replace(process.registry.nodes[0], seen_ms=60_000)
     process.registry.nodes = [unseen]

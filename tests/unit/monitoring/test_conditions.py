@@ -102,7 +102,7 @@ async def grant_twice(stage: Stage) -> float:
     return 0
 
 
-@case("slow_kind", "95 % take up to 3 s, usually 1 s.")
+@case("slow_kind", "95 % of its jobs take up to 3 s, usually 1 s.")
 async def become_slow(stage: Stage) -> float:
     for hour in range(HOURS_NEEDED + 1):
         for _ in range(SAMPLES_NEEDED):
@@ -131,7 +131,7 @@ for _part in ("database", "cache", "storage"):
     case(_part, "It differs.")(unhealthy(_part))
 
 
-@case("webhook", "Accepts nothing for 5 min: 503.")
+@case("webhook", "Has accepted nothing for 5 min: 503.")
 async def break_webhook(stage: Stage) -> float:
     stage.problems.failing_webhooks = lambda: [FailingWebhook("hook", 300_001, "503", 608, True)]
     return 0
@@ -230,7 +230,7 @@ async def create_far_ahead(stage: Stage) -> float:
     return 0
 
 
-@case("no_progress", "Runs without progress for 1 h")
+@case("no_progress", "Has run without progress for 1 h")
 async def hang(stage: Stage) -> float:
     await stage.create("etl", progress_timeout_ms=0)
     stage.act(stage.works("etl", "w-1", DAY_MS))

@@ -245,7 +245,7 @@ async def test_each_slow_kind_is_found_and_does_not_flap(engine: VirtualEngine) 
     for kind, ms in {"film": 3071, "mail": 120, "song": 1023}.items():  # mail is too short to matter
         _work(engine, kind, ms)
     (slow,) = (await found(problems)).values()
-    assert (slow.id, slow.title) == ("slow_kind/film", "95 % take up to 3 s, usually 1 s.")
+    assert (slow.id, slow.title) == ("slow_kind/film", "95 % of its jobs take up to 3 s, usually 1 s.")
     problems.thresholds = Thresholds(slower_than_usual=3.1)
     assert list(await found(problems)) == ["slow_kind/film"], "it continues just below the threshold"
     problems.thresholds = Thresholds(slower_than_usual=3.4)
@@ -316,7 +316,7 @@ async def test_conditions_of_the_daemon_say_what_holds() -> None:
         "damaged": "Quarantined jobs: bad-1. Run: jobd doctor",
         "waits": "11 jobs are due, the oldest for ",
         "granted_twice": "Two workers may have worked on it at once (1 in the last hour): it was taken from w-1 ",
-        "webhook": "Accepts nothing for 5 min: 500: broken. It carries these problems: 608 messages wait.",
+        "webhook": "Has accepted nothing for 5 min: 500: broken. It carries these problems: 608 messages wait.",
         "cleanup_issues": "The latest cleanup run could not fix 11 invalid rows, for example job-1, job-2, job-3.",
         "release_loop": "1 job is released over and over by w-1; cat-1 20 times.",
         "stalled_jobs": "0 jobs have stalled, and 1 was recovered in the last 10 minutes.",

@@ -110,7 +110,7 @@ def test_the_nodes_and_the_leader_are_shown(nodes: Cluster, capsys: pytest.Captu
     assert rows[1] == "a leader http://a.example:8771 - 1.2 s ago 1 12 -"
     assert (
         rows[2]
-        == "b standby http://b.example:8771 0 ms 17 s ago 1 12 not seen, configuration differs from that of the leader"
+        == "b standby http://b.example:8771 0 ms 17 s ago 1 12 not seen, configuration differs from the leader's"
     )
 
 
