@@ -418,7 +418,7 @@ def _outcome(entry: responses.AuditView) -> str:
 
 AUDIT: Final[Columns] = {
     "TIME": lambda entry: utc(entry.at),
-    "WHO": "who",
+    "OPERATOR": "who",
     "FROM": "address",
     "ACTION": "action",
     "TARGET": "target",

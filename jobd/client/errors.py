@@ -169,7 +169,7 @@ class OutputOff(JobdError, code="output_off"):
 
 
 class OutputUnavailable(JobdError, code="output_unavailable"):
-    """The file of the output cannot be used now. Jobs go on without it."""
+    """The output file cannot be used now. Jobs continue without it."""
 
 
 class TooFrequent(JobdError, code="too_frequent"):

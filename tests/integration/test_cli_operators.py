@@ -538,7 +538,7 @@ def test_actions_are_in_the_audit_log(jobctl: Jobctl, monkeypatch: pytest.Monkey
     event = jobctl.json("timeline", "au1")["events"][-1]
     assert (event["by"], event["seq"]) == ("admin:eve@desk", found[1]["details"]["event"])
     lines = jobctl.ok("audit", "--who", "eve@desk", "--since", "1h", "--limit", "1").splitlines()
-    assert lines[0].split() == ["TIME", "WHO", "FROM", "ACTION", "TARGET", "OUTCOME", "REASON"]
+    assert lines[0].split() == ["TIME", "OPERATOR", "FROM", "ACTION", "TARGET", "OUTCOME", "REASON"]
     assert "queued → failed" in lines[1]
     queued = jobctl.json("audit", "--who", f"bob@{host}", "--action", "pause")["entries"]
     assert [(each["queue"], each["job_id"]) for each in queued] == [("au-q", None)]

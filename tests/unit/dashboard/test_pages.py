@@ -140,7 +140,7 @@ async def test_the_page_of_a_job_shows_what_it_printed(harness: DashboardHarness
     assert len(section) < rendering.MAX_PRINTED + 3_000
     await outputs.file.close()
     outputs.file.failure = "the disk is <full>"
-    assert "cannot be used: the disk is &lt;full&gt;. The job goes on" in text(await browser.get("/jobs/held"))
+    assert "cannot be used: the disk is &lt;full&gt;. The job continues" in text(await browser.get("/jobs/held"))
     outputs.file.failure, outputs.file.limit_bytes = None, 0
     assert "h-output" not in text(await browser.get("/jobs/held"))
 
