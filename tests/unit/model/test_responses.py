@@ -74,3 +74,24 @@ def test_a_kind_names_its_largest_part() -> None:
     kind = responses.StoredKind(queue="q", kind="k", jobs=2, bytes=10, records=1, payloads=2, results=4, events=3)
     assert (kind.name, kind.main_part) == ("q / k", ("results", 4))
     assert replace(kind, kind="").name == "q"
+
+
+@pytest.mark.parametrize(
+    ("given", "target"),
+    [
+        ({"details": {"schedule": "nightly"}, "job_id": "j"}, "schedule nightly"),
+        ({"details": {"rule": "r1", "host": "h", "queue": "q"}, "queue": "q"}, "host h, queue q"),
+        ({"details": {"rule": "r1"}}, "rule r1"),
+        ({"job_id": "j"}, "j"),
+        ({"queue": "q"}, "queue q"),
+        ({"details": {"webhook": "hook"}}, "webhook hook"),
+        ({"details": {"webhook": "hook", "delivery": 7}}, "webhook hook, delivery 7"),
+        ({"changed": 1}, "1 job"),
+        ({"changed": 2}, "2 jobs"),
+        ({"details": {"worker": "w"}}, "worker w"),
+        ({}, None),
+    ],
+)
+def test_the_target_of_an_audit_entry(given: dict[str, Any], target: str | None) -> None:
+    entry = responses.AuditView(1, 0, "eve", "127.0.0.1", "x", None, None, None, "done", 0, {})
+    assert replace(entry, **given).target == target
