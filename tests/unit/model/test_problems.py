@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from msgspec.structs import replace
 
 from jobd.model.problems import Problem, Subject
 
@@ -13,6 +14,10 @@ def test_a_subject_is_identified_by_its_parts() -> None:
     group = Subject(type="group", host="web-1", version="2.4")
     problem = Problem(id="p", condition="workers_die", severity="warning", subject=group, since=1)
     assert problem.name == "2.4 / web-1"
+    assert (problem.sentence, replace(problem, title="T.", cause="C.", over_since=60_000).sentence) == (
+        "",
+        "T. C. Over since 00:01 UTC: closes within a minute.",
+    )
     assert Subject(type="worker", queue="q", worker="w-1").parts == ("w-1",)
 
 

@@ -564,7 +564,7 @@ def test_a_problem_opens_after_30_s_and_closes_after_60_s() -> None:
         assert (at.listed, at.life.listed[0].since) == (["other/a"], NOW + 35_000)
         assert not at.see(1)
         assert not at.see(58)
-        assert at.life.listed[0].sentence == "It is so. Over since 22:14 UTC: closes within a minute."
+        assert at.life.listed[0].over_since == NOW + 66_000
         assert not at.see(1, other=findings("a"))
         assert at.life.listed[0].over_since is None
         assert not at.see(59)
