@@ -328,7 +328,7 @@ def failures(view: responses.FailuresView) -> None:
         terminal.say(f"{view.other} of {view.total} failed jobs are not in these groups.")
     if view.other_retrying:
         terminal.say(f"{view.other_retrying} of {view.retrying} jobs that wait for a retry are not in these groups.")
-    if not view.whole:
+    if not view.complete:
         terminal.say("Jobs from before the start of the daemon are still being counted.")
 
 

@@ -40,23 +40,23 @@ def cluster_view(
     leading = next((each for each in nodes if each.process == holder), None)
     if leading is None and at.leader is not None:  # a process that has just started, whose entry is not written yet
         leading = next((each for each in nodes if each.url == at.leader), None)
-    problems = [text for text in (at.problem, registry.problem) if text is not None]
-    problems += _problems(nodes, leading)
+    warnings = [text for text in (at.problem, registry.problem) if text is not None]
+    warnings += _warnings(nodes, leading)
     if registry.failure is not None and at.problem is None:
-        problems.append(registry.failure)
+        warnings.append(registry.failure)
     if health is not None and require_sync and not health.is_synchronous:
-        problems.append("PostgreSQL has no synchronous standby: a lost disk loses acknowledged jobs.")
+        warnings.append("PostgreSQL has no synchronous standby: a lost disk loses acknowledged jobs.")
     if health is not None and len(health.writable) > 1:
         used, *former = health.writable
         names = " and ".join(former)
-        problems.append(f"PostgreSQL accepts writes at {used} and {names}: stop the former primary, {names}.")
+        warnings.append(f"PostgreSQL accepts writes at {used} and {names}: stop the former primary, {names}.")
     if health is not None and health.is_waiting:
-        problems.append("A write waits for a synchronous standby of PostgreSQL.")
+        warnings.append("A write waits for a synchronous standby of PostgreSQL.")
     if at.unheard_ms >= UNHEARD_MS:
         effect = ", so it does not know which node leads" if at.leader is None else ""
-        problems.append(f"This node has not heard from PostgreSQL for {duration(at.unheard_ms)}{effect}.")
-    if at.leader is None and not problems:
-        problems.append("No node leads: PostgreSQL has not confirmed a leader yet.")
+        warnings.append(f"This node has not heard from PostgreSQL for {duration(at.unheard_ms)}{effect}.")
+    if at.leader is None and not warnings:
+        warnings.append("No node leads: PostgreSQL has not confirmed a leader yet.")
     return ClusterView(
         role="leader" if at.is_leader else "standby",
         node=node,
@@ -71,7 +71,7 @@ def cluster_view(
         waits_for_sync=health is not None and health.is_waiting,
         oldest_transaction_ms=None if health is None else health.oldest_transaction_ms,
         writable=[] if health is None else list(health.writable),
-        problems=problems,
+        warnings=warnings,
         nodes=[_node(each, leading, at.record or 0, registry.behind_ms(each)) for each in nodes],
     )
 
@@ -92,7 +92,7 @@ def _node(node: NodeEntry, leading: NodeEntry | None, record: int, behind_ms: in
     )
 
 
-def _problems(nodes: Sequence[NodeEntry], leading: NodeEntry | None) -> Iterable[str]:
+def _warnings(nodes: Sequence[NodeEntry], leading: NodeEntry | None) -> Iterable[str]:
     if leading is not None:
         others = [node.name for node in nodes if node.config_hash != leading.config_hash]
         if others:

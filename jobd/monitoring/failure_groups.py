@@ -229,7 +229,7 @@ class FailureGroups(StoppableLoop):
             retrying=retrying,
             other=failed - sum(group.count for group in shown),
             other_retrying=retrying - sum(group.retrying for group in shown),
-            whole=self.is_complete,
+            complete=self.is_complete,
         )
 
     def alike(self, message: str | None, code: str | None, job_id: str) -> FailureGroup | None:

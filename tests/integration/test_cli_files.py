@@ -164,7 +164,7 @@ def test_a_damaged_row_is_named_with_its_fix(
     assert "job b2: " in out
     assert "fix: " in out
     code, out, _ = _jobd(capsys, "doctor", "--store", str(copy), "--json")
-    assert {"where", "what", "fix"} == set(json.loads(out)["problems"][0])
+    assert {"where", "what", "fix"} == set(json.loads(out)["defects"][0])
     for how in ("--yes", "--dry-run"):
         assert _jobd(capsys, "doctor", "--store", str(copy), "--accept", "nobody", how)[0] == 4
     before = copy.read_bytes()
@@ -212,13 +212,13 @@ def test_a_damaged_row_is_named_with_its_fix(
 def test_the_doctor_checks_the_running_daemon(jobctl: Jobctl, capsys: pytest.CaptureFixture[str]) -> None:
     jobctl.ok("cleanup")
     code, out, err = _jobd(capsys, "doctor", "--running", "--json")
-    problems = json.loads(out)["problems"]
-    assert code == (1 if problems else 0), err
+    defects = json.loads(out)["defects"]
+    assert code == (1 if defects else 0), err
     assert _jobd(capsys, "doctor", "--running", "--accept", "x")[0] == 2
     assert _jobd(capsys, "doctor", "--rows")[0] == 2
     code, out, err = _jobd(capsys, "doctor", "--running", "--rows", "--json")
-    assert (code, err) == (1 if problems else 0, "")
-    assert not [each for each in json.loads(out)["problems"] if each["where"].startswith("job ")]
+    assert (code, err) == (1 if defects else 0, "")
+    assert not [each for each in json.loads(out)["defects"] if each["where"].startswith("job ")]
 
 
 async def test_damaged_rows_of_a_running_daemon_are_named_once(
@@ -231,7 +231,7 @@ async def test_damaged_rows_of_a_running_daemon_are_named_once(
     ) as harness:
         argv = ["doctor", "--running", "--rows", "--json", "--admin-url", f"unix:{harness.path}"]
         assert await asyncio.to_thread(jobd_cli.main, argv) == 1
-    found = [each for each in json.loads(capsys.readouterr().out)["problems"] if each["where"].startswith("job ")]
+    found = [each for each in json.loads(capsys.readouterr().out)["defects"] if each["where"].startswith("job ")]
     assert [each["where"] for each in found] == ["job bad-1", "job bad-2", "job bad-2"]
     assert "jobd doctor --accept bad-2" in found[1]["fix"]
 

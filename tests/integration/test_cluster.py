@@ -107,12 +107,12 @@ def test_a_full_disk_of_the_server_rejects_creates_and_is_shown(
     rejected = create(first, "one")
     assert (rejected.status, rejected.error) == (507, "storage_full")
     described = "The disk of the journal's server is full."
-    assert first.cluster()["problems"] == [described]
+    assert first.cluster()["warnings"] == [described]
     poll_until(lambda: first.admin("GET", "health").body["data"]["journal"]["status"] == "unhealthy")
     assert b"disk=journal" in first.log
     postgres_server.sql("DROP TRIGGER full_disk ON jobd_journal", database=name)
     poll_until(lambda: create(first, "one").status == 201)
-    assert first.cluster()["problems"] == []
+    assert first.cluster()["warnings"] == []
 
 
 def send(client: socket.socket, path: str, body: bytes, length: int) -> None:
@@ -184,7 +184,7 @@ def test_a_node_that_has_worked_waits_while_its_password_is_rejected(
     assert node.stop() == 0
     postgres_server.sql(f"ALTER ROLE {role} PASSWORD 'another'")
     node.start()
-    poll_until(lambda: "rejects the password of role" in " ".join(node.cluster()["problems"]))
+    poll_until(lambda: "rejects the password of role" in " ".join(node.cluster()["warnings"]))
     assert (node.get("/healthz").status, node.get("/readyz").status) == (200, 503)
     postgres_server.sql(f"ALTER ROLE {role} PASSWORD '{PASSWORD}'")
     node.wait_leads()
@@ -199,7 +199,7 @@ def test_a_standby_stops_at_a_signal_and_reloads(cluster: Cluster) -> None:
     standby.config.write_text("[retention]\ncompleted = '1d'\n")
     standby.process.send_signal(signal.SIGHUP)
     standby.wait_for_log(b"event=reloaded")
-    poll_until(lambda: "differs from the leader's: b" in str(standby.cluster()["problems"]))
+    poll_until(lambda: "differs from the leader's: b" in str(standby.cluster()["warnings"]))
     standby.process.send_signal(signal.SIGUSR1)
     standby.wait_for_log(b"event=dump_task")
     assert standby.stop() == 0

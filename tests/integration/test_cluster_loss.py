@@ -123,6 +123,6 @@ def test_an_asynchronous_failover(tmp_path: Path, stack: ExitStack, capsys: pyte
     assert process is not None
     poll_until(lambda: first.post("/v1/jobs", {"id": "unknown"}).status == 503 or process.poll() is not None)
     assert process.wait(WAIT_S) == 75
-    poll_until(lambda: "lost acknowledged records" in " ".join(second.cluster()["problems"]))
+    poll_until(lambda: "lost acknowledged records" in " ".join(second.cluster()["warnings"]))
     assert second.stop() == 0
     accept_and_check(first, second, url, granted, capsys)

@@ -99,7 +99,7 @@ def _show(view: ClusterView) -> None:
         ("lease", None if view.lease_ms is None else duration(view.lease_ms)),
         ("synchronous", "unknown" if view.synchronous is None else view.synchronous),
         ("as seen by", f"{view.node} ({view.role}{behind})"),
-        *[("problem", problem) for problem in view.problems],
+        *[("warning", warning) for warning in view.warnings],
     ]
     terminal.pairs(fields)
     terminal.emit("")

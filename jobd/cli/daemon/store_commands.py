@@ -168,7 +168,7 @@ def doctor_command(
 
 
 def _check(path: str, notes: list[str], *, refold: bool) -> Sequence[Any]:
-    """Return the problems of a database that no daemon has open. Raises CliError (75) if one has."""
+    """Return the defects of a database that no daemon has open. Raises CliError (75) if one has."""
     from jobd.cli.progress import busy
     from jobd.storage.files import StoreBusy
     from jobd.storage.offline import doctor
@@ -210,14 +210,14 @@ def _repair(repair: Callable[..., str], path: str, *, yes: bool, is_dry_run: boo
     return exit_codes.DONE
 
 
-def _diagnosis(problems: Sequence[Any], as_json: bool, notes: Sequence[str] = ()) -> int:
-    """Print problems, and notes about what is not one. Return the exit code: 0 without problems."""
+def _diagnosis(defects: Sequence[Any], as_json: bool, notes: Sequence[str] = ()) -> int:
+    """Print defects, and notes about what is not one. Return the exit code: 0 without defects."""
     if as_json:
-        terminal.emit_json({"problems": problems, "notes": notes})
+        terminal.emit_json({"defects": defects, "notes": notes})
     else:
-        for line in notes if problems else [*notes, "nothing is wrong"]:
+        for line in notes if defects else [*notes, "nothing is wrong"]:
             terminal.emit(line)
-        for problem in problems:
-            terminal.emit(f"{problem.where}: {problem.what}")
-            terminal.emit(f"    fix: {problem.fix}")
-    return exit_codes.FAILED if problems else exit_codes.DONE
+        for defect in defects:
+            terminal.emit(f"{defect.where}: {defect.what}")
+            terminal.emit(f"    fix: {defect.fix}")
+    return exit_codes.FAILED if defects else exit_codes.DONE

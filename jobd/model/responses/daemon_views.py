@@ -222,7 +222,7 @@ class FailuresView(Struct, frozen=True):
     retrying: Annotated[int, doc("Number of queued jobs that wait for a retry after an error.")]
     other: Annotated[int, doc("Number of failed jobs that are in none of these groups.")]
     other_retrying: Annotated[int, doc("Number of retrying jobs that are in none of these groups.")]
-    whole: Annotated[bool, doc("False until the jobs from before the start of the daemon are counted.")]
+    complete: Annotated[bool, doc("False until the jobs from before the start of the daemon are counted.")]
 
 
 NodeRole = Literal["leader", "standby", "single"]
@@ -281,5 +281,5 @@ class ClusterView(Struct, frozen=True, kw_only=True):
         list[str],
         doc("Hosts of `journal.url` that accept writes, the one in use first: more than one if a former primary runs."),
     ] = []
-    problems: Annotated[list[str], doc("What is wrong, in words.")] = []
+    warnings: Annotated[list[str], doc("What is wrong, in words.")] = []
     nodes: Annotated[list[NodeView], doc("The nodes, by name.")] = []

@@ -35,7 +35,7 @@ from jobd.storage.schema import migrations
 from jobd.storage.tables.tail import JournalTail, jobs_without_row, read_tail
 from jobd.storage.tables.tail import fix as tail_fix
 
-MAX_LISTED: Final = 100  # problems listed per kind; the others are counted
+MAX_LISTED: Final = 100  # defects listed per kind; the others are counted
 NOTHING_DAMAGED: Final = "no job is in quarantine, and no row is damaged"
 OVERDUE_MS: Final = DAY_MS  # of a tombstone; an artifact store may be unavailable for a while
 
@@ -58,7 +58,7 @@ _SHOWN_FIELDS: Final = (
 
 
 class Defect(msgspec.Struct, frozen=True):
-    """One problem: where it is, what it is, and how to fix it."""
+    """One fault: where it is, what it is, and how to fix it."""
 
     where: str
     what: str
@@ -70,10 +70,10 @@ class Defect(msgspec.Struct, frozen=True):
 
 
 def check(path: str, *, refold: bool = False, on_note: Callable[[str], object] = lambda note: None) -> list[Defect]:
-    """Return all problems of the store at `path`. Reads all of it, which takes about a minute for ten million rows.
+    """Return all defects of the store at `path`. Reads all of it, which takes about a minute for ten million rows.
 
     With `refold`, also compare each job with its events. Calls `on_note` with a sentence about committed batches that
-    the tables lack, because that is no problem.
+    the tables lack, because that is no defect.
 
     Raises StoreBusy while a daemon holds it, StoreTooNew, or StoreUnreadable if it is not a store.
     """
@@ -86,7 +86,7 @@ def check(path: str, *, refold: bool = False, on_note: Callable[[str], object] =
             problem = f"it has schema version {version}, but this jobd has {migrations.VERSION}"
             fix = "start the daemon once, which copies and migrates the store; then check again"
             return [Defect(path, problem, fix)]
-        found = problems(conn, path)
+        found = find_defects(conn, path)
         tail = _read_tail(conn)
         if tail.pending:
             on_note(f"the tables lack {tail} of the journal: the daemon writes them at its next start")
@@ -95,8 +95,8 @@ def check(path: str, *, refold: bool = False, on_note: Callable[[str], object] =
         return found
 
 
-def problems(conn: sqlite3.Connection, path: str) -> list[Defect]:
-    """Return all problems of an open store. It has the current schema version, and nothing writes to it."""
+def find_defects(conn: sqlite3.Connection, path: str) -> list[Defect]:
+    """Return all defects of an open store. It has the current schema version, and nothing writes to it."""
     found: list[Defect] = []
     tables = (_jobs, _payloads, _extra, _late, _events, _deleted, _keys, queues, _small_tables, _tombstones)
     for part in (_meta, _file, _tail, *tables, _quarantined, _epoch_file, _mode):
@@ -104,14 +104,14 @@ def problems(conn: sqlite3.Connection, path: str) -> list[Defect]:
     return found
 
 
-def _limited(problems: Iterator[Defect]) -> list[Defect]:
-    """Return the first MAX_LISTED problems and the number of the others. An unreadable table is also a problem."""
+def _limited(defects: Iterator[Defect]) -> list[Defect]:
+    """Return the first MAX_LISTED defects and the number of the others. An unreadable table is also a defect."""
     listed: list[Defect] = []
     more = 0
     try:
-        for problem in problems:
+        for defect in defects:
             if len(listed) < MAX_LISTED:
-                listed.append(problem)
+                listed.append(defect)
             else:
                 more += 1
     except (sqlite3.DatabaseError, UnicodeDecodeError) as error:

@@ -18,7 +18,7 @@ from jobd.storage.offline import doctor
 from jobd.storage.schema import migrations
 from jobd.storage.tables.tail import counted
 
-MAX_SHOWN: Final = 10  # problems of a file to restore
+MAX_SHOWN: Final = 10  # defects of a file to restore
 
 
 def restore(file: str, path: str) -> list[str]:
@@ -78,13 +78,13 @@ def _checked(source: sqlite3.Connection, file: str, version: int, size: int, fre
     if version < migrations.VERSION:
         yield f"    its schema version is {version}: the daemon would migrate it to {migrations.VERSION} at its start"
         return
-    problems = [problem for problem in doctor.problems(source, file) if problem.where != file]
-    if not problems:
+    defects = [defect for defect in doctor.find_defects(source, file) if defect.where != file]
+    if not defects:
         yield "    the checksums of all rows are correct"
         return
-    yield f"    WARNING: {len(problems)} problems; damaged rows would be quarantined:"
-    yield from (f"        {problem.where}: {problem.what}" for problem in problems[:MAX_SHOWN])
-    if len(problems) > MAX_SHOWN:
+    yield f"    WARNING: {len(defects)} defects; damaged rows would be quarantined:"
+    yield from (f"        {defect.where}: {defect.what}" for defect in defects[:MAX_SHOWN])
+    if len(defects) > MAX_SHOWN:
         yield f"        and more: run jobd doctor --store {file}"
 
 

@@ -100,7 +100,7 @@ def _wait_for_quorum(cluster: NodesUnderLoad) -> None:
 def _wait_until_shown(cluster: NodesUnderLoad, trial: Trial) -> None:
     """Wait until the leader shows the difference, and its alert fires."""
     leader = cluster.leader()
-    poll_until(lambda: any(" PostgreSQL's." in text for text in leader.cluster()["problems"]), every_s=0.1)
+    poll_until(lambda: any(" PostgreSQL's." in text for text in leader.cluster()["warnings"]), every_s=0.1)
     poll_until(lambda: _fires(leader), *([ALERT_S] if trial.timed else []), every_s=0.1)
 
 

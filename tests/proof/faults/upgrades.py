@@ -119,7 +119,7 @@ def _install_on_leader(cluster: nodes.NodesUnderLoad, version: str, leader: Node
 
 def _is_reported(node: NodeProcess, older: NodeProcess) -> bool:
     """Return whether a node says that another one is older."""
-    return any(f" {older.name} (up to {NEWEST - 1})" in text for text in node.cluster()["problems"])
+    return any(f" {older.name} (up to {NEWEST - 1})" in text for text in node.cluster()["warnings"])
 
 
 def _wait_for_newest(cluster: nodes.NodesUnderLoad, *, after: int) -> None:

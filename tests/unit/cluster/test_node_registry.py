@@ -74,18 +74,18 @@ async def test_nodes_see_each_other(server: MemoryServer) -> None:
         ("b", "standby", 2),
     ]
     assert [node.config_differs for node in shown.nodes] == [False, True]
-    assert shown.problems == ["The configuration differs from the leader's: b."]
+    assert shown.warnings == ["The configuration differs from the leader's: b."]
     assert (shown.synchronous, shown.lag_events, shown.lease_ms) == (True, 3, 3_000)
     assert view(b, replace(FOLLOWS, is_leader=True, holder=None, leader="", record=None)).leader is None
     alike = replace(server.nodes["b"][0], config_hash="a")
     server.nodes["b"] = alike, server.nodes["b"][1]
     b.registry.nodes = await b.journal.nodes()
-    assert view(b).problems == []
-    (problem,) = view(b, replace(FOLLOWS, leader=None)).problems
+    assert view(b).warnings == []
+    (problem,) = view(b, replace(FOLLOWS, leader=None)).warnings
     assert problem == "No node leads: PostgreSQL has not confirmed a leader yet."
-    (problem,) = view(b, replace(FOLLOWS, leader=None, unheard_ms=4_100)).problems
+    (problem,) = view(b, replace(FOLLOWS, leader=None, unheard_ms=4_100)).warnings
     assert problem == "This node has not heard from PostgreSQL for 4.1 s, so it does not know which node leads."
-    assert view(b, replace(FOLLOWS, unheard_ms=1_100)).problems == [
+    assert view(b, replace(FOLLOWS, unheard_ms=1_100)).warnings == [
         "This node has not heard from PostgreSQL for 1.1 s."
     ]
     later = replace(entry("b", "p-b"), projected_to=9)
@@ -109,27 +109,27 @@ async def test_a_leader_that_was_restarted_is_shown_before_its_entry_is_written_
 
 
 @in_virtual_time
-async def test_problems_are_described(server: MemoryServer) -> None:
+async def test_warnings_are_described(server: MemoryServer) -> None:
     process = Process(server, entry("b", "p-b"))
     server.health = replace(server.health, is_synchronous=False, is_waiting=True, writable=("pg1", "pg2"))
     await seconds(0.1)
     two = "PostgreSQL accepts writes at pg1 and pg2: stop the former primary, pg2."
     sync = "PostgreSQL has no synchronous standby: a lost disk loses acknowledged jobs."
     waits = "A write waits for a synchronous standby of PostgreSQL."
-    assert view(process).problems == [sync, two, waits]
-    assert view(process, require_sync=False).problems == [two, waits]
+    assert view(process).warnings == [sync, two, waits]
+    assert view(process, require_sync=False).warnings == [two, waits]
     for ahead_ms, text in ((3_210, "3.2 s ahead of"), (-1_500, "1.5 s behind")):
         process.registry.nodes = [replace(entry("b", "p-b"), ahead_ms=ahead_ms)]
         shown = view(process, replace(FOLLOWS, problem="The disk is full."), require_sync=False)
         clock = f"The wall clock of node b is {text} PostgreSQL's."
-        assert shown.problems == ["The disk is full.", clock, two, waits]
+        assert shown.warnings == ["The disk is full.", clock, two, waits]
     unseen = replace(process.registry.nodes[0], seen_ms=60_000)
     process.registry.nodes = [unseen]
     process.journal.is_reachable = False
     await seconds(EVERY_S)
-    assert (view(process).synchronous, view(process).problems) == (None, ["The journal cannot be reached: try again"])
+    assert (view(process).synchronous, view(process).warnings) == (None, ["The journal cannot be reached: try again"])
     shown = view(process, replace(FOLLOWS, problem="PostgreSQL cannot be reached."))
-    assert shown.problems == ["PostgreSQL cannot be reached."]
+    assert shown.warnings == ["PostgreSQL cannot be reached."]
 
 
 @in_virtual_time
@@ -142,14 +142,14 @@ async def test_the_format_is_the_lowest_of_all_nodes_also_of_those_that_are_down
     old = Process(server, replace(entry("b", "p-b"), format=1))
     await seconds(EVERY_S + 0.1)
     assert new.registry.too_old_for(FORMAT) == "b"
-    (problem,) = view(new).problems
+    (problem,) = view(new).warnings
     assert problem.startswith("Nodes of an older version do not read records of format 3: b (up to 1).")
     await old.stop()
     await seconds(100)
     assert new.registry.too_old_for(FORMAT) == "b"
     await new.journal.forget("b")
     await seconds(EVERY_S)
-    assert (new.registry.too_old_for(FORMAT), view(new).problems) == (None, [])
+    assert (new.registry.too_old_for(FORMAT), view(new).warnings) == (None, [])
 
 
 @in_virtual_time
@@ -261,7 +261,7 @@ async def test_a_name_that_another_process_uses_is_not_taken(server: MemoryServe
     problem = 'Another process already runs as node "a" on this journal: give each node its own node.name.'
     assert second.duplicates == [problem]
     assert [line["event"] for line in logs] == ["duplicate_node"]
-    assert view(second).problems[0] == problem
+    assert view(second).warnings[0] == problem
     assert server.nodes["a"][0].process == "p-1"
     assert first.registry.problem is None
 

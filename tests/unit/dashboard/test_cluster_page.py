@@ -84,7 +84,7 @@ async def test_without_a_cluster_the_navigation_has_no_such_page(harness: Dashbo
 
 
 async def test_the_leader_shows_its_nodes(harness: DashboardHarness) -> None:
-    lead(harness, replace(LEADER, problems=["A <write> waits."], synchronous=False))
+    lead(harness, replace(LEADER, warnings=["A <write> waits."], synchronous=False))
     browser = await harness.browser()
     assert 'href="/cluster"' in text(await browser.get("/"))
     page = text(await browser.get("/cluster"))

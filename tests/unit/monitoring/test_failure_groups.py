@@ -70,7 +70,7 @@ async def test_a_group_shows_what_its_jobs_have_in_common(engine: VirtualEngine)
     await fail(engine, "b", "took 40 s", queue="mail", kind="convert")
     await fail(engine, "c", "lost")
     view = known.view(200)
-    assert (view.total, view.other, view.whole) == (3, 0, True)
+    assert (view.total, view.other, view.complete) == (3, 0, True)
     group = view.groups[0]
     assert group == FailureGroup(
         fingerprint=fingerprint("took 1 s", "force_failed") or "",
@@ -233,7 +233,7 @@ async def test_a_failed_read_is_repeated(engine: VirtualEngine) -> None:
     running = asyncio.create_task(known.run())
     await asyncio.sleep(1)
     assert not known.is_complete
-    assert not known.view(9).whole
+    assert not known.view(9).complete
     engine.disk.errors.clear()
     await asyncio.sleep(failure_groups.RETRY_S)
     await running

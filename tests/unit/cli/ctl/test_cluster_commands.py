@@ -69,7 +69,7 @@ class Cluster:
             "lag_events": 3 if node else 0,
             "lease_ms": 3000,
             "synchronous": True,
-            "problems": ["The clock of node b is 2 s ahead."],
+            "warnings": ["The clock of node b is 2 s ahead."],
             "nodes": [described(0), described(1)],
         }
 
@@ -103,7 +103,7 @@ def test_the_nodes_and_the_leader_are_shown(nodes: Cluster, capsys: pytest.Captu
         "lease 3 s",
         "synchronous yes",
         "as seen by a (leader)",
-        "problem The clock of node b is 2 s ahead.",
+        "warning The clock of node b is 2 s ahead.",
     ]
     rows = [" ".join(line.split()) for line in table.splitlines()]
     assert rows[0] == "NODE ROLE URL BEHIND SEEN FORMAT SCHEMA NOTE"

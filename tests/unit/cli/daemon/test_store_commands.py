@@ -42,7 +42,7 @@ def test_a_tail_is_a_note(store: Path, capsys: pytest.CaptureFixture[str]) -> No
     for option in ([], ["--refold"]):
         assert doctor(capsys, store, *option) == (0, f"{PENDING}nothing is wrong\n", "")
     code, out, _ = doctor(capsys, store, "--json")
-    assert (code, json.loads(out)) == (0, {"problems": [], "notes": [PENDING.strip()]})
+    assert (code, json.loads(out)) == (0, {"defects": [], "notes": [PENDING.strip()]})
 
 
 @pytest.mark.parametrize("option", [[], ["--recount", "--dry-run"]])

@@ -1,4 +1,4 @@
-"""The doctor: no problem in an undamaged store, a fix for every kind of damage, and edited rows."""
+"""The doctor: no defect in an undamaged store, a fix for every kind of damage, and edited rows."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from tests.support import store_files
 from tests.support.factories import NOW, ChangeFactory
 
 
-def places(problems: list[Defect]) -> list[str]:
-    return [problem.where for problem in problems]
+def places(defects: list[Defect]) -> list[str]:
+    return [defect.where for defect in defects]
 
 
 async def busy_store(path: str) -> ChangeFactory:
@@ -102,8 +102,8 @@ async def test_a_file_that_is_not_a_jobd_store_is_rejected(path: str) -> None:
 async def test_an_older_store_has_to_be_migrated_first(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     await store_files.make_store(path)
     monkeypatch.setattr(migrations, "VERSION", migrations.VERSION + 1)
-    (problem,) = check(path)
-    assert "start the daemon once" in problem.fix
+    (defect,) = check(path)
+    assert "start the daemon once" in defect.fix
 
 
 @pytest.mark.parametrize(
@@ -138,17 +138,17 @@ async def test_every_kind_of_damage_is_reported_with_a_fix(
         sql = "SELECT seq, last FROM events WHERE job_seq = ? AND last > seq"
         words["events"] = conn.execute(sql, (live.seq,)).fetchone()
         conn.execute(damage.format(**words))
-    found = [problem for problem in check(path) if problem.where == where.format(**words)]
+    found = [defect for defect in check(path) if defect.where == where.format(**words)]
     assert found
     assert what in found[0].what
-    assert all(problem.fix for problem in found)
+    assert all(defect.fix for defect in found)
 
 
 async def test_a_damaged_index_is_reported_and_repaired_by_a_recount(path: str, maker: ChangeFactory) -> None:
     job = store_files.pick(maker, FINISHED)
     store_files.omit_from_index(path, "jobs_expiry", job.seq)
-    problems = check(path)
-    assert any("jobs_expiry" in problem.what and "--recount" in problem.fix for problem in problems)
+    defects = check(path)
+    assert any("jobs_expiry" in defect.what and "--recount" in defect.fix for defect in defects)
     recount(path)
     assert check(path) == []
 
@@ -156,9 +156,9 @@ async def test_a_damaged_index_is_reported_and_repaired_by_a_recount(path: str, 
 async def test_an_unreadable_page_is_reported_and_the_check_continues(path: str) -> None:
     await busy_store(path)
     store_files.damage_tree(path, "reports")
-    problems = check(path)
-    assert "file" in places(problems)
-    assert any("jobd restore" in problem.fix for problem in problems)
+    defects = check(path)
+    assert "file" in places(defects)
+    assert any("jobd restore" in defect.fix for defect in defects)
 
 
 async def test_numbers_that_are_not_assigned_yet_are_reported(path: str) -> None:
@@ -174,30 +174,28 @@ async def test_a_tombstone_that_waits_too_long_is_reported(path: str) -> None:
     tombstones = [Tombstone(900 + n, f"gone-{n}", f"k/{n}", at, at, tries=n) for n, at in enumerate(times)]
     async with store_files.open_store(path) as (store, _):
         await store.write(maker.batch([], tombstones=tombstones))
-    (problem,) = check(path)
-    assert problem.where == "artifact k/1"
-    assert problem.what == "job gone-1 was deleted 3 days ago, but its artifact was not (failed attempts: 1)"
-    assert "artifacts.url" in problem.fix
+    (defect,) = check(path)
+    assert defect.where == "artifact k/1"
+    assert defect.what == "job gone-1 was deleted 3 days ago, but its artifact was not (failed attempts: 1)"
+    assert "artifacts.url" in defect.fix
     late = Tombstone(-12, "a", "late/1", times[1], times[1], tries=4)
     async with store_files.open_store(path) as (store, _):
         await store.update_tombstones([901], [])
         await store.write(maker.batch([], tombstones=[late]))
-    (problem,) = check(path)
-    assert problem.where == "artifact late/1"
-    assert (
-        problem.what == "a late result of job a was deleted 3 days ago, but its artifact was not (failed attempts: 4)"
-    )
+    (defect,) = check(path)
+    assert defect.where == "artifact late/1"
+    assert defect.what == "a late result of job a was deleted 3 days ago, but its artifact was not (failed attempts: 4)"
 
 
-async def test_many_problems_of_one_kind_are_counted(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_many_defects_of_one_kind_are_counted(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "MAX_LISTED", 3)
     await busy_store(path)
     with store_files.edit_store(path) as conn:
         conn.execute("UPDATE events SET at = 0")
         (count,) = conn.execute("SELECT count(*) FROM events").fetchone()
-    problems = check(path)
-    assert len(problems) == 4
-    assert problems[-1].what == f"and {count - 3} more of this kind"
+    defects = check(path)
+    assert len(defects) == 4
+    assert defects[-1].what == f"and {count - 3} more of this kind"
 
 
 async def test_quarantined_rows_and_other_files_are_checked(path: str, maker: ChangeFactory) -> None:
@@ -208,10 +206,10 @@ async def test_quarantined_rows_and_other_files_are_checked(path: str, maker: Ch
     await store_files.make_empty_store(path)
     store_files.write_file(f"{path}.epoch", b"rubbish")
     os.chmod(path, 0o644)
-    problems = check(path)
-    assert places(problems) == [f"job {job.id}", "keys in quarantine", "epoch file", path]
-    assert f"--accept {job.id}" in problems[0].fix
-    assert "d1" in problems[1].what
+    defects = check(path)
+    assert places(defects) == [f"job {job.id}", "keys in quarantine", "epoch file", path]
+    assert f"--accept {job.id}" in defects[0].fix
+    assert "d1" in defects[1].what
 
 
 async def test_an_epoch_file_of_a_newer_database_is_reported(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -434,9 +432,9 @@ async def test_no_fix_advises_a_recount_after_a_recount(path: str, maker: Change
     with store_files.edit_store(path) as conn:
         conn.execute("DELETE FROM jobs WHERE seq = ?", (job.seq,))
     recount(path)
-    problems = check(path)
-    assert f"job {job.id}" in places(problems), "its events are left"
-    assert not any("--recount" in problem.fix for problem in problems)
+    defects = check(path)
+    assert f"job {job.id}" in places(defects), "its events are left"
+    assert not any("--recount" in defect.fix for defect in defects)
 
 
 async def test_a_recount_does_not_hide_a_damaged_row(path: str, maker: ChangeFactory) -> None:
@@ -490,6 +488,6 @@ async def test_a_renamed_column_of_the_meta_row_is_reported(path: str) -> None:
     await store_files.make_store(path)
     with store_files.edit_store(path) as conn:
         conn.execute("ALTER TABLE meta RENAME COLUMN finished_xor TO finished_xos")
-    (problem,) = [problem for problem in doctor.check(path) if problem.where == "meta"]
-    assert "finished_xos" in problem.what
-    assert "restore" in problem.fix
+    (defect,) = [defect for defect in doctor.check(path) if defect.where == "meta"]
+    assert "finished_xos" in defect.what
+    assert "restore" in defect.fix

@@ -89,7 +89,7 @@ async def test_a_damaged_row_is_reported_and_the_dry_run_continues(path: str, co
         conn.execute("UPDATE jobs SET created_at = created_at + 1")
         conn.execute("UPDATE jobs SET status = CAST(x'ff' AS TEXT) WHERE seq = (SELECT max(seq) FROM jobs)")
     report = dry_run.restore(copy, path)
-    assert any("WARNING" in line and "problems" in line for line in report)
+    assert any("WARNING" in line and "defects" in line for line in report)
     named = [line for line in report if line.startswith("        job ")]
     assert len(named) == min(dry_run.MAX_SHOWN, len(maker.jobs))
     assert any(f"jobd doctor --store {copy}" in line for line in report)
