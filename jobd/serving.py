@@ -344,10 +344,10 @@ class Serving:
         return (app.error_counts for app in self._apps)
 
     def _with_full_disk(self, cluster_view: Callable[[], ClusterView]) -> ClusterView:
-        """Return the state of the cluster, with a full disk of the journal's server as a problem."""
+        """Return the state of the cluster, with a full disk of the journal's server as a warning."""
         view, full_disk = cluster_view(), self.actor.full_disk
         if full_disk.is_remote:
-            return replace(view, problems=[*view.problems, f"{full_disk.described()}."])
+            return replace(view, warnings=[*view.warnings, f"{full_disk.described()}."])
         return view
 
     def _make_services(self) -> Services:

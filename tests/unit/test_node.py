@@ -129,11 +129,11 @@ async def test_a_leader_that_was_fenced_does_not_show_itself_as_the_leader(
         leadership = await fenced.follow(asyncio.Event())
         assert leadership is not None
         view = fenced.view()
-        assert (view.role, view.epoch, view.problems) == ("leader", leadership.epoch, [])
+        assert (view.role, view.epoch, view.warnings) == ("leader", leadership.epoch, [])
         other = MemorySharedJournal(server)
         await other.take_over(await other.head(), holder="b", url="http://b", epoch=leadership.epoch + 1)
         with pytest.raises(Fenced):
             await leadership.append(Record(1, 1, 1, leadership.epoch, 0, b""), 0)
         view = fenced.view()
         assert (view.role, view.leader) == ("standby", None)
-        assert view.problems == ["This node does not lead any more: another node leads the journal."]
+        assert view.warnings == ["This node does not lead any more: another node leads the journal."]
