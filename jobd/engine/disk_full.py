@@ -127,7 +127,7 @@ class FullDisk:
         self.next_probe = self._loop_time() + PROBE_EVERY_S
         if self.write_limit == WriteLimit.ALL_BUT_ENDINGS:
             self._clock.hold()
-            self._is_released = await self._disk.drop_reserve() or self._is_released
+            self._is_released = await self._disk.drop_reserve()
             self._needs_reserve = True
         await self.measure()
         if self.write_limit > self._logged:
