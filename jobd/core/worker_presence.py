@@ -254,7 +254,7 @@ class WorkerPresence:
         claims.waiting += 1
         return claims
 
-    def end_wait(self, name: str, claims: ClaimSet, *, has_left: bool = False) -> None:
+    def end_wait(self, name: str, claims: ClaimSet, *, has_left: bool) -> None:
         """Record that a wait has ended. `has_left`: because its connection closed. The worker was seen until now."""
         worker = self.note_seen(name, self.now)
         worker.waiting -= 1

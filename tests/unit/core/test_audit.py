@@ -269,6 +269,10 @@ async def test_the_log_is_read_in_pages_newest_first(engine: VirtualEngine) -> N
     assert [each.action for each in rest.entries] == ["n1", "n0"]
     assert rest.next_cursor is None
     assert (await engine.yes(cmd.AuditLog(who="bob"))).entries == []
+    await engine.yes(cmd.Pause(name="q", reason="why"), operator=EVE)
+    [last] = (await engine.yes(cmd.AuditLog(limit=1))).entries
+    assert (last.at, last.who, last.address, last.outcome) == (engine.now, "eve", "10.0.0.7", "done")
+    assert (last.queue, last.job_id, last.reason, last.changed) == ("q", None, "why", 0)
 
 
 def test_a_copy_is_found_by_both_jobs(rules: RuleHarness) -> None:

@@ -340,14 +340,14 @@ def test_the_time_of_the_latest_claim_of_a_queue_and_kind(presence: WorkerPresen
 def test_a_waiting_claim_counts_all_the_time(presence: WorkerPresence) -> None:
     claims = presence.begin_wait(claim(queues="q", kinds="k", wait_ms=60_000))
     other = presence.begin_wait(claim(queues="q", kinds="k", wait_ms=60_000))
-    presence.end_wait("w-1", other)
+    presence.end_wait("w-1", other, has_left=False)
     advance(presence, HOUR_MS)
     worker = presence.workers["w-1"]
     assert (presence.state(worker), presence.heard_at(worker)) == ("waiting", NOW + HOUR_MS)
     assert unclaimed_ms(presence, "q", "k", presence.lock_ms + 9) == 0
     advance(presence, DAY_MS)
     assert [name for name, _ in presence.remembered()] == ["w-1"]
-    presence.end_wait("w-1", claims)
+    presence.end_wait("w-1", claims, has_left=False)
     assert unclaimed_ms(presence, "q", "k", presence.lock_ms + 9) == 9
     advance(presence, IDLE_AT_MOST_MS)
     assert presence.state(worker) == "gone"
@@ -711,7 +711,7 @@ def test_any_claims_in_any_order_match_a_recount(seed: int, monkeypatch: pytest.
             waits.append((worker, presence.begin_wait(command)))
         elif waits and dice.random() < 0.3:
             worker, waited = waits.pop(dice.randrange(len(waits)))
-            presence.end_wait(worker, waited)
+            presence.end_wait(worker, waited, has_left=False)
             command = cmd.Claim(worker=worker, queues=waited.queues, kinds=waited.kinds)
         else:
             presence.note_request(command)

@@ -20,7 +20,7 @@ from jobd.engine.actor import BATCH_BYTES, BATCH_WEIGHT, Bounds, DiskBroken
 from jobd.model import commands as cmd
 from jobd.model.clocks import MonotonicS
 from jobd.model.errors import ApiError
-from jobd.model.job import DAY_MS
+from jobd.model.job import DAY_MS, Policy
 from jobd.model.journal import Fenced, JournalOutcomeUnknown, LeadershipLost
 from jobd.model.responses import EmptyResponse, JobView, Response
 from jobd.model.storage import BadRows, Batch, JobQuery, LateResultQuery, LateResultRows, LoadedRows, Quarantined
@@ -76,6 +76,7 @@ async def test_the_mailbox_reserves_space_for_running_work() -> None:
     assert engine.actor.waiting == 20
     rejection = tasks[-1].result()
     assert (rejection.code, rejection.status) == ("overloaded", 503)
+    assert rejection.message.endswith("try again in a second.")
     async with engine:
         await settle()
         assert all(task.done() for task in tasks)
@@ -617,10 +618,26 @@ async def test_a_damaged_finished_job_is_uncounted_once_when_its_row_is_moved(en
     assert_counts_match_disk(engine)
     await engine.yes(cmd.Delete(id="more"))
     assert_counts_match_disk(engine)
+    await engine.yes(cmd.Create(id="last"))
+    await engine.yes(cmd.Cancel(id="last"))
+    engine.state.finished.drop("last")
+    engine.disk.bad_jobs["last"] = "checksum"
+    await engine.yes(cmd.ListJobs())
+    assert_counts_match_disk(engine)
+
+
+@pytest.mark.parametrize("has_artifacts", [False, True])
+@in_virtual_time
+async def test_a_deleted_artifact_leaves_a_tombstone_if_artifacts_are_swept(has_artifacts: bool) -> None:
+    async with checked_engine(policy=Policy(artifacts=has_artifacts)) as engine:
+        await engine.yes(cmd.Complete(id="a", lock_id=await engine.held(), storage_key="k"))
+        await engine.yes(cmd.Delete(id="a"))
+        batch = engine.disk.batches[-1]
+        assert ([each.key for each in batch.tombstones], batch.sweeps) == (["k"] * has_artifacts, has_artifacts)
 
 
 @pytest.mark.parametrize("damage", ["row", "payload"])
-@pytest.mark.parametrize("end", ["written", "taken back", "moved and taken back"])
+@pytest.mark.parametrize("end", ["written", "moved", "taken back", "moved and taken back"])
 @pytest.mark.parametrize("what", ["complete", "delete", "reset", "adopt"])
 @in_checked_engine()
 async def test_the_counts_of_a_damaged_row_match_the_disk_after_any_batch(
@@ -646,10 +663,10 @@ async def test_the_counts_of_a_damaged_row_match_the_disk_after_any_batch(
         disk.bad_jobs["a"] = "checksum"
     else:
         disk.bad_payloads[1] = "checksum"
-    disk.can_move = lambda job: False
+    disk.can_move = lambda job: end == "moved"
     assert (await disk.find_jobs(JobQuery())).jobs == []
     assert list(engine.state.quarantined) == ["a"]
-    if end != "written":
+    if "taken back" in end:
         disk.fits = lambda batch: False
     if end == "moved and taken back":
         disk.can_move = lambda job: True

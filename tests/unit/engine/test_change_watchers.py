@@ -53,6 +53,8 @@ async def test_each_watcher_is_notified_of_its_changes(feed: EventFeed) -> None:
     assert woken(everything, queue, job) == [True, True, True]
     feed.publish([change("", "other", "queue_paused")])
     assert woken(everything, queue, job) == [True, True, True], "every page shows paused queues"
+    feed.touch("a")
+    assert woken(everything, queue, job) == [False, False, True]
 
 
 async def test_a_watcher_that_leaves_is_not_notified_and_does_not_count_towards_the_limit(feed: EventFeed) -> None:

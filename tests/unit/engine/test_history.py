@@ -178,6 +178,7 @@ async def test_jobs_are_found_by_finish_time_and_last_worker(engine: VirtualEngi
 
     assert await found(finished_since=middle) == ["b", "a"]
     assert await found(finished_since=middle, finished_until=middle + 1) == ["a"]
+    assert await found(since=middle) == []
     assert await found(worker="w-1") == ["a"]
     assert await found(worker="w-1", status="failed", finished_since=middle) == ["a"]
     assert await found(worker="w-1", status="processing") == []

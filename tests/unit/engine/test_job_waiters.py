@@ -11,7 +11,7 @@ from jobd.engine.actor import Bounds, DiskBroken
 from jobd.model import commands as cmd
 from jobd.model.errors import ApiError
 from jobd.model.journal import LeadershipLost
-from jobd.model.storage import DiskFull
+from jobd.model.storage import BadRows, DiskFull
 from tests.support.virtual_engine import VirtualEngine, in_checked_engine, in_virtual_time, seconds, settle, start_task
 
 
@@ -84,14 +84,16 @@ async def test_waits_are_limited_with_the_claims(engine: VirtualEngine) -> None:
 
 @in_checked_engine()
 async def test_a_batch_that_is_decided_again_leaves_one_wait(engine: VirtualEngine) -> None:
-    await engine.yes(cmd.Create(id="a"))
-    engine.disk.write_errors.append(DiskFull("full"))
-    tasks = [start_task(engine.actor.ask(each)) for each in (cmd.Get(id="a", wait_ms=5_000), cmd.Create(id="b"))]
+    await engine.yes(cmd.Bulk(jobs=[cmd.Create(id="a"), cmd.Create(id="bad")]))
+    engine.disk.write_errors += [BadRows({"bad": "checksum"}), DiskFull("full")]
+    wait = cmd.WaitForJobs(ids=["a", "bad"], wait_ms=5_000)
+    tasks = [start_task(engine.actor.ask(each)) for each in (wait, cmd.Create(id="b"))]
     await seconds(1)
     assert len(engine.actor.job_waiters) == 1
     await engine.yes(cmd.Cancel(id="a"))
     await settle()
-    assert tasks[0].result().data.status == "cancelled"
+    assert statuses(tasks[0]) == ["cancelled", None]
+    assert engine.actor.job_waiters._by_job == {}
 
 
 @pytest.mark.parametrize("error", [OSError("broken"), LeadershipLost("released")])

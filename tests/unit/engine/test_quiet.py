@@ -75,6 +75,10 @@ async def test_a_directive_that_a_waiting_claim_obeys_is_not_pending(engine: Vir
     assert await seen(engine) == (True, "resume")
     assert not (await engine.yes(cmd.QuietWorker(name="w"))).sent
     assert await seen(engine) == (True, "quiet"), "it replaces the one that was sent"
+    await engine.yes(cmd.Claim(worker="w", limit=0, about=replace(OLD, quiet=True)))
+    assert await seen(engine) == (True, None)
+    assert not (await engine.yes(cmd.QuietWorker(name="w"))).sent
+    assert await seen(engine) == (True, "quiet"), "no claim of it waits"
 
 
 @in_checked_engine()
@@ -201,10 +205,16 @@ async def test_a_claim_that_is_held_by_a_rule_says_so_at_the_end_of_its_wait(eng
 async def test_a_rule_for_a_queue_leaves_the_others(engine: VirtualEngine) -> None:
     await engine.yes(cmd.AddQuietRule(queue="mail", reason="bad"), operator=OPERATOR)
     assert engine.disk.batches[-1].audit[0].queue == "mail"
+    for queue in ("mail", "other"):
+        await engine.yes(cmd.Claim(worker=queue, queues=[queue]))
+    assert (await engine.yes(cmd.QuietRules())).rules[0].workers == 1
+    assert (await engine.yes(cmd.AddQuietRule(version="9", reason="r"))).workers == 0
     waiting = await waiting_claim(engine, "w", queues=["mail", "other"])
     await engine.yes(cmd.Bulk(jobs=[cmd.Create(id="a", queue="mail"), cmd.Create(id="b", queue="other")]))
     assert granted_ids(await waiting) == ["b"]
     assert await seen(engine) == (False, None)
+    await seconds(601)
+    assert (await engine.yes(cmd.QuietRules())).rules[0].workers == 0, "it is gone"
 
 
 @in_checked_engine()

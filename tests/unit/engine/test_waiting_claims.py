@@ -10,7 +10,7 @@ import pytest
 from jobd.core.worker_presence import WorkerPresence
 from jobd.engine.actor import CLOCK_CHECK_S, DiskBroken
 from jobd.engine.envelope import Envelope
-from jobd.engine.waiting_claims import WaitingClaims
+from jobd.engine.waiting_claims import FEW, WaitingClaims
 from jobd.model import commands as cmd
 from jobd.model.clocks import MonotonicS
 from jobd.model.errors import ApiError
@@ -245,8 +245,9 @@ async def test_a_claim_of_many_queues_and_kinds_takes_few_places() -> None:
         first = await waiting_claim(engine, "first", **many | {"kinds": many["kinds"][:99]})
         waiting = [await waiting_claim(engine, f"w-{number}", **many) for number in range(2)]
         last = await waiting_claim(engine, "last", queues=["q-7"], kinds=["k-99"])
+        await waiting_claim(engine, "few", **many | {"kinds": many["kinds"][:2]})
         places = [places for _, places, _ in engine.actor.waiting_claims.by_ticket.values()]
-        assert [len(each) for each in places] == [100, 100, 100, 1]
+        assert [len(each) for each in places] == [100, 100, 100, 1, FEW]
         await engine.yes(cmd.Bulk(jobs=[cmd.Create(id=name, queue="q-7", kind="k-99") for name in "abc"]))
         assert [granted_ids(await task) for task in [*waiting, last]] == [["a"], ["b"], ["c"]]
         await engine.yes(cmd.Create(id="d", queue="q-7", kind="k-9"))

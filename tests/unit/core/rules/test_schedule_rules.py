@@ -102,7 +102,8 @@ def test_what_makes_a_firing_void(rules: RuleHarness) -> None:
     assert fire(rules, NOW + 6_000, version=old) == [], "it was computed before the pause"
     assert fire(rules, NOW + 5_000) == [], "it passed during the pause"
     assert fire(rules, NOW + 6_000) == ["created"]
-    rules.accept_admin(cmd.DeleteSchedule(id="s"))
+    rules.accept_admin(cmd.DeleteSchedule(id="s", reason="why"))
+    assert (rules.last().queue, rules.last().reason) == ("q", "why")
     assert rules.decide(Fire(id="s", version=old, scheduled_at=NOW + 9_000)).changes == []
 
 
@@ -133,6 +134,7 @@ def test_a_time_whose_id_is_taken_is_skipped(rules: RuleHarness) -> None:
 def test_missed_times_are_counted(rules: RuleHarness) -> None:
     put(rules, catch_up="none")
     assert fire(rules, NOW + 9_000, missed=8, is_missed=True) == ["schedule_missed"]
+    assert rules.last().queue == schedule(rules).queue
     assert (schedule(rules).missed, schedule(rules).last_at, schedule(rules).last_fired_at) == (9, NOW + 9_000, None)
 
 
@@ -221,7 +223,10 @@ def test_the_number_of_schedules_is_limited(rules: RuleHarness) -> None:
     rules.policy = Policy(schedules=1)
     put(rules)
     put(rules, overlap="allow")
-    rules.reject(PutSchedule(id="t", every_ms=1_000, job=ScheduledJob()), "too_many_schedules", admin=True)
+    command = PutSchedule(id="t", every_ms=1_000, job=ScheduledJob())
+    assert rules.reject(command, "too_many_schedules", admin=True).details == {"limit": 1}
+    rules.policy = Policy()
+    assert [rules.respond(command, admin=True).status for _ in range(2)] == [201, 200]
 
 
 def test_jitter_is_the_same_for_a_time_and_within_its_bound(rules: RuleHarness) -> None:
