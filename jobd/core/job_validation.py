@@ -12,6 +12,7 @@ from jobd.model.job import FINISHED, LIVE, MAX_PERCENT, MAX_PRIORITY, STATUSES, 
 from jobd.model.responses import Issue, Validation
 
 NO_MESSAGE: Final = "No error message was recorded."
+_CORRECT: Final = "Correct the row, then run: jobd doctor --accept ID"
 
 
 def validate(job: Job, at: Moment, policy: Policy) -> Validation:
@@ -27,8 +28,8 @@ def validate(job: Job, at: Moment, policy: Policy) -> Validation:
         *_times(job),
         *_expiry(job, at),
     ]
-    bad = [issue for issue in issues if issue.type != "warning"]
-    return Validation(is_valid=not bad, issues=issues, can_proceed=all(issue.type != "critical" for issue in issues))
+    can_proceed = all(issue.type != "critical" for issue in issues)
+    return Validation(is_valid=not any(map(counts, issues)), issues=issues, can_proceed=can_proceed)
 
 
 def counts(issue: Issue) -> bool:
@@ -85,7 +86,7 @@ def _identity(job: Job) -> list[Issue]:
             issues.append(Issue("critical", name, f"{name} is missing.", "Delete the job and create it again."))
     if job.status not in STATUSES:
         message = f"Status '{job.status}' is not one of {', '.join(STATUSES)}."
-        issues.append(Issue("critical", "status", message, "Correct the row, then run: jobd doctor --accept ID"))
+        issues.append(Issue("critical", "status", message, _CORRECT))
     return issues
 
 
@@ -94,9 +95,7 @@ def _priority(job: Job) -> list[Issue]:
     if -MAX_PRIORITY <= priority <= MAX_PRIORITY:
         return []
     message = f"Priority is {priority}, outside -{MAX_PRIORITY} to {MAX_PRIORITY}."
-    fix = "Correct the row, then run: jobd doctor --accept ID"
-    if job.status in LIVE:
-        fix = f"Set a valid one: jobctl update {job.id} --priority N"
+    fix = f"Set a valid one: jobctl update {job.id} --priority N" if job.status in LIVE else _CORRECT
     return [Issue("error", "priority", message, fix)]
 
 
@@ -140,8 +139,7 @@ def _storage_key(job: Job) -> list[Issue]:
     fault = None if key is None else storage_key_error(key)
     if fault is None:
         return []
-    fix = "Correct the row, then run: jobd doctor --accept ID"
-    return [Issue("error", "storage_key", f"The storage_key {fault}.", fix)]
+    return [Issue("error", "storage_key", f"The storage_key {fault}.", _CORRECT)]
 
 
 def _lock(job: Job, at: Moment) -> list[Issue]:

@@ -30,7 +30,8 @@ from jobd.model.commands import (
     WhyQueue,
     Workers,
 )
-from jobd.model.job import FINISHED, Job
+from jobd.model.flat_job import NO_ERROR
+from jobd.model.job import FINISHED
 from jobd.model.responses import (
     AuditPage,
     ExportPage,
@@ -78,12 +79,11 @@ def read(tx: Transaction, command: Reading) -> Response:
 
 def _ends(tx: Transaction, command: WaitForJobs) -> JobEnds:
     jobs = [(job_id, tx.state.get(job_id)) for job_id in command.ids]
-    ends = [JobEnd(id_, None) if job is None else JobEnd(id_, job.status, _message(job)) for id_, job in jobs]
+    ends = [
+        JobEnd(id_, None) if job is None else JobEnd(id_, job.status, (job.error or NO_ERROR).message)
+        for id_, job in jobs
+    ]
     return JobEnds(ends, all(job is None or job.status in FINISHED for _, job in jobs))
-
-
-def _message(job: Job) -> str | None:
-    return None if job.error is None else job.error.message
 
 
 def lists_by_end(command: ListJobs) -> bool:

@@ -6,6 +6,7 @@ After a restart, histories continue from their last save, and totals start at 0.
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any, Final, TypeVar
 
@@ -81,9 +82,7 @@ class DoubleGrants(Struct):
         made = after.grant
         if after.deadlines.stall_due - made.stall_after_ms >= ended.until:  # the lock time of the grant
             return
-        minute = event.at // MINUTE_MS
-        self.minutes[minute] = self.minutes.get(minute, 0) + 1
-        self.minutes = _latest(self.minutes, minute, 60)
+        self.minutes = _counted(self.minutes, event.at // MINUTE_MS, 60)
         self.total += 1
         self.last = DoubleGrant(after.id, (ended.fencing_token, made.fencing_token), (ended.worker, made.worker))
 
@@ -235,11 +234,15 @@ def _latest(table: dict[int, T], last: int, count: int) -> dict[int, T]:
     return {key: value for key, value in table.items() if last - count < key <= last}
 
 
+def _counted(table: dict[int, int], last: int, count: int) -> dict[int, int]:
+    """Return the entries of the latest `count` keys up to `last`, whose value is one higher."""
+    return _latest(table | {last: table.get(last, 0) + 1}, last, count)
+
+
 def _sum(parts: Iterable[dict[int, int]]) -> dict[int, int]:
-    total: dict[int, int] = {}
+    total: Counter[int] = Counter()
     for counts in parts:
-        for place, count in counts.items():
-            total[place] = total.get(place, 0) + count
+        total.update(counts)
     return total
 
 
@@ -376,14 +379,8 @@ class Counters(Struct):
         histogram.add(processing_ms / 1000, PROCESSING_BUCKETS_S)
 
     def _recovered(self, at: int, *, requeued: bool) -> None:
-        hour = at // HOUR_MS
-        self.recoveries[hour] = self.recoveries.get(hour, 0) + 1
-        if len(self.recoveries) > 25:
-            self.recoveries = _latest(self.recoveries, hour, 24)
-        step = at // STEP_MS
-        self.recovered[step] = self.recovered.get(step, 0) + 1
-        if len(self.recovered) > LATELY:
-            self.recovered = _latest(self.recovered, step, LATELY)
+        self.recoveries = _counted(self.recoveries, at // HOUR_MS, 24)
+        self.recovered = _counted(self.recovered, at // STEP_MS, LATELY)
         self.stalls += 1
         self.since_report.recovered += 1
         if requeued:

@@ -271,7 +271,7 @@ class Transaction:
             elif event.late is not None:
                 known = self.late.results[event.job_seq]
                 known.remove(event.late)
-                state.late_results.pop(event.job_seq, None)
+                del state.late_results[event.job_seq]
                 if known:
                     state.late_results[event.job_seq] = max(each.seq for each in known)
         for restore in reversed(restores):

@@ -315,16 +315,13 @@ class Actor:
     async def run(self) -> None:
         """Serve the mailbox until `stop`. Raises DiskBroken if a commit fails, or `before_batch` does."""
         try:
-            while not (self._stopping and not self._mailbox and not self._is_awaited and not self._has_internal()):
+            while (
+                not self._stopping or self._mailbox or self._has_internal() or self.waiting_claims or self.job_waiters
+            ):
                 await self._serve_batch()
         finally:
             self.ended.set()
         await self._history.finish()
-
-    @property
-    def _is_awaited(self) -> bool:
-        """Whether requests wait for jobs."""
-        return bool(self.waiting_claims or self.job_waiters)
 
     async def _serve_batch(self) -> None:
         """Wait for commands, and serve them. Raises DiskBroken."""

@@ -59,24 +59,21 @@ def is_late(state: State, command: Complete) -> bool:
     return not state.holds(command.id, command.lock_id)
 
 
-def complete(tx: Transaction, command: Complete, rejection: ApiError, body_hash: str) -> Response:
+def complete(tx: Transaction, command: Complete, rejection: ApiError) -> Response:
     """Decide a complete that gets `lock_lost`: drop, store or accept its result, by the policy of the queue.
 
     Only the lock of a former grant of this job has an effect, and for each grant only the first complete counts.
     """
-    job = tx.state.get(command.id)
-    assert job is not None  # its lock was checked
+    job = guards.find(tx, command.id)
     granted = _granted(tx, job, command.lock_id)
     policy = tx.policy.late_policy(job.options.queue)
-    if granted is None:
-        raise ApiException(rejection)
-    if policy == "drop":
+    if granted is None or policy == "drop":
         note_call(tx, job, command)
         raise ApiException(rejection)
     worker, token = granted
     given = Result(command.download_url, command.file_path, command.storage_key, command.metadata)
     result = transitions.normalize_result(given) or Result()
-    late = LateResult(0, tx.at.now, worker, token, body_hash, command.expires_at, result)
+    late = LateResult(0, tx.at.now, worker, token, guards.digest(command), command.expires_at, result)
     is_free = policy == "adopt_if_unclaimed" and _is_unclaimed(tx, job, command.lock_id)
     if is_free and _is_valid(tx, command):
         return _accept(tx, job, late)

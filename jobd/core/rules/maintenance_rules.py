@@ -207,10 +207,9 @@ def delete_expired(tx: Transaction, command: commands.DeleteExpired) -> Response
     done = 0
     for job_id in dict.fromkeys(command.ids):
         job = tx.state.get(job_id)
-        if job is None or not _is_past(job, tx.at):
-            continue
-        tx.delete(job)
-        done += 1
+        if job is not None and _is_past(job, tx.at):
+            tx.delete(job)
+            done += 1
     return Response(MaintenanceResult(done))
 
 

@@ -169,33 +169,27 @@ def progress(tx: Transaction, command: Progress) -> Response:
     return Response(views.lock_state(job.grant, deadlines, tx.at))
 
 
-def extend(tx: Transaction, command: Extend) -> Response:
-    return _extend(tx, command, command.additional_ms)
-
-
-def extend_lock(tx: Transaction, command: ExtendLock) -> Response:
-    """Extend the lock in place of its holder."""
-    response = _extend(tx, command, command.additional_ms, command.reason)
-    return operator_rules.lock_response(tx, _latest(tx), response.data)
-
-
-def _extend(
-    tx: Transaction, command: Extend | ExtendLock, additional_ms: int | None, reason: str | None = None
-) -> Response:
+def extend(tx: Transaction, command: Extend | ExtendLock) -> Response:
     """Extend the lock to at least `additional_ms` from now, never shortening it, up to the progress timeout."""
     job = _held(tx, command, "extend")
     assert isinstance(job, Job)  # only endings are repeated
     assert job.grant is not None and job.deadlines is not None
     if job.deadlines.is_past_progress_due(tx.at.lock_ms):
         raise _progress_timeout(tx, job)
-    deadlines = transitions.keep_alive(
-        job.grant, job.deadlines, tx.at.lock_ms, additional_ms or job.grant.ttl_ms, progressed=False
-    )
+    additional_ms = command.additional_ms or job.grant.ttl_ms
+    deadlines = transitions.keep_alive(job.grant, job.deadlines, tx.at.lock_ms, additional_ms, progressed=False)
     extended = deadlines.expires > job.deadlines.expires
     worker = None if tx.call.admin else job.grant.worker
+    reason = command.reason if isinstance(command, ExtendLock) else None
     details = {"lock_expires_at": tx.at.wall(deadlines.expires)}
     tx.update(job, replace(job, deadlines=deadlines), "extended", worker=worker, reason=reason, details=details)
     return Response(views.lock_state(job.grant, deadlines, tx.at, extended))
+
+
+def extend_lock(tx: Transaction, command: ExtendLock) -> Response:
+    """Extend the lock in place of its holder."""
+    response = extend(tx, command)
+    return operator_rules.lock_response(tx, _latest(tx), response.data)
 
 
 def append_output(tx: Transaction, command: AppendOutput) -> Response:
@@ -214,7 +208,7 @@ def complete(tx: Transaction, command: Complete) -> Response:
     except ApiException as rejected:
         if rejected.error.code != "lock_lost":
             raise
-        return late_result_rules.complete(tx, command, rejected.error, guards.digest(command))
+        return late_result_rules.complete(tx, command, rejected.error)
     if not isinstance(job, Job):
         return job
     guards.check_result(tx, command)
@@ -253,18 +247,7 @@ def fail(tx: Transaction, command: Fail) -> Response:
     return views.job_response(tx, after)
 
 
-def release(tx: Transaction, command: Release) -> Response:
-    return _release(tx, command, command.delay_ms)
-
-
-def release_lock(tx: Transaction, command: ReleaseLock) -> Response:
-    """Release the job in place of its holder."""
-    _release(tx, command, None)
-    job = _latest(tx) if tx.has_changed else guards.find(tx, command.id)
-    return operator_rules.lock_response(tx, job, None)
-
-
-def _release(tx: Transaction, command: Release | ReleaseLock, delay_ms: int | None) -> Response:
+def release(tx: Transaction, command: Release | ReleaseLock) -> Response:
     """Put the job back into its place in the queue. The attempt does not count.
 
     The job is due later if the holder asks for a delay, or after DELAYED_FROM releases in a row without progress. A
@@ -276,8 +259,9 @@ def _release(tx: Transaction, command: Release | ReleaseLock, delay_ms: int | No
     if isinstance(command, ReleaseLock):
         # The holder did not end it: its next call gets lock_lost.
         ended, worker, reason = transitions.ended_by(job, tx.at.now, "release-lock", "released"), None, command.reason
+        delay_ms = None
     else:
-        ended, reason = _ended_by_holder(tx, job, command, "release"), None
+        ended, reason, delay_ms = _ended_by_holder(tx, job, command, "release"), None, command.delay_ms
         worker = ended.worker
     releases = job.releases + (delay_ms is None or delay_ms < SECOND_MS)
     if delay_ms is None:
@@ -288,6 +272,13 @@ def _release(tx: Transaction, command: Release | ReleaseLock, delay_ms: int | No
     run_at = None if delay_ms is None else tx.at.now + delay_ms
     job = transitions.requeue(tx, job, refunded, "released", ended, run_at=run_at, releases=releases, **about)
     return views.job_response(tx, job)
+
+
+def release_lock(tx: Transaction, command: ReleaseLock) -> Response:
+    """Release the job in place of its holder."""
+    release(tx, command)
+    job = _latest(tx) if tx.has_changed else guards.find(tx, command.id)
+    return operator_rules.lock_response(tx, job, None)
 
 
 def cancel(tx: Transaction, command: commands.Cancel) -> Response:
