@@ -119,6 +119,7 @@ DURATION: Final = _TimeParam("duration", duration_ms)
 PAST: Final = _TimeParam("time", lambda text: past_ms(text, _now_ms()))
 MOMENT_OR_DELAY: Final = _TimeParam("time", moment_or_delay)
 MOMENT: Final = _TimeParam("time", lambda text: moment_ms(text, _now_ms()))
+_AT_LEAST_1: Final = click.IntRange(1)
 STATUS: Final = click.Choice(["queued", "processing", "completed", "failed", "cancelled"])
 
 # The bounds of Create in jobd.model.commands.
@@ -251,12 +252,16 @@ def command(*options: Callable[[Any], Any], name: str | None = None) -> Callable
     return lambda function: click.command(name)(reduce(lambda made, add: add(made), reversed(options), function))
 
 
+def number_option(
+    flag: str, text: str, default: float | None = None, *, kind: _AnyParam = _AT_LEAST_1
+) -> Callable[[Any], Any]:
+    is_shown = default is not None
+    return click.option(flag, type=kind, metavar="N", default=default, show_default=is_shown, help=text)
+
+
 def limit_option(what: str, default: int, most: int | None = None) -> Callable[[Any], Any]:
     """Add --limit, the maximum number of `what`."""
-    kind = click.IntRange(1, most)
-    return click.option(
-        "--limit", type=kind, metavar="N", default=default, show_default=True, help=f"Maximum number of {what}."
-    )
+    return number_option("--limit", f"Maximum number of {what}.", default, kind=click.IntRange(1, most))
 
 
 def json_option(command: Any) -> Any:

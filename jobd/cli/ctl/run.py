@@ -9,7 +9,7 @@ import click
 from jobd.cli import exit_codes
 from jobd.cli.connection import current, worker_api_endpoints, worker_options
 from jobd.cli.ctl.completion import KIND, QUEUE
-from jobd.cli.params import DURATION, NAME
+from jobd.cli.params import DURATION, NAME, number_option
 
 # The options of all workers.
 LOCK_TTL: Final = click.option(
@@ -29,14 +29,7 @@ WORKER_NAME: Final = click.option("--name", type=NAME, help="Name of this worker
     help="Claim jobs of this queue; may be repeated.  [default: default]",
 )
 @click.option("--kind", "kinds", type=KIND, multiple=True, help="Claim only jobs of this kind; may be repeated.")
-@click.option(
-    "--concurrency",
-    metavar="N",
-    type=click.IntRange(min=1),
-    default=1,
-    show_default=True,
-    help="Number of jobs to run at the same time.",
-)
+@number_option("--concurrency", "Number of jobs to run at the same time.", 1)
 @LOCK_TTL
 @click.option("--timeout", type=DURATION, help="Time limit of a run: SIGTERM, and SIGKILL 10 s later.  [default: none]")
 @click.option(

@@ -12,7 +12,7 @@ import click
 from jobd.cli import exit_codes, terminal
 from jobd.cli.connection import admin_client, admin_options
 from jobd.cli.ctl.completion import JOB, KIND, QUEUE
-from jobd.cli.params import STATUS, json_option
+from jobd.cli.params import STATUS, json_option, number_option
 from jobd.cli.progress import Advance, bar
 
 if TYPE_CHECKING:
@@ -153,9 +153,7 @@ def _read(lines: IO[bytes], name: str, advance: Advance) -> Iterator[bytes]:
     help="File to write.  [default: stdout]",
 )
 @click.option("-y", "--yes", is_flag=True, help="Overwrite FILE if it exists.")
-@click.option(
-    "--late-result", type=int, metavar="N", help="Download the artifact of late result N (see jobctl late) instead."
-)
+@number_option("--late-result", "Download the artifact of late result N (see jobctl late) instead.", kind=click.INT)
 @admin_options
 def artifact(job_id: str, file: Path, yes: bool, late_result: int | None) -> None:
     """Download the artifact of a job.

@@ -14,7 +14,7 @@ from jobd.cli import exit_codes
 from jobd.cli.connection import current, worker_api_endpoints, worker_options
 from jobd.cli.ctl.completion import QUEUE
 from jobd.cli.ctl.run import GRACE, LOCK_TTL, WORKER_NAME
-from jobd.cli.params import ConnectionOptions
+from jobd.cli.params import ConnectionOptions, number_option
 
 if TYPE_CHECKING:
     from jobd.client.app.app import App
@@ -29,18 +29,10 @@ if TYPE_CHECKING:
     multiple=True,
     help="Claim jobs of this queue; may be repeated, or a list with commas.  [default: the queues of the tasks]",
 )
-@click.option(
-    "--concurrency",
-    metavar="N",
-    type=click.IntRange(min=1),
-    help="Number of jobs to run at the same time in each process.  [default: 8; with --processes 1]",
+@number_option(
+    "--concurrency", "Number of jobs to run at the same time in each process.  [default: 8; with --processes 1]"
 )
-@click.option(
-    "--processes",
-    metavar="N",
-    type=click.IntRange(min=1),
-    help="Run N processes, and kill one whose task does not end at its timeout.  [default: none]",
-)
+@number_option("--processes", "Run N processes, and kill one whose task does not end at its timeout.  [default: none]")
 @LOCK_TTL
 @GRACE
 @WORKER_NAME

@@ -17,7 +17,7 @@ import click
 
 from jobd import __version__
 from jobd.cli import exit_codes, terminal
-from jobd.cli.params import json_option
+from jobd.cli.params import json_option, number_option
 from jobd.cli.progress import busy
 
 SCENARIOS: Final = {
@@ -28,20 +28,9 @@ SCENARIOS: Final = {
 
 @click.command()
 @click.argument("names", nargs=-1, metavar="[SCENARIO...]", type=click.Choice(list(SCENARIOS)))
-@click.option(
-    "--seconds", type=click.FloatRange(0.05), metavar="N", default=5.0, show_default=True, help="Duration of one run."
-)
-@click.option(
-    "--runs", type=click.IntRange(1), metavar="N", default=3, show_default=True, help="Number of runs of each scenario."
-)
-@click.option(
-    "--connections",
-    type=click.IntRange(1),
-    metavar="N",
-    default=16,
-    show_default=True,
-    help="Number of connections of lifecycle.",
-)
+@number_option("--seconds", "Duration of one run.", 5.0, kind=click.FloatRange(0.05))
+@number_option("--runs", "Number of runs of each scenario.", 3)
+@number_option("--connections", "Number of connections of lifecycle.", 16)
 @click.option(
     "--dir",
     "directory",

@@ -21,7 +21,7 @@ from jobd.cli.daemon.bench import bench
 from jobd.cli.daemon.cluster import check_journal, cluster, join_command
 from jobd.cli.daemon.dev import dev
 from jobd.cli.daemon.settings import config_option, flag_options, read
-from jobd.cli.params import SETTINGS, CommandGroup, json_option
+from jobd.cli.params import SETTINGS, CommandGroup, json_option, number_option
 
 if TYPE_CHECKING:
     from jobd.config import LoadedConfig
@@ -102,9 +102,7 @@ def check_config(config: str | None, flags: dict[str, str], as_json: bool) -> No
 @click.command()
 @click.option("--ui", is_flag=True, help="Run a busy daemon until Ctrl-C, and print a link to its dashboard.")
 @click.option("--keep", type=click.Path(file_okay=False, path_type=Path), help="Copy the results to this directory.")
-@click.option(
-    "--seed", type=int, metavar="N", default=1, show_default=True, help="Seed of the pictures that the workers draw."
-)
+@number_option("--seed", "Seed of the pictures that the workers draw.", 1, kind=click.INT)
 def demo(ui: bool, keep: Path | None, seed: int) -> int:
     """Kill a worker in the middle of a job and show the recovery.
 
