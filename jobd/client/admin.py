@@ -71,7 +71,7 @@ class AdminClient(AdminApi, BlockingClient):
         """Send a stream. A daemon that rejects it may respond and close the connection before the stream ends."""
         try:
             try:
-                response = self._response(connection, request, self._retry.timeout_s, chunks)
+                response = self._write(connection, request, self._retry.timeout_s, chunks).getresponse()
             except (BrokenPipeError, ConnectionResetError):
                 if connection.sock is None:
                     raise
@@ -141,7 +141,7 @@ class AdminClient(AdminApi, BlockingClient):
         request = request_for(AdminJobRequests.artifact, job_id, late_result=late_result)
         with contextlib.closing(self._connection()) as connection:
             try:
-                response = self._response(connection, request, self._retry.timeout_s)
+                response = self._write(connection, request, self._retry.timeout_s).getresponse()
             except CONNECTION_ERRORS as error:
                 raise unreachable(self.endpoint, error) from error
             return self._save(response, file)

@@ -171,7 +171,7 @@ class BlockingClient(BaseClient):
 
     def _exchange_over(self, connection: DaemonConnection, request: ApiRequest[Any], timeout_s: float) -> ApiResponse:
         try:
-            head = self._response(connection, request, timeout_s)
+            head = self._write(connection, request, timeout_s).getresponse()
             response = ApiResponse(head.status, lower_headers(head.getheaders()), head.read())
         except BaseException:  # also KeyboardInterrupt: the next call would read the rest of this response
             connection.close()
@@ -179,24 +179,14 @@ class BlockingClient(BaseClient):
         self._keep(connection)
         return response
 
-    def _response(
-        self,
-        connection: DaemonConnection,
-        request: ApiRequest[Any],
-        timeout_s: float,
-        body: Iterator[bytes] | None = None,
-    ) -> http.client.HTTPResponse:
-        self._write(connection, request, timeout_s, body)
-        return connection.getresponse()
-
     def _write(
         self,
         connection: DaemonConnection,
         request: ApiRequest[Any],
         timeout_s: float,
         body: Iterator[bytes] | None = None,
-    ) -> None:
-        """Send `request`. Its response may take `timeout_s`."""
+    ) -> DaemonConnection:
+        """Send `request`, and return the connection. The response may take `timeout_s`."""
         if connection.sock is None:
             connection.timeout = min(self._connect_s, timeout_s)
             connection.connect()
@@ -207,6 +197,7 @@ class BlockingClient(BaseClient):
             connection.request_at_once(request.method, path, request.body, headers)
         else:
             connection.request(request.method, path, body, headers, encode_chunked=True)
+        return connection
 
     def _take_idle(self, endpoint: Endpoint) -> DaemonConnection | None:
         """Return the connection to `endpoint` that was used last. Close those that are old or to another node."""

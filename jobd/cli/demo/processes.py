@@ -17,7 +17,6 @@ import zlib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Final, Self
 
 import jobd
@@ -79,9 +78,7 @@ class Sandbox:
         self._store = Path(tempfile.mkdtemp(prefix="jobd-", dir=self._store_in)) if self._store_in else self.folder
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         try:
             for worker in self.workers.values():
                 worker.kill()

@@ -25,7 +25,7 @@ from jobd.model.job import FINISHED
 from jobd.model.times import duration
 
 if TYPE_CHECKING:
-    from rich.progress import TaskID
+    from rich.progress import Progress, TaskID
 
 WORKERS: Final = ("w-1", "w-2", "w-3")
 PICTURES: Final = 24
@@ -53,31 +53,6 @@ class Observations:
     recovery_seen: bool = False
 
 
-class _Screen:
-    """On a terminal, progress bars below the printed lines."""
-
-    def __init__(self, progress: Any) -> None:
-        self._progress = progress
-        self._bars: dict[str, TaskID] = {}
-
-    def update(self, jobs: Sequence[JobView]) -> None:
-        """Update the bars: one for all jobs, and one for each processing job."""
-        done = sum(job.status in FINISHED for job in jobs)
-        shown = {"all jobs": 100 * done / len(jobs)} | {
-            terminal.clip(
-                f"  {job.id} on {job.lock.worker if job.lock else f'{job.worker} (lock expired)'}", 60
-            ): job.progress
-            for job in jobs
-            if job.status == "processing"
-        }
-        for text in self._bars.keys() - shown.keys():
-            self._progress.remove_task(self._bars.pop(text))
-        for text, percent in shown.items():
-            if text not in self._bars:
-                self._bars[text] = self._progress.add_task(text, total=100)
-            self._progress.update(self._bars[text], completed=percent)
-
-
 @contextmanager
 def _screen(sandbox: Sandbox) -> Iterator[Callable[[Sequence[JobView]], None]]:
     """Yield a function that shows the state of all jobs, where the terminal can draw."""
@@ -90,8 +65,23 @@ def _screen(sandbox: Sandbox) -> Iterator[Callable[[Sequence[JobView]], None]]:
     with Progress(*columns, console=terminal.console(), transient=True) as progress:
         print_line = partial(progress.console.print, markup=False, highlight=False)
         plain, sandbox.print_line = sandbox.print_line, print_line
-        yield _Screen(progress).update
+        yield partial(_update, progress, {})
     sandbox.print_line = plain
+
+
+def _update(progress: Progress, bars: dict[str, TaskID], jobs: Sequence[JobView]) -> None:
+    """Update the bars: one for all jobs, and one for each processing job."""
+    shown = {"all jobs": 100 * sum(job.status in FINISHED for job in jobs) / len(jobs)}
+    for job in jobs:
+        if job.status == "processing":
+            worker = job.lock.worker if job.lock else f"{job.worker} (lock expired)"
+            shown[terminal.clip(f"  {job.id} on {worker}", 60)] = job.progress
+    for text in bars.keys() - shown.keys():
+        progress.remove_task(bars.pop(text))
+    for text, percent in shown.items():
+        if text not in bars:
+            bars[text] = progress.add_task(text, total=100)
+        progress.update(bars[text], completed=percent)
 
 
 def demonstrate(keep: Path | None, seed: int) -> int:

@@ -87,22 +87,12 @@ class DaemonJobs:
         return worker_endpoints(_replacement or self._url, self._token)
 
     def create(self, jobs: Sequence[NewJob]) -> None:
-        if len(jobs) > 1:
-            with _allowing_derived(jobs):
-                self._send(requests.create_jobs(map(_fields, jobs)))
-                return
-        for job in jobs:
-            with _allowing_derived([job]):
-                self._send(requests.create_job(**_fields(job)))
+        with _allowing_derived(jobs):
+            self._send(_creation(jobs))
 
     async def acreate(self, jobs: Sequence[NewJob]) -> None:
-        if len(jobs) > 1:
-            with _allowing_derived(jobs):
-                await self._asend(requests.create_jobs(map(_fields, jobs)))
-                return
-        for job in jobs:
-            with _allowing_derived([job]):
-                await self._asend(requests.create_job(**_fields(job)))
+        with _allowing_derived(jobs):
+            await self._asend(_creation(jobs))
 
     def get(self, job_id: str) -> JobView:
         return self._send(request_for(JobCalls.get_job, job_id))
@@ -222,6 +212,12 @@ def _allowing_derived(jobs: Sequence[NewJob]) -> Iterator[None]:
     except JobExists:
         if not all(job.is_derived for job in jobs):
             raise
+
+
+def _creation(jobs: Sequence[NewJob]) -> ApiRequest[Any]:
+    """Return the request that creates one job, or several."""
+    first, *others = map(_fields, jobs)
+    return requests.create_jobs([first, *others]) if others else requests.create_job(**first)
 
 
 def _fields(job: NewJob) -> dict[str, Any]:

@@ -35,13 +35,11 @@ class Call(Generic[R_co]):
 
     def enqueue(self) -> JobHandle[R_co]:
         """Create the job."""
-        (new,) = new_jobs([self])
-        self.definition.registry.jobs.create([new])
+        self.definition.registry.jobs.create(new_jobs([self]))
         return self.handle
 
     async def aenqueue(self) -> JobHandle[R_co]:
-        (new,) = new_jobs([self])
-        await self.definition.registry.jobs.acreate([new])
+        await self.definition.registry.jobs.acreate(new_jobs([self]))
         return self.handle
 
     @property

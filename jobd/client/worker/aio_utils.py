@@ -20,6 +20,13 @@ async def within(time_s: float, event: asyncio.Event) -> bool:
     return event.is_set()
 
 
+async def done_within(time_s: float, future: asyncio.Future[Any], event: asyncio.Event) -> None:
+    """Wait until `future` is done or `event` is set, but at most `time_s`."""
+    timeout = asyncio.ensure_future(within(time_s, event))
+    await first_of(future, timeout)
+    timeout.cancel()
+
+
 def settle(future: asyncio.Future[Any], result: object = None, error: BaseException | None = None) -> None:
     """End `future`, unless it has ended."""
     if future.done():

@@ -62,6 +62,10 @@ class ClaimOptions:
     once: bool = False
     drain: bool = False
 
+    def __post_init__(self) -> None:
+        if self.concurrency < 1:
+            raise ValueError("concurrency must be at least 1")
+
 
 class Claimer:
     """The main loop of a worker. It calls `work` with each grant.

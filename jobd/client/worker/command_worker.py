@@ -98,8 +98,6 @@ class CommandWorker:
     ) -> None:
         if not command:
             raise ValueError("a command is needed")
-        if concurrency < 1:
-            raise ValueError("concurrency must be at least 1")
         self.name: Final = name or default_name()
         self._client = client
         self._command = list(command)

@@ -15,7 +15,7 @@ import msgspec
 from msgspec import UNSET
 
 from jobd.client.outcomes import Discard, PayloadMismatch, Retry, Snooze, Stopped
-from jobd.client.worker.aio_utils import call_on, first_of, settle, within
+from jobd.client.worker.aio_utils import call_on, done_within, settle, within
 from jobd.client.worker.error_text import failure_message, failure_options, safe_text
 from jobd.client.worker.handler_context import AsyncHandlerContext, BaseHandlerContext, HandlerContext
 from jobd.client.worker.lock_keeper import LockKeeper
@@ -119,9 +119,7 @@ class _HandlerExecution(Execution):
     async def stop(self, at_once: asyncio.Event) -> None:
         """Ask the handler to stop, and wait up to STOP_S for its end."""
         self.abort()
-        timeout = asyncio.ensure_future(within(STOP_S, at_once))
-        await first_of(self.done, timeout)
-        timeout.cancel()
+        await done_within(STOP_S, self.done, at_once)
 
     def describe_timeout(self) -> str:
         return "" if self.done.done() else " The handler was asked to stop, but it is still running."

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO, Final
 
 from jobd.client.worker import exec_program
-from jobd.client.worker.aio_utils import call_on, first_of, settle, within
+from jobd.client.worker.aio_utils import call_on, done_within, first_of, settle
 from jobd.client.worker.watchdog import Watchdog
 
 KILLED_S: Final = 5.0  # for processes to end after SIGKILL, unless they hang in the kernel
@@ -128,21 +128,15 @@ class Program:
         """
         self._stopping.set()
         self._terminate()
-        await self._wait_for_end(self._kill_after_s, at_once)
+        await done_within(self._kill_after_s, self.done, at_once)
         if not self.done.done():
             self.abort()
-            await self._wait_for_end(KILLED_S, asyncio.Event())
+            await asyncio.wait([self.done], timeout=KILLED_S)
 
     def abort(self) -> None:
         """Send SIGKILL to the whole group."""
         self._stopping.set()
         self._signal(signal.SIGKILL)
-
-    async def _wait_for_end(self, time_s: float, event: asyncio.Event) -> None:
-        """Wait until the program has ended, `time_s` has passed or `event` is set."""
-        timeout = asyncio.ensure_future(within(time_s, event))
-        await first_of(self.done, timeout)
-        timeout.cancel()
 
     async def _write(self, pipe: IO[bytes], data: bytes) -> None:
         """Write the program's input. The program need not read it."""

@@ -11,6 +11,7 @@ import functools
 import inspect
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any, Final, TypeVar, overload
 
@@ -75,14 +76,15 @@ class Worker:
         timeout: timedelta | float | None = None,
         grace_s: float = 30.0,
     ) -> None:
-        if concurrency < 1:
-            raise ValueError("concurrency must be at least 1")
         self.name: Final = name or default_name()
         self._client = client
-        self._queues = [queues] if isinstance(queues, str) else list(queues)
-        self._concurrency = concurrency
-        self._lock_ttl_ms = lock_ttl_ms
-        self._progress_timeout_ms = progress_timeout_ms
+        self._options = ClaimOptions(
+            worker=self.name,
+            queues=[queues] if isinstance(queues, str) else list(queues),
+            lock_ttl_ms=lock_ttl_ms,
+            progress_timeout_ms=progress_timeout_ms,
+            concurrency=concurrency,
+        )
         self._timeout_s = seconds(timeout)
         self._grace_s = grace_s
         self._handlers: dict[str | None, RegisteredHandler] = {}
@@ -166,7 +168,8 @@ class Worker:
         if not self._handlers:
             raise ValueError("a worker needs a handler: @worker.handler(...)")
         client = self._client.twin() if isinstance(self._client, AsyncJobClient) else self._streaming(self._client)
-        options = self._claim_options()
+        kinds = None if None in self._handlers else [kind for kind in self._handlers if kind is not None]
+        options = replace(self._options, kinds=kinds, about=describe_process(self._options.concurrency))
         service = ServiceThread(f"jobd worker {self.name}")
         log = service.background(logger.warning)
         report = service.background(print_message) if self._shows_runs else None
@@ -208,18 +211,7 @@ class Worker:
 
     def _streaming(self, endpoint: Address | None) -> AsyncJobClient:
         client = AsyncJobClient(endpoint)
-        return client.stream() if self._concurrency >= STREAM_FROM else client
-
-    def _claim_options(self) -> ClaimOptions:
-        return ClaimOptions(
-            worker=self.name,
-            queues=self._queues,
-            kinds=None if None in self._handlers else [kind for kind in self._handlers if kind is not None],
-            lock_ttl_ms=self._lock_ttl_ms,
-            progress_timeout_ms=self._progress_timeout_ms,
-            about=describe_process(self._concurrency),
-            concurrency=self._concurrency,
-        )
+        return client.stream() if self._options.concurrency >= STREAM_FROM else client
 
     async def _begin(self, loop: HandlerLoop, keeper: LockKeeper) -> Execution:
         kind = keeper.grant.job.kind
