@@ -21,7 +21,9 @@ _DURATION: Final = re.compile(r"([0-9]{1,12})(ms|s|m|h|d)?")
 
 
 class ConfigError(Exception):
-    """The configuration is wrong. The message is one line: source, key and what is expected. Exit code 78."""
+    """The configuration is wrong. The message is one line: source, key and what is expected."""
+
+    exit_code = 78
 
     def __init__(self, message: str) -> None:
         printable = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in message)

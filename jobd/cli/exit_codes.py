@@ -160,7 +160,7 @@ def _described(error: BaseException, name: str, args: Sequence[str], token_sourc
         case OSError():
             text = "stdout is closed" if error.errno == errno.EBADF else error.strerror or str(error)
             return f"{text}{f': {error.filename}' if error.filename else ''}", IO_ERROR
-        case Exception() if isinstance(code := getattr(error, "exit_code", None), int):  # errors of the store
+        case Exception() if isinstance(code := getattr(error, "exit_code", None), int):  # of store and settings
             return _sentence(str(error)), code
         case _:
             raise error

@@ -12,7 +12,7 @@ from typing import Final
 
 import click
 
-from jobd.cli import exit_codes, terminal
+from jobd.cli import terminal
 
 _ADMIN_PORT: Final = 8770
 # Settings of another daemon that this shell may have.
@@ -29,7 +29,6 @@ def dev(port: int | None) -> int:
     else a new one.
     """
     from jobd import daemon
-    from jobd.config import ConfigError
     from jobd.config_loader import load
 
     admin = f"127.0.0.1:{port or free_port(_ADMIN_PORT)}"
@@ -39,11 +38,7 @@ def dev(port: int | None) -> int:
     environ = {
         name: value for name, value in os.environ.items() if not name.startswith("JOBD_") and name not in _FOREIGN
     } | {"ADMIN_TOKEN": token}
-
-    try:
-        loaded = load(flags, environ, "")
-    except ConfigError as error:
-        raise exit_codes.CliError(str(error), exit_codes.CONFIG) from None
+    loaded = load(flags, environ, "")
     terminal.emit(f"export JOBD_SOCKET={shlex.quote(path)}")
     terminal.emit(f"export JOBD_ADMIN_URL=http://{admin} ADMIN_TOKEN={token}")
     terminal.emit(f"# Dashboard: http://{admin}/sign-in#{token}")

@@ -80,14 +80,11 @@ def check_config(config: str | None, flags: dict[str, str], as_json: bool) -> No
     journal.url, the database is checked as well: exit 78 if it has to be changed, 75 if it cannot be reached. The store
     is not opened: `jobd doctor` checks it.
     """
-    from jobd.config import ConfigError, effective
+    from jobd.config import effective
     from jobd.config_checks import check_artifact_directory
 
     loaded = read(config, flags)
-    try:
-        check_artifact_directory(loaded.config.artifacts.url, loaded.own_directories)
-    except ConfigError as error:
-        raise exit_codes.CliError(str(error), exit_codes.CONFIG) from None
+    check_artifact_directory(loaded.config.artifacts.url, loaded.own_directories)
     if as_json:
         terminal.emit_json({"path": loaded.path, "values": _values(loaded), "webhooks": _webhooks(loaded)})
     else:

@@ -60,14 +60,10 @@ def store_option(command: Any) -> Any:
 
 
 def read(config: str | None, flags: Mapping[str, str] | None = None, *, need_token: bool = True) -> LoadedConfig:
-    """Return the effective configuration. Raises CliError (78) if it is invalid."""
-    from jobd.config import ConfigError
+    """Return the effective configuration. Raises ConfigError (78) if it is invalid."""
     from jobd.config_loader import load
 
-    try:
-        return load(flags or {}, os.environ, config, need_token=need_token)
-    except ConfigError as error:
-        raise exit_codes.CliError(str(error), exit_codes.CONFIG) from None
+    return load(flags or {}, os.environ, config, need_token=need_token)
 
 
 def store_path(store: str | None, config: str | None) -> str:
