@@ -49,6 +49,7 @@ ARROWS: Final[dict[str, set[str]]] = {
         "config_checks",
         "config_loader",
         "daemon",
+        "monitoring",
     },
 }
 TOP: Final = [

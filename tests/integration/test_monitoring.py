@@ -20,14 +20,14 @@ from msgspec import Struct, field
 from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
-import jobd
 from jobd.cli.ctl.main import jobctl as jobctl_program
 from jobd.cli.ctl.webhook_commands import STATES
-from jobd.cli.daemon.main import MONITORING_FILES, main
+from jobd.cli.daemon.main import RULES, main
 from jobd.cli.daemon.main import jobd as jobd_program
 from jobd.core.stats import HOURS_NEEDED, SAMPLES_NEEDED, Counters, DurationBaseline, Histogram
 from jobd.engine.actor import COMMIT_BUCKETS_S
 from jobd.model.responses import ClusterView
+from jobd.monitoring.grafana import dashboard
 from jobd.monitoring.metrics import cluster_metrics
 from jobd.monitoring.problems.catalogue import ALERTS
 from jobd.storage.store import Store
@@ -36,8 +36,6 @@ from tests.integration.test_docs import OPERATIONS, rows, ticked
 from tests.support.cli_harness import commands_of
 from tests.support.forked_process import ForkedDaemon
 
-SHIPPED: Final = Path(jobd.__file__).parent / "monitoring"
-RULES, DASHBOARD = SHIPPED / MONITORING_FILES["rules"], SHIPPED / MONITORING_FILES["dashboard"]
 PROMETHEUS: Final = {"up"}  # metrics that Prometheus adds to every scrape
 TARGET: Final = {"instance", "job"}  # labels that it adds to all of them
 FREE: Final = {"queue", "kind", "webhook", *TARGET}  # labels with values of the user
@@ -79,7 +77,7 @@ def rules() -> list[AlertRule]:
 
 
 def board() -> dict[str, Any]:
-    read: dict[str, Any] = json.loads(DASHBOARD.read_text("utf-8"))
+    read: dict[str, Any] = json.loads(dashboard())
     return read
 
 
@@ -146,13 +144,13 @@ def test_every_metric_is_documented(families: list[Metric]) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The files, and the verb that prints them.
+# The verb that prints them.
 
 
-@pytest.mark.parametrize("what", MONITORING_FILES)
-def test_the_verb_prints_the_shipped_file(what: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["monitoring", what]) == 0
-    assert capsys.readouterr().out == (SHIPPED / MONITORING_FILES[what]).read_text("utf-8")
+def test_the_verb_prints_the_rules_and_the_dashboard(capsys: pytest.CaptureFixture[str]) -> None:
+    for what, expected in (("rules", RULES.read_text("utf-8")), ("dashboard", f"{dashboard()}\n")):
+        assert main(["monitoring", what]) == 0
+        assert capsys.readouterr().out == expected
 
 
 def test_an_unknown_file_is_rejected(capsys: pytest.CaptureFixture[str]) -> None:
@@ -378,14 +376,14 @@ def test_every_panel_has_a_place_a_title_and_a_description() -> None:
 
 
 def test_the_dashboard_is_not_tied_to_an_installation() -> None:
-    """The data source is chosen on the page: the file contains no id of a Grafana installation."""
+    """The data source is chosen on the page: the dashboard contains no id of a Grafana installation."""
     variables = {each["name"]: each for each in board()["templating"]["list"]}
     assert list(variables) == ["datasource", "instance", "queue"]
     sources = [each["datasource"] for each in (*variables.values(), *panels()) if "datasource" in each]
     sources += [target["datasource"] for panel in panels() for target in panel["targets"]]
     assert all(source == {"type": "prometheus", "uid": "${datasource}"} for source in sources)
     assert "id" not in board()
-    used = set(re.findall(r"\$\{?(\w+)", DASHBOARD.read_text("utf-8"))) - {"__rate_interval", "__all"}
+    used = set(re.findall(r"\$\{?(\w+)", dashboard())) - {"__rate_interval", "__all"}
     assert used == set(variables)
 
 
@@ -403,7 +401,7 @@ def test_every_metric_has_a_panel(scraped: dict[str, list[dict[str, str]]]) -> N
     shown = " ".join(expr for _, expr, _ in targets())
     families = {re.sub("_(bucket|count|sum|created)$", "", name) for name in scraped}
     missing = {name for name in families if name not in shown}
-    assert not missing, f"grafana.json: each metric has a panel, except {missing}"
+    assert not missing, f"grafana.py: each metric has a panel, except {missing}"
 
 
 def test_prometheus_accepts_the_queries_of_the_dashboard(tmp_path: Path) -> None:

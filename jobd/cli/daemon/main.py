@@ -26,7 +26,7 @@ from jobd.cli.params import SETTINGS, CommandGroup, json_option, number_option
 if TYPE_CHECKING:
     from jobd.config import LoadedConfig
 
-MONITORING_FILES: Final = {"rules": "jobd.rules.yml", "dashboard": "grafana.json"}
+RULES: Final = files("jobd").joinpath("monitoring", "jobd.rules.yml")
 
 
 @click.group(cls=CommandGroup, context_settings=SETTINGS)
@@ -148,7 +148,7 @@ def _values(loaded: LoadedConfig) -> dict[str, dict[str, object]]:
 
 
 @click.command()
-@click.argument("what", type=click.Choice(list(MONITORING_FILES)))
+@click.argument("what", type=click.Choice(["rules", "dashboard"]))
 def monitoring(what: str) -> None:
     """Print alerting rules for Prometheus or a dashboard for Grafana.
 
@@ -156,7 +156,9 @@ def monitoring(what: str) -> None:
     jobd monitoring rules > /etc/prometheus/jobd.rules.yml
     jobd monitoring dashboard > jobd-dashboard.json
     """
-    for line in files("jobd").joinpath("monitoring", MONITORING_FILES[what]).read_text("utf-8").splitlines():
+    from jobd.monitoring.grafana import dashboard
+
+    for line in (RULES.read_text("utf-8") if what == "rules" else dashboard()).splitlines():
         terminal.emit(line)
 
 
