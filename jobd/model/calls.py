@@ -6,10 +6,10 @@ their calls, the clients have methods of their own.
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Final, TypeVar, Unpack
 
 from jobd.model import commands, requests, responses
-from jobd.model.api_call import EVENT_STREAM, ApiCall, CallGroup
+from jobd.model.api_call import EVENT_STREAM, ApiCall, CallGroup, CallOptions
 from jobd.model.events import StreamedEvent
 from jobd.model.problems import ProblemList
 
@@ -18,6 +18,14 @@ FILE_TYPE: Final = "application/octet-stream"
 DATABASE_TYPE: Final = "application/vnd.sqlite3"
 METRICS_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 RUN_MS: Final = 5 * 60_000  # a run over millions of jobs
+
+T = TypeVar("T")
+
+
+def _view(response: type[T], path: str, run_ms: int = 0, **options: Unpack[CallOptions]) -> ApiCall[[], T]:
+    """Return the call of a view without parameters."""
+    return ApiCall(requests.NoFields, response, "GET", path, run_ms=run_ms, **options)
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The worker API.
@@ -85,10 +93,8 @@ class EventRequests(CallGroup, tag="Events"):
 
 
 class NodeCalls(CallGroup, tag="The daemon"):
-    cluster = ApiCall(
-        requests.NoFields,
+    cluster = _view(
         responses.ClusterView,
-        "GET",
         "/v1/cluster",
         on_standby=True,
         summary="Return the state of the cluster: its nodes, its leader, and how far this node is behind.",
@@ -143,10 +149,8 @@ class ManyJobRequests(CallGroup, tag="Many jobs", base=ADMIN, auth="admin"):
 
 class ManyJobCalls(CallGroup, tag="Many jobs", base=ADMIN, auth="admin"):
     failures = ApiCall(requests.FailuresRequest, responses.FailuresView, "GET", "/failures")
-    preview = ApiCall(
-        requests.NoFields,
+    preview = _view(
         responses.PreviewView,
-        "GET",
         "/preview",
         summary="Show what recovery and a cleanup run would do now: the first 1000 jobs of each kind. Changes nothing.",
         errors=("overloaded", "shutting_down", "outcome_unknown"),
@@ -189,11 +193,7 @@ class AdminQueueCalls(CallGroup, tag="Queues and workers", base=ADMIN, auth="adm
 
 class AdminScheduleCalls(CallGroup, tag="Schedules", base=ADMIN, auth="admin"):
     put_schedule = ApiCall(
-        commands.PutSchedule,
-        responses.ScheduleView,
-        "PUT",
-        "/schedules/{id}",
-        other_statuses={201: "The schedule is new."},
+        commands.PutSchedule, responses.ScheduleView, "PUT", "/schedules/{id}", **ScheduleCalls.put_schedule.options
     )
     schedule_page = ApiCall(commands.Schedules, responses.ScheduleList, "GET", "/schedules")
     schedules = schedule_page.then(lambda page: page.schedules)
@@ -212,13 +212,9 @@ class AdminEventRequests(CallGroup, tag="Events", base=ADMIN, auth="admin"):
 
 class AdminEventCalls(CallGroup, tag="Events", base=ADMIN, auth="admin"):
     audit = ApiCall(commands.AuditLog, responses.AuditPage, "GET", "/audit")
-    webhooks = ApiCall(
-        requests.NoFields,
-        responses.WebhookList,
-        "GET",
-        "/webhooks",
-        summary="List the configured webhooks and their state.",
-    ).then(lambda view: view.webhooks)
+    webhooks = _view(responses.WebhookList, "/webhooks", summary="List the configured webhooks and their state.").then(
+        lambda view: view.webhooks
+    )
     deliveries = ApiCall(requests.Deliveries, responses.DeliveryPage, "GET", "/webhooks/{name}/deliveries")
     resend_delivery = ApiCall(
         requests.DeliverAgain, responses.DeliveryView, "POST", "/webhooks/{name}/resend", repeatable=False
@@ -233,10 +229,8 @@ class AdminEventCalls(CallGroup, tag="Events", base=ADMIN, auth="admin"):
 
 class DaemonCalls(CallGroup, tag="The daemon", base=ADMIN, auth="admin"):
     stats = ApiCall(commands.Stats, responses.StatsView, "GET", "/stats")
-    health = ApiCall(
-        requests.NoFields,
+    health = _view(
         responses.HealthView,
-        "GET",
         "/health",
         summary="Return the health of database, memory, artifact store and cleanup, measured at most 5 s ago.",
         other_statuses={503: "A part is unhealthy; the same body says which."},
@@ -249,12 +243,8 @@ class DaemonCalls(CallGroup, tag="The daemon", base=ADMIN, auth="admin"):
         run_ms=RUN_MS,
         summary="Start a cleanup run, or wait for the one in progress, and return its report.",
     )
-    cleanup_state = ApiCall(
-        requests.NoFields,
-        responses.CleanupState,
-        "GET",
-        "/cleanup",
-        summary="Return the state of cleanup and the report of the last run.",
+    cleanup_state = _view(
+        responses.CleanupState, "/cleanup", summary="Return the state of cleanup and the report of the last run."
     )
     # Not repeated, because the second request would find no stalled job.
     detect_and_recover_stuck_jobs = ApiCall(
@@ -267,9 +257,9 @@ class DaemonCalls(CallGroup, tag="The daemon", base=ADMIN, auth="admin"):
         summary="Recover the jobs that are stalled now.",
     )
     reports = ApiCall(requests.Reports, responses.ReportList, "GET", "/reports").then(lambda view: view.reports)
-    alerts = ApiCall(
-        requests.NoFields, responses.AlertList, "GET", "/alerts", summary="List all alerts, firing or not."
-    ).then(lambda view: view.alerts)
+    alerts = _view(responses.AlertList, "/alerts", summary="List all alerts, firing or not.").then(
+        lambda view: view.alerts
+    )
     problems = ApiCall(
         requests.Problems,
         ProblemList,
@@ -277,10 +267,8 @@ class DaemonCalls(CallGroup, tag="The daemon", base=ADMIN, auth="admin"):
         "/problems",
         summary="List what needs an operator, the most urgent first, and what is known.",
     )
-    clock = ApiCall(
-        requests.NoFields,
+    clock = _view(
         responses.ClockView,
-        "GET",
         "/clock",
         summary="Return the time of the daemon's clock, and whether the clock is suspect.",
     )
@@ -305,11 +293,9 @@ class DaemonCalls(CallGroup, tag="The daemon", base=ADMIN, auth="admin"):
 
 
 class AdminNodeCalls(CallGroup, tag="The daemon", auth="admin"):
-    cluster = ApiCall(requests.NoFields, responses.ClusterView, "GET", "/v1/cluster", **NodeCalls.cluster.options)
-    metrics = ApiCall(
-        requests.NoFields,
+    cluster = _view(responses.ClusterView, "/v1/cluster", **NodeCalls.cluster.options)
+    metrics = _view(
         str,
-        "GET",
         "/metrics",
         on_standby=True,
         content_type=METRICS_TYPE,
@@ -322,26 +308,18 @@ class StoreRequests(CallGroup, tag="The store", base=ADMIN, auth="admin"):
 
 
 class StoreCalls(CallGroup, tag="The store", base=ADMIN, auth="admin"):
-    quarantine = ApiCall(
-        requests.NoFields,
-        responses.QuarantineList,
-        "GET",
-        "/quarantine",
-        summary="List the damaged jobs in quarantine.",
-    ).then(lambda view: view.jobs)
-    disk = ApiCall(
-        requests.NoFields,
+    quarantine = _view(responses.QuarantineList, "/quarantine", summary="List the damaged jobs in quarantine.").then(
+        lambda view: view.jobs
+    )
+    disk = _view(
         responses.DiskUse,
-        "GET",
         "/disk",
         run_ms=RUN_MS,
         summary="Return what the disk of the store holds: the files exactly, the jobs of each kind from a sample.",
     )
     check_rows = ApiCall(requests.RowCheckRequest, responses.CheckedRows, "GET", "/check-rows")
-    backups = ApiCall(
-        requests.NoFields,
+    backups = _view(
         responses.BackupList,
-        "GET",
         "/backups",
         summary="List the backups in progress and the last 20 that ended, newest first.",
     ).then(lambda view: view.backups)
