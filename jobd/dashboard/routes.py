@@ -78,7 +78,7 @@ class JobActionForm(JobCommand, frozen=True, kw_only=True):
 
 
 class PageSpec(Struct, frozen=True):
-    """A page for signed-in viewers. `name` is that of its template, `load` returns the data for it.
+    """A page for signed-in viewers. `name` is that of its template (else base.html is used), `load` returns its data.
 
     The data may have a `status`, and with `reload` the browser loads the whole page instead of its live region.
 
@@ -244,6 +244,7 @@ class Dashboard:
 
     def _page_route(self, spec: PageSpec) -> Route:
         has_live_region = (TEMPLATES / f"{spec.name}.live.html").is_file()
+        full_page = f"{spec.name}.html" if (TEMPLATES / f"{spec.name}.html").is_file() else "base.html"
 
         async def handle(app: HttpApp[Services], context: RequestContext, query: Any) -> Response:
             viewer = find_viewer(app, context, self.sessions)
@@ -264,7 +265,7 @@ class Dashboard:
                 return Response(RawBody(HTML, b"", {**HEADERS, "HX-Refresh": "true"}))
             data |= pages.header(viewer)
             page = _page_data(spec, subscription)
-            template = "live.html" if has_live_region and is_live_update(context) else f"{spec.name}.html"
+            template = "live.html" if has_live_region and is_live_update(context) else full_page
             return Response(await self._render(template, viewer, **{**page, **data}), status=status)
 
         return self._public_route("GET", spec.path, spec.query, handle, on_standby=spec.on_standby)
@@ -404,7 +405,7 @@ class Dashboard:
         viewer.app.error_counts[error.code] += 1
         data = {**await pages.job(viewer, job_id), **pages.header(viewer)}
         page = {**_page_data(JOB_PAGE, Subscription(job_id=job_id)), "page_url": job_url(job_id), "api_error": error}
-        return Response(await self._render("job.html", viewer, **data, **page), status=error.status)
+        return Response(await self._render("base.html", viewer, **data, **page), status=error.status)
 
 
 def _data_route(path: str, query: type[Command], handler: Any, **options: Any) -> Route:
