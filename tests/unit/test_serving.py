@@ -121,7 +121,6 @@ async def test_a_slow_start_ends_no_lock(start: Start, tmp_path: Path, monkeypat
     monkeypatch.setattr(serving, "EventFeed", slow_feed)
     async with start(lambda *_: None) as at:
         await at.actor.ask(Ping())
-        held = at.actor.state.jobs.find("a")
-        assert held is not None
-        assert held.deadlines is not None
-        assert held.deadlines.is_live(at.clock.moment().lock_ms + GRACE_MS - SECOND_MS)
+        deadlines = at.actor.state.jobs["a"].deadlines
+        assert deadlines is not None
+        assert deadlines.is_live(at.clock.moment().lock_ms + GRACE_MS - SECOND_MS)

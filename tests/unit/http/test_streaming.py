@@ -45,6 +45,23 @@ def answering(harness: HttpHarness, lines: Callable[[Any], Any]) -> None:
     )
 
 
+def rejecting(harness: HttpHarness, job_id: str, error: ApiError) -> None:
+    """Reject the line of this job, and accept the others."""
+    answering(harness, lambda line: error if line.id == job_id else Response(Imported(line.id, skipped=False)))
+
+
+def holding(harness: HttpHarness) -> asyncio.Event:
+    """Let lines wait for the returned event."""
+    go = asyncio.Event()
+
+    async def hold(command: Any) -> Response:
+        await go.wait()
+        return Response(Imported(command.id, skipped=False))
+
+    answering(harness, hold)
+    return go
+
+
 def lines_of(harness: HttpHarness) -> list[Any]:
     """Return the received commands without the audit entry."""
     return [envelope for envelope in harness.actor.received if not isinstance(envelope.command, RecordAction)]
@@ -93,12 +110,7 @@ async def test_an_empty_import_is_done_at_once(harness: HttpHarness) -> None:
 
 
 async def test_malformed_lines_are_named_and_the_rest_is_imported(harness: HttpHarness) -> None:
-    def answer(command: Any) -> Response | ApiError:
-        if command.id == "twice":
-            return ApiError("invalid_transition", "It cannot be so.")
-        return Response(Imported(command.id, skipped=False))
-
-    answering(harness, answer)
+    rejecting(harness, "twice", ApiError("invalid_transition", "It cannot be so."))
     response = await put(
         harness,
         {"id": "a"},
@@ -114,15 +126,8 @@ async def test_malformed_lines_are_named_and_the_rest_is_imported(harness: HttpH
         {"id": "z"},
     )
     assert response.data["imported"] == 3
-    assert [(no["line"], no["id"]) for no in response.data["refused"]] == [
-        (2, None),
-        (3, "b"),
-        (4, None),
-        (6, "twice"),
-        (7, "big"),
-        (8, None),
-        (9, "key"),
-    ]
+    rejected = {2: None, 3: "b", 4: None, 6: "twice", 7: "big", 8: None, 9: "key"}
+    assert {no["line"]: no["id"] for no in response.data["refused"]} == rejected
     reasons = {no["line"]: no["reason"] for no in response.data["refused"]}
     assert "`$.progress`" in reasons[3]
     assert reasons[6] == "It cannot be so."
@@ -157,13 +162,7 @@ async def test_lines_may_be_split_anywhere(harness: HttpHarness) -> None:
 
 
 async def test_an_import_reads_no_further_than_a_few_lines_ahead(harness: HttpHarness) -> None:
-    go = asyncio.Event()
-
-    async def hold(command: Any) -> Response:
-        await go.wait()
-        return Response(Imported(command.id, skipped=False))
-
-    answering(harness, hold)
+    go = holding(harness)
     client = await harness.connect()
     client.send(head() + chunk(b"".join(b'{"id":"job-%d"}\n' % n for n in range(500))) + b"0\r\n\r\n")
     await wait_until(lambda: len(harness.actor.received) > imports.AHEAD_LINES)
@@ -175,13 +174,7 @@ async def test_an_import_reads_no_further_than_a_few_lines_ahead(harness: HttpHa
 
 
 async def test_an_import_in_many_chunks_reads_no_further_than_a_few_lines_ahead(harness: HttpHarness) -> None:
-    go, lines = asyncio.Event(), 2 * imports.AHEAD_LINES
-
-    async def hold(command: Any) -> Response:
-        await go.wait()
-        return Response(Imported(command.id, skipped=False))
-
-    answering(harness, hold)
+    go, lines = holding(harness), 2 * imports.AHEAD_LINES
     client = await harness.connect()
     client.send(head() + b"".join(chunk(b'{"id":"%d"}\n' % n) for n in range(lines)))
     client.send(chunk(b"\n") * 200_000 + b"0\r\n\r\n")
@@ -196,12 +189,7 @@ async def test_an_import_in_many_chunks_reads_no_further_than_a_few_lines_ahead(
 
 
 async def test_an_error_that_affects_all_lines_stops_the_import(harness: HttpHarness) -> None:
-    def answer(command: Any) -> Response | ApiError:
-        if command.id == "job-5":
-            return ApiError("storage_full", "The disk is full.", {"free": 0})
-        return Response(Imported(command.id, skipped=False))
-
-    answering(harness, answer)
+    rejecting(harness, "job-5", ApiError("storage_full", "The disk is full.", {"free": 0}))
     response = await put(harness, *({"id": f"job-{n}"} for n in range(2000)))
     assert (response.status, response.error) == (507, "storage_full")
     assert response.json["details"] == {"free": 0, "line": 6}
@@ -244,11 +232,7 @@ async def test_a_stream_that_is_malformed_later_is_a_408(harness: HttpHarness) -
 
 
 async def test_an_import_ends_when_its_client_disconnects(harness: HttpHarness) -> None:
-    async def never(_: Any) -> Response:
-        await asyncio.Event().wait()
-        raise AssertionError
-
-    answering(harness, never)
+    holding(harness)
     client = await harness.connect()
     client.send(head() + chunk(b'{"id":"a"}\n'))
     await harness.actor.arrived.wait()
@@ -258,11 +242,7 @@ async def test_an_import_ends_when_its_client_disconnects(harness: HttpHarness) 
 
 @pytest.mark.parametrize(
     ("headers", "status"),
-    [
-        ({"Content-Type": "application/json"}, 415),
-        ({"Content-Encoding": "gzip"}, 415),
-        ({"Authorization": "Bearer x"}, 401),
-    ],
+    [({"Content-Type": "application/json"}, 415), ({"Content-Encoding": "gzip"}, 415), ({"Authorization": "x"}, 401)],
 )
 async def test_an_import_has_its_own_content_type(harness: HttpHarness, headers: dict[str, str], status: int) -> None:
     assert (await harness.request("POST", IMPORT, '{"id":"a"}', {**KIND, **headers})).status == status

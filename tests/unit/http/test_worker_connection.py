@@ -17,6 +17,7 @@ from jobd.http.auth import Authenticator
 from jobd.http.decoding import Limits
 from jobd.http.parser import AHEAD_BYTES, PIECE_BYTES, PIECE_LINES
 from jobd.http.worker_connection import WorkerConnection
+from jobd.http.worker_request import WorkerRequest
 from jobd.model.errors import ApiError
 from jobd.model.responses import EmptyResponse, Response
 from tests.support.http_harness import (
@@ -31,6 +32,7 @@ from tests.support.malformed_requests import CHUNKED, HOSTILE
 from tests.support.polling import wait_until
 
 PIPELINED = 32  # requests
+GRANTED = Response(EmptyResponse(), grants=[("a", "lock")])
 CLAIM = request_bytes("POST", "/v1/claim", '{"worker":"w","wait_ms":60000}')
 
 
@@ -66,6 +68,13 @@ async def in_two_writes(client: RawConnection, request: bytes) -> None:
 
 
 WRITES = pytest.mark.parametrize("send", [in_one_write, in_two_writes])
+
+
+def current(harness: HttpHarness) -> WorkerRequest:
+    """Return the current request of the only connection."""
+    [connection] = harness.connections
+    assert connection._current is not None
+    return connection._current
 
 
 async def waiting(harness: HttpHarness, send: Any = in_one_write, request: bytes = CLAIM) -> RawConnection:
@@ -154,13 +163,12 @@ async def test_requests_with_late_bodies_release_their_slots(harness: HttpHarnes
 
 @pytest.mark.parametrize("path", ["fast", "slow"])
 async def test_a_response_to_a_disconnected_client_is_undelivered(unix: HttpHarness, path: str) -> None:
-    response = Response(EmptyResponse(), grants=[("a", "lock")])
     client = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     client.setblocking(False)
 
     async def close_client(_: Any) -> Response:
         client.close()  # the write fails at once, without an iteration of the loop in between
-        return response
+        return GRANTED
 
     unix.actor.respond = close_client
     client.connect(unix.path)
@@ -173,7 +181,7 @@ async def test_a_response_to_a_disconnected_client_is_undelivered(unix: HttpHarn
         await loop.sock_sendall(client, body)
     else:
         await loop.sock_sendall(client, CLAIM)
-    assert await undelivered(unix) == [response]
+    assert await undelivered(unix) == [GRANTED]
 
 
 @WRITES
@@ -184,9 +192,7 @@ async def test_only_the_transport_keeps_a_response_that_is_not_read(unix: HttpHa
     client.writer.transport.pause_reading()  # type: ignore[attr-defined]
     await wait_for_commands(unix, 1)
     await asyncio.sleep(0)
-    [connection] = unix.connections
-    request = connection._current
-    assert request is not None
+    request = current(unix)
     assert request.response is not None
     assert (request.body, request.response.body) == (b"", b"")
     assert (request.response.on_lost, request.prepared, request.envelope) == (None, None, None)
@@ -299,9 +305,7 @@ async def test_the_body_of_a_rejected_request_is_dropped_while_its_response_wait
         client.send(b"x" * 65_536)
         await asyncio.sleep(0)
     await client.writer.drain()
-    request = connection._current
-    assert request is not None
-    assert request.body == b""
+    assert current(unix).body == b""
 
 
 @WRITES
@@ -356,10 +360,9 @@ async def test_a_response_after_the_deadline_of_a_stop_does_no_harm(harness: Htt
     HeldResponse(harness)
     client = await waiting(harness)
     [connection] = harness.connections
-    request = connection._current
-    assert request is not None
+    request = current(harness)
     connection.abort()
-    request.set_result(Response(EmptyResponse(), grants=[("a", "lock")]))
+    request.set_result(GRANTED)
     assert await client.is_closed()
     await harness.app.wait_idle()
     assert len(harness.actor.undelivered_responses) == 1
@@ -571,8 +574,7 @@ async def test_a_half_closed_client_gets_all_responses_after_a_rejected_body(tmp
 
 @WRITES
 async def test_a_half_closed_client_may_wait(either: HttpHarness, send: Any) -> None:
-    response = Response(EmptyResponse(), grants=[("a", "lock")])
-    held = HeldResponse(either, response)
+    held = HeldResponse(either, GRANTED)
     client = await waiting(either, send)
     client.writer.write_eof()
     connection = await half_closed(either)
@@ -626,7 +628,7 @@ async def test_a_body_that_breaks_off_is_a_400(either: HttpHarness, before: byte
 @WRITES
 async def test_a_client_that_closes_while_it_waits_abandons_its_claim(either: HttpHarness, send: Any) -> None:
     """Over TCP this looks like a half-closed connection, until the first bytes of the response are sent."""
-    held = HeldResponse(either, Response(EmptyResponse(), grants=[("a", "lock")]))
+    held = HeldResponse(either, GRANTED)
     client = await waiting(either, send)
     await client.close()
     await either.actor.cancelled.wait()
@@ -654,8 +656,7 @@ async def test_the_probe_is_a_part_of_the_response(
 ) -> None:
     """A closed client resets the connection at the probe, before the check: the rest of the response finds it gone."""
     monkeypatch.setattr("jobd.http.hangup.FIRST_CHECK_S", 3600)
-    response = Response(EmptyResponse(), grants=[("a", "lock")])
-    held = HeldResponse(either, response)
+    held = HeldResponse(either, GRANTED)
     client = await waiting(either, send)
     if either.port:
         await client.close()
@@ -665,7 +666,7 @@ async def test_the_probe_is_a_part_of_the_response(
         await half_closed(either)
         await client.close()
     held.go.set()
-    assert await undelivered(either) == [response]
+    assert await undelivered(either) == [GRANTED]
 
 
 @pytest.mark.slow
@@ -684,15 +685,14 @@ async def test_a_response_with_grants_waits_for_the_probe(
     monkeypatch.setattr("jobd.http.worker_connection.is_probing", is_probing)
     monkeypatch.setattr("jobd.http.hangup.FIRST_CHECK_S", 3600)
     monkeypatch.setattr("jobd.http.worker_connection.PROBE_S", 3600 if is_there else 0.01)
-    response = Response(EmptyResponse(), grants=[("a", "lock")])
-    held = HeldResponse(tcp, response)
+    held = HeldResponse(tcp, GRANTED)
     client = await waiting(tcp, send)
     client.writer.write_eof()
     await half_closed(tcp)
     held.go.set()
     if is_there:
         assert (await client.receive()).status == 200
-    assert await undelivered(tcp) == ([] if is_there else [response])
+    assert await undelivered(tcp) == ([] if is_there else [GRANTED])
     assert len(checks) >= 3
 
 
@@ -708,10 +708,9 @@ async def test_every_request_of_a_half_closed_connection_has_a_probe(
     client = await waiting(tcp, request=CLAIM + CLAIM)
     client.writer.write_eof()
     await half_closed(tcp)
-    response = Response(EmptyResponse(), grants=[("a", "lock")])
-    tcp.actor.respond = lambda _: response
+    tcp.actor.respond = lambda _: GRANTED
     held.go.set()
-    assert await undelivered(tcp) == [response]
+    assert await undelivered(tcp) == [GRANTED]
 
 
 @WRITES
@@ -725,8 +724,7 @@ async def test_a_connection_that_closes_during_the_probe_releases_its_grants(
         return not transport.is_closing()
 
     monkeypatch.setattr("jobd.http.worker_connection.is_probing", is_probing)
-    response = Response(EmptyResponse(), grants=[("a", "lock")])
-    held = HeldResponse(tcp, response)
+    held = HeldResponse(tcp, GRANTED)
     client = await waiting(tcp, send)
     client.writer.write_eof()
     connection = await half_closed(tcp)
@@ -734,7 +732,7 @@ async def test_a_connection_that_closes_during_the_probe_releases_its_grants(
     await checked.wait()
     assert connection.transport is not None
     connection.transport.abort()
-    assert await undelivered(tcp) == [response]
+    assert await undelivered(tcp) == [GRANTED]
 
 
 async def test_tls_has_no_half_closed_connections(tmp_path: Path) -> None:

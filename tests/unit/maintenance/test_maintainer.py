@@ -16,11 +16,11 @@ from jobd.engine.disk_full import WriteLimit
 from jobd.maintenance.cleanup_run import CleanupSchedule
 from jobd.maintenance.maintainer import TICK_S, read_extra, read_stats
 from jobd.model.commands import AnyCommand, Cancel, Complete, Create, Delete, Extend, Get, Pause, Progress, Recover
-from jobd.model.errors import ApiError
+from jobd.model.errors import ApiError, checked
 from jobd.model.events import Event
 from jobd.model.job import DAY_MS, HOUR_MS, MINUTE_MS, SECOND_MS, Failure, Policy
 from jobd.model.journal import LeadershipLost
-from jobd.model.responses import CleanupReport, RecoverStuckView, Response
+from jobd.model.responses import CleanupReport, Response
 from jobd.model.storage import AuditEntry, DiskFull, FormatNotRead
 from tests.support.memory_storage import MemoryStorage
 from tests.support.virtual_engine import WALL, VirtualEngine, in_engine, in_virtual_time, row, seconds, until
@@ -76,9 +76,8 @@ async def test_a_job_that_reports_after_the_scan_is_not_recovered(engine: Virtua
     # Both commands are in one batch; the scan found the job stuck.
     reporting = asyncio.create_task(engine.actor.ask(Progress(id="a", lock_id=lock_id, progress=7)))
     recovering = asyncio.create_task(engine.actor.ask(Recover(limit=10), by="recovery"))
-    assert isinstance(await reporting, Response)
-    recovered = await recovering
-    assert isinstance(recovered, Response)
+    checked(await reporting)
+    recovered = checked(await recovering)
     assert (recovered.data.details, recovered.data.locks_cleared) == ([], 0)
     assert engine.state.holds("a", lock_id)
     assert last_of(engine, "a").type == "progress"
@@ -139,8 +138,7 @@ async def test_recover_every_0_leaves_recovery_to_cleanup_runs(engine: VirtualEn
     assert engine.state.processing.keys() == {"a"}
     await seconds(100)
     assert not engine.state.processing
-    assert engine.maintainer.last_report is not None
-    assert engine.maintainer.last_report.stuck_jobs_recovered == 1
+    assert stored_reports(engine)[-1].stuck_jobs_recovered == 1
 
 
 @in_engine(schedule=replace(RECOVERING, recover_every_ms=0))
@@ -334,10 +332,7 @@ async def test_overdue_queued_jobs_fail_with_the_next_recovery(engine: VirtualEn
     await seconds(11.5)
     assert engine.state.jobs.keys() == {"new"}
     assert engine.state.totals["failed"] == 5
-    old = engine.disk.job("old-3")
-    assert old is not None
-    assert old.error is not None
-    assert old.error.code == "expired"
+    assert [job.error and job.error.code for job in engine.disk.jobs.values()] == [*["expired"] * 5, None]
     assert last_of(engine, "old-3").by == "recovery"
     assert engine.maintainer.totals.runs == 1
     assert engine.maintainer.totals.found == Counter(expired=5)
@@ -489,14 +484,10 @@ async def test_a_run_repairs_imported_and_hand_edited_rows(storage: MemoryStorag
         assert engine.maintainer.totals.issues == Counter(error=4, critical=1)
         assert not engine.state.unvalidated
         assert not storage.unvalidated
-        over, silent, nobody, odd = (storage.job(name) for name in ("over", "silent", "nobody", "odd"))
-        assert over is not None
+        over, silent, _, nobody, odd = storage.jobs.values()
         assert over.progress == 0
-        assert silent is not None
         assert silent.error == Failure("No error message was recorded.")
-        assert nobody is not None
         assert nobody.status == "queued"
-        assert odd is not None
         assert (odd.progress, odd.finished_at) == (100, WALL)
         repeated = await engine.cleanup()
         assert (repeated.validation_issues_found, repeated.validation_issues_fixed) == (0, 0)
@@ -653,8 +644,7 @@ async def test_health_is_degraded_after_three_intervals_without_success(engine: 
     await seconds(899)
     assert engine.maintainer.degraded_reason() is None
     await seconds(2)
-    reason = engine.maintainer.degraded_reason()
-    assert reason is not None
+    reason = engine.maintainer.degraded_reason() or ""
     assert reason.startswith("No cleanup run has succeeded for 15 min")
     assert "events: OSError: broken" in reason
     engine.disk.errors.clear()
@@ -780,16 +770,13 @@ async def test_recover_stalled_returns_the_action_for_each_job(engine: VirtualEn
     await engine.yes(Progress(id="b", lock_id=lock_id, progress=45))
     await engine.held("live", lock_ttl_ms=HOUR_MS)
     await seconds(61)
-    view = await engine.maintainer.recover_stuck()
-    assert isinstance(view, RecoverStuckView)
+    view = checked(await engine.maintainer.recover_stuck())
     assert (view.recovered_jobs, view.reset_jobs, view.failed_jobs) == (2, 1, 1)
     assert [(each.job_id, each.action) for each in view.details] == [("a", "reset"), ("b", "failed")]
     assert "No update from worker w-1" in view.details[0].reason
     assert view.timestamp == engine.now
     assert last_of(engine, "a").by == "admin"
-    nothing = await engine.maintainer.recover_stuck()
-    assert isinstance(nothing, RecoverStuckView)
-    assert nothing.details == []
+    assert checked(await engine.maintainer.recover_stuck()).details == []
 
 
 @in_engine()

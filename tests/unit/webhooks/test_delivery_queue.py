@@ -82,9 +82,7 @@ def test_a_probe_takes_the_delivery_with_the_fewest_failures() -> None:
     made.add(QueuedDelivery(1, "a", 0, 7))
     made.add(QueuedDelivery(2, "b", 0, 0))
     made.add(QueuedDelivery(3, "c", 0, 0))
-    first = made.take_probe(9)
-    assert first is not None
-    assert first.id == 2
+    assert made.take_probe(9) == QueuedDelivery(2, "b", 0, 0)
     made.remove(2)
     assert take_all(made, 9) == [1, 3]
 

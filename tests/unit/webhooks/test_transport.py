@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import re
 import socket
 import threading
 import time
@@ -98,11 +99,10 @@ async def test_no_redirect_is_followed(sender: HttpTransport, receiver: Receiver
 
 async def test_an_error_response_is_shown_in_one_short_line(sender: HttpTransport, receiver: Receiver) -> None:
     receiver.respond = responding(500, "böse\n\x1b[31mrot " + "x" * 5_000)
-    outcome = await sender.post(to(receiver.url), DELIVERY)
-    assert outcome.error is not None
-    assert outcome.error.startswith("500: böse [31mrot xxx")
-    assert len(outcome.error) < 250
-    assert outcome.error.isprintable()
+    error = (await sender.post(to(receiver.url), DELIVERY)).error or ""
+    assert error.startswith("500: böse [31mrot xxx")
+    assert len(error) < 250
+    assert error.isprintable()
     receiver.respond = responding(401)
     assert await sender.post(to(receiver.url), DELIVERY) == DeliveryOutcome(401, "401")
 
@@ -248,8 +248,7 @@ async def test_a_wrong_certificate_shows_only_the_host_of_the_url(
 async def test_an_untrusted_certificate_is_rejected(sender: HttpTransport, tmp_path: Path) -> None:
     with raw_server(lambda _: b"HTTP/1.1 200 OK\r\n\r\n", (await tls_pair(tmp_path))[0]) as port:
         outcome = await sender.post(to(f"https://localhost:{port}/"), DELIVERY)
-    assert outcome.error is not None
-    assert "certificate" in outcome.error
+    assert "certificate" in (outcome.error or "")
     assert outcome.status is None
 
 
@@ -283,8 +282,7 @@ async def test_a_trusted_certificate_is_accepted(tmp_path: Path) -> None:
 )
 async def test_private_addresses_are_blocked(restricted: HttpTransport, receiver: Receiver, host: str) -> None:
     outcome = await restricted.post(to(f"http://{host}:{receiver.port}/hook", timeout_ms=2_000), DELIVERY)
-    assert outcome.error is not None
-    assert "webhooks may not connect to it" in outcome.error or "canonical" in outcome.error
+    assert re.search("webhooks may not connect to it|canonical", outcome.error or "")
     assert receiver.received == []
 
 
