@@ -140,10 +140,16 @@ def read_schedules(db: Database) -> dict[str, Schedule]:
 
 
 def write_schedule(db: Database, event: Event) -> None:
-    """Write the change of an event that names a schedule. The row of one that is damaged is left alone."""
+    """Write the change of an event that names a schedule. The row of one that is damaged is left alone.
+
+    Raises StoreDamaged instead if the store belongs to a cluster.
+    """
     name = schedule_id(event)
     row = next(iter(db.rows(f"SELECT {SQL['schedules']} FROM schedules WHERE id = ?", (name,))), None)
-    known = None if row is None or fault(row) is not None else _schedule(row[1])
+    if row is not None and (error := fault(row)) is not None:
+        db.raise_if_clustered(f"schedules {name}: {error}")
+        row = None
+    known = None if row is None else _schedule(row[1])
     after = fold_schedule(known, event)
     if after is not None:
         db.conn.execute(_PUT_SCHEDULE, with_checksum((name, _json(after))))
@@ -171,9 +177,13 @@ def write_late_results(db: Database, batch: storage.Batch) -> list[storage.Tombs
 
 
 def _late_key(db: Database, row: Row, now: int) -> str | None:
-    """Return the storage key of a late result, or None. Quarantine a damaged row."""
+    """Return the storage key of a late result, or None. Quarantine a damaged row.
+
+    Raises StoreDamaged instead if the store belongs to a cluster, whose nodes delete the same artifacts.
+    """
     if (error := fault(row)) is None:
         return codec.late(row, whole=True).result.storage_key
+    db.raise_if_clustered(f"late_results {row[0]}: {error}")
     shown = codec.as_text("late_results", row)
     db.conn.execute(insert("bad_rows"), ("late_results", f"{row[0]}: {error}", now, shown))
     db.note_fault(f"late_results {row[0]}: {error}; the row was quarantined, and its artifact is not deleted")

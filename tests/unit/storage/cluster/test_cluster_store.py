@@ -15,6 +15,7 @@ from structlog.testing import capture_logs
 
 from jobd.journal import event_codec
 from jobd.journal.record import FORMAT, LOWEST_FORMAT, decode
+from jobd.model.job import Result
 from jobd.model.journal import BadRecord, Fenced, JournalOutcomeUnknown, JournalUnavailable, LeadershipLost, Record
 from jobd.model.storage import AuditQuery, DiskFull, FormatNotRead, JobQuery, OpenedStore
 from jobd.model.webhooks import Delivery, WebhookCursor
@@ -552,6 +553,27 @@ async def test_a_record_about_a_row_that_is_damaged_ends_the_node(path: str, ser
                 await leader.store.write(maker.batch([maker.grant(job)]))
             await node.catch_up()
             with pytest.raises(StoreDamaged, match="job "):
+                await node.store.timeline(1)
+        assert not Path(other).exists()
+
+
+@pytest.mark.parametrize("table", ["late_results", "schedules"])
+async def test_a_record_that_reads_a_damaged_row_ends_the_node(path: str, server: MemoryServer, table: str) -> None:
+    maker, other = ChangeFactory(), f"{path}.other"
+    async with leading(path, server) as leader:
+        created = maker.create("a", status="failed")
+        late = maker.late(job_of(created), 1, Result(storage_key="late/1"))
+        await leader.store.write(maker.batch([created, late, maker.schedule_event("s", "put")]))
+        async with following(other, server) as node:
+            await node.catch_up()
+            await node.store.finish_upkeep()
+            node.store._connection.raw.execute(f"UPDATE {table} SET crc = crc + 1")
+            if table == "schedules":
+                await leader.store.write(maker.batch([maker.schedule_event("s", "skipped")]))
+            else:
+                await leader.store.write(maker.batch([maker.delete(job_of(created))], sweeps=True))
+            await node.catch_up()
+            with pytest.raises(StoreDamaged, match=table):
                 await node.store.timeline(1)
         assert not Path(other).exists()
 
