@@ -7,13 +7,13 @@ import contextlib
 import os
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from msgspec import Raw, json
 
-from jobd.client import AsyncJobClient, CommandWorker, JobClient, JobView, Worker
+from jobd.client import AsyncJobClient, CommandWorker, JobClient, JobdError, JobView, Worker
 from jobd.client.worker.process import Program
 from jobd.core.views import job_view
 from jobd.model.clocks import LockMs
@@ -42,6 +42,15 @@ async def running_worker(worker: Worker) -> AsyncIterator[asyncio.Task[None]]:
         await asyncio.gather(serving, return_exceptions=True)
 
 
+async def finished(client: AsyncJobClient, queue: str, handler: Callable[[Any], Any], **job: Any) -> JobView:
+    """Create a job, run a worker with this handler, and return the job when it has ended."""
+    worker = Worker(client, queues=[queue])
+    worker.handler()(handler)
+    created = await client.create_job(queue=queue, **job)
+    async with running_worker(worker):
+        return await wait_until_finished(client, created.id)
+
+
 def either(kind: str, where: str, *steps: Callable[[Any], Any], **options: Any) -> Any:
     """Call `steps` with a blocking or an asyncio client, or one over a stream. Return the result of the last one."""
     if kind == "sync":
@@ -54,6 +63,34 @@ def either(kind: str, where: str, *steps: Callable[[Any], Any], **options: Any) 
             return [await step(jobs) for step in steps][-1]
 
     return asyncio.run(run())
+
+
+def listen(
+    kind: str, where: str, until: int | None = None, *, client: Mapping[str, Any] | None = None, **options: Any
+) -> tuple[list[int], JobdError | None]:
+    """Read events with one of the clients. Return their numbers up to `until`, and the error at the end."""
+    found: list[int] = []
+    settings = {"retry_for_s": 0, **(client or {})}
+
+    async def read() -> None:
+        async with AsyncJobClient(where, **settings) as jobs:
+            async for event in jobs.events(**options):
+                found.append(event.seq)
+                if event.seq == until:
+                    return
+
+    try:
+        if kind == "asyncio":
+            asyncio.run(read())
+            return found, None
+        with JobClient(where, **settings) as jobs:
+            for event in jobs.events(**options):
+                found.append(event.seq)
+                if event.seq == until:
+                    break
+    except JobdError as error:
+        return found, error
+    return found, None
 
 
 async def wait_for_job(client: AsyncJobClient, job_id: str, condition: Callable[[JobView], bool]) -> JobView:

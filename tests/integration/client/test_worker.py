@@ -17,7 +17,7 @@ import pytest
 
 from jobd.client import AsyncHandlerContext, AsyncJobClient, Discard, HandlerContext, Retry, Snooze, Worker
 from jobd.client.worker import handlers
-from tests.support.client_harness import event_types, running_worker, wait_for_job, wait_until_finished
+from tests.support.client_harness import event_types, finished, running_worker, wait_for_job, wait_until_finished
 
 
 async def test_an_async_handler_completes_its_job_with_its_return_value(client: AsyncJobClient, queue: str) -> None:
@@ -48,22 +48,18 @@ async def test_an_async_handler_completes_its_job_with_its_return_value(client: 
 
 
 async def test_a_plain_handler_runs_in_a_thread(client: AsyncJobClient, queue: str) -> None:
-    worker = Worker(client, queues=[queue])
     threads: list[threading.Thread] = []
 
-    @worker.handler()
     def work(context: HandlerContext) -> list[Any]:
         threads.append(threading.current_thread())
         context.progress(10)
         context.raise_if_lost()
         return [context.job.id, context.payload]
 
-    job = await client.create_job("p", queue=queue)
-    async with running_worker(worker):
-        done = await wait_until_finished(client, job.id)
-    assert done.metadata_value == [job.id, "p"]
+    done = await finished(client, queue, work, payload="p")
+    assert done.metadata_value == [done.id, "p"]
     assert threads[0] is not threading.main_thread()
-    assert await event_types(client, job.id) == ["created", "granted", "progress", "completed"]
+    assert await event_types(client, done.id) == ["created", "granted", "progress", "completed"]
 
 
 async def test_functions_and_callable_objects_can_be_handlers(client: AsyncJobClient, queue: str) -> None:
@@ -97,25 +93,16 @@ async def test_functions_and_callable_objects_can_be_handlers(client: AsyncJobCl
 async def test_an_exception_fails_the_job_with_its_class_and_traceback(
     client: AsyncJobClient, queue: str, is_async: bool
 ) -> None:
-    worker = Worker(client, queues=[queue])
-
     def burst() -> None:
         raise ZeroDivisionError("no more numbers")
 
-    if is_async:
+    async def work(context: AsyncHandlerContext) -> None:
+        burst()
 
-        @worker.handler()
-        async def work(context: AsyncHandlerContext) -> None:
-            burst()
-    else:
+    def plain(context: HandlerContext) -> None:
+        burst()
 
-        @worker.handler()
-        def plain(context: HandlerContext) -> None:
-            burst()
-
-    job = await client.create_job(queue=queue)
-    async with running_worker(worker):
-        failed = await wait_until_finished(client, job.id)
+    failed = await finished(client, queue, work if is_async else plain)
     assert (failed.status, failed.error_code) == ("failed", "ZeroDivisionError")
     assert failed.error_message is not None
     first, heading, *frames = failed.error_message.splitlines()
@@ -126,19 +113,14 @@ async def test_an_exception_fails_the_job_with_its_class_and_traceback(
 
 
 async def test_a_failed_attempt_is_retried(client: AsyncJobClient, queue: str) -> None:
-    worker = Worker(client, queues=[queue])
-
-    @worker.handler()
     async def work(context: AsyncHandlerContext) -> int:
         if context.job.attempt < 3:
             raise Retry("not yet", after=0)
         return context.job.attempt
 
-    job = await client.create_job(queue=queue, max_attempts=3)
-    async with running_worker(worker):
-        done = await wait_until_finished(client, job.id)
+    done = await finished(client, queue, work, max_attempts=3)
     assert (done.status, done.metadata_value) == ("completed", 3)
-    assert (await event_types(client, job.id)).count("retried") == 2
+    assert (await event_types(client, done.id)).count("retried") == 2
 
 
 @pytest.mark.parametrize("after", [60, timedelta(minutes=1)], ids=["seconds", "timedelta"])
@@ -251,11 +233,8 @@ async def test_an_error_fails_its_job_and_not_the_worker(
 
 
 async def test_a_discarded_job_is_not_retried(client: AsyncJobClient, queue: str) -> None:
-    worker = Worker(client, queues=[queue])
-    worker.handler()(raises(lambda: Discard("not needed")))
-    job = await client.create_job(queue=queue, max_attempts=5)
-    async with running_worker(worker):
-        assert (await wait_until_finished(client, job.id)).status == "failed"
+    work = raises(lambda: Discard("not needed"))
+    assert (await finished(client, queue, work, max_attempts=5)).status == "failed"
 
 
 async def test_a_message_that_json_cannot_express_is_escaped(

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 import itertools
-from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -12,26 +10,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobd.client import (
-    AsyncJobClient,
-    BadResponse,
-    EventsGone,
-    JobClient,
-    JobdError,
-    StreamedEvent,
-    Unauthorized,
-    Unreachable,
-)
+from jobd.client import BadResponse, EventsGone, StreamedEvent, Unauthorized, Unreachable
 from jobd.client.api_request import ApiResponse
 from jobd.client.event_subscription import EventSubscription
 from jobd.model.calls import EventRequests
+from tests.support.client_harness import listen
 from tests.support.scripted_server import ScriptedServer, Step, drop, raw, rejected
 
 KIND = "text/event-stream"
-
-
-# Reads a stream with a client. Returns the numbers of the events, and the error that ended it.
-Listen = Callable[..., tuple[list[int], JobdError | None]]
 
 
 def event(seq: int, job_id: str | None = "a") -> StreamedEvent:
@@ -47,32 +33,7 @@ def stream(*seqs: int, start: int = 0, rest: bytes = b"") -> Step:
     return raw(sent(*seqs, start=start) + rest, kind=KIND)
 
 
-def blocking(endpoint: str, **options: Any) -> tuple[list[int], JobdError | None]:
-    found: list[int] = []
-    try:
-        with JobClient(endpoint, retry_for_s=0) as client:
-            for event in client.events(**options):
-                found.append(event.seq)
-    except JobdError as error:
-        return found, error
-    return found, None
-
-
-def coroutines(endpoint: str, **options: Any) -> tuple[list[int], JobdError | None]:
-    async def run() -> tuple[list[int], JobdError | None]:
-        found: list[int] = []
-        try:
-            async with AsyncJobClient(endpoint, retry_for_s=0) as client:
-                async for event in client.events(**options):
-                    found.append(event.seq)
-        except JobdError as error:
-            return found, error
-        return found, None
-
-    return asyncio.run(run())
-
-
-both = pytest.mark.parametrize("listen", [blocking, coroutines])
+both = pytest.mark.parametrize("kind", ["sync", "asyncio"])
 
 
 @given(st.lists(st.integers(0, 400), max_size=8), st.sampled_from([b"\n", b"\r\n"]))
@@ -117,7 +78,7 @@ def test_another_response_is_not_a_stream_of_events() -> None:
 
 
 @both
-def test_a_broken_stream_is_resumed(server: ScriptedServer, endpoint: str, listen: Listen) -> None:
+def test_a_broken_stream_is_resumed(server: ScriptedServer, endpoint: str, kind: str) -> None:
     half = b"id: 4\nevent: created\ndata: {"
     server.script = [
         stream(1, 2, 3, rest=half),
@@ -128,7 +89,7 @@ def test_a_broken_stream_is_resumed(server: ScriptedServer, endpoint: str, liste
         rejected("events_gone", 410, "Read the state anew.", last=9),
     ]
     lost: list[str] = []
-    found, error = listen(endpoint, queue="q", on_lost=lambda error: lost.append(error.code))
+    found, error = listen(kind, endpoint, queue="q", on_lost=lambda error: lost.append(error.code))
     assert found == [1, 2, 3, 4]
     assert isinstance(error, EventsGone)
     positions = [None, 3, 3, 3, 4, 8]
@@ -141,27 +102,25 @@ def test_a_broken_stream_is_resumed(server: ScriptedServer, endpoint: str, liste
 
 
 @both
-def test_the_first_connection_is_retried_like_other_calls(
-    server: ScriptedServer, endpoint: str, listen: Listen
-) -> None:
+def test_the_first_connection_is_retried_like_other_calls(server: ScriptedServer, endpoint: str, kind: str) -> None:
     server.script = [drop, drop]
-    found, error = listen(endpoint)
+    found, error = listen(kind, endpoint)
     assert (found, type(error)) == ([], Unreachable)
     server.script = [rejected("unauthorized", 401), rejected("unauthorized", 401)]
-    assert isinstance(listen(endpoint)[1], Unauthorized)
+    assert isinstance(listen(kind, endpoint)[1], Unauthorized)
 
 
 @both
-def test_a_stream_without_follow_ends_at_its_end(server: ScriptedServer, endpoint: str, listen: Listen) -> None:
+def test_a_stream_without_follow_ends_at_its_end(server: ScriptedServer, endpoint: str, kind: str) -> None:
     server.early = [ScriptedServer.cut(b"no head of ours", chunked=True)]
-    assert isinstance(listen(endpoint, last=3, follow=False)[1], BadResponse)
+    assert isinstance(listen(kind, endpoint, last=3, follow=False)[1], BadResponse)
     server.script = [stream(2, 3, start=1)]
-    assert listen(endpoint, last=3, follow=False) == ([2, 3], None)
+    assert listen(kind, endpoint, last=3, follow=False) == ([2, 3], None)
     assert server.received[-1].path == "/v1/events?last=3&follow=false"
 
 
 @both
-def test_a_broken_stream_without_follow_is_resumed(server: ScriptedServer, endpoint: str, listen: Listen) -> None:
+def test_a_broken_stream_without_follow_is_resumed(server: ScriptedServer, endpoint: str, kind: str) -> None:
     async def cut(request: Any) -> Any:
         from aiohttp import web
 
@@ -174,5 +133,5 @@ def test_a_broken_stream_without_follow_is_resumed(server: ScriptedServer, endpo
 
     server.early = [cut]
     server.script = [stream(3, start=2)]
-    assert listen(endpoint, after=0, follow=False) == ([1, 2, 3], None)
+    assert listen(kind, endpoint, after=0, follow=False) == ([1, 2, 3], None)
     assert server.received[-1].path == "/v1/events?last_event_id=2&follow=false"
