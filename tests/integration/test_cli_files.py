@@ -65,53 +65,44 @@ def test_a_disk_that_rejects_new_jobs_is_unhealthy_and_exit_1(
         assert no.error == "storage_full"
 
 
-def _jobd(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
-    capsys.readouterr()
-    code = jobd_cli.main(list(argv))
-    return code, *capsys.readouterr()
+@pytest.fixture
+def jobd(capsys: pytest.CaptureFixture[str]) -> Jobctl:
+    return Jobctl(capsys, jobd_cli.main)
 
 
 @pytest.mark.slow
-def test_backup_restore_and_doctor(
-    jobctl: Jobctl, running: CliDaemon, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_backup_restore_and_doctor(jobctl: Jobctl, running: CliDaemon, tmp_path: Path, jobd: Jobctl) -> None:
     jobctl.ok("submit", "--id", "b1", "--queue", "b1")
     copy, restored = tmp_path / "copy.db", tmp_path / "restored.db"
-    assert _jobd(capsys, "backup", str(copy))[0] == 0
-    assert _jobd(capsys, "backup", str(copy))[0] == 2
-    assert _jobd(capsys, "backup", str(copy), "--yes")[0] == 0
+    jobd.ok("backup", str(copy))
+    assert jobd.run("backup", str(copy))[0] == 2
+    jobd.ok("backup", str(copy), "--yes")
     assert copy.stat().st_mode & 0o777 == 0o600
-    code, out, _ = _jobd(capsys, "restore", str(copy), "--store", str(restored), "--dry-run")
-    assert code == 0
-    assert "the checksums of all rows are correct" in out
+    assert "the checksums of all rows are correct" in jobd.ok(
+        "restore", str(copy), "--store", str(restored), "--dry-run"
+    )
     assert not restored.exists()
     for wrong in ("/dev/null", __file__):
-        assert _jobd(capsys, "restore", wrong, "--store", str(restored), "--dry-run")[0] == 78
+        assert jobd.run("restore", wrong, "--store", str(restored), "--dry-run")[0] == 78
     message = f"jobd: {__file__} is not a jobd database\n"
-    assert _jobd(capsys, "restore", __file__, "--store", str(restored), "--yes") == (78, "", message)
-    assert _jobd(capsys, "doctor", "--store", __file__) == (78, "", message)
-    assert _jobd(capsys, "restore", str(copy), "--store", str(restored))[0] == 0
+    assert jobd.run("restore", __file__, "--store", str(restored), "--yes") == (78, "", message)
+    assert jobd.run("doctor", "--store", __file__) == (78, "", message)
+    jobd.ok("restore", str(copy), "--store", str(restored))
     with sqlite3.connect(restored) as db:
         assert db.execute("SELECT count(*) FROM jobs WHERE id = 'b1'").fetchone() == (1,)
     db.close()
-    assert _jobd(capsys, "restore", str(copy), "--store", str(restored))[0] == 2
+    assert jobd.run("restore", str(copy), "--store", str(restored))[0] == 2
     moved, log = tmp_path / "moved.db", tmp_path / "moved.db-wal"
     log.write_bytes(b"of a killed store that was renamed")
     for how in ("--yes", "--dry-run"):
-        code, _, err = _jobd(capsys, "restore", str(copy), "--store", str(moved), how)
-        assert (code, moved.exists()) == (2, False)
-        assert f"{log} is left over from another database, and SQLite would read it into {moved}" in err
-    code, _, err = _jobd(capsys, "restore", str(copy), "--store", str(restored), "--yes")
-    assert code == 0
-    assert "kept as" in err
-    assert _jobd(capsys, "doctor", "--store", str(restored)) == (0, "nothing is wrong\n", "")
-    code, _, err = _jobd(capsys, "doctor", "--store", str(running.store))
-    assert code == 75
-    assert "--running" in err
+        left = f"{log} is left over from another database, and SQLite would read it into {moved}"
+        jobd.says(2, left, "restore", str(copy), "--store", str(moved), how)
+        assert not moved.exists()
+    jobd.says(0, "kept as", "restore", str(copy), "--store", str(restored), "--yes")
+    assert jobd.run("doctor", "--store", str(restored)) == (0, "nothing is wrong\n", "")
+    jobd.says(75, "--running", "doctor", "--store", str(running.store))
     for how in ("--yes", "--dry-run"):
-        code, out, err = _jobd(capsys, "restore", str(copy), "--store", str(running.store), how)
-        assert (code, out) == (75, "")
-        assert str(running.process.pid) in err
+        assert jobd.says(75, str(running.process.pid), "restore", str(copy), "--store", str(running.store), how) == ""
 
 
 _OUT: Final = {
@@ -150,35 +141,30 @@ def test_a_store_that_its_daemon_opened_by_a_symlink_is_not_overwritten(tmp_path
 
 
 def test_a_damaged_row_is_named_with_its_fix(
-    jobctl: Jobctl, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    jobctl: Jobctl, tmp_path: Path, jobd: Jobctl, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     jobctl.ok("submit", "--id", "b2")
     jobctl.ok("submit", "--id", "b3")
     copy = tmp_path / "copy.db"
-    assert _jobd(capsys, "backup", str(copy))[0] == 0
+    doctor = ("doctor", "--store", str(copy))
+    jobd.ok("backup", str(copy))
     with sqlite3.connect(copy) as db:
         db.execute("UPDATE jobs SET created_at = created_at + 1 WHERE id = 'b2'")
     db.close()
-    code, out, _ = _jobd(capsys, "doctor", "--store", str(copy))
+    code, out, _ = jobd.run(*doctor)
     assert code == 1
     assert "job b2: " in out
     assert "fix: " in out
-    code, out, _ = _jobd(capsys, "doctor", "--store", str(copy), "--json")
+    _, out, _ = jobd.run(*doctor, "--json")
     assert {"where", "what", "fix"} == set(json.loads(out)["defects"][0])
     for how in ("--yes", "--dry-run"):
-        assert _jobd(capsys, "doctor", "--store", str(copy), "--accept", "nobody", how)[0] == 4
+        assert jobd.run(*doctor, "--accept", "nobody", how)[0] == 4
     before = copy.read_bytes()
-    code, out, _ = _jobd(capsys, "doctor", "--store", str(copy), "--accept", "b2", "--dry-run")
-    assert code == 0
-    assert "job b2: the row would be accepted" in out
-    code, out, _ = _jobd(capsys, "doctor", "--store", str(copy), "--recount", "--dry-run")
-    assert code == 0
-    assert "all indexes would be rebuilt" in out
+    assert "job b2: the row would be accepted" in jobd.ok(*doctor, "--accept", "b2", "--dry-run")
+    assert "all indexes would be rebuilt" in jobd.ok(*doctor, "--recount", "--dry-run")
     for verb in (["--accept", "b2"], ["--recount"]):  # there is no terminal
-        code, out, err = _jobd(capsys, "doctor", "--store", str(copy), *verb)
-        assert (code, out) == (2, "")
-        assert "add --yes to skip it, or --dry-run to preview the effect" in err
-    assert _jobd(capsys, "doctor", "--store", str(copy), "--dry-run")[0] == 2
+        assert jobd.says(2, "add --yes to skip it, or --dry-run to preview the effect", *doctor, *verb) == ""
+    assert jobd.run(*doctor, "--dry-run")[0] == 2
     assert copy.read_bytes() == before
     prompts: list[str] = []
 
@@ -189,34 +175,27 @@ def test_a_damaged_row_is_named_with_its_fix(
     with monkeypatch.context() as patched:
         patched.setattr("jobd.cli.daemon.store_commands.need_terminal", lambda: None)
         patched.setattr("jobd.cli.daemon.store_commands.confirm", no)
-        code, out, err = _jobd(capsys, "doctor", "--store", str(copy), "--accept", "b2")
-        assert (code, out, prompts) == (1, "", ["write these changes"])
-        assert "job b2: the row would be accepted" in err
+        assert jobd.says(1, "job b2: the row would be accepted", *doctor, "--accept", "b2") == ""
+        assert prompts == ["write these changes"]
         assert copy.read_bytes() == before
-    code, out, _ = _jobd(capsys, "doctor", "--store", str(copy), "--accept", "b2", "--yes")
-    assert code == 0
-    assert "job b2: the row was accepted" in out
-    assert "Counted:" in _jobd(capsys, "doctor", "--store", str(copy), "--recount", "--yes")[1]
-    assert _jobd(capsys, "doctor", "--store", str(copy), "--refold")[0] == 1
+    assert "job b2: the row was accepted" in jobd.ok(*doctor, "--accept", "b2", "--yes")
+    assert "Counted:" in jobd.run(*doctor, "--recount", "--yes")[1]
+    assert jobd.run(*doctor, "--refold")[0] == 1
     for wrong in (["b2"], ["--all"], ["--accept"], ["--accept", "b2", "--all"], ["--refold"]):
-        assert _jobd(capsys, "doctor", "--store", str(copy), *wrong, "--dry-run")[0] == 2, wrong
+        assert jobd.run(*doctor, *wrong, "--dry-run")[0] == 2, wrong
     for several in (["--accept", "b2", "b3"], ["--accept", "b2", "--accept", "b3"]):
-        code, out, _ = _jobd(capsys, "doctor", "--store", str(copy), *several, "--dry-run")
-        assert (code, out.count("would be accepted with a new checksum")) == (0, 2)
-    assert _jobd(capsys, "doctor", "--store", str(copy), "--accept", "--all", "--yes")[:2] == (
-        0,
-        "no job is in quarantine, and no row is damaged\n",
-    )
+        assert jobd.ok(*doctor, *several, "--dry-run").count("would be accepted with a new checksum") == 2
+    assert jobd.ok(*doctor, "--accept", "--all", "--yes") == "no job is in quarantine, and no row is damaged\n"
 
 
-def test_the_doctor_checks_the_running_daemon(jobctl: Jobctl, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_doctor_checks_the_running_daemon(jobctl: Jobctl, jobd: Jobctl) -> None:
     jobctl.ok("cleanup")
-    code, out, err = _jobd(capsys, "doctor", "--running", "--json")
+    code, out, err = jobd.run("doctor", "--running", "--json")
     defects = json.loads(out)["defects"]
     assert code == (1 if defects else 0), err
-    assert _jobd(capsys, "doctor", "--running", "--accept", "x")[0] == 2
-    assert _jobd(capsys, "doctor", "--rows")[0] == 2
-    code, out, err = _jobd(capsys, "doctor", "--running", "--rows", "--json")
+    assert jobd.run("doctor", "--running", "--accept", "x")[0] == 2
+    assert jobd.run("doctor", "--rows")[0] == 2
+    code, out, err = jobd.run("doctor", "--running", "--rows", "--json")
     assert (code, err) == (1 if defects else 0, "")
     assert not [each for each in json.loads(out)["defects"] if each["where"].startswith("job ")]
 
@@ -243,16 +222,14 @@ def test_a_second_daemon_on_a_store_exits_with_75(running: CliDaemon) -> None:
 
 
 def test_check_config_shows_each_value_with_its_source(
-    jobctl: Jobctl, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    jobctl: Jobctl, tmp_path: Path, jobd: Jobctl, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "config.toml").write_text('[locks]\nttl = "5m"\n')
     monkeypatch.delenv("JOBD_SOCKET")
-    code, out, err = _jobd(capsys, "check-config", "--config", str(tmp_path / "config.toml"))
-    assert code == 0, err
+    out = jobd.ok("check-config", "--config", str(tmp_path / "config.toml"))
     assert f'ttl = "5m"  # file {tmp_path}/config.toml' in out
     assert TOKEN not in out
-    code, out, err = _jobd(capsys, "check-config", "--config", str(tmp_path / "config.toml"), "--json")
-    values = json.loads(out)["values"]
+    values = jobd.json("check-config", "--config", str(tmp_path / "config.toml"))["values"]
     assert values["locks.ttl"] == {"value": "5m", "source": f"file {tmp_path}/config.toml"}
     assert values["limits.bulk"] == {"value": 1000, "source": "default"}
 
@@ -270,23 +247,18 @@ def test_check_config_shows_each_value_with_its_source(
     ],
 )
 def test_an_invalid_configuration_exits_with_78_and_one_line(
-    argv: list[str], expected: str, jobctl: Jobctl, capsys: pytest.CaptureFixture[str]
+    argv: list[str], expected: str, jobctl: Jobctl, jobd: Jobctl
 ) -> None:
-    code, out, err = _jobd(capsys, *argv)
-    assert (code, out) == (78, "")
-    assert len(err.splitlines()) == 1
-    assert expected in err
+    jobd.rejects(78, expected, *argv)
 
 
-def test_check_config_takes_the_flags_of_serve(jobctl: Jobctl, capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_config_takes_the_flags_of_serve(jobctl: Jobctl, jobd: Jobctl) -> None:
     flags = ("--set", "locks.ttl=7m", "--set", "log.level=error", "--log-level", "debug", "--store", "/srv/jobd.db")
-    code, out, err = _jobd(capsys, "check-config", *flags, "--json")
-    assert code == 0, err
-    values = json.loads(out)["values"]
+    values = jobd.json("check-config", *flags)["values"]
     shown = {key: value["value"] for key, value in values.items() if value["source"] == "flag"}
     assert shown == {"locks.ttl": "7m", "log.level": "debug", "store.path": "/srv/jobd.db"}
 
 
 @pytest.mark.parametrize("verb", ["serve", "check-config"])
-def test_set_without_a_value_is_a_usage_error(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert _jobd(capsys, verb, "--set", "locks.ttl")[0] == 2
+def test_set_without_a_value_is_a_usage_error(verb: str, jobd: Jobctl) -> None:
+    assert jobd.run(verb, "--set", "locks.ttl")[0] == 2

@@ -21,8 +21,7 @@ def test_a_stored_result_is_downloaded(
 ) -> None:
     jobctl.ok("submit", "--id", "c7", "--queue", "c7")
     target, content = tmp_path / "report.pdf", os.urandom(300_000)
-    code, err = jobctl.rejected("artifact", "c7", "-o", str(target))
-    assert (code, "storage_key is not set" in err) == (4, True)
+    jobctl.rejects(4, "storage_key is not set", "artifact", "c7", "-o", str(target))
     assert jobctl.rejected("artifact", "none")[0] == 4
     grant = running.client.claim("w", queues=["c7"])[0]
     running.client.complete_job("c7", lock_id=grant.lock_id, storage_key="c7/report.pdf")

@@ -92,8 +92,7 @@ def test_the_plan_of_a_dry_run_of_one_job_can_be_applied(running: CliDaemon, job
     named = re.search(r"jobctl apply ([0-9a-f]{16})\n", err)
     assert named is not None
     jobctl.ok("update", "dry-1", "--priority", "3")
-    code, out, err = jobctl.run("apply", named[1], "-y")
-    assert (code, "dry-1: changed since the plan" in err) == (4, True)
+    jobctl.says(4, "dry-1: changed since the plan", "apply", named[1], "-y")
     assert running.client.get_job("dry-1").status == "queued"
 
 

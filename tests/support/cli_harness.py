@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Self
@@ -101,18 +101,29 @@ class CliDaemon:
 
 
 class Jobctl:
-    """Run jobctl in the test process.
+    """Run jobctl, or another program, in the test process.
 
     `ok` expects exit code 0 and returns stdout, `json` returns it decoded. `rejected` returns the exit code and stderr.
+    `says` expects an exit code and a text on stderr, and returns stdout. `rejects` expects these, and nothing else.
     """
 
-    def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
+    def __init__(self, capsys: pytest.CaptureFixture[str], main: Callable[[Sequence[str]], int] = ctl.main) -> None:
         self._capsys = capsys
+        self._main = main
 
     def run(self, *argv: str) -> tuple[int, str, str]:
         self._capsys.readouterr()
-        code = ctl.main(list(argv))
+        code = self._main(argv)
         return code, *self._capsys.readouterr()
+
+    def says(self, code: int, text: str, *argv: str) -> str:
+        found, out, err = self.run(*argv)
+        assert (found, text in err) == (code, True), err
+        return out
+
+    def rejects(self, code: int, text: str, *argv: str) -> None:
+        found, err = self.rejected(*argv)
+        assert (found, text in err) == (code, True), err
 
     def ok(self, *argv: str) -> str:
         code, out, err = self.run(*argv)
