@@ -82,13 +82,13 @@ class DoubleGrants(Struct):
         made = after.grant
         if after.deadlines.stall_due - made.stall_after_ms >= ended.until:  # the lock time of the grant
             return
-        self.minutes = _counted(self.minutes, event.at // MINUTE_MS, 60)
+        self.minutes = counted(self.minutes, event.at // MINUTE_MS, 60)
         self.total += 1
         self.last = DoubleGrant(after.id, (ended.fencing_token, made.fencing_token), (ended.worker, made.worker))
 
     def last_hour(self, now: int) -> int:
         """Return the number in the last 60 minutes of wall time."""
-        return sum(_latest(self.minutes, now // MINUTE_MS, 60).values())
+        return sum(latest(self.minutes, now // MINUTE_MS, 60).values())
 
 
 def lock_end(made: Grant, deadlines: LockDeadlines) -> LockMs:
@@ -145,7 +145,7 @@ class DurationBaseline(Struct):
 
     def last_hour(self, now: int) -> dict[int, int]:
         """Return the completions by bucket, of this slot and the five before it: 50 to 60 minutes."""
-        return _sum(_latest(self.slots, now // SLOT_MS, SLOTS).values())
+        return _sum(latest(self.slots, now // SLOT_MS, SLOTS).values())
 
     def usual(self) -> int | None:
         if len(self.hours) < HOURS_NEEDED:
@@ -229,14 +229,14 @@ def _seen(kind: str, baseline: DurationBaseline, counts: dict[int, int]) -> Kind
     return KindDurations(kind, completed, percentile_95(counts), usual_ms, slow_ms)
 
 
-def _latest(table: dict[int, T], last: int, count: int) -> dict[int, T]:
+def latest(table: dict[int, T], last: int, count: int) -> dict[int, T]:
     """Return the entries of the latest `count` keys up to `last`."""
     return {key: value for key, value in table.items() if last - count < key <= last}
 
 
-def _counted(table: dict[int, int], last: int, count: int) -> dict[int, int]:
+def counted(table: dict[int, int], last: int, count: int) -> dict[int, int]:
     """Return the entries of the latest `count` keys up to `last`, whose value is one higher."""
-    return _latest(table | {last: table.get(last, 0) + 1}, last, count)
+    return latest(table | {last: table.get(last, 0) + 1}, last, count)
 
 
 def _sum(parts: Iterable[dict[int, int]]) -> dict[int, int]:
@@ -355,23 +355,23 @@ class Counters(Struct):
 
     def completed_last_hour(self, now: int) -> tuple[int, int]:
         """Return the number of jobs completed in the last 60 minutes, and their processing time in ms."""
-        recent = _latest(self.completions, now // MINUTE_MS, 60).values()
+        recent = latest(self.completions, now // MINUTE_MS, 60).values()
         return sum(count for count, _ in recent), sum(total_ms for _, total_ms in recent)
 
     def recovered_last_day(self, now: int) -> int:
         """Return the number of jobs recovered in the last 24 hours."""
-        return sum(_latest(self.recoveries, now // HOUR_MS, 24).values())
+        return sum(latest(self.recoveries, now // HOUR_MS, 24).values())
 
     def recovered_lately(self, now: int) -> int:
         """Return the number of jobs recovered in the last 10 minutes, by any command."""
-        return sum(_latest(self.recovered, now // STEP_MS, LATELY).values())
+        return sum(latest(self.recovered, now // STEP_MS, LATELY).values())
 
     def _completed(self, queue: str, at: int, processing_ms: int) -> None:
         minute = at // MINUTE_MS
         count, total_ms = self.completions.get(minute, (0, 0))
         self.completions[minute] = (count + 1, total_ms + processing_ms)
         if len(self.completions) > 61:
-            self.completions = _latest(self.completions, minute, 60)
+            self.completions = latest(self.completions, minute, 60)
         histogram = self.processing.get(queue)
         if histogram is None:
             empty = Histogram.empty(PROCESSING_BUCKETS_S)
@@ -379,8 +379,8 @@ class Counters(Struct):
         histogram.add(processing_ms / 1000, PROCESSING_BUCKETS_S)
 
     def _recovered(self, at: int, *, requeued: bool) -> None:
-        self.recoveries = _counted(self.recoveries, at // HOUR_MS, 24)
-        self.recovered = _counted(self.recovered, at // STEP_MS, LATELY)
+        self.recoveries = counted(self.recoveries, at // HOUR_MS, 24)
+        self.recovered = counted(self.recovered, at // STEP_MS, LATELY)
         self.stalls += 1
         self.since_report.recovered += 1
         if requeued:

@@ -29,7 +29,7 @@ from jobd.engine.actor import COMMIT_BUCKETS_S
 from jobd.model.responses import ClusterView
 from jobd.monitoring.grafana import dashboard
 from jobd.monitoring.metrics import cluster_metrics
-from jobd.monitoring.problems.catalogue import ALERTS
+from jobd.monitoring.problems.catalogue import ALERTS, OF_CLUSTER
 from jobd.storage.store import Store
 from tests.conftest import tool_missing
 from tests.integration.test_docs import OPERATIONS, rows, ticked
@@ -126,7 +126,7 @@ def scraped(families: list[Metric]) -> dict[str, list[dict[str, str]]]:
     for family in [*families, *(make() for make in of_leader)]:
         for sample in family.samples:
             found.setdefault(sample.name, []).append(sample.labels)
-    found["jobd_alert_firing"] += [{"alert": each.alert} for each in ALERTS.values() if each.of_cluster]
+    found["jobd_alert_firing"] += [{"alert": each.alert} for each in ALERTS.values() if each in OF_CLUSTER]
     return found
 
 

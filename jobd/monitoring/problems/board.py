@@ -5,13 +5,12 @@ from __future__ import annotations
 import asyncio
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import islice
+from itertools import chain, islice
 from typing import Any, Final
 
 import structlog
 
 from jobd.core.state import State
-from jobd.core.worker_presence import ClaimSet
 from jobd.engine.clock import Clock, loop_time
 from jobd.maintenance.maintainer import Maintainer
 from jobd.maintenance.stoppable_loop import StoppableLoop
@@ -24,13 +23,12 @@ from jobd.model.storage import DiskSpace
 from jobd.model.webhooks import FailingWebhook, OpenProblems
 from jobd.monitoring.health import Health
 from jobd.monitoring.problems import daemon
-from jobd.monitoring.problems.catalogue import ALERT_OF, ALERTS, CONDITIONS
-from jobd.monitoring.problems.condition import Condition, Crew, DuePair, Scene, Thresholds, pair_id
+from jobd.monitoring.problems.catalogue import ALERT_OF, ALERTS, CONDITIONS, KNOWN, OF_CLUSTER, OF_PAIRS
+from jobd.monitoring.problems.condition import Condition, DuePair, Scene, Thresholds
 from jobd.monitoring.problems.life import CLEAR_MS, HOLD_MS, SUBJECTS, ProblemLife
 from jobd.monitoring.problems.losses import WorkerLosses
-from jobd.monitoring.problems.queue_kind_counts import PairCounts, Tally
+from jobd.monitoring.problems.queue_kind_counts import PairCounts, pair_id
 from jobd.monitoring.problems.queues_and_kinds import SETTLED_MS
-from jobd.monitoring.problems.trends import Trends
 
 EVALUATE_EVERY_S: Final = 5.0
 MEASURE_EVERY_S: Final = 10.0  # measuring costs a write with fsync, but an alert must fire within 45 s of a failure
@@ -39,7 +37,6 @@ SLICE_S: Final = 0.0005
 DUE_FOR_MS: Final = MINUTE_MS  # below it, no condition asks for a pair, unless its threshold is lower
 MANY_PAIRS: Final = 2_000  # beyond, they are scanned less often
 SCAN_MANY_EVERY_S: Final = 15.0
-RUNNING_READ: Final = 10_000
 RATE_AFTER_MS: Final = 10 * MINUTE_MS
 REJECTED_MS: Final = 5 * MINUTE_MS
 
@@ -71,37 +68,36 @@ class ProblemBoard(StoppableLoop):
     ) -> None:
         super().__init__()
         self.thresholds = thresholds or Thresholds()
-        self.counts = PairCounts()
-        self.losses = WorkerLosses(state.presence)
         self.on_change = on_change
         self.failing_webhooks = failing_webhooks
         self.cluster = cluster
-        self._disk_use = disk_use
         self._rejects_creates = rejects_creates
         self._error_counts = error_counts
-        self._life = ProblemLife(CONDITIONS, hold_ms, clear_ms)
+        self._life = ProblemLife(hold_ms, clear_ms)
         self._state = state
         self._clock = clock
         self._hold_ms = hold_ms
-        self._clear_ms = clear_ms
         self._health = health
-        self._cleanup = cleanup
         self._known: list[Problem] = []
         self._evaluated_at = 0
         self._first: BootMs | None = None  # the first check with measured health
-        self._crews: dict[ClaimSet | None, Crew] = {}
-        self._running: dict[str, int] = {}  # see Scene
-        self._due: list[DuePair] = []
-        self._tallies: list[Tally] = []
-        self._trends = Trends()
+        self._scene = Scene(
+            state=state,
+            health=health,
+            cleanup=cleanup,
+            counts=PairCounts(),
+            losses=WorkerLosses(state.presence),
+            disk_use=disk_use,
+            at=clock.moment(),
+        )
         self._free: deque[tuple[BootMs, int]] = deque()  # bytes of the disk in the last hour, one a minute
         self._errors: deque[tuple[BootMs, dict[str, int]]] = deque()
         self._next_scan = MonotonicS(0.0)
 
     def committed(self, changes: Sequence[Event]) -> None:
         """Count the changes of a committed batch."""
-        self.counts.note(changes)
-        self.losses.note(changes)
+        self._scene.counts.note(changes)
+        self._scene.losses.note(changes)
 
     # -- views ---------------------------------------------------------------------------------------------------------
 
@@ -114,12 +110,11 @@ class ProblemBoard(StoppableLoop):
         """Return the list, or only the problems of a severity or a queue."""
         if not self.is_known:
             return ProblemList([])
-        shown = [
-            each
-            for each in self._life.listed
-            if severity in (None, each.severity) and queue in (None, each.subject.queue)
-        ]
-        known = [each for each in self._known if queue in (None, each.subject.queue)]
+        listed, known = (
+            [each for each in found if queue in (None, each.subject.queue)]
+            for found in (self._life.listed, self._known)
+        )
+        shown = [each for each in listed if severity in (None, each.severity)]
         return ProblemList(shown, known, sum(each.rest for each in self._life.listed), self._evaluated_at)
 
     def announced(self) -> OpenProblems | None:
@@ -140,15 +135,11 @@ class ProblemBoard(StoppableLoop):
 
     def alerts(self) -> list[AlertView]:
         """Return the alerts, which are derived: one fires while its condition holds for any subject."""
-        is_cluster = self.cluster().role != "single"
+        shown = (each for each in ALERTS.values() if each not in OF_CLUSTER or self.cluster().role != "single")
         open_: dict[str, list[Problem]] = {}
         for problem in self._life.open_problems():
             open_.setdefault(ALERT_OF[problem.condition], []).append(problem)
-        return [
-            self._alert(each, open_.get(each.alert, []))
-            for each in ALERTS.values()
-            if is_cluster or not each.of_cluster
-        ]
+        return [self._alert(each, open_.get(each.alert, [])) for each in shown]
 
     def _alert(self, condition: Condition, found: list[Problem]) -> AlertView:
         threshold = condition.alert_threshold(self.thresholds)
@@ -186,42 +177,53 @@ class ProblemBoard(StoppableLoop):
 
     async def check(self) -> None:
         """Read what the conditions need, evaluate them, and update the list. A slice takes about half a millisecond."""
-        slices, is_scanned = _Slices(), loop_time() >= self._next_scan
+        slices, is_scanned, scene = _Slices(), loop_time() >= self._next_scan, self._scene
         if is_scanned:
             await self._scan(slices)
-        scene, boot_ms = await self._scene(), self._clock.boot_ms()
-        now = scene.at.now
+        await self._look()
+        now, boot_ms = scene.at.now, self._clock.boot_ms()
         for condition in CONDITIONS:
-            if condition.of_pairs and not is_scanned:
-                self._life.find_again(condition.name, boot_ms)
+            if condition in OF_PAIRS and not is_scanned:
+                self._life.find_again(condition, boot_ms)
             else:
-                selection = self._life.selection(condition.name)
+                selection = self._life.selection(condition)
                 await slices.of(condition.find(scene), selection.add)
-                await slices.of(self._life.find(selection, now, boot_ms), _ignore)
+                await slices.of(self._life.find(selection, now, boot_ms))
         known: list[Problem] = []
-        await slices.of(islice(daemon.known(scene), SUBJECTS), known.append)
+        found = (problem for condition in KNOWN for problem in condition.known(scene))
+        await slices.of(islice(found, SUBJECTS), known.append)
         self._known, self._evaluated_at = known, now
         if self._life.update(now, boot_ms):
             self.on_change()
-        await slices.of(self._life.write_log(), _ignore)
+        await slices.of(self._life.write_log())
 
     async def _scan(self, slices: _Slices) -> None:
         """Read what the conditions of queues and kinds need. Many pairs are scanned less often."""
-        at, boot_ms = self._clock.moment(), self._clock.boot_ms()
-        for old in (self._crews, self._running, self._due, self._tallies):
+        scene, boot_ms = self._scene, self._clock.boot_ms()
+        for old in (scene.crews, scene.running, scene.due, scene.tallies):
             old.clear()
             await slices.end()
-        self._trends.begin(boot_ms)
-        await slices.of(self._read_crews(), _ignore)
-        await slices.of(self._read_running(), _ignore)
-        pairs = await slices.of(self._due_pairs(), self._due.append)
-        await slices.of(self.counts.recent(at.now), self._tallies.append)
-        counts = ((pair_id("backlog_grows", pair.queue, pair.kind), pair.due) for pair in self._due)
-        await slices.of(counts, lambda each: self._trends.note(*each))
-        counts = ((pair_id("retry_backlog", queue), count) for queue, count in list(self._state.retrying.items()))
-        await slices.of(counts, lambda each: self._trends.note(*each))
-        self._trends.end(boot_ms)
+        scene.at = self._clock.moment()
+        await slices.of(self._read_crews())
+        await slices.of(self._read_running())
+        pairs = await slices.of(self._read_due())
+        await slices.of(scene.counts.recent(scene.at.now), scene.tallies.append)
+        if scene.trends.is_over(boot_ms):
+            counts: dict[str, int] = {}
+            backlogs = ((pair.id("backlog_grows"), pair.due) for pair in scene.due.values())
+            retries = ((pair_id("retry_backlog", queue), count) for queue, count in list(self._state.retrying.items()))
+            await slices.of(chain(backlogs, retries), lambda each: counts.update([each]))
+            scene.trends.note(counts, boot_ms)
         self._next_scan = loop_time() + (SCAN_MANY_EVERY_S if pairs > MANY_PAIRS else 0)
+
+    async def _look(self) -> None:
+        """Read what holds at this moment."""
+        scene, scene.space = self._scene, await self._health.space()
+        scene.at, scene.limits, scene.cluster = self._clock.moment(), self.thresholds, self.cluster()
+        scene.up_ms = 0 if self._first is None else self._clock.boot_ms() - self._first + self._hold_ms
+        scene.opened, scene.failing_webhooks = self._life.opened, self.failing_webhooks()
+        scene.full_in_ms, scene.rejects_creates = self._full_in_ms(scene.space), self._rejects_creates()
+        scene.rejected = self._rejected()
 
     def _rejected(self) -> dict[str, int]:
         """Return the error responses of the last 5 minutes, by code."""
@@ -251,74 +253,44 @@ class ProblemBoard(StoppableLoop):
             return None
         return space.free_bytes * (boot_ms - since) / used_bytes
 
-    async def _scene(self) -> Scene:
-        space, at, boot_ms = await self._health.space(), self._clock.moment(), self._clock.boot_ms()
-        return Scene(
-            state=self._state,
-            at=at,
-            limits=self.thresholds,
-            opened=self._life.opened,
-            up_ms=0 if self._first is None else boot_ms - self._first + self._hold_ms,
-            health=self._health.last,
-            damage=self._health.damage,
-            space=space,
-            full_in_ms=self._full_in_ms(space),
-            disk_use=self._disk_use,
-            rejects_creates=self._rejects_creates(),
-            invalid=self._cleanup.invalid,
-            failing_webhooks=self.failing_webhooks(),
-            cluster=self.cluster(),
-            counts=self.counts,
-            losses=self.losses,
-            durations=self._state.counters.baselines.view(at.now),
-            due=self._due,
-            crews=self._crews,
-            running=self._running,
-            tallies=self._tallies,
-            trends=self._trends,
-            rejected=self._rejected(),
-        )
-
     def _read_crews(self) -> Iterator[None]:
         """Count the workers of each claim set by state. Those without a remembered claim have the set None."""
-        presence, crews = self._state.presence, self._crews
+        presence, crews = self._state.presence, self._scene.crews
         for name, worker in presence.remembered():
-            crew, state = crews.setdefault(worker.claims, Crew()), presence.state(worker)
-            if state in ("died", "gone"):
-                last = presence.workers.get(crew.last or "")
-                crew.last = name if last is None or last.last_seen_at <= worker.last_seen_at else crew.last
-            else:
-                setattr(crew, state, getattr(crew, state) + 1)
+            crew, state = crews[worker.claims], presence.state(worker)
+            if state not in ("died", "gone"):
+                crew.there[state] += 1
+            elif crew.last is None or crew.last[0] <= worker.last_seen_at:
+                crew.last = worker.last_seen_at, name
             yield
 
     def _read_running(self) -> Iterator[None]:
         """Find since when the oldest job with a live lock of each queue and kind has been running."""
-        lock_ms, running = self._clock.moment().lock_ms, self._running
-        for job in list(islice(self._state.processing.values(), RUNNING_READ)):
-            if job.deadlines is not None and job.deadlines.is_live(lock_ms):
+        running = self._scene.running
+        for live in self._scene.live_grants():
+            if live is not None:
+                job, pair = live.job, pair_id("running", live.job.options.queue, live.job.options.kind)
                 started_at = job.started_at or job.created_at
-                pair = pair_id("running", job.options.queue, job.options.kind)
                 running[pair] = min(running.get(pair, started_at), started_at)
             yield
 
-    def _due_pairs(self) -> Iterator[DuePair | None]:
+    def _read_due(self) -> Iterator[None]:
         """Find the pairs whose oldest due job has waited for a minute, or a lower threshold. Yields once for each pair.
 
         A suspect jump of the wall clock does not lengthen the wait of jobs.
         """
-        state, at = self._state, self._clock.moment()
-        now, limits = min(at.now, at.believed), self.thresholds
+        state, at, limits = self._state, self._scene.at, self.thresholds
+        now = min(at.now, at.believed)
         times_ms = limits.queue_without_workers_ms, 0.8 * limits.queue_waits_ms, limits.paused_without_reason_ms
         due_for_ms = min(DUE_FOR_MS, *times_ms)
         for queue in list(state.counts):
             for kind in state.queued_kinds(queue):
+                yield None
                 _, entry = state.oldest_of_kind(queue, kind, now)
                 job = None if entry is None else state.jobs.get(entry[3])
-                if entry is None or job is None or (wait_ms := now - job.waits_since(now)) < due_for_ms:
-                    yield None
-                    continue
-                due, best = state.due_of_kind(queue, kind, now)
-                yield DuePair(queue, kind, due, wait_ms, entry[3], best < entry[0])
+                if entry is not None and job is not None and (wait_ms := now - job.waits_since(now)) >= due_for_ms:
+                    due, best = state.due_of_kind(queue, kind, now)
+                    self._scene.due[queue, kind] = DuePair(queue, kind, due, wait_ms, entry[3], best < entry[0])
 
 
 class _Slices:
@@ -327,11 +299,11 @@ class _Slices:
     def __init__(self) -> None:
         self._began = loop_time()
 
-    async def of(self, items: Iterable[object], take: Callable[[Any], object]) -> int:
+    async def of(self, items: Iterable[object], take: Callable[[Any], object] | None = None) -> int:
         """Take the items. Return how many were read, with those that are None."""
         read = 0
         for read, item in enumerate(items, 1):
-            if item is not None:
+            if item is not None and take is not None:
                 take(item)
             if read % 8 == 0:  # reading the time costs more than most items
                 await self.end()
@@ -343,7 +315,3 @@ class _Slices:
         if loop_time() - self._began >= SLICE_S:
             await asyncio.sleep(0)
             self._began = loop_time()
-
-
-def _ignore(item: None) -> None:
-    """Take an item that only ends a slice."""

@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Final, NamedTuple
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import islice
+from typing import Any, Final, NamedTuple
 
-from msgspec import Struct
+from msgspec import Struct, field
 
 from jobd.core.state import State
-from jobd.core.stats import KindDurations
 from jobd.core.worker_presence import ClaimSet
-from jobd.maintenance.cleanup_run import InvalidRows
-from jobd.model.commands import Moment
-from jobd.model.job import HOUR_MS, MINUTE_MS, SECOND_MS
-from jobd.model.problems import Cure, Severity, Subject, Unit
-from jobd.model.responses import ClusterView, DiskUse, HealthView
+from jobd.maintenance.maintainer import Maintainer
+from jobd.model.commands import Moment, WorkerState
+from jobd.model.job import HOUR_MS, MINUTE_MS, SECOND_MS, Grant, Job, LockDeadlines
+from jobd.model.problems import Cure, Problem, Severity, Subject, Unit
+from jobd.model.responses import ClusterView, DiskUse
 from jobd.model.storage import DiskSpace
 from jobd.model.webhooks import FailingWebhook
+from jobd.monitoring.health import Health
 from jobd.monitoring.problems.losses import WorkerLosses
-from jobd.monitoring.problems.queue_kind_counts import PairCounts, Tally
+from jobd.monitoring.problems.queue_kind_counts import Pair, PairCounts, Tally
 from jobd.monitoring.problems.trends import Trends
 
 CLOSE_RATIO: Final = 0.9  # a ratio closes at this part of its threshold, so that a value near it does not flap
 GIB: Final = 1 << 30
+RUNNING_READ: Final = 10_000
 
 
 class Thresholds(Struct, frozen=True):
@@ -66,21 +69,25 @@ class Thresholds(Struct, frozen=True):
         return 100 - self.disk_free_percent
 
 
-class Finding(Struct, frozen=True, kw_only=True, gc=False):
-    """A subject for which a condition holds now. `severity` is that of the condition if it is None."""
+class Finding(Struct, frozen=True, gc=False):
+    """A subject for which a condition holds now.
+
+    Unless given, `value` is the wait if the unit is ms, else the number of jobs, and `severity` that of the condition.
+    `since` is for conditions that are known, whose findings are not tracked.
+    """
 
     subject: Subject
     title: str
-    value: float = 1
     jobs: int = 0
     wait_ms: int = 0
+    value: float | None = None
     severity: Severity | None = None
     cause: str = ""
     cure: tuple[Cure, ...] = ()
+    since: int = 0
 
     @property
     def rank(self) -> tuple[int, int]:
-        """The more jobs wait for the longer, the worse."""
         return rank_of(self.jobs, self.wait_ms)
 
 
@@ -92,29 +99,28 @@ class Draft(NamedTuple):
     make: Callable[[], Finding]
 
 
-class Crew(Struct, gc=False):
-    """How many workers of one claim set are in each state, and the one heard last of those that died or are gone."""
+class LiveGrant(NamedTuple):
+    """A processing job whose lock is live."""
 
-    silent: int = 0
-    busy: int = 0
-    waiting: int = 0
-    idle: int = 0
-    last: str | None = None
+    job: Job
+    grant: Grant
+    deadlines: LockDeadlines
 
 
-class DuePair(Struct, frozen=True, gc=False):
+class Crew(Struct):
+    """How many workers of claim sets are there, by state, and when the last of the others was heard, with its name."""
+
+    there: Counter[WorkerState] = field(default_factory=Counter)
+    last: tuple[int, str] | None = None
+
+
+class DuePair(Pair, frozen=True, gc=False):
     """A queue and a kind with due jobs. `job_id` waits longest. `is_behind`: others have a better priority."""
 
-    queue: str
-    kind: str
     due: int
     wait_ms: int
     job_id: str
     is_behind: bool = False
-
-    @property
-    def subject(self) -> Subject:
-        return Subject(type="pair", queue=self.queue, kind=self.kind)
 
     @property
     def rank(self) -> tuple[int, int]:
@@ -122,55 +128,94 @@ class DuePair(Struct, frozen=True, gc=False):
 
 
 class Scene(Struct, kw_only=True):
-    """What an evaluation reads. `opened` are the ids of open problems, whose thresholds to close are lower."""
+    """What an evaluation reads: the parts of the daemon, what the latest scan found, and what holds at this moment."""
 
     state: State
-    at: Moment
-    limits: Thresholds
-    opened: frozenset[str] = frozenset()
-    up_ms: int = HOUR_MS  # since the start, when a finding of now can be a problem
-    health: HealthView | None = None
-    damage: str | None = None  # of the store, as health says it
-    space: DiskSpace | None = None
-    full_in_ms: float | None = None  # at the rate of the last hour; None if it is not known or the disk does not fill
-    disk_use: Callable[[], DiskUse | None] = lambda: None  # None: it is being measured
-    rejects_creates: bool = False
-    invalid: InvalidRows = InvalidRows(0, ())
-    failing_webhooks: Iterable[FailingWebhook] = ()
-    cluster: ClusterView
+    health: Health
+    cleanup: Maintainer
     counts: PairCounts
     losses: WorkerLosses
-    durations: Iterable[KindDurations] = ()
-    due: Iterable[DuePair] = ()
-    tallies: Iterable[Tally] = ()
-    trends: Trends
+    disk_use: Callable[[], DiskUse | None]  # None: it is being measured
+    trends: Trends = field(default_factory=Trends)
+    # The latest scan.
+    crews: defaultdict[ClaimSet | None, Crew] = field(default_factory=lambda: defaultdict(Crew))
+    running: dict[str, int] = {}  # pair_id("running", …) -> the oldest started_at of its jobs with a live lock
+    due: dict[tuple[str, str], DuePair] = {}  # by queue and kind
+    tallies: list[Tally] = []
+    # This moment.
+    at: Moment
+    limits: Thresholds = Thresholds()
+    cluster: ClusterView = ClusterView(role="single")
+    opened: frozenset[str] = frozenset()  # ids of open problems, whose thresholds to close are lower
+    up_ms: int = HOUR_MS  # since the start, when a finding of now can be a problem
+    space: DiskSpace | None = None
+    full_in_ms: float | None = None  # at the rate of the last hour; None if it is not known or the disk does not fill
+    rejects_creates: bool = False
+    failing_webhooks: Iterable[FailingWebhook] = ()
     rejected: Mapping[str, int] = {}  # code -> error responses of the last 5 minutes
-    crews: Mapping[ClaimSet | None, Crew] = {}
-    running: Mapping[str, int] = {}  # pair_id("running", …) -> the oldest started_at of its jobs with a live lock
 
-    def exceeds(self, id_: str, value: float, threshold: float, close_at: float | None = None) -> bool:
+    def due_of(self, queue: str) -> list[DuePair]:
+        return [pair for kind in self.state.queued_kinds(queue) if (pair := self.due.get((queue, kind))) is not None]
+
+    def live_grants(self) -> Iterator[LiveGrant | None]:
+        """Iterate over the jobs with live locks, the oldest grant first. Yields once for each processing job."""
+        for job in list(islice(self.state.processing.values(), RUNNING_READ)):
+            if job.grant is None or job.deadlines is None or not job.deadlines.is_live(self.at.lock_ms):
+                yield None
+            else:
+                yield LiveGrant(job, job.grant, job.deadlines)
+
+    def exceeds(self, id_: str, value: float, threshold: float, close_at: float) -> bool:
         """Return whether a value is above the threshold, or, of an open problem, above the value at which it closes."""
-        return value > (threshold if close_at is None or id_ not in self.opened else close_at)
+        return value > (close_at if id_ in self.opened else threshold)
 
 
 class Condition(Struct, frozen=True):
     """One row of the catalogue.
 
-    `find` yields the subjects for which it holds, and None where a slice may end. `alert` is the name of the alert that
-    is derived from it, and of its threshold. `per` is the value of the problem for 1 of the alert, if the unit does not
+    `check` returns the finding of one item of `each`, if the condition holds for it, or of the scene if `each` is None.
+    A slice may end after each item, and items that are None are not checked. `alert` is the name of the alert that is
+    derived from it, and of its threshold. `per` is the value of the problem for 1 of the alert, if the unit does not
     give it. `hides` names conditions whose problems are explained by one of this condition, if their subjects overlap.
-    `of_pairs`: it reads all queues and kinds, and is evaluated less often if they are many.
     """
 
     name: str
     severity: Severity
-    find: Callable[[Scene], Iterable[Finding | Draft | None]]
+    check: Callable[..., Finding | Draft | None]
+    each: Callable[[Scene], Iterable[Any]] | None = None
     unit: Unit = "jobs"
     alert: str = ""
     per: int | None = None
     hides: tuple[str, ...] = ()
-    of_cluster: bool = False
-    of_pairs: bool = False
+
+    def find(self, scene: Scene) -> Iterable[Finding | Draft | None]:
+        if self.each is None:
+            return (self.check(scene),)
+        return (None if item is None else self.check(scene, item) for item in self.each(scene))
+
+    def known(self, scene: Scene) -> Iterable[Problem]:
+        """Make the problems of a condition whose findings need no action, and are not tracked."""
+        for found in self.find(scene):
+            if isinstance(found, Finding):
+                yield self.problem(problem_id(self.name, found.subject), found, found.since)
+
+    def problem(self, id_: str, finding: Finding, since: int) -> Problem:
+        value = finding.value
+        if value is None:
+            value = finding.wait_ms if self.unit == "ms" else finding.jobs or 1
+        return Problem(
+            id=id_,
+            condition=self.name,
+            severity=finding.severity or self.severity,
+            subject=finding.subject,
+            since=since,
+            jobs=finding.jobs,
+            value=round(value, 4),
+            unit=self.unit,
+            title=finding.title,
+            cause=finding.cause,
+            cure=list(finding.cure),
+        )
 
     def alert_threshold(self, limits: Thresholds) -> float:
         name = self.alert if hasattr(limits, self.alert) else f"{self.alert}_ms"
@@ -183,6 +228,7 @@ class Condition(Struct, frozen=True):
 
 
 def rank_of(jobs: int, wait_ms: int = 0) -> tuple[int, int]:
+    """The more jobs wait for the longer, the worse."""
     return max(jobs, 1) * max(wait_ms, 1), jobs
 
 
@@ -190,10 +236,10 @@ def problem_id(condition: str, subject: Subject) -> str:
     return "/".join((condition, *subject.parts))
 
 
-def pair_id(condition: str, queue: str, kind: str = "") -> str:
-    """Return the `problem_id` of a queue and a kind, at a fifth of the cost."""
-    return f"{condition}/{queue}/{kind}" if kind else f"{condition}/{queue}"
+def plural(count: int, noun: str, one: str = "", many: str = "") -> str:
+    """Return the count and its noun, and then the verb for one or for many."""
+    return f"{count:,} {noun} {one}".rstrip() if count == 1 else f"{count:,} {noun}s {many}".rstrip()
 
 
-def plural(count: int, noun: str) -> str:
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+def job_cure(label: str, verb: str, job_id: str, *, changes: bool = False) -> Cure:
+    return Cure(label, f"jobctl {verb} {job_id}", f"/jobs/{job_id}", changes)

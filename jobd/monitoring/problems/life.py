@@ -6,7 +6,7 @@ stands still on a full disk.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from heapq import heappop, heappush
 from operator import itemgetter
 from typing import Final, get_args
@@ -34,6 +34,7 @@ log = structlog.get_logger("jobd.problems")
 class _Track(Struct):
     """A finding that may become a problem, or one that is open. `told` is what was last announced, and when."""
 
+    condition: Condition
     problem: Problem
     first: BootMs
     seen: BootMs
@@ -49,7 +50,7 @@ class Selection:
     `rest` counts those that are left out.
     """
 
-    def __init__(self, condition: str, tracked: set[str], room: int) -> None:
+    def __init__(self, condition: Condition, tracked: set[str], room: int) -> None:
         self.condition = condition
         self.rest = 0
         self._tracked = tracked
@@ -60,7 +61,7 @@ class Selection:
     def add(self, found: Finding | Draft) -> None:
         if isinstance(found, Finding):
             finding = found
-            found = Draft(problem_id(self.condition, finding.subject), finding.rank, lambda: finding)
+            found = Draft(problem_id(self.condition.name, finding.subject), finding.rank, lambda: finding)
         if found.id in self._tracked:
             self._known.append(found)
             return
@@ -77,13 +78,12 @@ class Selection:
 class ProblemLife:
     """Follows the findings of evaluations with `find` and `update`. `listed`: the open problems that none hides."""
 
-    def __init__(self, conditions: Sequence[Condition], hold_ms: int = HOLD_MS, clear_ms: int = CLEAR_MS) -> None:
+    def __init__(self, hold_ms: int = HOLD_MS, clear_ms: int = CLEAR_MS) -> None:
         self.listed: list[Problem] = []
         self.rest: dict[str, int] = {}  # condition -> subjects that are left out
         self.opened_total: dict[tuple[str, Severity], int] = {}
         self.closed: list[Problem] = []  # by the latest update, as `begun` are those that it listed
         self.begun: list[Problem] = []
-        self._conditions = {each.name: each for each in conditions}
         self._hold_ms = hold_ms
         self._clear_ms = clear_ms
         self._tracks: dict[str, _Track] = {}
@@ -96,16 +96,18 @@ class ProblemLife:
 
     def open_problems(self) -> list[Problem]:
         """Return all open problems, hidden ones too, the worst first."""
-        tracks = [each for each in self._tracks.values() if each.is_open]
-        return [each.problem for each in sorted(tracks, key=_urgency)]
+        return [track.problem for track in self._open()]
+
+    def _open(self) -> list[_Track]:
+        return sorted((track for track in self._tracks.values() if track.is_open), key=_urgency)
 
     def changed_at(self, id_: str) -> int:
         """Return when an open problem last became much worse, in wall time; 0 if it did not."""
         return self._tracks[id_].changed_at
 
-    def selection(self, condition: str) -> Selection:
+    def selection(self, condition: Condition) -> Selection:
         """Return an empty selection for the findings of an evaluation."""
-        tracked = {id_ for id_, track in self._tracks.items() if track.problem.condition == condition}
+        tracked = {id_ for id_, track in self._tracks.items() if track.condition is condition}
         return Selection(condition, tracked, max(min(SUBJECTS - len(tracked), MOST - len(self._tracks)), 0))
 
     def update(self, now: int, boot_ms: BootMs) -> bool:
@@ -147,50 +149,37 @@ class ProblemLife:
 
     def find(self, selection: Selection, now: int, boot_ms: BootMs) -> Iterator[None]:
         """Apply the findings of one condition. Yields after each one."""
-        condition = self._conditions[selection.condition]
-        self.rest[condition.name] = selection.rest
+        condition, rest = selection.condition, selection.rest
         for draft in selection.chosen():
             track = self._tracks.get(draft.id)
             if track is None and len(self._tracks) >= MOST:
-                self.rest[condition.name] += 1
+                rest += 1
                 continue
             finding = draft.make()
-            since = now if track is None else track.problem.since
-            problem = Problem(
-                id=draft.id,
-                condition=condition.name,
-                severity=finding.severity or condition.severity,
-                subject=finding.subject,
-                since=since,
-                jobs=finding.jobs,
-                value=round(finding.value, 4),
-                unit=condition.unit,
-                title=finding.title,
-                cause=finding.cause,
-                cure=list(finding.cure),
-            )
+            problem = condition.problem(draft.id, finding, now if track is None else track.problem.since)
             if track is None:
-                self._tracks[draft.id] = _Track(problem, boot_ms, boot_ms, finding.rank)
-            else:
-                track.problem, track.seen, track.rank = problem, boot_ms, finding.rank
+                track = self._tracks[draft.id] = _Track(condition, problem, boot_ms, boot_ms, finding.rank)
+            track.problem, track.seen, track.rank = problem, boot_ms, finding.rank
             yield
+        self.rest[condition.name] = rest
 
-    def find_again(self, condition: str, boot_ms: BootMs) -> None:
+    def find_again(self, condition: Condition, boot_ms: BootMs) -> None:
         """Apply the findings that one condition had at the latest update."""
         for track in self._tracks.values():
-            if track.problem.condition == condition and track.seen == self._updated:
+            if track.condition is condition and track.seen == self._updated:
                 track.seen = boot_ms
 
     def _list(self) -> None:
         """List the open problems by urgency, without those that another one hides."""
-        tracks = sorted((track for track in self._tracks.values() if track.is_open), key=_urgency)
+        tracks = self._open()
         hidden: dict[str, list[str]] = {}  # id of the problem that hides -> ids of those that it hides
         gone: set[str] = set()
         by_queue: dict[tuple[str, str | None], list[Problem]] = {}
-        for problem in (track.problem for track in tracks):
-            by_queue.setdefault((problem.condition, problem.subject.queue), []).append(problem)
-        for hider in (track.problem for track in tracks):
-            for name in self._conditions[hider.condition].hides:
+        for track in tracks:
+            by_queue.setdefault((track.condition.name, track.problem.subject.queue), []).append(track.problem)
+        for track in tracks:
+            hider = track.problem
+            for name in track.condition.hides:
                 for other in by_queue.get((name, hider.subject.queue), ()):
                     if other.id not in gone and hider.subject.overlaps(other.subject):
                         hidden.setdefault(hider.id, []).append(other.id)

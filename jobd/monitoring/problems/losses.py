@@ -11,7 +11,7 @@ from typing import Final, NamedTuple
 
 from msgspec import Struct, field
 
-from jobd.core.stats import LATELY, STEP_MS
+from jobd.core.stats import LATELY, STEP_MS, latest
 from jobd.core.worker_presence import WorkerPresence, WorkerSeen
 from jobd.model.events import Event
 
@@ -34,12 +34,12 @@ class GroupLosses(Struct):
     grants: dict[int, int] = field(default_factory=dict)
     stalls: dict[int, int] = field(default_factory=dict)
     workers: dict[str, WorkerLoss] = field(default_factory=dict)
+    last_at: int = 0
 
     def trim(self, now: int) -> None:
         """Forget what is more than ten minutes ago, or ahead of a clock that was set back."""
         last = now // STEP_MS
-        self.grants = {step: count for step, count in self.grants.items() if last - LATELY < step <= last}
-        self.stalls = {step: count for step, count in self.stalls.items() if last - LATELY < step <= last}
+        self.grants, self.stalls = latest(self.grants, last, LATELY), latest(self.stalls, last, LATELY)
         oldest_ms = (last - LATELY + 1) * STEP_MS
         self.workers = {name: loss for name, loss in self.workers.items() if oldest_ms <= loss.at <= now}
 
@@ -83,6 +83,7 @@ class WorkerLosses:
         key, group = self._of(name)
         self.dying[key] = None
         group.stalls[step] = group.stalls.get(step, 0) + 1
+        group.last_at = event.at
         group.workers[name] = WorkerLoss(event.at, max(before.updated_at - before.grant.acquired_at, 0))
         workers = self.holders.setdefault(event.job_id, {})
         workers[name] = None

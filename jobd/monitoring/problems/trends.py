@@ -15,28 +15,21 @@ SETTLED: Final = 3  # minutes without a rise end a trend
 
 
 class Trends:
-    """The counts of the last minutes by problem id: `begin` a minute, `note` its counts, `end` it. Others are 0.
+    """The counts of the last minutes by problem id; others are 0. The counts of a minute are noted once it is over.
 
     A minute is one dict of numbers, so that thousands of ids make no work for the garbage collector.
     """
 
     def __init__(self) -> None:
         self._minutes: deque[dict[str, int]] = deque(maxlen=MINUTES + 1)
-        self._next: dict[str, int] | None = None
-        self._began: BootMs | None = None
+        self._noted: BootMs | None = None
 
-    def begin(self, boot_ms: BootMs) -> None:
-        """Begin a minute, unless the last one has not ended."""
-        self._next = {} if self._began is None or boot_ms - self._began >= MINUTE_MS else None
+    def is_over(self, boot_ms: BootMs) -> bool:
+        return self._noted is None or boot_ms - self._noted >= MINUTE_MS
 
-    def note(self, id_: str, count: int) -> None:
-        if self._next is not None:
-            self._next[id_] = count
-
-    def end(self, boot_ms: BootMs) -> None:
-        if self._next is not None:
-            self._minutes.append(self._next)
-            self._next, self._began = None, boot_ms
+    def note(self, counts: dict[str, int], boot_ms: BootMs) -> None:
+        self._minutes.append(counts)
+        self._noted = boot_ms
 
     def rise(self, id_: str, *, is_open: bool) -> tuple[int, int] | None:
         """Return the first and the last count if they rose in most minutes, or, of an open problem, lately."""

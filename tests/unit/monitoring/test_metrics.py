@@ -47,7 +47,7 @@ from jobd.monitoring.metrics import (
     text,
 )
 from jobd.monitoring.problems.board import ProblemBoard
-from jobd.monitoring.problems.catalogue import ALERTS
+from jobd.monitoring.problems.catalogue import ALERTS, OF_CLUSTER
 from jobd.storage.store import Store
 from tests.support.memory_storage import MemoryStorage
 from tests.support.virtual_engine import VirtualEngine, in_engine, in_virtual_time, row, seconds
@@ -396,7 +396,7 @@ async def test_problems_by_condition_and_the_jobs_of_the_worst_queues(engine: Vi
     assert value(body, "jobd_problem_jobs", condition="", queue="(other)") == 3
     assert len(read(body)["jobd_problem_jobs"].samples) == PROBLEM_QUEUES + 1
     assert value(body, "jobd_alert_firing", alert="queue_without_workers") == 1
-    assert len(read(body)["jobd_alert_firing"].samples) == sum(not each.of_cluster for each in ALERTS.values())
+    assert len(read(body)["jobd_alert_firing"].samples) == sum(each not in OF_CLUSTER for each in ALERTS.values())
 
 
 @in_engine()

@@ -355,7 +355,7 @@ def test_disk_holds_below_a_tenth_or_one_gibibyte_of_a_large_disk(free: int, tot
             listed = await found(problems)
             assert [each.severity for each in listed.values()] == [severity] * bool(severity)
             assert all(each.title.endswith("free on the disk of /srv/jobd.db.") for each in listed.values())
-            problems._rejects_creates, problems._disk_use = lambda: True, lambda: DISK_USE
+            problems._rejects_creates, problems._scene.disk_use = lambda: True, lambda: DISK_USE
             problem = (await found(problems))["disk/disk"]
             assert problem.title.endswith("New jobs are rejected.")
             assert problem.cause.startswith(
@@ -370,7 +370,7 @@ def test_disk_holds_below_a_tenth_or_one_gibibyte_of_a_large_disk(free: int, tot
 async def test_the_problem_of_the_disk_counts_free_pages_and_names_other_files(engine: VirtualEngine) -> None:
     problems, mib = problems_of(engine), 1 << 20
     use = replace(DISK_USE, not_jobd_bytes=300 * mib, free_page_bytes=106 * mib)
-    problems._disk_use = lambda: use
+    problems._scene.disk_use = lambda: use
     engine.disk.disk_space = DiskSpace("/srv/jobd.db", 53 * mib, 640 * mib)
     problem = (await found(problems))["disk/disk"]
     assert problem.cause.startswith("300.0 MiB are in files that are not jobd's. reports / monthly holds about 105.0 ")
@@ -525,21 +525,19 @@ class LifeHarness:
     """A life of three conditions, with a clock that the test moves."""
 
     def __init__(self) -> None:
-        made = [
-            Condition(
-                name=name, severity="warning", find=lambda scene: (), hides=("hidden",) if name == "hider" else ()
-            )
+        self.conditions = [
+            Condition(name, "warning", lambda scene: None, hides=("hidden",) if name == "hider" else ())
             for name in ("hidden", "hider", "other")
         ]
-        self.life = ProblemLife(made)
+        self.life = ProblemLife()
         self.ms = 0
 
     def see(self, after_s: int, **found: list[Finding]) -> bool:
         self.ms += after_s * 1000
         now, boot_ms = NOW + self.ms, BootMs(self.ms)
-        selections = [self.life.selection(name) for name in ("hidden", "hider", "other")]
+        selections = [self.life.selection(each) for each in self.conditions]
         for selection in selections:
-            for finding in found.get(selection.condition, ()):
+            for finding in found.get(selection.condition.name, ()):
                 selection.add(finding)
         for selection in selections:
             list(self.life.find(selection, now, boot_ms))
