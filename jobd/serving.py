@@ -50,7 +50,7 @@ from jobd.monitoring.failure_groups import FailureGroups
 from jobd.monitoring.health import Health
 from jobd.monitoring.metrics import Metrics
 from jobd.monitoring.problems.board import ProblemBoard
-from jobd.monitoring.problems.condition import Thresholds
+from jobd.monitoring.problems.condition import Scene, Thresholds
 from jobd.monitoring.timeseries import Timeseries
 from jobd.resources import RandomPool
 from jobd.storage.artifacts.base import ArtifactStore
@@ -255,7 +255,7 @@ class Serving:
         self.actor.policy = settings.policy()
         self.clock.keep_ms = self.actor.policy.shortest_keep_ms
         self.maintainer.set_schedule(_schedule(settings))
-        self.services.problems.thresholds = _thresholds(settings)
+        self.services.problems.scene.limits = _thresholds(settings)
 
     async def finish(self) -> None:
         """Stop the background parts, and decide the commands that were accepted. Nothing is decided after that.
@@ -422,19 +422,19 @@ class Serving:
     def _make_problems(
         self, health: Health, view: Callable[[], ClusterView], disk_sampler: DiskSampler
     ) -> ProblemBoard:
-        return ProblemBoard(
-            self.actor.state,
-            self.clock,
-            health,
-            self.maintainer,
-            _thresholds(self._loaded.config),
+        scene = Scene(
+            state=self.actor.state,
+            clock=self.clock,
+            health=health,
+            cleanup=self.maintainer,
+            limits=_thresholds(self._loaded.config),
             failing_webhooks=self.webhooks.failing,
             cluster=view,
             rejects_creates=lambda: self.actor.full_disk.write_limit != WriteLimit.NONE,
             error_counts=self._error_counts,
             disk_use=disk_sampler.recent,
-            on_change=self.webhooks.problems_changed,
         )
+        return ProblemBoard(scene, on_change=self.webhooks.problems_changed)
 
 
 def _make_actor(

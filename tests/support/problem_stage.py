@@ -11,15 +11,17 @@ from jobd.model.job import HOUR_MS
 from jobd.model.problems import Problem
 from jobd.monitoring.health import Health
 from jobd.monitoring.problems.board import EVALUATE_EVERY_S, ProblemBoard
-from jobd.monitoring.problems.condition import Thresholds
+from jobd.monitoring.problems.condition import Scene, Thresholds
 from tests.support.virtual_engine import VirtualEngine, seconds
 
 
 def problems_of(engine: VirtualEngine, thresholds: Thresholds | None = None, **settings: Any) -> ProblemBoard:
     """Return problems that open and close at once, on a daemon that has been up for long."""
     health = Health(engine.actor, engine.clock, engine.maintainer)
-    settings = {"hold_ms": 0, "clear_ms": 0, **settings}
-    made = ProblemBoard(engine.state, engine.clock, health, engine.maintainer, thresholds, **settings)
+    times = {name: settings.pop(name, 0) for name in ("hold_ms", "clear_ms")}
+    scene = Scene(state=engine.state, clock=engine.clock, health=health, cleanup=engine.maintainer, **settings)
+    scene.limits = thresholds or scene.limits
+    made = ProblemBoard(scene, **times)
     made._first = engine.clock.boot_ms() - HOUR_MS
     engine.actor.on_commit.append(made.committed)
     return made
@@ -53,7 +55,7 @@ class Stage:
 
     async def _watch(self) -> None:
         while True:
-            await self.problems._health.view()
+            await self.problems.scene.health.view()
             await self.problems.check()
             self.listed |= {each.id: each for each in self.problems.view().problems}
             for problem in self.problems._life.open_problems():

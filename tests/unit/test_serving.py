@@ -83,7 +83,7 @@ async def test_a_reload_during_a_takeover_is_applied(
         daemon._apply(loaded(tmp_path, JOBD_ALERTS_PROCESSING_JOBS="7"))
 
     async with start(reload) as at:
-        assert at.services.problems.thresholds.processing_jobs == 7
+        assert at.services.problems.scene.limits.processing_jobs == 7
 
 
 class LostLeadership:

@@ -10,24 +10,19 @@ from typing import Any, Final
 
 import structlog
 
-from jobd.core.state import State
-from jobd.engine.clock import Clock, loop_time
-from jobd.maintenance.maintainer import Maintainer
+from jobd.engine.clock import loop_time
 from jobd.maintenance.stoppable_loop import StoppableLoop
 from jobd.model.clocks import BootMs, MonotonicS
 from jobd.model.events import Event
 from jobd.model.job import HOUR_MS, MINUTE_MS, SECOND_MS
 from jobd.model.problems import Problem, ProblemList, Severity
-from jobd.model.responses import AlertView, ClusterView, DiskUse
+from jobd.model.responses import AlertView
 from jobd.model.storage import DiskSpace
-from jobd.model.webhooks import FailingWebhook, OpenProblems
-from jobd.monitoring.health import Health
-from jobd.monitoring.problems import daemon
+from jobd.model.webhooks import OpenProblems
 from jobd.monitoring.problems.catalogue import ALERT_OF, ALERTS, CONDITIONS, KNOWN, OF_CLUSTER, OF_PAIRS
-from jobd.monitoring.problems.condition import Condition, DuePair, Scene, Thresholds
+from jobd.monitoring.problems.condition import Condition, DuePair, Scene
 from jobd.monitoring.problems.life import CLEAR_MS, HOLD_MS, SUBJECTS, ProblemLife
-from jobd.monitoring.problems.losses import WorkerLosses
-from jobd.monitoring.problems.queue_kind_counts import PairCounts, pair_id
+from jobd.monitoring.problems.queue_kind_counts import pair_id
 from jobd.monitoring.problems.queues_and_kinds import SETTLED_MS
 
 EVALUATE_EVERY_S: Final = 5.0
@@ -38,7 +33,7 @@ DUE_FOR_MS: Final = MINUTE_MS  # below it, no condition asks for a pair, unless 
 MANY_PAIRS: Final = 2_000  # beyond, they are scanned less often
 SCAN_MANY_EVERY_S: Final = 15.0
 RATE_AFTER_MS: Final = 10 * MINUTE_MS
-REJECTED_MS: Final = 5 * MINUTE_MS
+EVALUATIONS: Final = int(5 * MINUTE_MS / SECOND_MS / EVALUATE_EVERY_S) + 1  # of 5 minutes
 
 log = structlog.get_logger("jobd.problems")
 
@@ -51,60 +46,36 @@ class ProblemBoard(StoppableLoop):
 
     def __init__(
         self,
-        state: State,
-        clock: Clock,
-        health: Health,
-        cleanup: Maintainer,
-        thresholds: Thresholds | None = None,
+        scene: Scene,
         *,
         hold_ms: int = HOLD_MS,
         clear_ms: int = CLEAR_MS,
-        failing_webhooks: Callable[[], Iterable[FailingWebhook]] = tuple,
-        cluster: Callable[[], ClusterView] = lambda: ClusterView(role="single"),
-        rejects_creates: Callable[[], bool] = lambda: False,
-        error_counts: Callable[[], Iterable[Counter[str]]] = tuple,
-        disk_use: Callable[[], DiskUse | None] = lambda: None,
         on_change: Callable[[], None] = lambda: None,
     ) -> None:
         super().__init__()
-        self.thresholds = thresholds or Thresholds()
+        self.scene = scene
         self.on_change = on_change
-        self.failing_webhooks = failing_webhooks
-        self.cluster = cluster
-        self._rejects_creates = rejects_creates
-        self._error_counts = error_counts
         self._life = ProblemLife(hold_ms, clear_ms)
-        self._state = state
-        self._clock = clock
+        self._boot_ms = scene.clock.boot_ms
         self._hold_ms = hold_ms
-        self._health = health
         self._known: list[Problem] = []
         self._evaluated_at = 0
         self._first: BootMs | None = None  # the first check with measured health
-        self._scene = Scene(
-            state=state,
-            health=health,
-            cleanup=cleanup,
-            counts=PairCounts(),
-            losses=WorkerLosses(state.presence),
-            disk_use=disk_use,
-            at=clock.moment(),
-        )
         self._free: deque[tuple[BootMs, int]] = deque()  # bytes of the disk in the last hour, one a minute
-        self._errors: deque[tuple[BootMs, dict[str, int]]] = deque()
+        self._errors: deque[Counter[str]] = deque(maxlen=EVALUATIONS)
         self._next_scan = MonotonicS(0.0)
 
     def committed(self, changes: Sequence[Event]) -> None:
         """Count the changes of a committed batch."""
-        self._scene.counts.note(changes)
-        self._scene.losses.note(changes)
+        self.scene.counts.note(changes)
+        self.scene.losses.note(changes, self.scene.state.presence)
 
     # -- views ---------------------------------------------------------------------------------------------------------
 
     @property
     def is_known(self) -> bool:
         """Whether the list is complete: not in the first `hold_ms` after the start."""
-        return self._first is not None and self._clock.boot_ms() - self._first >= self._hold_ms
+        return self._first is not None and self._boot_ms() - self._first >= self._hold_ms
 
     def view(self, severity: Severity | None = None, queue: str | None = None) -> ProblemList:
         """Return the list, or only the problems of a severity or a queue."""
@@ -124,7 +95,7 @@ class ProblemBoard(StoppableLoop):
         """
         if not self.is_known or self._first is None:
             return None
-        settled = self._clock.boot_ms() - self._first >= SETTLED_MS + self._hold_ms + EVALUATE_EVERY_S * SECOND_MS
+        settled = self._boot_ms() - self._first >= SETTLED_MS + self._hold_ms + EVALUATE_EVERY_S * SECOND_MS
         listed = self._life.listed
         return OpenProblems(listed, {each.id: self._life.changed_at(each.id) for each in listed}, settled)
 
@@ -135,14 +106,14 @@ class ProblemBoard(StoppableLoop):
 
     def alerts(self) -> list[AlertView]:
         """Return the alerts, which are derived: one fires while its condition holds for any subject."""
-        shown = (each for each in ALERTS.values() if each not in OF_CLUSTER or self.cluster().role != "single")
+        shown = (each for each in ALERTS.values() if each not in OF_CLUSTER or self.scene.cluster().role != "single")
         open_: dict[str, list[Problem]] = {}
         for problem in self._life.open_problems():
             open_.setdefault(ALERT_OF[problem.condition], []).append(problem)
         return [self._alert(each, open_.get(each.alert, [])) for each in shown]
 
     def _alert(self, condition: Condition, found: list[Problem]) -> AlertView:
-        threshold = condition.alert_threshold(self.thresholds)
+        threshold = condition.alert_threshold(self.scene.limits)
         if not found:
             return AlertView(condition.alert, False, None, 0, threshold, QUIET, condition.severity)
         worst, value = found[0], condition.alert_value(max(each.value for each in found))
@@ -163,11 +134,11 @@ class ProblemBoard(StoppableLoop):
             try:
                 if began >= next_measurement:
                     next_measurement = began + MEASURE_EVERY_S
-                    await self._health.view()
+                    await self.scene.health.view()
                 was_known = self.is_known
                 await self.check()
                 if self._first is None:
-                    self._first = self._clock.boot_ms()
+                    self._first = self._boot_ms()
                 if not was_known and self.is_known:
                     self.on_change()
             except Exception:
@@ -177,11 +148,11 @@ class ProblemBoard(StoppableLoop):
 
     async def check(self) -> None:
         """Read what the conditions need, evaluate them, and update the list. A slice takes about half a millisecond."""
-        slices, is_scanned, scene = _Slices(), loop_time() >= self._next_scan, self._scene
+        slices, is_scanned, scene = _Slices(), loop_time() >= self._next_scan, self.scene
         if is_scanned:
             await self._scan(slices)
         await self._look()
-        now, boot_ms = scene.at.now, self._clock.boot_ms()
+        now, boot_ms = scene.at.now, self._boot_ms()
         for condition in CONDITIONS:
             if condition in OF_PAIRS and not is_scanned:
                 self._life.find_again(condition, boot_ms)
@@ -199,11 +170,11 @@ class ProblemBoard(StoppableLoop):
 
     async def _scan(self, slices: _Slices) -> None:
         """Read what the conditions of queues and kinds need. Many pairs are scanned less often."""
-        scene, boot_ms = self._scene, self._clock.boot_ms()
+        scene, boot_ms = self.scene, self._boot_ms()
         for old in (scene.crews, scene.running, scene.due, scene.tallies):
             old.clear()
             await slices.end()
-        scene.at = self._clock.moment()
+        scene.at = scene.clock.moment()
         await slices.of(self._read_crews())
         await slices.of(self._read_running())
         pairs = await slices.of(self._read_due())
@@ -211,27 +182,21 @@ class ProblemBoard(StoppableLoop):
         if scene.trends.is_over(boot_ms):
             counts: dict[str, int] = {}
             backlogs = ((pair.id("backlog_grows"), pair.due) for pair in scene.due.values())
-            retries = ((pair_id("retry_backlog", queue), count) for queue, count in list(self._state.retrying.items()))
+            retries = (
+                (pair_id("retry_backlog", queue), count) for queue, count in list(self.scene.state.retrying.items())
+            )
             await slices.of(chain(backlogs, retries), lambda each: counts.update([each]))
             scene.trends.note(counts, boot_ms)
         self._next_scan = loop_time() + (SCAN_MANY_EVERY_S if pairs > MANY_PAIRS else 0)
 
     async def _look(self) -> None:
         """Read what holds at this moment."""
-        scene, scene.space = self._scene, await self._health.space()
-        scene.at, scene.limits, scene.cluster = self._clock.moment(), self.thresholds, self.cluster()
-        scene.up_ms = 0 if self._first is None else self._clock.boot_ms() - self._first + self._hold_ms
-        scene.opened, scene.failing_webhooks = self._life.opened, self.failing_webhooks()
-        scene.full_in_ms, scene.rejects_creates = self._full_in_ms(scene.space), self._rejects_creates()
-        scene.rejected = self._rejected()
-
-    def _rejected(self) -> dict[str, int]:
-        """Return the error responses of the last 5 minutes, by code."""
-        boot_ms, errors = self._clock.boot_ms(), sum(self._error_counts(), Counter[str]())
-        self._errors.append((boot_ms, {code: errors[code] for code in daemon.REJECTED}))
-        while boot_ms - self._errors[0][0] > REJECTED_MS:
-            self._errors.popleft()
-        return {code: errors[code] - count for code, count in self._errors[0][1].items()}
+        scene, scene.space = self.scene, await self.scene.health.space()
+        scene.at, scene.opened = scene.clock.moment(), self._life.opened
+        scene.up_ms = 0 if self._first is None else self._boot_ms() - self._first + self._hold_ms
+        scene.full_in_ms = self._full_in_ms(scene.space)
+        self._errors.append(sum(scene.error_counts(), Counter[str]()))
+        scene.rejected = self._errors[-1] - self._errors[0]
 
     def _full_in_ms(self, space: DiskSpace | None) -> float | None:
         """Return when the disk is full at the rate of the last hour, once it was measured for ten minutes.
@@ -239,7 +204,7 @@ class ProblemBoard(StoppableLoop):
         None if it would be full later than `disk_full_within` had nothing been written in the part of that hour before
         the start: a burst shortly after it is no rate.
         """
-        boot_ms = self._clock.boot_ms()
+        boot_ms = self._boot_ms()
         if space is None:
             return None
         if not self._free or boot_ms - self._free[-1][0] >= MINUTE_MS:
@@ -248,14 +213,14 @@ class ProblemBoard(StoppableLoop):
             self._free.popleft()
         since, free_bytes = self._free[0]
         used_bytes = free_bytes - space.free_bytes
-        is_fast = used_bytes * self.thresholds.disk_full_within_ms > space.free_bytes * HOUR_MS
+        is_fast = used_bytes * self.scene.limits.disk_full_within_ms > space.free_bytes * HOUR_MS
         if used_bytes <= 0 or boot_ms - since < RATE_AFTER_MS or not is_fast:
             return None
         return space.free_bytes * (boot_ms - since) / used_bytes
 
     def _read_crews(self) -> Iterator[None]:
         """Count the workers of each claim set by state. Those without a remembered claim have the set None."""
-        presence, crews = self._state.presence, self._scene.crews
+        presence, crews = self.scene.state.presence, self.scene.crews
         for name, worker in presence.remembered():
             crew, state = crews[worker.claims], presence.state(worker)
             if state not in ("died", "gone"):
@@ -266,11 +231,13 @@ class ProblemBoard(StoppableLoop):
 
     def _read_running(self) -> Iterator[None]:
         """Find since when the oldest job with a live lock of each queue and kind has been running."""
-        running = self._scene.running
-        for live in self._scene.live_grants():
-            if live is not None:
-                job, pair = live.job, pair_id("running", live.job.options.queue, live.job.options.kind)
-                started_at = job.started_at or job.created_at
+        running = self.scene.running
+        for job in self.scene.running_jobs():
+            if job is not None:
+                pair, started_at = (
+                    pair_id("running", job.options.queue, job.options.kind),
+                    job.started_at or job.created_at,
+                )
                 running[pair] = min(running.get(pair, started_at), started_at)
             yield
 
@@ -279,7 +246,7 @@ class ProblemBoard(StoppableLoop):
 
         A suspect jump of the wall clock does not lengthen the wait of jobs.
         """
-        state, at, limits = self._state, self._scene.at, self.thresholds
+        state, at, limits = self.scene.state, self.scene.at, self.scene.limits
         now = min(at.now, at.believed)
         times_ms = limits.queue_without_workers_ms, 0.8 * limits.queue_waits_ms, limits.paused_without_reason_ms
         due_for_ms = min(DUE_FOR_MS, *times_ms)
@@ -290,7 +257,7 @@ class ProblemBoard(StoppableLoop):
                 job = None if entry is None else state.jobs.get(entry[3])
                 if entry is not None and job is not None and (wait_ms := now - job.waits_since(now)) >= due_for_ms:
                     due, best = state.due_of_kind(queue, kind, now)
-                    self._scene.due[queue, kind] = DuePair(queue, kind, due, wait_ms, entry[3], best < entry[0])
+                    self.scene.due[queue, kind] = DuePair(queue, kind, due, wait_ms, entry[3], best < entry[0])
 
 
 class _Slices:

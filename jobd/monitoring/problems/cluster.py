@@ -14,7 +14,7 @@ _SHOW: Final = Cure("See the nodes", "jobctl cluster", "/cluster")
 
 
 def nodes(scene: Scene) -> list[NodeView]:
-    return [] if scene.cluster.role == "single" else scene.cluster.nodes
+    return scene.cluster().nodes
 
 
 def standby_behind(scene: Scene, node: NodeView) -> Finding | None:
@@ -31,8 +31,9 @@ def standby_behind(scene: Scene, node: NodeView) -> Finding | None:
 
 
 def no_standby(scene: Scene) -> Finding | None:
-    standbys = [node for node in nodes(scene) if node.role == "standby"]
-    if scene.cluster.role == "single" or not all(node.is_unseen for node in standbys):
+    view = scene.cluster()
+    standbys = [node for node in view.nodes if node.role == "standby"]
+    if view.role == "single" or not all(node.is_unseen for node in standbys):
         return None
     seen = [f"{node.name} was last seen {duration(node.seen_ms)} ago" for node in standbys]
     title = f"No standby is running, so no node takes over from this one{': ' if seen else ''}{', '.join(seen)}."
@@ -40,16 +41,16 @@ def no_standby(scene: Scene) -> Finding | None:
 
 
 def not_synchronous(scene: Scene) -> Finding | None:
-    if scene.cluster.synchronous is not False or not scene.cluster.require_sync:
+    if scene.cluster().synchronous is not False or not scene.cluster().require_sync:
         return None
     title = "PostgreSQL has no synchronous standby: if its disk is lost, acknowledged jobs are lost."
     return _of_cluster(title, "Start its standbys, and check synchronous_standby_names.")
 
 
 def two_primaries(scene: Scene) -> Finding | None:
-    if len(scene.cluster.writable) < 2:
+    used, *others = scene.cluster().writable or [""]
+    if not others:
         return None
-    used, *others = scene.cluster.writable
     former = " and ".join(others)
     title = f"PostgreSQL accepts writes at {used} and {former}."
     return _of_cluster(title, f"jobd uses {used}. Make {former}, the former primary, a standby.")
@@ -57,7 +58,7 @@ def two_primaries(scene: Scene) -> Finding | None:
 
 def database_horizon(scene: Scene) -> Finding | None:
     """A transaction in the database of the journal has been open for too long."""
-    open_ms = scene.cluster.oldest_transaction_ms or 0
+    open_ms = scene.cluster().oldest_transaction_ms or 0
     if open_ms <= scene.limits.database_horizon_ms:
         return None
     cause = (

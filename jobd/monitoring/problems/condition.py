@@ -11,9 +11,11 @@ from msgspec import Struct, field
 
 from jobd.core.state import State
 from jobd.core.worker_presence import ClaimSet
+from jobd.engine.clock import Clock
 from jobd.maintenance.maintainer import Maintainer
+from jobd.model.clocks import LockMs
 from jobd.model.commands import Moment, WorkerState
-from jobd.model.job import HOUR_MS, MINUTE_MS, SECOND_MS, Grant, Job, LockDeadlines
+from jobd.model.job import HOUR_MS, MINUTE_MS, SECOND_MS, Job
 from jobd.model.problems import Cure, Problem, Severity, Subject, Unit
 from jobd.model.responses import ClusterView, DiskUse
 from jobd.model.storage import DiskSpace
@@ -86,25 +88,13 @@ class Finding(Struct, frozen=True, gc=False):
     cure: tuple[Cure, ...] = ()
     since: int = 0
 
-    @property
-    def rank(self) -> tuple[int, int]:
-        return rank_of(self.jobs, self.wait_ms)
-
 
 class Draft(NamedTuple):
     """A finding of a subject of which there may be thousands. It is made only if the subject is chosen."""
 
-    id: str
     rank: tuple[int, int]
+    id: str
     make: Callable[[], Finding]
-
-
-class LiveGrant(NamedTuple):
-    """A processing job whose lock is live."""
-
-    job: Job
-    grant: Grant
-    deadlines: LockDeadlines
 
 
 class Crew(Struct):
@@ -122,48 +112,43 @@ class DuePair(Pair, frozen=True, gc=False):
     job_id: str
     is_behind: bool = False
 
-    @property
-    def rank(self) -> tuple[int, int]:
-        return rank_of(self.due, self.wait_ms)
-
 
 class Scene(Struct, kw_only=True):
-    """What an evaluation reads: the parts of the daemon, what the latest scan found, and what holds at this moment."""
+    """What an evaluation reads: parts of the daemon, what the latest scan found, and what was measured last."""
 
     state: State
+    clock: Clock
     health: Health
     cleanup: Maintainer
-    counts: PairCounts
-    losses: WorkerLosses
-    disk_use: Callable[[], DiskUse | None]  # None: it is being measured
+    limits: Thresholds = Thresholds()
+    failing_webhooks: Callable[[], Iterable[FailingWebhook]] = tuple
+    cluster: Callable[[], ClusterView] = lambda: ClusterView(role="single")
+    rejects_creates: Callable[[], bool] = lambda: False
+    error_counts: Callable[[], Iterable[Counter[str]]] = tuple
+    disk_use: Callable[[], DiskUse | None] = lambda: None  # None: it is being measured
+    counts: PairCounts = field(default_factory=PairCounts)
+    losses: WorkerLosses = field(default_factory=WorkerLosses)
     trends: Trends = field(default_factory=Trends)
     # The latest scan.
     crews: defaultdict[ClaimSet | None, Crew] = field(default_factory=lambda: defaultdict(Crew))
     running: dict[str, int] = {}  # pair_id("running", …) -> the oldest started_at of its jobs with a live lock
     due: dict[tuple[str, str], DuePair] = {}  # by queue and kind
     tallies: list[Tally] = []
-    # This moment.
-    at: Moment
-    limits: Thresholds = Thresholds()
-    cluster: ClusterView = ClusterView(role="single")
+    # The latest evaluation.
+    at: Moment = Moment(0, LockMs(0), 0)
     opened: frozenset[str] = frozenset()  # ids of open problems, whose thresholds to close are lower
     up_ms: int = HOUR_MS  # since the start, when a finding of now can be a problem
     space: DiskSpace | None = None
     full_in_ms: float | None = None  # at the rate of the last hour; None if it is not known or the disk does not fill
-    rejects_creates: bool = False
-    failing_webhooks: Iterable[FailingWebhook] = ()
     rejected: Mapping[str, int] = {}  # code -> error responses of the last 5 minutes
 
     def due_of(self, queue: str) -> list[DuePair]:
         return [pair for kind in self.state.queued_kinds(queue) if (pair := self.due.get((queue, kind))) is not None]
 
-    def live_grants(self) -> Iterator[LiveGrant | None]:
+    def running_jobs(self) -> Iterator[Job | None]:
         """Iterate over the jobs with live locks, the oldest grant first. Yields once for each processing job."""
         for job in list(islice(self.state.processing.values(), RUNNING_READ)):
-            if job.grant is None or job.deadlines is None or not job.deadlines.is_live(self.at.lock_ms):
-                yield None
-            else:
-                yield LiveGrant(job, job.grant, job.deadlines)
+            yield job if job.deadlines is not None and job.deadlines.is_live(self.at.lock_ms) else None
 
     def exceeds(self, id_: str, value: float, threshold: float, close_at: float) -> bool:
         """Return whether a value is above the threshold, or, of an open problem, above the value at which it closes."""

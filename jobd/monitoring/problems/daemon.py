@@ -112,7 +112,7 @@ def _is_disk_sick(scene: Scene) -> bool:
 
 
 def failing_webhooks(scene: Scene) -> list[FailingWebhook]:
-    return [each for each in scene.failing_webhooks if each.for_ms > scene.limits.webhook_failing_ms]
+    return [each for each in scene.failing_webhooks() if each.for_ms > scene.limits.webhook_failing_ms]
 
 
 def webhook(scene: Scene, each: FailingWebhook) -> Finding:
@@ -129,7 +129,7 @@ def webhook(scene: Scene, each: FailingWebhook) -> Finding:
 
 def disk(scene: Scene) -> Finding | None:
     """Too little space is free, or it will be used soon."""
-    space, limits, rejects = scene.space, scene.limits, scene.rejects_creates
+    space, limits, rejects = scene.space, scene.limits, scene.rejects_creates()
     if space is None or not space.total_bytes:
         return None
     free = 100 * space.free_bytes / space.total_bytes
@@ -206,8 +206,9 @@ def quieted(scene: Scene, rule: QuietRule) -> Finding:
 
 
 def rejected(scene: Scene) -> list[tuple[str, int]]:
-    """Return the codes of rejections. The full disk is a problem of its own."""
-    return [each for each in scene.rejected.items() if not (each[0] == "storage_full" and scene.rejects_creates)]
+    """Return the rejections by code. The full disk is a problem of its own."""
+    codes = (code for code in REJECTED if code != "storage_full" or not scene.rejects_creates())
+    return [(code, scene.rejected.get(code, 0)) for code in codes]
 
 
 def rejecting(scene: Scene, item: tuple[str, int]) -> Finding | None:

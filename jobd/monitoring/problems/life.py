@@ -7,8 +7,7 @@ stands still on a full disk.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from heapq import heappop, heappush
-from operator import itemgetter
+from heapq import heappush, heappushpop
 from typing import Final, get_args
 
 import structlog
@@ -18,7 +17,7 @@ from msgspec.structs import replace
 from jobd.model.clocks import BootMs
 from jobd.model.job import MINUTE_MS, SECOND_MS
 from jobd.model.problems import Problem, Severity
-from jobd.monitoring.problems.condition import Condition, Draft, Finding, problem_id
+from jobd.monitoring.problems.condition import Condition, Draft, Finding, problem_id, rank_of
 
 HOLD_MS: Final = 30 * SECOND_MS  # a problem opens after its condition has held for this long
 CLEAR_MS: Final = 60 * SECOND_MS  # it closes after its condition has been false for this long
@@ -56,23 +55,24 @@ class Selection:
         self._tracked = tracked
         self._room = room
         self._known: list[Draft] = []
-        self._new: list[tuple[tuple[int, int], str, Draft]] = []  # a heap, the least urgent first
+        self._new: list[Draft] = []  # a heap, the least urgent first
 
     def add(self, found: Finding | Draft) -> None:
         if isinstance(found, Finding):
+            rank, id_ = rank_of(found.jobs, found.wait_ms), problem_id(self.condition.name, found.subject)
             finding = found
-            found = Draft(problem_id(self.condition.name, finding.subject), finding.rank, lambda: finding)
+            found = Draft(rank, id_, lambda: finding)
         if found.id in self._tracked:
             self._known.append(found)
-            return
-        heappush(self._new, (found.rank, found.id, found))
-        if len(self._new) > self._room:
-            heappop(self._new)
+        elif len(self._new) < self._room:
+            heappush(self._new, found)
+        else:
+            heappushpop(self._new, found)
             self.rest += 1
 
     def chosen(self) -> list[Draft]:
         """Return the findings of this selection, which is complete."""
-        return [*self._known, *(draft for _, _, draft in sorted(self._new, key=itemgetter(0), reverse=True))]
+        return [*self._known, *sorted(self._new, reverse=True)]
 
 
 class ProblemLife:
@@ -155,11 +155,10 @@ class ProblemLife:
             if track is None and len(self._tracks) >= MOST:
                 rest += 1
                 continue
-            finding = draft.make()
-            problem = condition.problem(draft.id, finding, now if track is None else track.problem.since)
+            problem = condition.problem(draft.id, draft.make(), now if track is None else track.problem.since)
             if track is None:
-                track = self._tracks[draft.id] = _Track(condition, problem, boot_ms, boot_ms, finding.rank)
-            track.problem, track.seen, track.rank = problem, boot_ms, finding.rank
+                track = self._tracks[draft.id] = _Track(condition, problem, boot_ms, boot_ms, draft.rank)
+            track.problem, track.seen, track.rank = problem, boot_ms, draft.rank
             yield
         self.rest[condition.name] = rest
 

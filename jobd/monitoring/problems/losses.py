@@ -29,8 +29,9 @@ class WorkerLoss(NamedTuple):
 
 
 class GroupLosses(Struct):
-    """The grants and stalls of one group by step, and its workers that died."""
+    """The grants and stalls of one group by step, its workers that died, and when the last did."""
 
+    group: Group
     grants: dict[int, int] = field(default_factory=dict)
     stalls: dict[int, int] = field(default_factory=dict)
     workers: dict[str, WorkerLoss] = field(default_factory=dict)
@@ -45,61 +46,55 @@ class GroupLosses(Struct):
 
 
 class WorkerLosses:
-    """Follows commits with `note`. In memory only. `dying` are the groups with stalls in the last ten minutes."""
+    """Follows commits with `note`. In memory only."""
 
-    def __init__(self, presence: WorkerPresence) -> None:
-        self.groups: OrderedDict[Group, GroupLosses] = OrderedDict()
-        self.dying: dict[Group, None] = {}
+    def __init__(self) -> None:
+        self.groups: dict[Group, GroupLosses] = {}
         self.holders: OrderedDict[str, dict[str, None]] = OrderedDict()  # job -> workers that died with it
-        self._presence = presence
+        self._dying: dict[Group, GroupLosses] = {}  # the groups with stalls in the last ten minutes
 
-    def note(self, changes: Sequence[Event]) -> None:
+    def note(self, changes: Sequence[Event], presence: WorkerPresence) -> None:
         for event in changes:
             if event.type == "granted":
-                step, (_, group) = event.at // STEP_MS, self._of(event.by.removeprefix("worker:"))
-                group.grants[step] = group.grants.get(step, 0) + 1
-                if len(group.grants) > LATELY:
-                    group.trim(event.at)
+                step, losses = event.at // STEP_MS, self._of(event.by.removeprefix("worker:"), presence)
+                losses.grants[step] = losses.grants.get(step, 0) + 1
+                if len(losses.grants) > LATELY:
+                    losses.trim(event.at)
             elif event.type == "stalled":
-                self._lost(event)
+                self._lost(event, presence)
 
-    def recent(self, now: int) -> Iterator[tuple[Group, GroupLosses]]:
+    def recent(self, now: int) -> Iterator[GroupLosses]:
         """Iterate over the groups with stalls in the last ten minutes."""
-        for key in list(self.dying):
-            if (group := self.groups.get(key)) is not None:
-                group.trim(now)
-                if group.stalls:
-                    yield key, group
-                    continue
-            del self.dying[key]
+        for group, losses in list(self._dying.items()):
+            losses.trim(now)
+            if losses.stalls:
+                yield losses
+            else:
+                del self._dying[group]
 
-    def _lost(self, event: Event) -> None:
-        before, after = event.before, event.after
-        if before is None or before.grant is None or after is None or after.ended is None:
-            return
-        if after.ended.rule != "recovery":
+    def _lost(self, event: Event, presence: WorkerPresence) -> None:
+        before, ended = event.before, None if event.after is None else event.after.ended
+        if before is None or before.grant is None or ended is None or ended.rule != "recovery":
             return
         name, step = before.grant.worker, event.at // STEP_MS
-        key, group = self._of(name)
-        self.dying[key] = None
-        group.stalls[step] = group.stalls.get(step, 0) + 1
-        group.last_at = event.at
-        group.workers[name] = WorkerLoss(event.at, max(before.updated_at - before.grant.acquired_at, 0))
-        workers = self.holders.setdefault(event.job_id, {})
-        workers[name] = None
+        losses = self._of(name, presence)
+        self._dying[losses.group] = losses
+        losses.last_at = event.at
+        losses.stalls[step] = losses.stalls.get(step, 0) + 1
+        losses.workers[name] = WorkerLoss(event.at, max(before.updated_at - before.grant.acquired_at, 0))
+        self.holders.setdefault(event.job_id, {})[name] = None
         self.holders.move_to_end(event.job_id)
         if len(self.holders) > JOBS_KEPT:
             self.holders.popitem(last=False)
 
-    def _of(self, name: str) -> tuple[Group, GroupLosses]:
-        worker = self._presence.workers.get(name)
-        key = ("", "") if worker is None else group_of(worker)
-        group = self.groups.get(key)
-        if group is None:
-            group = self.groups[key] = GroupLosses()
+    def _of(self, name: str, presence: WorkerPresence) -> GroupLosses:
+        worker = presence.workers.get(name)
+        group = ("", "") if worker is None else group_of(worker)
+        if group not in self.groups:
+            self.groups[group] = GroupLosses(group)
             if len(self.groups) > GROUPS_KEPT:
-                self.groups.popitem(last=False)
-        return key, group
+                del self.groups[next(iter(self.groups))]
+        return self.groups[group]
 
 
 def group_of(worker: WorkerSeen) -> Group:

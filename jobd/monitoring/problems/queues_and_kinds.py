@@ -47,7 +47,7 @@ def no_workers(scene: Scene, pair: DuePair) -> Draft | None:
     # The jobs of a silent worker are a problem of their own.
     if crew.there or pair.id("running") in scene.running or not (is_settled or crew.last):
         return None
-    return Draft(pair.id("no_workers"), pair.rank, partial(_missing, scene, pair, crew.last))
+    return Draft(rank_of(pair.due, pair.wait_ms), pair.id("no_workers"), partial(_missing, scene, pair, crew.last))
 
 
 def _missing(scene: Scene, pair: DuePair, last: tuple[int, str] | None) -> Finding:
@@ -67,7 +67,7 @@ def waits(scene: Scene, pair: DuePair) -> Draft | None:
     id_, limit_ms = pair.id("waits"), scene.limits.queue_waits_ms
     if pair.queue in scene.state.paused or not scene.exceeds(id_, pair.wait_ms, limit_ms, limit_ms * 0.8):
         return None
-    return Draft(id_, pair.rank, partial(_waiting, scene, pair))
+    return Draft(rank_of(pair.due, pair.wait_ms), id_, partial(_waiting, scene, pair))
 
 
 def _waiting(scene: Scene, pair: DuePair) -> Finding:
@@ -85,7 +85,7 @@ def failing(scene: Scene, pair: Tally) -> Draft | None:
     share = pair.failed / pair.attempts
     if share < limits.failure_rate * (CLOSE_RATIO if id_ in scene.opened else 1):
         return None
-    return Draft(id_, rank_of(pair.failed), partial(_failing, pair, share, error, scene.at.now))
+    return Draft(rank_of(pair.failed), id_, partial(_failing, pair, share, error, scene.at.now))
 
 
 def _failing(pair: Tally, share: float, error: Failure, now: int) -> Finding:

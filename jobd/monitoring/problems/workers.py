@@ -15,10 +15,10 @@ from jobd.core.transitions import stall_outcomes
 from jobd.core.worker_presence import WorkerSeen
 from jobd.model.commands import About
 from jobd.model.events import QueuePause
-from jobd.model.job import HOUR_MS, MINUTE_MS
+from jobd.model.job import HOUR_MS, MINUTE_MS, Job
 from jobd.model.problems import Cure, Subject
 from jobd.model.times import clock_time, duration
-from jobd.monitoring.problems.condition import Finding, LiveGrant, Scene, job_cure, plural
+from jobd.monitoring.problems.condition import Finding, Scene, job_cure, plural
 from jobd.monitoring.problems.losses import Group, GroupLosses, group_of
 
 LOST_MS: Final = 10 * MINUTE_MS
@@ -32,14 +32,14 @@ JOBS_READ: Final = 1_000  # of one silent worker
 Crews = dict[Group, list[int]]
 
 
-def dying(scene: Scene) -> Iterator[tuple[Group, GroupLosses, Crews] | None]:
+def dying(scene: Scene) -> Iterator[tuple[GroupLosses, Crews] | None]:
     """Find the groups with many deaths or stalls, and count the workers of all groups if there are any."""
     limits, now, presence = scene.limits, scene.at.now, scene.state.presence
     sick = {
-        group: losses
-        for group, losses in scene.losses.recent(now)
+        losses.group: losses
+        for losses in scene.losses.recent(now)
         if (len(losses.workers) >= limits.workers_die or sum(losses.stalls.values()) >= limits.workers_die_stalls)
-        and not _is_quiet(scene, group)
+        and not _is_quiet(scene, losses.group)
     }
     crews: Crews = {}
     for name, worker in presence.remembered() if sick else ():
@@ -52,8 +52,8 @@ def dying(scene: Scene) -> Iterator[tuple[Group, GroupLosses, Crews] | None]:
             counts[0] += 1
             counts[1] += died
             counts[2] += not died and group in sick and worker.first_seen_at <= sick[group].last_at
-    for group, losses in sick.items():
-        yield group, losses, crews
+    for losses in sick.values():
+        yield losses, crews
 
 
 def _is_quiet(scene: Scene, group: Group) -> bool:
@@ -62,11 +62,11 @@ def _is_quiet(scene: Scene, group: Group) -> bool:
     return any(rule.queue is None and quiet.covers(rule, about) for rule in scene.state.quiet.values())
 
 
-def workers_die(scene: Scene, item: tuple[Group, GroupLosses, Crews]) -> Finding | None:
+def workers_die(scene: Scene, item: tuple[GroupLosses, Crews]) -> Finding | None:
     """Many workers of one host and version died, or many of their grants stalled."""
-    (group, losses, crews), limits = item, scene.limits
+    (losses, crews), limits = item, scene.limits
+    group, stalls = losses.group, sum(losses.stalls.values())
     total, died, others = crews.get(group, [0, 0, 0])
-    stalls = sum(losses.stalls.values())
     grants = max(sum(losses.grants.values()), stalls)
     of_workers = died / total if total and died >= limits.workers_die else 0.0
     of_grants = stalls / grants if stalls >= limits.workers_die_stalls else 0.0
@@ -198,15 +198,18 @@ def quiet_long(scene: Scene, item: tuple[str, WorkerSeen]) -> Finding | None:
     return Finding(_worker(name, worker), title, jobs=due, cure=(cure,))
 
 
-def held_long(scene: Scene) -> Iterator[LiveGrant | None]:
-    """Iterate over the live grants, the oldest first, until they are too young."""
-    oldest = min(scene.at.now, scene.at.believed) - scene.limits.no_progress_ms
-    return takewhile(lambda each: each is None or each.grant.acquired_at <= oldest, scene.live_grants())
+def held_long(scene: Scene) -> Iterator[Job | None]:
+    """Iterate over the jobs with live locks, the oldest grant first, until they are too young."""
+    last = min(scene.at.now, scene.at.believed) - scene.limits.no_progress_ms
+    jobs = scene.running_jobs()
+    return takewhile(lambda job: job is None or job.grant is None or job.grant.acquired_at <= last, jobs)
 
 
-def no_progress(scene: Scene, live: LiveGrant) -> Finding | None:
+def no_progress(scene: Scene, job: Job) -> Finding | None:
     """A job runs for much longer than its kind usually does, and shows no progress."""
-    (job, grant, deadlines), state, at, limits = live, scene.state, scene.at, scene.limits
+    state, at, limits, grant, deadlines = scene.state, scene.at, scene.limits, job.grant, job.deadlines
+    if grant is None or deadlines is None:
+        return None
     since = grant.acquired_at
     if (reported := state.processing.progressed.get(job.id)) is not None:
         since = at.wall(reported)

@@ -113,7 +113,7 @@ async def become_slow(stage: Stage) -> float:
 
 def unhealthy(part: str) -> Script:
     async def break_part(stage: Stage) -> float:
-        health = stage.problems._health
+        health = stage.problems.scene.health
         view: HealthView = await health.view()
         sick = replace(view, **{part: replace(getattr(view, part), status="unhealthy", message="It differs.")})
 
@@ -133,7 +133,7 @@ for _part in ("database", "cache", "storage"):
 
 @case("webhook", "Has accepted nothing for 5 min: 503.")
 async def break_webhook(stage: Stage) -> float:
-    stage.problems.failing_webhooks = lambda: [FailingWebhook("hook", 300_001, "503", 608, True)]
+    stage.problems.scene.failing_webhooks = lambda: [FailingWebhook("hook", 300_001, "503", 608, True)]
     return 0
 
 
@@ -172,7 +172,7 @@ async def stay_quiet(stage: Stage) -> float:
         while True:
             await stage.claim("film", "w-1", 30_000, limit=0)
 
-    stage.problems.thresholds = Thresholds(quiet_long_ms=HOUR_MS)
+    stage.problems.scene.limits = Thresholds(quiet_long_ms=HOUR_MS)
     await stage.claim("film", "w-1")
     await stage.engine.yes(cmd.QuietWorker(name="w-1", reason="bad build"), by="admin:ana")
     stage.act(claims())
@@ -214,7 +214,7 @@ async def fail_and_retry(stage: Stage) -> float:
 
 @case("rejecting", "412 requests were rejected in 5 minutes (overloaded): too many commands")
 async def reject(stage: Stage) -> float:
-    stage.problems._error_counts = lambda: [Counter(overloaded=412)]
+    stage.problems.scene.error_counts = lambda: [Counter(overloaded=412)]
     return 0
 
 
@@ -315,7 +315,7 @@ CLUSTER: Final = ClusterView(
 
 def cluster(**changes: Any) -> Script:
     async def change(stage: Stage) -> float:
-        stage.problems.cluster = lambda: replace(CLUSTER, **changes)
+        stage.problems.scene.cluster = lambda: replace(CLUSTER, **changes)
         return 0
 
     return change

@@ -48,6 +48,7 @@ from jobd.monitoring.metrics import (
 )
 from jobd.monitoring.problems.board import ProblemBoard
 from jobd.monitoring.problems.catalogue import ALERTS, OF_CLUSTER
+from jobd.monitoring.problems.condition import Scene
 from jobd.storage.store import Store
 from tests.support.memory_storage import MemoryStorage
 from tests.support.virtual_engine import VirtualEngine, in_engine, in_virtual_time, row, seconds
@@ -55,7 +56,8 @@ from tests.support.virtual_engine import VirtualEngine, in_engine, in_virtual_ti
 
 def metrics_of(engine: VirtualEngine, *errors: Counter[str], store_path: str = ":memory:") -> Metrics:
     health = Health(engine.actor, engine.clock, engine.maintainer)
-    problems = ProblemBoard(engine.state, engine.clock, health, engine.maintainer, hold_ms=0, clear_ms=0)
+    scene = Scene(state=engine.state, clock=engine.clock, health=health, cleanup=engine.maintainer)
+    problems = ProblemBoard(scene, hold_ms=0, clear_ms=0)
     return Metrics(
         engine.actor,
         engine.maintainer,
@@ -113,7 +115,7 @@ async def real(path: Path) -> AsyncIterator[RealStoreParts]:
         actor = Actor(store, state, IdempotencyStore(opened.keys, 1000), clock, policy, random=os.urandom)
         maintainer = Maintainer(actor, clock, CleanupSchedule(batch=2))
         health = Health(actor, clock, maintainer, take_faults=store.take_faults)
-        problems = ProblemBoard(state, clock, health, maintainer)
+        problems = ProblemBoard(Scene(state=state, clock=clock, health=health, cleanup=maintainer))
         metrics = Metrics(actor, maintainer, problems, clock, SweepStats(), str(path), tuple, EventFeed(store, 0, 1))
         running = [asyncio.create_task(run()) for run in (actor.run, maintainer.run, problems.run, metrics.run)]
         yield RealStoreParts(store, actor, maintainer, metrics)

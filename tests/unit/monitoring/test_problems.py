@@ -175,11 +175,11 @@ async def test_failing_holds_from_half_of_the_attempts_of_a_pair(engine: Virtual
     await seconds(540)
     (failing,) = (await found(problems)).values()
     assert failing.title == "10 of 20 attempts failed in the last 10 minutes: Error: no codec"
-    problems.thresholds = Thresholds(failure_rate=0.55)
+    problems.scene.limits = Thresholds(failure_rate=0.55)
     assert list(await found(problems)) == ["failing/a/k"], "it closes at 0.9 of its threshold"
-    problems.thresholds = Thresholds(failure_rate=0.56)
+    problems.scene.limits = Thresholds(failure_rate=0.56)
     assert await found(problems) == {}
-    problems.thresholds = Thresholds(failure_rate_attempts=21)
+    problems.scene.limits = Thresholds(failure_rate_attempts=21)
     assert await found(problems) == {}
 
 
@@ -246,11 +246,11 @@ async def test_each_slow_kind_is_found_and_does_not_flap(engine: VirtualEngine) 
         _work(engine, kind, ms)
     (slow,) = (await found(problems)).values()
     assert (slow.id, slow.title) == ("slow_kind/film", "95 % of its jobs take up to 3 s, usually 1 s.")
-    problems.thresholds = Thresholds(slower_than_usual=3.1)
+    problems.scene.limits = Thresholds(slower_than_usual=3.1)
     assert list(await found(problems)) == ["slow_kind/film"], "it continues just below the threshold"
-    problems.thresholds = Thresholds(slower_than_usual=3.4)
+    problems.scene.limits = Thresholds(slower_than_usual=3.4)
     assert await found(problems) == {}
-    problems.thresholds = Thresholds(slower_than_usual=3.1)
+    problems.scene.limits = Thresholds(slower_than_usual=3.1)
     assert await found(problems) == {}, "but it does not begin there"
 
 
@@ -308,8 +308,8 @@ async def test_conditions_of_the_daemon_say_what_holds() -> None:
         engine.state.quarantined["bad-1"] = "checksum"
         released = engine.state.jobs["cat-1"]
         engine.state.release_loops["cat-1"] = 20
-        part = replace((await problems._health.view()).cache, status="unhealthy", message="It differs.")
-        problems._health.last = replace(cast(HealthView, problems._health.last), cache=part)
+        part = replace((await problems.scene.health.view()).cache, status="unhealthy", message="It differs.")
+        problems.scene.health.last = replace(cast(HealthView, problems.scene.health.last), cache=part)
         listed = {each.condition: each for each in (await found(problems)).values()}
     expected = {
         "cache": "It differs.",
@@ -355,7 +355,7 @@ def test_disk_holds_below_a_tenth_or_one_gibibyte_of_a_large_disk(free: int, tot
             listed = await found(problems)
             assert [each.severity for each in listed.values()] == [severity] * bool(severity)
             assert all(each.title.endswith("free on the disk of /srv/jobd.db.") for each in listed.values())
-            problems._rejects_creates, problems._scene.disk_use = lambda: True, lambda: DISK_USE
+            problems.scene.rejects_creates, problems.scene.disk_use = lambda: True, lambda: DISK_USE
             problem = (await found(problems))["disk/disk"]
             assert problem.title.endswith("New jobs are rejected.")
             assert problem.cause.startswith(
@@ -370,7 +370,7 @@ def test_disk_holds_below_a_tenth_or_one_gibibyte_of_a_large_disk(free: int, tot
 async def test_the_problem_of_the_disk_counts_free_pages_and_names_other_files(engine: VirtualEngine) -> None:
     problems, mib = problems_of(engine), 1 << 20
     use = replace(DISK_USE, not_jobd_bytes=300 * mib, free_page_bytes=106 * mib)
-    problems._scene.disk_use = lambda: use
+    problems.scene.disk_use = lambda: use
     engine.disk.disk_space = DiskSpace("/srv/jobd.db", 53 * mib, 640 * mib)
     problem = (await found(problems))["disk/disk"]
     assert problem.cause.startswith("300.0 MiB are in files that are not jobd's. reports / monthly holds about 105.0 ")
@@ -480,9 +480,9 @@ async def test_run_evaluates_survives_a_bug_and_knows_nothing_in_the_first_30_s(
     with capture_logs() as logs:
         await seconds(29)
         assert (problems.view().evaluated_at, problems.announced()) == (None, None)
-        problems.failing_webhooks = cast(Any, lambda: 1 / 0)
+        problems.scene.failing_webhooks = cast(Any, lambda: 1 / 0)
         await seconds(5)
-        problems.failing_webhooks = list
+        problems.scene.failing_webhooks = list
         await seconds(7)
     assert problems.view().evaluated_at is not None
     assert changes[-1] == ["processing_jobs/daemon"]
@@ -494,7 +494,7 @@ async def test_run_evaluates_survives_a_bug_and_knows_nothing_in_the_first_30_s(
 @in_engine()
 async def test_a_disk_that_does_not_respond_is_one_problem_in_time(engine: VirtualEngine) -> None:
     problems = problems_of(engine, hold_ms=30_000)
-    health = problems._health
+    health = problems.scene.health
     view = await health.view()
     database = replace(view.database, status="unhealthy", message="No write.")
     cache = replace(view.cache, status="unhealthy", message="The mailbox waits.")
