@@ -72,14 +72,7 @@ from jobd.engine.preloading import Preloaded, needs_no_read, preload
 from jobd.engine.unread_responses import RESPONSE_BYTES, UnreadResponses
 from jobd.engine.waiting_claims import WaitingClaims
 from jobd.model.clocks import MonotonicS
-from jobd.model.commands import (
-    AnyCommand,
-    Claim,
-    Complete,
-    IdempotencyKey,
-    Operator,
-    Undelivered,
-)
+from jobd.model.commands import AnyCommand, Claim, Complete, IdempotencyKey, Operator, Undelivered
 from jobd.model.errors import SHUTTING_DOWN, ApiError, not_leader_error
 from jobd.model.events import Event
 from jobd.model.job import Policy

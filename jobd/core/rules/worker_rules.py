@@ -14,16 +14,7 @@ from jobd.core import guards, quiet, transitions, views
 from jobd.core.rules import late_result_rules, operator_rules
 from jobd.core.transaction import Transaction
 from jobd.model import commands
-from jobd.model.commands import (
-    AppendOutput,
-    Complete,
-    Extend,
-    ExtendLock,
-    Fail,
-    Progress,
-    Release,
-    ReleaseLock,
-)
+from jobd.model.commands import AppendOutput, Complete, Extend, ExtendLock, Fail, Progress, Release, ReleaseLock
 from jobd.model.errors import ApiException, api_error
 from jobd.model.job import (
     DELAYED_FROM,

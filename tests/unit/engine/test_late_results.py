@@ -46,6 +46,7 @@ def stored_paths(engine: VirtualEngine, job_id: str = "a") -> list[str | None]:
 @in_checked_engine()
 async def test_a_late_result_is_stored_before_its_error_is_sent(engine: VirtualEngine) -> None:
     lock_id = await lose_lock(engine)
+    version = (await engine.yes(cmd.GetVersion(id="a"))).version
     asking = await engine.writing(complete(lock_id))
     await settle()
     assert not asking.done()
@@ -53,6 +54,7 @@ async def test_a_late_result_is_stored_before_its_error_is_sent(engine: VirtualE
     rejection = await asking
     assert rejection.code == "lock_lost"
     assert stored_paths(engine) == ["/out"]
+    assert (await engine.yes(cmd.GetVersion(id="a"))).version != version
 
 
 @in_checked_engine()
