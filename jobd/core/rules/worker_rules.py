@@ -291,10 +291,8 @@ Holders = AppendOutput | Progress | Extend | Complete | Fail | Release | ExtendL
 def _held(tx: Transaction, command: Holders, verb: str) -> Job | Response:
     """Return the job if `command` names its latest grant, or the response to a repeated ending. Raises ApiException."""
     job = guards.find(tx, command.id)
-    if job.status == "processing" and job.grant is not None and job.grant.lock_id == command.lock_id:
-        # A row without lock deadlines is invalid until a cleanup run repairs it; the job has no holder.
-        if job.deadlines is None:
-            raise _lock_lost(job, command.lock_id)
+    # A row without lock deadlines is invalid until a cleanup run repairs it; the job has no holder.
+    if tx.state.holds(job.id, command.lock_id) and job.deadlines is not None:
         return job
     ended = job.ended
     if ended is not None and ended.lock_id == command.lock_id:

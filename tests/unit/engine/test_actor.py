@@ -622,7 +622,7 @@ async def test_a_damaged_finished_job_is_uncounted_once_when_its_row_is_moved(en
     await engine.yes(cmd.Cancel(id="last"))
     engine.state.finished.drop("last")
     engine.disk.bad_jobs["last"] = "checksum"
-    await engine.yes(cmd.ListJobs())
+    await engine.disk.find_jobs(JobQuery())
     assert_counts_match_disk(engine)
 
 

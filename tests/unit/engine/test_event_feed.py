@@ -71,6 +71,14 @@ def numbers(piece: bytes) -> list[int]:
     return [event["seq"] for event in events_in(piece)]
 
 
+@in_virtual_time
+async def test_a_reader_that_waits_for_the_next_page_gets_it(stage: FeedHarness) -> None:
+    await stage.commit(PAGE + 1)
+    first, second, third = await asyncio.gather(*[stage.feed.reader.page(after) for after in (0, PAGE, PAGE)])
+    assert [(page.begin, page.end, page.more) for page in (first, second)] == [(0, PAGE, True), (PAGE, PAGE + 1, False)]
+    assert second is third, "it is read once for both"
+
+
 async def received(listener: Subscriber, up_to: int) -> list[int]:
     """Return all that a subscriber receives up to this position."""
     found: list[int] = []
@@ -143,9 +151,12 @@ async def test_frequent_events_are_sent_in_batches(stage: FeedHarness) -> None:
 @pytest.mark.parametrize("wanted", [ALL, EventFilter(types=frozenset({"created"}))], ids=["all", "filtered"])
 @pytest.mark.parametrize("seed", range(10))
 @in_virtual_time
-async def test_the_switch_from_journal_to_live_has_no_gap_or_repeat(seed: int, wanted: EventFilter) -> None:
+async def test_the_switch_from_journal_to_live_has_no_gap_or_repeat(
+    seed: int, wanted: EventFilter, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Commits, some published late, at every point of the switch."""
 
+    monkeypatch.setattr(event_feed, "JOIN_WITHIN", 2 * PAGE)
     dice, stage = random.Random(seed), FeedHarness()
     for _ in range(dice.randrange(1, 4 * PAGE // 10)):
         await stage.commit(10)
@@ -164,6 +175,7 @@ async def test_the_switch_from_journal_to_live_has_no_gap_or_repeat(seed: int, w
     await stage.commit()
     found += await received(listener, stage.feed.last)
     assert found == list(range(after + 1, stage.feed.last + 1))
+    assert listener._is_caught_up
 
 
 @in_virtual_time
