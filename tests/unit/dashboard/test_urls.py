@@ -13,70 +13,35 @@ import pytest
 from jobd.dashboard.urls import LOCAL_HOST, ODD_HOST, OWN_HOST, no_link_reason
 from tests.support.dashboard_harness import Browser, DashboardHarness, text
 
+LINKS = [
+    "https://files.test/out.mp4?a=1&b=%20#c", "HTTP://files.test:8080", "http://files.test/out file.mp4",
+    "https://files.test?x", "http://192.168.1.6/a", "http://[2001:db8::1]:80/a", "http://127.test/",
+    "http://localhost.test/",
+]  # fmt: skip
+NO_URLS = [
+    "", "javascript:alert(1)", "s3://bucket/key", "//files.test/", " http://files.test/", "http:/127.0.0.1/",
+    "http:127.0.0.1/",
+]  # fmt: skip
+LOCAL = """localhost LOCALHOST.:18899 any.localhost 127.0.0.1:18899 127.255.1.2 127.1 127.0.0.1. 2130706433 0x7f000001
+    0X7F.1 017700000001 0177.0.0.1 0 0.0.0.0 [::1] [0:0:0:0:0:0:0:1]:18899 [::] [::ffff:127.0.0.1] [::ffff:7f00:1]"""
+OWN = """jobs.test JOBS.test.:18899 192.168.1.5:1 3232235781 [::ffff:192.168.1.5] [2001:db8::5]:1
+    [2001:0db8:0::5]:1"""
+ODD = [
+    "/127.0.0.1", "\\\\127.0.0.1", "files.test\\@127.0.0.1", "files.test@127.0.0.1", "127.0.0.1\\.files.test",
+    "127.0.0%2e1", "%6cocalhost", "\uff11\uff12\uff17.0.0.1", "\u24dbocalhost", "local\u00adhost", "local\thost",
+    "1.2.3.4.5", "127.0.0.09", "[::1", "[1:2]", "", ".", "files.test:123456",
+]  # fmt: skip
+
 
 @pytest.mark.parametrize(
     ("url", "reason"),
     [
-        ("https://files.test/out.mp4?a=1&b=%20#c", None),
-        ("HTTP://files.test:8080", None),
-        ("http://files.test/out file.mp4", None),
-        ("https://files.test?x", None),
-        ("http://192.168.1.6/a", None),
-        ("http://[2001:db8::1]:80/a", None),
-        ("http://127.test/", None),
-        ("http://localhost.test/", None),
-        ("", ""),
-        ("javascript:alert(1)", ""),
-        ("s3://bucket/key", ""),
-        ("//files.test/", ""),
-        (" http://files.test/", ""),
-        ("http://localhost/", LOCAL_HOST),
-        ("http://LOCALHOST.:18899/a", LOCAL_HOST),
-        ("http://any.localhost/", LOCAL_HOST),
-        ("http://127.0.0.1:18899/out.mp4", LOCAL_HOST),
-        ("http://127.255.1.2/", LOCAL_HOST),
-        ("http://127.1/", LOCAL_HOST),
-        ("http://127.0.0.1./", LOCAL_HOST),
-        ("http://2130706433/", LOCAL_HOST),
-        ("http://0x7f000001/", LOCAL_HOST),
-        ("http://0X7F.1/", LOCAL_HOST),
-        ("http://017700000001/", LOCAL_HOST),
-        ("http://0177.0.0.1/", LOCAL_HOST),
-        ("http://0/", LOCAL_HOST),
-        ("http://0.0.0.0/", LOCAL_HOST),
-        ("http://[::1]/", LOCAL_HOST),
-        ("http://[0:0:0:0:0:0:0:1]:18899/", LOCAL_HOST),
-        ("http://[::]/", LOCAL_HOST),
-        ("http://[::ffff:127.0.0.1]/", LOCAL_HOST),
-        ("http://[::ffff:7f00:1]/", LOCAL_HOST),
-        ("https://jobs.test/", OWN_HOST),
-        ("http://JOBS.test.:18899/a", OWN_HOST),
-        ("http://192.168.1.5:1/", OWN_HOST),
-        ("http://3232235781/", OWN_HOST),
-        ("http://[::ffff:192.168.1.5]/", OWN_HOST),
-        ("http://[2001:db8::5]:1/", OWN_HOST),
-        ("http://[2001:0db8:0::5]:1/", OWN_HOST),
-        ("http:/127.0.0.1/", ""),
-        ("http:127.0.0.1/", ""),
-        ("http:///127.0.0.1/", ODD_HOST),
-        ("http://\\\\127.0.0.1/", ODD_HOST),
-        ("http://files.test\\@127.0.0.1/", ODD_HOST),
-        ("http://files.test@127.0.0.1/", ODD_HOST),
-        ("http://127.0.0.1\\.files.test/", ODD_HOST),
-        ("http://127.0.0%2e1/", ODD_HOST),
-        ("http://%6cocalhost/", ODD_HOST),
-        ("http://\uff11\uff12\uff17.0.0.1/", ODD_HOST),
-        ("http://\u24dbocalhost/", ODD_HOST),
-        ("http://local\u00adhost/", ODD_HOST),
-        ("http://local\thost/", ODD_HOST),
+        *((url, None) for url in LINKS),
+        *((url, "") for url in NO_URLS),
+        *((f"http://{host}/", LOCAL_HOST) for host in LOCAL.split()),
+        *((f"http://{host}/a", OWN_HOST) for host in OWN.split()),
+        *((f"http://{host}/", ODD_HOST) for host in ODD),
         ("http://files.test/\n", ODD_HOST),
-        ("http://1.2.3.4.5/", ODD_HOST),
-        ("http://127.0.0.09/", ODD_HOST),
-        ("http://[::1/", ODD_HOST),
-        ("http://[1:2]/", ODD_HOST),
-        ("http:///", ODD_HOST),
-        ("http://./", ODD_HOST),
-        ("http://files.test:123456/", ODD_HOST),
     ],
 )
 def test_a_url_is_a_link_if_it_is_external(url: str, reason: str | None) -> None:

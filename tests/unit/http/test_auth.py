@@ -29,29 +29,18 @@ def headers(**fields: str) -> dict[str, bytes]:
     return {name.replace("_", "-").lower(): value.encode("utf-8", "surrogateescape") for name, value in fields.items()}
 
 
-@pytest.mark.parametrize(
-    ("given", "wanted"),
-    [
-        (f"Bearer {GOOD}", None),
-        (f"Bearer {OTHER}", None),
-        (f"bearer {GOOD}", None),
-        (f"Bearer  {GOOD} ", None),
-        ("", "unauthorized"),
-        ("Bearer", "unauthorized"),
-        ("Bearer ", "unauthorized"),
-        (GOOD, "unauthorized"),
-        (f"Basic {GOOD}", "unauthorized"),
-        (f"Bearer {GOOD}x", "unauthorized"),
-        (f"Bearer {GOOD[:-1]}", "unauthorized"),
-        (f"Bearer {GOOD} {OTHER}", "unauthorized"),
-        ("Bearer töken", "unauthorized"),
-        ("Bearer \udcff\udcfe", "unauthorized"),
-        ("Bearer " + "x" * 8000, "unauthorized"),
-    ],
-)
-def test_only_valid_tokens_are_accepted(given: str, wanted: str | None) -> None:
+WRONG = [
+    "", "Bearer", "Bearer ", GOOD, f"Basic {GOOD}", f"Bearer {GOOD}x", f"Bearer {GOOD[:-1]}", f"Bearer {GOOD} {OTHER}",
+    "Bearer töken", "Bearer \udcff\udcfe", "Bearer " + "x" * 8000,
+]  # fmt: skip
+
+
+def test_only_valid_tokens_are_accepted() -> None:
     authenticator = Authenticator("admin", tokens=[GOOD, OTHER])
-    assert code(authenticator.authenticate, headers(Authorization=given)) == wanted
+    for given in (f"Bearer {GOOD}", f"Bearer {OTHER}", f"bearer {GOOD}", f"Bearer  {GOOD} "):
+        assert code(authenticator.authenticate, headers(Authorization=given)) is None, given
+    for given in WRONG:
+        assert code(authenticator.authenticate, headers(Authorization=given)) == "unauthorized", given
 
 
 @pytest.mark.slow
@@ -108,23 +97,15 @@ def test_tokens_are_not_stored_in_the_clear() -> None:
     assert GOOD not in repr(vars(Authenticator("admin", tokens=[GOOD])))
 
 
+OWN_HOSTS = "localhost:8770 LOCALHOST localhost.:8770 127.0.0.1:8770 [::1]:8770 ops.example:443 10.0.0.7:8770"
+OTHER_HOSTS = "10.0.0.8:8770 evil.example localhost.evil.example evil.example@localhost localhost/evil [::1"
+
+
 @pytest.mark.parametrize(
     ("host", "origin", "wanted"),
     [
-        ("localhost:8770", None, None),
-        ("LOCALHOST", None, None),
-        ("localhost.:8770", None, None),
-        ("127.0.0.1:8770", None, None),
-        ("[::1]:8770", None, None),
-        ("ops.example:443", None, None),
-        ("10.0.0.7:8770", None, None),  # the address of the socket itself
-        ("10.0.0.8:8770", None, "forbidden"),
-        ("evil.example", None, "forbidden"),
-        ("localhost.evil.example", None, "forbidden"),
-        ("evil.example@localhost", None, "forbidden"),
-        ("localhost/evil", None, "forbidden"),
-        ("[::1", None, "forbidden"),
-        ("", None, "forbidden"),
+        *((host, None, None) for host in OWN_HOSTS.split()),  # the last is the address of the socket itself
+        *((host, None, "forbidden") for host in ["", *OTHER_HOSTS.split()]),
         ("localhost:8770", "http://localhost:8770", None),
         ("localhost:8770", "HTTP://LocalHost:8770", None),
         ("localhost:8770", "http://localhost:3000", "forbidden"),
