@@ -151,7 +151,10 @@ class Serving:
         settings, numbers = loaded.config, opened.numbers
         self.clock = make_clock(numbers, keep_ms=settings.policy().shortest_keep_ms)
         self._clock_monitor = ClockMonitor(
-            self._on_pause, self._on_set_back, self.clock.moment, on_set_ahead=_log_set_ahead
+            self._on_pause,
+            self._on_set_back,
+            self.clock.moment,
+            on_set_ahead=lambda ahead_ms: log.warning("clock_set_ahead", ahead_ms=ahead_ms),
         )
         self.actor = _make_actor(store, opened, state, self.clock, settings, self._before_batch)
         self._scheduler = Scheduler(self.actor, self.clock.moment)
@@ -467,10 +470,6 @@ def _make_actor(
     )
     actor.on_commit.append(event_logging.write_lines)
     return actor
-
-
-def _log_set_ahead(ahead_ms: int) -> None:
-    log.warning("clock_set_ahead", ahead_ms=ahead_ms)
 
 
 def _schedule(settings: Config) -> CleanupSchedule:

@@ -331,12 +331,9 @@ class _StreamSession:
                     if response.grants:
                         self._app.actor.undelivered(response)
                     response = self._app.log_internal_error(self._ctx, bug)
-            piece += self._error_line(slot, response)
+            self._app.record_error(self._ctx.route, self._ctx.method, response, by=slot.by, job_id=slot.job_id)
+            piece += error_line(response)
         return bytes(piece), grants
-
-    def _error_line(self, slot: _PendingResponse, error: ApiError) -> bytes:
-        self._app.record_error(self._ctx.route, self._ctx.method, error, by=slot.by, job_id=slot.job_id)
-        return error_line(error)
 
     # -- end -----------------------------------------------------------------------------------------------------------
 

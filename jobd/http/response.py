@@ -159,9 +159,12 @@ def _page_headers(page: RawBody) -> dict[str, str]:
 
 
 def response_line(response: Response) -> bytes:
-    """Build one line of a stream of responses: the response object with its status."""
+    """Build one line of a stream of responses: the response object with its status.
+
+    Line breaks, which payloads and metadata may contain between values, are replaced.
+    """
     _encode_into(response.data, _buffer)
-    data = _in_one_line(_buffer)
+    data = _buffer.translate(_BLANKS) if _LF in _buffer or _CR in _buffer else _buffer
     return b"".join((b'{"success":true,"data":', data, _line_end(response.status, response.replayed)))
 
 
@@ -177,11 +180,6 @@ def error_line(error: ApiError) -> bytes:
         details = {"retry_after_ms": RETRY_AFTER_S * 1000, **details}
     body = LineError(error.code, error.message, details, status=error.status)
     return _encode(body) + b"\n"
-
-
-def _in_one_line(body: bytearray) -> bytearray:
-    """Replace line breaks, which payloads and metadata may contain between values."""
-    return body.translate(_BLANKS) if _LF in body or _CR in body else body
 
 
 def error_response(

@@ -105,7 +105,7 @@ def _times(timing: Timing, after_ms: int) -> Iterator[int]:
         while True:
             at += every_ms
             yield at
-    cron, zone = _cron(timing.cron or ""), _zone(timing.timezone)
+    cron, zone = _cron(timing.cron or ""), _ZONES.get(timing.timezone) or _read_zone(timing.timezone)
     minute, hour = cron.parts[1:3]
     elapsed = minute.startswith("*") or hour.startswith("*")
     yield from (_elapsed_times if elapsed else _fixed_times)(cron, zone, after_ms)
@@ -181,10 +181,6 @@ async def load_zone(name: str) -> None:
     """Read a time zone in a thread, so that the functions above do not read files. Raises InvalidTiming."""
     if name != "UTC" and name not in _ZONES:
         _ZONES[name] = await asyncio.to_thread(_read_zone, name)
-
-
-def _zone(name: str) -> tzinfo:
-    return _ZONES.get(name) or _read_zone(name)
 
 
 def _read_zone(name: str) -> tzinfo:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Final, TypeVar
 
 import msgspec
@@ -201,7 +202,7 @@ class Maintainer:
                 await self._guarded("tick", self._tick)
             pause_ends_in_s = self._pause_ends_in_s()
             if pause_ends_in_s <= 0:
-                await self._guarded("pauses", self._end_pauses)
+                await self._guarded("pauses", partial(self._actor.ask, EndPauses(), by="daemon"))
                 pause_ends_in_s = PAUSE_RETRY_S
             upcoming = min(next_tick, next_recovery) if every_s else next_tick
             await wait_for_wake(self._recovery_wake, min(upcoming - loop_time(), pause_ends_in_s))
@@ -230,9 +231,6 @@ class Maintainer:
         untils = [pause.until for pause in self._state.paused.values()]
         ends = [each for each in (*untils, *(rule.until for rule in self._state.quiet.values())) if each is not None]
         return (min(ends) - self._clock.moment().believed) / SECOND_MS if ends else math.inf
-
-    async def _end_pauses(self) -> None:
-        await self._actor.ask(EndPauses(), by="daemon")
 
     async def _tick(self) -> None:
         """Persist lock time while a job is processing, and changes of a suspect clock.
@@ -355,7 +353,7 @@ class Maintainer:
         since_ms = self._since_ms(self._last_end, self.last_report)
         return since_ms is None or since_ms >= self.schedule.min_interval_ms
 
-    async def _guarded(self, what: str, work: Callable[[], Awaitable[None]]) -> None:
+    async def _guarded(self, what: str, work: Callable[[], Awaitable[object]]) -> None:
         try:
             await work()
         except (CommandRejected, Unfinished, LeadershipLost, JournalOutcomeUnknown, FormatNotRead) as rejected:

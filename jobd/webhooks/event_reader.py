@@ -81,8 +81,6 @@ class EventReader:
     @property
     def is_lagging(self) -> bool:
         """Whether the reader has not reached the last event for a while, or since the start."""
-        if not self._endpoint.reads_events:
-            return False
         return self._read_at_s is None or (self.has_unread and self._loop_time() - self._read_at_s > LAGGING_AFTER_S)
 
     def next_work_in_s(self, *, has_room: bool) -> list[float]:

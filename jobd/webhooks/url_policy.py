@@ -42,20 +42,17 @@ def _reason(address: IPv4Address | IPv6Address) -> str | None:
             return _reason(inner)
         if address.is_site_local or address in _UNIQUE_LOCAL:
             return "private"
+    is_unallocated = address.version == 6 and address not in _PUBLIC
     for kind, applies in (
         ("loopback", address.is_loopback),
         ("link-local, the range of cloud metadata services", address.is_link_local),
         ("multicast", address.is_multicast),
-        ("reserved", any(address in network for network in _RESERVED) or _is_unallocated(address)),
+        ("reserved", is_unallocated or any(address in network for network in _RESERVED)),
         ("private", not address.is_global or address in _AZURE_PLATFORM),
     ):
         if applies:
             return kind
     return None
-
-
-def _is_unallocated(address: IPv4Address | IPv6Address) -> bool:
-    return isinstance(address, IPv6Address) and address not in _PUBLIC
 
 
 def _inner(address: IPv6Address) -> IPv4Address | None:
