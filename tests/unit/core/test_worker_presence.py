@@ -178,7 +178,7 @@ def test_a_worker_that_says_goodbye_is_gone_until_it_is_heard(rules: RuleHarness
     assert (one(rules).state, one(rules).goodbye) == ("idle", None)
     rules.held(worker="w")
     assert rules.accept(cmd.Goodbye("w", "new")).state == "busy"
-    rules.reject(cmd.Goodbye("unknown"), "worker_not_found")
+    assert rules.reject(cmd.Goodbye("unknown"), "worker_not_found").details == {"worker": "unknown"}
 
 
 def test_workers_are_counted_by_host_and_version(rules: RuleHarness) -> None:

@@ -240,7 +240,7 @@ async def test_rules_that_are_wrong_or_too_many_are_rejected(engine: VirtualEngi
     for number in range(cmd.MAX_QUIET_RULES):
         await engine.yes(cmd.AddQuietRule(queue=f"q-{number}", reason="r"))
     rejected = await engine.no(cmd.AddQuietRule(queue="more", reason="r"))
-    assert (rejected.code, str(cmd.MAX_QUIET_RULES) in rejected.message) == ("too_many_quiet_rules", True)
+    assert (rejected.code, rejected.details) == ("too_many_quiet_rules", {"limit": cmd.MAX_QUIET_RULES})
 
 
 @in_virtual_time

@@ -510,7 +510,8 @@ def test_a_dry_run_of_an_adoption_changes_nothing(rules: RuleHarness) -> None:
     assert (decision.changes, rules.job()) == ([], before)
     assert isinstance(decision.answer, Response)
     assert decision.answer.data == rules.accept(cmd.Adopt(id="a"), admin=True)
-    rules.reject(cmd.Adopt(id="a", dry_run=True), "invalid_transition", admin=True)
+    rejection = rules.reject(cmd.Adopt(id="a", dry_run=True), "invalid_transition", admin=True)
+    assert "of a completed job" in rejection.message
 
 
 @pytest.mark.parametrize(("ahead", "used"), [(1, True), (0, False), (-1, False)])

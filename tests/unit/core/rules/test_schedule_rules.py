@@ -201,22 +201,24 @@ def test_who_may_put_a_schedule(rules: RuleHarness) -> None:
     error = rules.reject(PutSchedule(**request, source="app:b"), "schedule_owned")
     assert error.details == {"source": "app:a"}
     put(rules)  # an operator takes it over
-    rules.reject(PutSchedule(**request, source="app:a"), "schedule_owned")
+    error = rules.reject(PutSchedule(**request, source="app:a"), "schedule_owned")
+    assert "belongs to an operator" in error.message
 
 
 @pytest.mark.parametrize(
-    "fields",
+    ("fields", "field"),
     [
-        {"cron": "0 0 * * *"},
-        {"every_ms": None},
-        {"job": ScheduledJob(payload=Raw(b'"' + b"x" * MAX_JOB_BYTES + b'"'))},
-        {"job": ScheduledJob(backoff=BackoffOptions("fixed", 5, 4))},
+        ({"cron": "0 0 * * *"}, "cron"),
+        ({"every_ms": None}, "cron"),
+        ({"job": ScheduledJob(payload=Raw(b'"' + b"x" * MAX_JOB_BYTES + b'"'))}, "job"),
+        ({"job": ScheduledJob(backoff=BackoffOptions("fixed", 5, 4))}, "backoff.max_ms"),
     ],
     ids=["both", "none", "large", "backoff"],
 )
-def test_invalid_requests(rules: RuleHarness, fields: dict[str, Any]) -> None:
+def test_invalid_requests(rules: RuleHarness, fields: dict[str, Any], field: str) -> None:
     request = {"id": "s", "every_ms": 1_000, "job": ScheduledJob()} | fields
-    rules.reject(PutSchedule(**request), "invalid_request", admin=True)
+    error = rules.reject(PutSchedule(**request), "invalid_request", admin=True)
+    assert error.details == {"field": f"$.{field}"}
 
 
 def test_the_number_of_schedules_is_limited(rules: RuleHarness) -> None:
@@ -247,6 +249,7 @@ def test_an_operator_runs_a_schedule(rules: RuleHarness) -> None:
     at = NOW - DAY_MS - NOW % 1_000
     made = rules.accept_admin(RunSchedule(id="s", scheduled_at=at, force=True))
     assert (made.id, made.scheduled_at) == (scheduled_job_id("s", at), at)
+    assert rules.last().details == {"schedule": "s", "scheduled_at": at}
     count = len(rules.events)
     assert rules.accept_admin(RunSchedule(id="s", scheduled_at=at)).id == made.id
     assert len(rules.events) == count, "repeating it creates nothing"
@@ -286,6 +289,7 @@ def test_pages_of_schedules(rules: RuleHarness) -> None:
         put(rules, id=name, source="app:x" if name == "b" else None)
     page = rules.accept_admin(cmd.Schedules(limit=2))
     assert ([each.id for each in page.schedules], page.next_cursor) == (["a", "b"], "b")
+    assert rules.accept_admin(cmd.Schedules(limit=1)).next_cursor == "a"
     page = rules.accept_admin(cmd.Schedules(limit=2, cursor="b"))
     assert ([each.id for each in page.schedules], page.next_cursor) == (["c"], None)
     assert [each.id for each in rules.accept_admin(cmd.Schedules(source="app:x")).schedules] == ["b"]
