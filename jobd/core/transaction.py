@@ -54,9 +54,6 @@ class Transaction:
         self.ended: list[str] = []
         self.payloads: dict[int, bytes] = {}
         self._restores: list[Callable[[], None]] = []
-        self._first = 0  # the changes before the current command
-        self._begun = 0, 0, state.epoch, state.next_token  # and `checked`, `_restores` and the next token
-        self.is_dry_run = False
         self._uuid_time = ""
 
     def begin(self, call: IssuedCommand) -> None:
@@ -64,7 +61,7 @@ class Transaction:
         state = self.state
         self.call = call
         self.is_dry_run = call.command.dry_run
-        self._first = len(self.changes)
+        self._first = len(self.changes)  # those before the current command
         self._begun = len(self.checked), len(self._restores), state.epoch, state.next_token
 
     @property

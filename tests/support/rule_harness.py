@@ -35,6 +35,7 @@ from jobd.model.job import (
 from jobd.model.responses import GrantView, Recovered, Response
 from jobd.model.storage import LateResultRows, Payload
 from tests.support.calls import HOLDERS, aimed
+from tests.support.error_details import check_error
 from tests.support.factories import as_stored
 
 NOW: Final = 1_700_000_000_000
@@ -133,7 +134,7 @@ class RuleHarness:
         decision = self.decide(command, admin=admin, by=by)
         assert isinstance(decision.answer, ApiError), decision.answer
         assert decision.answer.code == code, decision.answer
-        assert decision.answer.message
+        check_error(decision.answer)
         assert all(change.type in ("late_result", "late_call") for change in decision.changes)
         return decision.answer
 

@@ -29,6 +29,7 @@ from jobd.model.errors import ApiError
 from jobd.model.events import fold
 from jobd.model.job import HOUR_MS, Job, Options, Policy
 from jobd.model.responses import CleanupReport, GrantView, Response
+from tests.support.error_details import check_error
 from tests.support.memory_storage import MemoryStorage
 
 WALL: Final = 1_700_000_000_000
@@ -186,7 +187,7 @@ class VirtualEngine:
     async def no(self, command: AnyCommand, **asked: Any) -> ApiError:
         response = await self.actor.ask(command, **asked)
         assert isinstance(response, ApiError), response
-        assert response.message
+        check_error(response)
         return response
 
     async def held(

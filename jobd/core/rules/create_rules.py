@@ -91,7 +91,7 @@ def add_job(
         extra=extra,
     )
     tx.create(job, "created", bytes(command.payload), request_hash, schedule)
-    view = views.job_view(job, tx.at, tx.policy, admin=tx.call.admin, payload=command.payload)
+    view = views.job_view(job, tx.at, tx.policy, payload=command.payload)
     if headers:
         tx.attach(headers_key(number), headers)
         view.headers = command.headers

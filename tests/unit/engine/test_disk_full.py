@@ -256,9 +256,9 @@ async def test_the_error_contains_path_and_free_bytes(engine: VirtualEngine) -> 
 @in_virtual_time
 async def test_a_start_on_a_full_disk() -> None:
     disk = await finished_disk()
-    disk.fits = lambda batch: False
+    disk.fits, disk.has_reserve = lambda batch: False, False
     async with checked_engine(disk) as engine:
-        assert write_limit(engine) == "CREATES"
+        assert (write_limit(engine), engine.actor.full_disk.has_reserve) == ("CREATES", False)
         assert (await engine.no(cmd.Create())).code == "storage_full"
         assert disk.calls.get("write", 0) == 3  # none since
         await engine.yes(cmd.Get(id="done"))
