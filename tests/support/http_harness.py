@@ -34,7 +34,6 @@ from jobd.model.calls import AdminQueueCalls, DaemonCalls, ManyJobCalls, StoreCa
 from jobd.model.clocks import LockMs
 from jobd.model.commands import Command, IdempotencyKey, MakePlan, Moment, Operator, TakeBack
 from jobd.model.errors import ApiError
-from jobd.model.problems import ProblemList
 from jobd.model.storage import DiskSpace
 from jobd.monitoring.timeseries import Timeseries
 from jobd.storage.artifacts.downloads import Downloads
@@ -51,21 +50,20 @@ DISK = responses.DiskView("/var/lib/jobd/jobd.db", 3 << 30, 8 << 30)
 
 class ReceivedCommand(Struct):
     command: Any
-    by: str
-    admin: bool
-    key: IdempotencyKey | None
-    size: int
+    by: str = "client"
+    admin: bool = False
+    key: IdempotencyKey | None = None
+    size: int = 0
     operator: Operator | None = None
+
+
+ActorResponse = responses.Response | ApiError
 
 
 class FakeActor:
     """Record the received commands, and respond with `respond`."""
 
-    def __init__(
-        self,
-        response: Callable[[Any], responses.Response | ApiError | Awaitable[responses.Response | ApiError]]
-        | None = None,
-    ) -> None:
+    def __init__(self, response: Callable[[Any], ActorResponse | Awaitable[ActorResponse]] | None = None) -> None:
         self.received: list[ReceivedCommand] = []
         self.undelivered_responses: list[responses.Response] = []
         self.unread = UnreadResponses()
@@ -76,52 +74,30 @@ class FakeActor:
         self.full_disk = SimpleNamespace(reject=lambda command: None)
         self._tasks: dict[envelope.Envelope, asyncio.Task[None]] = {}
 
-    async def ask(
-        self,
-        command: Command,
-        *,
-        by: str = "client",
-        admin: bool = False,
-        key: IdempotencyKey | None = None,
-        size: int = 0,
-        operator: Operator | None = None,
-        expected: str | None = None,
-    ) -> responses.Response | ApiError:
-        self.received.append(ReceivedCommand(command, by, admin, key, size, operator))
-        self.arrived.set()
-        try:
-            response = self.respond(command)
-            return response if isinstance(response, responses.Response | ApiError) else await response
-        except asyncio.CancelledError:
-            self.cancelled.set()
-            raise
+    async def ask(self, command: Command, *, expected: str | None = None, **fields: Any) -> ActorResponse:
+        self._receive(command, fields)
+        return await self._result(self.respond(command))
 
-    def send(
-        self,
-        command: Command,
-        waiter: Waiter,
-        *,
-        by: str = "client",
-        admin: bool = False,
-        key: IdempotencyKey | None = None,
-        size: int = 0,
-        operator: Operator | None = None,
-        ordered: bool = False,
-    ) -> envelope.Envelope:
-        self.received.append(ReceivedCommand(command, by, admin, key, size, operator))
-        self.arrived.set()
-        asked = envelope.Envelope(cast("Any", command), by, b"", admin, key=key, size=size, futures=[waiter])
+    def send(self, command: Command, waiter: Waiter, *, ordered: bool = False, **fields: Any) -> envelope.Envelope:
+        got = self._receive(command, fields)
+        asked = envelope.Envelope(got.command, got.by, b"", got.admin, key=got.key, size=got.size, futures=[waiter])
         self._tasks[asked] = asyncio.ensure_future(self._respond(waiter, self.respond(command)))
         return asked
 
-    async def _respond(
-        self, waiter: Waiter, response: responses.Response | ApiError | Awaitable[responses.Response | ApiError]
-    ) -> None:
+    def _receive(self, command: Command, fields: dict[str, Any]) -> ReceivedCommand:
+        self.received.append(ReceivedCommand(command, **fields))
+        self.arrived.set()
+        return self.received[-1]
+
+    async def _result(self, response: ActorResponse | Awaitable[ActorResponse]) -> ActorResponse:
         try:
-            result = response if isinstance(response, responses.Response | ApiError) else await response
+            return response if isinstance(response, ActorResponse) else await response
         except asyncio.CancelledError:
             self.cancelled.set()
             raise
+
+    async def _respond(self, waiter: Waiter, response: ActorResponse | Awaitable[ActorResponse]) -> None:
+        result = await self._result(response)
         if not waiter.done():
             waiter.set_result(result)
         elif isinstance(result, responses.Response) and result.grants:
@@ -190,10 +166,14 @@ class Fakes:
         self.storage = MemoryStorage()
 
 
-class FakeMaintainer:
+class FakePart:
+    """A part whose results are in `fakes`."""
+
     def __init__(self, fakes: Fakes) -> None:
         self._fakes = fakes
 
+
+class FakeMaintainer(FakePart):
     async def run_cleanup(self, *, forced: bool) -> responses.CleanupReport:
         self._fakes.forced.append(forced)
         return REPORT
@@ -216,10 +196,7 @@ class FakeMaintainer:
         return replace(result_of(AdminQueueCalls.take_back), worker=command.name)
 
 
-class FakePlanner:
-    def __init__(self, fakes: Fakes) -> None:
-        self._fakes = fakes
-
+class FakePlanner(FakePart):
     async def make(self, asked: MakePlan, plan_id: str) -> responses.PlanView | ApiError:
         self._fakes.planned.append(asked)
         return self.find("p1")
@@ -254,10 +231,7 @@ class FakeClock:
         self._fakes.accepted = True
 
 
-class FakeBackups:
-    def __init__(self, fakes: Fakes) -> None:
-        self._fakes = fakes
-
+class FakeBackups(FakePart):
     async def begin(self, id_: str) -> FakeBackup | ApiError:
         fakes = self._fakes
         fakes.backup_ids.append(id_)
@@ -276,10 +250,7 @@ class FakeBackups:
         return [BACKUP]
 
 
-class FakeWebhooks:
-    def __init__(self, fakes: Fakes) -> None:
-        self._fakes = fakes
-
+class FakeWebhooks(FakePart):
     def has(self, name: str) -> bool:
         return name == "q"
 
@@ -306,11 +277,8 @@ class FakeWebhooks:
         return DELIVERY
 
 
-class FakeMonitoring:
+class FakeMonitoring(FakePart):
     """Health and metrics."""
-
-    def __init__(self, fakes: Fakes) -> None:
-        self._fakes = fakes
 
     async def view(self) -> responses.HealthView:
         status = self._fakes.status
@@ -328,22 +296,6 @@ class FakeMonitoring:
 
     async def vitals(self) -> responses.ProcessStats:
         return responses.ProcessStats(3, 2, 0.005, 0.001, 1 << 20, 1 << 10, 61_000, self._fakes.oldest_due)
-
-
-class FakeProblems:
-    def __init__(self, fakes: Fakes) -> None:
-        self._fakes = fakes
-
-    def alerts(self) -> list[responses.AlertView]:
-        return self._fakes.alerts
-
-    def view(self, severity: str | None = None, queue: str | None = None) -> ProblemList:
-        return self._fakes.problems
-
-
-class FakeFailures:
-    def view(self, limit: int) -> Any:
-        return result_of(ManyJobCalls.failures)
 
 
 class FakeScrubber:
@@ -366,9 +318,9 @@ def make_services(actor: Any, fakes: Fakes) -> Services:
         "maintainer": FakeMaintainer(fakes),
         "clock": FakeClock(fakes),
         "backups": FakeBackups(fakes),
-        "failures": FakeFailures(),
+        "failures": SimpleNamespace(view=lambda limit: result_of(ManyJobCalls.failures)),
         "planner": FakePlanner(fakes),
-        "problems": FakeProblems(fakes),
+        "problems": SimpleNamespace(alerts=lambda: fakes.alerts, view=lambda *_, **__: fakes.problems),
         "scrubber": FakeScrubber(),
         "disk_sampler": FakeSampler(),
         "timeseries": Timeseries(0),
@@ -605,8 +557,7 @@ class HttpHarness:
         self, method: str, target: str, body: bytes | str | None = None, headers: Mapping[str, str] | None = None
     ) -> ReceivedResponse:
         """Send one request on a new connection."""
-        client = await self.connect()
-        return await client.request(method, target, body, headers)
+        return await (await self.connect()).request(method, target, body, headers)
 
     async def send_raw(self, data: bytes) -> ReceivedResponse:
         """Send exactly these bytes on a new connection, and receive a response."""
@@ -618,11 +569,11 @@ class HttpHarness:
 class HeldResponse:
     """Hold back the responses of the fake actor until the test sets `go`."""
 
-    def __init__(self, harness: HttpHarness, response: responses.Response | ApiError | None = None) -> None:
+    def __init__(self, harness: HttpHarness, response: ActorResponse | None = None) -> None:
         self.go = asyncio.Event()
         self._answer = response or responses.Response(responses.EmptyResponse())
         harness.actor.respond = self._respond
 
-    async def _respond(self, _: Any) -> responses.Response | ApiError:
+    async def _respond(self, _: Any) -> ActorResponse:
         await self.go.wait()
         return self._answer
