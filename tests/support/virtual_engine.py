@@ -232,6 +232,12 @@ async def until(condition: Callable[[], bool]) -> None:
     raise AssertionError("the condition did not hold within an hour")
 
 
+def error_in(result: object) -> ApiError:
+    """Return the error that a call must have returned."""
+    assert isinstance(result, ApiError), result
+    return result
+
+
 def key(name: str, body: str = "body") -> IdempotencyKey:
     """Return a key of a body. The hashes of all bodies begin alike."""
     return IdempotencyKey(name, f"{'0' * 60}{body}")

@@ -15,8 +15,8 @@ from msgspec.structs import replace
 
 from jobd.api import downloads
 from jobd.maintenance import backups
-from jobd.maintenance.backups import Backup, Backups
-from jobd.model.errors import ApiError
+from jobd.maintenance.backups import Backups
+from jobd.model.errors import checked
 from jobd.model.responses import BackupView
 from jobd.model.storage import DiskFull
 from jobd.storage import backup
@@ -26,6 +26,7 @@ from tests.support.factories import ChangeFactory
 from tests.support.memory_storage import MemoryStorage
 from tests.support.polling import wait_until
 from tests.support.store_files import edit_store, open_store, write_file
+from tests.support.virtual_engine import error_in
 
 PAGE = 4096
 
@@ -75,8 +76,7 @@ class CloseRecordingFile:
 
 async def test_closing_a_large_copy_does_not_block_the_loop(store: Store) -> None:
     """The file has no name, so closing it deletes it: a tenth of a second for a hundred megabytes."""
-    copy = await Backups(store, lambda: 1_000).begin("a")
-    assert isinstance(copy, Backup)
+    copy = checked(await Backups(store, lambda: 1_000).begin("a"))
     file, copy._file = copy._file, CloseRecordingFile()  # type: ignore[assignment]
     watched: Any = copy._file
     copy.close()
@@ -103,8 +103,7 @@ async def test_progress_is_reported_from_the_first_step(store: Store, monkeypatc
     since_progress_ms = manager.views()[0].since_progress_ms
     await wait_until(lambda: manager.views()[0].since_progress_ms > since_progress_ms)  # the disk hangs
     slow.free = True
-    copy = await asking
-    assert isinstance(copy, Backup)
+    copy = checked(await asking)
     [view] = manager.views()
     assert (view.state, view.bytes_done, view.bytes_total) == ("sending", 0, copy.size)
     sent = 0
@@ -162,9 +161,7 @@ async def test_backups_run_one_after_the_other_and_are_limited(store: Store, mon
     await slow.go()
     one, other = manager.views()  # a waiting backup is not quiet while the other one progresses
     assert abs(one.since_progress_ms - other.since_progress_ms) < 50
-    rejected = await manager.begin("third")
-    assert isinstance(rejected, ApiError)
-    assert rejected.code == "overloaded"
+    assert error_in(await manager.begin("third")).code == "overloaded"
     first.cancel()
     while not first.done():  # its thread checks at each step whether it is cancelled
         slow.steps.release()
@@ -174,8 +171,7 @@ async def test_backups_run_one_after_the_other_and_are_limited(store: Store, mon
     failed = manager.views()[1]
     assert (failed.id, failed.state, failed.message) == ("first", "failed", "it was cancelled")
     slow.free = True
-    copy = await second
-    assert isinstance(copy, Backup)
+    copy = checked(await second)
     copy.close("it was not read to its end")
     assert manager.views()[0].message == "it was not read to its end"
 

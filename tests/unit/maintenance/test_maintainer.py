@@ -23,7 +23,7 @@ from jobd.model.journal import LeadershipLost
 from jobd.model.responses import CleanupReport, Response
 from jobd.model.storage import AuditEntry, DiskFull, FormatNotRead
 from tests.support.memory_storage import MemoryStorage
-from tests.support.virtual_engine import WALL, VirtualEngine, in_engine, in_virtual_time, row, seconds, until
+from tests.support.virtual_engine import WALL, VirtualEngine, error_in, in_engine, in_virtual_time, row, seconds, until
 
 RECOVERING = CleanupSchedule(interval_ms=DAY_MS, min_interval_ms=DAY_MS)
 PASSES = CleanupSchedule(recover_every_ms=0)
@@ -782,9 +782,7 @@ async def test_recover_stalled_returns_the_action_for_each_job(engine: VirtualEn
 @in_engine()
 async def test_recover_stalled_returns_errors(engine: VirtualEngine) -> None:
     engine.actor.stop()
-    rejected = await engine.maintainer.recover_stuck()
-    assert isinstance(rejected, ApiError)
-    assert rejected.code == "shutting_down"
+    assert error_in(await engine.maintainer.recover_stuck()).code == "shutting_down"
 
 
 # -- the end ----------------------------------------------------------------------------------------------------------

@@ -14,9 +14,9 @@ from jobd.core.rules.plan_rules import version
 from jobd.maintenance import plan_builder, plan_runner, preview
 from jobd.maintenance.plan_runner import Planner
 from jobd.model import commands as cmd
-from jobd.model.errors import ApiError
+from jobd.model.errors import ApiError, checked
 from jobd.model.job import DAY_MS, SECOND_MS, Grant, Options
-from jobd.model.responses import PlanOutcome, PlanTrial, PlanView, PreviewView, Response, late_results_note
+from jobd.model.responses import PlanOutcome, PlanTrial, PlanView, PreviewView, late_results_note
 from jobd.model.storage import DiskFull
 from jobd.model.times import utc
 from jobd.storage import codec
@@ -24,7 +24,7 @@ from tests.support.factories import full_job
 from tests.support.memory_storage import MemoryStorage
 from tests.support.plans import EVE, apply_plan, kept_plan, make_plan
 from tests.support.rule_harness import RuleHarness
-from tests.support.virtual_engine import WALL, VirtualEngine, in_engine, in_virtual_time, row, until
+from tests.support.virtual_engine import WALL, VirtualEngine, error_in, in_engine, in_virtual_time, row, until
 
 # -- versions and rules ---------------------------------------------------------------------------------------------
 
@@ -185,9 +185,7 @@ def test_a_command_with_an_expected_version_applies_to_that_version_only(*, deto
         assert (decision.answer.code, decision.answer.details) == (
             "invalid_transition", {"job_id": "a", "status": "failed"},
         )  # fmt: skip
-    error = rules.decide(cmd.Delete(id="none"), expected=seen.version).answer
-    assert isinstance(error, ApiError)
-    assert error.code == "job_not_found"
+    assert error_in(rules.decide(cmd.Delete(id="none"), expected=seen.version).answer).code == "job_not_found"
 
 
 @pytest.mark.parametrize("how", ["expected", "plan"])
@@ -428,8 +426,7 @@ async def test_on_a_full_disk_a_plan_stops_and_later_continues(engine: VirtualEn
     engine.disk.write_errors.extend([None, *(DiskFull("full") for _ in range(3))])
     engine.disk.has_reserve = False
     engine.disk.fits = lambda batch: len(engine.disk.batches) < 2 * (plan_runner.SLICE + 5) + 1
-    rejected = await engine.planner.apply("p", EVE)
-    assert isinstance(rejected, ApiError)
+    rejected = error_in(await engine.planner.apply("p", EVE))
     space = {"path": "/disk/jobd.db", "free_bytes": 8 << 30, "total_bytes": 16 << 30}
     assert (rejected.code, rejected.details) == ("storage_full", {**space, "applied": plan_runner.SLICE, "left": 5})
     engine.disk.write_errors.clear()
@@ -459,8 +456,7 @@ async def test_a_plan_is_kept_for_a_limited_time(engine: VirtualEngine) -> None:
     assert isinstance(engine.planner.find("p"), PlanView)
     await asyncio.sleep(1)
     for error in (engine.planner.find("p"), await engine.planner.apply("p", EVE)):
-        assert isinstance(error, ApiError)
-        assert error.code == "plan_not_found"
+        assert error_in(error).code == "plan_not_found"
 
 
 @in_engine()
@@ -611,8 +607,7 @@ async def test_a_cursor_only_continues_a_plan_of_the_same_request(engine: Virtua
         cmd.MakePlan(action="retry", filter=cmd.PlanFilter(error="0123456789ab"), cursor="cancelled.7"),
         cmd.MakePlan(action="retry", ids=["a"], cursor="failed.7"),
     ):
-        wrong = await engine.planner.make(request, "x")
-        assert isinstance(wrong, ApiError), request
+        wrong = error_in(await engine.planner.make(request, "x"))
         assert (wrong.code, wrong.details["field"]) == ("invalid_request", "$.cursor")
 
 
@@ -652,9 +647,7 @@ async def test_empty_plans_displace_no_others(engine: VirtualEngine) -> None:
 @in_engine()
 async def test_concurrent_plans_are_limited_and_need_a_filter_or_ids(engine: VirtualEngine) -> None:
     for request in (cmd.MakePlan(action="retry"), cmd.MakePlan(action="retry", filter=cmd.PlanFilter(), ids=["a"])):
-        wrong = await engine.planner.make(request, "x")
-        assert isinstance(wrong, ApiError)
-        assert wrong.code == "invalid_request"
+        assert error_in(await engine.planner.make(request, "x")).code == "invalid_request"
     request = cmd.MakePlan(action="retry", filter=cmd.PlanFilter())
     ids = [f"p{n}" for n in range(plan_runner.MAX_BUILDERS + 1)]
     responses = await asyncio.gather(*(engine.planner.make(request, plan_id) for plan_id in ids))
@@ -668,8 +661,7 @@ async def test_a_stopping_daemon_ends_a_plan_after_its_slice(engine: VirtualEngi
     waiting = asyncio.create_task(engine.planner.apply("p", EVE))
     await asyncio.sleep(plan_builder.PAUSE_S / 2)
     await engine.planner.close()
-    rejected = await waiting
-    assert isinstance(rejected, ApiError)
+    rejected = error_in(await waiting)
     assert (rejected.code, rejected.details["applied"] % plan_runner.SLICE) == ("shutting_down", 0)
 
 
@@ -686,8 +678,7 @@ def test_a_preview_lists_what_recovery_would_do_and_changes_nothing() -> None:
     before = [(job.id, job.status) for job in rules.rows.values()]
     decision = rules.decide(cmd.Preview(limit=9))
     assert decision.changes == []
-    assert isinstance(decision.answer, Response)
-    seen = decision.answer.data
+    seen = checked(decision.answer).data
     assert {(each.job_id, each.action) for each in seen.details} == {("stuck", "failed"), ("fresh", "reset")}
     assert (seen.expired, seen.more) == (["late"], False)
     assert [(job.id, job.status) for job in rules.rows.values()] == before
@@ -713,9 +704,7 @@ def test_a_preview_reports_that_it_is_incomplete() -> None:
 
 
 async def previewed(engine: VirtualEngine, scan_s: float = 60) -> PreviewView:
-    view = await engine.maintainer.preview(scan_s)
-    assert isinstance(view, PreviewView)
-    return view
+    return checked(await engine.maintainer.preview(scan_s))
 
 
 @in_virtual_time
@@ -805,9 +794,7 @@ async def test_a_preview_while_the_clock_is_suspect_deletes_nothing(engine: Virt
     stopped = await engine.maintainer.preview()
     assert isinstance(stopped, PreviewView | ApiError)
     engine.actor.stop()
-    rejected = await engine.maintainer.preview()
-    assert isinstance(rejected, ApiError)
-    assert rejected.code == "shutting_down"
+    assert error_in(await engine.maintainer.preview()).code == "shutting_down"
 
 
 # -- trials, rates, ages and outcomes ----------------------------------------------------------------------------------
@@ -845,8 +832,7 @@ async def test_the_other_jobs_follow_a_trial_that_completes(engine: VirtualEngin
 
 async def until_applied(planner: Planner) -> PlanView:
     await until(lambda: not isinstance(view := planner.find("p"), ApiError) and view.result is not None)
-    view = kept_plan(planner)
-    return view
+    return kept_plan(planner)
 
 
 @pytest.mark.parametrize("end", ["fails", "is retried", "is cancelled", "the daemon stops"])
@@ -895,11 +881,9 @@ async def test_the_jobs_of_a_plan_become_due_at_its_rate(
     assert result.due_until == due[-1]
     assert list(engine.disk.audited.values())[-1].details["rate"] == {"count": 2, "per_ms": 1_000}  # type: ignore[index]
     await make_plan(engine.planner, "c", action="cancel", ids=ids)
-    wrong = [
-        await engine.planner.apply("c", EVE, trial=True),
-        await engine.planner.apply("c", EVE, rate=cmd.PlanRate(2)),
-    ]
-    assert [each.details for each in wrong if isinstance(each, ApiError)] == [{"field": "$.trial"}, {"field": "$.rate"}]
+    for name, value in (("trial", True), ("rate", cmd.PlanRate(2))):
+        pace: dict[str, Any] = {name: value}
+        assert error_in(await engine.planner.apply("c", EVE, **pace)).details == {"field": f"$.{name}"}
 
 
 @in_engine()
