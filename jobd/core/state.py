@@ -539,9 +539,8 @@ class State:
             return
         if self.paused.pop(queue, None) is not None and queue not in self.counts:
             self.queue_names.remove(queue)
-        if queue in self._queued:
-            for kind in self._queued[queue].buckets:
-                self.on_due(queue, kind)
+        for kind in self.queued_kinds(queue):
+            self.on_due(queue, kind)
 
     def _is_wake(self, wake: tuple[int, BucketName]) -> bool:
         queue, kind, priority = wake[1]

@@ -331,15 +331,17 @@ def _locked(job: Job, grant: Grant, deadlines: LockDeadlines, at: Moment, admin:
 
 
 def stats(state: State, counters: Counters, at: Moment) -> responses.StatsView:
-    oldest = next(iter(state.processing.values()), None)
-    shown = None if oldest is None else responses.OldestProcessing(oldest.id, _age_s(oldest, at), oldest.progress)
+    oldest = None
+    if (job := next(iter(state.processing.values()), None)) is not None:
+        age_s = round(max(at.now - (job.started_at or job.created_at), 0) / 1000, 3)
+        oldest = responses.OldestProcessing(job.id, age_s, job.progress)
     return responses.StatsView(
         total_jobs=state.total(),
         by_status={status: state.totals[status] for status in STATUSES},
         stuck_jobs=len(state.processing.stalled),
         locked_jobs=state.processing.live_locks(),
         average_processing_time=average_processing_s(state, counters, at),
-        oldest_processing_job=shown,
+        oldest_processing_job=oldest,
         stuck_jobs_recovered=counters.recovered_last_day(at.now),
         timestamp=at.now,
     )
@@ -360,7 +362,3 @@ def average_processing_s(state: State, counters: Counters, at: Moment) -> float:
     running = len(state.processing)
     total_ms += running * at.now - state.processing.started_sum
     return round(max(total_ms, 0) / 1000 / (count + running), 3) if count + running else 0.0
-
-
-def _age_s(job: Job, at: Moment) -> float:
-    return round(max(at.now - (job.started_at or job.created_at), 0) / 1000, 3)

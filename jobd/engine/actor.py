@@ -279,10 +279,7 @@ class Actor:
         if self._stopping:
             return self._rejection
         room, bounds = SHARES[command.admission], self.bounds
-        if (
-            len(self._mailbox) + len(self._history.reads) >= bounds.mailbox * room
-            or self._bytes + size > bounds.inflight_bytes * room
-        ):
+        if self.waiting >= bounds.mailbox * room or self._bytes + size > bounds.inflight_bytes * room:
             return ApiError("overloaded", "Too many commands are waiting; try again in a second.")
         if self.unread.is_full and room < 1:
             return self.unread.rejection()

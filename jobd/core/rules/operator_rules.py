@@ -26,7 +26,6 @@ from jobd.model.job import (
     Job,
     LockDeadlines,
     Result,
-    Status,
     checkpoint_key,
     headers_key,
     recorded_bytes,
@@ -244,13 +243,14 @@ def _imported(tx: Transaction, command: commands.Import) -> Job:
         # Counted from now, so that no imported job is deleted at once.
         expires = tx.at.latest + transitions.keep_ms(tx.policy, command.status)
     error = Failure(command.error_message, command.error_code)
+    progress = MAX_PERCENT if command.status == "completed" else 0
     fields = {name: value for name in _GIVEN if (value := getattr(command, name)) is not UNSET} | {
         "seq": tx.job_number(),
         "options": transitions.requested_options(tx, command),
         "created_at": created,
         "updated_at": updated,
         "run_at": command.run_at or created,
-        "progress": transitions.normalize_number(_progress(command.status, command.progress)),
+        "progress": transitions.normalize_number(progress if command.progress is None else command.progress),
         "finished_at": finished,
         "expires_at": expires,
         "result": transitions.normalize_result(Result(*[getattr(command, name) for name in Result.__struct_fields__])),
@@ -260,12 +260,6 @@ def _imported(tx: Transaction, command: commands.Import) -> Job:
     }
     job = Job(**fields)
     return _held_elsewhere(tx, job, command.worker or "unknown") if command.status == "processing" else job
-
-
-def _progress(status: Status, progress: float | None) -> float:
-    if progress is not None:
-        return progress
-    return MAX_PERCENT if status == "completed" else 0
 
 
 def _held_elsewhere(tx: Transaction, job: Job, worker: str) -> Job:
