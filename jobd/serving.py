@@ -12,14 +12,13 @@ from random import SystemRandom
 from typing import Any, Final, Protocol
 from urllib.parse import quote
 
-import msgspec
 import structlog
 from msgspec import Struct
 from msgspec.structs import replace
 
 from jobd.api.services import Services
 from jobd.cluster.leadership import Leadership
-from jobd.config import Config, Duration, LoadedConfig
+from jobd.config import Config, LoadedConfig
 from jobd.core.state import State
 from jobd.engine.actor import Actor, Bounds
 from jobd.engine.clock import Clock, monotonic_s
@@ -50,7 +49,7 @@ from jobd.monitoring.failure_groups import FailureGroups
 from jobd.monitoring.health import Health
 from jobd.monitoring.metrics import Metrics
 from jobd.monitoring.problems.board import ProblemBoard
-from jobd.monitoring.problems.condition import Scene, Thresholds
+from jobd.monitoring.problems.condition import Scene
 from jobd.monitoring.timeseries import Timeseries
 from jobd.resources import RandomPool
 from jobd.storage.artifacts.base import ArtifactStore
@@ -258,7 +257,7 @@ class Serving:
         self.actor.policy = settings.policy()
         self.clock.keep_ms = self.actor.policy.shortest_keep_ms
         self.maintainer.set_schedule(_schedule(settings))
-        self.services.problems.scene.limits = _thresholds(settings)
+        self.services.problems.scene.limits = settings.alerts
 
     async def finish(self) -> None:
         """Stop the background parts, and decide the commands that were accepted. Nothing is decided after that.
@@ -430,7 +429,7 @@ class Serving:
             clock=self.clock,
             health=health,
             cleanup=self.maintainer,
-            limits=_thresholds(self._loaded.config),
+            limits=self._loaded.config.alerts,
             failing_webhooks=self.webhooks.failing,
             cluster=view,
             rejects_creates=lambda: self.actor.full_disk.write_limit != WriteLimit.NONE,
@@ -483,10 +482,3 @@ def _schedule(settings: Config) -> CleanupSchedule:
         journal_bytes=settings.retention.journal_bytes,
         audit_ms=int(settings.retention.audit),
     )
-
-
-def _thresholds(settings: Config) -> Thresholds:
-    """Build the thresholds from [alerts], whose keys have no unit."""
-    values = msgspec.structs.asdict(settings.alerts)
-    durations = {f"{name}_ms": int(value) for name, value in values.items() if isinstance(value, Duration)}
-    return Thresholds(**durations, **{name: value for name, value in values.items() if f"{name}_ms" not in durations})

@@ -32,7 +32,7 @@ ARROWS: Final[dict[str, set[str]]] = {
     "http": {"model", "engine"},
     "webhooks": {"model"},
     "maintenance": {"model", "core", "storage", "engine"},
-    "monitoring": {"model", "core", "storage", "engine", "maintenance"},
+    "monitoring": {"model", "core", "storage", "engine", "maintenance", "config"},
     "api": {"model", "core", "storage", "engine", "http", "webhooks", "maintenance", "monitoring"},
     "dashboard": {"model", "core", "engine", "http", "webhooks", "maintenance", "monitoring", "api"},
     "client": {"model"},

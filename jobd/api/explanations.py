@@ -53,20 +53,13 @@ def _with_problem(app: HttpApp[Services], job: JobView, view: WhyView) -> WhyVie
     state = app.actor.state
     live = state.jobs.find(job.id)
     grant = None if live is None else live.grant or live.ended
-    worker = None if grant is None else state.presence.workers.get(grant.worker)
+    name = None if grant is None else grant.worker
+    worker = None if name is None else state.presence.workers.get(name)
     host, version = ("", "") if worker is None else group_of(worker)
-    subject = Subject(
-        type="job",
-        queue=job.queue,
-        kind=job.kind,
-        host=host,
-        version=version,
-        worker=None if grant is None else grant.worker,
-        job=job.id,
-        schedule=view.schedule_id or None,
-    )
+    whole = Subject(type="job", queue=job.queue, kind=job.kind, host=host, version=version, worker=name, job=job.id)
+    whole = replace(whole, schedule=view.schedule_id or None)
     for problem in app.services.problems.view().problems:
-        if problem.subject.is_part_of(subject):
+        if problem.subject.is_part_of(whole):
             others = [each for each in problem.cure if each.command != f"jobctl why {job.id}"]  # this is its output
             return replace(view, problem=replace(problem, cure=others))
     return view

@@ -196,7 +196,7 @@ class Metrics(StoppableLoop):
         keys: list[tuple[str, Severity]] = [(each.name, level) for each in CONDITIONS for level in get_args(Severity)]
         yield _gauges("problems", "Open problems.", labels, ((*key, now[key]) for key in keys))
         help_ = "Problems that were opened since the start."
-        yield _counters("problems_opened", help_, labels, ((*key, opened.get(key, 0)) for key in keys))
+        yield _counters("problems_opened", help_, labels, ((*key, opened[key]) for key in keys))
         help_ = "Jobs of the worst problems of queues."
         yield _gauges("problem_jobs", help_, ["condition", "queue"], _problem_jobs(problems))
         firing = ((alert.name, int(alert.firing)) for alert in self._problems.alerts())

@@ -6,16 +6,17 @@ import asyncio
 from collections.abc import Coroutine
 from typing import Any
 
+from jobd.config import AlertsSection
 from jobd.model.commands import About, Claim, Complete, Create, Extend
 from jobd.model.job import HOUR_MS
 from jobd.model.problems import Problem
 from jobd.monitoring.health import Health
 from jobd.monitoring.problems.board import EVALUATE_EVERY_S, ProblemBoard
-from jobd.monitoring.problems.condition import Scene, Thresholds
+from jobd.monitoring.problems.condition import Scene
 from tests.support.virtual_engine import VirtualEngine, seconds
 
 
-def problems_of(engine: VirtualEngine, thresholds: Thresholds | None = None, **settings: Any) -> ProblemBoard:
+def problems_of(engine: VirtualEngine, thresholds: AlertsSection | None = None, **settings: Any) -> ProblemBoard:
     """Return problems that open and close at once, on a daemon that has been up for long."""
     health = Health(engine.actor, engine.clock, engine.maintainer)
     times = {name: settings.pop(name, 0) for name in ("hold_ms", "clear_ms")}

@@ -100,7 +100,7 @@ class ProblemBoard(StoppableLoop):
         return OpenProblems(listed, {each.id: self._life.changed_at(each.id) for each in listed}, settled)
 
     @property
-    def opened_total(self) -> dict[tuple[str, Severity], int]:
+    def opened_total(self) -> Counter[tuple[str, Severity]]:
         """How many problems were opened since the start, by condition and severity."""
         return self._life.opened_total
 
@@ -171,14 +171,14 @@ class ProblemBoard(StoppableLoop):
     async def _scan(self, slices: _Slices) -> None:
         """Read what the conditions of queues and kinds need. Many pairs are scanned less often."""
         scene, boot_ms = self.scene, self._boot_ms()
-        for old in (scene.crews, scene.running, scene.due, scene.tallies):
+        for old in (scene.crews, scene.running, scene.due, scene.recent):
             old.clear()
             await slices.end()
         scene.at = scene.clock.moment()
         await slices.of(self._read_crews())
         await slices.of(self._read_running())
         pairs = await slices.of(self._read_due())
-        await slices.of(scene.counts.recent(scene.at.now), scene.tallies.append)
+        await slices.of(scene.counts.recent(scene.at.now), scene.recent.append)
         if scene.trends.is_over(boot_ms):
             counts: dict[str, int] = {}
             backlogs = ((pair.id("backlog_grows"), pair.due) for pair in scene.due.values())
@@ -213,7 +213,7 @@ class ProblemBoard(StoppableLoop):
             self._free.popleft()
         since, free_bytes = self._free[0]
         used_bytes = free_bytes - space.free_bytes
-        is_fast = used_bytes * self.scene.limits.disk_full_within_ms > space.free_bytes * HOUR_MS
+        is_fast = used_bytes * self.scene.limits.disk_full_within > space.free_bytes * HOUR_MS
         if used_bytes <= 0 or boot_ms - since < RATE_AFTER_MS or not is_fast:
             return None
         return space.free_bytes * (boot_ms - since) / used_bytes
@@ -248,7 +248,7 @@ class ProblemBoard(StoppableLoop):
         """
         state, at, limits = self.scene.state, self.scene.at, self.scene.limits
         now = min(at.now, at.believed)
-        times_ms = limits.queue_without_workers_ms, 0.8 * limits.queue_waits_ms, limits.paused_without_reason_ms
+        times_ms = limits.queue_without_workers, 0.8 * limits.queue_waits, limits.paused_without_reason
         due_for_ms = min(DUE_FOR_MS, *times_ms)
         for queue in list(state.counts):
             for kind in state.queued_kinds(queue):

@@ -8,15 +8,15 @@ from typing import Final
 from jobd.monitoring.problems import cluster, daemon, schedules, workers
 from jobd.monitoring.problems import queues_and_kinds as pairs
 from jobd.monitoring.problems.condition import Condition, DuePair, Scene
-from jobd.monitoring.problems.queue_kind_counts import Tally
+from jobd.monitoring.problems.queue_kind_counts import PairCounts
 
 
 def due(scene: Scene) -> Iterable[DuePair]:
     return scene.due.values()
 
 
-def ended(scene: Scene) -> Iterable[Tally]:
-    return scene.tallies
+def recent(scene: Scene) -> Iterable[PairCounts]:
+    return scene.recent
 
 
 _FIRST: Final = (
@@ -39,15 +39,15 @@ OF_PAIRS: Final = (
     ),
     Condition("waits", "warning", pairs.waits, due, "ms", "queue_waits"),
     Condition("backlog_grows", "warning", pairs.backlog_grows, due),
-    Condition("failing", "warning", pairs.failing, ended, "percent", "failure_rate", hides=("retry_backlog",)),
+    Condition("failing", "warning", pairs.failing, recent, "percent", "failure_rate", hides=("retry_backlog",)),
     Condition("retry_backlog", "warning", pairs.retry_backlog, lambda scene: list(scene.state.retrying.items())),
-    Condition("expiring", "warning", pairs.expiring, ended, "percent"),
-    Condition("due_far", "warning", pairs.due_far, ended),
+    Condition("expiring", "warning", pairs.expiring, recent, "percent"),
+    Condition("due_far", "warning", pairs.due_far, recent),
     Condition("paused_without_reason", "notice", daemon.paused_without_reason, daemon.pauses),
     Condition("quiet_long", "notice", workers.quiet_long, lambda scene: scene.state.presence.remembered()),
 )
 _OTHERS: Final = (
-    Condition("disk", "warning", daemon.disk, unit="percent", alert="disk_nearly_full", per=1, hides=("database",)),
+    Condition("disk", "warning", daemon.disk, unit="percent", alert="disk_nearly_full", hides=("database",)),
     Condition("release_loop", "warning", workers.release_loop, workers.loops, alert="release_loop"),
     Condition("no_progress", "warning", workers.no_progress, workers.held_long, "ms"),
     Condition("kills_workers", "warning", workers.kills_workers, lambda scene: list(scene.losses.holders.items())),

@@ -20,7 +20,7 @@ def nodes(scene: Scene) -> list[NodeView]:
 def standby_behind(scene: Scene, node: NodeView) -> Finding | None:
     """A standby lacks a record that the leader has had for too long, or was last seen too long ago."""
     behind_ms = max(node.behind_ms, node.seen_ms * node.is_unseen)
-    if node.role != "standby" or behind_ms <= scene.limits.standby_behind_ms:
+    if node.role != "standby" or behind_ms <= scene.limits.standby_behind:
         return None
     title = f"It is {duration(behind_ms)} behind the leader ({node.lag_records} records)."
     cause, cure = "Check its disk, its load and its connection to PostgreSQL.", _SHOW
@@ -59,7 +59,7 @@ def two_primaries(scene: Scene) -> Finding | None:
 def database_horizon(scene: Scene) -> Finding | None:
     """A transaction in the database of the journal has been open for too long."""
     open_ms = scene.cluster().oldest_transaction_ms or 0
-    if open_ms <= scene.limits.database_horizon_ms:
+    if open_ms <= scene.limits.database_horizon:
         return None
     cause = (
         "Long transactions slow down every commit of jobd. Find it with: SELECT pid, usename, xact_start, state, "
@@ -70,7 +70,7 @@ def database_horizon(scene: Scene) -> Finding | None:
 
 def clocks_differ(scene: Scene, node: NodeView) -> Finding | None:
     ahead_ms = abs(node.ahead_ms)
-    if node.is_unseen or ahead_ms <= scene.limits.clocks_differ_ms:
+    if node.is_unseen or ahead_ms <= scene.limits.clocks_differ:
         return None
     side = "ahead of" if node.ahead_ms > 0 else "behind"
     title = f"The wall clock of node {node.name} is {duration(ahead_ms)} {side} PostgreSQL's."

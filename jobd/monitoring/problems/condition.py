@@ -9,66 +9,24 @@ from typing import Any, Final, NamedTuple
 
 from msgspec import Struct, field
 
+from jobd.config import AlertsSection
 from jobd.core.state import State
 from jobd.core.worker_presence import ClaimSet
 from jobd.engine.clock import Clock
 from jobd.maintenance.maintainer import Maintainer
 from jobd.model.clocks import LockMs
 from jobd.model.commands import Moment, WorkerState
-from jobd.model.job import HOUR_MS, MINUTE_MS, SECOND_MS, Job
+from jobd.model.job import HOUR_MS, SECOND_MS, Job
 from jobd.model.problems import Cure, Problem, Severity, Subject, Unit
 from jobd.model.responses import ClusterView, DiskUse
 from jobd.model.storage import DiskSpace
 from jobd.model.webhooks import FailingWebhook
 from jobd.monitoring.health import Health
 from jobd.monitoring.problems.losses import WorkerLosses
-from jobd.monitoring.problems.queue_kind_counts import Pair, PairCounts, Tally
-from jobd.monitoring.problems.trends import Trends
+from jobd.monitoring.problems.queue_kind_counts import Pair, PairCounts, QueueKindCounts, Trends
 
 CLOSE_RATIO: Final = 0.9  # a ratio closes at this part of its threshold, so that a value near it does not flap
-GIB: Final = 1 << 30
 RUNNING_READ: Final = 10_000
-
-
-class Thresholds(Struct, frozen=True):
-    """Thresholds of the conditions. Unless noted, a condition holds above its threshold, not at it."""
-
-    stalled_jobs: int = 5
-    processing_jobs: int = 20
-    average_processing_ms: int = 10 * MINUTE_MS
-    cleanup_issues: int = 10
-    granted_twice: int = 0  # jobs in the last hour
-    slower_than_usual: float = 2.0  # ratio to the usual duration
-    webhook_failing_ms: int = 5 * MINUTE_MS
-    queue_without_workers_ms: int = 2 * MINUTE_MS
-    queue_waits_ms: int = 5 * MINUTE_MS
-    failure_rate: float = 0.5  # of the attempts of a queue and kind; also holds at the threshold
-    failure_rate_attempts: int = 20
-    disk_free_percent: float = 10.0
-    disk_free_bytes: int = GIB
-    release_loop: int = 0  # jobs
-    disk_full_within_ms: int = 6 * HOUR_MS
-    backlog_grows: int = 50  # due jobs more than 10 minutes ago; from here on, most also hold at the threshold
-    retry_backlog: int = 20
-    rejecting: int = 10  # responses in 5 minutes
-    expiring: float = 0.1  # of the jobs that ended in 10 minutes
-    expiring_jobs: int = 10
-    due_far_jobs: int = 20  # created in 10 minutes
-    paused_without_reason_ms: int = 15 * MINUTE_MS
-    quiet_long_ms: int = 24 * HOUR_MS
-    no_progress_ms: int = 10 * MINUTE_MS
-    no_progress_times: float = 3.0  # the usual duration
-    kills_workers: int = 2
-    workers_die: int = 3  # of a host and version, in 10 minutes
-    workers_die_stalls: int = 5
-    workers_die_share: float = 0.2  # of the workers, or of the grants
-    standby_behind_ms: int = 30 * SECOND_MS
-    database_horizon_ms: int = MINUTE_MS
-    clocks_differ_ms: int = SECOND_MS
-
-    @property
-    def disk_nearly_full(self) -> float:
-        return 100 - self.disk_free_percent
 
 
 class Finding(Struct, frozen=True, gc=False):
@@ -104,7 +62,7 @@ class Crew(Struct):
     last: tuple[int, str] | None = None
 
 
-class DuePair(Pair, frozen=True, gc=False):
+class DuePair(Pair, gc=False):
     """A queue and a kind with due jobs. `job_id` waits longest. `is_behind`: others have a better priority."""
 
     due: int
@@ -120,20 +78,20 @@ class Scene(Struct, kw_only=True):
     clock: Clock
     health: Health
     cleanup: Maintainer
-    limits: Thresholds = Thresholds()
+    limits: AlertsSection = AlertsSection()
     failing_webhooks: Callable[[], Iterable[FailingWebhook]] = tuple
     cluster: Callable[[], ClusterView] = lambda: ClusterView(role="single")
     rejects_creates: Callable[[], bool] = lambda: False
     error_counts: Callable[[], Iterable[Counter[str]]] = tuple
     disk_use: Callable[[], DiskUse | None] = lambda: None  # None: it is being measured
-    counts: PairCounts = field(default_factory=PairCounts)
+    counts: QueueKindCounts = field(default_factory=QueueKindCounts)
     losses: WorkerLosses = field(default_factory=WorkerLosses)
     trends: Trends = field(default_factory=Trends)
     # The latest scan.
     crews: defaultdict[ClaimSet | None, Crew] = field(default_factory=lambda: defaultdict(Crew))
     running: dict[str, int] = {}  # pair_id("running", …) -> the oldest started_at of its jobs with a live lock
     due: dict[tuple[str, str], DuePair] = {}  # by queue and kind
-    tallies: list[Tally] = []
+    recent: list[PairCounts] = []  # those with events in the last 10 minutes
     # The latest evaluation.
     at: Moment = Moment(0, LockMs(0), 0)
     opened: frozenset[str] = frozenset()  # ids of open problems, whose thresholds to close are lower
@@ -160,8 +118,8 @@ class Condition(Struct, frozen=True):
 
     `check` returns the finding of one item of `each`, if the condition holds for it, or of the scene if `each` is None.
     A slice may end after each item, and items that are None are not checked. `alert` is the name of the alert that is
-    derived from it, and of its threshold. `per` is the value of the problem for 1 of the alert, if the unit does not
-    give it. `hides` names conditions whose problems are explained by one of this condition, if their subjects overlap.
+    derived from it, and of its threshold. `hides` names conditions whose problems are explained by one of this
+    condition, if their subjects overlap.
     """
 
     name: str
@@ -170,7 +128,6 @@ class Condition(Struct, frozen=True):
     each: Callable[[Scene], Iterable[Any]] | None = None
     unit: Unit = "jobs"
     alert: str = ""
-    per: int | None = None
     hides: tuple[str, ...] = ()
 
     def find(self, scene: Scene) -> Iterable[Finding | Draft | None]:
@@ -202,14 +159,16 @@ class Condition(Struct, frozen=True):
             cure=list(finding.cure),
         )
 
-    def alert_threshold(self, limits: Thresholds) -> float:
-        name = self.alert if hasattr(limits, self.alert) else f"{self.alert}_ms"
-        limit: float = getattr(limits, name, 0)
+    def alert_threshold(self, limits: AlertsSection) -> float:
+        if self.alert == "disk_nearly_full":
+            return 100 - limits.disk_free_percent
+        limit: float = getattr(limits, self.alert, 0)
         return limit / SECOND_MS if self.unit == "ms" else limit
 
     def alert_value(self, value: float) -> float:
-        """Return a value as alerts have it: in seconds instead of ms, as a ratio instead of percent."""
-        return value / (self.per or {"ms": SECOND_MS, "percent": 100}.get(self.unit, 1))
+        """Return a value as alerts have it: in seconds, or as a ratio unless it is of the disk."""
+        scale = {"ms": SECOND_MS, "percent": 1 if self.alert == "disk_nearly_full" else 100}
+        return value / scale.get(self.unit, 1)
 
 
 def rank_of(jobs: int, wait_ms: int = 0) -> tuple[int, int]:

@@ -9,6 +9,7 @@ from typing import Final
 
 from msgspec.structs import replace
 
+from jobd.config import AlertsSection
 from jobd.core import quiet
 from jobd.core.views import average_processing_s
 from jobd.model.events import QueuePause, QuietRule
@@ -17,9 +18,10 @@ from jobd.model.problems import Cure, Subject
 from jobd.model.responses import DatabaseHealth, DiskUse, PartHealth
 from jobd.model.times import duration
 from jobd.model.webhooks import FailingWebhook
-from jobd.monitoring.problems.condition import GIB, Finding, Scene, Thresholds, job_cure, plural
+from jobd.monitoring.problems.condition import Finding, Scene, job_cure, plural
 
 MIB: Final = 1 << 20
+GIB: Final = 1 << 30
 TINY_PERCENT: Final = 2.0  # of the disk
 REJECTED: Final = {  # by code
     "overloaded": "too many commands, claims or unread responses wait.",
@@ -52,7 +54,7 @@ def processing_jobs(scene: Scene) -> Finding | None:
 
 def average_processing(scene: Scene) -> Finding | None:
     ms = average_processing_s(scene.state, scene.state.counters, scene.at) * SECOND_MS
-    if ms <= scene.limits.average_processing_ms:
+    if ms <= scene.limits.average_processing:
         return None
     title = f"Jobs take {duration(ms)} on average (completed in the last hour, or processing)."
     return Finding(_DAEMON, title, value=ms, cure=(Cure("See the oldest", "jobctl stats", "/"),))
@@ -112,7 +114,7 @@ def _is_disk_sick(scene: Scene) -> bool:
 
 
 def failing_webhooks(scene: Scene) -> list[FailingWebhook]:
-    return [each for each in scene.failing_webhooks() if each.for_ms > scene.limits.webhook_failing_ms]
+    return [each for each in scene.failing_webhooks() if each.for_ms > scene.limits.webhook_failing]
 
 
 def webhook(scene: Scene, each: FailingWebhook) -> Finding:
@@ -134,7 +136,7 @@ def disk(scene: Scene) -> Finding | None:
         return None
     free = 100 * space.free_bytes / space.total_bytes
     full_in_ms = math.inf if scene.full_in_ms is None else scene.full_in_ms
-    is_filling = rejects or full_in_ms < limits.disk_full_within_ms
+    is_filling = rejects or full_in_ms < limits.disk_full_within
     if not (is_filling or _is_low(space.free_bytes, space.total_bytes, limits)):
         return None
     use = scene.disk_use()
@@ -157,7 +159,7 @@ def disk(scene: Scene) -> Finding | None:
     )
 
 
-def _is_low(free_bytes: int, total_bytes: int, limits: Thresholds) -> bool:
+def _is_low(free_bytes: int, total_bytes: int, limits: AlertsSection) -> bool:
     percent, least_bytes = 100 * free_bytes / total_bytes, min(limits.disk_free_bytes, total_bytes // 4)
     return percent < limits.disk_free_percent or free_bytes < least_bytes
 
@@ -181,7 +183,7 @@ def pauses(scene: Scene) -> list[tuple[str, QueuePause]]:
 
 def paused_without_reason(scene: Scene, item: tuple[str, QueuePause]) -> Finding | None:
     found = None if item[1].reason else _paused(scene, *item)
-    return found if found is not None and found.wait_ms > scene.limits.paused_without_reason_ms else None
+    return found if found is not None and found.wait_ms > scene.limits.paused_without_reason else None
 
 
 def paused_with_reason(scene: Scene, item: tuple[str, QueuePause]) -> Finding | None:

@@ -6,6 +6,7 @@ stands still on a full disk.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from heapq import heappush, heappushpop
 from typing import Final, get_args
@@ -81,7 +82,7 @@ class ProblemLife:
     def __init__(self, hold_ms: int = HOLD_MS, clear_ms: int = CLEAR_MS) -> None:
         self.listed: list[Problem] = []
         self.rest: dict[str, int] = {}  # condition -> subjects that are left out
-        self.opened_total: dict[tuple[str, Severity], int] = {}
+        self.opened_total: Counter[tuple[str, Severity]] = Counter()
         self.closed: list[Problem] = []  # by the latest update, as `begun` are those that it listed
         self.begun: list[Problem] = []
         self._hold_ms = hold_ms
@@ -106,7 +107,7 @@ class ProblemLife:
         return self._tracks[id_].changed_at
 
     def selection(self, condition: Condition) -> Selection:
-        """Return an empty selection for the findings of an evaluation."""
+        """Return an empty selection for the findings of an evaluation, to be given to `find` before the next one."""
         tracked = {id_ for id_, track in self._tracks.items() if track.condition is condition}
         return Selection(condition, tracked, max(min(SUBJECTS - len(tracked), MOST - len(self._tracks)), 0))
 
@@ -133,9 +134,7 @@ class ProblemLife:
         self._list()
         self.begun = [problem for problem in self.listed if before.pop(problem.id, None) is None]
         self.closed = list(before.values())
-        for problem in self.begun:
-            key = problem.condition, problem.severity
-            self.opened_total[key] = self.opened_total.get(key, 0) + 1
+        self.opened_total.update((problem.condition, problem.severity) for problem in self.begun)
         return worse or bool(self.begun or self.closed)
 
     def write_log(self) -> Iterator[None]:
@@ -149,18 +148,15 @@ class ProblemLife:
 
     def find(self, selection: Selection, now: int, boot_ms: BootMs) -> Iterator[None]:
         """Apply the findings of one condition. Yields after each one."""
-        condition, rest = selection.condition, selection.rest
+        condition = selection.condition
+        self.rest[condition.name] = selection.rest
         for draft in selection.chosen():
             track = self._tracks.get(draft.id)
-            if track is None and len(self._tracks) >= MOST:
-                rest += 1
-                continue
             problem = condition.problem(draft.id, draft.make(), now if track is None else track.problem.since)
             if track is None:
                 track = self._tracks[draft.id] = _Track(condition, problem, boot_ms, boot_ms, draft.rank)
             track.problem, track.seen, track.rank = problem, boot_ms, draft.rank
             yield
-        self.rest[condition.name] = rest
 
     def find_again(self, condition: Condition, boot_ms: BootMs) -> None:
         """Apply the findings that one condition had at the latest update."""

@@ -24,7 +24,7 @@ from jobd.monitoring.problems.condition import (
     problem_id,
     rank_of,
 )
-from jobd.monitoring.problems.queue_kind_counts import CREATED, ENDED, FAILED, MINUTES, Pair, Tally, pair_id
+from jobd.monitoring.problems.queue_kind_counts import MINUTES, Pair, PairCounts, pair_id
 
 SETTLED_MS: Final = 3 * MINUTE_MS  # presence begins empty: until then a worker may not have claimed again
 LEFT_MS: Final = SETTLED_MS - MINUTE_MS // 2  # the same for a pair whose worker claimed since the start, and left
@@ -37,7 +37,7 @@ SEE_WORKERS: Final = Cure("See its workers", "jobctl workers", "/workers")
 
 def no_workers(scene: Scene, pair: DuePair) -> Draft | None:
     """A job is due, and no worker that takes its queue and kind is there."""
-    if pair.wait_ms <= scene.limits.queue_without_workers_ms or pair.queue in scene.state.paused:
+    if pair.wait_ms <= scene.limits.queue_without_workers or pair.queue in scene.state.paused:
         return None
     # The holders of jobs that have not claimed since the start may take any pair.
     others, is_settled = scene.crews[None].there, scene.up_ms >= SETTLED_MS
@@ -64,7 +64,7 @@ def _missing(scene: Scene, pair: DuePair, last: tuple[int, str] | None) -> Findi
 
 def waits(scene: Scene, pair: DuePair) -> Draft | None:
     """The oldest due job of a pair waits for too long although workers take it."""
-    id_, limit_ms = pair.id("waits"), scene.limits.queue_waits_ms
+    id_, limit_ms = pair.id("waits"), scene.limits.queue_waits
     if pair.queue in scene.state.paused or not scene.exceeds(id_, pair.wait_ms, limit_ms, limit_ms * 0.8):
         return None
     return Draft(rank_of(pair.due, pair.wait_ms), id_, partial(_waiting, scene, pair))
@@ -77,26 +77,26 @@ def _waiting(scene: Scene, pair: DuePair) -> Finding:
     return Finding(pair.subject, title, jobs=pair.due, wait_ms=pair.wait_ms, cause=cause, cure=cure)
 
 
-def failing(scene: Scene, pair: Tally) -> Draft | None:
+def failing(scene: Scene, pair: PairCounts) -> Draft | None:
     """Too large a share of the attempts of a pair ended by `fail`."""
-    limits, id_, error = scene.limits, pair.id("failing"), pair.minutes.error
-    if not pair.failed or pair.attempts < limits.failure_rate_attempts or error is None:
+    limits, id_, lately = scene.limits, pair.id("failing"), pair.lately
+    if not lately.failed or lately.attempts < limits.failure_rate_attempts or pair.error is None:
         return None
-    share = pair.failed / pair.attempts
+    share = lately.failed / lately.attempts
     if share < limits.failure_rate * (CLOSE_RATIO if id_ in scene.opened else 1):
         return None
-    return Draft(rank_of(pair.failed), id_, partial(_failing, pair, share, error, scene.at.now))
+    return Draft(rank_of(lately.failed), id_, partial(_failing, pair, share, pair.error, scene.at.now))
 
 
-def _failing(pair: Tally, share: float, error: Failure, now: int) -> Finding:
-    first_at = pair.minutes.first(FAILED, now)
+def _failing(pair: PairCounts, share: float, error: Failure, now: int) -> Finding:
+    lately, first_at = pair.lately, pair.first_failed(now)
     # Failures from before the counts are not known here: then the first one is no beginning.
     since = "in the last 10 minutes" if now - first_at >= (MINUTES - 1) * MINUTE_MS else f"since {clock_time(first_at)}"
     command = f"jobctl jobs --queue {shlex.quote(pair.queue)} --status failed"
     return Finding(
         pair.subject,
-        f"{pair.failed:,} of {pair.attempts:,} attempts failed {since}: {_error(error)}",
-        jobs=pair.failed,
+        f"{lately.failed:,} of {lately.attempts:,} attempts failed {since}: {_error(error)}",
+        jobs=lately.failed,
         value=100 * share,
         severity="critical" if share >= MANY_FAIL else None,
         cure=(SEE_ERRORS, Cure("See the failed jobs", command, f"/jobs?queue={pair.queue}")),
@@ -107,9 +107,9 @@ def backlog_grows(scene: Scene, pair: DuePair) -> Finding | None:
     """The due jobs of a pair rise, because more are created than end."""
     is_open = (id_ := pair.id("backlog_grows")) in scene.opened
     rise, counts = scene.trends.rise(id_, is_open=is_open), scene.counts.pairs.get((pair.queue, pair.kind))
-    if rise is None or counts is None or pair.queue in scene.state.paused:
+    if rise is None or pair.queue in scene.state.paused:
         return None
-    grown, created = rise[1] - rise[0], counts.sums(scene.at.now)[CREATED]
+    grown, created = rise[1] - rise[0], 0 if counts is None else counts.lately.created
     is_new = grown >= scene.limits.backlog_grows and 2 * grown >= rise[0] and 2 * created >= grown
     if not (is_open or is_new):
         return None
@@ -128,17 +128,16 @@ def retry_backlog(scene: Scene, item: tuple[str, int]) -> Finding | None:
         return None
     title = f"{count:,} wait for a retry, {max(rise[1] - rise[0], 0) / MINUTES:,.0f} more a minute"
     pairs = [pair for kind in scene.state.queued_kinds(queue) if (pair := scene.counts.pairs.get((queue, kind)))]
-    sums = [pair.sums(scene.at.now) for pair in pairs]
-    failed, attempts = sum(each[FAILED] for each in sums), sum(each[FAILED] + each[ENDED] for each in sums)
+    failed, attempts = sum(pair.lately.failed for pair in pairs), sum(pair.lately.attempts for pair in pairs)
     error = next((pair.error for pair in pairs if pair.error is not None), None)
     if error is not None and attempts:
         title += f"; {100 * failed / attempts:.0f} % of attempts fail: {_error(error)}"
     return Finding(Subject(type="queue", queue=queue), title, jobs=count, cure=(SEE_ERRORS,))
 
 
-def expiring(scene: Scene, pair: Tally) -> Finding | None:
+def expiring(scene: Scene, pair: PairCounts) -> Finding | None:
     """Jobs of a pair expire before a worker takes them."""
-    expired, ended = pair.expired, pair.expired + pair.attempts
+    expired, ended = pair.lately.expired, pair.lately.expired + pair.lately.attempts
     if expired < scene.limits.expiring_jobs or expired < scene.limits.expiring * ended:
         return None
     return Finding(
@@ -151,10 +150,10 @@ def expiring(scene: Scene, pair: Tally) -> Finding | None:
     )
 
 
-def due_far(scene: Scene, pair: Tally) -> Finding | None:
+def due_far(scene: Scene, pair: PairCounts) -> Finding | None:
     """Most jobs that are created for a pair are due in more than a week, other than on the day before."""
-    far, created = pair.far, pair.created
-    if far < scene.limits.due_far_jobs or 2 * far <= created or pair.minutes.is_usual(scene.at.now):
+    far, created = pair.lately.far, pair.lately.created
+    if far < scene.limits.due_far_jobs or 2 * far <= created or pair.is_usual(scene.at.now):
         return None
     selects = {"queue": pair.queue, "status": "queued"} | ({"kind": pair.kind} if pair.kind else {})
     shown = " ".join(f"--{name} {shlex.quote(value)}" for name, value in selects.items())

@@ -184,7 +184,7 @@ def quiet_long(scene: Scene, item: tuple[str, WorkerSeen]) -> Finding | None:
     """A worker that an operator told to be quiet long ago, although jobs wait that it takes. Quiet rules are known."""
     (name, worker), state = item, scene.state
     since, claims, told = worker.quiet_since, worker.claims, worker.obeyed
-    is_young = since is None or scene.at.now - since <= scene.limits.quiet_long_ms
+    is_young = since is None or scene.at.now - since <= scene.limits.quiet_long
     if since is None or is_young or claims is None or worker.told_rule in state.quiet:
         return None
     due = sum(pair.due for queue in claims.queues for pair in scene.due_of(queue) if claims.takes(pair.kind))
@@ -200,7 +200,7 @@ def quiet_long(scene: Scene, item: tuple[str, WorkerSeen]) -> Finding | None:
 
 def held_long(scene: Scene) -> Iterator[Job | None]:
     """Iterate over the jobs with live locks, the oldest grant first, until they are too young."""
-    last = min(scene.at.now, scene.at.believed) - scene.limits.no_progress_ms
+    last = min(scene.at.now, scene.at.believed) - scene.limits.no_progress
     jobs = scene.running_jobs()
     return takewhile(lambda job: job is None or job.grant is None or job.grant.acquired_at <= last, jobs)
 
@@ -217,7 +217,7 @@ def no_progress(scene: Scene, job: Job) -> Finding | None:
         since = max(since, state.presence.started_at or 0)
     baseline = state.counters.baselines.kinds.get(job.options.kind)
     usual_ms = None if baseline is None else baseline.usual()
-    limit_ms = UNKNOWN_MS if usual_ms is None else max(limits.no_progress_times * usual_ms, limits.no_progress_ms)
+    limit_ms = UNKNOWN_MS if usual_ms is None else max(limits.no_progress_times * usual_ms, limits.no_progress)
     silent_ms = min(at.now, at.believed) - since
     if silent_ms < limit_ms or 0 < grant.progress_timeout_ms <= limit_ms:  # the timeout ends it sooner
         return None

@@ -10,6 +10,7 @@ from typing import Any, Final
 import pytest
 from msgspec.structs import replace
 
+from jobd.config import AlertsSection, Duration
 from jobd.core.stats import HOURS_NEEDED, SAMPLES_NEEDED
 from jobd.engine.clock import loop_time
 from jobd.maintenance.cleanup_run import CleanupSchedule
@@ -20,7 +21,6 @@ from jobd.model.responses import ClusterView, HealthView, NodeView
 from jobd.model.storage import DiskSpace
 from jobd.model.webhooks import FailingWebhook
 from jobd.monitoring.problems.catalogue import CONDITIONS
-from jobd.monitoring.problems.condition import Thresholds
 from jobd.monitoring.problems.life import CLEAR_MS
 from tests.support.memory_storage import MemoryStorage
 from tests.support.problem_stage import Stage
@@ -172,7 +172,7 @@ async def stay_quiet(stage: Stage) -> float:
         while True:
             await stage.claim("film", "w-1", 30_000, limit=0)
 
-    stage.problems.scene.limits = Thresholds(quiet_long_ms=HOUR_MS)
+    stage.problems.scene.limits = AlertsSection(quiet_long=Duration(HOUR_MS))
     await stage.claim("film", "w-1")
     await stage.engine.yes(cmd.QuietWorker(name="w-1", reason="bad build"), by="admin:ana")
     stage.act(claims())

@@ -9,6 +9,7 @@ import pytest
 from msgspec.structs import replace
 from structlog.testing import capture_logs
 
+from jobd.config import AlertsSection, Duration
 from jobd.core.stats import HOURS_NEEDED, SAMPLES_NEEDED, SLOW_JOBS, STEP_MS
 from jobd.engine.clock import loop_time
 from jobd.model import commands as cmd
@@ -22,9 +23,9 @@ from jobd.model.webhooks import FailingWebhook
 from jobd.monitoring.problems import life
 from jobd.monitoring.problems.board import ProblemBoard
 from jobd.monitoring.problems.catalogue import ALERTS, CONDITIONS
-from jobd.monitoring.problems.condition import Condition, Finding, Thresholds
+from jobd.monitoring.problems.condition import Condition, Finding
 from jobd.monitoring.problems.life import ProblemLife
-from jobd.monitoring.problems.queue_kind_counts import MINUTES, PAIRS_KEPT, PairCounts
+from jobd.monitoring.problems.queue_kind_counts import MINUTES, PAIRS_KEPT, Counts, QueueKindCounts
 from tests.support.calls import DISK_USE
 from tests.support.factories import NOW
 from tests.support.memory_storage import MemoryStorage
@@ -123,7 +124,7 @@ async def test_busy_starting_and_paused_pairs_do_not_lack_workers(engine: Virtua
 
 @in_engine()
 async def test_a_threshold_below_a_minute_holds(engine: VirtualEngine) -> None:
-    problems = problems_of(engine, Thresholds(queue_without_workers_ms=5_000))
+    problems = problems_of(engine, AlertsSection(queue_without_workers=Duration(5_000)))
     await waiting(engine, "mail")
     await seconds(4)
     assert await found(problems) == {}
@@ -175,11 +176,11 @@ async def test_failing_holds_from_half_of_the_attempts_of_a_pair(engine: Virtual
     await seconds(540)
     (failing,) = (await found(problems)).values()
     assert failing.title == "10 of 20 attempts failed in the last 10 minutes: Error: no codec"
-    problems.scene.limits = Thresholds(failure_rate=0.55)
+    problems.scene.limits = AlertsSection(failure_rate=0.55)
     assert list(await found(problems)) == ["failing/a/k"], "it closes at 0.9 of its threshold"
-    problems.scene.limits = Thresholds(failure_rate=0.56)
+    problems.scene.limits = AlertsSection(failure_rate=0.56)
     assert await found(problems) == {}
-    problems.scene.limits = Thresholds(failure_rate_attempts=21)
+    problems.scene.limits = AlertsSection(failure_rate_attempts=21)
     assert await found(problems) == {}
 
 
@@ -246,11 +247,11 @@ async def test_each_slow_kind_is_found_and_does_not_flap(engine: VirtualEngine) 
         _work(engine, kind, ms)
     (slow,) = (await found(problems)).values()
     assert (slow.id, slow.title) == ("slow_kind/film", "95 % of its jobs take up to 3 s, usually 1 s.")
-    problems.scene.limits = Thresholds(slower_than_usual=3.1)
+    problems.scene.limits = AlertsSection(slower_than_usual=3.1)
     assert list(await found(problems)) == ["slow_kind/film"], "it continues just below the threshold"
-    problems.scene.limits = Thresholds(slower_than_usual=3.4)
+    problems.scene.limits = AlertsSection(slower_than_usual=3.4)
     assert await found(problems) == {}
-    problems.scene.limits = Thresholds(slower_than_usual=3.1)
+    problems.scene.limits = AlertsSection(slower_than_usual=3.1)
     assert await found(problems) == {}, "but it does not begin there"
 
 
@@ -297,7 +298,7 @@ async def test_conditions_of_the_daemon_say_what_holds() -> None:
         storage.put(replace(row(number + 1), options=Options(priority=2_000)))
     async with VirtualEngine(storage) as engine:
         failing = [FailingWebhook("b", 300_001, "500: broken", 608, True), FailingWebhook("c", 9, "x")]
-        problems = problems_of(engine, Thresholds(0, 0, 0), failing_webhooks=lambda: failing)
+        problems = problems_of(engine, AlertsSection(0, 0, Duration(0)), failing_webhooks=lambda: failing)
         assert [each.condition for each in (await found(problems)).values()] == ["webhook", "no_workers"]
         await engine.cleanup()
         lock_id = await engine.held("cat-1")
@@ -459,7 +460,7 @@ def test_conditions_of_a_cluster_say_what_holds(changes: dict[str, Any], expecte
 
 @in_engine()
 async def test_alerts_are_derived_and_quiet_ones_have_a_hint(engine: VirtualEngine) -> None:
-    problems = problems_of(engine, Thresholds(processing_jobs=0))
+    problems = problems_of(engine, AlertsSection(processing_jobs=0))
     assert all(alert.hint and not alert.firing for alert in problems.alerts())
     thresholds = [5, 0, 600, 10, 0, 2, 0, 0, 0, 300, 120, 300, 0.5, 90, 0]
     assert [alert.threshold for alert in problems.alerts()] == thresholds
@@ -471,7 +472,7 @@ async def test_alerts_are_derived_and_quiet_ones_have_a_hint(engine: VirtualEngi
 
 @in_engine()
 async def test_run_evaluates_survives_a_bug_and_knows_nothing_in_the_first_30_s(engine: VirtualEngine) -> None:
-    problems = problems_of(engine, Thresholds(processing_jobs=0), hold_ms=30_000, clear_ms=60_000)
+    problems = problems_of(engine, AlertsSection(processing_jobs=0), hold_ms=30_000, clear_ms=60_000)
     problems._first = None
     changes: list[list[str]] = []
     problems.on_change = lambda: changes.append([each.id for each in problems.view().problems])
@@ -535,11 +536,10 @@ class LifeHarness:
     def see(self, after_s: int, **found: list[Finding]) -> bool:
         self.ms += after_s * 1000
         now, boot_ms = NOW + self.ms, BootMs(self.ms)
-        selections = [self.life.selection(each) for each in self.conditions]
-        for selection in selections:
-            for finding in found.get(selection.condition.name, ()):
+        for condition in self.conditions:
+            selection = self.life.selection(condition)
+            for finding in found.get(condition.name, ()):
                 selection.add(finding)
-        for selection in selections:
             list(self.life.find(selection, now, boot_ms))
         has_changed = self.life.update(now, boot_ms)
         for _ in self.life.write_log():
@@ -637,13 +637,13 @@ def ended(queue: str, at: int, kind: str = "failed") -> Event:
 
 
 def test_counts_cover_ten_minutes_and_a_bounded_number_of_pairs() -> None:
-    counts = PairCounts()
+    counts = QueueKindCounts()
     counts.note([ended("q", NOW), ended("q", NOW + MINUTE_MS, "completed"), ended("q", NOW, "granted")])
     pair = counts.pairs["q", ""]
-    assert pair.sums(NOW + MINUTE_MS) == [0, 1, 1, 0, 0]
-    assert pair.first(1, NOW + MINUTE_MS) == (NOW + MINUTE_MS) // MINUTE_MS * MINUTE_MS
-    assert pair.sums(NOW + MINUTES * MINUTE_MS) == [0, 1, 0, 0, 0]
-    assert pair.sums(NOW - HOUR_MS) == [0] * 5, "a clock that was set back"
+    assert pair.sums(NOW + MINUTE_MS) == Counts(completed=1, failed=1)
+    assert pair.first_failed(NOW + MINUTE_MS) == NOW // MINUTE_MS * MINUTE_MS
+    assert pair.sums(NOW + MINUTES * MINUTE_MS) == Counts(completed=1)
+    assert pair.sums(NOW - HOUR_MS) == Counts(), "a clock that was set back"
     counts.note([ended(f"q-{number}", NOW) for number in range(PAIRS_KEPT)])
     assert len(counts.pairs) == PAIRS_KEPT
     assert ("q", "") not in counts.pairs
