@@ -192,7 +192,7 @@ class Metrics(StoppableLoop):
 
     def _problem_states(self) -> Iterator[MakeMetric]:
         problems, labels = self._problems.view().problems, ["condition", "severity"]
-        now, opened = Counter((each.condition, each.severity) for each in problems), self._problems.opened_total
+        now, opened = Counter((each.condition, each.severity) for each in problems), self._problems.life.opened_total
         keys: list[tuple[str, Severity]] = [(each.name, level) for each in CONDITIONS for level in get_args(Severity)]
         yield _gauges("problems", "Open problems.", labels, ((*key, now[key]) for key in keys))
         help_ = "Problems that were opened since the start."

@@ -27,6 +27,9 @@ NAMED: Final = 5  # subjects in the message for many
 MAX_TRIES: Final = 5  # direct attempts per change, over a little more than a minute
 
 
+Change = tuple[Problem, str, int]  # the type and the time of its message
+
+
 class PendingMessage(Struct, eq=False):
     """A message that is not in the outbox yet. `due` is the earliest next attempt, in monotonic ms."""
 
@@ -56,22 +59,19 @@ class ProblemSource:
         """Return all messages that are not in the outbox yet, oldest first. Repeated calls return them again."""
         found = self._context.problems() if self._endpoint.wants_problems else None
         if found is not None:
-            by_condition: dict[str, list[tuple[Problem, str, int]]] = {}
+            by_condition: dict[str, list[Change]] = {}
             for change in self._changes(found):
                 by_condition.setdefault(change[0].condition, []).append(change)
-            announced = dict(self.announced)
+            self.announced = dict(self.announced)
             for condition, changes in by_condition.items():
                 for problem, type_, at in self._announce(condition, changes):
+                    self.announced[problem.id] = at
                     if type_ == CLOSED:
-                        del announced[problem.id]
-                    else:
-                        announced[problem.id] = at
-            if announced != self.announced:
-                self.announced = announced
+                        del self.announced[problem.id]
             self._last = {each.id: each for each in found.problems}
         return [pending.message for pending in self._pending]
 
-    def _changes(self, found: OpenProblems) -> Iterable[tuple[Problem, str, int]]:
+    def _changes(self, found: OpenProblems) -> Iterable[Change]:
         """Yield each problem that opened, became worse or closed, with the type and the time of its message."""
         for problem in found.problems:
             changed_at = found.changed_at.get(problem.id, 0)
@@ -84,7 +84,7 @@ class ProblemSource:
             if id_ not in current:
                 yield self._last.get(id_) or _forgotten(id_, at), CLOSED, at
 
-    def _announce(self, condition: str, changes: list[tuple[Problem, str, int]]) -> list[tuple[Problem, str, int]]:
+    def _announce(self, condition: str, changes: list[Change]) -> list[Change]:
         """Make the messages of one condition. Return the changes that they contain; the others wait.
 
         After MOST messages in WINDOW_MS there is one for all others. Types that the webhook does not want are not made.
@@ -92,21 +92,15 @@ class ProblemSource:
         now, source = self._context.moment().now, self._context.source
         made = [at for at in self._made.get(condition, ()) if now - WINDOW_MS < at <= now]
         wanted = [each for each in changes if each[1] in self._endpoint.events]
-        single = wanted[: max(MOST - len(made), 0)]
+        single, others = wanted[: max(MOST - len(made), 0)], wanted[max(MOST - len(made), 0) :]
         for problem, type_, at in single:
             self._add(problem_message(problem, type_, at, now, source))
-        made += [now] * len(single)
-        others = wanted[len(single) :]
-        if others and len(made) > MOST:
-            self._made[condition] = made
-            return [each for each in changes if each not in others]
-        if others:
-            made.append(now)
-            if MANY in self._endpoint.events:
-                counts = Counter(type_.partition(".")[2] for _, type_, _ in others)
-                self._add(many_message(condition, counts, [each[0].name for each in others[:NAMED]], now, source))
-        self._made[condition] = made
-        return changes
+        is_full = len(made) > MOST
+        if others and not is_full and MANY in self._endpoint.events:
+            counts = Counter(type_.partition(".")[2] for _, type_, _ in others)
+            self._add(many_message(condition, counts, [each[0].name for each in others[:NAMED]], now, source))
+        self._made[condition] = made + [now] * (len(single) + bool(others and not is_full))
+        return [each for each in changes if each not in others or not is_full]
 
     def written(self, count: int) -> None:
         """Forget the first `count` messages of `poll`, which are in the outbox now."""
@@ -125,9 +119,8 @@ class ProblemSource:
                 continue
             seen.add(subject)
             if pending.due <= ms:
-                self._in_flight[subject] = asyncio.create_task(
-                    self._try(pending, post), name=f"webhook {self._endpoint.name}"
-                )
+                attempt, name = self._try(pending, post), f"webhook {self._endpoint.name}"
+                self._in_flight[subject] = asyncio.create_task(attempt, name=name)
 
     def in_flight(self) -> list[asyncio.Task[None]]:
         return list(self._in_flight.values())
@@ -139,10 +132,8 @@ class ProblemSource:
         finally:
             del self._in_flight[pending.message.subject]
         pending.is_done = outcome.error is None or pending.tries >= MAX_TRIES
-        context = self._context
-        pending.due = _now_ms() + retry_wait_ms(
-            pending.tries, context.chance(), context.retry_policy, outcome.retry_after_ms
-        )
+        chance, policy = self._context.chance(), self._context.retry_policy
+        pending.due = _now_ms() + retry_wait_ms(pending.tries, chance, policy, outcome.retry_after_ms)
 
     def _add(self, message: Message) -> None:
         """Keep a message. If a problem flaps, drop its oldest pair of opened and closed."""

@@ -59,7 +59,7 @@ class Stage:
             await self.problems.scene.health.view()
             await self.problems.check()
             self.listed |= {each.id: each for each in self.problems.view().problems}
-            for problem in self.problems._life.open_problems():
+            for problem in self.problems.life.open_problems():
                 self.opened[problem.condition] = problem
             await seconds(EVALUATE_EVERY_S)
 

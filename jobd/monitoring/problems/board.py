@@ -55,7 +55,7 @@ class ProblemBoard(StoppableLoop):
         super().__init__()
         self.scene = scene
         self.on_change = on_change
-        self._life = ProblemLife(hold_ms, clear_ms)
+        self.life = ProblemLife(hold_ms, clear_ms)
         self._boot_ms = scene.clock.boot_ms
         self._hold_ms = hold_ms
         self._known: list[Problem] = []
@@ -82,11 +82,10 @@ class ProblemBoard(StoppableLoop):
         if not self.is_known:
             return ProblemList([])
         listed, known = (
-            [each for each in found if queue in (None, each.subject.queue)]
-            for found in (self._life.listed, self._known)
+            [each for each in found if queue in (None, each.subject.queue)] for found in (self.life.listed, self._known)
         )
         shown = [each for each in listed if severity in (None, each.severity)]
-        return ProblemList(shown, known, sum(each.rest for each in self._life.listed), self._evaluated_at)
+        return ProblemList(shown, known, sum(each.rest for each in self.life.listed), self._evaluated_at)
 
     def announced(self) -> OpenProblems | None:
         """Return what webhooks announce, or None while it is not known.
@@ -96,19 +95,14 @@ class ProblemBoard(StoppableLoop):
         if not self.is_known or self._first is None:
             return None
         settled = self._boot_ms() - self._first >= SETTLED_MS + self._hold_ms + EVALUATE_EVERY_S * SECOND_MS
-        listed = self._life.listed
-        return OpenProblems(listed, {each.id: self._life.changed_at(each.id) for each in listed}, settled)
-
-    @property
-    def opened_total(self) -> Counter[tuple[str, Severity]]:
-        """How many problems were opened since the start, by condition and severity."""
-        return self._life.opened_total
+        listed = self.life.listed
+        return OpenProblems(listed, {each.id: self.life.changed_at(each.id) for each in listed}, settled)
 
     def alerts(self) -> list[AlertView]:
         """Return the alerts, which are derived: one fires while its condition holds for any subject."""
         shown = (each for each in ALERTS.values() if each not in OF_CLUSTER or self.scene.cluster().role != "single")
         open_: dict[str, list[Problem]] = {}
-        for problem in self._life.open_problems():
+        for problem in self.life.open_problems():
             open_.setdefault(ALERT_OF[problem.condition], []).append(problem)
         return [self._alert(each, open_.get(each.alert, [])) for each in shown]
 
@@ -155,18 +149,18 @@ class ProblemBoard(StoppableLoop):
         now, boot_ms = scene.at.now, self._boot_ms()
         for condition in CONDITIONS:
             if condition in OF_PAIRS and not is_scanned:
-                self._life.find_again(condition, boot_ms)
+                self.life.find_again(condition, boot_ms)
             else:
-                selection = self._life.selection(condition)
+                selection = self.life.selection(condition)
                 await slices.of(condition.find(scene), selection.add)
-                await slices.of(self._life.find(selection, now, boot_ms))
+                await slices.of(self.life.find(selection, now, boot_ms))
         known: list[Problem] = []
         found = (problem for condition in KNOWN for problem in condition.known(scene))
         await slices.of(islice(found, SUBJECTS), known.append)
         self._known, self._evaluated_at = known, now
-        if self._life.update(now, boot_ms):
+        if self.life.update(now, boot_ms):
             self.on_change()
-        await slices.of(self._life.write_log())
+        await slices.of(self.life.write_log())
 
     async def _scan(self, slices: _Slices) -> None:
         """Read what the conditions of queues and kinds need. Many pairs are scanned less often."""
@@ -192,7 +186,7 @@ class ProblemBoard(StoppableLoop):
     async def _look(self) -> None:
         """Read what holds at this moment."""
         scene, scene.space = self.scene, await self.scene.health.space()
-        scene.at, scene.opened = scene.clock.moment(), self._life.opened
+        scene.at, scene.opened = scene.clock.moment(), self.life.opened
         scene.up_ms = 0 if self._first is None else self._boot_ms() - self._first + self._hold_ms
         scene.full_in_ms = self._full_in_ms(scene.space)
         self._errors.append(sum(scene.error_counts(), Counter[str]()))

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from operator import attrgetter
 from typing import Final
 
 from jobd.monitoring.problems import cluster, daemon, schedules, workers
 from jobd.monitoring.problems import queues_and_kinds as pairs
 from jobd.monitoring.problems.condition import Condition, DuePair, Scene
-from jobd.monitoring.problems.queue_kind_counts import PairCounts
 
 
 def due(scene: Scene) -> Iterable[DuePair]:
     return scene.due.values()
 
 
-def recent(scene: Scene) -> Iterable[PairCounts]:
-    return scene.recent
-
-
+_RECENT: Final = attrgetter("recent")
 _FIRST: Final = (
     Condition("stalled_jobs", "notice", daemon.stalled_jobs, alert="stalled_jobs"),
     Condition("processing_jobs", "notice", daemon.processing_jobs, alert="processing_jobs"),
@@ -35,14 +32,20 @@ _FIRST: Final = (
 # These read all queues and kinds, and are evaluated less often if they are many.
 OF_PAIRS: Final = (
     Condition(
-        "no_workers", "critical", pairs.no_workers, due, "ms", "queue_without_workers", hides=("waits", "backlog_grows")
+        "no_workers",
+        "critical",
+        pairs.no_workers,
+        due,
+        "ms",
+        "queue_without_workers",
+        hides=("waits", "backlog_grows"),
     ),
     Condition("waits", "warning", pairs.waits, due, "ms", "queue_waits"),
     Condition("backlog_grows", "warning", pairs.backlog_grows, due),
-    Condition("failing", "warning", pairs.failing, recent, "percent", "failure_rate", hides=("retry_backlog",)),
+    Condition("failing", "warning", pairs.failing, _RECENT, "percent", "failure_rate", hides=("retry_backlog",)),
     Condition("retry_backlog", "warning", pairs.retry_backlog, lambda scene: list(scene.state.retrying.items())),
-    Condition("expiring", "warning", pairs.expiring, recent, "percent"),
-    Condition("due_far", "warning", pairs.due_far, recent),
+    Condition("expiring", "warning", pairs.expiring, _RECENT, "percent"),
+    Condition("due_far", "warning", pairs.due_far, _RECENT),
     Condition("paused_without_reason", "notice", daemon.paused_without_reason, daemon.pauses),
     Condition("quiet_long", "notice", workers.quiet_long, lambda scene: scene.state.presence.remembered()),
 )

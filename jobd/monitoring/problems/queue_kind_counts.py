@@ -21,13 +21,7 @@ PAIRS_KEPT: Final = 10_000  # those with the latest events
 FAR_MS: Final = 7 * DAY_MS
 RISES: Final = 7  # of the last MINUTES
 SETTLED: Final = 3  # minutes without a rise end a trend
-_ENDS: Final = {  # by type of event
-    "completed": "completed",
-    "adopted": "completed",
-    "failed": "failed",
-    "retried": "failed",
-    "expired": "expired",
-}
+_SAME: Final = {"adopted": "completed", "retried": "failed"}  # types of events that count as another one
 
 
 def pair_id(condition: str, queue: str, kind: str = "") -> str:
@@ -108,12 +102,12 @@ class QueueKindCounts:
 
     def note(self, changes: Sequence[Event]) -> None:
         for event in changes:
-            before, after = event.before, event.after
-            if event.type == "created" and after is not None:
+            before, after, end = event.before, event.after, _SAME.get(event.type, event.type)
+            if end == "created" and after is not None:
                 counts = self._minute(event, after.options.kind)[1]
                 counts.created += 1
                 counts.far += after.run_at - event.at > FAR_MS
-            elif (end := _ENDS.get(event.type)) is not None and before is not None:
+            elif end in ("completed", "failed", "expired") and before is not None:
                 pair, counts = self._minute(event, before.options.kind)
                 setattr(counts, end, getattr(counts, end) + 1)
                 if end == "failed" and after is not None:

@@ -80,7 +80,7 @@ async def test_two_queues_without_workers_are_two_problems_with_their_own_times(
     (alert,) = [each for each in problems.alerts() if each.firing and each.name == "queue_without_workers"]
     assert alert.hint.startswith("billing: 1 job is due")
     assert alert.hint.endswith(f"jobctl why {_job_of(left)}.")
-    assert problems.opened_total == {("no_workers", "critical"): 1, ("no_workers", "warning"): 1}
+    assert problems.life.opened_total == {("no_workers", "critical"): 1, ("no_workers", "warning"): 1}
 
 
 def _job_of(problem: Problem) -> str:
