@@ -29,8 +29,6 @@ def open_queues(state: State, claim: Claim) -> Sequence[str]:
     directive = None if seen is None else seen.directive
     if claim.is_quiet or (directive is not None and directive.is_quieting and not directive.is_over(claim)):
         return ()
-    if not state.quiet:
-        return claim.queues
     closed = {rule.queue for rule in _covering(state, claim.about or (None if seen is None else seen.about))}
     return () if None in closed else [queue for queue in claim.queues if queue not in closed]
 

@@ -22,7 +22,6 @@ from jobd.model.webhooks import OpenProblems
 from jobd.monitoring.problems.catalogue import ALERT_OF, ALERTS, CONDITIONS, KNOWN, OF_CLUSTER, OF_PAIRS
 from jobd.monitoring.problems.condition import Condition, DuePair, Scene
 from jobd.monitoring.problems.life import CLEAR_MS, HOLD_MS, SUBJECTS, ProblemLife
-from jobd.monitoring.problems.queue_kind_counts import pair_id
 from jobd.monitoring.problems.queues_and_kinds import SETTLED_MS
 
 EVALUATE_EVERY_S: Final = 5.0
@@ -57,11 +56,10 @@ class ProblemBoard(StoppableLoop):
         self.on_change = on_change
         self.life = ProblemLife(hold_ms, clear_ms)
         self._boot_ms = scene.clock.boot_ms
-        self._hold_ms = hold_ms
         self._known: list[Problem] = []
         self._evaluated_at = 0
         self._first: BootMs | None = None  # the first check with measured health
-        self._free: deque[tuple[BootMs, int]] = deque()  # bytes of the disk in the last hour, one a minute
+        self._free: deque[tuple[BootMs, int]] = deque(maxlen=61)  # bytes of the disk in the last hour
         self._errors: deque[Counter[str]] = deque(maxlen=EVALUATIONS)
         self._next_scan = MonotonicS(0.0)
 
@@ -75,7 +73,7 @@ class ProblemBoard(StoppableLoop):
     @property
     def is_known(self) -> bool:
         """Whether the list is complete: not in the first `hold_ms` after the start."""
-        return self._first is not None and self._boot_ms() - self._first >= self._hold_ms
+        return self._first is not None and self._boot_ms() - self._first >= self.life.hold_ms
 
     def view(self, severity: Severity | None = None, queue: str | None = None) -> ProblemList:
         """Return the list, or only the problems of a severity or a queue."""
@@ -94,7 +92,7 @@ class ProblemBoard(StoppableLoop):
         """
         if not self.is_known or self._first is None:
             return None
-        settled = self._boot_ms() - self._first >= SETTLED_MS + self._hold_ms + EVALUATE_EVERY_S * SECOND_MS
+        settled = self._boot_ms() - self._first >= SETTLED_MS + self.life.hold_ms + EVALUATE_EVERY_S * SECOND_MS
         listed = self.life.listed
         return OpenProblems(listed, {each.id: self.life.changed_at(each.id) for each in listed}, settled)
 
@@ -151,9 +149,7 @@ class ProblemBoard(StoppableLoop):
             if condition in OF_PAIRS and not is_scanned:
                 self.life.find_again(condition, boot_ms)
             else:
-                selection = self.life.selection(condition)
-                await slices.of(condition.find(scene), selection.add)
-                await slices.of(self.life.find(selection, now, boot_ms))
+                await slices.of(self.life.find(condition, condition.find(scene), now, boot_ms))
         known: list[Problem] = []
         found = (problem for condition in KNOWN for problem in condition.known(scene))
         await slices.of(islice(found, SUBJECTS), known.append)
@@ -165,20 +161,18 @@ class ProblemBoard(StoppableLoop):
     async def _scan(self, slices: _Slices) -> None:
         """Read what the conditions of queues and kinds need. Many pairs are scanned less often."""
         scene, boot_ms = self.scene, self._boot_ms()
-        for old in (scene.crews, scene.running, scene.due, scene.recent):
+        for old in (scene.there, scene.left, scene.running, scene.due, scene.recent):
             old.clear()
             await slices.end()
         scene.at = scene.clock.moment()
-        await slices.of(self._read_crews())
+        await slices.of(self._read_workers())
         await slices.of(self._read_running())
         pairs = await slices.of(self._read_due())
         await slices.of(scene.counts.recent(scene.at.now), scene.recent.append)
         if scene.trends.is_over(boot_ms):
             counts: dict[str, int] = {}
             backlogs = ((pair.id("backlog_grows"), pair.due) for pair in scene.due.values())
-            retries = (
-                (pair_id("retry_backlog", queue), count) for queue, count in list(self.scene.state.retrying.items())
-            )
+            retries = ((f"retry_backlog/{queue}", count) for queue, count in list(self.scene.state.retrying.items()))
             await slices.of(chain(backlogs, retries), lambda each: counts.update([each]))
             scene.trends.note(counts, boot_ms)
         self._next_scan = loop_time() + (SCAN_MANY_EVERY_S if pairs > MANY_PAIRS else 0)
@@ -187,7 +181,7 @@ class ProblemBoard(StoppableLoop):
         """Read what holds at this moment."""
         scene, scene.space = self.scene, await self.scene.health.space()
         scene.at, scene.opened = scene.clock.moment(), self.life.opened
-        scene.up_ms = 0 if self._first is None else self._boot_ms() - self._first + self._hold_ms
+        scene.up_ms = 0 if self._first is None else self._boot_ms() - self._first + self.life.hold_ms
         scene.full_in_ms = self._full_in_ms(scene.space)
         self._errors.append(sum(scene.error_counts(), Counter[str]()))
         scene.rejected = self._errors[-1] - self._errors[0]
@@ -203,8 +197,6 @@ class ProblemBoard(StoppableLoop):
             return None
         if not self._free or boot_ms - self._free[-1][0] >= MINUTE_MS:
             self._free.append((boot_ms, space.free_bytes))
-        while boot_ms - self._free[0][0] > HOUR_MS:
-            self._free.popleft()
         since, free_bytes = self._free[0]
         used_bytes = free_bytes - space.free_bytes
         is_fast = used_bytes * self.scene.limits.disk_full_within > space.free_bytes * HOUR_MS
@@ -212,15 +204,15 @@ class ProblemBoard(StoppableLoop):
             return None
         return space.free_bytes * (boot_ms - since) / used_bytes
 
-    def _read_crews(self) -> Iterator[None]:
+    def _read_workers(self) -> Iterator[None]:
         """Count the workers of each claim set by state. Those without a remembered claim have the set None."""
-        presence, crews = self.scene.state.presence, self.scene.crews
+        scene, presence = self.scene, self.scene.state.presence
         for name, worker in presence.remembered():
-            crew, state = crews[worker.claims], presence.state(worker)
-            if state not in ("died", "gone"):
-                crew.there[state] += 1
-            elif crew.last is None or crew.last[0] <= worker.last_seen_at:
-                crew.last = worker.last_seen_at, name
+            claims, state, heard = worker.claims, presence.state(worker), (worker.last_seen_at, name)
+            if state in ("died", "gone"):
+                scene.left[claims] = max(heard, scene.left.get(claims, heard))
+            else:
+                scene.there[claims][state] += 1
             yield
 
     def _read_running(self) -> Iterator[None]:
@@ -228,10 +220,8 @@ class ProblemBoard(StoppableLoop):
         running = self.scene.running
         for job in self.scene.running_jobs():
             if job is not None:
-                pair, started_at = (
-                    pair_id("running", job.options.queue, job.options.kind),
-                    job.started_at or job.created_at,
-                )
+                pair = job.options.queue, job.options.kind
+                started_at = job.started_at or job.created_at
                 running[pair] = min(running.get(pair, started_at), started_at)
             yield
 

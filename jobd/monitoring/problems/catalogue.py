@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from operator import attrgetter
 from typing import Final
 
-from jobd.monitoring.problems import cluster, daemon, schedules, workers
+from jobd.monitoring.problems import cluster, daemon, workers
 from jobd.monitoring.problems import queues_and_kinds as pairs
 from jobd.monitoring.problems.condition import Condition, DuePair, Scene
 
@@ -27,7 +27,7 @@ _FIRST: Final = (
     Condition("database", "critical", daemon.database, alert="database"),
     Condition("cache", "critical", daemon.cache, alert="cache"),
     Condition("storage", "warning", daemon.storage, alert="storage"),
-    Condition("webhook", "warning", daemon.webhook, daemon.failing_webhooks, "ms", "webhook_failing"),
+    Condition("webhook", "warning", daemon.webhook, lambda scene: scene.failing_webhooks(), "ms", "webhook_failing"),
 )
 # These read all queues and kinds, and are evaluated less often if they are many.
 OF_PAIRS: Final = (
@@ -58,9 +58,9 @@ _OTHERS: Final = (
         "workers_die", "warning", workers.workers_die, workers.dying, "percent", hides=("worker_silent", "stalled_jobs")
     ),
     Condition("worker_silent", "warning", workers.worker_silent, workers.silent, hides=("stalled_jobs",)),
-    Condition("schedule_skipping", "warning", schedules.skipping, schedules.firing),
-    Condition("schedule_missed", "warning", schedules.missed, schedules.firing),
-    Condition("rejecting", "warning", daemon.rejecting, daemon.rejected),
+    Condition("schedule_skipping", "warning", daemon.schedule_skipping, daemon.firing),
+    Condition("schedule_missed", "warning", daemon.schedule_missed, daemon.firing),
+    Condition("rejecting", "warning", daemon.rejecting, lambda scene: daemon.REJECTED),
     Condition("clock", "warning", daemon.clock, unit="ms"),
 )
 OF_CLUSTER: Final = (

@@ -55,13 +55,6 @@ class Draft(NamedTuple):
     make: Callable[[], Finding]
 
 
-class Crew(Struct):
-    """How many workers of claim sets are there, by state, and when the last of the others was heard, with its name."""
-
-    there: Counter[WorkerState] = field(default_factory=Counter)
-    last: tuple[int, str] | None = None
-
-
 class DuePair(Pair, gc=False):
     """A queue and a kind with due jobs. `job_id` waits longest. `is_behind`: others have a better priority."""
 
@@ -88,8 +81,9 @@ class Scene(Struct, kw_only=True):
     losses: WorkerLosses = field(default_factory=WorkerLosses)
     trends: Trends = field(default_factory=Trends)
     # The latest scan.
-    crews: defaultdict[ClaimSet | None, Crew] = field(default_factory=lambda: defaultdict(Crew))
-    running: dict[str, int] = {}  # pair_id("running", …) -> the oldest started_at of its jobs with a live lock
+    there: defaultdict[ClaimSet | None, Counter[WorkerState]] = field(default_factory=lambda: defaultdict(Counter))
+    left: dict[ClaimSet | None, tuple[int, str]] = {}  # when the last of the others was heard, and its name
+    running: dict[tuple[str, str], int] = {}  # queue and kind -> the oldest started_at of their jobs with a live lock
     due: dict[tuple[str, str], DuePair] = {}  # by queue and kind
     recent: list[PairCounts] = []  # those with events in the last 10 minutes
     # The latest evaluation.

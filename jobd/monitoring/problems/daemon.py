@@ -1,4 +1,4 @@
-"""Conditions of the daemon, its disk and its webhooks, and of single jobs."""
+"""Conditions of the daemon, its disk, webhooks and schedules, and of single jobs."""
 
 from __future__ import annotations
 
@@ -16,12 +16,14 @@ from jobd.model.events import QueuePause, QuietRule
 from jobd.model.job import DAY_MS, HOUR_MS, SECOND_MS
 from jobd.model.problems import Cure, Subject
 from jobd.model.responses import DatabaseHealth, DiskUse, PartHealth
-from jobd.model.times import duration
+from jobd.model.schedules import Schedule
+from jobd.model.storage import shown_bytes
+from jobd.model.times import clock_time, duration
 from jobd.model.webhooks import FailingWebhook
 from jobd.monitoring.problems.condition import Finding, Scene, job_cure, plural
 
 MIB: Final = 1 << 20
-GIB: Final = 1 << 30
+SKIPS: Final = 3  # in a row
 TINY_PERCENT: Final = 2.0  # of the disk
 REJECTED: Final = {  # by code
     "overloaded": "too many commands, claims or unread responses wait.",
@@ -113,11 +115,9 @@ def _is_disk_sick(scene: Scene) -> bool:
     return scene.health.last is not None and scene.health.last.database.status == "unhealthy"
 
 
-def failing_webhooks(scene: Scene) -> list[FailingWebhook]:
-    return [each for each in scene.failing_webhooks() if each.for_ms > scene.limits.webhook_failing]
-
-
-def webhook(scene: Scene, each: FailingWebhook) -> Finding:
+def webhook(scene: Scene, each: FailingWebhook) -> Finding | None:
+    if each.for_ms <= scene.limits.webhook_failing:
+        return None
     waiting = plural(each.waiting, "message", "waits", "wait")
     carries = f" It carries these problems: {waiting}." if each.wants_problems else ""
     return Finding(
@@ -150,8 +150,8 @@ def disk(scene: Scene) -> Finding | None:
         cures.append(Cure("See the other files on this disk", f"du -xh --max-depth=2 {mount} | sort -h | tail"))
     return Finding(
         Subject(type="disk"),
-        f"{_bytes(space.free_bytes)} of {_bytes(space.total_bytes)} are free on the disk of {space.path}{full}."
-        f"{' New jobs are rejected.' if rejects else ''}",
+        f"{shown_bytes(space.free_bytes)} of {shown_bytes(space.total_bytes)} are free on the disk of {space.path}"
+        f"{full}.{' New jobs are rejected.' if rejects else ''}",
         value=100 - free,
         severity="critical" if rejects or free < TINY_PERCENT or full_in_ms < HOUR_MS else None,
         cause=f"{_largest(use)}On a full disk the daemon rejects new jobs. Free some space, or shorten [retention].",
@@ -169,10 +169,10 @@ def _largest(use: DiskUse | None) -> str:
     if use is None:
         return ""
     foreign = use.not_jobd_bytes or 0
-    texts = [(foreign, f"{_bytes(foreign)} are in files that are not jobd's. ")] if foreign >= MIB else []
+    texts = [(foreign, f"{shown_bytes(foreign)} are in files that are not jobd's. ")] if foreign >= MIB else []
     for largest in use.kinds[:1]:
         part, size = largest.main_part
-        text = f"{largest.name} holds about {_bytes(largest.bytes)}, of which {_bytes(size)} are {part}. "
+        text = f"{largest.name} holds about {shown_bytes(largest.bytes)}, of which {shown_bytes(size)} are {part}. "
         texts.append((largest.bytes, text))
     return "".join(text for _, text in sorted(texts, reverse=True))
 
@@ -207,16 +207,41 @@ def quieted(scene: Scene, rule: QuietRule) -> Finding:
     return Finding(subject, title, value=count, cure=cure, since=rule.at)
 
 
-def rejected(scene: Scene) -> list[tuple[str, int]]:
-    """Return the rejections by code. The full disk is a problem of its own."""
-    codes = (code for code in REJECTED if code != "storage_full" or not scene.rejects_creates())
-    return [(code, scene.rejected.get(code, 0)) for code in codes]
+def firing(scene: Scene) -> list[Schedule]:
+    """Return the schedules that are not paused."""
+    return [each for each in scene.state.schedules.values() if each.pause is None]
 
 
-def rejecting(scene: Scene, item: tuple[str, int]) -> Finding | None:
-    """Many requests were rejected because something is full."""
-    code, count = item
-    if count < scene.limits.rejecting:
+def schedule_skipping(scene: Scene, schedule: Schedule) -> Finding | None:
+    count, skip = schedule.skips_in_a_row, schedule.last_skip
+    if skip is None or count < SKIPS:
+        return None
+    title = f"{count:,} times in a row were skipped. Last {clock_time(skip.scheduled_at)}: {skip.reason}"
+    return _of_schedule(schedule, title, count)
+
+
+def schedule_missed(scene: Scene, schedule: Schedule) -> Finding | None:
+    if (at := schedule.last_missed_at) is None or scene.at.now - at >= HOUR_MS:
+        return None
+    title = (
+        f"Nothing could fire until {clock_time(at)}. "
+        f"Since its creation, {plural(schedule.missed, 'time')} created no job."
+    )
+    cause = "The daemon was down, no node led, the clock was suspect, or new jobs were rejected."
+    cure = Cure("Make up a time", f"jobctl schedule run {schedule.id} --at TIME", changes=True)
+    return _of_schedule(schedule, title, schedule.missed, cause, cure)
+
+
+def _of_schedule(schedule: Schedule, title: str, value: int, cause: str = "", *cures: Cure) -> Finding:
+    see = Cure("See its times", f"jobctl schedule {schedule.id}", f"/schedules/{schedule.id}")
+    subject = Subject(type="schedule", schedule=schedule.id)
+    return Finding(subject, title, value=value, cause=cause, cure=(see, *cures))
+
+
+def rejecting(scene: Scene, code: str) -> Finding | None:
+    """Many requests were rejected because something is full. The full disk is a problem of its own."""
+    count = scene.rejected.get(code, 0)
+    if count < scene.limits.rejecting or (code == "storage_full" and scene.rejects_creates()):
         return None
     title = f"{plural(count, 'request', 'was', 'were')} rejected in 5 minutes ({code}): {REJECTED[code]}"
     return Finding(Subject(type="code", code=code), title, jobs=count, cure=(Cure("See the load", "jobctl top", "/"),))
@@ -239,7 +264,3 @@ def clock(scene: Scene) -> Finding | None:
     title = f"The clock is suspect: {duration(ahead_ms)} ahead. Nothing is deleted or failed by age."
     cure = Cure("If the clock is right", "jobctl clock accept", "/clock", changes=True)
     return Finding(_STORE, title, value=min(ahead_ms, DAY_MS * 36_500), cure=(cure,))
-
-
-def _bytes(count: int) -> str:
-    return f"{count / GIB:.1f} GiB" if count >= GIB else f"{count / MIB:.1f} MiB"

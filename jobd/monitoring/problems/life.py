@@ -7,7 +7,7 @@ stands still on a full disk.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from heapq import heappush, heappushpop
 from typing import Final, get_args
 
@@ -44,38 +44,6 @@ class _Track(Struct):
     told: tuple[Severity, int, BootMs] = ("notice", 0, BootMs(0))
 
 
-class Selection:
-    """The findings of one condition: those that are tracked already, so that no newcomer replaces one, and the worst.
-
-    `rest` counts those that are left out.
-    """
-
-    def __init__(self, condition: Condition, tracked: set[str], room: int) -> None:
-        self.condition = condition
-        self.rest = 0
-        self._tracked = tracked
-        self._room = room
-        self._known: list[Draft] = []
-        self._new: list[Draft] = []  # a heap, the least urgent first
-
-    def add(self, found: Finding | Draft) -> None:
-        if isinstance(found, Finding):
-            rank, id_ = rank_of(found.jobs, found.wait_ms), problem_id(self.condition.name, found.subject)
-            finding = found
-            found = Draft(rank, id_, lambda: finding)
-        if found.id in self._tracked:
-            self._known.append(found)
-        elif len(self._new) < self._room:
-            heappush(self._new, found)
-        else:
-            heappushpop(self._new, found)
-            self.rest += 1
-
-    def chosen(self) -> list[Draft]:
-        """Return the findings of this selection, which is complete."""
-        return [*self._known, *sorted(self._new, reverse=True)]
-
-
 class ProblemLife:
     """Follows the findings of evaluations with `find` and `update`. `listed`: the open problems that none hides."""
 
@@ -85,7 +53,7 @@ class ProblemLife:
         self.opened_total: Counter[tuple[str, Severity]] = Counter()
         self.closed: list[Problem] = []  # by the latest update, as `begun` are those that it listed
         self.begun: list[Problem] = []
-        self._hold_ms = hold_ms
+        self.hold_ms = hold_ms
         self._clear_ms = clear_ms
         self._tracks: dict[str, _Track] = {}
         self._updated = BootMs(0)
@@ -106,11 +74,6 @@ class ProblemLife:
         """Return when an open problem last became much worse, in wall time; 0 if it did not."""
         return self._tracks[id_].changed_at
 
-    def selection(self, condition: Condition) -> Selection:
-        """Return an empty selection for the findings of an evaluation, to be given to `find` before the next one."""
-        tracked = {id_ for id_, track in self._tracks.items() if track.condition is condition}
-        return Selection(condition, tracked, max(min(SUBJECTS - len(tracked), MOST - len(self._tracks)), 0))
-
     def update(self, now: int, boot_ms: BootMs) -> bool:
         """Open and close problems, once `find` has applied the findings of all conditions.
 
@@ -119,17 +82,16 @@ class ProblemLife:
         before = {each.id: each for each in self.listed}
         worse = False
         for id_, track in list(self._tracks.items()):
-            if not track.is_open and track.seen != boot_ms:
+            is_over = track.seen != boot_ms
+            if is_over and (not track.is_open or boot_ms - track.seen >= self._clear_ms):
                 del self._tracks[id_]
-            elif not track.is_open and boot_ms - track.first >= self._hold_ms:
-                track.is_open = True
-                track.told = track.problem.severity, track.problem.jobs, boot_ms - CHANGES_AFTER_MS
-            elif track.is_open and track.seen != boot_ms and boot_ms - track.seen >= self._clear_ms:
-                del self._tracks[id_]
-            elif track.is_open and track.seen != boot_ms:
+            elif is_over:
                 track.problem = replace(track.problem, over_since=track.problem.over_since or now)
             elif track.is_open:
                 worse |= _becomes_worse(track, now, boot_ms)
+            elif boot_ms - track.first >= self.hold_ms:
+                track.is_open = True
+                track.told = track.problem.severity, track.problem.jobs, boot_ms - CHANGES_AFTER_MS
         self._updated = boot_ms
         self._list()
         self.begun = [problem for problem in self.listed if before.pop(problem.id, None) is None]
@@ -146,17 +108,39 @@ class ProblemLife:
             log.info("problem_closed", id=problem.id, since=problem.since, title=problem.title)
             yield
 
-    def find(self, selection: Selection, now: int, boot_ms: BootMs) -> Iterator[None]:
-        """Apply the findings of one condition. Yields after each one."""
-        condition = selection.condition
-        self.rest[condition.name] = selection.rest
-        for draft in selection.chosen():
-            track = self._tracks.get(draft.id)
-            problem = condition.problem(draft.id, draft.make(), now if track is None else track.problem.since)
-            if track is None:
-                track = self._tracks[draft.id] = _Track(condition, problem, boot_ms, boot_ms, draft.rank)
-            track.problem, track.seen, track.rank = problem, boot_ms, draft.rank
+    def find(
+        self, condition: Condition, found: Iterable[Finding | Draft | None], now: int, boot_ms: BootMs
+    ) -> Iterator[None]:
+        """Apply all findings of one condition. Yields after each one.
+
+        Those that are tracked already come first, so that no newcomer replaces one, and then the worst others.
+        """
+        tracked = {id_ for id_, track in self._tracks.items() if track.condition is condition}
+        room = max(min(SUBJECTS - len(tracked), MOST - len(self._tracks)), 0)
+        new: list[Draft] = []  # a heap, the least urgent first
+        self.rest[condition.name] = 0
+        for each in found:
             yield
+            if each is None:
+                continue
+            draft = _draft(condition, each)
+            if draft.id in tracked:
+                self._note(condition, draft, now, boot_ms)
+            elif len(new) < room:
+                heappush(new, draft)
+            else:
+                heappushpop(new, draft)
+                self.rest[condition.name] += 1
+        for draft in sorted(new, reverse=True):
+            self._note(condition, draft, now, boot_ms)
+            yield
+
+    def _note(self, condition: Condition, draft: Draft, now: int, boot_ms: BootMs) -> None:
+        track = self._tracks.get(draft.id)
+        problem = condition.problem(draft.id, draft.make(), now if track is None else track.problem.since)
+        if track is None:
+            track = self._tracks[draft.id] = _Track(condition, problem, boot_ms, boot_ms, draft.rank)
+        track.problem, track.seen, track.rank = problem, boot_ms, draft.rank
 
     def find_again(self, condition: Condition, boot_ms: BootMs) -> None:
         """Apply the findings that one condition had at the latest update."""
@@ -185,6 +169,12 @@ class ProblemLife:
             for each in (track.problem for track in tracks)
             if each.id not in gone
         ]
+
+
+def _draft(condition: Condition, found: Finding | Draft) -> Draft:
+    if isinstance(found, Draft):
+        return found
+    return Draft(rank_of(found.jobs, found.wait_ms), problem_id(condition.name, found.subject), lambda: found)
 
 
 def _urgency(track: _Track) -> tuple[int, tuple[int, int], str]:

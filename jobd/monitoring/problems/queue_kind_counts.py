@@ -24,11 +24,6 @@ SETTLED: Final = 3  # minutes without a rise end a trend
 _SAME: Final = {"adopted": "completed", "retried": "failed"}  # types of events that count as another one
 
 
-def pair_id(condition: str, queue: str, kind: str = "") -> str:
-    """Return the `problem_id` of a queue and a kind, at a fifth of the cost."""
-    return f"{condition}/{queue}/{kind}" if kind else f"{condition}/{queue}"
-
-
 class Pair(Struct, gc=False):
     """A queue and a kind."""
 
@@ -40,7 +35,8 @@ class Pair(Struct, gc=False):
         return Subject(type="pair", queue=self.queue, kind=self.kind)
 
     def id(self, condition: str) -> str:
-        return pair_id(condition, self.queue, self.kind)
+        """Return the id of its problem, at a fifth of the cost of `problem_id`."""
+        return f"{condition}/{self.queue}/{self.kind}" if self.kind else f"{condition}/{self.queue}"
 
 
 class Counts(Struct, gc=False):

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import shlex
+from collections import Counter
 from functools import partial
 from typing import Final
 from urllib.parse import urlencode
 
 from jobd.core.stats import KindDurations
 from jobd.core.worker_presence import WorkerPresence
+from jobd.model.commands import WorkerState
 from jobd.model.job import MINUTE_MS, Failure, first_line
 from jobd.model.problems import Cure, Subject
 from jobd.model.times import clock_time, duration
 from jobd.monitoring.problems.condition import (
     CLOSE_RATIO,
-    Crew,
     Draft,
     DuePair,
     Finding,
@@ -24,7 +25,7 @@ from jobd.monitoring.problems.condition import (
     problem_id,
     rank_of,
 )
-from jobd.monitoring.problems.queue_kind_counts import MINUTES, Pair, PairCounts, pair_id
+from jobd.monitoring.problems.queue_kind_counts import MINUTES, Pair, PairCounts
 
 SETTLED_MS: Final = 3 * MINUTE_MS  # presence begins empty: until then a worker may not have claimed again
 LEFT_MS: Final = SETTLED_MS - MINUTE_MS // 2  # the same for a pair whose worker claimed since the start, and left
@@ -40,14 +41,14 @@ def no_workers(scene: Scene, pair: DuePair) -> Draft | None:
     if pair.wait_ms <= scene.limits.queue_without_workers or pair.queue in scene.state.paused:
         return None
     # The holders of jobs that have not claimed since the start may take any pair.
-    others, is_settled = scene.crews[None].there, scene.up_ms >= SETTLED_MS
+    others, is_settled = scene.there[None], scene.up_ms >= SETTLED_MS
     if not is_settled and (scene.up_ms < LEFT_MS or others["busy"] or others["silent"]):
         return None
-    crew = crew_of(scene, pair)
+    there, last = takers(scene, pair)
     # The jobs of a silent worker are a problem of their own.
-    if crew.there or pair.id("running") in scene.running or not (is_settled or crew.last):
+    if there or (pair.queue, pair.kind) in scene.running or not (is_settled or last):
         return None
-    return Draft(rank_of(pair.due, pair.wait_ms), pair.id("no_workers"), partial(_missing, scene, pair, crew.last))
+    return Draft(rank_of(pair.due, pair.wait_ms), pair.id("no_workers"), partial(_missing, scene, pair, last))
 
 
 def _missing(scene: Scene, pair: DuePair, last: tuple[int, str] | None) -> Finding:
@@ -122,7 +123,7 @@ def backlog_grows(scene: Scene, pair: DuePair) -> Finding | None:
 def retry_backlog(scene: Scene, item: tuple[str, int]) -> Finding | None:
     """More and more jobs of a queue wait for a retry."""
     queue, count = item
-    id_ = pair_id("retry_backlog", queue)
+    id_ = f"retry_backlog/{queue}"
     rise = scene.trends.rise(id_, is_open=id_ in scene.opened)
     if count < scene.limits.retry_backlog or rise is None:
         return None
@@ -194,14 +195,11 @@ def _more_workers(queue: str) -> Cure:
     return Cure("Start a worker", f"jobctl run --queue {shlex.quote(queue)} -- CMD")
 
 
-def crew_of(scene: Scene, pair: Pair) -> Crew:
-    """Return the workers whose latest claim takes the pair."""
-    joined = Crew()
-    for claims in scene.state.presence.claim_sets(pair.queue):
-        if claims in scene.crews and claims.takes(pair.kind):
-            joined.there.update(scene.crews[claims].there)
-            joined.last = max(filter(None, (joined.last, scene.crews[claims].last)), default=None)
-    return joined
+def takers(scene: Scene, pair: Pair) -> tuple[Counter[WorkerState], tuple[int, str] | None]:
+    """Return how many workers whose latest claim takes the pair are there, by state, and the last of the others."""
+    sets = [claims for claims in scene.state.presence.claim_sets(pair.queue) if claims.takes(pair.kind)]
+    there = sum((scene.there[claims] for claims in sets if claims in scene.there), Counter[WorkerState]())
+    return there, max((scene.left[claims] for claims in sets if claims in scene.left), default=None)
 
 
 def _due(pair: DuePair) -> str:
@@ -223,8 +221,8 @@ def _last_word(presence: WorkerPresence, name: str) -> str:
 
 
 def _workers(scene: Scene, pair: Pair) -> str:
-    crew, running_since = crew_of(scene, pair), scene.running.get(pair.id("running"))
-    there = {state: crew.there[state] for state in TAKES if crew.there[state]}
+    states, running_since = takers(scene, pair)[0], scene.running.get((pair.queue, pair.kind))
+    there = {state: states[state] for state in TAKES if states[state]}
     total = sum(there.values())
     if not total:
         return "No worker claims this queue and kind."

@@ -83,6 +83,9 @@ def workers_die(scene: Scene, item: tuple[GroupLosses, Crews]) -> Finding | None
         title = f"{died:,} of {plural(total, 'worker')}{_named(group)} died{at_once}, the last at {last}."
     for other, (count, dead, _) in sorted(crews.items(), key=itemgetter(1), reverse=True)[:NAMED]:
         title += f" Workers{_named(other)}: {dead:,} of {count:,}." if other != group else ""
+    selects = {name: value for name, value in zip(("host", "version"), group, strict=True) if value}
+    command = f"jobctl quiet {' '.join(f'--{name} {shlex.quote(selects[name])}' for name in selects)} --reason TEXT"
+    quieting = [Cure("Quiet them", command, f"/workers/quiet?{urlencode(selects)}", changes=True)] if selects else []
     # If a machine restarts, all its workers die together, and those that start afterwards live.
     restarted = not others and max(losses.stalls) - min(losses.stalls) <= RESTART_MS // STEP_MS
     return Finding(
@@ -92,17 +95,8 @@ def workers_die(scene: Scene, item: tuple[GroupLosses, Crews]) -> Finding | None
         value=100 * share,
         severity="notice" if restarted else "critical" if share >= HALF else None,
         cause="They died together, as when their machine restarts." if restarted else "",
-        cure=(*_quieting(group), Cure("See its workers", "jobctl workers --by version", "/workers")),
+        cure=(*quieting, Cure("See its workers", "jobctl workers --by version", "/workers")),
     )
-
-
-def _quieting(group: Group) -> Iterator[Cure]:
-    """Suggest a quiet rule for a group that says what it is."""
-    selects = {name: value for name, value in zip(("host", "version"), group, strict=True) if value}
-    if selects:
-        options = " ".join(f"--{name} {shlex.quote(value)}" for name, value in selects.items())
-        page = f"/workers/quiet?{urlencode(selects)}"
-        yield Cure("Quiet them", f"jobctl quiet {options} --reason TEXT", page, changes=True)
 
 
 def _named(group: Group) -> str:

@@ -537,10 +537,7 @@ class LifeHarness:
         self.ms += after_s * 1000
         now, boot_ms = NOW + self.ms, BootMs(self.ms)
         for condition in self.conditions:
-            selection = self.life.selection(condition)
-            for finding in found.get(condition.name, ()):
-                selection.add(finding)
-            list(self.life.find(selection, now, boot_ms))
+            list(self.life.find(condition, found.get(condition.name, ()), now, boot_ms))
         has_changed = self.life.update(now, boot_ms)
         for _ in self.life.write_log():
             pass
