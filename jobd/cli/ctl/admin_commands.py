@@ -282,19 +282,13 @@ def clock(what: str | None, reason: str | None, yes: bool, dry_run: bool, as_jso
     terminal.emit_json(view) if as_json else tables_admin.clock(view)
 
 
-@click.command()
-@limit_option("reports", 20, 500)
-@json_option
-@admin_options
+@command(limit_option("reports", 20, 500), json_option, admin_options)
 def reports(limit: int, as_json: bool) -> None:
     """List the reports of cleanup runs, newest first."""
     terminal.show_list(tables_admin.REPORTS, admin_client().reports(limit), as_json)
 
 
-@click.command()
-@limit_option("groups", 20, 200)
-@json_option
-@admin_options
+@command(limit_option("groups", 20, 200), json_option, admin_options)
 def failures(limit: int, as_json: bool) -> None:
     """Group failed jobs by error, largest groups first.
 

@@ -59,7 +59,8 @@ def events(
     position = [after]
 
     def lost(error: JobdError) -> None:
-        terminal.say(f"jobctl: {error.message} Reconnecting{_from(position[0])}.")
+        since = "" if position[0] is None else f" after event {position[0]}"
+        terminal.say(f"jobctl: {error.message} Reconnecting{since}.")
 
     for names in (queue, job, type_):
         if len(names) > MAX_NAMES:
@@ -73,10 +74,6 @@ def events(
             terminal.emit_json(event, may_indent=False) if as_json else terminal.emit(tables.event_line(event))
             if follow:
                 sys.stdout.flush()
-
-
-def _from(position: int | None) -> str:
-    return "" if position is None else f" after event {position}"
 
 
 @click.command("top")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, BinaryIO, Final
 
@@ -43,9 +44,11 @@ def export(file: Path, status: Status | None, queue: str | None, kind: str | Non
         check_target(file, yes=yes)
     client = admin_client(timeout_s=_TIMEOUT_S)
     total = None if kind is not None else _expected(client, status, queue)
-    with bar("export", unit="jobs") as advance:
-        lines = _counted(client.export_jobs(status=status, queue=queue, kind=kind), advance, total)
-        count = _write(lines, file)
+    count = 0
+    with bar("export", unit="jobs") as advance, _opened(file) as target:
+        for count, line in enumerate(client.export_jobs(status=status, queue=queue, kind=kind), 1):
+            target.write(line + b"\n")
+            advance(count, None if total is None else max(total, count))
     terminal.say(f"{count} {'job' if count == 1 else 'jobs'} exported")
     if missing := client.quarantine():
         what = "1 damaged job is" if len(missing) == 1 else f"{len(missing)} damaged jobs are"
@@ -60,30 +63,17 @@ def _expected(client: AdminClient, status: Status | None, queue: str | None) -> 
     return sum(getattr(each, name) for each in named for name in counted)
 
 
-def _counted(lines: Iterable[bytes], advance: Advance, total: int | None) -> Iterator[bytes]:
-    for done, line in enumerate(lines, 1):
-        yield line
-        advance(done, None if total is None else max(total, done))
-
-
-def _write(lines: Iterable[bytes], file: Path) -> int:
-    """Write the lines to stdout, or to a file completely or not at all, and return their number."""
+@contextmanager
+def _opened(file: Path) -> Iterator[BinaryIO]:
+    """Yield stdout, or a file that is written completely or not at all."""
     if str(file) == "-":
-        count = _write_lines(lines, sys.stdout.buffer)
+        yield sys.stdout.buffer
         sys.stdout.flush()
-        return count
+        return
     from jobd.cli.files import atomic_file
 
     with atomic_file(file, lambda size: None) as target:
-        return _write_lines(lines, target)
-
-
-def _write_lines(lines: Iterable[bytes], target: BinaryIO) -> int:
-    count = 0
-    for line in lines:
-        target.write(line + b"\n")
-        count += 1
-    return count
+        yield target
 
 
 @click.command("import")

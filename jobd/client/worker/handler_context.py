@@ -11,11 +11,12 @@ from typing import Any, Final
 
 from msgspec import UNSET
 
+from jobd.client.api_request import ApiRequest
 from jobd.client.errors import JobdError
 from jobd.client.outcomes import Stopped
 from jobd.client.worker.aio_utils import call_on
 from jobd.client.worker.lock_keeper import LOST, LockKeeper
-from jobd.model.responses import JobView
+from jobd.model.responses import JobView, LockState
 
 logger = logging.getLogger("jobd.client")
 
@@ -94,26 +95,15 @@ class BaseHandlerContext:
 
     def _report(self, progress: float, message: str | None, checkpoint: Any) -> Future[None]:
         """Report progress in the service thread."""
-        request = self._keeper.progress_request(progress, message, checkpoint)
-        reported: Future[None] = Future()
-
-        def report() -> None:
-            self._keeper.send_report(request).add_done_callback(functools.partial(_copy, reported))
-
+        sending = self._send(self._keeper.progress_request(progress, message, checkpoint))
         try:
-            self._service.call_soon_threadsafe(report)
+            return asyncio.run_coroutine_threadsafe(sending, self._service)
         except RuntimeError:
+            sending.close()
             raise Stopped("The worker has stopped.") from None
-        return reported
 
-
-def _copy(target: Future[None], source: asyncio.Future[None]) -> None:
-    if not target.set_running_or_notify_cancel():
-        return
-    if (error := source.exception()) is None:
-        target.set_result(None)
-    else:
-        target.set_exception(error)
+    async def _send(self, request: ApiRequest[LockState]) -> None:
+        await asyncio.shield(self._keeper.send_report(request))  # other reports may wait for the same future
 
 
 class AsyncHandlerContext(BaseHandlerContext):

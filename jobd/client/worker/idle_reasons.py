@@ -52,12 +52,11 @@ async def _count(client: AsyncJobClient, view: QueueView, options: ClaimOptions)
     """Count queued jobs. The daemon counts the jobs of a queue, but jobs of a kind have to be listed page by page."""
     if options.kinds is None:
         return view.queued
-    return sum([await _count_kind(client, view.name, kind) for kind in dict.fromkeys(options.kinds)])
-
-
-async def _count_kind(client: AsyncJobClient, queue: str, kind: str) -> int:
-    jobs = client.iterate_jobs(status="queued", queue=queue, kind=kind, limit=_PAGE)
-    return sum([1 async for _ in jobs])
+    lists = [
+        client.iterate_jobs(status="queued", queue=view.name, kind=kind, limit=_PAGE)
+        for kind in dict.fromkeys(options.kinds)
+    ]
+    return sum([1 for jobs in lists async for _ in jobs])
 
 
 def _reasons(left: dict[QueueView, int]) -> Iterator[str]:
