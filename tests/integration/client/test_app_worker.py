@@ -162,18 +162,6 @@ async def test_headers_checkpoint_and_changed_arguments_reach_the_next_attempt(a
     assert result == ["kent", ["2026-01-02"], {"tenant": "a", "trace": "t-1"}, {"rows": 7}]
 
 
-async def test_another_program_sees_the_changed_arguments(app: App, queue: str, client: AsyncJobClient) -> None:
-    @app.task(queue=queue, max_attempts=2)
-    def fetch(days: list[int]) -> None:
-        current_job().progress(10, checkpoint=[1])
-        raise Retry("one day failed", after=60, days=days[1:])
-
-    job = await fetch.aenqueue([1, 2])
-    async with app.running(concurrency=1):
-        seen = await wait_for_job(client, job.id, lambda job: job.run_at > job.updated_at)
-    assert seen.checkpoint_value == {"$arguments": {"days": [2]}, "$checkpoint": [1]}
-
-
 async def test_a_payload_that_does_not_fit_is_given_back_and_then_fails(
     app: App, queue: str, client: AsyncJobClient, admin: AsyncAdminClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -392,23 +392,19 @@ async def test_sigterm_to_jobctl_run_releases_the_job(
     assert (back.status, back.attempt) == ("queued", 0)
 
 
-@pytest.mark.parametrize("command", ["jobctl", "worker"])
 async def test_a_failed_program_fails_its_job_even_if_the_parent_ignores_sigchld(
-    client: AsyncJobClient, daemon: DaemonProcess, queue: str, tmp_path: Path, command: str
+    client: AsyncJobClient, daemon: DaemonProcess, queue: str
 ) -> None:
     job = await client.create_job(queue=queue)
     previous = signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # inherited over exec
     try:
-        if command == "worker":
-            assert await CommandRun(client, tmp_path, queue, "exit 3", once=True).run() == 1
-        else:
-            run = jobctl_run(daemon.socket, queue, "--once", "--", "sh", "-c", "exit 3")
-            async with python_program(*run, stderr=subprocess.PIPE) as process:
-                await asyncio.to_thread(process.communicate)
+        run = jobctl_run(daemon.socket, queue, "--once", "--", "sh", "-c", "exit 3")
+        async with python_program(*run, stderr=subprocess.PIPE) as process:
+            await asyncio.to_thread(process.communicate)
     finally:
         signal.signal(signal.SIGCHLD, previous)
     failed = await client.get_job(job.id)
-    assert (failed.status, failed.error_code) == ("failed", "exit:3" if command == "jobctl" else "exit:unknown")
+    assert (failed.status, failed.error_code) == ("failed", "exit:3")
 
 
 async def test_jobctl_run_ends_although_its_stderr_is_not_read(

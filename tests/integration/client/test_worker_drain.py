@@ -11,18 +11,13 @@ import signal
 import subprocess
 import threading
 import time
-from pathlib import Path
 from typing import Any
 
-import aiohttp
 import pytest
-from aiohttp import web
 
 from jobd.client import AsyncHandlerContext, AsyncJobClient, HandlerContext, JobClient, Stopped, Worker
-from jobd.client.worker import claimer
 from tests.support.client_harness import event_types, python_program, running_worker, wait_for_job
 from tests.support.daemon_process import DaemonProcess
-from tests.support.scripted_server import ScriptedServer, serving
 
 
 async def test_stop_lets_a_running_handler_end_and_claims_no_more(client: AsyncJobClient, queue: str) -> None:
@@ -100,40 +95,6 @@ async def test_after_the_grace_the_result_of_a_plain_handler_counts(client: Asyn
         await serving
     done = await client.get_job(job.id)
     assert (done.status, done.metadata_value) == ("completed", {"pages": 3})
-
-
-async def test_a_job_whose_grant_was_missed_by_a_stopped_worker_is_released(
-    client: AsyncJobClient, daemon: DaemonProcess, queue: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The daemon has sent the whole response to the claim, and the worker has received nothing of it."""
-    monkeypatch.setattr(claimer, "ARRIVAL_S", 0)
-    server = ScriptedServer(behind=daemon.socket)
-    granted = threading.Event()
-
-    async def lose(request: web.BaseRequest) -> web.StreamResponse:
-        async with (
-            aiohttp.ClientSession(connector=aiohttp.UnixConnector(daemon.socket)) as session,
-            session.post("http://jobd/v1/claim", data=await request.read(), headers=request.headers) as response,
-        ):
-            await response.read()
-        granted.set()
-        await server.hanging.wait()
-        raise AssertionError("the worker has closed the connection")
-
-    server.early = [lose]
-    job = await client.create_job(queue=queue)
-    with serving(server, tmp_path / "p") as endpoint:
-        worker = Worker(endpoint, queues=[queue])
-
-        @worker.handler()
-        async def work(context: AsyncHandlerContext) -> None:
-            raise AssertionError("began after the stop")
-
-        async with running_worker(worker):
-            await asyncio.to_thread(granted.wait)
-    back = await client.get_job(job.id)
-    assert (back.status, back.attempt) == ("queued", 0)
-    assert (await event_types(client, job.id)) == ["created", "granted", "released"]
 
 
 async def test_a_third_stop_does_not_wait_for_a_thread(

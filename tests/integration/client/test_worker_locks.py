@@ -25,7 +25,6 @@ from jobd.client import (
     Worker,
 )
 from jobd.client.worker import handlers, lock_keeper
-from jobd.client.worker.lock_keeper import LockKeeper
 from tests.support.client_harness import running_worker, wait_for_job, wait_until_finished
 from tests.support.daemon_process import DaemonProcess
 from tests.support.polling import wait_until
@@ -105,17 +104,6 @@ async def test_a_lock_lost_while_the_loop_is_blocked_cancels_the_handler(
     async with running_worker(worker):
         await wait_until(lambda: bool(ended))
     assert (await client.get_job(job.id)).status == "cancelled"
-
-
-async def test_a_bug_in_the_service_thread_is_raised_by_serve(
-    client: AsyncJobClient, queue: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(LockKeeper, "start", lambda self, *, at_once=False: 1 / 0)
-    worker = Worker(client, queues=[queue])
-    worker.handler(print)
-    await client.create_job(queue=queue)
-    with pytest.raises(ZeroDivisionError):
-        await worker.serve()
 
 
 async def test_a_handler_has_the_context_of_serve(client: AsyncJobClient, queue: str) -> None:

@@ -488,6 +488,9 @@ def test_headers_are_given_with_the_job() -> None:
 @pytest.mark.parametrize("value", [None, 5, {"$checkpoint": 1}, {"$arguments": {}, "$checkpoint": [1]}, [1]])
 def test_a_stored_checkpoint_is_read_as_it_was_written(value: Any) -> None:
     stored = StoredCheckpoint(msgspec.json.encode(value), {"n": msgspec.Raw(b"1")})
+    assert msgspec.json.decode(stored.body) == {"$arguments": {"n": 1}, "$checkpoint": value}, (
+        "as other programs see it"
+    )
     assert StoredCheckpoint.read(stored.body) == stored
     alone = StoredCheckpoint(msgspec.json.encode(value))
     assert StoredCheckpoint.read(alone.body).own == alone.own
