@@ -16,12 +16,11 @@ from typing import Any
 import msgspec
 import pytest
 
-from jobd.cli.ctl import main as ctl
 from jobd.cli.ctl.top import HeldJob, Sampler, TopFrame, rows_of
 from jobd.client import AdminClient
 from jobd.model.events import StreamedEvent
 from jobd.model.responses import QueueView
-from tests.support.cli_harness import TerminalRun
+from tests.support.cli_harness import Jobctl, TerminalRun
 from tests.support.daemon_process import TOKEN, DaemonProcess, die_with_us
 from tests.unit.cli.ctl.test_top import drawn
 
@@ -38,16 +37,10 @@ def environ(daemon: DaemonProcess) -> dict[str, str]:
 
 
 @pytest.fixture
-def jobctl(daemon: DaemonProcess, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+def jobctl(daemon: DaemonProcess, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Jobctl:
     for name, value in environ(daemon).items():
         monkeypatch.setenv(name, value)
-
-    def run(*argv: str) -> tuple[int, str, str]:
-        capsys.readouterr()
-        code = ctl.main(list(argv))
-        return code, *capsys.readouterr()
-
-    return run
+    return Jobctl(capsys)
 
 
 def some_work(daemon: DaemonProcess) -> None:
@@ -63,9 +56,9 @@ def some_work(daemon: DaemonProcess) -> None:
 # -- events
 
 
-def test_without_follow_past_events_are_printed(daemon: DaemonProcess, jobctl: Any) -> None:
+def test_without_follow_past_events_are_printed(daemon: DaemonProcess, jobctl: Jobctl) -> None:
     some_work(daemon)
-    code, out, err = jobctl("events")
+    code, out, err = jobctl.run("events")
     lines = [line.split("  ") for line in out.splitlines()]
     assert (code, err) == (0, "")
     assert [(line[1], line[2]) for line in lines] == [
@@ -75,11 +68,11 @@ def test_without_follow_past_events_are_printed(daemon: DaemonProcess, jobctl: A
     assert "\x1b" not in out
 
 
-def test_events_can_be_filtered(daemon: DaemonProcess, jobctl: Any) -> None:
+def test_events_can_be_filtered(daemon: DaemonProcess, jobctl: Jobctl) -> None:
     some_work(daemon)
 
     def seqs(*argv: str) -> list[int]:
-        code, out, err = jobctl("events", "--json", *argv)
+        code, out, err = jobctl.run("events", "--json", *argv)
         assert (code, err) == (0, "")
         return [json.loads(line)["seq"] for line in out.splitlines()]
 
@@ -88,23 +81,20 @@ def test_events_can_be_filtered(daemon: DaemonProcess, jobctl: Any) -> None:
     assert seqs("--after", "6") == []
     assert seqs("--job", "a") == [1, 3, 4]
     assert seqs("--queue", "video", "--queue", "mail", "--type", "created", "--type", "failed") == [1, 2, 6]
-    code, out, _ = jobctl("events", "--json", "--last", "1")
-    assert code == 0
+    out = jobctl.ok("events", "--json", "--last", "1")
     assert set(json.loads(out)) == set(StreamedEvent.__struct_encode_fields__)
     assert "\x1b" not in out
 
 
 @pytest.mark.slow
-def test_impossible_options_are_explained(daemon: DaemonProcess, jobctl: Any) -> None:
+def test_impossible_options_are_explained(daemon: DaemonProcess, jobctl: Jobctl) -> None:
     some_work(daemon)
-    code, out, err = jobctl("events", "--after", "7")
-    assert (code, out) == (4, "")
-    assert "[events_gone]" in err
-    assert jobctl("events", "--type", "nothing")[0] == 4
-    assert jobctl("events", "--after", "1", "--last", "1")[0] == 2
-    assert jobctl("events", *["--job", "a"] * 101)[0] == 2
+    jobctl.rejects(4, "[events_gone]", "events", "--after", "7")
+    assert jobctl.run("events", "--type", "nothing")[0] == 4
+    assert jobctl.run("events", "--after", "1", "--last", "1")[0] == 2
+    assert jobctl.run("events", *["--job", "a"] * 101)[0] == 2
     daemon.kill()
-    assert jobctl("events")[0] == 3
+    assert jobctl.run("events")[0] == 3
 
 
 @pytest.mark.slow
@@ -162,10 +152,10 @@ def rows_of_height(rows: int) -> int:
 
 
 @pytest.mark.slow
-def test_once_prints_a_table_and_json(daemon: DaemonProcess, jobctl: Any) -> None:
+def test_once_prints_a_table_and_json(daemon: DaemonProcess, jobctl: Jobctl) -> None:
     some_work(daemon)
     daemon.admin("POST", "queues/mail/pause", {})
-    code, out, err = jobctl("top", "--once", "--interval", "100ms")
+    code, out, err = jobctl.run("top", "--once", "--interval", "100ms")
     assert (code, err) == (0, "")
     rows = {line.split()[0]: line.split() for line in out.splitlines() if line.strip()}
     assert rows["video"][1:4] == ["open", "0", "1"]
@@ -173,17 +163,15 @@ def test_once_prints_a_table_and_json(daemon: DaemonProcess, jobctl: Any) -> Non
     assert rows["w-1"][1:3] == ["busy", "1"]
     assert rows["w-1"][-3:] == ["a", "42", "%"]
     assert re.search(r"  disk \S+ \S+ free of \S+ \S+ \(/.*/jobd\.db\)$", out, re.MULTILINE)
-    code, out, _ = jobctl("top", "--json", "--interval", "100ms")
+    code, out, _ = jobctl.run("top", "--json", "--interval", "100ms")
     frame = msgspec.json.decode(out, type=TopFrame)
     assert (code, frame.stats.total_jobs, frame.workers[0].jobs) == (0, 2, [HeldJob("a", 42)])
     assert len(out.splitlines()) == 1
 
 
-def test_without_a_terminal_top_names_its_options(jobctl: Any) -> None:
-    code, out, err = jobctl("top")
-    assert (code, out) == (2, "")
-    assert "--once" in err
-    assert jobctl("top", "--once", "--interval", "1ms")[0] == 2
+def test_without_a_terminal_top_names_its_options(jobctl: Jobctl) -> None:
+    jobctl.rejects(2, "--once", "top")
+    assert jobctl.run("top", "--once", "--interval", "1ms")[0] == 2
 
 
 def top(daemon: DaemonProcess, **more: str) -> TerminalRun:
