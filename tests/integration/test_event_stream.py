@@ -132,8 +132,7 @@ async def test_pruned_events_are_an_error(harness: HttpHarness, commit: CommitPu
     for after in ("2", "6"):
         response = await harness.request("GET", "/v1/events", headers={"Last-Event-ID": after})
         assert (response.status, response.error, response.json["details"]) == (410, "events_gone", {"last": 5})
-    response = await harness.request("GET", "/v1/events?follow=false", headers={"Last-Event-ID": "3"})
-    assert response.status == 200
+    assert (await harness.request("GET", "/v1/events?follow=false", headers={"Last-Event-ID": "3"})).status == 200
     assert harness.services.feed.listeners == 0
 
 

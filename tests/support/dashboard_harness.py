@@ -56,8 +56,7 @@ class Browser:
         return {**given, **({"Cookie": f"theme=x; {self.cookie}"} if self.cookie else {})}
 
     async def sign_in(self, token: str = TOKEN) -> Browser:
-        response = await self.post("/sign-in", token=token)
-        assert (response.status, response.headers["location"]) == (303, "/")
+        assert (await self.post("/sign-in", token=token)).redirect == "/"
         return self
 
     async def csrf(self) -> str:

@@ -361,6 +361,21 @@ class ReceivedResponse(Struct):
         assert self.json["success"] is False, self.json
         return str(self.json["error"])
 
+    @property
+    def failure(self) -> tuple[int, str]:
+        return self.status, self.error
+
+    @property
+    def redirect(self) -> str:
+        """The URL that it redirects to."""
+        assert self.status == 303, self.body
+        return self.headers["location"]
+
+    def page(self, status: int) -> str:
+        """Return the text of a page with this status."""
+        assert self.status == status, self.body
+        return self.body.decode()
+
 
 class RawConnection:
     """A client connection that sends exactly the given bytes."""

@@ -265,8 +265,7 @@ def test_development_has_no_effect_if_there_is_a_token(tmp_path: Path, source: s
 
 def test_the_environment_can_name_the_worker_token_file(write: Write) -> None:
     token = write(f"{TOKEN}\n{OTHER}\n", "worker-token")
-    found = loaded(JOBD_WORKER_LISTEN="127.0.0.1:8771", JOBD_WORKER_TOKEN_FILE=token)
-    assert found.worker_tokens == (TOKEN, OTHER)
+    assert loaded(JOBD_WORKER_LISTEN="127.0.0.1:8771", JOBD_WORKER_TOKEN_FILE=token).worker_tokens == (TOKEN, OTHER)
 
 
 def test_a_token_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
@@ -450,8 +449,7 @@ def test_a_key_in_the_artifact_url_is_rejected_and_not_shown() -> None:
 
 def test_a_bucket_without_its_package_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "obstore", None)
-    message = config_error(flags={"artifacts.url": "s3://bucket"})
-    assert "pip install ./.ci/client '.[s3]' in a clone" in message
+    assert "pip install ./.ci/client '.[s3]' in a clone" in config_error(flags={"artifacts.url": "s3://bucket"})
     assert loaded(flags={"artifacts.url": "file:///srv"}).config.artifacts.url
 
 

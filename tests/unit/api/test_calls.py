@@ -74,8 +74,7 @@ async def test_a_call_is_its_command(harnesses: Harnesses) -> None:
 
 async def test_a_call_of_a_service_returns_its_result(harnesses: Harnesses) -> None:
     for example in (each for each in EXAMPLES if each.result is not None):
-        response = await send(harnesses[example.call.auth], example)
-        assert response.data == msgspec.to_builtins(example.result), example
+        assert (await send(harnesses[example.call.auth], example)).data == msgspec.to_builtins(example.result), example
     # Only audit entries.
     received = harnesses["admin"].actor.received
     assert {type(envelope.command) for envelope in received} == {RecordAction, Tick}

@@ -212,8 +212,7 @@ async def test_the_wait_for_an_unresponsive_store_is_limited(
         await asyncio.Event().wait()
 
     monkeypatch.setattr(store, "open", hangs)
-    response = await harness.request("GET", PATH, headers=AUTH)
-    assert (response.status, response.error) == (503, "storage_unavailable")
+    assert (await harness.request("GET", PATH, headers=AUTH)).failure == (503, "storage_unavailable")
     assert not harness.services.downloads._open
 
 

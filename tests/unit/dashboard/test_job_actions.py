@@ -35,8 +35,7 @@ async def test_an_action_shows_its_transition_and_is_applied_when_confirmed(
     page = text(await browser.get(f"/jobs/held/confirm?verb={verb}"))
     assert re.findall(r'class="status (\w+)"', page) == [before, after]
     assert await harness.status("held") == before
-    response = await browser.confirm("held", verb, "because of <tests>")
-    assert (response.status, response.headers["location"]) == (303, "/jobs/held")
+    assert (await browser.confirm("held", verb, "because of <tests>")).redirect == "/jobs/held"
     assert await harness.status("held") == after
     page = text(await browser.get("/jobs/held"))
     assert f"{JOB_ACTIONS[verb].label}: done. {before} → {after}" in page
@@ -147,8 +146,7 @@ async def test_a_late_result_is_shown_and_adopted(harness: DashboardHarness) -> 
     assert "/late/1" not in page
     assert f"jobctl adopt held --result {late[0]}" in page
     assert (await browser.get("/jobs/held/confirm?verb=adopt&result=1")).status == 404
-    response = await browser.confirm("held", "adopt", "it is whole", f"&result={late[0]}")
-    assert (response.status, response.headers["location"]) == (303, "/jobs/held")
+    assert (await browser.confirm("held", "adopt", "it is whole", f"&result={late[0]}")).redirect == "/jobs/held"
     page = text(await browser.get("/jobs/held"))
     assert "Adopt: done. cancelled → completed" in page
     assert "it is whole" in page
@@ -185,8 +183,7 @@ async def test_a_late_result_that_cannot_be_adopted_is_not_offered(harness: Dash
     assert lacks not in text(await browser.get("/jobs/held"))
     seen = await browser.confirm_fields("held", "adopt", f"&result={late[1]}")
     actor.policy = Policy(require_download_url=True)
-    response = await browser.post("/jobs/held/do", **seen)
-    assert (response.status, lacks in text(response)) == (400, True)
+    assert lacks in (await browser.post("/jobs/held/do", **seen)).page(400)
     assert (await browser.confirm("held", "adopt", more=f"&result={late[0]}")).status == 303
     assert lacks not in text(await browser.get("/jobs/held")), "the job is completed"
 
@@ -240,8 +237,7 @@ async def test_a_job_is_run_now_and_a_finished_one_is_deleted(harness: Dashboard
     assert (await browser.confirm("late", "run-now")).status == 303
     assert "verb=run-now" not in text(await browser.get("/jobs/late"))
     assert (await browser.confirm("late", "cancel")).status == 303
-    response = await browser.confirm("late", "delete")
-    assert (response.status, response.headers["location"]) == (303, "/jobs")
+    assert (await browser.confirm("late", "delete")).redirect == "/jobs"
     assert "Job late was deleted" in text(await browser.get("/jobs"))
     assert (await browser.get("/jobs/late")).status == 404
 
@@ -275,7 +271,5 @@ async def test_an_action_that_the_status_does_not_allow_is_rejected(harness: Das
         assert response.status in (400, 409), "the job has no lock"
         assert "Failed.</strong>" in text(response)
         assert "has changed since" not in text(response)
-    response = await browser.post("/jobs/nobody/do", csrf=csrf, verb="force-fail", seen=seen)
-    assert response.status == 404
-    page = text(await browser.get("/jobs/held/confirm?verb=force-fail"))
-    assert "not possible for a job that is" in page
+    assert (await browser.post("/jobs/nobody/do", csrf=csrf, verb="force-fail", seen=seen)).status == 404
+    assert "not possible for a job that is" in text(await browser.get("/jobs/held/confirm?verb=force-fail"))

@@ -118,8 +118,7 @@ async def test_an_event_stream_needs_capacity_and_a_session(harness: DashboardHa
     assert (await browser.get("/live?job_id=a%20b")).status == 400
     assert (await browser.get("/live?job=a")).status == 400
     taken = [await open_stream(harness, browser) for _ in range(3)]
-    response = await browser.get("/live")
-    assert (response.status, response.error) == (503, "overloaded")
+    assert (await browser.get("/live")).failure == (503, "overloaded")
     harness.admin.services.feed.close()
     for each in taken:
         assert await each.events() == ""

@@ -15,13 +15,11 @@ from tests.support.dashboard_harness import READ_ONLY_TOKEN, DashboardHarness, a
 async def test_queues_are_paused_and_resumed(harness: DashboardHarness) -> None:
     await harness.start_job()
     browser = await harness.browser()
-    response = await browser.post("/queues/pause", name="video", csrf=await browser.csrf())
-    assert (response.status, response.headers["location"]) == (303, "/queues")
+    assert (await browser.post("/queues/pause", name="video", csrf=await browser.csrf())).redirect == "/queues"
     await browser.post("/queues/video/resume", csrf=await browser.csrf())
     assert "Queue video is resumed." in text(await browser.get("/queues"))
     assert "Queue paused" not in text(await browser.get("/queues"))
-    response = await browser.post("/queues/a%20b/pause", csrf=await browser.csrf())
-    assert response.status == 400
+    assert (await browser.post("/queues/a%20b/pause", csrf=await browser.csrf())).status == 400
 
 
 async def test_accepting_the_clock_previews_the_deletions(harness: DashboardHarness) -> None:
@@ -40,8 +38,7 @@ async def test_accepting_the_clock_previews_the_deletions(harness: DashboardHarn
     assert "Accept the clock</button>" not in page
     assert "Too much is waiting" in page
     harness.admin.fakes.accepted = True
-    page = text(await browser.get("/clock"))
-    assert "Back to alerts" in page
+    assert "Back to alerts" in text(await browser.get("/clock"))
     harness.admin.fakes.accepted, harness.admin.fakes.no_preview = False, None
     page = text(await (await harness.browser(READ_ONLY_TOKEN)).get("/clock"))
     assert "Accept the clock?" in page
@@ -57,8 +54,7 @@ async def test_cleanup_recovery_and_the_clock_have_forms(harness: DashboardHarne
         ("/cleanup/recover", "/cleanup", "Stalled jobs recovered: 1 (1 requeued, 0 failed)."),
         ("/clock/accept", "/alerts", "The clock is accepted"),
     ):
-        response = await browser.post(target, csrf=csrf)
-        assert (response.status, response.headers["location"]) == (303, onward)
+        assert (await browser.post(target, csrf=csrf)).redirect == onward
         assert expected in text(await browser.get(onward))
     assert harness.admin.fakes.forced == [True]
     assert harness.admin.fakes.accepted
@@ -93,14 +89,11 @@ async def test_the_jobs_of_a_silent_worker_are_taken_back(harness: DashboardHarn
     assert await harness.status("held") == "processing", "nothing has changed yet"
     assert (await browser.post("/workers/take-back", name="w <7>")).status == 403, "no CSRF token"
     csrf = await browser.csrf()
-    response = await browser.post("/workers/take-back", name="w <7>", reason="dead", csrf=csrf)
-    assert (response.status, response.headers["location"]) == (303, "/workers")
+    assert (await browser.post("/workers/take-back", name="w <7>", reason="dead", csrf=csrf)).redirect == "/workers"
     assert "Jobs taken back: 1 (1 requeued, 0 failed)." in text(await browser.get("/workers"))
     assert await harness.status("held") == "queued"
-    response = await browser.get(url)
-    assert (response.status, "is not silent, but died: it holds no job" in text(response)) == (409, True)
-    response = await browser.post("/workers/take-back", name="w <7>", csrf=csrf)
-    assert (response.status, "not silent" in text(response)) == (409, True)
+    assert "is not silent, but died: it holds no job" in (await browser.get(url)).page(409)
+    assert "not silent" in (await browser.post("/workers/take-back", name="w <7>", csrf=csrf)).page(409)
     assert (await browser.get("/workers/take-back?name=nobody")).status == 404
 
 

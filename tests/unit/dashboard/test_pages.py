@@ -75,8 +75,7 @@ async def test_the_audit_log_shows_actions_operators_and_reasons(harness: Dashbo
     assert "admin:Eve &lt;i&gt;" in text(await eve.get("/jobs/held"))
     assert re.search(r"Eve &lt;i&gt;</span>", text(await eve.get("/queues"))), "the viewer's name is shown"
     for query, count in (("who=admin", 2), ("action=pause", 1), ("job_id=held&who=", 2), ("since=1h", 6), ("who=x", 0)):
-        page = text(await eve.get(f"/audit?{query}"))
-        assert page.count('id="audit-') == count, query
+        assert text(await eve.get(f"/audit?{query}")).count('id="audit-') == count, query
     assert (await eve.get("/audit?job_id=a%20b")).status == 400
     assert "must be a time" in text(await eve.get("/audit?since=then"))
     assert "spelled artifact" in text(await eve.get("/audit?action=artefact"))

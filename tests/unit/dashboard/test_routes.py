@@ -9,8 +9,7 @@ from tests.support.dashboard_harness import AUTH, Browser, DashboardHarness, ass
 
 async def test_the_api_reference_shows_the_signed_in_viewer(harness: DashboardHarness) -> None:
     browser = await harness.browser()
-    page = text(await browser.get("/docs"))
-    assert 'action="/sign-out"' in page
+    assert 'action="/sign-out"' in text(await browser.get("/docs"))
     assert 'action="/sign-out"' not in text(await Browser(harness.admin).get("/docs"))
     response = await harness.admin.request("GET", "/docs", headers={"Authorization": "Bearer wrong"})
     assert response.status == 200, "the page is public"
@@ -49,12 +48,9 @@ async def test_a_page_without_a_live_region_is_sent_whole(harness: DashboardHarn
 
 
 async def test_an_unknown_path_is_401_without_a_token(harness: DashboardHarness) -> None:
-    response = await harness.admin.request("GET", "/jobz")
-    assert (response.status, response.error) == (401, "unauthorized")
-    response = await harness.admin.request("GET", "/jobz", headers=AUTH)
-    assert (response.status, response.error) == (404, "not_found")
-    response = await harness.worker.request("GET", "/jobz", headers={"Accept": "text/html"})
-    assert (response.status, response.error) == (404, "not_found")
+    assert (await harness.admin.request("GET", "/jobz")).failure == (401, "unauthorized")
+    assert (await harness.admin.request("GET", "/jobz", headers=AUTH)).failure == (404, "not_found")
+    assert (await harness.worker.request("GET", "/jobz", headers={"Accept": "text/html"})).failure == (404, "not_found")
 
 
 async def test_the_api_reference_needs_no_session(harness: DashboardHarness) -> None:

@@ -46,8 +46,7 @@ async def test_a_quiet_rule_begins_and_ends(harness: DashboardHarness) -> None:
     [rule] = harness.admin.actor.state.quiet.values()
     assert f'href="/workers/quiet?rule={rule.id}"' in page
     assert ": dies</td>" in page
-    page = text(await browser.get(f"/workers/quiet?rule={rule.id}"))
-    assert "1 worker gets jobs again" in page
+    assert "1 worker gets jobs again" in text(await browser.get(f"/workers/quiet?rule={rule.id}"))
     assert (await browser.post("/workers/quiet", rule=rule.id, csrf=csrf)).status == 303
     assert not harness.admin.actor.state.quiet
     page = text(await browser.get("/audit"))

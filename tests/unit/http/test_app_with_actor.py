@@ -87,8 +87,7 @@ async def test_a_job_lifecycle_over_a_stream(apis: BothApis) -> None:
     assert (done["status"], done["progress"], done["metadata"]) == ("completed", 100, {"size": 1})
     repeated = await apis.post("/v1/jobs/job-1/complete", f'{{"lock_id":"{lock_id}","metadata":{{"size":1}}}}')
     assert repeated["repeated"] is True
-    response = await apis.worker.request("POST", "/v1/jobs/nobody/cancel")
-    assert (response.status, response.error) == (404, "job_not_found")
+    assert (await apis.worker.request("POST", "/v1/jobs/nobody/cancel")).failure == (404, "job_not_found")
     await apis.post("/v1/jobs", '{"id":"job-2"}', X_Jobd_Client="shop")
     await apis.post("/v1/jobs/job-2/cancel", '{"reason":"left"}', X_Jobd_Client=" sh\top ")
     created, cancelled = (await apis.worker.request("GET", "/v1/jobs/job-2/timeline")).data["events"]

@@ -184,8 +184,7 @@ def test_malformed_json_is_a_400_about_the_whole_body(body: bytes) -> None:
 
 @pytest.mark.parametrize("text", [b"\\ud800", b"a\\uDBFFb", b"\\ud800\\u0041", b"\\udc00", b"\\\\\\ud800"])
 def test_a_lone_surrogate_is_named(text: bytes) -> None:
-    no = error_of(DECODERS["create"], b'{"payload":"%b"}' % text)
-    assert "a string contains a lone surrogate" in no.message
+    assert "a string contains a lone surrogate" in error_of(DECODERS["create"], b'{"payload":"%b"}' % text).message
     cut = error_of(DECODERS["create"], b'{"payload":"\\\\ud800 \\ud83d\\ude00')
     assert "truncated" in cut.message
 
@@ -474,8 +473,7 @@ def test_an_unknown_parameter_is_named(query: str, field: str) -> None:
 )
 def test_the_error_describes_the_pattern_of_a_parameter(command: type[cmd.Command], query: str, words: str) -> None:
     field = query.rpartition("&")[2].partition("=")[0]
-    no = error_by(RequestDecoder(command, None, LIMITS).from_query, query)
-    assert no.message == f"`$.{field}`: must be {words}."
+    assert error_by(RequestDecoder(command, None, LIMITS).from_query, query).message == f"`$.{field}`: must be {words}."
 
 
 def test_the_errors_of_a_plan_describe_its_filter_and_cursor() -> None:

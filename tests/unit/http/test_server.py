@@ -165,8 +165,7 @@ async def test_a_body_whose_chunks_break_later_is_a_4xx_too(tmp_path: Path, rest
 @pytest.mark.parametrize("expect", ["200-ok", "100-continue, 200-ok", "100", "nonsense"])
 async def test_an_expectation_that_cannot_be_met_is_a_417(harness: HttpHarness, expect: str) -> None:
     for headers in ({"Expect": expect}, {"Expect": expect, "Idempotency-Key": "k"}):
-        response = await harness.request("POST", "/v1/jobs", "{}", headers)
-        assert (response.status, response.error) == (417, "expectation_failed")
+        assert (await harness.request("POST", "/v1/jobs", "{}", headers)).failure == (417, "expectation_failed")
     assert (await harness.request("GET", "/healthz", headers={"Expect": expect})).status == 417
     assert harness.actor.received == []
     client = await harness.connect()
@@ -233,8 +232,7 @@ def test_any_bytes_get_a_status_below_500_or_none(junk: bytes, start: bytes, tmp
         async with HttpHarness(ROUTES, tmp_path, limits=Limits(body_deadline_s=0.01, idle_s=0.01)) as harness:
             client = await harness.connect()
             client.send(start + junk + b"\r\n\r\n")
-            response = await client.reader.read()
-            assert b"HTTP/1.1 5" not in response
+            assert b"HTTP/1.1 5" not in (await client.reader.read())
             assert harness.app.error_counts["internal_error"] == 0
 
     asyncio.run(run())

@@ -211,8 +211,7 @@ async def test_a_line_that_does_not_arrive_is_a_408(harness: HttpHarness) -> Non
 async def test_a_malformed_stream_is_a_400(harness: HttpHarness) -> None:
     client = await harness.connect()
     client.send(head() + chunk(b'{"id":"a"}\n') + b"zz\r\n")
-    response = await client.receive()
-    assert (response.status, response.error) == (400, "invalid_request")
+    assert (await client.receive()).failure == (400, "invalid_request")
     assert await client.is_closed()
 
 
@@ -224,8 +223,7 @@ async def test_a_stream_that_is_malformed_later_is_a_408(harness: HttpHarness) -
     await harness.actor.arrived.wait()
     with capture_logs() as logs:
         client.send(b"zz\r\n" + chunk(b'{"id":"b"}\n') + request_bytes("POST", IMPORT, '{"id":"c"}', KIND))
-        response = await client.receive()
-        assert (response.status, response.error) == (408, "request_timeout")
+        assert (await client.receive()).failure == (408, "request_timeout")
         assert await client.is_closed()
     assert [entry["event"] for entry in logs] == ["rejected"]
     assert [envelope.command.id for envelope in lines_of(harness)] == ["a"]
@@ -295,8 +293,7 @@ async def test_a_client_may_disconnect_as_soon_as_it_has_the_whole_backup(harnes
 
 async def test_a_backup_is_rejected_if_too_many_are_in_progress(harness: HttpHarness) -> None:
     harness.fakes.no_backup = ApiError("overloaded", "8 backups are under way.")
-    response = await harness.request("GET", BACKUP, headers=AUTH)
-    assert (response.status, response.error) == (503, "overloaded")
+    assert (await harness.request("GET", BACKUP, headers=AUTH)).failure == (503, "overloaded")
 
 
 async def test_a_client_that_disconnects_stops_the_copy(harness: HttpHarness, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -317,8 +314,7 @@ async def test_a_stopping_daemon_does_not_wait_for_a_copy(
     asking = asyncio.create_task(harness.request("GET", BACKUP, headers=AUTH))
     await harness.fakes.begun.wait()
     harness.app.close()
-    response = await asking
-    assert (response.status, response.error) == (503, "shutting_down")
+    assert (await asking).failure == (503, "shutting_down")
     assert harness.fakes.closed.is_set()
 
 
@@ -349,8 +345,7 @@ async def test_a_backup_that_fails_says_why(harness: HttpHarness, failure: Excep
 async def test_a_backup_that_the_stop_of_the_daemon_cuts_short_is_a_503(harness: HttpHarness) -> None:
     harness.fakes.pieces = [BackupStopped("the backup was cut short")]
     harness.app.closing = True
-    response = await harness.request("GET", BACKUP, headers=AUTH)
-    assert (response.status, response.error) == (503, "shutting_down")
+    assert (await harness.request("GET", BACKUP, headers=AUTH)).failure == (503, "shutting_down")
 
 
 async def test_a_backup_that_fails_half_way_never_looks_complete(harness: HttpHarness) -> None:

@@ -347,8 +347,7 @@ async def test_a_connection_that_becomes_idle_during_a_stop_does_not_hold_it_up(
         while not harness.app.closing:  # noqa: ASYNC110 - it is in the first step of the stop
             await asyncio.sleep(0)
         slow.writer.transport.resume_reading()  # type: ignore[attr-defined]
-        response = await slow.receive()
-        assert "connection" not in response.headers
+        assert "connection" not in (await slow.receive()).headers
         held.go.set()
         assert (await busy.receive()).status == 200
         await stopping

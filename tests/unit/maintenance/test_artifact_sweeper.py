@@ -233,8 +233,7 @@ async def late(at: SweeperHarness, job_id: str, key: str) -> str:
     await at.engine.yes(ForceFail(id=job_id), by="admin", admin=True)
     at.store.upload(key)
     at.store.objects[key] -= YOUNG_MS
-    rejected = await at.engine.no(Complete(id=job_id, lock_id=lock_id, storage_key=key))
-    assert "late_result" in rejected.details
+    assert "late_result" in (await at.engine.no(Complete(id=job_id, lock_id=lock_id, storage_key=key))).details
     return lock_id
 
 

@@ -628,8 +628,7 @@ async def test_changes_during_the_write_of_a_report_are_in_the_next_one(engine: 
 async def test_a_bug_in_a_run_does_not_end_cleanup(engine: VirtualEngine) -> None:
     await engine.yes(Create(id="a"))
     totals, engine.maintainer.totals = engine.maintainer.totals, None  # type: ignore[assignment]
-    report = await engine.cleanup()
-    assert report.errors == ["run: 'NoneType' object has no attribute 'runs'"]
+    assert (await engine.cleanup()).errors == ["run: 'NoneType' object has no attribute 'runs'"]
     engine.maintainer.totals = totals
     assert (await engine.cleanup()).errors == []
 

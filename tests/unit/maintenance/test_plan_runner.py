@@ -280,8 +280,7 @@ async def test_a_plan_lists_its_changes_and_applies_them(engine: VirtualEngine) 
     assert (await engine.yes(cmd.Get(id="a"))).status == "queued"
     assert engine.disk.events[-1].reason == "mended"
     assert engine.disk.events[-1].details == {"plan": "p", "planned": 2}
-    shown = kept_plan(engine.planner)
-    assert shown.result == result
+    assert kept_plan(engine.planner).result == result
 
 
 async def create_with_late_results(engine: VirtualEngine, job_id: str, times: int = 1) -> None:
@@ -895,14 +894,12 @@ async def test_a_plan_counts_how_its_jobs_end(engine: VirtualEngine) -> None:
     await attempt(engine, "b", fails=True)
     await engine.yes(cmd.Cancel(id="c"))
     await engine.yes(cmd.Start(id="d", worker="w"))
-    view = kept_plan(engine.planner)
-    assert str(view.outcome) == "1 completed, 1 failed again, 1 cancelled, 2 wait"
+    assert str(kept_plan(engine.planner).outcome) == "1 completed, 1 failed again, 1 cancelled, 2 wait"
     await engine.yes(cmd.Delete(id="a"))
     await make_plan(engine.planner, "q", action="retry", ids=["b"])
     await apply_plan(engine.planner, "q")
     await attempt(engine, "b")
-    view = kept_plan(engine.planner, "q")
-    assert str(view.outcome) == "1 completed, 0 failed again, 0 wait"
+    assert str(kept_plan(engine.planner, "q").outcome) == "1 completed, 0 failed again, 0 wait"
     await asyncio.sleep(plan_runner.APPLIED_KEPT_MS / 1_000 + 1)
     assert isinstance(engine.planner.find("p"), ApiError)
     assert not engine.planner._watched

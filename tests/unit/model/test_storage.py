@@ -13,8 +13,7 @@ WHOLE = Job(2, "b", Options(), "processing", 1_000, 1_000, 1_000)
 
 
 def test_an_opened_store_has_all_live_jobs_in_either_form() -> None:
-    found = storage.OpenedStore(storage.Numbers(), jobs=[WHOLE], packed_jobs=[SHORT])
-    assert found.live() == [SHORT.expand(), WHOLE]
+    assert storage.OpenedStore(storage.Numbers(), jobs=[WHOLE], packed_jobs=[SHORT]).live() == [SHORT.expand(), WHOLE]
     assert storage.OpenedStore(storage.Numbers()).live() == []
 
 

@@ -154,8 +154,7 @@ async def test_a_full_disk_is_unhealthy_and_says_what_to_do(engine: VirtualEngin
         "The disk of the store is full (4096 bytes free at /disk/jobd.db): "
         "writes are accepted, but a test write failed. Free some space; jobd tries again every second."
     )
-    found = (view.database.path, view.database.free_bytes, view.database.total_bytes)
-    assert found == ("/disk/jobd.db", 4096, 1 << 20)
+    assert (view.database.path, view.database.free_bytes, view.database.total_bytes) == ("/disk/jobd.db", 4096, 1 << 20)
     engine.disk.errors["probe"] = JournalDiskFull("full")
     assert (await measured(engine)).database.message.startswith("The disk of the journal's server is full: writes")
 
@@ -223,8 +222,7 @@ async def test_a_hanging_disk_leaves_the_last_free_space() -> None:
         storage.responding.clear()
         await seconds(SPACE_MAX_AGE_S)
         began = asyncio.get_running_loop().time()
-        found = await asyncio.gather(*(health.space() for _ in range(3)))
-        assert found == [known] * 3
+        assert await asyncio.gather(*(health.space() for _ in range(3))) == [known] * 3
         assert asyncio.get_running_loop().time() - began < 2 * TIMEOUT_S
         assert await health.space() == known
         assert storage.calls["space"] == 2  # measured once meanwhile
@@ -581,8 +579,7 @@ async def test_a_bug_in_cleanup_is_unhealthy_and_nothing_is_raised() -> None:
 async def test_the_journal_counts_in_a_cluster_only(engine: VirtualEngine) -> None:
     engine.run_maintainer()
     health = health_of(engine)
-    view = await health.view()
-    assert not view.journal
+    assert not (await health.view()).journal
     health.cluster = lambda: ClusterView(role="leader", synchronous=False, require_sync=True)
     await seconds(MAX_AGE_S)
     view = await health.view()

@@ -154,8 +154,7 @@ def test_the_messages_of_a_problem_share_the_subject_but_not_the_id() -> None:
     assert data["subject"] == {"type": "pair", "queue": "mail", "kind": "receipt"}
     assert (data["severity"], data["jobs"], data["title"]) == ("critical", 962, PROBLEM.title)
     many = many_message("no_workers", {"opened": 9}, ["mail", "sms"], NOW, "/j")
-    data = read_by_others(many.body)["data"]
-    assert data == {"condition": "no_workers", "opened": 9, "names": ["mail", "sms"]}
+    assert read_by_others(many.body)["data"] == {"condition": "no_workers", "opened": 9, "names": ["mail", "sms"]}
     for message in (opened, closed, many):
         assert_is_self_describing(message, "/j")
 
