@@ -23,7 +23,16 @@ from jobd.client import InvalidRequest, JobdError, JobView
 from jobd.model import responses
 from jobd.model.commands import About
 from jobd.model.problems import ProblemList
-from tests.support.cli_harness import JOB_FIELDS, READ_ONLY_TOKEN, TOKEN, CliDaemon, Jobctl, fields_of, on_a_terminal
+from tests.support.cli_harness import (
+    JOB_FIELDS,
+    READ_ONLY_TOKEN,
+    TOKEN,
+    CliDaemon,
+    Jobctl,
+    fields_of,
+    on_a_terminal,
+    plan_in,
+)
 from tests.support.polling import poll_until
 
 
@@ -52,10 +61,8 @@ def test_errors_of_some_jobs_are_named_and_the_others_are_done(jobctl: Jobctl, m
     monkeypatch.delenv("ADMIN_TOKEN")  # the worker API knows no plans
     jobctl.ok("submit", "--id", "c2")
     jobctl.ok("submit", "--id", "c3")
-    code, out, err = jobctl.run("cancel", "c2", "no-such-job", "c3", "--yes")
-    assert code == 4
+    out = jobctl.says(4, "no-such-job: ", "cancel", "c2", "no-such-job", "c3", "--yes")
     assert out == "c2: cancelled\nc3: cancelled\n"
-    assert err.startswith("no-such-job: ")
 
 
 def test_cancel_with_an_admin_token_is_audited_and_without_one_uses_the_worker_api(
@@ -81,12 +88,11 @@ def test_cancel_with_an_admin_token_is_audited_and_without_one_uses_the_worker_a
 def test_cancelling_several_jobs_makes_a_plan(jobctl: Jobctl, running: CliDaemon) -> None:
     running.client.create_jobs([{"id": f"cp{n}", "queue": "cp"} for n in range(3)])
     code, out, err = jobctl.run("cancel", "cp0", "cp1", "--dry-run", "--reason", "too many")
-    named = re.search(r"jobctl apply ([0-9a-f]{16})\n", err)
-    assert named is not None
+    plan_id = plan_in(err)
     assert (code, out.count("queued → cancelled")) == (0, 2)
     running.client.start_processing("cp0", "w-cp")  # the job has changed since it was read
     assert (
-        jobctl.says(4, "cp0: changed since the plan: queued → processing", "apply", named[1], "-y")
+        jobctl.says(4, "cp0: changed since the plan: queued → processing", "apply", plan_id, "-y")
         == "cancel: 1 job done\n"
     )
     assert jobctl.ok("force-reset", "--where", "worker=w-cp", "--dry-run").count("processing → queued") == 1
@@ -192,9 +198,8 @@ def test_a_plan_of_many_jobs_is_shown_and_applied(jobctl: Jobctl) -> None:
     result = jobctl.json("retry", "pl1", "pl2", "--yes")
     assert set(result) == fields_of(responses.PlanResult)
     assert (result["applied"], result["changed"]) == (2, [])
-    code, out, err = jobctl.run("retry", "pl0", "pl1", "none", "-y")
-    assert (code, out) == (4, "retry: 1 job done\n")
-    assert err == ("2 jobs skipped: Only failed and cancelled jobs can be retried. There is no such job.\n")
+    skipped = "2 jobs skipped: Only failed and cancelled jobs can be retried. There is no such job.\n"
+    assert jobctl.run("retry", "pl0", "pl1", "none", "-y") == (4, "retry: 1 job done\n", skipped)
     assert jobctl.run("retry", "none", "-y") == (4, "", "No job can be changed: 1 job skipped: There is no such job.\n")
     assert jobctl.run("retry", "--where", "queue=nothing", "-y") == (0, "", "No jobs match.\n")
     assert jobctl.ok("cancel", *where, "-y") == "cancel: 3 jobs done\n"
@@ -209,26 +214,23 @@ def test_apply_does_what_the_plan_showed(jobctl: Jobctl, running: CliDaemon) -> 
     for n in range(3):
         jobctl.ok("submit", "--id", f"ap{n}", "--queue", "ap")
     code, out, err = jobctl.run("cancel", "--where", "queue=ap", "--dry-run")
-    named = re.search(r"jobctl apply ([0-9a-f]{16})\n", err)
+    plan_id = plan_in(err)
     assert (code, out.count("queued → cancelled")) == (0, 3)
-    assert named
-    assert named[1] in out.splitlines()[0]
+    assert plan_id in out.splitlines()[0]
     jobctl.ok("submit", "--id", "ap3", "--queue", "ap")
     jobctl.ok("update", "ap1", "--priority", "3")
-    assert jobctl.ok("apply", named[1], "--dry-run").count("queued → cancelled") == 3
-    code, out, err = jobctl.run("apply", named[1], "--yes")
-    assert (code, out) == (4, "cancel: 2 jobs done\n")
-    assert err == "ap1: changed since the plan: queued → queued. It has changed since the plan was made.\n"
+    assert jobctl.ok("apply", plan_id, "--dry-run").count("queued → cancelled") == 3
+    changed = "ap1: changed since the plan: queued → queued. It has changed since the plan was made.\n"
+    assert jobctl.run("apply", plan_id, "--yes") == (4, "cancel: 2 jobs done\n", changed)
     assert [running.client.get_job(f"ap{n}").status for n in range(4)] == ["cancelled", "queued", "cancelled", "queued"]
-    code, out, err = jobctl.run("apply", named[1], "-y", "--json")
-    again = json.loads(out)
-    assert (code, again["applied"], again["repeated"], "was applied" in err) == (4, 2, True, True)
-    assert jobctl.json("apply", named[1], "--dry-run")["result"]["applied"] == 2
-    assert jobctl.run("apply", named[1], "--dry-run")[:2] == (0, "")
-    assert jobctl.run("apply", named[1], "--yes")[:2] == (4, "cancel: 2 jobs done before, none now\n")
+    again = json.loads(jobctl.says(4, "was applied", "apply", plan_id, "-y", "--json"))
+    assert (again["applied"], again["repeated"]) == (2, True)
+    assert jobctl.json("apply", plan_id, "--dry-run")["result"]["applied"] == 2
+    assert jobctl.run("apply", plan_id, "--dry-run")[:2] == (0, "")
+    assert jobctl.run("apply", plan_id, "--yes")[:2] == (4, "cancel: 2 jobs done before, none now\n")
     for how in ((), ("-y",)):
         jobctl.rejects(4, "There is no plan none", "apply", "none", *how)
-    assert jobctl.rejected("apply", named[1])[0] == 2
+    assert jobctl.rejected("apply", plan_id)[0] == 2
 
 
 @pytest.mark.slow
@@ -427,20 +429,20 @@ def test_the_plan_of_a_recovery_can_be_applied(running: CliDaemon, jobctl: Jobct
         _, lock_id = _stalled(running, "time-1", "time-2")
         code, out, err = jobctl.run("recover-stuck", "--dry-run", "--reason", "they are dead")
         assert (code, out.splitlines()[0]) == (0, "2 would be recovered")
-        named = re.fullmatch(r"To apply exactly this, until [^:]+:\d\d:\d\d UTC.*: jobctl apply ([0-9a-f]{16})\n", err)
-        assert named is not None, err
+        assert re.match(r"To apply exactly this, until [^:]+:\d\d:\d\d UTC.*: jobctl apply ", err), err
+        plan_id = plan_in(err)
         running.client.update_progress("time-2", lock_id=lock_id, progress=40)
-        shown = jobctl.ok("apply", named[1], "--dry-run")
+        shown = jobctl.ok("apply", plan_id, "--dry-run")
         assert "recover-stuck: 2 jobs" in shown
         assert shown.count("processing → queued") == 2
         assert (
-            jobctl.says(4, "time-2: changed since the plan: processing → processing.", "apply", named[1], "-y")
+            jobctl.says(4, "time-2: changed since the plan: processing → processing.", "apply", plan_id, "-y")
             == "recover-stuck: 1 job done\n"
         )
         assert [running.client.get_job(each).status for each in ("time-1", "time-2")] == ["queued", "processing"]
         [entry] = jobctl.json("audit", "--action", "plan-recover-stuck", "--limit", "1")["entries"]
         assert (entry["reason"], entry["changed"]) == ("they are dead", 1)
-        assert jobctl.run("apply", named[1], "-y")[0] == 4, "the same answer again"
+        assert jobctl.run("apply", plan_id, "-y")[0] == 4, "the same answer again"
         jobctl.ok("cancel", "time-1", "time-2", "-y")
 
 
@@ -476,9 +478,7 @@ def test_the_plan_of_a_cleanup_run_can_be_applied_except_for_its_fixes(running: 
         grant = running.client.start_processing(running.client.create_job(queue="time-old").id, "w")
         old = _expiring(partial(running.client.complete_job, grant.job.id, lock_id=grant.lock_id, file_path="/f")).id
         _stalled(running, "time-3")
-        code, _, err = jobctl.run("cleanup", "--dry-run")
-        assert code == 0
-        assert re.fullmatch(r"To apply exactly this, except for the fixes, until .*: jobctl apply .*\n", err), err
+        jobctl.says(0, "To apply exactly this, except for the fixes, until ", "cleanup", "--dry-run")
         plan_id = jobctl.json("cleanup", "--dry-run")["plan_id"]
         _, shown, prompt = on_a_terminal(running, b"n\n", "apply", plan_id)
         for line in ("time-3 +processing → queued", "time-late +queued → failed", f"{old} +completed → deleted"):

@@ -22,6 +22,7 @@ from tests.support.cli_harness import (
     Jobctl,
     TerminalRun,
     on_a_terminal,
+    plan_in,
     rejected_on_a_terminal,
 )
 from tests.support.daemon_process import DaemonProcess
@@ -89,10 +90,8 @@ def test_the_plan_of_a_dry_run_of_one_job_can_be_applied(running: CliDaemon, job
     running.client.create_job(id="dry-1", queue="dry")
     code, out, err = jobctl.run("force-fail", "dry-1", "--dry-run")
     assert (code, out) == (0, "dry-1: would force-fail: it is queued\n")
-    named = re.search(r"jobctl apply ([0-9a-f]{16})\n", err)
-    assert named is not None
     jobctl.ok("update", "dry-1", "--priority", "3")
-    jobctl.says(4, "dry-1: changed since the plan", "apply", named[1], "-y")
+    jobctl.says(4, "dry-1: changed since the plan", "apply", plan_in(err), "-y")
     assert running.client.get_job("dry-1").status == "queued"
 
 

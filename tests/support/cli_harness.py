@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
@@ -138,6 +139,13 @@ class Jobctl:
         assert out == ""
         assert len(err.splitlines()) == 1
         return code, err
+
+
+def plan_in(err: str) -> str:
+    """Return the id of the plan that jobctl offers to apply."""
+    named = re.search(r"jobctl apply ([0-9a-f]{16})\n", err)
+    assert named is not None, err
+    return named[1]
 
 
 def commands_of(program: click.Group) -> dict[str, click.Command]:

@@ -28,12 +28,7 @@ _UPDATE_FIELDS: Final = ("priority", "run_at", "max_attempts")  # in the order i
 
 @command(IDS, where_option, pace_options, _REASON, destructive_options, admin_options)
 def retry(
-    ids: tuple[str, ...],
-    where: tuple[str, ...],
-    trial: bool,
-    rate: PlanRate | None,
-    reason: str | None,
-    **how: bool,
+    ids: tuple[str, ...], where: tuple[str, ...], trial: bool, rate: PlanRate | None, reason: str | None, **how: bool
 ) -> int:
     """Requeue failed and cancelled jobs as new.
 

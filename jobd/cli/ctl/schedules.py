@@ -43,13 +43,7 @@ def schedules(as_json: bool) -> None:
     admin_options,
 )
 def schedule(
-    verb_or_id: str,
-    name: str | None,
-    at: int | None,
-    force: bool,
-    until: int | None,
-    reason: str | None,
-    as_json: bool,
+    verb_or_id: str, name: str | None, at: int | None, force: bool, until: int | None, reason: str | None, as_json: bool
 ) -> None:
     """Show a schedule, or run, pause, resume or delete (rm) it.
 

@@ -45,12 +45,7 @@ class AppSchedules:
         self.source: Final = f"app:{name}"
         self._declared: dict[str, tuple[str | timedelta, TaskBase[..., Any] | Call[Any], ScheduleOptions]] = {}
 
-    def add(
-        self,
-        when: str | timedelta,
-        target: TaskBase[..., Any] | Call[Any],
-        options: ScheduleOptions,
-    ) -> None:
+    def add(self, when: str | timedelta, target: TaskBase[..., Any] | Call[Any], options: ScheduleOptions) -> None:
         """Add a schedule. Raises TypeError for a task with a parameter without a default, and for an id used twice."""
         if not isinstance(target, TaskBase | Call):
             raise TypeError(f"app.schedule takes a task or a call, not {target!r}: put it above @app.task")

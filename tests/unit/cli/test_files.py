@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import os
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
@@ -13,6 +14,14 @@ import pytest
 
 from jobd.cli import exit_codes, files
 from jobd.storage.files import FileLock
+
+
+@contextlib.contextmanager
+def refused() -> Iterator[None]:
+    """Expect the error for a file that is in use."""
+    with pytest.raises(exit_codes.CliError) as caught:
+        yield
+    assert caught.value.code == 75
 
 
 def test_a_file_is_written_completely_and_only_for_its_owner(tmp_path: Path) -> None:
@@ -106,9 +115,8 @@ def _break_off(path: Path) -> None:
 def test_two_programs_do_not_write_one_file(tmp_path: Path) -> None:
     with files.atomic_file(tmp_path / "copy.db", lambda _: None) as file:
         file.write(b"first")
-        with pytest.raises(exit_codes.CliError) as caught, files.atomic_file(tmp_path / "copy.db", lambda _: None):
+        with refused(), files.atomic_file(tmp_path / "copy.db", lambda _: None):
             pass
-        assert caught.value.code == 75
     assert (tmp_path / "copy.db").read_bytes() == b"first"
 
 
@@ -124,25 +132,19 @@ def test_a_file_that_another_program_completes_meanwhile_stays(tmp_path: Path, m
 
         with monkeypatch.context() as patch:
             patch.setattr(fcntl, "flock", lock_late)
-            with pytest.raises(exit_codes.CliError) as caught, files.atomic_file(path, lambda _: None):
+            with refused(), files.atomic_file(path, lambda _: None):
                 pass
-    assert caught.value.code == 75
     assert path.read_bytes() == b"theirs"
 
 
 def test_a_store_that_a_daemon_opened_meanwhile_is_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "copy.db").write_bytes(b"old")
-    with pytest.raises(exit_codes.CliError) as caught:
-        _write_while_taken(tmp_path / "copy.db")
-    assert caught.value.code == 75
-    assert (tmp_path / "copy.db").read_bytes() == b"old"
-    assert not (tmp_path / "copy.db.part").exists()
-
-
-def _write_while_taken(path: Path) -> None:
-    with contextlib.ExitStack() as stack, files.atomic_file(path, lambda _: None) as file:
+    path = tmp_path / "copy.db"
+    with refused(), contextlib.ExitStack() as stack, files.atomic_file(path, lambda _: None) as file:
         file.write(b"new")
         stack.enter_context(FileLock(str(path)))
+    assert (tmp_path / "copy.db").read_bytes() == b"old"
+    assert not (tmp_path / "copy.db.part").exists()
 
 
 def test_the_partial_file_is_not_a_store_or_a_symlink(tmp_path: Path) -> None:
@@ -151,7 +153,6 @@ def test_the_partial_file_is_not_a_store_or_a_symlink(tmp_path: Path) -> None:
     (tmp_path / "copy.db.part").symlink_to(tmp_path / "theirs")
     with pytest.raises(OSError, match="symbolic"), files.atomic_file(tmp_path / "copy.db", lambda _: None):
         pass
-    with FileLock(str(tmp_path / "store.part")), pytest.raises(exit_codes.CliError) as caught:
+    with FileLock(str(tmp_path / "store.part")), refused():
         _break_off(tmp_path / "store")
-    assert caught.value.code == 75
     assert (tmp_path / "theirs").read_bytes() == b"theirs"

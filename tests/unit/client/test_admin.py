@@ -103,11 +103,7 @@ def test_a_rejected_backup_writes_nothing(server: ScriptedServer, admin: AdminCl
 
 def test_an_artifact_is_written_to_the_file(server: ScriptedServer, admin: AdminClient) -> None:
     content = os.urandom(700_000)
-    errors = [
-        rejected("late_result_not_found", 404),
-        rejected("not_found", 404),
-        rejected("storage_unavailable", 503),
-    ]
+    errors = [rejected("late_result_not_found", 404), rejected("not_found", 404), rejected("storage_unavailable", 503)]
     server.script = [raw(content, kind="application/octet-stream"), *errors]
     file = io.BytesIO()
     assert admin.download_artifact("a.b:c", file) == len(content)

@@ -96,11 +96,7 @@ def test_lines_are_sent_in_chunks_of_bounded_size() -> None:
 
 @pytest.mark.parametrize(
     ("fields", "name"),
-    [
-        ({"payload": ["/srv/\udcff"]}, "payload"),
-        ({"queue": "q", "kind": "\ud800"}, "kind"),
-        ({"\udcff": 1}, "body"),
-    ],
+    [({"payload": ["/srv/\udcff"]}, "payload"), ({"queue": "q", "kind": "\ud800"}, "kind"), ({"\udcff": 1}, "body")],
 )
 def test_text_that_is_not_unicode_is_an_invalid_request(fields: dict[str, Any], name: str) -> None:
     for made in (lambda: build(JobRequests.create, fields), lambda: list(json_lines(iter([fields])))):

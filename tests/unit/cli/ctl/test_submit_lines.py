@@ -136,12 +136,7 @@ NUMBERS = b"\n".join(b"%d" % number for number in range(10, 18))
         ),
         (StorageFull("Full."), 0, "Full.", "0 jobs were created. Go on from line 1"),
         (Unreachable("Gone."), 0, "Gone.", "perhaps all jobs of lines 1 to 4. Look with jobctl jobs, then go on from"),
-        (
-            KeyboardInterrupt(),
-            0,
-            "",
-            "perhaps all jobs of lines 1 to 4. Look with jobctl jobs, then go on from line 1",
-        ),
+        (KeyboardInterrupt(), 0, "", "perhaps all jobs of lines 1 to 4. Look with jobctl jobs, then go on from line 1"),
     ],
     ids=lambda value: type(value).__name__,
 )

@@ -109,12 +109,7 @@ def test_figures_are_not_cut_beside_long_names(width: int, columns: int) -> None
     assert max(map(len, lines)) <= width
     for count in ["12345", "67890", "13579", "24680", "11111"][:columns]:
         assert text.count(f" {count}") == 3, count
-    for part in (
-        "54321",
-        "cancelled 0",
-        "average 1.5 s",
-        *(f"{n} {rate:g}" for n, rate in rates.items()),
-    ):
+    for part in ("54321", "cancelled 0", "average 1.5 s", *(f"{n} {rate:g}" for n, rate in rates.items())):
         assert part in text, part
     assert (text.count("-high "), text.count("-low ")) == (1, 1), "both ends of a name are seen"
     assert "CRITICAL mail / receipt" in text or width <= 60

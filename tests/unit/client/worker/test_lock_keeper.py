@@ -143,20 +143,17 @@ async def test_a_single_error_stops_the_work_only_if_it_is_about_the_lock(
 async def test_rejections_for_a_ttl_stop_the_work_and_the_worker(
     tmp_path: Path, code: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    rejection = rejected(code, 401, "Wrong token.")
-    daemon = ScriptedDaemon(claim=[ok({"grants": [GRANT]}), rejection], extend=[rejection], progress=[rejection])
-    with serving(daemon.server, tmp_path / "p") as endpoint:
-        worker = Worker(endpoint)
+    async def work(context: AsyncHandlerContext) -> None:
+        while True:
+            with contextlib.suppress(Unauthorized, Forbidden, NotFound):
+                await context.progress(1)
+            await asyncio.sleep(0.001)
 
-        @worker.handler()
-        async def work(context: AsyncHandlerContext) -> None:
-            while True:
-                with contextlib.suppress(Unauthorized, Forbidden, NotFound):
-                    await context.progress(1)
-                await asyncio.sleep(0.001)
-
-        with pytest.raises(JobdError) as caught:
-            await worker.serve()
+    rejection = [rejected(code, 401, "Wrong token.")]
+    responses = {"claim": [ok({"grants": [GRANT]}), *rejection], "extend": rejection, "progress": rejection}
+    with pytest.raises(JobdError) as caught:
+        async with working(tmp_path, work, responses=responses) as daemon:
+            await daemon.receive("claim", 2)
     assert caught.value.code == code
     assert "All calls were rejected until the lock had expired: Wrong token." in caplog.text
     assert daemon.bodies("complete") == daemon.bodies("fail") == daemon.bodies("release") == []
@@ -165,13 +162,11 @@ async def test_rejections_for_a_ttl_stop_the_work_and_the_worker(
 async def test_an_ending_is_not_retried_after_rejections_for_a_ttl(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    rejection = rejected("unauthorized", 401, "Wrong token.")
-    daemon = ScriptedDaemon(claim=[ok({"grants": [GRANT]}), rejection], complete=[rejection], extend=[rejection])
-    with serving(daemon.server, tmp_path / "p") as endpoint:
-        worker = Worker(endpoint)
-        worker.handler()(lambda context: None)
-        with pytest.raises(Unauthorized):
-            await worker.serve()
+    rejection = [rejected("unauthorized", 401, "Wrong token.")]
+    responses = {"claim": [ok({"grants": [GRANT]}), *rejection], "complete": rejection, "extend": rejection}
+    with pytest.raises(Unauthorized):
+        async with working(tmp_path, nothing, responses=responses) as daemon:
+            await daemon.receive("claim", 2)
     assert "could not complete the job: Wrong token." in caplog.text
 
 

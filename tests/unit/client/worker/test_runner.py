@@ -43,6 +43,16 @@ async def _begin(keeper: LockKeeper) -> Execution:
     raise AssertionError("began after the stop")
 
 
+async def stopped_during_its_claim(server: ScriptedServer, endpoint: str) -> None:
+    """Run a worker, and stop it when the server has received its claim."""
+    async with AsyncJobClient(endpoint) as client:
+        runner = WorkerRunner(client, ClaimOptions(worker="w"), _begin, print)
+        running = asyncio.create_task(runner.run())
+        await wait_until(lambda: bool(server.received))
+        runner.stop()
+        await running
+
+
 @pytest.mark.parametrize("stop", [WorkerRunner.stop, WorkerRunner.stop_claiming], ids=["stop", "stop claiming"])
 async def test_a_grant_that_arrives_after_the_stop_is_released(
     server: ScriptedServer, endpoint: str, stop: Callable[[WorkerRunner], None], monkeypatch: pytest.MonkeyPatch
@@ -79,12 +89,7 @@ async def test_a_grant_that_was_missed_is_released(
     monkeypatch.setattr(claimer, "PROBE_S", 60)
     reused = rejected("idempotency_key_reused", 422)
     server.script = [server.hang, reused, ok({"grants": [GRANT]}), ok(JOB)]
-    async with AsyncJobClient(endpoint) as client:
-        runner = WorkerRunner(client, ClaimOptions(worker="w"), _begin, print)
-        running = asyncio.create_task(runner.run())
-        await wait_until(lambda: bool(server.received))
-        runner.stop()
-        await running
+    await stopped_during_its_claim(server, endpoint)
     first, probe, repeat, release = server.received
     assert len({received.headers["Idempotency-Key"] for received in (first, probe, repeat)}) == 1
     assert first.body == repeat.body
@@ -112,12 +117,7 @@ async def test_a_stopped_claim_without_grants_is_probed_once(
     monkeypatch.setattr(claimer, "ARRIVAL_S", 0)
     monkeypatch.setattr(claimer, "PROBE_S", 60)
     server.script = [server.hang, ok({"grants": []})]
-    async with AsyncJobClient(endpoint) as client:
-        runner = WorkerRunner(client, ClaimOptions(worker="w"), _begin, print)
-        running = asyncio.create_task(runner.run())
-        await wait_until(lambda: bool(server.received))
-        runner.stop()
-        await running
+    await stopped_during_its_claim(server, endpoint)
     assert len(server.received) == 2
 
 

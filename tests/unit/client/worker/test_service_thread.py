@@ -15,9 +15,7 @@ async def nothing() -> None:
     pass
 
 
-async def test_messages_are_written_in_order_and_errors_of_the_log_are_ignored(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+async def test_messages_are_written_in_order_and_errors_of_the_log_are_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(service_thread, "LOG_S", 60)
     written: list[str] = []
 
