@@ -112,7 +112,8 @@ def preview(tx: Transaction, command: commands.Preview) -> Response:
 
 def _clear_lock(tx: Transaction, job: Job, deadlines: LockDeadlines) -> None:
     """Record that the lock has expired. The holder can revive it until the job is stalled."""
-    details = {"worker": job.grant.worker if job.grant else None}
+    assert job.grant is not None  # without one it is stalled
+    details = {"worker": job.grant.worker}
     tx.update(job, replace(job, deadlines=replace(deadlines, cleared=True)), "lock_expired", details=details)
 
 

@@ -134,6 +134,8 @@ def test_of_the_workers_of_other_kinds_the_one_that_claimed_last_is_named(rules:
         claims(rules, worker, "scale")
         rules.advance(1_000)
     assert clause(rules).startswith("w-2 claims this queue but takes only: scale (2 more take other kinds); ")
+    rules.state.presence.note_lost("w-2", rules.job())
+    assert clause(rules).startswith("w-3 claims this queue but takes only: scale (1 more takes other kinds); ")
 
 
 def test_workers_of_other_kinds_that_are_gone_do_not_count(rules: RuleHarness) -> None:
@@ -163,6 +165,10 @@ def test_a_busy_worker_that_is_silent_is_named(rules: RuleHarness) -> None:
     view = why(rules)
     assert clause(rules) == "no worker takes such jobs now; silent, with an expired lock: w 1"
     assert view.do == [LOOK, "Take back the jobs of w 1: jobctl take-back 'w 1'", START]
+    rules.held("c", worker="w-2", queue="q", kind="k")
+    claims(rules, "w-2")
+    busy = "w-2, the only worker that takes such jobs, has been busy for 0 ms"
+    assert clause(rules) == f"{busy}; silent, with an expired lock: w 1"
 
 
 @pytest.mark.parametrize(("count", "everyone"), [(2, "both"), (3, "all 3")])

@@ -318,6 +318,7 @@ async def test_history_is_read_between_batches() -> None:
         page = await engine.yes(cmd.Export(limit=3, cursor=page.next_cursor))
         assert ([job.id for job in page.jobs], page.next_cursor) == (["2"], None)
         assert [job.id for job in (await engine.yes(cmd.Export(status="completed", queue="default"))).jobs] == ["done"]
+        assert (await engine.yes(cmd.Export(queue="other"))).jobs == []
         engine.disk.errors["timeline"] = OSError("unreadable")
         assert (await engine.no(cmd.Timeline(id="done"))).code == "internal_error"
         assert (await engine.yes(cmd.Get(id="0"))).id == "0"

@@ -75,7 +75,7 @@ def numbers(piece: bytes) -> list[int]:
 async def test_a_reader_that_waits_for_the_next_page_gets_it(stage: FeedHarness) -> None:
     await stage.commit(PAGE + 1)
     first, second, third = await asyncio.gather(*[stage.feed.reader.page(after) for after in (0, PAGE, PAGE)])
-    assert [(page.begin, page.end, page.more) for page in (first, second)] == [(0, PAGE, True), (PAGE, PAGE + 1, False)]
+    assert [(page.begin, page.end, page.number) for page in (first, second)] == [(0, PAGE, 1), (PAGE, PAGE + 1, 2)]
     assert second is third, "it is read once for both"
 
 
@@ -146,6 +146,7 @@ async def test_frequent_events_are_sent_in_batches(stage: FeedHarness) -> None:
         await stage.commit()
         await seconds(event_feed.GATHER_S / 4)
     assert numbers(await listener.more()) == [2, 3, 4]
+    assert len(stage.feed.rounds) == 2
 
 
 @pytest.mark.parametrize("wanted", [ALL, EventFilter(types=frozenset({"created"}))], ids=["all", "filtered"])
@@ -182,6 +183,7 @@ async def test_the_switch_from_journal_to_live_has_no_gap_or_repeat(
 async def test_unused_numbers_are_not_a_gap(stage: FeedHarness) -> None:
     await stage.commit(3)
     stage.maker.numbers = stage.disk.numbers = type(stage.disk.numbers)(next_job=4, next_event=1000)
+    assert await (await stage.begun(after=3)).more() == b"id: 999\n\n"
     listener = await stage.begun(after=2)
     assert await received(listener, 999) == [3]
     await stage.commit()
@@ -273,14 +275,17 @@ async def test_one_large_batch_cuts_no_subscriber() -> None:
 
 @in_virtual_time
 async def test_pieces_have_a_limited_size() -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(event_feed, "PIECE_BYTES", 10)
-        stage = FeedHarness()
-        listener = await stage.begun()
-        for _ in range(3):
-            await stage.commit(2)
-            await seconds(event_feed.GATHER_S)
-        assert [numbers(await listener.more()) for _ in range(3)] == [[1, 2], [3, 4], [5, 6]]
+    stage = FeedHarness()
+    listeners = [await stage.begun(), await stage.begun()]
+    for _ in range(3):
+        await stage.commit(2)
+        await seconds(event_feed.GATHER_S)
+    size = len(stage.feed.rounds[0].text)
+    for limit, pieces in ((10, [[1, 2], [3, 4], [5, 6]]), (size + 1, [[1, 2, 3, 4], [5, 6]])):
+        listener = listeners.pop()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(event_feed, "PIECE_BYTES", limit)
+            assert [numbers(await listener.more()) for _ in pieces] == pieces
 
 
 @in_virtual_time

@@ -109,6 +109,7 @@ async def test_headers_and_checkpoints_that_are_too_large_are_rejected(engine: V
     rejected = await engine.no(cmd.Create(headers=headers))
     assert (rejected.code, rejected.details) == ("invalid_request", {"field": "$.headers"})
     assert f"have {HEADER_BYTES + 2} bytes" in rejected.message
+    await engine.yes(cmd.Create(headers={"n": headers["name"] + "x"}))
     lock_id = await engine.held()
     large = Raw(b'"%s"' % (b"x" * CHECKPOINT_BYTES))
     rejected = await engine.no(cmd.Fail(id="a", lock_id=lock_id, error_message="e", checkpoint=large))

@@ -132,15 +132,15 @@ async def test_jobs_that_change_between_pages_are_shown_once(engine: VirtualEngi
 
 @in_checked_engine()
 async def test_a_search_for_an_error_defaults_to_failed_jobs(engine: VirtualEngine) -> None:
-    for job_id in ("a", "b"):
-        await engine.yes(cmd.Create(id=job_id))
-        await engine.yes(cmd.ForceFail(id=job_id, reason="no connection"))
-    await engine.yes(cmd.ForceReset(id="b"))  # this clears its error
+    await engine.yes(cmd.Create(id="a"))
+    await engine.yes(cmd.ForceFail(id="a", reason="no connection"))
+    lock_id = await engine.held("b", max_attempts=2)
+    await engine.yes(cmd.Fail(id="b", lock_id=lock_id, error_message="no connection", error_code="force_failed"))
     failed = await engine.yes(cmd.Get(id="a"))
     error = fingerprint(failed.error_message, failed.error_code)
     page = await engine.yes(cmd.SearchJobs(error=error))
     assert [job.id for job in page.jobs] == ["a"]
-    assert (await engine.yes(cmd.SearchJobs(error=error, status="queued"))).jobs == []
+    assert [job.id for job in (await engine.yes(cmd.SearchJobs(error=error, status="queued"))).jobs] == ["b"]
     assert (await engine.yes(cmd.SearchJobs(error=error, worker="w"))).jobs == []
 
 
@@ -178,7 +178,7 @@ async def test_jobs_are_found_by_finish_time_and_last_worker(engine: VirtualEngi
 
     assert await found(finished_since=middle) == ["b", "a"]
     assert await found(finished_since=middle, finished_until=middle + 1) == ["a"]
-    assert await found(since=middle) == []
+    assert await found(since=middle) == await found(until=middle - 60_000) == []
     assert await found(worker="w-1") == ["a"]
     assert await found(worker="w-1", status="failed", finished_since=middle) == ["a"]
     assert await found(worker="w-1", status="processing") == []

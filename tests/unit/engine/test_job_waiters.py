@@ -66,7 +66,9 @@ async def test_a_wait_ends_after_its_time_and_with_its_caller(engine: VirtualEng
     await engine.yes(cmd.Create(id="a"))
     short, gone = await waiting(engine, cmd.WaitForJobs(ids=["a"], wait_ms=500), cmd.Get(id="a", wait_ms=60_000))
     gone.cancel()
-    await seconds(0.6)
+    await seconds(0.4999)
+    assert not short.done()
+    await seconds(0.1)
     assert (statuses(short), short.result().data.finished) == (["queued"], False)
     assert len(engine.actor.job_waiters) == 0
 

@@ -59,6 +59,7 @@ async def test_a_waiting_claim_is_answered_with_a_directive_at_once(engine: Virt
     assert (await quiet).data.directive.action == "resume"
     assert granted_ids(await engine.respond(cmd.Claim(worker="w", about=OLD))) == ["b"]
     assert await seen(engine) == (False, None)
+    assert not engine.state.presence.directed
 
 
 @in_checked_engine()
@@ -215,6 +216,13 @@ async def test_a_rule_for_a_queue_leaves_the_others(engine: VirtualEngine) -> No
     assert await seen(engine) == (False, None)
     await seconds(601)
     assert (await engine.yes(cmd.QuietRules())).rules[0].workers == 0, "it is gone"
+    job = engine.state.get("a")
+    assert job is not None
+    await engine.yes(cmd.Claim(worker="mail", queues=["mail"]))
+    engine.state.presence.note_lost("mail", job)
+    assert (await engine.yes(cmd.QuietRules())).rules[0].workers == 0, "it has died"
+    assert sum(group.quiet for group in (await engine.yes(cmd.Workers())).groups) == 0
+    assert "mail died" in (await engine.no(cmd.QuietWorker(name="mail"))).message
 
 
 @in_checked_engine()

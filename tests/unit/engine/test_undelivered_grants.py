@@ -132,6 +132,21 @@ async def test_an_abandoned_repeat_does_not_release_the_grant(engine: VirtualEng
     assert engine.state.totals["queued"] == 1
 
 
+@in_checked_engine()
+async def test_the_grant_of_an_abandoned_call_stays_for_its_repeat(engine: VirtualEngine) -> None:
+    await engine.yes(cmd.Create(id="a"))
+    start = cmd.Start(id="a", worker="w")
+    first = await engine.writing(start, key=key("k"))
+    repeat = start_task(engine.actor.ask(start, key=key("k")))
+    await settle()
+    first.cancel()
+    await settle()
+    engine.disk.gate.set()
+    repeated = await repeat
+    await settle()
+    assert engine.state.holds("a", repeated.data.lock_id)
+
+
 @in_virtual_time
 async def test_a_grant_that_an_earlier_daemon_may_have_sent_is_not_released() -> None:
     """Found by simulation, seed 22611: a power cut after delivery, then an abandoned repeat under the key."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 import pytest
 from msgspec import Raw, convert
 
@@ -196,7 +197,8 @@ def test_only_a_changed_timing_counts_from_now(rules: RuleHarness) -> None:
 
 def test_who_may_put_a_schedule(rules: RuleHarness) -> None:
     request = {"id": "s", "every_ms": 1_000, "job": ScheduledJob()}
-    rules.reject(PutSchedule(**request), "invalid_request")  # a program needs a source
+    error = rules.reject(PutSchedule(**request), "invalid_request")
+    assert error.details == {"field": "$.source"}, "a program needs a source"
     rules.accept(PutSchedule(**request, source="app:a"))
     error = rules.reject(PutSchedule(**request, source="app:b"), "schedule_owned")
     assert error.details == {"source": "app:a"}
@@ -221,6 +223,11 @@ def test_invalid_requests(rules: RuleHarness, fields: dict[str, Any], field: str
     assert error.details == {"field": f"$.{field}"}
 
 
+def test_the_job_of_a_schedule_has_a_limited_size(rules: RuleHarness) -> None:
+    size = len(msgspec.json.encode(ScheduledJob(payload=Raw(b'""'))))
+    put(rules, job=ScheduledJob(payload=Raw(b'"' + b"x" * (MAX_JOB_BYTES - size) + b'"')))
+
+
 def test_the_number_of_schedules_is_limited(rules: RuleHarness) -> None:
     rules.policy = Policy(schedules=1)
     put(rules)
@@ -241,7 +248,7 @@ def test_jitter_is_the_same_for_a_time_and_within_its_bound(rules: RuleHarness) 
 
 
 def test_an_operator_runs_a_schedule(rules: RuleHarness) -> None:
-    put(rules, paused=True)
+    assert put(rules, paused=True).paused_by == "admin"
     now = rules.accept_admin(RunSchedule(id="s"))
     assert now.id.startswith("s:run:")
     assert (now.schedule_id, schedule(rules).last_job_id, schedule(rules).last_at) == ("s", now.id, None)
@@ -297,7 +304,8 @@ def test_pages_of_schedules(rules: RuleHarness) -> None:
 
 
 def test_a_row_survives_its_stored_form(rules: RuleHarness) -> None:
-    put(rules, cron="0 0 * * *", every_ms=None, timezone="Europe/Berlin", jitter_ms=5)
+    view = put(rules, cron="0 0 * * *", every_ms=None, timezone="Europe/Berlin", jitter_ms=5)
+    assert (view.cron, view.every_ms, view.timezone, view.jitter_ms) == ("0 0 * * *", None, "Europe/Berlin", 5)
     details = rules.last().details
     assert details is not None
     assert convert(details["row"], Schedule) == schedule(rules)
