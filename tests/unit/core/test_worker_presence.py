@@ -181,6 +181,20 @@ def test_a_worker_that_says_goodbye_is_gone_until_it_is_heard(rules: RuleHarness
     assert rules.reject(cmd.Goodbye("unknown"), "worker_not_found").details == {"worker": "unknown"}
 
 
+def test_a_quiet_worker_is_in_no_claim_set(presence: WorkerPresence) -> None:
+    for queues, names in ((["q"], ["w"]), ([], []), (["q"], ["w"])):
+        presence.note_request(claim("w", "q"), queues)
+        assert [name for each in presence.claim_sets("q") for name in each.workers] == names
+
+
+def test_a_repeated_ending_shows_that_the_worker_is_there(rules: RuleHarness) -> None:
+    ending = cmd.Complete(id="a", lock_id=rules.held(worker="w"))
+    for _ in range(2):
+        rules.advance(5_000)
+        rules.accept(ending)
+        assert one(rules).last_seen_at == rules.now
+
+
 def test_workers_are_counted_by_host_and_version(rules: RuleHarness) -> None:
     for name, about in (("a", cmd.About(host="h", version="1")), ("b", cmd.About(host="h", version="1")), ("c", None)):
         rules.state.presence.note_request(claim(name, about=about))

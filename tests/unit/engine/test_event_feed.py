@@ -77,6 +77,8 @@ async def test_a_reader_that_waits_for_the_next_page_gets_it(stage: FeedHarness)
     first, second, third = await asyncio.gather(*[stage.feed.reader.page(after) for after in (0, PAGE, PAGE)])
     assert [(page.begin, page.end, page.number) for page in (first, second)] == [(0, PAGE, 1), (PAGE, PAGE + 1, 2)]
     assert second is third, "it is read once for both"
+    first, second = await asyncio.gather(*[stage.feed.reader.page(PAGE) for _ in range(2)])
+    assert (first is second, first.number) == (True, 3)
 
 
 async def received(listener: Subscriber, up_to: int) -> list[int]:
