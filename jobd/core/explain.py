@@ -15,7 +15,7 @@ from msgspec.structs import replace
 from jobd.core import transitions
 from jobd.core.guards import is_overdue
 from jobd.core.quiet import quiet_takers
-from jobd.core.rules.late_result_rules import not_adoptable
+from jobd.core.rules.late_result_rules import LACKS_URL, not_adoptable
 from jobd.core.state import PAUSES_READ_MS, State
 from jobd.core.worker_presence import ClaimSet, WorkerPresence, WorkerSeen
 from jobd.model.commands import NO_REASON, Moment
@@ -77,11 +77,10 @@ def _late(job: Job, late: list[LateResult], policy: Policy) -> list[str]:
     if fit:
         number = "" if best is latest else f" --result {best.seq}"
         return [f"{is_there}. To adopt it: {first}jobctl adopt {job.id}{number}"]
-    lacks = "it has no download_url, which [validation] require_download_url requires"
     by_hand = f"{first}jobctl transition {job.id} {status} completed --set download_url=URL"
     by_hand += " (also set the other fields that you want to keep)"
     return [
-        f"{is_there}, but it cannot be adopted: {lacks}. Inspect it: jobctl late {job.id}. "
+        f"{is_there}, but it cannot be adopted: {LACKS_URL}. Inspect it: jobctl late {job.id}. "
         f"If the work is complete: {by_hand}"
     ]
 
@@ -351,12 +350,11 @@ def _processing(job: Job, state: State, at: Moment) -> WhyView:
     if deadlines.is_live(at.lock_ms):
         until = time_left(deadlines.expires - at.lock_ms)
         because += f" Its lock expires in {until}."
-    elif deadlines.is_past_progress_due(at.lock_ms):
-        because += (
-            " Its lock has expired: the worker is silent. It can no longer report progress, but may still end the job."
-        )
     else:
-        because += " Its lock has expired: the worker is silent. It may still end the job or report."
+        may = "may still end the job or report."
+        if deadlines.is_past_progress_due(at.lock_ms):
+            may = "can no longer report progress, but may still end the job."
+        because += f" Its lock has expired: the worker is silent. It {may}"
     because += _progress_due(grant, deadlines, at) + _released(job, " before this grant" if job.progress == 0 else "")
     return WhyView(
         "processing", because, _next_of(job, grant, deadlines, state, at), None, _advice(job, grant, state, at)
@@ -431,16 +429,15 @@ def _finished(job: Job, state: State, at: Moment) -> WhyView:
         deleted = _next(what, first, "retention", at, state.recovery.cleanup_every_ms)
     match job.status:
         case "completed":
-            return WhyView("completed", ending(job), deleted, None, [])
+            do = []
         case "failed":
             do = [f"Fix the cause, then run it again: jobctl retry {job.id}"]
-            return WhyView("failed", ending(job), deleted, None, do)
         case "cancelled":
             do = [f"If it is needed after all: jobctl retry {job.id}"]
-            return WhyView("cancelled", ending(job), deleted, None, do)
         case _:
             do = ["Correct the row with the daemon stopped, then: jobd doctor --accept ID"]
             return WhyView(job.status, f"Status {job.status} is unknown, so no rule applies to it.", None, None, do)
+    return WhyView(job.status, ending(job), deleted, None, do)
 
 
 def _once_trusted(at: Moment) -> str:

@@ -137,13 +137,10 @@ class Transaction:
         details: dict[str, Any] | None = None,
     ) -> Job:
         """Replace the row of `job` by `after`; return it with its `updated_at`. `worker` makes the call."""
-        now, started_at, finished_at = self.now, after.started_at, after.finished_at
-        if (
-            job.created_at > now
-            or (started_at is not None and started_at > now)
-            or (finished_at is not None and finished_at > now)
-        ):  # the wall clock stepped back; the times of a job stay in order
-            after = replace(after, updated_at=max(job.created_at, started_at or 0, finished_at or 0))
+        now, started_at, finished_at = self.now, after.started_at or 0, after.finished_at or 0
+        if job.created_at > now or started_at > now or finished_at > now:
+            # The wall clock stepped back. The times of a job stay in order.
+            after = replace(after, updated_at=max(job.created_at, started_at, finished_at))
         elif after.updated_at != now:
             after = replace(after, updated_at=now)
         if worker is not None:

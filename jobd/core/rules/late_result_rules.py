@@ -19,7 +19,7 @@ from jobd.model.job import MAX_LATE_RESULTS, Job, LateResult, Policy, PreviousGr
 from jobd.model.responses import Response
 from jobd.model.storage import LateResultQuery
 
-_REQUIRING: Final = "[validation] require_download_url"
+LACKS_URL: Final = "it has no download_url, which [validation] require_download_url requires"
 _BY_HAND: Final = (
     "jobctl transition ID STATUS completed --set download_url=URL (also set the other fields that you want to keep)"
 )
@@ -131,7 +131,7 @@ def not_adoptable(late: LateResult, policy: Policy) -> str | None:
     """Return why the configuration forbids this late result, whatever the status of the job; None if it does not."""
     if not guards.lacks_url(policy, late.result.download_url):
         return None
-    message = f"Late result {late.seq} cannot be adopted: it has no download_url, which {_REQUIRING} requires."
+    message = f"Late result {late.seq} cannot be adopted: {LACKS_URL}."
     return f"{message} If the work is complete, set a URL yourself: {_BY_HAND}"
 
 
@@ -204,7 +204,7 @@ def _with_late_result(tx: Transaction, job: Job, late: LateResult, rejection: Ap
     if job.status == "completed":
         kept += "."
     elif guards.lacks_url(tx.policy, late.result.download_url):
-        kept += f", but cannot be adopted: it has no download_url, which {_REQUIRING} requires."
+        kept += f", but cannot be adopted: {LACKS_URL}."
     else:
         kept += f"; an operator can adopt it: jobctl adopt {job.id}"
     details = rejection.details | {"late_result": late.seq}

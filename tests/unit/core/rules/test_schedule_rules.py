@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from msgspec import Raw, convert
+from msgspec import UNSET, Raw, convert
 
 from jobd.core.rules.schedule_rules import MAX_JOB_BYTES
 from jobd.model import commands as cmd
@@ -250,7 +250,7 @@ def test_jitter_is_the_same_for_a_time_and_within_its_bound(rules: RuleHarness) 
 def test_an_operator_runs_a_schedule(rules: RuleHarness) -> None:
     assert put(rules, paused=True).paused_by == "admin"
     now = rules.accept_admin(RunSchedule(id="s"))
-    assert now.id.startswith("s:run:")
+    assert (now.id.startswith("s:run:"), now.scheduled_at) == (True, UNSET)
     assert (now.schedule_id, schedule(rules).last_job_id, schedule(rules).last_at) == ("s", now.id, None)
     rules.reject(RunSchedule(id="s"), "schedule_busy", admin=True)
     at = NOW - DAY_MS - NOW % 1_000
