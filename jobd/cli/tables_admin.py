@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Final, Literal
 
 from jobd.cli import tables, terminal
 from jobd.cli.terminal import Columns, Listing, ago
+from jobd.model.sizes import byte_size
 from jobd.model.times import duration, utc
 
 if TYPE_CHECKING:
@@ -186,16 +187,16 @@ def stats(view: responses.StatsView) -> None:
 
 def disk(use: responses.DiskUse) -> None:
     fields: list[tuple[str, object]] = [
-        ("database", terminal.size(use.database_bytes)),
-        ("  journal", f"{terminal.size(use.journal_bytes)}, written to the tables soon"),
-        ("  other", f"{terminal.size(use.other_bytes)}: indexes, audit log, stored responses, events of deleted jobs"),
-        ("free pages", f"{terminal.size(use.free_page_bytes)}, used again"),
-        ("log (WAL)", terminal.size(use.wal_bytes)),
-        ("side files", terminal.size(use.side_bytes)),
+        ("database", byte_size(use.database_bytes)),
+        ("  journal", f"{byte_size(use.journal_bytes)}, written to the tables soon"),
+        ("  other", f"{byte_size(use.other_bytes)}: indexes, audit log, stored responses, events of deleted jobs"),
+        ("free pages", f"{byte_size(use.free_page_bytes)}, used again"),
+        ("log (WAL)", byte_size(use.wal_bytes)),
+        ("side files", byte_size(use.side_bytes)),
     ]
     if use.total_bytes is not None and use.free_bytes is not None and use.not_jobd_bytes is not None:
-        fields.append(("not jobd", terminal.size(use.not_jobd_bytes)))
-        fields.append(("free", f"{terminal.size(use.free_bytes)} of {terminal.size(use.total_bytes)} ({use.path})"))
+        fields.append(("not jobd", byte_size(use.not_jobd_bytes)))
+        fields.append(("free", f"{byte_size(use.free_bytes)} of {byte_size(use.total_bytes)} ({use.path})"))
     terminal.pairs(fields)
     terminal.emit("")
     terminal.table(STORED_KINDS, use.kinds, empty="No jobs.")
@@ -227,7 +228,7 @@ def health(view: responses.HealthView) -> None:
         ("all", view.status, f"measured {terminal.age(view.timestamp)}"),
     ]
     if database.path is not None and database.free_bytes is not None and database.total_bytes is not None:
-        free, total = terminal.size(database.free_bytes), terminal.size(database.total_bytes)
+        free, total = byte_size(database.free_bytes), byte_size(database.total_bytes)
         rows.insert(1, ("disk", "-", f"{free} free of {total} ({database.path})"))
     if view.problems:
         critical = f", {view.critical_problems} critical" if view.critical_problems else ""
@@ -370,7 +371,7 @@ STORED_KINDS: Final[Columns] = {
     "KIND": "kind",
     ">JOBS": "jobs",
     **{
-        f">{part.upper()}": lambda kind, part=part: terminal.size(getattr(kind, part))  # type: ignore[misc]
+        f">{part.upper()}": lambda kind, part=part: byte_size(getattr(kind, part))  # type: ignore[misc]
         for part in ("bytes", "payloads", "results", "events", "records")
     },
 }

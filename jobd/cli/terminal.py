@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from operator import attrgetter
 from typing import IO, TYPE_CHECKING, Any, Final, NamedTuple
 
+from jobd.model.sizes import byte_size
 from jobd.model.times import duration, time_left, utc
 
 if TYPE_CHECKING:
@@ -91,17 +92,7 @@ def _now_ms() -> int:
 
 def disk_space(disk: DiskView) -> str:
     """Describe the disk of the store: `1.5 GiB free of 8.0 GiB (/var/lib/jobd/jobd.db)`."""
-    return f"{size(disk.free_bytes)} free of {size(disk.total_bytes)} ({disk.path})"
-
-
-def size(count: int) -> str:
-    """Format bytes: `512 B`, `1.5 MiB`."""
-    value = float(count)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if value < 1024:
-            return f"{count} B" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1024
-    return f"{value:.1f} TiB"
+    return f"{byte_size(disk.free_bytes)} free of {byte_size(disk.total_bytes)} ({disk.path})"
 
 
 def cell(value: object) -> str:

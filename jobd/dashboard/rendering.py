@@ -23,6 +23,7 @@ from jobd.dashboard.assets import Assets
 from jobd.dashboard.urls import curl_prefix, job_url
 from jobd.http.response import RawBody
 from jobd.model.job import EARLIEST_MS, LATEST_MS, headline
+from jobd.model.sizes import byte_size
 from jobd.model.times import duration, time_left, utc
 
 TEMPLATES: Final = Path(__file__).parent / "templates"
@@ -179,15 +180,6 @@ def detail(value: object, name: str = "") -> str:
 def iso_time(at: int) -> str:
     at_utc = _EPOCH + datetime.timedelta(milliseconds=at)
     return at_utc.isoformat(timespec="milliseconds").replace("+00:00", "Z")
-
-
-def byte_size(count: int) -> str:
-    number = float(count)
-    for unit in ("B", "KiB", "MiB"):
-        if number < 1024:
-            return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
-        number /= 1024
-    return f"{number:.1f} GiB"
 
 
 def short_number(number: float) -> str:

@@ -40,10 +40,6 @@ class FormatNotRead(CannotWrite):
     """
 
 
-def shown_bytes(count: int) -> str:
-    return f"{count / (1 << 30):.1f} GiB" if count >= 1 << 30 else f"{count / (1 << 20):.1f} MiB"
-
-
 class DiskSpace(Struct, frozen=True):
     """The path of the store, and the space on its disk. `free_bytes` is the space available to the daemon's user."""
 

@@ -13,6 +13,7 @@ import msgspec
 from jobd.cli import exit_codes, terminal
 from jobd.cli.params import naming_flags
 from jobd.client.errors import BadResponse, InvalidRequest, JobdError, OutcomeUnknown, Unreachable
+from jobd.model.sizes import byte_size
 
 if TYPE_CHECKING:
     from jobd.client import JobClient
@@ -61,7 +62,7 @@ def read_lines(fd: int) -> Iterator[tuple[int, bytes] | None]:
         if not chunk:
             break
         if len(rest) > LINE_BYTES:
-            raise _bad_line(number, f"it is longer than {terminal.size(LINE_BYTES)}")
+            raise _bad_line(number, f"it is longer than {byte_size(LINE_BYTES)}")
     if rest:
         yield number, bytes(rest)
 

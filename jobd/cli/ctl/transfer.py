@@ -15,6 +15,7 @@ from jobd.cli.connection import admin_client, admin_options
 from jobd.cli.ctl.completion import JOB, KIND, QUEUE
 from jobd.cli.params import STATUS, json_option, number_option
 from jobd.cli.progress import Advance, bar
+from jobd.model.sizes import byte_size
 
 if TYPE_CHECKING:
     from jobd.client import AdminClient
@@ -165,4 +166,4 @@ def artifact(job_id: str, file: Path, yes: bool, late_result: int | None) -> Non
     check_target(file, yes=yes)
     with bar("artifact") as advance, atomic_file(file, lambda done: advance(done, None)) as target:
         count = client.download_artifact(job_id, target, late_result=late_result)
-    terminal.emit(f"{file}: {terminal.size(count)}")
+    terminal.emit(f"{file}: {byte_size(count)}")

@@ -10,6 +10,7 @@ from msgspec import Struct
 from jobd.cli import terminal
 from jobd.cli.progress import bar
 from jobd.model.job import DAY_MS
+from jobd.model.sizes import byte_size
 from jobd.model.times import duration, utc
 from jobd.storage.offline.doctor import Defect
 
@@ -128,7 +129,7 @@ THRESHOLDS: Final = (
         "jobd_disk_free_bytes",
         256 * _MIB,
         "disk",
-        lambda value: f"only {terminal.size(int(value))} is free on the disk of the store",
+        lambda value: f"only {byte_size(int(value))} is free on the disk of the store",
         "free disk space, or shorten [retention]; when the disk is full, new jobs are rejected",
         is_least=True,
     ),
@@ -137,7 +138,7 @@ THRESHOLDS: Final = (
         "jobd_wal_bytes",
         256 * _MIB,
         "write-ahead log",
-        lambda value: f"it has grown to {terminal.size(int(value))}",
+        lambda value: f"it has grown to {byte_size(int(value))}",
         "is a backup running? The log shows when it started: journalctl -u jobd --grep backup_started",
     ),
     Threshold(

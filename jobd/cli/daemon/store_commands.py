@@ -16,6 +16,7 @@ from jobd.cli.confirm import confirm, need_terminal
 from jobd.cli.connection import admin_client, admin_options
 from jobd.cli.daemon.settings import config_option, store_option, store_path
 from jobd.cli.params import json_option
+from jobd.model.sizes import byte_size
 
 if TYPE_CHECKING:
     from jobd.cli.progress import Advance
@@ -42,7 +43,7 @@ def backup_command(file: Path, yes: bool) -> None:
     check_target(file, yes=yes)
     with bar("backup") as advance, atomic_file(file, lambda done: None) as target:
         count = admin_client(timeout_s=STALL_TIMEOUT_S).backup(target, on_progress=lambda seen: _show(seen, advance))
-    terminal.emit(f"{file}: {terminal.size(count)}")
+    terminal.emit(f"{file}: {byte_size(count)}")
 
 
 def _show(seen: BackupView, advance: Advance) -> None:

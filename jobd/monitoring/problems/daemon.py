@@ -17,7 +17,7 @@ from jobd.model.job import DAY_MS, HOUR_MS, SECOND_MS
 from jobd.model.problems import Cure, Subject
 from jobd.model.responses import DatabaseHealth, DiskUse, PartHealth
 from jobd.model.schedules import Schedule
-from jobd.model.storage import shown_bytes
+from jobd.model.sizes import byte_size
 from jobd.model.times import clock_time, duration
 from jobd.model.webhooks import FailingWebhook
 from jobd.monitoring.problems.condition import Finding, Scene, job_cure, plural
@@ -150,7 +150,7 @@ def disk(scene: Scene) -> Finding | None:
         cures.append(Cure("See the other files on this disk", f"du -xh --max-depth=2 {mount} | sort -h | tail"))
     return Finding(
         Subject(type="disk"),
-        f"{shown_bytes(space.free_bytes)} of {shown_bytes(space.total_bytes)} are free on the disk of {space.path}"
+        f"{byte_size(space.free_bytes)} of {byte_size(space.total_bytes)} are free on the disk of {space.path}"
         f"{full}.{' New jobs are rejected.' if rejects else ''}",
         value=100 - free,
         severity="critical" if rejects or free < TINY_PERCENT or full_in_ms < HOUR_MS else None,
@@ -169,10 +169,10 @@ def _largest(use: DiskUse | None) -> str:
     if use is None:
         return ""
     foreign = use.not_jobd_bytes or 0
-    texts = [(foreign, f"{shown_bytes(foreign)} are in files that are not jobd's. ")] if foreign >= MIB else []
+    texts = [(foreign, f"{byte_size(foreign)} are in files that are not jobd's. ")] if foreign >= MIB else []
     for largest in use.kinds[:1]:
         part, size = largest.main_part
-        text = f"{largest.name} holds about {shown_bytes(largest.bytes)}, of which {shown_bytes(size)} are {part}. "
+        text = f"{largest.name} holds about {byte_size(largest.bytes)}, of which {byte_size(size)} are {part}. "
         texts.append((largest.bytes, text))
     return "".join(text for _, text in sorted(texts, reverse=True))
 

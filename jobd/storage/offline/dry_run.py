@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from typing import Final
 
 from jobd.model.job import new_epoch
-from jobd.model.storage import DiskFull, shown_bytes
+from jobd.model.sizes import byte_size
+from jobd.model.storage import DiskFull
 from jobd.storage import backup, files, startup, store_file
 from jobd.storage.connection import page_bytes, read_number
 from jobd.storage.database import lenient_text, now_ms, readable
@@ -61,12 +62,12 @@ def _check_space(path: str, need: int) -> int:
     disk = os.statvfs(os.path.dirname(path) or ".")
     free = disk.f_bavail * disk.f_frsize
     if free < need:
-        raise DiskFull(f"{path} needs {shown_bytes(need)} on its disk, but only {shown_bytes(free)} are free")
+        raise DiskFull(f"{path} needs {byte_size(need)} on its disk, but only {byte_size(free)} are free")
     return free
 
 
 def _checked(source: sqlite3.Connection, file: str, version: int, size: int, free: int) -> Iterator[str]:
-    yield f"    it is a jobd store and its structure is intact: {shown_bytes(size)}; {shown_bytes(free)} are free"
+    yield f"    it is a jobd store and its structure is intact: {byte_size(size)}; {byte_size(free)} are free"
     try:
         files.check_not_held(file)
     except StoreBusy as error:
@@ -105,7 +106,7 @@ def _replaced(path: str) -> tuple[int, str]:
         with startup.translated_errors(path), store_file.read_only(path) as old:
             startup.check_application_id(old, path)
             jobs = counted(read_number(old, "SELECT count(*) FROM jobs NOT INDEXED"), "job")
-            size = shown_bytes(sum(page_bytes(old)))
+            size = byte_size(sum(page_bytes(old)))
             return migrations.epoch_of(old), f"    the existing database ({size}, {jobs}) {kept_as}"
     except StoreError:
         return 0, f"    the existing file cannot be read, and {kept_as}"

@@ -63,13 +63,6 @@ def test_a_time_is_shown_with_its_age(zone: str) -> None:
     assert terminal.when(None) == "-"
 
 
-@pytest.mark.parametrize(
-    ("count", "shown"), [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (5 << 20, "5.0 MiB"), (1 << 40, "1.0 TiB")]
-)
-def test_size(count: int, shown: str) -> None:
-    assert terminal.size(count) == shown
-
-
 def numbered(*titles: str) -> terminal.Columns:
     """Return columns that show the fields of tuples."""
     return {title: itemgetter(number) for number, title in enumerate(titles)}

@@ -84,13 +84,6 @@ def test_details_are_formatted() -> None:
     assert (rendering.detail(7), rendering.detail("a"), rendering.detail(True)) == ("7", "a", "True")
 
 
-def test_sizes_numbers_and_times_are_formatted() -> None:
-    assert [rendering.byte_size(n) for n in (0, 1023, 1024, 5 << 20, 3 << 30)] == [
-        "0 B",
-        "1023 B",
-        "1.0 KiB",
-        "5.0 MiB",
-        "3.0 GiB",
-    ]
+def test_numbers_and_times_are_formatted() -> None:
     assert rendering.thousands(1234567) == "1\u202f234\u202f567"
     assert rendering.iso_time(1_700_000_000_123) == "2023-11-14T22:13:20.123Z"

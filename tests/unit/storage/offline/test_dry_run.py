@@ -151,7 +151,7 @@ async def test_free_disk_space_is_checked(path: str, copy: str, monkeypatch: pyt
     real = os.statvfs(path.rpartition("/")[0])
     short = os.statvfs_result((real.f_bsize, 4096, 10, 10, os.path.getsize(copy) // 4096 - 1, 1, 1, 1, 1, 255))
     monkeypatch.setattr("jobd.storage.offline.dry_run.os.statvfs", lambda _: short)
-    with pytest.raises(DiskFull, match="MiB"):
+    with pytest.raises(DiskFull, match="KiB are free"):
         dry_run.restore(copy, path)
 
 
