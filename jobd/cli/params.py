@@ -243,8 +243,9 @@ class CommandGroup(click.Group):
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         for title in dict.fromkeys(self.titles.values()):
             commands = {name: self.get_command(ctx, name) for name in self.titles if self.titles[name] == title}
+            shown = [(name, each) for name, each in commands.items() if each and not each.hidden]
             with formatter.section(title):
-                formatter.write_dl([(name, each.get_short_help_str(70)) for name, each in commands.items() if each])
+                formatter.write_dl([(name, each.get_short_help_str(70)) for name, each in shown])
 
 
 def command(*options: Callable[[Any], Any], name: str | None = None) -> Callable[[Any], click.Command]:

@@ -69,8 +69,8 @@ def status(severity: Severity | None, queue: str | None, as_json: bool) -> int:
     return exit_codes.FAILED if any(each.severity != "notice" for each in view.problems) else exit_codes.DONE
 
 
-alerts = copy(status)  # an alias
-alerts.name = "alerts"
+alerts = copy(status)  # the name of the hand-written job manager
+alerts.name, alerts.hidden = "alerts", True
 
 
 @click.command()
