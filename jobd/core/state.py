@@ -332,9 +332,9 @@ class State:
 
         Overdue queued jobs need no work here, because every order skips them by time.
         """
-        if now < self._now:
-            self._rewind(now)
-        self._now = now
+        before, self._now = self._now, now
+        if now < before:
+            self._rewind(now, before)
         self.presence.set_time(now, lock_ms)
         for wake in self._wakes.pop_until(now):
             if self._is_wake(wake):
@@ -461,14 +461,13 @@ class State:
             self._wakes.push((run_at, bucket.name))
             self._wakes.trim(len(self._buckets), self._is_wake)
 
-    def _rewind(self, now: int) -> None:
+    def _rewind(self, now: int, before: int) -> None:
         """Apply a step back of the wall clock: due jobs may have to wait again, and overdue ones may be eligible again.
 
         No job moves. Only buckets in which a job has become due since then get a new wake time.
         """
         expiry = self.next_expiry()
-        was_overdue = expiry is not None and expiry <= self._now
-        self._now = now
+        was_overdue = expiry is not None and expiry <= before
         for bucket in reversed(self._buckets):
             if bucket.due_at <= now:
                 break

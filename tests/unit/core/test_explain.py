@@ -164,7 +164,7 @@ def test_a_busy_worker_that_is_silent_is_named(rules: RuleHarness) -> None:
     rules.advance(TTL)
     view = why(rules)
     assert clause(rules) == "no worker takes such jobs now; silent, with an expired lock: w 1"
-    assert view.do == [LOOK, "Take back the jobs of w 1: jobctl take-back 'w 1'", START]
+    assert (view.blocked_by, view.do[1:]) == ("no worker", ["Take back the jobs of w 1: jobctl take-back 'w 1'", START])
     rules.held("c", worker="w-2", queue="q", kind="k")
     claims(rules, "w-2")
     busy = "w-2, the only worker that takes such jobs, has been busy for 0 ms"

@@ -453,8 +453,10 @@ async def test_a_leader_that_is_fenced_reports_unknown_outcomes_and_ends_the_act
     later = start_task(engine.actor.ask(cmd.Create(id="b")))
     await settle()
     engine.disk.gate.set()
-    rejection = await task
+    with capture_logs() as logs:
+        rejection = await task
     assert (rejection.code, rejection.details) == ("outcome_unknown", {"outcome": "unknown"})
+    assert [(log["event"], log["reason"], log["commands"]) for log in logs] == [("leadership_lost", str(error), 1)]
     for undone in (waiting, later, start_task(engine.actor.ask(cmd.Create(id="c")))):
         rejection = await undone
         assert (rejection.code, rejection.details) == ("not_leader", {"leader": None}), "nothing was done"

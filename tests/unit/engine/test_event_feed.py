@@ -63,8 +63,9 @@ def stage() -> FeedHarness:
 
 def events_in(piece: bytes) -> list[dict[str, Any]]:
     """Return the events in the sent bytes."""
-    blocks = [block.split("\n") for block in piece.decode().split("\n\n")]
-    return [json.loads(line.removeprefix("data: ")) for block in blocks for line in block if line.startswith("data: ")]
+    lines = piece.decode().splitlines()
+    assert all(line.startswith(("id: ", "event: ", "data: ", ": ")) for line in lines if line), piece
+    return [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: ")]
 
 
 def numbers(piece: bytes) -> list[int]:

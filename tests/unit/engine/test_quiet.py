@@ -182,6 +182,8 @@ async def test_a_rule_covers_waiting_and_later_workers_of_a_host_and_version(eng
     assert granted_ids(await new) == ["a"]
     assert [await told(engine), await told(engine)] == ["quiet", None], "it is told once"
     later = await waiting_claim(engine, "w", about=OLD)
+    await engine.yes(cmd.Claim(worker="gone", about=OLD))
+    await engine.yes(cmd.Goodbye("gone", "i"))
     names = [name for name, _ in quiet_takers(engine.state, "default", "")]
     assert (names, quiet_takers(engine.state, "q", "")) == (["old", "w"], [])
     [group] = [each for each in (await engine.yes(cmd.Workers())).groups if each.host == "b"]
