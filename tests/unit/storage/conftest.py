@@ -47,11 +47,11 @@ def _rewrite_events(conn: sqlite3.Connection) -> None:
 
 
 def simulate_next_version(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Simulate a later version of jobd with two more migrations, of which the second writes all events again."""
+    """Simulate a later version of jobd with two more migrations, of which the first writes all events again."""
     version = migrations.VERSION
     monkeypatch.setattr(migrations, "VERSION", version + 2)
-    monkeypatch.setattr(migrations, "MIGRATIONS", {version: _add_table, version + 1: _rewrite_events})
-    monkeypatch.setattr(migrations, "REWRITTEN", {version + 1: ("events",)})
+    monkeypatch.setattr(migrations, "MIGRATIONS", {version: _rewrite_events, version + 1: _add_table})
+    monkeypatch.setattr(migrations, "REWRITTEN", {version: ("events",)})
 
 
 @pytest.fixture

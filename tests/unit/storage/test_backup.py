@@ -145,6 +145,17 @@ async def test_closing_the_store_stops_a_copy_and_leaves_no_file(path: str, copy
     FileLock(path).release()
 
 
+async def test_the_check_of_a_copy_can_be_stopped(copy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    await store_files.make_store(copy)
+    monkeypatch.setattr(backup, "_CHECK_STEPS", 1)
+
+    def progress(step: str, done: int, total: int) -> None:
+        raise BackupStopped((step, done, total))
+
+    with pytest.raises(BackupStopped, match=r"'checking', 0, 0"):
+        backup.finish_copy(copy, progress)
+
+
 async def test_a_cancelled_request_stops_the_copy(store: Store, path: str) -> None:
     maker = ChangeFactory(8)
     for _ in range(10):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import shutil
 import stat
 import subprocess
@@ -193,3 +194,9 @@ def test_only_errors_about_space_mean_a_full_disk() -> None:
 def test_free_space_is_detected(tmp_path: Path) -> None:
     assert files.has_space(str(tmp_path))
     assert files.has_space(str(tmp_path / "nowhere"))  # the error is not about space
+
+
+@pytest.mark.parametrize(("unused", "pattern"), [("Z", r"\.\d{8}T\d{6}Z"), ("-3", r"\.\d{8}T\d{6}Z-3")])
+def test_a_dated_name_is_of_no_file(monkeypatch: pytest.MonkeyPatch, unused: str, pattern: str) -> None:
+    monkeypatch.setattr("jobd.storage.files.os.path.exists", lambda name: not name.endswith(unused))
+    assert re.fullmatch(f"db{pattern}", files.dated_name("db"))
