@@ -141,7 +141,7 @@ async def main():
     except DiskFull:
         print("full")
     except Exception as error:
-        print(type(error).__name__)
+        print(type(error.__cause__ or error).__name__)  # StoreBroken, if a slice in the background failed first
         try:
             await store.probe()
         except StoreBroken:
