@@ -40,7 +40,7 @@ _BY_CODE: Final = {
     "overloaded": TRY_AGAIN,
     "shutting_down": TRY_AGAIN,
     "not_leader": TRY_AGAIN,
-    "storage_unavailable": TRY_AGAIN,
+    "artifacts_unavailable": TRY_AGAIN,
     "outcome_unknown": TRY_AGAIN,
     "storage_full": TRY_AGAIN,
     "too_many_jobs": TRY_AGAIN,

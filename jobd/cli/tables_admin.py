@@ -188,7 +188,7 @@ def stats(view: responses.StatsView) -> None:
 def disk(use: responses.DiskUse) -> None:
     fields: list[tuple[str, object]] = [
         ("database", byte_size(use.database_bytes)),
-        ("  journal", f"{byte_size(use.journal_bytes)}, written to the tables soon"),
+        ("  tail", f"{byte_size(use.tail_bytes)}, written to the tables soon"),
         ("  other", f"{byte_size(use.other_bytes)}: indexes, audit log, stored responses, events of deleted jobs"),
         ("free pages", f"{byte_size(use.free_page_bytes)}, used again"),
         ("log (WAL)", byte_size(use.wal_bytes)),
@@ -346,7 +346,7 @@ def preview(view: responses.PreviewView) -> None:
     terminal.pairs(
         [
             ("expired locks to clear", view.expired_locks),
-            ("queued jobs to expire", _named(view.expired_jobs)),
+            ("queued jobs to expire", _named(view.overdue_jobs)),
             ("finished jobs to delete", _named(view.deleted_jobs)),
             ("jobs with issues", _named(view.invalid_jobs)),
             *([("", "there are too many jobs to check all of them for issues")] if view.more_invalid else []),
@@ -372,7 +372,7 @@ STORED_KINDS: Final[Columns] = {
     ">JOBS": "jobs",
     **{
         f">{part.upper()}": lambda kind, part=part: byte_size(getattr(kind, part))  # type: ignore[misc]
-        for part in ("bytes", "payloads", "results", "events", "records")
+        for part in ("bytes", "payloads", "results", "events", "rows")
     },
 }
 LOCKS: Final = Listing(

@@ -135,8 +135,8 @@ class AdminClient(AdminApi, BlockingClient):
         """Write the artifact under the job's `storage_key` to `file` and return its size in bytes.
 
         `late_result`, the `seq` of a late result, selects the artifact of that result. Raises JobNotFound,
-        LateResultNotFound, NotFound (no artifact store, no key, or no artifact), StorageUnavailable, and Unreachable if
-        the stream is interrupted; `file` is then incomplete. Errors of `file` are raised unchanged.
+        LateResultNotFound, NotFound (no artifact store, no key, or no artifact), ArtifactsUnavailable, and Unreachable
+        if the stream is interrupted; `file` is then incomplete. Errors of `file` are raised unchanged.
         """
         request = request_for(AdminJobRequests.artifact, job_id, late_result=late_result)
         with contextlib.closing(self._connection()) as connection:

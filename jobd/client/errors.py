@@ -9,6 +9,7 @@ from jobd.model.errors import ERROR_STATUS
 __all__ = [
     "ERRORS",
     "AlreadyLocked",
+    "ArtifactsUnavailable",
     "BadResponse",
     "EventsGone",
     "ExpectationFailed",
@@ -42,7 +43,6 @@ __all__ = [
     "ScheduleOwned",
     "ShuttingDown",
     "StorageFull",
-    "StorageUnavailable",
     "TooFrequent",
     "TooLarge",
     "TooManyJobs",
@@ -271,7 +271,7 @@ class NotLeader(JobdError, code="not_leader"):
     """The node does not lead its cluster; nothing was changed. `details["leader"]` is the leader's URL or None."""
 
 
-class StorageUnavailable(JobdError, code="storage_unavailable"):
+class ArtifactsUnavailable(JobdError, code="artifacts_unavailable"):
     """The artifact store cannot be read now; the daemon's log has the reason."""
 
 

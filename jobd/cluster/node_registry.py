@@ -81,7 +81,7 @@ class NodeRegistry:
         """The time since `nodes` were read."""
         return int((self._now_s() - self._read_s) * 1000)
 
-    def behind_ms(self, node: NodeEntry) -> int:
+    def lag_ms(self, node: NodeEntry) -> int:
         """Return the time since this node had a record that `node` lacks, 0 if it lacks none."""
         now_s = self._now_s()
         return next((int((now_s - at_s) * 1000) for at_s, record in self._records if record > node.projected_to), 0)

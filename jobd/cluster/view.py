@@ -72,11 +72,11 @@ def cluster_view(
         oldest_transaction_ms=None if health is None else health.oldest_transaction_ms,
         writable=[] if health is None else list(health.writable),
         warnings=warnings,
-        nodes=[_node(each, leading, at.record or 0, registry.behind_ms(each)) for each in nodes],
+        nodes=[_node(each, leading, at.record or 0, registry.lag_ms(each)) for each in nodes],
     )
 
 
-def _node(node: NodeEntry, leading: NodeEntry | None, record: int, behind_ms: int) -> NodeView:
+def _node(node: NodeEntry, leading: NodeEntry | None, record: int, lag_ms: int) -> NodeView:
     return NodeView(
         name=node.name,
         url=node.url,
@@ -86,8 +86,8 @@ def _node(node: NodeEntry, leading: NodeEntry | None, record: int, behind_ms: in
         lag_records=0 if node is leading else max(record - node.projected_to, 0),
         format=node.format,
         config_differs=leading is not None and node.config_hash != leading.config_hash,
-        ahead_ms=node.ahead_ms,
-        behind_ms=0 if node is leading else behind_ms,
+        clock_ahead_ms=node.ahead_ms,
+        lag_ms=0 if node is leading else lag_ms,
         schema_version=node.schema_version,
     )
 

@@ -55,7 +55,7 @@ async def confirm_cleanup(viewer: Viewer, confirmation: CleanupConfirmQuery) -> 
     services = viewer.app.services
     preview = checked(await services.maintainer.preview(PREVIEW_S if confirmation.what == "run" else 0))
     failed = sum(each.action == "failed" for each in preview.recover)
-    by_cleanup = confirmation.what == "run" and (preview.expired_jobs or preview.deleted_jobs or preview.invalid_jobs)
+    by_cleanup = confirmation.what == "run" and (preview.overdue_jobs or preview.deleted_jobs or preview.invalid_jobs)
     return {
         "what": confirmation.what,
         "label": LABELS[confirmation.what],

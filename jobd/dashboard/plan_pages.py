@@ -129,8 +129,8 @@ async def plan_page(viewer: Viewer, shown: PlanCommand) -> PageData:
         "may_wait": plan_rules.may_wait(plan.action),
         "skipped": plan.skipped[:MAX_LISTED],
         "skip_reasons": Counter(job.reason for job in plan.skipped).most_common(20),
-        "not_applied": [] if result is None else [*result.changed, *result.rejected][:MAX_LISTED],
-        "not_applied_count": 0 if result is None else len(result.changed) + len(result.rejected),
+        "not_applied": [] if result is None else [*result.changed_meanwhile, *result.rejected][:MAX_LISTED],
+        "not_applied_count": 0 if result is None else len(result.changed_meanwhile) + len(result.rejected),
         "max_listed": MAX_LISTED,
     }
 

@@ -22,7 +22,7 @@ from jobd.model.commands import ApplyEndings, ApplyPlan, ExpectedVersion, MakePl
 from jobd.model.errors import ApiError
 from jobd.model.events import Event
 from jobd.model.job import FINISHED, HOUR_MS, MINUTE_MS, SECOND_MS
-from jobd.model.responses import ChangedJob, PlanOutcome, PlanResult, PlanSlice, PlanTrial, PlanView
+from jobd.model.responses import PlanOutcome, PlanResult, PlanSlice, PlanTrial, PlanView, UnchangedJob
 
 MAX_PLANS: Final = 20
 MAX_JOBS: Final = 100_000  # of all kept plans
@@ -236,7 +236,7 @@ class Planner:
             view.plan_id,
             view.action,
             done.applied,
-            done.changed,
+            done.changed_meanwhile,
             done.rejected,
             self._clock.moment().now,
             left=view.count - plan.at,
@@ -303,7 +303,7 @@ class Planner:
         done: PlanSlice = response.data
         was = {job.id: job.from_ for job in view.jobs[plan.at : plan.at + len(chunk)]}
         plan.done.applied += done.applied
-        plan.done.changed += [_with_from(each, was) for each in done.changed]
+        plan.done.changed_meanwhile += [_with_from(each, was) for each in done.changed_meanwhile]
         plan.done.rejected += [_with_from(each, was) for each in done.rejected]
         plan.at += len(chunk)
         return None
@@ -314,11 +314,11 @@ class Planner:
         details: dict[str, Any] = {
             "plan_id": view.plan_id,
             "planned": view.count,
-            "changed_meanwhile": len(done.changed),
+            "changed_meanwhile": len(done.changed_meanwhile),
             "rejected": len(done.rejected),
         }
-        if undone := _first_ids([*done.changed, *done.rejected]):
-            details["left_undone"] = undone
+        if undone := _first_ids([*done.changed_meanwhile, *done.rejected]):
+            details["not_changed"] = undone
         if view.trial is not None:
             details["trial"] = asdict(view.trial)
         if plan.rate is not None:
@@ -330,11 +330,11 @@ class Planner:
             log.warning("audit_missed", action=f"plan-{view.action}", by=operator.by, reason=response.code)
 
 
-def _first_ids(jobs: list[ChangedJob]) -> list[str]:
+def _first_ids(jobs: list[UnchangedJob]) -> list[str]:
     """Return the first ids: at most MAX_NAMED, and at most MAX_NAMED_SIZE characters."""
     sizes = itertools.accumulate(len(job.id) for job in jobs[:MAX_NAMED])
     return [job.id for job, size in zip(jobs, sizes, strict=False) if size <= MAX_NAMED_SIZE]
 
 
-def _with_from(changed: ChangedJob, was: dict[str, str]) -> ChangedJob:
+def _with_from(changed: UnchangedJob, was: dict[str, str]) -> UnchangedJob:
     return replace(changed, from_=was[changed.id])

@@ -36,7 +36,7 @@ async def preview(context: MaintenanceContext, scan_s: float = SCAN_S) -> Previe
     return PreviewView(
         recover=seen.details,
         expired_locks=seen.locks,
-        expired_jobs=seen.expired,
+        overdue_jobs=seen.expired,
         deleted_jobs=old,
         invalid_jobs=[job_id for job_id in wrong if job_id not in handled],
         kept_jobs=held,

@@ -69,7 +69,7 @@ ERROR_CODES: Final[dict[str, ErrorCode]] = {
     "upgrade_incomplete": ErrorCode(
         503, "a node of the cluster runs an older version, which cannot read what the request needs; nothing was done"
     ),
-    "storage_unavailable": ErrorCode(503, "the artifact store cannot be read now"),
+    "artifacts_unavailable": ErrorCode(503, "the artifact store cannot be read now"),
     "output_unavailable": ErrorCode(503, "the output file cannot be used now; jobs continue without it"),
     "outcome_unknown": ErrorCode(
         503,

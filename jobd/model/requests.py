@@ -140,7 +140,7 @@ class EventsRequest(Command, frozen=True, kw_only=True):
 class ArtifactRequest(JobCommand, frozen=True, kw_only=True):
     """Download the object that `storage_key` names, of a job or of one of its late results, as a file."""
 
-    errors = ("not_found", "storage_unavailable", "late_result_not_found")
+    errors = ("not_found", "artifacts_unavailable", "late_result_not_found")
 
     late_result: Annotated[int, doc("The `seq` of a late result. Default: the result of the job.", ge=1)] | None = None
 

@@ -67,7 +67,7 @@ class WebhookEndpoint(Struct, frozen=True):
     queues: frozenset[str] = frozenset()
     allow_private: bool = False
     timeout_ms: int = 10 * SECOND_MS  # for one attempt, from name resolution to the status of the response
-    give_up_after_ms: int = 3 * DAY_MS
+    dead_letter_after_ms: int = 3 * DAY_MS
 
     def __repr__(self) -> str:
         """Omit the secrets, and the URL, which can contain one."""
@@ -103,7 +103,7 @@ class Delivery(Struct, frozen=True, gc=False):
     state: DeliveryState
     subject: str
     type: str
-    event_id: str  # the same for each attempt, so that receivers can detect duplicates
+    message_id: str  # the same for each attempt, so that receivers can detect duplicates
     seq: int  # of the event in the event log; 0 if the message is not an event
     at: int  # when it was created
     due_at: int  # when the next attempt is due

@@ -315,7 +315,7 @@ PANELS: Final = (
         "clock suspect": "max(jobd_clock_suspect{INSTANCE})",
         "disk full": "max(jobd_disk_full{INSTANCE})",
         "commits in a thread": 'max(jobd_commit_mode{INSTANCE,mode="thread"})',
-        "tables far behind": "max(jobd_unprojected_events{INSTANCE}) > bool 20000",
+        "tables far behind": "max(jobd_tail_events{INSTANCE}) > bool 20000",
     }, width=12),
     _row(39, "Results and events"),
     _lines(40, "Late results", "none", "Results submitted after the lock was lost, kept and adopted, per hour.", {

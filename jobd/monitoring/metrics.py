@@ -222,7 +222,7 @@ class Metrics(StoppableLoop):
         modes = (("inline", int(actor.disk.commits_inline)), ("thread", int(not actor.disk.commits_inline)))
         help_ = "1 for the current mode: `inline` in the event loop, or `thread`."
         yield _gauges("commit_mode", help_, ["mode"], modes)
-        yield _gauge("unprojected_events", "Committed events that the tables lack.", actor.disk.behind)
+        yield _gauge("tail_events", "Committed events that the tables lack.", actor.disk.behind)
         help_ = "Duration of a commit with its fsync."
         yield _histogram("commit_seconds", help_, actor.commit_seconds, COMMIT_BUCKETS_S)
         yield _histogram("batch_commands", "Commands per commit.", actor.batch_commands, BATCH_BUCKETS)

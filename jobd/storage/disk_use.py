@@ -48,7 +48,7 @@ class Sample(Struct):
 
     place: int = 0
     jobs_read: int = 0
-    kinds: dict[tuple[str, str], list[float]] = {}  # jobs, and bytes of records, payloads, results and events
+    kinds: dict[tuple[str, str], list[float]] = {}  # jobs, and bytes of rows, payloads, results and events
 
 
 def read_slice(db: Database, sample: Sample) -> bool:
@@ -102,7 +102,7 @@ def report(db: Database, path: str, sample: Sample, now: int) -> DiskUse:
     """Return the sizes of the files at `path` and the result of a finished sample."""
     db.check()
     used_bytes, free_bytes = page_bytes(db.conn)
-    journal_bytes = read_number(db.conn, "SELECT ifnull(sum(length(body)), 0) FROM journal")
+    tail_bytes = read_number(db.conn, "SELECT ifnull(sum(length(body)), 0) FROM journal")
     scale = (db.totals[0] + db.totals[2]) / (sum(sums[0] for sums in sample.kinds.values()) or 1)
     kinds = [
         StoredKind(queue, kind, *(round(each * scale) for each in (count, sum(sizes), *sizes)))
@@ -113,10 +113,10 @@ def report(db: Database, path: str, sample: Sample, now: int) -> DiskUse:
         path=path,
         database_bytes=used_bytes,
         free_page_bytes=free_bytes,
-        journal_bytes=journal_bytes,
+        tail_bytes=tail_bytes,
         kinds=kinds[:MAX_KINDS],
         more_kinds=max(len(kinds) - MAX_KINDS, 0),
-        other_bytes=max(used_bytes - journal_bytes - sum(each.bytes for each in kinds), 0),
+        other_bytes=max(used_bytes - tail_bytes - sum(each.bytes for each in kinds), 0),
         jobs_read=sample.jobs_read,
         measured_at=now,
     )

@@ -22,7 +22,7 @@ MAKE_SECRET: Final = (
     """python3 -c 'import base64, secrets; print("whsec_" + base64.b64encode(secrets.token_bytes(32)).decode())'"""
 )
 _HOST: Final = re.compile(r"[a-z0-9._-]+|[0-9a-f:.]+(%[a-z0-9._-]+)?")  # a name, or an address with its zone
-BOUNDS: Final = {"timeout": (100, MINUTE_MS), "give_up_after": (MINUTE_MS, 30 * DAY_MS)}
+BOUNDS: Final = {"timeout": (100, MINUTE_MS), "dead_letter_after": (MINUTE_MS, 30 * DAY_MS)}
 
 
 class BadWebhook(Exception):
@@ -57,7 +57,7 @@ class WebhookSection(Struct, frozen=True, forbid_unknown_fields=True):
     """Also allow addresses of this machine and of private networks, and `http://`."""
     timeout: str = "10s"
     """Time limit of one delivery attempt, 100 ms to 1 min."""
-    give_up_after: str = "3d"
+    dead_letter_after: str = "3d"
     """Age at which an undelivered message is dead-lettered if 8 attempts have failed; 1 min to 30 d.
 
     If the receiver has accepted nothing for this long, failed attempts to deliver other messages count too.
@@ -121,7 +121,7 @@ def _setting(table: Any, duration: Callable[[str], int]) -> WebhookSetting:
         queues=frozenset(section.queues),
         allow_private=section.allow_private,
         timeout_ms=times["timeout"],
-        give_up_after_ms=times["give_up_after"],
+        dead_letter_after_ms=times["dead_letter_after"],
     )
     shown = msgspec.structs.replace(section, secret="", url=public_url(section.url))
     return WebhookSetting(shown, endpoint, bool(section.secret))

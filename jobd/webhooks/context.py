@@ -35,7 +35,7 @@ class DispatchContext(Struct):
             state="waiting",
             subject=message.subject,
             type=message.type,
-            event_id=message.event_id,
+            message_id=message.message_id,
             seq=message.seq,
             at=at.aging,
             due_at=at.believed,

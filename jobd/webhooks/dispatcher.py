@@ -354,19 +354,22 @@ class Dispatcher:
             log.info("webhook_not_delivered", **fields, attempts=tried.tries, error=tried.error)
 
     async def _dead_letter_old(self) -> None:
-        """Dead-letter old deliveries if the endpoint has failed for `give_up_after` and `min_tries` times in a row."""
+        """Dead-letter old deliveries if the endpoint has failed for `dead_letter_after`, `min_tries` times in a row."""
         failing_ms = self.failing_ms
         if failing_ms is None or self._loop_time() < self._next_clearing_s:
             return
         self._next_clearing_s = self._loop_time() + MINUTE_MS / SECOND_MS
-        if failing_ms < self.endpoint.give_up_after_ms or self.breaker.failures < self._context.retry_policy.min_tries:
+        if (
+            failing_ms < self.endpoint.dead_letter_after_ms
+            or self.breaker.failures < self._context.retry_policy.min_tries
+        ):
             return
         at = self._context.moment()
         ids = list(islice(self.queue.ids(), SLICE))
         old = [
             replace(each, state="dead-lettered", ended_at=at.latest, error=each.error or self.stats.last_error)
             for each in await self._context.storage.deliveries(ids)
-            if at.aging - each.at >= self.endpoint.give_up_after_ms
+            if at.aging - each.at >= self.endpoint.dead_letter_after_ms
         ]
         if not old:
             return

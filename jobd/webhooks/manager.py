@@ -208,7 +208,7 @@ class WebhookManager:
     def event_hold_ms(self) -> int:
         """Return how long events must be kept for lagging endpoints; 0 if there are none."""
         behind = (
-            endpoint.give_up_after_ms
+            endpoint.dead_letter_after_ms
             for name, endpoint in self._endpoints.items()
             if endpoint.reads_events and (name not in self._dispatchers or self._dispatchers[name].reader.is_lagging)
         )
@@ -239,7 +239,7 @@ def delivery_view(delivery: Delivery) -> DeliveryView:
         state=delivery.state,
         type=delivery.type,
         subject=delivery.subject,
-        event_id=delivery.event_id,
+        message_id=delivery.message_id,
         seq=delivery.seq or None,
         at=delivery.at,
         due_at=delivery.due_at if delivery.state == "waiting" else None,

@@ -42,19 +42,19 @@ def decode_secret(secret: str) -> bytes:
     return key
 
 
-def signature(keys: Sequence[bytes], event_id: str, timestamp_s: int, body: bytes) -> str:
+def signature(keys: Sequence[bytes], message_id: str, timestamp_s: int, body: bytes) -> str:
     """Return the header `webhook-signature`: one signature per key, so that keys can be rotated."""
-    signed = b"%b.%d.%b" % (event_id.encode(), timestamp_s, body)
+    signed = b"%b.%d.%b" % (message_id.encode(), timestamp_s, body)
     digests = (hmac.digest(key, signed, hashlib.sha256) for key in keys)
     return " ".join(f"v1,{base64.b64encode(digest).decode()}" for digest in digests)
 
 
-def headers(keys: Sequence[bytes], event_id: str, timestamp_s: int, body: bytes) -> dict[str, str]:
+def headers(keys: Sequence[bytes], message_id: str, timestamp_s: int, body: bytes) -> dict[str, str]:
     return {
         "Content-Type": CONTENT_TYPE,
-        "webhook-id": event_id,
+        "webhook-id": message_id,
         "webhook-timestamp": str(timestamp_s),
-        "webhook-signature": signature(keys, event_id, timestamp_s, body),
+        "webhook-signature": signature(keys, message_id, timestamp_s, body),
     }
 
 
@@ -63,7 +63,7 @@ class Message(msgspec.Struct, frozen=True):
 
     subject: str
     type: str
-    event_id: str
+    message_id: str
     body: bytes
     seq: int = 0
 
@@ -71,50 +71,50 @@ class Message(msgspec.Struct, frozen=True):
 def event_message(event: Event, source: str) -> Message:
     """Return the message of an event. Its id contains the time, because a new store counts from 1 again."""
     subject = f"jobs/{event.job_id}" if event.job_id else f"queues/{event.queue}" if event.queue else "workers"
-    kind, event_id = webhook_type(event.type), f"evt_{event.at}_{event.seq}"
+    kind, message_id = webhook_type(event.type), f"evt_{event.at}_{event.seq}"
     more = {"sequence": str(event.seq)}
-    body = _body(source, subject, kind, event_id, event.at, streamed_event(event), more)
-    return Message(subject, kind, event_id, body, event.seq)
+    body = _body(source, subject, kind, message_id, event.at, streamed_event(event), more)
+    return Message(subject, kind, message_id, body, event.seq)
 
 
 def problem_message(problem: Problem, kind: str, at: int, now: int, source: str) -> Message:
     """Return the message of a problem that opens, becomes worse or closes. `at` is when it did, or when it opened."""
     subject = f"problems/{problem.id}"
     digest = hashlib.sha256(problem.id.encode()).hexdigest()[:16]
-    event_id = f"problem_{digest}_{at}_{kind.partition('.')[2]}"
-    return Message(subject, kind, event_id, _body(source, subject, kind, event_id, now, problem))
+    message_id = f"problem_{digest}_{at}_{kind.partition('.')[2]}"
+    return Message(subject, kind, message_id, _body(source, subject, kind, message_id, now, problem))
 
 
 def many_message(condition: str, counts: Mapping[str, int], names: Sequence[str], at: int, source: str) -> Message:
     """Return the message that stands for many: how many problems opened, changed and closed, and the first names."""
-    subject, event_id = f"problems/{condition}", f"problem_{condition}_{at}_many"
+    subject, message_id = f"problems/{condition}", f"problem_{condition}_{at}_many"
     data = {"condition": condition, **counts, "names": names}
-    return Message(subject, MANY, event_id, _body(source, subject, MANY, event_id, at, data))
+    return Message(subject, MANY, message_id, _body(source, subject, MANY, message_id, at, data))
 
 
 def gap_message(name: str, after: int, upto: int, at: int, source: str) -> Message:
     """Return a message about undelivered events that are no longer in the event log or the outbox."""
-    subject, event_id = f"webhooks/{name}", f"gone_{after}_{upto}_{at}"
+    subject, message_id = f"webhooks/{name}", f"gone_{after}_{upto}_{at}"
     message = (
         f"Some events after {after}, up to {upto}, were not delivered and are no longer kept. Read the state again."
     )
     data = {"after": after, "upto": upto, "message": message}
-    return Message(subject, EVENTS_GONE, event_id, _body(source, subject, EVENTS_GONE, event_id, at, data))
+    return Message(subject, EVENTS_GONE, message_id, _body(source, subject, EVENTS_GONE, message_id, at, data))
 
 
 def test_message(name: str, number: int, at: int, source: str) -> Message:
-    subject, event_id = f"webhooks/{name}", f"test_{at}_{number}"
+    subject, message_id = f"webhooks/{name}", f"test_{at}_{number}"
     data = {"message": "This is a test. Nothing has happened."}
-    return Message(subject, TEST_TYPE, event_id, _body(source, subject, TEST_TYPE, event_id, at, data))
+    return Message(subject, TEST_TYPE, message_id, _body(source, subject, TEST_TYPE, message_id, at, data))
 
 
 def _body(
-    source: str, subject: str, kind: str, event_id: str, at: int, data: Any, more: dict[str, str] | None = None
+    source: str, subject: str, kind: str, message_id: str, at: int, data: Any, more: dict[str, str] | None = None
 ) -> bytes:
     return _encode(
         {
             "specversion": "1.0",
-            "id": event_id,
+            "id": message_id,
             "source": source,
             "type": kind,
             "subject": subject,

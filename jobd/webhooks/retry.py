@@ -35,7 +35,7 @@ def retry_wait_ms(tries: int, chance: float, policy: RetryPolicy, asked_ms: int 
 
 def is_exhausted(delivery: Delivery, endpoint: WebhookEndpoint, now: int, policy: RetryPolicy) -> bool:
     """Return whether a delivery is dead-lettered at wall time `now`. `delivery.tries` includes the latest failure."""
-    return delivery.tries >= policy.min_tries and now - delivery.at >= endpoint.give_up_after_ms
+    return delivery.tries >= policy.min_tries and now - delivery.at >= endpoint.dead_letter_after_ms
 
 
 def _with_jitter(delay_ms: int, chance: float) -> int:

@@ -137,7 +137,7 @@ class HttpTransport:
 
     async def post(self, endpoint: WebhookEndpoint, delivery: Delivery) -> DeliveryOutcome:
         """Attempt a delivery once and return the result."""
-        signed = headers(endpoint.secrets, delivery.event_id, self._wall() // SECOND_MS, delivery.body)
+        signed = headers(endpoint.secrets, delivery.message_id, self._wall() // SECOND_MS, delivery.body)
         no_timeout = aiohttp.ClientTimeout(total=None)  # the block below has one
         try:
             async with (

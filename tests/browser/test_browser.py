@@ -214,7 +214,7 @@ def test_a_plan_retries_many_jobs(page: Page, daemon: DashboardDaemon, console_e
     page.get_by_role("checkbox", name="One job first").uncheck()
     page.get_by_role("button", name="Retry 2 jobs").click()
     expect(page.get_by_role("status").first).to_contain_text("Applied to 1 job.")
-    changed = page.get_by_role("region", name="Skipped, because they had changed").locator("tbody tr")
+    changed = page.get_by_role("region", name="Not changed, because they had changed before").locator("tbody tr")
     expect(changed).to_have_count(1)
     expect(changed).to_contain_text("video-013")
     page.goto(f"{daemon.url}/jobs/video-003")

@@ -197,7 +197,7 @@ def test_a_plan_of_many_jobs_is_shown_and_applied(jobctl: Jobctl) -> None:
     assert plan["jobs"] == [{"id": "pl1", "from": "failed", "to": "queued", "late_results": 0}]
     result = jobctl.json("retry", "pl1", "pl2", "--yes")
     assert set(result) == fields_of(responses.PlanResult)
-    assert (result["applied"], result["changed"]) == (2, [])
+    assert (result["applied"], result["changed_meanwhile"]) == (2, [])
     skipped = "2 jobs skipped: Only failed and cancelled jobs can be retried. There is no such job.\n"
     assert jobctl.run("retry", "pl0", "pl1", "none", "-y") == (4, "retry: 1 job done\n", skipped)
     assert jobctl.run("retry", "none", "-y") == (4, "", "No job can be changed: 1 job skipped: There is no such job.\n")
@@ -636,7 +636,7 @@ def test_json_prints_a_result_even_if_there_was_nothing_to_do(jobctl: Jobctl, ar
     assert ended == code
     assert err.startswith("No job")
     found = msgspec.json.decode(out, type=responses.PlanResult)
-    assert (found.action, found.applied, found.changed, found.rejected) == (argv[0], 0, [], [])
+    assert (found.action, found.applied, found.changed_meanwhile, found.rejected) == (argv[0], 0, [], [])
     assert set(json.loads(out)) == fields_of(responses.PlanResult)
     applied, out, _ = jobctl.run("apply", found.plan_id, "--yes", "--json")
     assert applied == 0

@@ -298,7 +298,7 @@ SEEN: Final[dict[str, tuple[str, dict[str, str], dict[str, str]]]] = {
     "JobdArtifactsBehind": gauge("jobd_artifact_sweep_behind_seconds", 901, 900),
     "JobdClockSuspect": gauge("jobd_clock_suspect", 1, 0),
     "JobdQuarantine": gauge("jobd_quarantined_jobs", 1, 0),
-    "JobdWebhookGaveUp": (
+    "JobdWebhookLostMessages": (
         "20m",
         {WEBHOOK.format("dead-lettered"): "0x10 3x240"},
         {WEBHOOK.format("failed"): "0+5x240", WEBHOOK.format("dead-lettered"): "3x240"},

@@ -88,7 +88,7 @@ SHAPES: Final[dict[str, Any]] = {
     "plan outcome": responses.PlanOutcome,
     "skipped job": responses.SkippedJob,
     "plan result": responses.PlanResult,
-    "changed job": responses.ChangedJob,
+    "unchanged job": responses.UnchangedJob,
     "audit page": responses.AuditPage,
     "audit entry": responses.AuditView,
     "export page": responses.ExportPage,

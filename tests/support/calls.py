@@ -40,7 +40,7 @@ DISK_USE: Final = responses.DiskUse(
     not_jobd_bytes=357 << 20,
     database_bytes=209 << 20,
     free_page_bytes=18 << 20,
-    journal_bytes=4096,
+    tail_bytes=4096,
     kinds=[responses.StoredKind("reports", "monthly", 900, 105 << 20, 5 << 20, 0, 90 << 20, 10 << 20)],
     more_kinds=0,
     other_bytes=48 << 20,
@@ -71,7 +71,7 @@ DELIVERY: Final = responses.DeliveryView(
     state="waiting",
     type="job.failed",
     subject="jobs/a",
-    event_id="evt_1",
+    message_id="evt_1",
     seq=9,
     at=AT,
     due_at=AT,
@@ -241,7 +241,7 @@ def _many_jobs() -> Iterator[Example]:
     preview = responses.PreviewView([RECOVERED], 2, ["b"], [], [], False, AT, ["old-1", "old-2"])
     yield Example(api.preview, wire.NoFields(), result=preview)
     yield Example(api.get_plan, commands.PlanCommand(plan_id="p1"), result=PLAN)
-    applied = responses.PlanResult("p1", "retry", 1, [responses.ChangedJob("b", "failed", None, "gone")], [], 3)
+    applied = responses.PlanResult("p1", "retry", 1, [responses.UnchangedJob("b", "failed", None, "gone")], [], 3)
     run = commands.RunPlan(plan_id="p1", trial=True, rate=commands.PlanRate(10))
     yield Example(api.apply_plan, run, result=applied)
 

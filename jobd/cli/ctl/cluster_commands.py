@@ -115,7 +115,7 @@ _NODES: Final[terminal.Columns] = {
     "NODE": "name",
     "ROLE": "role",
     "URL": "url",
-    ">BEHIND": lambda node: duration(node.behind_ms) if node.role == "standby" else None,
+    ">LAG": lambda node: duration(node.lag_ms) if node.role == "standby" else None,
     "SEEN": lambda node: f"{duration(node.seen_ms)} ago",
     ">FORMAT": "format",
     ">SCHEMA": lambda node: node.schema_version or None,

@@ -265,7 +265,7 @@ def _apply(client: AdminClient, plans: Sequence[PlanView], *, as_json: bool, pac
             terminal.emit_json(results[-1])
     if not as_json:
         _show_results(plans, results)
-    return not any(result.changed or result.rejected or result.left for result in results)
+    return not any(result.changed_meanwhile or result.rejected or result.left for result in results)
 
 
 def _apply_one(client: AdminClient, plan: PlanView, pace: Pace) -> PlanResult:
@@ -379,7 +379,7 @@ def _show_trial(result: PlanResult) -> None:
 
 
 def _show_not_done(results: Sequence[PlanResult]) -> None:
-    changed = [job for result in results for job in result.changed]
+    changed = [job for result in results for job in result.changed_meanwhile]
     rejected = [job for result in results for job in result.rejected]
     for title, jobs in (("changed since the plan", changed), ("rejected", rejected)):
         for job in jobs[:_SHOWN]:

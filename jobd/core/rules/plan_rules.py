@@ -26,7 +26,7 @@ from jobd.model.commands import (
 )
 from jobd.model.errors import ApiException, api_error
 from jobd.model.job import Job, requeues_on_stall
-from jobd.model.responses import ChangedJob, PlanSlice, Response
+from jobd.model.responses import PlanSlice, Response, UnchangedJob
 
 Rules = Mapping[PlanAction, Callable[[Transaction, Any], Response]]
 
@@ -51,11 +51,11 @@ def _one(tx: Transaction, command: ApplyPlan, rules: Rules, expected: ExpectedVe
     try:
         job = guards.find(tx, expected.id)
     except ApiException as missing:
-        done.changed.append(ChangedJob(expected.id, "", None, missing.error.message))
+        done.changed_meanwhile.append(UnchangedJob(expected.id, "", None, missing.error.message))
         return
     if version(job, tx.state.late_results.get(job.seq), command.action) != expected.version:
         what = "It has changed since the plan was made."
-        done.changed.append(ChangedJob(job.id, "", job.status, what))
+        done.changed_meanwhile.append(UnchangedJob(job.id, "", job.status, what))
         return
     before = len(tx.changes)
     try:
@@ -64,7 +64,7 @@ def _one(tx: Transaction, command: ApplyPlan, rules: Rules, expected: ExpectedVe
         plan = {"plan": command.plan, "planned": command.planned} if command.plan else {}
         tx.changes[before:] = [replace(each, details={**(each.details or {}), **plan}) for each in tx.changes[before:]]
     except ApiException as rejected:
-        done.rejected.append(ChangedJob(job.id, "", job.status, rejected.error.message))
+        done.rejected.append(UnchangedJob(job.id, "", job.status, rejected.error.message))
 
 
 def _command_for(command: ApplyPlan, job: ExpectedVersion) -> JobCommand:

@@ -314,7 +314,7 @@ def _held(tx: Transaction, command: Holders, verb: str) -> Job | Response:
 def _lock_lost(job: Job, lock_id: str) -> ApiException:
     """Return a lock_lost that says what happened to the grant, so that its worker can log it and stop."""
     holder = job.grant.worker if job.grant else None
-    details: dict[str, Any] = {"status": job.status, "held_by": holder}
+    details: dict[str, Any] = {"status": job.status, "locked_by": holder}
     ended = job.ended
     if ended is not None and ended.lock_id == lock_id:
         details |= {"reason": ended.reason, "at": ended.at, "rule": ended.rule}

@@ -92,7 +92,7 @@ class PreviewView(Struct, frozen=True, rename="camel"):
 
     recover: Annotated[list[Recovery], doc("Stalled jobs that would be recovered.")]
     expired_locks: Annotated[int, doc("Number of expired locks that would be cleared.")]
-    expired_jobs: Annotated[list[str], doc("Queued jobs past their `expires_at` that would fail.")]
+    overdue_jobs: Annotated[list[str], doc("Queued jobs past their `expires_at` that would fail.")]
     deleted_jobs: Annotated[list[str], doc("Finished jobs that would be deleted by age.")]
     invalid_jobs: Annotated[list[str], doc("Jobs with validation issues that would be fixed or reported.")]
     more: Annotated[bool, doc("Whether there are more jobs than are shown.")]

@@ -241,10 +241,10 @@ class NodeView(Struct, frozen=True):
     lag_records: Annotated[int, doc("Number of records that its tables lack.")]
     format: Annotated[int, doc("The highest format of a record that it reads.")]
     config_differs: Annotated[bool, doc("Whether its configuration differs from the leader's.")]
-    ahead_ms: Annotated[
+    clock_ahead_ms: Annotated[
         int, doc("By how much its wall clock is ahead of the clock of PostgreSQL, in ms; negative if behind.")
     ] = 0
-    behind_ms: Annotated[int, doc("Time since the responding node had a record that it lacks, in ms.")] = 0
+    lag_ms: Annotated[int, doc("Time since the responding node had a record that it lacks, in ms.")] = 0
     schema_version: Annotated[int, doc("The schema version of its tables; 0 if it did not say.")] = 0
 
     @property
@@ -255,7 +255,7 @@ class NodeView(Struct, frozen=True):
     @property
     def is_ready(self) -> bool:
         """Whether it can take over: it is a standby that runs and follows."""
-        return self.role == "standby" and not self.is_unseen and self.behind_ms < READY_MS
+        return self.role == "standby" and not self.is_unseen and self.lag_ms < READY_MS
 
 
 class ClusterView(Struct, frozen=True, kw_only=True):

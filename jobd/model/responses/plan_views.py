@@ -30,7 +30,7 @@ class SkippedJob(Struct, frozen=True, gc=False):
     reason: Annotated[str, doc("Why the job is skipped.")]
 
 
-class ChangedJob(Struct, frozen=True, gc=False, rename={"from_": "from"}):
+class UnchangedJob(Struct, frozen=True, gc=False, rename={"from_": "from"}):
     """A job of a plan that the plan did not change."""
 
     id: shared.JobIdText
@@ -74,8 +74,8 @@ class PlanResult(Struct, frozen=True):
     plan_id: Annotated[str, doc("Id of the plan.")]
     action: Annotated[str, doc("The action of the plan.")]
     applied: Annotated[int, doc("How many jobs the plan changed.")]
-    changed: Annotated[list[ChangedJob], doc("The jobs that had changed since the plan was made.")]
-    rejected: Annotated[list[ChangedJob], doc("The jobs that a rule rejected.")]
+    changed_meanwhile: Annotated[list[UnchangedJob], doc("The jobs that had changed since the plan was made.")]
+    rejected: Annotated[list[UnchangedJob], doc("The jobs that a rule rejected.")]
     applied_at: Annotated[int, doc("When the last job was changed, in Unix ms.")]
     repeated: Annotated[
         bool, doc("Whether the plan had been applied before, so that this request changed nothing.")
@@ -154,5 +154,5 @@ class PlanSlice(Struct):
     """The result of ApplyPlan: the number of changed jobs, and the jobs that were not changed."""
 
     applied: int
-    changed: list[ChangedJob]
-    rejected: list[ChangedJob]
+    changed_meanwhile: list[UnchangedJob]
+    rejected: list[UnchangedJob]

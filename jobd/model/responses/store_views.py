@@ -46,7 +46,7 @@ class StoredKind(Struct, frozen=True):
     kind: Annotated[str, doc("The kind of the jobs; empty for jobs without one.")]
     jobs: Annotated[int, doc("About how many jobs there are.")]
     bytes: Annotated[int, doc("What these jobs take: the sum of the four sizes below.")]
-    records: Annotated[int, doc("Their records without results.")]
+    rows: Annotated[int, doc("Their rows without results.")]
     payloads: Annotated[int, doc("Their payloads.")]
     results: Annotated[int, doc("Their results.")]
     events: Annotated[int, doc("Their timelines.")]
@@ -59,7 +59,7 @@ class StoredKind(Struct, frozen=True):
     @property
     def main_part(self) -> tuple[str, int]:
         """The largest of the four sizes: its name, and the size."""
-        parts = ("records", "payloads", "results", "events")
+        parts = ("rows", "payloads", "results", "events")
         return max(((part, int(getattr(self, part))) for part in parts), key=lambda part: part[1])
 
 
@@ -74,7 +74,7 @@ class DiskUse(Struct, frozen=True, kw_only=True):
     ] = None
     database_bytes: Annotated[int, doc("Pages of the database that are in use.")]
     free_page_bytes: Annotated[int, doc("Pages of the database that are free and used again.")]
-    journal_bytes: Annotated[int, doc("Part of `database_bytes`: records that the tables lack.")]
+    tail_bytes: Annotated[int, doc("Part of `database_bytes`: records that the tables lack.")]
     wal_bytes: Annotated[int, doc("The write-ahead log.")] = 0
     side_bytes: Annotated[int, doc("Other files whose names begin with that of the store, such as its reserve.")] = 0
     kinds: Annotated[list[StoredKind], doc("What the jobs of each queue and kind take, the largest 100.")]

@@ -55,7 +55,7 @@ class DeliveryView(Struct, frozen=True):
     state: Annotated[DeliveryState, doc("`waiting`, `delivered` or `dead-lettered`.")]
     type: Annotated[str, doc("Type of the message.")]
     subject: Annotated[str, doc("What it is about: `jobs/ID`, `queues/NAME`, `problems/ID`.")]
-    event_id: Annotated[str, doc("Id of the message: its header `webhook-id`.")]
+    message_id: Annotated[str, doc("Id of the message: its header `webhook-id`.")]
     seq: Annotated[int | None, doc("Position of the event in the event log. Null if it is not an event.")]
     at: Annotated[int, doc("When the delivery was created, in Unix ms.")]
     due_at: Annotated[int | None, doc("When the next attempt is due, in Unix ms. Null once it has ended.")]

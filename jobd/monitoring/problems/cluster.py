@@ -19,15 +19,15 @@ def nodes(scene: Scene) -> list[NodeView]:
 
 def standby_behind(scene: Scene, node: NodeView) -> Finding | None:
     """A standby lacks a record that the leader has had for too long, or was last seen too long ago."""
-    behind_ms = max(node.behind_ms, node.seen_ms * node.is_unseen)
-    if node.role != "standby" or behind_ms <= scene.limits.standby_behind:
+    lag_ms = max(node.lag_ms, node.seen_ms * node.is_unseen)
+    if node.role != "standby" or lag_ms <= scene.limits.standby_behind:
         return None
-    title = f"It is {duration(behind_ms)} behind the leader ({node.lag_records} records)."
+    title = f"It is {duration(lag_ms)} behind the leader ({node.lag_records} records)."
     cause, cure = "Check its disk, its load and its connection to PostgreSQL.", _SHOW
     if node.is_unseen:
-        title, cause = f"It was last seen {duration(behind_ms)} ago.", "Start or restart jobd there."
+        title, cause = f"It was last seen {duration(lag_ms)} ago.", "Start or restart jobd there."
         cure = Cure("Or remove its entry", f"jobd cluster forget {shlex.quote(node.name)}", changes=True)
-    return Finding(Subject(type="node", node=node.name), title, wait_ms=behind_ms, cause=cause, cure=(cure,))
+    return Finding(Subject(type="node", node=node.name), title, wait_ms=lag_ms, cause=cause, cure=(cure,))
 
 
 def no_standby(scene: Scene) -> Finding | None:
@@ -69,10 +69,10 @@ def database_horizon(scene: Scene) -> Finding | None:
 
 
 def clocks_differ(scene: Scene, node: NodeView) -> Finding | None:
-    ahead_ms = abs(node.ahead_ms)
+    ahead_ms = abs(node.clock_ahead_ms)
     if node.is_unseen or ahead_ms <= scene.limits.clocks_differ:
         return None
-    side = "ahead of" if node.ahead_ms > 0 else "behind"
+    side = "ahead of" if node.clock_ahead_ms > 0 else "behind"
     title = f"The wall clock of node {node.name} is {duration(ahead_ms)} {side} PostgreSQL's."
     cause = "Correct it, and check NTP on all machines. A takeover would continue with another time."
     return Finding(Subject(type="node", node=node.name), title, value=ahead_ms, cause=cause, cure=(_SHOW,))

@@ -47,7 +47,7 @@ class Downloads:
         except (ArtifactStoreError, TimeoutError) as error:
             download.close()
             log.warning("artifact_not_read", key=key, error=str(error) or f"no response within {CALL_S:g} s")
-            raise api_error("storage_unavailable", "The artifact store cannot be read now. Try again.") from error
+            raise api_error("artifacts_unavailable", "The artifact store cannot be read now. Try again.") from error
         except BaseException:
             download.close()
             raise

@@ -231,7 +231,7 @@ CREATE TABLE deliveries (
     state TEXT NOT NULL,
     subject TEXT NOT NULL,             -- messages of one subject are delivered in order
     type TEXT NOT NULL,
-    event_id TEXT NOT NULL,
+    message_id TEXT NOT NULL,
     seq INTEGER NOT NULL,              -- of the event in the journal; 0: not an event
     at INTEGER NOT NULL,
     due_at INTEGER NOT NULL,

@@ -152,7 +152,6 @@ def _error(reply: DaemonResponse) -> SeenResponse:
     """Return an error with what its details show of the job."""
     details = reply.body["details"]
     seen = {name: details[name] for name in ("status", "reason") if name in details}
-    for name in ("locked_by", "held_by"):
-        if name in details:
-            seen["worker"] = details[name]
+    if "locked_by" in details:
+        seen["worker"] = details["locked_by"]
     return SeenResponse(reply.error, seen)

@@ -27,7 +27,7 @@ HTTP_ONLY: Final = frozenset(
         "method_not_allowed",
         "request_timeout",
         "events_gone",
-        "storage_unavailable",
+        "artifacts_unavailable",
         "output_off",
         "output_unavailable",
         "too_frequent",

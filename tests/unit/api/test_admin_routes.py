@@ -152,7 +152,7 @@ async def test_a_leader_steps_down_after_its_audit_entry(harness: HttpHarness) -
 
 
 @pytest.mark.parametrize(
-    "changes", [{"seen_ms": responses.UNSEEN_MS}, {"behind_ms": responses.READY_MS}, {"role": "leader"}]
+    "changes", [{"seen_ms": responses.UNSEEN_MS}, {"lag_ms": responses.READY_MS}, {"role": "leader"}]
 )
 async def test_a_step_down_without_a_ready_standby_needs_force(harness: HttpHarness, changes: dict[str, Any]) -> None:
     path, stepped = f"{P}/cluster/step-down", []

@@ -103,7 +103,7 @@ async def test_a_missing_result_is_an_error_that_says_why(harness: HttpHarness, 
     place.rmdir()
     with capture_logs() as logs:
         response = await harness.request("GET", PATH, headers=AUTH)
-    assert (response.status, response.error) == (503, "storage_unavailable")
+    assert (response.status, response.error) == (503, "artifacts_unavailable")
     assert "is not a directory" in str(logs[0])
     harness.services.downloads = Downloads(None, MOST)
     response = await harness.request("GET", PATH, headers=AUTH)
@@ -212,7 +212,7 @@ async def test_the_wait_for_an_unresponsive_store_is_limited(
         await asyncio.Event().wait()
 
     monkeypatch.setattr(store, "open", hangs)
-    assert (await harness.request("GET", PATH, headers=AUTH)).failure == (503, "storage_unavailable")
+    assert (await harness.request("GET", PATH, headers=AUTH)).failure == (503, "artifacts_unavailable")
     assert not harness.services.downloads._open
 
 

@@ -24,7 +24,7 @@ NOW = 1_772_366_400_000
         ({"from": "failed", "to": None}, "failed → deleted"),
         ({"times": 3}, "done, 3 times"),
         ({"planned": 9, "changed_meanwhile": 0, "rejected": 0}, "done"),
-        ({"planned": 9, "changed_meanwhile": 2, "rejected": 1, "left_undone": ["a", "b", "c"]}, "done, 3 not changed"),
+        ({"planned": 9, "changed_meanwhile": 2, "rejected": 1, "not_changed": ["a", "b", "c"]}, "done, 3 not changed"),
     ],
 )
 def test_the_audit_log_shows_the_outcome_of_an_action(

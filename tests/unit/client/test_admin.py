@@ -103,7 +103,11 @@ def test_a_rejected_backup_writes_nothing(server: ScriptedServer, admin: AdminCl
 
 def test_an_artifact_is_written_to_the_file(server: ScriptedServer, admin: AdminClient) -> None:
     content = os.urandom(700_000)
-    errors = [rejected("late_result_not_found", 404), rejected("not_found", 404), rejected("storage_unavailable", 503)]
+    errors = [
+        rejected("late_result_not_found", 404),
+        rejected("not_found", 404),
+        rejected("artifacts_unavailable", 503),
+    ]
     server.script = [raw(content, kind="application/octet-stream"), *errors]
     file = io.BytesIO()
     assert admin.download_artifact("a.b:c", file) == len(content)
@@ -112,7 +116,7 @@ def test_an_artifact_is_written_to_the_file(server: ScriptedServer, admin: Admin
     with pytest.raises(ERRORS["late_result_not_found"]):
         admin.download_artifact("a", file, 7)
     assert server.received[1].path == "/admin/job-management/jobs/a/artifact?late_result=7"
-    for code in ("not_found", "storage_unavailable"):
+    for code in ("not_found", "artifacts_unavailable"):
         with pytest.raises(ERRORS[code]):
             admin.download_artifact("a", file)
     assert file.getvalue() == content

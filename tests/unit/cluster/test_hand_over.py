@@ -9,7 +9,7 @@ from jobd.model.responses import READY_MS, UNSEEN_MS, ClusterView, NodeView
 from tests.support.virtual_engine import in_virtual_time, seconds
 
 READY = NodeView("b", "http://b", "standby", 0, 1, 0, 2, False)
-BEHIND = NodeView("b", "http://b", "standby", 0, 1, 0, 2, False, behind_ms=READY_MS)
+BEHIND = NodeView("b", "http://b", "standby", 0, 1, 0, 2, False, lag_ms=READY_MS)
 
 
 @in_virtual_time

@@ -89,7 +89,7 @@ async def test_nodes_see_each_other(server: MemoryServer) -> None:
         "This node has not heard from PostgreSQL for 1.1 s."
     ]
     later = replace(entry("b", "p-b"), projected_to=9)
-    assert [b.registry.behind_ms(each) for each in (later, entry("b", "p-b"))] == [2_100, 0]
+    assert [b.registry.lag_ms(each) for each in (later, entry("b", "p-b"))] == [2_100, 0]
     await b.stop()
     await seconds(10)
     assert [node.seen_ms > 8_000 for node in view(a).nodes] == [False, True]

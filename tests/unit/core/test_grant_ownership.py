@@ -73,7 +73,7 @@ def test_an_older_grant_is_rejected(rules: RuleHarness, holder: str) -> None:
         kept = {"late_result": rules.late()[0].seq} if isinstance(command, cmd.Complete) else {}
         assert rejection.details == kept | {
             "status": "processing",
-            "held_by": holder,
+            "locked_by": holder,
             "reason": "stalled",
             "at": rules.now,
             "rule": "recovery",
@@ -82,7 +82,7 @@ def test_an_older_grant_is_rejected(rules: RuleHarness, holder: str) -> None:
         rejection = rules.reject(command, "lock_lost")
         assert rejection.details == {
             "status": "processing",
-            "held_by": holder,
+            "locked_by": holder,
             "reason": "not_current",
             "at": rules.job().updated_at,
             "rule": "the latest grant wins",
@@ -99,7 +99,7 @@ def test_a_queued_job_has_no_holder(rules: RuleHarness) -> None:
         rejection = rules.reject(command, "lock_lost")
         assert rejection.details == {
             "status": "queued",
-            "held_by": None,
+            "locked_by": None,
             "reason": "not_current",
             "at": NOW,
             "rule": "the latest grant wins",
@@ -126,7 +126,7 @@ def test_a_grant_ended_by_others_is_lost(rules: RuleHarness, end: Any, reason: s
     for command in holder_commands(lock_id):
         rejection = rules.reject(command, "lock_lost")
         status = rules.job().status
-        details = {"status": status, "held_by": None, "reason": reason, "at": NOW, "rule": rule}
+        details = {"status": status, "locked_by": None, "reason": reason, "at": NOW, "rule": rule}
         message = f"This lock of job a is lost: it was ended by {rule}; the job is {status}. Stop working on the job."
         if rule == "cancel":
             details["cancel_requested"] = True

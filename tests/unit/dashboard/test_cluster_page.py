@@ -23,7 +23,7 @@ HTML = {"Accept": "text/html,*/*;q=0.8"}
 NODES = [
     NodeView("a", "http://a.example:8771", "leader", 300, 1_000, 0, 1, False),
     NodeView("b", "http://b.example:8771", "standby", 900, 990, 10, 2, False, schema_version=12),
-    NodeView("c", "", "standby", 3_600_000, 2, 998, 1, True, ahead_ms=-7_200_000),
+    NodeView("c", "", "standby", 3_600_000, 2, 998, 1, True, clock_ahead_ms=-7_200_000),
 ]
 LEADER = ClusterView(
     role="leader",

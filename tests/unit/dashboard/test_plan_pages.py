@@ -116,8 +116,8 @@ async def test_a_plan_of_all_matches_skips_and_lists_changed_jobs(harness: Dashb
     assert await harness.status("job-07") == "queued"
     assert await harness.status("other") == "queued"
     page = text(await browser.get("/audit?action=plan-delete"))
-    left_undone = page[page.index("left_undone") :]
-    assert re.findall(r'<a class="id" href="/jobs/([a-z0-9-]+)">', left_undone)[:2] == ["job-08", "job-07"]
+    not_changed = page[page.index("not_changed") :]
+    assert re.findall(r'<a class="id" href="/jobs/([a-z0-9-]+)">', not_changed)[:2] == ["job-08", "job-07"]
 
 
 async def test_a_full_plan_links_to_the_next_one(harness: DashboardHarness, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -92,7 +92,7 @@ def test_the_fields_of_table_writes_keep_their_names() -> None:
         "forgotten": [],
     }
     assert [*Delivery.__struct_fields__, *storage.Tombstone.__struct_fields__] == [
-        *("id", "endpoint", "state", "subject", "type", "event_id", "seq", "at", "due_at", "tries", "ended_at"),
+        *("id", "endpoint", "state", "subject", "type", "message_id", "seq", "at", "due_at", "tries", "ended_at"),
         *("status", "error", "body", "job_seq", "job_id", "key", "at", "due_at", "tries"),
     ]
 

@@ -146,11 +146,11 @@ def test_changed_jobs_are_skipped_and_rejected_ones_affect_no_other() -> None:
     command = cmd.ApplyPlan(action="cancel", jobs=[known["a"], known["b"], error, odd, known["c"]], reason="enough")
     done = rules.accept(command, admin=True, by="admin:eve")
     assert done.applied == 2
-    assert [(each.id, each.now) for each in done.changed] == [("b", "processing"), ("gone", None)]
+    assert [(each.id, each.now) for each in done.changed_meanwhile] == [("b", "processing"), ("gone", None)]
     assert [(each.id, each.now) for each in done.rejected] == [("d", "completed")]
     assert [(rules.job(job_id).status) for job_id in ("a", "b", "c")] == ["cancelled", "processing", "cancelled"]
     assert [(event.by, event.reason) for event in rules.events[-2:]] == [("admin:eve", "enough")] * 2
-    assert all("changed since" in each.reason or "no job" in each.reason for each in done.changed)
+    assert all("changed since" in each.reason or "no job" in each.reason for each in done.changed_meanwhile)
 
 
 @pytest.mark.parametrize("action", sorted(set(get_args(cmd.PlanAction)) - cmd.MAINTENANCE_ACTIONS.keys()))
@@ -200,7 +200,7 @@ def test_a_late_result_that_arrives_before_the_plan_is_applied_changes_the_versi
             assert isinstance(rules.decide(cmd.Delete(id="a"), expected=seen).answer, ApiError) == left_alone
         else:
             done = rules.accept(cmd.ApplyPlan(action="delete", jobs=[cmd.ExpectedVersion("a", seen)]), admin=True)
-            assert len(done.changed) == left_alone
+            assert len(done.changed_meanwhile) == left_alone
         assert ("a" in rules.rows) == left_alone or how == "expected"
         seen = rules.accept(cmd.GetVersion(id="a")).version if left_alone else ""
 
@@ -276,7 +276,7 @@ async def test_a_plan_lists_its_changes_and_applies_them(engine: VirtualEngine) 
     assert plan.expires_at - plan.created_at == plan_runner.KEPT_MS
     assert (await engine.yes(cmd.Get(id="a"))).status == "failed"
     result = await apply_plan(engine.planner)
-    assert (result.applied, result.changed, result.rejected, result.repeated) == (2, [], [], False)
+    assert (result.applied, result.changed_meanwhile, result.rejected, result.repeated) == (2, [], [], False)
     assert (await engine.yes(cmd.Get(id="a"))).status == "queued"
     assert engine.disk.events[-1].reason == "mended"
     assert engine.disk.events[-1].details == {"plan": "p", "planned": 2}
@@ -325,7 +325,7 @@ async def test_a_late_result_during_planning_is_counted_or_changes_its_job(engin
 
     engine.disk.count_late_results = and_then  # type: ignore[method-assign]
     assert (await make_plan(engine.planner, action="delete", filter=cmd.PlanFilter())).with_late_results == 0
-    assert [job.id for job in (await apply_plan(engine.planner)).changed] == ["a"]
+    assert [job.id for job in (await apply_plan(engine.planner)).changed_meanwhile] == ["a"]
 
 
 @in_virtual_time
@@ -352,7 +352,7 @@ async def test_jobs_that_changed_since_the_plan_are_skipped_and_reported(engine:
     await engine.yes(cmd.Delete(id="b"))
     result = await apply_plan(engine.planner)
     assert result.applied == 1
-    assert [(job.id, job.from_, job.now) for job in result.changed] == [
+    assert [(job.id, job.from_, job.now) for job in result.changed_meanwhile] == [
         ("b", "failed", None),
         ("a", "failed", "queued"),
     ]
@@ -432,7 +432,7 @@ async def test_on_a_full_disk_a_plan_stops_and_later_continues(engine: VirtualEn
     engine.disk.free()
     await asyncio.sleep(2)
     result = await apply_plan(engine.planner)
-    assert (result.applied, result.changed) == (plan_runner.SLICE + 5, [])
+    assert (result.applied, result.changed_meanwhile) == (plan_runner.SLICE + 5, [])
 
 
 @in_engine()
@@ -465,7 +465,7 @@ async def test_the_result_of_a_plan_can_be_read_for_hours(engine: VirtualEngine)
     await asyncio.sleep(plan_runner.KEPT_MS / SECOND_MS - 1)
     await engine.yes(cmd.Delete(id="b"))
     result = await apply_plan(engine.planner)
-    assert [job.id for job in result.changed] == ["b"]
+    assert [job.id for job in result.changed_meanwhile] == ["b"]
     await asyncio.sleep(plan_runner.APPLIED_KEPT_MS / SECOND_MS - 1)
     shown = kept_plan(engine.planner)
     assert shown.result == result
@@ -513,7 +513,7 @@ async def test_the_audit_log_names_a_limited_number_of_unchanged_jobs() -> None:
                 assert (await apply_plan(engine.planner, f"p{size}")).applied == 0
                 details = engine.disk.batches[-1].audit[-1].details
                 assert details is not None
-                assert (details["changed_meanwhile"], details.get("left_undone")) == (5, named)
+                assert (details["changed_meanwhile"], details.get("not_changed")) == (5, named)
 
 
 @pytest.fixture
@@ -619,7 +619,7 @@ async def test_a_job_that_changes_status_during_planning_is_listed_once(engine: 
     plan = await making
     assert [(job.id, job.from_) for job in plan.jobs] == [("a", "queued")]
     result = await apply_plan(engine.planner)
-    assert [(job.id, job.now) for job in result.changed] == [("a", "processing")]
+    assert [(job.id, job.now) for job in result.changed_meanwhile] == [("a", "processing")]
 
 
 @in_engine()
@@ -717,13 +717,13 @@ async def test_a_preview_of_a_cleanup_run_matches_the_run() -> None:
         await asyncio.sleep(120)
         view = await previewed(engine)
         assert [(each.job_id, each.action) for each in view.recover] == [("stuck", "reset")]
-        assert (view.expired_jobs, view.deleted_jobs, view.invalid_jobs) == (["late"], ["old"], ["over"])
+        assert (view.overdue_jobs, view.deleted_jobs, view.invalid_jobs) == (["late"], ["old"], ["over"])
         assert not view.more
         assert 0 <= engine.now - view.timestamp < SECOND_MS
         report = await engine.cleanup()
         assert (report.stuck_jobs_recovered, report.expired_jobs_deleted, report.validation_issues_fixed) == (1, 1, 1)
         after = await previewed(engine)
-        assert (after.recover, after.expired_jobs, after.deleted_jobs, after.invalid_jobs) == ([], [], [], [])
+        assert (after.recover, after.overdue_jobs, after.deleted_jobs, after.invalid_jobs) == ([], [], [], [])
 
 
 @in_virtual_time
@@ -823,7 +823,7 @@ async def test_the_other_jobs_follow_a_trial_that_completes(engine: VirtualEngin
     await attempt(engine, "b")
     view = await until_applied(planner)
     assert view.result is not None
-    assert (view.result.applied, view.result.left, [each.id for each in view.result.changed]) == (2, 0, ["a"])
+    assert (view.result.applied, view.result.left, [each.id for each in view.result.changed_meanwhile]) == (2, 0, ["a"])
     assert (view.trial, view.outcome) == (PlanTrial("b", "completed"), PlanOutcome(1, 0, 0, 1))
     await planner.close()
     assert list(engine.disk.audited.values())[-1].details["trial"] == {"job_id": "b", "state": "completed"}  # type: ignore[index]

@@ -71,7 +71,7 @@ def test_a_job_shows_its_payload_and_metadata_as_values() -> None:
 
 
 def test_a_kind_names_its_largest_part() -> None:
-    kind = responses.StoredKind(queue="q", kind="k", jobs=2, bytes=10, records=1, payloads=2, results=4, events=3)
+    kind = responses.StoredKind(queue="q", kind="k", jobs=2, bytes=10, rows=1, payloads=2, results=4, events=3)
     assert (kind.name, kind.main_part) == ("q / k", ("results", 4))
     assert replace(kind, kind="").name == "q"
 

@@ -78,7 +78,7 @@ def test_the_repr_of_a_webhook_has_no_secret_and_no_url() -> None:
 
 def test_the_defaults_of_a_webhook() -> None:
     endpoint = webhooks.WebhookEndpoint("e", "https://x", KEYS)
-    assert (endpoint.allow_private, endpoint.timeout_ms, endpoint.give_up_after_ms) == (False, 10_000, 3 * DAY_MS)
+    assert (endpoint.allow_private, endpoint.timeout_ms, endpoint.dead_letter_after_ms) == (False, 10_000, 3 * DAY_MS)
 
 
 def test_the_defaults_of_a_cursor() -> None:

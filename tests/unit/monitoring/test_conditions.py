@@ -322,12 +322,12 @@ def cluster(**changes: Any) -> Script:
 
 
 for _condition, _title, _changes in (
-    ("standby_behind", "It is 39 s behind", {"nodes": [A, replace(B, lag_records=395, behind_ms=39_900)]}),
+    ("standby_behind", "It is 39 s behind", {"nodes": [A, replace(B, lag_records=395, lag_ms=39_900)]}),
     ("no_standby", "No standby is running", {"nodes": [A]}),
     ("journal_not_synchronous", "PostgreSQL has no synchronous standby", {"synchronous": False}),
     ("two_primaries", "PostgreSQL accepts writes at a:5432 and b", {"writable": ["a:5432", "b:5432"]}),
     ("database_horizon", "The oldest transaction in the database", {"oldest_transaction_ms": 61_000}),
-    ("clocks_differ", "The wall clock of node a is 2 s ahead of", {"nodes": [replace(A, ahead_ms=2_000), B]}),
+    ("clocks_differ", "The wall clock of node a is 2 s ahead of", {"nodes": [replace(A, clock_ahead_ms=2_000), B]}),
 ):
     case(_condition, _title)(cluster(**_changes))
 

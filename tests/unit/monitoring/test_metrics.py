@@ -192,7 +192,7 @@ async def test_the_events_that_the_tables_lack_are_counted() -> None:
     async with VirtualEngine(MemoryStorage(slices_wait=True)) as engine:
         await engine.yes(cmd.Create(id="a"))
         body = text(metrics_of(engine).families())
-        assert value(body, "jobd_unprojected_events") == engine.disk.behind > 0
+        assert value(body, "jobd_tail_events") == engine.disk.behind > 0
 
 
 @in_engine()

@@ -422,7 +422,7 @@ VIEW = ClusterView(
     [
         ({}, {}),
         ({"role": "single", "nodes": []}, {}),
-        ({"nodes": [A, replace(B, lag_records=395, behind_ms=39_900)]}, {"standby_behind/b": "It is 39 s behind"}),
+        ({"nodes": [A, replace(B, lag_records=395, lag_ms=39_900)]}, {"standby_behind/b": "It is 39 s behind"}),
         ({"nodes": [A, B, replace(B, name="c", seen_ms=45_000)]}, {"standby_behind/c": "It was last seen 45 s ago."}),
         ({"nodes": [A]}, {"no_standby/cluster": "No standby is running, so no node takes over from this one. Start"}),
         (
@@ -438,8 +438,14 @@ VIEW = ClusterView(
             {"two_primaries/cluster": "PostgreSQL accepts writes at a:5432 and b:5432."},
         ),
         ({"oldest_transaction_ms": 61_000}, {"database_horizon/cluster": "The oldest transaction in the database"}),
-        ({"nodes": [A, replace(B, ahead_ms=-1_500)]}, {"clocks_differ/b": "The wall clock of node b is 1.5 s behind"}),
-        ({"nodes": [replace(A, ahead_ms=2_000), B]}, {"clocks_differ/a": "The wall clock of node a is 2 s ahead of"}),
+        (
+            {"nodes": [A, replace(B, clock_ahead_ms=-1_500)]},
+            {"clocks_differ/b": "The wall clock of node b is 1.5 s behind"},
+        ),
+        (
+            {"nodes": [replace(A, clock_ahead_ms=2_000), B]},
+            {"clocks_differ/a": "The wall clock of node a is 2 s ahead of"},
+        ),
     ],
 )
 def test_conditions_of_a_cluster_say_what_holds(changes: dict[str, Any], expected: dict[str, str]) -> None:

@@ -61,7 +61,7 @@ async def test_the_kinds_of_a_known_store_are_in_order_and_within_20_percent(
     assert use.database_bytes == await store.used_bytes()
     assert 0 < use.other_bytes < use.database_bytes - sum(each.bytes for each in use.kinds)
     assert 1_000 < use.jobs_read < len(maker.jobs) / 2
-    assert (use.measured_at, use.journal_bytes) == (NOW, 0)
+    assert (use.measured_at, use.tail_bytes) == (NOW, 0)
     own = sum(entry.stat().st_blocks * 512 for entry in os.scandir(os.path.dirname(path)))
     assert use.not_jobd_bytes == pytest.approx(70_000 * 4_096 - own, rel=0.01)
     assert use.free_bytes == 20_000 * 4_096

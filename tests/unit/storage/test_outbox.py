@@ -22,9 +22,9 @@ from tests.support.store_files import edit_store, fill, flip, make_store, open_s
 
 
 def made(id_: int, endpoint: str = "e", **fields: Any) -> Delivery:
-    event_id = f"evt_{id_}"
+    message_id = f"evt_{id_}"
     new = Delivery(
-        id_, endpoint, "waiting", "jobs/a", "job.failed", event_id, id_, NOW, NOW, 0, None, None, None, b'{"a":1}'
+        id_, endpoint, "waiting", "jobs/a", "job.failed", message_id, id_, NOW, NOW, 0, None, None, None, b'{"a":1}'
     )
     return replace(new, **fields)
 

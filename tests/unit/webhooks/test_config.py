@@ -47,7 +47,7 @@ def test_omitted_keys_have_defaults(read: Read) -> None:
     assert asdict(found.endpoint) == asdict(
         WebhookEndpoint("billing", "https://e.test/hook", (OLD,), types_matching("*"))
     )
-    assert found.endpoint.give_up_after_ms == 3 * DAY_MS
+    assert found.endpoint.dead_letter_after_ms == 3 * DAY_MS
     assert found.endpoint.timeout_ms == 10_000
     assert read("").webhooks == ()
 
@@ -55,7 +55,7 @@ def test_omitted_keys_have_defaults(read: Read) -> None:
 def test_every_key_can_be_set(read: Read) -> None:
     more = (
         'events = ["job.completed", "problem.*"]\nqueues = ["mail"]\nallow_private = true\n'
-        'timeout = "500ms"\ngive_up_after = "1h"'
+        'timeout = "500ms"\ndead_letter_after = "1h"'
     )
     secrets = f'secret = ["{NEWER}", "{SECRET}"]'
     first, second = read(block("a", secrets, "http://127.0.0.1:8080/x", more) + block("b")).webhooks
@@ -115,7 +115,7 @@ def test_a_world_readable_secret_file_causes_a_warning(read: Read, tmp_path: Pat
         (block(more='events = ["job.done"]'), "events: 'job.done' is not an event type. Known: *, job.*"),
         (block(more='timeout = "5"'), "timeout:"),
         (block(more='timeout = "2m"'), "timeout: 2m is outside 0.1 s to 60 s"),
-        (block(more='give_up_after = "1s"'), "give_up_after: 1s is outside"),
+        (block(more='dead_letter_after = "1s"'), "dead_letter_after: 1s is outside"),
         (block(secret=""), "set either secret or secret_file"),
         (block(secret=f'secret = "{SECRET}"\nsecret_file = "/x"'), "set either secret or secret_file"),
         (block(secret='secret = "hush-hush"'), "secret: a secret starts with whsec_. Create one with: python3"),

@@ -188,7 +188,7 @@ async def test_pages_cut_short_by_large_events_are_continued(path: Path, monkeyp
     async with running_webhooks(path) as at:
         await at.commit(*(at.maker.create(f"job-{number}") for number in range(60)))
         await wait_until(lambda: len(at.posts.delivered) == 60)
-        assert len({each.event_id for each in at.posts.delivered}) == 60
+        assert len({each.message_id for each in at.posts.delivered}) == 60
         assert at.webhooks.views()[0].lag == 0
 
 
@@ -275,7 +275,7 @@ async def test_a_view_shows_the_time_of_the_next_attempt(path: Path) -> None:
         assert 0 < (left_ms() or 0) <= 75_000
         for number, (step_ms, at_most_ms) in enumerate([(0, 75_000), (20_000, 55_000), (-HOUR_MS, 100_000)], 1):
             clock.step_ms += step_ms
-            changed, before = endpoint(give_up_after_ms=number * DAY_MS), at.webhooks._dispatchers["e"]
+            changed, before = endpoint(dead_letter_after_ms=number * DAY_MS), at.webhooks._dispatchers["e"]
             at.webhooks.set_endpoints([changed])
             await wait_until(lambda: at.webhooks._dispatchers.get("e") not in (None, before))  # noqa: B023
             assert at_most_ms - 20_000 < (left_ms() or 0) <= at_most_ms, "it is kept, and limited after a clock step"
@@ -315,7 +315,7 @@ async def test_a_message_that_always_fails_does_not_keep_the_breaker_open(path: 
 async def test_an_old_message_is_dead_lettered_after_enough_attempts_and_the_next_one_starts(path: Path) -> None:
     clock = SteppedWallClock()
     posts = FakeTransport(lambda each: REJECTED if each.type == "job.created" else DELIVERED)
-    async with running_webhooks(path, endpoint(give_up_after_ms=HOUR_MS), posts=posts, clock=clock) as at:
+    async with running_webhooks(path, endpoint(dead_letter_after_ms=HOUR_MS), posts=posts, clock=clock) as at:
         await at.commit(*lifecycle(at.maker, "a"))
         await wait_until(lambda: len(at.posts.tried) > FAST_RETRY.min_tries)
         assert at.posts.delivered == []
@@ -346,7 +346,7 @@ async def test_old_messages_of_an_endpoint_that_keeps_failing_are_dead_lettered_
     monkeypatch.setattr(dispatcher, "MINUTE_MS", 10)
     slow = replace(FAST_RETRY, pause_ms=600_000, max_pause_ms=600_000)
     posts = FakeTransport(lambda _: REJECTED)
-    async with running_webhooks(path, endpoint(give_up_after_ms=200), posts=posts, retry=slow) as at:
+    async with running_webhooks(path, endpoint(dead_letter_after_ms=200), posts=posts, retry=slow) as at:
         await at.commit(*(at.maker.create(f"job-{number}") for number in range(60)))
         await wait_until(lambda: at.webhooks.views()[0].dead_lettered == 60)
         (view,) = at.webhooks.views()
@@ -388,7 +388,7 @@ async def test_waiting_messages_are_sent_unchanged_after_a_restart(path: Path) -
         await wait_until(lambda: len(then.posts.delivered) == 3)
         assert then.posts.types() == ["job.created", "job.granted", "job.completed"]
         repeated = then.posts.delivered[0]
-        assert (repeated.event_id, repeated.body, repeated.id) == (first.event_id, first.body, first.id)
+        assert (repeated.message_id, repeated.body, repeated.id) == (first.message_id, first.body, first.id)
 
 
 async def test_events_from_before_a_restart_are_delivered_after_it(path: Path) -> None:
@@ -596,7 +596,7 @@ async def test_every_event_arrives_in_order_despite_failures_and_crashes(
                 }
                 await asyncio.sleep(chance.random() * 0.1)
         taken += posts.delivered
-        if len({each.event_id for each in taken}) == 36:
+        if len({each.message_id for each in taken}) == 36:
             break
     by_job: dict[str, list[int]] = {}
     for each in taken:
@@ -630,7 +630,7 @@ async def test_a_lagging_endpoint_holds_the_journal(path: Path, monkeypatch: pyt
     monkeypatch.setattr(dispatcher, "MAX_BACKLOG", 150)
     monkeypatch.setattr(event_reader, "LAGGING_AFTER_S", 0.1)
     posts = FakeTransport(lambda _: REJECTED)
-    async with running_webhooks(path, endpoint(give_up_after_ms=5 * DAY_MS), posts=posts) as at:
+    async with running_webhooks(path, endpoint(dead_letter_after_ms=5 * DAY_MS), posts=posts) as at:
         await wait_until(lambda: at.webhooks.event_hold_ms() == 0)
         for first in range(0, 300, 100):
             await at.commit(*(at.maker.create(f"job-{first + number}") for number in range(100)))
@@ -676,7 +676,7 @@ async def test_a_lost_cursor_causes_a_gap_message(path: Path) -> None:
 async def test_dropped_dead_letters_cause_a_gap_message(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(outbox, "KEEP_ENDED", {"delivered": 99, "dead-lettered": 5})
     posts = FakeTransport(lambda _: REJECTED)
-    async with running_webhooks(path, endpoint(give_up_after_ms=0, events=FINISHED), posts=posts) as at:
+    async with running_webhooks(path, endpoint(dead_letter_after_ms=0, events=FINISHED), posts=posts) as at:
         for number in range(12):
             await at.commit(*lifecycle(at.maker, f"job-{number}"))
         await wait_until(lambda: at.webhooks.views()[0].dead_lettered >= 12)
@@ -688,7 +688,7 @@ async def test_dropped_dead_letters_cause_a_gap_message(path: Path, monkeypatch:
         await wait_until(lambda: "events.gone" in posts.types())
         await wait_until(lambda: at.webhooks.views()[0].waiting == 0)
         gap_data = {
-            each.event_id: json.loads(each.body)["data"] for each in posts.delivered if each.type == "events.gone"
+            each.message_id: json.loads(each.body)["data"] for each in posts.delivered if each.type == "events.gone"
         }
         assert all(data["upto"] >= 4 for data in gap_data.values())
         await asyncio.sleep(0.1)
@@ -702,7 +702,7 @@ async def test_a_waiting_gap_message_is_not_repeated(path: Path, monkeypatch: py
     monkeypatch.setattr(outbox, "KEEP_ENDED", {"delivered": 99, "dead-lettered": 1})
     slow = replace(REJECTED, retry_after_ms=60_000)
     posts = FakeTransport(lambda each: slow if each.type == "events.gone" else REJECTED)
-    retry, ends = replace(FAST_RETRY, max_retry_ms=60_000), endpoint(give_up_after_ms=0, events=FINISHED)
+    retry, ends = replace(FAST_RETRY, max_retry_ms=60_000), endpoint(dead_letter_after_ms=0, events=FINISHED)
     async with running_webhooks(path, ends, posts=posts, retry=retry) as at:
         for number in range(9):
             await at.commit(*lifecycle(at.maker, f"job-{number}"))
@@ -810,7 +810,7 @@ async def test_on_a_full_disk_a_problem_is_delivered_directly_and_later_through_
         at.may_write = True
         await wait_until(lambda: at.webhooks.views()[0].delivered == 6)
         repeated = [each for each in at.posts.delivered[3:] if each.subject.startswith("problems/")]
-        assert {each.event_id: each.body for each in repeated} == {each.event_id: each.body for each in posted}
+        assert {each.message_id: each.body for each in repeated} == {each.message_id: each.body for each in posted}
         assert [each.type for each in repeated if each.subject == "problems/database"] == [
             "problem.opened",
             "problem.closed",
@@ -831,7 +831,7 @@ async def test_a_problem_whose_write_fills_the_disk_is_delivered_directly(path: 
         at.storage.faults.clear()
         await wait_until(lambda: at.webhooks.views()[0].delivered == 1)
         first, second = at.posts.delivered
-        assert (first.event_id, first.body) == (second.event_id, second.body)
+        assert (first.message_id, first.body) == (second.message_id, second.body)
 
 
 async def test_on_a_full_disk_each_change_gets_a_few_direct_attempts_in_order(path: Path) -> None:
@@ -870,7 +870,7 @@ async def test_only_the_latest_changes_of_a_flapping_alert_are_kept(path: Path) 
         at.may_write = True
         await wait_until(lambda: at.webhooks.views()[0].delivered >= 3)
         await asyncio.sleep(0.1)
-        posted = [each.event_id.split("_", 2)[2] for each in at.posts.delivered]
+        posted = [each.message_id.split("_", 2)[2] for each in at.posts.delivered]
         assert list(dict.fromkeys(posted)) == [f"{NOW + 7}_opened", f"{NOW + 7}_closed", f"{NOW + 8}_opened"]
 
 
@@ -899,7 +899,7 @@ async def test_a_delivery_in_any_state_can_be_sent_again(path: Path) -> None:
         assert repeated is not None
         assert (repeated.state, repeated.attempts) == ("waiting", 0)
         await wait_until(lambda: at.webhooks.views()[0].delivered == 2)
-        assert at.posts.delivered[1].event_id == at.posts.delivered[0].event_id
+        assert at.posts.delivered[1].message_id == at.posts.delivered[0].message_id
         assert at.posts.delivered[1].body == at.posts.delivered[0].body
         assert await at.webhooks.redeliver("e", 999) is None
 
@@ -939,7 +939,7 @@ async def test_a_message_is_sent_although_the_client_that_asked_for_it_disconnec
     path: Path, act: Callable[[WebhookManager], Coroutine[Any, Any, object]], sent: str
 ) -> None:
     posts = FakeTransport(lambda _: REJECTED)
-    async with running_webhooks(path, endpoint(give_up_after_ms=0), posts=posts, wrap=PausingStore) as at:
+    async with running_webhooks(path, endpoint(dead_letter_after_ms=0), posts=posts, wrap=PausingStore) as at:
         await at.commit(at.maker.create("a"))
         await wait_until(lambda: at.webhooks.metrics()["e"].dead_lettered == 1)
         posts.respond = lambda _: DELIVERED
@@ -1021,7 +1021,7 @@ async def test_dead_letters_are_sent_again_in_order(path: Path, monkeypatch: pyt
     monkeypatch.setattr(dispatcher, "SLICE", 10)
     monkeypatch.setattr(dispatcher, "MINUTE_MS", 10)
     posts = FakeTransport(lambda _: REJECTED)
-    async with running_webhooks(path, endpoint(give_up_after_ms=200), posts=posts) as at:
+    async with running_webhooks(path, endpoint(dead_letter_after_ms=200), posts=posts) as at:
         for number in range(15):
             await at.commit(*lifecycle(at.maker, f"job-{number}"))
         await wait_until(lambda: at.webhooks.views()[0].dead_lettered == 45)
@@ -1069,7 +1069,7 @@ class SuspectWallClock(SteppedWallClock):
 
 async def test_a_message_ages_by_the_expected_time_while_the_clock_is_suspect(path: Path) -> None:
     rejected = FakeTransport(lambda _: REJECTED)
-    async with running_webhooks(path, endpoint(give_up_after_ms=0), posts=rejected, clock=SuspectWallClock()) as at:
+    async with running_webhooks(path, endpoint(dead_letter_after_ms=0), posts=rejected, clock=SuspectWallClock()) as at:
         await at.commit(at.maker.create("a"))
         await wait_until(lambda: at.webhooks.views()[0].dead_lettered == 1)
 

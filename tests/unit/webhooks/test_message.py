@@ -70,7 +70,7 @@ def test_an_invalid_secret_is_described_without_showing_it(secret: str, expected
 def test_the_reference_library_accepts_the_signature_of_each_key_and_no_other() -> None:
     now_s = int(datetime.now(UTC).timestamp())
     message = event_message(EVENT, "/jobd/host")
-    sent = headers(KEYS, message.event_id, now_s, message.body)
+    sent = headers(KEYS, message.message_id, now_s, message.body)
     for key in KEYS:
         assert Webhook(secret_of(key)).verify(message.body, sent) == json.loads(message.body)
     with pytest.raises(WebhookVerificationError):
@@ -119,7 +119,7 @@ def test_the_cloudevents_sdk_reads_an_event() -> None:
         "job_id": "job-7",
         "queue": "video",
     }
-    assert (message.subject, message.type, message.event_id, message.seq) == (
+    assert (message.subject, message.type, message.message_id, message.seq) == (
         "jobs/job-7",
         "job.completed",
         f"evt_{NOW}_42",
@@ -146,7 +146,7 @@ def test_the_messages_of_a_problem_share_the_subject_but_not_the_id() -> None:
     )
     assert opened.subject == closed.subject == "problems/no_workers/mail/receipt"
     digest = hashlib.sha256(b"no_workers/mail/receipt").hexdigest()[:16]
-    assert (opened.event_id, closed.event_id) == (
+    assert (opened.message_id, closed.message_id) == (
         f"problem_{digest}_{NOW - 5}_opened",
         f"problem_{digest}_{NOW - 5}_closed",
     )
@@ -166,7 +166,7 @@ def assert_is_self_describing(message: Message, source: str) -> None:
         source,
         message.subject,
         message.type,
-        message.event_id,
+        message.message_id,
     )
 
 
@@ -180,8 +180,8 @@ def test_a_gap_and_a_test_are_cloud_events_too() -> None:
     assert isinstance(test_data, dict)
     assert list(test_data) == ["message"]
     assert gap.subject == test.subject == WebhookEndpoint("e", "https://x", KEYS).subject
-    for message, kind, event_id in ((gap, EVENTS_GONE, f"gone_3_9_{NOW}"), (test, TEST_TYPE, f"test_{NOW}_12")):
-        assert (message.subject, message.type, message.event_id, message.seq) == ("webhooks/e", kind, event_id, 0)
+    for message, kind, message_id in ((gap, EVENTS_GONE, f"gone_3_9_{NOW}"), (test, TEST_TYPE, f"test_{NOW}_12")):
+        assert (message.subject, message.type, message.message_id, message.seq) == ("webhooks/e", kind, message_id, 0)
         assert_is_self_describing(message, "/j")
 
 

@@ -39,9 +39,9 @@ def test_delays_double_are_jittered_and_have_a_maximum(
 @pytest.mark.parametrize(
     ("tries", "age_ms", "dead_lettered"),
     [
-        (POLICY.min_tries, ENDPOINT.give_up_after_ms, True),
-        (POLICY.min_tries - 1, ENDPOINT.give_up_after_ms * 9, False),
-        (POLICY.min_tries * 9, ENDPOINT.give_up_after_ms - 1, False),
+        (POLICY.min_tries, ENDPOINT.dead_letter_after_ms, True),
+        (POLICY.min_tries - 1, ENDPOINT.dead_letter_after_ms * 9, False),
+        (POLICY.min_tries * 9, ENDPOINT.dead_letter_after_ms - 1, False),
     ],
 )
 def test_a_dead_letter_needs_both_age_and_attempts(tries: int, age_ms: int, dead_lettered: bool) -> None:

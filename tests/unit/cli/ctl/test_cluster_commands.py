@@ -106,7 +106,7 @@ def test_the_nodes_and_the_leader_are_shown(nodes: Cluster, capsys: pytest.Captu
         "warning The clock of node b is 2 s ahead.",
     ]
     rows = [" ".join(line.split()) for line in table.splitlines()]
-    assert rows[0] == "NODE ROLE URL BEHIND SEEN FORMAT SCHEMA NOTE"
+    assert rows[0] == "NODE ROLE URL LAG SEEN FORMAT SCHEMA NOTE"
     assert rows[1] == "a leader http://a.example:8771 - 1.2 s ago 1 12 -"
     assert (
         rows[2]

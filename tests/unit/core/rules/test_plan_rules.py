@@ -145,9 +145,9 @@ def test_a_plan_changes_due_jobs_and_rejects_others(rules: RuleHarness, action: 
     ids = due(rules)
     done = apply(rules, action, known(rules, action, *ids))
     some = ids[:1] if action == "recover-stuck" else ids[:3]
-    assert (done.applied, done.changed) == (len(some), [])
+    assert (done.applied, done.changed_meanwhile) == (len(some), [])
     rejected = [rules.job(each) for each in ids[len(some) :]]
-    assert done.rejected == [responses.ChangedJob(job.id, "", job.status, NO_MORE) for job in rejected]
+    assert done.rejected == [responses.UnchangedJob(job.id, "", job.status, NO_MORE) for job in rejected]
     assert rules.job("stuck").status == "queued"
     assert ("old" in rules.rows) == (action == "recover-stuck")
     assert rules.job("late").status == ("queued" if action == "recover-stuck" else "failed")
@@ -166,7 +166,7 @@ def test_a_plan_applied_while_the_clock_is_suspect_says_why_it_deletes_nothing(r
     seen = known(rules, "cleanup", "stuck", "late", "old")
     rules.trusted = rules.now - HOUR_MS
     done = apply(rules, "cleanup", seen)
-    assert (done.applied, done.changed) == (1, [])
+    assert (done.applied, done.changed_meanwhile) == (1, [])
     assert [(each.id, each.reason) for each in done.rejected] == [(each, CLOCK_SUSPECT) for each in ("late", "old")]
 
 
@@ -194,7 +194,7 @@ def test_a_plan_skips_revived_jobs(rules: RuleHarness, action: cmd.PlanAction, h
     gone = "There is no job a: it was never created, or it was deleted. "
     gone += "Search the list of jobs: GET /v1/jobs or jobctl jobs."
     status, why = (None, gone) if before is None else (before.status, "It has changed since the plan was made.")
-    assert done == responses.PlanSlice(0, [responses.ChangedJob("a", "", status, why)], [])
+    assert done == responses.PlanSlice(0, [responses.UnchangedJob("a", "", status, why)], [])
     assert (rules.rows.get("a"), len(rules.events)) == (before, count)
 
 
@@ -237,14 +237,14 @@ async def test_a_maintenance_plan_shows_what_a_cleanup_run_would_do_and_does_it_
     assert "validation fixes are not part of a plan" in plan.scope
     assert (await engine.yes(cmd.Get(id="stuck"))).status == "processing", "nothing is done yet"
     result = await apply_plan(engine.planner)
-    assert (result.applied, result.changed, result.rejected) == (3, [], [])
+    assert (result.applied, result.changed_meanwhile, result.rejected) == (3, [], [])
     assert (await engine.yes(cmd.Get(id="late"))).status == "failed"
     assert (await engine.no(cmd.Get(id="old"))).code == "job_not_found"
     rows = [(row.what, row.reason, row.who) for row in engine.disk.audited.values()]
     assert rows == [("plan-cleanup", "now", "eve"), ("plan-cleanup", None, "eve")], "a slice, and the whole"
     assert (await apply_plan(engine.planner)).repeated
     other = await apply_plan(engine.planner, "r")
-    assert (other.applied, [each.id for each in other.changed]) == (0, ["stuck"])
+    assert (other.applied, [each.id for each in other.changed_meanwhile]) == (0, ["stuck"])
     assert (await make_plan(engine.planner, "n", action="cleanup")).count == 0
 
 
@@ -257,7 +257,7 @@ async def test_jobs_that_revived_since_the_plan_are_listed(
     assert (await make_plan(engine.planner, action=action)).count == count
     await engine.yes(cmd.Progress(id="stuck", lock_id=lock_id, progress=1))
     result = await apply_plan(engine.planner)
-    assert (result.applied, [each.id for each in result.changed]) == (count - 1, ["stuck"])
+    assert (result.applied, [each.id for each in result.changed_meanwhile]) == (count - 1, ["stuck"])
     assert (await engine.yes(cmd.Get(id="stuck"))).status == "processing"
     assert (await make_plan(engine.planner, "q", action=action)).count == 0
 
@@ -402,7 +402,7 @@ async def test_late_results_of_deleted_jobs_are_counted_and_change_the_version(e
     assert plan.with_late_results == 1
     await engine.no(cmd.Complete(id="b", lock_id=locks["b"], file_path="/out"))
     result = await apply_plan(engine.planner)
-    assert (result.applied, [each.id for each in result.changed]) == (1, ["b"])
+    assert (result.applied, [each.id for each in result.changed_meanwhile]) == (1, ["b"])
     await engine.yes(cmd.Adopt(id="b"))
 
 
